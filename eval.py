@@ -1,0 +1,676 @@
+"""Every number and every picture: arrays, callables in; plain dicts, tables and files out.
+
+Read first   thesis 5.3.5, 5.4.1-5.4.5, A.1.3, A.3; sparc.txt 4.2-4.3 (Jaccard and R^2 are only written out there).
+Glossary     n samples evaluated . L latents . C labels . M streams . s source, t target
+             code    scipy CSR matrix (n, L) of one stream's activations, positive entries only: see `sparse_code`
+             joint   codes whose support all streams chose together      alone  each stream chose from itself only
+             null    the same numbers for a model trained on streams whose rows were shuffled against each other
+
+Joint numbers flatter: a query and its reference then carry the same index set, chosen from both, so retrieval is near 1
+and Jaccard near 1 even under the null. Nothing here knows how a code was made; the callers compute every cross-stream
+number both ways.
+
+Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs sees the test rows);
+             tasks need at least 50 positives, as the text says (theirs: more than 50); the taxonomy is indexed by label
+             (theirs permutes it at depths 1-4); retrieval ties count against the query.
+"""
+import base64
+import html
+import io
+import json
+import math
+import os
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse as sp
+import torch
+
+TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
+
+
+def sparse_code(indices, values, n_latents):
+    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted."""
+    n, k = indices.shape
+    code = sp.csr_matrix((np.asarray(values, np.float32).ravel(), np.asarray(indices, np.int32).ravel(),
+                          np.arange(0, n * k + 1, k)), shape=(n, n_latents))
+    code.eliminate_zeros()
+    code.sort_indices()
+    return code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which latents live, and what they mean
+# ---------------------------------------------------------------------------------------------------------------------
+
+def activation_patterns(codes):
+    """Thesis Table 5.1: `alive_in` [latents active in 0, 1, ..., M streams] and `dead` {stream: latents never active}."""
+    alive = np.stack([code.getnnz(axis=0) > 0 for code in codes.values()])                  # (M, L)
+    return {"latents": alive.shape[1], "alive_in": np.bincount(alive.sum(0), minlength=len(codes) + 1).tolist(),
+            "dead": {s: int((~a).sum()) for s, a in zip(codes, alive)}}
+
+
+def top_samples(code, top=TOP):
+    """For each latent its `top` most activating samples, best first: CSR (L, n) of ranks 1, 2, ...; ties to the lower row."""
+    by_latent = code.tocsc()
+    latent = np.repeat(np.arange(code.shape[1]), np.diff(by_latent.indptr))
+    order = np.lexsort((by_latent.indices, -by_latent.data, latent))
+    rank = np.arange(len(order)) - by_latent.indptr[latent] + 1
+    keep = rank <= (top or np.inf)
+    return sp.csr_matrix((rank[keep], (latent[keep], by_latent.indices[order][keep])), shape=code.shape[::-1])
+
+
+def label_counts(code, labels, top=TOP):
+    """How often each label occurs among each latent's `top` samples (all active ones if None), labelled samples only.
+
+    labels (n, C) bool; a row without a label is unlabelled. Returns counts (L, C) and the number of samples used (L,).
+    """
+    known = labels.any(1)
+    best = top_samples(code[known], top)
+    best.data[:] = 1
+    return best @ labels[known].astype(np.int32), np.diff(best.indptr)
+
+
+def taxonomy_levels(label_names, parents):
+    """For every depth from 0 (the root) to the deepest label: (C,) the node that each label is lifted to, as an integer.
+
+    A label above that depth stays itself. Without a taxonomy there is one level, the labels themselves.
+    """
+    if not parents:
+        return [np.arange(len(label_names))]
+    paths = []
+    for name in label_names:
+        path = [name]
+        while parents[path[0]] is not None:
+            path.insert(0, parents[path[0]])
+        paths.append(path)
+    number = {name: i for i, name in enumerate(parents)}
+    return [np.array([number[path[min(depth, len(path) - 1)]] for path in paths]) for depth in range(max(map(len, paths)))]
+
+
+def lift(counts, level):
+    """Label counts (L, C) -> counts of the nodes (L, number of nodes) that `level` (C,) maps the labels to."""
+    _, node = np.unique(level, return_inverse=True)
+    return counts @ np.eye(node.max() + 1, dtype=counts.dtype)[node]
+
+
+def jaccard(counts):
+    """Generalised Jaccard similarity of label counts between streams (sparc.txt 4.2), latent by latent.
+
+    counts: dict stream -> (L, C). A stream takes part in a latent where its counts are not all zero. Returns
+    `jaccard`, the mean over latents alive in two streams or more of their mean over such pairs of streams;
+    `jaccard_all`, the same with every other latent counted as 0, as the published numbers do; `pairs`, per pair.
+    """
+    names, total, used, pairs = list(counts), 0., 0, {}
+    for i, s in enumerate(names):
+        for t in names[i + 1:]:
+            a, b = counts[s], counts[t]
+            both = (a.sum(1) > 0) & (b.sum(1) > 0)
+            score = np.where(both, np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1), 0)
+            pairs[f"{s} / {t}"] = _mean(score[both])
+            total, used = total + score, used + both
+    mean = total / np.maximum(used, 1)
+    return {"jaccard": _mean(mean[used > 0]), "jaccard_all": float(mean.mean()), "pairs": pairs}
+
+
+def concept_names(counts, n_top, label_names, purity=0.3):
+    """Name of each latent: the dominant label of its top samples if its share is at least `purity` (thesis A.3), else None.
+
+    counts (L, C) and n_top (L,) from `label_counts`. Returns (list of L names or None, purities (L,)).
+    """
+    share = counts.max(1) / np.maximum(n_top, 1)
+    return [label_names[j] if p >= purity else None for j, p in zip(counts.argmax(1), share)], share
+
+
+def concept_alignment(codes, labels, label_names, parents):
+    """Jaccard at every taxonomy depth (Table 5.2) and named latents, from dict stream -> code and labels (n, C) bool."""
+    counts, names = {}, {}
+    for s, code in codes.items():
+        counts[s], n_top = label_counts(code, labels)
+        names[s], _ = concept_names(counts[s], n_top, label_names)
+    out = {"named": {s: sum(v is not None for v in names[s]) for s in codes},
+           "latents_per_name": {s: _tally(names[s]) for s in codes}}
+    if len(codes) > 1:
+        depths = [jaccard({s: lift(c, level) for s, c in counts.items()}) for level in taxonomy_levels(label_names, parents)]
+        out.update(depths[-1], by_depth=[{k: d[k] for k in ("jaccard", "jaccard_all")} for d in depths])
+        out["named_alike"] = sum(len(set(v)) == 1 and v[0] is not None for v in zip(*names.values()))
+    return out
+
+
+def _tally(names):
+    found = sorted({v for v in names if v is not None})
+    return {v: names.count(v) for v in found}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+# ---------------------------------------------------------------------------------------------------------------------
+
+def reconstruction(blocks):
+    """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass.
+
+    blocks: iterable of (x, x_hat), x a dict t -> (b, d_t), x_hat a dict (t, s) -> (b, d_t), tensors.
+    R^2 is weighted by variance, around each dimension's mean over the samples given: predicting that mean scores 0.
+    NMSE leaves out samples of zeros. Returns {"r2": {t: {s: value}}, "nmse": {t: {s: value}}}.
+    """
+    n, sums, squares, error, ratio, counted = 0, {}, {}, {}, {}, {}
+    for x, x_hat in blocks:
+        n += len(next(iter(x.values())))
+        energy = {t: v.double().square().sum(1) for t, v in x.items()}
+        for t, v in x.items():
+            sums[t] = sums.get(t, 0) + v.double().sum(0)
+            squares[t] = squares.get(t, 0) + energy[t].sum()
+            counted[t] = counted.get(t, 0) + int((energy[t] > 0).sum())
+        for (t, s), v in x_hat.items():
+            e = (v - x[t]).double().square().sum(1)
+            error[t, s] = error.get((t, s), 0) + e.sum()
+            ratio[t, s] = ratio.get((t, s), 0) + (e / energy[t])[energy[t] > 0].sum()
+    variance = {t: squares[t] - sums[t].square().sum() / n for t in sums}
+    r2, nmse = {}, {}
+    for t, s in error:
+        r2.setdefault(t, {})[s] = float(1 - error[t, s] / variance[t]) if variance[t] > 1e-12 * squares[t] else None
+        nmse.setdefault(t, {})[s] = float(ratio[t, s] / max(counted[t], 1))
+    return {"r2": r2, "nmse": nmse}
+
+
+def ridge_ceiling(train, test, strengths=10. ** np.arange(-6, 3)):
+    """How much of stream t any linear map from stream s explains: R^2 on `test`, as {t: {s: value}}, s != t.
+
+    train, test: dict stream -> (n, d) arrays, in the units that the model reconstructs. Ridge regression with an
+    intercept; its strength, relative to the mean eigenvalue, is the one that predicts every tenth training row best from
+    the other rows.
+    """
+    held = np.arange(len(next(iter(train.values())))) % 10 == 0
+    out = {t: {} for t in train}
+    for s in train:
+        others = [t for t in train if t != s]
+        if not others:
+            continue
+        Y, Y_test = (np.concatenate([part[t] for t in others], 1) for part in (train, test))
+        trial, full = _ridge(train[s][~held], Y[~held]), _ridge(train[s], Y)
+        errors = np.stack([((trial(train[s][held], a) - Y[held]) ** 2).sum(0) for a in strengths])      # (A, sum of d_t)
+        end = 0
+        for t in others:
+            columns = slice(end, end := end + train[t].shape[1])
+            strength = strengths[errors[:, columns].sum(1).argmin()]
+            x, x_hat = Y_test[:, columns], full(test[s], strength)[:, columns]
+            spread = ((x - x.mean(0)) ** 2).sum()
+            out[t][s] = float(1 - ((x - x_hat) ** 2).sum() / spread) if spread > 0 else None
+    return out
+
+
+def _ridge(X, Y, block=4096):
+    """Ridge regression: predict(X_new, strength). Sums of products in float64, block by block, so that n may be large."""
+    mx, my = X.mean(0, dtype=np.float64), Y.mean(0, dtype=np.float64)
+    XtX, XtY = np.zeros((X.shape[1], X.shape[1])), np.zeros((X.shape[1], Y.shape[1]))
+    for i in range(0, len(X), block):
+        x = X[i:i + block] - mx
+        XtX += x.T @ x
+        XtY += x.T @ (Y[i:i + block] - my)
+    values, V = np.linalg.eigh(XtX)
+    VtY, scale = V.T @ XtY, max(values.mean(), 1e-30)
+
+    def predict(X_new, strength):
+        W = V @ (VtY / (np.maximum(values, 0) + strength * scale)[:, None])
+        return (X_new - mx.astype(X.dtype)) @ W.astype(X.dtype) + my.astype(X.dtype)
+    return predict
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1-D logistic probes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def logistic_1d(x, y, weight=1., C=1., iterations=100):
+    """Minimise w^2/2 + C sum weight * log-loss(y, sigma(w x + b)), thesis Eq. 15 with L2, for many problems at once.
+
+    x, y, weight broadcast to (..., n), y in {0, 1}. Two parameters, so Newton's method with step halving does it.
+    Returns w, b of shape (...), exact to rounding.
+    """
+    x, y, weight = np.broadcast_arrays(np.asarray(x, np.float64), y, weight)
+    w, b = np.zeros(x.shape[:-1]), np.zeros(x.shape[:-1])
+
+    def cost(w, b):
+        z = w[..., None] * x + b[..., None]
+        return w * w / 2 + C * (weight * (np.logaddexp(0, z) - y * z)).sum(-1)
+    now = cost(w, b)
+    for _ in range(iterations):
+        p = 1 / (1 + np.exp(-np.clip(w[..., None] * x + b[..., None], -700, 700)))
+        r, q = C * weight * (p - y), C * weight * p * (1 - p)
+        gw, gb = (r * x).sum(-1) + w, r.sum(-1)
+        hww, hwb, hbb = (q * x * x).sum(-1) + 1, (q * x).sum(-1), q.sum(-1) + 1e-12
+        det = hww * hbb - hwb * hwb
+        dw, db = (hbb * gw - hwb * gb) / det, (hww * gb - hwb * gw) / det
+        step = np.ones_like(w)
+        for _ in range(40):
+            worse = cost(w - step * dw, b - step * db) > now + 1e-12 * np.abs(now)
+            if not worse.any():
+                break
+            step = np.where(worse, step / 2, step)
+        w, b = w - step * dw, b - step * db
+        now = cost(w, b)
+        if max(np.abs(gw).max(initial=0), np.abs(gb).max(initial=0)) < 1e-9:
+            break
+    return w, b
+
+
+def stratified_split(y, held_out, seed):
+    """Split positions 0..n-1 in two, classes in proportion: (kept, held out), ceil(held_out * n) of them held out.
+
+    The draws are those of scikit-learn's StratifiedShuffleSplit, so that splits can be compared with published ones.
+    """
+    rng, n = np.random.RandomState(seed), len(y)
+    sizes = np.array([n - math.ceil(held_out * n), math.ceil(held_out * n)])
+    left, take = np.bincount(y), []
+    for size in sizes:                                       # how many of each class: largest remainders first
+        exact = left / left.sum() * size
+        quota = np.floor(exact).astype(int)
+        for r in np.unique(exact - quota)[::-1]:
+            tied = np.flatnonzero(exact - np.floor(exact) == r)
+            missing = size - quota.sum()
+            if missing > 0:
+                quota[rng.choice(tied, min(len(tied), missing), replace=False)] += 1
+        take.append(quota)
+        left = left - quota
+    parts = ([], [])
+    for c in range(len(left)):
+        member = rng.permutation(np.flatnonzero(y == c))
+        parts[0].append(member[:take[0][c]])
+        parts[1].append(member[take[0][c]:take[0][c] + take[1][c]])
+    return tuple(np.concatenate(part) for part in parts)
+
+
+def probe_tasks(labels, min_positives=50):
+    """Balanced binary tasks with train / val / test rows, thesis A.1.3: list of (label, {part: (rows, y)}).
+
+    A task is a label with at least `min_positives` positives; task t draws as many negatives (seed 1000 + t) and splits
+    70 / 15 / 15, classes in proportion (seeds 2000 + t, 3000 + t). Where positives outnumber negatives they are drawn.
+    """
+    tasks = []
+    for t in range(labels.shape[1]):
+        pos, neg = np.flatnonzero(labels[:, t]), np.flatnonzero(~labels[:, t])
+        if len(pos) < min_positives or len(neg) < min_positives:
+            continue
+        rng = np.random.RandomState(1000 + t)
+        if len(neg) >= len(pos):
+            neg = rng.choice(neg, len(pos), replace=False)
+        else:
+            pos = rng.choice(pos, len(neg), replace=False)
+        rows, y = np.concatenate([pos, neg]), np.repeat([1, 0], len(pos))
+        train, rest = stratified_split(y, 0.3, 2000 + t)
+        val, test = (rest[i] for i in stratified_split(y[rest], 0.5, 3000 + t))
+        tasks.append((t, {k: (rows[i], y[i]) for k, i in (("train", train), ("val", val), ("test", test))}))
+    return tasks
+
+
+def probe(code, tasks, candidates=20, binary=True, chosen=None):
+    """1-D logistic probes (thesis 5.4.3, A.1.3): for each task the single latent that predicts it best.
+
+    The `candidates` latents most often active on the task's training positives are each fitted on train (input z > 0, or
+    z itself if not `binary`), the best on val is reported on test. chosen: a list of candidate arrays instead.
+    Returns {"loss": mean test log-loss in nats (0.693 is chance), "tasks": [{label, latent, val, test}]}.
+    """
+    active = (code > 0).astype(np.int32)
+    found = []
+    for i, (label, parts) in enumerate(tasks):
+        rows, y = parts["train"]
+        hits = np.asarray(active[rows[y == 1]].sum(0)).ravel()
+        best = np.argsort(-hits, kind="stable")[:candidates] if chosen is None else np.asarray(chosen[i])
+        found.append(best[hits[best] > 0] if chosen is None else best)
+    solve = _solve_binary if binary else _solve_values
+    results = []
+    for (label, _), best, (val, test) in zip(tasks, found, solve(active if binary else code, tasks, found)):
+        if len(best):
+            j = int(np.argmin(val))
+            results.append({"label": int(label), "latent": int(best[j]), "val": float(val[j]), "test": float(test[j])})
+    return {"loss": _mean([r["test"] for r in results]), "tasks": results}
+
+
+def _solve_binary(active, tasks, candidates):
+    """A 0/1 input leaves four counts of a problem: (z, y) = (1,1) (0,1) (1,0) (0,0). All tasks are solved together."""
+    width = max(map(len, candidates), default=0)
+    tables = {part: np.zeros((len(tasks), width, 4)) for part in ("train", "val", "test")}
+    for i, (_, parts) in enumerate(tasks):
+        for part, (rows, y) in parts.items():
+            for c, column in ((1, 0), (0, 2)):
+                on = np.asarray(active[rows[y == c]].sum(0)).ravel()[candidates[i]]
+                tables[part][i, :len(on), column] = on
+                tables[part][i, :len(on), column + 1] = (y == c).sum() - on
+    x, y = np.array([1., 0, 1, 0]), np.array([1., 1, 0, 0])
+    w, b = logistic_1d(x, y, tables["train"])
+    z = w[..., None] * x + b[..., None]
+    cost = np.logaddexp(0, z) - y * z
+    val, test = ((tables[part] * cost).sum(-1) / np.maximum(tables[part].sum(-1), 1) for part in ("val", "test"))
+    return [(val[i, :len(c)], test[i, :len(c)]) for i, c in enumerate(candidates)]
+
+
+def _solve_values(code, tasks, candidates):
+    out = []
+    for (_, parts), best in zip(tasks, candidates):
+        x = {part: code[rows][:, best].toarray().T.astype(np.float64) for part, (rows, _) in parts.items()}
+        w, b = logistic_1d(x["train"], parts["train"][1])
+        losses = []
+        for part in ("val", "test"):
+            z = w[:, None] * x[part] + b[:, None]
+            losses.append((np.logaddexp(0, z) - parts[part][1] * z).mean(1))
+        out.append(losses)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retrieval
+# ---------------------------------------------------------------------------------------------------------------------
+
+def retrieval_ranks(query, reference, chunk=256):
+    """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
+
+    A tie counts against the query: rank = number of references at least as similar. So an all-zero code, which is equally
+    far from everything, ranks last.
+    """
+    q, r = _unit_rows(query), _unit_rows(reference).T
+    ranks = np.empty(q.shape[0], np.int64)
+    for start in range(0, q.shape[0], chunk):
+        scores = q[start:start + chunk] @ r
+        scores = scores.toarray() if sp.issparse(scores) else scores
+        own = scores[np.arange(len(scores)), np.arange(start, start + len(scores))]
+        ranks[start:start + chunk] = (scores >= own[:, None]).sum(1)
+    return ranks
+
+
+def _unit_rows(x):
+    if sp.issparse(x):
+        norm = np.sqrt(np.asarray(x.multiply(x).sum(1)).ravel())
+        return sp.diags_array(1 / np.maximum(norm, 1e-12)).astype(x.dtype) @ x
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def retrieval(features):
+    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}}. dict stream -> (n, d).
+
+    MedR is the lower median. R@k depends on n: compare only galleries of one size.
+    """
+    out = {}
+    for s in features:
+        for t in features:
+            if s != t and features[s].shape[1] == features[t].shape[1]:
+                ranks = retrieval_ranks(features[s], features[t])
+                out[f"{s} -> {t}"] = {**{f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)},
+                                      "MedR": int(np.sort(ranks)[(len(ranks) - 1) // 2]), "MRR": float((1 / ranks).mean())}
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planted truth
+# ---------------------------------------------------------------------------------------------------------------------
+
+def recovery(dictionaries, truth, threshold=0.9):
+    """How many planted concepts a model found: dicts stream -> (L, d) learned and (C, d) true directions.
+
+    A concept counts as found when the latent assigned to it (one each, optimal assignment) has cosine >= `threshold` with
+    it. Per stream over the concepts that stream sees, and `same latent`: over those that every stream sees, one latent
+    near it in every stream at once. Values are {"found", "of"}.
+    """
+    cosine = {s: _unit_rows(truth[s]) @ _unit_rows(np.asarray(D, np.float64)).T for s, D in dictionaries.items()}   # (C, L)
+    seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
+    shared = np.logical_and.reduce(list(seen.values()))
+    out = {s: _assigned(c[seen[s]], threshold) for s, c in cosine.items()}
+    if len(cosine) > 1:
+        out["same latent"] = _assigned(np.minimum.reduce(list(cosine.values()))[shared], threshold)
+    return out
+
+
+def _assigned(cosine, threshold):
+    rows, columns = scipy.optimize.linear_sum_assignment(-(cosine >= threshold).astype(float))
+    return {"found": int((cosine[rows, columns] >= threshold).sum()), "of": len(cosine)}
+
+
+def _mean(values):
+    return float(np.mean(values)) if len(values) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+def headline(block):
+    """The numbers of one mode ("joint" or "alone") that fit a row or a column of a table: dict name -> value or None."""
+    out, pattern = {}, block["activation"]
+    M, L = len(pattern["alive_in"]) - 1, pattern["latents"]
+    out["latents alive in all streams, %"] = 100 * pattern["alive_in"][M] / L
+    if M > 1:
+        out["mixed: alive in some, %"] = 100 * sum(pattern["alive_in"][1:M]) / L
+    out["dead in all, %"] = 100 * pattern["alive_in"][0] / L
+    if "jaccard" in block.get("concepts", {}):
+        out["Jaccard of top-50 labels"] = block["concepts"]["jaccard"]
+        out["Jaccard, other latents as 0"] = block["concepts"]["jaccard_all"]
+    if "named_alike" in block.get("concepts", {}):
+        out["latents named alike in all streams"] = block["concepts"]["named_alike"]
+    if "retrieval" in block:
+        for name in ("R@1", "MRR"):
+            out[f"retrieval {name}"] = _mean([v[name] for v in block["retrieval"].values()])
+    for name in ("r2", "nmse"):
+        cells = [(t == s, v) for t, row in block[name].items() for s, v in row.items() if v is not None]
+        label = {"r2": "R2", "nmse": "NMSE"}[name]
+        out[f"{label} self"] = _mean([v for own, v in cells if own])
+        if M > 1:
+            out[f"{label} cross"] = _mean([v for own, v in cells if not own])
+    if block.get("probe"):
+        out["1-D probe loss (chance 0.693)"] = _mean([v["loss"] for v in block["probe"].values() if v["loss"] is not None])
+    return out
+
+
+def summary(metrics):
+    """The table at the end of a run: (header, rows), joint and alone side by side, the null beside them where it was run."""
+    columns = {mode: headline(metrics[mode]) for mode in ("joint", "alone") if mode in metrics}
+    columns.update({f"null {mode}": headline(block) for mode, block in metrics.get("null", {}).items()})
+    names = next(iter(columns.values()))
+    rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
+    if "ceiling" in metrics:
+        best = mean_cell(metrics["ceiling"])
+        at = [row[0] for row in rows].index("R2 cross") + 1
+        rows.insert(at, ["  linear ceiling of R2 cross", *(best if mode in ("alone", "joint") else None for mode in columns)])
+    return ["", *columns], rows
+
+
+def mean_cell(matrix):
+    """The mean of the numbers in {t: {s: value or None}}."""
+    return _mean([v for row in matrix.values() for v in row.values() if v is not None])
+
+
+def fmt(value, name=""):
+    """A table cell: three decimals, one for percentages and large numbers; whole numbers as they are; a dash for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= 100 or "%" in name else f"{value:.3f}"
+    return str(value)
+
+
+def _cells(header, row):
+    return [str(row[0]), *(fmt(v, f"{row[0]} {name}") for v, name in zip(row[1:], header[1:]))]
+
+
+def text_table(header, rows):
+    """Rows of cells as aligned plain text: the first column to the left, the others to the right."""
+    cells = [list(map(str, header)), *(_cells(header, row) for row in rows)]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
+    lines = ["  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]).rstrip() for r in cells]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and the report: one self-contained HTML file
+# ---------------------------------------------------------------------------------------------------------------------
+
+def html_table(header, rows, colours=False):
+    """Rows of cells as an HTML table; with `colours` every number is shaded, 1 dark blue, 0 white, negative red."""
+    def cell(v, text):
+        shade = ""
+        if colours and isinstance(v, float):
+            level, full = min(abs(v), 1), (43, 108, 176) if v >= 0 else (197, 48, 48)
+            mixed = ",".join(str(round(255 + (c - 255) * level)) for c in full)
+            shade = f' style="background:rgb({mixed});color:{"white" if level > 0.55 else "black"}"'
+        return f"<td{shade}>{html.escape(text)}</td>"
+    head = "".join(f"<th>{html.escape(str(h))}</th>" for h in header)
+    body = "".join(f"<tr><th>{html.escape(str(r[0]))}</th>{''.join(map(cell, r[1:], _cells(header, r)[1:]))}</tr>" for r in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def matrix_table(matrix):
+    """{t: {s: value}} -> HTML grid, rows targets, columns sources (as sparc.txt Table 3)."""
+    return html_table(["target \\ source", *matrix], [[t, *(row.get(s) for s in matrix)] for t, row in matrix.items()], True)
+
+
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
+
+
+def svg_lines(series, x_label, y_label, size=(640, 260)):
+    """Line chart as inline SVG. series: dict name -> list of (x, y); pairs whose y is None are left out."""
+    series = {name: [(x, y) for x, y in points if y is not None] for name, points in series.items()}
+    points = [p for line in series.values() for p in line]
+    if not points:
+        return "<p>nothing to draw</p>"
+    (w, h), (x0, x1) = size, (min(p[0] for p in points), max(p[0] for p in points))
+    y0, y1 = min(0, min(p[1] for p in points)), max(p[1] for p in points)
+    x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
+
+    def at(x, y):
+        return f"{60 + (w - 80) * (x - x0) / (x1 - x0):.1f},{h - 40 - (h - 60) * (y - y0) / (y1 - y0):.1f}"
+    parts = [f'<svg viewBox="0 0 {w} {h + 18 * math.ceil(len(series) / 3)}" role="img" aria-label="{html.escape(y_label)}">']
+    for i in range(5):
+        y = y0 + (y1 - y0) * i / 4
+        a, b = at(x0, y).split(","), at(x1, y).split(",")
+        parts.append(f'<path d="M{a[0]} {a[1]}H{b[0]}" class="grid"/><text x="54" y="{float(a[1]) + 4}" class="end">{_tick(y)}</text>')
+        x = x0 + (x1 - x0) * i / 4
+        parts.append(f'<text x="{at(x, y0).split(",")[0]}" y="{h - 24}" class="mid">{_tick(x)}</text>')
+    parts.append(f'<text x="{w / 2}" y="{h - 6}" class="mid">{html.escape(x_label)}</text>'
+                 f'<text x="60" y="12">{html.escape(y_label)}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        dash = ' stroke-dasharray="6 4"' if i >= len(COLOURS) or "null" in name or "global" in name else ""
+        parts.append(f'<polyline points="{" ".join(at(*p) for p in line)}" stroke="{colour}"{dash}/>')
+        x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
+        parts.append(f'<path d="M{x} {y - 4}h18" stroke="{colour}"{dash}/><text x="{x + 24}" y="{y}">{html.escape(name)}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _tick(v):
+    return f"{v:,.0f}" if abs(v) >= 100 or v == int(v) else f"{v:.2g}"
+
+
+def thumbnail(path, size=96):
+    """An image file as a small <img> with its data inside; its name in text when it cannot be read."""
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            image.thumbnail((size, size))
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=80)
+    except Exception:                                        # a picture that is missing or broken must not end a report
+        return html.escape(os.path.basename(str(path)))
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6):
+    """The clearest concepts: latents with the same name in every stream, purest first, with their top samples in HTML.
+
+    codes: dict stream -> code. describe(row) -> HTML of one sample.
+    """
+    found = {}
+    for s, code in codes.items():
+        counts, n_top = label_counts(code, labels)
+        found[s] = concept_names(counts, np.where(n_top >= 5, n_top, 10 ** 6), label_names)     # too few samples: no name
+    names = [v for v, _ in found.values()]
+    purity = np.mean([p for _, p in found.values()], 0)
+    alike = [j for j in range(len(purity)) if names[0][j] is not None and len({v[j] for v in names}) == 1]
+    best = {s: top_samples(code, n_samples) for s, code in codes.items()}
+    parts = []
+    for j in sorted(alike, key=lambda j: (-purity[j], j))[:n_latents]:
+        parts.append(f"<section><h3>latent {j}: {html.escape(names[0][j])} <small>purity {purity[j]:.2f}</small></h3>")
+        for s in codes:
+            row = best[s][j]
+            rows = row.indices[np.argsort(row.data)]
+            parts.append(f'<div class="strip"><b>{html.escape(s)}</b>{"".join(f"<span>{describe(i)}</span>" for i in rows)}</div>')
+        parts.append("</section>")
+    return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
+
+
+WHY_BOTH_WAYS = """<p class="note"><b>joint</b>: the streams of a sample chose its latents together. <b>alone</b>: each stream
+chose its own, as it must when it is the only one there. <b>null</b>: the same model trained on streams whose rows were shuffled
+against each other, so that they have nothing in common. Joint codes of one sample share their index set by construction; that
+alone makes Jaccard and retrieval high, for the null as well. What a joint number says about shared meaning is what it has beyond
+its null; the alone numbers are the ones a user of a single stream gets.</p>"""
+
+
+def standalone_svg(svg):
+    """An inline chart as a file of its own."""
+    style = "<style>text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}.grid{stroke:#e2e8f0;stroke-width:1}" \
+            ".end{text-anchor:end}.mid{text-anchor:middle}</style>"
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + style, 1) + "\n"
+
+
+def sparc_report(path, title, metrics, log, settings, codes, features, rows, folder):
+    """The report of one run. log: rows of log.csv; codes: {mode: {stream: code}}; features, rows: what was judged."""
+    modes = list(codes)
+    sections = [("Result", f"<p>{metrics['rows']} samples of the {metrics['split']} split.</p>" + html_table(*summary(metrics)) + WHY_BOTH_WAYS)]
+    if "recovery" in metrics:
+        found = [[s, v["found"], v["of"]] for s, v in metrics["recovery"].items()]
+        sections.append(("Planted concepts recovered", html_table(["cosine at least 0.9", "found", "of"], found)))
+    grids = [(f"{mode}", metrics[mode]["r2"]) for mode in modes] + ([("linear ceiling", metrics["ceiling"])] if "ceiling" in metrics else [])
+    sections.append(("R2 of every target from every source", '<div class="pair">' + "".join(
+        f"<div><h3>{html.escape(name)}</h3>{matrix_table(grid)}</div>" for name, grid in grids) + "</div>"))
+    M = len(codes[modes[0]])
+    sections.append(("Latents alive in so many streams", html_table(["", *range(M + 1), *(f"dead in {s}" for s in codes[modes[0]])], [
+        [mode, *metrics[mode]["activation"]["alive_in"], *metrics[mode]["activation"]["dead"].values()] for mode in modes])))
+    if "by_depth" in metrics[modes[0]].get("concepts", {}):
+        depths = {mode: [d["jaccard"] for d in metrics[mode]["concepts"]["by_depth"]] for mode in modes}
+        sections.append(("Jaccard by depth of the taxonomy (the last column is the labels themselves)",
+                         html_table(["", *range(len(depths[modes[0]]))], [[mode, *v] for mode, v in depths.items()])))
+    if "retrieval" in metrics[modes[0]]:
+        named = {**{mode: metrics[mode]["retrieval"] for mode in modes}, **({"raw features": metrics["raw_retrieval"]} if "raw_retrieval" in metrics else {})}
+        body = [[f"{pair}, {name}", *v.values()] for name, pairs in named.items() for pair, v in pairs.items()]
+        sections.append(("Retrieval", html_table(["", "R@1", "R@5", "R@10", "MedR", "MRR"], body)))
+    if log:
+        def curve(key):
+            return [(int(row["step"]), float(row[key])) for row in log]
+        losses = [k for k in ("self", "cross") if any(float(row[k]) for row in log)]
+        sections.append(("Training", svg_lines({f"NMSE {k}": curve(k) for k in losses}, "step", "mean NMSE of the batch")
+                         + svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step", "dead latents")))
+    labels = features.label_matrix(rows)
+    if labels is not None and labels.any():
+        sections.append(("Concepts that have the same name in every stream, alone codes", gallery(
+            codes["alone"], labels, features.label_names, lambda i: describe_sample(features, rows[i], labels[i], folder))))
+    sections.append(("Settings", html_table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None])))
+    write_report(path, title, sections)
+
+
+def describe_sample(features, row, labels, folder):
+    """HTML of one sample: its picture if the file names one, else its caption, else its labels, else its number."""
+    about = features.about
+    if "images" in about:
+        return thumbnail(os.path.join(folder, str(about["images"][row])))
+    if "captions" in about:
+        return html.escape(str(about["captions"][row]))
+    return html.escape(", ".join(name for name, on in zip(features.label_names, labels) if on) or f"sample {row}")
+
+
+def write_report(path, title, sections):
+    """One self-contained HTML file. sections: list of (heading, HTML)."""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "report.css")) as f:
+        style = f.read()
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
+    write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+                     f'content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title><style>{style}</style>'
+                     f'<main><h1>{html.escape(title)}</h1>{body}</main></html>\n')
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path, text):
+    """Whole or not at all: to a temporary name, then renamed."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(f"{path}.tmp", path)

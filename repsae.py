@@ -1,0 +1,855 @@
+"""repsae: the command line. One function a sub-command; the only module that knows the others.
+
+    python repsae.py sparc                      train and judge SPARC on made-up streams whose truth is known
+    python repsae.py sparc --data feats.npz     the same on features of your own (data.py says how a file looks)
+    python repsae.py --help                     all commands; `python repsae.py sparc --help` all settings
+
+A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.html, each written whole or not at all.
+What a user can mend ends as one line on stderr and exit code 2. torch is imported late, so that --help is quick.
+"""
+import argparse
+import csv
+import functools
+import io
+import json
+import os
+import platform
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+# name: (default, type or tuple of choices, help). Defaults are the thesis's (5.3.2, A.1.2) where it gives one.
+DATA = {
+    "data": (None, str, "features: an .npz, or a folder of .npy; without it, made-up streams with a known truth"),
+    "streams": (None, str, "comma-separated names of the streams to use; all by default"),
+    "taxonomy": (None, str, 'JSON taxonomy of the labels: {"child": "parent", "root": null}, or nested as in Open Images'),
+}
+MODEL = {
+    "latents": (8192, int, "L, width of the sparse code"),
+    "k": (64, int, "latents kept per sample"),
+    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all streams together, each "
+             "for itself, both in turn (ours), or one stream drawn anew each step (Universal SAE)"),
+    "lam": (1., float, "weight of cross reconstruction (Eq. 14)"),
+    "loss": ("sum", ("sum", "mean"), "sum over streams as Eq. 14, or mean as the authors' code: lam_paper = lam_code / (M - 1)"),
+    "norm": ("l2", ("l2", "standard", "standard,l2", "none"), "normalisation of the features: l2 per sample, standard per "
+             "dimension with the training split's statistics, or both in that order"),
+    "aux-k": (64, int, "dead latents that rebuild the residual (AuxK); 0 turns AuxK off"),
+    "aux-coef": (1 / 32, float, "weight of AuxK"),
+    "dead-after": (1000, int, "training steps without firing after which a latent is dead"),
+    "reinit-after": (1000, int, "further steps after which a latent that AuxK could not revive is drawn anew; -1 for never "
+                     "(the authors' value of 0 leaves AuxK nothing to do)"),
+    "select": ("fp32", ("fp32", "bf16"), "precision of choosing the latents in training; bf16 halves its time"),
+    "kernels": ("auto", ("auto", "csr", "gather"), "sparse products by CSR kernels or by indexing; auto: csr on a CPU that has them"),
+}
+TRAINING = {
+    "epochs": (50, int, "passes over the training split"),
+    "batch": (256, int, "samples per step"),
+    "lr": (1e-4, float, "Adam's learning rate"),
+    "shuffle": ("blocks", ("blocks", "samples"), "shuffle contiguous blocks of a batch's size (fast on memory-mapped "
+                "folders), or single samples"),
+    "seed": (42, int, "of the split, the initial weights and the order of the batches"),
+}
+RUN = {
+    "device": ("cpu", str, "torch device"),
+    "log-every": (20, int, "steps between rows of log.csv"),
+    "save-every": (60., float, "seconds between checkpoints"),
+    "eval-rows": (10000, int, "samples judged at the end, drawn from the test (else val) split; 0 for all. R@k depends on it"),
+    "overwrite": (False, bool, "replace what an earlier run left in the folder"),
+    "resume": (False, bool, "go on where the run in the folder stopped, or start it if it never began"),
+}
+NULL = {"null": (False, bool, "train once more with the rows of all streams but the first shuffled, and show its numbers beside")}
+BENCH = {"json": (None, str, "file for every figure")}
+FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device"}
+# Settings for the made-up streams, which have 48 concepts and 4,800 training samples: the thesis's are for a million.
+PLANTED = {"latents": 128, "k": 6, "batch": 128, "lr": 2e-3, "epochs": 60, "norm": "none", "null": True}
+MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit_after": -1, "epochs": 1, "batch": 1,
+           "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
+FEW_STEPS = 2000
+
+
+class InputError(ValueError):
+    """What the caller can mend. Each room raises an InputError of its own; `main` knows them by name."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+def out_path(folder, name):
+    return os.path.join(folder, name)
+
+
+def check_folder(folder, flags):
+    """The flags to run with: those given, or on --resume those the run was started with. Touches nothing."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise InputError(f"{folder} is a file - name a folder with --out")
+    saved = None
+    if os.path.isdir(folder) and os.listdir(folder):
+        if flags.resume and os.path.exists(out_path(folder, "config.json")):
+            with open(out_path(folder, "config.json")) as f:
+                saved = json.load(f)
+        elif not flags.resume and not flags.overwrite:
+            raise InputError(f"{folder} holds a run already - use --resume, --overwrite or another --out")
+    if saved is None:
+        return flags, None
+    for name in sorted(flags.given - FREE_ON_RESUME):
+        if flags[name] != saved["flags"].get(name):
+            raise InputError(f"--{name.replace('_', '-')} {flags[name]} differs from the run in {folder}, which has "
+                             f"{saved['flags'].get(name)} - resume without it, or train anew with --overwrite")
+    return flags.replaced({k: v for k, v in saved["flags"].items() if k not in FREE_ON_RESUME}), saved
+
+
+def make_folder(folder, fresh):
+    """Create a run folder, or empty it of what a run writes (never of anything else) when `fresh`."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name in ("metrics.json", "report.html", "checkpoint.pt", "log.csv", "config.json") if fresh else ():
+            for path in (out_path(folder, name), out_path(folder, name + ".tmp")):
+                if os.path.exists(path):
+                    os.remove(path)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise InputError(f"cannot write to {folder} ({e.strerror}) - name another folder with --out")
+
+
+def versions():
+    import numpy
+    import scipy
+    import torch
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__, "scipy": scipy.__version__,
+            "threads": torch.get_num_threads()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Progress:
+    """A line that rewrites itself on a terminal, or a plain line every tenth of the way elsewhere. Goes to stderr."""
+
+    def __init__(self, total, start=0):
+        self.total, self.began, self.first, self.next = total, time.time(), start, start
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, step, text):
+        if step < self.next and step < self.total:
+            return
+        self.next = step + (1 if self.live else max(1, self.total // 10))
+        left = (time.time() - self.began) / max(step - self.first, 1) * (self.total - step)
+        line = f"step {step}/{self.total}  {text()}  {left:.0f} s left"
+        print(f"\r{line:<100}" if self.live else line, end="\n" if step >= self.total or not self.live else "",
+              file=sys.stderr, flush=True)
+
+
+class Log:
+    """The rows of log.csv: text, so that a resumed run keeps them to the byte."""
+
+    def __init__(self, path, upto=0):
+        self.path, self.rows = path, []
+        if upto and os.path.exists(path):
+            with open(path, newline="") as f:
+                self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
+
+    def add(self, row):
+        self.rows.append({k: str(v) for k, v in row.items()})
+
+    def write(self):
+        import eval as judge
+        text = io.StringIO()
+        if self.rows:
+            writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        judge.write_text(self.path, text.getvalue())
+
+
+class Interrupted(Exception):
+    pass
+
+
+def train(flags, features, folder, saved=None, command="sparc"):
+    """Train, or go on training, the model of `flags` on `features` in `folder`. Returns (model, Log)."""
+    import data
+    import eval as judge
+    import sae
+    rows = features.rows("train")
+    stats = features.statistics(rows) if "standard" in flags.norm else None
+    reinit_after = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
+    model = sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, flags.norm, stats, flags.aux_k,
+                      flags.aux_coef if flags.aux_k else 0., flags.dead_after, reinit_after, flags.select, flags.kernels,
+                      flags.seed).to(flags.device)
+    optimiser = sae.make_optimiser(model, flags.lr)
+    checkpoint = out_path(folder, "checkpoint.pt")
+    if saved and saved["data_hash"] != features.hash:
+        raise InputError(f"{flags.data} is not what the run in {folder} was trained on - restore it, or train anew")
+    make_folder(folder, fresh=not saved)
+    if saved and os.path.exists(checkpoint):
+        model, optimiser, _ = sae.load(checkpoint, flags.device)
+    judge.write_json(out_path(folder, "config.json"), {
+        "command": command, "flags": flags, "dims": features.dims, "data_hash": features.hash,
+        "train_rows": len(rows), "versions": versions()})
+    batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
+    n_steps = flags.epochs * batches.epoch
+    if n_steps < FEW_STEPS:
+        say_once(f"note: {n_steps} optimiser steps, fewer than {FEW_STEPS}, train little - raise --epochs or lower --batch")
+    log = Log(out_path(folder, "log.csv"), int(model.step))
+    _loop(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps, batches.epoch, log, checkpoint)
+    return model, log
+
+
+def _loop(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
+    """sae.fit with a log, a progress line, checkpoints, and signals that are obeyed between two steps, never inside one."""
+    import sae
+    progress, last_save, stop = Progress(n_steps, int(model.step)), time.time(), []
+
+    def save():
+        log.write()                                          # first: a log that runs ahead is cut when resuming
+        sae.save(checkpoint, model, optimiser)
+
+    def on_step(step, result):
+        nonlocal last_save
+        if step % flags.log_every == 0 or step == n_steps:
+            active = [(c.values > 0).sum(1).float().mean() for support in result["codes"] for c in support.values()]
+            log.add({"step": step, "epoch": round(step / epoch, 3), **{k: float(result[k]) for k in ("loss", "self", "cross", "aux")},
+                     "active": float(sum(active) / len(active)), **{f"dead_{s}": int(model.dead(s).sum()) for s in model.streams}})
+        progress(step, lambda: f"loss {float(result['loss']):.4f}  dead {'/'.join(str(int(model.dead(s).sum())) for s in model.streams)}")
+        if stop or step == n_steps or time.time() - last_save >= flags.save_every:
+            save()
+            last_save = time.time()
+        if stop:
+            raise Interrupted(f"stopped at step {step} of {n_steps}")
+
+    def on_signal(number, frame):
+        if stop:
+            raise KeyboardInterrupt                          # the second time at once, without saving
+        stop.append(number)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
+    try:
+        sae.fit(model, lambda step: {s: x.to(flags.device) for s, x in batch(step).items()}, n_steps, optimiser=optimiser, on_step=on_step)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    for p in model.parameters():
+        p.grad = None                                        # evaluation needs the memory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+def evaluation_rows(features, flags, *splits):
+    """Rows of the first split that has any, at most --eval-rows of them, drawn with the seed."""
+    import numpy as np
+    rows = features.rows(*splits)
+    if 0 < flags.eval_rows < len(rows):
+        rows = np.sort(np.random.default_rng([flags.seed, 4]).choice(rows, flags.eval_rows, replace=False))
+    return rows
+
+
+def codes_and_fit(model, features, rows, mode, device, block=1024):
+    """Encode `rows` block by block: ({stream: sparse code}, {"r2", "nmse"})."""
+    import eval as judge
+    import numpy as np
+    import torch
+    kept = {s: ([], []) for s in model.streams}
+
+    def blocks():
+        for start in range(0, len(rows), block):
+            x = {s: v.to(device) for s, v in features.batch(rows[start:start + block]).items()}
+            codes = model.encode(x, mode)
+            for s, c in codes.items():
+                kept[s][0].append(c.indices.int().cpu().numpy())
+                kept[s][1].append(c.values.cpu().numpy())
+            yield ({t: model.normalise(v, t) for t, v in x.items()},
+                   {(t, s): model.decode(c, t) for t in x for s, c in codes.items()})
+    with torch.no_grad():
+        fit = judge.reconstruction(blocks())
+    return {s: judge.sparse_code(np.concatenate(i), np.concatenate(v), model.n_latents) for s, (i, v) in kept.items()}, fit
+
+
+def measure(model, features, flags):
+    """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone. Returns (metrics, codes by mode, rows)."""
+    import eval as judge
+    import torch
+    rows = evaluation_rows(features, flags, "test", "val")
+    labels = features.label_matrix(rows)
+    tasks = judge.probe_tasks(labels) if labels is not None else []
+    out, codes = {"split": str(features.split[rows[0]]), "rows": len(rows)}, {}
+    for mode in ("joint", "alone") if len(model.streams) > 1 else ("alone",):
+        codes[mode], fit = codes_and_fit(model, features, rows, mode, flags.device)
+        out[mode] = {"activation": judge.activation_patterns(codes[mode]), **fit}
+        if len(model.streams) > 1:
+            out[mode]["retrieval"] = judge.retrieval(codes[mode])
+        if labels is not None and labels.any():
+            out[mode]["concepts"] = judge.concept_alignment(codes[mode], labels, features.label_names, features.parents)
+        if tasks:
+            out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
+    if len(model.streams) > 1:
+        with torch.no_grad():
+            seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy() for s, x in features.batch(r).items()}
+                    for r in (evaluation_rows(features, flags, "train"), rows)]
+        out["ceiling"] = judge.ridge_ceiling(*seen)
+        raw = judge.retrieval({s: x.numpy() for s, x in features.batch(rows).items()})
+        if raw:
+            out["raw_retrieval"] = raw
+    if features.truth:
+        out["recovery"] = judge.recovery({s: model.dictionary(s).cpu().numpy() for s in model.streams}, features.truth)
+    return out, codes, rows
+
+
+def run_sparc(flags, features, folder, saved=None, command="sparc"):
+    """Train, measure, and write metrics.json and report.html; with --null a second model in `folder`/null. Returns metrics."""
+    import eval as judge
+    began = time.time()
+    model, log = train(flags, features, folder, saved, command)
+    trained = time.time()
+    metrics, codes, rows = measure(model, features, flags)
+    if flags.null:
+        null_folder = out_path(folder, "null")
+        say("the null: the same again with every stream but the first shuffled")
+        again = flags.replaced({"null": False})
+        null, _, _ = measure(train(again, features.shuffled(flags.seed), null_folder, resumable(null_folder, saved))[0],
+                             features.shuffled(flags.seed), flags)
+        metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
+    judge.write_json(out_path(folder, "metrics.json"), metrics)
+    judge.sparc_report(out_path(folder, "report.html"), f"repsae {command}: {os.path.basename(os.path.abspath(folder))}", metrics, log.rows,
+                       {**flags, "seconds to train": round(trained - began, 1), "seconds to measure": round(time.time() - trained, 1)},
+                       codes, features, rows, os.path.dirname(os.path.abspath(flags.data or ".")))
+    return metrics
+
+
+def resumable(folder, parent):
+    """The saved config of a sub-run when its parent run is being resumed and it got that far."""
+    path = out_path(folder, "config.json")
+    if not parent or not os.path.exists(path):
+        return None
+    with open(path) as f:
+        return json.load(f)
+
+
+def read(flags):
+    """The features that the flags name, or the made-up ones; prints what the user should know about them."""
+    import data
+    if flags.data is None:
+        features = data.planted_streams(seed=flags.seed)
+        if flags.streams:
+            raise InputError("--streams picks from --data - name a file")
+    else:
+        features = data.read_features(flags.data, flags.streams.split(",") if flags.streams else None, flags.taxonomy, flags.seed)
+    for note in features.notes:
+        say("note: " + note)
+    return features
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cmd_sparc(flags):
+    """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
+    import eval as judge
+    flags, saved = check_folder(flags.out, flags)
+    features = read(flags)
+    if len(features.streams) < 2:
+        raise InputError(f"{flags.data} has the one stream {list(features.streams)[0]} - sparc shares a code among several; use sae for one")
+    metrics = run_sparc(flags, features, flags.out, saved)
+    print_summary(metrics)
+    say(f"wrote {out_path(flags.out, 'report.html')}")
+
+
+def cmd_sae(flags):
+    """Train a TopK autoencoder on one stream: SPARC with M = 1."""
+    flags, saved = check_folder(flags.out, flags)
+    if flags.data is None and flags.stream is None:
+        flags = flags.replaced({"stream": "vision"})
+    features = read(flags.replaced({"streams": flags.stream if flags.data else None}))
+    if flags.stream and flags.data is None:
+        if flags.stream not in features.streams:
+            raise InputError(f"the made-up data has no stream '{flags.stream}' - it has {', '.join(features.streams)}")
+        features.streams = {flags.stream: features.streams[flags.stream]}
+    if len(features.streams) > 1:
+        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
+    metrics = run_sparc(flags.replaced({"topk": "local", "lam": 0., "loss": "sum", "null": False}), features, flags.out, saved, "sae")
+    print_summary(metrics)
+    say(f"wrote {out_path(flags.out, 'report.html')}")
+
+
+def load_run(folder, device="cpu"):
+    """(model, config) of a run folder."""
+    import sae
+    try:
+        with open(out_path(folder, "config.json")) as f:
+            config = json.load(f)
+    except (OSError, ValueError):
+        raise InputError(f"{folder} is no run folder - name one that sparc, sae or ablate wrote")
+    return sae.load(out_path(folder, "checkpoint.pt"), device)[0], config
+
+
+def check_fits(model, features, every):
+    """Whether a model can read these features; `every`: all its streams must be there."""
+    missing = [s for s in model.streams if s not in features.dims]
+    for s, d in features.dims.items():
+        if model.dims.get(s) != d:
+            raise InputError(f"the run was trained on {model.dims}, the data has {features.dims} - take the streams it knows (--streams)")
+    if every and missing:
+        raise InputError(f"the data lacks the run's stream '{missing[0]}' - it has {', '.join(features.dims)}")
+
+
+def cmd_eval(flags):
+    """Measure a trained run again, on its own data or on other features of the same streams."""
+    import eval as judge
+    model, config = load_run(flags.run, flags.device)
+    flags = flags.replaced({k: config["flags"][k] for k in ("data", "taxonomy", "seed") if k not in flags.given})
+    features = read(flags.replaced({"streams": flags.streams or (",".join(model.streams) if flags.data else None)}))
+    if flags.data is None:
+        features.streams = {s: features.streams[s] for s in model.streams if s in features.streams}
+    check_fits(model, features, every=True)
+    metrics, _, _ = measure(model, features, flags)
+    print_summary(metrics)
+    if flags.json:
+        judge.write_json(flags.json, metrics)
+        say(f"wrote {flags.json}")
+
+
+def cmd_encode(flags):
+    """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k)."""
+    import data
+    import numpy as np
+    import torch
+    if os.path.exists(flags.out) and not flags.overwrite:
+        raise InputError(f"{flags.out} exists - use --overwrite or another --out")
+    model, _ = load_run(flags.run, flags.device)
+    names = data.stream_names(flags.data)
+    known = [s for s in model.streams if s in names]
+    if not known:
+        raise InputError(f"{flags.data} has {', '.join(names)}, none of the run's streams {', '.join(model.streams)} - check its keys")
+    features = data.read_features(flags.data, flags.streams.split(",") if flags.streams else known)
+    check_fits(model, features, every=False)
+    out = {s: ([], []) for s in features.streams}
+    with torch.no_grad():
+        for start in range(0, len(features), 1024):
+            x = {s: v.to(flags.device) for s, v in features.batch(np.arange(start, min(start + 1024, len(features)))).items()}
+            for s, c in model.encode(x, flags.mode).items():
+                out[s][0].append(c.indices.int().cpu().numpy())
+                out[s][1].append(c.values.cpu().numpy())
+    arrays = {f"{s}_{name}": np.concatenate(v) for s, pair in out.items() for name, v in zip(("indices", "values"), pair)}
+    with open(flags.out + ".tmp", "wb") as f:
+        np.savez(f, **arrays, n_latents=model.n_latents, mode=flags.mode, **{k: features.about[k] for k in ("ids",) if k in features.about})
+    os.replace(flags.out + ".tmp", flags.out)
+    say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
+
+
+ABLATION = (("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))
+ABLATE_COLUMNS = (("mixed %", "mixed: alive in some, %"), ("Jaccard", "Jaccard of top-50 labels"), ("R@1", "retrieval R@1"),
+                  ("cross R2", "R2 cross"), ("self R2", "R2 self"), ("probe", "1-D probe loss (chance 0.693)"))
+
+
+def cmd_ablate(flags):
+    """The 2x2 of thesis 5.3.4 plus `both` and `random`, in one table, each joint and alone, with its null."""
+    import eval as judge
+    flags, saved = check_folder(flags.out, flags)
+    features = read(flags)
+    if len(features.streams) < 2:
+        raise InputError("ablate compares ways of sharing a code - give at least two streams")
+    results = {}
+    for topk, lam in ABLATION:
+        name = f"{topk}_lam{lam:g}"
+        sub = out_path(flags.out, name)
+        say(f"-- {name}")
+        if not results:
+            make_folder(flags.out, fresh=not saved)
+            judge.write_json(out_path(flags.out, "config.json"), {"command": "ablate", "flags": flags, "data_hash": features.hash})
+        one = flags.replaced({"topk": topk, "lam": lam})
+        results[name] = run_sparc(one, features, sub, resumable(sub, saved), "ablate")
+    header, rows = ablation_table(results)
+    print(f"\n{judge.text_table(header, rows)}\n")
+    any_run = results["global_lam1"]
+    print(f"linear ceiling of cross R2: {judge.fmt(judge.mean_cell(any_run['ceiling']))}; {any_run['rows']} samples of the {any_run['split']} split")
+    judge.write_json(out_path(flags.out, "metrics.json"), results)
+    judge.write_report(out_path(flags.out, "report.html"), "repsae ablate", [
+        ("Who chooses the latents, and how much of it survives alone", judge.html_table(header, rows) + judge.WHY_BOTH_WAYS)])
+    say(f"wrote {out_path(flags.out, 'report.html')}; each configuration has its own report in a folder beside it")
+
+
+def ablation_table(results):
+    """{name: metrics} -> (header, rows): a line for each configuration and one for its null; cells are "joint / alone"."""
+    import eval as judge
+    header, rows = ["joint / alone", *(name for name, _ in ABLATE_COLUMNS)], []
+    for name, metrics in results.items():
+        for label, block in ((name, metrics), ("  its null", metrics.get("null"))):
+            if block:
+                heads = {mode: judge.headline(block[mode]) for mode in ("joint", "alone")}
+                rows.append([label, *(" / ".join(judge.fmt(heads[mode].get(key), key) for mode in heads) for _, key in ABLATE_COLUMNS)])
+    return header, rows
+
+
+def cmd_sweep(flags):
+    """Self and cross NMSE over values of one setting, Global against Local TopK (thesis 5.4.8, sparc.txt 5 and B)."""
+    import eval as judge
+    import sae
+    flags, saved = check_folder(flags.out, flags)
+    name, values = parse_over(flags.over)
+    features = read(flags)
+    for value in values:                                     # before anything is written
+        trial = check_ranges(flags.replaced({name: value}))
+        sae.SPARC(features.dims, trial.latents, trial.k)
+    make_folder(flags.out, fresh=not saved)
+    judge.write_json(out_path(flags.out, "config.json"), {"command": "sweep", "flags": flags, "data_hash": features.hash})
+    rows, curves = [], {}
+    for value in values:
+        found = {}
+        for topk in ("global", "local"):
+            sub = out_path(flags.out, f"{name}{value:g}_{topk}")
+            say(f"-- {name} {value:g}, {topk}")
+            metrics = run_sparc(flags.replaced({name: value, "topk": topk, "null": False}), features, sub, resumable(sub, saved), "sweep")
+            for mode in ("joint", "alone"):
+                head = judge.headline(metrics[mode])
+                for what in ("self", "cross"):
+                    found[what, topk, mode] = head[f"NMSE {what}"]
+        # each as it was trained: that is what the thesis plots
+        cells = {what: (found[what, "global", "joint"], found[what, "local", "alone"]) for what in ("self", "cross")}
+        rows.append([f"{value:g}", *cells["self"], cells["self"][0] - cells["self"][1], *cells["cross"], cells["cross"][0] - cells["cross"][1],
+                     found["self", "global", "alone"], found["cross", "global", "alone"]])
+        for what in cells:
+            for label, y in zip((f"{what}, global", f"{what}, local", f"{what}, global alone"), (*cells[what], found[what, "global", "alone"])):
+                curves.setdefault(label, []).append((value, y))
+    header = [name, "self global", "self local", "gap", "cross global", "cross local", "gap", "self global alone", "cross global alone"]
+    print("\n" + judge.text_table(header, rows))
+    judge.write_json(out_path(flags.out, "metrics.json"), {"over": name, "header": header, "rows": rows})
+    chart = judge.svg_lines(curves, name, "NMSE")
+    judge.write_text(out_path(flags.out, "sweep.svg"), judge.standalone_svg(chart))
+    judge.write_report(out_path(flags.out, "report.html"), f"repsae sweep over {name}", [("NMSE, Global against Local TopK", chart + judge.html_table(header, rows))])
+    say(f"wrote {out_path(flags.out, 'report.html')} and sweep.svg")
+
+
+def parse_over(over):
+    """"latents=256,512" -> ("latents", [256, 512])."""
+    name, _, values = (over or "").partition("=")
+    if name not in ("latents", "k", "lam", "lr"):
+        raise InputError(f"--over {over} - write for example latents=256,512,1024 (or k=, lam=, lr=)")
+    kind = {**MODEL, **TRAINING}[name][1]
+    try:
+        return name, [kind(v) for v in values.split(",")]
+    except ValueError:
+        raise InputError(f"--over {over}: the values must be of type {kind.__name__} - write for example {name}=1,2")
+
+
+def print_summary(metrics):
+    import eval as judge
+    header, rows = judge.summary(metrics)
+    print(f"\n{judge.text_table(header, rows)}\n\n{metrics['rows']} samples of the {metrics['split']} split")
+    for s, found in metrics.get("recovery", {}).items():
+        print(f"planted concepts recovered, {s}: {found['found']} of {found['of']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+# ---------------------------------------------------------------------------------------------------------------------
+
+class PeakMemory:
+    """Highest anonymous memory (RssAnon, MB) of this process inside a `with`: mapped files are the system's, not ours."""
+
+    def __enter__(self):
+        self.mb, self.start, self._on = 0., self.now(), True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._on = False
+        self._thread.join()
+
+    def _watch(self):
+        while self._on:
+            self.mb = max(self.mb, self.now())
+            time.sleep(0.002)
+
+    @staticmethod
+    def now():
+        try:
+            with open("/proc/self/status") as f:
+                return next(int(line.split()[1]) / 1024 for line in f if line.startswith("RssAnon"))
+        except (OSError, StopIteration):
+            return 0.                                        # not Linux: no figure rather than a wrong one
+
+
+def dense_step(model, optimiser, x):
+    """A training step as the authors' code does it: dense codes, M^2 dense decoders, renormalise, project, Adam.
+
+    Without AuxK, which their code computes in every step, dead latents or not: that is left out in their favour.
+    """
+    import sae
+    optimiser.zero_grad()
+    sae.dense_loss(model, x).backward()
+    sae.renormalise(model)
+    sae.project_gradient(model)
+    optimiser.step()
+
+
+def phases(model, optimiser, x):
+    """One of our steps taken apart: seconds by phase. The same calls as sae.train_step."""
+    import sae
+    marks = [("", time.perf_counter())]
+
+    def mark(name):
+        marks.append((name, time.perf_counter()))
+    model._support({s: v - model.b_pre[s].detach() for s, v in x.items()}, "joint")
+    mark("choose")
+    sae._recycle(model)
+    total, parts = model.loss(x)
+    mark("forward")
+    total.backward()
+    mark("backward")
+    sae.project_gradient(model)
+    mark("project")
+    optimiser.step()
+    mark("adam")
+    sae.renormalise(model)
+    mark("renormalise")
+    sae._count_idle(model, parts["codes"])
+    mark("count dead")
+    seconds = {name: now - before for (_, before), (name, now) in zip(marks, marks[1:])}
+    seconds["forward"] -= seconds["choose"]                  # loss() chooses too
+    return seconds
+
+
+def bench_sparc(dims, rounds, device, batch=256, latents=8192, k=64):
+    """Time and memory of a training step, sparse against dense, steps of both kinds taking turns. Returns plain figures."""
+    import torch
+    import sae
+    g = torch.Generator().manual_seed(0)
+    x = {s: torch.nn.functional.normalize(torch.randn(batch, d, generator=g)).to(device) for s, d in dims.items()}
+
+    def sync():
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    def once(step):
+        began = time.perf_counter()
+        step()
+        sync()
+        return 1000 * (time.perf_counter() - began)
+
+    def contender(step, make, **kw):
+        model = sae.SPARC(dims, latents, k, **kw).to(device).train()
+        optimiser = make(model)
+        return lambda: step(model, optimiser, x)
+    plain = lambda m: torch.optim.Adam(m.parameters(), lr=1e-4)      # noqa: E731
+    kinds = {"step_ms": (sae.train_step, sae.make_optimiser, {}), "bf16_step_ms": (sae.train_step, sae.make_optimiser, {"select": "bf16"}),
+             "dense_step_ms": (dense_step, plain, {}), "dense_fused_step_ms": (dense_step, sae.make_optimiser, {})}
+    out = {"streams": dims, "batch": batch, "latents": latents, "k": k}
+    for name, kind in (("peak_mb", "step_ms"), ("dense_peak_mb", "dense_step_ms")):
+        with PeakMemory() as peak:
+            step = contender(kinds[kind][0], kinds[kind][1])
+            step(), step()
+            del step
+        out[name] = round(peak.mb - peak.start, 1)
+    steps = {name: contender(step, make, **kw) for name, (step, make, kw) in kinds.items()}
+    times = {name: [] for name in kinds}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            ms = once(step)
+            if i:                                            # the first is a warm-up
+                times[name].append(ms)
+    out.update({name: round(statistics.median(v), 1) for name, v in times.items()})
+    out["ratio"] = round(out["dense_step_ms"] / out["step_ms"], 2)
+    out["fused_ratio"] = round(out["dense_fused_step_ms"] / out["step_ms"], 2)
+    del steps
+    model = sae.SPARC(dims, latents, k).to(device).train()
+    optimiser = sae.make_optimiser(model)
+    apart = [phases(model, optimiser, x) for _ in range(rounds + 2)][2:]
+    out["phase_ms"] = {name: round(1000 * statistics.median(p[name] for p in apart), 1) for name in apart[0]}
+    return out
+
+
+def bench_rows(rows):
+    """Peak memory of some hundred training steps and an evaluation on a memory-mapped folder of `rows` float16 rows."""
+    import numpy as np
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for s, d in (("dino", 1024), ("clip_img", 768), ("clip_txt", 768)):
+            out = np.lib.format.open_memmap(out_path(folder, f"{s}.npy"), "w+", np.float16, (rows, d))
+            for start in range(0, rows, 4096):
+                out[start:start + 4096] = rng.standard_normal((min(4096, rows - start), d), np.float32)
+            del out
+        np.save(out_path(folder, "labels.npy"), rng.integers(0, 20, rows))
+        split = np.full(rows, "train", "<U5")
+        split[rng.permutation(rows)[:rows // 5]] = "test"
+        np.save(out_path(folder, "split.npy"), split)
+        child = subprocess.run([sys.executable, os.path.abspath(__file__), "bench", "rows-child", "--data", folder], capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(child.stderr)
+    return json.loads(child.stdout)
+
+
+def bench_rows_child(flags, n_steps=300):
+    import data
+    import sae
+    with PeakMemory() as peak:
+        began = time.time()
+        features = data.read_features(flags.data)
+        read = time.time()
+        rows = features.rows("train")
+        model = sae.SPARC(features.dims, 8192, 64)
+        batches = data.Batches(rows, 256, 0)
+        sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps)
+        trained = time.time()
+        measure(model, features, flags)
+    print(json.dumps({"rows": len(features), "data_mb": round(sum(x.nbytes for x in features.streams.values()) / 2 ** 20),
+                      "peak_mb": round(peak.mb, 1), "read_s": round(read - began, 1), "train_s": round(trained - read, 1),
+                      "evaluate_s": round(time.time() - trained, 1)}))
+
+
+def cmd_bench(flags):
+    """Speed and memory: `sparc` (a training step against the dense way) and `rows` (memory on large memory-mapped folders)."""
+    import eval as judge
+    if flags.what == "rows-child":
+        return bench_rows_child(flags)
+    found = {"versions": versions()}
+    if flags.what in ("sparc", "all"):
+        found["sparc"] = []
+        for dims, rounds in (({"dino": 1024, "clip_img": 768, "clip_txt": 768}, 9), ({f"s{i}": 768 for i in range(10)}, 3)):
+            r = bench_sparc(dims, rounds, flags.device)
+            found["sparc"].append(r)
+            total = sum(r["phase_ms"].values())
+            print(f"\nM = {len(dims)} streams of {'/'.join(map(str, dict.fromkeys(dims.values())))}, batch 256, L 8192, k 64, "
+                  f"{found['versions']['threads']} threads, {flags.device}")
+            print(judge.text_table(["", "ms a step", "ratio", "peak MB"], [
+                ["sparse (ours)", r["step_ms"], 1., r["peak_mb"]], ["sparse, --select bf16", r["bf16_step_ms"], r["bf16_step_ms"] / r["step_ms"], None],
+                ["dense, Adam's defaults (the authors' way)", r["dense_step_ms"], r["ratio"], r["dense_peak_mb"]],
+                ["dense, fused Adam", r["dense_fused_step_ms"], r["fused_ratio"], None]]))
+            print("ours by phase: " + ", ".join(f"{name} {ms:.0f} ms ({100 * ms / total:.0f} %)" for name, ms in r["phase_ms"].items()))
+    if flags.what in ("rows", "all"):
+        found["rows"] = [bench_rows(n) for n in (40_000, 400_000)]
+        print("\n300 steps and an evaluation on a memory-mapped folder, float16, 1024 + 768 + 768 wide, L 8192, k 64")
+        print(judge.text_table(["rows", "data MB", "peak MB (RssAnon)", "read s", "train s", "evaluate s"],
+                               [[f"{r['rows']:,}", r["data_mb"], r["peak_mb"], r["read_s"], r["train_s"], r["evaluate_s"]] for r in found["rows"]]))
+    if flags.json:
+        judge.write_json(flags.json, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Flags(dict):
+    """The settings of a command by name, readable as attributes. `given` holds those that the user typed."""
+    given = frozenset()
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name)
+
+    def replaced(self, changes):
+        new = Flags({**self, **changes})
+        new.given = self.given
+        return new
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} - see python repsae.py {' '.join(self.prog.split()[1:] + ['--help'])}")
+
+
+COMMANDS = {}
+EVAL_ONLY = {k: RUN[k] for k in ("device", "eval-rows")}
+
+
+def command(name, run, groups, out=None, positional=(), extra=None, defaults=None):
+    table = {k: v for group in groups for k, v in group.items()}
+    if out:
+        table["out"] = (out, str, "where to write")
+    table.update(extra or {})
+    COMMANDS[name] = (run, table, positional, defaults or {})
+
+
+command("sparc", cmd_sparc, (DATA, MODEL, TRAINING, NULL, RUN), "runs/sparc")
+command("sae", cmd_sae, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam", "loss")}, TRAINING, RUN), "runs/sae",
+        extra={"stream": (None, str, "the stream to train on; needed when the data has several")})
+command("eval", cmd_eval, (DATA, TRAINING and {"seed": TRAINING["seed"]}, EVAL_ONLY, BENCH), positional=("run",))
+command("encode", cmd_encode, (DATA, {"device": RUN["device"], "overwrite": RUN["overwrite"]}), "codes.npz", positional=("run",),
+        extra={"mode": ("alone", ("joint", "alone"), "the given streams choose the latents together, or each its own")})
+command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam")}, TRAINING, NULL, RUN), "runs/ablate",
+        defaults={"null": True})
+command("sweep", cmd_sweep, (DATA, {k: v for k, v in MODEL.items() if k != "topk"}, TRAINING, RUN), "runs/sweep",
+        extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=")})
+command("bench", cmd_bench, (BENCH, {"device": RUN["device"]}), positional=("what",))
+
+
+def parse(argv):
+    """argv -> (command function, Flags). Only what the user typed comes out of argparse; defaults are filled in here."""
+    parser = Parser(prog="repsae", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subs = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=Parser)
+    for name, (run, table, positional, defaults) in COMMANDS.items():
+        sub = subs.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__)
+        for what in positional:
+            if name == "bench":
+                sub.add_argument(what, nargs="?", choices=("all", "sparc", "rows", "rows-child"), metavar="{all,sparc,rows}", default="all")
+                sub.add_argument("--data", help=argparse.SUPPRESS)
+            else:
+                sub.add_argument(what, help="a run folder")
+        for flag, (default, kind, text) in table.items():
+            default = defaults.get(flag, default)
+            note = f"(default: {default}" + (f"; made-up data: {PLANTED[flag]})" if flag in PLANTED and "data" in table else ")")
+            option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
+                {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
+            sub.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=f"{text} {note}", **option)
+    given = vars(parser.parse_args(argv))
+    run, table, positional, defaults = COMMANDS[given["command"]]
+    values = {k.replace("-", "_"): defaults.get(k, v[0]) for k, v in table.items()}
+    if given.get("data") is None and "data" in table:
+        values.update({k: v for k, v in PLANTED.items() if k in values})
+    flags = Flags({**values, **given})
+    flags.given = frozenset(given) & frozenset(values)
+    return run, check_ranges(flags)
+
+
+def check_ranges(flags):
+    for name, least in MINIMUM.items():
+        if name in flags and not flags[name] >= least:
+            raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give at least {least}")
+    if "lr" in flags and not flags.lr > 0:
+        raise InputError(f"--lr {flags.lr} - give a positive number")
+    return flags
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(text):
+    say(text)
+
+
+def fail(text):
+    say(f"repsae: error: {text}")
+    raise SystemExit(2)
+
+
+def main(argv=None):
+    try:
+        run, flags = parse(argv)
+        run(flags)
+    except Interrupted as e:
+        say(f"\n{e}; go on with: python repsae.py {flags.command} --resume --out {shlex.quote(flags.out)}")
+        raise SystemExit(130)
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+    except ValueError as e:
+        if type(e).__name__ != "InputError":
+            raise
+        fail(e)
+
+
+if __name__ == "__main__":
+    main()

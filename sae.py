@@ -1,0 +1,600 @@
+"""SPARC: sparse autoencoders that give many models one shared sparse code.
+
+Read first   thesis 5.2 (Eq. 6-14) and A.1.2; the paper "SPARC" sections 3.2-3.3. Gao et al., "Scaling and
+             evaluating sparse autoencoders", for TopK and AuxK. With one stream, SPARC is Gao's TopK autoencoder.
+Read in      `dense_loss` (the equations as the thesis writes them), then `SPARC`, then the sparse products that
+this order   make it fast, then `train_step` and `fit`.
+
+Glossary     B batch . M streams . L latents . k latents kept per sample . d_s width of stream s
+             s, t     source and target stream
+             x^s      (B, d_s) features, normalised          h^s  (B, L) logits           thesis Eq. 6
+             z^s      (B, L) code, k-sparse, never stored dense: `Codes(indices (B, k), values (B, k))`
+             W_enc[s] (L, d_s)  encoder, W_E^s in the thesis      b_lat[s] (L,)   latent bias
+             W_dec[s] (L, d_s)  decoder; row j is the unit dictionary vector of latent j, so it is the thesis's W_D^s
+                      transposed                                  b_pre[s] (d_s,) pre-bias
+             lambda   weight of cross reconstruction, `lam`
+             joint    a code whose support was chosen from all given streams together (Eq. 7-8)
+             alone    a code whose support was chosen from its own stream only
+
+Deviations   from the authors' code, where it differs from the papers or is wrong (all in the README):
+             the loss sums over streams as Eq. 14 does (`reduction="mean"` averages, as their code does);
+             AuxK is exactly 0 when no latent is dead, adds no bias, and sends gradient to dead latents only;
+             dictionary rows are renormalised after the optimiser step, so what is saved has unit norm;
+             dead latents are counted in training only; an all-zero sample is skipped, not divided by.
+Ours         topk="both" (train on the joint and on the alone support) and the sparse arithmetic.
+Not here     learning-rate schedules, mixed precision, several GPUs.
+
+This file needs nothing but torch: copy it alone into your project.
+
+    model = SPARC({"clip": 512, "dino": 768}, n_latents=4096, k=32, topk="both", norm="l2")
+    fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4)          # a batch: {"clip": (B, 512), "dino": (B, 768)}
+    codes = model.encode({"clip": x_clip}, mode="alone")                  # raw features in, {"clip": Codes} out
+    dino_hat = model.decode(codes["clip"], "dino")                        # Eq. 12: one model read from another
+"""
+import os
+import warnings
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+TOPK = ("global", "local", "both", "random")
+NORMS = ("l2", "standard", "standard,l2", "none")
+FIRES = 1e-3  # a latent counts as having fired when a value exceeds this (the authors' auxk_threshold)
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+
+class InputError(ValueError):
+    """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
+
+
+class Codes(NamedTuple):
+    """A k-sparse code: `indices` (B, k) int64 in 0..L-1, distinct in a row, and `values` (B, k), never negative.
+
+    A value may be 0: TopK chose the latent, ReLU silenced it (Eq. 9). Such a latent is not active.
+    """
+    indices: torch.Tensor
+    values: torch.Tensor
+
+    def dense(self, n_latents):
+        """The same code as a (B, L) tensor, for showing and for small L."""
+        return self.values.new_zeros(len(self.values), n_latents).scatter(1, self.indices, self.values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The equations, as the thesis writes them
+# ---------------------------------------------------------------------------------------------------------------------
+
+def nmse(x, x_hat):
+    """Normalised mean squared error, thesis Eq. 13, averaged over samples. x, x_hat (B, d) -> scalar.
+
+    A sample of zeros has no scale to normalise by: it is left out of the mean (the authors' code gives inf).
+    """
+    return ((x - x_hat).square().sum(1) * _nmse_weight(x)).sum()
+
+
+def _nmse_weight(x):
+    """(B, d) -> (B,): 1 / ||x||^2 over the number of samples that are not all zero; 0 for those that are."""
+    energy = x.square().sum(1)
+    return torch.where(energy > 0, 1 / energy.clamp_min(1e-30), 0) / (energy > 0).sum().clamp_min(1)
+
+
+def dense_loss(model, x):
+    """SPARC's loss with dense codes and M^2 dense decoders: slow, and the text to read beside thesis 5.2.
+
+    x: dict stream -> (B, d_s), raw. Returns the scalar of Eq. 14 (without AuxK). `SPARC.loss` computes the same number
+    and the same gradients; the tests hold it to that, and `bench` times it against this.
+    """
+    x = {s: model.normalise(x[s], s) for s in x}
+    h = {s: (x[s] - model.b_pre[s]) @ model.W_enc[s].T + model.b_lat[s] for s in x}         # Eq. 6, (B, L)
+    h_agg = sum(h.values())                                                                 # Eq. 7
+    deciders = {"global": [dict.fromkeys(x, h_agg)], "local": [h], "both": [dict.fromkeys(x, h_agg), h],
+                "random": [dict.fromkeys(x, h[model.drawn_stream()])]}[model.topk]
+    total = 0.
+    for decider in deciders:
+        z = {}
+        for s in x:
+            kept = decider[s].topk(model.k).indices                                         # Eq. 8, (B, k)
+            z[s] = torch.relu(h[s] * torch.zeros_like(h[s]).scatter(1, kept, 1.))           # Eq. 9, (B, L)
+        self_terms, cross_terms = [], []
+        for s in x:
+            for t in x:
+                if s != t and not model.lam:
+                    continue
+                x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                              # Eq. 11 (s = t), Eq. 12
+                (self_terms if s == t else cross_terms).append(nmse(x[t], x_hat))           # Eq. 13
+        total = total + model.reduce(self_terms) + model.lam * model.reduce(cross_terms)    # Eq. 14
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sparse products: after the k latents are chosen nothing may cost B*L*d
+# ---------------------------------------------------------------------------------------------------------------------
+# Three products are all there is, and they are each other's gradients. With S the (B, L) matrix that holds `values` at
+# `indices`:
+#     sample   values_bi = x_b . W[indices_bi]          k logits of a sample, of the L there are
+#     combine  out = S W                                a weighted sum of k dictionary rows
+#     scatter  out = S^T x                              the gradient of either with respect to W
+# On a CPU, CSR kernels do them fastest; `kernels="gather"` uses only indexing and batched products, for torch builds
+# without CSR kernels and for GPUs.
+
+class Pattern:
+    """Where a batch of codes is non-zero: indices (B, k) of L latents, prepared for products by row and by column."""
+
+    def __init__(self, indices, n_latents, kernels, spare=None):
+        self.indices, self.n_latents, self.csr = indices, n_latents, kernels == "csr"
+        self.spare = {} if spare is None else spare          # (L, d) -> memory that a gradient may be written to
+        self._columns = None
+
+    def rows(self, values):
+        """S as a CSR matrix (B, L). int32 indices: MKL's own width, anything else is converted in each product."""
+        B, k = self.indices.shape
+        starts = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=values.device)
+        return torch.sparse_csr_tensor(starts, self.indices.reshape(-1).int(), values.reshape(-1),
+                                       (B, self.n_latents), check_invariants=False)
+
+    def columns(self, values):
+        """S^T as a CSR matrix (L, B): explicit, because CSR^T @ dense is three times slower than CSR @ dense."""
+        B, k = self.indices.shape
+        if self._columns is None:
+            flat = self.indices.reshape(-1).int()
+            order = flat.argsort(stable=True)
+            starts = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=flat.device)
+            torch.cumsum(torch.bincount(flat, minlength=self.n_latents), 0, dtype=torch.int32, out=starts[1:])
+            self._columns = starts, (order // k).int(), order
+        starts, sample, order = self._columns
+        return torch.sparse_csr_tensor(starts, sample, values.reshape(-1)[order], (self.n_latents, B),
+                                       check_invariants=False)
+
+
+def _sample(x, W, p):                                                                       # (B, d), (L, d) -> (B, k)
+    if p.csr:
+        pattern = p.rows(x.new_zeros(p.indices.shape))
+        return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0).values().view_as(p.indices)
+    return torch.bmm(W[p.indices], x.unsqueeze(2)).squeeze(2)
+
+
+def _times(S, x, spare=()):
+    """CSR (m, n) @ dense (n, d). In place with beta=0, because `S @ x` first copies a matrix of zeros into its result."""
+    out = spare.pop() if spare else x.new_empty(S.shape[0], x.shape[1])
+    return out.addmm_(S, x, beta=0)
+
+
+def _combine(values, W, p):                                                                 # (B, k), (L, d) -> (B, d)
+    if p.csr:
+        return _times(p.rows(values), W)
+    return torch.bmm(values.unsqueeze(1), W[p.indices]).squeeze(1)
+
+
+def _scatter(values, x, p):                                                                 # (B, k), (B, d) -> (L, d)
+    if p.csr:
+        return _times(p.columns(values), x, p.spare.get((p.n_latents, x.shape[1])))
+    rows = (values.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1)                             # (B*k, d)
+    return x.new_zeros(p.n_latents, x.shape[1]).index_add_(0, p.indices.reshape(-1), rows)
+
+
+class _SampledLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, pattern):
+        ctx.save_for_backward(x, W)
+        ctx.pattern = pattern
+        return _sample(x, W, pattern)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, W = ctx.saved_tensors
+        return (_combine(g, W, ctx.pattern) if ctx.needs_input_grad[0] else None,
+                _scatter(g, x, ctx.pattern) if ctx.needs_input_grad[1] else None, None)
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, W, pattern):
+        ctx.save_for_backward(values, W)
+        ctx.pattern = pattern
+        return _combine(values, W, pattern)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        values, W = ctx.saved_tensors
+        return (_sample(g, W, ctx.pattern) if ctx.needs_input_grad[0] else None,
+                _scatter(values, g, ctx.pattern) if ctx.needs_input_grad[1] else None, None)
+
+
+class _PickBias(torch.autograd.Function):
+    """b (L,) at indices (B, k). Its own Function because the gradient of indexing is a slow serial loop."""
+    @staticmethod
+    def forward(ctx, b, indices):
+        ctx.save_for_backward(indices)
+        ctx.n = len(b)
+        return b[indices]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        indices, = ctx.saved_tensors
+        return g.new_zeros(ctx.n).index_add_(0, indices.reshape(-1), g.reshape(-1)), None
+
+
+@lru_cache(None)
+def _has_csr():
+    """Whether this torch build has the CSR kernels (builds without MKL may not)."""
+    try:
+        p = Pattern(torch.tensor([[0, 1]]), 2, "csr")
+        W = torch.eye(2)
+        return bool(_combine(_sample(torch.ones(1, 2), W, p), _scatter(torch.ones(1, 2), torch.ones(1, 2), p), p).sum() == 4)
+    except RuntimeError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+class SPARC(nn.Module):
+    """Sparse Autoencoders for Aligned Representation of Concepts (thesis 5.2). With one stream: a TopK autoencoder.
+
+    dims        dict stream -> d_s; its order is the order of every result. Names go into parameter names: no dots.
+    n_latents   L          k   latents kept per sample, at most L
+    topk        who chooses the k latents in training:
+                "global"  all streams together: TopK of the summed logits               (Eq. 7-9)
+                "local"   each stream for itself                                        (thesis 5.3.4)
+                "both"    one loss with the global and one with the local support, added; ours: a model trained on the
+                          joint support only is poor when it later sees one stream alone
+                "random"  one stream, drawn anew each step, for all (Universal SAE; sparc.txt section 1)
+    lam         weight of cross reconstruction (Eq. 14)
+    reduction   "sum" as Eq. 14, or "mean" of each sum as the authors' code: lambda_paper = lambda_code / (M - 1)
+    norm        how raw features are normalised, one of NORMS: "l2" per sample (the authors' code; no paper says so),
+                "standard" per dimension with `stats`, "standard,l2" both in that order, "none"
+    stats       dict stream -> (mean (d_s,), std (d_s,)) of the training samples, for "standard"
+    aux_k, aux_coef, dead_after, reinit_after
+                AuxK (thesis A.1.2): a latent that has not fired for `dead_after` training steps is dead; the `aux_k`
+                best dead latents rebuild the residual, weighted `aux_coef`. One still dead `reinit_after` steps later is
+                drawn anew. (The authors' value of 0 for the latter leaves AuxK nothing to do.)
+    select      "fp32", or "bf16" to choose the support in bfloat16 while training: faster, and now and then another latent
+    kernels     "auto", "csr" or "gather": see the sparse products above
+    seed        of the initial weights and of every later draw
+
+    Parameters live in dicts by stream: W_enc, W_dec (L, d_s), b_pre (d_s,), b_lat (L,). Normalisation statistics, the
+    dead-latent counters and the step count are buffers, so one state_dict holds all that a run needs to go on.
+    Raises InputError for settings that cannot be.
+    """
+
+    def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2", stats=None, aux_k=64,
+                 aux_coef=1 / 32, dead_after=1000, reinit_after=1000, select="fp32", kernels="auto", seed=42):
+        super().__init__()
+        self.config = dict(dims=dict(dims), n_latents=n_latents, k=k, topk=topk, lam=lam, reduction=reduction, norm=norm,
+                           aux_k=aux_k, aux_coef=aux_coef, dead_after=dead_after, reinit_after=reinit_after, select=select,
+                           kernels=kernels, seed=seed)
+        self._check()
+        for name, value in self.config.items():
+            setattr(self, name, value)
+        self.streams = list(dims)
+        g = torch.Generator().manual_seed(seed)
+        W = {s: (torch.rand(n_latents, d, generator=g) * 2 - 1) / d ** 0.5 for s, d in dims.items()}
+        self.W_enc = nn.ParameterDict(W)
+        self.W_dec = nn.ParameterDict({s: F.normalize(w) for s, w in W.items()})            # tied at the start
+        self.b_pre = nn.ParameterDict({s: torch.zeros(d) for s, d in dims.items()})
+        self.b_lat = nn.ParameterDict({s: torch.zeros(n_latents) for s in dims})
+        for s, d in dims.items():
+            mean, std = (stats or {}).get(s, (torch.zeros(d), torch.ones(d)))
+            std = torch.as_tensor(std, dtype=torch.float32)
+            self.register_buffer(f"mean_{s}", torch.as_tensor(mean, dtype=torch.float32).clone())
+            self.register_buffer(f"std_{s}", torch.where(std > 0, std, 1))                  # a constant dimension stays 0
+            self.register_buffer(f"idle_{s}", torch.zeros(n_latents, dtype=torch.long))     # steps since it last fired
+        self._spare = {}                                     # gradient memory, handed from step to step: see `_recycle`
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))                     # training steps taken
+
+    def _check(self):
+        c = self.config
+        if not c["dims"]:
+            raise InputError("no streams - give at least one")
+        for s, d in c["dims"].items():
+            if "." in s or not s or hasattr(nn.ParameterDict, s):
+                raise InputError(f"stream name '{s}' cannot name a parameter - rename it (letters, digits, _ and -)")
+            if d < 1:
+                raise InputError(f"stream '{s}' has width {d} - give it at least one column")
+        if not 1 <= c["k"] <= c["n_latents"]:
+            raise InputError(f"k={c['k']} must lie in 1..latents={c['n_latents']} - lower k or raise latents")
+        for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")), ("select", ("fp32", "bf16")),
+                              ("kernels", ("auto", "csr", "gather"))):
+            if c[name] not in allowed:
+                raise InputError(f"{name}={c[name]!r} - use one of {', '.join(allowed)}")
+
+    # -- features in --------------------------------------------------------------------------------------------------
+
+    def normalise(self, x, stream):
+        """Raw features (B, d_s) -> what the model sees: standardised and/or scaled to unit length. Zero rows stay zero."""
+        if "standard" in self.norm:
+            x = (x - getattr(self, f"mean_{stream}")) / getattr(self, f"std_{stream}")
+        if "l2" in self.norm:
+            x = F.normalize(x, dim=-1, eps=1e-8)
+        return x
+
+    def dictionary(self, stream):
+        """The (L, d_s) dictionary in units of the raw features: what one unit of a latent adds to them."""
+        W = self.W_dec[stream].detach()
+        return W * getattr(self, f"std_{stream}") if "standard" in self.norm else W
+
+    def _features(self, x):
+        for s, v in x.items():
+            if s not in self.dims:
+                raise InputError(f"stream '{s}' is unknown to the model - it has {', '.join(self.streams)}")
+            if v.dim() != 2 or v.shape[1] != self.dims[s]:
+                raise InputError(f"stream '{s}' has shape {tuple(v.shape)} - the model wants (B, {self.dims[s]})")
+        if not x:
+            raise InputError("no streams given - give at least one of " + ", ".join(self.streams))
+        return {s: self.normalise(x[s], s) for s in self.streams if s in x}                 # one order, whatever was given
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+    # `c` is a dict of centred features x^s - b_pre^s, (B, d_s). Dense logits live only here, and without gradients.
+
+    def _logits(self, c, streams):
+        """All L logits, Eq. 6, summed over `streams`, (B, L)."""
+        h = sum(self.b_lat[s] for s in streams)                                             # (L,)
+        for s in streams:
+            if self.select == "bf16" and self.training:
+                h = (c[s].bfloat16() @ self.W_enc[s].bfloat16().T).float().add_(h)
+            else:
+                h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)  # Eq. 7, in place
+        return h
+
+    @torch.no_grad()
+    def _support(self, c, mode):
+        """Which k latents are kept, dict stream -> (B, k): chosen "joint"ly, "alone", or by the one stream named `mode`."""
+        def top(streams):
+            return self._logits(c, streams).topk(self.k, sorted=False).indices              # Eq. 8
+        if mode == "alone":
+            return {s: top([s]) for s in c}
+        return dict.fromkeys(c, top(list(c) if mode == "joint" else [mode]))
+
+    def drawn_stream(self):
+        """The stream that chooses for all in this step of topk="random": a function of seed and step, so resuming is exact."""
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
+        return self.streams[int(torch.randint(len(self.streams), (), generator=g))]
+
+    def _training_modes(self):
+        return {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"],
+                "random": [self.drawn_stream()]}[self.topk]
+
+    # -- encoding and decoding ----------------------------------------------------------------------------------------
+
+    def _pattern(self, indices):
+        kernels = self.kernels
+        if kernels == "auto":
+            kernels = "csr" if indices.device.type == "cpu" and _has_csr() else "gather"
+        return Pattern(indices, self.n_latents, kernels, self._spare)
+
+    def _codes(self, c, support):
+        """ReLU of the chosen logits, Eq. 9: dicts of c (B, d_s) and support (B, k) -> dict of Codes."""
+        codes, pattern = {}, None
+        for s, indices in support.items():
+            if pattern is None or pattern.indices is not indices:                           # one for all when joint
+                pattern = self._pattern(indices)
+            h = _SampledLogits.apply(c[s], self.W_enc[s], pattern) + _PickBias.apply(self.b_lat[s], indices)
+            codes[s] = Codes(indices, torch.relu(h))
+        return codes
+
+    def encode(self, x, mode=None):
+        """Codes of raw features. x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample.
+
+        mode: "joint", the given streams choose the support together; "alone", each chooses its own. By default the
+        way of training ("alone" for topk="local"). Returns dict stream -> Codes; differentiable in x and the weights.
+        """
+        mode = mode or ("alone" if self.topk == "local" else "joint")
+        if mode not in ("joint", "alone"):
+            raise InputError(f"mode={mode!r} - use joint or alone")
+        c = {s: v - self.b_pre[s] for s, v in self._features(x).items()}
+        return self._codes(c, self._support(c, mode))
+
+    def decode(self, codes, stream):
+        """Any stream's Codes -> (B, d) reconstruction of `stream`, in normalised units: D_t(z^s), Eq. 10-12."""
+        return _SparseDecode.apply(codes.values, self.W_dec[stream], self._pattern(codes.indices)) + self.b_pre[stream]
+
+    # -- the loss -----------------------------------------------------------------------------------------------------
+
+    def reduce(self, terms):
+        """Sum of a list of loss terms as Eq. 14 has it, or their mean as the authors' code does."""
+        return sum(terms) / (len(terms) if self.reduction == "mean" and terms else 1)
+
+    def loss(self, x):
+        """Eq. 14 plus AuxK for one batch of raw features, dict stream -> (B, d_s) of all streams.
+
+        Returns (total, parts): parts holds detached scalars `self` and `cross` (mean NMSE over streams and over ordered
+        pairs), `aux`, and `codes`, a list with one dict stream -> Codes for each support used.
+        """
+        x = self._features(x)
+        if len(x) < len(self.streams):
+            raise InputError("training needs every stream - missing " + ", ".join(set(self.streams) - set(x)))
+        c = {s: v - self.b_pre[s] for s, v in x.items()}
+        weight = {s: _nmse_weight(v) for s, v in x.items()}
+        total, parts = 0., {"self": [], "cross": [], "aux": [], "codes": []}
+        for mode in self._training_modes():
+            codes = self._codes(c, self._support(c, mode))
+            own, cross, aux = self._terms(c, weight, codes)
+            total = total + self.reduce(own) + self.lam * self.reduce(cross) + self.aux_coef * self.reduce(aux)
+            for name, terms in (("self", own), ("cross", cross), ("aux", aux)):
+                parts[name] += [v.detach() for v in terms]
+            parts["codes"].append(codes)
+        for name in ("self", "cross", "aux"):
+            parts[name] = torch.stack(parts[name]).mean() if parts[name] else torch.zeros(())
+        return total, parts
+
+    def _terms(self, c, weight, codes):
+        """NMSE of every reconstruction and AuxK of every stream, as lists: own (M), cross (M*(M-1)), aux.
+
+        x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources go through one product,
+        the codes of one sample in neighbouring rows: their supports overlap, and the dictionary rows that one needs are
+        still in the cache when the next does. That is twice as fast as one stream after the other.
+        """
+        own, cross, aux = [], [], []
+        pattern = None
+        for t in c:
+            sources = list(c) if self.lam else [t]
+            if pattern is None or not self.lam:
+                indices, values = (torch.stack([codes[s][i] for s in sources], 1).flatten(0, 1) for i in (0, 1))
+                pattern = self._pattern(indices)                                            # (B*M, k)
+            y = _SparseDecode.apply(values, self.W_dec[t], pattern).unflatten(0, (-1, len(sources)))
+            e = y - c[t].unsqueeze(1)                                                       # (B, M, d_t), x_hat - x
+            energy = torch.linalg.vector_norm(e, dim=2).square()
+            for s, term in zip(sources, weight[t] @ energy):                                # Eq. 13
+                (own if s == t else cross).append(term)
+            if self.aux_coef and self.dead(t).any():
+                aux.append(self._auxk(c[t].detach(), -e[:, sources.index(t)].detach(), t))
+        return own, cross, aux
+
+    def dead(self, stream):
+        """(L,) bool: latents that have not fired in this stream for `dead_after` training steps."""
+        return getattr(self, f"idle_{stream}") >= self.dead_after
+
+    def _auxk(self, c, e, stream):
+        """Gao et al.'s auxiliary loss: the residual e = x - x_hat (B, d), rebuilt by the best dead latents, over its energy.
+
+        c, e detached: gradient reaches the dead latents' rows and biases only. (The authors' code adds b_pre to both
+        sides and masks with 0 instead of -inf, so it pulls at the bias, and is about 1 when nothing is dead.)
+        """
+        dead = self.dead(stream).nonzero().squeeze(1)
+        with torch.no_grad():
+            h = c @ self.W_enc[stream][dead].T + self.b_lat[stream][dead]                   # (B, number of dead)
+            indices = dead[h.topk(min(self.aux_k, len(dead)), sorted=False).indices]
+        z = self._codes({stream: c}, {stream: indices})[stream].values
+        e_hat = _SparseDecode.apply(z, self.W_dec[stream], self._pattern(indices))          # thesis A.1.2, no bias
+        return (e - e_hat).square().sum() / e.square().sum().clamp_min(1e-30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def project_gradient(model, rows=256):
+    """Remove from each dictionary row's gradient its part along the row (thesis A.1.2): length is not to be learned."""
+    for W in model.W_dec.values():
+        for g, w in zip(W.grad.split(rows), W.split(rows)):                                 # blocks that fit the cache
+            g.addcmul_(w, (g * w).sum(1, keepdim=True), value=-1)
+
+
+@torch.no_grad()
+def renormalise(model):
+    """Give every dictionary row unit length again."""
+    for W in model.W_dec.values():
+        F.normalize(W, dim=1, out=W)
+
+
+@torch.no_grad()
+def _count_idle(model, codes):
+    """Advance the dead-latent counters by one training step; a latent starts again at 0 where it fired in any sample."""
+    for s in model.streams:
+        idle = getattr(model, f"idle_{s}")
+        idle += 1
+        for support in codes:
+            idle[support[s].indices[support[s].values > FIRES]] = 0
+
+
+@torch.no_grad()
+def _reinitialise(model, optimiser):
+    """Draw anew the encoder rows that AuxK could not revive: N(0, 0.01^2), bias 0, their Adam moments 0 (thesis A.1.2)."""
+    for s in model.streams:
+        idle = getattr(model, f"idle_{s}")
+        rows = (idle >= model.dead_after + model.reinit_after).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        g = torch.Generator().manual_seed(model.seed * 1_000_003 + int(model.step))
+        W, b = model.W_enc[s], model.b_lat[s]
+        W[rows] = 0.01 * torch.randn(len(rows), W.shape[1], generator=g).to(W)
+        b[rows] = 0
+        for p in (W, b):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                optimiser.state[p][moment][rows] = 0
+        idle[rows] = 0
+
+
+def make_optimiser(model, lr=1e-4):
+    """Adam with the thesis's settings (A.1.2), in torch's fused form: the same numbers in a quarter of the time."""
+    return torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def _recycle(model):
+    """Forget the gradients but keep their memory for the next ones.
+
+    Fresh memory costs more than the product written into it: the system hands it out page by page. A tensor in `_spare`
+    has no other owner, so autograd may keep whatever a backward pass takes from there.
+    """
+    model._spare.clear()
+    for W in [*model.W_enc.values(), *model.W_dec.values()]:
+        if W.grad is not None:
+            model._spare.setdefault(tuple(W.shape), []).append(W.grad)
+    model.zero_grad(set_to_none=True)
+
+
+def train_step(model, optimiser, x):
+    """One step on one batch, dict stream -> (B, d_s) raw. Returns `loss`, `self`, `cross`, `aux` (scalars) and `codes`.
+
+    The order matters: gradient projected, optimiser step, rows renormalised. The authors renormalise before the step,
+    which leaves what they save off unit norm.
+    """
+    _recycle(model)
+    total, parts = model.loss(x)
+    total.backward()
+    project_gradient(model)
+    optimiser.step()
+    renormalise(model)
+    _count_idle(model, parts["codes"])
+    model.step += 1
+    _reinitialise(model, optimiser)
+    return {"loss": total.detach(), **parts}
+
+
+def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None):
+    """Train until the model has taken `n_steps` steps in all (a resumed model goes on where it stopped).
+
+    batch: callable step -> dict stream -> (B, d_s) raw tensor. A pure function of the step makes resuming exact.
+    on_step(step, result): called after each step with what `train_step` returned; step counts from 1.
+    Returns the optimiser.
+    """
+    optimiser = optimiser or make_optimiser(model, lr)
+    model.train()
+    for step in range(int(model.step), n_steps):
+        result = train_step(model, optimiser, batch(step))
+        if on_step:
+            on_step(step + 1, result)
+    model.eval()
+    return optimiser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save(path, model, optimiser=None, **extra):
+    """Write model, optimiser and plain `extra` values to `path`, whole or not at all (a temporary name, then a rename)."""
+    state = {"format": "repsae-sparc-1", "config": model.config, "model": model.state_dict(), "extra": extra,
+             "optimiser": optimiser.state_dict() if optimiser else None}
+    with open(f"{path}.tmp", "wb") as f:                     # a handle, not a name: the name would go into the bytes
+        torch.save(state, f)
+    os.replace(f"{path}.tmp", path)
+
+
+def load(path, device="cpu"):
+    """Read what `save` wrote: (model, optimiser or None, extra). Raises InputError for a file that is none of ours."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        ours = state["format"] == "repsae-sparc-1"
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint at {path} - name the folder of a finished or saved run")
+    except Exception as e:                                   # torch raises many kinds for broken files and pickles
+        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - train again or restore the file")
+    if not ours:
+        raise InputError(f"{path} has format {state['format']!r} - this version reads repsae-sparc-1")
+    model = SPARC(**state["config"]).to(device)
+    model.load_state_dict(state["model"])
+    optimiser = None
+    if state["optimiser"]:
+        optimiser = make_optimiser(model)
+        optimiser.load_state_dict(state["optimiser"])
+    return model.eval(), optimiser, state["extra"]
