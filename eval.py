@@ -60,12 +60,13 @@ def top_samples(code, top=TOP):
     return sp.csr_matrix((rank[keep], (latent[keep], by_latent.indices[order][keep])), shape=code.shape[::-1])
 
 
-def label_counts(code, labels, top=TOP):
+def label_counts(code, labels, top=TOP, known=None):
     """How often each label occurs among each latent's `top` samples (all active ones if None), labelled samples only.
 
-    labels (n, C) bool; a row without a label is unlabelled. Returns counts (L, C) and the number of samples used (L,).
+    labels (n, C) bool; known (n,) bool says which samples were labelled, by default those with any label.
+    Returns counts (L, C) and the number of samples behind them (L,), 0 where a latent is not active.
     """
-    known = labels.any(1)
+    known = labels.any(1) if known is None else known
     best = top_samples(code[known], top)
     best.data[:] = 1
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
@@ -94,18 +95,18 @@ def lift(counts, level):
     return counts @ np.eye(node.max() + 1, dtype=counts.dtype)[node]
 
 
-def jaccard(counts):
+def jaccard(counts, n_top):
     """Generalised Jaccard similarity of label counts between streams (sparc.txt 4.2), latent by latent.
 
-    counts: dict stream -> (L, C). A stream takes part in a latent where its counts are not all zero. Returns
-    `jaccard`, the mean over latents alive in two streams or more of their mean over such pairs of streams;
+    counts: dict stream -> (L, C), n_top: dict stream -> (L,), from `label_counts`. A latent is alive in a stream where
+    n_top > 0. Returns `jaccard`, the mean over latents alive in two streams or more of their mean over such pairs of streams;
     `jaccard_all`, the same with every other latent counted as 0, as the published numbers do; `pairs`, per pair.
     """
     names, total, used, pairs = list(counts), 0., 0, {}
     for i, s in enumerate(names):
         for t in names[i + 1:]:
             a, b = counts[s], counts[t]
-            both = (a.sum(1) > 0) & (b.sum(1) > 0)
+            both = (n_top[s] > 0) & (n_top[t] > 0)
             score = np.where(both, np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1), 0)
             pairs[f"{s} / {t}"] = _mean(score[both])
             total, used = total + score, used + both
@@ -124,14 +125,14 @@ def concept_names(counts, n_top, label_names, purity=0.3):
 
 def concept_alignment(codes, labels, label_names, parents):
     """Jaccard at every taxonomy depth (Table 5.2) and named latents, from dict stream -> code and labels (n, C) bool."""
-    counts, names = {}, {}
+    counts, n_top, names = {}, {}, {}
     for s, code in codes.items():
-        counts[s], n_top = label_counts(code, labels)
-        names[s], _ = concept_names(counts[s], n_top, label_names)
+        counts[s], n_top[s] = label_counts(code, labels)
+        names[s], _ = concept_names(counts[s], n_top[s], label_names)
     out = {"named": {s: sum(v is not None for v in names[s]) for s in codes},
            "latents_per_name": {s: _tally(names[s]) for s in codes}}
     if len(codes) > 1:
-        depths = [jaccard({s: lift(c, level) for s, c in counts.items()}) for level in taxonomy_levels(label_names, parents)]
+        depths = [jaccard({s: lift(c, level) for s, c in counts.items()}, n_top) for level in taxonomy_levels(label_names, parents)]
         out.update(depths[-1], by_depth=[{k: d[k] for k in ("jaccard", "jaccard_all")} for d in depths])
         out["named_alike"] = sum(len(set(v)) == 1 and v[0] is not None for v in zip(*names.values()))
     return out
@@ -180,40 +181,52 @@ def ridge_ceiling(train, test, strengths=10. ** np.arange(-6, 3)):
     intercept; its strength, relative to the mean eigenvalue, is the one that predicts every tenth training row best from
     the other rows.
     """
-    held = np.arange(len(next(iter(train.values())))) % 10 == 0
     out = {t: {} for t in train}
     for s in train:
-        others = [t for t in train if t != s]
-        if not others:
+        targets = [t for t in train if t != s]
+        if not targets:
             continue
-        Y, Y_test = (np.concatenate([part[t] for t in others], 1) for part in (train, test))
-        trial, full = _ridge(train[s][~held], Y[~held]), _ridge(train[s], Y)
-        errors = np.stack([((trial(train[s][held], a) - Y[held]) ** 2).sum(0) for a in strengths])      # (A, sum of d_t)
-        end = 0
-        for t in others:
-            columns = slice(end, end := end + train[t].shape[1])
-            strength = strengths[errors[:, columns].sum(1).argmin()]
-            x, x_hat = Y_test[:, columns], full(test[s], strength)[:, columns]
-            spread = ((x - x.mean(0)) ** 2).sum()
-            out[t][s] = float(1 - ((x - x_hat) ** 2).sum() / spread) if spread > 0 else None
+        held = {t: x[::10] for t, x in train.items()}
+        all_rows, held_rows = (_moments(part, s, targets) for part in (train, held))
+        trial, full = _ridge([a - h for a, h in zip(all_rows, held_rows)]), _ridge(all_rows)
+        trials = [_squared_error(held, s, targets, trial(a)) for a in strengths]
+        ends = np.cumsum([0] + [train[t].shape[1] for t in targets])
+        for t, a, b in zip(targets, ends, ends[1:]):
+            strength = strengths[np.argmin([e[a:b].sum() for e in trials])]
+            spread = ((test[t] - test[t].mean(0)) ** 2).sum(dtype=np.float64)
+            error = _squared_error(test, s, [t], [part[..., a:b] for part in full(strength)])
+            out[t][s] = float(1 - error.sum() / spread) if spread > 0 else None
     return out
 
 
-def _ridge(X, Y, block=4096):
-    """Ridge regression: predict(X_new, strength). Sums of products in float64, block by block, so that n may be large."""
-    mx, my = X.mean(0, dtype=np.float64), Y.mean(0, dtype=np.float64)
-    XtX, XtY = np.zeros((X.shape[1], X.shape[1])), np.zeros((X.shape[1], Y.shape[1]))
-    for i in range(0, len(X), block):
-        x = X[i:i + block] - mx
-        XtX += x.T @ x
-        XtY += x.T @ (Y[i:i + block] - my)
-    values, V = np.linalg.eigh(XtX)
-    VtY, scale = V.T @ XtY, max(values.mean(), 1e-30)
+def _blocks(x, s, targets, block=2048):
+    """(X, Y) float64, X of stream s and Y of all targets side by side, so many rows at a time."""
+    for i in range(0, len(x[s]), block):
+        yield x[s][i:i + block].astype(np.float64), np.concatenate([x[t][i:i + block] for t in targets], 1, dtype=np.float64)
 
-    def predict(X_new, strength):
+
+def _moments(x, s, targets):
+    """[n, sum X, sum Y, X^T X, X^T Y]: all that least squares needs."""
+    return [sum(parts) for parts in zip(*((len(X), X.sum(0), Y.sum(0), X.T @ X, X.T @ Y) for X, Y in _blocks(x, s, targets)))]
+
+
+def _ridge(moments):
+    """solve(strength) -> [W, intercept] of ridge regression."""
+    n, mx, my, XtX, XtY = moments
+    mx, my = mx / n, my / n
+    values, V = np.linalg.eigh(XtX - n * np.outer(mx, mx))
+    VtY, scale = V.T @ (XtY - n * np.outer(mx, my)), max(values.mean(), 1e-30)
+
+    def solve(strength):
         W = V @ (VtY / (np.maximum(values, 0) + strength * scale)[:, None])
-        return (X_new - mx.astype(X.dtype)) @ W.astype(X.dtype) + my.astype(X.dtype)
-    return predict
+        return [W, my - mx @ W]
+    return solve
+
+
+def _squared_error(x, s, targets, solution):
+    """Squared error of X W + intercept, summed over rows: one number for each column of the targets."""
+    W, intercept = solution
+    return sum(((X @ W + intercept - Y) ** 2).sum(0) for X, Y in _blocks(x, s, targets))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,14 +267,14 @@ def logistic_1d(x, y, weight=1., C=1., iterations=100):
 
 
 def stratified_split(y, held_out, seed):
-    """Split positions 0..n-1 in two, classes in proportion: (kept, held out), ceil(held_out * n) of them held out.
+    """Split positions 0..n-1 in two, classes in proportion: (kept, held out).
 
-    The draws are those of scikit-learn's StratifiedShuffleSplit, so that splits can be compared with published ones.
+    Sizes and draws are those of scikit-learn's StratifiedShuffleSplit with both sizes given, so that splits are the
+    published ones, down to the one sample that rounding may leave out.
     """
     rng, n = np.random.RandomState(seed), len(y)
-    sizes = np.array([n - math.ceil(held_out * n), math.ceil(held_out * n)])
     left, take = np.bincount(y), []
-    for size in sizes:                                       # how many of each class: largest remainders first
+    for size in (math.floor((1 - held_out) * n), math.ceil(held_out * n)):                                       # how many of each class: largest remainders first
         exact = left / left.sum() * size
         quota = np.floor(exact).astype(int)
         for r in np.unique(exact - quota)[::-1]:
@@ -276,7 +289,7 @@ def stratified_split(y, held_out, seed):
         member = rng.permutation(np.flatnonzero(y == c))
         parts[0].append(member[:take[0][c]])
         parts[1].append(member[take[0][c]:take[0][c] + take[1][c]])
-    return tuple(np.concatenate(part) for part in parts)
+    return tuple(rng.permutation(np.concatenate(part)) for part in parts)
 
 
 def probe_tasks(labels, min_positives=50):
@@ -623,7 +636,7 @@ def sparc_report(path, title, metrics, log, settings, codes, features, rows, fol
     M = len(codes[modes[0]])
     sections.append(("Latents alive in so many streams", html_table(["", *range(M + 1), *(f"dead in {s}" for s in codes[modes[0]])], [
         [mode, *metrics[mode]["activation"]["alive_in"], *metrics[mode]["activation"]["dead"].values()] for mode in modes])))
-    if "by_depth" in metrics[modes[0]].get("concepts", {}):
+    if len(metrics[modes[0]].get("concepts", {}).get("by_depth", [])) > 1:
         depths = {mode: [d["jaccard"] for d in metrics[mode]["concepts"]["by_depth"]] for mode in modes}
         sections.append(("Jaccard by depth of the taxonomy (the last column is the labels themselves)",
                          html_table(["", *range(len(depths[modes[0]]))], [[mode, *v] for mode, v in depths.items()])))

@@ -12,12 +12,12 @@ import csv
 import functools
 import io
 import json
+import multiprocessing
 import os
 import platform
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -236,8 +236,6 @@ def _loop(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
-    for p in model.parameters():
-        p.grad = None                                        # evaluation needs the memory
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,6 +335,11 @@ def resumable(folder, parent):
 def read(flags):
     """The features that the flags name, or the made-up ones; prints what the user should know about them."""
     import data
+    import torch
+    try:
+        torch.zeros(1, device=flags.device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device '{flags.device}' cannot be used ({str(e).splitlines()[0][:60]}...) - try cpu")
     if flags.data is None:
         features = data.planted_streams(seed=flags.seed)
         if flags.streams:
@@ -557,7 +560,7 @@ class PeakMemory:
     """Highest anonymous memory (RssAnon, MB) of this process inside a `with`: mapped files are the system's, not ours."""
 
     def __enter__(self):
-        self.mb, self.start, self._on = 0., self.now(), True
+        self.mb, self._on = 0., True
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -568,16 +571,18 @@ class PeakMemory:
 
     def _watch(self):
         while self._on:
-            self.mb = max(self.mb, self.now())
+            try:
+                with open("/proc/self/status") as f:
+                    self.mb = max(self.mb, next(int(line.split()[1]) / 1024 for line in f if line.startswith("RssAnon")))
+            except (OSError, StopIteration):
+                return                                       # not Linux: no figure rather than a wrong one
             time.sleep(0.002)
 
-    @staticmethod
-    def now():
-        try:
-            with open("/proc/self/status") as f:
-                return next(int(line.split()[1]) / 1024 for line in f if line.startswith("RssAnon"))
-        except (OSError, StopIteration):
-            return 0.                                        # not Linux: no figure rather than a wrong one
+
+def in_child(function, *args):
+    """function(*args) in a fresh process, so that its memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
 
 
 def dense_step(model, optimiser, x):
@@ -591,6 +596,27 @@ def dense_step(model, optimiser, x):
     sae.renormalise(model)
     sae.project_gradient(model)
     optimiser.step()
+
+
+def contender(kind, dims, device, batch=256, latents=8192, k=64):
+    """A function that takes one training step of a `kind`, on one random batch of the thesis's size."""
+    import sae
+    import torch
+    g = torch.Generator().manual_seed(0)
+    x = {s: torch.nn.functional.normalize(torch.randn(batch, d, generator=g)).to(device) for s, d in dims.items()}
+    model = sae.SPARC(dims, latents, k, select="bf16" if kind == "bf16" else "fp32").to(device).train()
+    if kind == "dense":                                      # with its defaults, as the authors call it
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
+    else:
+        optimiser = sae.make_optimiser(model)
+    step = {"sparse": sae.train_step, "bf16": sae.train_step, "phases": phases, "dense": dense_step, "dense fused": dense_step}[kind]
+
+    def run():
+        result = step(model, optimiser, x)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return result
+    return run
 
 
 def phases(model, optimiser, x):
@@ -620,53 +646,34 @@ def phases(model, optimiser, x):
     return seconds
 
 
-def bench_sparc(dims, rounds, device, batch=256, latents=8192, k=64):
-    """Time and memory of a training step, sparse against dense, steps of both kinds taking turns. Returns plain figures."""
-    import torch
-    import sae
-    g = torch.Generator().manual_seed(0)
-    x = {s: torch.nn.functional.normalize(torch.randn(batch, d, generator=g)).to(device) for s, d in dims.items()}
+def step_memory(kind, dims, device):
+    """Peak memory (MB) of a process that does nothing but three training steps."""
+    with PeakMemory() as peak:
+        step = contender(kind, dims, device)
+        for _ in range(3):
+            step()
+    return round(peak.mb)
 
-    def sync():
-        if device != "cpu":
-            torch.cuda.synchronize()
 
-    def once(step):
-        began = time.perf_counter()
-        step()
-        sync()
-        return 1000 * (time.perf_counter() - began)
-
-    def contender(step, make, **kw):
-        model = sae.SPARC(dims, latents, k, **kw).to(device).train()
-        optimiser = make(model)
-        return lambda: step(model, optimiser, x)
-    plain = lambda m: torch.optim.Adam(m.parameters(), lr=1e-4)      # noqa: E731
-    kinds = {"step_ms": (sae.train_step, sae.make_optimiser, {}), "bf16_step_ms": (sae.train_step, sae.make_optimiser, {"select": "bf16"}),
-             "dense_step_ms": (dense_step, plain, {}), "dense_fused_step_ms": (dense_step, sae.make_optimiser, {})}
-    out = {"streams": dims, "batch": batch, "latents": latents, "k": k}
-    for name, kind in (("peak_mb", "step_ms"), ("dense_peak_mb", "dense_step_ms")):
-        with PeakMemory() as peak:
-            step = contender(kinds[kind][0], kinds[kind][1])
-            step(), step()
-            del step
-        out[name] = round(peak.mb - peak.start, 1)
-    steps = {name: contender(step, make, **kw) for name, (step, make, kw) in kinds.items()}
-    times = {name: [] for name in kinds}
+def bench_sparc(dims, rounds, device):
+    """Time and memory of a training step, sparse against dense, steps of all kinds taking turns. Returns plain figures."""
+    steps = {kind: contender(kind, dims, device) for kind in ("sparse", "bf16", "dense", "dense fused")}
+    times = {kind: [] for kind in steps}
     for i in range(rounds + 1):
-        for name, step in steps.items():
-            ms = once(step)
+        for kind, step in steps.items():
+            began = time.perf_counter()
+            step()
             if i:                                            # the first is a warm-up
-                times[name].append(ms)
-    out.update({name: round(statistics.median(v), 1) for name, v in times.items()})
-    out["ratio"] = round(out["dense_step_ms"] / out["step_ms"], 2)
-    out["fused_ratio"] = round(out["dense_fused_step_ms"] / out["step_ms"], 2)
-    del steps
-    model = sae.SPARC(dims, latents, k).to(device).train()
-    optimiser = sae.make_optimiser(model)
-    apart = [phases(model, optimiser, x) for _ in range(rounds + 2)][2:]
-    out["phase_ms"] = {name: round(1000 * statistics.median(p[name] for p in apart), 1) for name in apart[0]}
-    return out
+                times[kind].append(1000 * (time.perf_counter() - began))
+    ms = {kind: statistics.median(v) for kind, v in times.items()}
+    del steps, step
+    apart = contender("phases", dims, device)
+    apart = [apart() for _ in range(rounds + 2)][2:]
+    return {"streams": dims, "step_ms": round(ms["sparse"], 1), "bf16_step_ms": round(ms["bf16"], 1),
+            "dense_step_ms": round(ms["dense"], 1), "dense_fused_step_ms": round(ms["dense fused"], 1),
+            "ratio": round(ms["dense"] / ms["sparse"], 2), "fused_ratio": round(ms["dense fused"] / ms["sparse"], 2),
+            "phase_ms": {name: round(1000 * statistics.median(p[name] for p in apart), 1) for name in apart[0]},
+            "peak_mb": in_child(step_memory, "sparse", dims, device), "dense_peak_mb": in_child(step_memory, "dense", dims, device)}
 
 
 def bench_rows(rows):
@@ -683,35 +690,30 @@ def bench_rows(rows):
         split = np.full(rows, "train", "<U5")
         split[rng.permutation(rows)[:rows // 5]] = "test"
         np.save(out_path(folder, "split.npy"), split)
-        child = subprocess.run([sys.executable, os.path.abspath(__file__), "bench", "rows-child", "--data", folder], capture_output=True, text=True)
-    if child.returncode:
-        raise RuntimeError(child.stderr)
-    return json.loads(child.stdout)
+        return in_child(train_on_rows, folder)
 
 
-def bench_rows_child(flags, n_steps=300):
+def train_on_rows(folder, n_steps=300):
     import data
     import sae
     with PeakMemory() as peak:
-        began = time.time()
-        features = data.read_features(flags.data)
-        read = time.time()
-        rows = features.rows("train")
-        model = sae.SPARC(features.dims, 8192, 64)
-        batches = data.Batches(rows, 256, 0)
+        marks = [time.time()]
+        features = data.read_features(folder)
+        marks.append(time.time())
+        model = sae.SPARC(features.dims, MODEL["latents"][0], MODEL["k"][0])
+        batches = data.Batches(features.rows("train"), 256, 0)
         sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps)
-        trained = time.time()
-        measure(model, features, flags)
-    print(json.dumps({"rows": len(features), "data_mb": round(sum(x.nbytes for x in features.streams.values()) / 2 ** 20),
-                      "peak_mb": round(peak.mb, 1), "read_s": round(read - began, 1), "train_s": round(trained - read, 1),
-                      "evaluate_s": round(time.time() - trained, 1)}))
+        marks.append(time.time())
+        measure(model, features, Flags({**{k.replace("-", "_"): v[0] for k, v in RUN.items()}, "seed": 0}))
+        marks.append(time.time())
+    seconds = [round(b - a, 1) for a, b in zip(marks, marks[1:])]
+    return {"rows": len(features), "data_mb": round(sum(x.nbytes for x in features.streams.values()) / 2 ** 20),
+            "peak_mb": round(peak.mb), **dict(zip(("read_s", "train_s", "evaluate_s"), seconds))}
 
 
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a training step against the dense way) and `rows` (memory on large memory-mapped folders)."""
     import eval as judge
-    if flags.what == "rows-child":
-        return bench_rows_child(flags)
     found = {"versions": versions()}
     if flags.what in ("sparc", "all"):
         found["sparc"] = []
@@ -719,16 +721,17 @@ def cmd_bench(flags):
             r = bench_sparc(dims, rounds, flags.device)
             found["sparc"].append(r)
             total = sum(r["phase_ms"].values())
-            print(f"\nM = {len(dims)} streams of {'/'.join(map(str, dict.fromkeys(dims.values())))}, batch 256, L 8192, k 64, "
+            print(f"\nM = {len(dims)} streams, {sum(dims.values())} dimensions in all, batch 256, L 8192, k 64, "
                   f"{found['versions']['threads']} threads, {flags.device}")
-            print(judge.text_table(["", "ms a step", "ratio", "peak MB"], [
-                ["sparse (ours)", r["step_ms"], 1., r["peak_mb"]], ["sparse, --select bf16", r["bf16_step_ms"], r["bf16_step_ms"] / r["step_ms"], None],
+            print(judge.text_table(["one training step", "ms", "times ours", "peak MB"], [
+                ["sparse (ours)", r["step_ms"], 1., r["peak_mb"]],
+                ["sparse, --select bf16", r["bf16_step_ms"], r["bf16_step_ms"] / r["step_ms"], None],
                 ["dense, Adam's defaults (the authors' way)", r["dense_step_ms"], r["ratio"], r["dense_peak_mb"]],
                 ["dense, fused Adam", r["dense_fused_step_ms"], r["fused_ratio"], None]]))
             print("ours by phase: " + ", ".join(f"{name} {ms:.0f} ms ({100 * ms / total:.0f} %)" for name, ms in r["phase_ms"].items()))
     if flags.what in ("rows", "all"):
         found["rows"] = [bench_rows(n) for n in (40_000, 400_000)]
-        print("\n300 steps and an evaluation on a memory-mapped folder, float16, 1024 + 768 + 768 wide, L 8192, k 64")
+        print("\n300 steps and an evaluation on a memory-mapped folder of float16, widths 1024 + 768 + 768, L 8192, k 64")
         print(judge.text_table(["rows", "data MB", "peak MB (RssAnon)", "read s", "train s", "evaluate s"],
                                [[f"{r['rows']:,}", r["data_mb"], r["peak_mb"], r["read_s"], r["train_s"], r["evaluate_s"]] for r in found["rows"]]))
     if flags.json:
@@ -793,8 +796,7 @@ def parse(argv):
         sub = subs.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__)
         for what in positional:
             if name == "bench":
-                sub.add_argument(what, nargs="?", choices=("all", "sparc", "rows", "rows-child"), metavar="{all,sparc,rows}", default="all")
-                sub.add_argument("--data", help=argparse.SUPPRESS)
+                sub.add_argument(what, nargs="?", choices=("all", "sparc", "rows"), default="all")
             else:
                 sub.add_argument(what, help="a run folder")
         for flag, (default, kind, text) in table.items():

@@ -563,6 +563,8 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None):
         result = train_step(model, optimiser, batch(step))
         if on_step:
             on_step(step + 1, result)
+    model.zero_grad(set_to_none=True)                        # they take as much memory as the weights
+    model._spare.clear()
     model.eval()
     return optimiser
 

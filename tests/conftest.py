@@ -1,0 +1,22 @@
+"""Puts the modules on the path, and reads the golden files: what the authors' public code computes on random weights."""
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta")
+
+
+@pytest.fixture
+def golden():
+    def read(name):
+        z = np.load(ROOT / "tests" / "golden" / f"{name}.npz")
+        return {k: z[k] for k in z.files}, json.loads(str(z["cfg"]))
+    return read

@@ -1,0 +1,236 @@
+"""Claims about data.py: what is read, how it is split and batched, and that each bad file gets its own line."""
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+import data
+from data import Batches, InputError, planted_streams, read_features
+
+
+def arrays(n=50, **more):
+    rng = np.random.default_rng(0)
+    return {"a": rng.standard_normal((n, 6)).astype(np.float32), "b": rng.standard_normal((n, 4)).astype(np.float16),
+            "labels": rng.integers(0, 3, n), **more}
+
+
+def as_file(folder, name="f.npz", drop=(), **more):
+    np.savez(folder / name, **{k: v for k, v in arrays(**more).items() if k not in drop})
+    return str(folder / name)
+
+
+def as_folder(folder, **more):
+    for k, v in arrays(**more).items():
+        np.save(folder / f"{k}.npy", v)
+    return str(folder)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+def test_a_file_and_a_folder_give_the_same_features(tmp_path):
+    (tmp_path / "d").mkdir()
+    file, folder = read_features(as_file(tmp_path)), read_features(as_folder(tmp_path / "d"))
+    assert file.dims == folder.dims == {"a": 6, "b": 4} and file.hash == folder.hash
+    rows = np.array([3, 4, 40])
+    for s, x in folder.batch(rows).items():
+        assert isinstance(folder.streams[s], np.memmap) and x.dtype.is_floating_point and x.element_size() == 4
+        np.testing.assert_array_equal(x, arrays()[s][rows].astype(np.float32))
+        np.testing.assert_array_equal(x, file.batch(rows)[s])
+    np.testing.assert_array_equal(file.split, folder.split)
+
+
+def test_streams_are_picked_in_the_order_asked_for(tmp_path):
+    assert list(read_features(as_file(tmp_path), ["b", "a"]).streams) == ["b", "a"]
+    assert list(read_features(as_file(tmp_path), ["b"]).streams) == ["b"]
+    assert data.stream_names(as_file(tmp_path)) == ["a", "b"]
+
+
+def test_the_hash_depends_on_every_value_that_is_used(tmp_path):
+    base = read_features(as_file(tmp_path)).hash
+    changed = arrays()["a"]
+    changed[49, 5] += 1e-3
+    assert read_features(as_file(tmp_path, a=changed)).hash != base
+    assert read_features(as_file(tmp_path, labels=1 - arrays()["labels"] % 2)).hash != base
+    assert read_features(as_file(tmp_path, captions=np.array(["x"] * 50))).hash == base
+
+
+def test_integer_and_boolean_labels_mean_the_same_and_negative_is_unlabelled(tmp_path):
+    labels = arrays()["labels"]
+    labels[:5] = -1
+    ints = read_features(as_file(tmp_path, labels=labels, label_names=np.array(["x", "y", "z"])))
+    hot = read_features(as_file(tmp_path, "g.npz", labels=labels[:, None] == np.arange(3), label_names=np.array(["x", "y", "z"])))
+    rows = np.arange(50)
+    np.testing.assert_array_equal(ints.label_matrix(rows), hot.label_matrix(rows))
+    assert not ints.label_matrix(rows)[:5].any() and ints.label_matrix(rows)[5:].any(1).all()
+    assert ints.label_names == hot.label_names == ["x", "y", "z"]
+
+
+def test_statistics_are_those_of_the_given_rows(tmp_path):
+    features = read_features(as_file(tmp_path, a=1e4 + arrays()["a"]))
+    rows = np.arange(7, 33)
+    for s, (mean, std) in features.statistics(rows, block=5).items():
+        x = features.batch(rows)[s].double()
+        np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(std, x.std(0, unbiased=False), rtol=1e-4)
+
+
+# -- splitting and batching --------------------------------------------------------------------------------------------
+
+def test_without_a_split_four_fifths_train_and_the_seed_decides(tmp_path):
+    path = as_file(tmp_path, n=200)
+    a, b = read_features(path, seed=1), read_features(path, seed=2)
+    assert (a.split == "train").sum() == 160 and (a.split == "val").sum() == 40
+    assert (a.split != b.split).any() and (a.split == read_features(path, seed=1).split).all()
+
+
+def test_a_group_never_lies_in_two_splits(tmp_path):
+    groups = np.random.default_rng(0).integers(0, 20, 200)
+    features = read_features(as_file(tmp_path, n=200, groups=groups))
+    for g in np.unique(groups):
+        assert len(set(features.split[groups == g])) == 1
+    assert 0.6 < (features.split == "train").mean() < 0.95
+
+
+def test_a_given_split_wins_and_a_torn_group_is_noted(tmp_path):
+    split = np.where(np.arange(50) < 30, "train", "test")
+    features = read_features(as_file(tmp_path, split=split, groups=np.arange(50) % 2))
+    np.testing.assert_array_equal(features.split, split)
+    assert "2 of 2 groups" in features.notes[0]
+    np.testing.assert_array_equal(features.rows("val", "test"), np.arange(30, 50))
+
+
+@pytest.mark.parametrize("shuffle", ["blocks", "samples"])
+def test_an_epoch_sees_every_row_once_and_a_batch_is_a_function_of_its_step(shuffle):
+    rows = np.flatnonzero(np.random.default_rng(0).random(130) < 0.8)
+    batches = Batches(rows, 16, 7, shuffle)
+    epochs = [[batches.rows(e * batches.epoch + i) for i in range(batches.epoch)] for e in range(3)]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(np.concatenate(epoch)), rows)
+    assert any(len(a) != len(b) or (a != b).any() for a, b in zip(epochs[0], epochs[1]))
+    again = Batches(rows, 16, 7, shuffle)
+    np.testing.assert_array_equal(again.rows(11), batches.rows(11))
+
+
+def test_blocks_are_contiguous_in_the_training_rows():
+    rows = np.flatnonzero(np.random.default_rng(0).random(130) < 0.8)
+    batches = Batches(rows, 16, 7)
+    position = {r: i for i, r in enumerate(rows)}
+    for step in range(2 * batches.epoch):
+        places = [position[r] for r in batches.rows(step)]
+        assert places == list(range(places[0], places[0] + len(places))) and places[0] % 16 == 0
+
+
+def test_the_null_keeps_the_first_stream_and_permutes_the_others_inside_their_split():
+    features = planted_streams(300)
+    null = features.shuffled(5)
+    for name in ("train", "val"):
+        rows = features.rows(name)
+        real, broken = features.batch(rows), null.batch(rows)
+        assert (real["vision"] == broken["vision"]).all()
+        for s in ("text", "sound"):
+            assert (real[s] != broken[s]).any(1).float().mean() > 0.9
+            np.testing.assert_array_equal(np.sort(real[s][:, 0]), np.sort(broken[s][:, 0]))
+
+
+# -- the made-up world -------------------------------------------------------------------------------------------------
+
+def test_planted_streams_are_mixtures_of_what_they_say():
+    features = planted_streams(500, seed=3)
+    assert features.hash == planted_streams(500, seed=3).hash != planted_streams(500, seed=4).hash
+    assert features.labels.shape == (500, 48) and 2 <= features.labels.sum(1).min() <= features.labels.sum(1).max() <= 5
+    seen = np.stack([np.linalg.norm(D, axis=1) for D in features.truth.values()], 1)
+    assert np.allclose(seen[seen > 0], 1) and sorted(np.bincount((seen > 0).sum(1))) == [0, 6, 6, 36]
+    for s, D in features.truth.items():                      # least squares on the labelled concepts explains a stream
+        x = features.streams[s]
+        residual = [xi - D[on].T @ np.linalg.lstsq(D[on].T, xi, rcond=None)[0] for xi, on in zip(x, features.labels)]
+        assert np.square(residual).sum() < 0.1 * np.square(x).sum()
+    assert [list(features.parents.values()).count(p) for p in (None, "world", "A", "A1")] == [1, 4, 3, 4]
+
+
+# -- taxonomies --------------------------------------------------------------------------------------------------------
+
+def taxonomy(folder, tree):
+    (folder / "t.json").write_text(json.dumps(tree))
+    return str(folder / "t.json")
+
+
+def test_flat_and_nested_taxonomies_agree_and_a_repeated_name_counts_where_it_is_deepest(tmp_path):
+    nested = {"LabelName": "r", "Subcategory": [{"LabelName": "x"}, {"LabelName": "g", "Subcategory": [
+        {"LabelName": "x"}, {"LabelName": "y"}]}]}
+    expected = {"r": None, "g": "r", "x": "g", "y": "g"}
+    assert data.read_taxonomy(taxonomy(tmp_path, nested), ["x", "y"]) == expected
+    assert data.read_taxonomy(taxonomy(tmp_path, expected), ["x", "y"]) == expected
+
+
+@pytest.mark.parametrize("tree, message", [
+    ({"r": None, "x": "y", "y": "x"}, "'x' is its own ancestor - break the cycle"),
+    ({"r": None, "x": "q"}, "'x' has the unknown parent 'q'"), ({"x": None, "y": None}, "taxonomy has 2 roots"),
+    ({"r": None, "y": "r"}, "taxonomy lacks the label 'x'"), ([1], "holds a list"), ({"x": "x"}, "'x' is its own ancestor")])
+def test_a_broken_taxonomy_is_refused(tree, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        data.read_taxonomy(taxonomy(tmp_path, tree), ["x"])
+
+
+def test_a_missing_or_unreadable_taxonomy_is_refused(tmp_path):
+    (tmp_path / "t.json").write_text("{")
+    for path, message in ((tmp_path / "none.json", "no taxonomy at"), (tmp_path / "t.json", "is not readable JSON")):
+        with pytest.raises(InputError, match=message):
+            data.read_taxonomy(str(path), [])
+
+
+# -- bad files ---------------------------------------------------------------------------------------------------------
+
+def poisoned(value, row):
+    x = arrays()["b"]
+    x[row, 2] = value
+    return x
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"b": poisoned(np.nan, 17)}, "stream 'b' has NaN or Inf in 1 or more rows, first row 17"),
+    ({"b": poisoned(np.inf, 3)}, "stream 'b' has NaN or Inf in 1 or more rows, first row 3"),
+    ({"b": np.zeros((49, 4))}, "stream 'b' has 49 rows but 'a' has 50"), ({"b": np.zeros((50, 4), int)}, "stream 'b' holds int64"),
+    ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - it needs at least"), ({"b": np.zeros(50)}, r"stream 'b' has shape \(50,\)"),
+    ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50 samples"), ({"labels": np.zeros(50)}, "'labels' has shape .* float64"),
+    ({"label_names": np.array(["x"])}, "'label_names' has 1 names for 3 labels"), ({"split": np.array(["train"] * 50)}, "the test and val split is empty"),
+    ({"split": np.array(["test"] * 50)}, "the train split is empty"), ({"split": np.array(["train"] * 49 + ["dev"])}, "'split' row 49 is 'dev'"),
+    ({"groups": np.zeros(50, int)}, "the test and val split is empty"), ({"n": 0}, "has shape .0, 6. - it needs at least one row"),
+    ({"b": np.array([{}] * 50)}, "is an array of Python objects - save plain numbers")])
+def test_a_bad_array_is_refused_by_name(more, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_features(as_file(tmp_path, **more))
+
+
+def test_a_bad_file_is_refused(tmp_path):
+    whole = open(as_file(tmp_path), "rb").read()
+    (tmp_path / "cut.npz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.npz").write_text("not a file of ours")
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps({"a": 1}))
+    np.save(tmp_path / "one.npy", np.zeros((3, 2)))
+    middle = bytearray(whole)
+    middle[200:260] = bytes(60)
+    (tmp_path / "damaged.npz").write_bytes(bytes(middle))
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "none.npz", labels=np.zeros(3, int))
+    for name, message in (("missing.npz", "no file or folder"), ("cut.npz", "is cut off or damaged"), ("damaged.npz", "is cut off or damaged"),
+                          ("text.npz", "is not a readable"), ("pickle.npz", "is not a readable"), ("one.npy", "one array without a name"),
+                          ("empty", "holds no stream"), ("none.npz", "holds no stream")):
+        with pytest.raises(InputError, match=message):
+            read_features(str(tmp_path / name))
+    with pytest.raises(InputError, match="has no stream 'z' - it has a, b"):
+        read_features(as_file(tmp_path), ["z"])
+
+
+def test_a_cut_off_array_in_a_folder_is_refused(tmp_path):
+    path = as_folder(tmp_path)
+    whole = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(whole[:300])
+    with pytest.raises(InputError, match="a.npy is"):
+        read_features(path)
+
+
+def test_zero_rows_are_noted_not_refused(tmp_path):
+    x = arrays()["a"]
+    x[[4, 9]] = 0
+    assert "stream 'a' has 2 all-zero rows" in read_features(as_file(tmp_path, a=x)).notes[0]
