@@ -166,8 +166,6 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
         torn = [g for g, parts in seen.items() if len(parts) > 1]
         if torn:
             out.notes.append(f"{len(torn)} of {len(seen)} groups (first: {torn[0]}) lie in several splits")
-    for name in ("train", ("test", "val")):
-        out.rows(*([name] if isinstance(name, str) else name))
     return out
 
 

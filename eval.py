@@ -537,8 +537,11 @@ def matrix_table(matrix):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, size=(640, 260)):
-    """Line chart as inline SVG. series: dict name -> list of (x, y); pairs whose y is None are left out."""
+def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260)):
+    """Line chart as inline SVG. series: dict name -> list of (x, y); pairs whose y is None are left out.
+
+    x_names: text under x = 0, 1, 2, ... for values that are not evenly spaced.
+    """
     series = {name: [(x, y) for x, y in points if y is not None] for name, points in series.items()}
     points = [p for line in series.values() for p in line]
     if not points:
@@ -554,8 +557,8 @@ def svg_lines(series, x_label, y_label, size=(640, 260)):
         y = y0 + (y1 - y0) * i / 4
         a, b = at(x0, y).split(","), at(x1, y).split(",")
         parts.append(f'<path d="M{a[0]} {a[1]}H{b[0]}" class="grid"/><text x="54" y="{float(a[1]) + 4}" class="end">{_tick(y)}</text>')
-        x = x0 + (x1 - x0) * i / 4
-        parts.append(f'<text x="{at(x, y0).split(",")[0]}" y="{h - 24}" class="mid">{_tick(x)}</text>')
+    for x, text in enumerate(x_names) if x_names else ((x, _tick(x)) for x in np.linspace(x0, x1, 5)):
+        parts.append(f'<text x="{at(x, y0).split(",")[0]}" y="{h - 24}" class="mid">{html.escape(text)}</text>')
     parts.append(f'<text x="{w / 2}" y="{h - 6}" class="mid">{html.escape(x_label)}</text>'
                  f'<text x="60" y="12">{html.escape(y_label)}</text>')
     for i, (name, line) in enumerate(series.items()):

@@ -134,8 +134,9 @@ class Progress:
     """A line that rewrites itself on a terminal, or a plain line every tenth of the way elsewhere. Goes to stderr."""
 
     def __init__(self, total, start=0):
-        self.total, self.began, self.first, self.next = total, time.time(), start, start
+        self.total, self.began, self.first = total, time.time(), start
         self.live = sys.stderr.isatty()
+        self.next = start + (10 if self.live else max(1, total // 10))
 
     def __call__(self, step, text):
         if step < self.next and step < self.total:
@@ -251,25 +252,33 @@ def evaluation_rows(features, flags, *splits):
     return rows
 
 
-def codes_and_fit(model, features, rows, mode, device, block=1024):
-    """Encode `rows` block by block: ({stream: sparse code}, {"r2", "nmse"})."""
-    import eval as judge
-    import numpy as np
+def encoded(model, features, rows, mode, device, block=1024):
+    """Yield (x, codes) for `rows`, block by block: dicts stream -> raw features (b, d_s) and -> Codes."""
     import torch
-    kept = {s: ([], []) for s in model.streams}
-
-    def blocks():
+    with torch.no_grad():
         for start in range(0, len(rows), block):
             x = {s: v.to(device) for s, v in features.batch(rows[start:start + block]).items()}
-            codes = model.encode(x, mode)
-            for s, c in codes.items():
-                kept[s][0].append(c.indices.int().cpu().numpy())
-                kept[s][1].append(c.values.cpu().numpy())
-            yield ({t: model.normalise(v, t) for t, v in x.items()},
-                   {(t, s): model.decode(c, t) for t in x for s, c in codes.items()})
-    with torch.no_grad():
-        fit = judge.reconstruction(blocks())
-    return {s: judge.sparse_code(np.concatenate(i), np.concatenate(v), model.n_latents) for s, (i, v) in kept.items()}, fit
+            yield x, model.encode(x, mode)
+
+
+def collect(pieces):
+    """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays."""
+    import torch
+    return {s: (torch.cat([c[s].indices.int() for c in pieces]).cpu().numpy(), torch.cat([c[s].values for c in pieces]).cpu().numpy())
+            for s in pieces[0]}
+
+
+def codes_and_fit(model, features, rows, mode, device):
+    """The sparse codes of `rows` by stream, and how well they reconstruct every stream ({"r2", "nmse"}), in one pass."""
+    import eval as judge
+    pieces = []
+
+    def reconstructions():
+        for x, codes in encoded(model, features, rows, mode, device):
+            pieces.append(codes)
+            yield {t: model.normalise(v, t) for t, v in x.items()}, {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()}
+    fit = judge.reconstruction(reconstructions())
+    return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in collect(pieces).items()}, fit
 
 
 def measure(model, features, flags):
@@ -340,14 +349,26 @@ def read(flags):
         torch.zeros(1, device=flags.device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device '{flags.device}' cannot be used ({str(e).splitlines()[0][:60]}...) - try cpu")
-    if flags.data is None:
-        features = data.planted_streams(seed=flags.seed)
-        if flags.streams:
-            raise InputError("--streams picks from --data - name a file")
+    names = flags.streams.split(",") if flags.streams else None
+    if flags.data is not None:
+        features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
     else:
-        features = data.read_features(flags.data, flags.streams.split(",") if flags.streams else None, flags.taxonomy, flags.seed)
+        features = data.planted_streams(seed=flags.seed)
+        unknown = [s for s in names or () if s not in features.streams]
+        if unknown:
+            raise InputError(f"the made-up data has no stream '{unknown[0]}' - it has {', '.join(features.streams)}")
+        features.streams = {s: features.streams[s] for s in names or features.streams}
+        features.truth = {s: features.truth[s] for s in features.streams}
     for note in features.notes:
-        say("note: " + note)
+        say_once("note: " + note)
+    return features
+
+
+def read_to_train(flags):
+    """`read`, and make sure that there is something to train on and something to judge by."""
+    features = read(flags)
+    features.rows("train")
+    features.rows("test", "val")
     return features
 
 
@@ -359,7 +380,7 @@ def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
     import eval as judge
     flags, saved = check_folder(flags.out, flags)
-    features = read(flags)
+    features = read_to_train(flags)
     if len(features.streams) < 2:
         raise InputError(f"{flags.data} has the one stream {list(features.streams)[0]} - sparc shares a code among several; use sae for one")
     metrics = run_sparc(flags, features, flags.out, saved)
@@ -370,13 +391,8 @@ def cmd_sparc(flags):
 def cmd_sae(flags):
     """Train a TopK autoencoder on one stream: SPARC with M = 1."""
     flags, saved = check_folder(flags.out, flags)
-    if flags.data is None and flags.stream is None:
-        flags = flags.replaced({"stream": "vision"})
-    features = read(flags.replaced({"streams": flags.stream if flags.data else None}))
-    if flags.stream and flags.data is None:
-        if flags.stream not in features.streams:
-            raise InputError(f"the made-up data has no stream '{flags.stream}' - it has {', '.join(features.streams)}")
-        features.streams = {flags.stream: features.streams[flags.stream]}
+    stream = flags.stream or ("vision" if flags.data is None else None)
+    features = read_to_train(flags.replaced({"streams": stream}))
     if len(features.streams) > 1:
         raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
     metrics = run_sparc(flags.replaced({"topk": "local", "lam": 0., "loss": "sum", "null": False}), features, flags.out, saved, "sae")
@@ -395,25 +411,31 @@ def load_run(folder, device="cpu"):
     return sae.load(out_path(folder, "checkpoint.pt"), device)[0], config
 
 
-def check_fits(model, features, every):
-    """Whether a model can read these features; `every`: all its streams must be there."""
-    missing = [s for s in model.streams if s not in features.dims]
+def features_for(model, config, flags):
+    """The features to use a run on: those of --data, else the run's own. Only streams that the model knows are read."""
+    import data
+    flags = flags.replaced({k: config["flags"][k] for k in ("data", "taxonomy", "seed") if k not in flags.given})
+    if not flags.streams:
+        there = data.stream_names(flags.data) if flags.data else model.streams
+        known = [s for s in model.streams if s in there]
+        if not known:
+            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows {', '.join(model.streams)} - check the keys")
+        flags = flags.replaced({"streams": ",".join(known)})
+    features = read(flags)
     for s, d in features.dims.items():
         if model.dims.get(s) != d:
-            raise InputError(f"the run was trained on {model.dims}, the data has {features.dims} - take the streams it knows (--streams)")
-    if every and missing:
-        raise InputError(f"the data lacks the run's stream '{missing[0]}' - it has {', '.join(features.dims)}")
+            raise InputError(f"the run was trained on {model.dims}, the data has {features.dims} - take streams that it knows")
+    return features, flags
 
 
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
     import eval as judge
     model, config = load_run(flags.run, flags.device)
-    flags = flags.replaced({k: config["flags"][k] for k in ("data", "taxonomy", "seed") if k not in flags.given})
-    features = read(flags.replaced({"streams": flags.streams or (",".join(model.streams) if flags.data else None)}))
-    if flags.data is None:
-        features.streams = {s: features.streams[s] for s in model.streams if s in features.streams}
-    check_fits(model, features, every=True)
+    features, flags = features_for(model, config, flags)
+    missing = [s for s in model.streams if s not in features.streams]
+    if missing:
+        raise InputError(f"the data lacks the run's stream '{missing[0]}' - eval needs {', '.join(model.streams)}")
     metrics, _, _ = measure(model, features, flags)
     print_summary(metrics)
     if flags.json:
@@ -423,28 +445,17 @@ def cmd_eval(flags):
 
 def cmd_encode(flags):
     """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k)."""
-    import data
     import numpy as np
-    import torch
     if os.path.exists(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} exists - use --overwrite or another --out")
-    model, _ = load_run(flags.run, flags.device)
-    names = data.stream_names(flags.data)
-    known = [s for s in model.streams if s in names]
-    if not known:
-        raise InputError(f"{flags.data} has {', '.join(names)}, none of the run's streams {', '.join(model.streams)} - check its keys")
-    features = data.read_features(flags.data, flags.streams.split(",") if flags.streams else known)
-    check_fits(model, features, every=False)
-    out = {s: ([], []) for s in features.streams}
-    with torch.no_grad():
-        for start in range(0, len(features), 1024):
-            x = {s: v.to(flags.device) for s, v in features.batch(np.arange(start, min(start + 1024, len(features)))).items()}
-            for s, c in model.encode(x, flags.mode).items():
-                out[s][0].append(c.indices.int().cpu().numpy())
-                out[s][1].append(c.values.cpu().numpy())
-    arrays = {f"{s}_{name}": np.concatenate(v) for s, pair in out.items() for name, v in zip(("indices", "values"), pair)}
+    model, config = load_run(flags.run, flags.device)
+    features, _ = features_for(model, config, flags)
+    codes = collect([codes for _, codes in encoded(model, features, np.arange(len(features)), flags.mode, flags.device)])
+    arrays = {f"{s}_{name}": v for s, pair in codes.items() for name, v in zip(("indices", "values"), pair)}
+    if "ids" in features.about:
+        arrays["ids"] = features.about["ids"]
     with open(flags.out + ".tmp", "wb") as f:
-        np.savez(f, **arrays, n_latents=model.n_latents, mode=flags.mode, **{k: features.about[k] for k in ("ids",) if k in features.about})
+        np.savez(f, **arrays, n_latents=model.n_latents, mode=flags.mode)
     os.replace(flags.out + ".tmp", flags.out)
     say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
@@ -458,7 +469,7 @@ def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, in one table, each joint and alone, with its null."""
     import eval as judge
     flags, saved = check_folder(flags.out, flags)
-    features = read(flags)
+    features = read_to_train(flags)
     if len(features.streams) < 2:
         raise InputError("ablate compares ways of sharing a code - give at least two streams")
     results = {}
@@ -499,7 +510,7 @@ def cmd_sweep(flags):
     import sae
     flags, saved = check_folder(flags.out, flags)
     name, values = parse_over(flags.over)
-    features = read(flags)
+    features = read_to_train(flags)
     for value in values:                                     # before anything is written
         trial = check_ranges(flags.replaced({name: value}))
         sae.SPARC(features.dims, trial.latents, trial.k)
@@ -522,11 +533,11 @@ def cmd_sweep(flags):
                      found["self", "global", "alone"], found["cross", "global", "alone"]])
         for what in cells:
             for label, y in zip((f"{what}, global", f"{what}, local", f"{what}, global alone"), (*cells[what], found[what, "global", "alone"])):
-                curves.setdefault(label, []).append((value, y))
+                curves.setdefault(label, []).append((len(rows) - 1, y))
     header = [name, "self global", "self local", "gap", "cross global", "cross local", "gap", "self global alone", "cross global alone"]
     print("\n" + judge.text_table(header, rows))
     judge.write_json(out_path(flags.out, "metrics.json"), {"over": name, "header": header, "rows": rows})
-    chart = judge.svg_lines(curves, name, "NMSE")
+    chart = judge.svg_lines(curves, name, "NMSE", [row[0] for row in rows])
     judge.write_text(out_path(flags.out, "sweep.svg"), judge.standalone_svg(chart))
     judge.write_report(out_path(flags.out, "report.html"), f"repsae sweep over {name}", [("NMSE, Global against Local TopK", chart + judge.html_table(header, rows))])
     say(f"wrote {out_path(flags.out, 'report.html')} and sweep.svg")
@@ -620,30 +631,29 @@ def contender(kind, dims, device, batch=256, latents=8192, k=64):
 
 
 def phases(model, optimiser, x):
-    """One of our steps taken apart: seconds by phase. The same calls as sae.train_step."""
+    """Take one training step with a stopwatch on its parts: dict phase -> seconds."""
     import sae
-    marks = [("", time.perf_counter())]
+    import torch
+    spent = {}
 
-    def mark(name):
-        marks.append((name, time.perf_counter()))
-    model._support({s: v - model.b_pre[s].detach() for s, v in x.items()}, "joint")
-    mark("choose")
-    sae._recycle(model)
-    total, parts = model.loss(x)
-    mark("forward")
-    total.backward()
-    mark("backward")
-    sae.project_gradient(model)
-    mark("project")
-    optimiser.step()
-    mark("adam")
-    sae.renormalise(model)
-    mark("renormalise")
-    sae._count_idle(model, parts["codes"])
-    mark("count dead")
-    seconds = {name: now - before for (_, before), (name, now) in zip(marks, marks[1:])}
-    seconds["forward"] -= seconds["choose"]                  # loss() chooses too
-    return seconds
+    def watch(owner, name, phase):
+        inner = getattr(owner, name)
+
+        def timed(*args, **kw):
+            began = time.perf_counter()
+            result = inner(*args, **kw)
+            spent[phase] = spent.get(phase, 0) + time.perf_counter() - began
+            return result
+        setattr(owner, name, timed)
+        return lambda: setattr(owner, name, inner)
+    undo = [watch(model, "_support", "choose"), watch(model, "loss", "forward"), watch(torch.Tensor, "backward", "backward"),
+            watch(sae, "project_gradient", "project"), watch(optimiser, "step", "adam"), watch(sae, "renormalise", "renormalise"),
+            watch(sae, "_count_idle", "count dead")]
+    sae.train_step(model, optimiser, x)
+    for restore in undo:
+        restore()
+    spent["forward"] -= spent["choose"]                      # the loss does the choosing
+    return spent
 
 
 def step_memory(kind, dims, device):
@@ -764,7 +774,7 @@ class Parser(argparse.ArgumentParser):
 
 
 COMMANDS = {}
-EVAL_ONLY = {k: RUN[k] for k in ("device", "eval-rows")}
+SEED = {"seed": TRAINING["seed"]}
 
 
 def command(name, run, groups, out=None, positional=(), extra=None, defaults=None):
@@ -778,8 +788,8 @@ def command(name, run, groups, out=None, positional=(), extra=None, defaults=Non
 command("sparc", cmd_sparc, (DATA, MODEL, TRAINING, NULL, RUN), "runs/sparc")
 command("sae", cmd_sae, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam", "loss")}, TRAINING, RUN), "runs/sae",
         extra={"stream": (None, str, "the stream to train on; needed when the data has several")})
-command("eval", cmd_eval, (DATA, TRAINING and {"seed": TRAINING["seed"]}, EVAL_ONLY, BENCH), positional=("run",))
-command("encode", cmd_encode, (DATA, {"device": RUN["device"], "overwrite": RUN["overwrite"]}), "codes.npz", positional=("run",),
+command("eval", cmd_eval, (DATA, SEED, {k: RUN[k] for k in ("device", "eval-rows")}, BENCH), positional=("run",))
+command("encode", cmd_encode, (DATA, SEED, {"device": RUN["device"], "overwrite": RUN["overwrite"]}), "codes.npz", positional=("run",),
         extra={"mode": ("alone", ("joint", "alone"), "the given streams choose the latents together, or each its own")})
 command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam")}, TRAINING, NULL, RUN), "runs/ablate",
         defaults={"null": True})
@@ -847,6 +857,8 @@ def main(argv=None):
         raise SystemExit(130)
     except KeyboardInterrupt:
         raise SystemExit(130)
+    except OSError as e:                                     # no space, no permission, no such place
+        fail(f"{e.strerror}: {e.filename or flags.get('out')} - mend it, or name another place")
     except ValueError as e:
         if type(e).__name__ != "InputError":
             raise

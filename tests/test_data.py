@@ -199,7 +199,9 @@ def poisoned(value, row):
     ({"b": np.array([{}] * 50)}, "is an array of Python objects - save plain numbers")])
 def test_a_bad_array_is_refused_by_name(more, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        read_features(as_file(tmp_path, **more))
+        features = read_features(as_file(tmp_path, **more))
+        features.rows("train")
+        features.rows("test", "val")
 
 
 def test_a_bad_file_is_refused(tmp_path):
