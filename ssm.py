@@ -1,0 +1,727 @@
+"""The selective scan and the three backbones of thesis chapter 3: ViT, Vision Mamba (Vim) and VMamba, in plain PyTorch.
+
+Read first   thesis 3.2.1 (Vim in DINO) and 3.3.1 (Vim and VMamba). [1] Gu & Dao, Mamba, arXiv 2312.00752, sections 2-3
+             and Algorithm 2; [2] Zhu et al., Vision Mamba; [3] Liu et al., VMamba; Caron et al., DINO; Oquab et al., DINOv2.
+Read in      `_scan_reference` (the recurrence), `selective_scan`, then `_TorchScan` (the same, fast), `Mixer` and `Vim`,
+this order   `SS2D` and `VMamba`, `ViT`; the presets and `load_weights` come last.
+
+Glossary     B batch . L tokens . D channels . N state size . G groups of channels that share B and C
+             u      (B, L, D)  the sequence        h      (B, D, N)  the state           y  (B, L, D)  the output
+             delta  (B, L, D)  step size           A      (D, N)     negative decay rates
+             B, C   (B, L, N) or (B, L, G, N)      input and output weights; they and delta depend on the token, which
+                    is what "selective" means      z      (B, L, D)  gate
+             d      width of a token . E = 2 d inner width of a Mamba block . r rank of delta's projection
+
+Deviations   exp(delta A) is exact (zero-order hold) but delta B is Euler's, as in the official code of [1] (its Eq. 4 has
+             the hold for both). Vim and VMamba keep the released parameter names, misnomers included, so that released
+             files load as they are.
+Not here     training recipes (the commands have them), inference step by step, real-valued D-matrices per token.
+
+This file needs nothing but torch: copy it alone. `csrc/` beside it holds an optional compiled scan.
+
+    y = selective_scan(u, delta, A, B, C, D, z, delta_bias)
+    model = vim_small(); load_weights(model, "vim_s.pth"); x = model.features(images)         # (B, 384)
+"""
+import argparse
+import math
+import os
+import sys
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+class InputError(ValueError):
+    """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The selective scan
+# ---------------------------------------------------------------------------------------------------------------------
+
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=True, backend="auto", last_state=False):
+    """y_t = C_t h_t + D u_t with h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, gated by silu(z_t): [1] Algorithm 2.
+
+    u, delta, z (B, L, D); A (D, N); B, C (B, L, N), or (B, L, G, N) where channel i uses group i // (D / G); D and
+    delta_bias (D,). delta gets its bias, then softplus. Computed in float32 (float64 if u is), returned in u's dtype.
+
+    backend: "reference" (a loop to read), "torch" (chunked, its own backward), "native" (compiled, see `build_native`),
+    or "auto": native if the environment has REPSAE_NATIVE=1 and it can be built, else torch.
+    last_state: return (y, h_L (B, D, N)). All backends differentiate in every input; the memory that reference keeps for
+    that grows with B L D N, that of the others with B L D.
+    """
+    _check_scan(u, delta, A, B, C, D, z, delta_bias)
+    kind, work = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
+    with torch.autocast(u.device.type, enabled=False):
+        u, delta, A, B, C = (v.to(work) for v in (u, delta, A, B, C))
+        if delta_bias is not None:
+            delta = delta + delta_bias.to(work)
+        if softplus:
+            delta = F.softplus(delta)
+        if B.dim() == 3:
+            B, C = B.unsqueeze(2), C.unsqueeze(2)                                           # one group
+        y, h = _BACKENDS[_choose_backend(backend, u)](u, delta, A, B, C)
+        if D is not None:
+            y = y + D.to(work) * u
+        if z is not None:
+            y = y * F.silu(z.to(work))
+    return (y.to(kind), h) if last_state else y.to(kind)
+
+
+def _check_scan(u, delta, A, B, C, D, z, delta_bias):
+    if u.dim() != 3:
+        raise InputError(f"u has shape {tuple(u.shape)} - give (batch, tokens, channels)")
+    b, L, channels = u.shape
+    N, G = A.shape[-1], B.shape[2] if B.dim() == 4 else 1
+    wanted = {"delta": (delta, (b, L, channels)), "z": (z, (b, L, channels)), "A": (A, (channels, N)), "D": (D, (channels,)),
+              "delta_bias": (delta_bias, (channels,)), "B": (B, (b, L, N) if B.dim() == 3 else (b, L, G, N)), "C": (C, tuple(B.shape))}
+    for name, (v, shape) in wanted.items():
+        if v is not None and tuple(v.shape) != shape:
+            raise InputError(f"{name} has shape {tuple(v.shape)} - with u {tuple(u.shape)} and A {tuple(A.shape)} it must be {shape}")
+    if channels % G:
+        raise InputError(f"{channels} channels do not divide into the {G} groups of B - give a multiple")
+
+
+def _scan_reference(u, delta, A, B, C):
+    """The recurrence as [1] writes it (Eq. 2a, 2b), token by token. B, C (B, L, G, N). Returns y (B, L, D), h (B, D, N)."""
+    per_group = u.shape[2] // B.shape[2]
+    B, C = (v.repeat_interleave(per_group, dim=2) for v in (B, C))                          # (B, L, D, N)
+    h = u.new_zeros(u.shape[0], *A.shape)
+    y = []
+    for t in range(u.shape[1]):
+        A_bar = torch.exp(delta[:, t, :, None] * A)                                         # (B, D, N)
+        B_bar = delta[:, t, :, None] * B[:, t]
+        h = A_bar * h + B_bar * u[:, t, :, None]
+        y.append((h * C[:, t]).sum(-1))                                                     # <C_t, h_t>
+    return torch.stack(y, 1), h
+
+
+class _TorchScan(torch.autograd.Function):
+    """The recurrence chunk by chunk, with its analytic gradient. Time comes first, so that a step is contiguous memory.
+
+    u, delta (L, B, G, E) with D = G E; A (G, E, N); B, C (L, B, G, N). The states of a chunk exist only while it is worked
+    on; of each chunk only the state it starts from is kept, and the backward pass makes the others again. With chunks of
+    T >= N tokens that is no more memory than u. (Dividing by running products of exp(delta A) would turn the loop over
+    time into one cumulative sum, and underflow at the first long decay.)
+    """
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, T):
+        y, h, starts = torch.empty_like(u), u.new_zeros(*u.shape[1:], A.shape[-1]), []
+        a, x = (u.new_empty(min(T, len(u)), *h.shape) for _ in range(2))
+        for i in range(0, len(u), T):
+            now = slice(i, i + T)
+            starts.append(h)
+            h = _states(u[now], delta[now], A, B[now], h, a, x).clone()
+            torch.matmul(x[:len(u[now])], C[now].unsqueeze(-1), out=y[now].unsqueeze(-1))   # (T, B, G, E, N) (.., N, 1)
+        ctx.save_for_backward(u, delta, A, B, C, *starts)
+        ctx.T = T
+        return y, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh):
+        """With g_t the gradient of h_t, g_t = C_t dy_t + a_{t+1} g_{t+1}, everything else is a product of it (a = exp(delta A))."""
+        u, delta, A, B, C, *starts = ctx.saved_tensors
+        du, ddelta, dA, dB, dC = (torch.empty_like(v) for v in (u, delta, A, B, C))
+        dA.zero_()
+        a, x, g = (u.new_empty(min(ctx.T, len(u)), *dh.shape) for _ in range(3))
+        for i in reversed(range(0, len(u), ctx.T)):
+            now, h = slice(i, i + ctx.T), starts[i // ctx.T]
+            n = len(u[now])
+            _states(u[now], delta[now], A, B[now], h, a, x)
+            torch.mul(dy[now].unsqueeze(-1), C[now].unsqueeze(-2), out=g[:n])
+            g[n - 1] += dh
+            for t in range(n - 2, -1, -1):
+                g[t].addcmul_(a[t + 1], g[t + 1])
+            dh = a[0] * g[0]                                                                # to the chunk before
+            gB = (g[:n] @ B[now].unsqueeze(-1)).squeeze(-1)                                 # (T, B, G, E)
+            du[now] = delta[now] * gB
+            dB[now] = (g[:n].transpose(-1, -2) @ (delta[now] * u[now]).unsqueeze(-1)).squeeze(-1)
+            dC[now] = (x[:n].transpose(-1, -2) @ dy[now].unsqueeze(-1)).squeeze(-1)
+            a[1:n] *= x[:n - 1]
+            a[0] *= h
+            gah = a[:n].mul_(g[:n])                                                         # g_t a_t h_{t-1}, (T, B, G, E, N)
+            ddelta[now] = gB * u[now] + torch.mul(gah, A, out=x[:n]).sum(-1)
+            dA += gah.mul_(delta[now].unsqueeze(-1)).sum((0, 1))
+        return du, ddelta, dA, dB, dC, None
+
+
+def _states(u, delta, A, B, h, a, x):
+    """Fill a with exp(delta_t A) and x with h_t for one chunk, starting from the state h; returns the last h_t."""
+    n = len(u)
+    torch.mul(delta.unsqueeze(-1), A, out=a[:n]).exp_()
+    torch.mul((delta * u).unsqueeze(-1), B.unsqueeze(-2), out=x[:n])
+    for t in range(n):
+        h = x[t].addcmul_(a[t], h)                                                          # one call a token
+    return h
+
+
+def _scan_torch(u, delta, A, B, C, T=32):
+    (b, L, D), G = u.shape, B.shape[2]
+    first = [v.transpose(0, 1).contiguous() for v in (u, delta, B, C)]
+    u, delta = (v.view(L, b, G, D // G) for v in first[:2])
+    y, h = _TorchScan.apply(u, delta, A.view(G, D // G, -1), first[2], first[3], max(T, A.shape[-1]))
+    return y.reshape(L, b, D).transpose(0, 1), h.reshape(b, D, -1)
+
+
+class _NativeScan(torch.autograd.Function):
+    """The compiled scan (csrc/): states in registers, chunk starts kept, the rest made again going backward."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C):
+        y, h, starts = native().forward(u, delta, A, B, C)
+        ctx.save_for_backward(u, delta, A, B, C, starts)
+        return y, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh):
+        return tuple(native().backward(*ctx.saved_tensors, dy.contiguous(), dh.contiguous()))
+
+
+def _scan_native(u, delta, A, B, C):
+    return _NativeScan.apply(*(v.contiguous() for v in (u, delta, A, B, C)))
+
+
+_BACKENDS = {"reference": _scan_reference, "torch": _scan_torch, "native": _scan_native}
+
+
+def _choose_backend(backend, u):
+    if backend == "auto":
+        return "native" if os.environ.get("REPSAE_NATIVE") == "1" and native() and native().serves(u) else "torch"
+    if backend not in _BACKENDS:
+        raise InputError(f"backend={backend!r} - use auto, {', '.join(_BACKENDS)}")
+    if backend == "native" and not native():
+        raise InputError(f"the native scan is not available ({_why_not_native}) - use backend='torch'")
+    return backend
+
+
+_why_not_native = ""
+
+
+@lru_cache(None)
+def native():
+    """The compiled scan as a module with forward, backward and serves, built on first use and cached; None if it cannot be."""
+    global _why_not_native
+    try:
+        return build_native()
+    except Exception as e:                                   # no compiler, no ninja, no sources, a failed build: all the same
+        _why_not_native = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
+        print(f"ssm: the native scan is not available ({_why_not_native}); the torch scan serves", file=sys.stderr)
+        return None
+
+
+def build_native(verbose=False):
+    """Compile csrc/ with torch.utils.cpp_extension (which needs ninja and a C++ compiler) and return the module."""
+    from torch.utils import cpp_extension
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
+    sources = [os.path.join(folder, "selective_scan.cpp")]
+    if not os.path.exists(sources[0]):
+        raise InputError(f"no {sources[0]}")
+    # Every flag is plain C++: errno and floating-point traps are given up, exact arithmetic is not (no fast-math).
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+    cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    if cuda:
+        sources.append(os.path.join(folder, "selective_scan.cu"))
+        flags.append("-DWITH_CUDA")
+    return cpp_extension.load("repsae_scan", sources, extra_cflags=flags, extra_cuda_cflags=["-O3"], with_cuda=cuda, verbose=verbose)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts that several backbones use
+# ---------------------------------------------------------------------------------------------------------------------
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a sample's whole branch with probability p and scale the others by 1 / (1 - p)."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.p
+        return x * keep / (1 - self.p)
+
+
+class PatchEmbed(nn.Module):
+    """(B, 3, H, W) -> (B, T, d): a convolution as wide as its stride."""
+
+    def __init__(self, patch, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def _grid(x, patch, name):
+    """Rows and columns of patches of an image batch; refuses what does not divide."""
+    if x.dim() != 4 or x.shape[1] != 3:
+        raise InputError(f"images have shape {tuple(x.shape)} - {name} wants (batch, 3, height, width)")
+    h, w = x.shape[2:]
+    if h % patch or w % patch or not h or not w:
+        raise InputError(f"images are {h}x{w} - {name} wants multiples of {patch}")
+    return h // patch, w // patch
+
+
+def _interpolate(pos, grid, offset=0.1, antialias=False):
+    """Resize a square of position embeddings (1, n*n, d) to `grid`, bicubic, in float32 -> (1, rows*columns, d).
+
+    DINO passes scale factors with 0.1 added against rounding, and that factor, not the ratio of the sizes, places the
+    samples: the result differs visibly from asking for the size. DINOv2 with registers (offset 0) asks for the size.
+    """
+    n = int(pos.shape[1] ** 0.5)
+    image = pos.float().reshape(1, n, n, -1).permute(0, 3, 1, 2)
+    target = {"scale_factor": tuple((g + offset) / n for g in grid)} if offset else {"size": tuple(grid)}
+    image = F.interpolate(image, mode="bicubic", antialias=antialias, **target)
+    return image.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(pos.dtype)
+
+
+def _trunc_normal(*tensors):
+    for v in tensors:
+        nn.init.trunc_normal_(v, std=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ViT: DINO and DINOv2
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head self-attention. With `keep` set, the probabilities of the next passes stay in `kept` (B, heads, T, T), and
+    their gradient with them: heat maps need both. Otherwise torch's fused kernel, which never forms them."""
+    keep = False
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, d = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)      # (B, heads, T, d/heads)
+        if self.keep:
+            self.kept = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
+            if self.kept.requires_grad:
+                self.kept.retain_grad()
+            out = self.kept @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, T, d))
+
+
+class SwiGLU(nn.Module):
+    """DINOv2 giant's MLP: w3(silu(x1) x2) with x1, x2 the halves of w12(x)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        x1, x2 = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(x1) * x2)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim, value):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim, heads, layer_scale, mlp, drop_path):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), mlp(dim, 4 * dim)
+        self.ls1, self.ls2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """Vision transformer with a class token, as in DINO; with `v2` as in DINOv2.
+
+    size, patch   the trained image size and the patch size; any multiple of the patch can be given, see `_interpolate`
+    v2            DINOv2: LayerScale and a mask token (unused here); registers: its extra tokens, 0 or 4
+    Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when n_classes = 0.
+    """
+
+    def __init__(self, dim, depth, heads, patch=16, size=224, n_classes=0, drop_path=0., v2=False, registers=0, swiglu=False):
+        super().__init__()
+        self.patch, self.size, self.registers = patch, size, registers
+        self.dim, self.offset, self.antialias = dim, 0. if registers else 0.1, bool(registers)
+        self.patch_embed = PatchEmbed(patch, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+        if v2:
+            self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, 1. if v2 else None, SwiGLU if swiglu else Mlp, p)
+                                    for p in torch.linspace(0, drop_path, depth).tolist())
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, n_classes) if n_classes else nn.Identity()
+        _trunc_normal(self.pos_embed, *(() if v2 else (self.cls_token,)))
+        if v2:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        if registers:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                _trunc_normal(m.weight)
+                nn.init.zeros_(m.bias)
+
+    def position(self, grid, image):
+        """(1, 1 + T, d): the class token's row, then the patches', resized if the image is not the trained size."""
+        if tuple(image) == (self.size, self.size):
+            return self.pos_embed
+        return torch.cat([self.pos_embed[:, :1], _interpolate(self.pos_embed[:, 1:], grid, self.offset, self.antialias)], 1)
+
+    def blocks_out(self, x, last=1):
+        """The final norm of the last blocks' outputs, oldest first, a list of (B, 1 + registers + T, d); and the grid."""
+        grid, image = _grid(x, self.patch, "this ViT"), x.shape[2:]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1) + self.position(grid, image)
+        if self.registers:                                   # after adding positions: registers have none
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
+        out = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - last:
+                out.append(self.norm(x))
+        return out, grid
+
+    def features(self, x, tokens=False, last=1):
+        """Class tokens of the last blocks side by side (B, last d); or with `tokens` all patch tokens (B, T, d) and their grid."""
+        out, grid = self.blocks_out(x, last)
+        if tokens:
+            return out[-1][:, 1 + self.registers:], grid
+        return torch.cat([v[:, 0] for v in out], -1)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vim: Vision Mamba
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Mixer(nn.Module):
+    """Vim's bidirectional Mamba block ("v2"): two scans with weights of their own between shared projections.
+
+    (B, L, d) -> (B, L, d). The second direction runs over the reversed sequence, gate and convolution included. Names
+    ending in _b belong to it; `D_b` is its skip, `A_b_log` its log(-A).
+    """
+
+    def __init__(self, dim, depth, d_state=16, d_conv=4):
+        super().__init__()
+        E, self.r, self.N = 2 * dim, math.ceil(dim / 16), d_state
+        self.in_proj, self.out_proj = nn.Linear(dim, 2 * E, bias=False), nn.Linear(E, dim, bias=False)
+        for end in ("", "_b"):
+            setattr(self, f"conv1d{end}", nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1))
+            setattr(self, f"x_proj{end}", nn.Linear(E, self.r + 2 * d_state, bias=False))
+            setattr(self, f"dt_proj{end}", nn.Linear(self.r, E))
+            setattr(self, f"A{end}_log", nn.Parameter(torch.log(torch.arange(1., d_state + 1)).repeat(E, 1)))
+            setattr(self, f"D{end}", nn.Parameter(torch.ones(E)))
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=5 ** 0.5)
+        with torch.no_grad():
+            self.out_proj.weight /= depth ** 0.5
+            self.dt_proj.weight.uniform_(-self.r ** -0.5, self.r ** -0.5)
+            self.dt_proj.bias.copy_(_delta_bias(E))
+            self.dt_proj_b.bias.zero_()                      # as released: only the forward direction starts with small steps
+
+    def _direction(self, xz, end):
+        x, z = xz.chunk(2, -1)                                                              # (B, L, E)
+        conv, dt_proj = getattr(self, f"conv1d{end}"), getattr(self, f"dt_proj{end}")
+        x = F.silu(conv(x.transpose(1, 2))[..., :x.shape[1]].transpose(1, 2))               # causal: no later token
+        delta, B, C = getattr(self, f"x_proj{end}")(x).split([self.r, self.N, self.N], -1)
+        delta = F.linear(delta, dt_proj.weight)              # its bias is added inside the scan, before softplus
+        return selective_scan(x, delta, -torch.exp(getattr(self, f"A{end}_log").float()), B, C, getattr(self, f"D{end}"), z, dt_proj.bias)
+
+    def forward(self, x):
+        xz = self.in_proj(x)
+        return self.out_proj((self._direction(xz, "") + self._direction(xz.flip(1), "_b").flip(1)) / 2)
+
+
+def _delta_bias(n, low=1e-3, high=0.1, floor=1e-4):
+    """Mamba's initial bias of delta: softplus of it is log-uniform in low..high."""
+    delta = torch.exp(torch.rand(n) * (math.log(high) - math.log(low)) + math.log(low)).clamp_min(floor)
+    return delta + torch.log(-torch.expm1(-delta))           # inverse softplus
+
+
+class VimLayer(nn.Module):
+    def __init__(self, dim, depth, d_state, drop_path):
+        super().__init__()
+        self.mixer, self.norm = Mixer(dim, depth, d_state), nn.RMSNorm(dim, eps=1e-5)
+        self.drop_path = DropPath(drop_path)
+
+
+class Vim(nn.Module):
+    """Vision Mamba ([2], thesis 3.2.1): patches and a class token in their middle, bidirectional Mamba blocks.
+
+    double_cls    Vim4Path's variant, as its authors trained it: the class token stands at the front, with a position (whose
+                  row 0 is then the class token's, DINO's convention), and the same parameter once more in the middle,
+                  without one: 198 tokens at 224 px, 38 at 96. The middle one is the output in either variant.
+    Input and output as `ViT`. A layer's output is added to the residual only in the next layer ("delayed"), so layer i's
+    drop_path acts on the output of layer i - 1.
+    """
+
+    def __init__(self, dim, depth, patch=16, size=224, n_classes=0, drop_path=0., double_cls=False, d_state=16):
+        super().__init__()
+        self.patch, self.size, self.dim, self.double_cls = patch, size, dim, double_cls
+        self.patch_embed = PatchEmbed(patch, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+        rates = [0.] + torch.linspace(0, drop_path, depth).tolist()
+        self.layers = nn.ModuleList(VimLayer(dim, depth, d_state, p) for p in rates[:depth])
+        self.drop_path = DropPath(drop_path)
+        self.norm_f = nn.RMSNorm(dim, eps=1e-5)
+        self.head = nn.Linear(dim, n_classes) if n_classes else nn.Identity()
+        _trunc_normal(self.cls_token, self.pos_embed)
+        fan_in = 3 * patch * patch                           # lecun normal: truncated, and widened to keep its variance
+        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566, a=-2, b=2)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        if n_classes:
+            _trunc_normal(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def position(self, grid, image):
+        """(1, 1 + T, d): rows in the order of the tokens, resized if the image is not the trained size."""
+        if tuple(image) == (self.size, self.size):
+            return self.pos_embed
+        cls = 0 if self.double_cls else (self.pos_embed.shape[1] - 1) // 2                  # the class token's row
+        patches = _interpolate(torch.cat([self.pos_embed[:, :cls], self.pos_embed[:, cls + 1:]], 1), grid)
+        at = 0 if self.double_cls else patches.shape[1] // 2
+        return torch.cat([patches[:, :at], self.pos_embed[:, cls:cls + 1], patches[:, at:]], 1)
+
+    def embed(self, x):
+        """(B, 3, H, W) -> tokens (B, L, d), the index of the class token to read, and the grid."""
+        grid, image = _grid(x, self.patch, "this Vim"), x.shape[2:]
+        x = self.patch_embed(x)
+        cls, T = self.cls_token.expand(len(x), -1, -1), x.shape[1]
+        if self.double_cls:
+            x = torch.cat([cls, x], 1) + self.position(grid, image)
+            middle = (T + 1) // 2
+            return torch.cat([x[:, :middle], cls, x[:, middle:]], 1), middle, grid
+        return torch.cat([x[:, :T // 2], cls, x[:, T // 2:]], 1) + self.position(grid, image), T // 2, grid
+
+    def run(self, x):
+        """Tokens (B, L, d) -> the final norm of every token."""
+        residual = None
+        for layer in self.layers:
+            residual = x.float() if residual is None else residual + layer.drop_path(x)     # kept in float32
+            x = layer.mixer(layer.norm(residual))
+        return self.norm_f(residual + self.drop_path(x))
+
+    def features(self, x, tokens=False):
+        """The middle class token (B, d); or with `tokens` all patch tokens (B, T, d) and their grid."""
+        x, middle, grid = self.embed(x)
+        x = self.run(x)
+        if not tokens:
+            return x[:, middle]
+        return torch.cat([x[:, int(self.double_cls):middle], x[:, middle + 1:]], 1), grid
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VMamba
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cross_scan(x):
+    """(B, H, W, E) -> (B, L, 4, E): the four orders of VMamba: by rows, by columns, and both backwards."""
+    rows, columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)
+    return torch.stack([rows, columns, rows.flip(1), columns.flip(1)], 2)
+
+
+def cross_merge(y, h, w):
+    """(B, L, 4, E) -> (B, H, W, E): the sum of the four, each put back in place."""
+    rows, columns = y[:, :, 0] + y[:, :, 2].flip(1), y[:, :, 1] + y[:, :, 3].flip(1)
+    return rows.unflatten(1, (h, w)) + columns.unflatten(1, (w, h)).transpose(1, 2)
+
+
+class SS2D(nn.Module):
+    """2D selective scan ([3]): depth-wise convolution, then four scans in four directions, summed. (B, H, W, d) -> same.
+
+    VMamba's "v05_noz": no gate, state size 1 in the released models; the four directions are the four groups of one scan.
+    """
+
+    def __init__(self, dim, d_state=1):
+        super().__init__()
+        E, r, self.N = 2 * dim, math.ceil(dim / 16), d_state
+        self.in_proj, self.out_proj = nn.Linear(dim, E, bias=False), nn.Linear(E, dim, bias=False)
+        self.conv2d = nn.Conv2d(E, E, 3, padding=1, groups=E, bias=False)
+        self.out_norm = nn.LayerNorm(E)
+        self.x_proj_weight = nn.Parameter(torch.empty(4, r + 2 * d_state, E).uniform_(-E ** -0.5, E ** -0.5))
+        self.dt_projs_weight = nn.Parameter(torch.empty(4, E, r).uniform_(-r ** -0.5, r ** -0.5))
+        self.dt_projs_bias = nn.Parameter(torch.stack([_delta_bias(E) for _ in range(4)]))
+        self.A_logs = nn.Parameter(torch.log(torch.arange(1., d_state + 1)).repeat(4 * E, 1))
+        self.Ds = nn.Parameter(torch.ones(4 * E))
+        _trunc_normal(self.in_proj.weight, self.out_proj.weight)
+
+    def forward(self, x):
+        h, w = x.shape[1:3]
+        x = F.silu(self.conv2d(self.in_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))    # (B, H, W, E)
+        u = cross_scan(x)                                                                   # (B, L, 4, E)
+        delta, B, C = torch.einsum("blke,kce->blkc", u, self.x_proj_weight).split(
+            [self.dt_projs_weight.shape[2], self.N, self.N], -1)
+        delta = torch.einsum("blkr,ker->blke", delta, self.dt_projs_weight)
+        y = selective_scan(u.flatten(2), delta.flatten(2), -torch.exp(self.A_logs.float()), B, C, self.Ds, None, self.dt_projs_bias.flatten())
+        return self.out_proj(self.out_norm(cross_merge(y.unflatten(2, (4, -1)), h, w)))
+
+
+class VSSBlock(nn.Module):
+    def __init__(self, dim, d_state, drop_path):
+        super().__init__()
+        self.norm, self.op = nn.LayerNorm(dim), SS2D(dim, d_state)
+        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.op(self.norm(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class _Conv(nn.Conv2d):
+    """3x3 convolution with stride 2 on (B, H, W, C)."""
+
+    def __init__(self, i, o):
+        super().__init__(i, o, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class VMamba(nn.Module):
+    """VMamba ([3], thesis 3.3.1), the v2 ("s2") releases: four stages of VSS blocks, halving the resolution in between.
+
+    Input (B, 3, H, W), sides multiples of 32. `forward` gives logits, or pooled features (B, 8 dim) when n_classes = 0.
+    Indices into patch_embed and downsample are the released ones; the identities between stand for its permutations.
+    """
+
+    def __init__(self, dim, depths, n_classes=0, drop_path=0., d_state=1):
+        super().__init__()
+        dims = [dim * 2 ** i for i in range(len(depths))]
+        self.dim, self.reduction = dims[-1], 4 * 2 ** (len(depths) - 1)
+        gap = nn.Identity
+        self.patch_embed = nn.Sequential(_Conv(3, dim // 2), gap(), nn.LayerNorm(dim // 2), gap(), nn.GELU(), _Conv(dim // 2, dim), gap(),
+                                         nn.LayerNorm(dim))
+        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            stage = nn.Module()
+            stage.blocks = nn.Sequential(*(VSSBlock(dims[i], d_state, next(rates)) for _ in range(depth)))
+            if i + 1 < len(depths):
+                stage.downsample = nn.Sequential(gap(), _Conv(dims[i], dims[i + 1]), gap(), nn.LayerNorm(dims[i + 1]))
+            else:
+                stage.downsample = nn.Identity()
+            self.layers.append(stage)
+        self.classifier = nn.Module()
+        self.classifier.norm = nn.LayerNorm(dims[-1])
+        self.classifier.head = nn.Linear(dims[-1], n_classes) if n_classes else nn.Identity()
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                _trunc_normal(m.weight)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def stages(self, x):
+        """The output of each stage before it is downsampled: a list of (B, H_i, W_i, C_i)."""
+        _grid(x, self.reduction, "this VMamba")
+        x, out = self.patch_embed(x.permute(0, 2, 3, 1)), []
+        for stage in self.layers:
+            out.append(stage.blocks(x))
+            x = stage.downsample(out[-1])
+        return out
+
+    def features(self, x, tokens=False):
+        """Pooled features (B, d); or with `tokens` the last stage's normed map as (B, T, d) and its grid."""
+        x = self.classifier.norm(self.stages(x)[-1])
+        return (x.flatten(1, 2), tuple(x.shape[1:3])) if tokens else x.mean((1, 2))
+
+    def forward(self, x):
+        return self.classifier.head(self.features(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets, and released weights
+# ---------------------------------------------------------------------------------------------------------------------
+# Every preset takes keyword arguments of its class: n_classes, drop_path, size, patch, double_cls, ...
+
+vit_tiny = partial(ViT, 192, 12, 3)
+vit_small = partial(ViT, 384, 12, 6)
+vit_base = partial(ViT, 768, 12, 12)
+vit_micro = partial(ViT, 96, 4, 3, patch=8, size=32)                                        # ours: for teaching and tests
+dinov2_small = partial(ViT, 384, 12, 6, patch=14, size=518, v2=True)
+dinov2_base = partial(ViT, 768, 12, 12, patch=14, size=518, v2=True)
+dinov2_large = partial(ViT, 1024, 24, 16, patch=14, size=518, v2=True)
+dinov2_giant = partial(ViT, 1536, 40, 24, patch=14, size=518, v2=True, swiglu=True)
+vim_tiny = partial(Vim, 192, 24)
+vim_tiny_plus = partial(Vim, 384, 12)                                                       # Vim4Path's, not Vim's "tiny+"
+vim_small = partial(Vim, 384, 24)
+vim_base = partial(Vim, 768, 24)
+vim_micro = partial(Vim, 96, 4, patch=8, size=32, d_state=8)
+vmamba_tiny = partial(VMamba, 96, (2, 2, 5, 2))
+vmamba_small = partial(VMamba, 96, (2, 2, 15, 2))
+vmamba_base = partial(VMamba, 128, (2, 2, 15, 2))
+vmamba_micro = partial(VMamba, 32, (1, 1, 1, 1))
+
+PRESETS = {name: value for name, value in list(globals().items()) if isinstance(value, partial)}
+
+
+def load_weights(model, path):
+    """Load a released or own checkpoint into a backbone: weights only, nothing resized, nothing left out silently.
+
+    Finds the state under teacher, student, model or state_dict, and strips module. and backbone.; of a DINO checkpoint
+    (keys with backbone.) the projection head is not the backbone's and is left out, and so is a classifier when the model
+    has none. Raises InputError listing every missing, unexpected and mis-shaped key.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):                        # released files hold their flags
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no weights at {path} - check the path")
+    except Exception as e:                                   # torch raises many kinds for broken files and pickles
+        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - download or save it again")
+    for key in ("teacher", "student", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or under teacher, student, model, state_dict")
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    if any(k.startswith("backbone.") for k in state):
+        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    own = model.state_dict()
+    for head in ("head.", "classifier.head."):
+        if not any(k.startswith(head) for k in own):
+            state = {k: v for k, v in state.items() if not k.startswith(head)}
+    wrong = {"missing": sorted(own.keys() - state.keys()), "unexpected": sorted(state.keys() - own.keys()),
+             "mis-shaped": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]}
+    if any(wrong.values()):
+        lists = "; ".join(f"{len(v)} {name}: {', '.join(v)}" for name, v in wrong.items() if v)
+        raise InputError(f"{path} does not fit this model: {lists} - take the preset that these weights belong to")
+    model.load_state_dict(state)
+    return model

@@ -1,0 +1,514 @@
+"""Claims about ssm.py, held against the textbook recurrence, closed forms, and the authors' own outputs and gradients."""
+import argparse
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ssm
+from ssm import InputError, selective_scan
+
+BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(ssm.native() is None, reason="the native scan cannot be built here"))]
+
+
+def arguments(B=2, L=7, D=6, N=3, G=0, dtype=torch.float64, z=True, seed=0, steps=1.):
+    """Random inputs of a scan by name; `steps` scales delta."""
+    g = torch.Generator().manual_seed(seed)
+
+    def r(*shape):
+        return torch.randn(shape, generator=g, dtype=dtype)
+    weights = (B, L, G, N) if G else (B, L, N)
+    out = {"u": r(B, L, D), "delta": steps * r(B, L, D), "A": -torch.exp(r(D, N)), "B": r(*weights), "C": r(*weights), "D": r(D), "delta_bias": r(D)}
+    return {**out, "z": r(B, L, D)} if z else out
+
+
+def same(found, expected, tolerance):
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def same_in_scale(found, expected, tolerance):
+    """As `same`, with the largest expected value as the unit: gradients are sums of many terms."""
+    scale = expected.abs().max().clamp_min(1e-3)
+    same(found / scale, expected / scale, tolerance)
+
+
+# -- the scan ----------------------------------------------------------------------------------------------------------
+
+def tokens_first(v):
+    """The authors' (B, D, L), (B, N, L) or (B, G, N, L) to ours."""
+    return torch.from_numpy(v).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_outputs_states_and_gradients_are_the_authors(backend, golden):
+    z, cfg = golden("scan")
+    assert len(cfg["cases"]) >= 6
+    for case, about in cfg["cases"].items():
+        x = {k: torch.from_numpy(z[f"in.{case}.{k}"]) if k in ("A", "D", "delta_bias") else tokens_first(z[f"in.{case}.{k}"]) for k in about["present"]}
+        x = {k: v.clone().requires_grad_() for k, v in x.items()}
+        y, h = selective_scan(**x, softplus=about["softplus"], backend=backend, last_state=True)
+        same(y, tokens_first(z[f"out.{case}.y"]), 1e-5)
+        same(h, torch.from_numpy(z[f"out.{case}.last_state"]), 1e-5)
+        found = torch.autograd.grad((y * tokens_first(z[f"in.{case}.g"])).sum(), x.values())
+        for (k, v), g in zip(x.items(), found):
+            expected = z[f"grad.{case}.{k}"]
+            expected = torch.from_numpy(expected) if k in ("A", "D", "delta_bias") else tokens_first(expected)
+            same_in_scale(g, expected, 1e-5)
+
+
+def test_the_reference_is_the_recurrence_done_by_hand_for_one_state():
+    u, delta, a, b, c = 2., 0.5, -3., 0.7, 1.1
+    x = {"u": torch.full((1, 3, 1), u), "delta": torch.full((1, 3, 1), delta), "A": torch.full((1, 1), a), "B": torch.full((1, 3, 1), b),
+         "C": torch.full((1, 3, 1), c)}
+    y = selective_scan(**x, softplus=False, backend="reference")[0, :, 0]
+    decay, step = np.exp(delta * a), delta * b * u
+    same(y.double(), c * step * torch.tensor([1, 1 + decay, 1 + decay + decay ** 2]).double(), 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(6))
+def test_backends_agree_with_the_reference_over_random_shapes(backend, seed):
+    g = np.random.default_rng(seed)
+    E, G = int(g.integers(1, 90)), int(g.integers(0, 4))
+    shape = {"B": int(g.integers(1, 4)), "L": [1, 31, 32, 33, 64, 197][seed], "D": E * max(G, 1), "N": [1, 16, 3, 8, 1, 5][seed], "G": G}
+    x = {k: v.requires_grad_() for k, v in arguments(**shape, dtype=torch.float32, z=bool(seed % 2), seed=seed).items()}
+    gy = torch.randn(shape["B"], shape["L"], shape["D"])
+    runs = {}
+    for name in ("reference", backend):
+        y, h = selective_scan(**x, backend=name, last_state=True)
+        runs[name] = (y, h, *torch.autograd.grad((y * gy).sum() + h.sum(), x.values()))
+    for a, b in zip(runs[backend], runs["reference"]):
+        same_in_scale(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("G", [0, 2])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_gradcheck_for_every_input(backend, G):
+    x = arguments(B=1, L=5, D=4, N=2, G=G)
+    names = list(x)
+
+    def f(*values):
+        return selective_scan(**dict(zip(names, values)), backend=backend, last_state=True)
+    assert torch.autograd.gradcheck(f, [v.requires_grad_() for v in x.values()])
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_long_decay_underflows_to_zero_not_to_nan(backend):
+    x = arguments(B=1, L=70, D=4, N=2, dtype=torch.float32, z=False, steps=0)
+    x["A"], x["delta_bias"] = torch.full((4, 2), -50.), torch.full((4,), 30.)               # exp(-1500)
+    x = {k: v.requires_grad_() for k, v in x.items()}
+    y = selective_scan(**x, backend=backend)
+    memoryless = 30 * x["u"] * (x["B"] * x["C"]).sum(-1, keepdim=True) + x["D"] * x["u"]
+    same(y, memoryless, 1e-5)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), x.values()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_compiled_and_chunked_exponential_is_accurate_over_its_whole_range(backend):
+    """One token, C = 1: the state after a second token that brings nothing is exp(delta A)."""
+    exponent = torch.linspace(-86, 3, 4096)
+    L2 = torch.stack([torch.ones(4096), torch.zeros(4096)])[None]
+    one = torch.ones(1, 2, 1)
+    delta = torch.stack([torch.ones(4096), exponent.abs()])[None]
+    y = selective_scan(L2, delta, torch.sign(exponent)[:, None], one, one, softplus=False, backend=backend)
+    error = (y[0, 1].double() / torch.exp(exponent.abs() * torch.sign(exponent)).double() - 1).abs()
+    assert error.max() < 1e-6
+
+
+def test_memory_of_the_torch_backend_does_not_grow_with_the_state():
+    kept = {}
+    for backend in ("reference", "torch"):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: sizes.append(v.numel()) or v, lambda v: v):
+            selective_scan(**{k: v.requires_grad_() for k, v in arguments(B=1, L=256, D=8, N=32, z=False).items()}, backend=backend).sum()
+        kept[backend] = sum(sizes)
+    assert kept["torch"] < 16 * 256 * 8 < 32 * 256 * 8 < kept["reference"]
+
+
+def test_bfloat16_autocast_keeps_the_state_in_float32():
+    x = {k: v for k, v in arguments(B=2, L=100, D=8, N=4, dtype=torch.float32).items()}
+    exact = selective_scan(**x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(selective_scan(**x), exact)
+    half = {k: v.bfloat16() if k in ("u", "delta", "B", "C", "z") else v for k, v in x.items()}
+    y, h = selective_scan(**half, last_state=True)
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+    assert (y.float() - exact).norm() / exact.norm() < 3e-2
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"u": torch.zeros(2, 6)}, r"u has shape \(2, 6\)"), ({"A": torch.zeros(5, 3)}, r"A has shape \(5, 3\)"), ({"z": torch.zeros(2, 7, 5)}, "z has shape"),
+    ({"C": torch.zeros(2, 7, 4)}, "C has shape"), ({"B": torch.zeros(2, 7, 4, 3), "C": torch.zeros(2, 7, 4, 3)}, "6 channels do not divide into the 4 groups"),
+    ({"backend": "cuda"}, "backend='cuda' - use auto")])
+def test_wrong_shapes_are_refused_by_name(change, message):
+    with pytest.raises(InputError, match=message):
+        selective_scan(**{**arguments(), **change})
+
+
+# -- ViT ---------------------------------------------------------------------------------------------------------------
+
+def state(z, prefix="sd."):
+    return {k[len(prefix):]: torch.from_numpy(v) for k, v in z.items() if k.startswith(prefix)}
+
+
+def weight_gradients_are(model, z, prefix):
+    for k, v in state(z, prefix).items():
+        g = dict(model.named_parameters())[k].grad
+        same_in_scale(g, v, 1e-5)
+
+
+def test_vit_tokens_attention_and_gradients_are_the_authors_at_every_size(golden):
+    z, cfg = golden("vit")
+    model = ssm.ViT(24, 2, 3, patch=8, size=32)
+    model.load_state_dict(state(z))
+    model.eval()
+    for i, size in enumerate(cfg["sizes"]):
+        x = torch.from_numpy(z[f"in.{size}.x"]).requires_grad_()
+        grid = tuple(n // 8 for n in x.shape[2:])
+        same(model.position(grid, x.shape[2:]), torch.from_numpy(z[f"out.{size}.pos"]), 1e-5)
+        out, found_grid = model.blocks_out(x, 2)
+        assert found_grid == grid
+        for j in range(2):
+            same(out[j], torch.from_numpy(z[f"out.{size}.inter{j}"]), 1e-5)
+        model.zero_grad()
+        y = model(x)
+        same(y, torch.from_numpy(z[f"out.{size}.cls"]), 1e-5)
+        (y * torch.from_numpy(z[f"in.{size}.g"])).sum().backward()
+        same(x.grad, torch.from_numpy(z[f"grad.{size}.x"]), 1e-5)
+        same(model.pos_embed.grad, torch.from_numpy(z[f"grad.{size}.pos_embed"]), 1e-5)
+        if i == 0:
+            weight_gradients_are(model, z, "grad.sd.")
+        model.blocks[-1].attn.keep = True                    # the slow path gives the same, and shows its probabilities
+        same(model(x), y, 1e-5)
+        same(model.blocks[-1].attn.kept, torch.from_numpy(z[f"out.{size}.last_attn"]), 1e-5)
+        model.blocks[-1].attn.keep = False
+
+
+def test_kept_attention_carries_its_gradient():
+    model = ssm.vit_micro()
+    attention = model.blocks[-1].attn
+    attention.keep = True
+    x = torch.randn(1, 3, 32, 32)
+    model(x)[0, 0].backward()
+    step, moved = 1e-3 * torch.randn_like(attention.kept), attention.kept.grad
+    base, probabilities = model(x)[0, 0].item(), attention.kept.detach()
+
+    class Moved(ssm.Attention):
+        def forward(self, x):
+            B, T, d = x.shape
+            v = self.qkv(x).view(B, T, 3, self.heads, -1)[:, :, 2].transpose(1, 2)
+            return self.proj(((probabilities + step) @ v).transpose(1, 2).reshape(B, T, d))
+    attention.__class__ = Moved
+    assert model(x)[0, 0].item() - base == pytest.approx((moved * step).sum().item(), rel=0.05, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["plain", "reg", "swiglu"])
+def test_dinov2_tokens_and_gradients_are_the_authors(variant, golden):
+    z, cfg = golden("dinov2")
+    model = ssm.ViT(24, 1, 3, patch=7, size=28, v2=True, registers=4 if variant == "reg" else 0, swiglu=variant == "swiglu")
+    model.load_state_dict(state(z, f"sd.{variant}."))
+    sizes = [s for s in cfg["sizes"] if f"in.{variant}.{s}.x" in z]
+    assert len(sizes) == (1 if variant == "swiglu" else 3)
+    for size in sizes:
+        key = f"{variant}.{size}"
+        x = torch.from_numpy(z[f"in.{key}.x"]).requires_grad_()
+        same(model.position(tuple(n // 7 for n in x.shape[2:]), x.shape[2:]), torch.from_numpy(z[f"out.{key}.pos"]), 1e-5)
+        cls, (patches, _) = model.features(x), model.features(x, tokens=True)
+        same(cls, torch.from_numpy(z[f"out.{key}.x_norm_clstoken"]), 1e-5)
+        same(patches, torch.from_numpy(z[f"out.{key}.x_norm_patchtokens"]), 1e-5)
+        total = (cls * torch.from_numpy(z[f"in.{key}.g_cls"])).sum() + (patches * torch.from_numpy(z[f"in.{key}.g_patch"])).sum()
+        same(torch.autograd.grad(total, x)[0], torch.from_numpy(z[f"grad.{key}.x"]), 1e-5)
+
+
+# -- Vim ---------------------------------------------------------------------------------------------------------------
+
+def test_vim_blocks_mixer_and_gradients_are_the_authors(golden):
+    z, cfg = golden("vim")
+    model = ssm.Vim(20, 2, patch=8, size=32, n_classes=5, d_state=8)
+    model.load_state_dict(state(z))
+    x = torch.from_numpy(z["in.x"]).requires_grad_()
+    hidden = []
+    for layer in model.layers:
+        layer.mixer.register_forward_hook(lambda m, i, o: hidden.append(o))
+    y = model.features(x)
+    for i in range(2):
+        same(hidden[i], torch.from_numpy(z[f"out.block{i}.hidden"]), 1e-5)
+    same(y, torch.from_numpy(z["out.features"]), 1e-5)
+    (y * torch.from_numpy(z["in.g"])).sum().backward()
+    same(x.grad, torch.from_numpy(z["grad.x"]), 1e-5)
+    weight_gradients_are(model, {k: v for k, v in z.items() if "head" not in k}, "grad.sd.")
+    same(model(x), torch.from_numpy(z["out.logits"]), 1e-5)
+    u = torch.from_numpy(z["in.mixer.x"]).requires_grad_()
+    y = model.layers[0].mixer(u)
+    same(y, torch.from_numpy(z["out.mixer.y"]), 1e-5)
+    same(torch.autograd.grad((y * torch.from_numpy(z["in.mixer.g"])).sum(), u)[0], torch.from_numpy(z["grad.mixer.x"]), 1e-5)
+
+
+def test_vim4path_tokens_blocks_and_gradients_are_the_authors_at_every_size(golden):
+    z, cfg = golden("vim4path")
+    model = ssm.Vim(20, 2, patch=8, size=32, n_classes=2, double_cls=True, d_state=6)
+    model.load_state_dict(state(z))
+    hidden = []
+    for layer in model.layers:
+        layer.mixer.register_forward_hook(lambda m, i, o: hidden.append(o))
+    for n, size in enumerate(cfg["sizes"]):
+        x = torch.from_numpy(z[f"in.{size}.x"]).requires_grad_()
+        tokens, middle, _ = model.embed(x)
+        assert middle == cfg["layout"][size]["middle_cls"] and tokens.shape[1] == cfg["layout"][size]["length"]
+        same(tokens, torch.from_numpy(z[f"out.{size}.tokens"]), 1e-5)
+        hidden.clear()
+        model.zero_grad()
+        y = model.features(x)
+        for i in range(2):
+            same(hidden[i], torch.from_numpy(z[f"out.{size}.block{i}.hidden"]), 1e-5)
+        same(y, torch.from_numpy(z[f"out.{size}.features"]), 1e-5)
+        (y * torch.from_numpy(z[f"in.{size}.g"])).sum().backward()
+        same(x.grad, torch.from_numpy(z[f"grad.{size}.x"]), 1e-5)
+        for name in ("cls_token", "pos_embed"):
+            same(getattr(model, name).grad, torch.from_numpy(z[f"grad.{size}.{name}"]), 1e-5)
+        if n == 0:
+            weight_gradients_are(model, {k: v for k, v in z.items() if "head" not in k}, "grad.sd.")
+
+
+def test_at_224_and_96_pixels_vim4path_has_198_and_38_tokens():
+    model = ssm.vim_tiny(double_cls=True)
+    assert [model.embed(torch.zeros(1, 3, s, s))[0].shape[1] for s in (224, 96)] == [198, 38]
+    assert ssm.vim_tiny().embed(torch.zeros(1, 3, 224, 224))[0].shape[1] == 197
+
+
+def test_reversing_the_sequence_swaps_the_two_directions():
+    mixer = ssm.Mixer(16, 1, d_state=4)
+    swapped = ssm.Mixer(16, 1, d_state=4)
+    names = mixer.state_dict()
+
+    def twin(k):
+        head, *rest = k.split(".")
+        pairs = {"A_log": "A_b_log", "D": "D_b", "conv1d": "conv1d_b", "x_proj": "x_proj_b", "dt_proj": "dt_proj_b"}
+        return ".".join([{**pairs, **{v: k for k, v in pairs.items()}}.get(head, head), *rest])
+    swapped.load_state_dict({k: names[twin(k)] for k in names})
+    x = torch.randn(2, 9, 16)
+    same(swapped(x.flip(1)).flip(1), mixer(x), 1e-5)
+    assert (mixer(x.flip(1)).flip(1) - mixer(x)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("end, sees", [("", lambda t, s: s <= t), ("_b", lambda t, s: s >= t)])
+def test_the_forward_direction_never_sees_later_tokens_nor_the_backward_one_earlier(end, sees):
+    mixer = ssm.Mixer(8, 1, d_state=4)
+    x = torch.randn(1, 6, 8, requires_grad=True)
+    xz = mixer.in_proj(x)
+    y = mixer._direction(xz, "") if end == "" else mixer._direction(xz.flip(1), "_b").flip(1)
+    for t in range(6):
+        g = torch.autograd.grad(y[0, t].sum(), x, retain_graph=True)[0][0].abs().sum(1)
+        assert [(v > 0).item() for v in g] == [sees(t, s) for s in range(6)]
+
+
+def test_initial_steps_are_small_forward_and_not_backward_as_released():
+    mixer = ssm.vim_micro().layers[0].mixer
+    steps = F.softplus(mixer.dt_proj.bias.detach())
+    assert 1e-4 <= steps.min() and steps.max() <= 0.1001 and steps.log().std() > 1
+    assert not mixer.dt_proj_b.bias.any()
+    assert torch.equal(torch.exp(mixer.A_b_log[3]).round(), torch.arange(1., 9)) and mixer.D_b.eq(1).all()
+    weights = {n: torch.cat([getattr(ssm.Mixer(192, 24), n).weight.detach().flatten() for _ in range(2)]) for n in ("dt_proj", "dt_proj_b", "out_proj")}
+    assert weights["dt_proj"].abs().max() == pytest.approx(12 ** -0.5, rel=1e-2) == weights["dt_proj_b"].abs().max()
+    assert weights["out_proj"].abs().max() == pytest.approx((384 * 24) ** -0.5, rel=1e-2)
+
+
+# -- VMamba ------------------------------------------------------------------------------------------------------------
+
+def channels_last(v):
+    return torch.from_numpy(v).permute(0, 2, 3, 1)
+
+
+def micro_vmamba(z):
+    model = ssm.VMamba(8, (1, 1, 1, 1), n_classes=4)
+    model.layers[3] = ssm.VMamba(12, (1, 1, 1), n_classes=4).layers[2]                      # the golden widths: 8, 16, 32, 48
+    model.layers[2].downsample[1], model.layers[2].downsample[3] = ssm._Conv(32, 48), torch.nn.LayerNorm(48)
+    model.classifier.norm, model.classifier.head = torch.nn.LayerNorm(48), torch.nn.Linear(48, 4)
+    model.load_state_dict(state(z))
+    return model
+
+
+def test_vmamba_stages_features_and_gradients_are_the_authors(golden):
+    z, cfg = golden("vmamba")
+    model = micro_vmamba(z)
+    for n, size in enumerate(cfg["sizes"]):
+        x = torch.from_numpy(z[f"in.{size}.x"]).requires_grad_()
+        for i, stage in enumerate(model.stages(x)):
+            same(stage, channels_last(z[f"out.{size}.stage{i}"]), 1e-5)
+        features = model.features(x)
+        same(features, torch.from_numpy(z[f"out.{size}.features"]), 1e-5)
+        logits = model(x)
+        same(logits, torch.from_numpy(z[f"out.{size}.logits"]), 1e-5)
+        model.zero_grad()
+        ((features * torch.from_numpy(z[f"in.{size}.g_feat"])).sum() + (logits * torch.from_numpy(z[f"in.{size}.g_logits"])).sum()).backward()
+        same_in_scale(x.grad, torch.from_numpy(z[f"grad.{size}.x"]), 1e-5)
+        if n == 0:
+            weight_gradients_are(model, z, "grad.sd.")
+
+
+@pytest.mark.parametrize("case, dim, N, weights", [("ss2d", 16, 1, "sd.layers.1.blocks.0.op."), ("ss2d_n", 12, 4, "sd_ss2d_n.")])
+def test_one_2d_scan_on_a_map_that_is_not_square_is_the_authors(case, dim, N, weights, golden):
+    z, _ = golden("vmamba")
+    op = ssm.SS2D(dim, N)
+    op.load_state_dict(state(z, weights))
+    x = torch.from_numpy(z[f"in.{case}.x"]).requires_grad_()
+    y = op(x.permute(0, 2, 3, 1))
+    same(y, channels_last(z[f"out.{case}.y"]), 1e-5)
+    (y * channels_last(z[f"in.{case}.g"])).sum().backward()
+    same(x.grad, torch.from_numpy(z[f"grad.{case}.x"]), 1e-5)
+    weight_gradients_are(op, z, f"grad.{case}.sd.")
+
+
+def test_cross_scan_and_merge_are_the_authors_and_together_four_times_the_map(golden):
+    z, _ = golden("vmamba")
+    x = channels_last(z["in.cross.x"])
+    same(ssm.cross_scan(x).permute(0, 2, 3, 1), torch.from_numpy(z["out.cross.scan"]), 0)
+    y = torch.from_numpy(z["in.cross.y"])                    # (1, 4, 2, 2, 3): each direction's sequence, not yet flattened
+    merged = ssm.cross_merge(y.flatten(3).permute(0, 3, 1, 2), 2, 3)
+    same(merged.flatten(1, 2).transpose(1, 2), torch.from_numpy(z["out.cross.merge"]), 0)
+    x = torch.randn(2, 3, 5, 4)
+    same(ssm.cross_merge(ssm.cross_scan(x), 3, 5), 4 * x, 1e-6)
+
+
+# -- presets and weights -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, count", [
+    ("vit_tiny", 5_524_416), ("vit_small", 21_665_664), ("vit_base", 85_798_656), ("vim_tiny", 6_955_008), ("vim_tiny_plus", 12_891_648),
+    ("vim_small", 25_411_584), ("vmamba_tiny", 29_936_832), ("vmamba_small", 49_378_752), ("vmamba_base", 87_532_800)])
+def test_every_preset_has_the_parameters_of_the_thesis(name, count):
+    """Tables 3.4 and 3.9, without the classifier."""
+    assert sum(p.numel() for p in ssm.PRESETS[name]().parameters()) == count
+
+
+def test_the_names_of_vim_tiny_are_the_released_ones():
+    shapes = {k: tuple(v.shape) for k, v in ssm.vim_tiny(n_classes=1000).state_dict().items()}
+    top = {"cls_token": (1, 1, 192), "pos_embed": (1, 197, 192), "patch_embed.proj.weight": (192, 3, 16, 16), "patch_embed.proj.bias": (192,),
+           "head.weight": (1000, 192), "head.bias": (1000,), "norm_f.weight": (192,)}
+    mixer = {"in_proj.weight": (768, 192), "out_proj.weight": (192, 384)}
+    for end in ("", "_b"):
+        mixer |= {f"A{end}_log": (384, 16), f"D{end}": (384,), f"conv1d{end}.weight": (384, 1, 4), f"conv1d{end}.bias": (384,),
+                  f"x_proj{end}.weight": (44, 384), f"dt_proj{end}.weight": (384, 12), f"dt_proj{end}.bias": (384,)}
+    layers = {f"layers.{i}.{k}": v for i in range(24) for k, v in {"norm.weight": (192,), **{f"mixer.{k}": v for k, v in mixer.items()}}.items()}
+    assert shapes == {**top, **layers}
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "vim_micro", "vmamba_micro"])
+def test_a_model_takes_any_multiple_of_its_patch_and_gives_class_and_patch_tokens(name):
+    model = ssm.PRESETS[name]().eval()
+    step = getattr(model, "patch", 32)
+    for h, w in ((32, 32), (32 + step, 32), (32, 32 + 2 * step)):
+        x = torch.randn(2, 3, h, w)
+        tokens, grid = model.features(x, tokens=True)
+        assert model.features(x).shape == (2, model.dim) and tokens.shape == (2, grid[0] * grid[1], model.dim) and grid == (h // step, w // step)
+    for bad in (torch.zeros(2, 3, 32, 33), torch.zeros(2, 1, 32, 32), torch.zeros(3, 32, 32)):
+        with pytest.raises(InputError, match="wants"):
+            model(bad)
+
+
+def test_interpolation_at_the_trained_size_is_the_identity():
+    for model in (ssm.vit_micro(), ssm.vim_micro(), ssm.vim_micro(double_cls=True)):
+        assert model.position((4, 4), (32, 32)) is model.pos_embed
+    pos = torch.randn(1, 16, 5)
+    same(ssm._interpolate(pos, (4, 4), offset=0), pos, 1e-6)
+    vim = ssm.vim_micro()
+    moved = vim.position((6, 6), (48, 48))                   # the class token's row moves to the new middle, unchanged
+    assert torch.equal(moved[:, 18], vim.pos_embed[:, 8]) and moved.shape[1] == 37
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "args": argparse.Namespace(lr=1)},
+                                  lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+                                  lambda s: {"teacher": {**{f"backbone.{k}": v for k, v in s.items()}, "head.mlp.0.weight": torch.zeros(2)}}])
+def test_weights_load_from_every_released_layout(wrap, tmp_path):
+    source, target = ssm.vim_micro(), ssm.vim_micro()
+    torch.save(wrap(source.state_dict()), tmp_path / "w.pt")
+    ssm.load_weights(target, tmp_path / "w.pt")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(target(x), source(x))
+
+
+def test_a_released_classifier_is_left_out_of_a_model_without_one(tmp_path):
+    for name in ("vit_micro", "vmamba_micro"):
+        torch.save(ssm.PRESETS[name](n_classes=7).state_dict(), tmp_path / "w.pt")
+        ssm.load_weights(ssm.PRESETS[name](), tmp_path / "w.pt")
+        with pytest.raises(InputError, match="2 mis-shaped: .*head.weight \\(7, "):
+            ssm.load_weights(ssm.PRESETS[name](n_classes=3), tmp_path / "w.pt")
+
+
+def test_weights_that_do_not_fit_are_listed_by_name(tmp_path):
+    state = ssm.vit_micro().state_dict()
+    state["pos_embed"] = torch.zeros(1, 5, 96)
+    state["extra"] = state.pop("norm.weight")
+    torch.save(state, tmp_path / "w.pt")
+    before = ssm.vit_micro()
+    kept = before.pos_embed.clone()
+    with pytest.raises(InputError) as e:
+        ssm.load_weights(before, tmp_path / "w.pt")
+    assert "1 missing: norm.weight; 1 unexpected: extra; 1 mis-shaped: pos_embed (1, 5, 96) for (1, 17, 96)" in str(e.value)
+    assert torch.equal(before.pos_embed, kept)
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:999])
+    torch.save(before, tmp_path / "pickle.pt")
+    torch.save([1], tmp_path / "list.pt")
+    for name, message in (("cut.pt", "not a readable checkpoint"), ("pickle.pt", "not a readable checkpoint"), ("none.pt", "no weights at"),
+                          ("list.pt", "holds no state_dict")):
+        with pytest.raises(InputError, match=message):
+            ssm.load_weights(before, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "vim_micro", "vmamba_micro"])
+def test_drop_path_acts_in_training_only_and_keeps_the_mean(name):
+    model = ssm.PRESETS[name](drop_path=0.5)
+    x = torch.randn(2, 3, 32, 32)
+    assert not torch.equal(model.train()(x), model(x)) and torch.equal(model.eval()(x), model(x))
+    drop = ssm.DropPath(0.3)
+    y = drop.train()(torch.ones(20000, 2))
+    assert set(y.mul(0.7).round().flatten().tolist()) == {0., 1.} and y.mean().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "vim_micro", "vmamba_micro"])
+def test_bfloat16_autocast_stays_close(name):
+    torch.manual_seed(0)
+    model, x = ssm.PRESETS[name]().eval(), torch.randn(4, 3, 32, 32)
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        close = model(x)
+    assert ((close - exact).norm() / exact.norm()).item() < 3e-2
+
+
+def test_a_mixer_learns_to_remember_its_first_token():
+    """The label is the first of 64 tokens, read off the last one. The convolution reaches back 3 and the second direction
+    sees only what follows, so the state alone can carry it there, past 63 tokens of noise. Guessing scores ln 2 = 0.69."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        words, model, read = torch.nn.Embedding(4, 16), ssm.Mixer(16, depth=1, d_state=8), torch.nn.Linear(16, 1)
+        optimiser = torch.optim.Adam([*words.parameters(), *model.parameters(), *read.parameters()], 1e-2)
+        recent = [1.] * 10
+        for _ in range(400):
+            sentence = torch.randint(2, 4, (64, 64))
+            sentence[:, 0] = torch.randint(0, 2, (64,))
+            guess = read(model(words(sentence))[:, -1]).squeeze(1)
+            loss = F.binary_cross_entropy_with_logits(guess, sentence[:, 0].float())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            recent = recent[1:] + [loss.item()]
+            if max(recent) < 0.1:
+                break
+        assert max(recent) < 0.1
+
+
+def test_the_file_works_when_copied_alone(tmp_path):
+    shutil.copy(pathlib.Path(ssm.__file__), tmp_path)
+    program = """
+import sys; sys.path.insert(0, '.')
+import torch
+from ssm import vim_micro, vit_micro, vmamba_micro, selective_scan, native
+print([tuple(f().features(torch.zeros(2, 3, 32, 32)).shape) for f in (vim_micro, vit_micro, vmamba_micro)], native())
+"""
+    run = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout.strip() == "[(2, 96), (2, 96), (2, 256)] None", run.stderr
+    assert run.stderr.strip().count("\n") == 0 and "the torch scan serves" in run.stderr
