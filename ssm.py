@@ -25,6 +25,7 @@ This file needs nothing but torch: copy it alone. `csrc/` beside it holds an opt
 import argparse
 import math
 import os
+import platform
 import sys
 from functools import lru_cache, partial
 
@@ -56,18 +57,21 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     kind, work = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
     with torch.autocast(u.device.type, enabled=False):
-        u, delta, A, B, C = (v.to(work) for v in (u, delta, A, B, C))
-        if delta_bias is not None:
-            delta = delta + delta_bias.to(work)
-        if softplus:
-            delta = F.softplus(delta)
         if B.dim() == 3:
             B, C = B.unsqueeze(2), C.unsqueeze(2)                                           # one group
-        y, h = _BACKENDS[_choose_backend(backend, u)](u, delta, A, B, C)
-        if D is not None:
-            y = y + D.to(work) * u
-        if z is not None:
-            y = y * F.silu(z.to(work))
+        inputs = [v if v is None else v.to(work) for v in (u, delta, A, B, C, D, z, delta_bias)]
+        backend = _choose_backend(backend, inputs[0], A.shape[1])
+        if backend == "native":                                                             # does all of it in one pass
+            inputs = [v if v is None else v.contiguous() for v in inputs]
+            keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
+            y, h = _NativeScan.apply(keep, softplus, *inputs)
+        else:
+            u, delta, A, B, C, D, z, delta_bias = inputs
+            delta = delta if delta_bias is None else delta + delta_bias
+            delta = F.softplus(delta) if softplus else delta
+            y, h = _BACKENDS[backend](u, delta, A, B, C)
+            y = y if D is None else y + D * u
+            y = y if z is None else y * F.silu(z)
     return (y.to(kind), h) if last_state else y.to(kind)
 
 
@@ -169,34 +173,36 @@ def _scan_torch(u, delta, A, B, C, T=32):
 
 
 class _NativeScan(torch.autograd.Function):
-    """The compiled scan (csrc/): states in registers, chunk starts kept, the rest made again going backward."""
+    """The compiled scan (csrc/), all of it in one pass: states in registers, chunk starts kept, the rest made again."""
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C):
-        y, h, starts = native().forward(u, delta, A, B, C)
-        ctx.save_for_backward(u, delta, A, B, C, starts)
+    def forward(ctx, keep, softplus, *inputs):
+        y, h, starts = native().forward(*inputs, softplus, keep)
+        ctx.save_for_backward(*inputs, starts)
+        ctx.softplus = softplus
         return y, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dh):
-        return tuple(native().backward(*ctx.saved_tensors, dy.contiguous(), dh.contiguous()))
+        *inputs, starts = ctx.saved_tensors
+        du, ddelta, dA, dB, dC, dD, dz = native().backward(*inputs, ctx.softplus, starts, dy.contiguous(), dh.contiguous())
+        D, _, bias = inputs[5:]
+        return (None, None, du, ddelta, dA, dB, dC, dD if D is not None else None, dz, ddelta.sum((0, 1)) if bias is not None else None)
 
 
-def _scan_native(u, delta, A, B, C):
-    return _NativeScan.apply(*(v.contiguous() for v in (u, delta, A, B, C)))
+_BACKENDS = {"reference": _scan_reference, "torch": _scan_torch}
 
 
-_BACKENDS = {"reference": _scan_reference, "torch": _scan_torch, "native": _scan_native}
-
-
-def _choose_backend(backend, u):
+def _choose_backend(backend, u, states):
     if backend == "auto":
-        return "native" if os.environ.get("REPSAE_NATIVE") == "1" and native() and native().serves(u) else "torch"
-    if backend not in _BACKENDS:
-        raise InputError(f"backend={backend!r} - use auto, {', '.join(_BACKENDS)}")
+        return "native" if os.environ.get("REPSAE_NATIVE") == "1" and native() and native().serves(u, states) else "torch"
+    if backend not in (*_BACKENDS, "native"):
+        raise InputError(f"backend={backend!r} - use auto, {', '.join(_BACKENDS)}, native")
     if backend == "native" and not native():
         raise InputError(f"the native scan is not available ({_why_not_native}) - use backend='torch'")
+    if backend == "native" and not native().serves(u, states):
+        raise InputError(f"the native scan does not serve {u.dtype} on {u.device} with {states} states - use backend='torch'")
     return backend
 
 
@@ -223,7 +229,10 @@ def build_native(verbose=False):
     if not os.path.exists(sources[0]):
         raise InputError(f"no {sources[0]}")
     # Every flag is plain C++: errno and floating-point traps are given up, exact arithmetic is not (no fast-math).
-    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+    flags.append("-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp")               # Apple's has no threads: one there
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags.append("-mprefer-vector-width=512")            # compilers else use half of each register
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     if cuda:
         sources.append(os.path.join(folder, "selective_scan.cu"))
