@@ -250,9 +250,10 @@ F* pointer(const Maybe& v) {
 }  // namespace
 
 #ifdef WITH_CUDA
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 // selective_scan.cu; every pointer is to float on the device, and d_skip, z, bias (and the gradient of z) may be null
+extern "C" {
 int scan_cuda_block(int n);  // channels of a block for n states, 0 if it does not serve so many
 int scan_cuda_chunk();
 void scan_forward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta, const float* A, const float* B, const float* C,
@@ -260,6 +261,7 @@ void scan_forward_cuda(int b, int l, int d, int g, int n, bool softplus, const f
 void scan_backward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta, const float* A, const float* B,
                         const float* C, const float* d_skip, const float* z, const float* bias, const float* starts, const float* dy,
                         const float* dlast, float* du, float* ddelta, float* dA, float* dB, float* dC, float* dD, float* dz, cudaStream_t stream);
+}
 #endif
 
 // Whether these kernels serve such inputs: float32 or float64 on a CPU, float32 and up to 32 states on a GPU.
@@ -284,7 +286,7 @@ std::vector<torch::Tensor> forward(torch::Tensor u, torch::Tensor delta, torch::
         auto starts = torch::empty({keep ? s.B : 0, (s.L + scan_cuda_chunk() - 1) / scan_cuda_chunk(), s.D, s.N}, u.options());
         scan_forward_cuda(s.B, s.L, s.D, s.G, s.N, softplus, u.data_ptr<float>(), delta.data_ptr<float>(), A.data_ptr<float>(), B.data_ptr<float>(),
                           C.data_ptr<float>(), pointer<float>(D), pointer<float>(z), pointer<float>(bias), y.data_ptr<float>(), last.data_ptr<float>(),
-                          keep ? starts.data_ptr<float>() : nullptr, at::cuda::getCurrentCUDAStream());
+                          keep ? starts.data_ptr<float>() : nullptr, c10::cuda::getCurrentCUDAStream());
         return {y, last, starts};
     }
 #endif
@@ -316,7 +318,7 @@ std::vector<torch::Tensor> backward(torch::Tensor u, torch::Tensor delta, torch:
                            C.data_ptr<float>(), pointer<float>(D), pointer<float>(z), pointer<float>(bias), starts.data_ptr<float>(),
                            dy.data_ptr<float>(), dlast.data_ptr<float>(), du.data_ptr<float>(), ddelta.data_ptr<float>(), dA.data_ptr<float>(),
                            dB.data_ptr<float>(), dC.data_ptr<float>(), dD.data_ptr<float>(), z ? dz.data_ptr<float>() : nullptr,
-                           at::cuda::getCurrentCUDAStream());
+                           c10::cuda::getCurrentCUDAStream());
         return {du, ddelta, dA.sum(0), dB.sum(3), dC.sum(3), dD.sum(0), dz};
     }
 #endif

@@ -1,5 +1,6 @@
 """Claims about ssm.py, held against the textbook recurrence, closed forms, and the authors' own outputs and gradients."""
 import argparse
+import ctypes
 import pathlib
 import shutil
 import subprocess
@@ -118,6 +119,49 @@ def test_the_compiled_and_chunked_exponential_is_accurate_over_its_whole_range(b
     y = selective_scan(L2, delta, torch.sign(exponent)[:, None], one, one, softplus=False, backend=backend)
     error = (y[0, 1].double() / torch.exp(exponent.abs() * torch.sign(exponent)).double() - 1).abs()
     assert error.max() < 1e-6
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu(tmp_path_factory):
+    """csrc/selective_scan.cu compiled as C++ against tests/cuda_on_cpu/cuda_runtime.h, which runs a block's threads in turn."""
+    if shutil.which("g++") is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs g++ on Linux")
+    tests, out = pathlib.Path(__file__).parent, tmp_path_factory.mktemp("cuda") / "scan.so"
+    subprocess.run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{tests / 'cuda_on_cpu'}", "-x", "c++",
+                    str(tests.parent / "csrc" / "selective_scan.cu"), "-o", str(out)], check=True)
+    return ctypes.CDLL(str(out))
+
+
+@pytest.mark.parametrize("shape", [dict(B=2, L=70, D=20, N=16), dict(B=1, L=32, D=12, N=3, G=2), dict(B=1, L=33, D=70, N=1, G=2), dict(B=1, L=5, D=9, N=20)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_cuda_kernels_compute_the_reference_when_run_on_the_cpu(cuda_on_cpu, shape, whole):
+    """Their logic, not their speed nor what only a GPU can show: with and without D, z, the bias and softplus."""
+    x = {"D": None, "z": None, "delta_bias": None, **arguments(**{"G": 1, **shape}, dtype=torch.float32, z=whole)}
+    if not whole:
+        x.update(D=None, delta_bias=None, delta=x["delta"].abs())
+    (b, L, D), N, G, wanted = x["u"].shape, shape["N"], shape.get("G", 1), [v.requires_grad_() for v in x.values() if v is not None]
+    y, h = selective_scan(**x, softplus=whole, backend="reference", last_state=True)
+    gy, gh = torch.randn_like(y), torch.randn_like(h)
+    expected = dict(zip([k for k, v in x.items() if v is not None], torch.autograd.grad((y * gy).sum() + (h * gh).sum(), wanted)))
+    chunks, blocks = -(-L // cuda_on_cpu.scan_cuda_chunk()), -(-(D // G) // cuda_on_cpu.scan_cuda_block(N))
+
+    def call(function, *tensors):
+        function(b, L, D, G, N, ctypes.c_bool(whole), *(ctypes.c_void_p(v.data_ptr() if v is not None else None) for v in tensors), None)
+
+    def empty(*shape):
+        return torch.full(shape, float("nan"))
+    inputs = [x[k] for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    out = empty(b, L, D), empty(b, D, N), empty(b, chunks, D, N)
+    call(cuda_on_cpu.scan_forward_cuda, *inputs, *out)
+    same(out[0], y.detach(), 1e-5)
+    same(out[1], h.detach(), 1e-5)
+    du, ddelta, dz, dA, dD = empty(b, L, D), empty(b, L, D), empty(b, L, D), empty(b, D, N), empty(b, D)
+    dB, dC = empty(b, L, G, blocks, N), empty(b, L, G, blocks, N)
+    call(cuda_on_cpu.scan_backward_cuda, *inputs, out[2], gy, gh, du, ddelta, dA, dB, dC, dD, dz if whole else None)
+    found = {"u": du, "delta": ddelta, "z": dz, "A": dA.sum(0), "B": dB.sum(3), "C": dC.sum(3), "D": dD.sum(0), "delta_bias": ddelta.sum((0, 1))}
+    for name, value in expected.items():
+        same_in_scale(found[name], value, 1e-5)
+    assert cuda_on_cpu.scan_cuda_block(33) == 0
 
 
 def test_memory_of_the_torch_backend_does_not_grow_with_the_state():
