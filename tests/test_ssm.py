@@ -506,7 +506,7 @@ def test_weights_that_do_not_fit_are_listed_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["vit_micro", "vim_micro", "vmamba_micro"])
 def test_drop_path_acts_in_training_only_and_keeps_the_mean(name):
     model = ssm.PRESETS[name](drop_path=0.5)
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(16, 3, 32, 32)
     assert not torch.equal(model.train()(x), model(x)) and torch.equal(model.eval()(x), model(x))
     drop = ssm.DropPath(0.3)
     y = drop.train()(torch.ones(20000, 2))
