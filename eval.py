@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import re
 
 import numpy as np
 import scipy.optimize
@@ -537,26 +538,26 @@ def matrix_table(matrix):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260)):
+def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False):
     """Line chart as inline SVG. series: dict name -> list of (x, y); pairs whose y is None are left out.
 
-    x_names: text under x = 0, 1, 2, ... for values that are not evenly spaced.
+    x_names: text under x = 0, 1, 2, ... for values that are not evenly spaced. log: powers of ten up the y axis, y > 0.
     """
-    series = {name: [(x, y) for x, y in points if y is not None] for name, points in series.items()}
+    series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None] for name, points in series.items()}
     points = [p for line in series.values() for p in line]
     if not points:
         return "<p>nothing to draw</p>"
     (w, h), (x0, x1) = size, (min(p[0] for p in points), max(p[0] for p in points))
-    y0, y1 = min(0, min(p[1] for p in points)), max(p[1] for p in points)
+    y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
+    y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (min(0, y0), y1)
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
 
     def at(x, y):
         return f"{60 + (w - 80) * (x - x0) / (x1 - x0):.1f},{h - 40 - (h - 60) * (y - y0) / (y1 - y0):.1f}"
     parts = [f'<svg viewBox="0 0 {w} {h + 18 * math.ceil(len(series) / 3)}" role="img" aria-label="{html.escape(y_label)}">']
-    for i in range(5):
-        y = y0 + (y1 - y0) * i / 4
+    for y in range(y0, y1 + 1) if log else np.linspace(y0, y1, 5):
         a, b = at(x0, y).split(","), at(x1, y).split(",")
-        parts.append(f'<path d="M{a[0]} {a[1]}H{b[0]}" class="grid"/><text x="54" y="{float(a[1]) + 4}" class="end">{_tick(y)}</text>')
+        parts.append(f'<path d="M{a[0]} {a[1]}H{b[0]}" class="grid"/><text x="54" y="{float(a[1]) + 4}" class="end">{_tick(10. ** y if log else y)}</text>')
     for x, text in enumerate(x_names) if x_names else ((x, _tick(x)) for x in np.linspace(x0, x1, 5)):
         parts.append(f'<text x="{at(x, y0).split(",")[0]}" y="{h - 24}" class="mid">{html.escape(text)}</text>')
     parts.append(f'<text x="{w / 2}" y="{h - 6}" class="mid">{html.escape(x_label)}</text>'
@@ -619,9 +620,16 @@ alone makes Jaccard and retrieval high, for the null as well. What a joint numbe
 its null; the alone numbers are the ones a user of a single stream gets.</p>"""
 
 
-def standalone_svg(svg):
-    """An inline chart as a file of its own."""
-    style = "<style>text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}.grid{stroke:#e2e8f0;stroke-width:1}" \
+def standalone_svg(*charts):
+    """Inline charts, one below the other, as a file of their own."""
+    if len(charts) > 1:
+        sizes = [tuple(map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', c).groups())) for c in charts]
+        placed = "".join(c.replace("<svg ", f'<svg y="{24 + sum(h + 24 for _, h in sizes[:i])}" width="{w}" height="{h}" ', 1)
+                         for i, (c, (w, h)) in enumerate(zip(charts, sizes)))
+        svg = f'<svg viewBox="0 0 {max(w for w, _ in sizes)} {sum(h + 24 for _, h in sizes) + 24}">{placed}</svg>'
+    else:
+        svg = charts[0]
+    style = "<style>svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}.grid{stroke:#e2e8f0;stroke-width:1}" \
             ".end{text-anchor:end}.mid{text-anchor:middle}</style>"
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + style, 1) + "\n"
 

@@ -9,6 +9,7 @@ What a user can mend ends as one line on stderr and exit code 2. torch is import
 """
 import argparse
 import csv
+import ctypes
 import functools
 import io
 import json
@@ -64,6 +65,7 @@ RUN = {
 }
 NULL = {"null": (False, bool, "train once more with the rows of all streams but the first shuffled, and show its numbers beside")}
 BENCH = {"json": (None, str, "file for every figure")}
+SVG = {"svg": (None, str, "file for the picture that `bench backbones` draws")}
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device"}
 # Settings for the made-up streams, which have 48 concepts and 4,800 training samples: the thesis's are for a million.
 PLANTED = {"latents": 128, "k": 6, "batch": 128, "lr": 2e-3, "epochs": 60, "norm": "none", "null": True}
@@ -567,6 +569,12 @@ def print_summary(metrics):
 # Benchmarks
 # ---------------------------------------------------------------------------------------------------------------------
 
+def status_mb(name):
+    """A figure of this process's memory; raises OSError or StopIteration where the system does not keep it."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
+
+
 class PeakMemory:
     """Highest anonymous memory (RssAnon, MB) of this process inside a `with`: mapped files are the system's, not ours."""
 
@@ -583,8 +591,7 @@ class PeakMemory:
     def _watch(self):
         while self._on:
             try:
-                with open("/proc/self/status") as f:
-                    self.mb = max(self.mb, next(int(line.split()[1]) / 1024 for line in f if line.startswith("RssAnon")))
+                self.mb = max(self.mb, status_mb("RssAnon"))
             except (OSError, StopIteration):
                 return                                       # not Linux: no figure rather than a wrong one
             time.sleep(0.002)
@@ -721,31 +728,272 @@ def train_on_rows(folder, n_steps=300):
             "peak_mb": round(peak.mb), **dict(zip(("read_s", "train_s", "evaluate_s"), seconds))}
 
 
-def cmd_bench(flags):
-    """Speed and memory: `sparc` (a training step against the dense way) and `rows` (memory on large memory-mapped folders)."""
+def median_ms(run, device, rounds=15, patience=3.):
+    """Median milliseconds of run(), after a warm-up; what takes longer than `patience` seconds is run but once."""
+    import torch
+    spent = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - began)
+        if sum(spent) > patience:
+            break
+    return 1000 * statistics.median(spent[1:] or spent)
+
+
+def round_or_none(x):
+    return None if x is None else round(x)
+
+
+def peak_of(run, device):
+    """MB that run() needs on top of what was there; None where the system does not tell."""
+    import torch
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                     # else what was freed before is used again, uncounted
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")                                     # start the high-water mark of memory anew
+        before = status_mb("VmHWM")
+        run()
+        return status_mb("VmHWM") - before
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def loop_scan(u, delta, A, B, C):
+    """The recurrence over `unbind` and `stack`, its gradient left to autograd: the plain way to write it well."""
+    import torch
+    h, y = u.new_zeros(u.shape[0], *A.shape), []
+    for u_t, d_t, B_t, C_t in zip(*(v.unbind(1) for v in (u, delta, B, C))):
+        h = torch.exp(d_t.unsqueeze(-1) * A) * h + (d_t * u_t).unsqueeze(-1) * B_t.unsqueeze(1)
+        y.append((h @ C_t.unsqueeze(-1)).squeeze(-1))
+    return torch.stack(y, 1)
+
+
+def parallel_scan(a, b):
+    """h_t = a_t h_{t-1} + b_t over dimension 1 of (B, L, D, N), by halves (Blelloch 1990): L/2 pairs at once, then L/4, ..."""
+    import torch
+    if a.shape[1] == 1:
+        return b
+    even = a.shape[1] - a.shape[1] % 2
+    a1, b1, a2, b2 = a[:, 0:even:2], b[:, 0:even:2], a[:, 1:even:2], b[:, 1:even:2]
+    odd_h = parallel_scan(a1 * a2, torch.addcmul(b2, a2, b1))                               # h_1, h_3, ...
+    h = torch.empty_like(b)
+    h[:, 1:even:2] = odd_h
+    h[:, 0] = b[:, 0]
+    h[:, 2::2] = torch.addcmul(b[:, 2::2], a[:, 2::2], odd_h[:, :h[:, 2::2].shape[1]])
+    return h
+
+
+def textbook_scan(u, delta, A, B, C):
+    """The scan by `parallel_scan`, forward and (reversed in time) backward: all states at once."""
+    import torch
+
+    class Scan(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            h = parallel_scan(a, b)
+            ctx.save_for_backward(a, h)
+            return h
+
+        @staticmethod
+        def backward(ctx, g):
+            a, h = ctx.saved_tensors
+            later = torch.cat([torch.zeros_like(a[:, :1]), a[:, 1:].flip(1)], 1)
+            g = parallel_scan(later, g.flip(1)).flip(1)                                     # g_t + a_{t+1} g_{t+1}
+            return torch.cat([torch.zeros_like(h[:, :1]), g[:, 1:] * h[:, :-1]], 1), g
+    h = Scan.apply(torch.exp(delta.unsqueeze(-1) * A), (delta * u).unsqueeze(-1) * B.unsqueeze(2))
+    return (h @ C.unsqueeze(-1)).squeeze(-1)
+
+
+def scan_contenders(size, device):
+    """dict name -> (forward, forward and backward), functions of nothing, on random inputs of one size (B, L, D, N)."""
+    import ssm
+    import torch
+    import torch.nn.functional as F
+    b, L, D, N = size
+    g = torch.Generator().manual_seed(0)
+    u, z, gy, delta = (torch.randn(b, L, D, generator=g).to(device) for _ in range(4))
+    B, C = (torch.randn(b, L, N, generator=g).to(device) for _ in range(2))
+    A = -torch.arange(1., N + 1, device=device).repeat(D, 1)
+    inputs = [v.requires_grad_() for v in (u, delta / 2 - 3, A, B, C, torch.ones(D, device=device), z, torch.zeros(D, device=device))]
+
+    def whole(core):
+        """Around a bare scan what selective_scan does around its own."""
+        def run(u, delta, A, B, C, skip, z, bias):
+            return (core(u, F.softplus(delta + bias), A, B, C) + skip * u) * F.silu(z)
+        return run
+
+    def both(scan):
+        def forward():
+            with torch.no_grad():
+                return scan(*inputs)
+        return forward, lambda: torch.autograd.grad(scan(*inputs), inputs, gy)
+    backends = {name: functools.partial(ssm.selective_scan, backend=name) for name in ("reference", "torch", "native")}
+    found = {"loop over slices (reference)": both(backends["reference"]), "loop over unbind, autograd": both(whole(loop_scan)),
+             "parallel scan (Blelloch)": both(whole(textbook_scan)), "torch (ours)": both(backends["torch"])}
+    if ssm.native() and ssm.native().serves(u, N):
+        found["native (ours)"] = both(backends["native"])
+    return found
+
+
+def scan_memory(size, device, name):
+    scan_contenders((1, 64, 8, 4), device)[name][1]()        # what is loaded and started but once is not the scan's
+    return round_or_none(peak_of(scan_contenders(size, device)[name][1], device))
+
+
+def bench_scan(device):
+    """Ways to compute a selective scan, with softplus, skip and gate, against exp of a ready (B, L, D, N) array."""
+    import torch
+    results = []
+    for size in ((8, 197, 384, 16), (2, 1024, 384, 16), (1, 4096, 384, 16)):
+        ready = -torch.rand(*size, device=device)
+        out = torch.empty_like(ready)
+        floor = median_ms(lambda: torch.exp(ready, out=out), device)
+        rate = 2 * ready.nbytes / median_ms(lambda: out.copy_(ready), device) / 1e6         # GB/s
+        del ready, out
+        r = {"B, L, D, N": size, "exp_ms": floor, "copy_gb_s": rate, "ways": {}}
+        moved = (4 * size[0] * size[1] * size[2] + 2 * size[0] * size[1] * size[3]) * 4     # bytes: u, delta, z, y, B, C
+        for name, (forward, both) in scan_contenders(size, device).items():
+            ms = median_ms(forward, device)
+            slow = "slices" in name and size[1] > 1024       # its gradient grows with L^2: minutes
+            full = None if slow else median_ms(both, device)
+            memory = None if slow else scan_memory(size, device, name) if device != "cpu" else in_child(scan_memory, size, device, name)
+            r["ways"][name] = {"forward_ms": ms, "both_ms": full, "forward_ratio": ms / floor, "both_ratio": full and full / floor,
+                               "peak_mb": memory, "forward_gb_s": moved / ms / 1e6}
+        results.append(r)
+    return results
+
+
+def print_scan(results, device):
     import eval as judge
-    found = {"versions": versions()}
-    if flags.what in ("sparc", "all"):
+    for r in results:
+        b, L, D, N = r["B, L, D, N"]
+        print(f"\nB {b}, L {L}, D {D}, N {N}, float32, {device}; copying memory: {r['copy_gb_s']:.0f} GB/s")
+        gpu = [] if device == "cpu" else ["forward GB/s"]
+        header = ["selective scan", "forward ms", "forward+backward ms", "forward / exp", "f+b / exp", "peak MB", *gpu]
+        rows = [["exp alone", r["exp_ms"], None, 1., None, None, *[None for _ in gpu]]]
+        rows += [[name, *(w[k] for k in ("forward_ms", "both_ms", "forward_ratio", "both_ratio", "peak_mb")), *(w["forward_gb_s"] for _ in gpu)]
+                 for name, w in r["ways"].items()]
+        print(judge.text_table(header, rows))
+
+
+def backbone_contenders(device):
+    """dict name -> function(side) -> (forward, forward and backward) of one image of that side."""
+    import ssm
+    import torch
+    # The gradients of tokens far from the class token fall below the smallest normal number, which CPUs compute slowly with.
+    torch.set_flush_denormal(True)
+
+    def both(make, side, backend="torch", keep=False):
+        torch.manual_seed(0)
+        model, x = make().to(device), torch.randn(1, 3, side, side, device=device)
+        for part in model.modules():
+            if isinstance(part, ssm.Attention):
+                part.keep = keep
+            if isinstance(part, ssm.Mixer):
+                part.backend = backend
+
+        def forward():
+            with torch.no_grad():
+                model(x)
+        return forward, lambda: model(x).sum().backward()
+    found = {"ViT-tiny, fused attention": functools.partial(both, ssm.vit_tiny),
+             "ViT-tiny, attention matrix": functools.partial(both, ssm.vit_tiny, keep=True)}
+    for backend in ("reference", "torch", *(["native"] if ssm.native() and ssm.native().serves(torch.zeros(1, device=device), 16) else [])):
+        found[f"Vim-tiny, {backend}"] = functools.partial(both, ssm.vim_tiny, backend=backend)
+    return found
+
+
+def backbone_memory(side, device, name):
+    make = backbone_contenders(device)[name]
+    make(64)[1]()
+    return round_or_none(peak_of(make(side)[1], device))
+
+
+def bench_backbones(device):
+    """ViT-tiny against Vim-tiny, one image of growing size: figures per number of tokens."""
+    results = []
+    for side in (224, 384, 512, 768, 1024):
+        tokens = (side // 16) ** 2
+        r = {"tokens": tokens, "models": {}}
+        for name, make in backbone_contenders(device).items():
+            say(f"{tokens} tokens: {name}")
+            forward, training = make(side)
+            slow = "reference" in name and tokens > 196      # gradients of slices grow with the square of the tokens
+            r["models"][name] = {"forward_ms": median_ms(forward, device, 5), "both_ms": None if slow else median_ms(training, device, 5)}
+            if not slow:
+                memory = backbone_memory(side, device, name) if device != "cpu" else in_child(backbone_memory, side, device, name)
+                r["models"][name]["peak_mb"] = memory
+        results.append(r)
+    return results
+
+
+def print_backbones(results, device, svg):
+    import eval as judge
+    names, tokens, pictures = list(results[0]["models"]), [r["tokens"] for r in results], []
+    for key, title in (("forward_ms", "forward, ms"), ("both_ms", "forward + backward, ms"), ("peak_mb", "peak memory of forward + backward, MB")):
+        values = {name: [r["models"].get(name, {}).get(key) for r in results] for name in names}
+        print(f"\n{title}; one image, float32, {device}")
+        print(judge.text_table(["tokens", *map(str, tokens)], [[name, *(x and f"{x:,.{0 if x >= 100 else 1}f}" for x in v)] for name, v in values.items()]))
+        pictures.append(judge.svg_lines({name: list(enumerate(v)) for name, v in values.items()}, "tokens", title, list(map(str, tokens)), log=True))
+    if svg:
+        judge.write_text(svg, judge.standalone_svg(*pictures))
+        say(f"wrote {svg}")
+
+
+def cmd_build(flags):
+    """Compile the fast selective scan (csrc/); REPSAE_NATIVE=1 in the environment then makes every command use it."""
+    import ssm
+    try:
+        built = ssm.build_native(verbose=True)
+    except Exception as e:                                   # the compiler's own words are above
+        raise InputError(f"the native scan cannot be built ({ssm.first_line(e)}) - it needs ninja and a C++ compiler; everything works without it")
+    print(f"built {built.__file__}; set REPSAE_NATIVE=1 to use it")
+
+
+def cmd_bench(flags):
+    """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
+    import eval as judge
+    found, everything = {"versions": versions()}, flags.what == "all"
+    if flags.svg and not os.path.isdir(os.path.dirname(flags.svg) or "."):
+        raise InputError(f"--svg {flags.svg}: no such folder - make it first")
+    if everything or flags.what == "sparc":
         found["sparc"] = []
         for dims, rounds in (({"dino": 1024, "clip_img": 768, "clip_txt": 768}, 9), ({f"s{i}": 768 for i in range(10)}, 3)):
-            r = bench_sparc(dims, rounds, flags.device)
-            found["sparc"].append(r)
-            total = sum(r["phase_ms"].values())
-            print(f"\nM = {len(dims)} streams, {sum(dims.values())} dimensions in all, batch 256, L 8192, k 64, "
-                  f"{found['versions']['threads']} threads, {flags.device}")
-            print(judge.text_table(["one training step", "ms", "times ours", "peak MB"], [
-                ["sparse (ours)", r["step_ms"], 1., r["peak_mb"]],
-                ["sparse, --select bf16", r["bf16_step_ms"], r["bf16_step_ms"] / r["step_ms"], None],
-                ["dense, Adam's defaults (the authors' way)", r["dense_step_ms"], r["ratio"], r["dense_peak_mb"]],
-                ["dense, fused Adam", r["dense_fused_step_ms"], r["fused_ratio"], None]]))
-            print("ours by phase: " + ", ".join(f"{name} {ms:.0f} ms ({100 * ms / total:.0f} %)" for name, ms in r["phase_ms"].items()))
-    if flags.what in ("rows", "all"):
+            found["sparc"].append(bench_sparc(dims, rounds, flags.device))
+            print_sparc(found["sparc"][-1], flags.device, found["versions"]["threads"])
+    if everything or flags.what == "rows":
         found["rows"] = [bench_rows(n) for n in (40_000, 400_000)]
         print("\n300 steps and an evaluation on a memory-mapped folder of float16, widths 1024 + 768 + 768, L 8192, k 64")
         print(judge.text_table(["rows", "data MB", "peak MB (RssAnon)", "read s", "train s", "evaluate s"],
                                [[f"{r['rows']:,}", r["data_mb"], r["peak_mb"], r["read_s"], r["train_s"], r["evaluate_s"]] for r in found["rows"]]))
+    if everything or flags.what == "scan":
+        found["scan"] = bench_scan(flags.device)
+        print_scan(found["scan"], flags.device)
+    if everything or flags.what == "backbones":
+        found["backbones"] = bench_backbones(flags.device)
+        print_backbones(found["backbones"], flags.device, flags.svg)
     if flags.json:
         judge.write_json(flags.json, found)
+
+
+def print_sparc(r, device, threads):
+    import eval as judge
+    print(f"\nM = {len(r['streams'])} streams, {sum(r['streams'].values())} dimensions in all, batch 256, L 8192, k 64, {threads} threads, {device}")
+    print(judge.text_table(["one training step", "ms", "times ours", "peak MB"], [
+        ["sparse (ours)", r["step_ms"], 1., r["peak_mb"]],
+        ["sparse, --select bf16", r["bf16_step_ms"], r["bf16_step_ms"] / r["step_ms"], None],
+        ["dense, Adam's defaults (the authors' way)", r["dense_step_ms"], r["ratio"], r["dense_peak_mb"]],
+        ["dense, fused Adam", r["dense_fused_step_ms"], r["fused_ratio"], None]]))
+    total = sum(r["phase_ms"].values())
+    print("ours by phase: " + ", ".join(f"{name} {ms:.0f} ms ({100 * ms / total:.0f} %)" for name, ms in r["phase_ms"].items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -795,7 +1043,8 @@ command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in
         defaults={"null": True})
 command("sweep", cmd_sweep, (DATA, {k: v for k, v in MODEL.items() if k != "topk"}, TRAINING, RUN), "runs/sweep",
         extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=")})
-command("bench", cmd_bench, (BENCH, {"device": RUN["device"]}), positional=("what",))
+command("build", cmd_build, ())
+command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
 
 
 def parse(argv):
@@ -806,7 +1055,7 @@ def parse(argv):
         sub = subs.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__)
         for what in positional:
             if name == "bench":
-                sub.add_argument(what, nargs="?", choices=("all", "sparc", "rows"), default="all")
+                sub.add_argument(what, nargs="?", choices=("all", "sparc", "rows", "scan", "backbones"), default="all")
             else:
                 sub.add_argument(what, help="a run folder")
         for flag, (default, kind, text) in table.items():

@@ -43,6 +43,9 @@ class InputError(ValueError):
 # The selective scan
 # ---------------------------------------------------------------------------------------------------------------------
 
+CHUNK = 2 ** 20    # numbers in the states that the torch backend works on at a time
+
+
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=True, backend="auto", last_state=False):
     """y_t = C_t h_t + D u_t with h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, gated by silu(z_t): [1] Algorithm 2.
 
@@ -59,18 +62,19 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
     with torch.autocast(u.device.type, enabled=False):
         if B.dim() == 3:
             B, C = B.unsqueeze(2), C.unsqueeze(2)                                           # one group
-        inputs = [v if v is None else v.to(work) for v in (u, delta, A, B, C, D, z, delta_bias)]
-        backend = _choose_backend(backend, inputs[0], A.shape[1])
-        if backend == "native":                                                             # does all of it in one pass
-            inputs = [v if v is None else v.contiguous() for v in inputs]
+        nothing = u.new_zeros(u.shape[2])
+        inputs = u, delta, A, B, C, nothing if D is None else D, z, nothing if delta_bias is None else delta_bias
+        u, delta, A, B, C, D, z, bias = (v if v is None else v.to(work).contiguous() for v in inputs)
+        backend = _choose_backend(backend, u, A.shape[1])
+        if backend == "native":
             keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-            y, h = _NativeScan.apply(keep, softplus, *inputs)
+            y, h = _NativeScan.apply(u, delta, A, B, C, D, z, bias, softplus, keep)
+        elif backend == "torch":
+            y, h = _TorchScan.apply(u, delta, A, B, C, D, z, bias, softplus, max(A.shape[1], CHUNK // (u[:, 0].numel() * A.shape[1] + 1)))
         else:
-            u, delta, A, B, C, D, z, delta_bias = inputs
-            delta = delta if delta_bias is None else delta + delta_bias
-            delta = F.softplus(delta) if softplus else delta
-            y, h = _BACKENDS[backend](u, delta, A, B, C)
-            y = y if D is None else y + D * u
+            delta = delta + bias
+            y, h = _scan_reference(u, F.softplus(delta) if softplus else delta, A, B, C)
+            y = y + D * u
             y = y if z is None else y * F.silu(z)
     return (y.to(kind), h) if last_state else y.to(kind)
 
@@ -104,81 +108,97 @@ def _scan_reference(u, delta, A, B, C):
 
 
 class _TorchScan(torch.autograd.Function):
-    """The recurrence chunk by chunk, with its analytic gradient. Time comes first, so that a step is contiguous memory.
+    """All of the scan chunk by chunk, with its analytic gradient.
 
-    u, delta (L, B, G, E) with D = G E; A (G, E, N); B, C (L, B, G, N). The states of a chunk exist only while it is worked
-    on; of each chunk only the state it starts from is kept, and the backward pass makes the others again. With chunks of
-    T >= N tokens that is no more memory than u. (Dividing by running products of exp(delta A) would turn the loop over
-    time into one cumulative sum, and underflow at the first long decay.)
+    Within a chunk time comes first, so that a step is contiguous memory: (T, B, G, E) with D = G E, and (T, B, G, E, N) with
+    states. The states of a chunk exist only while it is worked on; of each chunk only the state it starts from is kept, and
+    the backward pass makes the others again. With chunks of T >= N tokens that is no more memory than u. (Dividing by
+    running products of exp(delta A) would turn the loop over time into one cumulative sum, and underflow at the first long
+    decay.)
     """
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, T):
-        y, h, starts = torch.empty_like(u), u.new_zeros(*u.shape[1:], A.shape[-1]), []
-        a, x = (u.new_empty(min(T, len(u)), *h.shape) for _ in range(2))
-        for i in range(0, len(u), T):
+    def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, T):
+        G = B.shape[2]
+        y, starts, h = torch.empty_like(u), [], u.new_zeros(len(u), *_grouped(A, 0, G).shape)
+        a, x = (u.new_empty(min(T, u.shape[1]), *h.shape) for _ in range(2))
+        for i in range(0, u.shape[1], T):
             now = slice(i, i + T)
             starts.append(h)
-            h = _states(u[now], delta[now], A, B[now], h, a, x).clone()
-            torch.matmul(x[:len(u[now])], C[now].unsqueeze(-1), out=y[now].unsqueeze(-1))   # (T, B, G, E, N) (.., N, 1)
-        ctx.save_for_backward(u, delta, A, B, C, *starts)
-        ctx.T = T
-        return y, h
+            u_t, raw, B_t, C_t = (v[:, now].transpose(0, 1).contiguous() for v in (u, delta, B, C))
+            u_t, raw = _grouped(u_t, -1, G), _grouped(raw + bias, -1, G)
+            step = F.softplus(raw) if softplus else raw
+            h = _states(u_t, step, _grouped(A, 0, G), B_t, h, a, x).clone()
+            out = (x[:len(u_t)] @ C_t.unsqueeze(-1)).squeeze(-1) + _grouped(D, 0, G) * u_t  # (T, B, G, E, N) (.., N, 1)
+            y[:, now] = out.flatten(2).transpose(0, 1)
+            if z is not None:
+                y[:, now] *= F.silu(z[:, now])
+        ctx.save_for_backward(u, delta, A, B, C, D, z, bias, *starts)
+        ctx.softplus, ctx.T = softplus, T
+        return y, h.flatten(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dh):
         """With g_t the gradient of h_t, g_t = C_t dy_t + a_{t+1} g_{t+1}, everything else is a product of it (a = exp(delta A))."""
-        u, delta, A, B, C, *starts = ctx.saved_tensors
-        du, ddelta, dA, dB, dC = (torch.empty_like(v) for v in (u, delta, A, B, C))
-        dA.zero_()
-        a, x, g = (u.new_empty(min(ctx.T, len(u)), *dh.shape) for _ in range(3))
-        for i in reversed(range(0, len(u), ctx.T)):
+        u, delta, A, B, C, D, z, bias, *starts = ctx.saved_tensors
+        G = B.shape[2]
+        A, D, dh = _grouped(A, 0, G), _grouped(D, 0, G), _grouped(dh, 1, G)
+        du, ddelta, dB, dC = (torch.empty_like(v) for v in (u, delta, B, C))
+        dA, dD, dz = torch.zeros_like(A), torch.zeros_like(D), None if z is None else torch.empty_like(z)
+        a, x, g = (u.new_empty(min(ctx.T, u.shape[1]), *dh.shape) for _ in range(3))
+        for i in reversed(range(0, u.shape[1], ctx.T)):
             now, h = slice(i, i + ctx.T), starts[i // ctx.T]
-            n = len(u[now])
-            _states(u[now], delta[now], A, B[now], h, a, x)
-            torch.mul(dy[now].unsqueeze(-1), C[now].unsqueeze(-2), out=g[:n])
+            u_t, raw, dy_t, B_t, C_t = (v[:, now].transpose(0, 1).contiguous() for v in (u, delta, dy, B, C))
+            u_t, raw, dy_t = (_grouped(v, -1, G) for v in (u_t, raw + bias, dy_t))
+            step, n = F.softplus(raw) if ctx.softplus else raw, len(u_t)
+            _states(u_t, step, A, B_t, h, a, x)
+            if z is not None:
+                z_t = _grouped(z[:, now].transpose(0, 1), -1, G)
+                gate, out = torch.sigmoid(z_t), (x[:n] @ C_t.unsqueeze(-1)).squeeze(-1) + D * u_t
+                dz[:, now] = (dy_t * out * gate * (1 + z_t * (1 - gate))).flatten(2).transpose(0, 1)
+                dy_t = dy_t * z_t * gate                                                    # from here on, before the gate
+            torch.mul(dy_t.unsqueeze(-1), C_t.unsqueeze(-2), out=g[:n])
             g[n - 1] += dh
             for t in range(n - 2, -1, -1):
                 g[t].addcmul_(a[t + 1], g[t + 1])
             dh = a[0] * g[0]                                                                # to the chunk before
-            gB = (g[:n] @ B[now].unsqueeze(-1)).squeeze(-1)                                 # (T, B, G, E)
-            du[now] = delta[now] * gB
-            dB[now] = (g[:n].transpose(-1, -2) @ (delta[now] * u[now]).unsqueeze(-1)).squeeze(-1)
-            dC[now] = (x[:n].transpose(-1, -2) @ dy[now].unsqueeze(-1)).squeeze(-1)
+            gB = (g[:n] @ B_t.unsqueeze(-1)).squeeze(-1)                                    # (T, B, G, E)
+            dB[:, now] = (g[:n].transpose(-1, -2) @ (step * u_t).unsqueeze(-1)).squeeze(-1).transpose(0, 1)
+            dC[:, now] = (x[:n].transpose(-1, -2) @ dy_t.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
             a[1:n] *= x[:n - 1]
             a[0] *= h
             gah = a[:n].mul_(g[:n])                                                         # g_t a_t h_{t-1}, (T, B, G, E, N)
-            ddelta[now] = gB * u[now] + torch.mul(gah, A, out=x[:n]).sum(-1)
-            dA += gah.mul_(delta[now].unsqueeze(-1)).sum((0, 1))
-        return du, ddelta, dA, dB, dC, None
+            dstep = gB * u_t + torch.mul(gah, A, out=x[:n]).sum(-1)
+            dA += gah.mul_(step.unsqueeze(-1)).sum((0, 1))
+            dD += (dy_t * u_t).sum((0, 1))
+            du[:, now] = (step * gB + D * dy_t).flatten(2).transpose(0, 1)
+            ddelta[:, now] = (dstep * torch.sigmoid(raw) if ctx.softplus else dstep).flatten(2).transpose(0, 1)
+        return du, ddelta, dA.flatten(0, 1), dB, dC, dD.flatten(), dz, ddelta.sum((0, 1)), None, None
 
 
-def _states(u, delta, A, B, h, a, x):
+def _grouped(v, dim, G):
+    """Split the channels, dimension `dim`, into (G, E)."""
+    return v.unflatten(dim, (G, -1))
+
+
+def _states(u, step, A, B, h, a, x):
     """Fill a with exp(delta_t A) and x with h_t for one chunk, starting from the state h; returns the last h_t."""
     n = len(u)
-    torch.mul(delta.unsqueeze(-1), A, out=a[:n]).exp_()
-    torch.mul((delta * u).unsqueeze(-1), B.unsqueeze(-2), out=x[:n])
+    torch.mul(step.unsqueeze(-1), A, out=a[:n]).exp_()
+    torch.mul((step * u).unsqueeze(-1), B.unsqueeze(-2), out=x[:n])
     for t in range(n):
         h = x[t].addcmul_(a[t], h)                                                          # one call a token
     return h
-
-
-def _scan_torch(u, delta, A, B, C, T=32):
-    (b, L, D), G = u.shape, B.shape[2]
-    first = [v.transpose(0, 1).contiguous() for v in (u, delta, B, C)]
-    u, delta = (v.view(L, b, G, D // G) for v in first[:2])
-    y, h = _TorchScan.apply(u, delta, A.view(G, D // G, -1), first[2], first[3], max(T, A.shape[-1]))
-    return y.reshape(L, b, D).transpose(0, 1), h.reshape(b, D, -1)
 
 
 class _NativeScan(torch.autograd.Function):
     """The compiled scan (csrc/), all of it in one pass: states in registers, chunk starts kept, the rest made again."""
 
     @staticmethod
-    def forward(ctx, keep, softplus, *inputs):
-        y, h, starts = native().forward(*inputs, softplus, keep)
-        ctx.save_for_backward(*inputs, starts)
+    def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, keep):
+        y, h, starts = native().forward(u, delta, A, B, C, D, z, bias, softplus, keep)
+        ctx.save_for_backward(u, delta, A, B, C, D, z, bias, starts)
         ctx.softplus = softplus
         return y, h
 
@@ -186,19 +206,15 @@ class _NativeScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dh):
         *inputs, starts = ctx.saved_tensors
-        du, ddelta, dA, dB, dC, dD, dz = native().backward(*inputs, ctx.softplus, starts, dy.contiguous(), dh.contiguous())
-        D, _, bias = inputs[5:]
-        return (None, None, du, ddelta, dA, dB, dC, dD if D is not None else None, dz, ddelta.sum((0, 1)) if bias is not None else None)
-
-
-_BACKENDS = {"reference": _scan_reference, "torch": _scan_torch}
+        grads = native().backward(*inputs, ctx.softplus, starts, dy.contiguous(), dh.contiguous())
+        return *grads, grads[1].sum((0, 1)), None, None      # the bias is added to delta
 
 
 def _choose_backend(backend, u, states):
     if backend == "auto":
         return "native" if os.environ.get("REPSAE_NATIVE") == "1" and native() and native().serves(u, states) else "torch"
-    if backend not in (*_BACKENDS, "native"):
-        raise InputError(f"backend={backend!r} - use auto, {', '.join(_BACKENDS)}, native")
+    if backend not in ("reference", "torch", "native"):
+        raise InputError(f"backend={backend!r} - use auto, reference, torch, native")
     if backend == "native" and not native():
         raise InputError(f"the native scan is not available ({_why_not_native}) - use backend='torch'")
     if backend == "native" and not native().serves(u, states):
@@ -216,9 +232,13 @@ def native():
     try:
         return build_native()
     except Exception as e:                                   # no compiler, no ninja, no sources, a failed build: all the same
-        _why_not_native = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
+        _why_not_native = first_line(e)
         print(f"ssm: the native scan is not available ({_why_not_native}); the torch scan serves", file=sys.stderr)
         return None
+
+
+def first_line(e):
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
 
 
 def build_native(verbose=False):
@@ -443,6 +463,7 @@ class Mixer(nn.Module):
     (B, L, d) -> (B, L, d). The second direction runs over the reversed sequence, gate and convolution included. Names
     ending in _b belong to it; `D_b` is its skip, `A_b_log` its log(-A).
     """
+    backend = "auto"
 
     def __init__(self, dim, depth, d_state=16, d_conv=4):
         super().__init__()
@@ -467,7 +488,8 @@ class Mixer(nn.Module):
         x = F.silu(conv(x.transpose(1, 2))[..., :x.shape[1]].transpose(1, 2))               # causal: no later token
         delta, B, C = getattr(self, f"x_proj{end}")(x).split([self.r, self.N, self.N], -1)
         delta = F.linear(delta, dt_proj.weight)              # its bias is added inside the scan, before softplus
-        return selective_scan(x, delta, -torch.exp(getattr(self, f"A{end}_log").float()), B, C, getattr(self, f"D{end}"), z, dt_proj.bias)
+        return selective_scan(x, delta, -torch.exp(getattr(self, f"A{end}_log").float()), B, C, getattr(self, f"D{end}"), z, dt_proj.bias,
+                              backend=self.backend)
 
     def forward(self, x):
         xz = self.in_proj(x)

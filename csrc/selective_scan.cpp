@@ -92,7 +92,7 @@ struct Job {
 
 template <typename F>
 struct Inputs {
-    const F *u, *delta, *A, *B, *C, *D, *z, *bias;  // the last three may be null
+    const F *u, *delta, *A, *B, *C, *D, *z, *bias;  // z may be null
     bool softplus;
 };
 
@@ -135,8 +135,8 @@ void forward_job(const Sizes& s, const Job& job, const Inputs<F>& in, F* y, F* l
     std::vector<F> memory(2 * NW, F(0));
     F *A = memory.data(), *h = A + NW, skip[W], bias[W];
     turn_in(s, job, in.A, A);
-    load(in.D ? in.D + job.first : nullptr, job.w, skip);
-    load(in.bias ? in.bias + job.first : nullptr, job.w, bias);
+    load(in.D + job.first, job.w, skip);
+    load(in.bias + job.first, job.w, bias);
     for (int64_t t = 0; t < s.L; t++) {
         if (starts && t % T == 0) std::memcpy(starts + (job.index * s.chunks() + t / T) * NW, h, sizeof(F) * NW);
         const Token<F> x(s, job, in, bias, t);
@@ -175,8 +175,8 @@ void backward_job(const Sizes& s, const Job& job, const Inputs<F>& in, const F* 
     std::memset(dA, 0, sizeof(F) * NW);
     turn_in(s, job, in.A, A);
     turn_in(s, job, dlast + job.b * s.D * s.N, g);
-    load(in.D ? in.D + job.first : nullptr, job.w, skip);
-    load(in.bias ? in.bias + job.first : nullptr, job.w, bias);
+    load(in.D + job.first, job.w, skip);
+    load(in.bias + job.first, job.w, bias);
     for (int64_t chunk = s.chunks() - 1; chunk >= 0; chunk--) {
         const int64_t begin = chunk * T, end = std::min<int64_t>(s.L, begin + T);
         std::memcpy(h, starts + (job.index * s.chunks() + chunk) * NW, sizeof(F) * NW);
@@ -252,7 +252,7 @@ F* pointer(const Maybe& v) {
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-// selective_scan.cu; every pointer is to float on the device, and d_skip, z, bias (and the gradient of z) may be null
+// selective_scan.cu; every pointer is to float on the device, and z and its gradient may be null
 extern "C" {
 int scan_cuda_block(int n);  // channels of a block for n states, 0 if it does not serve so many
 int scan_cuda_chunk();
@@ -275,7 +275,7 @@ static bool serves(const torch::Tensor& u, int64_t states) {
 }
 
 // All tensors contiguous and of one type. Returns y, the last state, and (if asked for) the states that chunks start from.
-std::vector<torch::Tensor> forward(torch::Tensor u, torch::Tensor delta, torch::Tensor A, torch::Tensor B, torch::Tensor C, Maybe D, Maybe z, Maybe bias,
+std::vector<torch::Tensor> forward(torch::Tensor u, torch::Tensor delta, torch::Tensor A, torch::Tensor B, torch::Tensor C, torch::Tensor D, Maybe z, torch::Tensor bias,
                                    bool softplus, bool keep) {
     TORCH_CHECK(serves(u, A.size(1)), "the native scan does not serve ", u.scalar_type(), " on ", u.device(), " with ", A.size(1), " states");
     const Sizes s{u.size(0), u.size(1), u.size(2), B.size(2), A.size(1)};
@@ -285,7 +285,7 @@ std::vector<torch::Tensor> forward(torch::Tensor u, torch::Tensor delta, torch::
         const c10::cuda::CUDAGuard guard(u.device());
         auto starts = torch::empty({keep ? s.B : 0, (s.L + scan_cuda_chunk() - 1) / scan_cuda_chunk(), s.D, s.N}, u.options());
         scan_forward_cuda(s.B, s.L, s.D, s.G, s.N, softplus, u.data_ptr<float>(), delta.data_ptr<float>(), A.data_ptr<float>(), B.data_ptr<float>(),
-                          C.data_ptr<float>(), pointer<float>(D), pointer<float>(z), pointer<float>(bias), y.data_ptr<float>(), last.data_ptr<float>(),
+                          C.data_ptr<float>(), D.data_ptr<float>(), pointer<float>(z), bias.data_ptr<float>(), y.data_ptr<float>(), last.data_ptr<float>(),
                           keep ? starts.data_ptr<float>() : nullptr, c10::cuda::getCurrentCUDAStream());
         return {y, last, starts};
     }
@@ -294,7 +294,7 @@ std::vector<torch::Tensor> forward(torch::Tensor u, torch::Tensor delta, torch::
     AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "scan_forward", [&] {
         using F = scalar_t;
         const Inputs<F> in{u.data_ptr<F>(), delta.data_ptr<F>(), A.data_ptr<F>(), B.data_ptr<F>(), C.data_ptr<F>(),
-                           pointer<F>(D), pointer<F>(z), pointer<F>(bias), softplus};
+                           D.data_ptr<F>(), pointer<F>(z), bias.data_ptr<F>(), softplus};
         at::parallel_for(0, s.jobs(), 1, [&](int64_t from, int64_t to) {
             for (int64_t j = from; j < to; j++)
                 forward_job<F>(s, Job(s, j), in, y.data_ptr<F>(), last.data_ptr<F>(), keep ? starts.data_ptr<F>() : nullptr);
@@ -304,7 +304,7 @@ std::vector<torch::Tensor> forward(torch::Tensor u, torch::Tensor delta, torch::
 }
 
 // Returns the gradients of u, delta, A, B, C, D and z; that of the bias is the sum of delta's.
-std::vector<torch::Tensor> backward(torch::Tensor u, torch::Tensor delta, torch::Tensor A, torch::Tensor B, torch::Tensor C, Maybe D, Maybe z, Maybe bias,
+std::vector<torch::Tensor> backward(torch::Tensor u, torch::Tensor delta, torch::Tensor A, torch::Tensor B, torch::Tensor C, torch::Tensor D, Maybe z, torch::Tensor bias,
                                     bool softplus, torch::Tensor starts, torch::Tensor dy, torch::Tensor dlast) {
     const Sizes s{u.size(0), u.size(1), u.size(2), B.size(2), A.size(1)};
     auto du = torch::empty_like(u), ddelta = torch::empty_like(u), dz = z ? torch::empty_like(u) : torch::Tensor();
@@ -315,7 +315,7 @@ std::vector<torch::Tensor> backward(torch::Tensor u, torch::Tensor delta, torch:
         const int64_t per_block = scan_cuda_block(s.N), blocks = (s.per_group() + per_block - 1) / per_block;
         auto dB = torch::empty({s.B, s.L, s.G, blocks, s.N}, u.options()), dC = torch::empty_like(dB);
         scan_backward_cuda(s.B, s.L, s.D, s.G, s.N, softplus, u.data_ptr<float>(), delta.data_ptr<float>(), A.data_ptr<float>(), B.data_ptr<float>(),
-                           C.data_ptr<float>(), pointer<float>(D), pointer<float>(z), pointer<float>(bias), starts.data_ptr<float>(),
+                           C.data_ptr<float>(), D.data_ptr<float>(), pointer<float>(z), bias.data_ptr<float>(), starts.data_ptr<float>(),
                            dy.data_ptr<float>(), dlast.data_ptr<float>(), du.data_ptr<float>(), ddelta.data_ptr<float>(), dA.data_ptr<float>(),
                            dB.data_ptr<float>(), dC.data_ptr<float>(), dD.data_ptr<float>(), z ? dz.data_ptr<float>() : nullptr,
                            c10::cuda::getCurrentCUDAStream());
@@ -326,7 +326,7 @@ std::vector<torch::Tensor> backward(torch::Tensor u, torch::Tensor delta, torch:
     AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "scan_backward", [&] {
         using F = scalar_t;
         const Inputs<F> in{u.data_ptr<F>(), delta.data_ptr<F>(), A.data_ptr<F>(), B.data_ptr<F>(), C.data_ptr<F>(),
-                           pointer<F>(D), pointer<F>(z), pointer<F>(bias), softplus};
+                           D.data_ptr<F>(), pointer<F>(z), bias.data_ptr<F>(), softplus};
         const Gradients<F> out{du.data_ptr<F>(), ddelta.data_ptr<F>(), dA.data_ptr<F>(), dB.data_ptr<F>(),
                                dC.data_ptr<F>(), dD.data_ptr<F>(), z ? dz.data_ptr<F>() : nullptr};
         at::parallel_for(0, s.jobs(), 1, [&](int64_t from, int64_t to) {

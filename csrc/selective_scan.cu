@@ -23,7 +23,7 @@ struct Shape {
     bool softplus;
 };
 struct Inputs {
-    const float *u, *delta, *A, *B, *C, *D, *z, *bias;  // the last three may be null
+    const float *u, *delta, *A, *B, *C, *D, *z, *bias;  // z may be null
 };
 struct Gradients {
     float *u, *delta, *A, *B, *C, *D, *z;  // A (B, D, N), D (B, D), B and C (B, L, G, blocks, N); z may be null
@@ -69,7 +69,7 @@ struct Chunk {
 
     // Tokens begin .. begin + T - 1; what lies past the end, the last channel or the last state is 0 and changes nothing.
     __device__ void load(const Shape& s, const Inputs& in, const Place<P>& at, int begin) {
-        const float bias = in.bias && at.c < at.width ? in.bias[at.first + at.c] : 0.f;
+        const float bias = at.c < at.width ? in.bias[at.first + at.c] : 0.f;
         for (int t = at.t0; t < T; t += P) {
             const bool there = begin + t < s.L && at.c < at.width;
             const float raw = there ? in.delta[at.row(s, begin + t) + at.c] + bias : 0.f;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(channels(P) * P) forward_kernel(Shape s, Input
     const bool mine = at.i < at.width && at.n < s.N;
     const size_t state = (size_t)(at.first + at.i) * s.N + at.n, states = (size_t)s.D * s.N;
     const int chunks = (s.L + T - 1) / T;
-    const float a = mine ? in.A[state] : 0.f, skip = in.D && at.c < at.width ? in.D[at.first + at.c] : 0.f;
+    const float a = mine ? in.A[state] : 0.f, skip = at.c < at.width ? in.D[at.first + at.c] : 0.f;
     float h = 0.f;
     for (int chunk = 0; chunk < chunks; chunk++) {
         const int begin = chunk * T;
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(channels(P) * P)
     const bool mine = at.i < at.width && at.n < s.N;
     const size_t state = (size_t)(at.first + at.i) * s.N + at.n, states = (size_t)s.D * s.N;
     const int chunks = (s.L + T - 1) / T, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const float a = mine ? in.A[state] : 0.f, skip = in.D && at.c < at.width ? in.D[at.first + at.c] : 0.f;
-    const float bias = in.bias && at.c < at.width ? in.bias[at.first + at.c] : 0.f;
+    const float a = mine ? in.A[state] : 0.f, skip = at.c < at.width ? in.D[at.first + at.c] : 0.f;
+    const float bias = at.c < at.width ? in.bias[at.first + at.c] : 0.f;
     float g = mine ? dlast[(size_t)at.b * states + state] : 0.f, dA = 0.f, dskip = 0.f;
     for (int chunk = chunks - 1; chunk >= 0; chunk--) {
         const int begin = chunk * T;

@@ -272,3 +272,39 @@ def test_help_shows_every_default_and_needs_no_torch():
         for flag, (default, _, _) in table.items():
             assert f"--{flag}" in out
         assert out.count("(default:") == len(table)
+
+
+def test_the_scans_that_bench_compares_compute_the_same():
+    ways = repsae.scan_contenders((2, 13, 6, 3), "cpu")
+    y = {name: forward() for name, (forward, _) in ways.items()}
+    gradients = {name: both() for name, (_, both) in ways.items()}
+    oracle = "loop over slices (reference)"
+    assert len(ways) >= 4
+    for name in ways:
+        torch.testing.assert_close(y[name], y[oracle], rtol=1e-5, atol=1e-5)
+        for a, b in zip(gradients[name], gradients[oracle]):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_what_was_held_at_once():
+    """64 MB held twice over one after the other is 64, held together 128; a child has no past to reuse."""
+    one, two = repsae.in_child(_peaks)
+    assert 60 < one < 80 and 120 < two < 144
+
+
+def _peaks():
+    def apart():
+        for _ in range(2):
+            torch.ones(2 ** 24)
+    return repsae.peak_of(apart, "cpu"), repsae.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
+
+
+def test_build_says_in_one_line_that_there_is_no_compiler(capsys, monkeypatch):
+    import ssm
+
+    def absent(verbose):
+        raise OSError("Error compiling: no c++ here\nmore")
+    monkeypatch.setattr(ssm, "build_native", absent)
+    assert "cannot be built (Error compiling: no c++ here) - it needs ninja" in error(capsys, "build")
+    assert "no such folder" in error(capsys, "bench", "scan", "--svg", "/no/such/x.svg")

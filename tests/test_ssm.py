@@ -135,10 +135,10 @@ def cuda_on_cpu(tmp_path_factory):
 @pytest.mark.parametrize("shape", [dict(B=2, L=70, D=20, N=16), dict(B=1, L=32, D=12, N=3, G=2), dict(B=1, L=33, D=70, N=1, G=2), dict(B=1, L=5, D=9, N=20)])
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_cuda_kernels_compute_the_reference_when_run_on_the_cpu(cuda_on_cpu, shape, whole):
-    """Their logic, not their speed nor what only a GPU can show: with and without D, z, the bias and softplus."""
-    x = {"D": None, "z": None, "delta_bias": None, **arguments(**{"G": 1, **shape}, dtype=torch.float32, z=whole)}
+    """Their logic, not their speed nor what only a GPU can show: with and without z and softplus."""
+    x = {"z": None, **arguments(**{"G": 1, **shape}, dtype=torch.float32, z=whole)}
     if not whole:
-        x.update(D=None, delta_bias=None, delta=x["delta"].abs())
+        x.update(D=torch.zeros(shape["D"]), delta_bias=torch.zeros(shape["D"]), delta=x["delta"].abs())
     (b, L, D), N, G, wanted = x["u"].shape, shape["N"], shape.get("G", 1), [v.requires_grad_() for v in x.values() if v is not None]
     y, h = selective_scan(**x, softplus=whole, backend="reference", last_state=True)
     gy, gh = torch.randn_like(y), torch.randn_like(h)
