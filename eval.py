@@ -25,6 +25,7 @@ import re
 import numpy as np
 import scipy.optimize
 import scipy.sparse as sp
+import scipy.stats
 import torch
 
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
@@ -45,14 +46,14 @@ def sparse_code(indices, values, n_latents):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def activation_patterns(codes):
-    """Thesis Table 5.1: `alive_in` [latents active in 0, 1, ..., M streams] and `dead` {stream: latents never active}."""
+    """Thesis Table 5.1: `alive_in` [latents active in 0, 1, ..., M streams], `dead` {stream: latents never active}."""
     alive = np.stack([code.getnnz(axis=0) > 0 for code in codes.values()])                  # (M, L)
     return {"latents": alive.shape[1], "alive_in": np.bincount(alive.sum(0), minlength=len(codes) + 1).tolist(),
             "dead": {s: int((~a).sum()) for s, a in zip(codes, alive)}}
 
 
 def top_samples(code, top=TOP):
-    """For each latent its `top` most activating samples, best first: CSR (L, n) of ranks 1, 2, ...; ties to the lower row."""
+    """Each latent's `top` most activating samples, best first: CSR (L, n) of ranks 1, 2, ...; ties to the lower row."""
     by_latent = code.tocsc()
     latent = np.repeat(np.arange(code.shape[1]), np.diff(by_latent.indptr))
     order = np.lexsort((by_latent.indices, -by_latent.data, latent))
@@ -74,7 +75,7 @@ def label_counts(code, labels, top=TOP, known=None):
 
 
 def taxonomy_levels(label_names, parents):
-    """For every depth from 0 (the root) to the deepest label: (C,) the node that each label is lifted to, as an integer.
+    """For every depth from 0 (root) to the deepest label: (C,) the node that each label is lifted to, as an integer.
 
     A label above that depth stays itself. Without a taxonomy there is one level, the labels themselves.
     """
@@ -87,7 +88,8 @@ def taxonomy_levels(label_names, parents):
             path.insert(0, parents[path[0]])
         paths.append(path)
     number = {name: i for i, name in enumerate(parents)}
-    return [np.array([number[path[min(depth, len(path) - 1)]] for path in paths]) for depth in range(max(map(len, paths)))]
+    depths = range(max(map(len, paths)))
+    return [np.array([number[path[min(depth, len(path) - 1)]] for path in paths]) for depth in depths]
 
 
 def lift(counts, level):
@@ -100,8 +102,9 @@ def jaccard(counts, n_top):
     """Generalised Jaccard similarity of label counts between streams (sparc.txt 4.2), latent by latent.
 
     counts: dict stream -> (L, C), n_top: dict stream -> (L,), from `label_counts`. A latent is alive in a stream where
-    n_top > 0. Returns `jaccard`, the mean over latents alive in two streams or more of their mean over such pairs of streams;
-    `jaccard_all`, the same with every other latent counted as 0, as the published numbers do; `pairs`, per pair.
+    n_top > 0. Returns `jaccard`, the mean over latents alive in two streams or more of their mean over such pairs of
+    streams; `jaccard_all`, the same with every other latent counted as 0, as the published numbers do; `pairs`, per
+    pair.
     """
     names, total, used, pairs = list(counts), 0., 0, {}
     for i, s in enumerate(names):
@@ -116,7 +119,7 @@ def jaccard(counts, n_top):
 
 
 def concept_names(counts, n_top, label_names, purity=0.3):
-    """Name of each latent: the dominant label of its top samples if its share is at least `purity` (thesis A.3), else None.
+    """Name of each latent: the dominant label of its top samples if its share reaches `purity` (thesis A.3), else None.
 
     counts (L, C) and n_top (L,) from `label_counts`. Returns (list of L names or None, purities (L,)).
     """
@@ -125,7 +128,7 @@ def concept_names(counts, n_top, label_names, purity=0.3):
 
 
 def concept_alignment(codes, labels, label_names, parents):
-    """Jaccard at every taxonomy depth (Table 5.2) and named latents, from dict stream -> code and labels (n, C) bool."""
+    """Jaccard at every taxonomy depth (Table 5.2), named latents, from dict stream -> code and labels (n, C) bool."""
     counts, n_top, names = {}, {}, {}
     for s, code in codes.items():
         counts[s], n_top[s] = label_counts(code, labels)
@@ -133,7 +136,8 @@ def concept_alignment(codes, labels, label_names, parents):
     out = {"named": {s: sum(v is not None for v in names[s]) for s in codes},
            "latents_per_name": {s: _tally(names[s]) for s in codes}}
     if len(codes) > 1:
-        depths = [jaccard({s: lift(c, level) for s, c in counts.items()}, n_top) for level in taxonomy_levels(label_names, parents)]
+        levels = taxonomy_levels(label_names, parents)
+        depths = [jaccard({s: lift(c, level) for s, c in counts.items()}, n_top) for level in levels]
         out.update(depths[-1], by_depth=[{k: d[k] for k in ("jaccard", "jaccard_all")} for d in depths])
         out["named_alike"] = sum(len(set(v)) == 1 and v[0] is not None for v in zip(*names.values()))
     return out
@@ -179,8 +183,8 @@ def ridge_ceiling(train, test, strengths=10. ** np.arange(-6, 3)):
     """How much of stream t any linear map from stream s explains: R^2 on `test`, as {t: {s: value}}, s != t.
 
     train, test: dict stream -> (n, d) arrays, in the units that the model reconstructs. Ridge regression with an
-    intercept; its strength, relative to the mean eigenvalue, is the one that predicts every tenth training row best from
-    the other rows.
+    intercept; its strength, relative to the mean eigenvalue, is the one that predicts every tenth training row best
+    from the other rows.
     """
     out = {t: {} for t in train}
     for s in train:
@@ -203,12 +207,14 @@ def ridge_ceiling(train, test, strengths=10. ** np.arange(-6, 3)):
 def _blocks(x, s, targets, block=2048):
     """(X, Y) float64, X of stream s and Y of all targets side by side, so many rows at a time."""
     for i in range(0, len(x[s]), block):
-        yield x[s][i:i + block].astype(np.float64), np.concatenate([x[t][i:i + block] for t in targets], 1, dtype=np.float64)
+        yield (x[s][i:i + block].astype(np.float64),
+               np.concatenate([x[t][i:i + block] for t in targets], 1, dtype=np.float64))
 
 
 def _moments(x, s, targets):
     """[n, sum X, sum Y, X^T X, X^T Y]: all that least squares needs."""
-    return [sum(parts) for parts in zip(*((len(X), X.sum(0), Y.sum(0), X.T @ X, X.T @ Y) for X, Y in _blocks(x, s, targets)))]
+    by_block = ((len(X), X.sum(0), Y.sum(0), X.T @ X, X.T @ Y) for X, Y in _blocks(x, s, targets))
+    return [sum(parts) for parts in zip(*by_block)]
 
 
 def _ridge(moments):
@@ -275,7 +281,8 @@ def stratified_split(y, held_out, seed):
     """
     rng, n = np.random.RandomState(seed), len(y)
     left, take = np.bincount(y), []
-    for size in (math.floor((1 - held_out) * n), math.ceil(held_out * n)):                                       # how many of each class: largest remainders first
+    # how many of each class: largest remainders first
+    for size in (math.floor((1 - held_out) * n), math.ceil(held_out * n)):
         exact = left / left.sum() * size
         quota = np.floor(exact).astype(int)
         for r in np.unique(exact - quota)[::-1]:
@@ -319,8 +326,8 @@ def probe_tasks(labels, min_positives=50):
 def probe(code, tasks, candidates=20, binary=True, chosen=None):
     """1-D logistic probes (thesis 5.4.3, A.1.3): for each task the single latent that predicts it best.
 
-    The `candidates` latents most often active on the task's training positives are each fitted on train (input z > 0, or
-    z itself if not `binary`), the best on val is reported on test. chosen: a list of candidate arrays instead.
+    The `candidates` latents most often active on the task's training positives are each fitted on train (input z > 0,
+    or z itself if not `binary`), the best on val is reported on test. chosen: a list of candidate arrays instead.
     Returns {"loss": mean test log-loss in nats (0.693 is chance), "tasks": [{label, latent, val, test}]}.
     """
     active = (code > 0).astype(np.int32)
@@ -377,8 +384,8 @@ def _solve_values(code, tasks, candidates):
 def retrieval_ranks(query, reference, chunk=256):
     """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
 
-    A tie counts against the query: rank = number of references at least as similar. So an all-zero code, which is equally
-    far from everything, ranks last.
+    A tie counts against the query: rank = number of references at least as similar. So an all-zero code, which is
+    equally far from everything, ranks last.
     """
     q, r = _unit_rows(query), _unit_rows(reference).T
     ranks = np.empty(q.shape[0], np.int64)
@@ -408,7 +415,8 @@ def retrieval(features):
             if s != t and features[s].shape[1] == features[t].shape[1]:
                 ranks = retrieval_ranks(features[s], features[t])
                 out[f"{s} -> {t}"] = {**{f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)},
-                                      "MedR": int(np.sort(ranks)[(len(ranks) - 1) // 2]), "MRR": float((1 / ranks).mean())}
+                                      "MedR": int(np.sort(ranks)[(len(ranks) - 1) // 2]),
+                                      "MRR": float((1 / ranks).mean())}
     return out
 
 
@@ -419,11 +427,12 @@ def retrieval(features):
 def recovery(dictionaries, truth, threshold=0.9):
     """How many planted concepts a model found: dicts stream -> (L, d) learned and (C, d) true directions.
 
-    A concept counts as found when the latent assigned to it (one each, optimal assignment) has cosine >= `threshold` with
-    it. Per stream over the concepts that stream sees, and `same latent`: over those that every stream sees, one latent
-    near it in every stream at once. Values are {"found", "of"}.
+    A concept counts as found when the latent assigned to it (one each, optimal assignment) has cosine >= `threshold`
+    with it. Per stream over the concepts that stream sees, and `same latent`: over those that every stream sees, one
+    latent near it in every stream at once. Values are {"found", "of"}.
     """
-    cosine = {s: _unit_rows(truth[s]) @ _unit_rows(np.asarray(D, np.float64)).T for s, D in dictionaries.items()}   # (C, L)
+    # (C, L)
+    cosine = {s: _unit_rows(truth[s]) @ _unit_rows(np.asarray(D, np.float64)).T for s, D in dictionaries.items()}
     seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
     shared = np.logical_and.reduce(list(seen.values()))
     out = {s: _assigned(c[seen[s]], threshold) for s, c in cosine.items()}
@@ -446,7 +455,7 @@ def _mean(values):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def headline(block):
-    """The numbers of one mode ("joint" or "alone") that fit a row or a column of a table: dict name -> value or None."""
+    """The numbers of one mode ("joint" or "alone") that fit a row or a column of a table: name -> value or None."""
     out, pattern = {}, block["activation"]
     M, L = len(pattern["alive_in"]) - 1, pattern["latents"]
     out["latents alive in all streams, %"] = 100 * pattern["alive_in"][M] / L
@@ -468,12 +477,13 @@ def headline(block):
         if M > 1:
             out[f"{label} cross"] = _mean([v for own, v in cells if not own])
     if block.get("probe"):
-        out["1-D probe loss (chance 0.693)"] = _mean([v["loss"] for v in block["probe"].values() if v["loss"] is not None])
+        losses = [v["loss"] for v in block["probe"].values() if v["loss"] is not None]
+        out["1-D probe loss (chance 0.693)"] = _mean(losses)
     return out
 
 
 def summary(metrics):
-    """The table at the end of a run: (header, rows), joint and alone side by side, the null beside them where it was run."""
+    """The table at the end of a run: (header, rows), joint and alone side by side, and the null where it was run."""
     columns = {mode: headline(metrics[mode]) for mode in ("joint", "alone") if mode in metrics}
     columns.update({f"null {mode}": headline(block) for mode, block in metrics.get("null", {}).items()})
     names = next(iter(columns.values()))
@@ -481,7 +491,8 @@ def summary(metrics):
     if "ceiling" in metrics:
         best = mean_cell(metrics["ceiling"])
         at = [row[0] for row in rows].index("R2 cross") + 1
-        rows.insert(at, ["  linear ceiling of R2 cross", *(best if mode in ("alone", "joint") else None for mode in columns)])
+        cells = [best if mode in ("alone", "joint") else None for mode in columns]
+        rows.insert(at, ["  linear ceiling of R2 cross", *cells])
     return ["", *columns], rows
 
 
@@ -491,7 +502,7 @@ def mean_cell(matrix):
 
 
 def fmt(value, name=""):
-    """A table cell: three decimals, one for percentages and large numbers; whole numbers as they are; a dash for None."""
+    """A cell: three decimals, one for percentages and large numbers; whole numbers as they are; a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -507,7 +518,8 @@ def text_table(header, rows):
     """Rows of cells as aligned plain text: the first column to the left, the others to the right."""
     cells = [list(map(str, header)), *(_cells(header, row) for row in rows)]
     widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
-    lines = ["  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]).rstrip() for r in cells]
+    lines = ["  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]).rstrip()
+             for r in cells]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
 
@@ -526,13 +538,15 @@ def html_table(header, rows, colours=False):
             shade = f' style="background:rgb({mixed});color:{"white" if level > 0.55 else "black"}"'
         return f"<td{shade}>{html.escape(text)}</td>"
     head = "".join(f"<th>{html.escape(str(h))}</th>" for h in header)
-    body = "".join(f"<tr><th>{html.escape(str(r[0]))}</th>{''.join(map(cell, r[1:], _cells(header, r)[1:]))}</tr>" for r in rows)
+    body = "".join(f"<tr><th>{html.escape(str(r[0]))}</th>{''.join(map(cell, r[1:], _cells(header, r)[1:]))}</tr>"
+                   for r in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def matrix_table(matrix):
     """{t: {s: value}} -> HTML grid, rows targets, columns sources (as sparc.txt Table 3)."""
-    return html_table(["target \\ source", *matrix], [[t, *(row.get(s) for s in matrix)] for t, row in matrix.items()], True)
+    rows = [[t, *(row.get(s) for s in matrix)] for t, row in matrix.items()]
+    return html_table(["target \\ source", *matrix], rows, True)
 
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
@@ -543,7 +557,8 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
 
     x_names: text under x = 0, 1, 2, ... for values that are not evenly spaced. log: powers of ten up the y axis, y > 0.
     """
-    series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None] for name, points in series.items()}
+    series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
+              for name, points in series.items()}
     points = [p for line in series.values() for p in line]
     if not points:
         return "<p>nothing to draw</p>"
@@ -554,10 +569,12 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
 
     def at(x, y):
         return f"{60 + (w - 80) * (x - x0) / (x1 - x0):.1f},{h - 40 - (h - 60) * (y - y0) / (y1 - y0):.1f}"
-    parts = [f'<svg viewBox="0 0 {w} {h + 18 * math.ceil(len(series) / 3)}" role="img" aria-label="{html.escape(y_label)}">']
+    parts = [f'<svg viewBox="0 0 {w} {h + 18 * math.ceil(len(series) / 3)}" role="img" '
+             f'aria-label="{html.escape(y_label)}">']
     for y in range(y0, y1 + 1) if log else np.linspace(y0, y1, 5):
         a, b = at(x0, y).split(","), at(x1, y).split(",")
-        parts.append(f'<path d="M{a[0]} {a[1]}H{b[0]}" class="grid"/><text x="54" y="{float(a[1]) + 4}" class="end">{_tick(10. ** y if log else y)}</text>')
+        parts.append(f'<path d="M{a[0]} {a[1]}H{b[0]}" class="grid"/>'
+                     f'<text x="54" y="{float(a[1]) + 4}" class="end">{_tick(10. ** y if log else y)}</text>')
     for x, text in enumerate(x_names) if x_names else ((x, _tick(x)) for x in np.linspace(x0, x1, 5)):
         parts.append(f'<text x="{at(x, y0).split(",")[0]}" y="{h - 24}" class="mid">{html.escape(text)}</text>')
     parts.append(f'<text x="{w / 2}" y="{h - 6}" class="mid">{html.escape(x_label)}</text>'
@@ -567,7 +584,8 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
         dash = ' stroke-dasharray="6 4"' if i >= len(COLOURS) or "null" in name or "global" in name else ""
         parts.append(f'<polyline points="{" ".join(at(*p) for p in line)}" stroke="{colour}"{dash}/>')
         x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
-        parts.append(f'<path d="M{x} {y - 4}h18" stroke="{colour}"{dash}/><text x="{x + 24}" y="{y}">{html.escape(name)}</text>')
+        parts.append(f'<path d="M{x} {y - 4}h18" stroke="{colour}"{dash}/>'
+                     f'<text x="{x + 24}" y="{y}">{html.escape(name)}</text>')
     return "".join(parts) + "</svg>"
 
 
@@ -597,7 +615,8 @@ def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6):
     found = {}
     for s, code in codes.items():
         counts, n_top = label_counts(code, labels)
-        found[s] = concept_names(counts, np.where(n_top >= 5, n_top, 10 ** 6), label_names)     # too few samples: no name
+        # too few samples: no name
+        found[s] = concept_names(counts, np.where(n_top >= 5, n_top, 10 ** 6), label_names)
     names = [v for v, _ in found.values()]
     purity = np.mean([p for _, p in found.values()], 0)
     alike = [j for j in range(len(purity)) if names[0][j] is not None and len({v[j] for v in names}) == 1]
@@ -608,63 +627,76 @@ def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6):
         for s in codes:
             row = best[s][j]
             rows = row.indices[np.argsort(row.data)]
-            parts.append(f'<div class="strip"><b>{html.escape(s)}</b>{"".join(f"<span>{describe(i)}</span>" for i in rows)}</div>')
+            shown = "".join(f"<span>{describe(i)}</span>" for i in rows)
+            parts.append(f'<div class="strip"><b>{html.escape(s)}</b>{shown}</div>')
         parts.append("</section>")
     return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
 
 
-WHY_BOTH_WAYS = """<p class="note"><b>joint</b>: the streams of a sample chose its latents together. <b>alone</b>: each stream
-chose its own, as it must when it is the only one there. <b>null</b>: the same model trained on streams whose rows were shuffled
-against each other, so that they have nothing in common. Joint codes of one sample share their index set by construction; that
-alone makes Jaccard and retrieval high, for the null as well. What a joint number says about shared meaning is what it has beyond
-its null; the alone numbers are the ones a user of a single stream gets.</p>"""
+WHY_BOTH_WAYS = (
+    '<p class="note"><b>joint</b>: the streams of a sample chose its latents together. <b>alone</b>: each stream\n'
+    'chose its own, as it must when it is the only one there. <b>null</b>: the same model trained on streams whose rows '
+    'were shuffled\nagainst each other, so that they have nothing in common. Joint codes of one sample share their index '
+    'set by construction; that\nalone makes Jaccard and retrieval high, for the null as well. What a joint number says '
+    'about shared meaning is what it has beyond\nits null; the alone numbers are the ones a user of a single stream '
+    'gets.</p>')
 
 
 def standalone_svg(*charts):
     """Inline charts, one below the other, as a file of their own."""
     if len(charts) > 1:
         sizes = [tuple(map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', c).groups())) for c in charts]
-        placed = "".join(c.replace("<svg ", f'<svg y="{24 + sum(h + 24 for _, h in sizes[:i])}" width="{w}" height="{h}" ', 1)
-                         for i, (c, (w, h)) in enumerate(zip(charts, sizes)))
+        tops = [24 + sum(h + 24 for _, h in sizes[:i]) for i in range(len(sizes))]
+        placed = "".join(c.replace("<svg ", f'<svg y="{y}" width="{w}" height="{h}" ', 1)
+                         for c, y, (w, h) in zip(charts, tops, sizes))
         svg = f'<svg viewBox="0 0 {max(w for w, _ in sizes)} {sum(h + 24 for _, h in sizes) + 24}">{placed}</svg>'
     else:
         svg = charts[0]
-    style = "<style>svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}.grid{stroke:#e2e8f0;stroke-width:1}" \
-            ".end{text-anchor:end}.mid{text-anchor:middle}</style>"
+    style = ("<style>svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
+             ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}</style>")
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + style, 1) + "\n"
 
 
 def sparc_report(path, title, metrics, log, settings, codes, features, rows, folder):
     """The report of one run. log: rows of log.csv; codes: {mode: {stream: code}}; features, rows: what was judged."""
     modes = list(codes)
-    sections = [("Result", f"<p>{metrics['rows']} samples of the {metrics['split']} split.</p>" + html_table(*summary(metrics)) + WHY_BOTH_WAYS)]
+    judged = f"<p>{metrics['rows']} samples of the {metrics['split']} split.</p>"
+    sections = [("Result", judged + html_table(*summary(metrics)) + WHY_BOTH_WAYS)]
     if "recovery" in metrics:
         found = [[s, v["found"], v["of"]] for s, v in metrics["recovery"].items()]
         sections.append(("Planted concepts recovered", html_table(["cosine at least 0.9", "found", "of"], found)))
-    grids = [(f"{mode}", metrics[mode]["r2"]) for mode in modes] + ([("linear ceiling", metrics["ceiling"])] if "ceiling" in metrics else [])
+    grids = [(f"{mode}", metrics[mode]["r2"]) for mode in modes]
+    if "ceiling" in metrics:
+        grids.append(("linear ceiling", metrics["ceiling"]))
     sections.append(("R2 of every target from every source", '<div class="pair">' + "".join(
         f"<div><h3>{html.escape(name)}</h3>{matrix_table(grid)}</div>" for name, grid in grids) + "</div>"))
     M = len(codes[modes[0]])
-    sections.append(("Latents alive in so many streams", html_table(["", *range(M + 1), *(f"dead in {s}" for s in codes[modes[0]])], [
-        [mode, *metrics[mode]["activation"]["alive_in"], *metrics[mode]["activation"]["dead"].values()] for mode in modes])))
+    header = ["", *range(M + 1), *(f"dead in {s}" for s in codes[modes[0]])]
+    patterns = {mode: metrics[mode]["activation"] for mode in modes}
+    sections.append(("Latents alive in so many streams", html_table(header, [
+        [mode, *v["alive_in"], *v["dead"].values()] for mode, v in patterns.items()])))
     if len(metrics[modes[0]].get("concepts", {}).get("by_depth", [])) > 1:
         depths = {mode: [d["jaccard"] for d in metrics[mode]["concepts"]["by_depth"]] for mode in modes}
         sections.append(("Jaccard by depth of the taxonomy (the last column is the labels themselves)",
                          html_table(["", *range(len(depths[modes[0]]))], [[mode, *v] for mode, v in depths.items()])))
     if "retrieval" in metrics[modes[0]]:
-        named = {**{mode: metrics[mode]["retrieval"] for mode in modes}, **({"raw features": metrics["raw_retrieval"]} if "raw_retrieval" in metrics else {})}
+        named = {mode: metrics[mode]["retrieval"] for mode in modes}
+        if "raw_retrieval" in metrics:
+            named["raw features"] = metrics["raw_retrieval"]
         body = [[f"{pair}, {name}", *v.values()] for name, pairs in named.items() for pair, v in pairs.items()]
         sections.append(("Retrieval", html_table(["", "R@1", "R@5", "R@10", "MedR", "MRR"], body)))
     if log:
         def curve(key):
             return [(int(row["step"]), float(row[key])) for row in log]
         losses = [k for k in ("self", "cross") if any(float(row[k]) for row in log)]
-        sections.append(("Training", svg_lines({f"NMSE {k}": curve(k) for k in losses}, "step", "mean NMSE of the batch")
-                         + svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step", "dead latents")))
+        nmse = svg_lines({f"NMSE {k}": curve(k) for k in losses}, "step", "mean NMSE of the batch")
+        dead = svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step", "dead latents")
+        sections.append(("Training", nmse + dead))
     labels = features.label_matrix(rows)
     if labels is not None and labels.any():
         sections.append(("Concepts that have the same name in every stream, alone codes", gallery(
-            codes["alone"], labels, features.label_names, lambda i: describe_sample(features, rows[i], labels[i], folder))))
+            codes["alone"], labels, features.label_names,
+            lambda i: describe_sample(features, rows[i], labels[i], folder))))
     sections.append(("Settings", html_table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None])))
     write_report(path, title, sections)
 
@@ -685,7 +717,8 @@ def write_report(path, title, sections):
         style = f.read()
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
     write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-                     f'content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title><style>{style}</style>'
+                     f'content="width=device-width,initial-scale=1">'
+                     f'<title>{html.escape(title)}</title><style>{style}</style>'
                      f'<main><h1>{html.escape(title)}</h1>{body}</main></html>\n')
 
 
@@ -698,3 +731,71 @@ def write_text(path, text):
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.write(text)
     os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features judged by a classifier: k nearest neighbours, linear probe (thesis 3.2.3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def knn(train, train_labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None, chunk=1024):
+    """Weighted k nearest neighbours as in DINO: cosine, votes exp(similarity / temperature). dict k -> votes (n, C), summing
+    to 1. k larger than the training set is cut to it."""
+    n_classes = n_classes or int(train_labels.max()) + 1
+    unit = torch.nn.functional.normalize
+    train = unit(torch.as_tensor(train, dtype=torch.float32))
+    onehot = torch.nn.functional.one_hot(torch.as_tensor(train_labels).long(), n_classes).float()
+    out = {k: [] for k in ks}
+    for part in unit(torch.as_tensor(test, dtype=torch.float32)).split(chunk):
+        similarity, index = (part @ train.T).topk(min(max(ks), len(train)), dim=1)
+        votes = torch.exp((similarity - similarity[:, :1]) / temperature)[..., None] * onehot[index]        # (n, k, C)
+        for k in ks:
+            total = votes[:, :k].sum(1)
+            out[k].append(total / total.sum(1, keepdim=True))
+    return {k: torch.cat(v).numpy() for k, v in out.items()}
+
+
+def scores(truth, probability):
+    """Accuracy, balanced accuracy, F1 (macro), AUC (macro, one class against the rest) of probabilities (n, C).
+
+    A class that the truth lacks counts in none of them; AUC is None when only one class is there.
+    """
+    guess, there = probability.argmax(1), np.unique(truth)
+    hit = {c: ((guess == c) & (truth == c)).sum() for c in there}
+    recall = [hit[c] / (truth == c).sum() for c in there]
+    f1 = [2 * hit[c] / ((truth == c).sum() + (guess == c).sum()) for c in there]
+    areas = [auc(truth == c, probability[:, c]) for c in there] if len(there) > 1 else []
+    if probability.shape[1] == 2:
+        areas = areas[1:]                                    # two classes share one curve
+    return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)), "F1": float(np.mean(f1)),
+            "AUC": float(np.mean(areas)) if areas else None}
+
+
+def auc(positive, score):
+    """Area under the ROC curve: the share of (positive, negative) pairs that the score puts in order, ties counting half."""
+    rank = scipy.stats.rankdata(score)
+    n = int(positive.sum())
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(rank) - n)))
+
+
+def logistic_probe(train, train_labels, test, n_classes=None, strength=1., iterations=200):
+    """Multinomial logistic regression on standardised features with an L2 penalty ||W||^2 / (2 strength) beside the summed
+    loss, solved by L-BFGS. Returns the probabilities (n, C) of `test`."""
+    n_classes = n_classes or int(train_labels.max()) + 1
+    x = torch.as_tensor(train, dtype=torch.float64)
+    mean, std = x.mean(0), x.std(0, unbiased=False)
+    std[std == 0] = 1
+    x, y = (x - mean) / std, torch.as_tensor(train_labels).long()
+    W = torch.zeros(x.shape[1] + 1, n_classes, dtype=torch.float64, requires_grad=True)
+
+    def logits(v):
+        return v @ W[:-1] + W[-1]
+    optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = torch.nn.functional.cross_entropy(logits(x), y, reduction="sum") + W[:-1].square().sum() / (2 * strength)
+        (loss / len(x)).backward()
+        return loss / len(x)
+    optimiser.step(closure)
+    with torch.no_grad():
+        return torch.softmax(logits((torch.as_tensor(test, dtype=torch.float64) - mean) / std), 1).numpy()

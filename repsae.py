@@ -911,10 +911,10 @@ def backbone_contenders(device):
     return found
 
 
-def backbone_memory(side, device, name):
+def backbone_memory(side, device, name, training):
     make = backbone_contenders(device)[name]
-    make(64)[1]()
-    return round_or_none(peak_of(make(side)[1], device))
+    make(64)[training]()
+    return round_or_none(peak_of(make(side)[training], device))
 
 
 def bench_backbones(device):
@@ -926,11 +926,12 @@ def bench_backbones(device):
         for name, make in backbone_contenders(device).items():
             say(f"{tokens} tokens: {name}")
             forward, training = make(side)
+            r["models"][name] = found = {"forward_ms": median_ms(forward, device, 5)}
             slow = "reference" in name and tokens > 196      # gradients of slices grow with the square of the tokens
-            r["models"][name] = {"forward_ms": median_ms(forward, device, 5), "both_ms": None if slow else median_ms(training, device, 5)}
             if not slow:
-                memory = backbone_memory(side, device, name) if device != "cpu" else in_child(backbone_memory, side, device, name)
-                r["models"][name]["peak_mb"] = memory
+                found["both_ms"] = median_ms(training, device, 5)
+            for i, key in enumerate(("forward_mb", "both_mb")[:1 if slow else 2]):
+                found[key] = (backbone_memory if device != "cpu" else functools.partial(in_child, backbone_memory))(side, device, name, i)
         results.append(r)
     return results
 
@@ -938,7 +939,8 @@ def bench_backbones(device):
 def print_backbones(results, device, svg):
     import eval as judge
     names, tokens, pictures = list(results[0]["models"]), [r["tokens"] for r in results], []
-    for key, title in (("forward_ms", "forward, ms"), ("both_ms", "forward + backward, ms"), ("peak_mb", "peak memory of forward + backward, MB")):
+    for key, title in (("forward_ms", "forward, ms"), ("both_ms", "forward + backward, ms"),
+                       ("forward_mb", "peak memory of forward, MB"), ("both_mb", "peak memory of forward + backward, MB")):
         values = {name: [r["models"].get(name, {}).get(key) for r in results] for name in names}
         print(f"\n{title}; one image, float32, {device}")
         print(judge.text_table(["tokens", *map(str, tokens)], [[name, *(x and f"{x:,.{0 if x >= 100 else 1}f}" for x in v)] for name, v in values.items()]))

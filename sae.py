@@ -27,7 +27,7 @@ Not here     learning-rate schedules, mixed precision, several GPUs.
 This file needs nothing but torch: copy it alone into your project.
 
     model = SPARC({"clip": 512, "dino": 768}, n_latents=4096, k=32, topk="both", norm="l2")
-    fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4)          # a batch: {"clip": (B, 512), "dino": (B, 768)}
+    fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4)          # batch: {"clip": (B, 512), "dino": (B, 768)}
     codes = model.encode({"clip": x_clip}, mode="alone")                  # raw features in, {"clip": Codes} out
     dino_hat = model.decode(codes["clip"], "dino")                        # Eq. 12: one model read from another
 """
@@ -158,7 +158,7 @@ def _sample(x, W, p):                                                           
 
 
 def _times(S, x, spare=()):
-    """CSR (m, n) @ dense (n, d). In place with beta=0, because `S @ x` first copies a matrix of zeros into its result."""
+    """CSR (m, n) @ dense (n, d). In place with beta=0, as `S @ x` first copies a matrix of zeros into its result."""
     out = spare.pop() if spare else x.new_empty(S.shape[0], x.shape[1])
     return out.addmm_(S, x, beta=0)
 
@@ -227,7 +227,8 @@ def _has_csr():
     try:
         p = Pattern(torch.tensor([[0, 1]]), 2, "csr")
         W = torch.eye(2)
-        return bool(_combine(_sample(torch.ones(1, 2), W, p), _scatter(torch.ones(1, 2), torch.ones(1, 2), p), p).sum() == 4)
+        sampled, scattered = _sample(torch.ones(1, 2), W, p), _scatter(torch.ones(1, 2), torch.ones(1, 2), p)
+        return bool(_combine(sampled, scattered, p).sum() == 4)
     except RuntimeError:
         return False
 
@@ -254,9 +255,9 @@ class SPARC(nn.Module):
     stats       dict stream -> (mean (d_s,), std (d_s,)) of the training samples, for "standard"
     aux_k, aux_coef, dead_after, reinit_after
                 AuxK (thesis A.1.2): a latent that has not fired for `dead_after` training steps is dead; the `aux_k`
-                best dead latents rebuild the residual, weighted `aux_coef`. One still dead `reinit_after` steps later is
-                drawn anew. (The authors' value of 0 for the latter leaves AuxK nothing to do.)
-    select      "fp32", or "bf16" to choose the support in bfloat16 while training: faster, and now and then another latent
+                best dead latents rebuild the residual, weighted `aux_coef`. One still dead `reinit_after` steps later
+                is drawn anew. (The authors' value of 0 for the latter leaves AuxK nothing to do.)
+    select      "fp32", or "bf16" to choose the support in bfloat16 while training: faster, now and then another latent
     kernels     "auto", "csr" or "gather": see the sparse products above
     seed        of the initial weights and of every later draw
 
@@ -268,9 +269,9 @@ class SPARC(nn.Module):
     def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2", stats=None, aux_k=64,
                  aux_coef=1 / 32, dead_after=1000, reinit_after=1000, select="fp32", kernels="auto", seed=42):
         super().__init__()
-        self.config = dict(dims=dict(dims), n_latents=n_latents, k=k, topk=topk, lam=lam, reduction=reduction, norm=norm,
-                           aux_k=aux_k, aux_coef=aux_coef, dead_after=dead_after, reinit_after=reinit_after, select=select,
-                           kernels=kernels, seed=seed)
+        self.config = dict(dims=dict(dims), n_latents=n_latents, k=k, topk=topk, lam=lam, reduction=reduction,
+                           norm=norm, aux_k=aux_k, aux_coef=aux_coef, dead_after=dead_after,
+                           reinit_after=reinit_after, select=select, kernels=kernels, seed=seed)
         self._check()
         for name, value in self.config.items():
             setattr(self, name, value)
@@ -285,7 +286,8 @@ class SPARC(nn.Module):
             mean, std = (stats or {}).get(s, (torch.zeros(d), torch.ones(d)))
             std = torch.as_tensor(std, dtype=torch.float32)
             self.register_buffer(f"mean_{s}", torch.as_tensor(mean, dtype=torch.float32).clone())
-            self.register_buffer(f"std_{s}", torch.where(std > 0, std, 1))                  # a constant dimension stays 0
+            # a constant dimension stays 0
+            self.register_buffer(f"std_{s}", torch.where(std > 0, std, 1))
             self.register_buffer(f"idle_{s}", torch.zeros(n_latents, dtype=torch.long))     # steps since it last fired
         self._spare = {}                                     # gradient memory, handed from step to step: see `_recycle`
         self.register_buffer("step", torch.zeros((), dtype=torch.long))                     # training steps taken
@@ -301,15 +303,15 @@ class SPARC(nn.Module):
                 raise InputError(f"stream '{s}' has width {d} - give it at least one column")
         if not 1 <= c["k"] <= c["n_latents"]:
             raise InputError(f"k={c['k']} must lie in 1..latents={c['n_latents']} - lower k or raise latents")
-        for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")), ("select", ("fp32", "bf16")),
-                              ("kernels", ("auto", "csr", "gather"))):
+        for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")),
+                              ("select", ("fp32", "bf16")), ("kernels", ("auto", "csr", "gather"))):
             if c[name] not in allowed:
                 raise InputError(f"{name}={c[name]!r} - use one of {', '.join(allowed)}")
 
     # -- features in --------------------------------------------------------------------------------------------------
 
     def normalise(self, x, stream):
-        """Raw features (B, d_s) -> what the model sees: standardised and/or scaled to unit length. Zero rows stay zero."""
+        """Raw features (B, d_s) -> what the model sees: standardised and/or of unit length. Zero rows stay zero."""
         if "standard" in self.norm:
             x = (x - getattr(self, f"mean_{stream}")) / getattr(self, f"std_{stream}")
         if "l2" in self.norm:
@@ -329,7 +331,8 @@ class SPARC(nn.Module):
                 raise InputError(f"stream '{s}' has shape {tuple(v.shape)} - the model wants (B, {self.dims[s]})")
         if not x:
             raise InputError("no streams given - give at least one of " + ", ".join(self.streams))
-        return {s: self.normalise(x[s], s) for s in self.streams if s in x}                 # one order, whatever was given
+        # one order, whatever was given
+        return {s: self.normalise(x[s], s) for s in self.streams if s in x}
 
     # -- choosing -----------------------------------------------------------------------------------------------------
     # `c` is a dict of centred features x^s - b_pre^s, (B, d_s). Dense logits live only here, and without gradients.
@@ -346,7 +349,7 @@ class SPARC(nn.Module):
 
     @torch.no_grad()
     def _support(self, c, mode):
-        """Which k latents are kept, dict stream -> (B, k): chosen "joint"ly, "alone", or by the one stream named `mode`."""
+        """Which k latents are kept, stream -> (B, k): chosen "joint"ly, "alone", or by the one stream named `mode`."""
         def top(streams):
             return self._logits(c, streams).topk(self.k, sorted=False).indices              # Eq. 8
         if mode == "alone":
@@ -354,7 +357,7 @@ class SPARC(nn.Module):
         return dict.fromkeys(c, top(list(c) if mode == "joint" else [mode]))
 
     def drawn_stream(self):
-        """The stream that chooses for all in this step of topk="random": a function of seed and step, so resuming is exact."""
+        """The stream that chooses for all in this step of topk="random": by seed and step alone, so resuming is exact."""
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
         return self.streams[int(torch.randint(len(self.streams), (), generator=g))]
 
@@ -453,7 +456,7 @@ class SPARC(nn.Module):
         return getattr(self, f"idle_{stream}") >= self.dead_after
 
     def _auxk(self, c, e, stream):
-        """Gao et al.'s auxiliary loss: the residual e = x - x_hat (B, d), rebuilt by the best dead latents, over its energy.
+        """AuxK (Gao et al.): the residual e = x - x_hat (B, d), rebuilt by the best dead latents, over its energy.
 
         c, e detached: gradient reaches the dead latents' rows and biases only. (The authors' code adds b_pre to both
         sides and masks with 0 instead of -inf, so it pulls at the bias, and is about 1 when nothing is dead.)
@@ -488,7 +491,7 @@ def renormalise(model):
 
 @torch.no_grad()
 def _count_idle(model, codes):
-    """Advance the dead-latent counters by one training step; a latent starts again at 0 where it fired in any sample."""
+    """Advance the dead-latent counters by one training step; a latent that fired in any sample starts again at 0."""
     for s in model.streams:
         idle = getattr(model, f"idle_{s}")
         idle += 1
@@ -498,7 +501,7 @@ def _count_idle(model, codes):
 
 @torch.no_grad()
 def _reinitialise(model, optimiser):
-    """Draw anew the encoder rows that AuxK could not revive: N(0, 0.01^2), bias 0, their Adam moments 0 (thesis A.1.2)."""
+    """Draw anew the encoder rows that AuxK could not revive: N(0, 0.01^2), bias and Adam moments 0 (thesis A.1.2)."""
     for s in model.streams:
         idle = getattr(model, f"idle_{s}")
         rows = (idle >= model.dead_after + model.reinit_after).nonzero().squeeze(1)
@@ -574,7 +577,7 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def save(path, model, optimiser=None, **extra):
-    """Write model, optimiser and plain `extra` values to `path`, whole or not at all (a temporary name, then a rename)."""
+    """Write model, optimiser and plain `extra` to `path`, whole or not at all (a temporary name, then a rename)."""
     state = {"format": "repsae-sparc-1", "config": model.config, "model": model.state_dict(), "extra": extra,
              "optimiser": optimiser.state_dict() if optimiser else None}
     with open(f"{path}.tmp", "wb") as f:                     # a handle, not a name: the name would go into the bytes

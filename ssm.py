@@ -70,7 +70,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
             keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
             y, h = _NativeScan.apply(u, delta, A, B, C, D, z, bias, softplus, keep)
         elif backend == "torch":
-            y, h = _TorchScan.apply(u, delta, A, B, C, D, z, bias, softplus, max(A.shape[1], CHUNK // (u[:, 0].numel() * A.shape[1] + 1)))
+            tokens = max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))
+            y, h = _TorchScan.apply(u, delta, A, B, C, D, z, bias, softplus, tokens)
         else:
             delta = delta + bias
             y, h = _scan_reference(u, F.softplus(delta) if softplus else delta, A, B, C)
@@ -84,11 +85,13 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias):
         raise InputError(f"u has shape {tuple(u.shape)} - give (batch, tokens, channels)")
     b, L, channels = u.shape
     N, G = A.shape[-1], B.shape[2] if B.dim() == 4 else 1
-    wanted = {"delta": (delta, (b, L, channels)), "z": (z, (b, L, channels)), "A": (A, (channels, N)), "D": (D, (channels,)),
-              "delta_bias": (delta_bias, (channels,)), "B": (B, (b, L, N) if B.dim() == 3 else (b, L, G, N)), "C": (C, tuple(B.shape))}
+    tokens, weights = (b, L, channels), (b, L, N) if B.dim() == 3 else (b, L, G, N)
+    wanted = {"delta": (delta, tokens), "z": (z, tokens), "A": (A, (channels, N)), "D": (D, (channels,)),
+              "delta_bias": (delta_bias, (channels,)), "B": (B, weights), "C": (C, weights)}
     for name, (v, shape) in wanted.items():
         if v is not None and tuple(v.shape) != shape:
-            raise InputError(f"{name} has shape {tuple(v.shape)} - with u {tuple(u.shape)} and A {tuple(A.shape)} it must be {shape}")
+            raise InputError(f"{name} has shape {tuple(v.shape)} - with u {tuple(u.shape)} and A {tuple(A.shape)} "
+                             f"it must be {shape}")
     if channels % G:
         raise InputError(f"{channels} channels do not divide into the {G} groups of B - give a multiple")
 
@@ -140,7 +143,7 @@ class _TorchScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dh):
-        """With g_t the gradient of h_t, g_t = C_t dy_t + a_{t+1} g_{t+1}, everything else is a product of it (a = exp(delta A))."""
+        """With g_t the gradient of h_t and a = exp(delta A): g_t = C_t dy_t + a_{t+1} g_{t+1}; the rest are products of it."""
         u, delta, A, B, C, D, z, bias, *starts = ctx.saved_tensors
         G = B.shape[2]
         A, D, dh = _grouped(A, 0, G), _grouped(D, 0, G), _grouped(dh, 1, G)
@@ -257,7 +260,8 @@ def build_native(verbose=False):
     if cuda:
         sources.append(os.path.join(folder, "selective_scan.cu"))
         flags.append("-DWITH_CUDA")
-    return cpp_extension.load("repsae_scan", sources, extra_cflags=flags, extra_cuda_cflags=["-O3"], with_cuda=cuda, verbose=verbose)
+    return cpp_extension.load("repsae_scan", sources, extra_cflags=flags, extra_cuda_cflags=["-O3"], with_cuda=cuda,
+                              verbose=verbose)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,7 +447,7 @@ class ViT(nn.Module):
         return out, grid
 
     def features(self, x, tokens=False, last=1):
-        """Class tokens of the last blocks side by side (B, last d); or with `tokens` all patch tokens (B, T, d) and their grid."""
+        """Class tokens of the last blocks side by side (B, last d); with `tokens` all patch tokens (B, T, d), their grid."""
         out, grid = self.blocks_out(x, last)
         if tokens:
             return out[-1][:, 1 + self.registers:], grid
@@ -488,8 +492,8 @@ class Mixer(nn.Module):
         x = F.silu(conv(x.transpose(1, 2))[..., :x.shape[1]].transpose(1, 2))               # causal: no later token
         delta, B, C = getattr(self, f"x_proj{end}")(x).split([self.r, self.N, self.N], -1)
         delta = F.linear(delta, dt_proj.weight)              # its bias is added inside the scan, before softplus
-        return selective_scan(x, delta, -torch.exp(getattr(self, f"A{end}_log").float()), B, C, getattr(self, f"D{end}"), z, dt_proj.bias,
-                              backend=self.backend)
+        A, D = -torch.exp(getattr(self, f"A{end}_log").float()), getattr(self, f"D{end}")
+        return selective_scan(x, delta, A, B, C, D, z, dt_proj.bias, backend=self.backend)
 
     def forward(self, x):
         xz = self.in_proj(x)
@@ -620,7 +624,8 @@ class SS2D(nn.Module):
         delta, B, C = torch.einsum("blke,kce->blkc", u, self.x_proj_weight).split(
             [self.dt_projs_weight.shape[2], self.N, self.N], -1)
         delta = torch.einsum("blkr,ker->blke", delta, self.dt_projs_weight)
-        y = selective_scan(u.flatten(2), delta.flatten(2), -torch.exp(self.A_logs.float()), B, C, self.Ds, None, self.dt_projs_bias.flatten())
+        y = selective_scan(u.flatten(2), delta.flatten(2), -torch.exp(self.A_logs.float()), B, C, self.Ds, None,
+                           self.dt_projs_bias.flatten())
         return self.out_proj(self.out_norm(cross_merge(y.unflatten(2, (4, -1)), h, w)))
 
 
@@ -658,8 +663,8 @@ class VMamba(nn.Module):
         dims = [dim * 2 ** i for i in range(len(depths))]
         self.dim, self.reduction = dims[-1], 4 * 2 ** (len(depths) - 1)
         gap = nn.Identity
-        self.patch_embed = nn.Sequential(_Conv(3, dim // 2), gap(), nn.LayerNorm(dim // 2), gap(), nn.GELU(), _Conv(dim // 2, dim), gap(),
-                                         nn.LayerNorm(dim))
+        self.patch_embed = nn.Sequential(_Conv(3, dim // 2), gap(), nn.LayerNorm(dim // 2), gap(), nn.GELU(),
+                                         _Conv(dim // 2, dim), gap(), nn.LayerNorm(dim))
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
@@ -695,6 +700,135 @@ class VMamba(nn.Module):
 
     def forward(self, x):
         return self.classifier.head(self.features(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DINO: self-distillation without labels (Caron et al. 2021, Algorithm 1; thesis 3.2.1)
+# ---------------------------------------------------------------------------------------------------------------------
+# Letters: V views (crops) of an image, the first 2 global; K prototypes; student and teacher are the same architecture.
+
+class DINOHead(nn.Module):
+    """Features (B, d) -> logits (B, K): three layers, then the cosine with each of K prototypes.
+
+    norm_last keeps the prototypes' length (`weight_g`) at 1; DINO's switch for stability, on by default.
+    """
+
+    def __init__(self, dim, K=65536, hidden=2048, bottleneck=256, norm_last=True):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))
+        for layer in self.mlp[::2]:
+            _trunc_normal(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.last_layer = nn.Module()
+        self.last_layer.weight_g = nn.Parameter(torch.ones(K, 1), requires_grad=not norm_last)
+        self.last_layer.weight_v = nn.Parameter(nn.Linear(bottleneck, K, bias=False).weight.detach())
+
+    def forward(self, x):
+        prototypes = self.last_layer.weight_g * F.normalize(self.last_layer.weight_v, dim=1)
+        return F.linear(F.normalize(self.mlp(x), dim=-1), prototypes)
+
+
+class MultiCrop(nn.Module):
+    """A backbone and a head: a list of crops, each (B, 3, h, w), -> logits (V B, K), view by view.
+
+    Neighbours of the same size go through the backbone together, all features through the head together.
+    """
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, crops):
+        features, start = [], 0
+        for i in range(1, len(crops) + 1):
+            if i == len(crops) or crops[i].shape[-2:] != crops[start].shape[-2:]:
+                features.append(self.backbone.features(torch.cat(crops[start:i])))
+                start = i
+        return self.head(torch.cat(features))
+
+
+def dino_loss(student, teacher, center, views, teacher_temp=0.04, student_temp=0.1):
+    """Cross-entropy of every student view against every *other* global teacher view, averaged over pairs and images.
+
+    student (V B, K) and teacher (2 B, K) logits, view by view; center (K,). No gradient reaches the teacher.
+    """
+    q = torch.softmax((teacher.detach() - center) / teacher_temp, -1).view(2, -1, teacher.shape[-1])
+    s = torch.log_softmax(student / student_temp, -1).view(views, -1, student.shape[-1])
+    pairs = -(q.sum(0) * s.sum(0)).sum(-1) + (q * s[:2]).sum((0, -1))                       # (B,): all pairs but v = v
+    return pairs.mean() / (2 * views - 2)
+
+
+def cosine_schedule(step, n_steps, base, final, warmup=0):
+    """Linear from 0 over `warmup` steps (reaching base on the last), then half a cosine from base towards final."""
+    if step < warmup:
+        return base * step / max(warmup - 1, 1)
+    return final + (base - final) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(n_steps - warmup, 1)))
+
+
+def teacher_temperature(epoch, start=0.04, final=0.04, warmup=0):
+    """Linear from start to final over `warmup` epochs, both ends included, then constant."""
+    return final if epoch >= warmup else start + (final - start) * epoch / max(warmup - 1, 1)
+
+
+STATE_SPACE = ("A_log", "A_b_log", "A_logs", "Ds", "dt_projs_bias")      # D, D_b and dt_proj.bias are vectors anyway
+
+
+def decay_groups(model, decay_ssm=False):
+    """AdamW's two groups: matrices, which are decayed, and vectors, which are not. Without `decay_ssm` neither are the
+    state space's decay rates, skips and step sizes, though matrices: to decay log(-A) is to pull every rate to 1. (The
+    published runs did; Mamba's own code marks them as exempt.)"""
+    decayed, spared = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            spare = p.dim() < 2 or name.endswith(".bias") or (not decay_ssm and name.endswith(STATE_SPACE))
+            (spared if spare else decayed).append(p)
+    return [{"params": decayed}, {"params": spared, "weight_decay": 0.}]
+
+
+def clip_each(model, most):
+    """Shrink every parameter's gradient to an L2 norm of at most `most`, each by itself (DINO's way)."""
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.mul_((most / (p.grad.norm() + 1e-6)).clamp(max=1))
+
+
+def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, momentum, teacher_temp=0.04, clip=3.,
+              freeze_last=False):
+    """One step: loss, gradient, optimiser, then teacher <- momentum * teacher + (1 - momentum) * student, then the centre.
+
+    crops: V tensors (B, 3, h, w), global ones first. Returns floats: loss, entropy and information of the teacher's output.
+    """
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.param_groups[0]["weight_decay"] = weight_decay
+    with torch.no_grad():
+        t = teacher(crops[:2])
+    loss = dino_loss(student(crops), t, center, len(crops), teacher_temp)
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    clip_each(student, clip)
+    if freeze_last:                                          # the first epoch: the prototypes stay where they are
+        for p in student.head.last_layer.parameters():
+            p.grad = None
+    optimiser.step()
+    with torch.no_grad():
+        for mine, theirs in zip(teacher.parameters(), student.parameters()):
+            mine.mul_(momentum).add_(theirs, alpha=1 - momentum)
+    entropy, information = output_entropy(torch.softmax((t - center) / teacher_temp, -1))
+    move_center(center, t)
+    return {"loss": loss.item(), "entropy": entropy, "information": information}
+
+
+def move_center(center, teacher, momentum=0.9):
+    center.mul_(momentum).add_(teacher.mean(0), alpha=1 - momentum)
+
+
+def output_entropy(q):
+    """Of distributions (n, K), in nats: their mean entropy, and the entropy of their mean less that. The second is how much
+    an output tells of its image; 0 means collapse, be it to the uniform output (entropy ln K) or to a constant one."""
+    entropy = torch.special.entr(q).sum(-1).mean().item()
+    return entropy, torch.special.entr(q.mean(0)).sum().item() - entropy
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -741,7 +875,8 @@ def load_weights(model, path):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or under teacher, student, model, state_dict")
+        raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or under teacher, student, "
+                         "model, state_dict")
     state = {k.removeprefix("module."): v for k, v in state.items()}
     if any(k.startswith("backbone.") for k in state):
         state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
@@ -750,7 +885,8 @@ def load_weights(model, path):
         if not any(k.startswith(head) for k in own):
             state = {k: v for k, v in state.items() if not k.startswith(head)}
     wrong = {"missing": sorted(own.keys() - state.keys()), "unexpected": sorted(state.keys() - own.keys()),
-             "mis-shaped": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]}
+             "mis-shaped": [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
+                            if k in state and state[k].shape != v.shape]}
     if any(wrong.values()):
         lists = "; ".join(f"{len(v)} {name}: {', '.join(v)}" for name, v in wrong.items() if v)
         raise InputError(f"{path} does not fit this model: {lists} - take the preset that these weights belong to")

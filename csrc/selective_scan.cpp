@@ -167,7 +167,8 @@ struct Gradients {
 };
 
 template <typename F>
-void backward_job(const Sizes& s, const Job& job, const Inputs<F>& in, const F* starts, const F* dy, const F* dlast, const Gradients<F>& out) {
+void backward_job(const Sizes& s, const Job& job, const Inputs<F>& in, const F* starts, const F* dy, const F* dlast,
+                  const Gradients<F>& out) {
     const int64_t NW = s.N * W;
     std::vector<F> memory(NW * (3 + 2 * T + 1));
     F *A = memory.data(), *dA = A + NW, *g = dA + NW, *a = g + NW, *h = a + T * NW;  // h holds T + 1 states
@@ -194,7 +195,8 @@ void backward_job(const Sizes& s, const Job& job, const Inputs<F>& in, const F* 
         for (int64_t t = end - 1; t >= begin; t--) {
             const Token<F> x(s, job, in, bias, t);
             const int64_t row = job.row(s, t);
-            F dyt[W], z[W], gate[W], y[W], d_out[W], gB[W] = {}, gaA[W] = {};  // y and d_out: the output before the gate, its gradient
+            F dyt[W], z[W], gate[W], gB[W] = {}, gaA[W] = {};
+            F y[W], d_out[W];  // the output before the gate, its gradient
             load(dy + row, job.w, dyt);
             load(in.z ? in.z + row : nullptr, job.w, z);
             for (int i = 0; i < W; i++) {
@@ -203,7 +205,8 @@ void backward_job(const Sizes& s, const Job& job, const Inputs<F>& in, const F* 
                 y[i] = skip[i] * x.u[i];
             }
             for (int64_t n = 0; n < s.N; n++) {
-                const F *__restrict at = a + (t - begin) * NW + n * W, *__restrict ht = h + (t - begin + 1) * NW + n * W;
+                const F *__restrict at = a + (t - begin) * NW + n * W;
+                const F *__restrict ht = h + (t - begin + 1) * NW + n * W;
                 const F *__restrict before = ht - NW, *__restrict An = A + n * W;
                 const F b = in.B[job.weights(s, t) + n], c = in.C[job.weights(s, t) + n];
                 F *__restrict gn = g + n * W, *__restrict dAn = dA + n * W, sum_B = 0, sum_C = 0;
@@ -240,10 +243,15 @@ void backward_job(const Sizes& s, const Job& job, const Inputs<F>& in, const F* 
     std::memcpy(out.D + job.b * s.D + job.first, dskip, sizeof(F) * job.w);
 }
 
-using Maybe = c10::optional<torch::Tensor>;
+using torch::Tensor;
+using Maybe = c10::optional<Tensor>;
 
 template <typename F>
-F* pointer(const Maybe& v) {
+F* p(const Tensor& v) {
+    return v.data_ptr<F>();
+}
+template <typename F>
+F* p(const Maybe& v) {
     return v ? v->data_ptr<F>() : nullptr;
 }
 
@@ -256,16 +264,18 @@ F* pointer(const Maybe& v) {
 extern "C" {
 int scan_cuda_block(int n);  // channels of a block for n states, 0 if it does not serve so many
 int scan_cuda_chunk();
-void scan_forward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta, const float* A, const float* B, const float* C,
-                       const float* d_skip, const float* z, const float* bias, float* y, float* last, float* starts, cudaStream_t stream);
-void scan_backward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta, const float* A, const float* B,
-                        const float* C, const float* d_skip, const float* z, const float* bias, const float* starts, const float* dy,
-                        const float* dlast, float* du, float* ddelta, float* dA, float* dB, float* dC, float* dD, float* dz, cudaStream_t stream);
+void scan_forward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta,
+                       const float* A, const float* B, const float* C, const float* d_skip, const float* z,
+                       const float* bias, float* y, float* last, float* starts, cudaStream_t stream);
+void scan_backward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta,
+                        const float* A, const float* B, const float* C, const float* d_skip, const float* z,
+                        const float* bias, const float* starts, const float* dy, const float* dlast, float* du,
+                        float* ddelta, float* dA, float* dB, float* dC, float* dD, float* dz, cudaStream_t stream);
 }
 #endif
 
 // Whether these kernels serve such inputs: float32 or float64 on a CPU, float32 and up to 32 states on a GPU.
-static bool serves(const torch::Tensor& u, int64_t states) {
+static bool serves(const Tensor& u, int64_t states) {
     if (u.is_cpu()) return u.scalar_type() == torch::kFloat32 || u.scalar_type() == torch::kFloat64;
 #ifdef WITH_CUDA
     return u.is_cuda() && u.scalar_type() == torch::kFloat32 && scan_cuda_block(states);
@@ -275,62 +285,60 @@ static bool serves(const torch::Tensor& u, int64_t states) {
 }
 
 // All tensors contiguous and of one type. Returns y, the last state, and (if asked for) the states that chunks start from.
-std::vector<torch::Tensor> forward(torch::Tensor u, torch::Tensor delta, torch::Tensor A, torch::Tensor B, torch::Tensor C, torch::Tensor D, Maybe z, torch::Tensor bias,
-                                   bool softplus, bool keep) {
-    TORCH_CHECK(serves(u, A.size(1)), "the native scan does not serve ", u.scalar_type(), " on ", u.device(), " with ", A.size(1), " states");
+std::vector<Tensor> forward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Maybe z, Tensor bias,
+                            bool softplus, bool keep) {
+    TORCH_CHECK(serves(u, A.size(1)), "not served: ", u.scalar_type(), " on ", u.device(), ", ", A.size(1), " states");
     const Sizes s{u.size(0), u.size(1), u.size(2), B.size(2), A.size(1)};
     auto y = torch::empty_like(u), last = torch::empty({s.B, s.D, s.N}, u.options());
 #ifdef WITH_CUDA
     if (u.is_cuda()) {
         const c10::cuda::CUDAGuard guard(u.device());
-        auto starts = torch::empty({keep ? s.B : 0, (s.L + scan_cuda_chunk() - 1) / scan_cuda_chunk(), s.D, s.N}, u.options());
-        scan_forward_cuda(s.B, s.L, s.D, s.G, s.N, softplus, u.data_ptr<float>(), delta.data_ptr<float>(), A.data_ptr<float>(), B.data_ptr<float>(),
-                          C.data_ptr<float>(), D.data_ptr<float>(), pointer<float>(z), bias.data_ptr<float>(), y.data_ptr<float>(), last.data_ptr<float>(),
-                          keep ? starts.data_ptr<float>() : nullptr, c10::cuda::getCurrentCUDAStream());
+        const int64_t chunks = (s.L + scan_cuda_chunk() - 1) / scan_cuda_chunk();
+        auto starts = torch::empty({keep ? s.B : 0, chunks, s.D, s.N}, u.options());
+        using F = float;
+        scan_forward_cuda(s.B, s.L, s.D, s.G, s.N, softplus, p<F>(u), p<F>(delta), p<F>(A), p<F>(B), p<F>(C), p<F>(D), p<F>(z),
+                          p<F>(bias), p<F>(y), p<F>(last), keep ? p<F>(starts) : nullptr, c10::cuda::getCurrentCUDAStream());
         return {y, last, starts};
     }
 #endif
     auto starts = torch::empty({keep ? s.jobs() : 0, s.chunks(), s.N, W}, u.options());
     AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "scan_forward", [&] {
         using F = scalar_t;
-        const Inputs<F> in{u.data_ptr<F>(), delta.data_ptr<F>(), A.data_ptr<F>(), B.data_ptr<F>(), C.data_ptr<F>(),
-                           D.data_ptr<F>(), pointer<F>(z), bias.data_ptr<F>(), softplus};
+        const Inputs<F> in{p<F>(u), p<F>(delta), p<F>(A), p<F>(B), p<F>(C), p<F>(D), p<F>(z), p<F>(bias), softplus};
         at::parallel_for(0, s.jobs(), 1, [&](int64_t from, int64_t to) {
             for (int64_t j = from; j < to; j++)
-                forward_job<F>(s, Job(s, j), in, y.data_ptr<F>(), last.data_ptr<F>(), keep ? starts.data_ptr<F>() : nullptr);
+                forward_job<F>(s, Job(s, j), in, p<F>(y), p<F>(last), keep ? p<F>(starts) : nullptr);
         });
     });
     return {y, last, starts};
 }
 
 // Returns the gradients of u, delta, A, B, C, D and z; that of the bias is the sum of delta's.
-std::vector<torch::Tensor> backward(torch::Tensor u, torch::Tensor delta, torch::Tensor A, torch::Tensor B, torch::Tensor C, torch::Tensor D, Maybe z, torch::Tensor bias,
-                                    bool softplus, torch::Tensor starts, torch::Tensor dy, torch::Tensor dlast) {
+std::vector<Tensor> backward(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Maybe z, Tensor bias,
+                             bool softplus, Tensor starts, Tensor dy, Tensor dlast) {
     const Sizes s{u.size(0), u.size(1), u.size(2), B.size(2), A.size(1)};
-    auto du = torch::empty_like(u), ddelta = torch::empty_like(u), dz = z ? torch::empty_like(u) : torch::Tensor();
+    auto du = torch::empty_like(u), ddelta = torch::empty_like(u), dz = z ? torch::empty_like(u) : Tensor();
     auto dA = torch::empty({s.B, s.D, s.N}, u.options()), dD = torch::empty({s.B, s.D}, u.options());
 #ifdef WITH_CUDA
     if (u.is_cuda()) {
         const c10::cuda::CUDAGuard guard(u.device());
         const int64_t per_block = scan_cuda_block(s.N), blocks = (s.per_group() + per_block - 1) / per_block;
         auto dB = torch::empty({s.B, s.L, s.G, blocks, s.N}, u.options()), dC = torch::empty_like(dB);
-        scan_backward_cuda(s.B, s.L, s.D, s.G, s.N, softplus, u.data_ptr<float>(), delta.data_ptr<float>(), A.data_ptr<float>(), B.data_ptr<float>(),
-                           C.data_ptr<float>(), D.data_ptr<float>(), pointer<float>(z), bias.data_ptr<float>(), starts.data_ptr<float>(),
-                           dy.data_ptr<float>(), dlast.data_ptr<float>(), du.data_ptr<float>(), ddelta.data_ptr<float>(), dA.data_ptr<float>(),
-                           dB.data_ptr<float>(), dC.data_ptr<float>(), dD.data_ptr<float>(), z ? dz.data_ptr<float>() : nullptr,
-                           c10::cuda::getCurrentCUDAStream());
+        using F = float;
+        scan_backward_cuda(s.B, s.L, s.D, s.G, s.N, softplus, p<F>(u), p<F>(delta), p<F>(A), p<F>(B), p<F>(C), p<F>(D), p<F>(z),
+                           p<F>(bias), p<F>(starts), p<F>(dy), p<F>(dlast), p<F>(du), p<F>(ddelta), p<F>(dA), p<F>(dB),
+                           p<F>(dC), p<F>(dD), z ? p<F>(dz) : nullptr, c10::cuda::getCurrentCUDAStream());
         return {du, ddelta, dA.sum(0), dB.sum(3), dC.sum(3), dD.sum(0), dz};
     }
 #endif
     auto dB = torch::empty({s.B, s.L, s.G, s.blocks(), s.N}, u.options()), dC = torch::empty_like(dB);
     AT_DISPATCH_FLOATING_TYPES(u.scalar_type(), "scan_backward", [&] {
         using F = scalar_t;
-        const Inputs<F> in{u.data_ptr<F>(), delta.data_ptr<F>(), A.data_ptr<F>(), B.data_ptr<F>(), C.data_ptr<F>(),
-                           D.data_ptr<F>(), pointer<F>(z), bias.data_ptr<F>(), softplus};
-        const Gradients<F> out{du.data_ptr<F>(), ddelta.data_ptr<F>(), dA.data_ptr<F>(), dB.data_ptr<F>(),
-                               dC.data_ptr<F>(), dD.data_ptr<F>(), z ? dz.data_ptr<F>() : nullptr};
+        const Inputs<F> in{p<F>(u), p<F>(delta), p<F>(A), p<F>(B), p<F>(C), p<F>(D), p<F>(z), p<F>(bias), softplus};
+        const Gradients<F> out{p<F>(du), p<F>(ddelta), p<F>(dA), p<F>(dB), p<F>(dC), p<F>(dD), z ? p<F>(dz) : nullptr};
         at::parallel_for(0, s.jobs(), 1, [&](int64_t from, int64_t to) {
-            for (int64_t j = from; j < to; j++) backward_job<F>(s, Job(s, j), in, starts.data_ptr<F>(), dy.data_ptr<F>(), dlast.data_ptr<F>(), out);
+            for (int64_t j = from; j < to; j++)
+                backward_job<F>(s, Job(s, j), in, p<F>(starts), p<F>(dy), p<F>(dlast), out);
         });
     });
     return {du, ddelta, dA.sum(0), dB.sum(3), dC.sum(3), dD.sum(0), dz};

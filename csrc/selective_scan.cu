@@ -85,7 +85,8 @@ struct Chunk {
 };
 
 template <int P>
-__global__ void __launch_bounds__(channels(P) * P) forward_kernel(Shape s, Inputs in, float* y, float* last, float* starts) {
+__global__ void __launch_bounds__(channels(P) * P)
+    forward_kernel(Shape s, Inputs in, float* y, float* last, float* starts) {
     constexpr int CH = channels(P);
     __shared__ Chunk<P> x;
     __shared__ float out[T][CH];
@@ -160,7 +161,8 @@ __global__ void __launch_bounds__(channels(P) * P)
                 const float ga = g * expf(d * a);                         // what of it reaches h_{t-1}
                 const float gah = ga * (t ? h[t ? t - 1 : 0] : start);
                 dA += gah * d;
-                const float sum_y = sum_lanes<1, P>(c * h[t]), sum_gB = sum_lanes<1, P>(g * b), sum_gaA = sum_lanes<1, P>(gah * a);
+                const float sum_y = sum_lanes<1, P>(c * h[t]);
+                const float sum_gB = sum_lanes<1, P>(g * b), sum_gaA = sum_lanes<1, P>(gah * a);
                 if (at.n == 0) y[t][at.i] = sum_y, gB[t][at.i] = sum_gB, gaA[t][at.i] = sum_gaA;
                 const float sum_dB = sum_lanes<P, 32>(g * d * x.u[t][at.i]), sum_dC = sum_lanes<P, 32>(h[t] * dyt);
                 if (lane < P) dB[t % PART][warp][at.n] = sum_dB, dC[t % PART][warp][at.n] = sum_dC;
@@ -172,7 +174,8 @@ __global__ void __launch_bounds__(channels(P) * P)
                 if (begin + t < s.L && n < s.N) {
                     float sum_dB = 0.f, sum_dC = 0.f;
                     for (int w = 0; w < WARPS; w++) sum_dB += dB[e / P][w][n], sum_dC += dC[e / P][w][n];
-                    const size_t to = ((((size_t)at.b * s.L + begin + t) * s.G + at.g) * at.blocks + at.block) * s.N + n;
+                    const size_t group = ((size_t)at.b * s.L + begin + t) * s.G + at.g;
+                    const size_t to = (group * at.blocks + at.block) * s.N + n;
                     out.B[to] = sum_dB;
                     out.C[to] = sum_dC;
                 }
@@ -216,7 +219,8 @@ void launch_forward(Shape s, Inputs in, float* y, float* last, float* starts, cu
 }
 
 template <int P>
-void launch_backward(Shape s, Inputs in, const float* starts, const float* dy, const float* dlast, Gradients out, cudaStream_t stream) {
+void launch_backward(Shape s, Inputs in, const float* starts, const float* dy, const float* dlast, Gradients out,
+                     cudaStream_t stream) {
     const int blocks = (s.D / s.G + channels(P) - 1) / channels(P);
     void* arguments[] = {&s, &in, &starts, &dy, &dlast, &out};
     cudaLaunchKernel(backward_kernel<P>, dim3(s.B * s.G * blocks), dim3(channels(P) * P), arguments, 0, stream);
@@ -238,9 +242,9 @@ void launch_backward(Shape s, Inputs in, const float* starts, const float* dy, c
 extern "C" int scan_cuda_block(int n) { return lanes(n) ? channels(lanes(n)) : 0; }
 extern "C" int scan_cuda_chunk() { return T; }
 
-extern "C" void scan_forward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta, const float* A, const float* B,
-                                  const float* C, const float* d_skip, const float* z, const float* bias, float* y, float* last, float* starts,
-                                  cudaStream_t stream) {
+extern "C" void scan_forward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta,
+                                  const float* A, const float* B, const float* C, const float* d_skip, const float* z,
+                                  const float* bias, float* y, float* last, float* starts, cudaStream_t stream) {
     const Shape s{b, l, d, g, n, softplus};
     const Inputs in{u, delta, A, B, C, d_skip, z, bias};
 #define CALL(P) launch_forward<P>(s, in, y, last, starts, stream)
@@ -248,9 +252,10 @@ extern "C" void scan_forward_cuda(int b, int l, int d, int g, int n, bool softpl
 #undef CALL
 }
 
-extern "C" void scan_backward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta, const float* A, const float* B,
-                                   const float* C, const float* d_skip, const float* z, const float* bias, const float* starts, const float* dy,
-                                   const float* dlast, float* du, float* ddelta, float* dA, float* dB, float* dC, float* dD, float* dz,
+extern "C" void scan_backward_cuda(int b, int l, int d, int g, int n, bool softplus, const float* u, const float* delta,
+                                   const float* A, const float* B, const float* C, const float* d_skip, const float* z,
+                                   const float* bias, const float* starts, const float* dy, const float* dlast,
+                                   float* du, float* ddelta, float* dA, float* dB, float* dC, float* dD, float* dz,
                                    cudaStream_t stream) {
     const Shape s{b, l, d, g, n, softplus};
     const Inputs in{u, delta, A, B, C, d_skip, z, bias};

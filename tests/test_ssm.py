@@ -513,6 +513,119 @@ def test_drop_path_acts_in_training_only_and_keeps_the_mean(name):
     assert set(y.mul(0.7).round().flatten().tolist()) == {0., 1.} and y.mean().item() == pytest.approx(1, abs=0.02)
 
 
+# -- DINO --------------------------------------------------------------------------------------------------------------
+
+def dino_net(z, head_sizes):
+    """The authors' one-block ViT (MLP twice as wide, not four times) and head, with their weights."""
+    backbone = ssm.ViT(12, 1, 3, patch=8, size=16)
+    backbone.blocks[0].mlp = ssm.Mlp(12, 24)
+    net = ssm.MultiCrop(backbone, ssm.DINOHead(12, norm_last=False, **head_sizes))
+    net.load_state_dict({k[3:]: torch.from_numpy(z[k]) for k in z if k.startswith("sd.")})
+    return net
+
+
+def test_dino_loss_gradient_and_centre_are_the_authors_over_three_steps(golden):
+    z, cfg = golden("dinoloss")
+    about = cfg["loss_ctor"]
+    for i, epoch in enumerate(cfg["epochs"]):
+        student = torch.from_numpy(z[f"in.student{i}"]).requires_grad_()
+        teacher, center = (torch.from_numpy(z[k]) for k in (f"in.teacher{i}", f"out.center_before{i}"))
+        temperature = ssm.teacher_temperature(epoch, about["warmup_teacher_temp"], about["teacher_temp"], about["warmup_teacher_temp_epochs"])
+        assert temperature == pytest.approx(z["out.teacher_temp_schedule"][epoch], rel=1e-12)
+        loss = ssm.dino_loss(student, teacher, center[0], about["ncrops"], temperature)
+        same(loss, torch.tensor(z[f"out.loss{i}"]), 1e-5)
+        same(torch.autograd.grad(loss, student)[0], torch.from_numpy(z[f"grad.student{i}"]), 1e-5)
+        ssm.move_center(center, teacher)
+        same(center, torch.from_numpy(z[f"out.center_after{i}"]), 1e-6)
+
+
+def test_dino_loss_is_the_slow_loop_over_pairs_of_views():
+    views, b, K = 5, 3, 7
+    student, teacher, center = torch.randn(views * b, K), torch.randn(2 * b, K, requires_grad=True), torch.randn(K)
+    terms = []
+    for i in range(2):
+        for v in range(views):
+            if v != i:
+                for n in range(b):
+                    q = torch.softmax((teacher[i * b + n] - center) / 0.05, 0)
+                    terms.append(-(q * torch.log_softmax(student[v * b + n] / 0.1, 0)).sum())
+    loss = ssm.dino_loss(student.requires_grad_(), teacher, center, views, 0.05)
+    same(loss, torch.stack(terms).mean(), 1e-6)
+    loss.backward()
+    assert teacher.grad is None and student.grad.abs().max() > 0
+
+
+def test_the_head_and_the_crops_through_it_are_the_authors(golden):
+    z, cfg = golden("dinoloss")
+    about = cfg["head_ctor"]
+    net = dino_net(z, {"K": about["out_dim"], "hidden": about["hidden_dim"], "bottleneck": about["bottleneck_dim"]})
+    x = torch.from_numpy(z["in.head.x"]).requires_grad_()
+    y = net.head(x)
+    same(y, torch.from_numpy(z["out.head.y"]), 1e-5)
+    same(torch.autograd.grad((y * torch.from_numpy(z["in.head.g"])).sum(), x)[0], torch.from_numpy(z["grad.head.x"]), 1e-5)
+    y = net([torch.from_numpy(z[f"in.crop{i}"]) for i in range(5)])
+    same(y, torch.from_numpy(z["out.multicrop"]), 1e-5)
+    (y * torch.from_numpy(z["in.multicrop_g"])).sum().backward()
+    for name, p in net.named_parameters():
+        same_in_scale(p.grad, torch.from_numpy(z[f"grad.multicrop.sd.{name}"]), 1e-5)
+    ssm.clip_each(net, cfg["clip"])
+    for name, p in net.named_parameters():
+        same_in_scale(p.grad, torch.from_numpy(z[f"out.clipped.sd.{name}"]), 1e-5)
+    for norm_last, key in ((True, "norm_last_layer=True"), (False, "norm_last_layer=False")):
+        net.head.last_layer.weight_g.requires_grad_(not norm_last)
+        decayed, spared = ssm.decay_groups(net)
+        names = {id(p): name for name, p in net.named_parameters()}
+        groups = cfg["params_groups"][key]
+        assert {names[id(p)] for p in decayed["params"]} == set(groups["regularized"])
+        assert {names[id(p)] for p in spared["params"]} == set(groups["not_regularized"]) and spared["weight_decay"] == 0
+
+
+def test_cosine_schedules_are_the_authors(golden):
+    z, cfg = golden("dinoloss")
+    for i, s in enumerate(cfg["schedules"]):
+        n = s["epochs"] * s["niter_per_ep"]
+        warmup = s.get("warmup_epochs", 0) * s["niter_per_ep"]
+        ours = [ssm.cosine_schedule(step, n, s["base_value"], s["final_value"], warmup) for step in range(n)]
+        np.testing.assert_allclose(ours, z[f"out.sched{i}"], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["vim_micro", "vmamba_micro"])
+def test_state_space_parameters_are_decayed_only_on_request(name):
+    model = ssm.PRESETS[name]()
+    names = {id(p): n for n, p in model.named_parameters()}
+    for decay_ssm in (False, True):
+        decayed = {names[id(p)] for p in ssm.decay_groups(model, decay_ssm)[0]["params"]}
+        rates = {n for n in names.values() if "A_log" in n or "A_b_log" in n}
+        assert rates and (rates <= decayed if decay_ssm else not rates & decayed)
+        assert not any(n.endswith(("D", "D_b", "dt_proj.bias", "norm.weight")) for n in decayed)
+
+
+def test_the_teacher_is_the_exact_moving_average_and_the_prototypes_freeze():
+    def net():
+        torch.manual_seed(1)
+        return ssm.MultiCrop(ssm.vim_micro(size=16), ssm.DINOHead(96, K=32, hidden=24, bottleneck=8))
+    student, teacher, center = net(), net().eval().requires_grad_(False), torch.zeros(32)
+    optimiser = torch.optim.AdamW(ssm.decay_groups(student))
+    average = [p.clone().double() for p in teacher.parameters()]
+    crops = [torch.randn(2, 3, 16, 16) for _ in range(2)] + [torch.randn(2, 3, 8, 8) for _ in range(2)]
+    for momentum, frozen in ((0.9, True), (0.5, False)):
+        before = student.head.last_layer.weight_v.detach().clone()
+        found = ssm.dino_step(student, teacher, center, optimiser, crops, 1e-3, 0.1, momentum, freeze_last=frozen)
+        assert torch.equal(before, student.head.last_layer.weight_v.detach()) == frozen
+        average = [momentum * a + (1 - momentum) * p.detach().double() for a, p in zip(average, student.parameters())]
+        assert 0 <= found["information"] <= np.log(4) + 1e-5 and 0 <= found["entropy"] <= np.log(32) + 1e-5
+    for a, p in zip(average, teacher.parameters()):
+        same(p.double(), a, 1e-6)
+
+
+@pytest.mark.parametrize("teacher, entropy", [(torch.zeros(8, 16), np.log(16)), (torch.eye(16)[:1].repeat(8, 1) * 9, 0.)])
+def test_uniform_and_constant_outputs_carry_no_information(teacher, entropy):
+    h, information = ssm.output_entropy(torch.softmax(teacher / 0.04, -1))
+    assert h == pytest.approx(entropy, abs=1e-4) and information == pytest.approx(0, abs=1e-5)
+    h, information = ssm.output_entropy(torch.eye(16)[:8])
+    assert h == pytest.approx(0, abs=1e-6) and information == pytest.approx(np.log(8), abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["vit_micro", "vim_micro", "vmamba_micro"])
 def test_bfloat16_autocast_stays_close(name):
     torch.manual_seed(0)
