@@ -400,8 +400,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 @functools.cache
 def vision():
-    """torchvision, imported late. A CUDA build of it beside a CPU build of torch lacks two operators, which nothing here
-    needs, and refuses to be imported without them: then they are declared, and it is imported again."""
+    """torchvision, imported late. A CUDA build of it beside a CPU build of torch lacks two operators, which nothing
+    here needs, and refuses to be imported without them: then they are declared, and it is imported again."""
     try:
         import torchvision.transforms
     except RuntimeError as e:
@@ -409,7 +409,8 @@ def vision():
             raise
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        vision.library = torch.library.Library("torchvision", "DEF")                        # lives as long as it is kept
+        # lives as long as it is kept
+        vision.library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             vision.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision.transforms
@@ -418,7 +419,8 @@ def vision():
 
 @dataclass
 class Images:
-    """Image files and what their folders say.  paths list of N . labels (N,) int or None . label_names . split (N,) or None"""
+    """Image files and what their folders say: paths (list of N), labels (N,) int or None, label_names, split (N,) or
+    None."""
     paths: list
     labels: np.ndarray = None
     label_names: list = field(default_factory=list)
@@ -426,6 +428,16 @@ class Images:
 
     def __len__(self):
         return len(self.paths)
+
+    def rows(self, *splits):
+        return np.flatnonzero(np.isin(self.split, splits)) if splits else np.arange(len(self))
+
+    def knn_rows(self, seed, most):
+        """Pictures that vote and pictures that are judged: train against the other splits, else 80 / 20; some, if many."""
+        rng, split = np.random.default_rng([seed, 8]), self.split
+        if split is None:
+            split = np.where(rng.random(len(self)) < 0.8, "train", "test")
+        return [np.sort(rng.permutation(np.flatnonzero(part))[:most]) for part in (split == "train", split != "train")]
 
     @property
     def hash(self):
@@ -437,8 +449,8 @@ class Images:
 def read_images(folder):
     """A folder of pictures, or of one level of class folders, optionally inside train, val and test folders.
 
-    Every file is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or empty folder,
-    and for a file that cannot be read or is too large to be meant as one picture, by name.
+    Every file is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or empty
+    folder, and for a file that cannot be read or is too large to be meant as one picture, by name.
     """
     if not os.path.isdir(folder):
         raise InputError(f"no folder {folder} - name a folder of pictures, or of class folders of pictures")
@@ -462,7 +474,8 @@ def read_images(folder):
         stray = next(path for path, name, _ in found if not name)
         raise InputError(f"{stray} lies beside class folders - move it into one, or remove the folders")
     return Images([path for path, _, _ in found],
-                  np.array([names.index(name) for _, name, _ in found]) if labelled else None, names if labelled else [],
+                  np.array([names.index(name) for _, name, _ in found]) if labelled else None,
+                  names if labelled else [],
                   np.array([split for _, _, split in found]) if None not in parts else None)
 
 
@@ -485,7 +498,7 @@ def plain_view(size):
 
 
 class Crops:
-    """DINO's random views of one image: `Crops(...)(image)` -> a list of tensors (3, size, size), the two global ones first.
+    """DINO's random views of one image: `Crops(...)(image)` -> list of tensors (3, size, size), the two global first.
 
     size, local_size    sides in pixels          scale, local_scale    share of the image's area that a crop covers
     blur                largest radius of the Gaussian blur: 2 px suits 224 px, smaller images want less
@@ -493,7 +506,8 @@ class Crops:
     All randomness comes from torch's global generator.
     """
 
-    def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.), local_scale=(0.05, 0.4), blur=2., pathology=False):
+    def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.), local_scale=(0.05, 0.4), blur=2.,
+                 pathology=False):
         t = vision().transforms
         extra = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)] if pathology else []
         colour = [t.RandomHorizontalFlip(), *extra, t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
@@ -532,8 +546,8 @@ def stain_jitter(image, strength=0.05):
 
 
 class CropBatches(torch.utils.data.Dataset):
-    """Item (step, i): the views of image i as they are drawn in that step. Its own seed makes an item the same whoever asks,
-    in whatever order: so a resumed run sees what the uninterrupted one saw, with any number of workers."""
+    """Item (step, i): the views of image i as they are drawn in that step. Its own seed makes an item the same whoever
+    asks, in whatever order: so a resumed run sees what the uninterrupted one saw, with any number of workers."""
 
     def __init__(self, images, crops, seed):
         self.images, self.crops, self.seed = images, crops, seed
@@ -553,3 +567,10 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
     steps = [[(step, int(i)) for i in batches.rows(step)] for step in range(first, last)]
     return iter(torch.utils.data.DataLoader(CropBatches(images, crops, seed), batch_sampler=steps, num_workers=workers,
                                             persistent_workers=False))
+
+
+def write_npz(path, arrays):
+    """Whole or not at all."""
+    with open(f"{path}.tmp", "wb") as f:
+        np.savez(f, **arrays)
+    os.replace(f"{path}.tmp", path)

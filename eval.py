@@ -635,11 +635,23 @@ def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6):
 
 WHY_BOTH_WAYS = (
     '<p class="note"><b>joint</b>: the streams of a sample chose its latents together. <b>alone</b>: each stream\n'
-    'chose its own, as it must when it is the only one there. <b>null</b>: the same model trained on streams whose rows '
-    'were shuffled\nagainst each other, so that they have nothing in common. Joint codes of one sample share their index '
-    'set by construction; that\nalone makes Jaccard and retrieval high, for the null as well. What a joint number says '
-    'about shared meaning is what it has beyond\nits null; the alone numbers are the ones a user of a single stream '
-    'gets.</p>')
+    'chose its own, as it must when it is the only one there. <b>null</b>: the same model trained on streams whose '
+    'rows were shuffled\nagainst each other, so that they have nothing in common. Joint codes of one sample share '
+    'their index set by construction; that\nalone makes Jaccard and retrieval high, for the null as well. What a joint '
+    'number says about shared meaning is what it has beyond\nits null; the alone numbers are the ones a user of a '
+    'single stream gets.</p>')
+
+
+def nearest(query, reference, n):
+    """Rows of the n most similar references (cosine) of each query, (q, n)."""
+    unit = torch.nn.functional.normalize
+    return (unit(query) @ unit(reference).T).topk(min(n, len(reference)), 1).indices.numpy()
+
+
+def picture_rows(rows):
+    """[(path, [paths])] as HTML: each picture and, after a gap, those that belong to it."""
+    return "".join(f'<div class="strip"><span>{thumbnail(first)}</span><b>&rarr;</b>'
+                   + "".join(f"<span>{thumbnail(p)}</span>" for p in others) + "</div>" for first, others in rows)
 
 
 def standalone_svg(*charts):
@@ -726,6 +738,11 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def write_torch(path, state):
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
 def write_text(path, text):
     """Whole or not at all: to a temporary name, then renamed."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as f:
@@ -738,8 +755,8 @@ def write_text(path, text):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def knn(train, train_labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None, chunk=1024):
-    """Weighted k nearest neighbours as in DINO: cosine, votes exp(similarity / temperature). dict k -> votes (n, C), summing
-    to 1. k larger than the training set is cut to it."""
+    """Weighted k nearest neighbours as in DINO: cosine, votes exp(similarity / temperature). dict k -> votes (n, C),
+    summing to 1. k larger than the training set is cut to it."""
     n_classes = n_classes or int(train_labels.max()) + 1
     unit = torch.nn.functional.normalize
     train = unit(torch.as_tensor(train, dtype=torch.float32))
@@ -766,20 +783,20 @@ def scores(truth, probability):
     areas = [auc(truth == c, probability[:, c]) for c in there] if len(there) > 1 else []
     if probability.shape[1] == 2:
         areas = areas[1:]                                    # two classes share one curve
-    return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)), "F1": float(np.mean(f1)),
-            "AUC": float(np.mean(areas)) if areas else None}
+    return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
+            "F1": float(np.mean(f1)), "AUC": float(np.mean(areas)) if areas else None}
 
 
 def auc(positive, score):
-    """Area under the ROC curve: the share of (positive, negative) pairs that the score puts in order, ties counting half."""
+    """Area under the ROC curve: the share of (positive, negative) pairs that the score puts in order, ties half."""
     rank = scipy.stats.rankdata(score)
     n = int(positive.sum())
     return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(rank) - n)))
 
 
 def logistic_probe(train, train_labels, test, n_classes=None, strength=1., iterations=200):
-    """Multinomial logistic regression on standardised features with an L2 penalty ||W||^2 / (2 strength) beside the summed
-    loss, solved by L-BFGS. Returns the probabilities (n, C) of `test`."""
+    """Multinomial logistic regression on standardised features with an L2 penalty ||W||^2 / (2 strength) beside the
+    summed loss, solved by L-BFGS. Returns the probabilities (n, C) of `test`."""
     n_classes = n_classes or int(train_labels.max()) + 1
     x = torch.as_tensor(train, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
@@ -789,7 +806,8 @@ def logistic_probe(train, train_labels, test, n_classes=None, strength=1., itera
 
     def logits(v):
         return v @ W[:-1] + W[-1]
-    optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()

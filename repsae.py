@@ -28,24 +28,27 @@ import time
 DATA = {
     "data": (None, str, "features: an .npz, or a folder of .npy; without it, made-up streams with a known truth"),
     "streams": (None, str, "comma-separated names of the streams to use; all by default"),
-    "taxonomy": (None, str, 'JSON taxonomy of the labels: {"child": "parent", "root": null}, or nested as in Open Images'),
+    "taxonomy": (None, str, 'JSON taxonomy of the labels: {"child": "parent", "root": null}, '
+                 'or nested as in Open Images'),
 }
 MODEL = {
     "latents": (8192, int, "L, width of the sparse code"),
     "k": (64, int, "latents kept per sample"),
-    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all streams together, each "
-             "for itself, both in turn (ours), or one stream drawn anew each step (Universal SAE)"),
+    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all streams together, "
+             "each for itself, both in turn (ours), or one stream drawn anew each step (Universal SAE)"),
     "lam": (1., float, "weight of cross reconstruction (Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "sum over streams as Eq. 14, or mean as the authors' code: lam_paper = lam_code / (M - 1)"),
-    "norm": ("l2", ("l2", "standard", "standard,l2", "none"), "normalisation of the features: l2 per sample, standard per "
-             "dimension with the training split's statistics, or both in that order"),
+    "loss": ("sum", ("sum", "mean"), "sum over streams as Eq. 14, or mean as the authors' code: "
+             "lam_paper = lam_code / (M - 1)"),
+    "norm": ("l2", ("l2", "standard", "standard,l2", "none"), "normalisation of the features: l2 per sample, standard "
+             "per dimension with the training split's statistics, or both in that order"),
     "aux-k": (64, int, "dead latents that rebuild the residual (AuxK); 0 turns AuxK off"),
     "aux-coef": (1 / 32, float, "weight of AuxK"),
     "dead-after": (1000, int, "training steps without firing after which a latent is dead"),
-    "reinit-after": (1000, int, "further steps after which a latent that AuxK could not revive is drawn anew; -1 for never "
-                     "(the authors' value of 0 leaves AuxK nothing to do)"),
+    "reinit-after": (1000, int, "further steps after which a latent that AuxK could not revive is drawn anew; -1 for "
+                     "never (the authors' value of 0 leaves AuxK nothing to do)"),
     "select": ("fp32", ("fp32", "bf16"), "precision of choosing the latents in training; bf16 halves its time"),
-    "kernels": ("auto", ("auto", "csr", "gather"), "sparse products by CSR kernels or by indexing; auto: csr on a CPU that has them"),
+    "kernels": ("auto", ("auto", "csr", "gather"), "sparse products by CSR kernels or by indexing; "
+                "auto: csr on a CPU that has them"),
 }
 TRAINING = {
     "epochs": (50, int, "passes over the training split"),
@@ -59,17 +62,54 @@ RUN = {
     "device": ("cpu", str, "torch device"),
     "log-every": (20, int, "steps between rows of log.csv"),
     "save-every": (60., float, "seconds between checkpoints"),
-    "eval-rows": (10000, int, "samples judged at the end, drawn from the test (else val) split; 0 for all. R@k depends on it"),
+    "eval-rows": (10000, int, "samples judged at the end, drawn from the test (else val) split; 0 for all. "
+                  "R@k depends on it"),
     "overwrite": (False, bool, "replace what an earlier run left in the folder"),
     "resume": (False, bool, "go on where the run in the folder stopped, or start it if it never began"),
 }
-NULL = {"null": (False, bool, "train once more with the rows of all streams but the first shuffled, and show its numbers beside")}
+DINO = {
+    "images": (None, str, "folder of pictures, of class folders of pictures, or of train, val and test folders of either"),
+    "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
+    "patch": (None, int, "patch size, where not the preset's"),
+    "size": (224, int, "side of the two global crops, pixels"),
+    "local-size": (96, int, "side of the local crops"),
+    "local-crops": (8, int, "number of local crops"),
+    "global-scale": ("0.4,1", str, "share of the area that a global crop covers, from,to"),
+    "local-scale": ("0.05,0.4", str, "the same for local crops"),
+    "blur": (2., float, "largest radius of the blur in pixels; less for small pictures"),
+    "pathology": (False, bool, "vertical flips, right-angle turns, mild stain jitter too (ours)"),
+    "prototypes": (65536, int, "K, outputs of the head"),
+    "head-hidden": (2048, int, "width of the head"),
+    "norm-last": (True, bool, "keep the prototypes at unit length"),
+    "teacher-temp": (0.04, float, "temperature of the teacher"),
+    "teacher-temp-start": (0.04, float, "the same in the first epoch"),
+    "teacher-warmup": (0, int, "epochs from the one to the other"),
+    "epochs": (100, int, "passes over the pictures"),
+    "batch": (512, int, "pictures per step"),
+    "lr": (5e-4, float, "learning rate at batch 256; scaled by batch / 256"),
+    "warmup": (10, int, "epochs of linear warm-up"),
+    "min-lr": (1e-6, float, "learning rate at the end"),
+    "weight-decay": (0.04, float, "at the start"),
+    "weight-decay-end": (0.4, float, "at the end"),
+    "decay-ssm": (False, bool, "decay the state-space parameters too, as the authors' run did"),
+    "momentum": (0.996, float, "of the teacher at the start; 1 at the end"),
+    "clip": (3., float, "largest gradient norm of each parameter"),
+    "freeze-last": (1, int, "epochs in which the prototypes stay fixed"),
+    "drop-path": (0.1, float, "stochastic depth of the student"),
+    "knn-every": (1, int, "epochs between k-NN evaluations, when there are labels"),
+    "workers": (2, int, "processes that make crops"),
+    "seed": (0, int, "of the weights, the crops and the order"),
+}
+NULL = {"null": (False, bool, "train once more with the rows of all streams but the first shuffled, "
+                 "and show its numbers beside")}
 BENCH = {"json": (None, str, "file for every figure")}
 SVG = {"svg": (None, str, "file for the picture that `bench backbones` draws")}
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device"}
 # Settings for the made-up streams, which have 48 concepts and 4,800 training samples: the thesis's are for a million.
 PLANTED = {"latents": 128, "k": 6, "batch": 128, "lr": 2e-3, "epochs": 60, "norm": "none", "null": True}
-MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit_after": -1, "epochs": 1, "batch": 1,
+MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit_after": -1,
+           "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1,
+           "workers": 0, "last": 1, "blur": 0, "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
            "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
 FEW_STEPS = 2000
 
@@ -124,8 +164,8 @@ def versions():
     import numpy
     import scipy
     import torch
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__, "scipy": scipy.__version__,
-            "threads": torch.get_num_threads()}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__,
+            "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,8 +224,9 @@ def train(flags, features, folder, saved=None, command="sparc"):
     rows = features.rows("train")
     stats = features.statistics(rows) if "standard" in flags.norm else None
     reinit_after = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
-    model = sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, flags.norm, stats, flags.aux_k,
-                      flags.aux_coef if flags.aux_k else 0., flags.dead_after, reinit_after, flags.select, flags.kernels,
+    aux_coef = flags.aux_coef if flags.aux_k else 0.
+    model = sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, flags.norm, stats,
+                      flags.aux_k, aux_coef, flags.dead_after, reinit_after, flags.select, flags.kernels,
                       flags.seed).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
     checkpoint = out_path(folder, "checkpoint.pt")
@@ -200,45 +241,68 @@ def train(flags, features, folder, saved=None, command="sparc"):
     batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
     n_steps = flags.epochs * batches.epoch
     if n_steps < FEW_STEPS:
-        say_once(f"note: {n_steps} optimiser steps, fewer than {FEW_STEPS}, train little - raise --epochs or lower --batch")
+        say_once(f"note: {n_steps} optimiser steps, fewer than {FEW_STEPS}, train little - "
+                 "raise --epochs or lower --batch")
     log = Log(out_path(folder, "log.csv"), int(model.step))
-    _loop(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps, batches.epoch, log, checkpoint)
+    _fit(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps, batches.epoch, log,
+         checkpoint)
     return model, log
 
 
-def _loop(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
-    """sae.fit with a log, a progress line, checkpoints, and signals that are obeyed between two steps, never inside one."""
-    import sae
-    progress, last_save, stop = Progress(n_steps, int(model.step)), time.time(), []
+class Keeper:
+    """Watches over training: logs, shows progress, saves, and obeys signals between two steps, never inside one.
 
-    def save():
-        log.write()                                          # first: a log that runs ahead is cut when resuming
-        sae.save(checkpoint, model, optimiser)
+    save()    writes the checkpoint
+    """
+
+    def __init__(self, flags, n_steps, start, log, save):
+        self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
+        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
+
+    def __enter__(self):
+        main_thread = threading.current_thread() is threading.main_thread()
+        obeyed = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
+        return self
+
+    def __exit__(self, *_):
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+
+    def on_signal(self, number, frame):
+        if self.stop:
+            raise KeyboardInterrupt                          # the second time at once, without saving
+        self.stop.append(number)
+
+    def __call__(self, step, row, text, log=False):
+        """After each step. row() gives the row of log.csv, text() the words of the progress line."""
+        if log or step % self.flags.log_every == 0 or step == self.n_steps:
+            self.log.add({"step": step, **row()})
+        self.progress(step, text)
+        if self.stop or step == self.n_steps or time.time() - self.last_save >= self.flags.save_every:
+            self.log.write()                                 # first: a log that runs ahead is cut when resuming
+            self.save()
+            self.last_save = time.time()
+        if self.stop:
+            raise Interrupted(f"stopped at step {step} of {self.n_steps}")
+
+
+def _fit(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
+    """sae.fit under a Keeper."""
+    import sae
 
     def on_step(step, result):
-        nonlocal last_save
-        if step % flags.log_every == 0 or step == n_steps:
-            active = [(c.values > 0).sum(1).float().mean() for support in result["codes"] for c in support.values()]
-            log.add({"step": step, "epoch": round(step / epoch, 3), **{k: float(result[k]) for k in ("loss", "self", "cross", "aux")},
-                     "active": float(sum(active) / len(active)), **{f"dead_{s}": int(model.dead(s).sum()) for s in model.streams}})
-        progress(step, lambda: f"loss {float(result['loss']):.4f}  dead {'/'.join(str(int(model.dead(s).sum())) for s in model.streams)}")
-        if stop or step == n_steps or time.time() - last_save >= flags.save_every:
-            save()
-            last_save = time.time()
-        if stop:
-            raise Interrupted(f"stopped at step {step} of {n_steps}")
+        def dead():
+            return {s: int(model.dead(s).sum()) for s in model.streams}
 
-    def on_signal(number, frame):
-        if stop:
-            raise KeyboardInterrupt                          # the second time at once, without saving
-        stop.append(number)
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}
-    try:
-        sae.fit(model, lambda step: {s: x.to(flags.device) for s, x in batch(step).items()}, n_steps, optimiser=optimiser, on_step=on_step)
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+        def row():
+            active = [(c.values > 0).sum(1).float().mean() for support in result["codes"] for c in support.values()]
+            return {"epoch": round(step / epoch, 3), **{k: float(result[k]) for k in ("loss", "self", "cross", "aux")},
+                    "active": float(sum(active) / len(active)), **{f"dead_{s}": n for s, n in dead().items()}}
+        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead {'/'.join(map(str, dead().values()))}")
+    with Keeper(flags, n_steps, int(model.step), log, lambda: sae.save(checkpoint, model, optimiser)) as keep:
+        sae.fit(model, lambda step: {s: x.to(flags.device) for s, x in batch(step).items()}, n_steps,
+                optimiser=optimiser, on_step=on_step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,19 +330,21 @@ def encoded(model, features, rows, mode, device, block=1024):
 def collect(pieces):
     """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays."""
     import torch
-    return {s: (torch.cat([c[s].indices.int() for c in pieces]).cpu().numpy(), torch.cat([c[s].values for c in pieces]).cpu().numpy())
+    return {s: (torch.cat([c[s].indices.int() for c in pieces]).cpu().numpy(),
+                torch.cat([c[s].values for c in pieces]).cpu().numpy())
             for s in pieces[0]}
 
 
 def codes_and_fit(model, features, rows, mode, device):
-    """The sparse codes of `rows` by stream, and how well they reconstruct every stream ({"r2", "nmse"}), in one pass."""
+    """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass."""
     import eval as judge
     pieces = []
 
     def reconstructions():
         for x, codes in encoded(model, features, rows, mode, device):
             pieces.append(codes)
-            yield {t: model.normalise(v, t) for t, v in x.items()}, {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()}
+            yield ({t: model.normalise(v, t) for t, v in x.items()},
+                   {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
     return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in collect(pieces).items()}, fit
 
@@ -314,7 +380,7 @@ def measure(model, features, flags):
 
 
 def run_sparc(flags, features, folder, saved=None, command="sparc"):
-    """Train, measure, and write metrics.json and report.html; with --null a second model in `folder`/null. Returns metrics."""
+    """Train, measure, write metrics.json and report.html; with --null one more in `folder`/null. Returns metrics."""
     import eval as judge
     began = time.time()
     model, log = train(flags, features, folder, saved, command)
@@ -328,9 +394,11 @@ def run_sparc(flags, features, folder, saved=None, command="sparc"):
                              features.shuffled(flags.seed), flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
     judge.write_json(out_path(folder, "metrics.json"), metrics)
-    judge.sparc_report(out_path(folder, "report.html"), f"repsae {command}: {os.path.basename(os.path.abspath(folder))}", metrics, log.rows,
-                       {**flags, "seconds to train": round(trained - began, 1), "seconds to measure": round(time.time() - trained, 1)},
-                       codes, features, rows, os.path.dirname(os.path.abspath(flags.data or ".")))
+    title = f"repsae {command}: {os.path.basename(os.path.abspath(folder))}"
+    settings = {**flags, "seconds to train": round(trained - began, 1),
+                "seconds to measure": round(time.time() - trained, 1)}
+    judge.sparc_report(out_path(folder, "report.html"), title, metrics, log.rows, settings, codes, features, rows,
+                       os.path.dirname(os.path.abspath(flags.data or ".")))
     return metrics
 
 
@@ -384,7 +452,8 @@ def cmd_sparc(flags):
     flags, saved = check_folder(flags.out, flags)
     features = read_to_train(flags)
     if len(features.streams) < 2:
-        raise InputError(f"{flags.data} has the one stream {list(features.streams)[0]} - sparc shares a code among several; use sae for one")
+        raise InputError(f"{flags.data} has the one stream {list(features.streams)[0]} - "
+                         "sparc shares a code among several; use sae for one")
     metrics = run_sparc(flags, features, flags.out, saved)
     print_summary(metrics)
     say(f"wrote {out_path(flags.out, 'report.html')}")
@@ -397,7 +466,8 @@ def cmd_sae(flags):
     features = read_to_train(flags.replaced({"streams": stream}))
     if len(features.streams) > 1:
         raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
-    metrics = run_sparc(flags.replaced({"topk": "local", "lam": 0., "loss": "sum", "null": False}), features, flags.out, saved, "sae")
+    alone = flags.replaced({"topk": "local", "lam": 0., "loss": "sum", "null": False})
+    metrics = run_sparc(alone, features, flags.out, saved, "sae")
     print_summary(metrics)
     say(f"wrote {out_path(flags.out, 'report.html')}")
 
@@ -421,12 +491,14 @@ def features_for(model, config, flags):
         there = data.stream_names(flags.data) if flags.data else model.streams
         known = [s for s in model.streams if s in there]
         if not known:
-            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows {', '.join(model.streams)} - check the keys")
+            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
+                             f"{', '.join(model.streams)} - check the keys")
         flags = flags.replaced({"streams": ",".join(known)})
     features = read(flags)
     for s, d in features.dims.items():
         if model.dims.get(s) != d:
-            raise InputError(f"the run was trained on {model.dims}, the data has {features.dims} - take streams that it knows")
+            raise InputError(f"the run was trained on {model.dims}, the data has {features.dims} - "
+                             "take streams that it knows")
     return features, flags
 
 
@@ -452,7 +524,8 @@ def cmd_encode(flags):
         raise InputError(f"{flags.out} exists - use --overwrite or another --out")
     model, config = load_run(flags.run, flags.device)
     features, _ = features_for(model, config, flags)
-    codes = collect([codes for _, codes in encoded(model, features, np.arange(len(features)), flags.mode, flags.device)])
+    blocks = encoded(model, features, np.arange(len(features)), flags.mode, flags.device)
+    codes = collect([codes for _, codes in blocks])
     arrays = {f"{s}_{name}": v for s, pair in codes.items() for name, v in zip(("indices", "values"), pair)}
     if "ids" in features.about:
         arrays["ids"] = features.about["ids"]
@@ -463,8 +536,9 @@ def cmd_encode(flags):
 
 
 ABLATION = (("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))
-ABLATE_COLUMNS = (("mixed %", "mixed: alive in some, %"), ("Jaccard", "Jaccard of top-50 labels"), ("R@1", "retrieval R@1"),
-                  ("cross R2", "R2 cross"), ("self R2", "R2 self"), ("probe", "1-D probe loss (chance 0.693)"))
+ABLATE_COLUMNS = (("mixed %", "mixed: alive in some, %"), ("Jaccard", "Jaccard of top-50 labels"),
+                  ("R@1", "retrieval R@1"), ("cross R2", "R2 cross"), ("self R2", "R2 self"),
+                  ("probe", "1-D probe loss (chance 0.693)"))
 
 
 def cmd_ablate(flags):
@@ -481,28 +555,32 @@ def cmd_ablate(flags):
         say(f"-- {name}")
         if not results:
             make_folder(flags.out, fresh=not saved)
-            judge.write_json(out_path(flags.out, "config.json"), {"command": "ablate", "flags": flags, "data_hash": features.hash})
+            judge.write_json(out_path(flags.out, "config.json"),
+                             {"command": "ablate", "flags": flags, "data_hash": features.hash})
         one = flags.replaced({"topk": topk, "lam": lam})
         results[name] = run_sparc(one, features, sub, resumable(sub, saved), "ablate")
     header, rows = ablation_table(results)
     print(f"\n{judge.text_table(header, rows)}\n")
     any_run = results["global_lam1"]
-    print(f"linear ceiling of cross R2: {judge.fmt(judge.mean_cell(any_run['ceiling']))}; {any_run['rows']} samples of the {any_run['split']} split")
+    print(f"linear ceiling of cross R2: {judge.fmt(judge.mean_cell(any_run['ceiling']))}; "
+          f"{any_run['rows']} samples of the {any_run['split']} split")
     judge.write_json(out_path(flags.out, "metrics.json"), results)
+    table = judge.html_table(header, rows)
     judge.write_report(out_path(flags.out, "report.html"), "repsae ablate", [
-        ("Who chooses the latents, and how much of it survives alone", judge.html_table(header, rows) + judge.WHY_BOTH_WAYS)])
+        ("Who chooses the latents, and how much of it survives alone", table + judge.WHY_BOTH_WAYS)])
     say(f"wrote {out_path(flags.out, 'report.html')}; each configuration has its own report in a folder beside it")
 
 
 def ablation_table(results):
-    """{name: metrics} -> (header, rows): a line for each configuration and one for its null; cells are "joint / alone"."""
+    """{name: metrics} -> (header, rows): a line for each configuration and one for its null; cells "joint / alone"."""
     import eval as judge
     header, rows = ["joint / alone", *(name for name, _ in ABLATE_COLUMNS)], []
     for name, metrics in results.items():
         for label, block in ((name, metrics), ("  its null", metrics.get("null"))):
             if block:
                 heads = {mode: judge.headline(block[mode]) for mode in ("joint", "alone")}
-                rows.append([label, *(" / ".join(judge.fmt(heads[mode].get(key), key) for mode in heads) for _, key in ABLATE_COLUMNS)])
+                cells = [[judge.fmt(heads[mode].get(key), key) for mode in heads] for _, key in ABLATE_COLUMNS]
+                rows.append([label, *map(" / ".join, cells)])
     return header, rows
 
 
@@ -517,31 +595,37 @@ def cmd_sweep(flags):
         trial = check_ranges(flags.replaced({name: value}))
         sae.SPARC(features.dims, trial.latents, trial.k)
     make_folder(flags.out, fresh=not saved)
-    judge.write_json(out_path(flags.out, "config.json"), {"command": "sweep", "flags": flags, "data_hash": features.hash})
+    judge.write_json(out_path(flags.out, "config.json"),
+                     {"command": "sweep", "flags": flags, "data_hash": features.hash})
     rows, curves = [], {}
     for value in values:
         found = {}
         for topk in ("global", "local"):
             sub = out_path(flags.out, f"{name}{value:g}_{topk}")
             say(f"-- {name} {value:g}, {topk}")
-            metrics = run_sparc(flags.replaced({name: value, "topk": topk, "null": False}), features, sub, resumable(sub, saved), "sweep")
+            one = flags.replaced({name: value, "topk": topk, "null": False})
+            metrics = run_sparc(one, features, sub, resumable(sub, saved), "sweep")
             for mode in ("joint", "alone"):
                 head = judge.headline(metrics[mode])
                 for what in ("self", "cross"):
                     found[what, topk, mode] = head[f"NMSE {what}"]
         # each as it was trained: that is what the thesis plots
         cells = {what: (found[what, "global", "joint"], found[what, "local", "alone"]) for what in ("self", "cross")}
-        rows.append([f"{value:g}", *cells["self"], cells["self"][0] - cells["self"][1], *cells["cross"], cells["cross"][0] - cells["cross"][1],
+        gap = {what: joint - alone for what, (joint, alone) in cells.items()}
+        rows.append([f"{value:g}", *cells["self"], gap["self"], *cells["cross"], gap["cross"],
                      found["self", "global", "alone"], found["cross", "global", "alone"]])
         for what in cells:
-            for label, y in zip((f"{what}, global", f"{what}, local", f"{what}, global alone"), (*cells[what], found[what, "global", "alone"])):
+            labels = f"{what}, global", f"{what}, local", f"{what}, global alone"
+            for label, y in zip(labels, (*cells[what], found[what, "global", "alone"])):
                 curves.setdefault(label, []).append((len(rows) - 1, y))
-    header = [name, "self global", "self local", "gap", "cross global", "cross local", "gap", "self global alone", "cross global alone"]
+    header = [name, "self global", "self local", "gap", "cross global", "cross local", "gap",
+              "self global alone", "cross global alone"]
     print("\n" + judge.text_table(header, rows))
     judge.write_json(out_path(flags.out, "metrics.json"), {"over": name, "header": header, "rows": rows})
     chart = judge.svg_lines(curves, name, "NMSE", [row[0] for row in rows])
     judge.write_text(out_path(flags.out, "sweep.svg"), judge.standalone_svg(chart))
-    judge.write_report(out_path(flags.out, "report.html"), f"repsae sweep over {name}", [("NMSE, Global against Local TopK", chart + judge.html_table(header, rows))])
+    judge.write_report(out_path(flags.out, "report.html"), f"repsae sweep over {name}", [
+        ("NMSE, Global against Local TopK", chart + judge.html_table(header, rows))])
     say(f"wrote {out_path(flags.out, 'report.html')} and sweep.svg")
 
 
@@ -563,6 +647,252 @@ def print_summary(metrics):
     print(f"\n{judge.text_table(header, rows)}\n\n{metrics['rows']} samples of the {metrics['split']} split")
     for s, found in metrics.get("recovery", {}).items():
         print(f"planted concepts recovered, {s}: {found['found']} of {found['of']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones: DINO, features, probes (thesis 3.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cmd_dino(flags):
+    """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only watch over it (k-NN)."""
+    import data
+    flags, saved = check_folder(flags.out, flags)
+    images = data.read_images(needed(flags, "images"))
+    rows = images.rows("train") if images.split is not None else images.rows()
+    if len(rows) < 2:
+        raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
+    if saved and saved["data_hash"] != images.hash:
+        raise InputError(f"{flags.images} is not what the run in {flags.out} was trained on - restore it, or train anew")
+    train_dino(flags, images, rows, flags.out, saved)
+
+
+def needed(flags, name):
+    if not flags[name]:
+        raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
+    return flags[name]
+
+
+def make_backbone(arch, **settings):
+    import ssm
+    if arch not in ssm.PRESETS:
+        raise InputError(f"--arch {arch} - take one of {', '.join(ssm.PRESETS)}")
+    try:
+        return ssm.PRESETS[arch](**{k: v for k, v in settings.items() if v is not None})
+    except TypeError:                                        # VMamba has no positions, hence no size and no patch
+        return ssm.PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in ("size", "patch")})
+
+
+def number_pair(flags, name):
+    try:
+        low, high = map(float, flags[name].split(","))
+        if 0 < low <= high <= 1:
+            return low, high
+    except ValueError:
+        pass
+    raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two shares of the area, for example 0.4,1")
+
+
+def train_dino(flags, images, rows, folder, saved):
+    import data
+    import eval as judge
+    import ssm
+    import torch
+    torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
+    shape = {"arch": flags.arch, "size": flags.size, "patch": flags.patch}
+    torch.manual_seed(flags.seed)
+
+    def net(drop_path):
+        backbone = make_backbone(flags.arch, size=flags.size, patch=flags.patch, drop_path=drop_path)
+        head = ssm.DINOHead(backbone.dim, flags.prototypes, flags.head_hidden, norm_last=flags.norm_last)
+        return ssm.MultiCrop(backbone, head).to(flags.device)
+    student, teacher = net(flags.drop_path).train(), net(0.).eval().requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    center = torch.zeros(flags.prototypes, device=flags.device)
+    optimiser = torch.optim.AdamW(ssm.decay_groups(student, flags.decay_ssm))
+    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, number_pair(flags, "global_scale"),
+                       number_pair(flags, "local_scale"), flags.blur, flags.pathology)
+    batches = data.Batches(rows, flags.batch, flags.seed, "samples", drop_last=True)
+    epoch, step, most, checkpoint = batches.epoch, 0, 0., out_path(folder, "checkpoint.pt")
+    n_steps, warmup = flags.epochs * epoch, flags.warmup * epoch
+    make_folder(folder, fresh=not saved)
+    if saved and os.path.exists(checkpoint):
+        kept = torch.load(checkpoint, weights_only=True, map_location=flags.device)
+        for thing, name in ((student, "student"), (teacher, "teacher"), (optimiser, "optimiser")):
+            thing.load_state_dict(kept[name])
+        center, step, most = kept["center"], kept["step"], kept["most"]
+    judge.write_json(out_path(folder, "config.json"), {"command": "dino", "flags": flags, "data_hash": images.hash,
+                                                       "pictures": len(images), "versions": versions()})
+    log = Log(out_path(folder, "log.csv"), step)
+    watch = Watch(images, teacher.backbone, flags)
+    start = {} if step else {"knn_start": watch.knn()}
+
+    def save():
+        judge.write_torch(checkpoint, {"student": student.state_dict(), "teacher": teacher.state_dict(), "most": most,
+                                       "optimiser": optimiser.state_dict(), "center": center, "step": step, **shape})
+    knn = start.get("knn_start")
+    if knn is not None:
+        say(f"before training: k-NN {knn:.3f} (balanced accuracy), raw pixels {watch.knn(raw=True):.3f}")
+    with Keeper(flags, n_steps, step, log, save) as keep:
+        for views in data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers):
+            torch.manual_seed(flags.seed * 1_000_003 + step)                                # of drop path
+            found = ssm.dino_step(
+                student, teacher, center, optimiser, [v.to(flags.device) for v in views],
+                lr=ssm.cosine_schedule(step, n_steps, flags.lr * flags.batch / 256, flags.min_lr, warmup),
+                weight_decay=ssm.cosine_schedule(step, n_steps, flags.weight_decay, flags.weight_decay_end),
+                momentum=ssm.cosine_schedule(step, n_steps, flags.momentum, 1.), clip=flags.clip,
+                teacher_temp=ssm.teacher_temperature(step // epoch, flags.teacher_temp_start, flags.teacher_temp, flags.teacher_warmup),
+                freeze_last=step < flags.freeze_last * epoch)
+            step, most, knn = step + 1, max(most, found["information"]), ""
+            ended = step % epoch == 0
+            if ended and (step // epoch % flags.knn_every == 0 or step == n_steps):
+                knn = watch.knn()
+            keep(step, lambda: {"epoch": round(step / epoch, 3), **found, "knn": "" if knn is None else knn},
+                 lambda: f"loss {found['loss']:.3f}  information {found['information']:.2f}" + (f"  k-NN {knn:.3f}" if knn else ""),
+                 ended)
+            if ended and most < COLLAPSED:
+                raise InputError(collapse_message(found["entropy"], flags, step // epoch))
+            most = 0. if ended else most
+    finish_dino(flags, folder, log, watch)
+
+
+COLLAPSED = 1e-3    # nats that the teacher's outputs tell of their images, at most, all through an epoch
+
+
+def collapse_message(entropy, flags, epoch):
+    import math
+    kind = "uniform" if entropy > 0.9 * math.log(flags.prototypes) else "constant"
+    return (f"collapse: the teacher's output was {kind} for every picture all through epoch {epoch} (entropy {entropy:.3f} of "
+            f"ln K = {math.log(flags.prototypes):.3f}) - lower --lr or --teacher-temp, or raise --batch or --warmup")
+
+
+class Watch:
+    """Looks at a backbone from outside: its features of the pictures, and their k-NN accuracy where there are labels."""
+
+    def __init__(self, images, backbone, flags, most=4000):
+        import numpy as np
+        self.images, self.backbone, self.flags = images, backbone, flags
+        self.train, self.test = images.knn_rows(flags.seed, most) if images.labels is not None else (np.arange(0), np.arange(0))
+
+    def features(self, rows, raw=False):
+        import torch
+        return torch.cat(list(image_features(self.images, rows, None if raw else self.backbone, self.flags.size, self.flags.device)))
+
+    def knn(self, raw=False):
+        """Balanced accuracy of the 20 nearest neighbours, or None without labels."""
+        import eval as judge
+        if not len(self.test):
+            return None
+        labels, C = self.images.labels, len(self.images.label_names)
+        votes = judge.knn(self.features(self.train, raw), labels[self.train], self.features(self.test, raw), (20,), n_classes=C)
+        return judge.scores(labels[self.test], votes[20])["balanced accuracy"]
+
+
+def image_features(images, rows, backbone, size, device, block=256, **how):
+    """Yield features (b, d) of pictures block by block; without a backbone the pixels themselves. how: see `features`."""
+    import data
+    import torch
+    view = data.plain_view(size)
+    for start in range(0, len(rows), block):
+        x = torch.stack([view(data.open_image(images.paths[i])) for i in rows[start:start + block]]).to(device)
+        with torch.no_grad():
+            out = x.flatten(1) if backbone is None else backbone.features(x, **how)
+            yield out[0].cpu() if isinstance(out, tuple) else out.cpu()
+
+
+def finish_dino(flags, folder, log, watch):
+    """metrics.json and report.html: curves, and what the nearest neighbours of some pictures look like."""
+    import eval as judge
+    number = {k: [(float(r["step"]), float(r[k])) for r in log.rows if r[k]] for k in ("loss", "entropy", "information", "knn")}
+    found = {k: v[-1][1] for k, v in number.items() if v}
+    sections = [("Training", judge.svg_lines({"loss": number["loss"]}, "step", "loss")
+                 + judge.svg_lines({k: number[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats"))]
+    if number["knn"]:
+        pixels = watch.knn(raw=True)
+        found["knn_pixels"] = pixels
+        line = [(x, pixels) for x, _ in number["knn"]]
+        chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", "balanced 20-NN accuracy")
+        rows = watch.test[::max(1, len(watch.test) // 12)][:12]
+        near = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
+        pictures = [(watch.images.paths[i], [watch.images.paths[watch.train[j]] for j in near[n]]) for n, i in enumerate(rows)]
+        sections += [("k-NN on held-out pictures", chart), ("Nearest neighbours", judge.picture_rows(pictures))]
+    judge.write_json(out_path(folder, "metrics.json"), found)
+    judge.write_report(out_path(folder, "report.html"), f"repsae dino: {flags.arch}", sections)
+    print("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    say(f"wrote {out_path(folder, 'report.html')}")
+
+
+def cmd_extract(flags):
+    """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe` read."""
+    import data
+    import numpy as np
+    images, size = data.read_images(needed(flags, "images")), flags.size
+    if os.path.exists(flags.out) and not flags.overwrite:
+        raise InputError(f"{flags.out} exists - use --overwrite, or another --out")
+    loaded = [load_backbone(spec, flags) for spec in needed(flags, "weights").split(",")]
+    streams = {}
+    for name, model, trained in loaded:
+        how = {"tokens": True} if flags.tokens else {"last": flags.last} if hasattr(model, "blocks") else {}
+        parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, **how))
+        streams[name] = np.concatenate([p.numpy() for p in parts])
+        say(f"{name}: {streams[name].shape}")
+    about = {"images": np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(flags.out))) for p in images.paths])}
+    if images.labels is not None:
+        about.update(labels=images.labels, label_names=np.array(images.label_names))
+    if images.split is not None:
+        about["split"] = images.split
+    data.write_npz(flags.out, {**streams, **about})
+    say(f"wrote {flags.out}")
+
+
+def load_backbone(spec, flags):
+    """name=RUN (a dino run), name=arch:FILE, or name=arch:random -> (name, model, the side it was trained at)."""
+    import ssm
+    import torch
+    name, _, where = spec.partition("=")
+    arch, _, path = where.partition(":")
+    if not where:
+        raise InputError(f"--weights {spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
+    if path:
+        model = make_backbone(arch, size=flags.size or None)
+        if path == "random":
+            torch.manual_seed(flags.seed)
+            model = make_backbone(arch, size=flags.size or None)
+        else:
+            ssm.load_weights(model, path)
+    else:
+        config = out_path(where, "config.json")
+        if not os.path.exists(config):
+            raise InputError(f"{where} is no dino run - give its folder, or write {name}=arch:FILE")
+        with open(config) as f:
+            made = json.load(f)["flags"]
+        model = make_backbone(made["arch"], size=made["size"], patch=made["patch"])
+        ssm.load_weights(model, out_path(where, "checkpoint.pt"))
+    return name, model.eval().to(flags.device), getattr(model, "size", 224)
+
+
+def cmd_probe(flags):
+    """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis 3.2.3)?"""
+    import eval as judge
+    import numpy as np
+    features = read_to_train(flags)
+    labels = features.labels
+    if labels is None or labels.ndim != 1:
+        raise InputError(f"{flags.data or 'the made-up data'} has no integer labels, one a sample - add them as `labels`")
+    known = np.flatnonzero(labels >= 0)
+    train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
+    if len(np.unique(labels[train])) < 2 or not len(test):
+        raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` or `labels`")
+    found, rows, C = {}, [], len(features.label_names)
+    for s in features.streams:
+        x = {part: features.batch(r)[s].numpy() for part, r in (("train", train), ("test", test))}
+        ways = {"linear": judge.logistic_probe(x["train"], labels[train], x["test"], C, flags.strength),
+                **{f"{k}-NN": v for k, v in judge.knn(x["train"], labels[train], x["test"], n_classes=C).items()}}
+        found[s] = {way: judge.scores(labels[test], p) for way, p in ways.items()}
+        rows += [[f"{s}, {way}", *v.values()] for way, v in found[s].items()]
+    print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], rows))
+    print(f"{len(train)} samples to learn from, {len(test)} to test on")
+    if flags.json:
+        judge.write_json(flags.json, found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1036,21 +1366,29 @@ def command(name, run, groups, out=None, positional=(), extra=None, defaults=Non
 
 
 command("sparc", cmd_sparc, (DATA, MODEL, TRAINING, NULL, RUN), "runs/sparc")
-command("sae", cmd_sae, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam", "loss")}, TRAINING, RUN), "runs/sae",
-        extra={"stream": (None, str, "the stream to train on; needed when the data has several")})
+command("sae", cmd_sae, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam", "loss")}, TRAINING, RUN),
+        "runs/sae", extra={"stream": (None, str, "the stream to train on; needed when the data has several")})
 command("eval", cmd_eval, (DATA, SEED, {k: RUN[k] for k in ("device", "eval-rows")}, BENCH), positional=("run",))
-command("encode", cmd_encode, (DATA, SEED, {"device": RUN["device"], "overwrite": RUN["overwrite"]}), "codes.npz", positional=("run",),
+command("encode", cmd_encode, (DATA, SEED, {"device": RUN["device"], "overwrite": RUN["overwrite"]}), "codes.npz",
+        positional=("run",),
         extra={"mode": ("alone", ("joint", "alone"), "the given streams choose the latents together, or each its own")})
-command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam")}, TRAINING, NULL, RUN), "runs/ablate",
-        defaults={"null": True})
+command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam")}, TRAINING, NULL, RUN),
+        "runs/ablate", defaults={"null": True})
 command("sweep", cmd_sweep, (DATA, {k: v for k, v in MODEL.items() if k != "topk"}, TRAINING, RUN), "runs/sweep",
         extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=")})
+command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
+command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}), "feats.npz",
+        extra={"weights": (None, str, "name=RUN of dino, name=arch:FILE, or name=arch:random; several, separated by commas"),
+               "size": (0, int, "side to judge at; 0 for the one trained at"),
+               "last": (4, int, "ViT: class tokens of so many last blocks side by side"),
+               "tokens": (False, bool, "patch tokens (N, T, d) instead of the class token")})
+command("probe", cmd_probe, (DATA, SEED, BENCH), extra={"strength": (1., float, "C of the linear probe: larger is less regular")})
 command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
 
 
 def parse(argv):
-    """argv -> (command function, Flags). Only what the user typed comes out of argparse; defaults are filled in here."""
+    """argv -> (command function, Flags). Only what the user typed comes out of argparse; defaults are added here."""
     parser = Parser(prog="repsae", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subs = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=Parser)
     for name, (run, table, positional, defaults) in COMMANDS.items():
@@ -1062,7 +1400,8 @@ def parse(argv):
                 sub.add_argument(what, help="a run folder")
         for flag, (default, kind, text) in table.items():
             default = defaults.get(flag, default)
-            note = f"(default: {default}" + (f"; made-up data: {PLANTED[flag]})" if flag in PLANTED and "data" in table else ")")
+            made_up = f"; made-up data: {PLANTED[flag]}" if flag in PLANTED and "data" in table else ""
+            note = f"(default: {default}{made_up})"
             option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
                 {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
             sub.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=f"{text} {note}", **option)

@@ -357,7 +357,7 @@ class SPARC(nn.Module):
         return dict.fromkeys(c, top(list(c) if mode == "joint" else [mode]))
 
     def drawn_stream(self):
-        """The stream that chooses for all in this step of topk="random": by seed and step alone, so resuming is exact."""
+        """The stream that chooses for all in a step of topk="random": by seed and step alone, so resuming is exact."""
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
         return self.streams[int(torch.randint(len(self.streams), (), generator=g))]
 

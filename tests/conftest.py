@@ -1,4 +1,4 @@
-"""Puts the modules on the path, and reads the golden files: what the authors' public code computes on random weights."""
+"""Puts the modules on the path, and reads the golden files: what the authors' public code made of random weights."""
 import json
 import pathlib
 import sys

@@ -4,6 +4,8 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import data
 from data import Batches, InputError, planted_streams, read_features
@@ -59,7 +61,8 @@ def test_integer_and_boolean_labels_mean_the_same_and_negative_is_unlabelled(tmp
     labels = arrays()["labels"]
     labels[:5] = -1
     ints = read_features(as_file(tmp_path, labels=labels, label_names=np.array(["x", "y", "z"])))
-    hot = read_features(as_file(tmp_path, "g.npz", labels=labels[:, None] == np.arange(3), label_names=np.array(["x", "y", "z"])))
+    one_hot = labels[:, None] == np.arange(3)
+    hot = read_features(as_file(tmp_path, "g.npz", labels=one_hot, label_names=np.array(["x", "y", "z"])))
     rows = np.arange(50)
     np.testing.assert_array_equal(ints.label_matrix(rows), hot.label_matrix(rows))
     assert not ints.label_matrix(rows)[:5].any() and ints.label_matrix(rows)[5:].any(1).all()
@@ -166,7 +169,8 @@ def test_flat_and_nested_taxonomies_agree_and_a_repeated_name_counts_where_it_is
 @pytest.mark.parametrize("tree, message", [
     ({"r": None, "x": "y", "y": "x"}, "'x' is its own ancestor - break the cycle"),
     ({"r": None, "x": "q"}, "'x' has the unknown parent 'q'"), ({"x": None, "y": None}, "taxonomy has 2 roots"),
-    ({"r": None, "y": "r"}, "taxonomy lacks the label 'x'"), ([1], "holds a list"), ({"x": "x"}, "'x' is its own ancestor")])
+    ({"r": None, "y": "r"}, "taxonomy lacks the label 'x'"), ([1], "holds a list"),
+    ({"x": "x"}, "'x' is its own ancestor")])
 def test_a_broken_taxonomy_is_refused(tree, message, tmp_path):
     with pytest.raises(InputError, match=message):
         data.read_taxonomy(taxonomy(tmp_path, tree), ["x"])
@@ -190,12 +194,18 @@ def poisoned(value, row):
 @pytest.mark.parametrize("more, message", [
     ({"b": poisoned(np.nan, 17)}, "stream 'b' has NaN or Inf in 1 or more rows, first row 17"),
     ({"b": poisoned(np.inf, 3)}, "stream 'b' has NaN or Inf in 1 or more rows, first row 3"),
-    ({"b": np.zeros((49, 4))}, "stream 'b' has 49 rows but 'a' has 50"), ({"b": np.zeros((50, 4), int)}, "stream 'b' holds int64"),
-    ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - it needs at least"), ({"b": np.zeros(50)}, r"stream 'b' has shape \(50,\)"),
-    ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50 samples"), ({"labels": np.zeros(50)}, "'labels' has shape .* float64"),
-    ({"label_names": np.array(["x"])}, "'label_names' has 1 names for 3 labels"), ({"split": np.array(["train"] * 50)}, "the test and val split is empty"),
-    ({"split": np.array(["test"] * 50)}, "the train split is empty"), ({"split": np.array(["train"] * 49 + ["dev"])}, "'split' row 49 is 'dev'"),
-    ({"groups": np.zeros(50, int)}, "the test and val split is empty"), ({"n": 0}, "has shape .0, 6. - it needs at least one row"),
+    ({"b": np.zeros((49, 4))}, "stream 'b' has 49 rows but 'a' has 50"),
+    ({"b": np.zeros((50, 4), int)}, "stream 'b' holds int64"),
+    ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - it needs at least"),
+    ({"b": np.zeros(50)}, r"stream 'b' has shape \(50,\)"),
+    ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50 samples"),
+    ({"labels": np.zeros(50)}, "'labels' has shape .* float64"),
+    ({"label_names": np.array(["x"])}, "'label_names' has 1 names for 3 labels"),
+    ({"split": np.array(["train"] * 50)}, "the test and val split is empty"),
+    ({"split": np.array(["test"] * 50)}, "the train split is empty"),
+    ({"split": np.array(["train"] * 49 + ["dev"])}, "'split' row 49 is 'dev'"),
+    ({"groups": np.zeros(50, int)}, "the test and val split is empty"),
+    ({"n": 0}, "has shape .0, 6. - it needs at least one row"),
     ({"b": np.array([{}] * 50)}, "is an array of Python objects - save plain numbers")])
 def test_a_bad_array_is_refused_by_name(more, message, tmp_path):
     with pytest.raises(InputError, match=message):
@@ -215,8 +225,9 @@ def test_a_bad_file_is_refused(tmp_path):
     (tmp_path / "damaged.npz").write_bytes(bytes(middle))
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "none.npz", labels=np.zeros(3, int))
-    for name, message in (("missing.npz", "no file or folder"), ("cut.npz", "is cut off or damaged"), ("damaged.npz", "is cut off or damaged"),
-                          ("text.npz", "is not a readable"), ("pickle.npz", "is not a readable"), ("one.npy", "one array without a name"),
+    for name, message in (("missing.npz", "no file or folder"), ("cut.npz", "is cut off or damaged"),
+                          ("damaged.npz", "is cut off or damaged"), ("text.npz", "is not a readable"),
+                          ("pickle.npz", "is not a readable"), ("one.npy", "one array without a name"),
                           ("empty", "holds no stream"), ("none.npz", "holds no stream")):
         with pytest.raises(InputError, match=message):
             read_features(str(tmp_path / name))
@@ -236,3 +247,85 @@ def test_zero_rows_are_noted_not_refused(tmp_path):
     x = arrays()["a"]
     x[[4, 9]] = 0
     assert "stream 'a' has 2 all-zero rows" in read_features(as_file(tmp_path, a=x)).notes[0]
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 6), ("test", 3)):
+        for name in ("a", "b"):
+            (tmp_path / "p" / split / name).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(tmp_path / "p" / split / name / f"{i}.png")
+    return tmp_path / "p"
+
+
+def test_folders_give_splits_and_labels(pictures):
+    images = data.read_images(pictures)
+    assert len(images) == 18 and images.label_names == ["a", "b"] and len(images.rows("train")) == 12
+    for path, label, split in zip(images.paths, images.labels, images.split):
+        assert f"/{split}/{'ab'[label]}/" in path
+    flat = data.read_images(pictures / "train" / "a")
+    assert len(flat) == 6 and flat.labels is None and flat.split is None
+    train, test = data.read_images(pictures / "train").knn_rows(0, 100)
+    assert len(train) + len(test) == 12 and not set(train) & set(test)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda p: (p / "train" / "a" / "0.png").write_bytes(b"no"), "0.png is not a readable picture"),
+    (lambda p: (p / "train" / "stray.png").write_bytes((p / "train" / "a" / "1.png").read_bytes()), "stray.png lies beside class folders"),
+    (lambda p: (p / "train" / "a" / "deep" / "er").mkdir(parents=True), "lies deeper than one level"),
+    (lambda p: Image.fromarray(np.zeros((13400, 13400), np.uint8)).save(p / "train" / "a" / "0.png"), "too large for one picture")])
+def test_bad_picture_folders_are_refused_by_name(pictures, spoil, message):
+    spoil(pictures)
+    with pytest.raises(InputError, match=message):
+        data.read_images(pictures)
+
+
+def test_missing_and_empty_picture_folders_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    for where, message in ((tmp_path / "no", "no folder"), (tmp_path, "no pictures in")):
+        with pytest.raises(InputError, match=message):
+            data.read_images(where)
+
+
+def test_crops_cover_the_asked_share_of_the_picture():
+    """On a picture whose red is its column and green its row, the span of a crop's colours is the crop's side."""
+    row, column = np.mgrid[:200, :200]
+    image = Image.fromarray(np.stack([column, row, 0 * row], 2).astype(np.uint8))
+    crops = data.Crops(40, 20, 3, (0.5, 0.6), (0.1, 0.2), blur=0.)
+    t = data.vision().transforms
+    for view, (low, high), side in zip(crops.views[1:3], ((0.5, 0.6), (0.1, 0.2)), (40, 20)):
+        crop = next(step for step in view.transforms if isinstance(step, t.RandomResizedCrop))
+        for _ in range(40):
+            x = np.asarray(crop(image), float)
+            assert x.shape == (side, side, 3)
+            span = [(v.max() - v.min() + 1 + 200 / side * 0.5) / 200 for v in (x[..., 0], x[..., 1])]
+            assert low * 0.75 < span[0] * span[1] < high * 1.35
+    views = crops(image)
+    assert [tuple(v.shape) for v in views] == [(3, 40, 40)] * 2 + [(3, 20, 20)] * 3
+
+
+def test_crops_of_a_step_are_the_same_whoever_makes_them(pictures):
+    images, crops = data.read_images(pictures), data.Crops(16, 8, 2, blur=0.5, pathology=True)
+    batches = data.Batches(images.rows("train"), 5, 0, "samples", drop_last=True)
+    assert batches.epoch == 2
+    torch.manual_seed(1)
+    whole = [[v.clone() for v in views] for views in data.crop_batches(images, crops, batches, 3, 0, 4)]
+    torch.manual_seed(2)
+    late = list(data.crop_batches(images, crops, batches, 3, 2, 4, workers=1))
+    assert len(whole) == 4 and len(late) == 2 and [len(v) for v in whole[0]] == [5] * 4
+    for a, b in zip(whole[2:], late):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert not torch.equal(whole[0][0], whole[2][0])
+
+
+def test_stain_jitter_of_strength_zero_changes_nothing_and_turns_keep_the_pixels():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8))
+    assert np.array_equal(np.asarray(data.stain_jitter(image, 0.)), np.asarray(image))
+    moved = np.asarray(data.stain_jitter(image)).astype(int) - np.asarray(image)
+    assert 0 < abs(moved).max() < 60
+    turned = np.asarray(data.quarter_turns(image))
+    assert any(np.array_equal(turned, np.rot90(np.asarray(image), n)) for n in range(4))

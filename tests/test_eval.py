@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.sparse as sp
+import scipy.special
+import scipy.stats
 import torch
 
 import eval as judge
@@ -23,7 +25,8 @@ def test_a_silenced_latent_is_not_in_the_code():
 def test_activation_patterns_by_hand():
     a = judge.sparse_code(np.array([[0, 1], [0, 2]]), np.ones((2, 2)), 5)
     b = judge.sparse_code(np.array([[0, 3], [0, 1]]), np.ones((2, 2)), 5)
-    assert judge.activation_patterns({"a": a, "b": b}) == {"latents": 5, "alive_in": [1, 2, 2], "dead": {"a": 2, "b": 2}}
+    expected = {"latents": 5, "alive_in": [1, 2, 2], "dead": {"a": 2, "b": 2}}
+    assert judge.activation_patterns({"a": a, "b": b}) == expected
 
 
 @pytest.mark.parametrize("top", [3, None])
@@ -55,7 +58,8 @@ def test_counts_and_jaccard_at_every_depth_are_the_authors(which, top, golden):
     for depth, level in enumerate(levels):
         found = judge.jaccard({s: judge.lift(c, level) for s, c in counts.items()}, n_top)
         assert found["jaccard_all"] == pytest.approx(z[f"out.{which}.mean_all_latents.f64"][depth], abs=1e-9)
-        assert found["jaccard"] == pytest.approx(z[f"out.{which}.mean_latents_with_2plus_active_streams.f64"][depth], abs=1e-9)
+        alive_twice = z[f"out.{which}.mean_latents_with_2plus_active_streams.f64"][depth]
+        assert found["jaccard"] == pytest.approx(alive_twice, abs=1e-9)
     # On purpose otherwise: with their label order the hierarchy is permuted, which only depths 0 and 5 survive.
     if which == "all":
         wrong = z["out.all_notebook_label_order.mean_all_latents.f64"]
@@ -63,10 +67,12 @@ def test_counts_and_jaccard_at_every_depth_are_the_authors(which, top, golden):
 
 
 def test_jaccard_by_hand():
-    counts = {"a": np.array([[2, 1], [0, 0], [3, 0]]), "b": np.array([[1, 1], [4, 0], [0, 3]]), "c": np.array([[2, 1], [4, 0], [0, 0]])}
+    counts = {"a": np.array([[2, 1], [0, 0], [3, 0]]), "b": np.array([[1, 1], [4, 0], [0, 3]]),
+              "c": np.array([[2, 1], [4, 0], [0, 0]])}
     n_top = {s: c.sum(1) for s, c in counts.items()}
     found = judge.jaccard(counts, n_top)
-    assert found["pairs"] == {"a / b": pytest.approx((2 / 3 + 0) / 2), "a / c": 1., "b / c": pytest.approx((2 / 3 + 1) / 2)}
+    assert found["pairs"] == {"a / b": pytest.approx((2 / 3 + 0) / 2), "a / c": 1.,
+                              "b / c": pytest.approx((2 / 3 + 1) / 2)}
     per_latent = [(2 / 3 + 1 + 2 / 3) / 3, 1., 0.]
     assert found["jaccard"] == pytest.approx(np.mean(per_latent)) == found["jaccard_all"]
     counts["a"][2] = n_top["a"][2] = 0
@@ -81,7 +87,8 @@ def test_at_the_root_every_label_is_the_same_and_a_shallow_label_stays_itself():
 
 
 def test_a_latent_is_named_when_three_tenths_of_its_samples_agree():
-    names, purity = judge.concept_names(np.array([[3, 7], [3, 2], [2, 2], [0, 0]]), np.array([10, 10, 10, 0]), ["x", "y"])
+    counts, n_top = np.array([[3, 7], [3, 2], [2, 2], [0, 0]]), np.array([10, 10, 10, 0])
+    names, purity = judge.concept_names(counts, n_top, ["x", "y"])
     assert names == ["y", "x", None, None] and purity.tolist() == [0.7, 0.3, 0.2, 0]
 
 
@@ -90,8 +97,11 @@ def test_a_latent_is_named_when_three_tenths_of_its_samples_agree():
 def test_the_mean_predictor_scores_zero_and_a_perfect_one_scores_one():
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1., 10, 0.1, 3]) + 100
     mean = x.double().mean(0).expand(50, 4)
-    found = judge.reconstruction(({"t": x[i:i + 20]}, {("t", "mean"): mean[i:i + 20], ("t", "t"): x[i:i + 20], ("t", "zero"): 0 * x[i:i + 20]}) for i in range(0, 50, 20))
-    assert found["r2"]["t"]["mean"] == pytest.approx(0, abs=1e-8) and found["r2"]["t"]["t"] == 1 and found["r2"]["t"]["zero"] < -1
+    parts = (slice(i, i + 20) for i in range(0, 50, 20))
+    found = judge.reconstruction(({"t": x[i]}, {("t", "mean"): mean[i], ("t", "t"): x[i], ("t", "zero"): 0 * x[i]})
+                                 for i in parts)
+    r2 = found["r2"]["t"]
+    assert r2["mean"] == pytest.approx(0, abs=1e-8) and r2["t"] == 1 and r2["zero"] < -1
     assert found["nmse"]["t"]["zero"] == pytest.approx(1) and found["nmse"]["t"]["t"] == 0
 
 
@@ -100,7 +110,8 @@ def test_r2_and_nmse_are_their_formulas():
     x, x_hat = rng.standard_normal((2, 40, 3))
     x[7] = 0
     found = judge.reconstruction([({"t": torch.tensor(x)}, {("t", "s"): torch.tensor(x_hat)})])
-    assert found["r2"]["t"]["s"] == pytest.approx(1 - ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), abs=1e-12)
+    unexplained = ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert found["r2"]["t"]["s"] == pytest.approx(1 - unexplained, abs=1e-12)
     keep = np.arange(40) != 7
     assert found["nmse"]["t"]["s"] == pytest.approx((((x - x_hat) ** 2).sum(1)[keep] / (x ** 2).sum(1)[keep]).mean())
 
@@ -112,7 +123,8 @@ def test_a_constant_stream_has_no_r2():
 def test_the_ceiling_is_that_of_least_squares_and_nothing_for_unrelated_streams():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((4000, 5))
-    streams = {"a": a + 3, "b": a @ rng.standard_normal((5, 4)) + rng.standard_normal((4000, 4)) - 2, "c": rng.standard_normal((4000, 3))}
+    streams = {"a": a + 3, "b": a @ rng.standard_normal((5, 4)) + rng.standard_normal((4000, 4)) - 2,
+               "c": rng.standard_normal((4000, 3))}
     train, test = ({s: x[i] for s, x in streams.items()} for i in (slice(0, 3000), slice(3000, 4000)))
     found = judge.ridge_ceiling(train, test)
     for t in "ab":
@@ -134,7 +146,8 @@ def test_the_solver_is_exact_where_scikit_learn_stops_short(golden):
         w, b = judge.logistic_1d(x, y)
         u = w * x + b
         found = [w, b, (np.logaddexp(0, u) - y * u).mean()]
-        np.testing.assert_allclose(found, z[f"out.case{i}.exact_wb_loss.f64"], rtol=1e-6, atol=1e-7, err_msg=cfg["cases"][i]["what"])
+        np.testing.assert_allclose(found, z[f"out.case{i}.exact_wb_loss.f64"], rtol=1e-6, atol=1e-7,
+                                   err_msg=cfg["cases"][i]["what"])
 
 
 def test_many_problems_at_once_agree_with_scipy_on_each():
@@ -146,8 +159,10 @@ def test_many_problems_at_once_agree_with_scipy_on_each():
         def cost(p):
             u = p[0] * x[i] + p[1]
             e = weight[i] * (1 / (1 + np.exp(-u)) - y[i])
-            return p[0] ** 2 / 2 + (weight[i] * (np.logaddexp(0, u) - y[i] * u)).sum(), np.array([p[0] + (e * x[i]).sum(), e.sum()])
-        best = scipy.optimize.minimize(cost, np.zeros(2), jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10})
+            loss = (weight[i] * (np.logaddexp(0, u) - y[i] * u)).sum()
+            return p[0] ** 2 / 2 + loss, np.array([p[0] + (e * x[i]).sum(), e.sum()])
+        best = scipy.optimize.minimize(cost, np.zeros(2), jac=True, method="L-BFGS-B",
+                                       options={"ftol": 1e-15, "gtol": 1e-10})
         np.testing.assert_allclose([w[i], b[i]], best.x, atol=1e-6)
 
 
@@ -164,10 +179,12 @@ def test_probe_tasks_and_losses_are_the_authors(golden):
             np.testing.assert_array_equal(parts[part][1], labels[parts[part][0], t])
     code = sp.csr_matrix(z["in.codes"])
     for name, binary in (("real", False), ("binary", True)):
-        # Their candidates come from all rows, test included; ours from training positives. Given theirs, all else agrees.
+        # Their candidates come from all rows, test included; ours from training positives. Given theirs, all else
+        # agrees.
         found = judge.probe(code, tasks, binary=binary, chosen=z[f"out.{name}.candidates"])["tasks"]
         np.testing.assert_array_equal([r["latent"] for r in found], z[f"out.{name}.latent"])
-        for part in ("val", "test"):                         # scikit-learn's solver stops up to 1e-3 short of the optimum
+        # scikit-learn's solver stops up to 1e-3 short of the optimum
+        for part in ("val", "test"):
             np.testing.assert_allclose([r[part] for r in found], z[f"out.{name}.{part}_loss.f64"], atol=1e-4)
 
 
@@ -231,7 +248,8 @@ def test_recovery_counts_each_concept_and_each_latent_once():
     learned = {"a": eye[[3, 2, 1, 0, 5]], "b": eye[[3, 3, 2, 1, 1]]}
     # a: all four. b sees concepts 0-2 (as e1, e2, e3): all three. One latent for both: concept 1 is row 2 of each,
     # concept 0 is row 3 of each, concept 2 is row 1 of each.
-    assert judge.recovery(learned, truth) == {"a": {"found": 4, "of": 4}, "b": {"found": 3, "of": 3}, "same latent": {"found": 3, "of": 3}}
+    assert judge.recovery(learned, truth) == {"a": {"found": 4, "of": 4}, "b": {"found": 3, "of": 3},
+                                              "same latent": {"found": 3, "of": 3}}
     twice = {"a": np.stack([eye[0], eye[0], eye[4]])}
     assert judge.recovery(twice, {"a": np.stack([eye[0], eye[0]])})["a"] == {"found": 2, "of": 2}
     assert judge.recovery({"a": eye[[0]]}, {"a": np.stack([eye[0], eye[0]])})["a"] == {"found": 1, "of": 2}
@@ -257,4 +275,52 @@ def test_a_picture_that_cannot_be_read_leaves_its_name(tmp_path):
 
 
 def test_a_chart_of_one_point_or_none_is_drawn():
-    assert "polyline" in judge.svg_lines({"a": [(1, 2)]}, "x", "y") and "nothing" in judge.svg_lines({"a": [(1, None)]}, "x", "y")
+    assert "polyline" in judge.svg_lines({"a": [(1, 2)]}, "x", "y")
+    assert "nothing" in judge.svg_lines({"a": [(1, None)]}, "x", "y")
+
+
+# -- classifiers on features -------------------------------------------------------------------------------------------
+
+def test_knn_is_the_slow_loop_over_neighbours():
+    rng = np.random.default_rng(0)
+    train, y, test = rng.standard_normal((40, 5)), rng.integers(0, 3, 40), rng.standard_normal((7, 5))
+    found = judge.knn(train, y, test, ks=(3, 10, 500), temperature=0.2, n_classes=3, chunk=4)
+    for i, t in enumerate(test):
+        similarity = np.array([t @ v / np.linalg.norm(t) / np.linalg.norm(v) for v in train])
+        order = np.argsort(-similarity)
+        for k in (3, 10, 500):
+            votes = np.zeros(3)
+            for j in order[:k]:
+                votes[y[j]] += np.exp(similarity[j] / 0.2)
+            np.testing.assert_allclose(found[k][i], votes / votes.sum(), rtol=1e-4)
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    positive, score = rng.random(60) < 0.3, rng.integers(0, 9, 60)
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[positive] for b in score[~positive]]
+    assert judge.auc(positive, score) == pytest.approx(np.mean(pairs), abs=1e-12)
+    u = scipy.stats.mannwhitneyu(score[positive], score[~positive]).statistic
+    assert judge.auc(positive, score) == pytest.approx(u / positive.sum() / (~positive).sum(), abs=1e-12)
+
+
+def test_scores_by_hand():
+    truth, p = np.array([0, 0, 0, 1]), np.array([[.9, .1], [.8, .2], [.4, .6], [.3, .7]])
+    found = judge.scores(truth, p)
+    assert found == {"accuracy": 0.75, "balanced accuracy": pytest.approx((2 / 3 + 1) / 2), "F1": pytest.approx((4 / 5 + 2 / 3) / 2), "AUC": 1.0}
+    assert judge.scores(np.zeros(3, int), np.ones((3, 1)))["AUC"] is None
+
+
+def test_the_linear_probe_is_at_the_minimum_that_scipy_finds():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((80, 4)) * [1, 5, 0.1, 1] + 3, rng.integers(0, 3, 80)
+    x[:, 3] = 2                                              # a constant feature
+    mean, std = x.mean(0), np.where(x.std(0) > 0, x.std(0), 1)
+    z = np.hstack([(x - mean) / std, np.ones((80, 1))])
+
+    def loss(w):
+        w = w.reshape(5, 3)
+        logits = z @ w
+        return (scipy.special.logsumexp(logits, 1) - logits[np.arange(80), y]).sum() + (w[:-1] ** 2).sum() / 2
+    w = scipy.optimize.minimize(loss, np.zeros(15), method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-14}).x.reshape(5, 3)
+    np.testing.assert_allclose(judge.logistic_probe(x, y, x), scipy.special.softmax(z @ w, 1), atol=1e-4)

@@ -1,4 +1,4 @@
-"""Claims about the command line: what a run leaves behind, that it repeats and resumes to the byte, and every user error."""
+"""Claims about the command line: what a run leaves, that it repeats and resumes to the byte, and every user error."""
 import csv
 import json
 import os
@@ -46,9 +46,11 @@ def finished(features, tmp_path_factory):
 # -- what a run leaves -------------------------------------------------------------------------------------------------
 
 def test_a_run_leaves_its_five_files_and_nothing_half_written(finished):
-    assert sorted(os.listdir(finished)) == ["checkpoint.pt", "config.json", "log.csv", "metrics.json", "null", "report.html"]
+    assert sorted(os.listdir(finished)) == ["checkpoint.pt", "config.json", "log.csv", "metrics.json", "null",
+                                            "report.html"]
     config = json.loads((finished / "config.json").read_text())
-    assert config["flags"]["latents"] == 40 and config["flags"]["dead_after"] == 1000 and config["dims"] == {"x": 16, "y": 12}
+    assert config["flags"]["latents"] == 40 and config["flags"]["dead_after"] == 1000
+    assert config["dims"] == {"x": 16, "y": 12}
     assert config["data_hash"] and config["versions"]["torch"]
     rows = list(csv.DictReader(open(finished / "log.csv")))
     assert rows[-1]["step"] == "156" and float(rows[-1]["loss"]) < float(rows[0]["loss"])
@@ -136,13 +138,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(features, tmp_p
     assert a == b != c
 
 
-LONG = ["--latents", "300", "--k", "4", "--batch", "16", "--epochs", "15", "--topk", "both", "--dead-after", "40", "--reinit-after", "20",
-        "--save-every", "0.05", "--log-every", "7"]
+LONG = ["--latents", "300", "--k", "4", "--batch", "16", "--epochs", "15", "--topk", "both", "--dead-after", "40",
+        "--reinit-after", "20", "--save-every", "0.05", "--log-every", "7"]
 
 
 def start(features, out, *more):
-    return subprocess.Popen([sys.executable, ROOT / "repsae.py", "sparc", "--data", features, *LONG, "--out", out, *more],
-                            stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, ROOT / "repsae.py", "sparc", "--data", features, *LONG, "--out", out, *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +158,8 @@ def assert_same_run(a, b):
     for name in ("log.csv", "metrics.json"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
     states = [torch.load(p / "checkpoint.pt", weights_only=True) for p in (a, b)]
-    flat = [{**s["model"], **{f"{i}{k}": v for i, m in s["optimiser"]["state"].items() for k, v in m.items()}} for s in states]
+    flat = [{**s["model"], **{f"{i}{k}": v for i, m in s["optimiser"]["state"].items() for k, v in m.items()}}
+            for s in states]
     assert flat[0].keys() == flat[1].keys() and all(torch.equal(v, flat[1][k]) for k, v in flat[0].items())
 
 
@@ -208,23 +211,30 @@ def error(capsys, *argv):
 
 def test_impossible_flags_end_in_one_line_before_anything_is_written(features, tmp_path, capsys):
     out = tmp_path / "r"
-    for argv, message in ((["--k", 41], "k=41 must lie in 1..latents=40 - lower k or raise latents"), (["--epochs", 0], "--epochs 0 - give at least 1"),
-                          (["--lr", 0], "--lr 0.0 - give a positive number"), (["--k", "x"], "argument --k: invalid int value: 'x'"),
-                          (["--topk", "all"], "argument --topk: invalid choice: 'all'"), (["--bogus"], "unrecognized arguments: --bogus"),
-                          (["--streams", "x,q"], "has no stream 'q' - it has x, y"), (["--streams", "x"], "has the one stream x"),
-                          (["--lam", "nan"], "--lam nan - give at least 0"), (["--taxonomy", tmp_path / "t.json"], "no taxonomy at"),
+    for argv, message in ((["--k", 41], "k=41 must lie in 1..latents=40 - lower k or raise latents"),
+                          (["--epochs", 0], "--epochs 0 - give at least 1"),
+                          (["--lr", 0], "--lr 0.0 - give a positive number"),
+                          (["--k", "x"], "argument --k: invalid int value: 'x'"),
+                          (["--topk", "all"], "argument --topk: invalid choice: 'all'"),
+                          (["--bogus"], "unrecognized arguments: --bogus"),
+                          (["--streams", "x,q"], "has no stream 'q' - it has x, y"),
+                          (["--streams", "x"], "has the one stream x"),
+                          (["--lam", "nan"], "--lam nan - give at least 0"),
+                          (["--taxonomy", tmp_path / "t.json"], "no taxonomy at"),
                           (["--device", "abacus"], "device 'abacus'")):
         assert message in error(capsys, "sparc", "--data", features, *SMALL, "--out", out, *argv)
     assert "no file or folder" in error(capsys, "sparc", "--data", tmp_path / "none.npz", "--out", out)
     assert "pick one with --stream" in error(capsys, "sae", "--data", features, "--out", out)
-    assert "--over None - write for example" in error(capsys, "sweep", "--data", features, "--out", out)
-    assert "--over k=a: the values must be of type int" in error(capsys, "sweep", "--data", features, "--over", "k=a", "--out", out)
-    assert "k=80 must lie in 1..latents=40" in error(capsys, "sweep", "--data", features, *SMALL, "--over", "k=2,80", "--out", out)
+    sweep = ("sweep", "--data", features, "--out", out)
+    assert "--over None - write for example" in error(capsys, *sweep)
+    assert "--over k=a: the values must be of type int" in error(capsys, *sweep, "--over", "k=a")
+    assert "k=80 must lie in 1..latents=40" in error(capsys, *sweep, *SMALL, "--over", "k=2,80")
     assert not out.exists()
 
 
 def test_a_run_folder_is_not_overwritten_unasked(finished, features, tmp_path, capsys):
-    assert "holds a run already - use --resume, --overwrite or another --out" in error(capsys, "sparc", "--data", features, *SMALL, "--out", finished)
+    refused = error(capsys, "sparc", "--data", features, *SMALL, "--out", finished)
+    assert "holds a run already - use --resume, --overwrite or another --out" in refused
     assert "--k 5 differs from the run" in error(capsys, "sparc", "--resume", "--out", finished, "--k", 5)
     (tmp_path / "mine.txt").write_text("keep")
     run("sparc", "--data", features, *SMALL, "--out", tmp_path, "--overwrite")
@@ -252,9 +262,11 @@ def test_a_run_and_data_that_do_not_fit_are_refused(finished, features, tmp_path
     np.savez(tmp_path / "wide.npz", x=z["x"], y=z["x"])
     np.savez(tmp_path / "less.npz", x=z["x"])
     np.savez(tmp_path / "other.npz", q=z["x"])
-    assert "the run was trained on {'x': 16, 'y': 12}, the data has {'x': 16, 'y': 16}" in error(capsys, "eval", finished, "--data", tmp_path / "wide.npz")
+    wide = error(capsys, "eval", finished, "--data", tmp_path / "wide.npz")
+    assert "the run was trained on {'x': 16, 'y': 12}, the data has {'x': 16, 'y': 16}" in wide
     assert "the data lacks the run's stream 'y'" in error(capsys, "eval", finished, "--data", tmp_path / "less.npz")
-    assert "has q, the run knows x, y - check the keys" in error(capsys, "encode", finished, "--data", tmp_path / "other.npz", "--out", tmp_path / "c")
+    other = error(capsys, "encode", finished, "--data", tmp_path / "other.npz", "--out", tmp_path / "c")
+    assert "has q, the run knows x, y - check the keys" in other
     assert "is no run folder" in error(capsys, "eval", tmp_path)
     assert "No such file or directory: " in error(capsys, "eval", finished, "--json", tmp_path / "no" / "m.json")
     assert "No such file or directory: " in error(capsys, "encode", finished, "--out", tmp_path / "no" / "c.npz")
@@ -267,7 +279,8 @@ def test_a_run_and_data_that_do_not_fit_are_refused(finished, features, tmp_path
 def test_help_shows_every_default_and_needs_no_torch():
     program = "import sys, repsae\ntry: repsae.main(sys.argv[1:])\nexcept SystemExit: print('torch' in sys.modules)"
     for name, (_, table, _, _) in repsae.COMMANDS.items():
-        out = subprocess.run([sys.executable, "-c", program, name, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+        command = [sys.executable, "-c", program, name, "--help"]
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
         assert out.strip().endswith("False")
         for flag, (default, _, _) in table.items():
             assert f"--{flag}" in out

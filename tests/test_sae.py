@@ -1,4 +1,4 @@
-"""Claims about sae.py, held against the dense textbook form, the authors' own outputs, closed forms and planted truth."""
+"""Claims about sae.py, held against the dense textbook form, the authors' outputs, closed forms and planted truth."""
 import pathlib
 import shutil
 import subprocess
@@ -215,7 +215,8 @@ def test_auxk_gradient_reaches_dead_rows_and_biases_only(golden):
     s = "clip_img"
     e = (x[s] - model.decode(codes[s], s)).detach()
     aux = model._auxk((x[s] - model.b_pre[s]).detach(), e, s)
-    grads = torch.autograd.grad(aux, [model.W_enc[s], model.W_dec[s], model.b_lat[s], model.b_pre[s]], allow_unused=True)
+    parameters = [model.W_enc[s], model.W_dec[s], model.b_lat[s], model.b_pre[s]]
+    grads = torch.autograd.grad(aux, parameters, allow_unused=True)
     for g in grads[:3]:
         reached = g.reshape(64, -1).abs().sum(1) > 0
         assert reached.any() and not (reached & ~model.dead(s)).any()
@@ -291,7 +292,8 @@ def test_joint_codes_share_their_support_and_alone_codes_ignore_the_other_stream
     other = {**x, "b": torch.randn_like(x["b"])}
     assert torch.equal(model.encode(x, "alone")["a"].dense(64), model.encode(other, "alone")["a"].dense(64))
     assert not torch.equal(model.encode(x, "joint")["a"].dense(64), model.encode(other, "joint")["a"].dense(64))
-    assert torch.equal(model.encode({"a": x["a"]}, "alone")["a"].dense(64), model.encode({"a": x["a"]}, "joint")["a"].dense(64))
+    single = {"a": x["a"]}
+    assert torch.equal(model.encode(single, "alone")["a"].dense(64), model.encode(single, "joint")["a"].dense(64))
 
 
 def test_keeping_every_latent_is_a_relu_autoencoder():
@@ -377,7 +379,8 @@ def test_normalisations_do_what_their_names_say():
 def test_a_dictionary_row_is_what_a_latent_adds_to_the_raw_features():
     stats = {"a": (torch.randn(10), torch.rand(10) + 0.5)}
     model = SPARC({"a": 10}, 8, 2, norm="standard", stats=stats)
-    x_hat = [model.decode(Codes(torch.tensor([[3]]), torch.tensor([[v]])), "a") * model.std_a + model.mean_a for v in (1., 2.)]
+    x_hat = [model.decode(Codes(torch.tensor([[3]]), torch.tensor([[v]])), "a") * model.std_a + model.mean_a
+             for v in (1., 2.)]
     same((x_hat[1] - x_hat[0])[0].detach(), model.dictionary("a")[3], 1e-5)
 
 
@@ -393,7 +396,8 @@ def test_impossible_settings_are_refused(kw, message):
 
 def test_wrong_features_are_refused_by_name():
     model, x = make()
-    for bad, message in (({"z": x["a"]}, "stream 'z' is unknown"), ({"a": x["b"]}, r"stream 'a' has shape \(16, 8\) - the model wants \(B, 10\)"),
+    for bad, message in (({"z": x["a"]}, "stream 'z' is unknown"),
+                         ({"a": x["b"]}, r"stream 'a' has shape \(16, 8\) - the model wants \(B, 10\)"),
                          ({}, "no streams given")):
         with pytest.raises(InputError, match=message):
             model.encode(bad, "alone")
@@ -460,5 +464,6 @@ codes = model.encode({"clip": torch.randn(3, 12)}, mode="alone")
 save("c.pt", model)
 print(tuple(load("c.pt")[0].decode(codes["clip"], "dino").shape))
 """
-    run = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')\n" + program], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')\n" + program]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.strip() == "(3, 16)", run.stderr
