@@ -9,11 +9,9 @@ What a user can mend ends as one line on stderr and exit code 2. torch is import
 """
 import argparse
 import csv
-import ctypes
 import functools
 import io
 import json
-import multiprocessing
 import os
 import platform
 import shlex
@@ -68,7 +66,7 @@ RUN = {
     "resume": (False, bool, "go on where the run in the folder stopped, or start it if it never began"),
 }
 DINO = {
-    "images": (None, str, "folder of pictures, of class folders of pictures, or of train, val and test folders of either"),
+    "images": (None, str, "folder of pictures, or of class folders, or of train, val and test folders of either"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
     "patch": (None, int, "patch size, where not the preset's"),
     "size": (224, int, "side of the two global crops, pixels"),
@@ -414,11 +412,6 @@ def resumable(folder, parent):
 def read(flags):
     """The features that the flags name, or the made-up ones; prints what the user should know about them."""
     import data
-    import torch
-    try:
-        torch.zeros(1, device=flags.device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device '{flags.device}' cannot be used ({str(e).splitlines()[0][:60]}...) - try cpu")
     names = flags.streams.split(",") if flags.streams else None
     if flags.data is not None:
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
@@ -714,6 +707,8 @@ def train_dino(flags, images, rows, folder, saved):
     batches = data.Batches(rows, flags.batch, flags.seed, "samples", drop_last=True)
     epoch, step, most, checkpoint = batches.epoch, 0, 0., out_path(folder, "checkpoint.pt")
     n_steps, warmup = flags.epochs * epoch, flags.warmup * epoch
+    with torch.no_grad():                                    # sizes that do not fit fail here, before anything is written
+        teacher([torch.zeros(1, 3, side, side, device=flags.device) for side in (flags.size, flags.local_size)])
     make_folder(folder, fresh=not saved)
     if saved and os.path.exists(checkpoint):
         kept = torch.load(checkpoint, weights_only=True, map_location=flags.device)
@@ -740,14 +735,15 @@ def train_dino(flags, images, rows, folder, saved):
                 lr=ssm.cosine_schedule(step, n_steps, flags.lr * flags.batch / 256, flags.min_lr, warmup),
                 weight_decay=ssm.cosine_schedule(step, n_steps, flags.weight_decay, flags.weight_decay_end),
                 momentum=ssm.cosine_schedule(step, n_steps, flags.momentum, 1.), clip=flags.clip,
-                teacher_temp=ssm.teacher_temperature(step // epoch, flags.teacher_temp_start, flags.teacher_temp, flags.teacher_warmup),
+                teacher_temp=ssm.teacher_temperature(step // epoch, flags.teacher_temp_start, flags.teacher_temp,
+                                                     flags.teacher_warmup),
                 freeze_last=step < flags.freeze_last * epoch)
             step, most, knn = step + 1, max(most, found["information"]), ""
             ended = step % epoch == 0
             if ended and (step // epoch % flags.knn_every == 0 or step == n_steps):
                 knn = watch.knn()
             keep(step, lambda: {"epoch": round(step / epoch, 3), **found, "knn": "" if knn is None else knn},
-                 lambda: f"loss {found['loss']:.3f}  information {found['information']:.2f}" + (f"  k-NN {knn:.3f}" if knn else ""),
+                 lambda: f"loss {found['loss']:.3f}  information {found['information']:.2f}{f'  k-NN {knn:.3f}' if knn else ''}",
                  ended)
             if ended and most < COLLAPSED:
                 raise InputError(collapse_message(found["entropy"], flags, step // epoch))
@@ -771,19 +767,23 @@ class Watch:
     def __init__(self, images, backbone, flags, most=4000):
         import numpy as np
         self.images, self.backbone, self.flags = images, backbone, flags
-        self.train, self.test = images.knn_rows(flags.seed, most) if images.labels is not None else (np.arange(0), np.arange(0))
+        self.train, self.test = np.arange(0), np.arange(0)
+        if images.labels is not None:
+            self.train, self.test = images.knn_rows(flags.seed, most)
 
     def features(self, rows, raw=False):
         import torch
-        return torch.cat(list(image_features(self.images, rows, None if raw else self.backbone, self.flags.size, self.flags.device)))
+        backbone = None if raw else self.backbone
+        return torch.cat(list(image_features(self.images, rows, backbone, self.flags.size, self.flags.device)))
 
     def knn(self, raw=False):
         """Balanced accuracy of the 20 nearest neighbours, or None without labels."""
         import eval as judge
         if not len(self.test):
             return None
+        train, test = (self.features(rows, raw) for rows in (self.train, self.test))
         labels, C = self.images.labels, len(self.images.label_names)
-        votes = judge.knn(self.features(self.train, raw), labels[self.train], self.features(self.test, raw), (20,), n_classes=C)
+        votes = judge.knn(train, labels[self.train], test, (20,), n_classes=C)
         return judge.scores(labels[self.test], votes[20])["balanced accuracy"]
 
 
@@ -802,7 +802,8 @@ def image_features(images, rows, backbone, size, device, block=256, **how):
 def finish_dino(flags, folder, log, watch):
     """metrics.json and report.html: curves, and what the nearest neighbours of some pictures look like."""
     import eval as judge
-    number = {k: [(float(r["step"]), float(r[k])) for r in log.rows if r[k]] for k in ("loss", "entropy", "information", "knn")}
+    number = {k: [(float(r["step"]), float(r[k])) for r in log.rows if r[k]]
+              for k in ("loss", "entropy", "information", "knn")}
     found = {k: v[-1][1] for k, v in number.items() if v}
     sections = [("Training", judge.svg_lines({"loss": number["loss"]}, "step", "loss")
                  + judge.svg_lines({k: number[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats"))]
@@ -813,7 +814,8 @@ def finish_dino(flags, folder, log, watch):
         chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", "balanced 20-NN accuracy")
         rows = watch.test[::max(1, len(watch.test) // 12)][:12]
         near = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
-        pictures = [(watch.images.paths[i], [watch.images.paths[watch.train[j]] for j in near[n]]) for n, i in enumerate(rows)]
+        paths = watch.images.paths
+        pictures = [(paths[i], [paths[watch.train[j]] for j in near[n]]) for n, i in enumerate(rows)]
         sections += [("k-NN on held-out pictures", chart), ("Nearest neighbours", judge.picture_rows(pictures))]
     judge.write_json(out_path(folder, "metrics.json"), found)
     judge.write_report(out_path(folder, "report.html"), f"repsae dino: {flags.arch}", sections)
@@ -881,7 +883,8 @@ def cmd_probe(flags):
     known = np.flatnonzero(labels >= 0)
     train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
     if len(np.unique(labels[train])) < 2 or not len(test):
-        raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` or `labels`")
+        raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` "
+                         "or `labels`")
     found, rows, C = {}, [], len(features.label_names)
     for s in features.streams:
         x = {part: features.batch(r)[s].numpy() for part, r in (("train", train), ("test", test))}
@@ -898,40 +901,6 @@ def cmd_probe(flags):
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks
 # ---------------------------------------------------------------------------------------------------------------------
-
-def status_mb(name):
-    """A figure of this process's memory; raises OSError or StopIteration where the system does not keep it."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
-
-
-class PeakMemory:
-    """Highest anonymous memory (RssAnon, MB) of this process inside a `with`: mapped files are the system's, not ours."""
-
-    def __enter__(self):
-        self.mb, self._on = 0., True
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._on = False
-        self._thread.join()
-
-    def _watch(self):
-        while self._on:
-            try:
-                self.mb = max(self.mb, status_mb("RssAnon"))
-            except (OSError, StopIteration):
-                return                                       # not Linux: no figure rather than a wrong one
-            time.sleep(0.002)
-
-
-def in_child(function, *args):
-    """function(*args) in a fresh process, so that its memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
 
 def dense_step(model, optimiser, x):
     """A training step as the authors' code does it: dense codes, M^2 dense decoders, renormalise, project, Adam.
@@ -995,7 +964,8 @@ def phases(model, optimiser, x):
 
 def step_memory(kind, dims, device):
     """Peak memory (MB) of a process that does nothing but three training steps."""
-    with PeakMemory() as peak:
+    import eval as judge
+    with judge.PeakMemory() as peak:
         step = contender(kind, dims, device)
         for _ in range(3):
             step()
@@ -1004,6 +974,7 @@ def step_memory(kind, dims, device):
 
 def bench_sparc(dims, rounds, device):
     """Time and memory of a training step, sparse against dense, steps of all kinds taking turns. Returns plain figures."""
+    import eval as judge
     steps = {kind: contender(kind, dims, device) for kind in ("sparse", "bf16", "dense", "dense fused")}
     times = {kind: [] for kind in steps}
     for i in range(rounds + 1):
@@ -1020,11 +991,12 @@ def bench_sparc(dims, rounds, device):
             "dense_step_ms": round(ms["dense"], 1), "dense_fused_step_ms": round(ms["dense fused"], 1),
             "ratio": round(ms["dense"] / ms["sparse"], 2), "fused_ratio": round(ms["dense fused"] / ms["sparse"], 2),
             "phase_ms": {name: round(1000 * statistics.median(p[name] for p in apart), 1) for name in apart[0]},
-            "peak_mb": in_child(step_memory, "sparse", dims, device), "dense_peak_mb": in_child(step_memory, "dense", dims, device)}
+            "peak_mb": judge.in_child(step_memory, "sparse", dims, device), "dense_peak_mb": judge.in_child(step_memory, "dense", dims, device)}
 
 
 def bench_rows(rows):
     """Peak memory of some hundred training steps and an evaluation on a memory-mapped folder of `rows` float16 rows."""
+    import eval as judge
     import numpy as np
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
@@ -1037,13 +1009,14 @@ def bench_rows(rows):
         split = np.full(rows, "train", "<U5")
         split[rng.permutation(rows)[:rows // 5]] = "test"
         np.save(out_path(folder, "split.npy"), split)
-        return in_child(train_on_rows, folder)
+        return judge.in_child(train_on_rows, folder)
 
 
 def train_on_rows(folder, n_steps=300):
+    import eval as judge
     import data
     import sae
-    with PeakMemory() as peak:
+    with judge.PeakMemory() as peak:
         marks = [time.time()]
         features = data.read_features(folder)
         marks.append(time.time())
@@ -1056,44 +1029,6 @@ def train_on_rows(folder, n_steps=300):
     seconds = [round(b - a, 1) for a, b in zip(marks, marks[1:])]
     return {"rows": len(features), "data_mb": round(sum(x.nbytes for x in features.streams.values()) / 2 ** 20),
             "peak_mb": round(peak.mb), **dict(zip(("read_s", "train_s", "evaluate_s"), seconds))}
-
-
-def median_ms(run, device, rounds=15, patience=3.):
-    """Median milliseconds of run(), after a warm-up; what takes longer than `patience` seconds is run but once."""
-    import torch
-    spent = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - began)
-        if sum(spent) > patience:
-            break
-    return 1000 * statistics.median(spent[1:] or spent)
-
-
-def round_or_none(x):
-    return None if x is None else round(x)
-
-
-def peak_of(run, device):
-    """MB that run() needs on top of what was there; None where the system does not tell."""
-    import torch
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    try:
-        ctypes.CDLL(None).malloc_trim(0)                     # else what was freed before is used again, uncounted
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")                                     # start the high-water mark of memory anew
-        before = status_mb("VmHWM")
-        run()
-        return status_mb("VmHWM") - before
-    except (OSError, AttributeError, StopIteration):
-        return None
 
 
 def loop_scan(u, delta, A, B, C):
@@ -1174,27 +1109,29 @@ def scan_contenders(size, device):
 
 
 def scan_memory(size, device, name):
+    import eval as judge
     scan_contenders((1, 64, 8, 4), device)[name][1]()        # what is loaded and started but once is not the scan's
-    return round_or_none(peak_of(scan_contenders(size, device)[name][1], device))
+    return judge.round_or_none(judge.peak_of(scan_contenders(size, device)[name][1], device))
 
 
 def bench_scan(device):
     """Ways to compute a selective scan, with softplus, skip and gate, against exp of a ready (B, L, D, N) array."""
+    import eval as judge
     import torch
     results = []
     for size in ((8, 197, 384, 16), (2, 1024, 384, 16), (1, 4096, 384, 16)):
         ready = -torch.rand(*size, device=device)
         out = torch.empty_like(ready)
-        floor = median_ms(lambda: torch.exp(ready, out=out), device)
-        rate = 2 * ready.nbytes / median_ms(lambda: out.copy_(ready), device) / 1e6         # GB/s
+        floor = judge.median_ms(lambda: torch.exp(ready, out=out), device)
+        rate = 2 * ready.nbytes / judge.median_ms(lambda: out.copy_(ready), device) / 1e6         # GB/s
         del ready, out
         r = {"B, L, D, N": size, "exp_ms": floor, "copy_gb_s": rate, "ways": {}}
         moved = (4 * size[0] * size[1] * size[2] + 2 * size[0] * size[1] * size[3]) * 4     # bytes: u, delta, z, y, B, C
         for name, (forward, both) in scan_contenders(size, device).items():
-            ms = median_ms(forward, device)
+            ms = judge.median_ms(forward, device)
             slow = "slices" in name and size[1] > 1024       # its gradient grows with L^2: minutes
-            full = None if slow else median_ms(both, device)
-            memory = None if slow else scan_memory(size, device, name) if device != "cpu" else in_child(scan_memory, size, device, name)
+            full = None if slow else judge.median_ms(both, device)
+            memory = None if slow else scan_memory(size, device, name) if device != "cpu" else judge.in_child(scan_memory, size, device, name)
             r["ways"][name] = {"forward_ms": ms, "both_ms": full, "forward_ratio": ms / floor, "both_ratio": full and full / floor,
                                "peak_mb": memory, "forward_gb_s": moved / ms / 1e6}
         results.append(r)
@@ -1242,13 +1179,15 @@ def backbone_contenders(device):
 
 
 def backbone_memory(side, device, name, training):
+    import eval as judge
     make = backbone_contenders(device)[name]
     make(64)[training]()
-    return round_or_none(peak_of(make(side)[training], device))
+    return judge.round_or_none(judge.peak_of(make(side)[training], device))
 
 
 def bench_backbones(device):
     """ViT-tiny against Vim-tiny, one image of growing size: figures per number of tokens."""
+    import eval as judge
     results = []
     for side in (224, 384, 512, 768, 1024):
         tokens = (side // 16) ** 2
@@ -1256,12 +1195,12 @@ def bench_backbones(device):
         for name, make in backbone_contenders(device).items():
             say(f"{tokens} tokens: {name}")
             forward, training = make(side)
-            r["models"][name] = found = {"forward_ms": median_ms(forward, device, 5)}
+            r["models"][name] = found = {"forward_ms": judge.median_ms(forward, device, 5)}
             slow = "reference" in name and tokens > 196      # gradients of slices grow with the square of the tokens
             if not slow:
-                found["both_ms"] = median_ms(training, device, 5)
+                found["both_ms"] = judge.median_ms(training, device, 5)
             for i, key in enumerate(("forward_mb", "both_mb")[:1 if slow else 2]):
-                found[key] = (backbone_memory if device != "cpu" else functools.partial(in_child, backbone_memory))(side, device, name, i)
+                found[key] = (backbone_memory if device != "cpu" else functools.partial(judge.in_child, backbone_memory))(side, device, name, i)
         results.append(r)
     return results
 
@@ -1424,6 +1363,14 @@ def check_ranges(flags):
     return flags
 
 
+def check_device(flags):
+    import torch
+    try:
+        torch.zeros(1, device=flags.device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device '{flags.device}' cannot be used ({str(e).splitlines()[0][:60]}...) - try cpu")
+
+
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
@@ -1441,6 +1388,8 @@ def fail(text):
 def main(argv=None):
     try:
         run, flags = parse(argv)
+        if "device" in flags:
+            check_device(flags)
         run(flags)
     except Interrupted as e:
         say(f"\n{e}; go on with: python repsae.py {flags.command} --resume --out {shlex.quote(flags.out)}")

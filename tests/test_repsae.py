@@ -12,7 +12,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import eval as judge
 import repsae
 import sae
 from conftest import ROOT
@@ -302,7 +304,7 @@ def test_the_scans_that_bench_compares_compute_the_same():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_what_was_held_at_once():
     """64 MB held twice over one after the other is 64, held together 128; a child has no past to reuse."""
-    one, two = repsae.in_child(_peaks)
+    one, two = judge.in_child(_peaks)
     assert 60 < one < 80 and 120 < two < 144
 
 
@@ -310,7 +312,7 @@ def _peaks():
     def apart():
         for _ in range(2):
             torch.ones(2 ** 24)
-    return repsae.peak_of(apart, "cpu"), repsae.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
+    return judge.peak_of(apart, "cpu"), judge.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
 
 
 def test_build_says_in_one_line_that_there_is_no_compiler(capsys, monkeypatch):
@@ -321,3 +323,113 @@ def test_build_says_in_one_line_that_there_is_no_compiler(capsys, monkeypatch):
     monkeypatch.setattr(ssm, "build_native", absent)
     assert "cannot be built (Error compiling: no c++ here) - it needs ninja" in error(capsys, "build")
     assert "no such folder" in error(capsys, "bench", "scan", "--svg", "/no/such/x.svg")
+
+
+# -- backbones ---------------------------------------------------------------------------------------------------------
+
+TINY_DINO = ["--arch", "vim_micro", "--size", 16, "--local-size", 8, "--local-crops", 2, "--prototypes", 32, "--head-hidden", 24,
+             "--batch", 8, "--epochs", 3, "--warmup", 1, "--blur", 0.2, "--log-every", 1, "--workers", 0]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Discs and squares of many sizes and colours, in train and test folders."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
+    row, column = np.mgrid[:24, :24] - 12
+    for split, n in (("train", 12), ("test", 5)):
+        for name in ("disc", "square"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                r = rng.integers(4, 10)
+                inside = row ** 2 + column ** 2 < r ** 2 if name == "disc" else np.maximum(abs(row), abs(column)) < r * 0.8
+                image = np.where(inside[..., None], rng.integers(0, 255, 3), rng.integers(0, 255, 3)).astype(np.uint8)
+                Image.fromarray(image).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dino") / "r"
+    run("dino", "--images", pictures, *TINY_DINO, "--out", out)
+    return out
+
+
+def test_a_dino_run_leaves_its_files_curves_and_neighbours(trained):
+    assert sorted(os.listdir(trained)) == ["checkpoint.pt", "config.json", "log.csv", "metrics.json", "report.html"]
+    with open(trained / "log.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 9 and [bool(r["knn"]) for r in rows] == [False, False, True] * 3        # 24 pictures, 3 steps an epoch
+    report = (trained / "report.html").read_text()
+    assert report.count("data:image/jpeg") == 80 and "entropy" in report and "<script" not in report
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert 0 <= metrics["knn"] <= 1 and 0 <= metrics["knn_pixels"] <= 1
+
+
+def test_dino_stopped_between_steps_resumes_to_the_same_bytes(trained, pictures, tmp_path, monkeypatch):
+    import ssm
+    out, true_step, taken = tmp_path / "r", ssm.dino_step, []
+
+    def stopping(*args, **kw):
+        taken.append(1)
+        if len(taken) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return true_step(*args, **kw)
+    monkeypatch.setattr(ssm, "dino_step", stopping)
+    with pytest.raises(SystemExit) as e:
+        run("dino", "--images", pictures, *TINY_DINO, "--out", out)
+    assert e.value.code == 130 and not (out / "metrics.json").exists()
+    run("dino", "--resume", "--out", out)
+    assert len(taken) == 9
+    assert (out / "log.csv").read_bytes() == (trained / "log.csv").read_bytes()
+    ours, whole = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (out, trained))
+    for part in ("student", "teacher"):
+        assert all(torch.equal(ours[part][k], v) for k, v in whole[part].items())
+
+
+def test_a_collapsed_run_is_stopped_with_a_clear_line(pictures, tmp_path, capsys, monkeypatch):
+    """A teacher whose output is the same for every picture: uniform, and constant."""
+    import ssm
+    for kind, logits in (("uniform", torch.zeros(1, 32)), ("constant", 9 * torch.eye(32)[:1])):
+        monkeypatch.setattr(ssm.DINOHead, "forward", lambda self, x: logits.expand(len(x), -1) + 0 * self.last_layer.weight_v.sum())
+        monkeypatch.setattr(ssm, "move_center", lambda center, teacher: None)
+        line = error(capsys, "dino", "--images", pictures, *TINY_DINO, "--out", tmp_path / kind)
+        assert f"collapse: the teacher's output was {kind} for every picture all through epoch 1" in line
+
+
+def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(trained, pictures, tmp_path, capsys):
+    import data
+    import ssm
+    out = tmp_path / "f.npz"
+    run("extract", "--images", pictures, "--weights", f"vim={trained},random=vit_micro:random", "--last", 2, "--size", 32, "--out", out)
+    z = np.load(out)
+    assert z["vim"].shape == (34, 96) and z["random"].shape == (34, 192)
+    assert list(z["label_names"]) == ["disc", "square"] and (z["split"] == "train").sum() == 24
+    model = ssm.load_weights(ssm.vim_micro(size=16), trained / "checkpoint.pt").eval()
+    x = data.plain_view(32)(data.open_image(tmp_path / z["images"][7]))[None]
+    torch.testing.assert_close(torch.from_numpy(z["vim"][7]), model.features(x)[0].detach(), rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    run("probe", "--data", out, "--json", tmp_path / "p.json")
+    table, found = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
+    assert "vim, linear" in table and "random, 200-NN" in table and "24 samples to learn from, 10 to test on" in table
+    assert set(found["vim"]["linear"]) == {"accuracy", "balanced accuracy", "F1", "AUC"}
+    run("sparc", "--data", out, "--latents", 20, "--k", 2, "--batch", 8, "--epochs", 2, "--out", tmp_path / "r")
+    run("extract", "--images", pictures, "--weights", f"vim={trained}", "--tokens", "--out", tmp_path / "t.npz")
+    assert np.load(tmp_path / "t.npz")["vim"].shape == (34, 4, 96)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["dino"], "--images is missing"), (["dino", "--images", "/no/such"], "no folder /no/such"),
+    (["dino", "--images", "{p}", "--arch", "vgg"], "--arch vgg - take one of vit_tiny"),
+    (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two shares"),
+    (["dino", "--images", "{p}", "--size", "30"], "images are 30x30"),
+    (["extract", "--images", "{p}"], "--weights is missing"),
+    (["extract", "--images", "{p}", "--weights", "a"], "--weights a - write name=RUN"),
+    (["extract", "--images", "{p}", "--weights", "a=/no"], "/no is no dino run"),
+    (["extract", "--images", "{p}", "--weights", "a=vit_micro:/no/w.pth"], "no weights at /no/w.pth"),
+    (["probe", "--data", "{f}"], "has no integer labels")])
+def test_bad_backbone_input_is_one_line(pictures, features, tmp_path, capsys, argv, message):
+    argv = [a.format(p=pictures, f=features) for a in argv]
+    if argv[0] != "probe":
+        argv += ["--out", tmp_path / "o"]
+    assert message in error(capsys, *argv)
+    assert not (tmp_path / "o").exists()
