@@ -502,23 +502,24 @@ class Crops:
 
     size, local_size    sides in pixels          scale, local_scale    share of the image's area that a crop covers
     blur                largest radius of the Gaussian blur: 2 px suits 224 px, smaller images want less
+    colour              strength of colour jitter, grey and solarised views: 1 is DINO's; where colour tells things apart, less
     pathology           vertical flips, right-angle turns and mild stain jitter as well: ours, for tissue and cells
     All randomness comes from torch's global generator.
     """
 
-    def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.), local_scale=(0.05, 0.4), blur=2.,
+    def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.), local_scale=(0.05, 0.4), blur=2., colour=1.,
                  pathology=False):
         t = vision().transforms
         extra = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)] if pathology else []
-        colour = [t.RandomHorizontalFlip(), *extra, t.RandomApply([t.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-                  t.RandomGrayscale(0.2)]
+        change = [t.RandomHorizontalFlip(), *extra, t.RandomGrayscale(0.2 * colour),
+                  t.RandomApply([t.ColorJitter(0.4 * colour, 0.4 * colour, 0.2 * colour, 0.1 * colour)], 0.8)]
         end = [t.ToTensor(), t.Normalize(*IMAGENET)]
 
         def view(side, area, blur_share, *more):
             crop = t.RandomResizedCrop(side, area, interpolation=t.InterpolationMode.BICUBIC)
             blurred = t.RandomApply([t.Lambda(functools.partial(random_blur, most=blur))], blur_share)
-            return t.Compose([crop, *colour, blurred, *more, *end])
-        self.views = [view(size, scale, 1.), view(size, scale, 0.1, t.RandomSolarize(128, 0.2)),
+            return t.Compose([crop, *change, blurred, *more, *end])
+        self.views = [view(size, scale, 1.), view(size, scale, 0.1, t.RandomSolarize(128, 0.2 * colour)),
                       *[view(local_size, local_scale, 0.5)] * n_local]
 
     def __call__(self, image):

@@ -75,6 +75,7 @@ DINO = {
     "global-scale": ("0.4,1", str, "share of the area that a global crop covers, from,to"),
     "local-scale": ("0.05,0.4", str, "the same for local crops"),
     "blur": (2., float, "largest radius of the blur in pixels; less for small pictures"),
+    "colour": (1., float, "strength of the colour changes; less where colour tells things apart"),
     "pathology": (False, bool, "vertical flips, right-angle turns, mild stain jitter too (ours)"),
     "prototypes": (65536, int, "K, outputs of the head"),
     "head-hidden": (2048, int, "width of the head"),
@@ -107,7 +108,7 @@ FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device"}
 PLANTED = {"latents": 128, "k": 6, "batch": 128, "lr": 2e-3, "epochs": 60, "norm": "none", "null": True}
 MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit_after": -1,
            "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1,
-           "workers": 0, "last": 1, "blur": 0, "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
+           "workers": 0, "last": 1, "blur": 0, "colour": 0, "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
            "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
 FEW_STEPS = 2000
 
@@ -703,7 +704,7 @@ def train_dino(flags, images, rows, folder, saved):
     center = torch.zeros(flags.prototypes, device=flags.device)
     optimiser = torch.optim.AdamW(ssm.decay_groups(student, flags.decay_ssm))
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, number_pair(flags, "global_scale"),
-                       number_pair(flags, "local_scale"), flags.blur, flags.pathology)
+                       number_pair(flags, "local_scale"), flags.blur, flags.colour, flags.pathology)
     batches = data.Batches(rows, flags.batch, flags.seed, "samples", drop_last=True)
     epoch, step, most, checkpoint = batches.epoch, 0, 0., out_path(folder, "checkpoint.pt")
     n_steps, warmup = flags.epochs * epoch, flags.warmup * epoch
