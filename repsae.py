@@ -79,6 +79,7 @@ DINO = {
     "pathology": (False, bool, "vertical flips, right-angle turns, mild stain jitter too (ours)"),
     "prototypes": (65536, int, "K, outputs of the head"),
     "head-hidden": (2048, int, "width of the head"),
+    "bottleneck": (256, int, "width of its last layer, where lengths become 1"),
     "norm-last": (True, bool, "keep the prototypes at unit length"),
     "teacher-temp": (0.04, float, "temperature of the teacher"),
     "teacher-temp-start": (0.04, float, "the same in the first epoch"),
@@ -107,7 +108,7 @@ FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device"}
 # Settings for the made-up streams, which have 48 concepts and 4,800 training samples: the thesis's are for a million.
 PLANTED = {"latents": 128, "k": 6, "batch": 128, "lr": 2e-3, "epochs": 60, "norm": "none", "null": True}
 MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit_after": -1,
-           "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1,
+           "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1, "bottleneck": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1,
            "workers": 0, "last": 1, "blur": 0, "colour": 0, "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
            "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
 FEW_STEPS = 2000
@@ -697,7 +698,7 @@ def train_dino(flags, images, rows, folder, saved):
 
     def net(drop_path):
         backbone = make_backbone(flags.arch, size=flags.size, patch=flags.patch, drop_path=drop_path)
-        head = ssm.DINOHead(backbone.dim, flags.prototypes, flags.head_hidden, norm_last=flags.norm_last)
+        head = ssm.DINOHead(backbone.dim, flags.prototypes, flags.head_hidden, flags.bottleneck, flags.norm_last)
         return ssm.MultiCrop(backbone, head).to(flags.device)
     student, teacher = net(flags.drop_path).train(), net(0.).eval().requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
