@@ -38,6 +38,12 @@ def same_in_scale(found, expected, tolerance):
     same(found / scale, expected / scale, tolerance)
 
 
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """The torch backend takes as many tokens at a time as fit its budget: here as few as it can, so that chunks join."""
+    monkeypatch.setattr(ssm, "CHUNK", 1)
+
+
 # -- the scan ----------------------------------------------------------------------------------------------------------
 
 def tokens_first(v):
@@ -72,8 +78,10 @@ def test_the_reference_is_the_recurrence_done_by_hand_for_one_state():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("chunk", [1, ssm.CHUNK])
 @pytest.mark.parametrize("seed", range(6))
-def test_backends_agree_with_the_reference_over_random_shapes(backend, seed):
+def test_backends_agree_with_the_reference_over_random_shapes(backend, chunk, seed, monkeypatch):
+    monkeypatch.setattr(ssm, "CHUNK", chunk)
     g = np.random.default_rng(seed)
     E, G = int(g.integers(1, 90)), int(g.integers(0, 4))
     shape = {"B": int(g.integers(1, 4)), "L": [1, 31, 32, 33, 64, 197][seed], "D": E * max(G, 1), "N": [1, 16, 3, 8, 1, 5][seed], "G": G}
@@ -624,6 +632,21 @@ def test_uniform_and_constant_outputs_carry_no_information(teacher, entropy):
     assert h == pytest.approx(entropy, abs=1e-4) and information == pytest.approx(0, abs=1e-5)
     h, information = ssm.output_entropy(torch.eye(16)[:8])
     assert h == pytest.approx(0, abs=1e-6) and information == pytest.approx(np.log(8), abs=1e-5)
+
+
+def test_vim_keeps_its_residual_in_float32_under_autocast():
+    model, seen = ssm.vim_micro(), []
+    for layer in model.layers:
+        layer.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 3, 32, 32))
+    assert seen == [torch.float32] * 4
+
+
+def test_vim_starts_from_patch_weights_as_wide_as_released():
+    """timm 0.4.12 divides LeCun's standard deviation by 0.8796 for a truncation at 2, which is 50 deviations away."""
+    weight = ssm.vim_tiny().patch_embed.proj.weight
+    assert weight.std().item() == pytest.approx((3 * 16 * 16) ** -0.5 / 0.87962566, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["vit_micro", "vim_micro", "vmamba_micro"])
