@@ -108,8 +108,9 @@ FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device"}
 # Settings for the made-up streams, which have 48 concepts and 4,800 training samples: the thesis's are for a million.
 PLANTED = {"latents": 128, "k": 6, "batch": 128, "lr": 2e-3, "epochs": 60, "norm": "none", "null": True}
 MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit_after": -1,
-           "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1, "bottleneck": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1,
-           "workers": 0, "last": 1, "blur": 0, "colour": 0, "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
+           "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1,
+           "bottleneck": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1, "workers": 0, "last": 1, "blur": 0, "colour": 0,
+           "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
            "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
 FEW_STEPS = 2000
 
@@ -928,7 +929,7 @@ def contender(kind, dims, device, batch=256, latents=8192, k=64):
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
     else:
         optimiser = sae.make_optimiser(model)
-    step = {"sparse": sae.train_step, "bf16": sae.train_step, "phases": phases, "dense": dense_step, "dense fused": dense_step}[kind]
+    step = {"phases": phases, "dense": dense_step, "dense fused": dense_step}.get(kind, sae.train_step)
 
     def run():
         result = step(model, optimiser, x)
@@ -993,7 +994,8 @@ def bench_sparc(dims, rounds, device):
             "dense_step_ms": round(ms["dense"], 1), "dense_fused_step_ms": round(ms["dense fused"], 1),
             "ratio": round(ms["dense"] / ms["sparse"], 2), "fused_ratio": round(ms["dense fused"] / ms["sparse"], 2),
             "phase_ms": {name: round(1000 * statistics.median(p[name] for p in apart), 1) for name in apart[0]},
-            "peak_mb": judge.in_child(step_memory, "sparse", dims, device), "dense_peak_mb": judge.in_child(step_memory, "dense", dims, device)}
+            "peak_mb": judge.in_child(step_memory, "sparse", dims, device),
+            "dense_peak_mb": judge.in_child(step_memory, "dense", dims, device)}
 
 
 def bench_rows(rows):
@@ -1089,7 +1091,8 @@ def scan_contenders(size, device):
     u, z, gy, delta = (torch.randn(b, L, D, generator=g).to(device) for _ in range(4))
     B, C = (torch.randn(b, L, N, generator=g).to(device) for _ in range(2))
     A = -torch.arange(1., N + 1, device=device).repeat(D, 1)
-    inputs = [v.requires_grad_() for v in (u, delta / 2 - 3, A, B, C, torch.ones(D, device=device), z, torch.zeros(D, device=device))]
+    skip, bias = torch.ones(D, device=device), torch.zeros(D, device=device)
+    inputs = [v.requires_grad_() for v in (u, delta / 2 - 3, A, B, C, skip, z, bias)]
 
     def whole(core):
         """Around a bare scan what selective_scan does around its own."""
@@ -1103,11 +1106,18 @@ def scan_contenders(size, device):
                 return scan(*inputs)
         return forward, lambda: torch.autograd.grad(scan(*inputs), inputs, gy)
     backends = {name: functools.partial(ssm.selective_scan, backend=name) for name in ("reference", "torch", "native")}
-    found = {"loop over slices (reference)": both(backends["reference"]), "loop over unbind, autograd": both(whole(loop_scan)),
+    found = {"loop over slices (reference)": both(backends["reference"]),
+             "loop over unbind, autograd": both(whole(loop_scan)),
              "parallel scan (Blelloch)": both(whole(textbook_scan)), "torch (ours)": both(backends["torch"])}
     if ssm.native() and ssm.native().serves(u, N):
         found["native (ours)"] = both(backends["native"])
     return found
+
+
+def apart(device, function, *args):
+    """On the CPU in a process of its own, whose memory is its own; a GPU counts by itself."""
+    import eval as judge
+    return judge.in_child(function, *args) if device == "cpu" else function(*args)
 
 
 def scan_memory(size, device, name):
@@ -1133,9 +1143,9 @@ def bench_scan(device):
             ms = judge.median_ms(forward, device)
             slow = "slices" in name and size[1] > 1024       # its gradient grows with L^2: minutes
             full = None if slow else judge.median_ms(both, device)
-            memory = None if slow else scan_memory(size, device, name) if device != "cpu" else judge.in_child(scan_memory, size, device, name)
-            r["ways"][name] = {"forward_ms": ms, "both_ms": full, "forward_ratio": ms / floor, "both_ratio": full and full / floor,
-                               "peak_mb": memory, "forward_gb_s": moved / ms / 1e6}
+            memory = None if slow else apart(device, scan_memory, size, device, name)
+            r["ways"][name] = {"forward_ms": ms, "both_ms": full, "forward_ratio": ms / floor,
+                               "both_ratio": full and full / floor, "peak_mb": memory, "forward_gb_s": moved / ms / 1e6}
         results.append(r)
     return results
 
@@ -1148,8 +1158,8 @@ def print_scan(results, device):
         gpu = [] if device == "cpu" else ["forward GB/s"]
         header = ["selective scan", "forward ms", "forward+backward ms", "forward / exp", "f+b / exp", "peak MB", *gpu]
         rows = [["exp alone", r["exp_ms"], None, 1., None, None, *[None for _ in gpu]]]
-        rows += [[name, *(w[k] for k in ("forward_ms", "both_ms", "forward_ratio", "both_ratio", "peak_mb")), *(w["forward_gb_s"] for _ in gpu)]
-                 for name, w in r["ways"].items()]
+        columns = ["forward_ms", "both_ms", "forward_ratio", "both_ratio", "peak_mb", *("forward_gb_s" for _ in gpu)]
+        rows += [[name, *(w[k] for k in columns)] for name, w in r["ways"].items()]
         print(judge.text_table(header, rows))
 
 
@@ -1157,7 +1167,7 @@ def backbone_contenders(device):
     """dict name -> function(side) -> (forward, forward and backward) of one image of that side."""
     import ssm
     import torch
-    # The gradients of tokens far from the class token fall below the smallest normal number, which CPUs compute slowly with.
+    # The gradients of tokens far from the class token fall below the smallest normal number, which slows CPUs down.
     torch.set_flush_denormal(True)
 
     def both(make, side, backend="torch", keep=False):
@@ -1175,7 +1185,8 @@ def backbone_contenders(device):
         return forward, lambda: model(x).sum().backward()
     found = {"ViT-tiny, fused attention": functools.partial(both, ssm.vit_tiny),
              "ViT-tiny, attention matrix": functools.partial(both, ssm.vit_tiny, keep=True)}
-    for backend in ("reference", "torch", *(["native"] if ssm.native() and ssm.native().serves(torch.zeros(1, device=device), 16) else [])):
+    compiled = ssm.native() and ssm.native().serves(torch.zeros(1, device=device), 16)
+    for backend in ("reference", "torch", "native") if compiled else ("reference", "torch"):
         found[f"Vim-tiny, {backend}"] = functools.partial(both, ssm.vim_tiny, backend=backend)
     return found
 
@@ -1202,7 +1213,7 @@ def bench_backbones(device):
             if not slow:
                 found["both_ms"] = judge.median_ms(training, device, 5)
             for i, key in enumerate(("forward_mb", "both_mb")[:1 if slow else 2]):
-                found[key] = (backbone_memory if device != "cpu" else functools.partial(judge.in_child, backbone_memory))(side, device, name, i)
+                found[key] = apart(device, backbone_memory, side, device, name, i)
         results.append(r)
     return results
 
@@ -1214,8 +1225,10 @@ def print_backbones(results, device, svg):
                        ("forward_mb", "peak memory of forward, MB"), ("both_mb", "peak memory of forward + backward, MB")):
         values = {name: [r["models"].get(name, {}).get(key) for r in results] for name in names}
         print(f"\n{title}; one image, float32, {device}")
-        print(judge.text_table(["tokens", *map(str, tokens)], [[name, *(x and f"{x:,.{0 if x >= 100 else 1}f}" for x in v)] for name, v in values.items()]))
-        pictures.append(judge.svg_lines({name: list(enumerate(v)) for name, v in values.items()}, "tokens", title, list(map(str, tokens)), log=True))
+        header, curves = list(map(str, tokens)), {name: list(enumerate(v)) for name, v in values.items()}
+        print(judge.text_table(["tokens", *header], [
+            [name, *(x and f"{x:,.{0 if x >= 100 else 1}f}" for x in v)] for name, v in values.items()]))
+        pictures.append(judge.svg_lines(curves, "tokens", title, header, log=True))
     if svg:
         judge.write_text(svg, judge.standalone_svg(*pictures))
         say(f"wrote {svg}")
@@ -1227,7 +1240,8 @@ def cmd_build(flags):
     try:
         built = ssm.build_native(verbose=True)
     except Exception as e:                                   # the compiler's own words are above
-        raise InputError(f"the native scan cannot be built ({ssm.first_line(e)}) - it needs ninja and a C++ compiler; everything works without it")
+        raise InputError(f"the native scan cannot be built ({ssm.first_line(e)}) - it needs ninja and a C++ compiler; "
+                         "everything works without it")
     print(f"built {built.__file__}; set REPSAE_NATIVE=1 to use it")
 
 
@@ -1245,8 +1259,9 @@ def cmd_bench(flags):
     if everything or flags.what == "rows":
         found["rows"] = [bench_rows(n) for n in (40_000, 400_000)]
         print("\n300 steps and an evaluation on a memory-mapped folder of float16, widths 1024 + 768 + 768, L 8192, k 64")
+        columns = ["data_mb", "peak_mb", "read_s", "train_s", "evaluate_s"]
         print(judge.text_table(["rows", "data MB", "peak MB (RssAnon)", "read s", "train s", "evaluate s"],
-                               [[f"{r['rows']:,}", r["data_mb"], r["peak_mb"], r["read_s"], r["train_s"], r["evaluate_s"]] for r in found["rows"]]))
+                               [[f"{r['rows']:,}", *(r[c] for c in columns)] for r in found["rows"]]))
     if everything or flags.what == "scan":
         found["scan"] = bench_scan(flags.device)
         print_scan(found["scan"], flags.device)
@@ -1259,14 +1274,16 @@ def cmd_bench(flags):
 
 def print_sparc(r, device, threads):
     import eval as judge
-    print(f"\nM = {len(r['streams'])} streams, {sum(r['streams'].values())} dimensions in all, batch 256, L 8192, k 64, {threads} threads, {device}")
+    print(f"\nM = {len(r['streams'])} streams, {sum(r['streams'].values())} dimensions in all, batch 256, L 8192, k 64, "
+          f"{threads} threads, {device}")
     print(judge.text_table(["one training step", "ms", "times ours", "peak MB"], [
         ["sparse (ours)", r["step_ms"], 1., r["peak_mb"]],
         ["sparse, --select bf16", r["bf16_step_ms"], r["bf16_step_ms"] / r["step_ms"], None],
         ["dense, Adam's defaults (the authors' way)", r["dense_step_ms"], r["ratio"], r["dense_peak_mb"]],
         ["dense, fused Adam", r["dense_fused_step_ms"], r["fused_ratio"], None]]))
     total = sum(r["phase_ms"].values())
-    print("ours by phase: " + ", ".join(f"{name} {ms:.0f} ms ({100 * ms / total:.0f} %)" for name, ms in r["phase_ms"].items()))
+    print("ours by phase: " + ", ".join(f"{name} {ms:.0f} ms ({100 * ms / total:.0f} %)"
+                                        for name, ms in r["phase_ms"].items()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1318,12 +1335,13 @@ command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in
 command("sweep", cmd_sweep, (DATA, {k: v for k, v in MODEL.items() if k != "topk"}, TRAINING, RUN), "runs/sweep",
         extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=")})
 command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
-command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}), "feats.npz",
-        extra={"weights": (None, str, "name=RUN of dino, name=arch:FILE, or name=arch:random; several, separated by commas"),
-               "size": (0, int, "side to judge at; 0 for the one trained at"),
-               "last": (4, int, "ViT: class tokens of so many last blocks side by side"),
-               "tokens": (False, bool, "patch tokens (N, T, d) instead of the class token")})
-command("probe", cmd_probe, (DATA, SEED, BENCH), extra={"strength": (1., float, "C of the linear probe: larger is less regular")})
+command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
+        "feats.npz", extra={"weights": (None, str, "name=RUN of dino, name=arch:FILE, or name=arch:random; several, separated by commas"),
+                            "size": (0, int, "side to judge at; 0 for the one trained at"),
+                            "last": (4, int, "ViT: class tokens of so many last blocks side by side"),
+                            "tokens": (False, bool, "patch tokens (N, T, d) instead of the class token")})
+command("probe", cmd_probe, (DATA, SEED, BENCH),
+        extra={"strength": (1., float, "C of the linear probe: larger is less regular")})
 command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
 
