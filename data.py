@@ -409,7 +409,7 @@ def vision():
             raise
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        # lives as long as it is kept
+        # kept, because its operators go when it does
         vision.library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             vision.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -502,7 +502,7 @@ class Crops:
 
     size, local_size    sides in pixels          scale, local_scale    share of the image's area that a crop covers
     blur                largest radius of the Gaussian blur: 2 px suits 224 px, smaller images want less
-    colour              strength of colour jitter, grey and solarised views: 1 is DINO's; where colour tells things apart, less
+    colour              strength of colour jitter, grey and solarised views: 1 is DINO's; less where colour matters
     pathology           vertical flips, right-angle turns and mild stain jitter as well: ours, for tissue and cells
     All randomness comes from torch's global generator.
     """
@@ -511,8 +511,8 @@ class Crops:
                  pathology=False):
         t = vision().transforms
         extra = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)] if pathology else []
-        change = [t.RandomHorizontalFlip(), *extra, t.RandomGrayscale(0.2 * colour),
-                  t.RandomApply([t.ColorJitter(0.4 * colour, 0.4 * colour, 0.2 * colour, 0.1 * colour)], 0.8)]
+        jitter = t.ColorJitter(0.4 * colour, 0.4 * colour, 0.2 * colour, 0.1 * colour)
+        change = [t.RandomHorizontalFlip(), *extra, t.RandomApply([jitter], 0.8), t.RandomGrayscale(0.2 * colour)]
         end = [t.ToTensor(), t.Normalize(*IMAGENET)]
 
         def view(side, area, blur_share, *more):
@@ -527,10 +527,12 @@ class Crops:
 
 
 def random_blur(image, most):
+    """Gaussian blur of a random radius, from 0.1 (or `most`, if less) to `most` pixels."""
     return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(min(0.1, most), most).item()))
 
 
 def quarter_turns(image):
+    """A random number of right-angle turns."""
     return image.rotate(90 * int(torch.randint(4, (1,))))
 
 

@@ -740,11 +740,14 @@ def write_report(path, title, sections):
 
 
 def write_json(path, value):
+    """Whole or not at all; NaN is refused, since JSON has none."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_torch(path, state):
-    torch.save(state, f"{path}.tmp")
+    """Whole or not at all, as `write_text`."""
+    with open(f"{path}.tmp", "wb") as f:                     # a handle, not a name: the name would go into the bytes
+        torch.save(state, f)
     os.replace(f"{path}.tmp", path)
 
 
@@ -877,6 +880,7 @@ def median_ms(run, device, rounds=15, patience=3.):
 
 
 def round_or_none(x):
+    """A whole number, or None as it is."""
     return None if x is None else round(x)
 
 

@@ -12,6 +12,7 @@ import csv
 import functools
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -124,6 +125,7 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def out_path(folder, name):
+    """The path of a file in a run folder."""
     return os.path.join(folder, name)
 
 
@@ -162,6 +164,7 @@ def make_folder(folder, fresh):
 
 
 def versions():
+    """What a run depends on besides its flags: a dict for config.json."""
     import numpy
     import scipy
     import torch
@@ -214,7 +217,7 @@ class Log:
 
 
 class Interrupted(Exception):
-    pass
+    """Training was asked to stop, and has saved."""
 
 
 def train(flags, features, folder, saved=None, command="sparc"):
@@ -515,6 +518,7 @@ def cmd_eval(flags):
 
 def cmd_encode(flags):
     """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k)."""
+    import data
     import numpy as np
     if os.path.exists(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} exists - use --overwrite or another --out")
@@ -525,9 +529,7 @@ def cmd_encode(flags):
     arrays = {f"{s}_{name}": v for s, pair in codes.items() for name, v in zip(("indices", "values"), pair)}
     if "ids" in features.about:
         arrays["ids"] = features.about["ids"]
-    with open(flags.out + ".tmp", "wb") as f:
-        np.savez(f, **arrays, n_latents=model.n_latents, mode=flags.mode)
-    os.replace(flags.out + ".tmp", flags.out)
+    data.write_npz(flags.out, {**arrays, "n_latents": model.n_latents, "mode": flags.mode})
     say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
@@ -638,6 +640,7 @@ def parse_over(over):
 
 
 def print_summary(metrics):
+    """The table at the end of a run: joint and alone side by side, and the planted concepts that were found."""
     import eval as judge
     header, rows = judge.summary(metrics)
     print(f"\n{judge.text_table(header, rows)}\n\n{metrics['rows']} samples of the {metrics['split']} split")
@@ -663,22 +666,23 @@ def cmd_dino(flags):
 
 
 def needed(flags, name):
+    """The value of a flag that has no default; raises InputError when it was not given."""
     if not flags[name]:
         raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
     return flags[name]
 
 
 def make_backbone(arch, **settings):
+    """A preset of ssm.py by name; settings that are None are left to it, and size and patch where it knows none (VMamba)."""
     import ssm
     if arch not in ssm.PRESETS:
         raise InputError(f"--arch {arch} - take one of {', '.join(ssm.PRESETS)}")
-    try:
-        return ssm.PRESETS[arch](**{k: v for k, v in settings.items() if v is not None})
-    except TypeError:                                        # VMamba has no positions, hence no size and no patch
-        return ssm.PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in ("size", "patch")})
+    skip = ("size", "patch") if arch.startswith("vmamba") else ()
+    return ssm.PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
 
 
 def number_pair(flags, name):
+    """"0.4,1" -> (0.4, 1.0), shares of an image's area; raises InputError when it is not two of them in order."""
     try:
         low, high = map(float, flags[name].split(","))
         if 0 < low <= high <= 1:
@@ -688,13 +692,10 @@ def number_pair(flags, name):
     raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two shares of the area, for example 0.4,1")
 
 
-def train_dino(flags, images, rows, folder, saved):
-    import data
-    import eval as judge
+def dino_nets(flags):
+    """Student (in training), teacher (never), centre (K,) and optimiser of a run that has not begun."""
     import ssm
     import torch
-    torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
-    shape = {"arch": flags.arch, "size": flags.size, "patch": flags.patch}
     torch.manual_seed(flags.seed)
 
     def net(drop_path):
@@ -703,13 +704,35 @@ def train_dino(flags, images, rows, folder, saved):
         return ssm.MultiCrop(backbone, head).to(flags.device)
     student, teacher = net(flags.drop_path).train(), net(0.).eval().requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
-    center = torch.zeros(flags.prototypes, device=flags.device)
     optimiser = torch.optim.AdamW(ssm.decay_groups(student, flags.decay_ssm))
+    return student, teacher, torch.zeros(flags.prototypes, device=flags.device), optimiser
+
+
+def dino_schedule(flags, step, epoch):
+    """What `ssm.dino_step` is to use in a step; `epoch` is the number of steps in one."""
+    import ssm
+    n_steps = flags.epochs * epoch
+    return {"lr": ssm.cosine_schedule(step, n_steps, flags.lr * flags.batch / 256, flags.min_lr, flags.warmup * epoch),
+            "weight_decay": ssm.cosine_schedule(step, n_steps, flags.weight_decay, flags.weight_decay_end),
+            "momentum": ssm.cosine_schedule(step, n_steps, flags.momentum, 1.),
+            "teacher_temp": ssm.teacher_temperature(step // epoch, flags.teacher_temp_start, flags.teacher_temp,
+                                                    flags.teacher_warmup),
+            "clip": flags.clip, "freeze_last": step < flags.freeze_last * epoch}
+
+
+def train_dino(flags, images, rows, folder, saved):
+    """Train, or go on training, the backbone of `flags` on the images `rows`, and report. Stops when it has collapsed."""
+    import data
+    import eval as judge
+    import ssm
+    import torch
+    torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
+    student, teacher, center, optimiser = dino_nets(flags)
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, number_pair(flags, "global_scale"),
                        number_pair(flags, "local_scale"), flags.blur, flags.colour, flags.pathology)
     batches = data.Batches(rows, flags.batch, flags.seed, "samples", drop_last=True)
     epoch, step, most, checkpoint = batches.epoch, 0, 0., out_path(folder, "checkpoint.pt")
-    n_steps, warmup = flags.epochs * epoch, flags.warmup * epoch
+    n_steps = flags.epochs * epoch
     with torch.no_grad():                                    # sizes that do not fit fail here, before anything is written
         teacher([torch.zeros(1, 3, side, side, device=flags.device) for side in (flags.size, flags.local_size)])
     make_folder(folder, fresh=not saved)
@@ -722,32 +745,24 @@ def train_dino(flags, images, rows, folder, saved):
                                                        "pictures": len(images), "versions": versions()})
     log = Log(out_path(folder, "log.csv"), step)
     watch = Watch(images, teacher.backbone, flags)
-    start = {} if step else {"knn_start": watch.knn()}
+    if not step and len(watch.test):
+        say(f"before training: k-NN {watch.knn():.3f} (balanced accuracy), raw pixels {watch.knn(raw=True):.3f}")
 
     def save():
         judge.write_torch(checkpoint, {"student": student.state_dict(), "teacher": teacher.state_dict(), "most": most,
-                                       "optimiser": optimiser.state_dict(), "center": center, "step": step, **shape})
-    knn = start.get("knn_start")
-    if knn is not None:
-        say(f"before training: k-NN {knn:.3f} (balanced accuracy), raw pixels {watch.knn(raw=True):.3f}")
+                                       "optimiser": optimiser.state_dict(), "center": center, "step": step})
     with Keeper(flags, n_steps, step, log, save) as keep:
         for views in data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers):
             torch.manual_seed(flags.seed * 1_000_003 + step)                                # of drop path
-            found = ssm.dino_step(
-                student, teacher, center, optimiser, [v.to(flags.device) for v in views],
-                lr=ssm.cosine_schedule(step, n_steps, flags.lr * flags.batch / 256, flags.min_lr, warmup),
-                weight_decay=ssm.cosine_schedule(step, n_steps, flags.weight_decay, flags.weight_decay_end),
-                momentum=ssm.cosine_schedule(step, n_steps, flags.momentum, 1.), clip=flags.clip,
-                teacher_temp=ssm.teacher_temperature(step // epoch, flags.teacher_temp_start, flags.teacher_temp,
-                                                     flags.teacher_warmup),
-                freeze_last=step < flags.freeze_last * epoch)
-            step, most, knn = step + 1, max(most, found["information"]), ""
+            found = ssm.dino_step(student, teacher, center, optimiser, [v.to(flags.device) for v in views],
+                                  **dino_schedule(flags, step, epoch))
+            step, most = step + 1, max(most, found["information"])
             ended = step % epoch == 0
-            if ended and (step // epoch % flags.knn_every == 0 or step == n_steps):
-                knn = watch.knn()
+            judged = ended and (step // epoch % flags.knn_every == 0 or step == n_steps)
+            knn = watch.knn() if judged else None
             keep(step, lambda: {"epoch": round(step / epoch, 3), **found, "knn": "" if knn is None else knn},
-                 lambda: f"loss {found['loss']:.3f}  information {found['information']:.2f}{f'  k-NN {knn:.3f}' if knn else ''}",
-                 ended)
+                 lambda: f"loss {found['loss']:.3f}  information {found['information']:.2f}"
+                         f"{'' if knn is None else f'  k-NN {knn:.3f}'}", ended)
             if ended and most < COLLAPSED:
                 raise InputError(collapse_message(found["entropy"], flags, step // epoch))
             most = 0. if ended else most
@@ -758,7 +773,7 @@ COLLAPSED = 1e-3    # nats that the teacher's outputs tell of their images, at m
 
 
 def collapse_message(entropy, flags, epoch):
-    import math
+    """Which of the two collapses it was, by the entropy of the teacher's output, and what may help."""
     kind = "uniform" if entropy > 0.9 * math.log(flags.prototypes) else "constant"
     return (f"collapse: the teacher's output was {kind} for every picture all through epoch {epoch} (entropy {entropy:.3f} of "
             f"ln K = {math.log(flags.prototypes):.3f}) - lower --lr or --teacher-temp, or raise --batch or --warmup")
@@ -858,11 +873,9 @@ def load_backbone(spec, flags):
     if not where:
         raise InputError(f"--weights {spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
     if path:
+        torch.manual_seed(flags.seed)
         model = make_backbone(arch, size=flags.size or None)
-        if path == "random":
-            torch.manual_seed(flags.seed)
-            model = make_backbone(arch, size=flags.size or None)
-        else:
+        if path != "random":
             ssm.load_weights(model, path)
     else:
         config = out_path(where, "config.json")
@@ -1017,8 +1030,9 @@ def bench_rows(rows):
 
 
 def train_on_rows(folder, n_steps=300):
-    import eval as judge
+    """Train and judge on a folder, in a process of its own: its rows, peak RssAnon in MB, and seconds by phase."""
     import data
+    import eval as judge
     import sae
     with judge.PeakMemory() as peak:
         marks = [time.time()]
@@ -1121,6 +1135,7 @@ def apart(device, function, *args):
 
 
 def scan_memory(size, device, name):
+    """MB that one forward and backward of a contender needs."""
     import eval as judge
     scan_contenders((1, 64, 8, 4), device)[name][1]()        # what is loaded and started but once is not the scan's
     return judge.round_or_none(judge.peak_of(scan_contenders(size, device)[name][1], device))
@@ -1151,6 +1166,7 @@ def bench_scan(device):
 
 
 def print_scan(results, device):
+    """`bench_scan`'s figures as a table for each size; on a GPU with the rate of memory moved."""
     import eval as judge
     for r in results:
         b, L, D, N = r["B, L, D, N"]
@@ -1192,6 +1208,7 @@ def backbone_contenders(device):
 
 
 def backbone_memory(side, device, name, training):
+    """MB that one forward, or with `training` forward and backward, needs beyond the model."""
     import eval as judge
     make = backbone_contenders(device)[name]
     make(64)[training]()
@@ -1219,6 +1236,7 @@ def bench_backbones(device):
 
 
 def print_backbones(results, device, svg):
+    """`bench_backbones`' figures as tables against tokens, and as charts in the file `svg`, if named."""
     import eval as judge
     names, tokens, pictures = list(results[0]["models"]), [r["tokens"] for r in results], []
     for key, title in (("forward_ms", "forward, ms"), ("both_ms", "forward + backward, ms"),
@@ -1273,6 +1291,7 @@ def cmd_bench(flags):
 
 
 def print_sparc(r, device, threads):
+    """One size of `bench_sparc`: the contenders as a table, and our step by phase."""
     import eval as judge
     print(f"\nM = {len(r['streams'])} streams, {sum(r['streams'].values())} dimensions in all, batch 256, L 8192, k 64, "
           f"{threads} threads, {device}")
@@ -1307,6 +1326,8 @@ class Flags(dict):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, with our one line for its errors."""
+
     def error(self, message):
         fail(f"{message} - see python repsae.py {' '.join(self.prog.split()[1:] + ['--help'])}")
 
@@ -1316,6 +1337,7 @@ SEED = {"seed": TRAINING["seed"]}
 
 
 def command(name, run, groups, out=None, positional=(), extra=None, defaults=None):
+    """Enter a command in COMMANDS: the function, its flags (tables merged), its positional arguments, its own defaults."""
     table = {k: v for group in groups for k, v in group.items()}
     if out:
         table["out"] = (out, str, "where to write")
@@ -1375,6 +1397,7 @@ def parse(argv):
 
 
 def check_ranges(flags):
+    """The flags, if every number is at least its MINIMUM and the learning rate positive; raises InputError otherwise."""
     for name, least in MINIMUM.items():
         if name in flags and not flags[name] >= least:
             raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give at least {least}")
@@ -1384,6 +1407,7 @@ def check_ranges(flags):
 
 
 def check_device(flags):
+    """Raise InputError unless torch can use --device."""
     import torch
     try:
         torch.zeros(1, device=flags.device)
@@ -1392,20 +1416,24 @@ def check_device(flags):
 
 
 def say(text):
+    """A line for the user on stderr: results alone go to stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
 @functools.cache
 def say_once(text):
+    """`say`, but the same line only once in a process."""
     say(text)
 
 
 def fail(text):
+    """End as every user error does: one line, exit code 2."""
     say(f"repsae: error: {text}")
     raise SystemExit(2)
 
 
 def main(argv=None):
+    """Run the command that argv names. What a user can mend ends in `fail`; bugs of ours keep their traceback."""
     try:
         run, flags = parse(argv)
         if "device" in flags:

@@ -1,9 +1,9 @@
-"""The selective scan and the three backbones of thesis chapter 3: ViT, Vision Mamba (Vim) and VMamba, in plain PyTorch.
+"""The selective scan, the backbones of thesis chapter 3 (ViT, Vision Mamba, VMamba) and DINO, in plain PyTorch.
 
 Read first   thesis 3.2.1 (Vim in DINO) and 3.3.1 (Vim and VMamba). [1] Gu & Dao, Mamba, arXiv 2312.00752, sections 2-3
              and Algorithm 2; [2] Zhu et al., Vision Mamba; [3] Liu et al., VMamba; Caron et al., DINO; Oquab et al., DINOv2.
 Read in      `_scan_reference` (the recurrence), `selective_scan`, then `_TorchScan` (the same, fast), `Mixer` and `Vim`,
-this order   `SS2D` and `VMamba`, `ViT`; the presets and `load_weights` come last.
+this order   `SS2D` and `VMamba`, `ViT`, `dino_step`; the presets and `load_weights` come last.
 
 Glossary     B batch . L tokens . D channels . N state size . G groups of channels that share B and C
              u      (B, L, D)  the sequence        h      (B, D, N)  the state           y  (B, L, D)  the output
@@ -14,8 +14,8 @@ Glossary     B batch . L tokens . D channels . N state size . G groups of channe
 
 Deviations   exp(delta A) is exact (zero-order hold) but delta B is Euler's, as in the official code of [1] (its Eq. 4 has
              the hold for both). Vim and VMamba keep the released parameter names, misnomers included, so that released
-             files load as they are.
-Not here     training recipes (the commands have them), inference step by step, real-valued D-matrices per token.
+             files load as they are. DINO's weight decay spares the state space's parameters (`decay_groups`).
+Not here     the loop over epochs (repsae.py has it), inference token by token.
 
 This file needs nothing but torch: copy it alone. `csrc/` beside it holds an optional compiled scan.
 
@@ -241,6 +241,7 @@ def native():
 
 
 def first_line(e):
+    """The first line of an exception's message, cut to 160 characters, or its kind if it has none."""
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
 
 
@@ -294,6 +295,8 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two layers with GELU between, (..., d) -> (..., d)."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -371,6 +374,8 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """DINOv2: a learnt factor for each channel of a branch."""
+
     def __init__(self, dim, value):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), value))
@@ -507,6 +512,8 @@ def _delta_bias(n, low=1e-3, high=0.1, floor=1e-4):
 
 
 class VimLayer(nn.Module):
+    """The parts of one layer under their released names; `Vim.run` puts them together."""
+
     def __init__(self, dim, depth, d_state, drop_path):
         super().__init__()
         self.mixer, self.norm = Mixer(dim, depth, d_state), nn.RMSNorm(dim, eps=1e-5)
@@ -630,6 +637,8 @@ class SS2D(nn.Module):
 
 
 class VSSBlock(nn.Module):
+    """Pre-norm block: SS2D, then an MLP, (B, H, W, d) -> same."""
+
     def __init__(self, dim, d_state, drop_path):
         super().__init__()
         self.norm, self.op = nn.LayerNorm(dim), SS2D(dim, d_state)
@@ -821,6 +830,7 @@ def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, mome
 
 
 def move_center(center, teacher, momentum=0.9):
+    """In place: the moving average (K,) of the teacher's logits over batches."""
     center.mul_(momentum).add_(teacher.mean(0), alpha=1 - momentum)
 
 
