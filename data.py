@@ -20,10 +20,12 @@ import sys
 import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
+from xml.etree import ElementTree
 
 import numpy as np
+import scipy.ndimage
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords", "grid", "mask")
 SPLITS = ("train", "val", "test")
@@ -419,12 +421,17 @@ def vision():
 
 @dataclass
 class Images:
-    """Image files and what their folders say: paths (list of N), labels (N,) int or None, label_names, split (N,) or
-    None."""
+    """Pictures and what is known about them: paths (list of N), labels (N,) int or None, label_names, split (N,) or None;
+    boxes (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one, else None."""
     paths: list
     labels: np.ndarray = None
     label_names: list = field(default_factory=list)
     split: np.ndarray = None
+    boxes: np.ndarray = None
+
+    def open(self, i):
+        """Picture i in RGB."""
+        return open_image(self.paths[i]) if self.boxes is None else _slide(self.paths[i]).read(self.boxes[i])
 
     def __len__(self):
         return len(self.paths)
@@ -442,18 +449,32 @@ class Images:
     @property
     def hash(self):
         """Changes with the files' names and sizes."""
-        told = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.paths)
+        told = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.paths) + repr(self.boxes is not None and self.boxes.tolist())
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def read_images(folder):
-    """A folder of pictures, or of one level of class folders, optionally inside train, val and test folders.
+def read_images(path):
+    """A folder of pictures, or of one level of class folders, optionally inside train, val and test folders; a single large
+    picture, which is cut into tiles (`tile_slide`'s defaults); or an .npz of tiles as the `tile` command writes it.
 
-    Every file is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or empty
-    folder, and for a file that cannot be read or is too large to be meant as one picture, by name.
+    Every file of a folder is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or
+    empty folder, and for a file that cannot be read or is too large to be meant as one picture, by name.
     """
+    if path.endswith(".npz"):
+        return _read_tiles(path)
+    if os.path.isfile(path):
+        boxes, _ = tile_slide(path)
+        return Images([path] * len(boxes), boxes=boxes)
+    paths, labels, names, split = _walk(path, PICTURES, "pictures")
+    for p in paths:
+        open_image(p, decode=False)
+    return Images(paths, labels, names, split)
+
+
+def _walk(folder, endings, what):
+    """Files of a folder laid out as `read_images` says: paths, labels (N,) or None, label names, split (N,) or None."""
     if not os.path.isdir(folder):
-        raise InputError(f"no folder {folder} - name a folder of pictures, or of class folders of pictures")
+        raise InputError(f"no folder {folder} - name a folder of {what}, or of class folders of {what}")
     parts = {s: os.path.join(folder, s) for s in SPLITS if os.path.isdir(os.path.join(folder, s))} or {None: folder}
     found = []                                               # (path, class folder or "", split)
     for split, part in parts.items():
@@ -461,22 +482,18 @@ def read_images(folder):
             inside.sort()
             under = os.path.relpath(where, part)
             if os.sep in under:
-                raise InputError(f"{where} lies deeper than one level of class folders - move its pictures up")
+                raise InputError(f"{where} lies deeper than one level of class folders - move its {what} up")
             found += [(os.path.join(where, f), "" if under == "." else under, split) for f in sorted(files)
-                      if f.lower().endswith(PICTURES)]
+                      if f.lower().endswith(endings)]
     if not found:
-        raise InputError(f"no pictures in {folder} - expected {', '.join(PICTURES)}")
-    for path, _, _ in found:
-        open_image(path, decode=False)
+        raise InputError(f"no {what} in {folder} - expected {', '.join(endings)}")
     names = sorted({name for _, name, _ in found})
     labelled = names != [""]
     if labelled and "" in names:
         stray = next(path for path, name, _ in found if not name)
         raise InputError(f"{stray} lies beside class folders - move it into one, or remove the folders")
-    return Images([path for path, _, _ in found],
-                  np.array([names.index(name) for _, name, _ in found]) if labelled else None,
-                  names if labelled else [],
-                  np.array([split for _, _, split in found]) if None not in parts else None)
+    return ([path for path, _, _ in found], np.array([names.index(name) for _, name, _ in found]) if labelled else None,
+            names if labelled else [], np.array([split for _, _, split in found]) if None not in parts else None)
 
 
 def open_image(path, decode=True):
@@ -490,11 +507,12 @@ def open_image(path, decode=True):
         raise InputError(f"{path} is not a readable picture ({str(e) or type(e).__name__}) - remove or replace it")
 
 
-def plain_view(size):
-    """The transform for judging: shorter side to 8/7 of `size`, centre crop, normalised. Image -> (3, size, size)."""
+def plain_view(size, whole=False):
+    """The transform for judging, Image -> (3, size, size): shorter side to 8/7 of `size`, centre crop, normalised. With
+    `whole` nothing is cut off: tiles have no margin."""
     t = vision().transforms
-    return t.Compose([t.Resize(round(size * 8 / 7), t.InterpolationMode.BICUBIC), t.CenterCrop(size), t.ToTensor(),
-                      t.Normalize(*IMAGENET)])
+    side = (size, size) if whole else round(size * 8 / 7)
+    return t.Compose([t.Resize(side, t.InterpolationMode.BICUBIC), t.CenterCrop(size), t.ToTensor(), t.Normalize(*IMAGENET)])
 
 
 class Crops:
@@ -562,7 +580,7 @@ class CropBatches(torch.utils.data.Dataset):
         step, i = item
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, 7, step, i]).generate_state(1, np.uint64)[0] >> 1))
-            return self.crops(open_image(self.images.paths[i]))
+            return self.crops(self.images.open(i))
 
 
 def crop_batches(images, crops, batches, seed, first, last, workers=0):
@@ -570,6 +588,355 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
     steps = [[(step, int(i)) for i in batches.rows(step)] for step in range(first, last)]
     return iter(torch.utils.data.DataLoader(CropBatches(images, crops, seed), batch_sampler=steps, num_workers=workers,
                                             persistent_workers=False))
+
+
+@dataclass
+class Pictures:
+    """Small pictures in memory: pixels (N, 3, S, S) uint8, labels (N,) int, label_names, split (N,) or None."""
+    pixels: np.ndarray
+    labels: np.ndarray
+    label_names: list
+    split: np.ndarray = None
+
+
+def read_pictures(path, size):
+    """Labelled pictures at size x size: class folders as `read_images` reads them, or a MedMNIST .npz with train_images,
+    train_labels and so on for val and test. Raises InputError when there are no labels, or only one class."""
+    if os.path.isdir(path):
+        images = read_images(path)
+        if images.labels is None:
+            raise InputError(f"{path} has no class folders - put the pictures into folders named after their labels")
+        views, labels, names, split = (images.open(i) for i in range(len(images))), images.labels, images.label_names, images.split
+    else:
+        arrays = _Source(path)
+        there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
+        if not there:
+            raise InputError(f"{path} lacks train_images and train_labels - give a MedMNIST .npz, or a folder of class folders")
+        given = {s: arrays[f"{s}_images"] for s in there}
+        labels = np.concatenate([np.asarray(arrays[f"{s}_labels"]).reshape(len(x), -1)[:, 0] for s, x in given.items()]).astype(int)
+        for s, x in given.items():
+            if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
+                raise InputError(f"'{s}_images' has shape {x.shape} and type {x.dtype} - give uint8 (N, H, W) or (N, H, W, 3)")
+        views = (Image.fromarray(v).convert("RGB") for x in given.values() for v in x)
+        names, split = [str(c) for c in range(labels.max() + 1)], np.repeat(there, [len(x) for x in given.values()])
+    if len(np.unique(labels)) < 2:
+        raise InputError(f"{path} has the one class {names[labels[0]]} - there is nothing to tell apart")
+    pixels = np.stack([np.asarray(v.resize((size, size), Image.BICUBIC)).transpose(2, 0, 1) for v in views])
+    return Pictures(pixels, labels, names, split)
+
+
+def normalised(pixels):
+    """(N, 3, S, S) uint8 -> float tensor, normalised as ImageNet."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
+    return (torch.from_numpy(pixels).float() / 255 - mean) / std
+
+
+def jittered(x):
+    """Each picture of a batch (B, 3, S, S) mirrored by chance and shifted by up to an eighth, its edge repeated."""
+    side, pad = x.shape[-1], x.shape[-1] // 8
+    x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+    x = torch.nn.functional.pad(x, [pad] * 4, mode="replicate")
+    at = torch.randint(0, 2 * pad + 1, (len(x), 2)).tolist()
+    return torch.stack([v[:, i:i + side, j:j + side] for v, (i, j) in zip(x, at)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slides: tissue, tiles and regions of interest (thesis 3.2.2; CLAM, Lu et al. 2021)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Slide:
+    """A large picture: through openslide where that is installed and knows the file, else through Pillow, in memory."""
+
+    def __init__(self, path):
+        self.slide = None
+        try:
+            import openslide
+            self.slide = openslide.OpenSlide(path)
+            self.size = self.slide.dimensions
+        except (ImportError, OSError, ValueError):           # not installed, or a plain picture
+            pass
+        except Exception as e:                               # openslide's own errors
+            if "Unsupported" not in type(e).__name__:
+                raise InputError(f"{path} is not a readable slide ({e}) - write it again")
+        if self.slide is None:
+            self.image = open_image(path)
+            self.size = self.image.size
+
+    def overview(self, side):
+        """The whole slide in RGB with a longer side of at most `side`, and how many of its pixels one of that spans."""
+        scale = max(1., max(self.size) / side)
+        small = tuple(max(1, round(v / scale)) for v in self.size)
+        image = self.slide.get_thumbnail(small) if self.slide else self.image.resize(small, Image.BOX)
+        return image.convert("RGB"), scale
+
+    def read(self, box):
+        """x, y, width, height of the slide in RGB, from the coarsest level on which it is at least 224 pixels wide."""
+        x, y, w, h = map(int, box)
+        if self.slide is None:
+            return self.image.crop((x, y, x + w, y + h))
+        level = self.slide.get_best_level_for_downsample(max(1., w / 224))
+        shrink = self.slide.level_downsamples[level]
+        return self.slide.read_region((x, y), level, (round(w / shrink), round(h / shrink))).convert("RGB")
+
+
+@functools.lru_cache(maxsize=2)
+def _slide(path):
+    return Slide(path)
+
+
+def otsu(values):
+    """The threshold that splits uint8 values into the two classes with the largest variance between them (Otsu 1979)."""
+    count = np.bincount(np.ravel(values), minlength=256).astype(float)
+    below, total = np.cumsum(count), np.cumsum(count * np.arange(256))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (total[-1] * below - total * below[-1]) ** 2 / (below * (below[-1] - below))
+    return int(np.nanargmax(np.where(np.isfinite(between), between, -1)))
+
+
+def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, max_holes=8):
+    """Pieces of tissue in an overview, as CLAM finds them: saturation, median filter, threshold, closing, size.
+
+    rgb (H, W, 3) uint8. threshold of the saturation (0..255), None for Otsu's; median, close: sides of the filters;
+    least: pixels of a piece without its holes; of each piece the `max_holes` largest holes of more than `least_hole`
+    pixels stay holes, all others are filled. Returns (H, W) int: 0 outside, i inside piece i, -i in a hole of it.
+    """
+    saturation = scipy.ndimage.median_filter(np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1], median)
+    mask = scipy.ndimage.binary_dilation(saturation > (otsu(saturation) if threshold is None else threshold),
+                                         np.ones((close, close)))
+    mask = scipy.ndimage.binary_erosion(mask, np.ones((close, close)), border_value=1)
+    eight = np.ones((3, 3))
+    label, _ = scipy.ndimage.label(mask, eight)
+    out, n = np.zeros(mask.shape, np.int32), 0
+    for i, where in enumerate(scipy.ndimage.find_objects(label), 1):
+        piece = label[where] == i
+        if piece.sum() <= least:
+            continue
+        n += 1
+        holes, _ = scipy.ndimage.label(scipy.ndimage.binary_fill_holes(piece) & ~piece)
+        size = np.bincount(holes.ravel())[1:]
+        stay = [j + 1 for j in np.argsort(-size, kind="stable")[:max_holes] if size[j] > least_hole]
+        out[where][piece | (holes > 0)] = n
+        out[where][np.isin(holes, stay)] = -n
+    return out
+
+
+def tile_boxes(pieces, scale, size, side, step):
+    """Tiles of the tissue, as CLAM lays them: (n, 4) int, x, y, width, height in pixels of the slide.
+
+    pieces: from `find_tissue`, one of whose pixels spans `scale` of the slide's, whose size is (width, height). Each piece
+    has a grid of its own, from the corner of its bounding box. A tile is kept if one of the four points halfway from its
+    centre to its corners is inside the piece's outline, and its centre in no hole. Unlike CLAM's, none reaches over the edge.
+    """
+    def at(x, y):
+        row, column = (np.clip((v / scale).astype(int), 0, n - 1) for v, n in zip((y, x), pieces.shape))
+        return pieces[row, column]
+    found = [np.zeros((0, 4), int)]
+    for i, (rows, columns) in enumerate(scipy.ndimage.find_objects(np.abs(pieces)), 1):
+        first, last = [int(columns.start * scale), int(rows.start * scale)], [columns.stop * scale, rows.stop * scale]
+        x, y = (np.arange(a, min(b, n - side + 1), step) for a, b, n in zip(first, last, size))
+        x, y = (v.ravel() for v in np.meshgrid(x, y, indexing="ij"))
+        cx, cy, q = x + side // 2, y + side // 2, side // 4
+        inside = np.any([np.abs(at(cx + a, cy + b)) == i for a in (-q, q) for b in (-q, q)], 0) & (at(cx, cy) != -i)
+        found.append(np.stack([x, y, np.full_like(x, side), np.full_like(x, side)], 1)[inside])
+    return np.concatenate(found)
+
+
+def tile_slide(path, side=224, step=None, overview=2048, least=1., least_hole=1., **how):
+    """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the overview with both drawn in.
+
+    side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels, as in CLAM, whose
+    "biopsy" values they are; for whole resections it uses 100 and 16. Raises InputError when there is no tissue.
+    """
+    slide = _slide(path)
+    image, scale = slide.overview(overview)
+    area = 512 ** 2 / scale ** 2
+    pieces = find_tissue(np.asarray(image), least=least * area, least_hole=least_hole * area, **how)
+    boxes = tile_boxes(pieces, scale, slide.size, side, step or side)
+    if not len(boxes):
+        raise InputError(f"{path} has no tissue for tiles of {side} pixels - lower --threshold, --least or --size")
+    edge = (pieces > 0) & ~scipy.ndimage.binary_erosion(pieces > 0, iterations=2)
+    shown = np.array(image)
+    shown[edge] = (0, 160, 0)
+    shown = Image.fromarray(shown)
+    draw = ImageDraw.Draw(shown)
+    for x, y, w, h in boxes / scale:
+        draw.rectangle((x, y, x + w, y + h), outline=(30, 60, 200))
+    return boxes, shown
+
+
+def _read_tiles(path):
+    """Tiles as the `tile` command writes them: coords (n, 4), images (n,) paths relative to the file, labels if there."""
+    arrays = _Source(path)
+    for key in ("coords", "images"):
+        if key not in arrays:
+            raise InputError(f"{path} lacks '{key}' - name a file that the tile command wrote")
+    boxes, names, here = arrays["coords"], arrays["images"], os.path.dirname(os.path.abspath(path))
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) != len(names) or not len(boxes):
+        raise InputError(f"{path}: 'coords' has shape {boxes.shape} for {len(names)} tiles - give x, y, width, height for each")
+    labels, label_names = _check_labels(arrays.get("labels"), arrays.get("label_names"))
+    return Images([os.path.join(here, str(name)) for name in names], labels, label_names, boxes=boxes.astype(int))
+
+
+def read_polygons(path):
+    """The regions of an ASAP annotation file (Camelyon's XML): list of (n, 2) arrays of x, y in pixels of the slide."""
+    try:
+        root = ElementTree.parse(path).getroot()
+        found = [sorted((float(c.get("Order", i)), float(c.get("X")), float(c.get("Y"))) for i, c in enumerate(a.iter("Coordinate")))
+                 for a in root.iter("Annotation")]
+    except (OSError, ElementTree.ParseError, TypeError, ValueError) as e:
+        raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - expected Annotation, Coordinate, X and Y")
+    return [np.array(p)[:, 1:] for p in found if len(p) > 2]
+
+
+def overlap(polygon, box):
+    """The share of a box that a polygon (n, 2) covers: clipped at the box's four sides (Sutherland & Hodgman 1974), then the
+    shoelace formula. The published notebook for PCam-224 took a box of the patch's pixels for one of the slide's, and so
+    looked at a sixteenth of each patch."""
+    x, y, w, h = box
+    points = np.asarray(polygon, float)
+    for axis, sign, edge in ((0, 1, x), (0, -1, -x - w), (1, 1, y), (1, -1, -y - h)):
+        inside, kept = sign * points[:, axis] - edge, []     # >= 0: on this side of the edge
+        for i in range(len(points)):
+            a, b, p, q = inside[i - 1], inside[i], points[i - 1], points[i]
+            if (a >= 0) != (b >= 0):
+                kept.append(p + (q - p) * (a / (a - b)))
+            if b >= 0:
+                kept.append(q)
+        if not kept:
+            return 0.
+        points = np.array(kept)
+    px, py = points.T
+    return float(abs(np.dot(px, np.roll(py, -1)) - np.dot(py, np.roll(px, -1))) / 2 / (w * h))
+
+
+def cut_boxes(folder, out, size=64, margin=0.2):
+    """Cut the annotated boxes of a Pascal VOC folder into pictures out/<split>/<name>/<image>_<i>.png of `size` pixels.
+
+    A cut is the square around a box's centre, as long as the box's longer side and `margin` more, so that shapes stay what
+    they are; what reaches over the image's edge is black. ImageSets/Main says what is train and what test. Boxes with a side
+    of 8 pixels or less are left out. Returns dict (split, name) -> count.
+    """
+    count = {}
+    for part, split in (("trainval", "train"), ("test", "test")):
+        listed = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
+        if not os.path.exists(listed):
+            raise InputError(f"no {listed} - expected a Pascal VOC folder: ImageSets/Main, Annotations, JPEGImages")
+        with open(listed) as f:
+            stems = f.read().split()
+        for stem in stems:
+            image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"))
+            for i, thing in enumerate(ElementTree.parse(os.path.join(folder, "Annotations", f"{stem}.xml")).iter("object")):
+                x0, y0, x1, y1 = (float(thing.find(f"bndbox/{k}").text) for k in ("xmin", "ymin", "xmax", "ymax"))
+                name, half = thing.find("name").text, max(x1 - x0, y1 - y0) / 2 * (1 + margin)
+                if min(x1 - x0, y1 - y0) <= 8:
+                    continue
+                x, y = (x0 + x1) / 2, (y0 + y1) / 2
+                square = tuple(map(round, (x - half, y - half, x + half, y + half)))
+                os.makedirs(os.path.join(out, split, name), exist_ok=True)
+                image.crop(square).resize((size, size), Image.BICUBIC).save(os.path.join(out, split, name, f"{stem}_{i}.png"))
+                count[split, name] = count.get((split, name), 0) + 1
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bags of instances
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Bags:
+    """Bags of instances: bag i is X[offsets[i]:offsets[i + 1]].
+
+    X (n, d) float32, y (bags,) int, label_names; names (bags,) of the bags; folds (R, F, bags) bool, True = train, or None;
+    split (bags,) or None; coords: list of (N_i, 4) boxes or None, images: list of paths or None: where instances were cut
+    """
+    X: np.ndarray
+    offsets: np.ndarray
+    y: np.ndarray
+    label_names: list
+    names: list
+    folds: np.ndarray = None
+    split: np.ndarray = None
+    coords: list = None
+    images: list = None
+
+    def __len__(self):
+        return len(self.y)
+
+    def instances(self, rows):
+        """The instances of all bags `rows`, (n, d)."""
+        return np.concatenate([self.X[self.offsets[i]:self.offsets[i + 1]] for i in rows])
+
+    def padded(self, rows):
+        """x (B, N, d), zeros where a bag is shorter than the longest, mask (B, N), y (B,): tensors."""
+        rows = np.asarray(rows)
+        size = (self.offsets[1:] - self.offsets[:-1])[rows]
+        mask = torch.arange(size.max()) < torch.from_numpy(size)[:, None]
+        x = torch.zeros(*mask.shape, self.X.shape[1])
+        x[mask] = torch.from_numpy(self.instances(rows))
+        return x, mask, torch.from_numpy(self.y[rows]).long()
+
+
+def read_bags(path, stream=None):
+    """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags), or a folder with a feature file
+    for each bag, as `extract` writes them, in class folders, perhaps inside train, val and test folders.
+
+    Raises InputError for shapes that do not fit, an empty bag, NaN, or a single class.
+    """
+    if os.path.isdir(path):
+        paths, y, label_names, split = _walk(path, (".npz",), "feature files")
+        if y is None:
+            raise InputError(f"{path} has no class folders - put each bag's file into a folder named after its label")
+        names, parts, coords, images = [os.path.splitext(os.path.basename(p))[0] for p in paths], [], [], []
+        for p in paths:
+            streams, arrays = stream_names(p), _Source(p)
+            name = stream or (streams[0] if len(streams) == 1 else None)
+            if name not in streams:
+                raise InputError(f"{p} has the streams {', '.join(streams) or 'none'} - pick one with --stream")
+            parts.append(_check_stream(p, name, arrays[name]))
+            coords.append(arrays.get("coords"))
+            images.append(os.path.join(os.path.dirname(os.path.abspath(p)), str(arrays["images"][0])) if "images" in arrays else None)
+        widths = {x.shape[1] for x in parts}
+        if len(widths) > 1:
+            raise InputError(f"the bags in {path} have widths {sorted(widths)} - extract them with one backbone")
+        X, offsets, folds = np.concatenate(parts), np.cumsum([0, *map(len, parts)]), None
+    else:
+        arrays, coords, images, split = _Source(path), None, None, None
+        for key in ("X", "offsets", "y"):
+            if key not in arrays:
+                raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets (bags + 1,) and y (bags,)")
+        X, offsets, y, folds = _check_stream(path, "X", arrays["X"]), arrays["offsets"], arrays["y"], arrays.get("folds")
+        label_names, names = [], [str(i) for i in range(len(y))]
+        if len(offsets) != len(y) + 1 or offsets[0] != 0 or offsets[-1] != len(X):
+            raise InputError(f"'offsets' has {len(offsets)} entries from {offsets[0]} to {offsets[-1]} for {len(y)} bags and "
+                             f"{len(X)} instances - give bags + 1, from 0 to the number of instances")
+        if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+            raise InputError(f"'y' holds {y.dtype} from {y.min()} - give integers from 0")
+        if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y)):
+            raise InputError(f"'folds' has shape {folds.shape} for {len(y)} bags - give (repeats, folds, bags), True = train")
+    bad = np.flatnonzero(np.diff(offsets) < 1)
+    if len(bad):
+        raise InputError(f"bag {names[bad[0]]} is empty - drop it")
+    rows = np.flatnonzero(~np.isfinite(X).all(1))
+    if len(rows):
+        raise InputError(f"instance {rows[0]} holds NaN or Inf - drop or mend it")
+    if len(np.unique(y)) < 2:
+        raise InputError(f"all bags have the label {y[0]} - there is nothing to learn")
+    return Bags(X.astype(np.float32), np.asarray(offsets), y.astype(int), label_names or [str(c) for c in range(y.max() + 1)],
+                names, folds, split, coords, images)
+
+
+def stratified_parts(y, shares, seed):
+    """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending arrays.
+
+    Every class goes round the parts by largest remainder, so that a part of a class differs from its share by less than 1.
+    """
+    rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
+    for c in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == c))
+        ends = np.round(np.cumsum(shares) / sum(shares) * len(rows)).astype(int)
+        for part, a, b in zip(parts, [0, *ends], ends):
+            part.extend(rows[a:b])
+    return [np.sort(np.array(part, int)) for part in parts]
 
 
 def write_npz(path, arrays):

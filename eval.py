@@ -32,6 +32,7 @@ import scipy.optimize
 import scipy.sparse as sp
 import scipy.stats
 import torch
+from PIL import Image, ImageDraw
 
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
@@ -600,16 +601,11 @@ def _tick(v):
 
 def thumbnail(path, size=96):
     """An image file as a small <img> with its data inside; its name in text when it cannot be read."""
-    from PIL import Image
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
-            image.thumbnail((size, size))
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=80)
+            return embedded(image, size)
     except Exception:                                        # a picture that is missing or broken must not end a report
         return html.escape(os.path.basename(str(path)))
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6):
@@ -653,10 +649,9 @@ def nearest(query, reference, n):
     return (unit(query) @ unit(reference).T).topk(min(n, len(reference)), 1).indices.numpy()
 
 
-def picture_rows(rows):
-    """[(path, [paths])] as HTML: each picture and, after a gap, those that belong to it."""
-    return "".join(f'<div class="strip"><span>{thumbnail(first)}</span><b>&rarr;</b>'
-                   + "".join(f"<span>{thumbnail(p)}</span>" for p in others) + "</div>" for first, others in rows)
+def strip(first, *others):
+    """Pieces of HTML in a row, the first and, after an arrow, those that belong to it."""
+    return f'<div class="strip"><span>{first}</span><b>&rarr;</b>' + "".join(f"<span>{v}</span>" for v in others) + "</div>"
 
 
 def standalone_svg(*charts):
@@ -825,6 +820,155 @@ def logistic_probe(train, train_labels, test, n_classes=None, strength=1., itera
     optimiser.step(closure)
     with torch.no_grad():
         return torch.softmax(logits((torch.as_tensor(test, dtype=torch.float64) - mean) / std), 1).numpy()
+
+
+def sgd_probe(train, train_labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3, seed=0):
+    """DINO's linear evaluation on fixed features (thesis 3.2.3): SGD with momentum 0.9, lr * batch / 256 falling as half a
+    cosine, epoch by epoch; weights from N(0, 0.01); no decay. Returns probabilities (n, C) of `test`, after the last epoch:
+    the published number is that of the best epoch *on the test set*."""
+    n_classes = n_classes or int(train_labels.max()) + 1
+    x, y = torch.as_tensor(train, dtype=torch.float32), torch.as_tensor(train_labels).long()
+    g = torch.Generator().manual_seed(seed)
+    layer = torch.nn.Linear(x.shape[1], n_classes)
+    torch.nn.init.normal_(layer.weight, std=0.01, generator=g)
+    torch.nn.init.zeros_(layer.bias)
+    optimiser = torch.optim.SGD(layer.parameters(), lr * batch / 256, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=g).split(batch):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(layer(x[rows]), y[rows]).backward()
+            optimiser.step()
+        schedule.step()
+    with torch.no_grad():
+        return torch.softmax(layer(torch.as_tensor(test, dtype=torch.float32)), 1).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Is one model better than another (thesis 3.3.2)?
+# ---------------------------------------------------------------------------------------------------------------------
+
+def mean_std(values):
+    """"0.893 ± 0.041" of several runs (standard deviation with n - 1), without None; a dash if nothing is left."""
+    values = [v for v in values if v is not None]
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}" if values else "-"
+
+
+def compare(runs):
+    """Every pair of models over the same runs. runs: dict model -> (R,) numbers, run r with the same split and seed for all.
+
+    Returns a list of {a, b, difference (mean of a - b), t_p (paired t-test), holm_p (the same after Holm's correction for the
+    number of pairs), wilcoxon_p (signed ranks; with 5 runs never below 0.0625), d (mean difference / its standard deviation)},
+    all two-sided. p is None where all differences are alike: nothing varies that a test could use.
+    """
+    out, names = [], list(runs)
+    for i, a in enumerate(names):
+        for b in names[i + 1:]:
+            gap = np.asarray(runs[a], float) - np.asarray(runs[b], float)
+            spread = float(gap.std(ddof=1)) if len(gap) > 1 else 0.
+            pair = {"a": a, "b": b, "difference": float(gap.mean()), "t_p": None, "wilcoxon_p": None, "d": None}
+            if spread > 1e-12:
+                pair.update(t_p=float(scipy.stats.ttest_rel(runs[a], runs[b]).pvalue), d=float(gap.mean() / spread),
+                            wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue))
+            out.append(pair)
+    ordered, worst = sorted((p for p in out if p["t_p"] is not None), key=lambda p: p["t_p"]), 0.
+    for rank, pair in enumerate(ordered):                    # Holm 1979: the smallest p times the number of pairs, and so on
+        worst = max(worst, min(1., (len(ordered) - rank) * pair["t_p"]))
+        pair["holm_p"] = worst
+    return out
+
+
+def beaten(pairs, level=0.05):
+    """dict model -> [models that it beats at p < level in the paired t-test], from `compare`."""
+    wins = {}
+    for pair in pairs:
+        if pair["t_p"] is not None and pair["t_p"] < level:
+            winner, loser = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
+            wins.setdefault(winner, []).append(loser)
+    return wins
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heat maps (thesis 3.2.4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def grad_cam(model, layer, to_map, x, classes=None):
+    """Grad-CAM (Selvaraju et al. 2017): where the output of `layer` raises the score. (B, h, w) in 0..1, one map an image.
+
+    to_map(output) -> (B, h, w, d) of the layer's output. The score is the model's output number `classes` (B,), by default
+    its largest: a class with a head, a feature dimension without one (as Vim4Path did). A channel weighs as much as its mean
+    gradient; negative sums are cut to 0, then each map is scaled to 0..1. A map without any positive value is all 0.
+    """
+    kept = []
+    hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    try:
+        with torch.enable_grad():
+            out = model(x.requires_grad_())                  # of the input, so that frozen weights do not matter
+            classes = out.argmax(1) if classes is None else torch.as_tensor(classes)
+            score = out.gather(1, classes[:, None]).sum()
+            gradient, = torch.autograd.grad(score, kept[0])
+    finally:
+        hook.remove()
+    with torch.no_grad():
+        a, g = to_map(kept[0]), to_map(gradient)
+        cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)                       # (B, h, w)
+        low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
+        return ((cam - low) / (high - low).clamp(min=1e-12)).numpy()
+
+
+HEAT = np.array([[48, 18, 120], [44, 120, 200], [60, 190, 110], [250, 200, 50], [200, 30, 20]], float)      # low to high
+
+
+def heat_colours(heat):
+    """(h, w) in 0..1 -> (h, w, 3) uint8, dark blue over green to red."""
+    at = np.clip(heat, 0, 1) * (len(HEAT) - 1)
+    low = np.minimum(at.astype(int), len(HEAT) - 2)
+    share = (at - low)[..., None]
+    return (HEAT[low] * (1 - share) + HEAT[low + 1] * share).round().astype(np.uint8)
+
+
+def overlay(image, heat, alpha=0.5):
+    """A PIL image with a heat map (h, w) in 0..1 over it, enlarged smoothly to its size."""
+    heat = Image.fromarray(np.asarray(heat, np.float32)).resize(image.size, Image.BICUBIC)
+    return Image.blend(image.convert("RGB"), Image.fromarray(heat_colours(np.asarray(heat))), alpha)
+
+
+def box_overlay(image, boxes, heat, scale, alpha=0.6):
+    """A PIL image of which a pixel spans `scale` of the slide's, with the boxes (n, 4) of the slide coloured by heat (n,)."""
+    heat = scipy.stats.rankdata(heat) / len(heat)            # ranks, as CLAM's maps: a softmax is mostly near 0
+    out, colours = image.convert("RGB"), heat_colours(heat[None])[0]
+    for (x, y, w, h), colour in zip(np.asarray(boxes) / scale, colours):
+        place = tuple(map(round, (x, y, x + w, y + h)))
+        out.paste(Image.blend(out.crop(place), Image.new("RGB", (place[2] - place[0], place[3] - place[1]), tuple(map(int, colour))), alpha), place)
+    return out
+
+
+def contact_sheet(rows, titles, side=160):
+    """Rows of PIL images as one picture, columns under `titles`; every image becomes `side` pixels wide."""
+    sheet = Image.new("RGB", ((side + 8) * len(titles) + 8, (side + 8) * len(rows) + 28), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((12 + column * (side + 8), 8), title, "black")
+    for r, row in enumerate(rows):
+        for column, image in enumerate(row):
+            sheet.paste(image.resize((side, side), Image.BICUBIC), (8 + column * (side + 8), 28 + r * (side + 8)))
+    return sheet
+
+
+def embedded(image, width=480):
+    """A PIL image as an <img> with its data inside."""
+    image = image.convert("RGB")
+    image.thumbnail((width, 4 * width))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def save_picture(path, image):
+    """Whole or not at all."""
+    with open(f"{path}.tmp", "wb") as f:
+        image.save(f, "PNG")
+    os.replace(f"{path}.tmp", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

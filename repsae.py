@@ -11,9 +11,11 @@ import argparse
 import csv
 import functools
 import io
+import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import signal
@@ -101,6 +103,43 @@ DINO = {
     "workers": (2, int, "processes that make crops"),
     "seed": (0, int, "of the weights, the crops and the order"),
 }
+MIL = {
+    "head": ("gated", str, "max, mean, abmil, gated, clam_sb or clam_mb; several, separated by commas"),
+    "widths": ("512", str, "of the layers that embed an instance, separated by commas"),
+    "attention": (256, int, "hidden width of the attention"),
+    "dropout": (0.25, float, "after the embedding; CLAM's heads have it in the attention too"),
+    "k": (8, int, "CLAM: instances called positive, and as many negative"),
+    "bag-weight": (0.7, float, "CLAM: weight of the bag's loss; the rest is the instances'"),
+    "inst-loss": ("svm", ("svm", "ce"), "CLAM: smooth top-1 SVM or cross-entropy of instances"),
+    "subtyping": (False, bool, "CLAM: classes exclude each other"),
+    "epochs": (200, int, "at most"),
+    "patience": (20, int, "epochs without a better validation loss before training stops"),
+    "least": (50, int, "epochs that are trained in any case"),
+    "batch": (1, int, "bags per step"),
+    "lr": (2e-4, float, "Adam's learning rate"),
+    "weight-decay": (1e-5, float, "L2 penalty in Adam, as CLAM has it"),
+    "weighted": (False, bool, "draw bags so that classes are equally frequent"),
+    "inner": (1, int, "validation parts of a training part that comes without one: 1 is a fifth of it; n up to 5 trains n "
+              "models, each stopped by its own fifth, that vote"),
+    "grid": (None, str, 'values to choose from by validation loss: "lr=1e-4,5e-4 dropout=0,0.5"'),
+    "seed": (0, int, "of the parts, the weights and the order"),
+}
+FINETUNE = {
+    "data": (None, str, "pictures: a folder of class folders, or a MedMNIST .npz"),
+    "models": ("vit_micro,vim_micro,vmamba_micro,resnet18", str, "arch, name=arch:FILE, name=RUN of dino; presets of ssm.py or "
+               "torchvision's classifiers; separated by commas"),
+    "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew in each run, or the file's own"),
+    "runs": (5, int, "seeds"),
+    "size": (224, int, "side of the pictures, pixels"),
+    "patch": (None, int, "patch size, where not the preset's"),
+    "frozen": (False, bool, "train the head alone"),
+    "epochs": (50, int, "at most"),
+    "patience": (10, int, "epochs without a better validation loss before training stops"),
+    "batch": (32, int, "pictures per step"),
+    "lr": (1e-4, float, "AdamW's learning rate"),
+    "weight-decay": (0.05, float, "AdamW's"),
+    "seed": (0, int, "of the first run; the others follow"),
+}
 NULL = {"null": (False, bool, "train once more with the rows of all streams but the first shuffled, "
                  "and show its numbers beside")}
 BENCH = {"json": (None, str, "file for every figure")}
@@ -112,7 +151,8 @@ MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_afte
            "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1,
            "bottleneck": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1, "workers": 0, "last": 1, "blur": 0, "colour": 0,
            "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
-           "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
+           "dropout": 0, "attention": 1, "patience": 1, "bag_weight": 0, "inner": 1, "runs": 1, "weight_decay": 0, "margin": 0,
+           "downsample": 1e-9, "threshold": 0, "max_holes": 0, "roi_share": 1e-9, "most": 1, "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
 FEW_STEPS = 2000
 
 
@@ -809,9 +849,9 @@ def image_features(images, rows, backbone, size, device, block=256, **how):
     """Yield features (b, d) of pictures block by block; without a backbone the pixels themselves. how: see `features`."""
     import data
     import torch
-    view = data.plain_view(size)
+    view = data.plain_view(size, whole=images.boxes is not None)
     for start in range(0, len(rows), block):
-        x = torch.stack([view(data.open_image(images.paths[i])) for i in rows[start:start + block]]).to(device)
+        x = torch.stack([view(images.open(i)) for i in rows[start:start + block]]).to(device)
         with torch.no_grad():
             out = x.flatten(1) if backbone is None else backbone.features(x, **how)
             yield out[0].cpu() if isinstance(out, tuple) else out.cpu()
@@ -832,9 +872,11 @@ def finish_dino(flags, folder, log, watch):
         chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", "balanced 20-NN accuracy")
         rows = watch.test[::max(1, len(watch.test) // 12)][:12]
         near = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
-        paths = watch.images.paths
-        pictures = [(paths[i], [paths[watch.train[j]] for j in near[n]]) for n, i in enumerate(rows)]
-        sections += [("k-NN on held-out pictures", chart), ("Nearest neighbours", judge.picture_rows(pictures))]
+        pictures = [[watch.images.open(i) for i in (query, *watch.train[found])] for query, found in zip(rows, near)]
+        judge.save_picture(out_path(folder, "neighbours.png"), judge.contact_sheet(
+            pictures, ["picture", *(f"neighbour {i + 1}" for i in range(len(pictures[0]) - 1))], 96))
+        sections += [("k-NN on held-out pictures", chart), ("Nearest neighbours in the training pictures", "".join(
+            judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))]
     judge.write_json(out_path(folder, "metrics.json"), found)
     judge.write_report(out_path(folder, "report.html"), f"repsae dino: {flags.arch}", sections)
     print("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
@@ -855,7 +897,9 @@ def cmd_extract(flags):
         parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, **how))
         streams[name] = np.concatenate([p.numpy() for p in parts])
         say(f"{name}: {streams[name].shape}")
-    about = {"images": np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(flags.out))) for p in images.paths])}
+    about = {"images": relative(images.paths, flags.out)}
+    if images.boxes is not None:
+        about["coords"] = images.boxes
     if images.labels is not None:
         about.update(labels=images.labels, label_names=np.array(images.label_names))
     if images.split is not None:
@@ -864,28 +908,67 @@ def cmd_extract(flags):
     say(f"wrote {flags.out}")
 
 
-def load_backbone(spec, flags):
-    """name=RUN (a dino run), name=arch:FILE, or name=arch:random -> (name, model, the side it was trained at)."""
+def relative(paths, out):
+    """Paths (N,) as they are seen from the folder of the file `out`."""
+    import numpy as np
+    return np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(out))) for p in paths])
+
+
+def load_backbone(spec, flags, n_classes=0, head=False):
+    """name=RUN (of dino), name=FILE.pt (of finetune), name=arch:FILE, name=arch:random, or an arch alone, which is random.
+
+    Returns (name, model, the side it was trained at). With n_classes it gets a new head of so many classes, and arch may be
+    one of torchvision's classifiers too; with `head` it keeps the one that its file has.
+    """
     import ssm
     import torch
-    name, _, where = spec.partition("=")
+    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
     arch, _, path = where.partition(":")
     if not where:
-        raise InputError(f"--weights {spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
-    if path:
-        torch.manual_seed(flags.seed)
-        model = make_backbone(arch, size=flags.size or None)
-        if path != "random":
-            ssm.load_weights(model, path)
-    else:
-        config = out_path(where, "config.json")
+        raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
+    made, size = {}, getattr(flags, "size", None) or None
+    if not path and arch.endswith(".pt"):
+        try:
+            kept = torch.load(arch, weights_only=True, map_location="cpu")
+            made, path = {k: kept[k] for k in ("arch", "size", "patch", "n_classes")}, arch
+        except (OSError, KeyError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+            raise InputError(f"{arch} is no file of finetune ({type(e).__name__}) - write {name}=arch:FILE for others")
+    elif not path:
+        config = out_path(arch, "config.json")
         if not os.path.exists(config):
-            raise InputError(f"{where} is no dino run - give its folder, or write {name}=arch:FILE")
+            raise InputError(f"{arch} is no dino run - give its folder, or write {name}=arch:FILE")
         with open(config) as f:
-            made = json.load(f)["flags"]
-        model = make_backbone(made["arch"], size=made["size"], patch=made["patch"])
-        ssm.load_weights(model, out_path(where, "checkpoint.pt"))
+            made, path = json.load(f)["flags"], out_path(arch, "checkpoint.pt")
+    arch = made.get("arch", arch)
+    torch.manual_seed(flags.seed)
+    if arch not in ssm.PRESETS and n_classes:
+        return name, torchvision_model(arch, path, n_classes).to(flags.device), size
+    settings = {"size": made.get("size", size if path == "random" else None), "patch": made.get("patch", getattr(flags, "patch", None))}
+    model = make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
+    if path != "random":
+        ssm.load_weights(model, path)
+    if n_classes:
+        bare, model = model, make_backbone(arch, **settings, n_classes=n_classes)
+        model.load_state_dict(bare.state_dict(), strict=False)                              # all but the head
     return name, model.eval().to(flags.device), getattr(model, "size", 224)
+
+
+def torchvision_model(name, path, n_classes):
+    """A classifier of torchvision by name, its last layer new; path: a state_dict of the released shape, or "random"."""
+    import data
+    import torch
+    models = data.vision().models
+    if name not in models.list_models(module=models):
+        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - for example vit_micro, resnet18")
+    model = models.get_model(name, num_classes=n_classes)
+    if path != "random":
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            own = model.state_dict()
+            model.load_state_dict({k: v if v.shape == own[k].shape else own[k] for k, v in state.items()})
+        except (OSError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError) as e:
+            raise InputError(f"{path} does not hold the weights of {name} ({str(e).splitlines()[0][:80]}) - give torchvision's file")
+    return model
 
 
 def cmd_probe(flags):
@@ -904,7 +987,9 @@ def cmd_probe(flags):
     found, rows, C = {}, [], len(features.label_names)
     for s in features.streams:
         x = {part: features.batch(r)[s].numpy() for part, r in (("train", train), ("test", test))}
-        ways = {"linear": judge.logistic_probe(x["train"], labels[train], x["test"], C, flags.strength),
+        linear = judge.logistic_probe(x["train"], labels[train], x["test"], C, flags.strength) if flags.solver == "lbfgs" else \
+            judge.sgd_probe(x["train"], labels[train], x["test"], C, seed=flags.seed)
+        ways = {"linear": linear,
                 **{f"{k}-NN": v for k, v in judge.knn(x["train"], labels[train], x["test"], n_classes=C).items()}}
         found[s] = {way: judge.scores(labels[test], p) for way, p in ways.items()}
         rows += [[f"{s}, {way}", *v.values()] for way, v in found[s].items()]
@@ -912,6 +997,389 @@ def cmd_probe(flags):
     print(f"{len(train)} samples to learn from, {len(test)} to test on")
     if flags.json:
         judge.write_json(flags.json, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slides and bags (thesis 3.2.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cmd_cut(flags):
+    """Cut the annotated boxes of a Pascal VOC folder into small pictures, in class folders, by its official splits."""
+    import data
+    if os.path.exists(flags.out):
+        raise InputError(f"{flags.out} exists - name a new folder with --out")
+    count = data.cut_boxes(needed(flags, "voc"), flags.out, flags.size, flags.margin)
+    print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
+
+
+def cmd_tile(flags):
+    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an overview picture."""
+    import data
+    import eval as judge
+    import numpy as np
+    source = needed(flags, "images")
+    slides = data.read_images(source).paths if os.path.isdir(source) else [source]
+    if flags.rois and len(slides) > 1:
+        raise InputError("--rois annotates one slide - name that slide with --images")
+    regions = data.read_polygons(flags.rois) if flags.rois else None
+    os.makedirs(flags.out, exist_ok=True)
+    for path in slides:
+        target = out_path(flags.out, os.path.splitext(os.path.basename(path))[0])
+        if os.path.exists(f"{target}.npz") and not flags.overwrite:
+            raise InputError(f"{target}.npz exists - use --overwrite or another --out")
+        side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
+        boxes, shown = data.tile_slide(path, side, step, least=flags.least, least_hole=flags.least_hole, max_holes=flags.max_holes,
+                                       threshold=None if flags.otsu else flags.threshold)
+        arrays = {"coords": boxes, "images": relative([path] * len(boxes), f"{target}.npz")}
+        if regions is not None:
+            share = np.array([sum(data.overlap(p, box) for p in regions) for box in boxes])
+            arrays.update(labels=(share >= flags.roi_share).astype(int), label_names=np.array(["outside", "region"]))
+        data.write_npz(f"{target}.npz", arrays)
+        judge.save_picture(f"{target}.png", shown)
+        inside = "" if regions is None else f", {arrays['labels'].sum()} of them in the regions"
+        print(f"{target}.npz: {len(boxes)} tiles of {side} pixels{inside}")
+
+
+def cmd_mil(flags):
+    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not reported."""
+    import concurrent.futures as futures
+    import data
+    import eval as judge
+    import multiprocessing
+    import ssm
+    heads = flags.head.split(",")
+    for head in heads:
+        if head not in ssm.HEADS:
+            raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
+    settings = parse_grid(flags)
+    bags = data.read_bags(needed(flags, "data"), flags.stream)
+    rounds = mil_rounds(bags, flags)
+    make_run_folder(flags, {"command": "mil", "flags": flags, "bags": len(bags), "rounds": len(rounds)})
+    found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test, len(bags.label_names)) for train, _, test in rounds]}
+    for head in heads:
+        jobs = [(bags, head, settings, r, *parts) for r, parts in enumerate(rounds)]
+        if len(jobs) == 1:
+            done = [mil_round(*jobs[0], keep=flags.out)]
+        else:
+            with futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), one_thread) as pool:
+                progress, done = Progress(len(jobs)), []
+                for result in pool.map(mil_round, *zip(*jobs)):
+                    done.append(result)
+                    progress(len(done), lambda: head)
+        found[head] = done
+    names = ("AUC", "accuracy", "F1")
+    header = ["head", *names]
+    rows = [[head, *(judge.mean_std([r["scores"][name] for r in runs]) for name in names)] for head, runs in found.items()]
+    print(f"\n{judge.text_table(header, rows)}\n\n{len(rounds)} {'test part' if len(rounds) == 1 else 'test parts'} of about "
+          f"{len(rounds[0][2])} bags; mean ± standard deviation over them")
+    judge.write_json(out_path(flags.out, "metrics.json"), found)
+    sections = [("Result", judge.html_table(header, rows))]
+    for head in heads if bags.coords and len(rounds) == 1 else ():
+        sections.append((f"Attention of {head} over test slides", attention_maps(bags, head, rounds[0][2], flags)))
+    judge.write_report(out_path(flags.out, "report.html"), "repsae mil", sections)
+    say(f"wrote {out_path(flags.out, 'report.html')}")
+
+
+def one_thread():
+    """Of a process among several: they share the cores."""
+    import torch
+    torch.set_num_threads(1)
+
+
+def parse_grid(flags):
+    """--grid "lr=1e-4,5e-4 dropout=0,0.5" -> a list of all combinations, each the flags with those values."""
+    options = []
+    for item in (flags.grid or "").split():
+        name, _, values = item.replace("-", "_").partition("=") if "=" not in item else (item.split("=")[0].replace("-", "_"), "", item.split("=")[1])
+        key = name.replace("_", "-")
+        if key not in MIL or key in ("head", "grid", "inner") or MIL[key][1] not in (int, float):
+            raise InputError(f"--grid {item} - write for example \"lr=1e-4,5e-4 dropout=0,0.5\"")
+        try:
+            options.append([(name, MIL[key][1](v)) for v in values.split(",")])
+        except ValueError:
+            raise InputError(f"--grid {item}: the values must be of type {MIL[key][1].__name__}")
+    return [check_ranges(flags.replaced(dict(chosen))) for chosen in itertools.product(*options)]
+
+
+def mil_rounds(bags, flags):
+    """[(rows to learn from, rows of a given validation part or None, rows to report)]: the file's folds, or its splits, or
+    70 % / 15 % / 15 % with every class in proportion."""
+    import data
+    import numpy as np
+    everything = np.arange(len(bags))
+    if bags.folds is not None:
+        return [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
+    if bags.split is None:
+        train, val, test = data.stratified_parts(bags.y, (70, 15, 15), flags.seed)
+    else:
+        train, val, test = (np.flatnonzero(bags.split == name) for name in ("train", "val", "test"))
+        if not len(test):
+            raise InputError(f"{flags.data} has no test folder - add one, or take the split folders away")
+    return [(train, val if len(val) else None, test)]
+
+
+def mil_round(bags, head, settings, round_, train, val, test, keep=None):
+    """Choose the setting with the lowest loss on bags held out of `train`, and report its models' mean vote on `test`.
+
+    Without `val`, train is cut into --inner parts; for each a model learns from the others and stops by it. keep: a folder
+    for the weights.
+    """
+    import data
+    import eval as judge
+    import numpy as np
+    import torch
+    flags, best = settings[0], None
+    if val is not None:
+        parts = [(train, val)]
+    else:
+        cut = data.stratified_parts(bags.y[train], [1] * max(flags.inner, 5), flags.seed + round_)
+        parts = [(np.delete(train, part), train[part]) for part in cut[:flags.inner]]
+    for setting in settings:
+        models, losses = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i]) for i, part in enumerate(parts)))
+        if best is None or np.mean(losses) < best[0]:
+            best = float(np.mean(losses)), models, setting
+    loss, models, setting = best
+    with torch.no_grad():
+        votes = [np.concatenate([torch.softmax(m(x.to(flags.device), mask.to(flags.device))[0], 1).cpu().numpy()
+                                 for x, mask, _ in (bags.padded([i]) for i in test)]) for m in models]
+    if keep:
+        judge.write_torch(out_path(keep, f"{head}.pt"), {"models": [m.state_dict() for m in models], "head": head,
+                                                         "dim": bags.X.shape[1], "label_names": bags.label_names,
+                                                         **{k: setting[k] for k in ("widths", "attention", "dropout")}})
+    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)), "validation": loss,
+            "chosen": {k: setting[k] for k in setting if setting[k] != settings[0][k] or len(settings) > 1 and k in ("lr", "weight_decay", "dropout")}}
+
+
+def train_mil(bags, head, flags, train, val, seed):
+    """One model, stopped by the loss on `val`: (model, that loss)."""
+    import numpy as np
+    import ssm
+    import torch
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(int(rng.integers(2 ** 62)))
+    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, number_list(flags.widths), flags.attention, flags.dropout)
+    X = bags.instances(train)
+    model.mean.copy_(torch.from_numpy(X.mean(0)))
+    model.std.copy_(torch.from_numpy(np.where(X.std(0) > 0, X.std(0), 1)))
+    model.to(flags.device)
+    y = bags.y[train]
+    weight = (1 / np.bincount(y)[y] if flags.weighted else np.ones(len(y))) / 1.
+    how = {"k": flags.k, "bag_weight": flags.bag_weight, "subtyping": flags.subtyping,
+           "loss": {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[flags.inst_loss]}
+
+    def batches(epoch):
+        order = rng.choice(train, len(train), replace=flags.weighted, p=weight / weight.sum())
+        for i in range(0, len(order), flags.batch):
+            yield [v.to(flags.device) for v in bags.padded(order[i:i + flags.batch])]
+    held = [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])] for i in range(0, len(val), flags.batch)]
+
+    def validate(model):                                     # of the bags' labels alone
+        return sum(float(torch.nn.functional.cross_entropy(model(x, mask)[0], y, reduction="sum")) for x, mask, y in held) / len(val)
+    optimiser = torch.optim.Adam(model.parameters(), flags.lr, weight_decay=flags.weight_decay)
+    history = ssm.fit(model, optimiser, batches, lambda m, *batch: ssm.mil_loss(m, *batch, **how), validate, flags.epochs,
+                      flags.patience, flags.least)
+    return model, min(v for _, v in history)
+
+
+def number_list(text):
+    """"256,64" -> (256, 64); raises InputError otherwise."""
+    try:
+        found = tuple(map(int, text.split(",")))
+        if min(found) > 0:
+            return found
+    except ValueError:
+        pass
+    raise InputError(f"{text} - give positive whole numbers, separated by commas")
+
+
+def pooled_baseline(bags, train, test, n_classes):
+    """What no attention gets: logistic regression on the mean of a bag's instances."""
+    import eval as judge
+    import numpy as np
+    means = np.stack([bags.instances([i]).mean(0) for i in range(len(bags))])
+    return {"scores": judge.scores(bags.y[test], judge.logistic_probe(means[train], bags.y[train], means[test], n_classes, 0.01))}
+
+
+def attention_maps(bags, head, rows, flags, most=6):
+    """Test slides with each tile coloured by its share in the bag, as files heat_<slide>_<head>.png and as HTML."""
+    import data
+    import eval as judge
+    import ssm
+    import torch
+    kept = torch.load(out_path(flags.out, f"{head}.pt"), weights_only=True)
+    shown = []
+    for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
+        heat = 0
+        for state in kept["models"]:
+            model = ssm.MIL(kept["dim"], len(bags.label_names), head, number_list(kept["widths"]), kept["attention"]).eval()
+            model.load_state_dict(state)
+            with torch.no_grad():
+                heat = heat + torch.softmax(model(bags.padded([i])[0])[1], -1)[0].mean(0).numpy()
+        image, scale = data.Slide(bags.images[i]).overview(1024)
+        picture = judge.box_overlay(image, bags.coords[i], heat, scale)
+        judge.save_picture(out_path(flags.out, f"heat_{bags.names[i]}_{head}.png"), picture)
+        shown.append(f"<h3>{bags.names[i]}: {bags.label_names[bags.y[i]]}</h3>{judge.strip(judge.embedded(image), judge.embedded(picture))}")
+    return "".join(shown) or "<p>The bags name no pictures.</p>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transfer learning (thesis 3.3), heat maps (3.2.4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cmd_finetune(flags):
+    """Fine-tune classifiers over several seeds, and test which is better than which."""
+    import data
+    import eval as judge
+    pictures = data.read_pictures(needed(flags, "data"), flags.size)
+    specs, C = flags.models.split(","), len(pictures.label_names)
+    names = [load_backbone(spec, flags, C)[0] for spec in specs]                            # before anything is written
+    if len(set(names)) < len(names):
+        raise InputError(f"--models {flags.models} names a model twice - write a=vit_micro:random,b=vit_micro:random")
+    rounds = [picture_parts(pictures, flags, flags.seed + r) for r in range(flags.runs)]
+    make_run_folder(flags, {"command": "finetune", "flags": flags, "pictures": len(pictures.labels), "versions": versions()})
+    found = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}
+    progress = Progress(len(specs) * len(rounds))
+    for name, spec in zip(names, specs):
+        found[name] = []
+        for r, parts in enumerate(rounds):
+            one = flags.replaced({"seed": flags.seed + r})
+            scores, model = finetune_one(pictures, parts, load_backbone(spec, one, C)[1], one)
+            found[name].append(scores)
+            progress(len(specs) * 0 + sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f} ")
+            if r == 0 and hasattr(model, "features") and hasattr(model, "dim"):
+                arch = spec.partition("=")[2].partition(":")[0] or spec
+                judge.write_torch(out_path(flags.out, f"{name}.pt"), {"model": model.state_dict(), "n_classes": C, **shape_of(model, arch, spec)})
+    finish_finetune(found, pictures, rounds, flags)
+
+
+def finish_finetune(found, pictures, rounds, flags):
+    """The tables of thesis 3.3.3, and who beats whom, in print, metrics.json and report.html."""
+    import eval as judge
+    header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
+    rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
+    tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in found.items()}) for key in ("AUC", "accuracy")} \
+        if len(rounds) > 1 else {}
+    print("\n" + judge.text_table(header, rows))
+    sections = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))]
+    for key, pairs in tests.items():
+        wins = judge.beaten(pairs)
+        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()] or ["no model beats another"]
+        print(f"\n{key}, paired t-test at p < 0.05, {len(pairs)} pairs: {'; '.join(lines)}")
+        columns = ["a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d"]
+        cells = [[f"{p['a']} - {p['b']}", *(p.get(c) for c in columns[2:])] for p in pairs]
+        head = ["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)", "effect size d"]
+        print(judge.text_table(head, cells))
+        sections.append((f"{key}: pairs of models", judge.html_table(head, cells) + f"<p>{'; '.join(lines)}.</p>"))
+    note = (f"{len(rounds)} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** len(rounds):.4f}, and the runs' test parts "
+            "overlap, so that the t-test takes them for more independent than they are.")
+    print(f"\n{note}")
+    judge.write_json(out_path(flags.out, "metrics.json"), {"scores": found, "pairs": tests, "test pictures": len(rounds[0][2])})
+    judge.write_report(out_path(flags.out, "report.html"), "repsae finetune", [*sections, ("How far to trust it", f"<p>{note}</p>")])
+    say(f"wrote {out_path(flags.out, 'report.html')}")
+
+
+def shape_of(model, arch, spec):
+    """What load_backbone needs to build a fine-tuned model anew."""
+    config = out_path(arch, "config.json")
+    if os.path.exists(config):
+        with open(config) as f:
+            arch = json.load(f)["flags"]["arch"]
+    return {"arch": arch, "size": getattr(model, "size", None), "patch": getattr(model, "patch", None)}
+
+
+def picture_parts(pictures, flags, seed):
+    """Rows to train on, to stop by and to report: the file's own split, or 70 / 15 / 15 with classes in proportion."""
+    import data
+    import numpy as np
+    if flags.split == "random":
+        return data.stratified_parts(pictures.labels, (70, 15, 15), seed)
+    if pictures.split is None:
+        raise InputError(f"{flags.data} gives no split - use --split random")
+    parts = [np.flatnonzero(pictures.split == name) for name in ("train", "val", "test")]
+    if not all(map(len, parts)):
+        raise InputError(f"{flags.data} lacks a train, val or test part - use --split random")
+    return parts
+
+
+def pixel_baseline(pictures, parts, n_classes):
+    """Logistic regression on pixels, its strength chosen on the validation part."""
+    import eval as judge
+    import numpy as np
+    x, y = pictures.pixels.reshape(len(pictures.labels), -1) / 255, pictures.labels
+    train, val, test = parts
+    tried = [(strength, judge.logistic_probe(x[train], y[train], np.concatenate([x[val], x[test]]), n_classes, strength))
+             for strength in 10. ** np.arange(-6, 1)]
+    _, p = max(tried, key=lambda t: judge.scores(y[val], t[1][:len(val)])["AUC"])
+    return judge.scores(y[test], p[len(val):])
+
+
+def finetune_one(pictures, parts, model, flags):
+    """Train a classifier, stop by the validation loss, and judge the best epoch on the test rows: (scores, model)."""
+    import data
+    import eval as judge
+    import numpy as np
+    import ssm
+    import torch
+    torch.set_flush_denormal(True)
+    torch.manual_seed(flags.seed)
+    train, val, test = parts
+    x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
+    if flags.frozen:
+        model.requires_grad_(False)
+        [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1].requires_grad_(True)               # the head
+
+    def batches(epoch):
+        for rows in torch.from_numpy(np.random.default_rng([flags.seed, epoch]).permutation(train)).split(flags.batch):
+            if len(rows) > 1 or len(train) == 1:             # batch normalisation needs two
+                yield data.jittered(x[rows]).to(flags.device), y[rows].to(flags.device)
+
+    def loss(model, x, y):
+        model.train(not flags.frozen)                        # frozen: batch statistics stay, too
+        return torch.nn.functional.cross_entropy(model(x), y)
+
+    def outputs(model, rows):
+        return torch.cat([model(x[part].to(flags.device)).cpu() for part in torch.from_numpy(rows).split(256)])
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], flags.lr, weight_decay=flags.weight_decay)
+    ssm.fit(model, optimiser, batches, loss, lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])), flags.epochs,
+            flags.patience)
+    with torch.no_grad():
+        return judge.scores(pictures.labels[test], torch.softmax(outputs(model.eval(), test), 1).numpy()), model
+
+
+def cmd_explain(flags):
+    """Heat maps of what a backbone looks at: `cam`, Grad-CAM from the class token (thesis 3.2.4)."""
+    import data
+    import eval as judge
+    import ssm
+    import torch
+    images = data.read_images(needed(flags, "images"))
+    loaded = [load_backbone(spec, flags, head=True) for spec in needed(flags, "weights").split(",")]
+    make_run_folder(flags, {"command": "explain", "flags": flags})
+    rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
+    pictures = [images.open(i) for i in rows]
+    columns = [pictures]
+    for name, model, trained in loaded:
+        size = flags.size or trained
+        view = data.plain_view(size, whole=True)
+        x = torch.stack([view(p) for p in pictures]).to(flags.device)
+        classes = None if flags.label < 0 else [flags.label] * len(x)
+        heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, classes)
+        columns.append([judge.overlay(p, h) for p, h in zip(pictures, heat)])
+        for i, picture in zip(rows, columns[-1]):
+            stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
+            judge.save_picture(out_path(flags.out, f"{name}_{i}_{stem}.png"), picture)
+    sheet = judge.contact_sheet(list(zip(*columns)), ["picture", *(name for name, _, _ in loaded)])
+    judge.save_picture(out_path(flags.out, "sheet.png"), sheet)
+    print(f"wrote {len(rows) * len(loaded)} heat maps and {out_path(flags.out, 'sheet.png')}")
+
+
+def make_run_folder(flags, config):
+    """A fresh run folder with its config.json; raises InputError when it holds a run and --overwrite was not given."""
+    import eval as judge
+    if os.path.isdir(flags.out) and os.listdir(flags.out) and not flags.overwrite:
+        raise InputError(f"{flags.out} holds a run already - use --overwrite or another --out")
+    make_folder(flags.out, fresh=True)
+    judge.write_json(out_path(flags.out, "config.json"), config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1363,7 +1831,29 @@ command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: R
                             "last": (4, int, "ViT: class tokens of so many last blocks side by side"),
                             "tokens": (False, bool, "patch tokens (N, T, d) instead of the class token")})
 command("probe", cmd_probe, (DATA, SEED, BENCH),
-        extra={"strength": (1., float, "C of the linear probe: larger is less regular")})
+        extra={"solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
+               "strength": (1., float, "lbfgs: C of the linear probe, larger is less regular")})
+command("cut", cmd_cut, (), "cells", extra={
+    "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"), "size": (64, int, "side of a cut, pixels"),
+    "margin": (0.2, float, "how much longer than the box's longer side the square is that is cut")})
+command("tile", cmd_tile, ({"overwrite": RUN["overwrite"]},), "tiles", extra={
+    "images": (None, str, "a slide, or a folder of them"), "size": (224, int, "side of a tile, pixels"),
+    "step": (None, int, "pixels from tile to tile; the size by default"),
+    "downsample": (1., float, "pixels of the slide in one of the tile's"),
+    "threshold": (8, int, "saturation above which a pixel is tissue, 0..255"), "otsu": (False, bool, "find the threshold by Otsu's method"),
+    "least": (1., float, "smallest piece of tissue, in areas of 512 x 512 pixels"),
+    "least-hole": (1., float, "smallest hole, in the same"), "max-holes": (8, int, "holes of a piece that count"),
+    "rois": (None, str, "ASAP annotations (XML): label the tiles by them"),
+    "roi-share": (0.5, float, "share of a tile inside the regions that makes it one of them")})
+command("mil", cmd_mil, (MIL, {k: RUN[k] for k in ("device", "overwrite")}), "runs/mil", extra={
+    "data": (None, str, "bags: an .npz with X, offsets, y and perhaps folds; or class folders with a feature file for each bag"),
+    "stream": (None, str, "the stream of the feature files, when they have several")})
+command("finetune", cmd_finetune, (FINETUNE, {k: RUN[k] for k in ("device", "overwrite")}), "runs/finetune")
+command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
+        "runs/cam", positional=("what",), extra={
+            "weights": (None, str, "name=RUN of dino, name=FILE.pt of finetune, name=arch:FILE; several, separated by commas"),
+            "size": (0, int, "side of the pictures; 0 for the one trained at"), "most": (12, int, "pictures, spread over the folder"),
+            "label": (-1, int, "output to explain: a class, or a feature where there is no head; -1 for the largest")})
 command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
 
@@ -1375,8 +1865,9 @@ def parse(argv):
     for name, (run, table, positional, defaults) in COMMANDS.items():
         sub = subs.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__)
         for what in positional:
-            if name == "bench":
-                sub.add_argument(what, nargs="?", choices=("all", "sparc", "rows", "scan", "backbones"), default="all")
+            if what == "what":
+                choices = {"bench": ("all", "sparc", "rows", "scan", "backbones"), "explain": ("cam",)}[name]
+                sub.add_argument(what, nargs="?", choices=choices, default=choices[0])
             else:
                 sub.add_argument(what, help="a run folder")
         for flag, (default, kind, text) in table.items():

@@ -841,6 +841,160 @@ def output_entropy(q):
     return entropy, torch.special.entr(q.mean(0)).sum().item() - entropy
 
 
+def cam_layer(model, x):
+    """Where Grad-CAM looks in a backbone, and how that layer's output becomes a map: (module, function -> (B, h, w, d)).
+
+    ViT: the first norm of the last block; Vim: what enters its last layer, the class tokens left out (both as Vim4Path);
+    VMamba: the output of the last stage. x (B, 3, H, W) gives the grid.
+    """
+    if isinstance(model, VMamba):
+        return model.layers[-1].blocks, lambda out: out
+    grid = _grid(x, model.patch, "this backbone")
+    if isinstance(model, ViT):
+        return model.blocks[-1].norm1, lambda out: out[:, 1 + model.registers:].unflatten(1, grid)
+
+    def patches(out):
+        first, middle = int(model.double_cls), (grid[0] * grid[1] + model.double_cls) // 2
+        return torch.cat([out[:, first:middle], out[:, middle + 1:]], 1).unflatten(1, grid)
+    return model.layers[-1].drop_path, patches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bags of instances: multiple-instance learning (thesis 3.2.2; Ilse et al. 2018; CLAM, Lu et al. 2021)
+# ---------------------------------------------------------------------------------------------------------------------
+# Letters: B bags, N instances in the longest, E width of an embedding, C classes, A attentions (C for clam_mb, else 1).
+
+HEADS = ("max", "mean", "abmil", "gated", "clam_sb", "clam_mb")
+
+
+class MIL(nn.Module):
+    """A bag of instances -> class logits. One class for all heads:
+
+    max       the largest value of each embedding channel           mean     the mean of all embeddings
+    abmil     mean weighted by softmax(w tanh(V h)), Ilse's Eq. 8   gated    by softmax(w (tanh(V h) * sigmoid(U h))), Eq. 9
+    clam_sb   gated, with a classifier of instances for each class beside it: `instance_loss`
+    clam_mb   the same with an attention for each class
+
+    Input x (B, N, d) and mask (B, N), False where a bag is padded (all True by default). Returns logits (B, C), scores
+    (B, A, N), whose softmax is each instance's share in its bag, and embeddings h (B, N, E). The instances are first
+    standardised by the buffers `mean` and `std`.
+    """
+
+    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25):
+        super().__init__()
+        self.head, E = head, widths[-1]
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+        layers = [f(i, o) for i, o in zip((dim, *widths), widths) for f in (nn.Linear, lambda i, o: nn.ReLU())]
+        self.embed = nn.Sequential(*layers, nn.Dropout(dropout))
+        self.inner_dropout = nn.Dropout(dropout if head.startswith("clam") else 0.)
+        if head not in ("max", "mean"):
+            self.V = nn.Linear(E, attention)
+            self.U = nn.Linear(E, attention) if head != "abmil" else None
+            self.w = nn.Linear(attention, n_classes if head == "clam_mb" else 1)
+        self.classifier = nn.Linear(E, n_classes)            # clam_mb: row c reads the pooled embedding of attention c
+        if head.startswith("clam"):
+            self.instance_classifiers = nn.ModuleList(nn.Linear(E, 2) for _ in range(n_classes))
+
+    def scores(self, h, mask):
+        """(B, A, N), -inf where there is no instance."""
+        if self.head == "mean":
+            scores = h.new_zeros(len(h), 1, h.shape[1])
+        elif self.head == "max":                             # share: of each channel, to those who have its largest value
+            h = h.masked_fill(~mask[..., None], -1.)         # ReLU made them >= 0
+            top = (h == h.amax(1, keepdim=True)).float()                                    # (B, N, E)
+            scores = (top / top.sum(1, keepdim=True)).mean(-1)[:, None].log()
+        else:
+            a = self.inner_dropout(torch.tanh(self.V(h)))
+            if self.U is not None:
+                a = a * self.inner_dropout(torch.sigmoid(self.U(h)))
+            scores = self.w(a).transpose(1, 2)
+        return scores.masked_fill(~mask[:, None], -math.inf)
+
+    def forward(self, x, mask=None):
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        h = self.embed((x - self.mean) / self.std)                                          # (B, N, E)
+        scores = self.scores(h, mask)
+        if self.head == "max":
+            pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)
+        else:
+            pooled = torch.softmax(scores, -1) @ h                                          # (B, A, E)
+        if self.head == "clam_mb":
+            return (pooled * self.classifier.weight).sum(-1) + self.classifier.bias, scores, h
+        return self.classifier(pooled[:, 0]), scores, h
+
+
+def smooth_top1_svm(s, y):
+    """log sum_j exp(s_j + [j != y] - s_y), the mean over rows of s (n, C): CLAM's instance loss "svm" (Berrada et al. 2018
+    with alpha = tau = 1). Their code takes the hard hinge where scores differ by 6.9 or more; we stay with the formula."""
+    margin = 1 - F.one_hot(y, s.shape[1])
+    return (torch.logsumexp(s + margin, 1) - s.gather(1, y[:, None])[:, 0]).mean()
+
+
+def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_top1_svm):
+    """CLAM's clustering: the k instances that its own class attends to most should be told from the k it attends to least;
+    with `subtyping` other classes' favourites should be told to be none of theirs. Averaged over bags.
+
+    scores (B, A, N), h (B, N, E), mask (B, N) as `MIL` gives them, y (B,) labels. The choice has no gradient, h has. In bags
+    of fewer than 2k instances k is halved to fit, so that none is called both (the authors' code fails, or calls it both).
+    """
+    total = h.new_zeros(())
+    for b in range(len(h)):
+        n = int(mask[b].sum())
+        few = min(k, n // 2)
+        for c, classifier in enumerate(model.instance_classifiers):
+            if few == 0 or (c != y[b] and not subtyping):
+                continue
+            order = scores[b, c if scores.shape[1] > 1 else 0, :n].argsort(descending=True)
+            chosen, target = order[:few], torch.ones(few, dtype=torch.long, device=h.device)
+            if c == y[b]:
+                chosen, target = torch.cat([chosen, order[-few:]]), torch.cat([target, 0 * target])
+            else:
+                target = 0 * target
+            total = total + loss(classifier(h[b, chosen]), target) / (len(model.instance_classifiers) if subtyping else 1)
+    return total / len(h)
+
+
+def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smooth_top1_svm):
+    """Cross-entropy of the bags; for CLAM's heads bag_weight of it and the rest of `instance_loss`."""
+    logits, scores, h = model(x, mask)
+    bag = F.cross_entropy(logits, y)
+    if not model.head.startswith("clam"):
+        return bag
+    return bag_weight * bag + (1 - bag_weight) * instance_loss(model, scores, h, mask, y, k, subtyping, loss)
+
+
+def fit(model, optimiser, batches, loss, validate, epochs, patience, least=0):
+    """Supervised training with early stopping, for bags and for fine-tuning.
+
+    batches(epoch)    iterable of tuples, each the arguments of loss(model, ...), a scalar
+    validate(model)   a number, lower is better, of data that is neither trained on nor reported
+    Stops when that has not fallen for `patience` epochs, but never before `least`; the best epoch's weights are put back.
+    Returns [(mean loss, validation) of each epoch].
+    """
+    history, best, kept = [], math.inf, None
+    for epoch in range(epochs):
+        model.train()
+        spent = []
+        for batch in batches(epoch):
+            value = loss(model, *batch)
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            optimiser.step()
+            spent.append(value.item())
+        with torch.no_grad():
+            value = validate(model.eval())
+        history.append((sum(spent) / len(spent), value))
+        if value < best or kept is None:
+            best, kept, since = value, {k: v.clone() for k, v in model.state_dict().items()}, 0
+        else:
+            since += 1
+        if since >= patience and epoch + 1 >= least:
+            break
+    model.load_state_dict(kept)
+    return history
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets, and released weights
 # ---------------------------------------------------------------------------------------------------------------------

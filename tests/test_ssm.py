@@ -681,6 +681,202 @@ def test_a_mixer_learns_to_remember_its_first_token():
         assert max(recent) < 0.1
 
 
+# -- bags ---------------------------------------------------------------------------------------------------------------
+
+def golden_weights(z, name):
+    """An official state dict; large matrices are stored as row @ col."""
+    state = {k.removeprefix(f"sd.{name}."): v for k, v in z.items() if k.startswith(f"sd.{name}.")}
+    for k in [k for k in z if k.startswith(f"lr.{name}.") and k.endswith(".row")]:
+        row, col = z[k].astype(np.float64), z[k[:-3] + "col"].astype(np.float64)
+        state[k.removeprefix(f"lr.{name}.").removesuffix(".row")] = (row @ col).astype(np.float32)
+    return {k: torch.from_numpy(v) for k, v in state.items()}
+
+
+def clam(z, cfg, name):
+    about, theirs = cfg["models"][name], golden_weights(z, name)
+    head = "clam_mb" if name == "mb" else "clam_sb"
+    model = ssm.MIL(16, about["n_classes"], head).eval()
+    names = {"attention_net.0": "embed.0", "attention_net.3.attention_a.0": "V", "attention_net.3.attention_b.0": "U",
+             "attention_net.3.attention_c": "w", "attention_net.3.module.0": "V", "attention_net.3.module.2": "w", "classifiers": "classifier"}
+    if not about["gate"]:
+        model.U = None
+    ours = {"mean": model.mean, "std": model.std}
+    for k, v in theirs.items():
+        layer, _, kind = k.rpartition(".")
+        if k.startswith("classifiers.") and layer != "classifiers":                         # MB: a row for each class
+            ours.setdefault(f"classifier.{kind}", torch.zeros_like(getattr(model.classifier, kind)))[int(layer[-1])] = v[0]
+        else:
+            ours[f"{names.get(layer, layer)}.{kind}"] = v
+    model.load_state_dict(ours)
+    return model, about
+
+
+@pytest.mark.parametrize("name", ["sb", "mb", "sb_nogate"])
+def test_clam_logits_attention_instance_losses_and_gradients_are_the_authors(name, golden):
+    z, cfg = golden("clam")
+    model, about = clam(z, cfg, name)
+    losses = {"ce": F.cross_entropy, "svm": ssm.smooth_top1_svm}
+    for n in cfg["bag_sizes"]:
+        case = f"{name}.N{n}"
+        x = torch.from_numpy(z[f"in.{case}.h"])[None].requires_grad_()
+        logits, scores, h = model(x)
+        same(logits, torch.from_numpy(z[f"out.{case}.logits"]), 1e-5)
+        same(scores[0], torch.from_numpy(z[f"out.{case}.A_raw"]), 1e-5)
+        same(torch.softmax(scores, -1)[0] @ h[0], torch.from_numpy(z[f"out.{case}.features"]), 1e-5)
+        gradient, = torch.autograd.grad((logits * torch.from_numpy(z[f"in.{case}.g"])).sum(), x)
+        same_in_scale(gradient[0], torch.from_numpy(z[f"grad.{case}.h"]), 1e-5)
+        for subtyping in (0, 1):
+            for kind, loss in losses.items():
+                for y in range(about["n_classes"]):
+                    key, label = f"{case}.sub{subtyping}.{kind}.y{y}", torch.tensor([y])
+                    if f"out.{key}.total_loss" not in z:
+                        continue
+                    _, scores, h = model(x)
+                    alone = ssm.instance_loss(model, scores, h, torch.ones(1, n, dtype=bool), label, about["k_sample"], bool(subtyping), loss)
+                    same(alone, torch.tensor(z[f"out.{key}.instance_loss"]), 1e-5)
+                    total = ssm.mil_loss(model, x, torch.ones(1, n, dtype=bool), label, about["k_sample"], 0.7, bool(subtyping), loss)
+                    same(total, torch.tensor(z[f"out.{key}.total_loss"]), 1e-5)
+                    same_in_scale(torch.autograd.grad(total, x)[0][0], torch.from_numpy(z[f"grad.{key}.h"]), 1e-5)
+
+
+def test_smooth_svm_is_the_authors_and_stays_smooth_where_theirs_turns_into_a_hinge(golden):
+    z, _ = golden("clam")
+    for case, tolerance in (("smooth", 1e-6), ("mixed", 2.7e-3)):
+        s = torch.from_numpy(z[f"in.svmloss.{case}.s"]).requires_grad_()
+        loss = ssm.smooth_top1_svm(s, torch.from_numpy(z[f"in.svmloss.{case}.y"]))
+        assert loss.item() == pytest.approx(float(z[f"out.svmloss.{case}.loss"]), abs=tolerance)
+        if case == "smooth":
+            same(torch.autograd.grad(loss, s)[0], torch.from_numpy(z["grad.svmloss.smooth.s"]), 1e-6)
+
+
+@pytest.mark.parametrize("name, head", [("Attention", "abmil"), ("GatedAttention", "gated")])
+def test_attention_pooling_is_the_authors_with_their_one_output_as_our_second_class(name, head, golden):
+    z, cfg = golden("abmil")
+    theirs = golden_weights(z, name)
+    model = ssm.MIL(500, 2, head, widths=(500,), attention=128, dropout=0.).eval()
+    model.embed = torch.nn.Identity()                        # their embeddings H are given
+    names = {"V": ("attention.0", "attention_V.0"), "U": ("attention_U.0",), "w": ("attention.2", "attention_w")}
+    with torch.no_grad():
+        for ours, options in names.items():
+            for kind in ("weight", "bias"):
+                found = [theirs[f"{o}.{kind}"] for o in options if f"{o}.{kind}" in theirs]
+                if found:
+                    getattr(getattr(model, ours), kind).copy_(found[0])
+        for kind in ("weight", "bias"):
+            getattr(model.classifier, kind).copy_(torch.stack([torch.zeros_like(theirs[f"classifier.0.{kind}"][0]),
+                                                               theirs[f"classifier.0.{kind}"][0]]))
+    for n in cfg["bag_sizes"]:
+        H = torch.from_numpy(z[f"in.{name}.K{n}.H"])[None].requires_grad_()
+        logits, scores, _ = model(H)
+        same(torch.softmax(logits, 1)[:, 1:], torch.from_numpy(z[f"out.{name}.K{n}.Y_prob"]), 1e-5)
+        same(torch.softmax(scores, -1)[0], torch.from_numpy(z[f"out.{name}.K{n}.A"]), 1e-5)
+        for y in (0, 1):
+            loss = ssm.mil_loss(model, H, None, torch.tensor([y]))
+            same(loss, torch.from_numpy(z[f"out.{name}.K{n}.Y{y}.nll"])[0, 0], 1e-5)
+            same_in_scale(torch.autograd.grad(loss, H, retain_graph=True)[0][0], torch.from_numpy(z[f"grad.{name}.K{n}.Y{y}.H"]), 1e-5)
+
+
+@pytest.mark.parametrize("head", ssm.HEADS)
+def test_the_order_of_instances_and_padding_change_nothing(head):
+    model = ssm.MIL(6, 3, head, (8, 5), 4).eval()
+    x, order = torch.randn(1, 9, 6), torch.randperm(9)
+    padded = torch.cat([x, 100 * torch.randn(1, 4, 6)], 1)
+    mask = torch.arange(13)[None] < 9
+    logits, scores, h = model(x)
+    same(model(x[:, order])[0], logits, 1e-6)
+    same(model(x[:, order])[1], scores[..., order], 1e-6)
+    same(model(padded, mask)[0], logits, 1e-6)
+    assert (model(padded, mask)[1][..., 9:] == -torch.inf).all()
+    same(torch.softmax(model(padded, mask)[1], -1).sum(-1), torch.ones(1, scores.shape[1]), 1e-6)
+    if head.startswith("clam"):
+        y = torch.tensor([1])
+        same(ssm.mil_loss(model, padded, mask, y, k=3, subtyping=True), ssm.mil_loss(model, x, mask[:, :9], y, k=3, subtyping=True), 1e-6)
+
+
+def test_mean_and_max_pooling_are_the_mean_and_the_maximum():
+    for head, pool in (("mean", lambda h: h.mean(1)), ("max", lambda h: h.amax(1))):
+        model = ssm.MIL(4, 2, head, (6,)).eval()
+        logits, scores, h = model(torch.randn(3, 5, 4))
+        same(logits, model.classifier(pool(h)), 1e-6)
+        same(torch.softmax(scores, -1).sum(-1), torch.ones(3, 1), 1e-6)
+    first = (h[0] == h[0].amax(0)).float()
+    wins = (first / first.sum(0)).mean(1)
+    same(torch.softmax(scores, -1)[0, 0], wins, 1e-6)
+
+
+def test_instance_targets_by_hand():
+    """Attention 0.1 0.9 0.5 0.3 0.7, k = 2: instances 1 and 4 are called positive, 0 and 3 negative; in another class's
+    classifier, with subtyping, 1 and 4 negative."""
+    model = ssm.MIL(1, 2, "clam_sb", (2,))
+    seen = []
+
+    def spy(logits, target):
+        seen.append((logits[:, 0].round().tolist(), target.tolist()))
+        return logits.sum()
+    for classifier in model.instance_classifiers:
+        classifier.weight.data, classifier.bias.data = torch.tensor([[1., 0], [0, 1]]), torch.zeros(2)
+    h = torch.stack([torch.arange(5.), torch.zeros(5)], 1)[None]
+    scores, mask = torch.tensor([[[0.1, 0.9, 0.5, 0.3, 0.7]]]), torch.ones(1, 5, dtype=bool)
+    ssm.instance_loss(model, scores, h, mask, torch.tensor([0]), 2, True, spy)
+    assert seen == [([1, 4, 3, 0], [1, 1, 0, 0]), ([1, 4], [0, 0])]
+    seen.clear()
+    assert ssm.instance_loss(model, scores, h, mask[:, :1].expand(1, 5) & (torch.arange(5) < 1), torch.tensor([0]), 2, True, spy) == 0
+    assert not seen                                          # a lone instance is neither
+
+
+def test_fit_stops_by_validation_and_puts_the_best_weights_back():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data[:] = 0.
+    values = iter([3., 1., 2., 2., 5., 0.])
+    seen = []
+
+    def validate(m):
+        seen.append(m.weight.item())
+        return next(values)
+    history = ssm.fit(model, torch.optim.SGD(model.parameters(), 1.), lambda epoch: [(torch.ones(1, 1),)] * 2,
+                      lambda m, x: -m(x).sum(), validate, epochs=6, patience=3)
+    assert [v for _, v in history] == [3., 1., 2., 2., 5.] and seen == [2., 4., 6., 8., 10.]
+    assert model.weight.item() == 4.
+    values = iter([3., 1., 2., 2., 5., 0.])
+    assert len(ssm.fit(model, torch.optim.SGD(model.parameters(), 1.), lambda epoch: [(torch.ones(1, 1),)], lambda m, x: m(x).sum(),
+                       lambda m: next(values), epochs=6, patience=1, least=6)) == 6
+
+
+def test_a_bag_is_told_by_its_one_planted_instance_and_attention_points_at_it():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(120, 12, 5, generator=g), torch.arange(120) % 2
+    where = torch.randint(0, 12, (120,), generator=g)
+    x[y == 1, where[y == 1], :2] += 3.
+    mask = torch.ones(120, 12, dtype=bool)
+    model = ssm.MIL(5, 2, "gated", (16,), 8, 0.)
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    ssm.fit(model, optimiser, lambda e: [(x[:80], mask[:80], y[:80])], ssm.mil_loss,
+            lambda m: float(ssm.mil_loss(m, x[80:100], mask[80:100], y[80:100])), 150, 150)
+    logits, scores, _ = model(x[100:])
+    assert (logits.argmax(1) == y[100:]).float().mean() >= 0.9
+    assert (scores[:, 0].argmax(1) == where[100:])[y[100:] == 1].float().mean() >= 0.9
+
+
+# -- heat maps -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model", [ssm.vit_micro(), ssm.vim_micro(), ssm.vim_micro(double_cls=True), ssm.vmamba_micro()])
+def test_the_grad_cam_layer_is_a_map_without_class_tokens_that_the_output_depends_on(model):
+    model.eval()
+    x = torch.randn(2, 3, 64, 32)
+    module, to_map = ssm.cam_layer(model, x)
+    kept = []
+    hook = module.register_forward_hook(lambda m, i, out: kept.append(out))
+    out = model(x)
+    hook.remove()
+    gradient, = torch.autograd.grad(out.square().sum(), kept[0])
+    grid = (2, 1) if isinstance(model, ssm.VMamba) else (8, 4)
+    assert to_map(kept[0]).shape[:3] == (2, *grid) and (to_map(gradient) != 0).any(-1).all()
+    if not isinstance(model, ssm.VMamba):                    # exactly the patch tokens, in their order
+        numbers = torch.arange(kept[0].shape[1]).float()[None, :, None]
+        cls = [0] if isinstance(model, ssm.ViT) else [0, 16] if model.double_cls else [16]
+        assert to_map(numbers).flatten().tolist() == [i for i in range(kept[0].shape[1]) if i not in cls]
+
+
 def test_the_file_works_when_copied_alone(tmp_path):
     shutil.copy(pathlib.Path(ssm.__file__), tmp_path)
     program = """
