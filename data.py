@@ -460,7 +460,7 @@ def read_images(path):
     Every file of a folder is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or
     empty folder, and for a file that cannot be read or is too large to be meant as one picture, by name.
     """
-    if path.endswith(".npz"):
+    if os.fspath(path).endswith(".npz"):
         return _read_tiles(path)
     if os.path.isfile(path):
         boxes, _ = tile_slide(path)
@@ -732,7 +732,7 @@ def tile_boxes(pieces, scale, size, side, step):
         return pieces[row, column]
     found = [np.zeros((0, 4), int)]
     for i, (rows, columns) in enumerate(scipy.ndimage.find_objects(np.abs(pieces)), 1):
-        first, last = [int(columns.start * scale), int(rows.start * scale)], [columns.stop * scale, rows.stop * scale]
+        first, last = ([int(edge * scale) for edge in edges] for edges in ((columns.start, rows.start), (columns.stop, rows.stop)))
         x, y = (np.arange(a, min(b, n - side + 1), step) for a, b, n in zip(first, last, size))
         x, y = (v.ravel() for v in np.meshgrid(x, y, indexing="ij"))
         cx, cy, q = x + side // 2, y + side // 2, side // 4

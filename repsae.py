@@ -1051,7 +1051,7 @@ def cmd_mil(flags):
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
-    settings = parse_grid(flags)
+    settings, _ = parse_grid(flags), number_list(flags.widths)
     bags = data.read_bags(needed(flags, "data"), flags.stream)
     rounds = mil_rounds(bags, flags)
     make_run_folder(flags, {"command": "mil", "flags": flags, "bags": len(bags), "rounds": len(rounds)})
@@ -1090,14 +1090,14 @@ def parse_grid(flags):
     """--grid "lr=1e-4,5e-4 dropout=0,0.5" -> a list of all combinations, each the flags with those values."""
     options = []
     for item in (flags.grid or "").split():
-        name, _, values = item.replace("-", "_").partition("=") if "=" not in item else (item.split("=")[0].replace("-", "_"), "", item.split("=")[1])
-        key = name.replace("_", "-")
-        if key not in MIL or key in ("head", "grid", "inner") or MIL[key][1] not in (int, float):
-            raise InputError(f"--grid {item} - write for example \"lr=1e-4,5e-4 dropout=0,0.5\"")
+        name, _, values = item.partition("=")
+        kind = MIL.get(name, (None, None))[1]
+        if kind not in (int, float) or name in ("seed", "inner"):
+            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
         try:
-            options.append([(name, MIL[key][1](v)) for v in values.split(",")])
+            options.append([(name.replace("-", "_"), kind(v)) for v in values.split(",")])
         except ValueError:
-            raise InputError(f"--grid {item}: the values must be of type {MIL[key][1].__name__}")
+            raise InputError(f"--grid {item}: the values must be of type {kind.__name__} - write for example {name}=1,2")
     return [check_ranges(flags.replaced(dict(chosen))) for chosen in itertools.product(*options)]
 
 
@@ -1147,7 +1147,7 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
                                                          "dim": bags.X.shape[1], "label_names": bags.label_names,
                                                          **{k: setting[k] for k in ("widths", "attention", "dropout")}})
     return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)), "validation": loss,
-            "chosen": {k: setting[k] for k in setting if setting[k] != settings[0][k] or len(settings) > 1 and k in ("lr", "weight_decay", "dropout")}}
+            "chosen": {k: setting[k] for k in setting if len({str(s[k]) for s in settings}) > 1}}
 
 
 def train_mil(bags, head, flags, train, val, seed):
@@ -1163,7 +1163,7 @@ def train_mil(bags, head, flags, train, val, seed):
     model.std.copy_(torch.from_numpy(np.where(X.std(0) > 0, X.std(0), 1)))
     model.to(flags.device)
     y = bags.y[train]
-    weight = (1 / np.bincount(y)[y] if flags.weighted else np.ones(len(y))) / 1.
+    weight = 1 / np.bincount(y)[y] if flags.weighted else np.ones(len(y))
     how = {"k": flags.k, "bag_weight": flags.bag_weight, "subtyping": flags.subtyping,
            "loss": {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[flags.inst_loss]}
 
@@ -1245,7 +1245,7 @@ def cmd_finetune(flags):
             one = flags.replaced({"seed": flags.seed + r})
             scores, model = finetune_one(pictures, parts, load_backbone(spec, one, C)[1], one)
             found[name].append(scores)
-            progress(len(specs) * 0 + sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f} ")
+            progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
             if r == 0 and hasattr(model, "features") and hasattr(model, "dim"):
                 arch = spec.partition("=")[2].partition(":")[0] or spec
                 judge.write_torch(out_path(flags.out, f"{name}.pt"), {"model": model.state_dict(), "n_classes": C, **shape_of(model, arch, spec)})

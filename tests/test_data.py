@@ -329,3 +329,205 @@ def test_stain_jitter_of_strength_zero_changes_nothing_and_turns_keep_the_pixels
     assert 0 < abs(moved).max() < 60
     turned = np.asarray(data.quarter_turns(image))
     assert any(np.array_equal(turned, np.rot90(np.asarray(image), n)) for n in range(4))
+
+
+# -- slides and bags ---------------------------------------------------------------------------------------------------
+
+def drawn_slide(tmp_path, holes=True):
+    """A pale slide of 1200 x 900 with one pink piece (x 200..700, y 100..600) that has a hole, one speck, and grey dirt."""
+    row, column = np.mgrid[:900, :1200]
+    image = np.full((900, 1200, 3), 244, np.uint8)
+    piece = (200 <= column) & (column < 700) & (100 <= row) & (row < 600)
+    hole = (column - 450) ** 2 + (row - 350) ** 2 < 120 ** 2
+    speck, dirt = (column - 1000) ** 2 + (row - 200) ** 2 < 10 ** 2, (column > 900) & (row > 700)
+    image[piece & ~hole | speck] = (200, 90, 150)
+    image[dirt] = (90, 90, 90)
+    Image.fromarray(image).save(tmp_path / "slide.png")
+    return tmp_path / "slide.png", image, piece, hole
+
+
+def test_tissue_of_a_drawn_slide_is_the_mask_that_was_drawn(tmp_path):
+    _, image, piece, hole = drawn_slide(tmp_path)
+    found = data.find_tissue(image, least=1000, least_hole=1000)
+    tissue = piece & ~hole
+    assert ((found == 1) & tissue).sum() / ((found == 1) | tissue).sum() > 0.97
+    assert ((found == -1) & hole).sum() / ((found == -1) | hole).sum() > 0.97 and found.max() == 1
+    assert np.array_equal(np.abs(data.find_tissue(image, least=1000, least_hole=10 ** 6)), np.abs(found))
+    assert (data.find_tissue(image, least=1000, max_holes=0) >= 0).all()                    # a hole that does not count is filled
+    assert data.find_tissue(image, least=10).max() == 2                                     # and now the speck does
+    assert (np.abs(data.find_tissue(image, threshold=None, least=1000)) == np.abs(found)).mean() > 0.99
+
+
+def test_otsu_has_the_largest_variance_between_classes():
+    values = np.concatenate([np.random.default_rng(0).normal(m, s, 500) for m, s in ((60, 12), (170, 30))]).clip(0, 255).astype(np.uint8)
+
+    def between(t):
+        a, b = values[values <= t].astype(float), values[values > t].astype(float)
+        return len(a) * len(b) * (a.mean() - b.mean()) ** 2 if len(a) and len(b) else 0
+    assert between(data.otsu(values)) == pytest.approx(max(map(between, range(256))))
+
+
+def test_tiles_start_at_the_corner_of_their_piece_and_leave_out_holes(tmp_path):
+    path, *_ = drawn_slide(tmp_path)
+    boxes, shown = data.tile_slide(path, 100, least=0.1, least_hole=0.1)
+    x, y = {int(v) for v in boxes[:, 0]}, {int(v) for v in boxes[:, 1]}
+    assert x == {min(x) + 100 * i for i in range(5)} and y == {min(y) + 100 * i for i in range(5)}
+    assert abs(min(x) - 200) <= 4 and abs(min(y) - 100) <= 4 and (boxes[:, 2:] == 100).all()
+    middle = (boxes[:, :2] + 50 - (450, 350)).astype(float)
+    assert len(boxes) == 20 and (np.hypot(*middle.T) > 115).all()                           # 25 less the five centred in the hole
+    assert shown.size == (1200, 900)
+    assert len(data.tile_slide(path, 100, 50, least=0.1, least_hole=0.1)[0]) > 60
+    edge, _ = data.tile_slide(path, 450, least=0.1)
+    assert len(edge) == 1 and edge[0, 1] + 450 <= 900          # a second row would reach over the edge
+
+
+def test_a_tile_is_read_as_its_part_of_the_slide(tmp_path):
+    path, image, *_ = drawn_slide(tmp_path)
+    boxes, _ = data.tile_slide(path, 100, least=0.1)
+    images = data.Images([str(path)] * len(boxes), boxes=boxes)
+    x, y, w, h = boxes[7]
+    assert np.array_equal(np.asarray(images.open(7)), image[y:y + h, x:x + w])
+    small, scale = data.Slide(path).overview(300)
+    assert small.size == (300, 225) and scale == 4.
+
+
+def test_a_slide_without_tissue_is_refused(tmp_path):
+    Image.new("RGB", (600, 600), (240, 240, 240)).save(tmp_path / "empty.png")
+    with pytest.raises(InputError, match="empty.png has no tissue"):
+        data.tile_slide(tmp_path / "empty.png")
+    with pytest.raises(InputError, match="has no tissue"):
+        data.read_images(str(tmp_path / "empty.png"))
+
+
+def test_the_overlap_of_polygon_and_tile_is_that_of_a_fine_raster():
+    rng = np.random.default_rng(0)
+    for n in (3, 5, 12):
+        angle = np.sort(rng.uniform(0, 2 * np.pi, n))
+        polygon = np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(20, 160, (n, 1)) + 128               # a star: not convex
+        for box in ((60, 60, 100, 80), (0, 0, 256, 256), (128, 128, 50, 50)):
+            raster = Image.new("L", (2560, 2560))
+            data.ImageDraw.Draw(raster).polygon([tuple(p * 10) for p in polygon], fill=1)
+            x, y, w, h = box
+            share = np.asarray(raster)[10 * y:10 * (y + h), 10 * x:10 * (x + w)].mean()
+            assert data.overlap(polygon, box) == pytest.approx(share, abs=0.01)
+    triangle = np.array([[0, 0], [10, 0], [0, 10]])
+    assert data.overlap(triangle, (0, 0, 10, 10)) == 0.5 and data.overlap(triangle, (20, 0, 5, 5)) == 0.
+    assert data.overlap(triangle[::-1], (0, 0, 5, 5)) == 1.
+
+
+def test_asap_annotations_are_read_and_broken_ones_refused(tmp_path):
+    path = tmp_path / "a.xml"
+    path.write_text("<ASAP_Annotations><Annotations><Annotation><Coordinates>"
+                    '<Coordinate Order="1" X="10" Y="0"/><Coordinate Order="0" X="0" Y="0"/><Coordinate Order="2" X="0" Y="10"/>'
+                    "</Coordinates></Annotation><Annotation><Coordinates><Coordinate Order='0' X='1' Y='1'/></Coordinates></Annotation>"
+                    "</Annotations></ASAP_Annotations>")
+    regions = data.read_polygons(path)
+    assert len(regions) == 1 and regions[0].tolist() == [[0, 0], [10, 0], [0, 10]]
+    path.write_text("<ASAP_Annotations><Annot")
+    with pytest.raises(InputError, match="a.xml is not a readable ASAP"):
+        data.read_polygons(path)
+
+
+def test_boxes_are_cut_as_squares_around_them_by_the_official_splits(tmp_path):
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / "voc" / name).mkdir(parents=True)
+    row, column = np.mgrid[:200, :300]
+    image = np.where((abs(column - 150) < 20)[..., None] & (abs(row - 100) < 40)[..., None], 255, 0).repeat(3, 2).astype(np.uint8)
+    for stem in ("one", "two"):
+        Image.fromarray(image).save(tmp_path / "voc" / "JPEGImages" / f"{stem}.jpg", quality=100)
+        (tmp_path / "voc" / "Annotations" / f"{stem}.xml").write_text(
+            "<annotation><object><name>cell</name><bndbox><xmin>130</xmin><ymin>60</ymin><xmax>170</xmax><ymax>140</ymax></bndbox></object>"
+            "<object><name>dust</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>8</xmax><ymax>90</ymax></bndbox></object></annotation>")
+    (tmp_path / "voc" / "ImageSets" / "Main" / "trainval.txt").write_text("one\n")
+    with pytest.raises(InputError, match="test.txt - expected a Pascal VOC folder"):
+        data.cut_boxes(tmp_path / "voc", tmp_path / "cells", 32)
+    (tmp_path / "voc" / "ImageSets" / "Main" / "test.txt").write_text("two\n")
+    assert data.cut_boxes(tmp_path / "voc", tmp_path / "cells", 96, 0.2) == {("train", "cell"): 1, ("test", "cell"): 1}
+    cut = np.asarray(Image.open(tmp_path / "cells" / "test" / "cell" / "two_0.png").convert("L")) > 128
+    rows, columns = np.flatnonzero(cut.any(1)), np.flatnonzero(cut.any(0))
+    assert (abs(np.array([rows[0], rows[-1], columns[0], columns[-1]]) - (8, 87, 28, 67)) <= 1).all()            # 80 and 40 of 96
+
+
+def bag_file(path, **change):
+    rng = np.random.default_rng(0)
+    arrays = {"X": rng.standard_normal((10, 3)), "offsets": np.array([0, 2, 3, 7, 10]), "y": np.array([0, 1, 0, 1]), **change}
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return path, arrays
+
+
+def test_padded_bags_are_their_instances_and_a_mask(tmp_path):
+    path, arrays = bag_file(tmp_path / "b.npz")
+    bags = data.read_bags(path)
+    x, mask, y = bags.padded([2, 1])
+    assert x.shape == (2, 4, 3) and mask.sum(1).tolist() == [4, 1] and y.tolist() == [0, 1]
+    np.testing.assert_allclose(x[0].numpy(), arrays["X"][3:7], rtol=1e-6)
+    assert torch.equal(x[1, 1:], torch.zeros(3, 3)) and np.array_equal(bags.instances([2, 1])[4], x[1, 0])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"y": None}, "lacks 'y'"), ({"offsets": np.array([0, 2, 2, 7, 10])}, "bag 1 is empty"),
+    ({"offsets": np.array([0, 2, 3, 10])}, "'offsets' has 4 entries from 0 to 10 for 4 bags"),
+    ({"y": np.array([1, 1, 1, 1])}, "all bags have the label 1"), ({"y": np.array([0, 1, -1, 0])}, "'y' holds int64 from -1"),
+    ({"X": np.where(np.arange(10)[:, None] == 4, np.nan, np.ones((10, 3)))}, "instance 4 holds NaN"),
+    ({"folds": np.ones((2, 5), bool)}, "'folds' has shape")])
+def test_bad_bags_are_refused_by_name(change, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        data.read_bags(bag_file(tmp_path / "b.npz", **change)[0])
+
+
+def test_a_folder_of_bags_has_its_labels_and_pictures_and_one_width(tmp_path):
+    for label in ("normal", "tumour"):
+        (tmp_path / label).mkdir()
+        for i in range(2):
+            np.savez(tmp_path / label / f"s{i}.npz", f=np.full((3 + i, 5), i, np.float32), coords=np.zeros((3 + i, 4), int),
+                     images=np.array(["../../slide.png"] * (3 + i)))
+    bags = data.read_bags(tmp_path)
+    assert bags.y.tolist() == [0, 0, 1, 1] and bags.label_names == ["normal", "tumour"] and bags.offsets.tolist() == [0, 3, 7, 10, 14]
+    assert bags.images[0].endswith("/../../slide.png") and len(bags.coords[1]) == 4
+    np.savez(tmp_path / "normal" / "s2.npz", f=np.zeros((3, 6), np.float32))
+    with pytest.raises(InputError, match=r"have widths \[5, 6\]"):
+        data.read_bags(tmp_path)
+    np.savez(tmp_path / "normal" / "s2.npz", f=np.zeros((3, 5)), g=np.zeros((3, 5)))
+    with pytest.raises(InputError, match="has the streams f, g - pick one"):
+        data.read_bags(tmp_path)
+
+
+def test_parts_are_disjoint_and_hold_every_class_in_proportion():
+    y = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [70, 31, 9]))
+    parts = data.stratified_parts(y, (70, 15, 15), 5)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(110))
+    for part, share in zip(parts, (0.7, 0.15, 0.15)):
+        for c in range(3):
+            assert abs((y[part] == c).sum() - share * (y == c).sum()) <= 1
+    assert not np.array_equal(parts[2], data.stratified_parts(y, (70, 15, 15), 6)[2])
+
+
+def test_medmnist_files_and_class_folders_become_pictures(tmp_path, pictures):
+    rng = np.random.default_rng(0)
+    arrays = {f"{s}_{k}": v for s, n in (("train", 6), ("val", 2), ("test", 3)) for k, v in (
+        ("images", rng.integers(0, 255, (n, 28, 28), np.uint8)), ("labels", np.arange(n, dtype=np.uint8)[:, None] % 2))}
+    np.savez(tmp_path / "m.npz", **arrays)
+    found = data.read_pictures(str(tmp_path / "m.npz"), 28)
+    assert found.pixels.shape == (11, 3, 28, 28) and found.split.tolist() == ["train"] * 6 + ["val"] * 2 + ["test"] * 3
+    assert np.array_equal(found.pixels[7, 1], arrays["val_images"][1]) and found.labels[7] == 1
+    assert data.read_pictures(str(pictures), 16).pixels.shape == (18, 3, 16, 16)
+    x = data.normalised(found.pixels)
+    back = x * torch.tensor(data.IMAGENET[1]).view(3, 1, 1) + torch.tensor(data.IMAGENET[0]).view(3, 1, 1)
+    assert torch.equal((255 * back).round().to(torch.uint8), torch.from_numpy(found.pixels))
+    for change, message in (({"train_images": arrays["train_images"].astype(float)}, "'train_images' has shape"),
+                            ({k: 0 * v for k, v in arrays.items() if "labels" in k}, "has the one class 0")):
+        np.savez(tmp_path / "n.npz", **{**arrays, **change})
+        with pytest.raises(InputError, match=message):
+            data.read_pictures(str(tmp_path / "n.npz"), 28)
+
+
+def test_jitter_mirrors_and_shifts_and_nothing_else():
+    x = torch.arange(32. * 32).view(1, 1, 32, 32).expand(64, 3, -1, -1).clone()
+    seen = set()
+    for v in data.jittered(x)[:, 0]:
+        mirrored = bool(v[10, 11] < v[10, 10])
+        v = v.flip(1) if mirrored else v
+        shift = (int(v[16, 16]) // 32 - 16, int(v[16, 16]) % 32 - 16)
+        seen.add((mirrored, shift))
+        assert max(map(abs, shift)) <= 4 and torch.equal(v[8:24, 8:24], x[0, 0, 8 + shift[0]:24 + shift[0], 8 + shift[1]:24 + shift[1]])
+    assert {m for m, _ in seen} == {True, False} and len(seen) > 20

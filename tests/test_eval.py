@@ -6,6 +6,7 @@ import scipy.sparse as sp
 import scipy.special
 import scipy.stats
 import torch
+from PIL import Image
 
 import eval as judge
 
@@ -324,3 +325,67 @@ def test_the_linear_probe_is_at_the_minimum_that_scipy_finds():
         return (scipy.special.logsumexp(logits, 1) - logits[np.arange(80), y]).sum() + (w[:-1] ** 2).sum() / 2
     w = scipy.optimize.minimize(loss, np.zeros(15), method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-14}).x.reshape(5, 3)
     np.testing.assert_allclose(judge.logistic_probe(x, y, x), scipy.special.softmax(z @ w, 1), atol=1e-4)
+
+
+# -- comparing models, heat maps -----------------------------------------------------------------------------------------
+
+def test_the_sgd_probe_learns_what_is_linear_and_repeats_itself():
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((600, 5)), rng.standard_normal(5)
+    y = (x @ w > 0).astype(int)
+    p = judge.sgd_probe(x[:400] * 10, y[:400], x[400:] * 10)
+    assert judge.scores(y[400:], p)["accuracy"] > 0.95 and np.allclose(p.sum(1), 1)
+    torch.manual_seed(5)
+    assert np.array_equal(p, judge.sgd_probe(x[:400] * 10, y[:400], x[400:] * 10))
+
+
+def test_pairs_of_models_are_tested_by_the_textbook_formulas():
+    runs = {"a": [0.9, 0.8, 0.95, 0.85, 0.9], "b": [0.7, 0.75, 0.8, 0.72, 0.74], "c": [0.71, 0.74, 0.81, 0.7, 0.76]}
+    pairs = {(p["a"], p["b"]): p for p in judge.compare(runs)}
+    assert list(pairs) == [("a", "b"), ("a", "c"), ("b", "c")]
+    gap = np.array(runs["a"]) - runs["b"]
+    t = gap.mean() / (gap.std(ddof=1) / 5 ** 0.5)
+    # Student's t with 4 degrees of freedom: P(|T| > t) = 1 - s (1 + (1 - s^2) / 2), s = t / sqrt(t^2 + 4)
+    s = t / (t * t + 4) ** 0.5
+    assert pairs["a", "b"]["t_p"] == pytest.approx(1 - s * (1 + (1 - s * s) / 2), rel=1e-9)
+    assert pairs["a", "b"]["d"] == pytest.approx(t / 5 ** 0.5) and pairs["a", "b"]["difference"] == pytest.approx(gap.mean())
+    assert pairs["a", "b"]["wilcoxon_p"] == pytest.approx(2 / 2 ** 5)                       # all five one way: the least there is
+    low, middle, high = sorted(p["t_p"] for p in pairs.values())
+    assert [p["holm_p"] for p in sorted(pairs.values(), key=lambda p: p["t_p"])] == pytest.approx(
+        [3 * low, max(3 * low, 2 * middle), max(3 * low, 2 * middle, high)])
+    assert judge.beaten(pairs.values()) == {"a": ["b", "c"]}
+
+
+def test_runs_that_differ_by_a_constant_get_no_p():
+    pair, = judge.compare({"a": [0.5, 0.6], "b": [0.4, 0.5]})
+    assert pair["t_p"] is None and pair["difference"] == pytest.approx(0.1) and judge.beaten([pair]) == {}
+    assert judge.mean_std([1., 2., 3.]) == "2.000 ± 1.000" and judge.mean_std([0.5, None]) == "0.500 ± 0.000" and judge.mean_std([None]) == "-"
+
+
+def test_grad_cam_of_a_linear_model_is_its_weighted_channels():
+    """score_c = mean over places of w_c . a: the gradient is w_c / (h w), so the map is relu(sum_d w_cd a_d), scaled."""
+    layer = torch.nn.Identity()
+    w = torch.tensor([[1., -2., 0.5], [-1., 1., 1.]])
+
+    def model(x):
+        return layer(x).mean((2, 3)) @ w.T
+    x = torch.randn(4, 3, 5, 6)
+    for classes in (None, [1, 1, 0, 0]):
+        heat = judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), x.clone(), classes)
+        chosen = model(x).argmax(1) if classes is None else torch.tensor(classes)
+        expected = torch.einsum("bdhw,bd->bhw", x, w[chosen]).clamp(min=0)
+        low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
+        np.testing.assert_allclose(heat, (expected - low) / (high - low), atol=1e-5)
+    assert (judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), -torch.ones(1, 3, 2, 2), [1]) == 0).all()
+
+
+def test_overlays_colour_high_red_and_low_blue_in_the_right_place():
+    grey = Image.new("RGB", (40, 20), (128, 128, 128))
+    out = np.asarray(judge.overlay(grey, np.array([[0., 1.]]), 1.)).astype(int)
+    assert out[10, 39, 0] > 180 > out[10, 0, 0] and out[10, 0, 2] > out[10, 39, 2] and out.shape == (20, 40, 3)
+    boxes = judge.box_overlay(grey, [[0, 0, 20, 20], [40, 20, 20, 20]], np.array([0.1, 0.9]), 2., 1.)
+    colours = judge.heat_colours(np.array([[0.5, 1.]]))[0]
+    pixels = np.asarray(boxes)
+    assert tuple(pixels[5, 5]) == tuple(colours[0]) and tuple(pixels[15, 25]) == tuple(colours[1]) and tuple(pixels[5, 35]) == (128, 128, 128)
+    sheet = judge.contact_sheet([[grey, grey]] * 3, ["a", "b"], 50)
+    assert sheet.size == (2 * 58 + 8, 3 * 58 + 28)

@@ -355,7 +355,7 @@ def trained(pictures, tmp_path_factory):
 
 
 def test_a_dino_run_leaves_its_files_curves_and_neighbours(trained):
-    assert sorted(os.listdir(trained)) == ["checkpoint.pt", "config.json", "log.csv", "metrics.json", "report.html"]
+    assert sorted(os.listdir(trained)) == ["checkpoint.pt", "config.json", "log.csv", "metrics.json", "neighbours.png", "report.html"]
     with open(trained / "log.csv") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 9 and [bool(r["knn"]) for r in rows] == [False, False, True] * 3        # 24 pictures, 3 steps an epoch
@@ -423,7 +423,7 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
     (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two shares"),
     (["dino", "--images", "{p}", "--size", "30"], "images are 30x30"),
     (["extract", "--images", "{p}"], "--weights is missing"),
-    (["extract", "--images", "{p}", "--weights", "a"], "--weights a - write name=RUN"),
+    (["extract", "--images", "{p}", "--weights", "a="], "a= - write name=RUN"),
     (["extract", "--images", "{p}", "--weights", "a=/no"], "/no is no dino run"),
     (["extract", "--images", "{p}", "--weights", "a=vit_micro:/no/w.pth"], "no weights at /no/w.pth"),
     (["probe", "--data", "{f}"], "has no integer labels")])
@@ -433,3 +433,141 @@ def test_bad_backbone_input_is_one_line(pictures, features, tmp_path, capsys, ar
         argv += ["--out", tmp_path / "o"]
     assert message in error(capsys, *argv)
     assert not (tmp_path / "o").exists()
+
+
+# -- slides, bags, transfer, heat maps ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bags(tmp_path_factory):
+    """Sixty bags, positive with one planted instance, and two repeats of three folds."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("bags") / "b.npz"
+    size, y = rng.integers(3, 8, 60), np.arange(60) % 2
+    offsets = np.concatenate([[0], np.cumsum(size)])
+    X = rng.standard_normal((offsets[-1], 5))
+    X[offsets[:-1][y == 1], :2] += 4
+    folds = np.stack([np.stack([rng.permutation(60) % 3 != 0 for _ in range(3)]) for _ in range(2)])
+    np.savez(path, X=X, offsets=offsets, y=y, folds=folds)
+    return path
+
+
+QUICK_MIL = ["--widths", "8", "--attention", 4, "--epochs", 25, "--least", 1, "--batch", 8, "--lr", 0.01]
+
+
+def test_mil_reports_every_head_over_all_folds_beside_the_mean_of_the_bag(bags, tmp_path, capsys):
+    run("mil", "--data", bags, "--head", "gated,mean", *QUICK_MIL, "--grid", "dropout=0,0.5", "--out", tmp_path / "r")
+    found = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert list(found) == ["mean of the bag, logistic", "gated", "mean"] and [len(v) for v in found.values()] == [6, 6, 6]
+    accuracy = {head: np.mean([r["scores"]["accuracy"] for r in runs]) for head, runs in found.items()}
+    assert accuracy["gated"] > 0.85 and {r["chosen"]["dropout"] for r in found["gated"]} <= {0., 0.5}
+    table = capsys.readouterr().out
+    assert f"{accuracy['gated']:.3f} ±" in table and "6 test parts of about 20 bags" in table
+    assert (tmp_path / "r" / "report.html").exists()
+
+
+def test_the_test_fold_never_reaches_training(bags, tmp_path, monkeypatch):
+    """With the labels of the test rows turned over, the models are the same."""
+    import data
+    settings = repsae.parse_grid(repsae.parse(["mil", "--data", str(bags), *map(str, QUICK_MIL)])[1])
+    whole, turned = data.read_bags(bags), data.read_bags(bags)
+    test = np.flatnonzero(~whole.folds[0, 0])
+    turned.y[test] = 1 - turned.y[test]
+    turned.X[np.concatenate([np.arange(turned.offsets[i], turned.offsets[i + 1]) for i in test])] *= -3
+    a, b = (repsae.mil_round(v, "abmil", settings, 0, np.flatnonzero(whole.folds[0, 0]), None, test, keep=tmp_path / name)
+            if not (tmp_path / name).mkdir() else None for v, name in ((whole, "a"), (turned, "b")))
+    assert a["validation"] == b["validation"]
+    states = [torch.load(tmp_path / name / "abmil.pt", weights_only=True)["models"][0] for name in "ab"]
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """Twelve slides, pink tissue on white, those called tumour with a purple patch; tiled and extracted, a file for each."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("slides")
+    (root / "slides").mkdir()
+    for i in range(12):
+        image = np.full((200, 260, 3), 245, np.uint8)
+        image[20:180, 30:220] = np.array([220, 150, 180]) + rng.integers(-8, 8, (160, 190, 3))
+        if i % 2:
+            x, y = rng.integers(40, 160), rng.integers(30, 120)
+            image[y:y + 40, x:x + 40] = (90, 40, 130)
+        Image.fromarray(image.astype(np.uint8)).save(root / "slides" / f"s{i}.png")
+    run("tile", "--images", root / "slides", "--size", 32, "--least", 0.01, "--out", root / "tiles")
+    for i in range(12):
+        out = root / "bags" / ("tumour" if i % 2 else "normal")
+        out.mkdir(parents=True, exist_ok=True)
+        run("extract", "--images", root / "tiles" / f"s{i}.npz", "--weights", "f=vit_micro:random", "--size", 32, "--last", 1,
+            "--out", out / f"s{i}.npz")
+    return root
+
+
+def test_slides_become_tiles_features_bags_and_attention_maps(slides, tmp_path, capsys):
+    tiles = np.load(slides / "tiles" / "s3.npz")
+    assert len(tiles["coords"]) > 20 and (slides / "tiles" / "s3.png").exists()
+    run("mil", "--data", slides / "bags", "--head", "clam_sb", "--k", 2, "--widths", 16, "--attention", 8, "--epochs", 5, "--least", 1,
+        "--out", tmp_path / "r")
+    maps = [f for f in os.listdir(tmp_path / "r") if f.startswith("heat_")]
+    assert len(maps) == 2 and Image.open(tmp_path / "r" / maps[0]).size == (260, 200)
+    report = (tmp_path / "r" / "report.html").read_text()
+    assert report.count("data:image/jpeg") == 4 and "Attention of clam_sb" in report
+
+
+def test_dino_and_extract_take_a_single_slide_by_its_tiles(slides, tmp_path):
+    slide = slides / "big.png"
+    Image.open(slides / "slides" / "s1.png").resize((2600, 2000), Image.NEAREST).save(slide)
+    run("dino", "--images", slide, *TINY_DINO, "--epochs", 1, "--out", tmp_path / "r")
+    run("extract", "--images", slide, "--weights", f"f={tmp_path / 'r'}", "--out", tmp_path / "f.npz")
+    z = np.load(tmp_path / "f.npz")
+    assert len(z["f"]) == len(z["coords"]) > 20 and (z["coords"][:, 2:] == 224).all()
+
+
+def test_rois_label_the_tiles_that_they_cover_by_half(slides, tmp_path):
+    (tmp_path / "a.xml").write_text("<A><Annotation><Coordinates>" + "".join(
+        f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate(((0, 0), (130, 0), (130, 200), (0, 200))))
+        + "</Coordinates></Annotation></A>")
+    run("tile", "--images", slides / "slides" / "s0.png", "--size", 32, "--least", 0.01, "--rois", tmp_path / "a.xml", "--out", tmp_path / "t")
+    z = np.load(tmp_path / "t" / "s0.npz")
+    assert np.array_equal(z["labels"] == 1, 130 - z["coords"][:, 0] >= 16) and 0 < z["labels"].mean() < 1
+
+
+def test_finetune_compares_models_over_seeds_and_its_models_are_explained(pictures, trained, tmp_path, capsys):
+    run("finetune", "--data", pictures, "--models", f"vit_micro,ours={trained},resnet18", "--size", 16, "--runs", 3, "--epochs", 2,
+        "--batch", 8, "--out", tmp_path / "r")
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert list(found["scores"]) == ["pixels, logistic", "vit_micro", "ours", "resnet18"] and len(found["pairs"]["AUC"]) == 6
+    assert all(len(v) == 3 for v in found["scores"].values()) and found["test pictures"] == 6
+    assert "Wilcoxon p cannot fall below 0.2500" in out and (tmp_path / "r" / "report.html").exists()
+    run("explain", "cam", "--images", pictures, "--weights", f"tuned={tmp_path / 'r' / 'ours.pt'},dino={trained}", "--most", 5, "--label", 1,
+        "--out", tmp_path / "c")
+    assert sum(f.endswith(".png") for f in os.listdir(tmp_path / "c")) == 11
+    assert Image.open(tmp_path / "c" / "sheet.png").size == (3 * 168 + 8, 5 * 168 + 28)
+    model = repsae.load_backbone(f"t={tmp_path / 'r' / 'ours.pt'}", repsae.Flags(seed=0, device="cpu", size=0), head=True)[1]
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
+
+
+def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path):
+    import ssm
+    run("finetune", "--data", pictures, "--models", f"ours={trained}", "--size", 16, "--runs", 1, "--epochs", 2, "--lr", 0.01,
+        "--frozen", "--out", tmp_path / "r")
+    tuned = torch.load(tmp_path / "r" / "ours.pt", weights_only=True)["model"]
+    before = ssm.load_weights(ssm.vim_micro(size=16), trained / "checkpoint.pt").state_dict()
+    assert all(torch.equal(tuned[k], v) for k, v in before.items()) and tuned["head.weight"].shape == (2, 96)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["cut"], "--voc is missing"), (["cut", "--voc", "{p}"], "expected a Pascal VOC folder"),
+    (["tile"], "--images is missing"), (["tile", "--images", "/no/such.png"], "such.png is not a readable picture"),
+    (["mil"], "--data is missing"), (["mil", "--data", "{b}", "--head", "clam"], "--head clam - take one or more of max, mean"),
+    (["mil", "--data", "{b}", "--grid", "lr=a"], "--grid lr=a: the values must be of type float"),
+    (["mil", "--data", "{b}", "--grid", "head=max"], "--grid head=max - write for example"),
+    (["mil", "--data", "{b}", "--widths", "8,x"], "8,x - give positive whole numbers"),
+    (["mil", "--data", "{p}"], "no feature files in"), (["mil", "--data", "{f}"], "lacks 'X'"),
+    (["finetune", "--data", "{f}"], "lacks train_images"),
+    (["finetune", "--data", "{p}", "--models", "vgg1"], "vgg1 is neither a preset"),
+    (["finetune", "--data", "{p}", "--models", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
+    (["finetune", "--data", "{p}", "--size", "16", "--models", "vit_micro", "--split", "given"], "lacks a train, val or test part"),
+    (["explain", "cam", "--images", "{p}"], "--weights is missing"),
+    (["explain", "cam", "--images", "{p}", "--weights", "a=/no.pt"], "/no.pt is no file of finetune")])
+def test_bad_input_of_chapter_three_is_one_line(pictures, features, bags, tmp_path, capsys, argv, message):
+    argv = [a.format(p=pictures, f=features, b=bags) for a in argv]
+    assert message in error(capsys, *argv, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
