@@ -108,6 +108,7 @@ MIL = {
     "widths": ("512", str, "of the layers that embed an instance, separated by commas"),
     "attention": (256, int, "hidden width of the attention"),
     "dropout": (0.25, float, "after the embedding; CLAM's heads have it in the attention too"),
+    "squash": (0, int, "1: tanh of the standardised features, against outliers"),
     "k": (8, int, "CLAM: instances called positive, and as many negative"),
     "bag-weight": (0.7, float, "CLAM: weight of the bag's loss; the rest is the instances'"),
     "inst-loss": ("svm", ("svm", "ce"), "CLAM: smooth top-1 SVM or cross-entropy of instances"),
@@ -117,10 +118,12 @@ MIL = {
     "least": (50, int, "epochs that are trained in any case"),
     "batch": (1, int, "bags per step"),
     "lr": (2e-4, float, "Adam's learning rate"),
+    "cosine": (False, bool, "let it fall to 0 along half a cosine"),
     "weight-decay": (1e-5, float, "L2 penalty in Adam, as CLAM has it"),
     "weighted": (False, bool, "draw bags so that classes are equally frequent"),
-    "inner": (1, int, "validation parts of a training part that comes without one: 1 is a fifth of it; n up to 5 trains n "
-              "models, each stopped by its own fifth, that vote"),
+    "inner": (1, int, "models of a training part that comes without a validation part: 1 is stopped by a fifth of it, n vote, each "
+              "stopped by an n-th"),
+    "refit": (False, bool, "no early stopping: the held-out bags choose from --grid, then one model learns from all of the part"),
     "grid": (None, str, 'values to choose from by validation loss: "lr=1e-4,5e-4 dropout=0,0.5"'),
     "seed": (0, int, "of the parts, the weights and the order"),
 }
@@ -1119,10 +1122,12 @@ def mil_rounds(bags, flags):
 
 
 def mil_round(bags, head, settings, round_, train, val, test, keep=None):
-    """Choose the setting with the lowest loss on bags held out of `train`, and report its models' mean vote on `test`.
+    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`, and report its models'
+    mean vote on `test`.
 
-    Without `val`, train is cut into --inner parts; for each a model learns from the others and stops by it. keep: a folder
-    for the weights.
+    Without `val`, train is cut into parts, and --inner times a model learns from all but one of them. Its bags stop it early,
+    and these models vote; or, with --refit, all epochs are trained, and once more on all of train. keep: a folder for the
+    weights.
     """
     import data
     import eval as judge
@@ -1132,32 +1137,39 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
     if val is not None:
         parts = [(train, val)]
     else:
-        cut = data.stratified_parts(bags.y[train], [1] * max(flags.inner, 5), flags.seed + round_)
+        cut = data.stratified_parts(bags.y[train], [1] * max(flags.inner, 5 if flags.inner == 1 else 2), flags.seed + round_)
         parts = [(np.delete(train, part), train[part]) for part in cut[:flags.inner]]
     for setting in settings:
-        models, losses = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i]) for i, part in enumerate(parts)))
-        if best is None or np.mean(losses) < best[0]:
-            best = float(np.mean(losses)), models, setting
-    loss, models, setting = best
+        if flags.refit and len(settings) == 1:               # nothing to choose
+            best = None, (), setting
+            break
+        models, held = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i]) for i, part in enumerate(parts)))
+        held = np.mean(held, 0).tolist()                     # error, loss
+        if best is None or held < best[0]:
+            best = held, models, setting
+    held, models, setting = best
+    if flags.refit:
+        models = [train_mil(bags, head, setting, train, None, seed=[setting.seed, round_, flags.inner])[0]]
     with torch.no_grad():
         votes = [np.concatenate([torch.softmax(m(x.to(flags.device), mask.to(flags.device))[0], 1).cpu().numpy()
                                  for x, mask, _ in (bags.padded([i]) for i in test)]) for m in models]
     if keep:
         judge.write_torch(out_path(keep, f"{head}.pt"), {"models": [m.state_dict() for m in models], "head": head,
                                                          "dim": bags.X.shape[1], "label_names": bags.label_names,
-                                                         **{k: setting[k] for k in ("widths", "attention", "dropout")}})
-    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)), "validation": loss,
+                                                         **{k: setting[k] for k in ("widths", "attention", "dropout", "squash")}})
+    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)), "held_out": held and {"error": held[0], "loss": held[1]},
             "chosen": {k: setting[k] for k in setting if len({str(s[k]) for s in settings}) > 1}}
 
 
 def train_mil(bags, head, flags, train, val, seed):
-    """One model, stopped by the loss on `val`: (model, that loss)."""
+    """One model, stopped by the loss on `val`: (model, (error rate, loss) of its bags)."""
     import numpy as np
     import ssm
     import torch
     rng = np.random.default_rng(seed)
     torch.manual_seed(int(rng.integers(2 ** 62)))
-    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, number_list(flags.widths), flags.attention, flags.dropout)
+    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, number_list(flags.widths), flags.attention, flags.dropout,
+                    bool(flags.squash))
     X = bags.instances(train)
     model.mean.copy_(torch.from_numpy(X.mean(0)))
     model.std.copy_(torch.from_numpy(np.where(X.std(0) > 0, X.std(0), 1)))
@@ -1168,17 +1180,21 @@ def train_mil(bags, head, flags, train, val, seed):
            "loss": {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[flags.inst_loss]}
 
     def batches(epoch):
+        if flags.cosine:
+            optimiser.param_groups[0]["lr"] = ssm.cosine_schedule(epoch, flags.epochs, flags.lr, 0.)
         order = rng.choice(train, len(train), replace=flags.weighted, p=weight / weight.sum())
         for i in range(0, len(order), flags.batch):
             yield [v.to(flags.device) for v in bags.padded(order[i:i + flags.batch])]
-    held = [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])] for i in range(0, len(val), flags.batch)]
+    held = [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])] for i in range(0, 0 if val is None else len(val), flags.batch)]
 
-    def validate(model):                                     # of the bags' labels alone
-        return sum(float(torch.nn.functional.cross_entropy(model(x, mask)[0], y, reduction="sum")) for x, mask, y in held) / len(val)
+    def judged(model):                                       # by the bags' labels alone
+        logits, y = (torch.cat(v) for v in zip(*((model(x, mask)[0], y) for x, mask, y in held)))
+        return float((logits.argmax(1) != y).float().mean()), float(torch.nn.functional.cross_entropy(logits, y))
     optimiser = torch.optim.Adam(model.parameters(), flags.lr, weight_decay=flags.weight_decay)
-    history = ssm.fit(model, optimiser, batches, lambda m, *batch: ssm.mil_loss(m, *batch, **how), validate, flags.epochs,
-                      flags.patience, flags.least)
-    return model, min(v for _, v in history)
+    early = {} if flags.refit else {"validate": lambda m: judged(m)[1], "patience": flags.patience, "least": flags.least}
+    ssm.fit(model, optimiser, batches, lambda m, *batch: ssm.mil_loss(m, *batch, **how), flags.epochs, **early)
+    with torch.no_grad():
+        return model, judged(model) if held else None
 
 
 def number_list(text):
@@ -1211,7 +1227,8 @@ def attention_maps(bags, head, rows, flags, most=6):
     for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
         heat = 0
         for state in kept["models"]:
-            model = ssm.MIL(kept["dim"], len(bags.label_names), head, number_list(kept["widths"]), kept["attention"]).eval()
+            model = ssm.MIL(kept["dim"], len(bags.label_names), head, number_list(kept["widths"]), kept["attention"],
+                            squash=bool(kept["squash"])).eval()
             model.load_state_dict(state)
             with torch.no_grad():
                 heat = heat + torch.softmax(model(bags.padded([i])[0])[1], -1)[0].mean(0).numpy()
@@ -1340,7 +1357,7 @@ def finetune_one(pictures, parts, model, flags):
     def outputs(model, rows):
         return torch.cat([model(x[part].to(flags.device)).cpu() for part in torch.from_numpy(rows).split(256)])
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], flags.lr, weight_decay=flags.weight_decay)
-    ssm.fit(model, optimiser, batches, loss, lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])), flags.epochs,
+    ssm.fit(model, optimiser, batches, loss, flags.epochs, lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])),
             flags.patience)
     with torch.no_grad():
         return judge.scores(pictures.labels[test], torch.softmax(outputs(model.eval(), test), 1).numpy()), model

@@ -877,12 +877,12 @@ class MIL(nn.Module):
 
     Input x (B, N, d) and mask (B, N), False where a bag is padded (all True by default). Returns logits (B, C), scores
     (B, A, N), whose softmax is each instance's share in its bag, and embeddings h (B, N, E). The instances are first
-    standardised by the buffers `mean` and `std`.
+    standardised by the buffers `mean` and `std`, and with `squash` bent by tanh, against outliers.
     """
 
-    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25):
+    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25, squash=False):
         super().__init__()
-        self.head, E = head, widths[-1]
+        self.head, self.squash, E = head, squash, widths[-1]
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
         layers = [f(i, o) for i, o in zip((dim, *widths), widths) for f in (nn.Linear, lambda i, o: nn.ReLU())]
@@ -913,7 +913,8 @@ class MIL(nn.Module):
 
     def forward(self, x, mask=None):
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        h = self.embed((x - self.mean) / self.std)                                          # (B, N, E)
+        x = (x - self.mean) / self.std
+        h = self.embed(torch.tanh(x) if self.squash else x)                                 # (B, N, E)
         scores = self.scores(h, mask)
         if self.head == "max":
             pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)
@@ -964,15 +965,15 @@ def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smoot
     return bag_weight * bag + (1 - bag_weight) * instance_loss(model, scores, h, mask, y, k, subtyping, loss)
 
 
-def fit(model, optimiser, batches, loss, validate, epochs, patience, least=0):
-    """Supervised training with early stopping, for bags and for fine-tuning.
+def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.inf, least=0):
+    """Supervised training, with early stopping if asked for; for bags and for fine-tuning.
 
     batches(epoch)    iterable of tuples, each the arguments of loss(model, ...), a scalar
-    validate(model)   a number, lower is better, of data that is neither trained on nor reported
-    Stops when that has not fallen for `patience` epochs, but never before `least`; the best epoch's weights are put back.
-    Returns [(mean loss, validation) of each epoch].
+    validate(model)   a number, lower is better, of data that is neither trained on nor reported: training stops when it has
+                      not fallen for `patience` epochs, but never before `least`, and the best epoch's weights are put back
+    Without validate all epochs are trained. Returns [(mean loss, validation or None) of each epoch].
     """
-    history, best, kept = [], math.inf, None
+    history, best, kept, since = [], math.inf, None, 0
     for epoch in range(epochs):
         model.train()
         spent = []
@@ -982,16 +983,18 @@ def fit(model, optimiser, batches, loss, validate, epochs, patience, least=0):
             value.backward()
             optimiser.step()
             spent.append(value.item())
+        model.eval()
         with torch.no_grad():
-            value = validate(model.eval())
+            value = validate(model) if validate else None
         history.append((sum(spent) / len(spent), value))
-        if value < best or kept is None:
+        if validate and (value < best or kept is None):
             best, kept, since = value, {k: v.clone() for k, v in model.state_dict().items()}, 0
         else:
             since += 1
         if since >= patience and epoch + 1 >= least:
             break
-    model.load_state_dict(kept)
+    if kept:
+        model.load_state_dict(kept)
     return history
 
 

@@ -834,12 +834,15 @@ def test_fit_stops_by_validation_and_puts_the_best_weights_back():
         seen.append(m.weight.item())
         return next(values)
     history = ssm.fit(model, torch.optim.SGD(model.parameters(), 1.), lambda epoch: [(torch.ones(1, 1),)] * 2,
-                      lambda m, x: -m(x).sum(), validate, epochs=6, patience=3)
+                      lambda m, x: -m(x).sum(), 6, validate, patience=3)
     assert [v for _, v in history] == [3., 1., 2., 2., 5.] and seen == [2., 4., 6., 8., 10.]
     assert model.weight.item() == 4.
     values = iter([3., 1., 2., 2., 5., 0.])
     assert len(ssm.fit(model, torch.optim.SGD(model.parameters(), 1.), lambda epoch: [(torch.ones(1, 1),)], lambda m, x: m(x).sum(),
-                       lambda m: next(values), epochs=6, patience=1, least=6)) == 6
+                       6, lambda m: next(values), patience=1, least=6)) == 6
+    model.weight.data[:] = 0.
+    assert ssm.fit(model, torch.optim.SGD(model.parameters(), 1.), lambda epoch: [(torch.ones(1, 1),)], lambda m, x: -m(x).sum(), 4)[3][1] is None
+    assert model.weight.item() == 4. and not model.training    # without validation the last weights stay
 
 
 def test_a_bag_is_told_by_its_one_planted_instance_and_attention_points_at_it():
@@ -850,8 +853,8 @@ def test_a_bag_is_told_by_its_one_planted_instance_and_attention_points_at_it():
     mask = torch.ones(120, 12, dtype=bool)
     model = ssm.MIL(5, 2, "gated", (16,), 8, 0.)
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
-    ssm.fit(model, optimiser, lambda e: [(x[:80], mask[:80], y[:80])], ssm.mil_loss,
-            lambda m: float(ssm.mil_loss(m, x[80:100], mask[80:100], y[80:100])), 150, 150)
+    ssm.fit(model, optimiser, lambda e: [(x[:80], mask[:80], y[:80])], ssm.mil_loss, 150,
+            lambda m: float(ssm.mil_loss(m, x[80:100], mask[80:100], y[80:100])))
     logits, scores, _ = model(x[100:])
     assert (logits.argmax(1) == y[100:]).float().mean() >= 0.9
     assert (scores[:, 0].argmax(1) == where[100:])[y[100:] == 1].float().mean() >= 0.9
