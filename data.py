@@ -449,8 +449,8 @@ class Images:
     @property
     def hash(self):
         """Changes with the files' names and sizes."""
-        told = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.paths) + repr(self.boxes is not None and self.boxes.tolist())
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        told = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.paths)
+        return hashlib.sha256(told.encode() + (b"" if self.boxes is None else self.boxes.tobytes())).hexdigest()[:16]
 
 
 def read_images(path):
@@ -502,7 +502,7 @@ def open_image(path, decode=True):
         image = Image.open(path)
         return image.convert("RGB") if decode else image.close()
     except Image.DecompressionBombError:
-        raise InputError(f"{path} is too large for one picture - cut it into tiles first")
+        raise InputError(f"{path} is too large for one picture - cut it with `tile`, for which it needs openslide")
     except (OSError, SyntaxError, ValueError) as e:
         raise InputError(f"{path} is not a readable picture ({str(e) or type(e).__name__}) - remove or replace it")
 
@@ -587,7 +587,7 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
     """Iterate over steps first .. last - 1: a list of V tensors (B, 3, h, w). batches: a `Batches` over the images."""
     steps = [[(step, int(i)) for i in batches.rows(step)] for step in range(first, last)]
     return iter(torch.utils.data.DataLoader(CropBatches(images, crops, seed), batch_sampler=steps, num_workers=workers,
-                                            persistent_workers=False))
+                                            worker_init_fn=_forget_slides))
 
 
 @dataclass
@@ -606,14 +606,14 @@ def read_pictures(path, size):
         images = read_images(path)
         if images.labels is None:
             raise InputError(f"{path} has no class folders - put the pictures into folders named after their labels")
-        views, labels, names, split = (images.open(i) for i in range(len(images))), images.labels, images.label_names, images.split
+        views, labels, names, split = map(images.open, range(len(images))), images.labels, images.label_names, images.split
     else:
         arrays = _Source(path)
         there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
         if not there:
-            raise InputError(f"{path} lacks train_images and train_labels - give a MedMNIST .npz, or a folder of class folders")
+            raise InputError(f"{path} lacks train_images and train_labels - give a MedMNIST .npz, or class folders")
         given = {s: arrays[f"{s}_images"] for s in there}
-        labels = np.concatenate([np.asarray(arrays[f"{s}_labels"]).reshape(len(x), -1)[:, 0] for s, x in given.items()]).astype(int)
+        labels = np.concatenate([arrays[f"{s}_labels"].reshape(len(x), -1)[:, 0] for s, x in given.items()]).astype(int)
         for s, x in given.items():
             if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
                 raise InputError(f"'{s}_images' has shape {x.shape} and type {x.dtype} - give uint8 (N, H, W) or (N, H, W, 3)")
@@ -679,9 +679,14 @@ class Slide:
         return self.slide.read_region((x, y), level, (round(w / shrink), round(h / shrink))).convert("RGB")
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _slide(path):
     return Slide(path)
+
+
+def _forget_slides(worker):
+    """A process that makes crops opens its slides itself: a file handle must not be shared."""
+    _slide.cache_clear()
 
 
 def otsu(values):
@@ -732,8 +737,8 @@ def tile_boxes(pieces, scale, size, side, step):
         return pieces[row, column]
     found = [np.zeros((0, 4), int)]
     for i, (rows, columns) in enumerate(scipy.ndimage.find_objects(np.abs(pieces)), 1):
-        first, last = ([int(edge * scale) for edge in edges] for edges in ((columns.start, rows.start), (columns.stop, rows.stop)))
-        x, y = (np.arange(a, min(b, n - side + 1), step) for a, b, n in zip(first, last, size))
+        x, y = (np.arange(int(s.start * scale), min(int(s.stop * scale), n - side + 1), step)
+                for s, n in ((columns, size[0]), (rows, size[1])))
         x, y = (v.ravel() for v in np.meshgrid(x, y, indexing="ij"))
         cx, cy, q = x + side // 2, y + side // 2, side // 4
         inside = np.any([np.abs(at(cx + a, cy + b)) == i for a in (-q, q) for b in (-q, q)], 0) & (at(cx, cy) != -i)
@@ -741,11 +746,11 @@ def tile_boxes(pieces, scale, size, side, step):
     return np.concatenate(found)
 
 
-def tile_slide(path, side=224, step=None, overview=2048, least=1., least_hole=1., **how):
+def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0.2, **how):
     """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the overview with both drawn in.
 
-    side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels, as in CLAM, whose
-    "biopsy" values they are; for whole resections it uses 100 and 16. Raises InputError when there is no tissue.
+    side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels, as in CLAM, which takes
+    1 and 1 for biopsies, 100 and 16 for resections; ours is about a tile of 224. Raises InputError when there is no tissue.
     """
     slide = _slide(path)
     image, scale = slide.overview(overview)
@@ -772,7 +777,7 @@ def _read_tiles(path):
             raise InputError(f"{path} lacks '{key}' - name a file that the tile command wrote")
     boxes, names, here = arrays["coords"], arrays["images"], os.path.dirname(os.path.abspath(path))
     if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) != len(names) or not len(boxes):
-        raise InputError(f"{path}: 'coords' has shape {boxes.shape} for {len(names)} tiles - give x, y, width, height for each")
+        raise InputError(f"{path}: 'coords' has shape {boxes.shape} for {len(names)} tiles - give x, y, width, height each")
     labels, label_names = _check_labels(arrays.get("labels"), arrays.get("label_names"))
     return Images([os.path.join(here, str(name)) for name in names], labels, label_names, boxes=boxes.astype(int))
 
@@ -781,10 +786,10 @@ def read_polygons(path):
     """The regions of an ASAP annotation file (Camelyon's XML): list of (n, 2) arrays of x, y in pixels of the slide."""
     try:
         root = ElementTree.parse(path).getroot()
-        found = [sorted((float(c.get("Order", i)), float(c.get("X")), float(c.get("Y"))) for i, c in enumerate(a.iter("Coordinate")))
+        found = [sorted([float(c.get(k)) for k in ("Order", "X", "Y")] for c in a.iter("Coordinate"))
                  for a in root.iter("Annotation")]
     except (OSError, ElementTree.ParseError, TypeError, ValueError) as e:
-        raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - expected Annotation, Coordinate, X and Y")
+        raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - expected Annotation, Coordinate, Order, X, Y")
     return [np.array(p)[:, 1:] for p in found if len(p) > 2]
 
 
@@ -813,7 +818,7 @@ def cut_boxes(folder, out, size=64, margin=0.2):
     """Cut the annotated boxes of a Pascal VOC folder into pictures out/<split>/<name>/<image>_<i>.png of `size` pixels.
 
     A cut is the square around a box's centre, as long as the box's longer side and `margin` more, so that shapes stay what
-    they are; what reaches over the image's edge is black. ImageSets/Main says what is train and what test. Boxes with a side
+    they are, shifted inwards where it would reach over the image's edge. ImageSets/Main says what is train and what test. Boxes with a side
     of 8 pixels or less are left out. Returns dict (split, name) -> count.
     """
     count = {}
@@ -825,12 +830,14 @@ def cut_boxes(folder, out, size=64, margin=0.2):
             stems = f.read().split()
         for stem in stems:
             image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"))
-            for i, thing in enumerate(ElementTree.parse(os.path.join(folder, "Annotations", f"{stem}.xml")).iter("object")):
+            described = ElementTree.parse(os.path.join(folder, "Annotations", f"{stem}.xml"))
+            for i, thing in enumerate(described.iter("object")):
                 x0, y0, x1, y1 = (float(thing.find(f"bndbox/{k}").text) for k in ("xmin", "ymin", "xmax", "ymax"))
                 name, half = thing.find("name").text, max(x1 - x0, y1 - y0) / 2 * (1 + margin)
                 if min(x1 - x0, y1 - y0) <= 8:
                     continue
-                x, y = (x0 + x1) / 2, (y0 + y1) / 2
+                half = min(half, *(v / 2 for v in image.size))
+                x, y = (min(max(middle, half), side - half) for middle, side in zip(((x0 + x1) / 2, (y0 + y1) / 2), image.size))
                 square = tuple(map(round, (x - half, y - half, x + half, y + half)))
                 os.makedirs(os.path.join(out, split, name), exist_ok=True)
                 image.crop(square).resize((size, size), Image.BICUBIC).save(os.path.join(out, split, name, f"{stem}_{i}.png"))
@@ -894,7 +901,7 @@ def read_bags(path, stream=None):
                 raise InputError(f"{p} has the streams {', '.join(streams) or 'none'} - pick one with --stream")
             parts.append(_check_stream(p, name, arrays[name]))
             coords.append(arrays.get("coords"))
-            images.append(os.path.join(os.path.dirname(os.path.abspath(p)), str(arrays["images"][0])) if "images" in arrays else None)
+            images.append(os.path.join(os.path.dirname(p), str(arrays["images"][0])) if "images" in arrays else None)
         widths = {x.shape[1] for x in parts}
         if len(widths) > 1:
             raise InputError(f"the bags in {path} have widths {sorted(widths)} - extract them with one backbone")

@@ -558,10 +558,11 @@ def matrix_table(matrix):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False):
+def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True):
     """Line chart as inline SVG. series: dict name -> list of (x, y); pairs whose y is None are left out.
 
     x_names: text under x = 0, 1, 2, ... for values that are not evenly spaced. log: powers of ten up the y axis, y > 0.
+    zero: the y axis starts at 0 or below.
     """
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
@@ -570,7 +571,7 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
         return "<p>nothing to draw</p>"
     (w, h), (x0, x1) = size, (min(p[0] for p in points), max(p[0] for p in points))
     y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
-    y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (min(0, y0), y1)
+    y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (min(0, y0) if zero else y0, y1)
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
 
     def at(x, y):
@@ -939,7 +940,8 @@ def box_overlay(image, boxes, heat, scale, alpha=0.6):
     out, colours = image.convert("RGB"), heat_colours(heat[None])[0]
     for (x, y, w, h), colour in zip(np.asarray(boxes) / scale, colours):
         place = tuple(map(round, (x, y, x + w, y + h)))
-        out.paste(Image.blend(out.crop(place), Image.new("RGB", (place[2] - place[0], place[3] - place[1]), tuple(map(int, colour))), alpha), place)
+        part = out.crop(place)
+        out.paste(Image.blend(part, Image.new("RGB", part.size, tuple(map(int, colour))), alpha), place)
     return out
 
 

@@ -121,16 +121,16 @@ MIL = {
     "cosine": (False, bool, "let it fall to 0 along half a cosine"),
     "weight-decay": (1e-5, float, "L2 penalty in Adam, as CLAM has it"),
     "weighted": (False, bool, "draw bags so that classes are equally frequent"),
-    "inner": (1, int, "models of a training part that comes without a validation part: 1 is stopped by a fifth of it, n vote, each "
-              "stopped by an n-th"),
-    "refit": (False, bool, "no early stopping: the held-out bags choose from --grid, then one model learns from all of the part"),
+    "inner": (1, int, "models of a training part that comes without a validation part: 1 is stopped by a fifth of it, n "
+              "vote, each stopped by an n-th"),
+    "refit": (False, bool, "no early stopping: the held-out bags only choose from --grid, then a model learns from all"),
     "grid": (None, str, 'values to choose from by validation loss: "lr=1e-4,5e-4 dropout=0,0.5"'),
     "seed": (0, int, "of the parts, the weights and the order"),
 }
 FINETUNE = {
     "data": (None, str, "pictures: a folder of class folders, or a MedMNIST .npz"),
-    "models": ("vit_micro,vim_micro,vmamba_micro,resnet18", str, "arch, name=arch:FILE, name=RUN of dino; presets of ssm.py or "
-               "torchvision's classifiers; separated by commas"),
+    "models": ("vit_micro,vim_micro,vmamba_micro,resnet18", str, "arch, name=arch:FILE, name=RUN of dino; presets of "
+               "ssm.py or torchvision's classifiers; separated by commas"),
     "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew in each run, or the file's own"),
     "runs": (5, int, "seeds"),
     "size": (224, int, "side of the pictures, pixels"),
@@ -155,7 +155,8 @@ MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_afte
            "bottleneck": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1, "workers": 0, "last": 1, "blur": 0, "colour": 0,
            "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
            "dropout": 0, "attention": 1, "patience": 1, "bag_weight": 0, "inner": 1, "runs": 1, "weight_decay": 0, "margin": 0,
-           "downsample": 1e-9, "threshold": 0, "max_holes": 0, "roi_share": 1e-9, "most": 1, "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
+           "downsample": 1e-9, "threshold": 0, "max_holes": 0, "roi_share": 1e-9, "most": 1,
+           "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
 FEW_STEPS = 2000
 
 
@@ -789,7 +790,8 @@ def train_dino(flags, images, rows, folder, saved):
     log = Log(out_path(folder, "log.csv"), step)
     watch = Watch(images, teacher.backbone, flags)
     if not step and len(watch.test):
-        say(f"before training: k-NN {watch.knn():.3f} (balanced accuracy), raw pixels {watch.knn(raw=True):.3f}")
+        log.add({"step": 0, "epoch": 0, "loss": "", "entropy": "", "information": "", "knn": watch.knn()})
+        say(f"before training: k-NN {float(log.rows[0]['knn']):.3f} (balanced accuracy), raw pixels {watch.knn(raw=True):.3f}")
 
     def save():
         judge.write_torch(checkpoint, {"student": student.state_dict(), "teacher": teacher.state_dict(), "most": most,
@@ -861,26 +863,32 @@ def image_features(images, rows, backbone, size, device, block=256, **how):
 
 
 def finish_dino(flags, folder, log, watch):
-    """metrics.json and report.html: curves, and what the nearest neighbours of some pictures look like."""
+    """metrics.json and report.html, with curves.svg and neighbours.png: what some pictures' nearest neighbours look like."""
     import eval as judge
+    import numpy as np
     number = {k: [(float(r["step"]), float(r[k])) for r in log.rows if r[k]]
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: v[-1][1] for k, v in number.items() if v}
-    sections = [("Training", judge.svg_lines({"loss": number["loss"]}, "step", "loss")
-                 + judge.svg_lines({k: number[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats"))]
+    charts = [judge.svg_lines({"loss": number["loss"]}, "step", "loss"),
+              judge.svg_lines({k: number[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
+    sections = [("Training", "".join(charts))]
     if number["knn"]:
         pixels = watch.knn(raw=True)
         found["knn_pixels"] = pixels
         line = [(x, pixels) for x, _ in number["knn"]]
-        chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", "balanced 20-NN accuracy")
-        rows = watch.test[::max(1, len(watch.test) // 12)][:12]
+        chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", "balanced 20-NN accuracy", zero=False)
+        rows, labels = [], watch.images.labels[watch.test]
+        for c in np.unique(labels):                          # the same number of each class
+            rows.extend(watch.test[labels == c][:max(1, 12 // len(np.unique(labels)))])
         near = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
-        pictures = [[watch.images.open(i) for i in (query, *watch.train[found])] for query, found in zip(rows, near)]
+        charts.append(chart)
+        pictures = [[watch.images.open(i) for i in (query, *watch.train[index])] for query, index in zip(rows, near)]
         judge.save_picture(out_path(folder, "neighbours.png"), judge.contact_sheet(
             pictures, ["picture", *(f"neighbour {i + 1}" for i in range(len(pictures[0]) - 1))], 96))
         sections += [("k-NN on held-out pictures", chart), ("Nearest neighbours in the training pictures", "".join(
             judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))]
     judge.write_json(out_path(folder, "metrics.json"), found)
+    judge.write_text(out_path(folder, "curves.svg"), judge.standalone_svg(*charts))
     judge.write_report(out_path(folder, "report.html"), f"repsae dino: {flags.arch}", sections)
     print("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
     say(f"wrote {out_path(folder, 'report.html')}")
@@ -946,7 +954,8 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     torch.manual_seed(flags.seed)
     if arch not in ssm.PRESETS and n_classes:
         return name, torchvision_model(arch, path, n_classes).to(flags.device), size
-    settings = {"size": made.get("size", size if path == "random" else None), "patch": made.get("patch", getattr(flags, "patch", None))}
+    settings = {"size": made.get("size", size if path == "random" else None),
+                "patch": made.get("patch", getattr(flags, "patch", None))}
     model = make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
     if path != "random":
         ssm.load_weights(model, path)
@@ -962,7 +971,7 @@ def torchvision_model(name, path, n_classes):
     import torch
     models = data.vision().models
     if name not in models.list_models(module=models):
-        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - for example vit_micro, resnet18")
+        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
     model = models.get_model(name, num_classes=n_classes)
     if path != "random":
         try:
@@ -970,7 +979,8 @@ def torchvision_model(name, path, n_classes):
             own = model.state_dict()
             model.load_state_dict({k: v if v.shape == own[k].shape else own[k] for k, v in state.items()})
         except (OSError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError) as e:
-            raise InputError(f"{path} does not hold the weights of {name} ({str(e).splitlines()[0][:80]}) - give torchvision's file")
+            why = str(e).splitlines()[0][:80]
+            raise InputError(f"{path} does not hold the weights of {name} ({why}) - give torchvision's file")
     return model
 
 
@@ -990,8 +1000,10 @@ def cmd_probe(flags):
     found, rows, C = {}, [], len(features.label_names)
     for s in features.streams:
         x = {part: features.batch(r)[s].numpy() for part, r in (("train", train), ("test", test))}
-        linear = judge.logistic_probe(x["train"], labels[train], x["test"], C, flags.strength) if flags.solver == "lbfgs" else \
-            judge.sgd_probe(x["train"], labels[train], x["test"], C, seed=flags.seed)
+        if flags.solver == "lbfgs":
+            linear = judge.logistic_probe(x["train"], labels[train], x["test"], C, flags.strength)
+        else:
+            linear = judge.sgd_probe(x["train"], labels[train], x["test"], C, seed=flags.seed)
         ways = {"linear": linear,
                 **{f"{k}-NN": v for k, v in judge.knn(x["train"], labels[train], x["test"], n_classes=C).items()}}
         found[s] = {way: judge.scores(labels[test], p) for way, p in ways.items()}
@@ -1031,8 +1043,8 @@ def cmd_tile(flags):
         if os.path.exists(f"{target}.npz") and not flags.overwrite:
             raise InputError(f"{target}.npz exists - use --overwrite or another --out")
         side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
-        boxes, shown = data.tile_slide(path, side, step, least=flags.least, least_hole=flags.least_hole, max_holes=flags.max_holes,
-                                       threshold=None if flags.otsu else flags.threshold)
+        boxes, shown = data.tile_slide(path, side, step, least=flags.least, least_hole=flags.least_hole,
+                                       max_holes=flags.max_holes, threshold=None if flags.otsu else flags.threshold)
         arrays = {"coords": boxes, "images": relative([path] * len(boxes), f"{target}.npz")}
         if regions is not None:
             share = np.array([sum(data.overlap(p, box) for p in regions) for box in boxes])
@@ -1058,7 +1070,7 @@ def cmd_mil(flags):
     bags = data.read_bags(needed(flags, "data"), flags.stream)
     rounds = mil_rounds(bags, flags)
     make_run_folder(flags, {"command": "mil", "flags": flags, "bags": len(bags), "rounds": len(rounds)})
-    found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test, len(bags.label_names)) for train, _, test in rounds]}
+    found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test) for train, _, test in rounds]}
     for head in heads:
         jobs = [(bags, head, settings, r, *parts) for r, parts in enumerate(rounds)]
         if len(jobs) == 1:
@@ -1073,7 +1085,7 @@ def cmd_mil(flags):
     names = ("AUC", "accuracy", "F1")
     header = ["head", *names]
     rows = [[head, *(judge.mean_std([r["scores"][name] for r in runs]) for name in names)] for head, runs in found.items()]
-    print(f"\n{judge.text_table(header, rows)}\n\n{len(rounds)} {'test part' if len(rounds) == 1 else 'test parts'} of about "
+    print(f"\n{judge.text_table(header, rows)}\n\n{len(rounds)} test part{'s' * (len(rounds) > 1)} of about "
           f"{len(rounds[0][2])} bags; mean ± standard deviation over them")
     judge.write_json(out_path(flags.out, "metrics.json"), found)
     sections = [("Result", judge.html_table(header, rows))]
@@ -1116,8 +1128,9 @@ def mil_rounds(bags, flags):
         train, val, test = data.stratified_parts(bags.y, (70, 15, 15), flags.seed)
     else:
         train, val, test = (np.flatnonzero(bags.split == name) for name in ("train", "val", "test"))
-        if not len(test):
-            raise InputError(f"{flags.data} has no test folder - add one, or take the split folders away")
+    if not len(test) or len(np.unique(bags.y[train])) < 2:
+        raise InputError(f"{flags.data}: {len(train)} bags to learn from, of one class or all, and {len(test)} to test on are too "
+                         "few - add bags, or take split folders away")
     return [(train, val if len(val) else None, test)]
 
 
@@ -1143,7 +1156,8 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
         if flags.refit and len(settings) == 1:               # nothing to choose
             best = None, (), setting
             break
-        models, held = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i]) for i, part in enumerate(parts)))
+        models, held = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i])
+                             for i, part in enumerate(parts)))
         held = np.mean(held, 0).tolist()                     # error, loss
         if best is None or held < best[0]:
             best = held, models, setting
@@ -1154,10 +1168,11 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
         votes = [np.concatenate([torch.softmax(m(x.to(flags.device), mask.to(flags.device))[0], 1).cpu().numpy()
                                  for x, mask, _ in (bags.padded([i]) for i in test)]) for m in models]
     if keep:
-        judge.write_torch(out_path(keep, f"{head}.pt"), {"models": [m.state_dict() for m in models], "head": head,
-                                                         "dim": bags.X.shape[1], "label_names": bags.label_names,
-                                                         **{k: setting[k] for k in ("widths", "attention", "dropout", "squash")}})
-    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)), "held_out": held and {"error": held[0], "loss": held[1]},
+        judge.write_torch(out_path(keep, f"{head}.pt"), {
+            "models": [m.state_dict() for m in models], "head": head, "dim": bags.X.shape[1],
+            "label_names": bags.label_names, **{k: setting[k] for k in ("widths", "attention", "dropout", "squash")}})
+    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)),
+            "held_out": held and {"error": held[0], "loss": held[1]},
             "chosen": {k: setting[k] for k in setting if len({str(s[k]) for s in settings}) > 1}}
 
 
@@ -1185,7 +1200,8 @@ def train_mil(bags, head, flags, train, val, seed):
         order = rng.choice(train, len(train), replace=flags.weighted, p=weight / weight.sum())
         for i in range(0, len(order), flags.batch):
             yield [v.to(flags.device) for v in bags.padded(order[i:i + flags.batch])]
-    held = [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])] for i in range(0, 0 if val is None else len(val), flags.batch)]
+    held = [] if val is None else [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])]
+                                   for i in range(0, len(val), flags.batch)]
 
     def judged(model):                                       # by the bags' labels alone
         logits, y = (torch.cat(v) for v in zip(*((model(x, mask)[0], y) for x, mask, y in held)))
@@ -1208,12 +1224,13 @@ def number_list(text):
     raise InputError(f"{text} - give positive whole numbers, separated by commas")
 
 
-def pooled_baseline(bags, train, test, n_classes):
+def pooled_baseline(bags, train, test):
     """What no attention gets: logistic regression on the mean of a bag's instances."""
     import eval as judge
     import numpy as np
     means = np.stack([bags.instances([i]).mean(0) for i in range(len(bags))])
-    return {"scores": judge.scores(bags.y[test], judge.logistic_probe(means[train], bags.y[train], means[test], n_classes, 0.01))}
+    p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
+    return {"scores": judge.scores(bags.y[test], p)}
 
 
 def attention_maps(bags, head, rows, flags, most=6):
@@ -1235,7 +1252,8 @@ def attention_maps(bags, head, rows, flags, most=6):
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
         judge.save_picture(out_path(flags.out, f"heat_{bags.names[i]}_{head}.png"), picture)
-        shown.append(f"<h3>{bags.names[i]}: {bags.label_names[bags.y[i]]}</h3>{judge.strip(judge.embedded(image), judge.embedded(picture))}")
+        shown.append(f"<h3>{bags.names[i]}: {bags.label_names[bags.y[i]]}</h3>"
+                     + judge.strip(judge.embedded(image), judge.embedded(picture)))
     return "".join(shown) or "<p>The bags name no pictures.</p>"
 
 
@@ -1264,8 +1282,8 @@ def cmd_finetune(flags):
             found[name].append(scores)
             progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
             if r == 0 and hasattr(model, "features") and hasattr(model, "dim"):
-                arch = spec.partition("=")[2].partition(":")[0] or spec
-                judge.write_torch(out_path(flags.out, f"{name}.pt"), {"model": model.state_dict(), "n_classes": C, **shape_of(model, arch, spec)})
+                judge.write_torch(out_path(flags.out, f"{name}.pt"),
+                                  {"model": model.state_dict(), "n_classes": C, **shape_of(model, spec)})
     finish_finetune(found, pictures, rounds, flags)
 
 
@@ -1274,8 +1292,8 @@ def finish_finetune(found, pictures, rounds, flags):
     import eval as judge
     header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
     rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
-    tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in found.items()}) for key in ("AUC", "accuracy")} \
-        if len(rounds) > 1 else {}
+    tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in found.items()})
+             for key in ("AUC", "accuracy") if len(rounds) > 1}
     print("\n" + judge.text_table(header, rows))
     sections = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))]
     for key, pairs in tests.items():
@@ -1287,16 +1305,19 @@ def finish_finetune(found, pictures, rounds, flags):
         head = ["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)", "effect size d"]
         print(judge.text_table(head, cells))
         sections.append((f"{key}: pairs of models", judge.html_table(head, cells) + f"<p>{'; '.join(lines)}.</p>"))
-    note = (f"{len(rounds)} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** len(rounds):.4f}, and the runs' test parts "
-            "overlap, so that the t-test takes them for more independent than they are.")
+    note = (f"{len(rounds)} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** len(rounds):.4f}, and the runs' "
+            "test parts overlap, so that the t-test takes them for more independent than they are.")
     print(f"\n{note}")
-    judge.write_json(out_path(flags.out, "metrics.json"), {"scores": found, "pairs": tests, "test pictures": len(rounds[0][2])})
-    judge.write_report(out_path(flags.out, "report.html"), "repsae finetune", [*sections, ("How far to trust it", f"<p>{note}</p>")])
+    judge.write_json(out_path(flags.out, "metrics.json"),
+                     {"scores": found, "pairs": tests, "test pictures": len(rounds[0][2])})
+    sections.append(("How far to trust it", f"<p>{note}</p>"))
+    judge.write_report(out_path(flags.out, "report.html"), "repsae finetune", sections)
     say(f"wrote {out_path(flags.out, 'report.html')}")
 
 
-def shape_of(model, arch, spec):
+def shape_of(model, spec):
     """What load_backbone needs to build a fine-tuned model anew."""
+    arch = spec.partition("=")[2].partition(":")[0] or spec
     config = out_path(arch, "config.json")
     if os.path.exists(config):
         with open(config) as f:
@@ -1309,12 +1330,14 @@ def picture_parts(pictures, flags, seed):
     import data
     import numpy as np
     if flags.split == "random":
-        return data.stratified_parts(pictures.labels, (70, 15, 15), seed)
-    if pictures.split is None:
+        parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed)
+    elif pictures.split is None:
         raise InputError(f"{flags.data} gives no split - use --split random")
-    parts = [np.flatnonzero(pictures.split == name) for name in ("train", "val", "test")]
+    else:
+        parts = [np.flatnonzero(pictures.split == name) for name in ("train", "val", "test")]
     if not all(map(len, parts)):
-        raise InputError(f"{flags.data} lacks a train, val or test part - use --split random")
+        raise InputError(f"{flags.data}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
+                         "add pictures, or use --split random")
     return parts
 
 
@@ -1356,9 +1379,10 @@ def finetune_one(pictures, parts, model, flags):
 
     def outputs(model, rows):
         return torch.cat([model(x[part].to(flags.device)).cpu() for part in torch.from_numpy(rows).split(256)])
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], flags.lr, weight_decay=flags.weight_decay)
-    ssm.fit(model, optimiser, batches, loss, flags.epochs, lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])),
-            flags.patience)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learning, flags.lr, weight_decay=flags.weight_decay)
+    ssm.fit(model, optimiser, batches, loss, flags.epochs,
+            lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])), flags.patience)
     with torch.no_grad():
         return judge.scores(pictures.labels[test], torch.softmax(outputs(model.eval(), test), 1).numpy()), model
 
@@ -1843,7 +1867,8 @@ command("sweep", cmd_sweep, (DATA, {k: v for k, v in MODEL.items() if k != "topk
         extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=")})
 command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
 command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
-        "feats.npz", extra={"weights": (None, str, "name=RUN of dino, name=arch:FILE, or name=arch:random; several, separated by commas"),
+        "feats.npz", extra={"weights": (None, str, "name=RUN of dino, name=arch:FILE or name=arch:random; several, separated "
+                                        "by commas"),
                             "size": (0, int, "side to judge at; 0 for the one trained at"),
                             "last": (4, int, "ViT: class tokens of so many last blocks side by side"),
                             "tokens": (False, bool, "patch tokens (N, T, d) instead of the class token")})
@@ -1851,25 +1876,28 @@ command("probe", cmd_probe, (DATA, SEED, BENCH),
         extra={"solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
                "strength": (1., float, "lbfgs: C of the linear probe, larger is less regular")})
 command("cut", cmd_cut, (), "cells", extra={
-    "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"), "size": (64, int, "side of a cut, pixels"),
+    "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"),
+    "size": (64, int, "side of a cut, pixels"),
     "margin": (0.2, float, "how much longer than the box's longer side the square is that is cut")})
 command("tile", cmd_tile, ({"overwrite": RUN["overwrite"]},), "tiles", extra={
     "images": (None, str, "a slide, or a folder of them"), "size": (224, int, "side of a tile, pixels"),
     "step": (None, int, "pixels from tile to tile; the size by default"),
     "downsample": (1., float, "pixels of the slide in one of the tile's"),
-    "threshold": (8, int, "saturation above which a pixel is tissue, 0..255"), "otsu": (False, bool, "find the threshold by Otsu's method"),
-    "least": (1., float, "smallest piece of tissue, in areas of 512 x 512 pixels"),
-    "least-hole": (1., float, "smallest hole, in the same"), "max-holes": (8, int, "holes of a piece that count"),
+    "threshold": (8, int, "saturation above which a pixel is tissue, 0..255"),
+    "otsu": (False, bool, "find the threshold by Otsu's method"),
+    "least": (0.2, float, "smallest piece of tissue, in areas of 512 x 512 pixels; CLAM: 1 for biopsies, 100 for resections"),
+    "least-hole": (0.2, float, "smallest hole, in the same"), "max-holes": (8, int, "holes of a piece that count"),
     "rois": (None, str, "ASAP annotations (XML): label the tiles by them"),
     "roi-share": (0.5, float, "share of a tile inside the regions that makes it one of them")})
 command("mil", cmd_mil, (MIL, {k: RUN[k] for k in ("device", "overwrite")}), "runs/mil", extra={
-    "data": (None, str, "bags: an .npz with X, offsets, y and perhaps folds; or class folders with a feature file for each bag"),
+    "data": (None, str, "bags: an .npz with X, offsets, y and perhaps folds; or class folders of a feature file each"),
     "stream": (None, str, "the stream of the feature files, when they have several")})
 command("finetune", cmd_finetune, (FINETUNE, {k: RUN[k] for k in ("device", "overwrite")}), "runs/finetune")
 command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
         "runs/cam", positional=("what",), extra={
             "weights": (None, str, "name=RUN of dino, name=FILE.pt of finetune, name=arch:FILE; several, separated by commas"),
-            "size": (0, int, "side of the pictures; 0 for the one trained at"), "most": (12, int, "pictures, spread over the folder"),
+            "size": (0, int, "side of the pictures; 0 for the one trained at"),
+            "most": (12, int, "pictures, spread over the folder"),
             "label": (-1, int, "output to explain: a class, or a feature where there is no head; -1 for the largest")})
 command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))

@@ -437,15 +437,19 @@ def test_boxes_are_cut_as_squares_around_them_by_the_official_splits(tmp_path):
         Image.fromarray(image).save(tmp_path / "voc" / "JPEGImages" / f"{stem}.jpg", quality=100)
         (tmp_path / "voc" / "Annotations" / f"{stem}.xml").write_text(
             "<annotation><object><name>cell</name><bndbox><xmin>130</xmin><ymin>60</ymin><xmax>170</xmax><ymax>140</ymax></bndbox></object>"
-            "<object><name>dust</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>8</xmax><ymax>90</ymax></bndbox></object></annotation>")
+            "<object><name>dust</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>8</xmax><ymax>90</ymax></bndbox></object>"
+            "<object><name>rim</name><bndbox><xmin>280</xmin><ymin>100</ymin><xmax>300</xmax><ymax>140</ymax></bndbox></object></annotation>")
     (tmp_path / "voc" / "ImageSets" / "Main" / "trainval.txt").write_text("one\n")
     with pytest.raises(InputError, match="test.txt - expected a Pascal VOC folder"):
         data.cut_boxes(tmp_path / "voc", tmp_path / "cells", 32)
     (tmp_path / "voc" / "ImageSets" / "Main" / "test.txt").write_text("two\n")
-    assert data.cut_boxes(tmp_path / "voc", tmp_path / "cells", 96, 0.2) == {("train", "cell"): 1, ("test", "cell"): 1}
+    assert data.cut_boxes(tmp_path / "voc", tmp_path / "cells", 96, 0.2) == {(s, n): 1 for s in ("train", "test") for n in ("cell", "rim")}
     cut = np.asarray(Image.open(tmp_path / "cells" / "test" / "cell" / "two_0.png").convert("L")) > 128
     rows, columns = np.flatnonzero(cut.any(1)), np.flatnonzero(cut.any(0))
     assert (abs(np.array([rows[0], rows[-1], columns[0], columns[-1]]) - (8, 87, 28, 67)) <= 1).all()            # 80 and 40 of 96
+    with Image.open(tmp_path / "voc" / "JPEGImages" / "one.jpg") as whole:                  # moved inwards, not filled up
+        expected = whole.crop((252, 96, 300, 144)).resize((96, 96), Image.BICUBIC)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "cells" / "train" / "rim" / "one_2.png")), np.asarray(expected))
 
 
 def bag_file(path, **change):

@@ -355,10 +355,11 @@ def trained(pictures, tmp_path_factory):
 
 
 def test_a_dino_run_leaves_its_files_curves_and_neighbours(trained):
-    assert sorted(os.listdir(trained)) == ["checkpoint.pt", "config.json", "log.csv", "metrics.json", "neighbours.png", "report.html"]
+    assert sorted(os.listdir(trained)) == ["checkpoint.pt", "config.json", "curves.svg", "log.csv", "metrics.json", "neighbours.png",
+                                           "report.html"]
     with open(trained / "log.csv") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == 9 and [bool(r["knn"]) for r in rows] == [False, False, True] * 3        # 24 pictures, 3 steps an epoch
+    assert [bool(r["knn"]) for r in rows] == [True] + [False, False, True] * 3                  # step 0; 24 pictures, 3 steps an epoch
     report = (trained / "report.html").read_text()
     assert report.count("data:image/jpeg") == 80 and "entropy" in report and "<script" not in report
     metrics = json.loads((trained / "metrics.json").read_text())
@@ -564,7 +565,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["finetune", "--data", "{f}"], "lacks train_images"),
     (["finetune", "--data", "{p}", "--models", "vgg1"], "vgg1 is neither a preset"),
     (["finetune", "--data", "{p}", "--models", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
-    (["finetune", "--data", "{p}", "--size", "16", "--models", "vit_micro", "--split", "given"], "lacks a train, val or test part"),
+    (["finetune", "--data", "{p}", "--size", "16", "--models", "vit_micro", "--split", "given"], "24, 0, 10 pictures to train on, stop by and test on"),
     (["explain", "cam", "--images", "{p}"], "--weights is missing"),
     (["explain", "cam", "--images", "{p}", "--weights", "a=/no.pt"], "/no.pt is no file of finetune")])
 def test_bad_input_of_chapter_three_is_one_line(pictures, features, bags, tmp_path, capsys, argv, message):
