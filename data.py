@@ -1,6 +1,6 @@
 """Everything that enters: feature files, splits, batches, taxonomies, and a made-up world whose truth is known.
 
-Read first   thesis A.1.1-A.1.2 (datasets, split, contiguous batches).
+Read first   thesis A.1.1-A.1.2 (datasets, split, contiguous batches); for pictures, slides and bags 3.2.1-3.2.2 and 3.3.2.
 Glossary     N samples . d_s width of stream s . C labels . a stream is one model's features of the same N samples
 
 A feature file is an .npz, or a folder of .npy files, with one floating array (N, d_s) per stream, its key (or file
@@ -428,10 +428,11 @@ class Images:
     label_names: list = field(default_factory=list)
     split: np.ndarray = None
     boxes: np.ndarray = None
+    side: int = 224                                          # pixels that a part needs, at least, where a slide has levels
 
     def open(self, i):
         """Picture i in RGB."""
-        return open_image(self.paths[i]) if self.boxes is None else _slide(self.paths[i]).read(self.boxes[i])
+        return open_image(self.paths[i]) if self.boxes is None else _slide(self.paths[i]).read(self.boxes[i], self.side)
 
     def __len__(self):
         return len(self.paths)
@@ -455,16 +456,22 @@ class Images:
 
 def read_images(path):
     """A folder of pictures, or of one level of class folders, optionally inside train, val and test folders; a single large
-    picture, which is cut into tiles (`tile_slide`'s defaults); or an .npz of tiles as the `tile` command writes it.
+    picture, which is cut into tiles (`tile_slide`'s defaults); or an .npz of tiles as the `tile` command writes it, or a
+    folder of such.
 
     Every file of a folder is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or
     empty folder, and for a file that cannot be read or is too large to be meant as one picture, by name.
     """
     if os.fspath(path).endswith(".npz"):
-        return _read_tiles(path)
+        return _read_tiles([path])
     if os.path.isfile(path):
+        if min(_slide(path).size) < 448:                     # hardly two tiles: one picture
+            return Images([path])
         boxes, _ = tile_slide(path)
         return Images([path] * len(boxes), boxes=boxes)
+    tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
+    if tiles:
+        return _read_tiles([os.path.join(path, f) for f in tiles])
     paths, labels, names, split = _walk(path, PICTURES, "pictures")
     for p in paths:
         open_image(p, decode=False)
@@ -598,6 +605,14 @@ class Pictures:
     label_names: list
     split: np.ndarray = None
 
+    @property
+    def hash(self):
+        return _digest(self.pixels, self.labels)
+
+
+def _digest(*arrays):
+    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
+
 
 def read_pictures(path, size):
     """Labelled pictures at size x size: class folders as `read_images` reads them, or a MedMNIST .npz with train_images,
@@ -613,10 +628,14 @@ def read_pictures(path, size):
         if not there:
             raise InputError(f"{path} lacks train_images and train_labels - give a MedMNIST .npz, or class folders")
         given = {s: arrays[f"{s}_images"] for s in there}
-        labels = np.concatenate([arrays[f"{s}_labels"].reshape(len(x), -1)[:, 0] for s, x in given.items()]).astype(int)
-        for s, x in given.items():
+        labels = [np.asarray(arrays[f"{s}_labels"]) for s in there]
+        for (s, x), v in zip(given.items(), labels):
+            if v.size != len(x) or not np.issubdtype(v.dtype, np.integer) or v.min() < 0:
+                raise InputError(f"'{s}_labels' has shape {v.shape} and type {v.dtype} for {len(x)} pictures - give one class "
+                                 "each, from 0; several at once are not served")
             if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
                 raise InputError(f"'{s}_images' has shape {x.shape} and type {x.dtype} - give uint8 (N, H, W) or (N, H, W, 3)")
+        labels = np.concatenate([v.ravel() for v in labels]).astype(int)
         views = (Image.fromarray(v).convert("RGB") for x in given.values() for v in x)
         names, split = [str(c) for c in range(labels.max() + 1)], np.repeat(there, [len(x) for x in given.values()])
     if len(np.unique(labels)) < 2:
@@ -669,12 +688,12 @@ class Slide:
         image = self.slide.get_thumbnail(small) if self.slide else self.image.resize(small, Image.BOX)
         return image.convert("RGB"), scale
 
-    def read(self, box):
-        """x, y, width, height of the slide in RGB, from the coarsest level on which it is at least 224 pixels wide."""
+    def read(self, box, side=224):
+        """x, y, width, height of the slide in RGB, from the coarsest level on which it is at least `side` pixels wide."""
         x, y, w, h = map(int, box)
         if self.slide is None:
             return self.image.crop((x, y, x + w, y + h))
-        level = self.slide.get_best_level_for_downsample(max(1., w / 224))
+        level = self.slide.get_best_level_for_downsample(max(1., w / side))
         shrink = self.slide.level_downsamples[level]
         return self.slide.read_region((x, y), level, (round(w / shrink), round(h / shrink))).convert("RGB")
 
@@ -687,6 +706,12 @@ def _slide(path):
 def _forget_slides(worker):
     """A process that makes crops opens its slides itself: a file handle must not be shared."""
     _slide.cache_clear()
+
+
+def slide_files(path):
+    """A slide's path as a list, or the slides in a folder, class folders included. None is opened."""
+    endings = (*PICTURES, ".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
+    return _walk(path, endings, "slides")[0] if os.path.isdir(path) else [path]
 
 
 def otsu(values):
@@ -769,57 +794,72 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
     return boxes, shown
 
 
-def _read_tiles(path):
-    """Tiles as the `tile` command writes them: coords (n, 4), images (n,) paths relative to the file, labels if there."""
-    arrays = _Source(path)
-    for key in ("coords", "images"):
-        if key not in arrays:
-            raise InputError(f"{path} lacks '{key}' - name a file that the tile command wrote")
-    boxes, names, here = arrays["coords"], arrays["images"], os.path.dirname(os.path.abspath(path))
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) != len(names) or not len(boxes):
-        raise InputError(f"{path}: 'coords' has shape {boxes.shape} for {len(names)} tiles - give x, y, width, height each")
-    labels, label_names = _check_labels(arrays.get("labels"), arrays.get("label_names"))
-    return Images([os.path.join(here, str(name)) for name in names], labels, label_names, boxes=boxes.astype(int))
+def _read_tiles(files):
+    """Tiles as the `tile` command writes them: coords (n, 4), images (n,) paths relative to the file, labels if all have."""
+    paths, boxes, labels, label_names = [], [], [], []
+    for file in files:
+        arrays = _Source(file)
+        for key in ("coords", "images"):
+            if key not in arrays:
+                raise InputError(f"{file} lacks '{key}' - name a file that the tile command wrote")
+        box, names, here = arrays["coords"], arrays["images"], os.path.dirname(os.path.abspath(file))
+        if box.ndim != 2 or box.shape[1] != 4 or len(box) != len(names) or not len(box):
+            raise InputError(f"{file}: 'coords' has shape {box.shape} for {len(names)} tiles - give x, y, width, height each")
+        paths += [os.path.join(here, str(name)) for name in names]
+        boxes.append(box.astype(int))
+        known, label_names = _check_labels(arrays.get("labels"), arrays.get("label_names"))
+        labels.append(known)
+    labels = np.concatenate(labels) if all(v is not None for v in labels) else None
+    return Images(paths, labels, label_names if labels is not None else [], boxes=np.concatenate(boxes))
 
 
 def read_polygons(path):
-    """The regions of an ASAP annotation file (Camelyon's XML): list of (n, 2) arrays of x, y in pixels of the slide."""
+    """The regions of an ASAP annotation file (Camelyon's XML): list of ((n, 2) array of x, y in pixels of the slide, inside),
+    outer ones first; inside is False for what is cut out of them (Camelyon's group _2)."""
     try:
         root = ElementTree.parse(path).getroot()
-        found = [sorted([float(c.get(k)) for k in ("Order", "X", "Y")] for c in a.iter("Coordinate"))
-                 for a in root.iter("Annotation")]
+        found = [(sorted([float(c.get(k)) for k in ("Order", "X", "Y")] for c in a.iter("Coordinate")),
+                  a.get("PartOfGroup") not in ("_2", "Exclusion")) for a in root.iter("Annotation")]
     except (OSError, ElementTree.ParseError, TypeError, ValueError) as e:
         raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - expected Annotation, Coordinate, Order, X, Y")
-    return [np.array(p)[:, 1:] for p in found if len(p) > 2]
+    return sorted([(np.array(p)[:, 1:], inside) for p, inside in found if len(p) > 2], key=lambda region: not region[1])
 
 
-def overlap(polygon, box):
-    """The share of a box that a polygon (n, 2) covers: clipped at the box's four sides (Sutherland & Hodgman 1974), then the
-    shoelace formula. The published notebook for PCam-224 took a box of the patch's pixels for one of the slide's, and so
-    looked at a sixteenth of each patch."""
-    x, y, w, h = box
-    points = np.asarray(polygon, float)
-    for axis, sign, edge in ((0, 1, x), (0, -1, -x - w), (1, 1, y), (1, -1, -y - h)):
-        inside, kept = sign * points[:, axis] - edge, []     # >= 0: on this side of the edge
-        for i in range(len(points)):
-            a, b, p, q = inside[i - 1], inside[i], points[i - 1], points[i]
-            if (a >= 0) != (b >= 0):
-                kept.append(p + (q - p) * (a / (a - b)))
-            if b >= 0:
-                kept.append(q)
-        if not kept:
-            return 0.
-        points = np.array(kept)
-    px, py = points.T
-    return float(abs(np.dot(px, np.roll(py, -1)) - np.dot(py, np.roll(px, -1))) / 2 / (w * h))
+def region_share(regions, box, grid=64):
+    """The share of a box, of grid x grid points, that lies in the regions (`read_polygons`).
+
+    The published notebook for PCam-224 took a box of the patch's pixels for one of the slide's, and so looked at a sixteenth
+    of each patch (thesis 3.2.2 asks for half of the patch).
+    """
+    x, y, w, h = map(int, box)
+    raster = Image.new("1", (grid, grid))
+    for polygon, inside in regions:
+        points = (polygon - (x, y)) / (w, h) * grid - 0.5    # of pixels' centres
+        if (points.max(0) > -1).all() and (points.min(0) < grid).all():
+            ImageDraw.Draw(raster).polygon([tuple(p) for p in points], fill=int(inside))
+    return float(np.asarray(raster).mean())
+
+
+def read_voc(path):
+    """The objects of a Pascal VOC annotation: list of (name, (x0, y0, x1, y1))."""
+    try:
+        sides = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
+        found = [(thing.find("name").text, tuple(float(thing.find(side).text) for side in sides))
+                 for thing in ElementTree.parse(path).iter("object")]
+    except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError) as e:
+        raise InputError(f"{path} is not a readable Pascal VOC annotation ({e}) - expected object, name, bndbox, xmin, ...")
+    for name, _ in found:
+        if not name or os.path.basename(name) != name:
+            raise InputError(f"{path} names an object '{name}' - a name becomes a folder: take plain words")
+    return found
 
 
 def cut_boxes(folder, out, size=64, margin=0.2):
     """Cut the annotated boxes of a Pascal VOC folder into pictures out/<split>/<name>/<image>_<i>.png of `size` pixels.
 
     A cut is the square around a box's centre, as long as the box's longer side and `margin` more, so that shapes stay what
-    they are, shifted inwards where it would reach over the image's edge. ImageSets/Main says what is train and what test. Boxes with a side
-    of 8 pixels or less are left out. Returns dict (split, name) -> count.
+    they are, shifted inwards where it would reach over the image's edge. ImageSets/Main says what is train and what
+    test. Boxes with a side of 8 pixels or less are left out. Returns dict (split, name) -> count.
     """
     count = {}
     for part, split in (("trainval", "train"), ("test", "test")):
@@ -830,14 +870,13 @@ def cut_boxes(folder, out, size=64, margin=0.2):
             stems = f.read().split()
         for stem in stems:
             image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"))
-            described = ElementTree.parse(os.path.join(folder, "Annotations", f"{stem}.xml"))
-            for i, thing in enumerate(described.iter("object")):
-                x0, y0, x1, y1 = (float(thing.find(f"bndbox/{k}").text) for k in ("xmin", "ymin", "xmax", "ymax"))
-                name, half = thing.find("name").text, max(x1 - x0, y1 - y0) / 2 * (1 + margin)
+            for i, (name, (x0, y0, x1, y1)) in enumerate(read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))):
+                half = max(x1 - x0, y1 - y0) / 2 * (1 + margin)
                 if min(x1 - x0, y1 - y0) <= 8:
                     continue
                 half = min(half, *(v / 2 for v in image.size))
-                x, y = (min(max(middle, half), side - half) for middle, side in zip(((x0 + x1) / 2, (y0 + y1) / 2), image.size))
+                x, y = (min(max(middle, half), most - half)
+                        for middle, most in zip(((x0 + x1) / 2, (y0 + y1) / 2), image.size))
                 square = tuple(map(round, (x - half, y - half, x + half, y + half)))
                 os.makedirs(os.path.join(out, split, name), exist_ok=True)
                 image.crop(square).resize((size, size), Image.BICUBIC).save(os.path.join(out, split, name, f"{stem}_{i}.png"))
@@ -868,6 +907,10 @@ class Bags:
 
     def __len__(self):
         return len(self.y)
+
+    @property
+    def hash(self):
+        return _digest(self.X, self.offsets, self.y)
 
     def instances(self, rows):
         """The instances of all bags `rows`, (n, d)."""
@@ -913,13 +956,18 @@ def read_bags(path, stream=None):
                 raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets (bags + 1,) and y (bags,)")
         X, offsets, y, folds = _check_stream(path, "X", arrays["X"]), arrays["offsets"], arrays["y"], arrays.get("folds")
         label_names, names = [], [str(i) for i in range(len(y))]
+        if y.ndim != 1 or offsets.ndim != 1 or not np.issubdtype(offsets.dtype, np.integer):
+            raise InputError(f"'y' has shape {y.shape}, 'offsets' {offsets.shape} of {offsets.dtype} - give (bags,) and "
+                             "(bags + 1,) integers")
+        offsets = offsets.astype(np.int64)
         if len(offsets) != len(y) + 1 or offsets[0] != 0 or offsets[-1] != len(X):
             raise InputError(f"'offsets' has {len(offsets)} entries from {offsets[0]} to {offsets[-1]} for {len(y)} bags and "
                              f"{len(X)} instances - give bags + 1, from 0 to the number of instances")
         if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
             raise InputError(f"'y' holds {y.dtype} from {y.min()} - give integers from 0")
-        if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y)):
-            raise InputError(f"'folds' has shape {folds.shape} for {len(y)} bags - give (repeats, folds, bags), True = train")
+        if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):
+            raise InputError(f"'folds' has shape {folds.shape} and type {folds.dtype} for {len(y)} bags - give (repeats, "
+                             "folds, bags) bool, True = train")
     bad = np.flatnonzero(np.diff(offsets) < 1)
     if len(bad):
         raise InputError(f"bag {names[bad[0]]} is empty - drop it")
@@ -935,7 +983,7 @@ def read_bags(path, stream=None):
 def stratified_parts(y, shares, seed):
     """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending arrays.
 
-    Every class goes round the parts by largest remainder, so that a part of a class differs from its share by less than 1.
+    The edges of the parts are rounded, so that a part's size in a class differs from its share by at most 1.
     """
     rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
     for c in np.unique(y):

@@ -1,6 +1,7 @@
 """Every number and every picture: arrays, callables in; plain dicts, tables and files out.
 
-Read first   thesis 5.3.5, 5.4.1-5.4.5, A.1.3, A.3; sparc.txt 4.2-4.3 (Jaccard and R^2 are only written out there).
+Read first   thesis 5.3.5, 5.4.1-5.4.5, A.1.3, A.3; sparc.txt 4.2-4.3 (Jaccard and R^2 are only written out there). For the
+             last third (probes, paired tests, Grad-CAM) 3.2.3-3.2.4 and 3.3.2.
 Glossary     n samples evaluated . L latents . C labels . M streams . s source, t target
              code    scipy CSR matrix (n, L) of one stream's activations, positive entries only: see `sparse_code`
              joint   codes whose support all streams chose together      alone  each stream chose from itself only
@@ -860,14 +861,15 @@ def compare(runs):
 
     Returns a list of {a, b, difference (mean of a - b), t_p (paired t-test), holm_p (the same after Holm's correction for the
     number of pairs), wilcoxon_p (signed ranks; with 5 runs never below 0.0625), d (mean difference / its standard deviation)},
-    all two-sided. p is None where all differences are alike: nothing varies that a test could use.
+    all two-sided. p is None where all differences are alike, or a run has none: there is nothing to test.
     """
     out, names = [], list(runs)
     for i, a in enumerate(names):
         for b in names[i + 1:]:
             gap = np.asarray(runs[a], float) - np.asarray(runs[b], float)
             spread = float(gap.std(ddof=1)) if len(gap) > 1 else 0.
-            pair = {"a": a, "b": b, "difference": float(gap.mean()), "t_p": None, "wilcoxon_p": None, "d": None}
+            mean = float(gap.mean()) if np.isfinite(gap).all() else None                    # NaN: a run without that number
+            pair = {"a": a, "b": b, "difference": mean, "t_p": None, "wilcoxon_p": None, "d": None}
             if spread > 1e-12:
                 pair.update(t_p=float(scipy.stats.ttest_rel(runs[a], runs[b]).pvalue), d=float(gap.mean() / spread),
                             wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue))
@@ -905,7 +907,7 @@ def grad_cam(model, layer, to_map, x, classes=None):
     try:
         with torch.enable_grad():
             out = model(x.requires_grad_())                  # of the input, so that frozen weights do not matter
-            classes = out.argmax(1) if classes is None else torch.as_tensor(classes)
+            classes = out.argmax(1) if classes is None else torch.as_tensor(classes, device=out.device)
             score = out.gather(1, classes[:, None]).sum()
             gradient, = torch.autograd.grad(score, kept[0])
     finally:
@@ -914,7 +916,7 @@ def grad_cam(model, layer, to_map, x, classes=None):
         a, g = to_map(kept[0]), to_map(gradient)
         cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)                       # (B, h, w)
         low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
-        return ((cam - low) / (high - low).clamp(min=1e-12)).numpy()
+        return ((cam - low) / (high - low).clamp(min=1e-12)).cpu().numpy()
 
 
 HEAT = np.array([[48, 18, 120], [44, 120, 200], [60, 190, 110], [250, 200, 50], [200, 30, 20]], float)      # low to high
@@ -958,9 +960,9 @@ def contact_sheet(rows, titles, side=160):
 
 
 def embedded(image, width=480):
-    """A PIL image as an <img> with its data inside."""
+    """A PIL image, at most `width` pixels wide and high, as an <img> with its data inside."""
     image = image.convert("RGB")
-    image.thumbnail((width, 4 * width))
+    image.thumbnail((width, width))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -10,6 +10,7 @@ What a user can mend ends as one line on stderr and exit code 2. torch is import
 import argparse
 import csv
 import functools
+import html
 import io
 import itertools
 import json
@@ -123,8 +124,8 @@ MIL = {
     "weighted": (False, bool, "draw bags so that classes are equally frequent"),
     "inner": (1, int, "models of a training part that comes without a validation part: 1 is stopped by a fifth of it, n "
               "vote, each stopped by an n-th"),
-    "refit": (False, bool, "no early stopping: the held-out bags only choose from --grid, then a model learns from all"),
-    "grid": (None, str, 'values to choose from by validation loss: "lr=1e-4,5e-4 dropout=0,0.5"'),
+    "refit": (False, bool, "no early stopping: the held-out bags only choose from --grid, then --inner models learn from all"),
+    "grid": (None, str, 'values to choose from by errors on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
     "seed": (0, int, "of the parts, the weights and the order"),
 }
 FINETUNE = {
@@ -157,6 +158,7 @@ MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_afte
            "dropout": 0, "attention": 1, "patience": 1, "bag_weight": 0, "inner": 1, "runs": 1, "weight_decay": 0, "margin": 0,
            "downsample": 1e-9, "threshold": 0, "max_holes": 0, "roi_share": 1e-9, "most": 1,
            "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
+MAXIMUM = {"dropout": 1, "bag_weight": 1, "roi_share": 1}
 FEW_STEPS = 2000
 
 
@@ -194,10 +196,11 @@ def check_folder(folder, flags):
 
 
 def make_folder(folder, fresh):
-    """Create a run folder, or empty it of what a run writes (never of anything else) when `fresh`."""
+    """Create a run folder, or empty it of a run's five files and of heat maps (never of anything else) when `fresh`."""
     try:
         os.makedirs(folder, exist_ok=True)
-        for name in ("metrics.json", "report.html", "checkpoint.pt", "log.csv", "config.json") if fresh else ():
+        heat = [name for name in os.listdir(folder) if name.startswith("heat_")]
+        for name in ("metrics.json", "report.html", "checkpoint.pt", "log.csv", "config.json", *heat) if fresh else ():
             for path in (out_path(folder, name), out_path(folder, name + ".tmp")):
                 if os.path.exists(path):
                     os.remove(path)
@@ -720,7 +723,7 @@ def make_backbone(arch, **settings):
     """A preset of ssm.py by name; settings that are None are left to it, and size and patch where it knows none (VMamba)."""
     import ssm
     if arch not in ssm.PRESETS:
-        raise InputError(f"--arch {arch} - take one of {', '.join(ssm.PRESETS)}")
+        raise InputError(f"{arch} is no backbone - take one of {', '.join(ssm.PRESETS)}")
     skip = ("size", "patch") if arch.startswith("vmamba") else ()
     return ssm.PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
 
@@ -854,7 +857,7 @@ def image_features(images, rows, backbone, size, device, block=256, **how):
     """Yield features (b, d) of pictures block by block; without a backbone the pixels themselves. how: see `features`."""
     import data
     import torch
-    view = data.plain_view(size, whole=images.boxes is not None)
+    view, images.side = data.plain_view(size, whole=images.boxes is not None), max(size, images.side)
     for start in range(0, len(rows), block):
         x = torch.stack([view(images.open(i)) for i in rows[start:start + block]]).to(device)
         with torch.no_grad():
@@ -928,8 +931,8 @@ def relative(paths, out):
 def load_backbone(spec, flags, n_classes=0, head=False):
     """name=RUN (of dino), name=FILE.pt (of finetune), name=arch:FILE, name=arch:random, or an arch alone, which is random.
 
-    Returns (name, model, the side it was trained at). With n_classes it gets a new head of so many classes, and arch may be
-    one of torchvision's classifiers too; with `head` it keeps the one that its file has.
+    Returns (name, model, the side it was trained at); model.made tells how to build it again. With n_classes it gets a new
+    head of so many classes, and arch may be one of torchvision's classifiers too; with `head` it keeps its file's.
     """
     import ssm
     import torch
@@ -942,7 +945,7 @@ def load_backbone(spec, flags, n_classes=0, head=False):
         try:
             kept = torch.load(arch, weights_only=True, map_location="cpu")
             made, path = {k: kept[k] for k in ("arch", "size", "patch", "n_classes")}, arch
-        except (OSError, KeyError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+        except (OSError, EOFError, LookupError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
             raise InputError(f"{arch} is no file of finetune ({type(e).__name__}) - write {name}=arch:FILE for others")
     elif not path:
         config = out_path(arch, "config.json")
@@ -953,7 +956,9 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     arch = made.get("arch", arch)
     torch.manual_seed(flags.seed)
     if arch not in ssm.PRESETS and n_classes:
-        return name, torchvision_model(arch, path, n_classes).to(flags.device), size
+        model = torchvision_model(arch, path, n_classes).to(flags.device)
+        model.made = {"arch": arch, "size": size, "patch": None, "n_classes": n_classes}
+        return name, model, size
     settings = {"size": made.get("size", size if path == "random" else None),
                 "patch": made.get("patch", getattr(flags, "patch", None))}
     model = make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
@@ -962,6 +967,7 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     if n_classes:
         bare, model = model, make_backbone(arch, **settings, n_classes=n_classes)
         model.load_state_dict(bare.state_dict(), strict=False)                              # all but the head
+    model.made = {"arch": arch, **settings, "n_classes": n_classes or made.get("n_classes")}
     return name, model.eval().to(flags.device), getattr(model, "size", 224)
 
 
@@ -976,12 +982,21 @@ def torchvision_model(name, path, n_classes):
     if path != "random":
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-            own = model.state_dict()
-            model.load_state_dict({k: v if v.shape == own[k].shape else own[k] for k, v in state.items()})
-        except (OSError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError) as e:
+            own, last = model.state_dict(), last_linear(model)[0]
+            model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v for k, v in state.items()})
+        except (OSError, EOFError, LookupError, AttributeError, RuntimeError, TypeError, pickle.UnpicklingError) as e:
             why = str(e).splitlines()[0][:80]
             raise InputError(f"{path} does not hold the weights of {name} ({why}) - give torchvision's file")
     return model
+
+
+def last_linear(model):
+    """(name, module) of a classifier's last linear layer; raises InputError when it has none."""
+    import torch
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    if not found:
+        raise InputError(f"{type(model).__name__} ends in no linear layer - take another model")
+    return found[-1]
 
 
 def cmd_probe(flags):
@@ -1033,21 +1048,26 @@ def cmd_tile(flags):
     import eval as judge
     import numpy as np
     source = needed(flags, "images")
-    slides = data.read_images(source).paths if os.path.isdir(source) else [source]
+    slides = data.slide_files(source)
+    side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
+    if side < 1 or step < 1:
+        raise InputError(f"tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    os.makedirs(flags.out, exist_ok=True)
-    for path in slides:
-        target = out_path(flags.out, os.path.splitext(os.path.basename(path))[0])
+    targets = [out_path(flags.out, os.path.splitext(os.path.basename(path))[0]) for path in slides]
+    for target in targets:
+        if targets.count(target) > 1:
+            raise InputError(f"two slides are called {os.path.basename(target)} - rename one, or tile them into two folders")
         if os.path.exists(f"{target}.npz") and not flags.overwrite:
             raise InputError(f"{target}.npz exists - use --overwrite or another --out")
-        side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
+    os.makedirs(flags.out, exist_ok=True)
+    for path, target in zip(slides, targets):
         boxes, shown = data.tile_slide(path, side, step, least=flags.least, least_hole=flags.least_hole,
                                        max_holes=flags.max_holes, threshold=None if flags.otsu else flags.threshold)
         arrays = {"coords": boxes, "images": relative([path] * len(boxes), f"{target}.npz")}
         if regions is not None:
-            share = np.array([sum(data.overlap(p, box) for p in regions) for box in boxes])
+            share = np.array([data.region_share(regions, box) for box in boxes])
             arrays.update(labels=(share >= flags.roi_share).astype(int), label_names=np.array(["outside", "region"]))
         data.write_npz(f"{target}.npz", arrays)
         judge.save_picture(f"{target}.png", shown)
@@ -1069,7 +1089,7 @@ def cmd_mil(flags):
     settings, _ = parse_grid(flags), number_list(flags.widths)
     bags = data.read_bags(needed(flags, "data"), flags.stream)
     rounds = mil_rounds(bags, flags)
-    make_run_folder(flags, {"command": "mil", "flags": flags, "bags": len(bags), "rounds": len(rounds)})
+    make_run_folder(flags, {"bags": len(bags), "rounds": len(rounds), "data_hash": bags.hash})
     found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test) for train, _, test in rounds]}
     for head in heads:
         jobs = [(bags, head, settings, r, *parts) for r, parts in enumerate(rounds)]
@@ -1123,15 +1143,18 @@ def mil_rounds(bags, flags):
     import numpy as np
     everything = np.arange(len(bags))
     if bags.folds is not None:
-        return [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
-    if bags.split is None:
-        train, val, test = data.stratified_parts(bags.y, (70, 15, 15), flags.seed)
+        rounds = [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
+    elif bags.split is None:
+        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed)]
     else:
-        train, val, test = (np.flatnonzero(bags.split == name) for name in ("train", "val", "test"))
-    if not len(test) or len(np.unique(bags.y[train])) < 2:
-        raise InputError(f"{flags.data}: {len(train)} bags to learn from, of one class or all, and {len(test)} to test on are too "
-                         "few - add bags, or take split folders away")
-    return [(train, val if len(val) else None, test)]
+        rounds = [[np.flatnonzero(bags.split == name) for name in ("train", "val", "test")]]
+    least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
+    for train, val, test in rounds:
+        rarest = min(np.bincount(bags.y[train])[np.unique(bags.y)], default=0) if len(train) else 0
+        if not len(test) or rarest < (2 if val is not None and len(val) else least):
+            raise InputError(f"{flags.data}: a part of {len(train)} bags to learn from, {rarest} of the rarest class, and "
+                             f"{len(test)} to test on is too small - add bags, or mend the folds or split folders")
+    return [(train, val if val is not None and len(val) else None, test) for train, val, test in rounds]
 
 
 def mil_round(bags, head, settings, round_, train, val, test, keep=None):
@@ -1139,8 +1162,8 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
     mean vote on `test`.
 
     Without `val`, train is cut into parts, and --inner times a model learns from all but one of them. Its bags stop it early,
-    and these models vote; or, with --refit, all epochs are trained, and once more on all of train. keep: a folder for the
-    weights.
+    and these models vote; or, with --refit, all epochs are trained, and as many models on all of train vote. keep: a folder
+    for the weights.
     """
     import data
     import eval as judge
@@ -1163,7 +1186,8 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
             best = held, models, setting
     held, models, setting = best
     if flags.refit:
-        models = [train_mil(bags, head, setting, train, None, seed=[setting.seed, round_, flags.inner])[0]]
+        models = [train_mil(bags, head, setting, train, None, seed=[setting.seed, round_, 99, i])[0]
+                  for i in range(flags.inner)]
     with torch.no_grad():
         votes = [np.concatenate([torch.softmax(m(x.to(flags.device), mask.to(flags.device))[0], 1).cpu().numpy()
                                  for x, mask, _ in (bags.padded([i]) for i in test)]) for m in models]
@@ -1206,7 +1230,7 @@ def train_mil(bags, head, flags, train, val, seed):
     def judged(model):                                       # by the bags' labels alone
         logits, y = (torch.cat(v) for v in zip(*((model(x, mask)[0], y) for x, mask, y in held)))
         return float((logits.argmax(1) != y).float().mean()), float(torch.nn.functional.cross_entropy(logits, y))
-    optimiser = torch.optim.Adam(model.parameters(), flags.lr, weight_decay=flags.weight_decay)
+    optimiser = torch.optim.Adam(model.parameters(), flags.lr, weight_decay=flags.weight_decay, fused=True)
     early = {} if flags.refit else {"validate": lambda m: judged(m)[1], "patience": flags.patience, "least": flags.least}
     ssm.fit(model, optimiser, batches, lambda m, *batch: ssm.mil_loss(m, *batch, **how), flags.epochs, **early)
     with torch.no_grad():
@@ -1234,7 +1258,7 @@ def pooled_baseline(bags, train, test):
 
 
 def attention_maps(bags, head, rows, flags, most=6):
-    """Test slides with each tile coloured by its share in the bag, as files heat_<slide>_<head>.png and as HTML."""
+    """Test slides with each tile coloured by its share in the bag, as files heat_<label>_<slide>_<head>.png and as HTML."""
     import data
     import eval as judge
     import ssm
@@ -1251,8 +1275,8 @@ def attention_maps(bags, head, rows, flags, most=6):
                 heat = heat + torch.softmax(model(bags.padded([i])[0])[1], -1)[0].mean(0).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        judge.save_picture(out_path(flags.out, f"heat_{bags.names[i]}_{head}.png"), picture)
-        shown.append(f"<h3>{bags.names[i]}: {bags.label_names[bags.y[i]]}</h3>"
+        judge.save_picture(out_path(flags.out, f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"), picture)
+        shown.append(f"<h3>{html.escape(f'{bags.names[i]}: {bags.label_names[bags.y[i]]}')}</h3>"
                      + judge.strip(judge.embedded(image), judge.embedded(picture)))
     return "".join(shown) or "<p>The bags name no pictures.</p>"
 
@@ -1267,23 +1291,26 @@ def cmd_finetune(flags):
     import eval as judge
     pictures = data.read_pictures(needed(flags, "data"), flags.size)
     specs, C = flags.models.split(","), len(pictures.label_names)
-    names = [load_backbone(spec, flags, C)[0] for spec in specs]                            # before anything is written
+    names = [try_classifier(spec, flags, C) for spec in specs]                              # before anything is written
     if len(set(names)) < len(names):
         raise InputError(f"--models {flags.models} names a model twice - write a=vit_micro:random,b=vit_micro:random")
     rounds = [picture_parts(pictures, flags, flags.seed + r) for r in range(flags.runs)]
-    make_run_folder(flags, {"command": "finetune", "flags": flags, "pictures": len(pictures.labels), "versions": versions()})
+    make_run_folder(flags, {"pictures": len(pictures.labels), "data_hash": pictures.hash})
+    log = Log(out_path(flags.out, "log.csv"))
     found = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}
     progress = Progress(len(specs) * len(rounds))
     for name, spec in zip(names, specs):
         found[name] = []
         for r, parts in enumerate(rounds):
             one = flags.replaced({"seed": flags.seed + r})
-            scores, model = finetune_one(pictures, parts, load_backbone(spec, one, C)[1], one)
+            scores, model, history = finetune_one(pictures, parts, load_backbone(spec, one, C)[1], one)
             found[name].append(scores)
+            for epoch, (loss, validation) in enumerate(history, 1):
+                log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss, "validation": validation})
+            log.write()
             progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
-            if r == 0 and hasattr(model, "features") and hasattr(model, "dim"):
-                judge.write_torch(out_path(flags.out, f"{name}.pt"),
-                                  {"model": model.state_dict(), "n_classes": C, **shape_of(model, spec)})
+            if r == 0:
+                judge.write_torch(out_path(flags.out, f"{name}.pt"), {"model": model.state_dict(), **model.made})
     finish_finetune(found, pictures, rounds, flags)
 
 
@@ -1292,7 +1319,8 @@ def finish_finetune(found, pictures, rounds, flags):
     import eval as judge
     header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
     rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
-    tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in found.items()})
+    trained = {name: runs for name, runs in found.items() if not name.startswith("pixels")}
+    tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in trained.items()})
              for key in ("AUC", "accuracy") if len(rounds) > 1}
     print("\n" + judge.text_table(header, rows))
     sections = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))]
@@ -1306,7 +1334,8 @@ def finish_finetune(found, pictures, rounds, flags):
         print(judge.text_table(head, cells))
         sections.append((f"{key}: pairs of models", judge.html_table(head, cells) + f"<p>{'; '.join(lines)}.</p>"))
     note = (f"{len(rounds)} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** len(rounds):.4f}, and the runs' "
-            "test parts overlap, so that the t-test takes them for more independent than they are.")
+            "test parts overlap, so that the t-test takes them for more independent than they are.") if tests else \
+        "One run allows no test of which model is better."
     print(f"\n{note}")
     judge.write_json(out_path(flags.out, "metrics.json"),
                      {"scores": found, "pairs": tests, "test pictures": len(rounds[0][2])})
@@ -1315,14 +1344,20 @@ def finish_finetune(found, pictures, rounds, flags):
     say(f"wrote {out_path(flags.out, 'report.html')}")
 
 
-def shape_of(model, spec):
-    """What load_backbone needs to build a fine-tuned model anew."""
-    arch = spec.partition("=")[2].partition(":")[0] or spec
-    config = out_path(arch, "config.json")
-    if os.path.exists(config):
-        with open(config) as f:
-            arch = json.load(f)["flags"]["arch"]
-    return {"arch": arch, "size": getattr(model, "size", None), "patch": getattr(model, "patch", None)}
+def try_classifier(spec, flags, n_classes):
+    """Build a model and pass one picture of zeros through it: its name; raises InputError when it does not fit."""
+    import torch
+    name, model, _ = load_backbone(spec, flags, n_classes)
+    last_linear(model)
+    try:
+        with torch.no_grad():
+            out = model.eval()(torch.zeros(1, 3, flags.size, flags.size, device=flags.device))
+        fits = isinstance(out, torch.Tensor) and out.shape == (1, n_classes)
+    except (RuntimeError, AssertionError):
+        fits = False
+    if not fits:
+        raise InputError(f"{name} does not classify pictures of {flags.size} pixels - choose another --size, or another model")
+    return name
 
 
 def picture_parts(pictures, flags, seed):
@@ -1334,27 +1369,34 @@ def picture_parts(pictures, flags, seed):
     elif pictures.split is None:
         raise InputError(f"{flags.data} gives no split - use --split random")
     else:
-        parts = [np.flatnonzero(pictures.split == name) for name in ("train", "val", "test")]
-    if not all(map(len, parts)):
+        train, val, test = (np.flatnonzero(pictures.split == name) for name in ("train", "val", "test"))
+        if not len(val):                                     # none given: cut off the training part
+            train, val = (train[rows] for rows in data.stratified_parts(pictures.labels[train], (85, 15), seed))
+        parts = train, val, test
+    if not all(map(len, parts)) or len(np.unique(pictures.labels[parts[0]])) < 2:
         raise InputError(f"{flags.data}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
                          "add pictures, or use --split random")
     return parts
 
 
 def pixel_baseline(pictures, parts, n_classes):
-    """Logistic regression on pixels, its strength chosen on the validation part."""
+    """Logistic regression on pixels, at 32 x 32 at most, its strength chosen on the validation part."""
     import eval as judge
     import numpy as np
-    x, y = pictures.pixels.reshape(len(pictures.labels), -1) / 255, pictures.labels
+    import torch
+    side, y = min(32, pictures.pixels.shape[-1]), pictures.labels
+    small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
+             for part in torch.from_numpy(pictures.pixels).split(256)]
+    x = torch.cat(small).flatten(1).numpy() / 255
     train, val, test = parts
-    tried = [(strength, judge.logistic_probe(x[train], y[train], np.concatenate([x[val], x[test]]), n_classes, strength))
+    tried = [judge.logistic_probe(x[train], y[train], np.concatenate([x[val], x[test]]), n_classes, strength)
              for strength in 10. ** np.arange(-6, 1)]
-    _, p = max(tried, key=lambda t: judge.scores(y[val], t[1][:len(val)])["AUC"])
-    return judge.scores(y[test], p[len(val):])
+    best = max(tried, key=lambda p: judge.scores(y[val], p[:len(val)])["AUC"] or 0.)
+    return judge.scores(y[test], best[len(val):])
 
 
 def finetune_one(pictures, parts, model, flags):
-    """Train a classifier, stop by the validation loss, and judge the best epoch on the test rows: (scores, model)."""
+    """Train a classifier, stop by the validation loss, and judge the best epoch on the test rows: (scores, model, history)."""
     import data
     import eval as judge
     import numpy as np
@@ -1366,11 +1408,11 @@ def finetune_one(pictures, parts, model, flags):
     x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
     if flags.frozen:
         model.requires_grad_(False)
-        [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1].requires_grad_(True)               # the head
+        last_linear(model)[1].requires_grad_(True)           # the head
 
     def batches(epoch):
         for rows in torch.from_numpy(np.random.default_rng([flags.seed, epoch]).permutation(train)).split(flags.batch):
-            if len(rows) > 1 or len(train) == 1:             # batch normalisation needs two
+            if len(rows) > 1 or flags.batch == 1:            # batch normalisation needs two
                 yield data.jittered(x[rows]).to(flags.device), y[rows].to(flags.device)
 
     def loss(model, x, y):
@@ -1381,10 +1423,11 @@ def finetune_one(pictures, parts, model, flags):
         return torch.cat([model(x[part].to(flags.device)).cpu() for part in torch.from_numpy(rows).split(256)])
     learning = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learning, flags.lr, weight_decay=flags.weight_decay)
-    ssm.fit(model, optimiser, batches, loss, flags.epochs,
-            lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])), flags.patience)
+    history = ssm.fit(model, optimiser, batches, loss, flags.epochs,
+                      lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])), flags.patience)
     with torch.no_grad():
-        return judge.scores(pictures.labels[test], torch.softmax(outputs(model.eval(), test), 1).numpy()), model
+        p = torch.softmax(outputs(model.eval(), test), 1).numpy()
+    return judge.scores(pictures.labels[test], p), model, history
 
 
 def cmd_explain(flags):
@@ -1395,7 +1438,6 @@ def cmd_explain(flags):
     import torch
     images = data.read_images(needed(flags, "images"))
     loaded = [load_backbone(spec, flags, head=True) for spec in needed(flags, "weights").split(",")]
-    make_run_folder(flags, {"command": "explain", "flags": flags})
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
     columns = [pictures]
@@ -1403,10 +1445,16 @@ def cmd_explain(flags):
         size = flags.size or trained
         view = data.plain_view(size, whole=True)
         x = torch.stack([view(p) for p in pictures]).to(flags.device)
+        with torch.no_grad():
+            outputs = model(x[:1]).shape[1]
+        if flags.label >= outputs:
+            raise InputError(f"--label {flags.label}, but {name} has {outputs} outputs - give 0 to {outputs - 1}")
         classes = None if flags.label < 0 else [flags.label] * len(x)
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, classes)
         columns.append([judge.overlay(p, h) for p, h in zip(pictures, heat)])
-        for i, picture in zip(rows, columns[-1]):
+    make_run_folder(flags, {"data_hash": images.hash})
+    for (name, _, _), column in zip(loaded, columns[1:]):
+        for i, picture in zip(rows, column):
             stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
             judge.save_picture(out_path(flags.out, f"{name}_{i}_{stem}.png"), picture)
     sheet = judge.contact_sheet(list(zip(*columns)), ["picture", *(name for name, _, _ in loaded)])
@@ -1414,13 +1462,14 @@ def cmd_explain(flags):
     print(f"wrote {len(rows) * len(loaded)} heat maps and {out_path(flags.out, 'sheet.png')}")
 
 
-def make_run_folder(flags, config):
-    """A fresh run folder with its config.json; raises InputError when it holds a run and --overwrite was not given."""
+def make_run_folder(flags, about):
+    """A run folder with its config.json; raises InputError when it holds a run and --overwrite was not given."""
     import eval as judge
     if os.path.isdir(flags.out) and os.listdir(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} holds a run already - use --overwrite or another --out")
     make_folder(flags.out, fresh=True)
-    judge.write_json(out_path(flags.out, "config.json"), config)
+    judge.write_json(out_path(flags.out, "config.json"),
+                     {"command": flags.command, "flags": flags, **about, "versions": versions()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1917,7 +1966,7 @@ def parse(argv):
                 sub.add_argument(what, help="a run folder")
         for flag, (default, kind, text) in table.items():
             default = defaults.get(flag, default)
-            made_up = f"; made-up data: {PLANTED[flag]}" if flag in PLANTED and "data" in table else ""
+            made_up = f"; made-up data: {PLANTED[flag]}" if flag in PLANTED and "taxonomy" in table else ""
             note = f"(default: {default}{made_up})"
             option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
                 {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
@@ -1925,7 +1974,7 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     run, table, positional, defaults = COMMANDS[given["command"]]
     values = {k.replace("-", "_"): defaults.get(k, v[0]) for k, v in table.items()}
-    if given.get("data") is None and "data" in table:
+    if given.get("data") is None and "taxonomy" in table:    # a command that can make its own data up
         values.update({k: v for k, v in PLANTED.items() if k in values})
     flags = Flags({**values, **given})
     flags.given = frozenset(given) & frozenset(values)
@@ -1933,10 +1982,13 @@ def parse(argv):
 
 
 def check_ranges(flags):
-    """The flags, if every number is at least its MINIMUM and the learning rate positive; raises InputError otherwise."""
+    """The flags, if all numbers are within MINIMUM and MAXIMUM and the learning rate is positive; else raises InputError."""
     for name, least in MINIMUM.items():
         if name in flags and not flags[name] >= least:
             raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give at least {least}")
+    for name, most in MAXIMUM.items():
+        if name in flags and not flags[name] <= most:
+            raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give at most {most}")
     if "lr" in flags and not flags.lr > 0:
         raise InputError(f"--lr {flags.lr} - give a positive number")
     return flags

@@ -1,9 +1,9 @@
-"""The selective scan, the backbones of thesis chapter 3 (ViT, Vision Mamba, VMamba) and DINO, in plain PyTorch.
+"""The selective scan, and of thesis chapter 3 the backbones (ViT, Vision Mamba, VMamba), DINO and MIL, in plain PyTorch.
 
 Read first   thesis 3.2.1 (Vim in DINO) and 3.3.1 (Vim and VMamba). [1] Gu & Dao, Mamba, arXiv 2312.00752, sections 2-3
              and Algorithm 2; [2] Zhu et al., Vision Mamba; [3] Liu et al., VMamba; Caron et al., DINO; Oquab et al., DINOv2.
 Read in      `_scan_reference` (the recurrence), `selective_scan`, then `_TorchScan` (the same, fast), `Mixer` and `Vim`,
-this order   `SS2D` and `VMamba`, `ViT`, `dino_step`; the presets and `load_weights` come last.
+this order   `SS2D` and `VMamba`, `ViT`, `dino_step`, `MIL` and `fit`; the presets and `load_weights` come last.
 
 Glossary     B batch . L tokens . D channels . N state size . G groups of channels that share B and C
              u      (B, L, D)  the sequence        h      (B, D, N)  the state           y  (B, L, D)  the output
@@ -913,8 +913,9 @@ class MIL(nn.Module):
 
     def forward(self, x, mask=None):
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        x = (x - self.mean) / self.std
-        h = self.embed(torch.tanh(x) if self.squash else x)                                 # (B, N, E)
+        real = (x[mask] - self.mean) / self.std              # bags differ much in size: padding is not worth embedding
+        real = self.embed(torch.tanh(real) if self.squash else real)
+        h = real.new_zeros(*mask.shape, real.shape[-1]).masked_scatter(mask[..., None], real)                # (B, N, E)
         scores = self.scores(h, mask)
         if self.head == "max":
             pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)
@@ -971,7 +972,8 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
     batches(epoch)    iterable of tuples, each the arguments of loss(model, ...), a scalar
     validate(model)   a number, lower is better, of data that is neither trained on nor reported: training stops when it has
                       not fallen for `patience` epochs, but never before `least`, and the best epoch's weights are put back
-    Without validate all epochs are trained. Returns [(mean loss, validation or None) of each epoch].
+    Without validate all epochs are trained. Raises InputError when the loss is no number any more. Returns [(mean loss,
+    validation or None) of each epoch].
     """
     history, best, kept, since = [], math.inf, None, 0
     for epoch in range(epochs):
@@ -979,6 +981,8 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
         spent = []
         for batch in batches(epoch):
             value = loss(model, *batch)
+            if not math.isfinite(value.item()):
+                raise InputError(f"the loss became {value.item()} in epoch {epoch + 1} - lower the learning rate")
             optimiser.zero_grad(set_to_none=True)
             value.backward()
             optimiser.step()

@@ -1,6 +1,7 @@
 """Claims about data.py: what is read, how it is split and batched, and that each bad file gets its own line."""
 import json
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -396,36 +397,67 @@ def test_a_slide_without_tissue_is_refused(tmp_path):
     with pytest.raises(InputError, match="empty.png has no tissue"):
         data.tile_slide(tmp_path / "empty.png")
     with pytest.raises(InputError, match="has no tissue"):
-        data.read_images(str(tmp_path / "empty.png"))
+        data.read_images(tmp_path / "empty.png")
 
 
-def test_the_overlap_of_polygon_and_tile_is_that_of_a_fine_raster():
+def test_the_share_of_a_tile_inside_regions_is_their_area_with_cut_outs_taken_out():
+    """Triangles, a nested region (counted once), a hole, and a random star against a raster forty times finer."""
+    triangle = np.array([[0., 0], [100, 0], [0, 100]])
+    for box, share in (((0, 0, 100, 100), 0.5), ((0, 0, 50, 50), 1.), ((200, 0, 50, 50), 0.), ((50, 0, 100, 50), 0.25)):
+        assert data.region_share([(triangle, True)], box) == pytest.approx(share, abs=0.02)
+        assert data.region_share([(triangle, True), (triangle / 2, True)], box) == pytest.approx(share, abs=0.02)
+    square = np.array([[0., 0], [100, 0], [100, 100], [0, 100]])
+    assert data.region_share([(square, True), (square / 2, False)], (0, 0, 100, 100)) == pytest.approx(0.75, abs=0.03)
     rng = np.random.default_rng(0)
-    for n in (3, 5, 12):
-        angle = np.sort(rng.uniform(0, 2 * np.pi, n))
-        polygon = np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(20, 160, (n, 1)) + 128               # a star: not convex
-        for box in ((60, 60, 100, 80), (0, 0, 256, 256), (128, 128, 50, 50)):
-            raster = Image.new("L", (2560, 2560))
-            data.ImageDraw.Draw(raster).polygon([tuple(p * 10) for p in polygon], fill=1)
-            x, y, w, h = box
-            share = np.asarray(raster)[10 * y:10 * (y + h), 10 * x:10 * (x + w)].mean()
-            assert data.overlap(polygon, box) == pytest.approx(share, abs=0.01)
-    triangle = np.array([[0, 0], [10, 0], [0, 10]])
-    assert data.overlap(triangle, (0, 0, 10, 10)) == 0.5 and data.overlap(triangle, (20, 0, 5, 5)) == 0.
-    assert data.overlap(triangle[::-1], (0, 0, 5, 5)) == 1.
+    angle = np.sort(rng.uniform(0, 2 * np.pi, 11))
+    star = np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(20, 160, (11, 1)) + 128
+    fine = Image.new("L", (2560, 2560))
+    data.ImageDraw.Draw(fine).polygon([tuple(p * 10) for p in star], fill=1)
+    for x, y, w, h in ((60, 60, 100, 80), (0, 0, 256, 256), (128, 128, 50, 50)):
+        share = np.asarray(fine)[10 * y:10 * (y + h), 10 * x:10 * (x + w)].mean()
+        assert data.region_share([(star, True)], (x, y, w, h)) == pytest.approx(share, abs=0.02)
 
 
-def test_asap_annotations_are_read_and_broken_ones_refused(tmp_path):
+def test_asap_annotations_are_read_with_their_cut_outs_last_and_broken_ones_refused(tmp_path):
     path = tmp_path / "a.xml"
-    path.write_text("<ASAP_Annotations><Annotations><Annotation><Coordinates>"
-                    '<Coordinate Order="1" X="10" Y="0"/><Coordinate Order="0" X="0" Y="0"/><Coordinate Order="2" X="0" Y="10"/>'
-                    "</Coordinates></Annotation><Annotation><Coordinates><Coordinate Order='0' X='1' Y='1'/></Coordinates></Annotation>"
-                    "</Annotations></ASAP_Annotations>")
-    regions = data.read_polygons(path)
-    assert len(regions) == 1 and regions[0].tolist() == [[0, 0], [10, 0], [0, 10]]
+    path.write_text("<ASAP_Annotations><Annotations>" + "".join(
+        f'<Annotation PartOfGroup="{group}"><Coordinates><Coordinate Order="1" X="10" Y="0"/><Coordinate Order="0" X="{x}" Y="0"/>'
+        '<Coordinate Order="2" X="0" Y="10"/></Coordinates></Annotation>' for group, x in (("_2", 3), ("_0", 0)))
+        + "<Annotation><Coordinates><Coordinate Order='0' X='1' Y='1'/></Coordinates></Annotation></Annotations></ASAP_Annotations>")
+    (first, inside), (second, outside) = data.read_polygons(path)
+    assert first.tolist() == [[0, 0], [10, 0], [0, 10]] and inside and second[0].tolist() == [3, 0] and not outside
     path.write_text("<ASAP_Annotations><Annot")
     with pytest.raises(InputError, match="a.xml is not a readable ASAP"):
         data.read_polygons(path)
+
+
+def test_a_slide_of_openslide_is_read_at_the_level_that_a_part_needs(tmp_path, monkeypatch):
+    """A stand-in for openslide with levels 1, 4 and 16, whose pixels tell the level they come from."""
+    class OpenSlide:
+        dimensions, level_downsamples = (4096, 2048), (1., 4., 16.)
+
+        def __init__(self, path):
+            if not path.endswith(".svs"):
+                raise ValueError("no slide")
+
+        def get_best_level_for_downsample(self, downsample):
+            return max(i for i, d in enumerate(self.level_downsamples) if d <= downsample)
+
+        def read_region(self, place, level, size):
+            assert place == (64, 32)
+            return Image.new("RGBA", size, (level, 0, 0, 255))
+
+        def get_thumbnail(self, size):
+            return Image.new("RGB", size)
+    monkeypatch.setitem(sys.modules, "openslide", type(sys)("openslide"))
+    sys.modules["openslide"].OpenSlide = OpenSlide
+    slide = data.Slide("a.svs")
+    for width, side, level in ((224, 224, 0), (896, 224, 1), (896, 518, 0), (3600, 224, 2)):
+        image = slide.read((64, 32, width, width), side)
+        assert image.getpixel((0, 0))[0] == level and image.width == round(width / OpenSlide.level_downsamples[level]) >= side
+    assert slide.overview(1024)[0].size == (1024, 512) and slide.overview(1024)[1] == 4.
+    drawn_slide(tmp_path)
+    assert data.Slide(str(tmp_path / "slide.png")).size == (1200, 900)                      # a plain picture: through Pillow
 
 
 def test_boxes_are_cut_as_squares_around_them_by_the_official_splits(tmp_path):
@@ -452,6 +484,30 @@ def test_boxes_are_cut_as_squares_around_them_by_the_official_splits(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "cells" / "train" / "rim" / "one_2.png")), np.asarray(expected))
 
 
+def test_a_broken_annotation_and_a_name_that_is_a_path_are_refused(tmp_path):
+    path = tmp_path / "a.xml"
+    for text, message in (("<a><object><name>x</name></object></a>", "is not a readable Pascal VOC"), ("<a>", "is not a readable"),
+                          ("<a><object><name>../x</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></a>",
+                           "names an object '../x'")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            data.read_voc(path)
+
+
+def test_tiles_of_several_slides_are_read_as_one_set(tmp_path):
+    path, *_ = drawn_slide(tmp_path)
+    boxes, _ = data.tile_slide(path, 100, least=0.1)
+    (tmp_path / "t").mkdir()
+    for i in range(2):
+        np.savez(tmp_path / "t" / f"s{i}.npz", coords=boxes[i:], images=np.array(["../slide.png"] * (len(boxes) - i)),
+                 labels=np.zeros(len(boxes) - i, int), label_names=np.array(["a"]))
+    both = data.read_images(tmp_path / "t")
+    assert len(both) == 2 * len(boxes) - 1 and both.labels.shape == (len(both),) and both.hash != data.read_images(tmp_path / "t" / "s0.npz").hash
+    assert np.array_equal(np.asarray(both.open(len(boxes))), np.asarray(both.open(1)))
+    Image.new("RGB", (300, 500)).save(tmp_path / "small.png")
+    assert data.read_images(tmp_path / "small.png").boxes is None                           # hardly two tiles: one picture
+
+
 def bag_file(path, **change):
     rng = np.random.default_rng(0)
     arrays = {"X": rng.standard_normal((10, 3)), "offsets": np.array([0, 2, 3, 7, 10]), "y": np.array([0, 1, 0, 1]), **change}
@@ -473,7 +529,8 @@ def test_padded_bags_are_their_instances_and_a_mask(tmp_path):
     ({"offsets": np.array([0, 2, 3, 10])}, "'offsets' has 4 entries from 0 to 10 for 4 bags"),
     ({"y": np.array([1, 1, 1, 1])}, "all bags have the label 1"), ({"y": np.array([0, 1, -1, 0])}, "'y' holds int64 from -1"),
     ({"X": np.where(np.arange(10)[:, None] == 4, np.nan, np.ones((10, 3)))}, "instance 4 holds NaN"),
-    ({"folds": np.ones((2, 5), bool)}, "'folds' has shape")])
+    ({"offsets": np.array([0., 2, 3, 7, 10])}, "of float64 - give"), ({"y": np.array([[0], [1], [0], [1]])}, r"'y' has shape \(4, 1\)"),
+    ({"folds": np.ones((2, 5), bool)}, "'folds' has shape"), ({"folds": np.ones((1, 2, 4), int)}, "and type int64 for 4 bags")])
 def test_bad_bags_are_refused_by_name(change, message, tmp_path):
     with pytest.raises(InputError, match=message):
         data.read_bags(bag_file(tmp_path / "b.npz", **change)[0])
@@ -519,6 +576,7 @@ def test_medmnist_files_and_class_folders_become_pictures(tmp_path, pictures):
     back = x * torch.tensor(data.IMAGENET[1]).view(3, 1, 1) + torch.tensor(data.IMAGENET[0]).view(3, 1, 1)
     assert torch.equal((255 * back).round().to(torch.uint8), torch.from_numpy(found.pixels))
     for change, message in (({"train_images": arrays["train_images"].astype(float)}, "'train_images' has shape"),
+                            ({"val_labels": np.zeros((2, 14), np.uint8)}, "several at once are not served"),
                             ({k: 0 * v for k, v in arrays.items() if "labels" in k}, "has the one class 0")):
         np.savez(tmp_path / "n.npz", **{**arrays, **change})
         with pytest.raises(InputError, match=message):

@@ -359,6 +359,8 @@ def test_pairs_of_models_are_tested_by_the_textbook_formulas():
 def test_runs_that_differ_by_a_constant_get_no_p():
     pair, = judge.compare({"a": [0.5, 0.6], "b": [0.4, 0.5]})
     assert pair["t_p"] is None and pair["difference"] == pytest.approx(0.1) and judge.beaten([pair]) == {}
+    lacking, = judge.compare({"a": [0.5, None], "b": [0.4, 0.5]})
+    assert lacking["difference"] is None and lacking["t_p"] is None and judge.beaten([lacking]) == {}
     assert judge.mean_std([1., 2., 3.]) == "2.000 ± 1.000" and judge.mean_std([0.5, None]) == "0.500 ± 0.000" and judge.mean_std([None]) == "-"
 
 

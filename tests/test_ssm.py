@@ -716,6 +716,7 @@ def test_clam_logits_attention_instance_losses_and_gradients_are_the_authors(nam
     z, cfg = golden("clam")
     model, about = clam(z, cfg, name)
     losses = {"ce": F.cross_entropy, "svm": ssm.smooth_top1_svm}
+    compared = 0
     for n in cfg["bag_sizes"]:
         case = f"{name}.N{n}"
         x = torch.from_numpy(z[f"in.{case}.h"])[None].requires_grad_()
@@ -737,6 +738,8 @@ def test_clam_logits_attention_instance_losses_and_gradients_are_the_authors(nam
                     total = ssm.mil_loss(model, x, torch.ones(1, n, dtype=bool), label, about["k_sample"], 0.7, bool(subtyping), loss)
                     same(total, torch.tensor(z[f"out.{key}.total_loss"]), 1e-5)
                     same_in_scale(torch.autograd.grad(total, x)[0][0], torch.from_numpy(z[f"grad.{key}.h"]), 1e-5)
+                    compared += 1
+    assert compared == sum(k.startswith(f"out.{name}.N") and k.endswith("total_loss") for k in z) > 10
 
 
 def test_smooth_svm_is_the_authors_and_stays_smooth_where_theirs_turns_into_a_hinge(golden):
