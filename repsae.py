@@ -1150,7 +1150,7 @@ def mil_rounds(bags, flags):
         rounds = [[np.flatnonzero(bags.split == name) for name in ("train", "val", "test")]]
     least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
     for train, val, test in rounds:
-        rarest = min(np.bincount(bags.y[train])[np.unique(bags.y)], default=0) if len(train) else 0
+        rarest = np.bincount(bags.y[train], minlength=bags.y.max() + 1)[np.unique(bags.y)].min()
         if not len(test) or rarest < (2 if val is not None and len(val) else least):
             raise InputError(f"{flags.data}: a part of {len(train)} bags to learn from, {rarest} of the rarest class, and "
                              f"{len(test)} to test on is too small - add bags, or mend the folds or split folders")

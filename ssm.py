@@ -871,7 +871,7 @@ class MIL(nn.Module):
     """A bag of instances -> class logits. One class for all heads:
 
     max       the largest value of each embedding channel           mean     the mean of all embeddings
-    abmil     mean weighted by softmax(w tanh(V h)), Ilse's Eq. 8   gated    by softmax(w (tanh(V h) * sigmoid(U h))), Eq. 9
+    abmil     mean weighted by softmax(w tanh(V h)), Ilse et al.    gated    by softmax(w (tanh(V h) * sigmoid(U h)))
     clam_sb   gated, with a classifier of instances for each class beside it: `instance_loss`
     clam_mb   the same with an attention for each class
 
