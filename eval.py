@@ -743,15 +743,18 @@ def write_json(path, value):
 
 def write_torch(path, state):
     """Whole or not at all, as `write_text`."""
-    with open(f"{path}.tmp", "wb") as f:                     # a handle, not a name: the name would go into the bytes
-        torch.save(state, f)
-    os.replace(f"{path}.tmp", path)
+    write_whole(path, lambda f: torch.save(state, f))        # a handle, not a name: the name would go into the bytes
 
 
 def write_text(path, text):
-    """Whole or not at all: to a temporary name, then renamed."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
+    """Whole or not at all, UTF-8."""
+    write_whole(path, lambda f: f.write(text.encode()))
+
+
+def write_whole(path, write):
+    """write(f) to a binary file of a temporary name, then renamed, so that a killed run leaves the whole file or none."""
+    with open(f"{path}.tmp", "wb") as f:
+        write(f)
     os.replace(f"{path}.tmp", path)
 
 
@@ -969,10 +972,8 @@ def embedded(image, width=480):
 
 
 def save_picture(path, image):
-    """Whole or not at all."""
-    with open(f"{path}.tmp", "wb") as f:
-        image.save(f, "PNG")
-    os.replace(f"{path}.tmp", path)
+    """A PNG, whole or not at all."""
+    write_whole(path, lambda f: image.save(f, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

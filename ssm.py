@@ -15,7 +15,7 @@ Glossary     B batch . L tokens . D channels . N state size . G groups of channe
 Deviations   exp(delta A) is exact (zero-order hold) but delta B is Euler's, as in the official code of [1] (its Eq. 4 has
              the hold for both). Vim and VMamba keep the released parameter names, misnomers included, so that released
              files load as they are. DINO's weight decay spares the state space's parameters (`decay_groups`).
-Not here     the loop over epochs (repsae.py has it), inference token by token.
+Not here     DINO's loop over epochs (repsae.py has it), inference token by token.
 
 This file needs nothing but torch: copy it alone. `csrc/` beside it holds an optional compiled scan.
 
@@ -948,11 +948,10 @@ def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_t
             if few == 0 or (c != y[b] and not subtyping):
                 continue
             order = scores[b, c if scores.shape[1] > 1 else 0, :n].argsort(descending=True)
-            chosen, target = order[:few], torch.ones(few, dtype=torch.long, device=h.device)
+            chosen = torch.cat([order[:few], order[-few:]]) if c == y[b] else order[:few]
+            target = torch.zeros_like(chosen)
             if c == y[b]:
-                chosen, target = torch.cat([chosen, order[-few:]]), torch.cat([target, 0 * target])
-            else:
-                target = 0 * target
+                target[:few] = 1
             total = total + loss(classifier(h[b, chosen]), target) / (len(model.instance_classifiers) if subtyping else 1)
     return total / len(h)
 
