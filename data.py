@@ -1,12 +1,14 @@
 """Everything that enters: feature files, splits, batches, taxonomies, and a made-up world whose truth is known.
 
 Read first   thesis A.1.1-A.1.2 (datasets, split, contiguous batches); for pictures, slides and bags 3.2.1-3.2.2 and 3.3.2.
-Glossary     N samples . d_s width of stream s . C labels . a stream is one model's features of the same N samples
+Glossary     N samples . T tokens of a sample . d_s width of stream s . C labels . a stream is one model's features of the
+             same N samples
 
-A feature file is an .npz, or a folder of .npy files, with one floating array (N, d_s) per stream, its key (or file
-name) the stream's name; row i is the same sample everywhere. Reserved keys, all optional:
+A feature file is an .npz, or a folder of .npy files, with one floating array (N, d_s), or (N, T, d_s) for tokens, per
+stream, its key (or file name) the stream's name; row i is the same sample everywhere. Reserved keys, all optional:
     labels (N,) int, negative = unlabelled, or (N, C) bool     label_names (C,)     split (N,) of train / val / test
-    groups (N,) e.g. patients     ids, captions, images (N,)     coords, grid, mask: for token streams
+    groups (N,) e.g. patients     ids, captions, images (N,)     coords, mask
+    grid (2,) int: rows and columns of the T tokens     boxes (n, 6): sample, label, x0, y0, x1, y1 in shares of the picture
 Nothing is ever unpickled. A folder is memory-mapped: a batch reads its own rows and no others.
 
 Deviations   from the authors' code: rows are never joined by position alone without checking that the counts agree;
@@ -27,7 +29,7 @@ import scipy.ndimage
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords", "grid", "mask")
+RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords", "grid", "mask", "boxes")
 SPLITS = ("train", "val", "test")
 
 
@@ -39,11 +41,12 @@ class InputError(ValueError):
 class Features:
     """Streams of the same N samples and what is known about them.
 
-    streams      dict stream -> (N, d_s) float array, in memory or memory-mapped, any float dtype
+    streams      dict stream -> (N, d_s) or (N, T, d_s) float array, in memory or memory-mapped, any float dtype
     split        (N,) of "train", "val", "test"
     labels       (N,) int or (N, C) bool, or None           label_names  list of C names
     parents      taxonomy: dict name -> name of its parent, None for the root; empty when there is none
     about        dict of the other per-sample arrays that the file gave: ids, groups, captions, images
+    grid         (rows, columns) of the tokens, or None       boxes  (n, 6) as in the file, or None
     truth        made-up data only: dict stream -> (C, d_s), the direction of each concept, zeros where it is unseen
     order        dict stream -> (N,) rows: sample i of the stream is its row order[i]; how the null breaks the pairing
     notes        list of lines the user should see
@@ -54,6 +57,8 @@ class Features:
     label_names: list = field(default_factory=list)
     parents: dict = field(default_factory=dict)
     about: dict = field(default_factory=dict)
+    grid: tuple = None
+    boxes: np.ndarray = None
     truth: dict = None
     order: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
@@ -64,7 +69,22 @@ class Features:
 
     @property
     def dims(self):
-        return {s: x.shape[1] for s, x in self.streams.items()}
+        return {s: x.shape[-1] for s, x in self.streams.items()}
+
+    @property
+    def tokens(self):
+        """T, or None where a sample is a single vector."""
+        x = next(iter(self.streams.values()))
+        return x.shape[1] if x.ndim == 3 else None
+
+    def per_token(self):
+        """The same with every token a sample: streams (N * T, d_s), still memory-mapped if they were; no labels."""
+        if not self.tokens:
+            return self
+        flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}
+        notes = [*self.notes, f"{len(self)} samples of {self.tokens} tokens: each token counts as a sample"]
+        return replace(self, streams=flat, split=np.repeat(self.split, self.tokens), labels=None, label_names=[], parents={},
+                       about={}, grid=None, boxes=None, notes=notes)
 
     def rows(self, *splits):
         """Row numbers, ascending, of the first of `splits` that has any: rows("test", "val")."""
@@ -75,7 +95,7 @@ class Features:
         raise InputError(f"the {' and '.join(splits)} split is empty - give 'split' values or more samples")
 
     def batch(self, rows):
-        """Raw features of `rows` (B,): dict stream -> (B, d_s) float32 tensor."""
+        """Raw features of `rows` (B,): dict stream -> (B, d_s) or (B, T, d_s) float32 tensor."""
         return {s: torch.from_numpy(np.asarray(x[self.order[s][rows] if s in self.order else rows], dtype=np.float32))
                 for s, x in self.streams.items()}
 
@@ -162,13 +182,17 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
         if sizes[s] != n:
             raise InputError(f"stream '{s}' has {sizes[s]} rows but '{names[0]}' has {n} - "
                              "rows must be the same samples")
+    tokens = {s: a.shape[1] if a.ndim == 3 else None for s, a in x.items()}
+    if len(set(tokens.values())) > 1:
+        raise InputError(f"{path}: tokens per sample differ between streams, {tokens} - pick streams alike with --streams")
     about = {k: arrays[k] for k in ("ids", "groups", "captions", "images") if k in arrays}
     for k, a in [*about.items(), *((k, arrays[k]) for k in ("labels", "split") if k in arrays)]:
         if len(a) != n:
             raise InputError(f"'{k}' has {len(a)} entries for {n} samples - give one for each row")
     labels, label_names = _check_labels(arrays.get("labels"), arrays.get("label_names"))
     parents = read_taxonomy(taxonomy, label_names) if taxonomy else {}
-    out = Features(x, _split(arrays.get("split"), about.get("groups"), n, seed), labels, label_names, parents, about)
+    out = Features(x, _split(arrays.get("split"), about.get("groups"), n, seed), labels, label_names, parents, about,
+                   _check_grid(arrays.get("grid"), tokens[names[0]]), _check_boxes(arrays.get("boxes"), n, label_names))
     _scan(out)
     if "split" in arrays and "groups" in about:
         seen = {g: set(out.split[about["groups"] == g]) for g in np.unique(about["groups"])}
@@ -208,6 +232,12 @@ class _Source:
         return self[key] if key in self else None
 
 
+def read_arrays(path):
+    """All arrays of an .npz, or of a folder of .npy, by key; nothing is unpickled."""
+    source = _Source(path)
+    return {key: source[key] for key in source.where}
+
+
 def _load(what, source=None, key=None, **kw):
     try:
         return source[key] if source is not None else np.load(what, allow_pickle=False, **kw)
@@ -228,8 +258,8 @@ def _check_stream(path, name, x):
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
                          f"(reserved keys: {', '.join(RESERVED)})")
-    if x.ndim != 2:
-        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width)")
+    if x.ndim not in (2, 3):
+        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width) or (samples, tokens, width)")
     if 0 in x.shape:
         raise InputError(f"stream '{name}' has shape {x.shape} - it needs at least one row and one column")
     return x
@@ -255,6 +285,30 @@ def _check_labels(labels, names):
     return labels, names
 
 
+def _check_grid(grid, tokens):
+    """(rows, columns) of the tokens, or None."""
+    if grid is None or not tokens:
+        return None
+    if grid.shape != (2,) or int(grid[0]) * int(grid[1]) != tokens:
+        raise InputError(f"'grid' is {grid.tolist()} for {tokens} tokens - give rows and columns whose product they are")
+    return int(grid[0]), int(grid[1])
+
+
+def _check_boxes(boxes, n, label_names):
+    """(n, 6) boxes whose samples and labels exist, or None."""
+    if boxes is None:
+        return None
+    if boxes.ndim != 2 or boxes.shape[1] != 6 or not np.isfinite(boxes).all():
+        raise InputError(f"'boxes' has shape {boxes.shape} - give rows of sample, label, x0, y0, x1, y1")
+    most = max(len(label_names), 1)
+    bad = np.flatnonzero((boxes[:, 0] < 0) | (boxes[:, 0] >= n) | (boxes[:, 1] < 0) | (boxes[:, 1] >= most)
+                         | (boxes[:, 2:] < 0).any(1) | (boxes[:, 2:] > 1).any(1) | (boxes[:, 2:4] >= boxes[:, 4:]).any(1))
+    if len(bad):
+        raise InputError(f"'boxes' row {bad[0]} is {boxes[bad[0]].tolist()} - give a sample of {n}, a label of {most}, and "
+                         "x0 < x1, y0 < y1 in shares of the picture, 0 to 1")
+    return boxes
+
+
 def _split(given, groups, n, seed):
     """(N,) of train / val / test: as given; else 80 % of the groups, or of the samples, train, the rest val (A.1.2)."""
     if given is not None:
@@ -274,9 +328,9 @@ def _scan(features, block_bytes=1 << 24):
     digest = hashlib.sha256()
     for s, x in features.streams.items():
         digest.update(f"{s} {x.dtype} {x.shape}".encode())
-        step, zeros = max(1, block_bytes // (x.shape[1] * x.itemsize)), 0
+        step, zeros = max(1, block_bytes // (x[0].size * x.itemsize)), 0
         for start in range(0, len(x), step):
-            block = np.ascontiguousarray(x[start:start + step])
+            block = np.ascontiguousarray(x[start:start + step]).reshape(len(x[start:start + step]), -1)
             bad = ~np.isfinite(block).all(1)
             if bad.any():
                 row = start + int(bad.argmax())
@@ -422,12 +476,14 @@ def vision():
 @dataclass
 class Images:
     """Pictures and what is known about them: paths (list of N), labels (N,) int or None, label_names, split (N,) or None;
-    boxes (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one, else None."""
+    boxes (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one, else None; objects: a list of
+    N lists of (name, (x0, y0, x1, y1) in shares of the picture), where they are annotated."""
     paths: list
     labels: np.ndarray = None
     label_names: list = field(default_factory=list)
     split: np.ndarray = None
     boxes: np.ndarray = None
+    objects: list = None
     side: int = 224                                          # pixels that a part needs, at least, where a slide has levels
 
     def open(self, i):
@@ -456,8 +512,8 @@ class Images:
 
 def read_images(path):
     """A folder of pictures, or of one level of class folders, optionally inside train, val and test folders; a single large
-    picture, which is cut into tiles (`tile_slide`'s defaults); or an .npz of tiles as the `tile` command writes it, or a
-    folder of such.
+    picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of tiles as the `tile` command writes it, or a
+    folder of such; or a Pascal VOC folder, which brings its splits and its objects.
 
     Every file of a folder is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or
     empty folder, and for a file that cannot be read or is too large to be meant as one picture, by name.
@@ -472,10 +528,36 @@ def read_images(path):
     tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
     if tiles:
         return _read_tiles([os.path.join(path, f) for f in tiles])
+    if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
+        return _read_voc_images(path)
     paths, labels, names, split = _walk(path, PICTURES, "pictures")
     for p in paths:
         open_image(p, decode=False)
     return Images(paths, labels, names, split)
+
+
+def _read_voc_images(folder):
+    """The pictures of a Pascal VOC folder with their objects."""
+    paths, split, objects = [], [], []
+    for name, stem in voc_stems(folder):
+        paths.append(os.path.join(folder, "JPEGImages", f"{stem}.jpg"))
+        split.append(name)
+        sides = np.array(open_image(paths[-1]).size * 2)
+        objects.append([(label, tuple(np.clip(box / sides, 0, 1)))
+                        for label, box in read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))])
+    return Images(paths, split=np.array(split), objects=objects)
+
+
+def voc_stems(folder):
+    """[(split, name of a picture without its ending)] of a Pascal VOC folder, as ImageSets/Main lists them."""
+    found = []
+    for part, split in (("trainval", "train"), ("test", "test")):
+        listed = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
+        if not os.path.exists(listed):
+            raise InputError(f"no {listed} - expected a Pascal VOC folder: ImageSets/Main, Annotations, JPEGImages")
+        with open(listed) as f:
+            found += [(split, stem) for stem in f.read().split()]
+    return found
 
 
 def _walk(folder, endings, what):
@@ -862,25 +944,19 @@ def cut_boxes(folder, out, size=64, margin=0.2):
     test. Boxes with a side of 8 pixels or less are left out. Returns dict (split, name) -> count.
     """
     count = {}
-    for part, split in (("trainval", "train"), ("test", "test")):
-        listed = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
-        if not os.path.exists(listed):
-            raise InputError(f"no {listed} - expected a Pascal VOC folder: ImageSets/Main, Annotations, JPEGImages")
-        with open(listed) as f:
-            stems = f.read().split()
-        for stem in stems:
-            image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"))
-            for i, (name, (x0, y0, x1, y1)) in enumerate(read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))):
-                half = max(x1 - x0, y1 - y0) / 2 * (1 + margin)
-                if min(x1 - x0, y1 - y0) <= 8:
-                    continue
-                half = min(half, *(v / 2 for v in image.size))
-                x, y = (min(max(middle, half), most - half)
-                        for middle, most in zip(((x0 + x1) / 2, (y0 + y1) / 2), image.size))
-                square = tuple(map(round, (x - half, y - half, x + half, y + half)))
-                os.makedirs(os.path.join(out, split, name), exist_ok=True)
-                image.crop(square).resize((size, size), Image.BICUBIC).save(os.path.join(out, split, name, f"{stem}_{i}.png"))
-                count[split, name] = count.get((split, name), 0) + 1
+    for split, stem in voc_stems(folder):
+        image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"))
+        for i, (name, (x0, y0, x1, y1)) in enumerate(read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))):
+            half = max(x1 - x0, y1 - y0) / 2 * (1 + margin)
+            if min(x1 - x0, y1 - y0) <= 8:
+                continue
+            half = min(half, *(v / 2 for v in image.size))
+            x, y = (min(max(middle, half), most - half)
+                    for middle, most in zip(((x0 + x1) / 2, (y0 + y1) / 2), image.size))
+            square = tuple(map(round, (x - half, y - half, x + half, y + half)))
+            os.makedirs(os.path.join(out, split, name), exist_ok=True)
+            image.crop(square).resize((size, size), Image.BICUBIC).save(os.path.join(out, split, name, f"{stem}_{i}.png"))
+            count[split, name] = count.get((split, name), 0) + 1
     return count
 
 

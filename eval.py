@@ -29,6 +29,7 @@ import threading
 import time
 
 import numpy as np
+import scipy.ndimage
 import scipy.optimize
 import scipy.sparse as sp
 import scipy.stats
@@ -802,29 +803,34 @@ def auc(positive, score):
     return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(rank) - n)))
 
 
-def logistic_probe(train, train_labels, test, n_classes=None, strength=1., iterations=200):
-    """Multinomial logistic regression on standardised features with an L2 penalty ||W||^2 / (2 strength) beside the
-    summed loss, solved by L-BFGS. Returns the probabilities (n, C) of `test`."""
-    n_classes = n_classes or int(train_labels.max()) + 1
-    x = torch.as_tensor(train, dtype=torch.float64)
+def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
+    """Multinomial logistic regression on standardised features with an L2 penalty ||W||^2 / (2 strength) beside the summed
+    loss, solved by L-BFGS. Returns weights (d, C) and biases (C,) for the features as they are."""
+    n_classes = n_classes or int(labels.max()) + 1
+    x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
     std[std == 0] = 1
-    x, y = (x - mean) / std, torch.as_tensor(train_labels).long()
+    x, y = (x - mean) / std, torch.as_tensor(labels).long()
     W = torch.zeros(x.shape[1] + 1, n_classes, dtype=torch.float64, requires_grad=True)
-
-    def logits(v):
-        return v @ W[:-1] + W[-1]
     optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(logits(x), y, reduction="sum") + W[:-1].square().sum() / (2 * strength)
-        (loss / len(x)).backward()
-        return loss / len(x)
+        loss = torch.nn.functional.cross_entropy(x @ W[:-1] + W[-1], y, reduction="sum")
+        loss = (loss + W[:-1].square().sum() / (2 * strength)) / len(x)
+        loss.backward()
+        return loss
     optimiser.step(closure)
-    with torch.no_grad():
-        return torch.softmax(logits((torch.as_tensor(test, dtype=torch.float64) - mean) / std), 1).numpy()
+    W = W.detach()
+    slope = W[:-1] / std[:, None]
+    return slope.numpy(), (W[-1] - mean @ slope).numpy()
+
+
+def logistic_probe(train, train_labels, test, n_classes=None, strength=1., iterations=200):
+    """Probabilities (n, C) of `test` by `logistic_fit` on `train`."""
+    W, b = logistic_fit(train, train_labels, n_classes, strength, iterations)
+    return torch.softmax(torch.as_tensor(np.asarray(test, np.float64) @ W + b), 1).numpy()
 
 
 def sgd_probe(train, train_labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3, seed=0):
@@ -847,6 +853,375 @@ def sgd_probe(train, train_labels, test, n_classes=None, epochs=20, batch=64, lr
         schedule.step()
     with torch.no_grad():
         return torch.softmax(layer(torch.as_tensor(test, dtype=torch.float32)), 1).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a latent is (CytoSAE section 2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pool_tokens(code, T=1, tau=0.):
+    """Codes of tokens, CSR (n * T, L), -> codes of samples, both CSR (n, L): the mean over a sample's T tokens, and the number
+    of its tokens above tau (CytoSAE Eq. 3-4, a_i)."""
+    N = code.shape[0]
+    group = sp.csr_matrix((np.ones(N, np.float32), (np.arange(N) // T, np.arange(N))), shape=(N // T, N))
+    above = code.copy()
+    above.data = (above.data > tau).astype(np.float32)
+    above.eliminate_zeros()
+    return (group @ code).tocsr() / T, (group @ above).tocsr()
+
+
+def label_entropy(weight):
+    """Entropy in nats of each row of non-negative weights (L, C): 0 for one label, ln C for C alike; NaN for a row of 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = weight / weight.sum(1, keepdims=True)
+        return -np.where(p > 0, p * np.log(p), p).sum(1) + 0.
+
+
+def latent_table(strength, count, labels=None, top=10, weighted=False):
+    """What each latent is, from `pool_tokens`' strength and count (n, L) and labels (n, C) bool: a dict of arrays (L,).
+
+    frequency   share of samples in which any token is active
+    mean        mean strength over those; NaN where there are none
+    entropy     of the labels of the active samples, natural logarithm: CytoSAE's "unique labels among activated images"; with
+                `weighted`, of the labels of the `top` samples weighted by strength, as its code computes it
+    label, purity   the most frequent label among the active samples and its share of them; label -1 where there is none
+    references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count (the paper's reference images), then strength
+    """
+    n, active = strength.shape[0], strength.getnnz(axis=0)
+    with np.errstate(invalid="ignore"):
+        mean = np.asarray(strength.sum(0)).ravel() / active
+    score = count.astype(np.float64) + strength * (0.5 / max(strength.max(), 1e-30))        # strength decides between equals
+    out = {"frequency": active / n, "mean": mean, "references": top_samples(score.tocsr(), top)}
+    if labels is not None:
+        on = strength.astype(bool).astype(np.float64)
+        seen = np.asarray(on.T @ labels.astype(float))                                      # (L, C)
+        known = np.asarray(on.T @ labels.any(1).astype(float)).ravel()                      # labelled active samples
+        weight = seen
+        if weighted:
+            best = out["references"].copy()
+            best.data = np.ones_like(best.data, float)
+            weight = np.asarray(best.multiply(strength.T).tocsr() @ labels.astype(float))
+        out.update(entropy=label_entropy(weight), label=np.where(known > 0, seen.argmax(1), -1),
+                   purity=seen.max(1) / np.maximum(known, 1))
+    return out
+
+
+def threshold_counts(mean, exponents=range(-6, 1)):
+    """How many latents have a mean activation of at least 10^t: dict t -> count (CytoSAE Fig. 2A)."""
+    return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
+
+
+def latent_scatter(table, most=4000, size=(640, 420)):
+    """CytoSAE Fig. 2A as inline SVG: log10 frequency against log10 mean, coloured by label entropy, with histograms."""
+    alive = np.flatnonzero(table["frequency"] > 0)
+    if not len(alive):
+        return "<p>no latent is active</p>"
+    x, y = np.log10(table["frequency"][alive]), np.log10(table["mean"][alive])
+    entropy = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"])))[alive])
+    colours = heat_colours(entropy[None] / max(entropy.max(), 1e-9))[0]
+    (w, h), left, bottom, margin = size, 60, 60, 60
+
+    def scaled(v, low, high):
+        lo, hi = math.floor(v.min()), max(math.ceil(v.max()), math.floor(v.min()) + 1)
+        return lo, hi, lambda u: low + (np.asarray(u, float) - lo) / (hi - lo) * (high - low)
+    x0, x1, at_x = scaled(x, left, w - margin - 20)
+    y0, y1, at_y = scaled(y, h - bottom, margin + 20)
+    parts = [f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="latents by frequency and mean activation">']
+    for v in range(x0, x1 + 1):
+        parts.append(f'<path d="M{at_x(v):.1f} {h - bottom}V{margin + 20}" class="grid"/>'
+                     f'<text x="{at_x(v):.1f}" y="{h - bottom + 16}" class="mid">{v}</text>')
+    for v in range(y0, y1 + 1):
+        parts.append(f'<path d="M{left} {at_y(v):.1f}H{w - margin - 20}" class="grid"/>'
+                     f'<text x="{left - 6}" y="{at_y(v) + 4:.1f}" class="end">{v}</text>')
+    for i in np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int):
+        parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" fill="rgb{tuple(map(int, colours[i]))}" '
+                     'fill-opacity=".6"/>')
+    for values, low, high, at, vertical in ((x, x0, x1, at_x, False), (y, y0, y1, at_y, True)):
+        counts, edges = np.histogram(values, 40, (low, high))
+        for c, a, b in zip(counts / counts.max() * (margin - 10), at(edges[:-1]), at(edges[1:])):
+            a, b = min(a, b), max(a, b)
+            parts.append(f'<rect x="{w - margin - 14}" y="{a:.1f}" width="{c:.1f}" height="{b - a:.1f}" fill="#a0aec0"/>'
+                         if vertical else
+                         f'<rect x="{a:.1f}" y="{margin + 14 - c:.1f}" width="{b - a:.1f}" height="{c:.1f}" fill="#a0aec0"/>')
+    parts.append(f'<text x="{w / 2}" y="{h - 24}" class="mid">log10 of the share of samples in which a latent is active</text>'
+                 f'<text x="{left}" y="14">log10 of its mean activation there; colour: label entropy, 0 (dark) to '
+                 f'{entropy.max():.2f} nats (red)</text>')
+    return "".join(parts) + "</svg>"
+
+
+def barcodes(count, groups):
+    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts. (names (P,), array (P, L)).
+
+    Divided by the number of the group's samples as the equation says; the published code divides by the number of latents.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    share = sp.csr_matrix((1 / np.bincount(member)[member], (member, np.arange(len(member)))))
+    return names, np.asarray((share @ count).todense(), np.float32)
+
+
+def differential(codes, y, a, b, top=50):
+    """The `top` latents more active in class a than in b and the reverse, by class means of barcodes codes (P, L):
+    (latents for a, latents for b, difference (L,))."""
+    difference = codes[y == a].mean(0) - codes[y == b].mean(0)
+    order = np.argsort(-difference, kind="stable")
+    return order[:top][difference[order[:top]] > 0], order[::-1][:top][difference[order[::-1][:top]] < 0], difference
+
+
+def weighted_f1(truth, guess):
+    """F1 of each class, averaged with the classes' frequencies as weights."""
+    classes = np.unique(truth)
+    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum()) for c in classes]
+    return float(np.average(f1, weights=[(truth == c).sum() for c in classes]))
+
+
+def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
+    """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) from latents of mean activation >= 10^t.
+
+    parts: the test rows of each fold. The penalty is the paper's, C = (number of classes) * (training samples) / 100.
+    Returns dict t -> {"latents", "f1": one value a fold}.
+    """
+    out = {}
+    for t in exponents:
+        used = np.nan_to_num(mean) >= 10. ** t
+        scores_ = []
+        for test in parts if used.any() else ():
+            train = np.setdiff1d(np.arange(len(y)), test)
+            strength = len(np.unique(y)) * len(train) / 100
+            p = logistic_probe(codes[train][:, used], y[train], codes[test][:, used], int(y.max()) + 1, strength)
+            scores_.append(weighted_f1(y[test], p.argmax(1)))
+        out[t] = {"latents": int(used.sum()), "f1": scores_}
+    return out
+
+
+def weighted_patches(image, heat):
+    """A PIL image with each patch as bright as its activation in heat (h, w) (CytoSAE Fig. 3C); the rest nearly black."""
+    light = heat / max(float(heat.max()), 1e-30)
+    mask = Image.fromarray((255 * (0.12 + 0.88 * light)).astype(np.uint8)).resize(image.size, Image.NEAREST)
+    return Image.composite(image.convert("RGB"), Image.new("RGB", image.size), mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a latent does (Mammo-SAE sections 2.2-3.3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def class_means(strength, y):
+    """Mammo-SAE Eq. 2: mean activation over positions and samples of class 0 and of class 1, (2, L). y (n,) bool."""
+    return np.stack([np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel() for c in (False, True)])
+
+
+def intervention(strength, effect, base, y, means, ks):
+    """AUC after keeping only, and after silencing, the union of the k top latents of both classes (Mammo-SAE Eq. 3-4).
+
+    strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head commute, so that what an
+    intervention at every position does to the score is score = base + sum_j z_j effect_j over the latents that are left.
+    effect (L,): dictionary row times head; base: the head's score of the decoder's bias. means (2, L) of `class_means`.
+    Returns a list of {"k", "latents" kept or silenced, "keep", "silence"}.
+    """
+    order, out = np.argsort(-means, axis=1, kind="stable"), []
+    for k in ks:
+        chosen = np.unique(order[:, :k])
+        kept = np.zeros(len(effect))
+        kept[chosen] = 1
+        out.append({"k": int(k), "latents": len(chosen), "keep": auc(y, strength @ (effect * kept) + base),
+                    "silence": auc(y, strength @ (effect * (1 - kept)) + base)})
+    return out
+
+
+def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
+    """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool; groups (n,), e.g. patients, are drawn with all their samples."""
+    rng = np.random.default_rng([seed, 6])
+    _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
+    rows_of, found = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1]), []
+    for _ in range(rounds):
+        rows = np.concatenate([rows_of[g] for g in rng.integers(len(rows_of), size=len(rows_of))])
+        if 0 < y[rows].sum() < len(rows):
+            found.append(auc(y[rows], score[rows]))
+    return auc(y, score), *(map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None))
+
+
+def heat_boxes(heat, side=224, percentile=95.):
+    """Boxes around the hottest places of one picture: list of (score, x0, y0, x1, y1), in shares of the picture.
+
+    Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is enlarged bilinearly to
+    `side` pixels, the percentile is that picture's, pixels at or above it count, 8-connected ones form a box, whose score is
+    their mean activation. A constant map has no boxes.
+    """
+    heat = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR))
+    if heat.max() <= heat.min():
+        return []
+    # of a map that is 0 nearly everywhere the percentile is 0, and everything would be hot
+    pieces, n = scipy.ndimage.label((heat >= np.percentile(heat, percentile)) & (heat > heat.min()), np.ones((3, 3)))
+    score = scipy.ndimage.mean(heat, pieces, np.arange(1, n + 1))
+    return [(float(s), x.start / side, y.start / side, x.stop / side, y.stop / side)
+            for s, (y, x) in zip(score, scipy.ndimage.find_objects(pieces))]
+
+
+def box_iou(a, b):
+    """Intersection over union of two boxes x0, y0, x1, y1."""
+    w, h = (max(0., min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
+
+
+def average_precision(found, truth, iou=0.25):
+    """Area under the precision-recall curve (all points, precision made non-increasing), None without true boxes.
+
+    found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of boxes. Best score first, a
+    box is right when its best-overlapping true box reaches `iou` and has no partner yet.
+    """
+    total = sum(map(len, truth))
+    if not total:
+        return None
+    free, right = [[True] * len(boxes) for boxes in truth], []
+    for score, picture, box in sorted(((b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes),
+                                      key=lambda v: -v[0]):
+        overlap = [box_iou(box, other) for other in truth[picture]]
+        best = int(np.argmax(overlap)) if overlap else -1
+        hit = best >= 0 and overlap[best] >= iou and free[picture][best]
+        if hit:
+            free[picture][best] = False
+        right.append(hit)
+    if not right:
+        return 0.
+    hits = np.cumsum(right)
+    precision, recall = hits / np.arange(1, len(hits) + 1), hits / total
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float((np.diff(np.r_[0, recall]) * envelope).sum())
+
+
+def separation(means):
+    """How far apart two class means (2, L) lie (Mammo-SAE Fig. 4): distance, cosine, and the latent that differs most."""
+    difference = means[1] - means[0]
+    length = np.linalg.norm(means, axis=1)
+    return {"distance": float(np.linalg.norm(difference)), "cosine": float(means[0] @ means[1] / max(length.prod(), 1e-30)),
+            "latent": int(np.abs(difference).argmax()), "difference": float(difference[np.abs(difference).argmax()])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Few latents suffice (the TotalSegmentator study)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def r2_both(x, x_hat):
+    """R2 of a reconstruction (n, d): weighted by the dimensions' variances, and their plain mean (constant ones left out)."""
+    wrong, spread = ((x - x_hat) ** 2).sum(0), ((x - x.mean(0)) ** 2).sum(0)
+    varies = spread > 0
+    return {"variance-weighted": float(1 - wrong[varies].sum() / spread[varies].sum()),
+            "uniform": float(np.mean(1 - wrong[varies] / spread[varies]))}
+
+
+def select_latents(code, y, n):
+    """The n latents that tell the classes y (rows,) apart together: orthogonal matching pursuit, (n,) in order of choice.
+
+    Each time the latent whose standardised column explains most of what is left of the classes' indicators is taken. To be
+    called with training rows only.
+    """
+    Z = np.asarray(code.todense(), np.float64) if sp.issparse(code) else np.asarray(code, np.float64)
+    Z = Z - Z.mean(0)
+    length = np.linalg.norm(Z, axis=0)
+    Z, R = Z / np.where(length > 0, length, 1), (y[:, None] == np.unique(y)).astype(float)
+    R, chosen = R - R.mean(0), []
+    for _ in range(min(n, int((length > 0).sum()), len(y) - 1)):
+        gain = ((Z.T @ R) ** 2).sum(1) / np.maximum((Z ** 2).sum(0), 1e-12)
+        gain[chosen] = -1
+        j = int(gain.argmax())
+        q = Z[:, j] / max(np.linalg.norm(Z[:, j]), 1e-12)
+        chosen.append(j)
+        R, Z = R - np.outer(q, q @ R), Z - np.outer(q, q @ Z)
+    return np.array(chosen)
+
+
+def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), seed=0, draws=3):
+    """Balanced accuracy of a linear probe on few latents, against all dense features and against controls.
+
+    dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of `select_latents` (chosen on
+    train), so many living latents drawn at random (mean of `draws`), so many principal components of the dense features.
+    `kept` is (score - chance) / (dense score - chance). Returns {"dense", "chance", "rows": [{...}]}.
+    """
+    C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
+
+    def score(x):
+        return scores(y[test], logistic_probe(x[train], y[train], x[test], C))["balanced accuracy"]
+    mean = dense[train].mean(0)
+    axes = np.linalg.svd(dense[train] - mean, full_matrices=False)[2]
+    full, chance = score(dense), 1 / len(np.unique(y[test]))
+    chosen, alive = select_latents(code[train], y[train], max(sizes)), np.flatnonzero(code[train].getnnz(axis=0))
+    out = {"dense": full, "chance": chance, "all latents": score(np.asarray(code[:, alive].todense())), "rows": []}
+    for n in sizes:
+        ways = {"best latents": score(np.asarray(code[:, chosen[:n]].todense())),
+                "random latents": float(np.mean([score(np.asarray(code[:, rng.permutation(alive)[:n]].todense()))
+                                                 for _ in range(draws)])),
+                "principal components": score((dense - mean) @ axes[:n].T)}
+        out["rows"].append({"n": n, **ways, "kept": (ways["best latents"] - chance) / max(full - chance, 1e-12)})
+    return {**out, "chosen": chosen.tolist()}
+
+
+def neighbours(x, k, groups=None, chunk=1024):
+    """The k most similar other rows (cosine) of each row of x, dense or CSR, (n, k); rows of the same group are left out."""
+    unit = _unit_rows(x)
+    out = []
+    for start in range(0, unit.shape[0], chunk):
+        s = unit[start:start + chunk] @ unit.T
+        s = np.asarray(s.todense()) if sp.issparse(s) else s
+        own = np.arange(start, start + len(s))
+        same = own[:, None] == np.arange(unit.shape[0]) if groups is None else groups[own][:, None] == groups
+        s = np.where(same, -np.inf, s)
+        best = np.argpartition(-s, k - 1, axis=1)[:, :k]
+        out.append(np.take_along_axis(best, np.argsort(-np.take_along_axis(s, best, 1), axis=1, kind="stable"), 1))
+    return np.concatenate(out)
+
+
+def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
+    """Do sparse codes find the neighbours that dense features find? For each k: overlap of the two lists, and the share of
+    hits with the query's label (y (n,)), sparse, dense, and by chance."""
+    lists = {"sparse": neighbours(code, max(ks), groups), "dense": neighbours(dense, max(ks), groups)}
+    rows = []
+    for k in ks:
+        both = np.mean([len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())])
+        row = {"k": k, "overlap": float(both)}
+        if y is not None:
+            row.update({f"precision, {name}": float((y[v[:, :k]] == y[:, None]).mean()) for name, v in lists.items()})
+            row["precision, chance"] = float(((np.bincount(y) / len(y)) ** 2).sum())
+        rows.append(row)
+    return rows
+
+
+def name_weights(query, names):
+    """How well latents' names fit a query: dict latent -> weight, the Jaccard overlap of their words, those above 0."""
+    def words(text):
+        return set(re.findall(r"\w+", text.lower()))
+    asked = words(query)
+    fit = {j: len(asked & words(name)) / max(len(asked | words(name)), 1) for j, name in names.items()}
+    return {j: w for j, w in fit.items() if w > 0}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Do two codes share latents (thesis 4.2-4.3)?
+# ---------------------------------------------------------------------------------------------------------------------
+
+def match_latents(a, b, least=5):
+    """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the same samples (Hungarian).
+
+    Latents active in fewer than `least` samples are left out. Returns (latents of a, latents of b, correlations), best first.
+    """
+    unit, kept = [], []
+    for code in (a, b):
+        kept.append(np.flatnonzero(code.getnnz(axis=0) >= least))
+        x = np.asarray(code[:, kept[-1]].todense(), np.float64)
+        x -= x.mean(0)
+        unit.append(x / np.maximum(np.linalg.norm(x, axis=0), 1e-30))
+    if not min(map(len, kept)):
+        return np.arange(0), np.arange(0), np.zeros(0)
+    r = unit[0].T @ unit[1]
+    i, j = scipy.optimize.linear_sum_assignment(-r)
+    order = np.argsort(-r[i, j], kind="stable")
+    return kept[0][i[order]], kept[1][j[order]], r[i, j][order]
+
+
+def index_correlations(a, b, least=5):
+    """Correlation of latent j of one code with latent j of the other, for those active in `least` samples or more in both."""
+    both = (a.getnnz(axis=0) >= least) & (b.getnnz(axis=0) >= least)
+    x, y = (np.asarray(code[:, both].todense(), np.float64) for code in (a, b))
+    x, y = x - x.mean(0), y - y.mean(0)
+    return (x * y).sum(0) / np.maximum(np.linalg.norm(x, axis=0) * np.linalg.norm(y, axis=0), 1e-30)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

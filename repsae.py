@@ -20,7 +20,6 @@ import pickle
 import platform
 import shlex
 import signal
-import statistics
 import sys
 import tempfile
 import threading
@@ -51,6 +50,37 @@ MODEL = {
     "select": ("fp32", ("fp32", "bf16"), "precision of choosing the latents in training; bf16 halves its time"),
     "kernels": ("auto", ("auto", "csr", "gather"), "sparse products by CSR kernels or by indexing; "
                 "auto: csr on a CPU that has them"),
+}
+SAE = {
+    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu"), "relu with an L1 penalty, k a sample, k a sample on "
+                   "average, or a learned threshold for each latent with an L0 penalty"),
+    "preset": (None, ("thesis", "mammo", "cyto"), "settings of thesis 4.1 (which gives no L, lambda, lr), of Mammo-SAE (its "
+               "lambda counts the error as a mean over d, as its code does) or CytoSAE (likewise; its code divides by "
+               "||x|| besides); what you type goes first"),
+    "latents": (0, int, "L; 0 for --expansion times the stream's width"),
+    "expansion": (8, int, "L over the stream's width"),
+    "k": (64, int, "topk, batchtopk: latents kept per sample"),
+    "sparsity": (None, float, "lambda of the L1 (relu, 0.1) or L0 (jumprelu, 0.01) penalty, for features of length 1"),
+    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2 (topk, batchtopk), summed over d as the papers write "
+              "(relu, jumprelu), or its mean over d: lambda_paper = d * lambda_code"),
+    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents: auxk for topk and batchtopk, "
+               "resample for relu and jumprelu"),
+    "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias; median: geometric, of at most 32,768 rows"),
+    "warmup": (0, int, "steps over which the learning rate rises"),
+    "bandwidth": (0.1, float, "jumprelu: epsilon of the threshold's gradient"),
+    "threshold": (0.1, float, "jumprelu: the thresholds at the start"),
+    **{k: MODEL[k] for k in ("norm", "aux-k", "aux-coef", "dead-after", "reinit-after", "select", "kernels")},
+}
+BY_ACTIVATION = {"topk": {"error": "nmse", "revive": "auxk", "sparsity": 0.}, "batchtopk": {"error": "nmse", "revive": "auxk",
+                 "sparsity": 0.}, "relu": {"error": "sum", "revive": "resample", "sparsity": 0.1},
+                 "jumprelu": {"error": "sum", "revive": "resample", "sparsity": 0.01}}
+PRESETS = {
+    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
+    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none", "revive": "resample", "expansion": 8,
+              "lr": 3e-4, "batch": 4096, "epochs": 200},
+    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
+    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none", "revive": "ghost", "bias": "median",
+             "expansion": 64, "lr": 4e-4, "warmup": 500, "batch": 16448, "epochs": 24, "dead_after": 64},
 }
 TRAINING = {
     "epochs": (50, int, "passes over the training split"),
@@ -151,10 +181,12 @@ SVG = {"svg": (None, str, "file for the picture that `bench backbones` draws")}
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device"}
 # Settings for the made-up streams, which have 48 concepts and 4,800 training samples: the thesis's are for a million.
 PLANTED = {"latents": 128, "k": 6, "batch": 128, "lr": 2e-3, "epochs": 60, "norm": "none", "null": True}
-MINIMUM = {"latents": 1, "k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit_after": -1,
+PLANTED_SAE = {"topk": {}, "relu": {}, "batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
+MINIMUM = {"k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit_after": -1,
            "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1,
            "bottleneck": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1, "workers": 0, "last": 1, "blur": 0, "colour": 0,
            "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
+           "expansion": 1, "sparsity": 0, "bandwidth": 1e-9, "threshold": 1e-9,
            "dropout": 0, "attention": 1, "patience": 1, "bag_weight": 0, "inner": 1, "runs": 1, "weight_decay": 0, "margin": 0,
            "downsample": 1e-9, "threshold": 0, "max_holes": 0, "roi_share": 1e-9, "most": 1,
            "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
@@ -273,12 +305,7 @@ def train(flags, features, folder, saved=None, command="sparc"):
     import eval as judge
     import sae
     rows = features.rows("train")
-    stats = features.statistics(rows) if "standard" in flags.norm else None
-    reinit_after = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
-    aux_coef = flags.aux_coef if flags.aux_k else 0.
-    model = sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, flags.norm, stats,
-                      flags.aux_k, aux_coef, flags.dead_after, reinit_after, flags.select, flags.kernels,
-                      flags.seed).to(flags.device)
+    model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
     checkpoint = out_path(folder, "checkpoint.pt")
     if saved and saved["data_hash"] != features.hash:
@@ -298,6 +325,26 @@ def train(flags, features, folder, saved=None, command="sparc"):
     _fit(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps, batches.epoch, log,
          checkpoint)
     return model, log
+
+
+def make_model(features, flags, rows):
+    """The SAE or the SPARC of `flags`, untrained; statistics and the bias it starts from are those of the training rows."""
+    import sae
+    shared = {"stats": features.statistics(rows) if "standard" in flags.norm else None, "seed": flags.seed,
+              "reinit_after": flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12,
+              "aux_coef": flags.aux_coef if flags.aux_k else 0.,
+              **{k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels")}}
+    if "activation" not in flags:
+        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, **shared)
+    stream, d = next(iter(features.dims.items()))
+    how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth", "threshold")}
+    model = sae.SAE(features.dims, flags.latents or flags.expansion * d, **how, **shared)
+    if flags.bias != "zeros":
+        import numpy as np
+        drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
+        x = model.normalise(features.batch(drawn)[stream], stream)
+        model.b_pre[stream].data.copy_(sae.geometric_median(x) if flags.bias == "median" else x.mean(0))
+    return model
 
 
 class Keeper:
@@ -348,12 +395,13 @@ def _fit(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
 
         def row():
             active = [(c.values > 0).sum(1).float().mean() for support in result["codes"] for c in support.values()]
-            return {"epoch": round(step / epoch, 3), **{k: float(result[k]) for k in ("loss", "self", "cross", "aux")},
+            parts = ["loss", "self", "cross", "aux", *(["sparsity"] if "sparsity" in result else [])]
+            return {"epoch": round(step / epoch, 3), **{k: float(result[k]) for k in parts},
                     "active": float(sum(active) / len(active)), **{f"dead_{s}": n for s, n in dead().items()}}
         keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead {'/'.join(map(str, dead().values()))}")
     with Keeper(flags, n_steps, int(model.step), log, lambda: sae.save(checkpoint, model, optimiser)) as keep:
         sae.fit(model, lambda step: {s: x.to(flags.device) for s, x in batch(step).items()}, n_steps,
-                optimiser=optimiser, on_step=on_step)
+                lr=flags.lr, optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,11 +427,16 @@ def encoded(model, features, rows, mode, device, block=1024):
 
 
 def collect(pieces):
-    """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays."""
+    """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays. Where codes
+    have no fixed k, k is the largest, and index 0 with value 0 fills up."""
     import torch
-    return {s: (torch.cat([c[s].indices.int() for c in pieces]).cpu().numpy(),
-                torch.cat([c[s].values for c in pieces]).cpu().numpy())
-            for s in pieces[0]}
+    from torch.nn.functional import pad
+    out = {}
+    for s in pieces[0]:
+        k = max(c[s].indices.shape[1] for c in pieces)
+        out[s] = tuple(torch.cat([pad(part, (0, k - part.shape[1])) for part in parts]).cpu().numpy()
+                       for parts in ([c[s].indices.int() for c in pieces], [c[s].values for c in pieces]))
+    return out
 
 
 def codes_and_fit(model, features, rows, mode, device):
@@ -403,7 +456,9 @@ def codes_and_fit(model, features, rows, mode, device):
 def measure(model, features, flags):
     """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone. Returns (metrics, codes by mode, rows)."""
     import eval as judge
+    import numpy as np
     import torch
+    features = features.per_token()
     rows = evaluation_rows(features, flags, "test", "val")
     labels = features.label_matrix(rows)
     tasks = judge.probe_tasks(labels) if labels is not None else []
@@ -417,6 +472,7 @@ def measure(model, features, flags):
             out[mode]["concepts"] = judge.concept_alignment(codes[mode], labels, features.label_names, features.parents)
         if tasks:
             out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
+    out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
     if len(model.streams) > 1:
         with torch.no_grad():
             seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy() for s, x in features.batch(r).items()}
@@ -485,7 +541,9 @@ def read_to_train(flags):
     features = read(flags)
     features.rows("train")
     features.rows("test", "val")
-    return features
+    if features.tokens:
+        say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token counts as a sample")
+    return features.per_token()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -506,15 +564,67 @@ def cmd_sparc(flags):
 
 
 def cmd_sae(flags):
-    """Train a TopK autoencoder on one stream: SPARC with M = 1."""
-    flags, saved = check_folder(flags.out, flags)
+    """Train a sparse autoencoder on one stream: relu, topk, batchtopk or jumprelu (thesis 4.1 and its relatives)."""
+    flags, saved = check_folder(flags.out, flags if flags.resume else resolved_sae(flags))
+    features = one_stream(flags)
+    metrics = run_sparc(flags, features, flags.out, saved, "sae")
+    print_summary(metrics)
+    say(f"wrote {out_path(flags.out, 'report.html')}")
+
+
+def resolved_sae(flags):
+    """The flags of `sae` with everything that was left open filled in: what was typed, else the preset, the settings for
+    made-up data, those of the activation."""
+    preset = PRESETS.get(flags.get("preset"), {})
+    activation = flags.activation if "activation" in flags.given else preset.get("activation", flags.activation)
+    layers = {**BY_ACTIVATION[activation], **(PLANTED_SAE[activation] if flags.data is None else {}), **preset,
+              "activation": activation}
+    return check_ranges(flags.replaced({"null": False, **{k: v for k, v in layers.items() if k not in flags.given}}))
+
+
+def one_stream(flags):
+    """The features of --stream, every token a sample; raises InputError when there are several streams to pick from."""
     stream = flags.stream or ("vision" if flags.data is None else None)
-    features = read_to_train(flags.replaced({"streams": stream}))
+    features = read_to_train(flags.replaced({"streams": stream or flags.get("streams")}))
     if len(features.streams) > 1:
         raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
-    alone = flags.replaced({"topk": "local", "lam": 0., "loss": "sum", "null": False})
-    metrics = run_sparc(alone, features, flags.out, saved, "sae")
-    print_summary(metrics)
+    return features
+
+
+VARIANTS = ({"activation": "relu"}, {"activation": "relu", "revive": "none"}, {"activation": "relu", "revive": "ghost"},
+            {"activation": "topk"}, {"activation": "batchtopk"}, {"activation": "jumprelu"})
+
+
+def cmd_variants(flags):
+    """Every kind of sparse autoencoder on one stream, in one table: R2, active and dead latents, planted concepts found."""
+    import eval as judge
+    import sae
+    flags, saved = check_folder(flags.out, flags)
+    features, rows, results = one_stream(flags), [], {}
+    sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what its first use loads is not the first row's time
+    for variant in VARIANTS:
+        one = flags.replaced(variant)
+        one.given = flags.given | variant.keys()
+        one = resolved_sae(one)
+        name = f"{one.activation}, {one.revive}"
+        sub = out_path(flags.out, name.replace(", ", "_"))
+        if not results:
+            make_folder(flags.out, fresh=not saved)
+            judge.write_json(out_path(flags.out, "config.json"),
+                             {"command": "variants", "flags": flags, "data_hash": features.hash})
+        say(f"-- {name}")
+        began = time.time()
+        metrics = run_sparc(one, features, sub, resumable(sub, saved), "sae")
+        results[name] = {**metrics, "seconds": round(time.time() - began, 2)}
+        stream = next(iter(features.streams))
+        found = metrics.get("recovery", {}).get(stream)
+        rows.append([name, metrics["alone"]["r2"][stream][stream], metrics["l0"], 100 * metrics["alone"]["activation"]
+                     ["alive_in"][0] / metrics["alone"]["activation"]["latents"],
+                     f"{found['found']} of {found['of']}" if found else None, results[name]["seconds"]])
+    header = ["activation, revival of the dead", "R2", "L0", "dead %", "concepts found", "seconds"]
+    print("\n" + judge.text_table(header, rows))
+    judge.write_json(out_path(flags.out, "metrics.json"), results)
+    judge.write_report(out_path(flags.out, "report.html"), "repsae variants", [("", judge.html_table(header, rows))])
     say(f"wrote {out_path(flags.out, 'report.html')}")
 
 
@@ -564,15 +674,17 @@ def cmd_eval(flags):
 
 
 def cmd_encode(flags):
-    """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k)."""
+    """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k), of tokens (N, T, k)."""
     import data
     import numpy as np
     if os.path.exists(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} exists - use --overwrite or another --out")
     model, config = load_run(flags.run, flags.device)
     features, _ = features_for(model, config, flags)
-    blocks = encoded(model, features, np.arange(len(features)), flags.mode, flags.device)
-    codes = collect([codes for _, codes in blocks])
+    flat = features.per_token()
+    codes = collect([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
+    if features.tokens:
+        codes = {s: tuple(v.reshape(len(features), features.tokens, -1) for v in pair) for s, pair in codes.items()}
     arrays = {f"{s}_{name}": v for s, pair in codes.items() for name, v in zip(("indices", "values"), pair)}
     if "ids" in features.about:
         arrays["ids"] = features.about["ids"]
@@ -853,11 +965,11 @@ class Watch:
         return judge.scores(labels[self.test], votes[20])["balanced accuracy"]
 
 
-def image_features(images, rows, backbone, size, device, block=256, **how):
+def image_features(images, rows, backbone, size, device, block=256, whole=False, **how):
     """Yield features (b, d) of pictures block by block; without a backbone the pixels themselves. how: see `features`."""
     import data
     import torch
-    view, images.side = data.plain_view(size, whole=images.boxes is not None), max(size, images.side)
+    view, images.side = data.plain_view(size, whole or images.boxes is not None), max(size, images.side)
     for start in range(0, len(rows), block):
         x = torch.stack([view(images.open(i)) for i in rows[start:start + block]]).to(device)
         with torch.no_grad():
@@ -908,18 +1020,42 @@ def cmd_extract(flags):
     streams = {}
     for name, model, trained in loaded:
         how = {"tokens": True} if flags.tokens else {"last": flags.last} if hasattr(model, "blocks") else {}
-        parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, **how))
+        whole, block = flags.whole or images.objects is not None, 16 if flags.tokens else 256
+        parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, block, whole, **how))
         streams[name] = np.concatenate([p.numpy() for p in parts])
         say(f"{name}: {streams[name].shape}")
     about = {"images": relative(images.paths, flags.out)}
+    if flags.tokens:
+        about["grid"] = np.array(token_grid(loaded[0][1], size or loaded[0][2]))
+        streams = {s: x.astype(np.float16) for s, x in streams.items()}
     if images.boxes is not None:
         about["coords"] = images.boxes
+    if images.objects is not None:
+        about.update(object_arrays(images.objects))
     if images.labels is not None:
         about.update(labels=images.labels, label_names=np.array(images.label_names))
     if images.split is not None:
         about["split"] = images.split
     data.write_npz(flags.out, {**streams, **about})
     say(f"wrote {flags.out}")
+
+
+def token_grid(model, size):
+    """(rows, columns) of a backbone's patch tokens of a picture with `size` pixels a side."""
+    import torch
+    with torch.no_grad():
+        return model.features(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), tokens=True)[1]
+
+
+def object_arrays(objects):
+    """The annotated objects of pictures as a feature file has them: labels (N, C) bool, label_names, boxes (n, 6)."""
+    import numpy as np
+    names = sorted({name for found in objects for name, _ in found})
+    boxes = np.array([(i, names.index(name), *box) for i, found in enumerate(objects) for name, box in found
+                      if box[0] < box[2] and box[1] < box[3]])
+    labels = np.zeros((len(objects), len(names)), bool)
+    labels[boxes[:, 0].astype(int), boxes[:, 1].astype(int)] = True
+    return {"labels": labels, "label_names": np.array(names), "boxes": boxes}
 
 
 def relative(paths, out):
@@ -1005,7 +1141,7 @@ def cmd_probe(flags):
     import numpy as np
     features = read_to_train(flags)
     labels = features.labels
-    if labels is None or labels.ndim != 1:
+    if labels is None or labels.ndim != 1:                   # tokens have none
         raise InputError(f"{flags.data or 'the made-up data'} has no integer labels, one a sample - add them as `labels`")
     known = np.flatnonzero(labels >= 0)
     train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
@@ -1025,6 +1161,520 @@ def cmd_probe(flags):
         rows += [[f"{s}, {way}", *v.values()] for way, v in found[s].items()]
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], rows))
     print(f"{len(train)} samples to learn from, {len(test)} to test on")
+    if flags.json:
+        judge.write_json(flags.json, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Coded:
+    """A run, the features it is used on, and the codes of every sample of one stream, computed alone.
+
+    strength, count   CSR (N, L): mean activation over a sample's tokens, and number of its tokens above tau
+    dense             (N, d): normalised features, the mean over tokens where there are any
+    """
+
+    def __init__(self, run, flags, tau=0.):
+        import eval as judge
+        import numpy as np
+        import scipy.sparse as sp
+        import torch
+        self.model, config = load_run(run, flags.device)
+        flags = flags.replaced({"streams": flags.get("stream") or flags.get("streams")})
+        self.features, self.flags = features_for(self.model, config, flags)
+        if len(self.features.streams) > 1:
+            raise InputError(f"{run} has the streams {', '.join(self.features.streams)} - pick one with --stream")
+        self.run, self.stream, self.T = run, next(iter(self.features.streams)), self.features.tokens or 1
+        strength, count, dense, block = [], [], [], max(1, 4096 // self.T)
+        for start in range(0, len(self.features), block):
+            x = self.tokens(np.arange(start, min(start + block, len(self.features))))
+            s, c = judge.pool_tokens(self.code(x), self.T, tau)
+            strength.append(s)
+            count.append(c)
+            with torch.no_grad():
+                dense.append(self.model.normalise(x, self.stream).unflatten(0, (-1, self.T)).mean(1).cpu().numpy())
+        self.strength, self.count = sp.vstack(strength).tocsr(), sp.vstack(count).tocsr()
+        self.dense = np.concatenate(dense)
+        if not self.strength.nnz:
+            raise InputError(f"no latent of {run} is active on any sample - train it longer, or with less sparsity")
+
+    def tokens(self, rows):
+        """Raw vectors of samples (n,): (n * T, d)."""
+        x = self.features.batch(rows)[self.stream].to(self.flags.device)
+        return x.flatten(0, 1) if x.dim() == 3 else x
+
+    def code(self, x):
+        """Codes of raw vectors (n, d): CSR (n, L)."""
+        import eval as judge
+        import torch
+        with torch.no_grad():
+            codes = self.model.encode({self.stream: x}, "alone")[self.stream]
+        return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), self.model.n_latents)
+
+    def heat(self, row, latents):
+        """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
+        grid = self.features.grid
+        return self.code(self.tokens([row]))[:, latents].toarray().T.reshape(len(latents), *grid)
+
+    def split(self):
+        """(rows to learn from, rows to judge by)."""
+        return self.features.rows("train"), self.features.rows("test", "val")
+
+    def labels(self):
+        """(N, C) bool; raises InputError when the file has no labels."""
+        import numpy as np
+        labels = self.features.label_matrix(np.arange(len(self.features)))
+        if labels is None:
+            raise InputError(f"{self.flags.data} has no labels - add them as `labels`")
+        return labels
+
+    def classes(self):
+        """(N,) int, one label a sample; raises InputError otherwise."""
+        y = self.features.labels
+        if y is None or y.ndim != 1 or (y < 0).any() or len(set(y.tolist())) < 2:
+            raise InputError(f"{self.flags.data} has no integer label, of two classes or more, for "
+                             "every sample - add `labels`")
+        return y
+
+    def picture(self, row):
+        """A sample's picture, or None when the file names none or it is not there."""
+        import data
+        if "images" not in self.features.about:
+            return None
+        path = os.path.join(os.path.dirname(os.path.abspath(self.flags.data)), str(self.features.about["images"][row]))
+        return data.open_image(path) if os.path.exists(path) else None
+
+    def about(self, row):
+        """What the file tells of a sample, as a dict of text."""
+        found = {key[:-1]: str(v[row]) for key, v in self.features.about.items()}
+        if self.features.labels is not None:
+            on = self.features.label_matrix([row])[0]
+            found["label"] = ", ".join(name for name, here in zip(self.features.label_names, on) if here)
+        return {"sample": int(row), **found}
+
+
+def label_number(features, label):
+    """The number of a label given by name or number; raises InputError when there is none of it."""
+    if label in features.label_names:
+        return features.label_names.index(label)
+    if label is not None and label.isdigit() and int(label) < len(features.label_names):
+        return int(label)
+    raise InputError(f"--label {label} - take one of {', '.join(features.label_names[:20]) or 'none: the file has no labels'}")
+
+
+def cmd_latents(flags):
+    """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients (CytoSAE)."""
+    import eval as judge
+    import numpy as np
+    coded = Coded(flags.run, flags, flags.tau)
+    features, (train, _) = coded.features, coded.split()
+    labels = features.label_matrix(train)
+    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top, flags.weighted)
+    counts = judge.threshold_counts(table["mean"])
+    alive = table["frequency"] > 0
+    found = {"latents": len(alive), "alive": int(alive.sum()), "mean at least 10^t": counts}
+    print(f"{alive.sum()} of {len(alive)} latents are active on the {len(train)} training samples\n")
+    print(judge.text_table(["mean activation at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))
+    scatter = judge.latent_scatter(table)
+    sections = [("Latents by frequency and mean activation", scatter), ("Latents above a threshold of mean activation",
+                judge.html_table(["at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))]
+    order = np.flatnonzero(alive)
+    if labels is not None:
+        found["mean entropy"] = float(np.nanmean(table["entropy"][alive]))
+        clear = np.flatnonzero(table["frequency"] * len(train) >= 5)
+        order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
+        columns = ["purity", "entropy", "frequency", "mean"]
+        rows = [[f"{j}", features.label_names[table["label"][j]], *(table[c][j] for c in columns)] for j in order[:20]]
+        header = ["latent", "label", *columns]
+        print(f"\nmean label entropy {found['mean entropy']:.3f} nats of ln {len(features.label_names)} = "
+              f"{math.log(len(features.label_names)):.3f}; the purest of those active in 5 samples or more:\n"
+              + judge.text_table(header, rows))
+        sections.append(("The purest latents", judge.html_table(header, rows)))
+    found["barcodes"], more = barcode_sections(coded, table, flags)
+    sections += more + [("Reference samples", reference_gallery(coded, table, train, order[:flags.show]))]
+    folder = flags.out or out_path(flags.run, "latents")
+    make_folder(folder, fresh=False)
+    judge.write_text(out_path(folder, "scatter.svg"), judge.standalone_svg(scatter))
+    judge.write_json(out_path(folder, "latents.json"), [
+        {"latent": int(j), **{k: none_if_nan(v[j]) for k, v in table.items() if k != "references"},
+         "references": best_first(table["references"], j, train)} for j in np.flatnonzero(alive)])
+    judge.write_json(out_path(folder, "metrics.json"), found)
+    judge.write_report(out_path(folder, "report.html"), f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}",
+                       sections)
+    say(f"wrote {out_path(folder, 'report.html')}")
+
+
+def none_if_nan(v):
+    """A number for JSON."""
+    return None if v != v else v.item()
+
+
+def best_first(ranks, latent, rows):
+    """Samples that rank 1, 2, ... for a latent, from CSR ranks (L, n) over `rows`."""
+    row = ranks[latent]
+    return rows[row.indices[row.data.argsort()]].tolist()
+
+
+def reference_gallery(coded, table, train, latents, most=6):
+    """The reference samples of latents in HTML, with the patches where they are active, if there are pictures and a grid."""
+    import eval as judge
+    parts = []
+    for j in latents:
+        parts.append(f"<h3>latent {j}</h3>")
+        shown = []
+        for row in best_first(table["references"], j, train)[:most]:
+            image = coded.picture(row)
+            if image is None:
+                shown.append(html.escape(", ".join(f"{k} {v}" for k, v in coded.about(row).items())))
+            elif coded.features.grid:
+                image.thumbnail((240, 240))
+                shown.append(judge.embedded(image) + judge.embedded(judge.weighted_patches(image, coded.heat(row, [j])[0])))
+            else:
+                shown.append(judge.embedded(image, 120))
+        parts.append('<div class="strip">' + "".join(f"<span>{v}</span>" for v in shown) + "</div>")
+    return "".join(parts) or "<p>No latent is active in five samples.</p>"
+
+
+def barcode_sections(coded, table, flags):
+    """Barcodes of groups and of their labels (CytoSAE Eq. 4), what tells two labels apart, and how well barcodes classify."""
+    import data
+    import eval as judge
+    import numpy as np
+    features = coded.features
+    groups, single = features.about.get("groups"), features.labels is not None and features.labels.ndim == 1
+    if flags.between and (groups is None or not single):
+        raise InputError(f"{coded.flags.data} has no {'groups' if single else 'single label a sample'} - --between compares "
+                         "patients: add `groups` and `labels`")
+    if not single or groups is None and coded.T == 1:
+        return None, []
+    groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
+    y = coded.classes()
+    names, codes = judge.barcodes(coded.count, groups)
+    of = [np.unique(y[rows]) for rows in np.split(np.argsort(groups, kind="stable"),
+                                                  np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
+    for name, found in zip(names, of):
+        if len(found) > 1:
+            raise InputError(f"group {name} has the labels {', '.join(features.label_names[c] for c in found)} - "
+                             "a patient needs one")
+    y = np.array([found[0] for found in of])
+    rarest = np.bincount(y)[np.unique(y)].min()
+    out, sections = {"groups": len(names)}, []
+    if rarest >= 2 and len(np.unique(y)) > 1:
+        folds = data.stratified_parts(y, [1] * min(5, rarest), coded.flags.seed)
+        f1 = judge.barcode_f1(codes, y, table["mean"], folds)
+        header = ["mean activation at least", "latents", "weighted F1"]
+        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in f1.items()]
+        unit = "groups" if "groups" in features.about else "samples"
+        print(f"\n{len(names)} {unit}, {len(folds)} stratified folds, logistic regression on barcodes:\n"
+              + judge.text_table(header, rows))
+        out["f1"], sections = f1, [("Labels of groups from their barcodes", judge.html_table(header, rows))]
+    if flags.between:
+        pair = [label_number(features, name) for name in flags.between.split(",")]
+        if len(pair) != 2 or not np.isin(pair, y).all():
+            raise InputError(f"--between {flags.between} - give two labels that groups have, separated by a comma")
+        first, second, difference = judge.differential(codes, y, *pair)
+        rows = [[" ".join(f"{j} ({difference[j]:+.2f})" for j in chosen[:10])] for chosen in (first, second)]
+        rows = [[features.label_names[c], *row] for c, row in zip(pair, rows)]
+        print("\n" + judge.text_table(["more active in", "latents (difference of the mean count)"], rows))
+        out["differential"] = {features.label_names[c]: chosen.tolist() for c, chosen in zip(pair, (first, second))}
+        sections.append(("Latents that differ", judge.html_table(["more active in", "latents"], rows)))
+    return out, sections
+
+
+def cmd_intervene(flags):
+    """What each latent does: keep or silence the top latents of a label and see what a linear head still tells (Mammo-SAE)."""
+    import eval as judge
+    import numpy as np
+    coded = Coded(flags.run, flags)
+    label = label_number(coded.features, flags.label)
+    y, (train, test) = coded.labels()[:, label], coded.split()
+    for name, rows in (("training", train), ("test", test)):
+        if not 0 < y[rows].sum() < len(rows):
+            raise InputError(f"{y[rows].sum()} of {len(rows)} {name} samples have the label {flags.label} - some, not all, "
+                             "must")
+    w, bias = linear_head(coded, y, train, flags)
+    W, b = (v.detach().cpu().double().numpy() for v in (coded.model.W_dec[coded.stream], coded.model.b_pre[coded.stream]))
+    effect, base, means = W @ w, float(b @ w) + bias, judge.class_means(coded.strength[train], y[train])
+    groups = coded.features.about.get("groups")
+    groups = None if groups is None else groups[test]
+    intervals = {"original features": judge.bootstrap_auc(y[test], coded.dense[test] @ w + bias, groups),
+                 "reconstructed": judge.bootstrap_auc(y[test], coded.strength[test] @ effect + base, groups)}
+    ks = sorted({min(k, len(effect)) for k in (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect))})
+    curve = judge.intervention(coded.strength[test], effect, base, y[test], means, ks)
+    tables = [(["AUC", "", "2.5 %", "97.5 %"], [[name, *v] for name, v in intervals.items()]),
+              (["k of each class", "latents", "AUC, only these kept", "AUC, these silenced"],
+               [[str(c["k"]), c["latents"], c["keep"], c["silence"]] for c in curve])]
+    top = top_latents(coded, label, train, means, flags.rank)
+    found = {"auc": intervals, "curve": curve, "top latents": top.tolist(), "separation": judge.separation(means)}
+    chart = judge.svg_lines({what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
+                            "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False)
+    if coded.features.boxes is not None and coded.features.grid:
+        rows = localisation(coded, label, test, top, flags.percentile, flags.iou)
+        found["localisation"] = rows
+        tables.append((["latent", f"AP at IoU {flags.iou:g}", "by pictures with the label alone"],
+                       [[f"{i + 1}: latent {row['latent']}", row["ap"], row["ap_present"]] for i, row in enumerate(rows)]))
+    if flags.other:
+        again = Coded(flags.run, flags.replaced({"data": flags.other}))
+        rows, _ = again.split()
+        later = judge.class_means(again.strength[rows], again.labels()[rows][:, label])
+        found["separation of --other"] = judge.separation(later)
+        both = {"--data": found["separation"], "--other": found["separation of --other"]}
+        tables.append((["class means", "distance", "cosine", "latent that differs most", "by"],
+                       [[name, *v.values()] for name, v in both.items()]))
+    for header, rows in tables:
+        print(judge.text_table(header, rows) + "\n")
+    folder = flags.out or out_path(flags.run, f"intervene_{flags.label}")
+    make_folder(folder, fresh=False)
+    judge.write_json(out_path(folder, "metrics.json"), found)
+    pictures = heat_gallery(coded, label, test, top)
+    judge.write_report(out_path(folder, "report.html"), f"repsae intervene: {flags.label}", [
+        ("Intervention", chart), *(("", judge.html_table(*table)) for table in tables),
+        *([("The top latents over pictures with the label; true boxes in red", pictures)] if pictures else [])])
+    say(f"wrote {out_path(folder, 'report.html')}")
+
+
+def linear_head(coded, y, train, flags):
+    """Weights (d,) and bias of a linear score on normalised features: of --head, or fitted to the training samples' labels."""
+    import data
+    import eval as judge
+    import numpy as np
+    model, s = coded.model, coded.stream
+    if not flags.head:
+        W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
+        return W[:, 1] - W[:, 0], float(b[1] - b[0])
+    arrays = data.read_arrays(flags.head)
+    missing = [key for key in ("weight", "bias") if key not in arrays]
+    if missing:
+        raise InputError(f"{flags.head} lacks '{missing[0]}' - give weight (d,) or (2, d) and bias () or (2,)")
+    w, b = (np.asarray(arrays[key], np.float64) for key in ("weight", "bias"))
+    if w.shape[0] == 2 and w.ndim == 2 and b.shape == (2,):
+        w, b = w[1] - w[0], b[1] - b[0]
+    if w.reshape(-1).shape != (model.dims[s],) or b.size != 1:
+        raise InputError(f"{flags.head} has weight {w.shape} and bias {b.shape} - the run's features are {model.dims[s]} wide")
+    if "l2" in model.norm:
+        raise InputError(f"the run scales samples to length 1, which a head for raw features cannot follow - train it with "
+                         "--norm none or standard, or let intervene fit a head")
+    mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
+    w = w.reshape(-1)
+    return w * std, float(b.reshape(-1)[0] + mean @ w)
+
+
+def top_latents(coded, label, train, means, rank, most=10):
+    """The latents of a label, best first: by its class mean (Mammo-SAE section 2.2), by how much that exceeds the other
+    class's, or by how much more active they are inside its boxes on training pictures, in standard deviations (both ours)."""
+    import numpy as np
+    if rank != "boxes":
+        return np.argsort(means[0] * (rank == "difference") - means[1], kind="stable")[:most]
+    boxes, (rows, columns) = coded.features.boxes, grid_of(coded)
+    y, x = ((np.arange(n) + 0.5) / n for n in (rows, columns))
+    sums = np.zeros((3, coded.model.n_latents))              # of activations inside, outside, of squares
+    n = np.zeros(2)
+    for row in train:
+        inside = np.zeros((rows, columns), bool)
+        for _, _, x0, y0, x1, y1 in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]:
+            inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
+        code, inside = coded.code(coded.tokens([row])), inside.ravel()
+        for i, part in enumerate((inside, ~inside)):
+            sums[i] += np.asarray(code[np.flatnonzero(part)].sum(0)).ravel()
+            n[i] += part.sum()
+        sums[2] += np.asarray(code.multiply(code).sum(0)).ravel()
+    spread = np.sqrt(np.maximum(sums[2] / n.sum() - ((sums[0] + sums[1]) / n.sum()) ** 2, 0))
+    return np.argsort(-(sums[0] / max(n[0], 1) - sums[1] / max(n[1], 1)) / np.maximum(spread, 1e-12), kind="stable")[:most]
+
+
+def grid_of(coded):
+    """(rows, columns) of the tokens; raises InputError when the features have none, or no boxes."""
+    if coded.features.grid is None or coded.features.boxes is None:
+        lacking = "boxes" if coded.features.grid else "grid"
+        raise InputError(f"{coded.flags.data} has no '{lacking}' - write it with extract --tokens from a Pascal VOC folder")
+    return coded.features.grid
+
+
+def localisation(coded, label, rows, latents, percentile, iou):
+    """Average precision of each latent's heat maps as a detector of a label's boxes (Mammo-SAE Table 2)."""
+    import eval as judge
+    boxes = coded.features.boxes
+    truth = [[tuple(b[2:]) for b in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]] for row in rows]
+    found = [[judge.heat_boxes(heat, percentile=percentile) for heat in coded.heat(row, latents)] for row in rows]
+    out = []
+    for i, j in enumerate(latents):
+        mine = [f[i] for f in found]
+        there = [(f, t) for f, t in zip(mine, truth) if t]
+        out.append({"latent": int(j), "ap": judge.average_precision(mine, truth, iou),
+                    "ap_present": judge.average_precision(*zip(*there), iou) if there else None})
+    return out
+
+
+def heat_gallery(coded, label, rows, latents, most=6):
+    """Pictures with a label, true boxes in red, beside the heat maps of latents, as HTML."""
+    import eval as judge
+    from PIL import ImageDraw
+    y, parts = coded.labels()[:, label], []
+    for row in [row for row in rows if y[row]][:most]:
+        image = coded.picture(row)
+        if image is None or not coded.features.grid:
+            return ""
+        image.thumbnail((240, 240))
+        draw = ImageDraw.Draw(image)
+        boxes = coded.features.boxes if coded.features.boxes is not None else ()
+        for b in [b for b in boxes if b[0] == row and b[1] == label]:
+            draw.rectangle([v * side for v, side in zip(b[2:], image.size * 2)], outline="red", width=2)
+        heats = coded.heat(row, latents)
+        parts.append(judge.strip(judge.embedded(image), *(
+            judge.embedded(judge.overlay(image, h / max(h.max(), 1e-9))) for h in heats)))
+    return f"<p>Latents {', '.join(map(str, latents))}.</p>" + "".join(parts)
+
+
+def cmd_fidelity(flags):
+    """How much of the features a code keeps: R2, what few latents can tell, neighbours (the TotalSegmentator study)."""
+    import eval as judge
+    import numpy as np
+    coded = Coded(flags.run, flags)
+    y, (train, test) = coded.classes(), coded.split()
+    model, s = coded.model, coded.stream
+    W, b = (v.detach().cpu().numpy() for v in (model.W_dec[s], model.b_pre[s]))
+    r2 = judge.r2_both(coded.dense[test].astype(np.float64), coded.strength[test] @ W + b)
+    if not np.isin(np.unique(y[test]), y[train]).all():
+        raise InputError("a class of the test split has no training sample - mend `split`")
+    kept = judge.kept_performance(coded.dense.astype(np.float64), coded.strength, y, train, test, seed=coded.flags.seed)
+    groups = coded.features.about.get("groups")
+    some = np.sort(np.random.default_rng([coded.flags.seed, 4]).permutation(test)[:flags.eval_rows or None])
+    if len(some) <= 10:
+        raise InputError(f"{len(some)} test samples - neighbours at 10 need more than ten")
+    near = judge.retrieval_fidelity(coded.dense[some], coded.strength[some], y[some], None if groups is None else groups[some])
+    print("R2 of the features" + (", averaged over tokens" if coded.T > 1 else "") + ": "
+          + ", ".join(f"{k} {v:.3f}" for k, v in r2.items()))
+    tables = [("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
+                                         "principal components", "kept, %"],
+               [[f"{row['n']}", row["best latents"], row["random latents"], row["principal components"], 100 * row["kept"]]
+                for row in kept["rows"]] + [["all latents", kept["all latents"], None, None, None],
+                                            [f"all {coded.dense.shape[1]} features", kept["dense"], None, None, None]]),
+              ("Neighbours, samples of the same group left out", list(near[0]), [[str(row["k"]), *list(row.values())[1:]]
+                                                                                 for row in near])]
+    for _, header, rows in tables:
+        print("\n" + judge.text_table(header, rows))
+    folder = flags.out or out_path(flags.run, "fidelity")
+    make_folder(folder, fresh=False)
+    judge.write_json(out_path(folder, "metrics.json"), {"r2": r2, "kept": kept, "neighbours": near})
+    judge.write_report(out_path(folder, "report.html"), "repsae fidelity", [
+        ("Reconstruction", judge.html_table(["R2", ""], [[k, v] for k, v in r2.items()])),
+        *((title, judge.html_table(header, rows)) for title, header, rows in tables)])
+    say(f"wrote {out_path(folder, 'report.html')}")
+
+
+PROMPT = ("Below are samples that activate one latent of a sparse autoencoder strongly, samples that activate it moderately, "
+          "and samples that do not. Name in at most five words what the first have in common and the last lack. Answer with "
+          "the name alone.")
+
+
+def cmd_describe(flags):
+    """For every latent the samples that show what it means, as JSON with a prompt for any language model."""
+    import eval as judge
+    import numpy as np
+    coded = Coded(flags.run, flags)
+    train, _ = coded.split()
+    code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
+    for j in np.flatnonzero(code.getnnz(axis=0)):
+        column = slice(code.indptr[j], code.indptr[j + 1])
+        active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]
+        middle = len(active) // 2
+        silent = rng.permutation(np.setdiff1d(train, active))[:flags.top]
+        groups = {"top": active[:flags.top], "middling": active[max(flags.top, middle - flags.top // 2):][:flags.top],
+                  "inactive": silent}
+        shown = {name: [{**coded.about(row), "activation": float(coded.strength[row, j])} for row in rows]
+                 for name, rows in groups.items()}
+        told = "\n".join(f"{name}: " + "; ".join(
+            ", ".join(f"{k} {v}" for k, v in one.items() if k != "sample") for one in rows) for name, rows in shown.items())
+        out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
+    path = flags.out or out_path(flags.run, "describe.json")
+    judge.write_json(path, out)
+    say(f'wrote {path}: {len(out)} latents; collect the answers in a file like {{"17": "round nucleus"}} for search --names')
+
+
+def read_names(path, n_latents):
+    """names.json: dict latent -> name."""
+    try:
+        with open(path) as f:
+            names = {int(k): str(v) for k, v in json.load(f).items()}
+    except (OSError, ValueError, AttributeError) as e:
+        raise InputError(f'{path} is not a readable file of names ({e}) - write {{"17": "round nucleus"}}')
+    wrong = [j for j in names if not 0 <= j < n_latents]
+    if wrong or not names:
+        raise InputError(f"{path}: latent {wrong[0] if wrong else '-'} is not among the run's {n_latents} - mend the names")
+    return names
+
+
+def cmd_search(flags):
+    """Find samples by words: query -> latents with fitting names -> samples, with a control of shuffled names."""
+    import data
+    import eval as judge
+    import numpy as np
+    coded = Coded(flags.run, flags)
+    names = read_names(needed(flags, "names"), coded.model.n_latents)
+    if flags.embeddings:
+        arrays = data.read_arrays(flags.embeddings)
+        if not {"latents", "vectors", "query"} <= arrays.keys() or arrays["vectors"].shape != (
+                len(arrays["latents"]), *arrays["query"].shape):
+            raise InputError(f"{flags.embeddings} - give latents (n,), vectors (n, e) of their names, and query (e,)")
+        unit = arrays["vectors"] / np.maximum(np.linalg.norm(arrays["vectors"], axis=1, keepdims=True), 1e-12)
+        fit = unit @ arrays["query"] / max(np.linalg.norm(arrays["query"]), 1e-12)
+        weights = {int(arrays["latents"][i]): float(fit[i]) for i in np.argsort(-fit)[:10] if fit[i] > 0}
+    else:
+        weights = judge.name_weights(needed(flags, "query"), names)
+    if not weights:
+        raise InputError(f"no name fits '{flags.query}' - try other words, or --embeddings")
+    _, rows = coded.split()
+    scale = np.asarray(coded.strength.max(axis=0).todense()).ravel()                        # latents count alike
+
+    def ranking(weights):
+        latents = list(weights)
+        return np.argsort(-(coded.strength[rows][:, latents] @ (np.array(list(weights.values()))
+                                                               / np.maximum(scale[latents], 1e-12))), kind="stable")
+    order = ranking(weights)
+    print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in
+                                  sorted(weights.items(), key=lambda v: -v[1])[:10]))
+    for row in rows[order[:flags.top]]:
+        print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
+    if flags.label is not None:
+        y = coded.labels()[rows, label_number(coded.features, flags.label)]
+        rng = np.random.default_rng([coded.flags.seed, 11])
+        control = [y[ranking(dict(zip(rng.choice(list(names), len(weights), replace=False).tolist(), weights.values())))
+                     [:flags.top]].mean() for _ in range(100)]
+        print(f"precision at {flags.top} for '{flags.label}': {y[order[:flags.top]].mean():.3f}; with names shuffled "
+              f"{judge.mean_std(control)}; share of all samples {y.mean():.3f}")
+
+
+def cmd_compare(flags):
+    """Do two runs have latents in common? Best pairing by activation, against shuffled samples and a shared code."""
+    import eval as judge
+    import numpy as np
+    both = [Coded(run, flags.replaced({"stream": stream})) for run, stream in
+            ((flags.run, flags.stream), (flags.other, flags.stream_b))]
+    if len(both[0].features) != len(both[1].features):
+        raise InputError(f"{flags.run} was trained on {len(both[0].features)} samples, {flags.other} on "
+                         f"{len(both[1].features)} - compare runs on the same samples, or name their file with --data")
+    found, (_, rows) = [], both[0].split()
+
+    def add(name, a, b, pairing):
+        r = judge.match_latents(a, b)[2] if pairing == "best" else judge.index_correlations(a, b)
+        found.append({"": name, "pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
+                      "median r": float(np.median(r)) if len(r) else None})
+    shuffled = np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
+    kinds = [("the two runs, best pairing", "best", [c.strength[rows] for c in both])]
+    if flags.sparc:
+        model, config = load_run(flags.sparc, flags.device)
+        features, _ = features_for(model, config, flags.replaced({"streams": ",".join(c.stream for c in both)}))
+        T = features.tokens or 1
+        tokens = (rows[:, None] * T + np.arange(T)).ravel()
+        for mode in ("joint", "alone"):
+            codes, _ = codes_and_fit(model, features.per_token(), tokens, mode, flags.device)
+            kinds.append((f"SPARC {mode}, same latent", "same", [judge.pool_tokens(code, T)[0] for code in codes.values()]))
+    for name, pairing, (a, b) in kinds:
+        add(name, a, b, pairing)
+        add("  the same, samples shuffled", a, b[shuffled], pairing)
+    print(judge.text_table([f"{len(rows)} samples", *list(found[0])[1:]], [list(row.values()) for row in found]))
     if flags.json:
         judge.write_json(flags.json, found)
 
@@ -1473,342 +2123,8 @@ def make_run_folder(flags, about):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks
+# Commands of the machine
 # ---------------------------------------------------------------------------------------------------------------------
-
-def dense_step(model, optimiser, x):
-    """A training step as the authors' code does it: dense codes, M^2 dense decoders, renormalise, project, Adam.
-
-    Without AuxK, which their code computes in every step, dead latents or not: that is left out in their favour.
-    """
-    import sae
-    optimiser.zero_grad()
-    sae.dense_loss(model, x).backward()
-    sae.renormalise(model)
-    sae.project_gradient(model)
-    optimiser.step()
-
-
-def contender(kind, dims, device, batch=256, latents=8192, k=64):
-    """A function that takes one training step of a `kind`, on one random batch of the thesis's size."""
-    import sae
-    import torch
-    g = torch.Generator().manual_seed(0)
-    x = {s: torch.nn.functional.normalize(torch.randn(batch, d, generator=g)).to(device) for s, d in dims.items()}
-    model = sae.SPARC(dims, latents, k, select="bf16" if kind == "bf16" else "fp32").to(device).train()
-    if kind == "dense":                                      # with its defaults, as the authors call it
-        optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
-    else:
-        optimiser = sae.make_optimiser(model)
-    step = {"phases": phases, "dense": dense_step, "dense fused": dense_step}.get(kind, sae.train_step)
-
-    def run():
-        result = step(model, optimiser, x)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return result
-    return run
-
-
-def phases(model, optimiser, x):
-    """Take one training step with a stopwatch on its parts: dict phase -> seconds."""
-    import sae
-    import torch
-    spent = {}
-
-    def watch(owner, name, phase):
-        inner = getattr(owner, name)
-
-        def timed(*args, **kw):
-            began = time.perf_counter()
-            result = inner(*args, **kw)
-            spent[phase] = spent.get(phase, 0) + time.perf_counter() - began
-            return result
-        setattr(owner, name, timed)
-        return lambda: setattr(owner, name, inner)
-    undo = [watch(model, "_support", "choose"), watch(model, "loss", "forward"), watch(torch.Tensor, "backward", "backward"),
-            watch(sae, "project_gradient", "project"), watch(optimiser, "step", "adam"), watch(sae, "renormalise", "renormalise"),
-            watch(sae, "_count_idle", "count dead")]
-    sae.train_step(model, optimiser, x)
-    for restore in undo:
-        restore()
-    spent["forward"] -= spent["choose"]                      # the loss does the choosing
-    return spent
-
-
-def step_memory(kind, dims, device):
-    """Peak memory (MB) of a process that does nothing but three training steps."""
-    import eval as judge
-    with judge.PeakMemory() as peak:
-        step = contender(kind, dims, device)
-        for _ in range(3):
-            step()
-    return round(peak.mb)
-
-
-def bench_sparc(dims, rounds, device):
-    """Time and memory of a training step, sparse against dense, steps of all kinds taking turns. Returns plain figures."""
-    import eval as judge
-    steps = {kind: contender(kind, dims, device) for kind in ("sparse", "bf16", "dense", "dense fused")}
-    times = {kind: [] for kind in steps}
-    for i in range(rounds + 1):
-        for kind, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if i:                                            # the first is a warm-up
-                times[kind].append(1000 * (time.perf_counter() - began))
-    ms = {kind: statistics.median(v) for kind, v in times.items()}
-    del steps, step
-    apart = contender("phases", dims, device)
-    apart = [apart() for _ in range(rounds + 2)][2:]
-    return {"streams": dims, "step_ms": round(ms["sparse"], 1), "bf16_step_ms": round(ms["bf16"], 1),
-            "dense_step_ms": round(ms["dense"], 1), "dense_fused_step_ms": round(ms["dense fused"], 1),
-            "ratio": round(ms["dense"] / ms["sparse"], 2), "fused_ratio": round(ms["dense fused"] / ms["sparse"], 2),
-            "phase_ms": {name: round(1000 * statistics.median(p[name] for p in apart), 1) for name in apart[0]},
-            "peak_mb": judge.in_child(step_memory, "sparse", dims, device),
-            "dense_peak_mb": judge.in_child(step_memory, "dense", dims, device)}
-
-
-def bench_rows(rows):
-    """Peak memory of some hundred training steps and an evaluation on a memory-mapped folder of `rows` float16 rows."""
-    import eval as judge
-    import numpy as np
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        for s, d in (("dino", 1024), ("clip_img", 768), ("clip_txt", 768)):
-            out = np.lib.format.open_memmap(out_path(folder, f"{s}.npy"), "w+", np.float16, (rows, d))
-            for start in range(0, rows, 4096):
-                out[start:start + 4096] = rng.standard_normal((min(4096, rows - start), d), np.float32)
-            del out
-        np.save(out_path(folder, "labels.npy"), rng.integers(0, 20, rows))
-        split = np.full(rows, "train", "<U5")
-        split[rng.permutation(rows)[:rows // 5]] = "test"
-        np.save(out_path(folder, "split.npy"), split)
-        return judge.in_child(train_on_rows, folder)
-
-
-def train_on_rows(folder, n_steps=300):
-    """Train and judge on a folder, in a process of its own: its rows, peak RssAnon in MB, and seconds by phase."""
-    import data
-    import eval as judge
-    import sae
-    with judge.PeakMemory() as peak:
-        marks = [time.time()]
-        features = data.read_features(folder)
-        marks.append(time.time())
-        model = sae.SPARC(features.dims, MODEL["latents"][0], MODEL["k"][0])
-        batches = data.Batches(features.rows("train"), 256, 0)
-        sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps)
-        marks.append(time.time())
-        measure(model, features, Flags({**{k.replace("-", "_"): v[0] for k, v in RUN.items()}, "seed": 0}))
-        marks.append(time.time())
-    seconds = [round(b - a, 1) for a, b in zip(marks, marks[1:])]
-    return {"rows": len(features), "data_mb": round(sum(x.nbytes for x in features.streams.values()) / 2 ** 20),
-            "peak_mb": round(peak.mb), **dict(zip(("read_s", "train_s", "evaluate_s"), seconds))}
-
-
-def loop_scan(u, delta, A, B, C):
-    """The recurrence over `unbind` and `stack`, its gradient left to autograd: the plain way to write it well."""
-    import torch
-    h, y = u.new_zeros(u.shape[0], *A.shape), []
-    for u_t, d_t, B_t, C_t in zip(*(v.unbind(1) for v in (u, delta, B, C))):
-        h = torch.exp(d_t.unsqueeze(-1) * A) * h + (d_t * u_t).unsqueeze(-1) * B_t.unsqueeze(1)
-        y.append((h @ C_t.unsqueeze(-1)).squeeze(-1))
-    return torch.stack(y, 1)
-
-
-def parallel_scan(a, b):
-    """h_t = a_t h_{t-1} + b_t over dimension 1 of (B, L, D, N), by halves (Blelloch 1990): L/2 pairs at once, then L/4, ..."""
-    import torch
-    if a.shape[1] == 1:
-        return b
-    even = a.shape[1] - a.shape[1] % 2
-    a1, b1, a2, b2 = a[:, 0:even:2], b[:, 0:even:2], a[:, 1:even:2], b[:, 1:even:2]
-    odd_h = parallel_scan(a1 * a2, torch.addcmul(b2, a2, b1))                               # h_1, h_3, ...
-    h = torch.empty_like(b)
-    h[:, 1:even:2] = odd_h
-    h[:, 0] = b[:, 0]
-    h[:, 2::2] = torch.addcmul(b[:, 2::2], a[:, 2::2], odd_h[:, :h[:, 2::2].shape[1]])
-    return h
-
-
-def textbook_scan(u, delta, A, B, C):
-    """The scan by `parallel_scan`, forward and (reversed in time) backward: all states at once."""
-    import torch
-
-    class Scan(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, a, b):
-            h = parallel_scan(a, b)
-            ctx.save_for_backward(a, h)
-            return h
-
-        @staticmethod
-        def backward(ctx, g):
-            a, h = ctx.saved_tensors
-            later = torch.cat([torch.zeros_like(a[:, :1]), a[:, 1:].flip(1)], 1)
-            g = parallel_scan(later, g.flip(1)).flip(1)                                     # g_t + a_{t+1} g_{t+1}
-            return torch.cat([torch.zeros_like(h[:, :1]), g[:, 1:] * h[:, :-1]], 1), g
-    h = Scan.apply(torch.exp(delta.unsqueeze(-1) * A), (delta * u).unsqueeze(-1) * B.unsqueeze(2))
-    return (h @ C.unsqueeze(-1)).squeeze(-1)
-
-
-def scan_contenders(size, device):
-    """dict name -> (forward, forward and backward), functions of nothing, on random inputs of one size (B, L, D, N)."""
-    import ssm
-    import torch
-    import torch.nn.functional as F
-    b, L, D, N = size
-    g = torch.Generator().manual_seed(0)
-    u, z, gy, delta = (torch.randn(b, L, D, generator=g).to(device) for _ in range(4))
-    B, C = (torch.randn(b, L, N, generator=g).to(device) for _ in range(2))
-    A = -torch.arange(1., N + 1, device=device).repeat(D, 1)
-    skip, bias = torch.ones(D, device=device), torch.zeros(D, device=device)
-    inputs = [v.requires_grad_() for v in (u, delta / 2 - 3, A, B, C, skip, z, bias)]
-
-    def whole(core):
-        """Around a bare scan what selective_scan does around its own."""
-        def run(u, delta, A, B, C, skip, z, bias):
-            return (core(u, F.softplus(delta + bias), A, B, C) + skip * u) * F.silu(z)
-        return run
-
-    def both(scan):
-        def forward():
-            with torch.no_grad():
-                return scan(*inputs)
-        return forward, lambda: torch.autograd.grad(scan(*inputs), inputs, gy)
-    backends = {name: functools.partial(ssm.selective_scan, backend=name) for name in ("reference", "torch", "native")}
-    found = {"loop over slices (reference)": both(backends["reference"]),
-             "loop over unbind, autograd": both(whole(loop_scan)),
-             "parallel scan (Blelloch)": both(whole(textbook_scan)), "torch (ours)": both(backends["torch"])}
-    if ssm.native() and ssm.native().serves(u, N):
-        found["native (ours)"] = both(backends["native"])
-    return found
-
-
-def apart(device, function, *args):
-    """On the CPU in a process of its own, whose memory is its own; a GPU counts by itself."""
-    import eval as judge
-    return judge.in_child(function, *args) if device == "cpu" else function(*args)
-
-
-def scan_memory(size, device, name):
-    """MB that one forward and backward of a contender needs."""
-    import eval as judge
-    scan_contenders((1, 64, 8, 4), device)[name][1]()        # what is loaded and started but once is not the scan's
-    return judge.round_or_none(judge.peak_of(scan_contenders(size, device)[name][1], device))
-
-
-def bench_scan(device):
-    """Ways to compute a selective scan, with softplus, skip and gate, against exp of a ready (B, L, D, N) array."""
-    import eval as judge
-    import torch
-    results = []
-    for size in ((8, 197, 384, 16), (2, 1024, 384, 16), (1, 4096, 384, 16)):
-        ready = -torch.rand(*size, device=device)
-        out = torch.empty_like(ready)
-        floor = judge.median_ms(lambda: torch.exp(ready, out=out), device)
-        rate = 2 * ready.nbytes / judge.median_ms(lambda: out.copy_(ready), device) / 1e6         # GB/s
-        del ready, out
-        r = {"B, L, D, N": size, "exp_ms": floor, "copy_gb_s": rate, "ways": {}}
-        moved = (4 * size[0] * size[1] * size[2] + 2 * size[0] * size[1] * size[3]) * 4     # bytes: u, delta, z, y, B, C
-        for name, (forward, both) in scan_contenders(size, device).items():
-            ms = judge.median_ms(forward, device)
-            slow = "slices" in name and size[1] > 1024       # its gradient grows with L^2: minutes
-            full = None if slow else judge.median_ms(both, device)
-            memory = None if slow else apart(device, scan_memory, size, device, name)
-            r["ways"][name] = {"forward_ms": ms, "both_ms": full, "forward_ratio": ms / floor,
-                               "both_ratio": full and full / floor, "peak_mb": memory, "forward_gb_s": moved / ms / 1e6}
-        results.append(r)
-    return results
-
-
-def print_scan(results, device):
-    """`bench_scan`'s figures as a table for each size; on a GPU with the rate of memory moved."""
-    import eval as judge
-    for r in results:
-        b, L, D, N = r["B, L, D, N"]
-        print(f"\nB {b}, L {L}, D {D}, N {N}, float32, {device}; copying memory: {r['copy_gb_s']:.0f} GB/s")
-        gpu = [] if device == "cpu" else ["forward GB/s"]
-        header = ["selective scan", "forward ms", "forward+backward ms", "forward / exp", "f+b / exp", "peak MB", *gpu]
-        rows = [["exp alone", r["exp_ms"], None, 1., None, None, *[None for _ in gpu]]]
-        columns = ["forward_ms", "both_ms", "forward_ratio", "both_ratio", "peak_mb", *("forward_gb_s" for _ in gpu)]
-        rows += [[name, *(w[k] for k in columns)] for name, w in r["ways"].items()]
-        print(judge.text_table(header, rows))
-
-
-def backbone_contenders(device):
-    """dict name -> function(side) -> (forward, forward and backward) of one image of that side."""
-    import ssm
-    import torch
-    # The gradients of tokens far from the class token fall below the smallest normal number, which slows CPUs down.
-    torch.set_flush_denormal(True)
-
-    def both(make, side, backend="torch", keep=False):
-        torch.manual_seed(0)
-        model, x = make().to(device), torch.randn(1, 3, side, side, device=device)
-        for part in model.modules():
-            if isinstance(part, ssm.Attention):
-                part.keep = keep
-            if isinstance(part, ssm.Mixer):
-                part.backend = backend
-
-        def forward():
-            with torch.no_grad():
-                model(x)
-        return forward, lambda: model(x).sum().backward()
-    found = {"ViT-tiny, fused attention": functools.partial(both, ssm.vit_tiny),
-             "ViT-tiny, attention matrix": functools.partial(both, ssm.vit_tiny, keep=True)}
-    compiled = ssm.native() and ssm.native().serves(torch.zeros(1, device=device), 16)
-    for backend in ("reference", "torch", "native") if compiled else ("reference", "torch"):
-        found[f"Vim-tiny, {backend}"] = functools.partial(both, ssm.vim_tiny, backend=backend)
-    return found
-
-
-def backbone_memory(side, device, name, training):
-    """MB that one forward, or with `training` forward and backward, needs beyond the model."""
-    import eval as judge
-    make = backbone_contenders(device)[name]
-    make(64)[training]()
-    return judge.round_or_none(judge.peak_of(make(side)[training], device))
-
-
-def bench_backbones(device):
-    """ViT-tiny against Vim-tiny, one image of growing size: figures per number of tokens."""
-    import eval as judge
-    results = []
-    for side in (224, 384, 512, 768, 1024):
-        tokens = (side // 16) ** 2
-        r = {"tokens": tokens, "models": {}}
-        for name, make in backbone_contenders(device).items():
-            say(f"{tokens} tokens: {name}")
-            forward, training = make(side)
-            r["models"][name] = found = {"forward_ms": judge.median_ms(forward, device, 5)}
-            slow = "reference" in name and tokens > 196      # gradients of slices grow with the square of the tokens
-            if not slow:
-                found["both_ms"] = judge.median_ms(training, device, 5)
-            for i, key in enumerate(("forward_mb", "both_mb")[:1 if slow else 2]):
-                found[key] = apart(device, backbone_memory, side, device, name, i)
-        results.append(r)
-    return results
-
-
-def print_backbones(results, device, svg):
-    """`bench_backbones`' figures as tables against tokens, and as charts in the file `svg`, if named."""
-    import eval as judge
-    names, tokens, pictures = list(results[0]["models"]), [r["tokens"] for r in results], []
-    for key, title in (("forward_ms", "forward, ms"), ("both_ms", "forward + backward, ms"),
-                       ("forward_mb", "peak memory of forward, MB"), ("both_mb", "peak memory of forward + backward, MB")):
-        values = {name: [r["models"].get(name, {}).get(key) for r in results] for name in names}
-        print(f"\n{title}; one image, float32, {device}")
-        header, curves = list(map(str, tokens)), {name: list(enumerate(v)) for name, v in values.items()}
-        print(judge.text_table(["tokens", *header], [
-            [name, *(x and f"{x:,.{0 if x >= 100 else 1}f}" for x in v)] for name, v in values.items()]))
-        pictures.append(judge.svg_lines(curves, "tokens", title, header, log=True))
-    if svg:
-        judge.write_text(svg, judge.standalone_svg(*pictures))
-        say(f"wrote {svg}")
-
 
 def cmd_build(flags):
     """Compile the fast selective scan (csrc/); REPSAE_NATIVE=1 in the environment then makes every command use it."""
@@ -1848,19 +2164,16 @@ def cmd_bench(flags):
         judge.write_json(flags.json, found)
 
 
-def print_sparc(r, device, threads):
-    """One size of `bench_sparc`: the contenders as a table, and our step by phase."""
+def cmd_bench(flags):
+    """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
     import eval as judge
-    print(f"\nM = {len(r['streams'])} streams, {sum(r['streams'].values())} dimensions in all, batch 256, L 8192, k 64, "
-          f"{threads} threads, {device}")
-    print(judge.text_table(["one training step", "ms", "times ours", "peak MB"], [
-        ["sparse (ours)", r["step_ms"], 1., r["peak_mb"]],
-        ["sparse, --select bf16", r["bf16_step_ms"], r["bf16_step_ms"] / r["step_ms"], None],
-        ["dense, Adam's defaults (the authors' way)", r["dense_step_ms"], r["ratio"], r["dense_peak_mb"]],
-        ["dense, fused Adam", r["dense_fused_step_ms"], r["fused_ratio"], None]]))
-    total = sum(r["phase_ms"].values())
-    print("ours by phase: " + ", ".join(f"{name} {ms:.0f} ms ({100 * ms / total:.0f} %)"
-                                        for name, ms in r["phase_ms"].items()))
+    if flags.svg and not os.path.isdir(os.path.dirname(flags.svg) or "."):
+        raise InputError(f"--svg {flags.svg}: no such folder - make it first")
+    sys.path.append(out_path(os.path.dirname(os.path.abspath(__file__)), "tests"))
+    import bench
+    found = bench.run(flags.what, flags.device, flags.svg)
+    if flags.json:
+        judge.write_json(flags.json, found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1904,8 +2217,10 @@ def command(name, run, groups, out=None, positional=(), extra=None, defaults=Non
 
 
 command("sparc", cmd_sparc, (DATA, MODEL, TRAINING, NULL, RUN), "runs/sparc")
-command("sae", cmd_sae, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam", "loss")}, TRAINING, RUN),
-        "runs/sae", extra={"stream": (None, str, "the stream to train on; needed when the data has several")})
+STREAM = {"stream": (None, str, "the stream to use; needed when there are several")}
+command("sae", cmd_sae, (DATA, SAE, TRAINING, RUN), "runs/sae", extra=STREAM)
+command("variants", cmd_variants, (DATA, {k: v for k, v in SAE.items() if k not in ("activation", "revive", "preset")},
+                                   TRAINING, RUN), "runs/variants", extra=STREAM)
 command("eval", cmd_eval, (DATA, SEED, {k: RUN[k] for k in ("device", "eval-rows")}, BENCH), positional=("run",))
 command("encode", cmd_encode, (DATA, SEED, {"device": RUN["device"], "overwrite": RUN["overwrite"]}), "codes.npz",
         positional=("run",),
@@ -1914,13 +2229,40 @@ command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in
         "runs/ablate", defaults={"null": True})
 command("sweep", cmd_sweep, (DATA, {k: v for k, v in MODEL.items() if k != "topk"}, TRAINING, RUN), "runs/sweep",
         extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=")})
+ON_RUN = {**DATA, **STREAM, **SEED, "device": RUN["device"]}
+OUT = {"out": (None, str, "where to write; a folder inside the run by default")}
+command("latents", cmd_latents, (ON_RUN, OUT), positional=("run",), extra={
+    "tau": (0., float, "activation above which a patch counts (CytoSAE Eq. 3; its barcodes use 0.2)"),
+    "top": (10, int, "reference samples of a latent"), "show": (24, int, "latents in the gallery"),
+    "weighted": (False, bool, "entropy of the reference samples weighted by activation, as CytoSAE's code has it"),
+    "between": (None, str, "two labels, separated by a comma: which latents tell their groups apart")})
+command("intervene", cmd_intervene, (ON_RUN, OUT), positional=("run",), extra={
+    "label": (None, str, "the label to look for, by name or number"),
+    "head": (None, str, ".npz with weight (d,) and bias () of a linear head on the mean of the tokens; else one is fitted"),
+    "rank": ("mean", ("mean", "difference", "boxes"), "which latents belong to the label: by its mean activation (the "
+             "paper's), by the difference to the other class, or by activity inside its boxes on training pictures (ours)"),
+    "percentile": (95., float, "of each heat map: what is at or above it counts as hot"),
+    "iou": (0.25, float, "overlap with a true box that makes a box right"),
+    "other": (None, str, "features of the same samples by another backbone: are the class means further apart there?")})
+command("fidelity", cmd_fidelity, (ON_RUN, OUT, {"eval-rows": (2000, int, "test samples whose neighbours are compared")}),
+        positional=("run",))
+command("describe", cmd_describe, (ON_RUN, OUT), positional=("run",), extra={"top": (8, int, "samples of each sort")})
+command("search", cmd_search, (ON_RUN,), positional=("run",), extra={
+    "names": (None, str, 'JSON of the latents\' names: {"17": "round nucleus"}'), "query": (None, str, "words"),
+    "embeddings": (None, str, ".npz with latents (n,), vectors (n, e) and query (e,) of any text model, instead of words"),
+    "label": (None, str, "label that the query asks for, to measure precision"), "top": (10, int, "samples to show")})
+command("compare", cmd_compare, (ON_RUN, BENCH), positional=("run", "other"), extra={
+    "stream-b": (None, str, "the stream of the second run, if it has several"),
+    "sparc": (None, str, "a run of sparc on both streams, to set beside")})
 command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
 command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
         "feats.npz", extra={"weights": (None, str, "name=RUN of dino, name=arch:FILE or name=arch:random; several, separated "
                                         "by commas"),
                             "size": (0, int, "side to judge at; 0 for the one trained at"),
                             "last": (4, int, "ViT: class tokens of so many last blocks side by side"),
-                            "tokens": (False, bool, "patch tokens (N, T, d) instead of the class token")})
+                            "tokens": (False, bool, "patch tokens (N, T, d), in half precision, instead of the class token"),
+                            "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out; always "
+                                      "so where objects are annotated (Pascal VOC)")})
 command("probe", cmd_probe, (DATA, SEED, BENCH),
         extra={"solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
                "strength": (1., float, "lbfgs: C of the linear probe, larger is less regular")})
@@ -1983,8 +2325,8 @@ def parse(argv):
 
 def check_ranges(flags):
     """The flags, if all numbers are within MINIMUM and MAXIMUM and the learning rate is positive; else raises InputError."""
-    for name, least in MINIMUM.items():
-        if name in flags and not flags[name] >= least:
+    for name, least in {**MINIMUM, "latents": 0 if "expansion" in flags else 1}.items():      # 0: by --expansion
+        if flags.get(name) is not None and not flags[name] >= least:
             raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give at least {least}")
     for name, most in MAXIMUM.items():
         if name in flags and not flags[name] <= most:

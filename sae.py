@@ -1,9 +1,9 @@
-"""SPARC: sparse autoencoders that give many models one shared sparse code.
+"""Sparse autoencoders: SPARC, which gives many models one shared sparse code, and the family for one model alone.
 
 Read first   thesis 5.2 (Eq. 6-14) and A.1.2; the paper "SPARC" sections 3.2-3.3. Gao et al., "Scaling and
-             evaluating sparse autoencoders", for TopK and AuxK. With one stream, SPARC is Gao's TopK autoencoder.
+             evaluating sparse autoencoders", for TopK and AuxK. For `SAE`: thesis 4.1 (Eq. 1-5).
 Read in      `dense_loss` (the equations as the thesis writes them), then `SPARC`, then the sparse products that
-this order   make it fast, then `train_step` and `fit`.
+this order   make it fast, then `SAE`, then `train_step` and `fit`.
 
 Glossary     B batch . M streams . L latents . k latents kept per sample . d_s width of stream s
              s, t     source and target stream
@@ -22,7 +22,7 @@ Deviations   from the authors' code, where it differs from the papers or is wron
              dictionary rows are renormalised after the optimiser step, so what is saved has unit norm;
              dead latents are counted in training only; an all-zero sample is skipped, not divided by.
 Ours         topk="both" (train on the joint and on the alone support) and the sparse arithmetic.
-Not here     learning-rate schedules, mixed precision, several GPUs.
+Not here     learning-rate decay, mixed precision, several GPUs.
 
 This file needs nothing but torch: copy it alone into your project.
 
@@ -30,6 +30,7 @@ This file needs nothing but torch: copy it alone into your project.
     fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4)          # batch: {"clip": (B, 512), "dino": (B, 768)}
     codes = model.encode({"clip": x_clip}, mode="alone")                  # raw features in, {"clip": Codes} out
     dino_hat = model.decode(codes["clip"], "dino")                        # Eq. 12: one model read from another
+    single = SAE({"clip": 512}, n_latents=4096, activation="relu", sparsity=0.05)           # thesis 4.1; fits, encodes alike
 """
 import os
 import warnings
@@ -43,6 +44,9 @@ from torch.autograd.function import once_differentiable
 
 TOPK = ("global", "local", "both", "random")
 NORMS = ("l2", "standard", "standard,l2", "none")
+ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
+ERRORS = ("nmse", "sum", "mean")
+REVIVE = ("none", "auxk", "ghost", "resample")
 FIRES = 1e-3  # a latent counts as having fired when a value exceeds this (the authors' auxk_threshold)
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -415,7 +419,7 @@ class SPARC(nn.Module):
         if len(x) < len(self.streams):
             raise InputError("training needs every stream - missing " + ", ".join(set(self.streams) - set(x)))
         c = {s: v - self.b_pre[s] for s, v in x.items()}
-        weight = {s: _nmse_weight(v) for s, v in x.items()}
+        weight = {s: _nmse_weight(v) for s, v in x.items()}                                 # (B,)
         total, parts = 0., {"self": [], "cross": [], "aux": [], "codes": []}
         for mode in self._training_modes():
             codes = self._codes(c, self._support(c, mode))
@@ -471,6 +475,200 @@ class SPARC(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One stream: the family of sparse autoencoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+class SAE(SPARC):
+    """A sparse autoencoder of one stream, x_hat = W_d z + b_pre with z = f(W_e (x - b_pre) + b_lat): thesis Eq. 1-4.
+
+    dims        {stream: d}                  n_latents   L
+    activation  f.  "relu"       sparse by the penalty: thesis Eq. 5, Mammo-SAE Eq. 1, CytoSAE Eq. 2
+                    "topk"       the k largest logits of a sample (Gao et al. 2024); no penalty
+                    "batchtopk"  the B*k largest logits of a batch (Bussmann et al. 2024); afterwards every logit above a
+                                 threshold, the mean over steps of the smallest value that was kept
+                    "jumprelu"   logits above a threshold learned for each latent (Rajamanoharan et al. 2024)
+    k           latents kept per sample (topk), on average (batchtopk)
+    sparsity    lambda: weight of the mean over samples of ||z||_1 (relu) or of ||z||_0 (jumprelu)
+    error       "sum"   ||x - x_hat||^2, averaged over samples: thesis Eq. 5, as in all papers
+                "mean"  the same over d, as Mammo-SAE's and CytoSAE's code: lambda_paper = d * lambda_code
+                "nmse"  each sample's over ||x||^2: thesis Eq. 13
+    revive      what is done about dead latents, silent for `dead_after` training steps
+                "auxk"      they rebuild the residual (see SPARC)
+                "ghost"     they are trained as if exp(logit) were their activation (CytoSAE section 2): see `ghost_error`
+                "resample"  they become samples that are badly rebuilt (Bricken et al. 2023): see `_resample`
+    start       (d,) first value of b_pre, in normalised units: zeros, or a mean, or a `geometric_median`
+    bandwidth   epsilon of the straight-through gradients of the JumpReLU threshold; it starts at `threshold`
+    The others, and the parameters' names, are SPARC's. Raises InputError for settings that cannot be.
+    """
+
+    def __init__(self, dims, n_latents, activation="topk", k=64, sparsity=0., error="nmse", revive="auxk", norm="l2",
+                 stats=None, start=None, aux_k=64, aux_coef=1 / 32, dead_after=1000, reinit_after=1000, bandwidth=0.05,
+                 threshold=0.05, select="fp32", kernels="auto", seed=42):
+        for name, value, allowed in (("activation", activation, ACTIVATIONS), ("error", error, ERRORS),
+                                     ("revive", revive, REVIVE)):
+            if value not in allowed:
+                raise InputError(f"{name}={value!r} - use one of {', '.join(allowed)}")
+        if len(dims) != 1:
+            raise InputError(f"SAE takes one stream, not {len(dims)} - use SPARC for several")
+        if not (sparsity >= 0 and bandwidth > 0 and threshold > 0):
+            raise InputError(f"sparsity={sparsity}, bandwidth={bandwidth}, threshold={threshold} - give numbers above 0")
+        k = k if "topk" in activation else min(k, n_latents)
+        super().__init__(dims, n_latents, k, "local", 0., "sum", norm, stats, aux_k, aux_coef, dead_after, reinit_after,
+                         select, kernels, seed)
+        own = dict(activation=activation, sparsity=sparsity, error=error, revive=revive, bandwidth=bandwidth,
+                   threshold=threshold)
+        for name in ("topk", "lam", "reduction"):
+            del self.config[name]
+        self.config.update(own)
+        for name, value in own.items():
+            if name != "threshold":
+                setattr(self, name, value)
+        self.stream = self.streams[0]
+        if start is not None:
+            self.b_pre[self.stream].data.copy_(start)
+        if activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.full((n_latents,), float(threshold)).log())
+        self.register_buffer("kept_above", torch.tensor(float("nan")))                      # batchtopk's threshold, unset
+
+    def logits(self, c):
+        """(B, d) centred features -> (B, L), thesis Eq. 2 before its ReLU."""
+        return torch.addmm(self.b_lat[self.stream], c, self.W_enc[self.stream].T)
+
+    def activate(self, h, batch=False):
+        """Logits (B, L) -> (code z (B, L), penalty). batch=True: choose among the whole batch, as batchtopk trains."""
+        if self.activation == "relu":
+            z = torch.relu(h)
+            return z, z.sum(1).mean()
+        if self.activation == "jumprelu":
+            theta = self.log_threshold.exp()
+            on = _Step.apply(h, theta, self.bandwidth)
+            # the gradients of on arrive at theta as those of z = h 1[h > theta] do: -theta/epsilon near the threshold
+            return h * on.detach() + theta.detach() * (on - on.detach()), on.sum(1).mean()
+        if batch:
+            kept = h.detach().flatten().topk(len(h) * self.k, sorted=False).indices
+            on = torch.zeros(h.numel(), dtype=torch.bool, device=h.device).index_fill_(0, kept, True).view_as(h)
+        else:
+            if self.kept_above.isnan():
+                raise InputError("the threshold of batchtopk is not set - train for a step at least before encoding")
+            on = h > self.kept_above
+        return torch.relu(h) * on, h.new_zeros(())
+
+    def encode(self, x, mode=None):
+        """Raw features {stream: (B, d)} -> {stream: Codes}, of the width of the sample with most active latents.
+
+        mode is there for the likeness with SPARC and changes nothing: a single stream is always alone.
+        """
+        if self.activation == "topk":
+            return super().encode(x, "alone")
+        c = self._features(x)[self.stream] - self.b_pre[self.stream]
+        z, _ = self.activate(self.logits(c))
+        width = max(1, int((z > 0).sum(1).max())) if len(z) else 1
+        values, indices = z.topk(width, sorted=False)
+        return {self.stream: Codes(indices, values)}
+
+    def decode(self, codes, stream=None):
+        """Codes -> (B, d) reconstruction in normalised units, thesis Eq. 3-4."""
+        return super().decode(codes, stream or self.stream)
+
+    def loss(self, x):
+        """Thesis Eq. 5, or its relatives, for one batch of raw features {stream: (B, d)}.
+
+        Returns (total, parts): detached scalars `self` (the error), `sparsity` (the penalty before its weight), `aux` (what
+        revives the dead), `cross` (0), and `codes` as SPARC has them.
+        """
+        s = self.stream
+        v = self._features(x)[s]
+        c = v - self.b_pre[s]
+        if self.activation == "topk":
+            codes = self._codes({s: c}, self._support({s: c}, "alone"))[s]
+            y, penalty = _SparseDecode.apply(codes.values, self.W_dec[s], self._pattern(codes.indices)), c.new_zeros(())
+        else:
+            z, penalty = self.activate(self.logits(c), batch=self.training)
+            y = z @ self.W_dec[s]
+            codes = Codes(torch.arange(self.n_latents, device=z.device).expand_as(z), z)
+        weight = {"nmse": _nmse_weight, "sum": lambda v: v.new_full((len(v),), 1 / len(v)),
+                  "mean": lambda v: v.new_full((len(v),), 1 / v.numel())}[self.error](v)    # (B,)
+        error = (y - c).square() * weight.unsqueeze(1)                                      # (B, d), sums to the mean error
+        aux = self._revival(c, (c - y).detach(), error.detach())
+        if self.training and self.activation == "batchtopk":
+            self._learn_threshold(codes.values.detach())
+        parts = {"self": error.sum(), "sparsity": penalty, "aux": aux, "cross": c.new_zeros(())}
+        total = parts["self"] + self.sparsity * penalty + (self.aux_coef if self.revive == "auxk" else 1) * aux
+        return total, {**{name: part.detach() for name, part in parts.items()}, "codes": [{s: codes}]}
+
+    def _revival(self, c, residual, error):
+        """The term of the loss that dead latents get, not yet weighted; 0 when there are none."""
+        dead = self.dead(self.stream)
+        if self.revive not in ("auxk", "ghost") or not dead.any():
+            return c.new_zeros(())
+        if self.revive == "auxk":
+            return self._auxk(c.detach(), residual, self.stream)
+        h = torch.addmm(self.b_lat[self.stream][dead], c, self.W_enc[self.stream][dead].T)
+        return ghost_error(residual, h, self.W_dec[self.stream][dead], error).sum()
+
+    @torch.no_grad()
+    def _learn_threshold(self, z, rate=0.01):
+        """Running mean over steps of the smallest positive value that was kept (Bussmann et al.; the first step sets it)."""
+        least = torch.where(z > 0, z, torch.inf).min()
+        if least.isfinite():
+            self.kept_above.copy_(least if self.kept_above.isnan() else self.kept_above.lerp(least, rate))
+
+
+class _Step(torch.autograd.Function):
+    """1[h > theta] for h (B, L), theta (L,), with the gradient at theta of Rajamanoharan et al. (2024): -1/epsilon for logits
+    within epsilon/2 of the threshold, whose mean over samples estimates minus their density there. None reaches h."""
+    @staticmethod
+    def forward(ctx, h, theta, epsilon):
+        ctx.save_for_backward(h, theta)
+        ctx.epsilon = epsilon
+        return (h > theta).to(h.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        h, theta = ctx.saved_tensors
+        near = (h - theta).abs() < ctx.epsilon / 2
+        return None, -(g * near).sum(0) / ctx.epsilon, None
+
+
+def ghost_error(residual, h, W, error):
+    """What dead latents would rebuild of the residual, were exp(h) their activation (ghost gradients, CytoSAE's code).
+
+    residual (B, d) = x - x_hat, error (B, d) of the reconstruction, both without gradient; h (B, D) logits of the D dead
+    latents, W (D, d) their dictionary rows. Returns (B, d): it has `error`'s value, and gradients to h and W alone.
+    """
+    ghost = h.exp() @ W
+    length = residual.norm(dim=-1, keepdim=True)
+    ghost = ghost * (length / (1e-6 + 2 * ghost.norm(dim=-1, keepdim=True))).detach()       # half as long as the residual
+    e = (ghost - residual).square() / length.clamp_min(1e-30)
+    return e * (error / (e + 1e-6)).detach()
+
+
+def geometric_median(x, iterations=1000, tolerance=1e-9):
+    """The point with the least sum of distances to the rows of x (n, d), by Weiszfeld's iteration: (d,).
+
+    A row that the iteration comes to lie on would divide by 0 or hold it there for ever; the step of Vardi and Zhang (2000)
+    leaves it, unless it is the median.
+    """
+    x = x.double()
+    y = x.mean(0)
+    for _ in range(iterations):
+        distance = (x - y).norm(dim=1)
+        here = distance <= 1e-12 * distance.max()
+        weight = torch.where(here, 0, 1 / distance.clamp_min(1e-300))
+        if here.all():
+            break
+        toward = (weight @ x) / weight.sum()
+        pull = (weight @ (x - y)).norm()
+        stay = (here.sum() / pull.clamp_min(1e-300)).clamp(max=1)
+        new = (1 - stay) * toward + stay * y
+        moved, y = (new - y).norm(), new
+        if moved <= tolerance * distance.mean():
+            break
+    return y.float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -502,6 +700,8 @@ def _count_idle(model, codes):
 @torch.no_grad()
 def _reinitialise(model, optimiser):
     """Draw anew the encoder rows that AuxK could not revive: N(0, 0.01^2), bias and Adam moments 0 (thesis A.1.2)."""
+    if getattr(model, "revive", "auxk") != "auxk":
+        return
     for s in model.streams:
         idle = getattr(model, f"idle_{s}")
         rows = (idle >= model.dead_after + model.reinit_after).nonzero().squeeze(1)
@@ -511,10 +711,47 @@ def _reinitialise(model, optimiser):
         W, b = model.W_enc[s], model.b_lat[s]
         W[rows] = 0.01 * torch.randn(len(rows), W.shape[1], generator=g).to(W)
         b[rows] = 0
-        for p in (W, b):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                optimiser.state[p][moment][rows] = 0
+        _forget(optimiser, rows, W, b)
         idle[rows] = 0
+
+
+def _forget(optimiser, rows, *parameters):
+    """Set Adam's moments of these rows to 0."""
+    for p in parameters:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            optimiser.state[p][moment][rows] = 0
+
+
+@torch.no_grad()
+def _resample(model, optimiser, x):
+    """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023), for revive="resample".
+
+    Samples of this batch (the published code keeps 819,200), drawn with probability proportional to the square of their
+    loss, become the directions; encoder rows get a fifth of the mean length of the living; bias and Adam moments 0.
+    """
+    s = model.stream
+    rows = model.dead(s).nonzero().squeeze(1)[:len(x[s])]
+    if model.revive != "resample" or not len(rows) or (model.activation == "batchtopk" and model.kept_above.isnan()):
+        return
+    v = model.normalise(x[s], s)
+    loss = (model.decode(model.encode(x)[s]) - v).square().sum(1)
+    found = int((loss > 0).sum())
+    rows = rows[:found]
+    if not len(rows):
+        return
+    g = torch.Generator().manual_seed(model.seed * 1_000_003 + int(model.step))
+    drawn = torch.multinomial(loss.square().cpu(), len(rows), generator=g).to(v.device)
+    model.W_dec[s][rows], model.W_enc[s][rows] = resampled_rows(
+        v[drawn] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
+    model.b_lat[s][rows] = 0
+    _forget(optimiser, rows, model.W_enc[s], model.W_dec[s], model.b_lat[s])
+    getattr(model, f"idle_{s}")[rows] = 0
+
+
+def resampled_rows(c, alive):
+    """Centred samples (n, d) and the encoder rows of living latents -> new dictionary rows, new encoder rows, both (n, d)."""
+    unit = F.normalize(c)
+    return unit, 0.2 * (alive.norm(dim=1).mean() if len(alive) else 1) * unit
 
 
 def make_optimiser(model, lr=1e-4):
@@ -550,19 +787,24 @@ def train_step(model, optimiser, x):
     _count_idle(model, parts["codes"])
     model.step += 1
     _reinitialise(model, optimiser)
+    if isinstance(model, SAE):
+        _resample(model, optimiser, x)
     return {"loss": total.detach(), **parts}
 
 
-def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None):
+def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     """Train until the model has taken `n_steps` steps in all (a resumed model goes on where it stopped).
 
     batch: callable step -> dict stream -> (B, d_s) raw tensor. A pure function of the step makes resuming exact.
+    warmup: steps over which the learning rate rises to lr (CytoSAE; SPARC has none).
     on_step(step, result): called after each step with what `train_step` returned; step counts from 1.
     Returns the optimiser.
     """
     optimiser = optimiser or make_optimiser(model, lr)
     model.train()
     for step in range(int(model.step), n_steps):
+        if warmup and step <= warmup:
+            optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / warmup)
         result = train_step(model, optimiser, batch(step))
         if on_step:
             on_step(step + 1, result)
@@ -596,7 +838,7 @@ def load(path, device="cpu"):
         raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - train again or restore the file")
     if not ours:
         raise InputError(f"{path} has format {state['format']!r} - this version reads repsae-sparc-1")
-    model = SPARC(**state["config"]).to(device)
+    model = (SAE if "activation" in state["config"] else SPARC)(**state["config"]).to(device)
     model.load_state_dict(state["model"])
     optimiser = None
     if state["optimiser"]:

@@ -593,3 +593,53 @@ def test_jitter_mirrors_and_shifts_and_nothing_else():
         seen.add((mirrored, shift))
         assert max(map(abs, shift)) <= 4 and torch.equal(v[8:24, 8:24], x[0, 0, 8 + shift[0]:24 + shift[0], 8 + shift[1]:24 + shift[1]])
     assert {m for m, _ in seen} == {True, False} and len(seen) > 20
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+def test_every_token_counts_as_a_sample_of_its_split_and_a_folder_stays_on_disk(tmp_path):
+    x = np.random.default_rng(0).standard_normal((10, 4, 3)).astype(np.float16)
+    split = np.array(["train"] * 7 + ["test"] * 3)
+    np.savez(tmp_path / "f.npz", a=x, split=split, grid=[2, 2], labels=np.arange(10))
+    (tmp_path / "d").mkdir()
+    for key, v in (("a", x), ("split", split), ("grid", np.array([2, 2]))):
+        np.save(tmp_path / "d" / f"{key}.npy", v)
+    for path in ("f.npz", "d"):
+        found = data.read_features(tmp_path / path)
+        assert found.tokens == 4 and found.grid == (2, 2) and found.dims == {"a": 3}
+        assert found.batch(np.array([1, 2]))["a"].shape == (2, 4, 3)
+        flat = found.per_token()
+        assert len(flat) == 40 and (flat.rows("train") == np.arange(28)).all() and flat.labels is None
+        np.testing.assert_array_equal(flat.batch(np.array([5]))["a"][0], x[1, 1].astype(np.float32))
+    assert isinstance(flat.streams["a"].base, np.memmap) or isinstance(flat.streams["a"], np.memmap)
+
+
+@pytest.mark.parametrize("arrays, message", [
+    ({"grid": np.array([2, 3])}, "'grid' is \\[2, 3\\] for 4 tokens"),
+    ({"b": np.ones((5, 3, 2))}, "tokens per sample differ between streams"),
+    ({"b": np.ones((5, 2))}, "tokens per sample differ between streams"),
+    ({"boxes": np.array([[0, 0, 0.5, 0.1, 0.4, 0.2]]), "labels": np.zeros(5, int)}, "'boxes' row 0"),
+    ({"boxes": np.array([[7, 0, 0.1, 0.1, 0.4, 0.2]]), "labels": np.zeros(5, int)}, "give a sample of 5"),
+    ({"boxes": np.zeros((2, 4))}, "'boxes' has shape \\(2, 4\\)"),
+])
+def test_tokens_that_do_not_fit_are_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "f.npz", a=np.ones((5, 4, 2)), **arrays)
+    with pytest.raises(InputError, match=message):
+        data.read_features(tmp_path / "f.npz")
+
+
+def test_a_voc_folder_is_read_with_its_splits_and_objects(tmp_path):
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (tmp_path / folder).mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (100, 50), (200, 90, 90)).save(tmp_path / "JPEGImages" / f"p{i}.jpg")
+        (tmp_path / "Annotations" / f"p{i}.xml").write_text(
+            "<a><object><name>cell</name><bndbox><xmin>10</xmin><ymin>5</ymin><xmax>60</xmax><ymax>30</ymax></bndbox></object></a>")
+    (tmp_path / "ImageSets/Main/trainval.txt").write_text("p0\n")
+    (tmp_path / "ImageSets/Main/test.txt").write_text("p1\n")
+    found = data.read_images(tmp_path)
+    assert found.split.tolist() == ["train", "test"] and found.labels is None
+    name, box = found.objects[0][0]
+    assert name == "cell"
+    np.testing.assert_allclose(box, (0.1, 0.1, 0.6, 0.6))
+

@@ -391,3 +391,213 @@ def test_overlays_colour_high_red_and_low_blue_in_the_right_place():
     assert tuple(pixels[5, 5]) == tuple(colours[0]) and tuple(pixels[15, 25]) == tuple(colours[1]) and tuple(pixels[5, 35]) == (128, 128, 128)
     sheet = judge.contact_sheet([[grey, grey]] * 3, ["a", "b"], 50)
     assert sheet.size == (2 * 58 + 8, 3 * 58 + 28)
+
+
+# -- what latents are and do -------------------------------------------------------------------------------------------
+
+def codes_of(array):
+    return sp.csr_matrix(np.asarray(array, np.float32))
+
+
+def test_tokens_are_pooled_to_their_mean_and_to_the_number_above_tau():
+    code = np.array([[0, 3.], [1, 0], [0, 0.2], [0, 0.4]])
+    strength, count = judge.pool_tokens(codes_of(code), 2, tau=0.3)
+    np.testing.assert_allclose(strength.toarray(), [[0.5, 1.5], [0, 0.3]], rtol=1e-6)
+    assert count.toarray().tolist() == [[1, 1], [0, 1]] and count.nnz == 3
+    np.testing.assert_allclose(judge.pool_tokens(codes_of(code), 1)[0].toarray(), code, rtol=1e-6)
+
+
+def test_label_entropy_is_0_for_one_label_and_ln_c_for_c_alike():
+    np.testing.assert_allclose(judge.label_entropy(np.array([[5., 0, 0], [2, 2, 2], [1, 1, 0]])), [0, np.log(3), np.log(2)])
+    assert np.isnan(judge.label_entropy(np.zeros((1, 3)))).all()
+
+
+def test_label_entropy_is_the_one_of_cytosaes_code_where_that_adds_its_constant_inside_the_logarithm(golden):
+    z, _ = golden("cyto")
+    values, labels = z["in.entropy.values"], z["in.entropy.labels"]
+    weight = np.stack([(values * (labels == c)).sum(1) for c in range(labels.max() + 1)], 1)
+    np.testing.assert_allclose(judge.label_entropy(weight), z["out.entropy"], atol=1e-6, equal_nan=True)
+
+
+def test_a_table_of_latents_by_hand():
+    #            sample:  0    1    2    3
+    strength = codes_of([[2.0, 0, 0.1, 0], [1.0, 0, 0.1, 0], [0, 0, 0.3, 0], [0, 0, 0.1, 0]])
+    count = codes_of([[1, 0, 1, 0], [2, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
+    labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0]], bool)                               # the last is unlabelled
+    table = judge.latent_table(strength, count, labels, top=2)
+    np.testing.assert_allclose(table["frequency"], [0.5, 0, 1, 0])
+    np.testing.assert_allclose(table["mean"], [1.5, np.nan, 0.15, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(table["entropy"], [0, np.nan, judge.label_entropy(np.array([[2., 1]]))[0], np.nan])
+    assert table["label"].tolist() == [0, -1, 0, -1]
+    np.testing.assert_allclose(table["purity"], [1, 0, 2 / 3, 0])
+    ranks = table["references"].toarray()
+    assert ranks[0].tolist() == [2, 1, 0, 0]                 # by the number of patches, before the strength
+    assert ranks[2].tolist() == [2, 0, 1, 0]                 # one patch each: by strength, then the lower row
+    weighted = judge.latent_table(strength, count, labels, top=2, weighted=True)["entropy"]
+    np.testing.assert_allclose(weighted[[0, 2]], judge.label_entropy(np.array([[3., 0], [0.1, 0.3]])), rtol=1e-6)
+    assert judge.threshold_counts(table["mean"]) == {-6: 2, -5: 2, -4: 2, -3: 2, -2: 2, -1: 2, 0: 1}
+
+
+def test_the_scatter_has_a_dot_for_each_living_latent_and_is_whole_xml():
+    import xml.etree.ElementTree as ET
+    strength = codes_of(np.random.default_rng(0).random((30, 50)) * (np.arange(50) < 40))
+    svg = judge.standalone_svg(judge.latent_scatter(judge.latent_table(strength, strength)))
+    assert len(ET.fromstring(svg).findall(".//{*}circle")) == 40
+    assert "no latent" in judge.latent_scatter(judge.latent_table(codes_of(np.zeros((3, 4))), codes_of(np.zeros((3, 4)))))
+
+
+def test_barcodes_are_means_over_a_patients_images_and_differential_latents_those_that_differ():
+    count = codes_of([[4, 0, 1], [2, 0, 1], [0, 6, 1]])
+    names, codes = judge.barcodes(count, np.array(["p", "p", "q"]))
+    assert names.tolist() == ["p", "q"]
+    np.testing.assert_allclose(codes, [[3, 0, 1], [0, 6, 1]])
+    first, second, difference = judge.differential(codes, np.array([0, 1]), 0, 1, top=2)
+    assert first.tolist() == [0] and second.tolist() == [1] and difference.tolist() == [3, -6, 0]
+
+
+def test_weighted_f1_by_hand_and_barcodes_of_two_diseases_are_told_apart_until_their_latent_is_removed():
+    truth, guess = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    np.testing.assert_allclose(judge.weighted_f1(truth, guess), 0.75 * 0.8 + 0.25 * 2 / 3)
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], 20)
+    codes = np.stack([y * 3 + 0.1 * rng.random(40), rng.random(40)], 1)
+    folds = [np.arange(i, 40, 4) for i in range(4)]
+    found = judge.barcode_f1(codes, y, np.array([0.05, 0.5]), folds, exponents=(-6, -1, 0))
+    assert found[-6]["latents"] == 2 and min(found[-6]["f1"]) == 1
+    assert found[-1]["latents"] == 1 and np.mean(found[-1]["f1"]) < 0.8
+    assert found[0] == {"latents": 0, "f1": []}
+
+
+def test_weighted_patches_are_as_bright_as_their_activation():
+    out = np.asarray(judge.weighted_patches(Image.new("RGB", (20, 20), (200, 200, 200)), np.array([[0, 1.], [0.5, 0]])))
+    assert out[15, 5, 0] > 100 and abs(int(out[5, 15, 0]) - 200) <= 1 and out[5, 5, 0] < 30
+
+
+def test_keeping_every_latent_is_the_reconstruction_and_keeping_none_the_bias():
+    rng = np.random.default_rng(0)
+    T, L, d, n = 3, 6, 4, 40
+    tokens = rng.random((n, T, L)) * (rng.random((n, T, L)) < 0.5)
+    W, b, w, bias = rng.standard_normal((L, d)), rng.standard_normal(d), rng.standard_normal(d), 0.3
+    y = rng.random(n) < 0.5
+    strength, _ = judge.pool_tokens(codes_of(tokens.reshape(-1, L)), T)
+    means = judge.class_means(strength, y)
+    np.testing.assert_allclose(means, [tokens[y == c].mean((0, 1)) for c in (0, 1)], rtol=1e-5)
+    found = judge.intervention(strength, W @ w, b @ w + bias, y, means, (0, 1, 2, L))
+    assert found[0]["keep"] == 0.5 and found[-1]["silence"] == 0.5 and found[0]["silence"] == found[-1]["keep"]
+    for one in found:                                        # Eq. 3-4 at every position, decoded, averaged, classified
+        kept = np.zeros(L)
+        for c in (0, 1):
+            kept[np.argsort(-means[c])[:one["k"]]] = 1
+        for name, m in (("keep", kept), ("silence", 1 - kept)):
+            score = ((tokens * m) @ W + b).mean(1) @ w + bias
+            np.testing.assert_allclose(one[name], judge.auc(y, np.round(score, 5)), atol=1e-6)
+
+
+def test_bootstrap_intervals_draw_whole_groups():
+    rng = np.random.default_rng(0)
+    y = rng.random(300) < 0.5
+    score = y + rng.standard_normal(300)
+    area, low, high = judge.bootstrap_auc(y, score)
+    assert low < area < high and area == judge.auc(y, score)
+    # ten copies of each sample say no more than one, which only groups know
+    copies, groups = np.repeat(np.arange(300), 10), np.repeat(np.arange(300), 10)
+    _, low10, high10 = judge.bootstrap_auc(y[copies], score[copies], groups)
+    _, tight, _ = judge.bootstrap_auc(y[copies], score[copies])
+    assert abs(low10 - low) < 0.02 and tight > low10 + 0.02
+
+
+def test_a_drawn_heat_map_gives_its_box_and_average_precision_1():
+    heat = np.zeros((14, 14))
+    heat[4:7, 8:10] = 1
+    (score, x0, y0, x1, y1), = judge.heat_boxes(heat, side=140, percentile=95)
+    np.testing.assert_allclose((x0, y0, x1, y1), (8 / 14, 4 / 14, 10 / 14, 7 / 14), atol=0.04)
+    assert 0.5 < score <= 1
+    truth = [[(8 / 14, 4 / 14, 10 / 14, 7 / 14)]]
+    assert judge.average_precision([[(score, x0, y0, x1, y1)]], truth) == 1
+    assert judge.heat_boxes(np.ones((4, 4))) == [] and judge.average_precision([[]], truth) == 0
+    diagonal = np.zeros((4, 4))
+    diagonal[1, 1] = diagonal[2, 2] = 1                      # they touch at a corner: one piece
+    assert len(judge.heat_boxes(diagonal, side=4, percentile=80)) == 1
+
+
+def test_average_precision_by_hand():
+    """Two true boxes; found: right, wrong, right, a second hit on the same box. Precision 1, 1/2, 2/3, 2/4 at recall .5, .5, 1, 1."""
+    a, b = (0, 0, .2, .2), (.5, .5, .8, .8)
+    found = [[(.9, *a), (.8, .2, .8, .4, 1.), (.7, *b), (.6, *b)]]
+    np.testing.assert_allclose(judge.average_precision(found, [[a, b]]), 0.5 * 1 + 0.5 * 2 / 3)
+    assert judge.average_precision(found, [[]]) is None
+    np.testing.assert_allclose(judge.box_iou((0, 0, 2, 2), (1, 1, 3, 3)), 1 / 7)
+
+
+def test_r2_of_the_mean_is_0_and_the_two_averages_differ_where_variances_do():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((100, 2)) * [10, 1]
+    assert max(map(abs, judge.r2_both(x, np.broadcast_to(x.mean(0), x.shape)).values())) < 1e-12
+    found = judge.r2_both(x, np.stack([x[:, 0], np.full(100, x[:, 1].mean())], 1))          # the small dimension is lost
+    assert found["variance-weighted"] > 0.97 and abs(found["uniform"] - 0.5) < 1e-12
+
+
+def test_latents_are_selected_for_what_they_add_not_for_what_another_says_already():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 300)
+    first = (y == 0) + 0.1 * rng.random(300)
+    code = np.stack([rng.random(300), first, first + 0.01 * rng.random(300), (y == 1) * 0.6 + 0.2 * rng.random(300)], 1)
+    assert set(judge.select_latents(codes_of(code), y, 2)[:2]) in ({1, 3}, {2, 3})
+    # against a textbook pursuit: the column whose addition leaves the least squared error
+    Y, chosen = np.eye(3)[y] - np.eye(3)[y].mean(0), []
+    for _ in range(3):
+        def left(j):
+            A = code[:, [*chosen, j]] - code[:, [*chosen, j]].mean(0)
+            return ((Y - A @ np.linalg.lstsq(A, Y, rcond=None)[0]) ** 2).sum()
+        chosen.append(min((j for j in range(4) if j not in chosen), key=left))
+    assert judge.select_latents(code, y, 3).tolist() == chosen
+
+
+def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_not():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 4, 400)
+    code = np.c_[np.eye(4)[y] * (1 + rng.random((400, 4))), rng.random((400, 60))]
+    dense = code @ rng.standard_normal((64, 30))
+    found = judge.kept_performance(dense, codes_of(code), y, np.arange(300), np.arange(300, 400), sizes=(1, 4))
+    assert found["chance"] == 0.25 and sorted(found["chosen"]) == [0, 1, 2, 3]
+    four = found["rows"][1]
+    assert four["best latents"] == 1 and four["random latents"] < 0.6
+    np.testing.assert_allclose(four["kept"], (1 - 0.25) / (found["dense"] - 0.25))
+
+
+def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
+    rng = np.random.default_rng(0)
+    x, groups = rng.standard_normal((30, 5)), np.repeat(np.arange(10), 3)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for g in (None, groups):
+        found = judge.neighbours(x, 4, g, chunk=7)
+        for i in range(30):
+            allowed = [j for j in range(30) if (j != i if g is None else g[j] != g[i])]
+            assert found[i].tolist() == sorted(allowed, key=lambda j: -(unit[i] @ unit[j]))[:4]
+        assert (judge.neighbours(sp.csr_matrix(x), 4, g) == found).all()
+    same = judge.retrieval_fidelity(x, sp.csr_matrix(3 * x), groups % 2)
+    assert [row["overlap"] for row in same] == [1, 1, 1] and same[0]["precision, chance"] == 0.5
+
+
+def test_names_fit_a_query_by_the_words_they_share():
+    names = {3: "round nucleus", 5: "Nucleus", 9: "granules"}
+    found = judge.name_weights("nucleus?", names)
+    assert found == {3: 0.5, 5: 1.0} and judge.name_weights("fibre", names) == {}
+
+
+def test_latents_are_paired_by_activation_whatever_their_order_and_shuffled_samples_leave_nothing():
+    rng = np.random.default_rng(0)
+    a = rng.random((400, 8)) * (rng.random((400, 8)) < 0.3)
+    order = rng.permutation(8)
+    i, j, r = judge.match_latents(codes_of(a), codes_of(2 * a[:, order]))
+    assert (order[j] == i).all() and r.min() > 0.999
+    np.testing.assert_allclose(judge.index_correlations(codes_of(a), codes_of(a)), 1)
+    _, _, r = judge.match_latents(codes_of(a), codes_of(a[rng.permutation(400)]))
+    assert r.max() < 0.3
+    assert len(judge.match_latents(codes_of(np.zeros((9, 3))), codes_of(np.zeros((9, 3))))[2]) == 0
+
+
+def test_separation_of_class_means_by_hand():
+    found = judge.separation(np.array([[1., 0, 2], [1, 3, 2]]))
+    assert found["distance"] == 3 and found["latent"] == 1 and found["difference"] == 3
+    np.testing.assert_allclose(found["cosine"], 5 / (5 ** 0.5 * 14 ** 0.5))

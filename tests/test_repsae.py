@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import eval as judge
 import repsae
 import sae
@@ -290,7 +291,7 @@ def test_help_shows_every_default_and_needs_no_torch():
 
 
 def test_the_scans_that_bench_compares_compute_the_same():
-    ways = repsae.scan_contenders((2, 13, 6, 3), "cpu")
+    ways = bench.scan_contenders((2, 13, 6, 3), "cpu")
     y = {name: forward() for name, (forward, _) in ways.items()}
     gradients = {name: both() for name, (_, both) in ways.items()}
     oracle = "loop over slices (reference)"
@@ -600,3 +601,215 @@ def test_bad_input_of_chapter_three_is_one_line(pictures, features, bags, tmp_pa
     argv = [a.format(p=pictures, f=features, b=bags) for a in argv]
     assert message in error(capsys, *argv, "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
+
+
+# -- one stream, and what its latents are and do ------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """60 pictures of 16 tokens. Concept 0 is in two neighbouring tokens of the pictures of class `sick`, at a known place, and
+    the box says where; the other concepts are anywhere. Five pictures make a patient."""
+    folder = tmp_path_factory.mktemp("tokens")
+    rng = np.random.default_rng(0)
+    D = rng.standard_normal((6, 12))
+    D /= np.linalg.norm(D, axis=1, keepdims=True)
+    y = np.repeat(np.arange(12) % 2, 5)
+    amount = rng.random((60, 16, 6)) * (rng.random((60, 16, 6)) < 0.2) * [0, 1, 1, 1, 1, 1]
+    boxes = []
+    for i in np.flatnonzero(y):
+        row, column = rng.integers(4), rng.integers(3)
+        amount[i, 4 * row + column:4 * row + column + 2, 0] = 2
+        boxes.append((i, 1, column / 4, row / 4, (column + 2) / 4, (row + 1) / 4))
+        Image.new("RGB", (32, 32), (150, 60, 90)).save(folder / f"p{i}.png")
+    for i in np.flatnonzero(y == 0):
+        Image.new("RGB", (32, 32), (60, 150, 90)).save(folder / f"p{i}.png")
+    np.savez(folder / "t.npz", x=(amount @ D + 0.01 * rng.standard_normal((60, 16, 12))).astype(np.float32), labels=y,
+             label_names=np.array(["well", "sick"]), groups=np.repeat(np.arange(12), 5), grid=[4, 4], boxes=np.array(boxes),
+             images=np.array([f"p{i}.png" for i in range(60)]), split=np.where(np.arange(60) < 40, "train", "test"))
+    return folder / "t.npz"
+
+
+TOKEN_SAE = ["--activation", "relu", "--sparsity", 0.1, "--latents", 8, "--batch", 64, "--lr", 5e-3, "--epochs", 40, "--norm", "none"]
+
+
+@pytest.fixture(scope="module")
+def token_run(tokens, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "t"
+    run("sae", "--data", tokens, *TOKEN_SAE, "--out", out)
+    return out
+
+
+@pytest.mark.parametrize("activation", ["relu", "batchtopk", "jumprelu"])
+def test_every_activation_trains_resumes_evaluates_and_encodes(activation, features, tmp_path, capsys):
+    flags = ["sae", "--data", features, "--stream", "y", "--activation", activation, *SMALL]
+    run(*flags, "--bias", "median", "--out", tmp_path / "r")
+    config = json.loads((tmp_path / "r" / "config.json").read_text())["flags"]
+    assert config["error"] == repsae.BY_ACTIVATION[activation]["error"] and config["sparsity"] is not None
+    run("eval", tmp_path / "r", "--json", tmp_path / "again.json")
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert json.loads((tmp_path / "again.json").read_text()) == metrics and metrics["l0"] > 0
+    run("encode", tmp_path / "r", "--out", tmp_path / "c.npz")
+    z = np.load(tmp_path / "c.npz")
+    assert z["y_indices"].shape == z["y_values"].shape and (z["y_values"] > 0).any()
+    run("sae", "--resume", "--out", tmp_path / "r")
+    assert "sparsity" in list(csv.DictReader(open(tmp_path / "r" / "log.csv")))[0]
+
+
+def test_presets_hold_the_papers_figures_and_what_is_typed_goes_first():
+    def resolved(*argv):
+        return repsae.resolved_sae(repsae.parse(["sae", "--data", "f.npz", *argv])[1])
+    mammo = resolved("--preset", "mammo")
+    assert (mammo.expansion, mammo.sparsity, mammo.lr, mammo.batch, mammo.epochs) == (8, 3e-5, 3e-4, 4096, 200)
+    cyto = resolved("--preset", "cyto", "--lr", "1e-3")
+    assert (cyto.expansion, cyto.sparsity, cyto.warmup, cyto.revive, cyto.bias, cyto.lr) == (64, 8e-5, 500, "ghost", "median", 1e-3)
+    thesis = resolved("--preset", "thesis", "--sparsity", "0.2")
+    assert (thesis.activation, thesis.error, thesis.norm, thesis.sparsity) == ("relu", "sum", "none", 0.2)
+
+
+def test_variants_are_compared_in_one_table(features, tmp_path, capsys):
+    run("variants", "--data", features, "--stream", "x", "--latents", 24, "--k", 3, "--epochs", 1, "--batch", 64, "--lr", 1e-3,
+        "--out", tmp_path / "r")
+    found = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert len(found) == len(repsae.VARIANTS) and all(v["seconds"] > 0 for v in found.values())
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("relu, ghost", "relu, resample", "topk, auxk", "batchtopk, auxk", "jumprelu, resample"))
+
+
+def test_tokens_from_a_memory_mapped_folder_train_the_same_autoencoder(tokens, token_run, tmp_path):
+    with np.load(tokens) as z:
+        (tmp_path / "d").mkdir()
+        for key in z.files:
+            np.save(tmp_path / "d" / f"{key}.npy", z[key])
+    run("sae", "--data", tmp_path / "d", *TOKEN_SAE, "--out", tmp_path / "r")
+    a, b = (sae.load(folder / "checkpoint.pt")[0].state_dict() for folder in (token_run, tmp_path / "r"))
+    assert all(torch.equal(v.nan_to_num(-1), b[k].nan_to_num(-1)) for k, v in a.items())
+    run("encode", token_run, "--out", tmp_path / "c.npz")
+    assert np.load(tmp_path / "c.npz")["x_indices"].shape[:2] == (60, 16)
+
+
+def test_latents_tell_what_a_planted_latent_is(tokens, token_run, tmp_path, capsys):
+    run("latents", token_run, "--between", "sick,well", "--out", tmp_path / "l")
+    found = json.loads((tmp_path / "l" / "latents.json").read_text())
+    metrics = json.loads((tmp_path / "l" / "metrics.json").read_text())
+    pure = [one for one in found if one["label"] == 1 and one["purity"] == 1 and one["frequency"] == 0.5]
+    assert pure and pure[0]["entropy"] == 0 and len(pure[0]["references"]) == 10
+    labels = np.load(tokens)["labels"]
+    assert labels[pure[0]["references"]].all() and max(pure[0]["references"]) < 40
+    assert metrics["barcodes"]["groups"] == 12 and np.mean(metrics["barcodes"]["f1"]["-6"]["f1"]) == 1
+    assert pure[0]["latent"] in metrics["barcodes"]["differential"]["sick"][:2]
+    html = (tmp_path / "l" / "report.html").read_text()
+    assert "<svg" in html and html.count("<img") > 10 and "weighted F1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank", ["mean", "difference", "boxes"])
+def test_interventions_find_the_planted_latent_and_its_boxes(rank, tokens, token_run, tmp_path, capsys):
+    run("intervene", token_run, "--label", "sick", "--rank", rank, "--percentile", 90, "--other", tokens, "--out", tmp_path / "i")
+    found = json.loads((tmp_path / "i" / "metrics.json").read_text())
+    assert found["auc"]["original features"][0] == found["auc"]["reconstructed"][0] == 1
+    curve = {c["k"]: c for c in found["curve"]}
+    assert curve[0]["keep"] == 0.5 and curve[1]["keep"] == curve[8]["keep"] == 1 and curve[8]["silence"] == 0.5
+    assert max(row["ap"] for row in found["localisation"]) > 0.9
+    if rank != "mean":
+        assert found["localisation"][0]["ap"] > 0.9
+    assert found["separation"] == found["separation of --other"]
+    assert (tmp_path / "i" / "report.html").read_text().count("<img") >= 6
+
+
+def test_a_given_head_is_used_as_it_is(tokens, token_run, tmp_path):
+    with np.load(tokens) as z:
+        x, y = z["x"].mean(1), z["labels"]
+    W, b = judge.logistic_fit(x[:40], y[:40], 2)
+    np.savez(tmp_path / "h.npz", weight=W.T, bias=b)
+    for argv in ((), ("--head", tmp_path / "h.npz")):
+        run("intervene", token_run, "--label", 1, *argv, "--out", tmp_path / "i")
+        found = json.loads((tmp_path / "i" / "metrics.json").read_text())
+        if argv:
+            for a, c in zip(before["curve"], found["curve"]):
+                assert abs(a["keep"] - c["keep"]) < 1e-6
+        before = found
+
+
+def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
+    run("fidelity", token_run, "--out", tmp_path / "f")
+    found = json.loads((tmp_path / "f" / "metrics.json").read_text())
+    assert found["r2"]["variance-weighted"] > 0.8 and found["kept"]["rows"][0]["best latents"] == 1
+    assert [row["k"] for row in found["neighbours"]] == [1, 5, 10]
+
+
+def test_described_latents_come_back_as_names_that_find_samples(tokens, token_run, tmp_path, capsys):
+    run("describe", token_run, "--out", tmp_path / "d.json")
+    described = json.loads((tmp_path / "d.json").read_text())
+    sick = [one for one in described if all("sick" == s["label"] for s in one["top"]) and len(one["top"]) == 8]
+    assert sick and "sick" in sick[0]["prompt"] and {s["sample"] for s in sick[0]["inactive"]}.isdisjoint(
+        s["sample"] for s in sick[0]["top"])
+    values = [s["activation"] for s in sick[0]["top"]]
+    assert values == sorted(values, reverse=True) and all(s["activation"] == 0 for s in sick[0]["inactive"])
+    strongest = max(sick, key=lambda one: one["top"][0]["activation"])["latent"]
+    names = {str(one["latent"]): "dark granules" if one["latent"] == strongest else "stroma" for one in described}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    run("search", token_run, "--names", tmp_path / "names.json", "--query", "granules", "--label", "sick", "--top", 8)
+    out = capsys.readouterr().out
+    assert "precision at 8 for 'sick': 1.000" in out and f"{strongest} 'dark granules'" in out
+    vectors = np.eye(len(names))
+    np.savez(tmp_path / "e.npz", latents=np.array(list(map(int, names))), vectors=vectors,
+             query=vectors[list(names).index(str(strongest))])
+    run("search", token_run, "--names", tmp_path / "names.json", "--embeddings", tmp_path / "e.npz", "--label", "sick", "--top", 8)
+    assert "precision at 8 for 'sick': 1.000" in capsys.readouterr().out
+
+
+def test_a_run_has_all_latents_in_common_with_itself_and_fewer_with_another(features, finished, tmp_path, capsys):
+    for stream in "xy":
+        run("sae", "--data", features, "--stream", stream, *SMALL, "--epochs", 8, "--out", tmp_path / stream)
+    run("compare", tmp_path / "x", tmp_path / "x", "--json", tmp_path / "same.json")
+    run("compare", tmp_path / "x", tmp_path / "y", "--sparc", finished, "--json", tmp_path / "other.json")
+    same, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("same", "other"))
+    assert same[0]["r >= 0.9"] == same[0]["pairs"] > 0 and same[1]["r >= 0.5"] == 0
+    assert other[0]["r >= 0.7"] < other[0]["pairs"] and [row[""] for row in other][2::2] == [
+        "SPARC joint, same latent", "SPARC alone, same latent"]
+
+
+def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, finished, tmp_path, capsys):
+    with np.load(tokens) as z:
+        everything = dict(z)
+
+    def without(*drop, **change):
+        path = tmp_path / f"f{len(os.listdir(tmp_path))}.npz"
+        np.savez(path, **{k: v for k, v in {**everything, **change}.items() if k not in drop})
+        return path
+    run("sae", "--data", tokens, *TOKEN_SAE, "--epochs", 1, "--norm", "l2", "--out", tmp_path / "l2")
+    for argv, message in (
+            (("latents", token_run, "--data", without(labels=np.eye(60, 2, dtype=bool)), "--between", "sick,well"), "single label"),
+            (("latents", token_run, "--data", without("groups"), "--between", "sick,well"), "has no groups"),
+            (("latents", token_run, "--between", "sick"), "give two labels"),
+            (("latents", token_run, "--data", without(groups=np.zeros(60, int))), "group 0 has the labels well, sick"),
+            (("latents", finished), "pick one with --stream"),
+            (("latents", tmp_path), "is no run folder"),
+            (("intervene", token_run, "--label", "ill"), "--label ill - take one of well, sick"),
+            (("intervene", token_run), "--label None - take one of"),
+            (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
+            (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "some, not all, must"),
+            (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("grid")), "has no 'grid'"),
+            (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("boxes")), "has no 'boxes'"),
+            (("fidelity", token_run, "--data", without(labels=np.zeros(60, int))), "no integer label, of two classes or more"),
+            (("search", token_run, "--query", "x"), "--names is missing"),
+            (("compare", token_run, token_run, "--data", without(x=everything["x"][:, :, :5])), "the run was trained on")):
+        assert message in error(capsys, *argv), argv
+    np.savez(tmp_path / "wide.npz", weight=np.ones(5), bias=0.)
+    np.savez(tmp_path / "head.npz", weight=np.ones(12), bias=0.)
+    np.savez(tmp_path / "bare.npz", weight=np.ones(12))
+    assert "features are 12 wide" in error(capsys, "intervene", token_run, "--label", 1, "--head", tmp_path / "wide.npz")
+    assert "lacks 'bias'" in error(capsys, "intervene", token_run, "--label", 1, "--head", tmp_path / "bare.npz")
+    assert "--norm none or standard" in error(capsys, "intervene", tmp_path / "l2", "--label", 1, "--head", tmp_path / "head.npz")
+    (tmp_path / "n.json").write_text('{"99": "far"}')
+    assert "latent 99 is not among" in error(capsys, "search", token_run, "--query", "far", "--names", tmp_path / "n.json")
+    (tmp_path / "n.json").write_text('{"3": "near"}')
+    assert "no name fits 'far'" in error(capsys, "search", token_run, "--query", "far", "--names", tmp_path / "n.json")
+    model, _, _ = sae.load(token_run / "checkpoint.pt")
+    with torch.no_grad():
+        model.b_lat["x"].fill_(-1e6)                         # all latents dead
+    (tmp_path / "dead").mkdir()
+    (tmp_path / "dead" / "config.json").write_bytes((token_run / "config.json").read_bytes())
+    sae.save(tmp_path / "dead" / "checkpoint.pt", model)
+    assert "no latent of" in error(capsys, "latents", tmp_path / "dead")
+    assert not (token_run / "latents").exists()
+
