@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import zipfile
 import zlib
@@ -82,9 +83,8 @@ class Features:
         if not self.tokens:
             return self
         flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}
-        notes = [*self.notes, f"{len(self)} samples of {self.tokens} tokens: each token counts as a sample"]
         return replace(self, streams=flat, split=np.repeat(self.split, self.tokens), labels=None, label_names=[], parents={},
-                       about={}, grid=None, boxes=None, notes=notes)
+                       about={}, grid=None, boxes=None)
 
     def rows(self, *splits):
         """Row numbers, ascending, of the first of `splits` that has any: rows("test", "val")."""
@@ -447,6 +447,240 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A made-up tissue: images whose truth is known
+# ---------------------------------------------------------------------------------------------------------------------
+
+# name, lineage, cell radius (of a 64-pixel image), nucleus (kind, radius / cell radius), cytoplasm or None, granules or None
+CELLS = (("lymphocyte", "lymphoid", (5.5, 7.), ("round", .82), (178, 190, 230), None),
+         ("plasma cell", "lymphoid", (7.5, 9.), ("aside", .5), (168, 132, 200), None),
+         ("neutrophil", "myeloid", (7.5, 9.), ("lobes 3", .42), (244, 218, 228), None),
+         ("eosinophil", "myeloid", (7.5, 9.), ("lobes 2", .42), (250, 200, 190), (214, 62, 40)),
+         ("monocyte", "myeloid", (8.5, 10.5), ("crescent", .75), (176, 186, 212), None),
+         ("fibroblast", "stromal", (9., 12.), ("long", 1.), None, None),
+         ("tumour cell", "epithelial", (9.5, 12.), ("nucleolus", .66), (222, 160, 205), None),
+         ("goblet cell", "epithelial", (9., 11.), ("cap", .95), (246, 248, 252), None),
+         ("mitosis", "epithelial", (9., 11.), ("plate", .7), (226, 180, 214), None))
+GROUNDS = ("pale stroma", "fibres", "vacuoles")
+DISEASES = {"healthy": (4, 1, 2, 1, 2, 5, 0, 3, .1), "infection": (2, 3, 8, 1, 3, 3, 0, 2, .2),
+            "allergy": (2, 2, 1, 8, 2, 3, 0, 3, .1), "carcinoma": (2, 1, 1, 1, 1, 3, 8, 2, 1.5)}   # weights of the CELLS
+NUCLEUS = np.array((92, 48, 140), np.float32)
+
+
+def tissue(n, size=64, seed=0):
+    """Microscope-like fields with known truth: `n` uint8 images of `size` pixels, one to four cells of nine kinds each.
+
+    Half of every patient's images come from either of two slides, which differ in stain and focus; a patient's disease shifts
+    the mix of cells. The same seed gives the same bytes. Returns a dict:
+        pixels (n, size, size, 3), captions (n,), labels (n, C) bool with label_names: the kinds, mucin and the three grounds;
+        parents: taxonomy name -> parent (specimen > cell > lineage > kind, specimen > tissue > ground or mucin)
+        instances (n, size, size): 0, or 1 + the number of the object on top; boxes (m, 6): image, label, x0, y0, x1, y1 in
+        shares of the image, objects of an image in the order of their numbers; main (n,): the kind of its first cell
+        groups, slides (n,), disease (n,) with disease_names; split (n,): about 30 % of each disease's patients are `test`
+    """
+    rng = np.random.default_rng([seed, 20])
+    names, f = [c[0] for c in CELLS] + ["mucin", *GROUNDS], size / 64
+    patients = max(8, n // 20)
+    of = np.sort(np.arange(n) % patients)
+    illness = np.arange(patients) % len(DISEASES)
+    slides = 2 * of + rng.integers(2, size=n)
+    weights = np.array(list(DISEASES.values()), float)
+    share = weights / weights.sum(1, keepdims=True)
+    count = rng.integers(1, 5, n)
+    kind = (rng.random((n, 4, 1)) > share.cumsum(1)[illness[of]][:, None]).sum(2).clip(max=len(CELLS) - 1)
+    ground = rng.integers(len(GROUNDS), size=n)
+    mucin = rng.random(n) < np.where(illness[of] == 3, .2, .04)
+    image, instances = _draw_grounds(n, size, ground, mucin, rng), np.zeros((n, size, size), np.uint8)
+    if mucin.any():
+        instances[mucin] = _mucin(image, mucin, size, rng)
+    quarter = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
+    middle = (np.stack([quarter % 2, quarter // 2], -1) * 32 + 16 + rng.uniform(-4, 4, (n, 4, 2))) * f
+    for slot in range(4):
+        for k in range(len(CELLS)):
+            rows = np.flatnonzero((kind[:, slot] == k) & (slot < count))
+            if len(rows):
+                _draw_cells(image, instances, rows, CELLS[k], middle[rows, slot], 1 + mucin[rows] + slot, f, rng)
+    labels = np.zeros((n, len(names)), bool)
+    for slot in range(4):
+        labels[np.flatnonzero(slot < count), kind[slot < count, slot]] = True
+    labels[np.arange(n), len(CELLS) + 1 + ground] = True
+    labels[:, len(CELLS)] = mucin
+    boxes = []
+    for i in range(n):
+        objects = [len(CELLS)] * int(mucin[i]) + kind[i, :count[i]].tolist()
+        for number, place in enumerate(scipy.ndimage.find_objects(instances[i], len(objects))):
+            if place:                                        # None where others hide it
+                boxes.append((i, objects[number], place[1].start, place[0].start, place[1].stop, place[0].stop))
+    boxes = np.array(boxes, float)
+    boxes[:, 2:] /= size
+    test = np.zeros(patients, bool)
+    for d in range(len(DISEASES)):
+        mine = rng.permutation(np.flatnonzero(illness == d))
+        test[mine[:max(1, round(.3 * len(mine)))]] = True
+    lineages = {c[1] for c in CELLS}
+    parents = {"specimen": None, "cell": "specimen", "tissue": "specimen", **dict.fromkeys(sorted(lineages), "cell"),
+               **{c[0]: c[1] for c in CELLS}, **dict.fromkeys(("mucin", *GROUNDS), "tissue")}
+    return {"pixels": _stain(image, slides, rng), "labels": labels, "label_names": np.array(names), "parents": parents,
+            "captions": np.array([_caption(kind[i, :count[i]], ground[i], mucin[i], rng) for i in range(n)]),
+            "instances": instances, "boxes": boxes, "main": kind[:, 0], "groups": of, "slides": slides,
+            "disease": illness[of], "disease_names": np.array(list(DISEASES)), "split": np.where(test[of], "test", "train")}
+
+
+def _cloud(n, size, cells, rng):
+    """Smooth noise (n, size, size), about N(0, 1) at each of cells x cells points and in between interpolated."""
+    coarse = torch.from_numpy(rng.standard_normal((n, 1, cells, cells), dtype=np.float32))
+    return torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[:, 0].numpy()
+
+
+def _draw_grounds(n, size, ground, mucin, rng):
+    """Empty tissue, float32 (n, size, size, 3): pale stroma, fibres in one direction, or fat vacuoles."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
+    base = np.array([(240, 222, 232), (236, 196, 214), (238, 212, 224)], np.float32)[ground]
+    image = base[:, None, None] + (4 * _cloud(n, size, 9, rng) + 2 * rng.standard_normal((n, size, size),
+                                                                                         dtype=np.float32))[..., None]
+    rows = np.flatnonzero(ground == 1)
+    angle, phase = rng.uniform(0, 3, (2, len(rows), 1, 1)).astype(np.float32)
+    wave = np.cos(angle) * x + np.sin(angle) * y + np.float32(.02) * _cloud(len(rows), size, 5, rng)
+    image[rows] -= (9 + 9 * np.sin(np.float32(50) * wave + 2 * phase))[..., None] * np.array((.3, 1, .7), np.float32)
+    rows = np.flatnonzero(ground == 2)
+    fat = image[rows]
+    for _ in range(4):
+        cx, cy, r = (rng.uniform(a, b, len(rows)).astype(np.float32)[:, None, None] for a, b in ((0, 1), (0, 1), (.07, .15)))
+        d = (r - np.sqrt((x - cx) ** 2 + (y - cy) ** 2)) * size                             # pixels inside the rim
+        i, py, px = np.nonzero(d > -2)
+        inside, rim = np.clip(d[i, py, px], 0, 1)[:, None], np.clip(1 - abs(d[i, py, px]) / 1.5, 0, 1)[:, None]
+        fat[i, py, px] += inside * (250 - fat[i, py, px]) - rim * np.array((40, 70, 50), np.float32)
+    image[rows] = fat
+    return image
+
+
+def _mucin(image, mucin, size, rng):
+    """Paint a pale blue pool into the images `mucin` (n,) bool; returns where, (images, size, size) of 0 and 1."""
+    rows = np.flatnonzero(mucin)
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
+    cx, cy, r = (rng.uniform(a, b, len(rows)).astype(np.float32)[:, None, None] for a, b in ((.3, .7), (.3, .7), (.25, .35)))
+    alpha = np.clip((r * (1 + .15 * _cloud(len(rows), size, 5, rng)) - np.hypot(x - cx, y - cy)) * size / 3, 0, 1)
+    pool = np.array((176, 206, 230), np.float32) + 6 * _cloud(len(rows), size, 12, rng)[..., None]
+    image[rows] += (.8 * alpha)[..., None] * (pool - image[rows])
+    return (alpha > .5).astype(np.uint8)
+
+
+def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
+    """Paint one cell of a kind at `middle` (rows, 2: x, y) into each of the images `rows`, and its number into `instances`."""
+    _, _, radii, (nucleus, relative), cytoplasm, granules = cell
+    m, size, half = len(rows), image.shape[1], int(np.ceil(14 * f))
+    r = (rng.uniform(*radii, m) * f).astype(np.float32)[:, None, None]
+    corner = np.round(middle).astype(int) - half
+    step = np.arange(2 * half)
+    py, px = corner[:, 1, None, None] + step[:, None], corner[:, 0, None, None] + step    # (m, w, 1), (m, 1, w)
+    angle = rng.uniform(0, 2 * np.pi, m).astype(np.float32)[:, None, None]
+    dx, dy = (px - middle[:, 0, None, None]).astype(np.float32), (py - middle[:, 1, None, None]).astype(np.float32)
+    u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx         # (m, w, w), in pixels
+    rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)
+
+    def disc(radius, x=0., y=0., stretch=1.):
+        return np.clip((radius * rough - np.hypot((u - x) / stretch, v - y)) + .5, 0, 1)
+    rn = relative * r
+    dark = {"round": lambda: disc(rn), "aside": lambda: disc(rn, .38 * r), "long": lambda: disc(.3 * r, stretch=3.2),
+            "nucleolus": lambda: disc(rn), "crescent": lambda: disc(rn) * (1 - disc(.55 * rn, .75 * rn)),
+            "cap": lambda: disc(rn) * (1 - disc(.95 * rn, -.4 * rn)), "plate": lambda: disc(.22 * r, stretch=3.),
+            "lobes 2": lambda: np.maximum(disc(rn, -.42 * r), disc(rn, .42 * r)),
+            "lobes 3": lambda: np.maximum.reduce([disc(rn * .9, .48 * r * np.cos(a), .48 * r * np.sin(a))
+                                                  for a in (0.3, 2.2, 4.4)])}[nucleus]()
+    body = dark if cytoplasm is None else disc(r)
+    inside = (py >= 0) & (py < size) & (px >= 0) & (px < size)
+    y, x, i = np.clip(py, 0, size - 1), np.clip(px, 0, size - 1), rows[:, None, None]
+    window = image[i, y, x]                                                                 # (m, w, w, 3), a copy
+    if cytoplasm is not None:
+        tint = np.array(cytoplasm, np.float32) + 4 * _cloud(m, 2 * half, 8, rng)[..., None]
+        window += body[..., None] * (tint - window)
+        if granules is not None:
+            spots = body * (1 - dark) * (rng.random(body.shape) < .4)
+            window += .85 * spots[..., None] * (np.array(granules, np.float32) - window)
+    chromatin = NUCLEUS * (.62 if nucleus == "plate" else 1) + 14 * _cloud(m, 2 * half, 12, rng)[..., None]
+    window += .95 * dark[..., None] * (chromatin - window)
+    if nucleus == "nucleolus":
+        window += .8 * disc(.2 * r, .2 * r)[..., None] * (np.array((60, 14, 80), np.float32) - window)
+    take = np.nonzero(inside & (body > .02))                 # each pixel once: clipped ones, outside, would repeat the rim
+    where = rows[take[0]], y[take[0], take[1], 0], x[take[0], 0, take[2]]
+    image[where] = window[take]
+    take = np.nonzero(inside & (body > .5))
+    instances[rows[take[0]], y[take[0], take[1], 0], x[take[0], 0, take[2]]] = number[take[0]]
+
+
+def _stain(image, slides, rng):
+    """Each slide's own dye strengths, brightness and focus: float images -> uint8."""
+    out = np.empty(image.shape, np.uint8)
+    for slide in np.unique(slides):
+        rows, blur = slides == slide, rng.uniform(0, 1.)
+        dye = rng.uniform(.8, 1.25, 3) * rng.uniform(.85, 1.15)
+        part = scipy.ndimage.gaussian_filter(image[rows], (0, blur, blur, 0)) if blur > .3 else image[rows]
+        out[rows] = (255 * (np.clip(part, 1, 255) / 255) ** dye.astype(np.float32)).astype(np.uint8)
+    return out
+
+
+def _caption(kinds, ground, mucin, rng):
+    """A sentence on a field, from a small grammar; about a fifth of the facts go unsaid."""
+    def pick(*options):
+        return options[rng.integers(len(options))]
+    found = []
+    for k in dict.fromkeys(kinds.tolist()):
+        name, many = CELLS[k][0], (kinds == k).sum()
+        plural = "mitoses" if name == "mitosis" else name + "s"
+        if rng.random() < .85:
+            found.append(f"{pick('an' if name[0] == 'e' else 'a', 'one')} {name}" if many == 1 else
+                         f"{pick(('two', 'three', 'four')[many - 2], 'several')} {plural}")
+    if mucin and rng.random() < .85:
+        found.append(pick("mucin", "a pool of mucin"))
+    where = pick("in", "within", "on") + " " + (("pale stroma", "fibrous stroma", "fat vacuoles")[ground])
+    text = ", ".join(found[:-1]) + (" and " if len(found) > 1 else "") + found[-1] if found else pick("a field", "tissue")
+    return pick("", "", "a field with ", "microscopy of ") + text + (f" {where}" if rng.random() < .7 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Words:
+    """A word-level tokenizer: 0 pads, words count from 1 in alphabetical order, then `start` and, highest, `end`.
+
+    words: the vocabulary, or None to take every word of `captions` that stands in two or more of them.
+    """
+
+    def __init__(self, captions=None, words=None):
+        if words is None:
+            seen = {}
+            for text in captions:
+                for word in set(self.split(text)):
+                    seen[word] = seen.get(word, 0) + 1
+            words = sorted(w for w, n in seen.items() if n > 1)
+        if not words:
+            raise InputError("no word stands in two captions - give more captions")
+        self.words = list(words)
+        self.number = {w: i + 1 for i, w in enumerate(self.words)}
+        self.start, self.end, self.size = len(words) + 1, len(words) + 2, len(words) + 3
+
+    @staticmethod
+    def split(text):
+        return re.findall(r"[\w']+", str(text).lower())
+
+    def pieces(self, text, strict=True):
+        """The words of a text that the tokenizer knows; with `strict` an unknown one raises InputError, else it is left out."""
+        words = self.split(text)
+        unknown = [w for w in words if w not in self.number]
+        if strict and unknown:
+            raise InputError(f"the word '{unknown[0]}' is in no caption that the text encoder learned from - use others")
+        return [w for w in words if w in self.number]
+
+    def __call__(self, texts, context, strict=True):
+        """(n, context) int64: start, words, end, zeros; a text that is too long loses its last words."""
+        out = np.zeros((len(texts), context), np.int64)
+        for i, text in enumerate(texts):
+            row = [self.start, *(self.number[w] for w in self.pieces(text, strict)[:context - 2]), self.end]
+            out[i, :len(row)] = row
+        return torch.from_numpy(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Images, and DINO's crops of them (thesis 3.2.1; Caron et al. 2021, section 3)
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -477,13 +711,15 @@ def vision():
 class Images:
     """Pictures and what is known about them: paths (list of N), labels (N,) int or None, label_names, split (N,) or None;
     boxes (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one, else None; objects: a list of
-    N lists of (name, (x0, y0, x1, y1) in shares of the picture), where they are annotated."""
+    N lists of (name, (x0, y0, x1, y1) in shares of the picture), where they are annotated; about: other reserved keys of a
+    feature file that came with the pictures."""
     paths: list
     labels: np.ndarray = None
     label_names: list = field(default_factory=list)
     split: np.ndarray = None
     boxes: np.ndarray = None
     objects: list = None
+    about: dict = field(default_factory=dict)
     side: int = 224                                          # pixels that a part needs, at least, where a slide has levels
 
     def open(self, i):
@@ -513,13 +749,14 @@ class Images:
 def read_images(path):
     """A folder of pictures, or of one level of class folders, optionally inside train, val and test folders; a single large
     picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of tiles as the `tile` command writes it, or a
-    folder of such; or a Pascal VOC folder, which brings its splits and its objects.
+    folder of such; an .npz with `images` (N,) paths and other keys of a feature file, as `tissue` writes it; or a Pascal VOC
+    folder, which brings its splits and its objects.
 
     Every file of a folder is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or
     empty folder, and for a file that cannot be read or is too large to be meant as one picture, by name.
     """
     if os.fspath(path).endswith(".npz"):
-        return _read_tiles([path])
+        return _read_tiles([path]) if "coords" in _Source(path) else _read_listed(path)
     if os.path.isfile(path):
         if min(_slide(path).size) < 448:                     # hardly two tiles: one picture
             return Images([path])
@@ -534,6 +771,24 @@ def read_images(path):
     for p in paths:
         open_image(p, decode=False)
     return Images(paths, labels, names, split)
+
+
+def _read_listed(path):
+    """Pictures that an .npz names in `images` (N,), relative to itself, with what else it says of them."""
+    arrays = read_arrays(path)
+    if "images" not in arrays or not len(arrays["images"]):
+        raise InputError(f"{path} lacks 'images', paths of pictures, or 'coords' of tiles - name another file")
+    paths = [os.path.join(os.path.dirname(os.path.abspath(path)), str(p)) for p in arrays["images"]]
+    for p in paths:
+        open_image(p, decode=False)
+    about = {k: v for k, v in arrays.items() if k in RESERVED and k not in ("images", "mask")}
+    for k, v in about.items():
+        if k not in ("boxes", "label_names", "grid") and len(v) != len(paths):
+            raise InputError(f"{path}: '{k}' has {len(v)} entries for {len(paths)} pictures - give one for each")
+    labels, names = _check_labels(about.get("labels"), about.get("label_names"))
+    if labels is not None and labels.ndim == 2:              # k-NN wants one label a picture
+        labels = arrays.get("main")
+    return Images(paths, labels, names if labels is not None else [], about.get("split"), about=about)
 
 
 def _read_voc_images(folder):

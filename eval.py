@@ -885,12 +885,14 @@ def latent_table(strength, count, labels=None, top=10, weighted=False):
     entropy     of the labels of the active samples, natural logarithm: CytoSAE's "unique labels among activated images"; with
                 `weighted`, of the labels of the `top` samples weighted by strength, as its code computes it
     label, purity   the most frequent label among the active samples and its share of them; label -1 where there is none
-    references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count (the paper's reference images), then strength
+    references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count (the paper's reference images), then strength; with
+                `weighted` by strength alone, and the entropy is NaN for a latent that has fewer, as in its code
     """
     n, active = strength.shape[0], strength.getnnz(axis=0)
     with np.errstate(invalid="ignore"):
         mean = np.asarray(strength.sum(0)).ravel() / active
-    score = count.astype(np.float64) + strength * (0.5 / max(strength.max(), 1e-30))        # strength decides between equals
+    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))                # strength decides between equals
+    score = score if weighted else score + count
     out = {"frequency": active / n, "mean": mean, "references": top_samples(score.tocsr(), top)}
     if labels is not None:
         on = strength.astype(bool).astype(np.float64)
@@ -901,6 +903,7 @@ def latent_table(strength, count, labels=None, top=10, weighted=False):
             best = out["references"].copy()
             best.data = np.ones_like(best.data, float)
             weight = np.asarray(best.multiply(strength.T).tocsr() @ labels.astype(float))
+            weight[np.diff(best.indptr) < top] = 0
         out.update(entropy=label_entropy(weight), label=np.where(known > 0, seen.argmax(1), -1),
                    purity=seen.max(1) / np.maximum(known, 1))
     return out
@@ -950,19 +953,19 @@ def latent_scatter(table, most=4000, size=(640, 420)):
 
 
 def barcodes(count, groups):
-    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts. (names (P,), array (P, L)).
+    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts. (names (P,), CSR (P, L)).
 
     Divided by the number of the group's samples as the equation says; the published code divides by the number of latents.
     """
     names, member = np.unique(groups, return_inverse=True)
     share = sp.csr_matrix((1 / np.bincount(member)[member], (member, np.arange(len(member)))))
-    return names, np.asarray((share @ count).todense(), np.float32)
+    return names, (share @ count).tocsr().astype(np.float32)
 
 
 def differential(codes, y, a, b, top=50):
-    """The `top` latents more active in class a than in b and the reverse, by class means of barcodes codes (P, L):
+    """The `top` latents more active in class a than in b and the reverse, by class means a_d of barcodes codes (P, L) CSR:
     (latents for a, latents for b, difference (L,))."""
-    difference = codes[y == a].mean(0) - codes[y == b].mean(0)
+    difference = np.asarray(codes[np.flatnonzero(y == a)].mean(0) - codes[np.flatnonzero(y == b)].mean(0)).ravel()
     order = np.argsort(-difference, kind="stable")
     return order[:top][difference[order[:top]] > 0], order[::-1][:top][difference[order[::-1][:top]] < 0], difference
 
@@ -975,21 +978,21 @@ def weighted_f1(truth, guess):
 
 
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
-    """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) from latents of mean activation >= 10^t.
+    """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of mean activation >= 10^t.
 
     parts: the test rows of each fold. The penalty is the paper's, C = (number of classes) * (training samples) / 100.
     Returns dict t -> {"latents", "f1": one value a fold}.
     """
     out = {}
     for t in exponents:
-        used = np.nan_to_num(mean) >= 10. ** t
-        scores_ = []
-        for test in parts if used.any() else ():
+        used, f1 = np.flatnonzero(np.nan_to_num(mean) >= 10. ** t), []
+        x = codes[:, used].toarray()
+        for test in parts if len(used) else ():
             train = np.setdiff1d(np.arange(len(y)), test)
             strength = len(np.unique(y)) * len(train) / 100
-            p = logistic_probe(codes[train][:, used], y[train], codes[test][:, used], int(y.max()) + 1, strength)
-            scores_.append(weighted_f1(y[test], p.argmax(1)))
-        out[t] = {"latents": int(used.sum()), "f1": scores_}
+            p = logistic_probe(x[train], y[train], x[test], int(y.max()) + 1, strength)
+            f1.append(weighted_f1(y[test], p.argmax(1)))
+        out[t] = {"latents": len(used), "f1": f1}
     return out
 
 
@@ -1039,21 +1042,25 @@ def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
     return auc(y, score), *(map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None))
 
 
-def heat_boxes(heat, side=224, percentile=95.):
+def heat_boxes(heat, side=224, percentile=95., connectivity=8, strict=False, score="box"):
     """Boxes around the hottest places of one picture: list of (score, x0, y0, x1, y1), in shares of the picture.
 
     Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is enlarged bilinearly to
-    `side` pixels, the percentile is that picture's, pixels at or above it count, 8-connected ones form a box, whose score is
-    their mean activation. A constant map has no boxes.
+    `side` pixels, the percentile is that picture's, pixels at or above it count (above it, if `strict`), those that touch,
+    corners included (`connectivity` 8, else 4), form a box, and its score is the mean activation in the "box" (or of its
+    "hot" pixels). A constant map has no boxes.
     """
     heat = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR))
     if heat.max() <= heat.min():
         return []
+    level = np.percentile(heat, percentile)
     # of a map that is 0 nearly everywhere the percentile is 0, and everything would be hot
-    pieces, n = scipy.ndimage.label((heat >= np.percentile(heat, percentile)) & (heat > heat.min()), np.ones((3, 3)))
-    score = scipy.ndimage.mean(heat, pieces, np.arange(1, n + 1))
-    return [(float(s), x.start / side, y.start / side, x.stop / side, y.stop / side)
-            for s, (y, x) in zip(score, scipy.ndimage.find_objects(pieces))]
+    hot = (heat > level if strict else heat >= level) & (heat > heat.min())
+    pieces, n = scipy.ndimage.label(hot, np.ones((3, 3)) if connectivity == 8 else None)
+    places = scipy.ndimage.find_objects(pieces)
+    means = [heat[place].mean() for place in places] if score == "box" else \
+        scipy.ndimage.mean(heat, pieces, np.arange(1, n + 1))
+    return [(float(s), x.start / side, y.start / side, x.stop / side, y.stop / side) for s, (y, x) in zip(means, places)]
 
 
 def box_iou(a, b):
@@ -1062,8 +1069,9 @@ def box_iou(a, b):
     return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
 
 
-def average_precision(found, truth, iou=0.25):
-    """Area under the precision-recall curve (all points, precision made non-increasing), None without true boxes.
+def average_precision(found, truth, iou=0.25, points=None):
+    """Area under the precision-recall curve, precision made non-increasing, at all points, or its mean at `points` recalls
+    (11 as the first VOC challenges, 101 as COCO); None without true boxes.
 
     found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of boxes. Best score first, a
     box is right when its best-overlapping true box reaches `iou` and has no partner yet.
@@ -1085,6 +1093,8 @@ def average_precision(found, truth, iou=0.25):
     hits = np.cumsum(right)
     precision, recall = hits / np.arange(1, len(hits) + 1), hits / total
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    if points:
+        return float(np.r_[envelope, 0][np.searchsorted(recall, np.linspace(0, 1, points))].mean())
     return float((np.diff(np.r_[0, recall]) * envelope).sum())
 
 
@@ -1111,10 +1121,16 @@ def r2_both(x, x_hat):
 def select_latents(code, y, n):
     """The n latents that tell the classes y (rows,) apart together: orthogonal matching pursuit, (n,) in order of choice.
 
-    Each time the latent whose standardised column explains most of what is left of the classes' indicators is taken. To be
-    called with training rows only.
+    Each time the latent whose standardised column explains most of what is left of the classes' indicators is taken; of a
+    CSR code only among the 1,000 whose class means differ most, in standard deviations. To be called with training rows only.
     """
-    Z = np.asarray(code.todense(), np.float64) if sp.issparse(code) else np.asarray(code, np.float64)
+    few = np.arange(code.shape[1])
+    if sp.issparse(code):
+        spread = np.sqrt(np.asarray(code.multiply(code).mean(0)).ravel() - np.asarray(code.mean(0)).ravel() ** 2 + 1e-12)
+        means = np.stack([np.asarray(code[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)])
+        few = np.sort(np.argsort(-(means.std(0) / spread), kind="stable")[:1000])
+        code = code[:, few].toarray()
+    Z = np.asarray(code, np.float64)
     Z = Z - Z.mean(0)
     length = np.linalg.norm(Z, axis=0)
     Z, R = Z / np.where(length > 0, length, 1), (y[:, None] == np.unique(y)).astype(float)
@@ -1126,7 +1142,7 @@ def select_latents(code, y, n):
         q = Z[:, j] / max(np.linalg.norm(Z[:, j]), 1e-12)
         chosen.append(j)
         R, Z = R - np.outer(q, q @ R), Z - np.outer(q, q @ Z)
-    return np.array(chosen)
+    return few[np.array(chosen, int)]
 
 
 def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), seed=0, draws=3):
@@ -1144,7 +1160,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
     axes = np.linalg.svd(dense[train] - mean, full_matrices=False)[2]
     full, chance = score(dense), 1 / len(np.unique(y[test]))
     chosen, alive = select_latents(code[train], y[train], max(sizes)), np.flatnonzero(code[train].getnnz(axis=0))
-    out = {"dense": full, "chance": chance, "all latents": score(np.asarray(code[:, alive].todense())), "rows": []}
+    small = code.shape[0] * len(alive) < 5e7                 # else it would not fit
+    out = {"dense": full, "chance": chance, "all latents": score(code[:, alive].toarray()) if small else None, "rows": []}
     for n in sizes:
         ways = {"best latents": score(np.asarray(code[:, chosen[:n]].todense())),
                 "random latents": float(np.mean([score(np.asarray(code[:, rng.permutation(alive)[:n]].todense()))
@@ -1155,7 +1172,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
 
 def neighbours(x, k, groups=None, chunk=1024):
-    """The k most similar other rows (cosine) of each row of x, dense or CSR, (n, k); rows of the same group are left out."""
+    """The k most similar other rows (cosine) of each row of x, dense or CSR, (n, k); rows of the same group are left out, and
+    -1 stands where there are no more others."""
     unit = _unit_rows(x)
     out = []
     for start in range(0, unit.shape[0], chunk):
@@ -1165,7 +1183,8 @@ def neighbours(x, k, groups=None, chunk=1024):
         same = own[:, None] == np.arange(unit.shape[0]) if groups is None else groups[own][:, None] == groups
         s = np.where(same, -np.inf, s)
         best = np.argpartition(-s, k - 1, axis=1)[:, :k]
-        out.append(np.take_along_axis(best, np.argsort(-np.take_along_axis(s, best, 1), axis=1, kind="stable"), 1))
+        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(s, best, 1), axis=1, kind="stable"), 1)
+        out.append(np.where(np.take_along_axis(s, best, 1) > -np.inf, best, -1))
     return np.concatenate(out)
 
 
@@ -1173,13 +1192,15 @@ def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? For each k: overlap of the two lists, and the share of
     hits with the query's label (y (n,)), sparse, dense, and by chance."""
     lists = {"sparse": neighbours(code, max(ks), groups), "dense": neighbours(dense, max(ks), groups)}
+    enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
+    lists, y = {name: v[enough] for name, v in lists.items()}, (y, None if y is None else y[enough])
     rows = []
-    for k in ks:
+    for k in ks if enough.any() else ():
         both = np.mean([len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())])
         row = {"k": k, "overlap": float(both)}
-        if y is not None:
-            row.update({f"precision, {name}": float((y[v[:, :k]] == y[:, None]).mean()) for name, v in lists.items()})
-            row["precision, chance"] = float(((np.bincount(y) / len(y)) ** 2).sum())
+        if y[0] is not None:
+            row.update({f"precision, {name}": float((y[0][v[:, :k]] == y[1][:, None]).mean()) for name, v in lists.items()})
+            row["precision, chance"] = float(((np.bincount(y[0]) / len(y[0])) ** 2).sum())
         rows.append(row)
     return rows
 
@@ -1194,17 +1215,119 @@ def name_weights(query, names):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Back to pixels and words: relevancy maps (thesis 5.4.4, A.3-A.4), and what they segment
+# ---------------------------------------------------------------------------------------------------------------------
+
+def relevancy(attention, target, start_layer=0):
+    """Relevancy of every token for every other (Chefer et al. 2021): R = 1, then R <- R + A R from layer `start_layer` on, with
+    A the gradient times the attention, negative entries of each head cut to 0, averaged over heads.
+
+    attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar a sample, was computed
+    from. Returns (B, T, T); row 0 without its first column is what a class token saw. A target that nothing moves, such as the
+    latents of a concept that is absent, leaves exactly 0 there.
+    """
+    used = list(attention)[start_layer:]
+    if target.requires_grad:
+        gradient = torch.autograd.grad(target, used, allow_unused=True)
+    else:
+        gradient = [None] * len(used)
+    return roll_out(used, gradient)
+
+
+def roll_out(attention, gradient):
+    """R (B, T, T) of lists of (B, heads, T, T); a gradient that is None counts as 0."""
+    B, _, T, _ = attention[0].shape
+    R = torch.eye(T, device=attention[0].device, dtype=attention[0].dtype).repeat(B, 1, 1)
+    for a, g in zip(attention, gradient):
+        if g is not None:
+            R = R + (g * a).detach().clamp(min=0).mean(1) @ R
+    return R
+
+
+def word_scores(relevance, pieces, least=0.1):
+    """Relevance (T,) of the pieces of a text -> [(word, score)]: special pieces (None) dropped, the pieces of a word added up,
+    divided by the largest, those below `least` set to 0 (thesis Fig. A.6 hides them). All 0 when nothing is relevant.
+
+    pieces: for each token the word it belongs to, as (number, text), or None.
+    """
+    words, total = {}, {}
+    for r, piece in zip(relevance, pieces):
+        if piece is not None:
+            words[piece[0]] = piece[1]
+            total[piece[0]] = total.get(piece[0], 0.) + max(float(r), 0.)
+    most = max(total.values(), default=0.)
+    share = {i: v / most if most > 0 else 0. for i, v in total.items()}
+    return [(words[i], share[i] if share[i] >= least else 0.) for i in words]
+
+
+def heat_mask(heat, size, otsu):
+    """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold on the enlarged map, or None for a constant map: no prediction.
+
+    Enlarged bilinearly to 224, scaled to 0..1, then to size, as thesis 5.4.4's protocol. otsu: uint8 values -> threshold.
+    """
+    def enlarged(x, size):
+        return torch.nn.functional.interpolate(x[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+    h = enlarged(torch.as_tensor(np.asarray(heat), dtype=torch.float32), (224, 224))
+    if not float(h.max()) > float(h.min()):
+        return None
+    h = enlarged((h - h.min()) / (h.max() - h.min()), size).numpy()
+    low, high = float(h.min()), float(h.max())
+    t = otsu(np.minimum((h.astype(np.float64) - low) / (high - low) * 256, 255).astype(np.uint8))
+    return h >= low + (t + 0.5) / 256 * (high - low)         # the centre of the bin, as scikit-image has it
+
+
+SIZES = {"": (0, np.inf), " small": (0, 32 ** 2), " medium": (32 ** 2, 96 ** 2), " large": (96 ** 2, np.inf)}
+
+
+def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
+    """AP and AR of masks at one IoU, by size, and mIoU (thesis Table 5.4), as COCO's evaluator computes them.
+
+    found, truth: dict (image, label) -> bool mask (H, W); one mask an image and label; found may lack some, or hold labels the
+    image does not have, which count against it. score: dict like found, 1 for all by default. Precision is interpolated at 101
+    recalls and averaged over labels that have true masks of the size; sizes are areas of masks (`area` of a found one; the
+    published figures took its box's). None where a size has no true mask.
+    """
+    labels, out = sorted({label for _, label in truth}), {}
+    overlap = {key: np.logical_and(m, truth[key]).sum() / np.logical_or(m, truth[key]).sum() for key, m in found.items()
+               if key in truth}
+    for name, (low, high) in SIZES.items():
+        precisions, recalls = [], []
+        for label in labels:
+            counted = {key for key, m in truth.items() if key[1] == label and low <= m.sum() <= high}
+            if not counted:
+                continue
+            keys = sorted((key for key in found if key[1] == label), key=lambda key: key[0])
+            keys.sort(key=lambda key: -(score[key] if score else 1))                        # stable, as COCO sorts
+            hits = []
+            for key in keys:
+                if overlap.get(key, 0) >= iou:
+                    if key in counted:
+                        hits.append(1)
+                elif low <= area(found[key]) <= high:
+                    hits.append(0)
+            tp = np.cumsum(hits) if hits else np.zeros(0)
+            recall, precision = tp / len(counted), tp / np.arange(1, len(tp) + 1)
+            envelope = np.r_[np.maximum.accumulate(precision[::-1])[::-1], 0]
+            precisions.append(envelope[np.searchsorted(recall, np.linspace(0, 1, 101))].mean())
+            recalls.append(recall[-1] if len(recall) else 0.)
+        out[f"AP{name}"], out[f"AR{name}"] = _mean(precisions), _mean(recalls)
+    return {**out, "mIoU": float(np.mean([overlap.get(key, 0.) for key in truth]))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Do two codes share latents (thesis 4.2-4.3)?
 # ---------------------------------------------------------------------------------------------------------------------
 
-def match_latents(a, b, least=5):
+def match_latents(a, b, least=5, most=4096):
     """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the same samples (Hungarian).
 
-    Latents active in fewer than `least` samples are left out. Returns (latents of a, latents of b, correlations), best first.
+    Latents active in fewer than `least` samples are left out, and of more than `most` the less frequent: the assignment takes
+    their cube. Returns (latents of a, latents of b, correlations), best first.
     """
     unit, kept = [], []
     for code in (a, b):
-        kept.append(np.flatnonzero(code.getnnz(axis=0) >= least))
+        active = code.getnnz(axis=0)
+        kept.append(np.sort(np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]))
         x = np.asarray(code[:, kept[-1]].todense(), np.float64)
         x -= x.mean(0)
         unit.append(x / np.maximum(np.linalg.norm(x, axis=0), 1e-30))
@@ -1325,15 +1448,18 @@ def box_overlay(image, boxes, heat, scale, alpha=0.6):
     return out
 
 
-def contact_sheet(rows, titles, side=160):
-    """Rows of PIL images as one picture, columns under `titles`; every image becomes `side` pixels wide."""
-    sheet = Image.new("RGB", ((side + 8) * len(titles) + 8, (side + 8) * len(rows) + 28), "white")
+def contact_sheet(rows, titles, side=160, names=()):
+    """Rows of PIL images as one picture, columns under `titles`, rows after `names`; every image becomes `side` pixels wide."""
+    left = 90 if names else 8
+    sheet = Image.new("RGB", (left + (side + 8) * len(titles), (side + 8) * len(rows) + 28), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        draw.text((12 + column * (side + 8), 8), title, "black")
+        draw.text((left + 4 + column * (side + 8), 8), title, "black")
     for r, row in enumerate(rows):
+        if names:
+            draw.text((6, 28 + r * (side + 8) + side // 2), names[r], "black")
         for column, image in enumerate(row):
-            sheet.paste(image.resize((side, side), Image.BICUBIC), (8 + column * (side + 8), 28 + r * (side + 8)))
+            sheet.paste(image.resize((side, side), Image.BICUBIC), (left + column * (side + 8), 28 + r * (side + 8)))
     return sheet
 
 

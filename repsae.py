@@ -186,11 +186,11 @@ MINIMUM = {"k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit
            "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1,
            "bottleneck": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1, "workers": 0, "last": 1, "blur": 0, "colour": 0,
            "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
-           "expansion": 1, "sparsity": 0, "bandwidth": 1e-9, "threshold": 1e-9,
+           "expansion": 1, "sparsity": 0, "bandwidth": 1e-9, "top": 1, "tau": 0, "percentile": 0, "iou": 1e-9, "show": 0,
            "dropout": 0, "attention": 1, "patience": 1, "bag_weight": 0, "inner": 1, "runs": 1, "weight_decay": 0, "margin": 0,
            "downsample": 1e-9, "threshold": 0, "max_holes": 0, "roi_share": 1e-9, "most": 1,
            "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
-MAXIMUM = {"dropout": 1, "bag_weight": 1, "roi_share": 1}
+MAXIMUM = {"dropout": 1, "bag_weight": 1, "roi_share": 1, "percentile": 100, "iou": 1}
 FEW_STEPS = 2000
 
 
@@ -228,11 +228,14 @@ def check_folder(folder, flags):
 
 
 def make_folder(folder, fresh):
-    """Create a run folder, or empty it of a run's five files and of heat maps (never of anything else) when `fresh`."""
+    """Create a run folder, or empty it of what a run writes (never of anything else) when `fresh`."""
     try:
         os.makedirs(folder, exist_ok=True)
-        heat = [name for name in os.listdir(folder) if name.startswith("heat_")]
-        for name in ("metrics.json", "report.html", "checkpoint.pt", "log.csv", "config.json", *heat) if fresh else ():
+        found = os.listdir(folder)
+        weights = [name for name in found if name.endswith(".pt")] if "config.json" in found else []
+        heat = [name for name in found if name.startswith("heat_")]
+        for name in ("metrics.json", "report.html", "checkpoint.pt", "log.csv", "curves.svg", "neighbours.png", "sweep.svg",
+                     *weights, *heat, "config.json") if fresh else ():
             for path in (out_path(folder, name), out_path(folder, name + ".tmp")):
                 if os.path.exists(path):
                     os.remove(path)
@@ -398,6 +401,8 @@ def _fit(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
             parts = ["loss", "self", "cross", "aux", *(["sparsity"] if "sparsity" in result else [])]
             return {"epoch": round(step / epoch, 3), **{k: float(result[k]) for k in parts},
                     "active": float(sum(active) / len(active)), **{f"dead_{s}": n for s, n in dead().items()}}
+        if step % flags.log_every == 0 and not math.isfinite(float(result["loss"])):
+            raise InputError(f"the loss is {float(result['loss'])} at step {step} - lower --lr, or scale the features (--norm)")
         keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead {'/'.join(map(str, dead().values()))}")
     with Keeper(flags, n_steps, int(model.step), log, lambda: sae.save(checkpoint, model, optimiser)) as keep:
         sae.fit(model, lambda step: {s: x.to(flags.device) for s, x in batch(step).items()}, n_steps,
@@ -565,7 +570,8 @@ def cmd_sparc(flags):
 
 def cmd_sae(flags):
     """Train a sparse autoencoder on one stream: relu, topk, batchtopk or jumprelu (thesis 4.1 and its relatives)."""
-    flags, saved = check_folder(flags.out, flags if flags.resume else resolved_sae(flags))
+    flags, saved = check_folder(flags.out, flags)
+    flags = flags if saved else resolved_sae(flags)
     features = one_stream(flags)
     metrics = run_sparc(flags, features, flags.out, saved, "sae")
     print_summary(metrics)
@@ -577,9 +583,14 @@ def resolved_sae(flags):
     made-up data, those of the activation."""
     preset = PRESETS.get(flags.get("preset"), {})
     activation = flags.activation if "activation" in flags.given else preset.get("activation", flags.activation)
-    layers = {**BY_ACTIVATION[activation], **(PLANTED_SAE[activation] if flags.data is None else {}), **preset,
-              "activation": activation}
-    return check_ranges(flags.replaced({"null": False, **{k: v for k, v in layers.items() if k not in flags.given}}))
+    layers = {**BY_ACTIVATION[activation], **(PLANTED_SAE[activation] if flags.data is None else {}),
+              **({"latents": 0} if "expansion" in preset.keys() | flags.given else {}), **preset, "activation": activation}
+    flags = check_ranges(flags.replaced({"null": False, **{k: v for k, v in layers.items() if k not in flags.given}}))
+    if flags.sparsity and "topk" in activation:
+        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no penalty - leave it out, or set "
+                         "--k")
+    say_once(f"note: dead latents, silent for {flags.dead_after} steps: {flags.revive}")
+    return flags
 
 
 def one_stream(flags):
@@ -600,6 +611,7 @@ def cmd_variants(flags):
     import eval as judge
     import sae
     flags, saved = check_folder(flags.out, flags)
+    flags.given |= frozenset(saved["given"]) if saved else frozenset()
     features, rows, results = one_stream(flags), [], {}
     sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what its first use loads is not the first row's time
     for variant in VARIANTS:
@@ -611,7 +623,8 @@ def cmd_variants(flags):
         if not results:
             make_folder(flags.out, fresh=not saved)
             judge.write_json(out_path(flags.out, "config.json"),
-                             {"command": "variants", "flags": flags, "data_hash": features.hash})
+                             {"command": "variants", "flags": flags, "given": sorted(flags.given - FREE_ON_RESUME),
+                              "data_hash": features.hash})
         say(f"-- {name}")
         began = time.time()
         metrics = run_sparc(one, features, sub, resumable(sub, saved), "sae")
@@ -1019,6 +1032,10 @@ def cmd_extract(flags):
     loaded = [load_backbone(spec, flags) for spec in needed(flags, "weights").split(",")]
     streams = {}
     for name, model, trained in loaded:
+        if hasattr(model, "clip"):                           # one run, two encoders
+            if "captions" in images.about and not flags.tokens:
+                streams[f"{name}_txt"] = text_features(model.clip, model.words, images.about["captions"], flags.device)
+            name = f"{name}_img"
         how = {"tokens": True} if flags.tokens else {"last": flags.last} if hasattr(model, "blocks") else {}
         whole, block = flags.whole or images.objects is not None, 16 if flags.tokens else 256
         parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, block, whole, **how))
@@ -1036,7 +1053,7 @@ def cmd_extract(flags):
         about.update(labels=images.labels, label_names=np.array(images.label_names))
     if images.split is not None:
         about["split"] = images.split
-    data.write_npz(flags.out, {**streams, **about})
+    data.write_npz(flags.out, {**streams, **about, **images.about})
     say(f"wrote {flags.out}")
 
 
@@ -1084,6 +1101,8 @@ def load_backbone(spec, flags, n_classes=0, head=False):
         except (OSError, EOFError, LookupError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
             raise InputError(f"{arch} is no file of finetune ({type(e).__name__}) - write {name}=arch:FILE for others")
     elif not path:
+        if os.path.exists(out_path(arch, "clip.pt")):
+            return (name, *load_clip(arch, flags.device))
         config = out_path(arch, "config.json")
         if not os.path.exists(config):
             raise InputError(f"{arch} is no dino run - give its folder, or write {name}=arch:FILE")
@@ -1143,12 +1162,15 @@ def cmd_probe(flags):
     labels = features.labels
     if labels is None or labels.ndim != 1:                   # tokens have none
         raise InputError(f"{flags.data or 'the made-up data'} has no integer labels, one a sample - add them as `labels`")
-    known = np.flatnonzero(labels >= 0)
+    chosen = list(range(len(features.label_names)))
+    if flags.only:
+        chosen = sorted({label_number(features, name) for name in flags.only.split(",")})
+    known, labels = np.flatnonzero(np.isin(labels, chosen)), np.searchsorted(chosen, labels)
     train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
     if len(np.unique(labels[train])) < 2 or not len(test):
         raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` "
                          "or `labels`")
-    found, rows, C = {}, [], len(features.label_names)
+    found, rows, C = {}, [], len(chosen)
     for s in features.streams:
         x = {part: features.batch(r)[s].numpy() for part, r in (("train", train), ("test", test))}
         if flags.solver == "lbfgs":
@@ -1197,6 +1219,8 @@ class Coded:
                 dense.append(self.model.normalise(x, self.stream).unflatten(0, (-1, self.T)).mean(1).cpu().numpy())
         self.strength, self.count = sp.vstack(strength).tocsr(), sp.vstack(count).tocsr()
         self.dense = np.concatenate(dense)
+        if not np.isfinite(self.strength.data).all():
+            raise InputError(f"the codes of {run} are not finite - its training went wrong: lower --lr")
         if not self.strength.nnz:
             raise InputError(f"no latent of {run} is active on any sample - train it longer, or with less sparsity")
 
@@ -1230,13 +1254,21 @@ class Coded:
             raise InputError(f"{self.flags.data} has no labels - add them as `labels`")
         return labels
 
+    def told(self, name):
+        """(y (N,) bool: has a sample the label, rows to learn from, rows to judge by), labelled rows only; both kinds in both."""
+        y, label = self.labels(), label_number(self.features, name)
+        known = y.any(1) | (self.features.labels.ndim == 2)
+        y, parts = y[:, label], [rows[known[rows]] for rows in self.split()]
+        for part, rows in zip(("training", "test"), parts):
+            if not 0 < y[rows].sum() < len(rows):
+                raise InputError(f"{y[rows].sum()} of {len(rows)} labelled {part} samples have the label {name} - some, not "
+                                 "all, must")
+        return y, *parts
+
     def classes(self):
-        """(N,) int, one label a sample; raises InputError otherwise."""
+        """(N,) int, negative where unlabelled, or None where samples have no or several labels."""
         y = self.features.labels
-        if y is None or y.ndim != 1 or (y < 0).any() or len(set(y.tolist())) < 2:
-            raise InputError(f"{self.flags.data} has no integer label, of two classes or more, for "
-                             "every sample - add `labels`")
-        return y
+        return y if y is not None and y.ndim == 1 and len(set(y[y >= 0].tolist())) > 1 else None
 
     def picture(self, row):
         """A sample's picture, or None when the file names none or it is not there."""
@@ -1261,13 +1293,15 @@ def label_number(features, label):
         return features.label_names.index(label)
     if label is not None and label.isdigit() and int(label) < len(features.label_names):
         return int(label)
-    raise InputError(f"--label {label} - take one of {', '.join(features.label_names[:20]) or 'none: the file has no labels'}")
+    raise InputError(f"no label '{label}' - take one of {', '.join(features.label_names[:20]) or 'none: the file has no labels'}")
 
 
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients (CytoSAE)."""
+    import data
     import eval as judge
     import numpy as np
+    folder = analysis_folder(flags, "latents")
     coded = Coded(flags.run, flags, flags.tau)
     features, (train, _) = coded.features, coded.split()
     labels = features.label_matrix(train)
@@ -1280,22 +1314,25 @@ def cmd_latents(flags):
     scatter = judge.latent_scatter(table)
     sections = [("Latents by frequency and mean activation", scatter), ("Latents above a threshold of mean activation",
                 judge.html_table(["at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))]
-    order = np.flatnonzero(alive)
-    if labels is not None:
+    shown = np.flatnonzero(alive)[np.argsort(-table["frequency"][alive], kind="stable")]
+    if labels is not None and labels.any():
         found["mean entropy"] = float(np.nanmean(table["entropy"][alive]))
         clear = np.flatnonzero(table["frequency"] * len(train) >= 5)
         order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
+        each = max(1, 20 // max(len(features.label_names), 1))
+        shown = [j for c in range(len(features.label_names)) for j in order[table["label"][order] == c][:each]][:20]
         columns = ["purity", "entropy", "frequency", "mean"]
-        rows = [[f"{j}", features.label_names[table["label"][j]], *(table[c][j] for c in columns)] for j in order[:20]]
+        rows = [[f"{j}", features.label_names[table["label"][j]], *(table[c][j] for c in columns)] for j in shown]
         header = ["latent", "label", *columns]
         print(f"\nmean label entropy {found['mean entropy']:.3f} nats of ln {len(features.label_names)} = "
-              f"{math.log(len(features.label_names)):.3f}; the purest of those active in 5 samples or more:\n"
+              f"{math.log(len(features.label_names)):.3f}; the purest of each label, active in 5 samples or more:\n"
               + judge.text_table(header, rows))
-        sections.append(("The purest latents", judge.html_table(header, rows)))
-    found["barcodes"], more = barcode_sections(coded, table, flags)
-    sections += more + [("Reference samples", reference_gallery(coded, table, train, order[:flags.show]))]
-    folder = flags.out or out_path(flags.run, "latents")
+        sections.append(("The purest latents of each label", judge.html_table(header, rows)))
+    found["barcodes"], more, codes = barcode_sections(coded, table, flags)
+    sections += more + [("Reference samples", reference_gallery(coded, table, train, shown[:flags.show]))]
     make_folder(folder, fresh=False)
+    if codes is not None:
+        data.write_npz(out_path(folder, "barcodes.npz"), codes)
     judge.write_text(out_path(folder, "scatter.svg"), judge.standalone_svg(scatter))
     judge.write_json(out_path(folder, "latents.json"), [
         {"latent": int(j), **{k: none_if_nan(v[j]) for k, v in table.items() if k != "references"},
@@ -1304,6 +1341,14 @@ def cmd_latents(flags):
     judge.write_report(out_path(folder, "report.html"), f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}",
                        sections)
     say(f"wrote {out_path(folder, 'report.html')}")
+
+
+def analysis_folder(flags, name):
+    """Where an analysis of a run writes: --out, or the folder `name` inside the run; never over a run."""
+    folder = flags.out or out_path(flags.run, name)
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.path.exists(out_path(folder, "config.json"))):
+        raise InputError(f"{folder} is {'a run' if os.path.isdir(folder) else 'a file'} - name another folder with --out")
+    return folder
 
 
 def none_if_nan(v):
@@ -1338,38 +1383,44 @@ def reference_gallery(coded, table, train, latents, most=6):
 
 
 def barcode_sections(coded, table, flags):
-    """Barcodes of groups and of their labels (CytoSAE Eq. 4), what tells two labels apart, and how well barcodes classify."""
+    """Barcodes of groups and of their labels (CytoSAE Eq. 4), what tells two labels apart, and how well barcodes classify:
+    (figures or None, sections of the report, arrays for a file or None). Without groups each of some 20,000 samples at most is
+    one, if it has tokens; groups whose samples differ in label count for none of the labels."""
     import data
     import eval as judge
     import numpy as np
-    features = coded.features
-    groups, single = features.about.get("groups"), features.labels is not None and features.labels.ndim == 1
-    if flags.between and (groups is None or not single):
-        raise InputError(f"{coded.flags.data} has no {'groups' if single else 'single label a sample'} - --between compares "
+    features, y = coded.features, coded.classes()
+    groups = features.about.get("groups")
+    if flags.between and (groups is None or y is None):
+        raise InputError(f"{coded.flags.data} has no {'groups' if y is not None else 'single label a sample'} - --between compares "
                          "patients: add `groups` and `labels`")
-    if not single or groups is None and coded.T == 1:
-        return None, []
+    if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
+        return None, [], None
     groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
-    y = coded.classes()
     names, codes = judge.barcodes(coded.count, groups)
     of = [np.unique(y[rows]) for rows in np.split(np.argsort(groups, kind="stable"),
                                                   np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
-    for name, found in zip(names, of):
-        if len(found) > 1:
-            raise InputError(f"group {name} has the labels {', '.join(features.label_names[c] for c in found)} - "
-                             "a patient needs one")
-    y = np.array([found[0] for found in of])
-    rarest = np.bincount(y)[np.unique(y)].min()
-    out, sections = {"groups": len(names)}, []
-    if rarest >= 2 and len(np.unique(y)) > 1:
+    y = np.array([found[0] if len(found) == 1 else -1 for found in of])
+    known = np.flatnonzero(y >= 0)
+    if len(known) < len(y):
+        say(f"note: {len(y) - len(known)} of {len(y)} groups have no label, or several, and are left out")
+    of_label = [c for c in np.unique(y[known])]
+    arrays = {"groups": names, "labels": y, "barcodes": codes.toarray(), "label_names": np.array(features.label_names),
+              "diseases": np.stack([np.asarray(codes[np.flatnonzero(y == c)].mean(0)).ravel() for c in of_label])
+              if of_label else np.zeros((0, codes.shape[1]))}                               # a_p and a_d of Eq. 4
+    out, sections = {"groups": len(names)}, [("Barcodes", barcode_chart(arrays, of_label))] if of_label else []
+    codes, y = codes[known], y[known]
+    rarest = np.bincount(y)[np.unique(y)].min() if len(y) else 0
+    if rarest >= 2 and len(of_label) > 1:
         folds = data.stratified_parts(y, [1] * min(5, rarest), coded.flags.seed)
         f1 = judge.barcode_f1(codes, y, table["mean"], folds)
         header = ["mean activation at least", "latents", "weighted F1"]
         rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in f1.items()]
         unit = "groups" if "groups" in features.about else "samples"
-        print(f"\n{len(names)} {unit}, {len(folds)} stratified folds, logistic regression on barcodes:\n"
+        print(f"\n{len(y)} {unit}, {len(folds)} stratified folds, logistic regression on barcodes:\n"
               + judge.text_table(header, rows))
-        out["f1"], sections = f1, [("Labels of groups from their barcodes", judge.html_table(header, rows))]
+        out["f1"] = f1
+        sections.append((f"Labels of {unit} from their barcodes", judge.html_table(header, rows)))
     if flags.between:
         pair = [label_number(features, name) for name in flags.between.split(",")]
         if len(pair) != 2 or not np.isin(pair, y).all():
@@ -1380,20 +1431,28 @@ def barcode_sections(coded, table, flags):
         print("\n" + judge.text_table(["more active in", "latents (difference of the mean count)"], rows))
         out["differential"] = {features.label_names[c]: chosen.tolist() for c, chosen in zip(pair, (first, second))}
         sections.append(("Latents that differ", judge.html_table(["more active in", "latents"], rows)))
-    return out, sections
+    return out, sections, arrays
+
+
+def barcode_chart(arrays, of_label, most=80):
+    """The barcodes of the labels, a_d, over the latents in which they differ most, as a chart."""
+    import eval as judge
+    import numpy as np
+    codes = arrays["diseases"]
+    shown = np.sort(np.argsort(-codes.std(0), kind="stable")[:most])
+    return judge.svg_lines({str(arrays["label_names"][c]): [(i, code[j]) for i, j in enumerate(shown)]
+                            for c, code in zip(of_label, codes)}, f"the {len(shown)} latents that differ most, by number",
+                           "mean count of active patches", [str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
 
 
 def cmd_intervene(flags):
     """What each latent does: keep or silence the top latents of a label and see what a linear head still tells (Mammo-SAE)."""
     import eval as judge
     import numpy as np
+    folder = analysis_folder(flags, f"intervene_{flags.label}")
     coded = Coded(flags.run, flags)
     label = label_number(coded.features, flags.label)
-    y, (train, test) = coded.labels()[:, label], coded.split()
-    for name, rows in (("training", train), ("test", test)):
-        if not 0 < y[rows].sum() < len(rows):
-            raise InputError(f"{y[rows].sum()} of {len(rows)} {name} samples have the label {flags.label} - some, not all, "
-                             "must")
+    y, train, test = coded.told(flags.label)
     w, bias = linear_head(coded, y, train, flags)
     W, b = (v.detach().cpu().double().numpy() for v in (coded.model.W_dec[coded.stream], coded.model.b_pre[coded.stream]))
     effect, base, means = W @ w, float(b @ w) + bias, judge.class_means(coded.strength[train], y[train])
@@ -1403,36 +1462,51 @@ def cmd_intervene(flags):
                  "reconstructed": judge.bootstrap_auc(y[test], coded.strength[test] @ effect + base, groups)}
     ks = sorted({min(k, len(effect)) for k in (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect))})
     curve = judge.intervention(coded.strength[test], effect, base, y[test], means, ks)
-    tables = [(["AUC", "", "2.5 %", "97.5 %"], [[name, *v] for name, v in intervals.items()]),
+    tables = [(["AUC, 95 in 100 bootstrap draws", "", "from", "to"], [[name, *v] for name, v in intervals.items()]),
               (["k of each class", "latents", "AUC, only these kept", "AUC, these silenced"],
                [[str(c["k"]), c["latents"], c["keep"], c["silence"]] for c in curve])]
     top = top_latents(coded, label, train, means, flags.rank)
     found = {"auc": intervals, "curve": curve, "top latents": top.tolist(), "separation": judge.separation(means)}
     chart = judge.svg_lines({what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
                             "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False)
+    if coded.features.boxes is not None and not coded.features.grid:
+        say("note: boxes but no token grid, so that no latent is localised - extract with --tokens")
     if coded.features.boxes is not None and coded.features.grid:
-        rows = localisation(coded, label, test, top, flags.percentile, flags.iou)
+        rows = localisation(coded, label, test, top, flags)
         found["localisation"] = rows
         tables.append((["latent", f"AP at IoU {flags.iou:g}", "by pictures with the label alone"],
                        [[f"{i + 1}: latent {row['latent']}", row["ap"], row["ap_present"]] for i, row in enumerate(rows)]))
+    pairs = {"--data": means}
     if flags.other:
-        again = Coded(flags.run, flags.replaced({"data": flags.other}))
-        rows, _ = again.split()
-        later = judge.class_means(again.strength[rows], again.labels()[rows][:, label])
-        found["separation of --other"] = judge.separation(later)
-        both = {"--data": found["separation"], "--other": found["separation of --other"]}
+        second = flags.replaced({"data": flags.other})
+        second.given = flags.given | {"data"}
+        again = Coded(flags.run, second)
+        z, rows, _ = again.told(flags.label)
+        pairs["--other"] = judge.class_means(again.strength[rows], z[rows])
+        found["separation of --other"] = judge.separation(pairs["--other"])
         tables.append((["class means", "distance", "cosine", "latent that differs most", "by"],
-                       [[name, *v.values()] for name, v in both.items()]))
+                       [[name, *judge.separation(v).values()] for name, v in pairs.items()]))
     for header, rows in tables:
         print(judge.text_table(header, rows) + "\n")
-    folder = flags.out or out_path(flags.run, f"intervene_{flags.label}")
     make_folder(folder, fresh=False)
     judge.write_json(out_path(folder, "metrics.json"), found)
     pictures = heat_gallery(coded, label, test, top)
     judge.write_report(out_path(folder, "report.html"), f"repsae intervene: {flags.label}", [
-        ("Intervention", chart), *(("", judge.html_table(*table)) for table in tables),
+        ("What the top latents tell", chart + "".join(judge.html_table(*table) for table in tables)),
+        ("Class means of the latents", "".join(class_mean_chart(name, v) for name, v in pairs.items())),
         *([("The top latents over pictures with the label; true boxes in red", pictures)] if pictures else [])])
     say(f"wrote {out_path(folder, 'report.html')}")
+
+
+def class_mean_chart(name, means, most=100):
+    """Mammo-SAE Fig. 4: mean activation of the latents that are most active in either class, by latent, as a chart."""
+    import eval as judge
+    import numpy as np
+    shown = np.sort(np.argsort(-means.max(0), kind="stable")[:most])
+    return judge.svg_lines({f"{name}, {what}": [(i, means[c][j]) for i, j in enumerate(shown)]
+                            for c, what in ((0, "without the label"), (1, "with it"))},
+                           f"the {len(shown)} most active latents, by number", "mean activation", [
+        str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
 
 
 def linear_head(coded, y, train, flags):
@@ -1448,11 +1522,14 @@ def linear_head(coded, y, train, flags):
     missing = [key for key in ("weight", "bias") if key not in arrays]
     if missing:
         raise InputError(f"{flags.head} lacks '{missing[0]}' - give weight (d,) or (2, d) and bias () or (2,)")
+    if any(not np.issubdtype(arrays[key].dtype, np.number) or not np.isfinite(arrays[key]).all() for key in ("weight", "bias")):
+        raise InputError(f"{flags.head} holds something else than finite numbers - mend it")
     w, b = (np.asarray(arrays[key], np.float64) for key in ("weight", "bias"))
-    if w.shape[0] == 2 and w.ndim == 2 and b.shape == (2,):
+    if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
         w, b = w[1] - w[0], b[1] - b[0]
-    if w.reshape(-1).shape != (model.dims[s],) or b.size != 1:
-        raise InputError(f"{flags.head} has weight {w.shape} and bias {b.shape} - the run's features are {model.dims[s]} wide")
+    if w.size != model.dims[s] or b.size != 1:
+        raise InputError(f"{flags.head} has weight {w.shape} and bias {b.shape} - give ({model.dims[s]},) and (), or two rows of "
+                         "both: one label against the rest")
     if "l2" in model.norm:
         raise InputError(f"the run scales samples to length 1, which a head for raw features cannot follow - train it with "
                          "--norm none or standard, or let intervene fit a head")
@@ -1492,18 +1569,20 @@ def grid_of(coded):
     return coded.features.grid
 
 
-def localisation(coded, label, rows, latents, percentile, iou):
+def localisation(coded, label, rows, latents, flags):
     """Average precision of each latent's heat maps as a detector of a label's boxes (Mammo-SAE Table 2)."""
     import eval as judge
     boxes = coded.features.boxes
     truth = [[tuple(b[2:]) for b in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]] for row in rows]
-    found = [[judge.heat_boxes(heat, percentile=percentile) for heat in coded.heat(row, latents)] for row in rows]
-    out = []
+    how = {"percentile": flags.percentile, "connectivity": int(flags.connectivity), "strict": flags.strict,
+           "score": flags.box_score}
+    found = [[judge.heat_boxes(heat, **how) for heat in coded.heat(row, latents)] for row in rows]
+    out, iou = [], (flags.iou, flags.ap_points or None)
     for i, j in enumerate(latents):
         mine = [f[i] for f in found]
         there = [(f, t) for f, t in zip(mine, truth) if t]
-        out.append({"latent": int(j), "ap": judge.average_precision(mine, truth, iou),
-                    "ap_present": judge.average_precision(*zip(*there), iou) if there else None})
+        out.append({"latent": int(j), "ap": judge.average_precision(mine, truth, *iou),
+                    "ap_present": judge.average_precision(*zip(*there), *iou) if there else None})
     return out
 
 
@@ -1516,7 +1595,7 @@ def heat_gallery(coded, label, rows, latents, most=6):
         image = coded.picture(row)
         if image is None or not coded.features.grid:
             return ""
-        image.thumbnail((240, 240))
+        image.thumbnail((150, 150))
         draw = ImageDraw.Draw(image)
         boxes = coded.features.boxes if coded.features.boxes is not None else ()
         for b in [b for b in boxes if b[0] == row and b[1] == label]:
@@ -1531,31 +1610,40 @@ def cmd_fidelity(flags):
     """How much of the features a code keeps: R2, what few latents can tell, neighbours (the TotalSegmentator study)."""
     import eval as judge
     import numpy as np
+    folder = analysis_folder(flags, "fidelity")
     coded = Coded(flags.run, flags)
     y, (train, test) = coded.classes(), coded.split()
+    if y is not None:                                        # what has no label is left out
+        train, test = train[y[train] >= 0], test[y[test] >= 0]
+        if len(np.unique(y[train])) < 2 or not np.isin(np.unique(y[test]), y[train]).all():
+            raise InputError("the training split has fewer than two classes, or a test class is not in it - mend `split`")
     model, s = coded.model, coded.stream
     W, b = (v.detach().cpu().numpy() for v in (model.W_dec[s], model.b_pre[s]))
     r2 = judge.r2_both(coded.dense[test].astype(np.float64), coded.strength[test] @ W + b)
-    if not np.isin(np.unique(y[test]), y[train]).all():
-        raise InputError("a class of the test split has no training sample - mend `split`")
-    kept = judge.kept_performance(coded.dense.astype(np.float64), coded.strength, y, train, test, seed=coded.flags.seed)
+    kept = None
+    if y is not None:
+        kept = judge.kept_performance(coded.dense.astype(np.float64), coded.strength, y, train, test, seed=coded.flags.seed)
     groups = coded.features.about.get("groups")
     some = np.sort(np.random.default_rng([coded.flags.seed, 4]).permutation(test)[:flags.eval_rows or None])
     if len(some) <= 10:
         raise InputError(f"{len(some)} test samples - neighbours at 10 need more than ten")
-    near = judge.retrieval_fidelity(coded.dense[some], coded.strength[some], y[some], None if groups is None else groups[some])
+    near = judge.retrieval_fidelity(coded.dense[some], coded.strength[some], None if y is None else y[some],
+                                    None if groups is None else groups[some])
     print("R2 of the features" + (", averaged over tokens" if coded.T > 1 else "") + ": "
           + ", ".join(f"{k} {v:.3f}" for k, v in r2.items()))
-    tables = [("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
-                                         "principal components", "kept, %"],
-               [[f"{row['n']}", row["best latents"], row["random latents"], row["principal components"], 100 * row["kept"]]
-                for row in kept["rows"]] + [["all latents", kept["all latents"], None, None, None],
-                                            [f"all {coded.dense.shape[1]} features", kept["dense"], None, None, None]]),
-              ("Neighbours, samples of the same group left out", list(near[0]), [[str(row["k"]), *list(row.values())[1:]]
-                                                                                 for row in near])]
+    tables = []
+    if kept:
+        tables.append(("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
+                                                 "principal components", "kept, %"],
+                       [[f"{row['n']}", row["best latents"], row["random latents"], row["principal components"],
+                         100 * row["kept"]] for row in kept["rows"]]
+                       + [["all latents", kept["all latents"], None, None, None],
+                          [f"all {coded.dense.shape[1]} features", kept["dense"], None, None, None]]))
+    if near:
+        tables.append(("Neighbours, samples of the same group left out", list(near[0]),
+                       [[str(row["k"]), *list(row.values())[1:]] for row in near]))
     for _, header, rows in tables:
         print("\n" + judge.text_table(header, rows))
-    folder = flags.out or out_path(flags.run, "fidelity")
     make_folder(folder, fresh=False)
     judge.write_json(out_path(folder, "metrics.json"), {"r2": r2, "kept": kept, "neighbours": near})
     judge.write_report(out_path(folder, "report.html"), "repsae fidelity", [
@@ -1580,7 +1668,8 @@ def cmd_describe(flags):
         column = slice(code.indptr[j], code.indptr[j + 1])
         active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]
         middle = len(active) // 2
-        silent = rng.permutation(np.setdiff1d(train, active))[:flags.top]
+        drawn = rng.choice(train, min(len(train), 50 * flags.top), replace=False)
+        silent = drawn[~np.isin(drawn, active)][:flags.top]
         groups = {"top": active[:flags.top], "middling": active[max(flags.top, middle - flags.top // 2):][:flags.top],
                   "inactive": silent}
         shown = {name: [{**coded.about(row), "activation": float(coded.strength[row, j])} for row in rows]
@@ -1615,9 +1704,12 @@ def cmd_search(flags):
     names = read_names(needed(flags, "names"), coded.model.n_latents)
     if flags.embeddings:
         arrays = data.read_arrays(flags.embeddings)
-        if not {"latents", "vectors", "query"} <= arrays.keys() or arrays["vectors"].shape != (
-                len(arrays["latents"]), *arrays["query"].shape):
-            raise InputError(f"{flags.embeddings} - give latents (n,), vectors (n, e) of their names, and query (e,)")
+        fits = {"latents", "vectors", "query"} <= arrays.keys() and arrays["vectors"].shape == (
+            len(arrays["latents"]), *arrays["query"].shape) and all(
+            np.issubdtype(arrays[key].dtype, np.number) for key in ("latents", "vectors", "query"))
+        if not fits or not np.isin(arrays["latents"], list(names)).all():
+            raise InputError(f"{flags.embeddings} - give latents (n,) that --names names, vectors (n, e) of the names, and "
+                             "query (e,), all of them numbers")
         unit = arrays["vectors"] / np.maximum(np.linalg.norm(arrays["vectors"], axis=1, keepdims=True), 1e-12)
         fit = unit @ arrays["query"] / max(np.linalg.norm(arrays["query"]), 1e-12)
         weights = {int(arrays["latents"][i]): float(fit[i]) for i in np.argsort(-fit)[:10] if fit[i] > 0}
@@ -1638,7 +1730,11 @@ def cmd_search(flags):
     for row in rows[order[:flags.top]]:
         print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
     if flags.label is not None:
-        y = coded.labels()[rows, label_number(coded.features, flags.label)]
+        y, _, known = coded.told(flags.label)
+        if len(known) < len(rows):
+            rows = known
+            order = ranking(weights)
+        y = y[rows]
         rng = np.random.default_rng([coded.flags.seed, 11])
         control = [y[ranking(dict(zip(rng.choice(list(names), len(weights), replace=False).tolist(), weights.values())))
                      [:flags.top]].mean() for _ in range(100)]
@@ -1665,7 +1761,12 @@ def cmd_compare(flags):
     kinds = [("the two runs, best pairing", "best", [c.strength[rows] for c in both])]
     if flags.sparc:
         model, config = load_run(flags.sparc, flags.device)
+        if both[0].stream == both[1].stream:
+            raise InputError(f"both runs are on '{both[0].stream}' - --sparc wants two streams")
         features, _ = features_for(model, config, flags.replaced({"streams": ",".join(c.stream for c in both)}))
+        if len(features) != len(both[0].features):
+            raise InputError(f"{flags.sparc} was trained on {len(features)} samples, the others on {len(both[0].features)} - "
+                             "name their file with --data")
         T = features.tokens or 1
         tokens = (rows[:, None] * T + np.arange(T)).ravel()
         for mode in ("joint", "alone"):
@@ -1677,6 +1778,373 @@ def cmd_compare(flags):
     print(judge.text_table([f"{len(rows)} samples", *list(found[0])[1:]], [list(row.values()) for row in found]))
     if flags.json:
         judge.write_json(flags.json, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and words: a made-up tissue, a small CLIP, heat maps, segmentation, retrieval (thesis 5.3-5.4, A.3-A.4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cmd_tissue(flags):
+    """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
+    import data
+    import eval as judge
+    import numpy as np
+    from PIL import Image
+    if os.path.exists(out_path(flags.out, "tissue.npz")) and not flags.overwrite:
+        raise InputError(f"{flags.out} holds a tissue already - use --overwrite or another --out")
+    made = data.tissue(flags.pictures, flags.size, flags.seed)
+    pixels, parents = made.pop("pixels"), made.pop("parents")
+    os.makedirs(out_path(flags.out, "images"), exist_ok=True)
+    names = np.array([f"images/{i:05d}.png" for i in range(len(pixels))])
+    for name, picture in zip(names, pixels):
+        Image.fromarray(picture).save(out_path(flags.out, name))
+    data.write_npz(out_path(flags.out, "tissue.npz"), {**made, "images": names})
+    judge.write_json(out_path(flags.out, "taxonomy.json"), parents)
+    kinds, sheet = len(data.CELLS) + 1, []
+    for c in range(kinds):
+        rows = np.flatnonzero(made["labels"][:, c])[:8]
+        sheet.append([Image.fromarray(pixels[i]) for i in rows])
+    judge.save_picture(out_path(flags.out, "sheet.png"), judge.contact_sheet(
+        sheet, [""] * 8, 96, [str(v) for v in made["label_names"][:kinds]]))
+    print("\n".join(f"{name}: in {n} pictures" for name, n in zip(made["label_names"], made["labels"].sum(0))))
+    say(f"wrote {out_path(flags.out, 'tissue.npz')}, {len(pixels)} pictures, and sheet.png")
+
+
+def cmd_clip(flags):
+    """Train a small CLIP on pictures and their captions: image and text encoders into one space (thesis 5.3.1)."""
+    import data
+    import eval as judge
+    import numpy as np
+    import ssm
+    import torch
+    images = data.read_images(needed(flags, "images"))
+    if "captions" not in images.about:
+        raise InputError(f"{flags.images} has no captions - give an .npz with `images` and `captions`")
+    captions = np.array([str(c) for c in images.about["captions"]])
+    train = images.rows("train") if images.split is not None else images.rows()
+    test = images.rows("test", "val") if images.split is not None else images.rows()
+    if len(train) < flags.batch:
+        raise InputError(f"{len(train)} pictures to train on, fewer than --batch {flags.batch} - lower it")
+    make_run_folder(flags, {"pictures": len(images), "data_hash": images.hash})
+    words = data.Words(captions[train])
+    torch.manual_seed(flags.seed)
+    size, rng = flags.size, np.random.default_rng(flags.seed)
+    layers = (flags.width, flags.layers, max(flags.width // 32, 1))
+    model = ssm.CLIP(flags.joint, layers, layers, words.size, flags.context, flags.patch, size).to(flags.device)
+    view = data.plain_view(size, whole=True)
+    pixels = torch.stack([view(images.open(i)) for i in range(len(images))])
+    tokens = words(captions, flags.context, strict=False)
+    optimiser = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.1, fused=True)
+    n_steps = flags.epochs * (len(train) // flags.batch)
+    progress, log = Progress(n_steps), Log(out_path(flags.out, "log.csv"))
+    for step in range(n_steps):
+        place = step % (len(train) // flags.batch)
+        order = rng.permutation(train) if not place else order
+        rows = order[place * flags.batch:(place + 1) * flags.batch]
+        turn, flip = rng.integers(4), rng.integers(2)        # a field has no upright side
+        x = torch.rot90(pixels[rows], int(turn), (2, 3))
+        optimiser.param_groups[0]["lr"] = ssm.cosine_schedule(step, n_steps, flags.lr, 0., min(100, n_steps // 10))
+        optimiser.zero_grad()
+        loss = model.loss((x.flip(3) if flip else x).to(flags.device), tokens[rows].to(flags.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimiser.step()
+        if (step + 1) % 20 == 0 or step + 1 == n_steps:
+            log.add({"step": step + 1, "loss": float(loss)})
+        progress(step + 1, lambda: f"loss {float(loss):.3f}")
+    log.write()
+    model.eval()
+    judge.write_torch(out_path(flags.out, "clip.pt"), {"model": model.state_dict(), "config": model.config,
+                                                       "words": words.words})
+    with torch.no_grad():
+        x = {"image": torch.cat([model.encode_image(p.to(flags.device)) for p in pixels[test].split(256)]).cpu().numpy(),
+             "text": text_features(model, words, captions[test], flags.device)}
+    found = {"loss": float(loss), "test": judge.retrieval(x)}
+    judge.write_json(out_path(flags.out, "metrics.json"), found)
+    print(judge.text_table([f"{len(test)} test pictures", "R@1", "R@5", "R@10", "MedR", "MRR"],
+                           [[pair, *v.values()] for pair, v in found["test"].items()]))
+
+
+def load_clip(folder, device):
+    """(image encoder, the side it was trained at) of a run of clip; the encoder's .clip and .words are the whole model and its
+    tokenizer."""
+    import data
+    import ssm
+    import torch
+    try:
+        kept = torch.load(out_path(folder, "clip.pt"), weights_only=True, map_location="cpu")
+        model = ssm.CLIP(**kept["config"])
+        model.load_state_dict(kept["model"])
+        words = data.Words(words=kept["words"])
+    except (OSError, EOFError, LookupError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+        raise InputError(f"{folder} holds no readable clip.pt ({type(e).__name__}) - train it again")
+    model = model.eval().to(device)
+    object.__setattr__(model.visual, "clip", model)          # not as a submodule: it is the other way round
+    model.visual.words = words
+    return model.visual, model.visual.size
+
+
+def text_features(clip, words, captions, device):
+    """Features (n, out) of captions; words that the tokenizer does not know are left out."""
+    import torch
+    tokens = words(captions, clip.config["context"], strict=False)
+    with torch.no_grad():
+        return torch.cat([clip.encode_text(part.to(device)) for part in tokens.split(512)]).cpu().numpy()
+
+
+def kept_attention(model):
+    """The attention modules of a transformer, told to keep their probabilities; raises InputError where there are none."""
+    found = [m for m in model.modules() if hasattr(m, "keep")]
+    if not found:
+        raise InputError("relevancy maps need attention, which Vim and VMamba do not have - use explain cam for them")
+    for m in found:
+        m.keep = True
+    return found
+
+
+def heat_maps(backbone, sparc, stream, x, target, start_layer):
+    """Relevancy of the patches of pictures x (B, 3, H, W) for target(z): z (B, L) are their codes, alone, in `stream`.
+
+    target gives one scalar a picture, (B,). Returns (B, rows, columns); a picture in which the target is 0 gets all 0.
+    """
+    import eval as judge
+    layers = kept_attention(backbone)
+    codes = sparc.encode({stream: backbone.features(x)}, "alone")[stream]
+    R = judge.relevancy([m.kept for m in layers], target(codes.dense(sparc.n_latents)).sum(), start_layer)
+    rows = x.shape[2] // backbone.patch
+    return R[:, 0, -(rows * (x.shape[3] // backbone.patch)):].unflatten(1, (rows, -1)).cpu().numpy()
+
+
+def word_heat(clip, words, sparc, stream, text, target, start_layer):
+    """[(word, score)] of a text for target(z), as `heat_maps` for pictures."""
+    import eval as judge
+    layers = kept_attention(clip.transformer)
+    known = words.pieces(text, strict=False)[:clip.config["context"] - 2]
+    tokens = words([text], clip.config["context"], strict=False)
+    codes = sparc.encode({stream: clip.encode_text(tokens)}, "alone")[stream]
+    R = judge.relevancy([m.kept for m in layers], target(codes.dense(sparc.n_latents)).sum(), start_layer)
+    pieces = [None, *enumerate(known), *[None] * (tokens.shape[1] - 1 - len(known))]
+    return judge.word_scores(R[0, len(known) + 1].tolist(), pieces)
+
+
+def concept_latents(code, labels, least=50):
+    """Latents that are active with a label in `least` training samples or more (thesis 5.4.4), by label: {c: (latents,)}.
+
+    Of those only the ones that the label makes likelier: at least half of a latent's samples have it, or the 10 with the
+    largest share when there are none (ours: the text's count alone picks latents that fire for everything).
+    """
+    import numpy as np
+    on = code.astype(bool).astype(np.float64)
+    with_label, total = np.asarray(on.T @ labels.astype(float)), np.maximum(np.asarray(on.sum(0)).ravel(), 1)
+    out = {}
+    for c in range(labels.shape[1]):
+        often = np.flatnonzero(with_label[:, c] >= least)
+        share = with_label[often, c] / total[often]
+        out[c] = often[share >= 0.5] if (share >= 0.5).any() else often[np.argsort(-share, kind="stable")[:10]]
+    return out
+
+
+def cmd_attribute(flags):
+    """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment (thesis 5.4.4, A.3-A.4)."""
+    import data
+    import eval as judge
+    import numpy as np
+    import torch
+    model, config = load_run(flags.run, flags.device)
+    features, flags = features_for(model, config, flags)
+    images, arrays = data.read_images(needed(flags, "images")), data.read_arrays(flags.images)
+    backbones = {name: (m, side) for name, m, side in
+                 (load_backbone(spec, flags) for spec in needed(flags, "weights").split(","))}
+    sees = {name: (f"{name}_img" if hasattr(m, "clip") else name) for name, (m, _) in backbones.items()}
+    for name, stream in sees.items():
+        if stream not in model.dims:
+            raise InputError(f"the run has no stream '{stream}' - it has {', '.join(model.streams)}")
+    text = next((f"{name}_txt" for name, (m, _) in backbones.items() if hasattr(m, "clip")), None)
+    clip = next((m for m, _ in backbones.values() if hasattr(m, "clip")), None)
+    if clip is None or text not in model.dims:
+        raise InputError("no text encoder - name a run of clip in --weights, and have its text stream in the sparc run")
+    if "instances" not in arrays or len(arrays["instances"]) != len(features):
+        raise InputError(f"{flags.images} has no 'instances' of these {len(features)} pictures - give what `tissue` wrote")
+    truth, labels = true_masks(arrays), features.label_matrix(np.arange(len(features)))
+    train = features.rows("train")
+    codes, _ = codes_and_fit(model, features, train, "joint", flags.device)
+    J = {s: concept_latents(codes[s], labels[train], flags.least) for s in model.streams}
+    test = np.array([i for i in features.rows("test", "val") if any(key[0] == i for key in truth)][:flags.most])
+    truth = {key: m for key, m in truth.items() if key[0] in set(test.tolist())}
+    found, size, rng = {}, arrays["instances"].shape[1:], np.random.default_rng(flags.seed)
+    kinds = sorted({c for _, c in truth})
+    alive = np.flatnonzero(codes[model.streams[0]].getnnz(axis=0))
+    with torch.no_grad():
+        prompts = torch.from_numpy(text_features(clip.clip, clip.words, [features.label_names[c] for c in kinds], flags.device))
+        z_text = model.encode({text: prompts.to(flags.device)}, "alone")[text].dense(model.n_latents)
+    view = data.plain_view
+    present = {c: [i for i in test if (i, c) in truth] for c in kinds}
+    gallery_maps = {}
+    for name, (backbone, side) in backbones.items():
+        s = sees[name]
+        targets = {"sum of concept latents": lambda z, c: z[:, J[s][c]].sum(1),
+                   "similarity to the name": lambda z, c: z @ z_text[kinds.index(c)],
+                   "random latents": lambda z, c: z[:, rng.permutation(alive)[:max(len(J[s][c]), 1)]].sum(1)}
+        for what, target in targets.items():
+            masks = {}
+            for c in kinds:
+                for part in np.array_split(present[c], max(1, len(present[c]) // 64)):
+                    if not len(part):
+                        continue
+                    x = torch.stack([view(side, True)(images.open(i)) for i in part]).to(flags.device)
+                    maps = heat_maps(backbone, model, s, x, lambda z: target(z, c), flags.start_layer)
+                    for i, heat in zip(part, maps):
+                        mask = judge.heat_mask(heat, size, data.otsu)
+                        if mask is not None:
+                            masks[i, c] = mask
+                        if len(gallery_maps) < 4000:
+                            gallery_maps[name, what, i, c] = heat
+            found[f"{name}, {what}"] = judge.segmentation_scores(masks, truth)
+    for part in ("raw similarity", ):                        # CLIP's own, without a sparse code
+        masks = {}
+        for k, c in enumerate(kinds):
+            for rows in np.array_split(present[c], max(1, len(present[c]) // 64)):
+                if not len(rows):
+                    continue
+                x = torch.stack([view(clip.size, True)(images.open(i)) for i in rows]).to(flags.device)
+                layers = kept_attention(clip)
+                y = torch.nn.functional.normalize(clip.features(x), dim=1) @ torch.nn.functional.normalize(
+                    prompts[k].to(flags.device), dim=0)
+                R = judge.relevancy([m.kept for m in layers], y.sum(), flags.start_layer)
+                g = x.shape[2] // clip.patch
+                for i, heat in zip(rows, R[:, 0, 1:].unflatten(1, (g, g)).cpu().numpy()):
+                    mask = judge.heat_mask(heat, size, data.otsu)
+                    if mask is not None:
+                        masks[i, c] = mask
+        found["clip, " + part] = judge.segmentation_scores(masks, truth)
+    middle = judge.heat_mask(centre_prior(), size, data.otsu)
+    found["centre of the picture"] = judge.segmentation_scores(dict.fromkeys(truth, middle), truth)
+    columns = ["AP", "AR", "mIoU", "AP small", "AP medium"]
+    rows = [[name, *(v[c] for c in columns)] for name, v in found.items()]
+    print(judge.text_table([f"{len(test)} pictures, {len(truth)} masks", *columns], rows))
+    words = word_examples(model, text, clip, J[text], features, labels, test, kinds, flags)
+    folder = flags.out or out_path(flags.run, "attribute")
+    make_folder(folder, fresh=False)
+    judge.write_json(out_path(folder, "metrics.json"), {"segmentation": found, "words": words})
+    judge.write_report(out_path(folder, "report.html"), "repsae attribute", [
+        ("Segmentation by heat maps (classes that are there)", judge.html_table([""] + columns, rows)),
+        ("Maps", attribution_gallery(gallery_maps, backbones, images, kinds, present, features.label_names)),
+        ("Words", word_table(words))])
+    say(f"wrote {out_path(folder, 'report.html')}")
+
+
+def true_masks(arrays):
+    """{(image, label): bool mask} of the objects of each label together, from `instances` and `boxes`; hidden objects have
+    no box."""
+    import numpy as np
+    out, number = {}, {}
+    instances, boxes = arrays["instances"], arrays["boxes"]
+    for i in np.unique(boxes[:, 0].astype(int)):
+        here = boxes[boxes[:, 0] == i]
+        numbers = [n for n in np.unique(instances[i]) if n]
+        for n, box in zip(numbers, here):
+            key = int(i), int(box[1])
+            out[key] = out.get(key, False) | (instances[i] == n)
+    return out
+
+
+def centre_prior(n=16):
+    """(n, n) heat that falls from the middle."""
+    import numpy as np
+    y, x = np.mgrid[:n, :n] / (n - 1) - 0.5
+    return np.exp(-8 * (x * x + y * y))
+
+
+def word_examples(model, text, clip, J, features, labels, test, kinds, flags, most=2):
+    """For some labels, captions that name the concept and one that does not: [{concept, caption, here, words}]."""
+    out = []
+    for c in kinds:
+        captions = [(str(features.about["captions"][i]), bool(labels[i, c])) for i in test]
+        name = features.label_names[c]
+        shown = [v for v in captions if v[1] and name in v[0]][:most] + [v for v in captions if not v[1]][:1]
+        for caption, here in shown:
+            words = word_heat(clip.clip, clip.words, model, text, caption, lambda z: z[:, J[c]].sum(1), flags.start_layer)
+            out.append({"concept": name, "caption": caption, "here": here, "words": words})
+    return out
+
+
+def word_table(examples):
+    """Captions with each word as dark as its relevance; a concept that moves nothing is called absent."""
+    parts = []
+    for e in examples:
+        shown = " ".join(f'<span style="background:rgba(197,48,48,{score:.2f})">{html.escape(word)}</span>'
+                         for word, score in e["words"])
+        absent = "" if any(score for _, score in e["words"]) else " <b>absent</b>"
+        parts.append(f"<p><b>{html.escape(e['concept'])}</b>: {shown}{absent}</p>")
+    return "".join(parts)
+
+
+def attribution_gallery(maps, backbones, images, kinds, present, names, most=2):
+    """Pictures of each concept beside the maps of every backbone and target, in HTML."""
+    import eval as judge
+    parts = []
+    for c in kinds:
+        parts.append(f"<h3>{html.escape(names[c])}</h3>")
+        for i in present[c][:most]:
+            image, shown = images.open(i).resize((128, 128)), []
+            for (name, what, j, k), heat in maps.items():
+                if (j, k) == (i, c):
+                    drawn = judge.embedded(judge.overlay(image, heat / heat.max())) if heat.max() > 0 else "<b>absent</b>"
+                    shown.append(f"<small>{html.escape(name)}: {html.escape(what)}</small><br>{drawn}")
+            parts.append(judge.strip(judge.embedded(image), *shown))
+    return "".join(parts)
+
+
+def cmd_retrieve(flags):
+    """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint and alone."""
+    import eval as judge
+    import numpy as np
+    model, config = load_run(flags.run, flags.device)
+    features, flags = features_for(model, config, flags)
+    source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
+    for s in (source, target):
+        if s not in model.dims:
+            raise InputError(f"the run has no stream '{s}' - it has {', '.join(model.streams)}")
+    rows, folder = features.rows("test", "val"), os.path.dirname(os.path.abspath(flags.data or "."))
+    if flags.text is None and not 0 <= flags.query < len(rows):
+        raise InputError(f"--query {flags.query} - give one of the {len(rows)} {features.split[rows[0]]} samples, from 0")
+    labels, sections = features.label_matrix(rows), []
+
+    def shown(i):
+        return judge.describe_sample(features, rows[i], labels[i] if labels is not None else (), folder)
+    for mode in ("joint", "alone") if flags.text is None else ("alone",):
+        codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
+        if flags.text is None:
+            query, first = codes[source][[flags.query]], shown(flags.query)
+        else:
+            query, first = text_query(model, source, flags), html.escape(flags.text)
+        similarity = (judge._unit_rows(query) @ judge._unit_rows(codes[target]).T).toarray()[0]
+        best = np.argsort(-similarity, kind="stable")[:10]
+        sheet = [f'<span style="outline:3px solid #2f855a">{shown(i)}</span>' if flags.text is None and i == flags.query
+                 else shown(i) for i in best]
+        sections.append((f"{source} to {target}, {mode}", judge.strip(first, *sheet)))
+        told = f"rank {int((similarity >= similarity[flags.query]).sum())} of {len(rows)}" if flags.text is None else "top"
+        print(f"{mode}: the true partner has {told}; nearest samples {rows[best].tolist()}" if flags.text is None else
+              f"{mode}: nearest samples {rows[best].tolist()}")
+    name = f"{source}_{target}_{flags.query}" if flags.text is None else f"text_{target}"
+    path = flags.out or out_path(flags.run, f"retrieve_{name}.html")
+    judge.write_report(path, "repsae retrieve", sections)
+    say(f"wrote {path}")
+
+
+def text_query(model, stream, flags):
+    """The code (1, L) of --text by the text encoder of --clip."""
+    import eval as judge
+    import torch
+    encoder, _ = load_clip(needed(flags, "clip"), flags.device)
+    tokens = encoder.words([flags.text], encoder.clip.config["context"])
+    with torch.no_grad():
+        x = encoder.clip.encode_text(tokens.to(flags.device))
+        if x.shape[1] != model.dims[stream]:
+            raise InputError(f"--text gives {x.shape[1]} numbers, stream '{stream}' has {model.dims[stream]} - name the text "
+                             "stream with --from")
+        codes = model.encode({stream: x}, "alone")[stream]
+    return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), model.n_latents)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1741,6 +2209,7 @@ def cmd_mil(flags):
     rounds = mil_rounds(bags, flags)
     make_run_folder(flags, {"bags": len(bags), "rounds": len(rounds), "data_hash": bags.hash})
     found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test) for train, _, test in rounds]}
+    log = Log(out_path(flags.out, "log.csv"))
     for head in heads:
         jobs = [(bags, head, settings, r, *parts) for r, parts in enumerate(rounds)]
         if len(jobs) == 1:
@@ -1752,6 +2221,11 @@ def cmd_mil(flags):
                     done.append(result)
                     progress(len(done), lambda: head)
         found[head] = done
+        for r, result in enumerate(done, 1):                 # the error and loss on held-out bags that chose the setting
+            held, chosen = result["held_out"] or {"error": "", "loss": ""}, json.dumps(result["chosen"])
+            log.add({"head": head, "round": r, "chosen": chosen, **{f"held-out {k}": v for k, v in held.items()},
+                     **result["scores"]})
+        log.write()
     names = ("AUC", "accuracy", "F1")
     header = ["head", *names]
     rows = [[head, *(judge.mean_std([r["scores"][name] for r in runs]) for name in names)] for head, runs in found.items()]
@@ -2123,6 +2597,198 @@ def make_run_folder(flags, about):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The whole thesis on made-up tissue, in one command
+# ---------------------------------------------------------------------------------------------------------------------
+
+def demo_stages(out, quick):
+    """[(heading, what it stands for, command line, the file that shows it was done, pictures, verdict)] in order.
+
+    Everything is what a user can type. A verdict reads what the stage left and says in one sentence whether the papers' trend is
+    there; None where there is none to compare.
+    """
+    def at(*names):
+        return out_path(out, "/".join(names))
+    pictures, epochs, clip, steps = (600, "1", "2", "4") if quick else (3000, "20", "40", "60")
+    dino = ["--patch", "8", "--size", "64", "--local-size", "32", "--local-crops", "4", "--local-scale", "0.1,0.4", "--colour",
+            "0.2", "--blur", "0.5", "--prototypes", "1024", "--head-hidden", "512", "--bottleneck", "64", "--batch", "64",
+            "--epochs", epochs, "--warmup", "1", "--lr", "2e-3", "--momentum", "0.99", "--workers", "1", "--knn-every", "2"]
+    code = ["--latents", "256", "--k", "16", "--batch", "128", "--lr", "1e-3", "--epochs", steps, "--norm", "standard,l2"]
+    feats, sick = at("feats.npz"), at("disease.npz")
+    stages = [("1. A tissue", "Pictures whose truth is known: cells, captions, masks, patients, diseases.",
+               ["tissue", "--pictures", str(pictures), "--out", at("tissue")], at("tissue", "tissue.npz"),
+               [at("tissue", "sheet.png")], None)]
+    for arch in ("vit", "vim"):
+        stages.append((f"2. DINO, {arch}", "Thesis 3.2.1: a backbone learns without labels; k-NN tells the first cell's kind.",
+                       ["dino", "--images", at("tissue", "tissue.npz"), "--arch", f"{arch}_micro", *dino, "--out",
+                        at(f"dino_{arch}")], at(f"dino_{arch}", "report.html"), [at(f"dino_{arch}", "curves.svg"),
+                                                                                 at(f"dino_{arch}", "neighbours.png")],
+                       lambda arch=arch: dino_verdict(at(f"dino_{arch}"))))
+    backbones = f"dino_vit={at('dino_vit')},dino_vim={at('dino_vim')},clip={at('clip')}"
+    stages += [
+        ("3. A small CLIP", "Thesis 5.3.1: image and text encoders that agree, the other two streams.",
+         ["clip", "--images", at("tissue", "tissue.npz"), "--epochs", clip, "--out", at("clip")], at("clip", "metrics.json"), [],
+         None),
+        ("4. Four streams", "Features of the same pictures by every encoder.",
+         ["extract", "--images", at("tissue", "tissue.npz"), "--weights", backbones, "--last", "1", "--out", feats], feats, [], None),
+        ("5. Patients as bags", "Thesis 3.2.2: multiple-instance learning of the patient's disease from its pictures.",
+         ["mil", "--data", at("bags.npz"), "--head", "mean,abmil,clam_sb", "--epochs", "10" if quick else "100", "--least", "5",
+          "--widths", "64", "--attention", "32", "--inner", "3", "--out", at("mil")], at("mil", "report.html"), [], None),
+        ("6. Where backbones look", "Thesis 3.2.4: Grad-CAM, Vim beside ViT.",
+         ["explain", "cam", "--images", at("tissue", "tissue.npz"), "--weights", f"vit={at('dino_vit')},vim={at('dino_vim')}",
+          "--most", "6", "--out", at("cam")], at("cam", "report.html"), [at("cam", "sheet.png")], None)]
+    for s in ("dino_vit", "dino_vim"):
+        stages.append((f"7. A sparse autoencoder of {s}", "Thesis 4.1.", ["sae", "--data", feats, "--stream", s, *code, "--out",
+                       at(f"sae_{s}")], at(f"sae_{s}", "report.html"), [], None))
+    shared = at("ablate", "global_lam1")
+    stages += [
+        ("8. One code for four models", "Thesis 5.3.4, Tables 5.1, 5.2, 5.3, 5.5 and sparc.txt Table 3: the 2x2, both, random.",
+         ["ablate", "--data", feats, "--taxonomy", at("tissue", "taxonomy.json"), *code, "--out", at("ablate")],
+         at("ablate", "report.html"), [], lambda: ablate_verdict(at("ablate"))),
+        ("9. Latents in common", "Thesis 4.3: two autoencoders trained apart, beside one shared code.",
+         ["compare", at("sae_dino_vit"), at("sae_dino_vim"), "--sparc", shared, "--json", at("compare.json")], at("compare.json"), [],
+         lambda: compare_verdict(at("compare.json"))),
+        ("10. Back to pixels and words", "Thesis 5.4.4, Table 5.4, A.3, A.4: heat maps of concepts, and what they segment.",
+         ["attribute", shared, "--images", at("tissue", "tissue.npz"), "--weights",
+          f"dino_vit={at('dino_vit')},clip={at('clip')}", "--least", "20" if quick else "50", "--most", "40" if quick else "300",
+          "--out", at("attribute")], at("attribute", "report.html"), [], lambda: attribute_verdict(at("attribute"))),
+        ("11. Retrieval", "Thesis 5.4.5: a vision-only backbone finds captions.",
+         ["retrieve", shared, "--query", "3", "--from", "dino_vit", "--to", "clip_txt", "--out", at("retrieve.html")],
+         at("retrieve.html"), [], None),
+        ("12. What latents are: patients' barcodes", "CytoSAE Fig. 2A and 4A.",
+         ["latents", shared, "--data", sick, "--stream", "dino_vit", "--between", "healthy,carcinoma", "--out", at("latents")],
+         at("latents", "report.html"), [at("latents", "scatter.svg")], None),
+        ("13. What latents do", "Mammo-SAE Fig. 2, Tables 1 and 2: keep or silence the top latents of carcinoma.",
+         ["intervene", at("sae_dino_vit"), "--data", sick, "--label", "carcinoma", "--out", at("intervene")],
+         at("intervene", "report.html"), [], lambda: intervene_verdict(at("intervene"))),
+        ("14. A few latents suffice", "The TotalSegmentator study.",
+         ["fidelity", at("sae_dino_vit"), "--data", sick, "--out", at("fidelity")], at("fidelity", "report.html"), [],
+         lambda: fidelity_verdict(at("fidelity")))]
+    return stages
+
+
+def read_metrics(*names):
+    with open(out_path(*names)) as f:
+        return json.load(f)
+
+
+def dino_verdict(folder):
+    """Did training beat random weights?"""
+    with open(out_path(folder, "log.csv"), newline="") as f:
+        knn = [float(row["knn"]) for row in csv.DictReader(f) if row["knn"]]
+    return f"k-NN {knn[0]:.3f} with random weights, {knn[-1]:.3f} after training: " + (
+        "pre-training helps, as in the thesis." if knn[-1] > knn[0] + 0.02 else "next to nothing was learnt at this size.")
+
+
+def ablate_verdict(folder):
+    """Tables 5.1, 5.2, 5.5 and sparc.txt Table 3, in a sentence each."""
+    import eval as judge
+    m = read_metrics(folder, "metrics.json")
+    cell = {(name, mode): judge.headline(m[name][mode]) for name in m for mode in ("joint", "alone")}
+    null = {mode: judge.headline(m["global_lam1"]["null"][mode]) for mode in ("joint", "alone")}
+    g, l, R, J, X = cell["global_lam1", "joint"], cell["local_lam1", "alone"], "retrieval R@1", "Jaccard of top-50 labels", "R2 cross"
+    mixed = "mixed: alive in some, %"
+    alone = cell["global_lam1", "alone"]
+    return (f"Mixed latents: {g[mixed]:.1f} % under Global TopK, {l[mixed]:.1f} % under Local: the theorem of Table 5.1 "
+            f"{'holds' if g[mixed] < l[mixed] else 'does not hold'} up to ReLU zeros. Jaccard {g[J]:.3f} joint against {l[J]:.3f} "
+            f"local, but {alone[J]:.3f} alone, and {null['joint'][J]:.3f} joint for shuffled pairs: "
+            f"{'Table 5.2 in its published form is here too, and flatters' if g[J] > l[J] else 'Table 5.2 is not here'}. "
+            f"Cross R2 {g[X]:.3f} (joint) against {l[X]:.3f} (local). R@1 alone {alone[R]:.3f}, null {null['alone'][R]:.3f}. "
+            "One seed.")
+
+
+def compare_verdict(path):
+    """Thesis 4.3 in numbers."""
+    rows = {row[""]: row for row in read_metrics(path)}
+    apart, shared = rows["the two runs, best pairing"], rows["SPARC alone, same latent"]
+    return (f"{apart['r >= 0.5']} of {apart['pairs']} best pairs correlate at 0.5 or more when trained apart, "
+            f"{shared['r >= 0.5']} of {shared['pairs']} equal latents in the shared code, alone: "
+            f"{'the thesis point' if shared['r >= 0.5'] / max(shared['pairs'], 1) > apart['r >= 0.5'] / max(apart['pairs'], 1) else 'no gain'}"
+            " at this size.")
+
+
+def attribute_verdict(folder):
+    """Table 5.4: do concept latents segment better than chance?"""
+    m = read_metrics(folder, "metrics.json")["segmentation"]
+    best = max((v["mIoU"], name) for name, v in m.items() if "concept" in name or "name" in name)
+    chance = max((v["mIoU"], name) for name, v in m.items() if "random" in name or "centre" in name)
+    return (f"Best mIoU by a shared code: {best[0]:.3f} ({best[1]}); CLIP's own similarity {m['clip, raw similarity']['mIoU']:.3f}; "
+            f"controls at most {chance[0]:.3f} ({chance[1]}): the maps "
+            f"{'see more than chance' if best[0] > chance[0] + 0.01 else 'see no more than chance at this size'}.")
+
+
+def intervene_verdict(folder):
+    """Mammo-SAE's claim that some ten latents are enough."""
+    m = read_metrics(folder, "metrics.json")
+    ten = next(c for c in m["curve"] if c["k"] == 10)
+    return (f"AUC {m['auc']['original features'][0]:.3f} from the features, {m['auc']['reconstructed'][0]:.3f} from the "
+            f"reconstruction, {ten['keep']:.3f} from the union of the top 10 of both classes alone, {ten['silence']:.3f} without "
+            "them.")
+
+
+def fidelity_verdict(folder):
+    """How much ten latents keep, beside ten principal components."""
+    ten = next(row for row in read_metrics(folder, "metrics.json")["kept"]["rows"] if row["n"] == 10)
+    return (f"Ten latents keep {100 * ten['kept']:.0f} % of the probe's performance beyond chance; balanced accuracy "
+            f"{ten['best latents']:.3f}, ten principal components {ten['principal components']:.3f}.")
+
+
+def demo_files(out):
+    """Files that tie stages together: the patients as bags, and the features with the disease as the label."""
+    import data
+    import numpy as np
+    feats, made = data.read_arrays(out_path(out, "feats.npz")), data.read_arrays(out_path(out, "tissue/tissue.npz"))
+    order = np.argsort(made["groups"], kind="stable")
+    _, first, count = np.unique(made["groups"], return_index=True, return_counts=True)
+    data.write_npz(out_path(out, "bags.npz"), {"X": feats["dino_vit"][order].astype(np.float32),
+                                               "offsets": np.r_[0, np.cumsum(count)], "y": made["disease"][first]})
+    keep = {k: v for k, v in feats.items() if k not in ("labels", "label_names", "boxes")}
+    data.write_npz(out_path(out, "disease.npz"), {**keep, "labels": made["disease"], "label_names": made["disease_names"]})
+
+
+def cmd_demo(flags):
+    """The whole thesis on a laptop, on made-up tissue: every stage is a command of its own, and the end is one report."""
+    import contextlib
+    import eval as judge
+    os.makedirs(flags.out, exist_ok=True)
+    sections, began = [], time.time()
+    for heading, stands_for, argv, proof, pictures, verdict in demo_stages(flags.out, flags.quick):
+        told = out_path(flags.out, f"{heading.split('.')[0]}_{argv[0]}_{os.path.basename(argv[-1])}.txt")
+        if argv[0] == "mil":
+            demo_files(flags.out)
+        if not (os.path.exists(proof) and os.path.exists(told)):
+            say(f"== {heading}: python repsae.py {shlex.join(argv)}")
+            printed = io.StringIO()
+            again = {"dino": "--resume", "sae": "--resume", "ablate": "--resume", "extract": "--overwrite", "tissue": "--overwrite",
+                     "clip": "--overwrite", "mil": "--overwrite", "explain": "--overwrite"}.get(argv[0])
+            with contextlib.redirect_stdout(printed):
+                run, one = parse([*argv, again] if again else argv)
+                run(one)
+            print(printed.getvalue(), end="", flush=True)
+            judge.write_text(told, printed.getvalue())
+        with open(told) as f:
+            text = f.read()
+        shown = "".join(inlined(path) for path in pictures if os.path.exists(path))
+        said = f"<p><b>{html.escape(verdict())}</b></p>" if verdict else ""
+        sections.append((heading, f"<p>{html.escape(stands_for)}</p><p><code>python repsae.py {html.escape(shlex.join(argv))}</code>"
+                         f"</p><pre>{html.escape(text)}</pre>{said}{shown}"))
+    sections.append(("How far to trust it", "<p>One seed, made-up pictures, models of a few hundred thousand weights trained for "
+                     "minutes: trends, not figures.</p>" + ("<p>--quick shows the mechanics alone.</p>" if flags.quick else "")))
+    judge.write_report(out_path(flags.out, "report.html"), "repsae demo: the thesis on made-up tissue", sections)
+    say(f"wrote {out_path(flags.out, 'report.html')} after {time.time() - began:.0f} s")
+
+
+def inlined(path):
+    """A picture or a chart of a stage, in HTML."""
+    import eval as judge
+    from PIL import Image
+    if path.endswith(".svg"):
+        with open(path) as f:
+            return f.read().replace("<style>", "<style>/* of the chart */")
+    with Image.open(path) as image:
+        return judge.embedded(image, 900)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Commands of the machine
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2243,6 +2909,10 @@ command("intervene", cmd_intervene, (ON_RUN, OUT), positional=("run",), extra={
              "paper's), by the difference to the other class, or by activity inside its boxes on training pictures (ours)"),
     "percentile": (95., float, "of each heat map: what is at or above it counts as hot"),
     "iou": (0.25, float, "overlap with a true box that makes a box right"),
+    "connectivity": ("8", ("8", "4"), "hot pixels that touch at corners are one box, or not"),
+    "strict": (False, bool, "hot: above the percentile, not at it"),
+    "box-score": ("box", ("box", "hot"), "a box's score: mean activation in it, or of its hot pixels"),
+    "ap-points": (0, int, "recalls at which precision is averaged, 11 or 101; 0 for the area under the whole curve"),
     "other": (None, str, "features of the same samples by another backbone: are the class means further apart there?")})
 command("fidelity", cmd_fidelity, (ON_RUN, OUT, {"eval-rows": (2000, int, "test samples whose neighbours are compared")}),
         positional=("run",))
@@ -2254,6 +2924,23 @@ command("search", cmd_search, (ON_RUN,), positional=("run",), extra={
 command("compare", cmd_compare, (ON_RUN, BENCH), positional=("run", "other"), extra={
     "stream-b": (None, str, "the stream of the second run, if it has several"),
     "sparc": (None, str, "a run of sparc on both streams, to set beside")})
+command("tissue", cmd_tissue, ({"overwrite": RUN["overwrite"]},), "tissue", extra={
+    "pictures": (4000, int, "how many"), "size": (64, int, "their side, pixels"), "seed": (0, int, "of everything drawn")})
+command("clip", cmd_clip, ({k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
+    "images": (None, str, ".npz with `images` and `captions`, as `tissue` writes it"),
+    "size": (64, int, "side of the pictures"), "patch": (8, int, "patch size"), "width": (96, int, "of both transformers"),
+    "layers": (4, int, "of both"), "joint": (64, int, "width of the common space"), "context": (32, int, "longest text, tokens"),
+    "epochs": (20, int, "passes"), "batch": (128, int, "pairs a step"), "lr": (1e-3, float, "AdamW's"), "seed": (0, int, "of all")})
+command("attribute", cmd_attribute, (ON_RUN, OUT), positional=("run",), extra={
+    "images": (None, str, "what `tissue` wrote: pictures with `instances` and `boxes`"),
+    "weights": (None, str, "name=RUN of dino or clip, names as the run's streams have them"),
+    "start-layer": (0, int, "first layer of the relevancy maps; -1 for the last alone"),
+    "least": (50, int, "training samples of a label that a latent is active in, to count as one of the concept's"),
+    "most": (400, int, "test pictures")})
+command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={
+    "query": (0, int, "number of the test sample that asks"), "from": (None, str, "its stream; the first by default"),
+    "to": (None, str, "the stream to search; the last by default"), "text": (None, str, "words that ask instead"),
+    "clip": (None, str, "run of clip whose text encoder reads --text")})
 command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
 command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
         "feats.npz", extra={"weights": (None, str, "name=RUN of dino, name=arch:FILE or name=arch:random; several, separated "
@@ -2265,7 +2952,8 @@ command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: R
                                       "so where objects are annotated (Pascal VOC)")})
 command("probe", cmd_probe, (DATA, SEED, BENCH),
         extra={"solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
-               "strength": (1., float, "lbfgs: C of the linear probe, larger is less regular")})
+               "strength": (1., float, "lbfgs: C of the linear probe, larger is less regular"),
+               "only": (None, str, "labels to tell apart, separated by commas; all by default")})
 command("cut", cmd_cut, (), "cells", extra={
     "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"),
     "size": (64, int, "side of a cut, pixels"),
@@ -2290,6 +2978,8 @@ command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, {k: R
             "size": (0, int, "side of the pictures; 0 for the one trained at"),
             "most": (12, int, "pictures, spread over the folder"),
             "label": (-1, int, "output to explain: a class, or a feature where there is no head; -1 for the largest")})
+command("demo", cmd_demo, (), "demo", extra={
+    "quick": (False, bool, "a size at which only the mechanics count: minutes instead of half an hour")})
 command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
 

@@ -511,7 +511,8 @@ class SAE(SPARC):
         if len(dims) != 1:
             raise InputError(f"SAE takes one stream, not {len(dims)} - use SPARC for several")
         if not (sparsity >= 0 and bandwidth > 0 and threshold > 0):
-            raise InputError(f"sparsity={sparsity}, bandwidth={bandwidth}, threshold={threshold} - give numbers above 0")
+            raise InputError(f"sparsity={sparsity}, bandwidth={bandwidth}, threshold={threshold} - give numbers above 0, or "
+                             "sparsity 0")
         k = k if "topk" in activation else min(k, n_latents)
         super().__init__(dims, n_latents, k, "local", 0., "sum", norm, stats, aux_k, aux_coef, dead_after, reinit_after,
                          select, kernels, seed)
@@ -599,7 +600,7 @@ class SAE(SPARC):
     def _revival(self, c, residual, error):
         """The term of the loss that dead latents get, not yet weighted; 0 when there are none."""
         dead = self.dead(self.stream)
-        if self.revive not in ("auxk", "ghost") or not dead.any():
+        if not dead.any() or self.revive not in ("auxk", "ghost") or self.revive == "auxk" and not self.aux_coef:
             return c.new_zeros(())
         if self.revive == "auxk":
             return self._auxk(c.detach(), residual, self.stream)
@@ -637,7 +638,8 @@ def ghost_error(residual, h, W, error):
     residual (B, d) = x - x_hat, error (B, d) of the reconstruction, both without gradient; h (B, D) logits of the D dead
     latents, W (D, d) their dictionary rows. Returns (B, d): it has `error`'s value, and gradients to h and W alone.
     """
-    ghost = h.exp() @ W
+    excess = (h.detach().amax(-1, keepdim=True) - 20).clamp(min=0)                          # only the direction counts, and
+    ghost = (h - excess).exp() @ W                                                          # exp must not overflow
     length = residual.norm(dim=-1, keepdim=True)
     ghost = ghost * (length / (1e-6 + 2 * ghost.norm(dim=-1, keepdim=True))).detach()       # half as long as the residual
     e = (ghost - residual).square() / length.clamp_min(1e-30)
@@ -694,7 +696,11 @@ def _count_idle(model, codes):
         idle = getattr(model, f"idle_{s}")
         idle += 1
         for support in codes:
-            idle[support[s].indices[support[s].values > FIRES]] = 0
+            fired = support[s].values > FIRES
+            if fired.shape[1] == len(idle):                  # dense codes: latent j is column j
+                idle[fired.any(0)] = 0
+            else:
+                idle[support[s].indices[fired]] = 0
 
 
 @torch.no_grad()

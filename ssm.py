@@ -712,6 +712,148 @@ class VMamba(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A small CLIP: image and text encoders trained to agree (thesis 5.3.1; Radford et al. 2021)
+# ---------------------------------------------------------------------------------------------------------------------
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention under the names of torch's nn.MultiheadAttention, which OpenAI's files have; see `Attention`."""
+    keep = False
+
+    def __init__(self, dim, heads, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim).normal_(std=dim ** -0.5))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, d = x.shape
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.keep:
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            if self.causal:
+                scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+            self.kept = torch.softmax(scores, -1)                                           # (B, heads, T, T)
+            out = self.kept @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(out.transpose(1, 2).reshape(B, T, d))
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), OpenAI's approximation of GELU."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class CLIPBlock(nn.Module):
+    """Pre-norm transformer block under OpenAI's names."""
+
+    def __init__(self, dim, heads, causal):
+        super().__init__()
+        self.attn, self.ln_1, self.ln_2 = CLIPAttention(dim, heads, causal), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, 4 * dim), "gelu": QuickGELU(), "c_proj": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        h = self.ln_2(x)
+        for step in self.mlp.values():
+            h = step(h)
+        return x + h
+
+
+class CLIPTransformer(nn.Module):
+    def __init__(self, dim, layers, heads, causal):
+        super().__init__()
+        self.resblocks = nn.Sequential(*(CLIPBlock(dim, heads, causal) for _ in range(layers)))
+
+    def forward(self, x):
+        return self.resblocks(x)
+
+
+class CLIPVision(nn.Module):
+    """CLIP's ViT: images (B, 3, size, size) -> class tokens (B, out); `tokens` gives (B, T, dim) patch tokens and their grid."""
+
+    def __init__(self, dim, layers, heads, patch, size, out):
+        super().__init__()
+        self.dim, self.patch, self.size = out, patch, size
+        self.conv1 = nn.Conv2d(3, dim, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(dim ** -0.5 * torch.randn(dim))
+        self.positional_embedding = nn.Parameter(dim ** -0.5 * torch.randn((size // patch) ** 2 + 1, dim))
+        self.ln_pre, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.transformer = CLIPTransformer(dim, layers, heads, causal=False)
+        self.proj = nn.Parameter(dim ** -0.5 * torch.randn(dim, out))
+
+    def features(self, x, tokens=False):
+        if tuple(x.shape[2:]) != (self.size, self.size):
+            raise InputError(f"images are {x.shape[2]}x{x.shape[3]} - this CLIP was trained at {self.size}x{self.size}")
+        x = self.conv1(x)
+        grid, x = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)                          # (B, T, dim)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = self.transformer(self.ln_pre(x))
+        if tokens:
+            return self.ln_post(x[:, 1:]), grid
+        return self.ln_post(x[:, 0]) @ self.proj
+
+    forward = features
+
+
+class CLIP(nn.Module):
+    """Image and text encoders into one space, under OpenAI's parameter names.
+
+    out: width of that space; vision, text: (dim, layers, heads); vocab: number of tokens; context: longest text. Text ends in
+    the token of the highest number, whose output is the text's feature.
+    """
+
+    def __init__(self, out, vision, text, vocab, context, patch, size):
+        super().__init__()
+        self.config = dict(out=out, vision=vision, text=text, vocab=vocab, context=context, patch=patch, size=size)
+        self.visual = CLIPVision(*vision, patch, size, out)
+        self.token_embedding = nn.Embedding(vocab, text[0])
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, text[0]))
+        self.transformer = CLIPTransformer(*text, causal=True)
+        self.ln_final = nn.LayerNorm(text[0])
+        self.text_projection = nn.Parameter(text[0] ** -0.5 * torch.randn(text[0], out))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def encode_image(self, x):
+        """(B, 3, size, size) -> (B, out)."""
+        return self.visual(x)
+
+    def encode_text(self, tokens):
+        """(B, T) token numbers, T up to the context, zeros after the end -> (B, out)."""
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        x = self.ln_final(self.transformer(x))
+        return x[torch.arange(len(x)), tokens.argmax(1)] @ self.text_projection
+
+    def loss(self, images, tokens):
+        """Symmetric cross-entropy of telling which text belongs to which image in a batch (Radford et al. 2021, Fig. 3)."""
+        a, b = (F.normalize(v, dim=1) for v in (self.encode_image(images), self.encode_text(tokens)))
+        logits = self.logit_scale.exp().clamp(max=100) * a @ b.T                            # (B, B)
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def clip_from_state(state):
+    """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those weights."""
+    state = {k: v.float() for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    try:
+        v, t = state["visual.conv1.weight"], state["token_embedding.weight"]
+        layers = {side: len({k.split(".")[where] for k in state if k.startswith(f"{side}resblocks.")})
+                  for side, where in (("visual.transformer.", 3), ("transformer.", 2))}
+        side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5) * v.shape[2]
+        model = CLIP(state["text_projection"].shape[1], (len(v), layers["visual.transformer."], max(len(v) // 64, 1)),
+                     (t.shape[1], layers["transformer."], max(t.shape[1] // 64, 1)), len(t), len(state["positional_embedding"]),
+                     v.shape[2], side)
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError, IndexError) as e:
+        raise InputError(f"these are not the weights of a CLIP with a ViT ({str(e).splitlines()[0][:80]}) - give OpenAI's file")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # DINO: self-distillation without labels (Caron et al. 2021, Algorithm 1; thesis 3.2.1)
 # ---------------------------------------------------------------------------------------------------------------------
 # Letters: V views (crops) of an image, the first 2 global; K prototypes; student and teacher are the same architecture.

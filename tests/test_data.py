@@ -643,3 +643,76 @@ def test_a_voc_folder_is_read_with_its_splits_and_objects(tmp_path):
     assert name == "cell"
     np.testing.assert_allclose(box, (0.1, 0.1, 0.6, 0.6))
 
+
+# -- the made-up tissue ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def specimen():
+    return data.tissue(400, seed=3)
+
+
+def test_the_same_seed_draws_the_same_bytes_and_another_does_not(specimen):
+    again, other = data.tissue(400, seed=3), data.tissue(400, seed=4)
+    assert all(np.array_equal(v, again[k]) for k, v in specimen.items() if k != "parents")
+    assert not np.array_equal(specimen["pixels"], other["pixels"])
+
+
+def test_labels_masks_boxes_captions_and_taxonomy_of_a_tissue_agree(specimen):
+    names, labels, boxes = specimen["label_names"].tolist(), specimen["labels"], specimen["boxes"]
+    kinds = [c[0] for c in data.CELLS]
+    assert len(kinds) >= 8 and labels[:, -3:].sum(1).tolist() == [1] * 400
+    for i in range(400):
+        mine = boxes[boxes[:, 0] == i]
+        numbers = [n for n in np.unique(specimen["instances"][i]) if n]
+        assert len(mine) == len(numbers) and set(mine[:, 1].astype(int)) <= set(np.flatnonzero(labels[i, :len(kinds) + 1]))
+        for n, (_, _, x0, y0, x1, y1) in zip(numbers, mine):
+            y, x = np.nonzero(specimen["instances"][i] == n)
+            np.testing.assert_allclose((x.min(), y.min(), x.max() + 1, y.max() + 1), np.array([x0, y0, x1, y1]) * 64, atol=1e-9)
+        for word, k in (("eosinophil", 3), ("mucin", len(kinds)), ("mitos", 8)):
+            assert word not in specimen["captions"][i] or labels[i, k]
+    said = np.mean([kinds[3] in c for c, here in zip(specimen["captions"], labels[:, 3]) if here])
+    assert 0.7 < said < 0.95                                 # not every fact is mentioned
+    depth = {name: 0 for name, parent in specimen["parents"].items() if parent is None}
+    while len(depth) < len(specimen["parents"]):
+        depth.update({k: depth[v] + 1 for k, v in specimen["parents"].items() if v in depth})
+    assert {depth[k] for k in kinds} == {3} and {depth[k] for k in names[len(kinds):]} == {2}
+
+
+def test_cells_look_like_their_kind_where_the_masks_say(specimen):
+    """Granules are red, mucin is blue-green, nuclei are dark: by the pixels under the masks."""
+    mean = {}
+    for i in range(400):
+        mine = specimen["boxes"][specimen["boxes"][:, 0] == i]
+        for n, box in zip([n for n in np.unique(specimen["instances"][i]) if n], mine):
+            mean.setdefault(int(box[1]), []).append(specimen["pixels"][i][specimen["instances"][i] == n].mean(0))
+    mean = {k: np.mean(v, 0) for k, v in mean.items()}
+    lymphocyte, eosinophil, mucin = mean[0], mean[3], mean[9]
+    outside = specimen["pixels"][specimen["instances"] == 0].mean(0)
+    assert lymphocyte.mean() < outside.mean() - 60
+    assert eosinophil[0] - eosinophil[2] > 20 > lymphocyte[0] - lymphocyte[2]
+    assert mucin[2] > mucin[0]
+
+
+def test_a_disease_shifts_the_mix_of_cells_and_patients_lie_in_one_split():
+    made = data.tissue(2000)
+    share = {d: made["labels"][made["disease"] == i].mean(0) for i, d in enumerate(made["disease_names"])}
+    assert share["allergy"][3] > 2 * share["healthy"][3] and share["carcinoma"][6] > 0.4 > 0.05 > share["healthy"][6]
+    assert share["infection"][2] > 1.5 * share["healthy"][2]
+    for group in np.unique(made["groups"]):
+        mine = made["groups"] == group
+        assert len(set(made["split"][mine])) == 1 and len(set(made["disease"][mine])) == 1
+        assert len(set(made["slides"][mine])) == 2
+    assert set(made["disease"][made["split"] == "test"]) == {0, 1, 2, 3} and 0.2 < (made["split"] == "test").mean() < 0.4
+
+
+def test_words_become_numbers_and_unknown_ones_are_named():
+    words = data.Words(["a red cell", "A cell, blue", "red?", "once"])
+    assert words.words == ["a", "cell", "red"] and words.size == 6
+    assert words(["Red cell"], 6).tolist() == [[4, 3, 2, 5, 0, 0]]
+    assert words(["a a a a a a"], 5).tolist() == [[4, 1, 1, 1, 5]]
+    with pytest.raises(InputError, match="the word 'blue' is in no caption"):
+        words(["blue cell"], 6)
+    assert words(["blue cell"], 6, strict=False).tolist() == [[4, 2, 5, 0, 0, 0]]
+    with pytest.raises(InputError, match="no word stands in two"):
+        data.Words(["one", "two"])
+

@@ -435,6 +435,8 @@ def test_a_table_of_latents_by_hand():
     assert ranks[2].tolist() == [2, 0, 1, 0]                 # one patch each: by strength, then the lower row
     weighted = judge.latent_table(strength, count, labels, top=2, weighted=True)["entropy"]
     np.testing.assert_allclose(weighted[[0, 2]], judge.label_entropy(np.array([[3., 0], [0.1, 0.3]])), rtol=1e-6)
+    fewer = judge.latent_table(strength, count, labels, top=3, weighted=True)
+    assert np.isnan(fewer["entropy"][0]) and fewer["references"].toarray()[0].tolist() == [1, 2, 0, 0]      # by strength alone
     assert judge.threshold_counts(table["mean"]) == {-6: 2, -5: 2, -4: 2, -3: 2, -2: 2, -1: 2, 0: 1}
 
 
@@ -450,7 +452,7 @@ def test_barcodes_are_means_over_a_patients_images_and_differential_latents_thos
     count = codes_of([[4, 0, 1], [2, 0, 1], [0, 6, 1]])
     names, codes = judge.barcodes(count, np.array(["p", "p", "q"]))
     assert names.tolist() == ["p", "q"]
-    np.testing.assert_allclose(codes, [[3, 0, 1], [0, 6, 1]])
+    np.testing.assert_allclose(codes.toarray(), [[3, 0, 1], [0, 6, 1]])
     first, second, difference = judge.differential(codes, np.array([0, 1]), 0, 1, top=2)
     assert first.tolist() == [0] and second.tolist() == [1] and difference.tolist() == [3, -6, 0]
 
@@ -462,7 +464,7 @@ def test_weighted_f1_by_hand_and_barcodes_of_two_diseases_are_told_apart_until_t
     y = np.repeat([0, 1], 20)
     codes = np.stack([y * 3 + 0.1 * rng.random(40), rng.random(40)], 1)
     folds = [np.arange(i, 40, 4) for i in range(4)]
-    found = judge.barcode_f1(codes, y, np.array([0.05, 0.5]), folds, exponents=(-6, -1, 0))
+    found = judge.barcode_f1(sp.csr_matrix(codes), y, np.array([0.05, 0.5]), folds, exponents=(-6, -1, 0))
     assert found[-6]["latents"] == 2 and min(found[-6]["f1"]) == 1
     assert found[-1]["latents"] == 1 and np.mean(found[-1]["f1"]) < 0.8
     assert found[0] == {"latents": 0, "f1": []}
@@ -518,6 +520,10 @@ def test_a_drawn_heat_map_gives_its_box_and_average_precision_1():
     diagonal = np.zeros((4, 4))
     diagonal[1, 1] = diagonal[2, 2] = 1                      # they touch at a corner: one piece
     assert len(judge.heat_boxes(diagonal, side=4, percentile=80)) == 1
+    assert len(judge.heat_boxes(diagonal, side=4, percentile=80, connectivity=4)) == 2
+    (score, *_), = judge.heat_boxes(diagonal, side=4, percentile=80)
+    assert score == 0.5 and judge.heat_boxes(diagonal, side=4, percentile=80, score="hot")[0][0] == 1
+    assert judge.heat_boxes(diagonal, side=4, percentile=100, strict=True) == []
 
 
 def test_average_precision_by_hand():
@@ -525,6 +531,9 @@ def test_average_precision_by_hand():
     a, b = (0, 0, .2, .2), (.5, .5, .8, .8)
     found = [[(.9, *a), (.8, .2, .8, .4, 1.), (.7, *b), (.6, *b)]]
     np.testing.assert_allclose(judge.average_precision(found, [[a, b]]), 0.5 * 1 + 0.5 * 2 / 3)
+    np.testing.assert_allclose(judge.average_precision(found, [[a, b]], points=11), (6 * 1 + 5 * 2 / 3) / 11)
+    assert judge.average_precision([[(1., .1, 0, .3, .2)]], [[a]], 0.3) == 1 > judge.average_precision([[(1., .1, 0, .3, .2)]],
+                                                                                                      [[a]], 0.4)
     assert judge.average_precision(found, [[]]) is None
     np.testing.assert_allclose(judge.box_iou((0, 0, 2, 2), (1, 1, 3, 3)), 1 / 7)
 
@@ -560,6 +569,13 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     dense = code @ rng.standard_normal((64, 30))
     found = judge.kept_performance(dense, codes_of(code), y, np.arange(300), np.arange(300, 400), sizes=(1, 4))
     assert found["chance"] == 0.25 and sorted(found["chosen"]) == [0, 1, 2, 3]
+    train, test = np.arange(300), np.arange(300, 400)
+    axes = np.linalg.eigh(np.cov(dense[train].T))[1][:, ::-1][:, :4]
+    p = judge.logistic_probe(dense[train] @ axes, y[train], dense[test] @ axes, 4)
+    expected = judge.scores(y[test], p)["balanced accuracy"]
+    np.testing.assert_allclose(found["rows"][1]["principal components"], expected, atol=0.02)
+    tempting = codes_of(np.c_[code, np.where(np.arange(400) < 300, 0.5 * rng.random(400), 9 * y)])  # tells test labels only
+    assert 64 not in judge.kept_performance(dense, tempting, y, train, test, sizes=(1, 4))["chosen"]
     four = found["rows"][1]
     assert four["best latents"] == 1 and four["random latents"] < 0.6
     np.testing.assert_allclose(four["kept"], (1 - 0.25) / (found["dense"] - 0.25))
@@ -575,6 +591,9 @@ def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
             allowed = [j for j in range(30) if (j != i if g is None else g[j] != g[i])]
             assert found[i].tolist() == sorted(allowed, key=lambda j: -(unit[i] @ unit[j]))[:4]
         assert (judge.neighbours(sp.csr_matrix(x), 4, g) == found).all()
+    assert (judge.neighbours(x, 4, np.arange(30) < 28)[:2, 2:] == -1).all()                 # two others, four wanted
+    alone = judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.arange(30) < 28, ks=(2, 4))
+    assert alone[0]["overlap"] == 1 and judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.zeros(30)) == []
     same = judge.retrieval_fidelity(x, sp.csr_matrix(3 * x), groups % 2)
     assert [row["overlap"] for row in same] == [1, 1, 1] and same[0]["precision, chance"] == 0.5
 
@@ -601,3 +620,100 @@ def test_separation_of_class_means_by_hand():
     found = judge.separation(np.array([[1., 0, 2], [1, 3, 2]]))
     assert found["distance"] == 3 and found["latent"] == 1 and found["difference"] == 3
     np.testing.assert_allclose(found["cosine"], 5 / (5 ** 0.5 * 14 ** 0.5))
+
+
+# -- back to pixels and words -------------------------------------------------------------------------------------------
+
+def test_relevancy_maps_are_the_authors_from_every_start_layer(golden):
+    z, _ = golden("relevancy")
+    attention, gradient = ([torch.from_numpy(z[f"{kind}.attn{i}"]) for i in range(3)] for kind in ("out", "grad"))
+    for start, name in ((0, "all"), (1, "1"), (2, "last")):
+        R = judge.roll_out(attention[start:], gradient[start:])
+        torch.testing.assert_close(R, torch.from_numpy(z[f"out.R_start_{name}"]), rtol=1e-6, atol=1e-6)
+    attention, gradient = ([torch.from_numpy(z[f"{kind}.clip.image_attn{i}"]) for i in range(3)] for kind in ("out", "grad"))
+    R = judge.roll_out(attention, gradient)
+    torch.testing.assert_close(R[:, 0, 1:], torch.from_numpy(z["out.clip.all.image_relevance"]), rtol=1e-6, atol=1e-6)
+
+
+def test_relevancy_takes_the_gradient_of_the_target_and_leaves_zero_where_nothing_moves_it():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    attention = [torch.softmax(logits, -1), torch.softmax(2 * logits, -1)]
+    v = torch.randn(2, 4)
+    target = ((attention[0] @ attention[1]).mean(1)[:, 0] * v).sum()
+    R = judge.relevancy(attention, target)
+    target = ((attention[0] @ attention[1]).mean(1)[:, 0] * v).sum()
+    gradient = torch.autograd.grad(target, attention)
+    by_hand = torch.eye(4)
+    for a, g in zip(attention, gradient):
+        by_hand = by_hand + torch.stack([(a[:, h] * g[:, h]).clamp(min=0) for h in range(3)]).mean(0) @ by_hand
+    torch.testing.assert_close(R, by_hand.detach())
+    silent = judge.relevancy(attention, torch.relu(-attention[0].sum((1, 2, 3))).sum())     # an absent concept: ReLU is shut
+    assert torch.equal(silent, torch.eye(4).repeat(2, 1, 1))
+    assert torch.equal(judge.relevancy(attention, torch.zeros(())), torch.eye(4).repeat(2, 1, 1))
+
+
+def unpacked(bits, sizes):
+    bits, out, at = np.unpackbits(bits), [], 0
+    for h, w in sizes:
+        out.append(bits[at:at + h * w].reshape(h, w).astype(bool))
+        at += h * w
+    return out
+
+
+def test_masks_and_segmentation_scores_are_the_authors_and_cocos(golden):
+    """Their areas of found masks are those of boxes; heat maps become masks by Otsu's threshold."""
+    import data
+    z, cfg = golden("seg")
+    sizes, keys = z["in.sizes_HW"], list(zip(z["in.image_id"].tolist(), z["in.category_id"].tolist()))
+    truth = dict(zip(keys, unpacked(z["in.gt_masks_packed"], sizes)))
+
+    def box_area(m):
+        return (np.ptp(np.flatnonzero(m.any(0))) + 1) * (np.ptp(np.flatnonzero(m.any(1))) + 1)
+    for method in cfg["methods"]:
+        masks, expected, wrong = {}, unpacked(z[f"out.{method}.pred_masks_packed"], sizes), 0
+        for i, key in enumerate(keys):
+            mask = judge.heat_mask(z[f"in.heat.{method}"][i], tuple(sizes[i]), data.otsu)
+            assert (mask is not None) == z[f"out.{method}.has_prediction"][i]
+            if mask is not None:
+                masks[key], wrong = mask, wrong + (mask != expected[i]).sum()
+        assert wrong <= 5
+        found = judge.segmentation_scores(masks, truth, area=box_area)
+        stats = z[f"out.{method}.coco_stats.f64"]
+        for name, at in (("AP", 0), ("AP small", 3), ("AP medium", 4), ("AP large", 5), ("AR", 8), ("AR small", 9),
+                         ("AR medium", 10), ("AR large", 11)):
+            np.testing.assert_allclose(found[name], stats[at], atol=1e-9)
+        np.testing.assert_allclose(found["mIoU"], z[f"out.{method}.miou.f64"], atol=1e-4)
+
+
+def test_segmentation_scores_by_a_textbook_101_point_average():
+    rng = np.random.default_rng(0)
+    truth = {(i, 0): rng.random((20, 20)) < 0.3 for i in range(8)}
+    found = {(i, 0): truth[i, 0] if i % 2 else ~truth[i, 0] for i in range(7)}
+    found[9, 0] = truth[0, 0]                                # a picture that has no such label
+    score = {key: rng.random() for key in found}
+    order = sorted(found, key=lambda key: -score[key])
+    right = [key in truth and (found[key] & truth[key]).sum() / (found[key] | truth[key]).sum() >= 0.2 for key in order]
+    curve = [(sum(right[:i + 1]) / 8, sum(right[:i + 1]) / (i + 1)) for i in range(len(order))]
+    expected = np.mean([max((p for r, p in curve if r >= level), default=0) for level in np.linspace(0, 1, 101)])
+    out = judge.segmentation_scores(found, truth, score=score)
+    np.testing.assert_allclose((out["AP"], out["AR"]), (expected, sum(right) / 8))
+    np.testing.assert_allclose(out["mIoU"], 3 / 8)
+    assert out["AP small"] == out["AP"] and out["AP large"] is None
+
+
+def test_a_constant_map_is_no_prediction_and_a_bright_square_its_own_mask():
+    import data
+    assert judge.heat_mask(np.ones((7, 7)), (50, 50), data.otsu) is None
+    heat = np.zeros((8, 8))
+    heat[2:5, 3:6] = 1
+    mask = judge.heat_mask(heat, (80, 80), data.otsu)
+    wanted = np.zeros((80, 80), bool)
+    wanted[20:50, 30:60] = True
+    assert (mask & wanted).sum() / (mask | wanted).sum() > 0.85
+
+
+def test_words_add_up_their_pieces_and_small_ones_are_hidden():
+    pieces = [None, (0, "eosino"), (0, "eosinophil"), (1, "in"), (2, "fat"), None]
+    assert judge.word_scores([9., 1., 3., 0.3, 1., 9.], pieces) == [("eosinophil", 1.), ("in", 0.), ("fat", 0.25)]
+    assert judge.word_scores([0.] * 6, pieces) == [("eosinophil", 0.), ("in", 0.), ("fat", 0.)]
+

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import bench
+import data
 import eval as judge
 import repsae
 import sae
@@ -465,6 +466,8 @@ def test_mil_reports_every_head_over_all_folds_beside_the_mean_of_the_bag(bags, 
     assert accuracy["gated"] > 0.85 and all(set(r["chosen"]) == {"dropout"} for r in found["gated"])
     table = capsys.readouterr().out
     assert f"{accuracy['gated']:.3f} ±" in table and "6 test parts of about 20 bags" in table
+    log = list(csv.DictReader(open(tmp_path / "r" / "log.csv")))
+    assert len(log) == 12 and float(log[3]["AUC"]) == found["gated"][3]["scores"]["AUC"] and "dropout" in log[0]["chosen"]
     assert (tmp_path / "r" / "report.html").exists()
 
 
@@ -675,6 +678,26 @@ def test_variants_are_compared_in_one_table(features, tmp_path, capsys):
     assert all(name in out for name in ("relu, ghost", "relu, resample", "topk, auxk", "batchtopk, auxk", "jumprelu, resample"))
 
 
+def test_resumed_variants_keep_the_settings_they_were_started_with(features, tmp_path):
+    import shutil
+    run("variants", "--data", features, "--stream", "x", "--latents", 24, "--k", 3, "--epochs", 1, "--batch", 64, "--lr", 1e-3,
+        "--error", "mean", "--out", tmp_path / "r")
+    before = (tmp_path / "r" / "jumprelu_resample" / "config.json").read_bytes()
+    shutil.rmtree(tmp_path / "r" / "jumprelu_resample")
+    run("variants", "--resume", "--out", tmp_path / "r")
+    after = json.loads((tmp_path / "r" / "jumprelu_resample" / "config.json").read_bytes())["flags"]
+    assert after["error"] == "mean" and {k: v for k, v in after.items() if k != "resume"} == {
+        k: v for k, v in json.loads(before)["flags"].items() if k != "resume"}
+
+
+def test_warm_up_and_the_start_of_the_bias_reach_training(features, tmp_path):
+    common = ["--data", features, "--stream", "x", *SMALL, "--epochs", 1]
+    for name, more in (("a", ()), ("b", ("--warmup", 50)), ("c", ("--bias", "median"))):
+        run("sae", *common, *more, "--out", tmp_path / name)
+    a, b, c = (sae.load(tmp_path / name / "checkpoint.pt")[0] for name in "abc")
+    assert (b.W_enc["x"] - a.W_enc["x"]).abs().max() > 1e-4 and (c.b_pre["x"] - a.b_pre["x"]).norm() > 0.01
+
+
 def test_tokens_from_a_memory_mapped_folder_train_the_same_autoencoder(tokens, token_run, tmp_path):
     with np.load(tokens) as z:
         (tmp_path / "d").mkdir()
@@ -697,6 +720,11 @@ def test_latents_tell_what_a_planted_latent_is(tokens, token_run, tmp_path, caps
     assert labels[pure[0]["references"]].all() and max(pure[0]["references"]) < 40
     assert metrics["barcodes"]["groups"] == 12 and np.mean(metrics["barcodes"]["f1"]["-6"]["f1"]) == 1
     assert pure[0]["latent"] in metrics["barcodes"]["differential"]["sick"][:2]
+    bars = np.load(tmp_path / "l" / "barcodes.npz")
+    np.testing.assert_allclose(bars["diseases"], [bars["barcodes"][bars["labels"] == c].mean(0) for c in (0, 1)], rtol=1e-5)
+    assert bars["barcodes"].shape == (12, 8) and bars["barcodes"].max() > 1
+    run("latents", token_run, "--tau", 5, "--out", tmp_path / "l5")
+    assert np.load(tmp_path / "l5" / "barcodes.npz")["barcodes"].max() == 0
     html = (tmp_path / "l" / "report.html").read_text()
     assert "<svg" in html and html.count("<img") > 10 and "weighted F1" in capsys.readouterr().out
 
@@ -712,6 +740,15 @@ def test_interventions_find_the_planted_latent_and_its_boxes(rank, tokens, token
     if rank != "mean":
         assert found["localisation"][0]["ap"] > 0.9
     assert found["separation"] == found["separation of --other"]
+    with np.load(tokens) as z:                               # the same labels in another order, features of class sick doubled
+        x = z["x"] * np.where(z["labels"] == 1, 2, 1)[:, None, None]
+        np.savez(tmp_path / "o.npz", **{**z, "x": x.astype(np.float32), "labels": 1 - z["labels"],
+                                        "label_names": np.array(["sick", "well"])})
+    run("intervene", token_run, "--label", "sick", "--other", tmp_path / "o.npz", "--iou", 0.95, "--out", tmp_path / "i")
+    later = json.loads((tmp_path / "i" / "metrics.json").read_text())
+    assert later["separation of --other"]["distance"] > 1.5 * later["separation"]["distance"]
+    assert later["separation of --other"]["difference"] * later["separation"]["difference"] > 0
+    assert max(row["ap"] for row in later["localisation"]) < 0.5
     assert (tmp_path / "i" / "report.html").read_text().count("<img") >= 6
 
 
@@ -729,6 +766,18 @@ def test_a_given_head_is_used_as_it_is(tokens, token_run, tmp_path):
         before = found
 
 
+def test_samples_without_a_label_count_for_neither_class(tokens, token_run, tmp_path, capsys):
+    with np.load(tokens) as z:
+        hidden = np.where(np.arange(60) % 5 == 0, -1, z["labels"])
+        np.savez(tmp_path / "u.npz", **{**z, "labels": hidden})
+    run("intervene", token_run, "--label", "sick", "--data", tmp_path / "u.npz", "--out", tmp_path / "i")
+    found = json.loads((tmp_path / "i" / "metrics.json").read_text())
+    assert found["auc"]["original features"][0] == 1 and found["curve"][-1]["keep"] == 1
+    run("fidelity", token_run, "--data", tmp_path / "u.npz", "--out", tmp_path / "f")
+    run("latents", token_run, "--data", tmp_path / "u.npz", "--out", tmp_path / "l")
+    assert "out of" not in capsys.readouterr().err
+
+
 def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
     run("fidelity", token_run, "--out", tmp_path / "f")
     found = json.loads((tmp_path / "f" / "metrics.json").read_text())
@@ -742,6 +791,7 @@ def test_described_latents_come_back_as_names_that_find_samples(tokens, token_ru
     sick = [one for one in described if all("sick" == s["label"] for s in one["top"]) and len(one["top"]) == 8]
     assert sick and "sick" in sick[0]["prompt"] and {s["sample"] for s in sick[0]["inactive"]}.isdisjoint(
         s["sample"] for s in sick[0]["top"])
+    assert sick[0]["middling"] and max(s["activation"] for s in sick[0]["middling"]) <= sick[0]["top"][-1]["activation"]
     values = [s["activation"] for s in sick[0]["top"]]
     assert values == sorted(values, reverse=True) and all(s["activation"] == 0 for s in sick[0]["inactive"])
     strongest = max(sick, key=lambda one: one["top"][0]["activation"])["latent"]
@@ -764,6 +814,10 @@ def test_a_run_has_all_latents_in_common_with_itself_and_fewer_with_another(feat
     run("compare", tmp_path / "x", tmp_path / "y", "--sparc", finished, "--json", tmp_path / "other.json")
     same, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("same", "other"))
     assert same[0]["r >= 0.9"] == same[0]["pairs"] > 0 and same[1]["r >= 0.5"] == 0
+    codes = {mode: repsae.codes_and_fit(sae.load(finished / "checkpoint.pt")[0], data.read_features(features), data.read_features(
+        features).rows("val"), mode, "cpu")[0] for mode in ("joint", "alone")}
+    expected = np.median(judge.index_correlations(codes["alone"]["x"], codes["alone"]["y"]))
+    assert abs(other[4]["median r"] - expected) < 1e-6
     assert other[0]["r >= 0.7"] < other[0]["pairs"] and [row[""] for row in other][2::2] == [
         "SPARC joint, same latent", "SPARC alone, same latent"]
 
@@ -781,23 +835,30 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", token_run, "--data", without(labels=np.eye(60, 2, dtype=bool)), "--between", "sick,well"), "single label"),
             (("latents", token_run, "--data", without("groups"), "--between", "sick,well"), "has no groups"),
             (("latents", token_run, "--between", "sick"), "give two labels"),
-            (("latents", token_run, "--data", without(groups=np.zeros(60, int))), "group 0 has the labels well, sick"),
+            (("latents", token_run, "--data", without(groups=np.zeros(60, int)), "--between", "sick,well"), "labels that groups have"),
+            (("latents", token_run, "--out", token_run), "is a run - name another folder"),
+            (("fidelity", token_run, "--out", tokens), "is a file - name another folder"),
+            (("intervene", token_run, "--label", "sick", "--percentile", 150), "--percentile 150.0 - give at most 100"),
+            (("describe", token_run, "--top", 0), "--top 0 - give at least 1"),
+            (("sae", "--data", features, "--stream", "x", "--sparsity", 5, "--out", tmp_path / "s"), "has no effect on topk"),
+            (("sae", "--data", features, "--stream", "x", *SMALL, "--lr", 1e20, "--epochs", 9, "--out", tmp_path / "s"),
+             "lower --lr"),
             (("latents", finished), "pick one with --stream"),
             (("latents", tmp_path), "is no run folder"),
-            (("intervene", token_run, "--label", "ill"), "--label ill - take one of well, sick"),
-            (("intervene", token_run), "--label None - take one of"),
+            (("intervene", token_run, "--label", "ill"), "no label 'ill' - take one of well, sick"),
+            (("intervene", token_run), "no label 'None' - take one of"),
             (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
             (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "some, not all, must"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("grid")), "has no 'grid'"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("boxes")), "has no 'boxes'"),
-            (("fidelity", token_run, "--data", without(labels=np.zeros(60, int))), "no integer label, of two classes or more"),
+            (("fidelity", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "a test class is not in it"),
             (("search", token_run, "--query", "x"), "--names is missing"),
             (("compare", token_run, token_run, "--data", without(x=everything["x"][:, :, :5])), "the run was trained on")):
         assert message in error(capsys, *argv), argv
     np.savez(tmp_path / "wide.npz", weight=np.ones(5), bias=0.)
     np.savez(tmp_path / "head.npz", weight=np.ones(12), bias=0.)
     np.savez(tmp_path / "bare.npz", weight=np.ones(12))
-    assert "features are 12 wide" in error(capsys, "intervene", token_run, "--label", 1, "--head", tmp_path / "wide.npz")
+    assert "give (12,) and ()" in error(capsys, "intervene", token_run, "--label", 1, "--head", tmp_path / "wide.npz")
     assert "lacks 'bias'" in error(capsys, "intervene", token_run, "--label", 1, "--head", tmp_path / "bare.npz")
     assert "--norm none or standard" in error(capsys, "intervene", tmp_path / "l2", "--label", 1, "--head", tmp_path / "head.npz")
     (tmp_path / "n.json").write_text('{"99": "far"}')

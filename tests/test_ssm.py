@@ -894,3 +894,73 @@ print([tuple(f().features(torch.zeros(2, 3, 32, 32)).shape) for f in (vim_micro,
     run = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.strip() == "[(2, 96), (2, 96), (2, 256)] None", run.stderr
     assert run.stderr.strip().count("\n") == 0 and "the torch scan serves" in run.stderr
+
+
+# -- a small CLIP ------------------------------------------------------------------------------------------------------
+
+def small_clip(**kw):
+    torch.manual_seed(1)
+    return ssm.CLIP(**{"out": 16, "vision": (32, 2, 2), "text": (24, 2, 2), "vocab": 12, "context": 9, "patch": 8, "size": 32, **kw})
+
+
+def test_a_clip_has_openais_names_and_shapes_and_such_a_file_loads():
+    """ViT-B/32's names and shapes, as published, for a model of one layer a side."""
+    model = ssm.CLIP(512, (768, 1, 12), (512, 1, 8), 49408, 77, 32, 224)
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    block = {"attn.in_proj_weight": (3, 1), "attn.in_proj_bias": (3,), "attn.out_proj.weight": (1, 1), "attn.out_proj.bias": (1,),
+             "ln_1.weight": (1,), "ln_1.bias": (1,), "mlp.c_fc.weight": (4, 1), "mlp.c_fc.bias": (4,), "mlp.c_proj.weight": (1, 4),
+             "mlp.c_proj.bias": (1,), "ln_2.weight": (1,), "ln_2.bias": (1,)}
+    expected = {"positional_embedding": (77, 512), "text_projection": (512, 512), "logit_scale": (), "token_embedding.weight":
+                (49408, 512), "ln_final.weight": (512,), "ln_final.bias": (512,), "visual.class_embedding": (768,),
+                "visual.positional_embedding": (50, 768), "visual.proj": (768, 512), "visual.conv1.weight": (768, 3, 32, 32),
+                "visual.ln_pre.weight": (768,), "visual.ln_pre.bias": (768,), "visual.ln_post.weight": (768,),
+                "visual.ln_post.bias": (768,)}
+    for side, d in (("visual.transformer", 768), ("transformer", 512)):
+        expected.update({f"{side}.resblocks.0.{k}": tuple(d * n for n in v) for k, v in block.items()})
+    assert shapes == expected
+    state = {**model.half().state_dict(), "input_resolution": torch.tensor(224)}
+    again = ssm.clip_from_state(state)
+    assert again.config == model.config
+    with pytest.raises(ssm.InputError, match="not the weights of a CLIP"):
+        ssm.clip_from_state({"visual.conv1.weight": torch.zeros(2, 3, 4, 4)})
+
+
+def test_a_clip_block_is_torchs_multihead_attention_and_keeps_its_probabilities():
+    for causal in (False, True):
+        block = ssm.CLIPAttention(24, 3, causal)
+        torch.nn.init.normal_(block.in_proj_bias)
+        theirs = torch.nn.MultiheadAttention(24, 3, batch_first=True)
+        theirs.load_state_dict(block.state_dict())
+        x = torch.randn(2, 7, 24)
+        mask = torch.ones(7, 7, dtype=torch.bool).triu(1) if causal else None
+        y, probability = theirs(x, x, x, attn_mask=mask, average_attn_weights=False)
+        torch.testing.assert_close(block(x), y, rtol=1e-5, atol=1e-6)
+        block.keep = True
+        torch.testing.assert_close(block(x), y, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(block.kept, probability, rtol=1e-5, atol=1e-6)
+
+
+def test_text_is_read_at_its_end_and_not_beyond():
+    model = small_clip()
+    tokens = torch.tensor([[10, 3, 4, 11, 0, 0]])
+    longer = torch.tensor([[10, 3, 4, 11, 7, 7]])
+    torch.testing.assert_close(model.encode_text(tokens), model.encode_text(longer))
+    assert not torch.allclose(model.encode_text(tokens), model.encode_text(torch.tensor([[10, 4, 3, 11, 0, 0]])))
+
+
+def test_clips_loss_is_the_mean_of_two_cross_entropies_and_learns_pairs():
+    model = small_clip()
+    x, tokens = torch.randn(6, 3, 32, 32), torch.stack([torch.tensor([10, i + 1, 11, 0]) for i in range(6)])
+    a, b = (v / v.norm(dim=1, keepdim=True) for v in (model.encode_image(x), model.encode_text(tokens)))
+    s = a @ b.T / 0.07
+    rows = sum(-(s[i, i] - s[i].logsumexp(0)) for i in range(6)) / 6
+    columns = sum(-(s[i, i] - s[:, i].logsumexp(0)) for i in range(6)) / 6
+    torch.testing.assert_close(model.loss(x, tokens), (rows + columns) / 2, rtol=1e-5, atol=1e-5)
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss = model.loss(x, tokens)
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.1
+
