@@ -1204,7 +1204,8 @@ class Coded:
         import scipy.sparse as sp
         import torch
         self.model, config = load_run(run, flags.device)
-        flags = flags.replaced({"streams": flags.get("stream") or flags.get("streams")})
+        flags = flags.replaced({"streams": flags.get("stream") or flags.get("streams"), "taxonomy": None})
+        flags.given |= {"taxonomy"}                          # not the run's: the labels may be others
         self.features, self.flags = features_for(self.model, config, flags)
         if len(self.features.streams) > 1:
             raise InputError(f"{run} has the streams {', '.join(self.features.streams)} - pick one with --stream")
@@ -1850,8 +1851,8 @@ def cmd_clip(flags):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimiser.step()
         if (step + 1) % 20 == 0 or step + 1 == n_steps:
-            log.add({"step": step + 1, "loss": float(loss)})
-        progress(step + 1, lambda: f"loss {float(loss):.3f}")
+            log.add({"step": step + 1, "loss": loss.item()})
+        progress(step + 1, lambda: f"loss {loss.item():.3f}")
     log.write()
     model.eval()
     judge.write_torch(out_path(flags.out, "clip.pt"), {"model": model.state_dict(), "config": model.config,
@@ -1859,7 +1860,7 @@ def cmd_clip(flags):
     with torch.no_grad():
         x = {"image": torch.cat([model.encode_image(p.to(flags.device)) for p in pixels[test].split(256)]).cpu().numpy(),
              "text": text_features(model, words, captions[test], flags.device)}
-    found = {"loss": float(loss), "test": judge.retrieval(x)}
+    found = {"loss": loss.item(), "test": judge.retrieval(x)}
     judge.write_json(out_path(flags.out, "metrics.json"), found)
     print(judge.text_table([f"{len(test)} test pictures", "R@1", "R@5", "R@10", "MedR", "MRR"],
                            [[pair, *v.values()] for pair, v in found["test"].items()]))
@@ -2635,7 +2636,7 @@ def demo_stages(out, quick):
           "--widths", "64", "--attention", "32", "--inner", "3", "--out", at("mil")], at("mil", "report.html"), [], None),
         ("6. Where backbones look", "Thesis 3.2.4: Grad-CAM, Vim beside ViT.",
          ["explain", "cam", "--images", at("tissue", "tissue.npz"), "--weights", f"vit={at('dino_vit')},vim={at('dino_vim')}",
-          "--most", "6", "--out", at("cam")], at("cam", "report.html"), [at("cam", "sheet.png")], None)]
+          "--most", "6", "--out", at("cam")], at("cam", "sheet.png"), [at("cam", "sheet.png")], None)]
     for s in ("dino_vit", "dino_vim"):
         stages.append((f"7. A sparse autoencoder of {s}", "Thesis 4.1.", ["sae", "--data", feats, "--stream", s, *code, "--out",
                        at(f"sae_{s}")], at(f"sae_{s}", "report.html"), [], None))
@@ -2667,7 +2668,7 @@ def demo_stages(out, quick):
 
 
 def read_metrics(*names):
-    with open(out_path(*names)) as f:
+    with open(os.path.join(*names)) as f:
         return json.load(f)
 
 
