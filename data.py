@@ -664,7 +664,7 @@ class Words:
         return re.findall(r"[\w']+", str(text).lower())
 
     def pieces(self, text, strict=True):
-        """The words of a text that the tokenizer knows; with `strict` an unknown one raises InputError, else it is left out."""
+        """The words of a text that the tokenizer knows; an unknown one raises InputError if `strict`, else it is left out."""
         words = self.split(text)
         unknown = [w for w in words if w not in self.number]
         if strict and unknown:

@@ -1219,8 +1219,8 @@ def name_weights(query, names):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def relevancy(attention, target, start_layer=0):
-    """Relevancy of every token for every other (Chefer et al. 2021): R = 1, then R <- R + A R from layer `start_layer` on, with
-    A the gradient times the attention, negative entries of each head cut to 0, averaged over heads.
+    """Relevancy of every token for every other (Chefer et al. 2021): R = 1, then R <- R + A R from layer `start_layer` on,
+    with A the gradient times the attention, negative entries of each head cut to 0, averaged over heads.
 
     attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar a sample, was computed
     from. Returns (B, T, T); row 0 without its first column is what a class token saw. A target that nothing moves, such as the
@@ -1261,7 +1261,7 @@ def word_scores(relevance, pieces, least=0.1):
 
 
 def heat_mask(heat, size, otsu):
-    """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold on the enlarged map, or None for a constant map: no prediction.
+    """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold on the enlarged map; None for a constant map: no prediction.
 
     Enlarged bilinearly to 224, scaled to 0..1, then to size, as thesis 5.4.4's protocol. otsu: uint8 values -> threshold.
     """
@@ -1449,7 +1449,7 @@ def box_overlay(image, boxes, heat, scale, alpha=0.6):
 
 
 def contact_sheet(rows, titles, side=160, names=()):
-    """Rows of PIL images as one picture, columns under `titles`, rows after `names`; every image becomes `side` pixels wide."""
+    """Rows of PIL images as one picture, columns under `titles`, rows after `names`; an image becomes `side` pixels wide."""
     left = 90 if names else 8
     sheet = Image.new("RGB", (left + (side + 8) * len(titles), (side + 8) * len(rows) + 28), "white")
     draw = ImageDraw.Draw(sheet)

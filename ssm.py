@@ -716,7 +716,7 @@ class VMamba(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class CLIPAttention(nn.Module):
-    """Multi-head self-attention under the names of torch's nn.MultiheadAttention, which OpenAI's files have; see `Attention`."""
+    """`Attention` under the names of torch's nn.MultiheadAttention, which OpenAI's files have; text sees no later tokens."""
     keep = False
 
     def __init__(self, dim, heads, causal):
@@ -773,7 +773,7 @@ class CLIPTransformer(nn.Module):
 
 
 class CLIPVision(nn.Module):
-    """CLIP's ViT: images (B, 3, size, size) -> class tokens (B, out); `tokens` gives (B, T, dim) patch tokens and their grid."""
+    """CLIP's ViT: images (B, 3, size, size) -> class tokens (B, out); with `tokens` patch tokens (B, T, dim), their grid."""
 
     def __init__(self, dim, layers, heads, patch, size, out):
         super().__init__()
@@ -845,11 +845,12 @@ def clip_from_state(state):
                   for side, where in (("visual.transformer.", 3), ("transformer.", 2))}
         side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5) * v.shape[2]
         model = CLIP(state["text_projection"].shape[1], (len(v), layers["visual.transformer."], max(len(v) // 64, 1)),
-                     (t.shape[1], layers["transformer."], max(t.shape[1] // 64, 1)), len(t), len(state["positional_embedding"]),
-                     v.shape[2], side)
+                     (t.shape[1], layers["transformer."], max(t.shape[1] // 64, 1)), len(t),
+                     len(state["positional_embedding"]), v.shape[2], side)
         model.load_state_dict(state)
     except (KeyError, RuntimeError, IndexError) as e:
-        raise InputError(f"these are not the weights of a CLIP with a ViT ({str(e).splitlines()[0][:80]}) - give OpenAI's file")
+        why = str(e).splitlines()[0][:80]
+        raise InputError(f"these are not the weights of a CLIP with a ViT ({why}) - give OpenAI's state_dict")
     return model
 
 

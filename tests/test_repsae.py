@@ -874,3 +874,137 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
     assert "no latent of" in error(capsys, "latents", tmp_path / "dead")
     assert not (token_run / "latents").exists()
 
+
+# -- images and words --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small tissue, a CLIP and a random ViT of it, their features, and a SPARC run on these three streams."""
+    at = tmp_path_factory.mktemp("world")
+    run("tissue", "--pictures", 240, "--size", 32, "--out", at / "tissue")
+    run("clip", "--images", at / "tissue" / "tissue.npz", "--size", 32, "--width", 32, "--layers", 2, "--joint", 16, "--epochs", 25,
+        "--batch", 32, "--lr", 2e-3, "--out", at / "clip")
+    run("extract", "--images", at / "tissue" / "tissue.npz", "--weights", f"vit=vit_micro:random,clip={at / 'clip'}", "--last", 1,
+        "--size", 32, "--out", at / "feats.npz")
+    run("sparc", "--data", at / "feats.npz", "--latents", 48, "--k", 6, "--batch", 32, "--lr", 3e-3, "--epochs", 30, "--norm",
+        "standard", "--out", at / "run")
+    return at
+
+
+def test_a_tissue_becomes_pictures_captions_and_a_taxonomy_that_features_keep(world):
+    with np.load(world / "tissue" / "tissue.npz") as z:
+        assert len(z["images"]) == 240 and Image.open(world / "tissue" / str(z["images"][7])).size == (32, 32)
+        captions = z["captions"]
+    found = data.read_features(world / "feats.npz", taxonomy=world / "tissue" / "taxonomy.json")
+    assert list(found.dims) == ["vit", "clip_txt", "clip_img"] and found.parents["eosinophil"] == "myeloid"
+    assert found.about["captions"].tolist() == captions.tolist() and "test" in found.split and len(found.boxes) > 240
+    assert os.path.exists(os.path.join(world, str(found.about["images"][0])))
+
+
+def test_clip_learns_which_caption_belongs_to_which_picture(world):
+    found = json.loads((world / "clip" / "metrics.json").read_text())
+    log = list(csv.DictReader(open(world / "clip" / "log.csv")))
+    assert float(log[-1]["loss"]) < float(log[0]["loss"]) - 0.3
+    n = int((data.read_features(world / "feats.npz").split == "test").sum())
+    assert found["test"]["image -> text"]["R@10"] > 1.5 * 10 / n and found["test"]["image -> text"]["MedR"] < 0.4 * n
+
+
+def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tmp_path, capsys):
+    run("attribute", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
+        f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5, "--most", 30, "--out", tmp_path / "a")
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    names = list(found["segmentation"])
+    assert len(names) == 8 and all(0 <= v["mIoU"] <= 1 for v in found["segmentation"].values())
+    for example in found["words"]:
+        said = [word for word, _ in example["words"]]
+        assert said == [w for w in re.findall(r"[\w']+", example["caption"]) if w in said]
+        assert not any(s for _, s in example["words"]) or max(s for _, s in example["words"]) == 1
+    assert "centre of the picture" in capsys.readouterr().out and "<img" in (tmp_path / "a" / "report.html").read_text()
+    model, _, _ = sae.load(world / "run" / "checkpoint.pt")
+    backbone, _ = repsae.load_clip(world / "clip", "cpu")
+    x = torch.randn(2, 3, 32, 32)
+    codes = model.encode({"clip_img": backbone.features(x)}, "alone")["clip_img"].dense(48)
+    absent = (codes == 0).all(0).nonzero().squeeze(1)
+    present = (codes > 0).all(0).nonzero().squeeze(1)
+    heat = repsae.heat_maps(backbone, x, lambda f: model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)[:, absent].sum(1), 0)
+    assert len(absent) and (heat == 0).all()
+    if len(present):
+        heat = repsae.heat_maps(backbone, x, lambda f: model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)[:, present].sum(1),
+                                0)
+        assert heat.shape == (2, 4, 4) and heat.max() > 0
+    only = repsae.heat_maps(backbone, x[:1], lambda f: f[:, 0], 0)
+    both = repsae.heat_maps(backbone, x, lambda f: f[:, 0], 0)
+    np.testing.assert_allclose(only[0], both[0], rtol=1e-4, atol=1e-7)                      # a picture does not see its batch
+
+
+def test_concept_latents_fire_with_their_label_often_and_mostly():
+    import scipy.sparse as sp
+    code = sp.csr_matrix(np.array([[1, 1, 0, 1]] * 6 + [[0, 1, 1, 0]] * 14, float))
+    labels = np.array([[1, 0]] * 6 + [[0, 1]] * 14, bool)
+    found = repsae.concept_latents(code, labels, least=5)
+    assert found[0].tolist() == [0, 3] and found[1].tolist() == [1, 2]
+
+
+def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsys):
+    run("retrieve", world / "run", "--query", 3, "--from", "vit", "--to", "clip_txt", "--out", tmp_path / "r.html")
+    out, page = capsys.readouterr().out, (tmp_path / "r.html").read_text()
+    features = data.read_features(world / "feats.npz")
+    rows = features.rows("test", "val")
+    for mode in ("joint", "alone"):
+        codes, _ = repsae.codes_and_fit(sae.load(world / "run" / "checkpoint.pt")[0], features, rows, mode, "cpu")
+        rank = judge.retrieval_ranks(codes["vit"], codes["clip_txt"])[3]
+        assert f"{mode}: the true partner has rank {rank} of {len(rows)}" in out
+    assert page.count("<img") >= 20
+    run("retrieve", world / "run", "--text", "two eosinophils", "--encoder", world / "clip", "--from", "clip_txt", "--to", "clip_img",
+        "--out", tmp_path / "t.html")
+    assert "two eosinophils" in (tmp_path / "t.html").read_text()
+
+
+def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tmp_path, capsys):
+    tissue = world / "tissue" / "tissue.npz"
+    with np.load(tissue) as z:
+        np.savez(world / "tissue" / "bare.npz", **{k: v for k, v in z.items() if k not in ("captions", "instances")})
+    weights = f"vit=vit_micro:random,clip={world / 'clip'}"
+    for argv, message in (
+            (("tissue", "--out", world / "tissue"), "holds a tissue already"),
+            (("clip", "--images", world / "tissue" / "bare.npz", "--out", tmp_path / "c"), "has no captions"),
+            (("clip", "--images", pictures, "--out", tmp_path / "c"), "has no captions"),
+            (("clip", "--images", tissue, "--batch", 5000, "--out", tmp_path / "c"), "fewer than --batch"),
+            (("attribute", world / "run", "--images", tissue, "--weights", "vit=vit_micro:random"), "no text encoder"),
+            (("attribute", world / "run", "--images", tissue, "--weights", f"vim=vim_micro:random,{weights}"), "need attention"),
+            (("attribute", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
+            (("attribute", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "has no 'instances'"),
+            (("retrieve", world / "run", "--query", 9999), "--query 9999 - give one of"),
+            (("retrieve", world / "run", "--from", "dino"), "no stream 'dino'"),
+            (("retrieve", world / "run", "--text", "aardvark", "--encoder", world / "clip", "--from", "clip_txt"), "'aardvark' is in no"),
+            (("retrieve", world / "run", "--text", "mucin", "--encoder", world / "clip", "--from", "vit"), "name the text stream"),
+            (("retrieve", world / "run", "--text", "mucin", "--encoder", world, "--from", "clip_txt"), "no readable clip.pt"),
+            (("retrieve", world / "run", "--text", "mucin"), "--encoder is missing")):
+        assert message in error(capsys, *argv), argv
+
+
+def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """Every stage's command line parses; a stage whose file is there is not run again. (The demo itself takes minutes.)"""
+    stages, ran = repsae.demo_stages(str(tmp_path / "d"), True), []
+    assert len(stages) == len({argv[-1] for _, _, argv, *_ in stages}) == 16
+    for _, _, argv, proof, *_ in stages:
+        repsae.parse(argv)
+
+    def pretend(argv):
+        ran.append(argv[0])
+        return (lambda flags: open(next(p for _, _, a, p, *_ in shortened if a == argv[:len(a)]), "w").close()), None
+    shortened = [(h, s, a, p, [], None) for h, s, a, p, *_ in stages]
+    for _, _, _, proof, *_ in shortened:
+        os.makedirs(os.path.dirname(proof), exist_ok=True)
+    monkeypatch.setattr(repsae, "demo_stages", lambda out, quick: shortened)
+    monkeypatch.setattr(repsae, "parse", pretend)
+    monkeypatch.setattr(repsae, "demo_files", lambda out: None)
+    flags = repsae.Flags({"out": str(tmp_path / "d"), "quick": True})
+    repsae.cmd_demo(flags)
+    assert ran == [a[0] for _, _, a, *_ in stages]
+    os.remove(shortened[4][3])
+    repsae.cmd_demo(flags)
+    assert len(ran) == 17 and ran[-1] == shortened[4][2][0]
+    page = (tmp_path / "d" / "report.html").read_text()
+    assert page.count("<code>python repsae.py") == 16
+
