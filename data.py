@@ -238,6 +238,14 @@ def read_arrays(path):
     return {key: source[key] for key in source.where}
 
 
+def read_vector(path):
+    """One vector (d,) from a .npy, as a float32 tensor; raises InputError for anything else."""
+    x = _load(path)
+    if not isinstance(x, np.ndarray) or x.ndim != 1 or not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all():
+        raise InputError(f"{path} does not hold one vector of finite floating numbers - save it with numpy.save")
+    return torch.from_numpy(x.astype(np.float32))
+
+
 def _load(what, source=None, key=None, **kw):
     try:
         return source[key] if source is not None else np.load(what, allow_pickle=False, **kw)
@@ -469,13 +477,14 @@ NUCLEUS = np.array((92, 48, 140), np.float32)
 def tissue(n, size=64, seed=0):
     """Microscope-like fields with known truth: `n` uint8 images of `size` pixels, one to four cells of nine kinds each.
 
-    Half of every patient's images come from either of two slides, which differ in stain and focus; a patient's disease shifts
-    the mix of cells. The same seed gives the same bytes. Returns a dict:
+    Every patient's images come from two slides, which differ in stain and focus; a patient's disease shifts the mix of
+    cells. The same seed gives the same bytes. Returns a dict:
         pixels (n, size, size, 3), captions (n,), labels (n, C) bool with label_names: the kinds, mucin and the three grounds;
         parents: taxonomy name -> parent (specimen > cell > lineage > kind, specimen > tissue > ground or mucin)
         instances (n, size, size): 0, or 1 + the number of the object on top; boxes (m, 6): image, label, x0, y0, x1, y1 in
         shares of the image, objects of an image in the order of their numbers; main (n,): the kind of its first cell
-        groups, slides (n,), disease (n,) with disease_names; split (n,): about 30 % of each disease's patients are `test`
+        groups, slides (n,), disease (n,) with disease_names; split (n,): of each disease 30 % of the patients, at least one,
+        are `test`
     """
     rng = np.random.default_rng([seed, 20])
     names, f = [c[0] for c in CELLS] + ["mucin", *GROUNDS], size / 64
@@ -729,6 +738,11 @@ class Images:
     def __len__(self):
         return len(self.paths)
 
+    @property
+    def whole(self):
+        """Whether views must not cut anything off: tiles have no margin, and boxes are shares of the whole picture."""
+        return self.boxes is not None or self.objects is not None or "boxes" in self.about
+
     def rows(self, *splits):
         return np.flatnonzero(np.isin(self.split, splits)) if splits else np.arange(len(self))
 
@@ -782,9 +796,9 @@ def _read_listed(path):
     for p in paths:
         open_image(p, decode=False)
     about = {k: v for k, v in arrays.items() if k in RESERVED and k not in ("images", "mask")}
-    for k, v in about.items():
-        if k not in ("boxes", "label_names", "grid") and len(v) != len(paths):
-            raise InputError(f"{path}: '{k}' has {len(v)} entries for {len(paths)} pictures - give one for each")
+    for k, v in {**about, **{k: arrays[k] for k in ("main",) if k in arrays}}.items():
+        if k not in ("boxes", "label_names", "grid") and (not v.ndim or len(v) != len(paths)):
+            raise InputError(f"{path}: '{k}' has shape {v.shape} for {len(paths)} pictures - give one entry for each")
     labels, names = _check_labels(about.get("labels"), about.get("label_names"))
     if labels is not None and labels.ndim == 2:              # k-NN wants one label a picture
         labels = arrays.get("main")

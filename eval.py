@@ -395,7 +395,7 @@ def retrieval_ranks(query, reference, chunk=256):
     A tie counts against the query: rank = number of references at least as similar. So an all-zero code, which is
     equally far from everything, ranks last.
     """
-    q, r = _unit_rows(query), _unit_rows(reference).T
+    q, r = unit_rows(query), unit_rows(reference).T
     ranks = np.empty(q.shape[0], np.int64)
     for start in range(0, q.shape[0], chunk):
         scores = q[start:start + chunk] @ r
@@ -405,7 +405,8 @@ def retrieval_ranks(query, reference, chunk=256):
     return ranks
 
 
-def _unit_rows(x):
+def unit_rows(x):
+    """Rows of x, dense or CSR, scaled to length 1; zero rows stay zero."""
     if sp.issparse(x):
         norm = np.sqrt(np.asarray(x.multiply(x).sum(1)).ravel())
         return sp.diags_array(1 / np.maximum(norm, 1e-12)).astype(x.dtype) @ x
@@ -440,7 +441,7 @@ def recovery(dictionaries, truth, threshold=0.9):
     latent near it in every stream at once. Values are {"found", "of"}.
     """
     # (C, L)
-    cosine = {s: _unit_rows(truth[s]) @ _unit_rows(np.asarray(D, np.float64)).T for s, D in dictionaries.items()}
+    cosine = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T for s, D in dictionaries.items()}
     seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
     shared = np.logical_and.reduce(list(seen.values()))
     out = {s: _assigned(c[seen[s]], threshold) for s, c in cosine.items()}
@@ -1174,7 +1175,7 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 def neighbours(x, k, groups=None, chunk=1024):
     """The k most similar other rows (cosine) of each row of x, dense or CSR, (n, k); rows of the same group are left out, and
     -1 stands where there are no more others."""
-    unit = _unit_rows(x)
+    unit = unit_rows(x)
     out = []
     for start in range(0, unit.shape[0], chunk):
         s = unit[start:start + chunk] @ unit.T

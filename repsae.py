@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -187,6 +188,7 @@ MINIMUM = {"k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit
            "bottleneck": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1, "workers": 0, "last": 1, "blur": 0, "colour": 0,
            "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
            "expansion": 1, "sparsity": 0, "bandwidth": 1e-9, "top": 1, "tau": 0, "percentile": 0, "iou": 1e-9, "show": 0,
+           "pictures": 8, "layers": 1, "joint": 1, "context": 3, "width": 1, "patch": 1, "least": 0, "query": 0,
            "dropout": 0, "attention": 1, "patience": 1, "bag_weight": 0, "inner": 1, "runs": 1, "weight_decay": 0, "margin": 0,
            "downsample": 1e-9, "threshold": 0, "max_holes": 0, "roi_share": 1e-9, "most": 1,
            "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
@@ -983,7 +985,7 @@ def image_features(images, rows, backbone, size, device, block=256, whole=False,
     """Yield features (b, d) of pictures block by block; without a backbone the pixels themselves. how: see `features`."""
     import data
     import torch
-    view, images.side = data.plain_view(size, whole or images.boxes is not None), max(size, images.side)
+    view, images.side = data.plain_view(size, whole or images.whole), max(size, images.side)
     for start in range(0, len(rows), block):
         x = torch.stack([view(images.open(i)) for i in rows[start:start + block]]).to(device)
         with torch.no_grad():
@@ -1038,7 +1040,7 @@ def cmd_extract(flags):
                 streams[f"{name}_txt"] = text_features(model.clip, model.words, images.about["captions"], flags.device)
             name = f"{name}_img"
         how = {"tokens": True} if flags.tokens else {"last": flags.last} if hasattr(model, "blocks") else {}
-        whole, block = flags.whole or images.objects is not None, 16 if flags.tokens else 256
+        whole, block = flags.whole or hasattr(model, "clip"), 16 if flags.tokens else 256  # clip learns from whole pictures
         parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, block, whole, **how))
         streams[name] = np.concatenate([p.numpy() for p in parts])
         say(f"{name}: {streams[name].shape}")
@@ -1827,10 +1829,14 @@ def cmd_clip(flags):
     captions = np.array([str(c) for c in images.about["captions"]])
     train = images.rows("train") if images.split is not None else images.rows()
     test = images.rows("test", "val") if images.split is not None else images.rows()
-    if len(train) < flags.batch:
-        raise InputError(f"{len(train)} pictures to train on, fewer than --batch {flags.batch} - lower it")
-    make_run_folder(flags, {"pictures": len(images), "data_hash": images.hash})
+    if len(train) < flags.batch or len(test) < 2:
+        raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch {flags.batch} of the first are "
+                         "needed, and two of the second")
+    if flags.patch > flags.size or flags.width % max(flags.width // 32, 1):
+        raise InputError(f"--patch {flags.patch}, --size {flags.size}, --width {flags.width} - a patch must fit the picture, "
+                         "and the width be a multiple of 32")
     words = data.Words(captions[train])
+    make_run_folder(flags, {"pictures": len(images), "data_hash": images.hash})
     torch.manual_seed(flags.seed)
     size, rng = flags.size, np.random.default_rng(flags.seed)
     layers = (flags.width, flags.layers, max(flags.width // 32, 1))
@@ -1850,6 +1856,8 @@ def cmd_clip(flags):
         optimiser.param_groups[0]["lr"] = ssm.cosine_schedule(step, n_steps, flags.lr, 0., min(100, n_steps // 10))
         optimiser.zero_grad()
         loss = model.loss((x.flip(3) if flip else x).to(flags.device), tokens[rows].to(flags.device))
+        if not torch.isfinite(loss):
+            raise InputError(f"the loss is {loss.item()} at step {step + 1} - lower --lr")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimiser.step()
@@ -1933,7 +1941,8 @@ def concept_latents(code, labels, least=50):
     """Latents that are active with a label in `least` training samples or more (thesis 5.4.4), by label: {c: (latents,)}.
 
     Of those only the ones that the label makes likelier: at least half of a latent's samples have it, or the 10 with the
-    largest share when there are none (ours: the text's count alone picks latents that fire for everything).
+    largest share when there are none (ours: the text's count alone picks latents that fire for everything). Counted stream by
+    stream; the authors' code sums the counts of all three.
     """
     import numpy as np
     on = code.astype(bool).astype(np.float64)
@@ -1955,8 +1964,14 @@ def cmd_attribute(flags):
     model, config = load_run(flags.run, flags.device)
     features, flags = features_for(model, config, flags)
     images, arrays = data.read_images(needed(flags, "images")), data.read_arrays(flags.images)
-    if "instances" not in arrays or len(arrays["instances"]) != len(features):
-        raise InputError(f"{flags.images} has no 'instances' of these {len(features)} pictures - give what `tissue` wrote")
+    shape = arrays["instances"].shape if "instances" in arrays and "boxes" in arrays else ()
+    if len(shape) != 3 or shape[0] != len(features):
+        raise InputError(f"{flags.images} has no 'instances' and 'boxes' of these {len(features)} pictures - give what "
+                         "`tissue` wrote")
+    lacking = [k for k in ("captions", "labels") if k not in (*features.about, *(["labels"] if features.label_names else []))]
+    lacking += [f"stream '{s}'" for s in model.streams if s not in features.streams]
+    if lacking:
+        raise InputError(f"{flags.data} has no {lacking[0]} - attribute needs captions, labels and all streams of the run")
     sees, clip = attributed_streams(model, flags)
     truth, labels, train = true_masks(arrays), features.label_matrix(np.arange(len(features))), features.rows("train")
     codes, _ = codes_and_fit(model, features, train, "joint", flags.device)
@@ -1966,14 +1981,17 @@ def cmd_attribute(flags):
     if not truth:
         raise InputError(f"no test picture of {flags.images} has an object - there is nothing to segment")
     pairs = [(i, c) for i in test for c in sorted({c for _, c in truth})]                   # there or not
-    alive, names, found, maps = np.flatnonzero(codes[model.streams[0]].getnnz(axis=0)), features.label_names, {}, {}
+    alone, _ = codes_and_fit(model, features, train, "alone", flags.device)
+    alive = {s: np.flatnonzero(code.getnnz(axis=0)) for s, code in alone.items()}
+    names, found, maps = features.label_names, {}, {}
     for what, (backbone, score) in attribution_scores(model, sees, clip, J, alive, names, truth, flags).items():
         maps[what] = concept_maps(backbone, score, pairs, images, flags)
         masks = {key: judge.heat_mask(heat, arrays["instances"].shape[1:], data.otsu) for key, heat in maps[what].items()}
         masks = {key: m for key, m in masks.items() if m is not None}
         found[what] = {**judge.segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth),
                        "AP, all asked": judge.segmentation_scores(masks, truth)["AP"],
-                       "masks drawn for what is absent, %": 100 * np.mean([key in masks for key in pairs if key not in truth])}
+                       "masks drawn for what is absent, %": 100. * sum(key in masks for key in pairs if key not in truth)
+                       / max(sum(key not in truth for key in pairs), 1)}
     middle = judge.heat_mask(centre_prior(), arrays["instances"].shape[1:], data.otsu)
     found["centre of the picture"] = {**judge.segmentation_scores(dict.fromkeys(truth, middle), truth), "AP, all asked":
                                       judge.segmentation_scores(dict.fromkeys(pairs, middle), truth)["AP"],
@@ -1997,7 +2015,9 @@ def attributed_streams(model, flags):
     sees, clip = {}, None
     for spec in needed(flags, "weights").split(","):
         name, backbone, _ = load_backbone(spec, flags)
-        kept_attention(backbone)
+        depth = len(kept_attention(backbone))
+        if not -depth <= flags.start_layer < depth:
+            raise InputError(f"--start-layer {flags.start_layer} - {name} has {depth} layers")
         if hasattr(backbone, "clip"):
             clip = f"{name}_txt", backbone
         sees[name] = backbone, f"{name}_img" if hasattr(backbone, "clip") else name
@@ -2009,8 +2029,8 @@ def attributed_streams(model, flags):
 
 
 def attribution_scores(model, sees, clip, J, alive, names, truth, flags):
-    """{name of a method: (backbone, score(features, label) -> (B,))}: the targets of Table 5.4 for each backbone, each with so
-    many random latents as a control, and CLIP's own similarity. A label's text is its name."""
+    """{name of a method: (backbone, score(features, label) -> (B,))}: the targets of Table 5.4 for each backbone, beside them
+    as many random others of the latents that are alive there, and CLIP's own similarity. A label's text is its name."""
     import numpy as np
     import torch
     from torch.nn.functional import normalize
@@ -2019,14 +2039,14 @@ def attribution_scores(model, sees, clip, J, alive, names, truth, flags):
     with torch.no_grad():
         z_text = model.encode({text: prompts}, "alone")[text].dense(model.n_latents)
     rng, out = np.random.default_rng(flags.seed), {}
-    chance = {c: rng.permutation(alive) for c in range(len(names))}
+    chance = {(s, c): rng.permutation(np.setdiff1d(alive[s], J[s][c])) for s in alive for c in range(len(names))}
 
     def targets(s):
         def z(f):
             return model.encode({s: f}, "alone")[s].dense(model.n_latents)
         return {"sum of concept latents": lambda f, c: z(f)[:, J[s][c]].sum(1),
                 "similarity to the name": lambda f, c: z(f) @ z_text[c],
-                "random latents": lambda f, c: z(f)[:, chance[c][:max(len(J[s][c]), 1)]].sum(1)}
+                "random latents": lambda f, c: z(f)[:, chance[s, c][:max(len(J[s][c]), 1)]].sum(1)}
     for name, (backbone, s) in sees.items():
         out.update({f"{name}, {what}": (backbone, target) for what, target in targets(s).items()})
     return {**out, "clip, raw similarity": (encoder, lambda f, c: normalize(f, dim=1) @ normalize(prompts[c], dim=0))}
@@ -2120,44 +2140,59 @@ def cmd_retrieve(flags):
         if s not in model.dims:
             raise InputError(f"the run has no stream '{s}' - it has {', '.join(model.streams)}")
     rows, folder = features.rows("test", "val"), os.path.dirname(os.path.abspath(flags.data or "."))
-    if flags.text is None and not 0 <= flags.query < len(rows):
+    missing = [s for s in (source, target) if s not in features.streams]
+    if missing:
+        raise InputError(f"the data lacks the stream '{missing[0]}' - it has {', '.join(features.streams)}")
+    outside = flags.text is not None or flags.features is not None                          # a query that is no sample
+    if not outside and flags.query >= len(rows):
         raise InputError(f"--query {flags.query} - give one of the {len(rows)} {features.split[rows[0]]} samples, from 0")
     labels, sections = features.label_matrix(rows), []
+    given = given_query(model, source, flags) if outside else None
 
-    def shown(i):
+    def shown(i, stream):
+        if stream.endswith("_txt") and "captions" in features.about:
+            return html.escape(str(features.about["captions"][rows[i]]))
         return judge.describe_sample(features, rows[i], labels[i] if labels is not None else (), folder)
-    for mode in ("joint", "alone") if flags.text is None else ("alone",):
+    for mode in ("alone",) if outside else ("joint", "alone"):
         codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
-        if flags.text is None:
-            query, first = codes[source][[flags.query]], shown(flags.query)
-        else:
-            query, first = text_query(model, source, flags), html.escape(flags.text)
-        similarity = (judge._unit_rows(query) @ judge._unit_rows(codes[target]).T).toarray()[0]
+        query = given if outside else codes[source][[flags.query]]
+        if not query.nnz:
+            print(f"{mode}: no latent is active in the query, so that nothing is near it")
+            continue
+        similarity = (judge.unit_rows(query) @ judge.unit_rows(codes[target]).T).toarray()[0]
         best = np.argsort(-similarity, kind="stable")[:10]
-        sheet = [f'<span style="outline:3px solid #2f855a">{shown(i)}</span>' if flags.text is None and i == flags.query
-                 else shown(i) for i in best]
+        sheet = [f'<span style="outline:3px solid #2f855a">{shown(i, target)}</span>' if not outside and i == flags.query
+                 else shown(i, target) for i in best]
+        first = html.escape(flags.text or flags.features) if outside else shown(flags.query, source)
         sections.append((f"{source} to {target}, {mode}", judge.strip(first, *sheet)))
-        told = f"rank {int((similarity >= similarity[flags.query]).sum())} of {len(rows)}" if flags.text is None else "top"
-        print(f"{mode}: the true partner has {told}; nearest samples {rows[best].tolist()}" if flags.text is None else
-              f"{mode}: nearest samples {rows[best].tolist()}")
-    name = f"{source}_{target}_{flags.query}" if flags.text is None else f"text_{target}"
-    path = flags.out or out_path(flags.run, f"retrieve_{name}.html")
+        rank = None if outside else int((similarity >= similarity[flags.query]).sum())
+        partner = "" if outside else f"the true partner has rank {rank} of {len(rows)}; "
+        print(f"{mode}: {partner}nearest samples {rows[best].tolist()}")
+    path = flags.out or out_path(flags.run, f"retrieve_{source}_{target}_{'given' if outside else flags.query}.html")
     judge.write_report(path, "repsae retrieve", sections)
     say(f"wrote {path}")
 
 
-def text_query(model, stream, flags):
-    """The code (1, L) of --text by the text encoder of --encoder."""
+def given_query(model, stream, flags):
+    """The code (1, L) in `stream` of --text, read by the text encoder of --encoder, or of the vector in --features."""
+    import data
     import eval as judge
     import torch
-    encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
-    tokens = encoder.words([flags.text], encoder.clip.config["context"])
+    if flags.text is not None:
+        if not stream.endswith("_txt"):
+            raise InputError(f"--text cannot ask in '{stream}' - name the text stream with --from")
+        encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
+        if not encoder.words.pieces(flags.text):
+            raise InputError("--text has no words - give some")
+        with torch.no_grad():
+            x = encoder.clip.encode_text(encoder.words([flags.text], encoder.clip.config["context"]).to(flags.device))
+    else:
+        x = data.read_vector(flags.features)[None]
+    if x.shape[1] != model.dims[stream]:
+        raise InputError(f"the query has {x.shape[1]} numbers, stream '{stream}' has {model.dims[stream]} - name its stream "
+                         "with --from")
     with torch.no_grad():
-        x = encoder.clip.encode_text(tokens.to(flags.device))
-        if x.shape[1] != model.dims[stream]:
-            raise InputError(f"--text gives {x.shape[1]} numbers, stream '{stream}' has {model.dims[stream]} - name the text "
-                             "stream with --from")
-        codes = model.encode({stream: x}, "alone")[stream]
+        codes = model.encode({stream: x.to(flags.device)}, "alone")[stream]
     return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), model.n_latents)
 
 
@@ -2698,7 +2733,8 @@ def dino_verdict(folder):
     with open(out_path(folder, "log.csv"), newline="") as f:
         knn = [float(row["knn"]) for row in csv.DictReader(f) if row["knn"]]
     return f"k-NN {knn[0]:.3f} with random weights, {knn[-1]:.3f} after training: " + (
-        "pre-training helps, as in the thesis." if knn[-1] > knn[0] + 0.02 else "next to nothing was learnt at this size.")
+        "pre-training helps, as in the thesis." if knn[-1] > knn[0] + 0.02 else
+        "pre-training does not help to tell the first cell's kind at this size; the thesis's gain is not here.")
 
 
 def ablate_verdict(folder):
@@ -2735,7 +2771,8 @@ def attribute_verdict(folder):
     """Table 5.4: do concept latents segment better than chance?"""
     m = {name: v["mIoU"] for name, v in read_metrics(folder, "metrics.json")["segmentation"].items()}
     best = max((v, name) for name, v in m.items() if "concept" in name or "the name" in name)
-    chance = max((v, name) for name, v in m.items() if "random" in name or "centre" in name)
+    backbone = best[1].split(",")[0]
+    chance = max((v, name) for name, v in m.items() if name in (f"{backbone}, random latents", "centre of the picture"))
     return (f"Best mIoU by a shared code: {best[0]:.3f} ({best[1]}); CLIP's own similarity {m['clip, raw similarity']:.3f}; "
             f"controls at most {chance[0]:.3f} ({chance[1]}): the maps see "
             + ("more than chance." if best[0] > chance[0] + 0.01 else "no more than chance at this size."))
@@ -2744,10 +2781,10 @@ def attribute_verdict(folder):
 def intervene_verdict(folder):
     """Mammo-SAE's claim that some ten latents are enough."""
     m = read_metrics(folder, "metrics.json")
-    ten = next(c for c in m["curve"] if c["k"] == 10)
+    ten = max((c for c in m["curve"] if c["k"] <= 10), key=lambda c: c["k"])
     return (f"AUC {m['auc']['original features'][0]:.3f} from the features, {m['auc']['reconstructed'][0]:.3f} from the "
-            f"reconstruction, {ten['keep']:.3f} from the union of the top 10 of both classes alone, {ten['silence']:.3f} "
-            "without them.")
+            f"reconstruction, {ten['keep']:.3f} from the union of the top {ten['k']} of both classes alone, "
+            f"{ten['silence']:.3f} without them.")
 
 
 def fidelity_verdict(folder):
@@ -2775,27 +2812,38 @@ def cmd_demo(flags):
     import contextlib
     import eval as judge
     os.makedirs(flags.out, exist_ok=True)
-    sections, began = [], time.time()
-    for heading, stands_for, argv, proof, pictures, verdict in demo_stages(flags.out, flags.quick):
-        told = out_path(flags.out, f"{heading.split('.')[0]}_{argv[0]}_{os.path.basename(argv[-1])}.txt")
-        if argv[0] == "mil":
-            demo_files(flags.out)
-        if not (os.path.exists(proof) and os.path.exists(told)):
-            say(f"== {heading}: python repsae.py {shlex.join(argv)}")
-            printed = io.StringIO()
+    sections, began, stale = [], time.time(), False
+    for n, (heading, stands_for, argv, proof, pictures, verdict) in enumerate(demo_stages(flags.out, flags.quick), 1):
+        told, command = out_path(flags.out, f"stage_{n:02d}.txt"), f"python repsae.py {shlex.join(argv)}"
+        done = os.path.exists(proof) and os.path.exists(told)
+        if done:
+            with open(told) as f:
+                done = f.readline().rstrip("\n") == command
+        stale = stale or not done                            # what comes after a stage that is run again, is too
+        if stale:
+            say(f"== {heading}: {command}")
+            if argv[0] == "mil":
+                demo_files(flags.out)
             again = {**dict.fromkeys(("dino", "sae", "ablate"), "--resume"),
                      **dict.fromkeys(("extract", "tissue", "clip", "mil", "explain"), "--overwrite")}.get(argv[0])
-            with contextlib.redirect_stdout(printed):
-                run, one = parse([*argv, again] if again else argv)
-                run(one)
+            if again == "--resume" and os.path.exists(told):                                # made of other things than now
+                again = "--overwrite"
+            printed = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(printed):
+                    run, one = parse([*argv, again] if again else argv)
+                    run(one)
+            except Interrupted as e:
+                say(f"\n{e}; the same demo command goes on from there")
+                raise SystemExit(130)
             print(printed.getvalue(), end="", flush=True)
-            judge.write_text(told, printed.getvalue())
+            judge.write_text(told, f"{command}\n{printed.getvalue()}")
         with open(told) as f:
-            text = f.read()
-        shown = "".join(inlined(path) for path in pictures if os.path.exists(path))
+            text = f.read().split("\n", 1)[1]
+        report = os.path.join(os.path.dirname(proof), "report.html") if os.path.dirname(proof) != flags.out else proof
+        shown = "".join(inlined(path) for path in dict.fromkeys([*pictures, report]) if os.path.exists(path))
         said = f"<p><b>{html.escape(verdict())}</b></p>" if verdict else ""
-        command = html.escape(f"python repsae.py {shlex.join(argv)}")
-        sections.append((heading, f"<p>{html.escape(stands_for)}</p><p><code>{command}</code></p>"
+        sections.append((heading, f"<p>{html.escape(stands_for)}</p><p><code>{html.escape(command)}</code></p>"
                          f"<pre>{html.escape(text)}</pre>{said}{shown}"))
     sections.append(("How far to trust it", "<p>One seed, made-up pictures, models of a few hundred thousand weights trained "
                      "for minutes: trends, not figures.</p>" + "<p>--quick shows the mechanics alone.</p>" * flags.quick))
@@ -2804,12 +2852,18 @@ def cmd_demo(flags):
 
 
 def inlined(path):
-    """A picture or a chart of a stage, in HTML."""
+    """A picture, a chart or the body of a stage's own report (folded), in HTML; nothing for other files."""
     import eval as judge
     from PIL import Image
-    if path.endswith(".svg"):
+    if path.endswith((".svg", ".html")):
         with open(path) as f:
-            return f.read().replace("<style>", "<style>/* of the chart */")
+            text = re.sub("<style>.*?</style>", "", f.read(), flags=re.S)
+        if path.endswith(".svg"):
+            return text
+        body = text[text.index("<main>") + 6:text.index("</main>")]
+        return f"<details><summary>the stage's own report</summary>{body}</details>"
+    if not path.endswith(".png"):
+        return ""
     with Image.open(path) as image:
         return judge.embedded(image, 900)
 
@@ -2967,6 +3021,7 @@ command("attribute", cmd_attribute, (ON_RUN, OUT), positional=("run",), extra={
 command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={
     "query": (0, int, "number of the test sample that asks"), "from": (None, str, "its stream; the first by default"),
     "to": (None, str, "the stream to search; the last by default"), "text": (None, str, "words that ask instead"),
+    "features": (None, str, ".npy with one vector (d,) of the stream --from, that asks instead"),
     "encoder": (None, str, "run of clip whose text encoder reads --text")})
 command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
 command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
@@ -2976,7 +3031,7 @@ command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: R
                             "last": (4, int, "ViT: class tokens of so many last blocks side by side"),
                             "tokens": (False, bool, "patch tokens (N, T, d), in half precision, instead of the class token"),
                             "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out; always "
-                                      "so where objects are annotated (Pascal VOC)")})
+                                      "so for clip, and where there are boxes")})
 command("probe", cmd_probe, (DATA, SEED, BENCH),
         extra={"solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
                "strength": (1., float, "lbfgs: C of the linear probe, larger is less regular"),

@@ -838,8 +838,8 @@ class CLIP(nn.Module):
 
 def clip_from_state(state):
     """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those weights."""
-    state = {k: v.float() for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
     try:
+        state = {k: v.float() for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
         v, t = state["visual.conv1.weight"], state["token_embedding.weight"]
         layers = {side: len({k.split(".")[where] for k in state if k.startswith(f"{side}resblocks.")})
                   for side, where in (("visual.transformer.", 3), ("transformer.", 2))}
@@ -848,7 +848,7 @@ def clip_from_state(state):
                      (t.shape[1], layers["transformer."], max(t.shape[1] // 64, 1)), len(t),
                      len(state["positional_embedding"]), v.shape[2], side)
         model.load_state_dict(state)
-    except (KeyError, RuntimeError, IndexError) as e:
+    except (KeyError, RuntimeError, IndexError, AttributeError) as e:
         why = str(e).splitlines()[0][:80]
         raise InputError(f"these are not the weights of a CLIP with a ViT ({why}) - give OpenAI's state_dict")
     return model
