@@ -755,8 +755,8 @@ class Images:
 
     @property
     def hash(self):
-        """Changes with the files' names and sizes."""
-        told = "\n".join(f"{p} {os.path.getsize(p)}" for p in self.paths)
+        """Changes with the files' names, their folders' and sizes, not with where all of it lies."""
+        told = "\n".join(f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}" for p in self.paths)
         return hashlib.sha256(told.encode() + (b"" if self.boxes is None else self.boxes.tobytes())).hexdigest()[:16]
 
 
