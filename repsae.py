@@ -3098,7 +3098,7 @@ def parse(argv):
 def check_ranges(flags):
     """The flags, if all numbers are within MINIMUM and MAXIMUM and the learning rate is positive; else raises InputError."""
     for name, least in {**MINIMUM, "latents": 0 if "expansion" in flags else 1}.items():      # 0: by --expansion
-        if flags.get(name) is not None and not flags[name] >= least:
+        if isinstance(flags.get(name), (int, float)) and not flags[name] >= least:          # --query may be words
             raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give at least {least}")
     for name, most in MAXIMUM.items():
         if name in flags and not flags[name] <= most:
