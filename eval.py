@@ -1091,12 +1091,17 @@ def average_precision(found, truth, iou=0.25, points=None):
         right.append(hit)
     if not right:
         return 0.
-    hits = np.cumsum(right)
-    precision, recall = hits / np.arange(1, len(hits) + 1), hits / total
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    recall, envelope = recall_and_precision(right, total)
     if points:
-        return float(np.r_[envelope, 0][np.searchsorted(recall, np.linspace(0, 1, points))].mean())
-    return float((np.diff(np.r_[0, recall]) * envelope).sum())
+        return float(envelope[np.searchsorted(recall, np.linspace(0, 1, points))].mean())
+    return float((np.diff(np.r_[0, recall]) * envelope[:-1]).sum())
+
+
+def recall_and_precision(right, total):
+    """Of detections (n,), best first, right or not: recall (n,), and precision made non-increasing (n + 1,), ending in 0."""
+    hits = np.cumsum(right)
+    precision = hits / np.arange(1, len(hits) + 1)
+    return hits / total, np.r_[np.maximum.accumulate(precision[::-1])[::-1], 0]
 
 
 def separation(means):
@@ -1306,9 +1311,7 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
                         hits.append(1)
                 elif low <= area(found[key]) <= high:
                     hits.append(0)
-            tp = np.cumsum(hits) if hits else np.zeros(0)
-            recall, precision = tp / len(counted), tp / np.arange(1, len(tp) + 1)
-            envelope = np.r_[np.maximum.accumulate(precision[::-1])[::-1], 0]
+            recall, envelope = recall_and_precision(hits, len(counted))
             precisions.append(envelope[np.searchsorted(recall, np.linspace(0, 1, 101))].mean())
             recalls.append(recall[-1] if len(recall) else 0.)
         out[f"AP{name}"], out[f"AR{name}"] = _mean(precisions), _mean(recalls)

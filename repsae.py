@@ -21,6 +21,7 @@ import platform
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -402,7 +403,8 @@ def _fit(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
             active = [(c.values > 0).sum(1).float().mean() for support in result["codes"] for c in support.values()]
             parts = ["loss", "self", "cross", "aux", *(["sparsity"] if "sparsity" in result else [])]
             return {"epoch": round(step / epoch, 3), **{k: float(result[k]) for k in parts},
-                    "active": float(sum(active) / len(active)), **{f"dead_{s}": n for s, n in dead().items()}}
+                    "active": float(sum(active) / len(active)), **{f"dead_{s}": n for s, n in dead().items()},
+                    **({"revive": flags.revive} if "revive" in flags else {})}
         if step % flags.log_every == 0 and not math.isfinite(float(result["loss"])):
             raise InputError(f"the loss is {float(result['loss'])} at step {step} - lower --lr, or scale the features with "
                              "--norm")
@@ -2655,17 +2657,19 @@ def demo_stages(out, quick):
     Everything is what a user can type. A verdict reads what the stage left and says in one sentence whether the papers' trend
     is there; None where there is none to compare.
     """
-    def at(*names):
-        return out_path(out, "/".join(names))
-    pictures, epochs, clip, steps = (600, "1", "2", "4") if quick else (2400, "15", "40", "60")
+    return [*demo_backbones(functools.partial(os.path.join, out), quick),
+            *demo_codes(functools.partial(os.path.join, out), quick)]
+
+
+def demo_backbones(at, quick):
+    """The stages of chapter 3, and the encoders of chapter 5; at(*names) is a path in the demo's folder."""
+    pictures, epochs, clip = (600, "1", "2") if quick else (2400, "15", "40")
     # a sharp teacher and small steps: with the settings that suit the README's blood cells it collapses here
     dino = ["--patch", "8", "--size", "64", "--local-size", "32", "--local-crops", "4", "--local-scale", "0.1,0.5",
             "--global-scale", "0.5,1", "--pathology", "--colour", "0.3", "--blur", "0.5", "--prototypes", "256",
             "--head-hidden", "512", "--bottleneck", "32", "--teacher-temp", "0.03", "--teacher-temp-start", "0.03",
             "--batch", "64", "--epochs", epochs, "--warmup", "1" if quick else "3", "--lr", "5e-4", "--momentum", "0.98",
             "--workers", "1", "--knn-every", "1"]
-    code = ["--latents", "256", "--k", "16", "--batch", "128", "--lr", "1e-3", "--epochs", steps, "--norm", "standard,l2"]
-    feats, sick = at("feats.npz"), at("disease.npz")
     stages = [("1. A tissue", "Pictures whose truth is known: cells, captions, masks, patients, diseases.",
                ["tissue", "--pictures", str(pictures), "--out", at("tissue")], at("tissue", "tissue.npz"),
                [at("tissue", "sheet.png")], None)]
@@ -2676,13 +2680,13 @@ def demo_stages(out, quick):
                                                                                  at(f"dino_{arch}", "neighbours.png")],
                        lambda arch=arch: dino_verdict(at(f"dino_{arch}"))))
     backbones = f"dino_vit={at('dino_vit')},dino_vim={at('dino_vim')},clip={at('clip')}"
-    stages += [
+    return stages + [
         ("3. A small CLIP", "Thesis 5.3.1: image and text encoders that agree, the other two streams.",
          ["clip", "--images", at("tissue", "tissue.npz"), "--epochs", clip, "--out", at("clip")],
          at("clip", "metrics.json"), [], None),
         ("4. Four streams", "Features of the same pictures by every encoder.",
-         ["extract", "--images", at("tissue", "tissue.npz"), "--weights", backbones, "--last", "1", "--out", feats],
-         feats, [], None),
+         ["extract", "--images", at("tissue", "tissue.npz"), "--weights", backbones, "--last", "1", "--out",
+          at("feats.npz")], at("feats.npz"), [], None),
         ("5. Patients as bags", "Thesis 3.2.2: multiple-instance learning of the patient's disease from its pictures.",
          ["mil", "--data", at("bags.npz"), "--head", "mean,abmil,clam_sb", "--epochs", "10" if quick else "100",
           "--least", "5", "--widths", "64", "--attention", "32", "--inner", "3", "--out",
@@ -2690,12 +2694,19 @@ def demo_stages(out, quick):
         ("6. Where backbones look", "Thesis 3.2.4: Grad-CAM, Vim beside ViT.",
          ["explain", "cam", "--images", at("tissue", "tissue.npz"), "--weights", f"vit={at('dino_vit')},vim={at('dino_vim')}",
           "--most", "6", "--out", at("cam")], at("cam", "sheet.png"), [at("cam", "sheet.png")], None)]
+
+
+def demo_codes(at, quick):
+    """The stages of chapters 4 and 5 and of the medical papers."""
+    code = ["--latents", "256", "--k", "16", "--batch", "128", "--lr", "1e-3", "--epochs", "4" if quick else "60", "--norm",
+            "standard,l2"]
+    feats, sick, stages = at("feats.npz"), at("disease.npz"), []
     for s in ("dino_vit", "dino_vim"):
         stages.append((f"7. A sparse autoencoder of {s}", "Thesis 4.1.",
                        ["sae", "--data", feats, "--stream", s, *code, "--out", at(f"sae_{s}")],
                        at(f"sae_{s}", "report.html"), [], None))
     shared = at("ablate", "global_lam1")
-    stages += [
+    return stages + [
         ("8. One code for four models",
          "Thesis 5.3.4, Tables 5.1, 5.2, 5.3, 5.5 and sparc.txt Table 3: the 2x2, both, random.",
          ["ablate", "--data", feats, "--taxonomy", at("tissue", "taxonomy.json"), *code, "--out", at("ablate")],
@@ -2720,7 +2731,6 @@ def demo_stages(out, quick):
         ("14. A few latents suffice", "The TotalSegmentator study.",
          ["fidelity", at("sae_dino_vit"), "--data", sick, "--out", at("fidelity")], at("fidelity", "report.html"), [],
          lambda: fidelity_verdict(at("fidelity")))]
-    return stages
 
 
 def read_metrics(*names):
@@ -2885,41 +2895,12 @@ def cmd_build(flags):
 
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
-    import eval as judge
-    found, everything = {"versions": versions()}, flags.what == "all"
-    if flags.svg and not os.path.isdir(os.path.dirname(flags.svg) or "."):
-        raise InputError(f"--svg {flags.svg}: no such folder - make it first")
-    if everything or flags.what == "sparc":
-        found["sparc"] = []
-        for dims, rounds in (({"dino": 1024, "clip_img": 768, "clip_txt": 768}, 9), ({f"s{i}": 768 for i in range(10)}, 3)):
-            found["sparc"].append(bench_sparc(dims, rounds, flags.device))
-            print_sparc(found["sparc"][-1], flags.device, found["versions"]["threads"])
-    if everything or flags.what == "rows":
-        found["rows"] = [bench_rows(n) for n in (40_000, 400_000)]
-        print("\n300 steps and an evaluation on a memory-mapped folder of float16, widths 1024 + 768 + 768, L 8192, k 64")
-        columns = ["data_mb", "peak_mb", "read_s", "train_s", "evaluate_s"]
-        print(judge.text_table(["rows", "data MB", "peak MB (RssAnon)", "read s", "train s", "evaluate s"],
-                               [[f"{r['rows']:,}", *(r[c] for c in columns)] for r in found["rows"]]))
-    if everything or flags.what == "scan":
-        found["scan"] = bench_scan(flags.device)
-        print_scan(found["scan"], flags.device)
-    if everything or flags.what == "backbones":
-        found["backbones"] = bench_backbones(flags.device)
-        print_backbones(found["backbones"], flags.device, flags.svg)
-    if flags.json:
-        judge.write_json(flags.json, found)
-
-
-def cmd_bench(flags):
-    """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
-    import eval as judge
-    if flags.svg and not os.path.isdir(os.path.dirname(flags.svg) or "."):
-        raise InputError(f"--svg {flags.svg}: no such folder - make it first")
-    sys.path.append(out_path(os.path.dirname(os.path.abspath(__file__)), "tests"))
-    import bench
-    found = bench.run(flags.what, flags.device, flags.svg)
-    if flags.json:
-        judge.write_json(flags.json, found)
+    for name in ("svg", "json"):
+        if flags[name] and not os.path.isdir(os.path.dirname(flags[name]) or "."):
+            raise InputError(f"--{name} {flags[name]}: no such folder - make it first")
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "bench.py")
+    files = [f"--{name}={flags[name]}" for name in ("svg", "json") if flags[name]]
+    raise SystemExit(subprocess.run([sys.executable, script, flags.what, f"--device={flags.device}", *files]).returncode)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -350,14 +350,19 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, d = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)      # (B, heads, T, d/heads)
-        if self.keep:
-            self.kept = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
-            if self.kept.requires_grad:
-                self.kept.retain_grad()
-            out = self.kept @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(B, T, d))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(B, T, d))
+
+    def attend(self, q, k, v, causal=False):
+        """softmax(q k' / sqrt(d)) v of (B, heads, T, d / heads) each; causal: tokens see none that come later."""
+        if not self.keep:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        self.kept = torch.softmax(scores, -1)
+        if self.kept.requires_grad:
+            self.kept.retain_grad()
+        return self.kept @ v
 
 
 class SwiGLU(nn.Module):
@@ -715,12 +720,11 @@ class VMamba(nn.Module):
 # A small CLIP: image and text encoders trained to agree (thesis 5.3.1; Radford et al. 2021)
 # ---------------------------------------------------------------------------------------------------------------------
 
-class CLIPAttention(nn.Module):
+class CLIPAttention(Attention):
     """`Attention` under the names of torch's nn.MultiheadAttention, which OpenAI's files have; text sees no later tokens."""
-    keep = False
 
     def __init__(self, dim, heads, causal):
-        super().__init__()
+        nn.Module.__init__(self)
         self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim).normal_(std=dim ** -0.5))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
@@ -729,15 +733,7 @@ class CLIPAttention(nn.Module):
     def forward(self, x):
         B, T, d = x.shape
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if self.keep:
-            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            if self.causal:
-                scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1), -torch.inf)
-            self.kept = torch.softmax(scores, -1)                                           # (B, heads, T, T)
-            out = self.kept @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(out.transpose(1, 2).reshape(B, T, d))
+        return self.out_proj(self.attend(q, k, v, self.causal).transpose(1, 2).reshape(B, T, d))
 
 
 class QuickGELU(nn.Module):

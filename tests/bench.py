@@ -2,8 +2,11 @@
 
 The slow contenders (the authors' dense step, loops and a parallel scan in plain PyTorch) compute what ours do: test_repsae.
 """
+import argparse
 import functools
+import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import data
 import eval as judge
 import repsae
@@ -361,3 +365,14 @@ def run(what, device, svg=None):
         found["backbones"] = bench_backbones(device)
         print_backbones(found["backbones"], device, svg)
     return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what")
+    for name in ("--device", "--svg", "--json"):
+        parser.add_argument(name)
+    flags = parser.parse_args()
+    figures = run(flags.what, flags.device, flags.svg)
+    if flags.json:
+        judge.write_json(flags.json, figures)
