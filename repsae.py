@@ -1096,7 +1096,7 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     import torch
     name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
     arch, _, path = where.partition(":")
-    if not where:
+    if not where or os.path.basename(name) != name:          # it names files, too
         raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
     made, size = {}, getattr(flags, "size", None) or None
     if not path and arch.endswith(".pt"):
@@ -2262,13 +2262,13 @@ def cmd_mil(flags):
     found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test) for train, _, test in rounds]}
     log = Log(out_path(flags.out, "log.csv"))
     for head in heads:
-        jobs = [(bags, head, settings, r, *parts) for r, parts in enumerate(rounds)]
+        jobs = [(head, settings, r, *parts) for r, parts in enumerate(rounds)]
         if len(jobs) == 1:
-            done = [mil_round(*jobs[0], keep=flags.out)]
+            done = [mil_round(bags, *jobs[0], keep=flags.out)]
         else:
-            with futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), one_thread) as pool:
+            with futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), share_bags, [bags]) as pool:
                 progress, done = Progress(len(jobs)), []
-                for result in pool.map(mil_round, *zip(*jobs)):
+                for result in pool.map(mil_round_of_shared, *zip(*jobs)):
                     done.append(result)
                     progress(len(done), lambda: head)
         found[head] = done
@@ -2290,10 +2290,15 @@ def cmd_mil(flags):
     say(f"wrote {out_path(flags.out, 'report.html')}")
 
 
-def one_thread():
-    """Of a process among several: they share the cores."""
+def share_bags(bags):
+    """Once in each process among several, which share the cores: the bags of all its jobs."""
     import torch
     torch.set_num_threads(1)
+    mil_round_of_shared.bags = bags
+
+
+def mil_round_of_shared(*job):
+    return mil_round(mil_round_of_shared.bags, *job)
 
 
 def parse_grid(flags):

@@ -531,6 +531,29 @@ def test_slides_become_tiles_features_bags_and_attention_maps(slides, tmp_path, 
     assert report.count("data:image/jpeg") == 4 and "Attention of clam_sb" in report
 
 
+def test_otsu_finds_pale_tissue_that_the_fixed_threshold_misses(tmp_path, capsys):
+    """Tissue of saturation 5 of 255 on white: CLAM's threshold of 8 sees nothing there."""
+    image = np.full((200, 260, 3), 250, np.uint8)
+    image[20:180, 30:220, 1] = 245
+    Image.fromarray(image).save(tmp_path / "pale.png")
+    said = error(capsys, "tile", "--images", tmp_path / "pale.png", "--size", 32, "--least", 0.01, "--out", tmp_path / "t")
+    assert "tissue" in said
+    run("tile", "--images", tmp_path / "pale.png", "--size", 32, "--least", 0.01, "--otsu", "--out", tmp_path / "t")
+    assert len(np.load(tmp_path / "t" / "pale.npz")["coords"]) > 20
+
+
+def test_subtyping_changes_what_clam_learns(bags, tmp_path):
+    """The same seed with and without it: other weights, and both learn."""
+    import data
+    whole, states = data.read_bags(bags), []
+    for extra in ((), ("--subtyping",)):
+        flags = repsae.parse(["mil", "--data", str(bags), *map(str, QUICK_MIL), "--k", "1", *extra])[1]
+        model, (error, _) = repsae.train_mil(whole, "clam_sb", flags, np.arange(40), np.arange(40, 60), [0])
+        states.append(model.state_dict())
+        assert error <= 0.2
+    assert not torch.equal(*(state["instance_classifiers.0.weight"] for state in states))
+
+
 def test_dino_and_extract_take_a_single_slide_by_its_tiles(slides, tmp_path):
     slide = slides / "big.png"
     Image.open(slides / "slides" / "s1.png").resize((2600, 2000), Image.NEAREST).save(slide)
@@ -592,6 +615,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["mil", "--data", "{p}"], "no feature files in"), (["mil", "--data", "{f}"], "lacks 'X'"),
     (["finetune", "--data", "{f}"], "lacks train_images"),
     (["finetune", "--data", "{p}", "--models", "vgg1"], "vgg1 is neither a preset"),
+    (["finetune", "--data", "{p}", "--models", "../a=vit_micro:random"], "../a=vit_micro:random - write name=RUN"),
     (["finetune", "--data", "{p}", "--models", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
     (["finetune", "--data", "{p}", "--size", "20", "--models", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
     (["finetune", "--data", "{p}", "--size", "32", "--models", "squeezenet1_0"], "SqueezeNet ends in no linear layer"),
