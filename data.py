@@ -482,7 +482,7 @@ def tissue(n, size=64, seed=0):
         pixels (n, size, size, 3), captions (n,), labels (n, C) bool with label_names: the kinds, mucin and the three grounds;
         parents: taxonomy name -> parent (specimen > cell > lineage > kind, specimen > tissue > ground or mucin)
         instances (n, size, size): 0, or 1 + the number of the object on top; boxes (m, 6): image, label, x0, y0, x1, y1 in
-        shares of the image, objects of an image in the order of their numbers; main (n,): the kind of its first cell
+        shares of the image, objects of an image in the order of their numbers
         groups, slides (n,), disease (n,) with disease_names; split (n,): of each disease 30 % of the patients, at least one,
         are `test`
     """
@@ -530,7 +530,7 @@ def tissue(n, size=64, seed=0):
                **{c[0]: c[1] for c in CELLS}, **dict.fromkeys(("mucin", *GROUNDS), "tissue")}
     return {"pixels": _stain(image, slides, rng), "labels": labels, "label_names": np.array(names), "parents": parents,
             "captions": np.array([_caption(kind[i, :count[i]], ground[i], mucin[i], rng) for i in range(n)]),
-            "instances": instances, "boxes": boxes, "main": kind[:, 0], "groups": of, "slides": slides,
+            "instances": instances, "boxes": boxes, "groups": of, "slides": slides,
             "disease": illness[of], "disease_names": np.array(list(DISEASES)), "split": np.where(test[of], "test", "train")}
 
 
@@ -718,10 +718,10 @@ def vision():
 
 @dataclass
 class Images:
-    """Pictures and what is known about them: paths (list of N), labels (N,) int or None, label_names, split (N,) or None;
-    boxes (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one, else None; objects: a list of
-    N lists of (name, (x0, y0, x1, y1) in shares of the picture), where they are annotated; about: other reserved keys of a
-    feature file that came with the pictures."""
+    """Pictures and what is known about them: paths (list of N), labels (N,) int, or (N, C) bool, or None, label_names, split
+    (N,) or None; boxes (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one, else None;
+    objects: a list of N lists of (name, (x0, y0, x1, y1) in shares of the picture), where they are annotated; about: other
+    reserved keys of a feature file that came with the pictures."""
     paths: list
     labels: np.ndarray = None
     label_names: list = field(default_factory=list)
@@ -796,12 +796,10 @@ def _read_listed(path):
     for p in paths:
         open_image(p, decode=False)
     about = {k: v for k, v in arrays.items() if k in RESERVED and k not in ("images", "mask")}
-    for k, v in {**about, **{k: arrays[k] for k in ("main",) if k in arrays}}.items():
+    for k, v in about.items():
         if k not in ("boxes", "label_names", "grid") and (not v.ndim or len(v) != len(paths)):
             raise InputError(f"{path}: '{k}' has shape {v.shape} for {len(paths)} pictures - give one entry for each")
     labels, names = _check_labels(about.get("labels"), about.get("label_names"))
-    if labels is not None and labels.ndim == 2:              # k-NN wants one label a picture
-        labels = arrays.get("main")
     return Images(paths, labels, names if labels is not None else [], about.get("split"), about=about)
 
 
@@ -871,6 +869,13 @@ def plain_view(size, whole=False):
     t = vision().transforms
     side = (size, size) if whole else round(size * 8 / 7)
     return t.Compose([t.Resize(side, t.InterpolationMode.BICUBIC), t.CenterCrop(size), t.ToTensor(), t.Normalize(*IMAGENET)])
+
+
+def pixel_statistics(images, rows, most=500, side=64):
+    """Mean and standard deviation (3,) of R, G, B in 0..1, of pictures spread evenly over `rows`."""
+    chosen = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+    pixels = np.stack([np.asarray(images.open(i).resize((side, side))) for i in chosen]).reshape(-1, 3) / 255
+    return pixels.mean(0), np.maximum(pixels.std(0), 1e-3)
 
 
 class Crops:
@@ -965,14 +970,19 @@ def _digest(*arrays):
     return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
 
 
-def read_pictures(path, size):
-    """Labelled pictures at size x size: class folders as `read_images` reads them, or a MedMNIST .npz with train_images,
-    train_labels and so on for val and test. Raises InputError when there are no labels, or only one class."""
-    if os.path.isdir(path):
+def read_pictures(path, size, label=None):
+    """Labelled pictures at size x size: class folders, or an .npz that lists pictures, as `read_images` reads them; or a
+    MedMNIST .npz with train_images, train_labels and so on for val and test. Where several labels hold at once, `label` is the
+    name of the one to find. Raises InputError when there are no labels, or only one class."""
+    if os.path.isdir(path) or "images" in _Source(path):
         images = read_images(path)
         if images.labels is None:
-            raise InputError(f"{path} has no class folders - put the pictures into folders named after their labels")
+            raise InputError(f"{path} has no labels - put the pictures into folders named after them")
         views, labels, names, split = map(images.open, range(len(images))), images.labels, images.label_names, images.split
+        if labels.ndim == 2:
+            if label not in names:
+                raise InputError(f"{path}: no label '{label}' - name one with --label: {', '.join(names)}")
+            labels, names = labels[:, names.index(label)].astype(int), [f"no {label}", label]
     else:
         arrays = _Source(path)
         there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]

@@ -849,6 +849,16 @@ def clip_from_state(state):
         raise InputError(f"these are not the weights of a CLIP with a ViT ({why}) - give OpenAI's state_dict")
     return model
 
+@torch.no_grad()
+def standardise_pixels(model, mean, std, assumed):
+    """Change a new model's first convolution: it is to answer to pictures normalised by `assumed`, (mean, std) of R, G, B, as
+    it did to pictures normalised by their own `mean` and `std` (3,). Exact where it does not pad (ViT, Vim)."""
+    conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    mean, std, was_mean, was_std = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
+    conv.bias += (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))                   # x was_std + was_mean = pixel
+    conv.weight *= was_std / std
+
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DINO: self-distillation without labels (Caron et al. 2021, Algorithm 1; thesis 3.2.1)

@@ -431,7 +431,7 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
     (["extract", "--images", "{p}", "--weights", "a="], "a= - write name=RUN"),
     (["extract", "--images", "{p}", "--weights", "a=/no"], "/no is no dino run"),
     (["extract", "--images", "{p}", "--weights", "a=vit_micro:/no/w.pth"], "no weights at /no/w.pth"),
-    (["probe", "--data", "{f}"], "has no integer labels")])
+    (["probe", "--data", "{f}", "--only", "no"], "no label 'no' - take one of")])
 def test_bad_backbone_input_is_one_line(pictures, features, tmp_path, capsys, argv, message):
     argv = [a.format(p=pictures, f=features) for a in argv]
     if argv[0] != "probe":
@@ -925,6 +925,31 @@ def test_a_tissue_becomes_pictures_captions_and_a_taxonomy_that_features_keep(wo
     assert os.path.exists(os.path.join(world, str(found.about["images"][0])))
 
 
+def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_path):
+    """By `probe` as the mean over runs for a label each, by DINO's watch as the mean of AUCs counted pair by pair."""
+    found = {}
+    for only in ("fibroblast", "goblet cell", "fibroblast,goblet cell"):
+        run("probe", "--data", world / "feats.npz", "--streams", "vit", "--only", only, "--json", tmp_path / "p.json")
+        found[only] = json.loads((tmp_path / "p.json").read_text())["vit"]["linear"]
+    a, b, both = found.values()
+    assert a != b and all(both[key] == pytest.approx((a[key] + b[key]) / 2) for key in both)
+    images = data.read_images(world / "tissue" / "tissue.npz")
+    watch = repsae.Watch(images, None, repsae.parse(["dino", "--size", "32"])[1])
+    x, areas = watch.features(np.arange(240), raw=True).double(), []
+    x = (x / x.norm(dim=1, keepdim=True)).numpy()
+    train, test = images.split == "train", images.split != "train"
+    assert watch.train.tolist() == np.flatnonzero(train).tolist() and watch.measure == "mean AUC of the labels"
+    for y in images.labels.T:
+        votes = []
+        for i in np.flatnonzero(test):
+            near = sorted(zip(-x[train] @ x[i], y[train]), key=lambda pair: pair[0])[:20]
+            weight = [np.exp(-s / 0.07) for s, _ in near]
+            votes.append(sum(w for w, (_, v) in zip(weight, near) if v) / sum(weight))
+        pairs = [(p > q) + (p == q) / 2 for p, v in zip(votes, y[test]) if v for q, u in zip(votes, y[test]) if not u]
+        areas.append(np.mean(pairs))
+    assert watch.knn(raw=True) == pytest.approx(np.mean(areas), abs=2e-3)
+
+
 def test_clip_learns_which_caption_belongs_to_which_picture(world):
     found = json.loads((world / "clip" / "metrics.json").read_text())
     log = list(csv.DictReader(open(world / "clip" / "log.csv")))
@@ -980,32 +1005,49 @@ def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones():
     assert repsae.centre_prior(5).argmax() == 12
 
 
-def test_the_demos_verdicts_read_what_the_stages_write(world, token_run, features, finished, tmp_path, capsys):
+def test_the_demos_verdicts_read_what_the_stages_write(world, token_run, features, finished, bags, pictures, tmp_path, capsys):
     """On small runs of the commands themselves, so that a renamed figure is noticed here."""
-    run("ablate", "--data", features, *SMALL, "--epochs", 1, "--out", tmp_path / "a")
-    assert "Table 5.1" in repsae.ablate_verdict(tmp_path / "a")
-    run("attribute", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
-        f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5, "--most", 1, "--out", tmp_path / "h")
-    assert "mIoU by a shared code" in repsae.attribute_verdict(tmp_path / "h")
-    run("intervene", token_run, "--label", "sick", "--out", tmp_path / "i")
-    run("fidelity", token_run, "--out", tmp_path / "f")
+    import functools
+    at, tissue, feats = functools.partial(os.path.join, tmp_path), world / "tissue" / "tissue.npz", world / "feats.npz"
+    run("ablate", "--data", features, *SMALL, "--epochs", 1, "--out", at("ablate"))
+    run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", "k=2,4", "--out", at("sweep_k"))
+    run("attribute", world / "run", "--images", tissue, "--weights", f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5,
+        "--most", 1, "--out", at("attribute"))
+    run("intervene", token_run, "--label", "sick", "--out", at("intervene"))
+    run("fidelity", token_run, "--out", at("fidelity"))
+    run("latents", token_run, "--out", at("latents"))
     for stream in "xy":
         run("sae", "--data", features, "--stream", stream, *SMALL, "--epochs", 1, "--out", tmp_path / stream)
-    run("compare", tmp_path / "x", tmp_path / "y", "--sparc", finished, "--json", tmp_path / "c.json")
-    assert "best pairs" in repsae.compare_verdict(tmp_path / "c.json")
-    assert "1.000 from the features" in repsae.intervene_verdict(tmp_path / "i")
-    assert "Ten latents keep" in repsae.fidelity_verdict(tmp_path / "f")
-    (tmp_path / "log.csv").write_text("step,knn\n0,0.2\n5,\n9,0.6\n")
-    assert "k-NN 0.200 with random weights, 0.600" in repsae.dino_verdict(tmp_path)
+    run("compare", tmp_path / "x", tmp_path / "y", "--sparc", finished, "--json", at("compare.json"))
+    run("finetune", "--data", tissue, "--label", "fibroblast", "--models", "vim_micro,resnet18", "--size", 32, "--epochs", 1, "--runs", 2,
+        "--out", at("finetune"))
+    for arch in ("vit", "vim"):
+        run("mil", "--data", bags, "--head", "clam_sb", *QUICK_MIL, "--epochs", 1, "--k", 1, "--out", at(f"mil_{arch}"))
+        (tmp_path / f"dino_{arch}").mkdir()
+        (tmp_path / f"dino_{arch}" / "log.csv").write_text("step,knn\n0,0.2\n5,\n9,0.6\n")
+    for name in ("views", "half"):
+        weights = "dino_vit=vit_micro:random,dino_vim=vim_micro:random,random_vit=vit_micro:random,random_vim=vim_micro:random"
+        run("extract", "--images", tissue, "--weights", weights, "--last", 1, "--size", 32, "--out", at(f"{name}.npz"))
+        run("probe", "--data", at(f"{name}.npz"), "--only", "fibroblast,goblet cell", "--json", at(f"{name}.json"))
+    assert "mean over 2 labels" in capsys.readouterr().out
+    claims = {repsae.ablate_verdict: "Table 5.1", functools.partial(repsae.sweep_verdict, name="k"): "at every k",
+              repsae.attribute_verdict: "mIoU by a shared code", repsae.intervene_verdict: "1.000 from the features",
+              repsae.fidelity_verdict: "Ten latents reach", repsae.cyto_verdict: "Weighted F1",
+              repsae.compare_verdict: "best pairs", repsae.transfer_verdict: "No Mamba", repsae.mil_verdict: "AUC over five folds",
+              functools.partial(repsae.dino_verdict, arch="vit"): "0.200 with random weights, 0.600 after training. Pre-training helps "
+              "neighbours: so it is here", repsae.probe_verdict: "Less magnification is worse: not here"}
+    for verdict, words in claims.items():
+        sentence, numbers = verdict(at)
+        assert words in sentence and numbers and all(v is None or np.isfinite(v) for v in numbers.values()), verdict
     (tmp_path / "tissue").symlink_to(world / "tissue")
-    with np.load(world / "feats.npz") as z:
-        np.savez(tmp_path / "feats.npz", **{k.replace("vit", "dino_vit"): v for k, v in z.items()})
-    repsae.demo_files(tmp_path)
-    z = np.load(tmp_path / "bags.npz")
-    made = np.load(world / "tissue" / "tissue.npz")
+    with np.load(feats) as z:
+        np.savez(tmp_path / "feats.npz", **{k.replace("vit", "dino_vit"): v for k, v in z.items()}, dino_vim=z["vit"])
+    repsae.demo_files(tmp_path, 0)
+    z = np.load(tmp_path / "bags_vim.npz")
+    made = np.load(tissue)
     assert z["y"].tolist() == [made["disease"][made["groups"] == g][0] for g in np.unique(made["groups"])]
-    assert z["offsets"][-1] == 240 == len(z["X"]) and len(z["y"]) == len(z["offsets"]) - 1
-    assert "<style" not in repsae.inlined(str(tmp_path / "h" / "report.html"))
+    assert z["offsets"][-1] == 240 == len(z["X"]) and len(z["y"]) == len(z["offsets"]) - 1 and ((~z["folds"][0]).sum(0) == 1).all()
+    assert "<style" not in repsae.inlined(at("attribute", "report.html"))
 
 
 def test_concept_latents_fire_with_their_label_often_and_mostly():
@@ -1070,7 +1112,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
 def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """Every stage's command line parses; a stage whose file is there is not run again. (The demo itself takes minutes.)"""
     stages, ran = repsae.demo_stages(str(tmp_path / "d"), True), []
-    assert len(stages) == len({argv[-1] for _, _, argv, *_ in stages}) == 16
+    assert len(stages) == len({" ".join(argv) for _, _, argv, *_ in stages}) == 27
     for _, _, argv, proof, *_ in stages:
         repsae.parse(argv)
 
@@ -1083,17 +1125,17 @@ def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeyp
     shortened = [(h, s, a, p, [], None) for h, s, a, p, *_ in stages]
     for _, _, _, proof, *_ in shortened:
         os.makedirs(os.path.dirname(proof), exist_ok=True)
-    monkeypatch.setattr(repsae, "demo_stages", lambda out, quick: shortened)
+    monkeypatch.setattr(repsae, "demo_stages", lambda out, quick, seed: shortened)
     monkeypatch.setattr(repsae, "parse", pretend)
-    monkeypatch.setattr(repsae, "demo_files", lambda out: None)
-    flags = repsae.Flags({"out": str(tmp_path / "d"), "quick": True})
+    monkeypatch.setattr(repsae, "demo_files", lambda out, seed: None)
+    flags = repsae.Flags({"out": str(tmp_path / "d"), "quick": True, "seed": 0, "seeds": 1})
     repsae.cmd_demo(flags)
     assert ran == [a[0] for _, _, a, *_ in stages]
     repsae.cmd_demo(flags)
-    assert len(ran) == 16                                    # all is there
+    assert len(ran) == 27                                    # all is there
     shortened[13] = (*shortened[13][:2], [*shortened[13][2][:-2], "--weighted", *shortened[13][2][-2:]], *shortened[13][3:])
     repsae.cmd_demo(flags)
-    assert ran[16:] == [a[0] for _, _, a, *_ in stages[13:]]                                # another setting, and all after it
+    assert ran[27:] == [a[0] for _, _, a, *_ in stages[13:]]                                # another setting, and all after it
     page = (tmp_path / "d" / "report.html").read_text()
-    assert page.count("<code>python repsae.py") == 16
+    assert page.count("<code>python repsae.py") == 27
 

@@ -964,3 +964,18 @@ def test_clips_loss_is_the_mean_of_two_cross_entropies_and_learns_pairs():
         optimiser.step()
     assert loss < 0.1
 
+
+
+@pytest.mark.parametrize("name", ["vit_micro", "vim_micro"])
+def test_standardised_pixels_are_as_if_normalised_by_their_own_statistics(name):
+    """The changed model on one normalisation equals the unchanged model on the other."""
+    torch.manual_seed(0)
+    model, pixels = getattr(ssm, name)().eval(), torch.rand(2, 3, 32, 32)
+    own, assumed = ((.88, .77, .84), (.13, .15, .09)), ((.485, .456, .406), (.229, .224, .225))
+
+    def normalised(mean, std):
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    expected = model.features(normalised(*own))
+    assert (model.features(normalised(*assumed)) - expected).abs().max() > 0.01
+    ssm.standardise_pixels(model, *own, assumed)
+    assert torch.allclose(model.features(normalised(*assumed)), expected, atol=1e-4)
