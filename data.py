@@ -15,6 +15,7 @@ Deviations   from the authors' code: rows are never joined by position alone wit
              the short last block is shuffled among the others instead of always coming last.
 """
 import functools
+import gzip
 import hashlib
 import json
 import os
@@ -673,20 +674,76 @@ class Words:
         return re.findall(r"[\w']+", str(text).lower())
 
     def pieces(self, text, strict=True):
-        """The words of a text that the tokenizer knows; an unknown one raises InputError if `strict`, else it is left out."""
+        """[(token, (number of the word, word))] of a text; an unknown word raises InputError if `strict`, else is left out."""
         words = self.split(text)
         unknown = [w for w in words if w not in self.number]
         if strict and unknown:
             raise InputError(f"the word '{unknown[0]}' is in no caption that the text encoder learned from - use others")
-        return [w for w in words if w in self.number]
+        return [(self.number[w], (i, w)) for i, w in enumerate(words) if w in self.number]
 
     def __call__(self, texts, context, strict=True):
         """(n, context) int64: start, words, end, zeros; a text that is too long loses its last words."""
         out = np.zeros((len(texts), context), np.int64)
         for i, text in enumerate(texts):
-            row = [self.start, *(self.number[w] for w in self.pieces(text, strict)[:context - 2]), self.end]
+            row = [self.start, *(token for token, _ in self.pieces(text, strict)[:context - 2]), self.end]
             out[i, :len(row)] = row
         return torch.from_numpy(out)
+
+
+class Merges(Words):
+    """CLIP's own tokenizer: a word starts as its bytes, and of neighbours the pair that stands first in the list is merged,
+    again and again (byte-pair encoding, Sennrich et al. 2016). Knows every text.
+
+    merges: list of pairs "a b", lines 2 to 48,895 of CLIP's bpe_simple_vocab_16e6.txt (`read_merges`). Tokens are numbered:
+    256 bytes, the same at the end of a word, merges, start, end. Letters and digits are Python's, not Unicode's L and N.
+    """
+
+    def __init__(self, merges):
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]                   # other bytes: letters from 256 on
+        rest = [b for b in range(256) if b not in printable]
+        self.letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+        pairs = [tuple(line.split()) for line in merges]
+        if not pairs or any(len(pair) != 2 for pair in pairs):
+            raise InputError("a merges file has two pieces a line - give CLIP's bpe_simple_vocab_16e6.txt.gz")
+        names = [*self.letter.values(), *(v + "</w>" for v in self.letter.values()), *map("".join, pairs)]
+        self.words, self.rank = list(merges), {pair: i for i, pair in enumerate(pairs)}
+        self.number = {name: i for i, name in enumerate(names)}
+        self.start, self.end, self.size = len(names), len(names) + 1, len(names) + 2
+
+    @staticmethod
+    def split(text):
+        text = " ".join(str(text).lower().split())
+        return re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", text)
+
+    def merged(self, word):
+        """The pieces of a word."""
+        pieces = [self.letter[b] for b in word.encode()]
+        pieces[-1] += "</w>"
+        while len(pieces) > 1:
+            first = min(zip(pieces, pieces[1:]), key=lambda pair: self.rank.get(pair, len(self.rank)))
+            if first not in self.rank:
+                break
+            out = []
+            for piece in pieces:                             # join it wherever it stands, from the left
+                if out and (out[-1], piece) == first:
+                    out[-1] = "".join(first)
+                else:
+                    out.append(piece)
+            pieces = out
+        return pieces
+
+    def pieces(self, text, strict=True):
+        return [(self.number[piece], (i, word)) for i, word in enumerate(self.split(text)) for piece in self.merged(word)]
+
+
+def read_merges(path):
+    """The merges of CLIP's file, plain or gzipped, without its first line; raises InputError when it cannot be read."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+            return f.read().split("\n")[1:48895]
+    except (OSError, EOFError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} is not a readable merges file ({type(e).__name__}) - give CLIP's "
+                         "bpe_simple_vocab_16e6.txt.gz")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -694,6 +751,7 @@ class Words:
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # mean and standard deviation of R, G, B in 0..1
+CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # the same of OpenAI's CLIP
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 

@@ -1845,6 +1845,8 @@ def cmd_clip(flags):
     import numpy as np
     import ssm
     import torch
+    if flags.weights:
+        return import_clip(flags)
     images = data.read_images(needed(flags, "images"))
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and `captions`")
@@ -1857,7 +1859,7 @@ def cmd_clip(flags):
     if flags.patch > flags.size or flags.width % max(flags.width // 32, 1):
         raise InputError(f"--patch {flags.patch}, --size {flags.size}, --width {flags.width} - a patch must fit the picture, "
                          "and the width be a multiple of 32")
-    words = data.Words(captions[train])
+    words = data.Merges(data.read_merges(flags.merges)) if flags.merges else data.Words(captions[train])
     make_run_folder(flags, {"pictures": len(images), "data_hash": images.hash})
     torch.manual_seed(flags.seed)
     size, rng = flags.size, np.random.default_rng(flags.seed)
@@ -1888,8 +1890,7 @@ def cmd_clip(flags):
         progress(step + 1, lambda: f"loss {loss.item():.3f}")
     log.write()
     model.eval()
-    judge.write_torch(out_path(flags.out, "clip.pt"), {"model": model.state_dict(), "config": model.config,
-                                                       "words": words.words})
+    write_clip(flags.out, model, words)
     with torch.no_grad():
         x = {"image": torch.cat([model.encode_image(p.to(flags.device)) for p in pixels[test].split(256)]).cpu().numpy(),
              "text": text_features(model, words, captions[test], flags.device)}
@@ -1897,6 +1898,35 @@ def cmd_clip(flags):
     judge.write_json(out_path(flags.out, "metrics.json"), found)
     print(judge.text_table([f"{len(test)} test pictures", "R@1", "R@5", "R@10", "MedR", "MRR"],
                            [[pair, *v.values()] for pair, v in found["test"].items()]))
+
+
+def import_clip(flags):
+    """A released CLIP as a run like our own: its weights, its tokenizer, and its first layer in our units of pixels."""
+    import data
+    import ssm
+    import torch
+    words = data.Merges(data.read_merges(needed(flags, "merges")))
+    try:
+        state = torch.load(flags.weights, weights_only=True, map_location="cpu")
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+        raise InputError(f"{flags.weights} is no state_dict ({type(e).__name__}) - of OpenAI's files save "
+                         "torch.jit.load(FILE).state_dict()")
+    model = ssm.clip_from_state(state)
+    if words.size != model.config["vocab"]:
+        raise InputError(f"{flags.merges} makes {words.size} tokens, {flags.weights} knows {model.config['vocab']} - give "
+                         "CLIP's bpe_simple_vocab_16e6.txt.gz")
+    ssm.standardise_pixels(model.visual, *data.CLIP_PIXELS, data.IMAGENET)
+    make_run_folder(flags, {})
+    write_clip(flags.out, model, words)
+    say(f"wrote {out_path(flags.out, 'clip.pt')}")
+
+
+def write_clip(folder, model, words):
+    import data
+    import eval as judge
+    judge.write_torch(out_path(folder, "clip.pt"), {
+        "model": model.state_dict(), "config": model.config,
+        "merges" if isinstance(words, data.Merges) else "words": words.words})
 
 
 def load_clip(folder, device):
@@ -1909,7 +1939,7 @@ def load_clip(folder, device):
         kept = torch.load(out_path(folder, "clip.pt"), weights_only=True, map_location="cpu")
         model = ssm.CLIP(**kept["config"])
         model.load_state_dict(kept["model"])
-        words = data.Words(words=kept["words"])
+        words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
     except (OSError, EOFError, LookupError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
         raise InputError(f"{folder} holds no readable clip.pt ({type(e).__name__}) - train it again")
     model = model.eval().to(device)
@@ -1955,7 +1985,7 @@ def word_heat(clip, words, sparc, stream, text, target, start_layer):
     tokens = words([text], clip.config["context"], strict=False)
     codes = sparc.encode({stream: clip.encode_text(tokens)}, "alone")[stream]
     R = judge.relevancy([m.kept for m in layers], target(codes.dense(sparc.n_latents)).sum(), start_layer)
-    pieces = [None, *enumerate(known), *[None] * (tokens.shape[1] - 1 - len(known))]
+    pieces = [None, *(word for _, word in known), *[None] * (tokens.shape[1] - 1 - len(known))]
     return judge.word_scores(R[0, len(known) + 1].tolist(), pieces)
 
 
@@ -2066,8 +2096,12 @@ def attribution_scores(model, sees, clip, J, alive, names, truth, flags):
     def targets(s):
         def z(f):
             return model.encode({s: f}, "alone")[s].dense(model.n_latents)
+
+        def together(f, c):                                  # the support is chosen by picture and name
+            both = model.encode({s: f, text: prompts[c].expand(len(f), -1)}, "joint")
+            return (both[s].dense(model.n_latents) * both[text].dense(model.n_latents)).sum(1)
         return {"sum of concept latents": lambda f, c: z(f)[:, J[s][c]].sum(1),
-                "similarity to the name": lambda f, c: z(f) @ z_text[c],
+                "similarity to the name": lambda f, c: z(f) @ z_text[c], "similarity to the name, joint": together,
                 "random latents": lambda f, c: z(f)[:, chance[s, c][:max(len(J[s][c]), 1)]].sum(1)}
     for name, (backbone, s) in sees.items():
         out.update({f"{name}, {what}": (backbone, target) for what, target in targets(s).items()})
@@ -3163,6 +3197,8 @@ command("tissue", cmd_tissue, ({"overwrite": RUN["overwrite"]},), "tissue", extr
     "pictures": (4000, int, "how many"), "size": (64, int, "their side, pixels"), "seed": (0, int, "of everything drawn")})
 command("clip", cmd_clip, ({k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
     "images": (None, str, ".npz with `images` and `captions`, as `tissue` writes it"),
+    "merges": (None, str, "CLIP's own merges file, bpe_simple_vocab_16e6.txt.gz; else words of the captions are the tokens"),
+    "weights": (None, str, "state_dict of a released CLIP with a ViT: nothing is trained, it becomes a run; needs --merges"),
     "size": (64, int, "side of the pictures"), "patch": (8, int, "patch size"), "width": (96, int, "of both transformers"),
     "layers": (4, int, "of both"), "joint": (64, int, "width of the common space"),
     "context": (32, int, "longest text, tokens"), "epochs": (20, int, "passes"), "batch": (128, int, "pairs a step"),

@@ -716,3 +716,50 @@ def test_words_become_numbers_and_unknown_ones_are_named():
     with pytest.raises(InputError, match="no word stands in two"):
         data.Words(["one", "two"])
 
+
+
+def test_merges_number_tokens_as_clip_does():
+    """As many merges as CLIP's file has make its vocabulary: 49,408, with 'a' at 320, start and end at 49,406 and 49,407."""
+    merges = [f"x{i} y{i}" for i in range(49152 - 256 - 2)]
+    words = data.Merges(merges)
+    assert (words.size, words.start, words.end) == (49408, 49406, 49407)
+    assert words(["A"], 4).tolist() == [[49406, 320, 49407, 0]]
+    assert words.number["!"] == 0 and words.number["~</w>"] == 256 + 93                     # bytes in the order of their letters
+
+
+def test_merges_join_pairs_in_the_order_of_the_list_as_a_slow_loop_does():
+    """The loop takes one merge at a time from the front of the list, wherever it stands in the word."""
+    rng = np.random.default_rng(0)
+    pieces, merges = ["a", "b", "c", "a</w>", "b</w>", "c</w>"], []
+    while len(merges) < 40:                                  # pairs of what there is by then, as training makes them
+        first, second = rng.choice([p for p in pieces if not p.endswith("</w>")]), rng.choice(pieces)
+        if f"{first} {second}" not in merges:
+            merges.append(f"{first} {second}")
+            pieces.append(first + second)
+    words = data.Merges(merges)
+    for _ in range(200):
+        text = "".join(rng.choice(list("abc"), rng.integers(1, 12)))
+        slow = [*text[:-1], text[-1] + "</w>"]
+        while True:
+            ranks = [merges.index(f"{p} {q}") if f"{p} {q}" in merges else 99 for p, q in zip(slow, slow[1:])]
+            if not ranks or min(ranks) == 99:
+                break
+            i = ranks.index(min(ranks))
+            slow[i:i + 2] = [slow[i] + slow[i + 1]]
+        assert words.merged(text) == slow
+        assert [token for token, _ in words.pieces(text)] == [words.number[p] for p in slow]
+    assert data.Merges(["a b"]).split("It's 12 Cells, é!?_ ") == ["it", "'s", "1", "2", "cells", ",", "é", "!?_"]
+    assert [word for _, word in data.Merges(["a b"]).pieces("ab a")] == [(0, "ab"), (0, "ab"), (1, "a")]
+
+
+def test_a_merges_file_is_read_plain_or_gzipped(tmp_path):
+    import gzip
+    text = "#version\na b\nab c</w>"
+    (tmp_path / "m.txt").write_text(text)
+    (tmp_path / "m.txt.gz").write_bytes(gzip.compress(text.encode()))
+    assert data.read_merges(str(tmp_path / "m.txt")) == data.read_merges(str(tmp_path / "m.txt.gz")) == ["a b", "ab c</w>"]
+    (tmp_path / "bad.gz").write_text("plain")
+    with pytest.raises(InputError, match="bad.gz is not a readable merges file"):
+        data.read_merges(str(tmp_path / "bad.gz"))
+    with pytest.raises(InputError, match="two pieces a line"):
+        data.Merges(["a b c"])

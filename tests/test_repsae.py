@@ -958,12 +958,38 @@ def test_clip_learns_which_caption_belongs_to_which_picture(world):
     assert found["test"]["image -> text"]["R@10"] > 1.5 * 10 / n and found["test"]["image -> text"]["MedR"] < 0.4 * n
 
 
+def test_a_released_clip_becomes_a_run_in_our_units_of_pixels(world, tmp_path, capsys):
+    """Its features of a picture are those that its own weights give for its own normalisation; its words are byte pairs."""
+    import ssm
+    torch.manual_seed(0)
+    merges = [f"x{i} y{i}" for i in range(20)] + ["c e", "ce l", "cel l</w>"]
+    (tmp_path / "m.txt").write_text("\n".join(["#version", *merges]))
+    model = ssm.CLIP(16, (64, 2, 1), (64, 2, 1), 512 + len(merges) + 2, 12, 8, 32).eval()
+    torch.save(model.state_dict(), tmp_path / "c.pt")
+    run("clip", "--weights", tmp_path / "c.pt", "--merges", tmp_path / "m.txt", "--out", tmp_path / "r")
+    run("extract", "--images", world / "tissue" / "tissue.npz", "--weights", f"o={tmp_path / 'r'}", "--out", tmp_path / "f.npz")
+    z = np.load(tmp_path / "f.npz")
+    images = data.read_images(world / "tissue" / "tissue.npz")
+    pixels = torch.stack([torch.from_numpy(np.array(images.open(i))).permute(2, 0, 1) / 255 for i in range(3)])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.CLIP_PIXELS)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(z["o_img"][:3]), model.encode_image((pixels - mean) / std), rtol=1e-3, atol=1e-4)
+        words = data.Merges(merges)
+        tokens = words([str(c) for c in z["captions"][:3]], 12)
+        torch.testing.assert_close(torch.from_numpy(z["o_txt"][:3]), model.encode_text(tokens), rtol=1e-3, atol=1e-4)
+    (tmp_path / "short.txt").write_text("\n".join(["#version", *merges[:-1]]))
+    for argv, message in ((("--merges", tmp_path / "short.txt"), "makes 536 tokens"), ((), "--merges is missing"),
+                          (("--merges", tmp_path / "none.txt"), "not a readable merges file")):
+        assert message in error(capsys, "clip", "--weights", tmp_path / "c.pt", *argv, "--out", tmp_path / "x")
+    assert "is no state_dict" in error(capsys, "clip", "--weights", tmp_path / "m.txt", "--merges", tmp_path / "m.txt", "--out", tmp_path / "x")
+
+
 def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tmp_path, capsys):
     run("attribute", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
         f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5, "--most", 30, "--out", tmp_path / "a")
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
     names = list(found["segmentation"])
-    assert len(names) == 8 and all(0 <= v["mIoU"] <= 1 for v in found["segmentation"].values())
+    assert len(names) == 10 and all(0 <= v["mIoU"] <= 1 for v in found["segmentation"].values())
     for example in found["words"]:
         said = [word for word, _ in example["words"]]
         assert said == [w for w in re.findall(r"[\w']+", example["caption"]) if w in said]
