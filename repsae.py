@@ -2717,7 +2717,8 @@ def demo_stages(out, quick, seed=0):
     there, {(the papers' table, quantity): number}); None where there is nothing to compare.
     """
     at = functools.partial(os.path.join, out)
-    stages = demo_backbones(at, quick) + demo_labels(at, quick) + demo_codes(at, quick) + demo_latents(at, quick)
+    stages = [*demo_backbones(at, quick), *demo_labels(at, quick), *demo_codes(at, quick), *demo_latents(at, quick),
+              *demo_other_views(at, quick)]
     return [(heading, about, [*argv, "--seed", str(seed)], *rest) for heading, about, argv, *rest in stages]
 
 
@@ -2756,14 +2757,9 @@ def demo_backbones(at, quick):
 
 def demo_labels(at, quick):
     """The rest of chapter 3: bags, transfer, heat maps."""
-    tissue, stages = at("tissue", "tissue.npz"), []
-    for arch in ("vit", "vim"):
-        run = at(f"mil_{arch}")
-        stages.append((f"6. Patients as bags, {arch}", "Thesis Table 3.5: a patient's disease from features of its pictures.",
-                       ["mil", "--data", at(f"bags_{arch}.npz"), "--head", "abmil,clam_sb", "--epochs", "5" if quick else "50",
-                        "--least", "5", "--widths", "64", "--attention", "32", "--inner", "3", "--out", run],
-                       os.path.join(run, "report.html"), [], functools.partial(mil_verdict, at) if arch == "vim" else None))
-    return stages + [
+    tissue = at("tissue", "tissue.npz")
+    return [
+        *demo_bags(at, quick, "6. Patients as bags", "Thesis Table 3.5: the disease from features of pictures.", ""),
         ("7. Transfer", "Thesis Tables 3.9-3.11: classifiers trained on labels, and which is better than which.",
          ["finetune", "--data", tissue, "--label", "tumour cell", "--models",
           f"vit_micro,vim_micro,vmamba_micro,resnet18,dino_vit={at('dino_vit')}", "--size", "32", "--lr", "5e-4", "--runs",
@@ -2772,6 +2768,15 @@ def demo_labels(at, quick):
         ("8. Where backbones look", "Thesis 3.2.4: Grad-CAM, Vim beside ViT.",
          ["explain", "cam", "--images", tissue, "--weights", f"vit={at('dino_vit')},vim={at('dino_vim')}", "--most", "6",
           "--out", at("cam")], at("cam", "sheet.png"), [at("cam", "sheet.png")], None)]
+
+
+def demo_bags(at, quick, heading, about, views):
+    """Multiple-instance learning on each backbone's features of some views of the pictures."""
+    return [(f"{heading}, {arch}", about,
+             ["mil", "--data", at(f"bags_{views}{arch}.npz"), "--head", "abmil,clam_sb", "--epochs", "5" if quick else "50",
+              "--least", "5", "--widths", "64", "--attention", "32", "--inner", "3", "--out", at(f"mil_{views}{arch}")],
+             at(f"mil_{views}{arch}", "report.html"), [], functools.partial(mil_verdict, at, views) if arch == "vim" else None)
+            for arch in ("vit", "vim")]
 
 
 DEMO_CODE = ["--latents", "256", "--k", "16", "--batch", "128", "--lr", "1e-3", "--norm", "standard,l2", "--epochs"]
@@ -2833,6 +2838,20 @@ def demo_latents(at, quick):
          functools.partial(fidelity_verdict, at))]
 
 
+def demo_other_views(at, quick):
+    """Once more on features of fine-tuned weights, and at half the magnification."""
+    tuned, other = at("finetune", "dino_vit.pt"), at("tuned.npz")
+    return [
+        ("19. Before and after fine-tuning: features", "The same ViT after it was trained to find tumour cells (stage 7).",
+         ["extract", "--images", at("tissue", "tissue.npz"), "--weights", f"dino_vit={tuned}", "--last", "1", "--size", "64",
+          "--out", other], other, [], None),
+        ("19. Before and after fine-tuning", "Mammo-SAE Fig. 4-5, Table 3: class means of the latents in either.",
+         ["intervene", at("sae_dino_vit"), "--data", at("feats.npz"), "--label", "tumour cell", "--other", other, "--out",
+          at("tuned")], at("tuned", "report.html"), [], functools.partial(tuned_verdict, at)),
+        *demo_bags(at, quick, "20. Patients as bags, half size", "Thesis Table 3.7: the same as 6 at half the magnification.",
+                   "half_")]
+
+
 def read_metrics(path):
     with open(path) as f:
         return json.load(f)
@@ -2869,13 +2888,14 @@ def mean_of(runs, key):
     return sum(r[key] for r in runs) / len(runs)
 
 
-def mil_verdict(at):
-    """Table 3.5: bags of Vim's features beside bags of ViT's."""
+def mil_verdict(at, views):
+    """Tables 3.5 and 3.7: bags of Vim's features beside bags of ViT's."""
     area = {(head, arch): mean_of([r["scores"] for r in runs], "AUC") for arch in ("vit", "vim")
-            for head, runs in read_metrics(at(f"mil_{arch}", "metrics.json")).items()}
+            for head, runs in read_metrics(at(f"mil_{views}{arch}", "metrics.json")).items()}
+    table, what = ("3.7", "bags, half size, AUC") if views else ("3.5", "bags, AUC")
     return ("AUC over five folds: " + ", ".join(f"{head} on {arch} {v:.3f}" for (head, arch), v in area.items()) + ". "
             + holds(area["clam_sb", "vim"] > area["clam_sb", "vit"], "Vim is ahead of ViT"),
-            {("3.5", f"bags, AUC, {head}, {arch}"): v for (head, arch), v in area.items()})
+            {(table, f"{what}, {head}, {arch}"): v for (head, arch), v in area.items()})
 
 
 def transfer_verdict(at):
@@ -2966,6 +2986,15 @@ def intervene_verdict(at):
              ("Mammo Fig. 3", "AUC, silenced"): ten["silence"]})
 
 
+def tuned_verdict(at):
+    """Mammo-SAE Fig. 4-5: does fine-tuning move the class means apart?"""
+    m = read_metrics(at("tuned", "metrics.json"))
+    before, after = (m[key]["distance"] for key in ("separation", "separation of --other"))
+    return (f"Distance of the class means {before:.3f} before, {after:.3f} after fine-tuning. "
+            + holds(after > before, "Fine-tuning moves them apart"),
+            {("Mammo 3", "distance of class means, before"): before, ("Mammo 3", "distance of class means, tuned"): after})
+
+
 def localise_verdict(at):
     """Mammo-SAE Table 2: the best of ten latents as a detector."""
     rows = read_metrics(at("localise", "metrics.json"))["localisation"]
@@ -2991,16 +3020,18 @@ def demo_files(out, seed):
     """Files that tie stages together: patients as bags of each backbone's features; features with the disease as label."""
     import data
     import numpy as np
-    feats, made = data.read_arrays(out_path(out, "feats.npz")), data.read_arrays(out_path(out, "tissue/tissue.npz"))
+    feats, half, made = (data.read_arrays(out_path(out, name)) for name in ("feats.npz", "half.npz", "tissue/tissue.npz"))
     order = np.argsort(made["groups"], kind="stable")
     _, first, count = np.unique(made["groups"], return_index=True, return_counts=True)
     y = made["disease"][first]
     folds = np.ones((1, 5, len(y)), bool)                    # True: to learn from
     for fold, part in zip(folds[0], data.stratified_parts(y, [1] * 5, seed)):
         fold[part] = False
+    about = {"y": y, "offsets": np.r_[0, np.cumsum(count)], "folds": folds}
     for arch in ("vit", "vim"):
-        data.write_npz(out_path(out, f"bags_{arch}.npz"), {"X": feats[f"dino_{arch}"][order].astype(np.float32), "y": y,
-                                                           "offsets": np.r_[0, np.cumsum(count)], "folds": folds})
+        for views, x in (("", feats), ("half_", half)):
+            x = x[f"dino_{arch}"][order].astype(np.float32)
+            data.write_npz(out_path(out, f"bags_{views}{arch}.npz"), {"X": x, **about})
     keep = {k: v for k, v in feats.items() if k not in ("labels", "label_names", "boxes")}
     data.write_npz(out_path(out, "disease.npz"), {**keep, "labels": made["disease"], "label_names": made["disease_names"]})
 

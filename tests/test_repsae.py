@@ -1031,7 +1031,7 @@ def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones():
     assert repsae.centre_prior(5).argmax() == 12
 
 
-def test_the_demos_verdicts_read_what_the_stages_write(world, token_run, features, finished, bags, pictures, tmp_path, capsys):
+def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run, features, finished, bags, tmp_path, capsys):
     """On small runs of the commands themselves, so that a renamed figure is noticed here."""
     import functools
     at, tissue, feats = functools.partial(os.path.join, tmp_path), world / "tissue" / "tissue.npz", world / "feats.npz"
@@ -1039,7 +1039,9 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, token_run, feature
     run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", "k=2,4", "--out", at("sweep_k"))
     run("attribute", world / "run", "--images", tissue, "--weights", f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5,
         "--most", 1, "--out", at("attribute"))
-    run("intervene", token_run, "--label", "sick", "--out", at("intervene"))
+    run("intervene", token_run, "--label", "sick", "--other", tokens, "--out", at("intervene"))
+    for name in ("tuned", "localise"):
+        (tmp_path / name).symlink_to("intervene")
     run("fidelity", token_run, "--out", at("fidelity"))
     run("latents", token_run, "--out", at("latents"))
     for stream in "xy":
@@ -1047,8 +1049,9 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, token_run, feature
     run("compare", tmp_path / "x", tmp_path / "y", "--sparc", finished, "--json", at("compare.json"))
     run("finetune", "--data", tissue, "--label", "fibroblast", "--models", "vim_micro,resnet18", "--size", 32, "--epochs", 1, "--runs", 2,
         "--out", at("finetune"))
+    run("mil", "--data", bags, "--head", "clam_sb", *QUICK_MIL, "--epochs", 1, "--k", 1, "--out", at("mil"))
     for arch in ("vit", "vim"):
-        run("mil", "--data", bags, "--head", "clam_sb", *QUICK_MIL, "--epochs", 1, "--k", 1, "--out", at(f"mil_{arch}"))
+        (tmp_path / f"mil_half_{arch}").symlink_to("mil")
         (tmp_path / f"dino_{arch}").mkdir()
         (tmp_path / f"dino_{arch}" / "log.csv").write_text("step,knn\n0,0.2\n5,\n9,0.6\n")
     for name in ("views", "half"):
@@ -1059,7 +1062,9 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, token_run, feature
     claims = {repsae.ablate_verdict: "Table 5.1", functools.partial(repsae.sweep_verdict, name="k"): "at every k",
               repsae.attribute_verdict: "mIoU by a shared code", repsae.intervene_verdict: "1.000 from the features",
               repsae.fidelity_verdict: "Ten latents reach", repsae.cyto_verdict: "Weighted F1",
-              repsae.compare_verdict: "best pairs", repsae.transfer_verdict: "No Mamba", repsae.mil_verdict: "AUC over five folds",
+              repsae.tuned_verdict: "moves them apart: not here", repsae.localise_verdict: "by the best of ten latents",
+              repsae.compare_verdict: "best pairs", repsae.transfer_verdict: "No Mamba", functools.partial(repsae.mil_verdict, views="half_"):
+              "AUC over five folds",
               functools.partial(repsae.dino_verdict, arch="vit"): "0.200 with random weights, 0.600 after training. Pre-training helps "
               "neighbours: so it is here", repsae.probe_verdict: "Less magnification is worse: not here"}
     for verdict, words in claims.items():
@@ -1068,8 +1073,9 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, token_run, feature
     (tmp_path / "tissue").symlink_to(world / "tissue")
     with np.load(feats) as z:
         np.savez(tmp_path / "feats.npz", **{k.replace("vit", "dino_vit"): v for k, v in z.items()}, dino_vim=z["vit"])
+    (tmp_path / "half.npz").write_bytes((tmp_path / "feats.npz").read_bytes())
     repsae.demo_files(tmp_path, 0)
-    z = np.load(tmp_path / "bags_vim.npz")
+    z = np.load(tmp_path / "bags_half_vim.npz")
     made = np.load(tissue)
     assert z["y"].tolist() == [made["disease"][made["groups"] == g][0] for g in np.unique(made["groups"])]
     assert z["offsets"][-1] == 240 == len(z["X"]) and len(z["y"]) == len(z["offsets"]) - 1 and ((~z["folds"][0]).sum(0) == 1).all()
@@ -1138,7 +1144,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
 def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """Every stage's command line parses; a stage whose file is there is not run again. (The demo itself takes minutes.)"""
     stages, ran = repsae.demo_stages(str(tmp_path / "d"), True), []
-    assert len(stages) == len({" ".join(argv) for _, _, argv, *_ in stages}) == 27
+    assert len(stages) == len({" ".join(argv) for _, _, argv, *_ in stages}) == 31
     for _, _, argv, proof, *_ in stages:
         repsae.parse(argv)
 
@@ -1158,10 +1164,10 @@ def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeyp
     repsae.cmd_demo(flags)
     assert ran == [a[0] for _, _, a, *_ in stages]
     repsae.cmd_demo(flags)
-    assert len(ran) == 27                                    # all is there
+    assert len(ran) == 31                                    # all is there
     shortened[13] = (*shortened[13][:2], [*shortened[13][2][:-2], "--weighted", *shortened[13][2][-2:]], *shortened[13][3:])
     repsae.cmd_demo(flags)
-    assert ran[27:] == [a[0] for _, _, a, *_ in stages[13:]]                                # another setting, and all after it
+    assert ran[31:] == [a[0] for _, _, a, *_ in stages[13:]]                                # another setting, and all after it
     page = (tmp_path / "d" / "report.html").read_text()
-    assert page.count("<code>python repsae.py") == 27
+    assert page.count("<code>python repsae.py") == 31
 
