@@ -695,7 +695,8 @@ class Merges(Words):
     again and again (byte-pair encoding, Sennrich et al. 2016). Knows every text.
 
     merges: list of pairs "a b", lines 2 to 48,895 of CLIP's bpe_simple_vocab_16e6.txt (`read_merges`). Tokens are numbered:
-    256 bytes, the same at the end of a word, merges, start, end. Letters and digits are Python's, not Unicode's L and N.
+    256 bytes, the same at the end of a word, merges, start, end. Letters and digits are Python's, not Unicode's L and N, and
+    broken text is not mended first (CLIP's ftfy and html.unescape).
     """
 
     def __init__(self, merges):
@@ -740,8 +741,8 @@ def read_merges(path):
     """The merges of CLIP's file, plain or gzipped, without its first line; raises InputError when it cannot be read."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-            return f.read().split("\n")[1:48895]
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+            return f.read().splitlines()[1:48895]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise InputError(f"{path} is not a readable merges file ({type(e).__name__}) - give CLIP's "
                          "bpe_simple_vocab_16e6.txt.gz")
 
@@ -1036,11 +1037,15 @@ def read_pictures(path, size, label=None):
         images = read_images(path)
         if images.labels is None:
             raise InputError(f"{path} has no labels - put the pictures into folders named after them")
-        views, labels, names, split = map(images.open, range(len(images))), images.labels, images.label_names, images.split
+        labels, names, split = images.labels, images.label_names, images.split
+        if labels.ndim == 1 and label:
+            raise InputError(f"{path} has one label a picture - leave out --label")
         if labels.ndim == 2:
             if label not in names:
                 raise InputError(f"{path}: no label '{label}' - name one with --label: {', '.join(names)}")
             labels, names = labels[:, names.index(label)].astype(int), [f"no {label}", label]
+        known = np.flatnonzero(labels >= 0)                  # -1: unlabelled
+        views, labels, split = map(images.open, known), labels[known], split if split is None else split[known]
     else:
         arrays = _Source(path)
         there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]

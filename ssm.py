@@ -832,6 +832,18 @@ class CLIP(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+@torch.no_grad()
+def standardise_pixels(model, mean, std, assumed):
+    """Change a model's first convolution: it is to answer to pictures normalised by `assumed`, (mean, std) of R, G, B, as it
+    did to pictures normalised by `mean` and `std` (3,). Exact where it does not pad (not VMamba)."""
+    conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    mean, std, was_mean, was_std = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
+    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))                       # x was_std + was_mean = pixel
+    target = model.positional_embedding[1:] if conv.bias is None else conv.bias             # CLIP's has no bias
+    target += offset
+    conv.weight *= was_std / std
+
+
 def clip_from_state(state):
     """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those weights."""
     try:
@@ -850,23 +862,10 @@ def clip_from_state(state):
     return model
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # DINO: self-distillation without labels (Caron et al. 2021, Algorithm 1; thesis 3.2.1)
 # ---------------------------------------------------------------------------------------------------------------------
 # Letters: V views (crops) of an image, the first 2 global; K prototypes; student and teacher are the same architecture.
-
-@torch.no_grad()
-def standardise_pixels(model, mean, std, assumed):
-    """Change a new model's first convolution: it is to answer to pictures normalised by `assumed`, (mean, std) of R, G, B, as
-    it did to pictures normalised by `mean` and `std` (3,). Exact where it does not pad (not VMamba)."""
-    conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    mean, std, was_mean, was_std = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
-    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))                       # x was_std + was_mean = pixel
-    target = model.positional_embedding[1:] if conv.bias is None else conv.bias             # CLIP's has no bias
-    target += offset
-    conv.weight *= was_std / std
-
 
 class DINOHead(nn.Module):
     """Features (B, d) -> logits (B, K): three layers, then the cosine with each of K prototypes.

@@ -754,12 +754,14 @@ def test_merges_join_pairs_in_the_order_of_the_list_as_a_slow_loop_does():
 
 def test_a_merges_file_is_read_plain_or_gzipped(tmp_path):
     import gzip
-    text = "#version\na b\nab c</w>"
+    text = "#version\na b\nab c</w>\n"
     (tmp_path / "m.txt").write_text(text)
     (tmp_path / "m.txt.gz").write_bytes(gzip.compress(text.encode()))
     assert data.read_merges(str(tmp_path / "m.txt")) == data.read_merges(str(tmp_path / "m.txt.gz")) == ["a b", "ab c</w>"]
     (tmp_path / "bad.gz").write_text("plain")
-    with pytest.raises(InputError, match="bad.gz is not a readable merges file"):
-        data.read_merges(str(tmp_path / "bad.gz"))
+    (tmp_path / "torn.gz").write_bytes(gzip.compress(text.encode())[:12] + b"xxxxxx")
+    for name in ("bad.gz", "torn.gz", "none.txt"):
+        with pytest.raises(InputError, match=f"{name} is not a readable merges file"):
+            data.read_merges(str(tmp_path / name))
     with pytest.raises(InputError, match="two pieces a line"):
         data.Merges(["a b c"])

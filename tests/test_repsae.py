@@ -399,6 +399,21 @@ def test_a_collapsed_run_is_stopped_with_a_clear_line(pictures, tmp_path, capsys
         assert f"collapse: the teacher's output was {kind} for every picture all through epoch 1" in line
 
 
+def test_dino_and_random_weights_may_start_in_the_units_of_the_pictures(pictures, tmp_path, monkeypatch):
+    import data
+    import ssm
+    seen, images = [], data.read_images(pictures)
+    monkeypatch.setattr(ssm, "standardise_pixels", lambda net, *statistics: seen.append(statistics))
+    run("dino", "--images", pictures, *TINY_DINO, "--epochs", 1, "--standardise", "--out", tmp_path / "r")
+    run("extract", "--images", pictures, "--weights", f"a={tmp_path / 'r'},b=vit_micro:random", "--standardise", "--out", tmp_path / "f.npz")
+    x = np.stack([np.asarray(images.open(i).resize((64, 64))) for i in images.rows("train")]) / 255
+    assert len(seen) == 3                                    # student, teacher, and of the extracted the random one
+    for mean, std, assumed in seen:
+        np.testing.assert_allclose(mean, x.mean((0, 1, 2)))
+        np.testing.assert_allclose(std, x.std((0, 1, 2)))
+        assert assumed is data.IMAGENET
+
+
 def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(trained, pictures, tmp_path, capsys):
     import data
     import ssm
@@ -615,6 +630,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["mil", "--data", "{p}"], "no feature files in"), (["mil", "--data", "{f}"], "lacks 'X'"),
     (["finetune", "--data", "{f}"], "lacks train_images"),
     (["finetune", "--data", "{p}", "--models", "vgg1"], "vgg1 is neither a preset"),
+    (["finetune", "--data", "{p}", "--label", "disc"], "has one label a picture - leave out --label"),
     (["finetune", "--data", "{p}", "--models", "../a=vit_micro:random"], "../a=vit_micro:random - write name=RUN"),
     (["finetune", "--data", "{p}", "--models", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
     (["finetune", "--data", "{p}", "--size", "20", "--models", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
@@ -948,6 +964,17 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
         pairs = [(p > q) + (p == q) / 2 for p, v in zip(votes, y[test]) if v for q, u in zip(votes, y[test]) if not u]
         areas.append(np.mean(pairs))
     assert watch.knn(raw=True) == pytest.approx(np.mean(areas), abs=2e-3)
+    images.labels[:, 0], images.labels[test, 1] = True, False                               # not in both parts with and without
+    watch = repsae.Watch(images, None, watch.flags)
+    assert len(watch.tasks) == 11 and watch.knn(raw=True) == pytest.approx(np.mean(areas[2:]), abs=2e-3)
+
+
+def test_unlabelled_pictures_neither_vote_nor_are_judged(pictures):
+    import data
+    images = data.read_images(pictures)
+    images.labels[::5] = -1
+    watch = repsae.Watch(images, None, repsae.parse(["dino", "--size", "16"])[1])
+    assert not set(np.arange(0, len(images), 5)) & {*watch.train, *watch.test} and watch.knn(raw=True) > 0
 
 
 def test_clip_learns_which_caption_belongs_to_which_picture(world):
@@ -1051,6 +1078,7 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
         "--out", at("finetune"))
     run("mil", "--data", bags, "--head", "clam_sb", *QUICK_MIL, "--epochs", 1, "--k", 1, "--out", at("mil"))
     for arch in ("vit", "vim"):
+        (tmp_path / f"mil_{arch}").symlink_to("mil")
         (tmp_path / f"mil_half_{arch}").symlink_to("mil")
         (tmp_path / f"dino_{arch}").mkdir()
         (tmp_path / f"dino_{arch}" / "log.csv").write_text("step,knn\n0,0.2\n5,\n9,0.6\n")
@@ -1059,17 +1087,24 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
         run("extract", "--images", tissue, "--weights", weights, "--last", 1, "--size", 32, "--out", at(f"{name}.npz"))
         run("probe", "--data", at(f"{name}.npz"), "--only", "fibroblast,goblet cell", "--json", at(f"{name}.json"))
     assert "mean over 2 labels" in capsys.readouterr().out
-    claims = {repsae.ablate_verdict: "Table 5.1", functools.partial(repsae.sweep_verdict, name="k"): "at every k",
-              repsae.attribute_verdict: "mIoU by a shared code", repsae.intervene_verdict: "1.000 from the features",
-              repsae.fidelity_verdict: "Ten latents reach", repsae.cyto_verdict: "Weighted F1",
-              repsae.tuned_verdict: "moves them apart: not here", repsae.localise_verdict: "by the best of ten latents",
-              repsae.compare_verdict: "best pairs", repsae.transfer_verdict: "No Mamba", functools.partial(repsae.mil_verdict, views="half_"):
-              "AUC over five folds",
-              functools.partial(repsae.dino_verdict, arch="vit"): "0.200 with random weights, 0.600 after training. Pre-training helps "
-              "neighbours: so it is here", repsae.probe_verdict: "Less magnification is worse: not here"}
-    for verdict, words in claims.items():
-        sentence, numbers = verdict(at)
-        assert words in sentence and numbers and all(v is None or np.isfinite(v) for v in numbers.values()), verdict
+    verdicts = [repsae.ablate_verdict, functools.partial(repsae.sweep_verdict, name="k"), repsae.attribute_verdict, repsae.intervene_verdict,
+                repsae.fidelity_verdict, repsae.cyto_verdict, repsae.tuned_verdict, repsae.localise_verdict, repsae.compare_verdict,
+                repsae.transfer_verdict, functools.partial(repsae.mil_verdict, views=""), functools.partial(repsae.mil_verdict, views="half_"),
+                functools.partial(repsae.dino_verdict, arch="vit"), repsae.probe_verdict]
+    numbers, claims = {}, {}
+    for verdict in verdicts:
+        more, found = verdict(at)
+        assert more and not set(more) & set(numbers) and not set(found) & set(claims), verdict
+        numbers.update(more)
+        claims.update(found)
+    assert all(v is None or np.isfinite(v) for v in numbers.values()) and {type(v) for v in claims.values()} <= {bool, np.bool_}
+    found = json.loads((tmp_path / "compare.json").read_text())
+    apart = next(row for row in found if row[""] == "the two runs, best pairing")
+    assert numbers["4.3", "pairs in common, %, trained apart"] == 100 * apart["r >= 0.5"] / apart["pairs"]
+    assert numbers["ours", "20-NN, AUC, dino vit"] == 0.6 and claims["DINO finds better neighbours than random weights, vit (ours)"]
+    assert not claims["half the magnification is worse in linear evaluation (3.8)"]         # here it is the same
+    assert not claims["fine-tuning moves the class means apart (Mammo Fig. 4)"]
+    assert numbers["Mammo 1", "AUC, features"] == 1 and claims["the reconstruction's AUC is within 0.025 of the features' (Mammo Table 1)"]
     (tmp_path / "tissue").symlink_to(world / "tissue")
     with np.load(feats) as z:
         np.savez(tmp_path / "feats.npz", **{k.replace("vit", "dino_vit"): v for k, v in z.items()}, dino_vim=z["vit"])
@@ -1080,6 +1115,45 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
     assert z["y"].tolist() == [made["disease"][made["groups"] == g][0] for g in np.unique(made["groups"])]
     assert z["offsets"][-1] == 240 == len(z["X"]) and len(z["y"]) == len(z["offsets"]) - 1 and ((~z["folds"][0]).sum(0) == 1).all()
     assert "<style" not in repsae.inlined(at("attribute", "report.html"))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_claims_of_the_demo_follow_the_figures(sign, tmp_path):
+    """Hand-made figures, once with everything as published, once with the opposite."""
+    import functools
+    at = functools.partial(os.path.join, tmp_path)
+
+    def write(name, found):
+        os.makedirs(os.path.dirname(at(name)), exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(found))
+    s = sign * 0.1
+    write("views.json", {k: {"linear": {"AUC": v}} for k, v in (("dino_vit", .7), ("dino_vim", .7 + s), ("random_vit", .7 - s),
+                                                                ("random_vim", .7 - s))})
+    write("half.json", {k: {"linear": {"AUC": v}} for k, v in (("dino_vit", .7 - s), ("dino_vim", .7 - s))})
+    for arch, v in (("vit", .7), ("vim", .7 + s)):
+        write(f"mil_{arch}/metrics.json", {"clam_sb": [{"scores": {"AUC": v + .01}}, {"scores": {"AUC": v - .01}}]})
+        write(f"mil_half_{arch}/metrics.json", {"clam_sb": [{"scores": {"AUC": v - s}}, {"scores": {"AUC": None}}]})
+    write("intervene/metrics.json", {"auc": {"original features": [.8], "reconstructed": [.8 - (sign < 0) * .1]}, "curve": [
+        {"k": 10, "keep": .6 + s + .1, "silence": .6 - s}, {"k": 20, "keep": .8, "silence": .5}]})
+    write("tuned/metrics.json", {"separation": {"distance": 1}, "separation of --other": {"distance": 1 + s}})
+    write("fidelity/metrics.json", {"r2": {"variance-weighted": .9}, "neighbours": [{"k": 10, "overlap": .5}], "kept": {"dense": .9, "rows": [
+        {"n": 10, "best latents": .8, "principal components": .8 - s, "kept": .878 + s}]}})
+    write("finetune/metrics.json", {"scores": {k: [{"AUC": .8}] for k in ("vit_micro", "vim_micro", "resnet18", "dino_vit")}, "pairs": {"AUC": [
+        {"a": "resnet18", "b": "vim_micro", "difference": -s, "t_p": 0.}, {"a": "dino_vit", "b": "vim_micro", "difference": 1, "t_p": .01}]}})
+    write("compare.json", [{"": "the two runs, best pairing", "pairs": 10, "r >= 0.5": 5},
+                           {"": "SPARC alone, same latent", "pairs": 20, "r >= 0.5": 10 + 2 * sign}])
+    write("sweep_k/metrics.json", {"rows": [["4", .5, .4, s, .6, .7, -s, .5, .7 - s], ["8", .5, .4, .2, .6, .7, -.2, .5, .2]]})
+    raw = {"clip, raw similarity": .3, "clip, sum of concept latents": .29 + (sign < 0) * .1, "clip, random latents": .29 - s,
+           "centre of the picture": .1}
+    if sign < 0:
+        raw["clip, random latents"] = .5
+    write("attribute/metrics.json", {"segmentation": {k: {"mIoU": v} for k, v in raw.items()}})
+    write("latents/metrics.json", {"barcodes": {"f1": {"-6": {"f1": [.5, .5]}, "-3": {"f1": [.25 + s, .25 + s]}, "-1": {"f1": []}}}})
+    for verdict in (repsae.probe_verdict, functools.partial(repsae.mil_verdict, views=""), functools.partial(repsae.mil_verdict, views="half_"),
+                    repsae.intervene_verdict, repsae.tuned_verdict, repsae.fidelity_verdict, repsae.transfer_verdict, repsae.compare_verdict,
+                    functools.partial(repsae.sweep_verdict, name="k"), repsae.attribute_verdict, repsae.cyto_verdict):
+        _, claims = verdict(at)
+        assert claims and set(claims.values()) == {sign > 0}, (verdict, claims)
 
 
 def test_concept_latents_fire_with_their_label_often_and_mostly():
@@ -1118,6 +1192,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
     weights = f"vit=vit_micro:random,clip={world / 'clip'}"
     for argv, message in (
             (("tissue", "--out", world / "tissue"), "holds a tissue already"),
+            (("finetune", "--data", tissue, "--size", 32), "no label 'None' - name one with --label: lymphocyte"),
             (("clip", "--images", world / "tissue" / "bare.npz", "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", pictures, "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", tissue, "--batch", 5000, "--out", tmp_path / "c"), "--batch 5000 of the first are needed"),
@@ -1170,4 +1245,25 @@ def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeyp
     assert ran[31:] == [a[0] for _, _, a, *_ in stages[13:]]                                # another setting, and all after it
     page = (tmp_path / "d" / "report.html").read_text()
     assert page.count("<code>python repsae.py") == 31
+    found = iter((({("5.1", "x"): 1.}, {"so": True}), ({("5.1", "x"): 3.}, {"so": False})))
+    shortened[0] = (*shortened[0][:5], lambda: next(found))
+    capsys.readouterr()
+    repsae.cmd_demo(repsae.Flags({**flags, "seeds": 2}))                                    # each in a folder of its own
+    assert len(ran) == 31 + 18 + 2 * 31 and "2.000 ± 1.414" in (out := capsys.readouterr().out) and "in 1 of 2 seeds" in out
+    kept = json.loads((tmp_path / "d" / "findings.json").read_text())
+    assert kept == {"numbers": {"5.1: x": [1., 3.]}, "claims": {"so": 1}, "seeds": 2}
+
+
+def test_a_stage_that_was_begun_is_resumed_and_any_other_overwritten(tmp_path, monkeypatch):
+    ran, told = [], str(tmp_path / "told.txt")
+    monkeypatch.setattr(repsae, "parse", lambda argv: (lambda one: (ran.append(argv), (_ for _ in ()).throw(stop) if stop else 0), None))
+    for stop, expected in ((repsae.Interrupted("stopped"), "--overwrite"), (None, "--resume"), (None, "--overwrite")):
+        if stop:
+            with pytest.raises(SystemExit):
+                repsae.run_stage(["dino", "--lr", "1"], "command", told)
+        else:
+            repsae.run_stage(["dino", "--lr", "1"], "command", told)
+        assert ran[-1] == ["dino", "--lr", "1", expected]
+    repsae.run_stage(["probe"], "another", told)
+    assert ran[-1] == ["probe"] and os.listdir(tmp_path) == ["told.txt"]
 
