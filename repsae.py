@@ -2821,7 +2821,7 @@ def demo_codes(at, quick):
     stages += [
         ("10. One code for four models", "Thesis Tables 5.1, 5.2, 5.3, 5.5; sparc.txt 1-4, 14: the 2x2, both, random.",
          ["ablate", "--data", feats, "--taxonomy", at("tissue", "taxonomy.json"), *code, "--out", at("ablate")],
-         at("ablate", "report.html"), [], functools.partial(ablate_verdict, at)),
+         at("ablate", "report.html"), [os.path.join(shared, "report.html")], functools.partial(ablate_verdict, at)),
         ("11. Latents in common", "Thesis 4.3: two autoencoders trained apart, beside one shared code.",
          ["compare", at("sae_dino_vit"), at("sae_dino_vim"), "--sparc", shared, "--json", at("compare.json")],
          at("compare.json"), [], functools.partial(compare_verdict, at))]
@@ -3157,7 +3157,7 @@ def inlined(path):
         if path.endswith(".svg"):
             return text
         body = text[text.index("<main>") + 6:text.index("</main>")]
-        return f"<details><summary>the stage's own report</summary>{body}</details>"
+        return f"<details><summary>{html.escape(path)}</summary>{body}</details>"
     if not path.endswith(".png"):
         return ""
     with Image.open(path) as image:
