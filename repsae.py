@@ -1041,7 +1041,7 @@ def finish_dino(flags, folder, log, watch):
         line = [(x, pixels) for x, _ in number["knn"]]
         chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", f"20-NN, {watch.measure}", zero=False)
         rows, labels = [], watch.images.labels[watch.test]
-        labels = labels if labels.ndim == 1 else np.zeros(len(labels))
+        labels = labels if labels.ndim == 1 else np.zeros(len(labels))                      # several at once: as they come
         for c in np.unique(labels):                          # the same number of each class
             rows.extend(watch.test[labels == c][:max(1, 12 // len(np.unique(labels)))])
         near = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
@@ -1227,8 +1227,7 @@ def cmd_probe(flags):
             near = judge.knn(x["train"], y[train], x["test"], n_classes=C)
             ways = {"linear": linear, **{f"{k}-NN": v for k, v in near.items()}}
             each.append({way: judge.scores(y[test], p) for way, p in ways.items()})
-        found[s] = {way: {key: value if len(each) == 1 else mean_of([one[way] for one in each], key)
-                          for key, value in each[0][way].items()} for way in each[0]}
+        found[s] = {way: {key: mean_of([one[way] for one in each], key) for key in each[0][way]} for way in each[0]}
         rows += [[f"{s}, {way}", *v.values()] for way, v in found[s].items()]
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], rows))
     print(f"{len(train)} samples to learn from, {len(test)} to test on" + f"; mean over {len(tasks)} labels" * several)
@@ -2370,14 +2369,14 @@ def cmd_mil(flags):
     say(f"wrote {out_path(flags.out, 'report.html')}")
 
 
+SHARED = {}    # in a process among several: what all its jobs use
+
+
 def share_bags(bags):
-    """Once in each process among several, which share the cores: the bags of all its jobs."""
+    """Begin such a process: it has one thread, since they share the cores, and the bags."""
     import torch
     torch.set_num_threads(1)
     SHARED["bags"] = bags
-
-
-SHARED = {}
 
 
 def mil_round_of_shared(*job):
@@ -2755,7 +2754,7 @@ def demo_backbones(at, quick):
     """The pictures, the encoders, and how well a linear probe reads them; at(*names) is a path in the demo's folder."""
     pictures, epochs, clip = (600, "1", "2") if quick else (2400, "10", "40")
     tissue, both = at("tissue", "tissue.npz"), f"dino_vit={at('dino_vit')},dino_vim={at('dino_vim')}"
-    # small steps, and pixels in units of their own: by ImageNet's all these pale pictures are alike, and DINO collapses
+    # pixels in units of their own: by ImageNet's all these pale pictures are nearly alike, and DINO collapses
     dino = ["--patch", "8", "--size", "64", "--local-size", "32", "--local-crops", "4", "--local-scale", "0.2,0.6",
             "--global-scale", "0.5,1", "--standardise", "--colour", "0.2", "--blur", "0.5", "--prototypes", "1024",
             "--head-hidden", "512", "--bottleneck", "64", "--batch", "64", "--epochs", epochs, "--warmup", "1",
@@ -2808,12 +2807,11 @@ def demo_bags(at, quick, heading, about, views):
             for arch in ("vit", "vim")]
 
 
-DEMO_CODE = ["--latents", "256", "--k", "16", "--batch", "128", "--lr", "1e-3", "--norm", "standard,l2", "--epochs"]
-
-
 def demo_codes(at, quick):
     """Chapters 4 and 5: sparse codes of one model and of all, concepts in pixels and words, retrieval."""
-    code, feats, shared = [*DEMO_CODE, "4" if quick else "60"], at("feats.npz"), at("ablate", "global_lam1")
+    feats, shared = at("feats.npz"), at("ablate", "global_lam1")
+    code = ["--latents", "256", "--k", "16", "--batch", "128", "--lr", "1e-3", "--norm", "standard,l2", "--epochs",
+            "4" if quick else "60"]
     stages = [(f"9. A sparse autoencoder of {s}", "Thesis 4.1.",
                ["sae", "--data", feats, "--stream", s, *code, "--out", at(f"sae_{s}")],
                at(f"sae_{s}", "report.html"), [], None)
