@@ -1400,21 +1400,20 @@ def beaten(pairs, level=0.05):
 # Heat maps (thesis 3.2.4)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def grad_cam(model, layer, to_map, x, classes=None):
+def grad_cam(model, layer, to_map, x, score=None):
     """Grad-CAM (Selvaraju et al. 2017): where the output of `layer` raises the score. (B, h, w) in 0..1, one map an image.
 
-    to_map(output) -> (B, h, w, d) of the layer's output. The score is the model's output number `classes` (B,), by default
-    its largest: a class with a head, a feature dimension without one (as Vim4Path did). A channel weighs as much as its mean
-    gradient; negative sums are cut to 0, then each map is scaled to 0..1. A map without any positive value is all 0.
+    to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output (B, C)) -> (B,), by default the largest: a
+    class with a head, a feature dimension without one (as Vim4Path did). A channel weighs as much as its mean gradient;
+    negative sums are cut to 0, then each map is scaled to 0..1. A map without any positive value is all 0.
     """
     kept = []
     hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
     try:
         with torch.enable_grad():
             out = model(x.requires_grad_())                  # of the input, so that frozen weights do not matter
-            classes = out.argmax(1) if classes is None else torch.as_tensor(classes, device=out.device)
-            score = out.gather(1, classes[:, None]).sum()
-            gradient, = torch.autograd.grad(score, kept[0])
+            total = (out.max(1).values if score is None else score(out)).sum()
+            gradient, = torch.autograd.grad(total, kept[0])
     finally:
         hook.remove()
     with torch.no_grad():

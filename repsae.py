@@ -778,26 +778,30 @@ def ablation_table(results):
 
 
 def cmd_sweep(flags):
-    """Self and cross NMSE over values of one setting, Global against Local TopK (thesis 5.4.8, sparc.txt 5 and B)."""
+    """Self and cross NMSE over values of one setting, Global against Local TopK (thesis 5.4.8, sparc.txt 5 and B), or over
+    sets of streams (sparc.txt C)."""
     import eval as judge
     import sae
     flags, saved = check_folder(flags.out, flags)
     name, values = parse_over(flags.over)
-    features = read_to_train(flags)
+    features, trials = read_to_train(flags), {}
     for value in values:                                     # before anything is written
-        trial = check_ranges(flags.replaced({name: value}))
-        sae.SPARC(features.dims, trial.latents, trial.k)
+        trial = check_ranges(flags.replaced({name: value, "null": False}))
+        mine = read_to_train(trial) if name == "streams" else features
+        if len(mine.streams) < 2:
+            raise InputError(f"a cross error needs two streams, not {', '.join(mine.streams)} alone - give more")
+        sae.SPARC(mine.dims, trial.latents, trial.k)
+        trials[value.replace(",", "+") if name == "streams" else f"{value:g}"] = trial, mine
     make_folder(flags.out, fresh=not saved)
     judge.write_json(out_path(flags.out, "config.json"),
                      {"command": "sweep", "flags": flags, "data_hash": features.hash})
     rows, curves = [], {}
-    for value in values:
+    for label, (trial, mine) in trials.items():
         found = {}
         for topk in ("global", "local"):
-            sub = out_path(flags.out, f"{name}{value:g}_{topk}")
-            say(f"-- {name} {value:g}, {topk}")
-            one = flags.replaced({name: value, "topk": topk, "null": False})
-            metrics = run_sparc(one, features, sub, resumable(sub, saved), "sweep")
+            sub = out_path(flags.out, f"{name}_{label}_{topk}")
+            say(f"-- {name} {label}, {topk}")
+            metrics = run_sparc(trial.replaced({"topk": topk}), mine, sub, resumable(sub, saved), "sweep")
             for mode in ("joint", "alone"):
                 head = judge.headline(metrics[mode])
                 for what in ("self", "cross"):
@@ -805,12 +809,12 @@ def cmd_sweep(flags):
         # each as it was trained: that is what the thesis plots
         cells = {what: (found[what, "global", "joint"], found[what, "local", "alone"]) for what in ("self", "cross")}
         gap = {what: joint - alone for what, (joint, alone) in cells.items()}
-        rows.append([f"{value:g}", *cells["self"], gap["self"], *cells["cross"], gap["cross"],
+        rows.append([label, *cells["self"], gap["self"], *cells["cross"], gap["cross"],
                      found["self", "global", "alone"], found["cross", "global", "alone"]])
         for what in cells:
-            labels = f"{what}, global", f"{what}, local", f"{what}, global alone"
-            for label, y in zip(labels, (*cells[what], found[what, "global", "alone"])):
-                curves.setdefault(label, []).append((len(rows) - 1, y))
+            lines = f"{what}, global", f"{what}, local", f"{what}, global alone"
+            for line, y in zip(lines, (*cells[what], found[what, "global", "alone"])):
+                curves.setdefault(line, []).append((len(rows) - 1, y))
     header = [name, "self global", "self local", "gap", "cross global", "cross local", "gap",
               "self global alone", "cross global alone"]
     print("\n" + judge.text_table(header, rows))
@@ -823,10 +827,12 @@ def cmd_sweep(flags):
 
 
 def parse_over(over):
-    """"latents=256,512" -> ("latents", [256, 512])."""
+    """"latents=256,512" -> ("latents", [256, 512]); "streams=a+b,b+c" -> ("streams", ["a,b", "b,c"])."""
     name, _, values = (over or "").partition("=")
-    if name not in ("latents", "k", "lam", "lr"):
-        raise InputError(f"--over {over} - write for example latents=256,512,1024 (or k=, lam=, lr=)")
+    if name not in ("latents", "k", "lam", "lr", "streams"):
+        raise InputError(f"--over {over} - write for example latents=256,512,1024 (or k=, lam=, lr=, streams=a+b,a+b+c)")
+    if name == "streams":
+        return name, [v.replace("+", ",") for v in values.split(",")]
     kind = {**MODEL, **TRAINING}[name][1]
     try:
         return name, [kind(v) for v in values.split(",")]
@@ -1664,7 +1670,10 @@ def cmd_fidelity(flags):
     folder = analysis_folder(flags, "fidelity")
     coded = Coded(flags.run, flags)
     y, (train, test) = coded.classes(), coded.split()
-    if y is not None:                                        # what has no label is left out
+    if flags.label is not None:                              # one against the rest
+        y, train, test = coded.told(flags.label)
+        y = y.astype(int)
+    elif y is not None:                                      # what has no label is left out
         train, test = train[y[train] >= 0], test[y[test] >= 0]
         if len(np.unique(y[train])) < 2 or not np.isin(np.unique(y[test]), y[train]).all():
             raise InputError("the training split has fewer than two classes, or a test class is not in it - mend `split`")
@@ -1982,20 +1991,21 @@ def text_features(clip, words, captions, device):
 
 
 def kept_attention(model):
-    """The attention modules of a transformer, told to keep their probabilities; raises InputError where there are none."""
+    """The attention modules of a transformer, told to keep their probabilities; none in Vim and VMamba."""
     found = [m for m in model.modules() if hasattr(m, "keep")]
-    if not found:
-        raise InputError("relevancy maps need attention, which Vim and VMamba do not have - use explain cam for them")
     for m in found:
         m.keep = True
     return found
 
 
 def heat_maps(backbone, x, score, start_layer):
-    """Relevancy of the patches of pictures x (B, 3, H, W) for score(features (B, d)) -> (B,): (B, rows, columns). A picture
-    whose score nothing moves, such as one without the concept, gets all 0."""
+    """Relevancy of the patches of pictures x (B, 3, H, W) for score(features (B, d)) -> (B,): (B, rows, columns); Grad-CAM
+    where there is no attention. A picture whose score nothing moves, such as one without the concept, gets all 0."""
     import eval as judge
+    import ssm
     layers = kept_attention(backbone)
+    if not layers:
+        return judge.grad_cam(backbone.features, *ssm.cam_layer(backbone, x), x, score)
     target = score(backbone.features(x)).sum()
     R = judge.relevancy([m.kept for m in layers], target, start_layer)
     rows = x.shape[2] // backbone.patch
@@ -2060,6 +2070,7 @@ def cmd_attribute(flags):
     pairs = [(i, c) for i in test for c in sorted({c for _, c in truth})]                   # there or not
     alone, _ = codes_and_fit(model, features, train, "alone", flags.device)
     alive = {s: np.flatnonzero(code.getnnz(axis=0)) for s, code in alone.items()}
+    chosen = chosen_latents(flags.latent, J, alive, model.n_latents)
     names, found, maps = features.label_names, {}, {}
     for what, (backbone, score) in attribution_scores(model, sees, clip, J, alive, names, truth, flags).items():
         maps[what] = concept_maps(backbone, score, pairs, images, flags)
@@ -2078,28 +2089,34 @@ def cmd_attribute(flags):
     print(judge.text_table([f"{len(test)} pictures, {len(truth)} masks", *columns], rows))
     text, encoder = clip
     words = word_examples(model, text, encoder, J[text], features, labels, test, sorted({c for _, c in truth}), flags)
+    single, said = latent_maps(model, sees, clip, chosen, features, test, images, flags)
     make_folder(folder, fresh=False)
-    judge.write_json(out_path(folder, "metrics.json"), {"segmentation": found, "words": words})
+    judge.write_json(out_path(folder, "metrics.json"), {"segmentation": found, "words": words, "latents": said})
     judge.write_report(out_path(folder, "report.html"), "repsae attribute", [
         ("Segmentation by heat maps: of the labels that are there, as published, and when all labels are asked for",
          judge.html_table([""] + columns, rows)),
-        ("Maps", attribution_gallery(maps, truth, images, names)), ("Words", word_table(words))])
+        ("Maps", attribution_gallery(maps, truth, images, names)), ("Words", word_table(words)),
+        ("Single latents, in the test pictures and captions that they are most active in",
+         attribution_gallery(single, next(iter(single.values())), images, {j: f"latent {j}" for j in chosen}, 4)
+         + word_table(said) or "<p>No latent is a label's in every stream; --latent names others.</p>")])
     say(f"wrote {out_path(folder, 'report.html')}")
 
 
 def attributed_streams(model, flags):
-    """({name: (backbone, stream)} of --weights, (text stream, CLIP's image encoder)); raises InputError for misfits."""
+    """({name: (backbone, stream)} of --weights, (text stream, CLIP's image encoder)); raises InputError for misfits. The
+    relevancy maps of all start at the same layer; those without attention are named as what they are."""
     sees, clip = {}, None
     for spec in needed(flags, "weights").split(","):
         name, backbone, _ = load_backbone(spec, flags)
         depth = len(kept_attention(backbone))
-        if not -depth <= flags.start_layer < depth:
+        if depth and not -depth <= flags.start_layer < depth:
             raise InputError(f"--start-layer {flags.start_layer} - {name} has {depth} layers")
         if hasattr(backbone, "clip"):
             clip = f"{name}_txt", backbone
-        sees[name] = backbone, f"{name}_img" if hasattr(backbone, "clip") else name
-        if sees[name][1] not in model.dims:
-            raise InputError(f"the run has no stream '{sees[name][1]}' - it has {', '.join(model.streams)}")
+        stream = f"{name}_img" if hasattr(backbone, "clip") else name
+        if stream not in model.dims:
+            raise InputError(f"the run has no stream '{stream}' - it has {', '.join(model.streams)}")
+        sees[name if depth else f"{name} (Grad-CAM)"] = backbone, stream
     if clip is None or clip[0] not in model.dims:
         raise InputError("no text encoder - name a run of clip in --weights, and have its text stream in the sparc run")
     return sees, clip
@@ -2168,6 +2185,43 @@ def centre_prior(n=16):
     import numpy as np
     y, x = np.mgrid[:n, :n] / (n - 1) - 0.5
     return np.exp(-8 * (x * x + y * y))
+
+
+def chosen_latents(text, J, alive, n_latents):
+    """The latents of --latent; without it, of each label the first that is the concept's in every stream, three at most."""
+    import numpy as np
+    if text is None:
+        shared = [functools.reduce(np.intersect1d, [J[s][c] for s in J]) for c in range(len(next(iter(J.values()))))]
+        return sorted({int(v[0]) for v in shared if len(v)})[:3]
+    try:
+        chosen = [int(v) for v in text.split(",")]
+    except ValueError:
+        raise InputError(f"--latent {text} - give numbers, separated by commas")
+    for j in chosen:
+        if not any(j in v for v in alive.values()):
+            raise InputError(f"latent {j} is " + ("dead in every stream" if 0 <= j < n_latents else f"not one of {n_latents}")
+                             + " - pick another")
+    return chosen
+
+
+def latent_maps(model, sees, clip, chosen, features, test, images, flags, most=4):
+    """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all streams:
+    {backbone: {(picture, j): heat map}}, and as `word_examples` has it the words of those samples' captions."""
+    import numpy as np
+    codes, _ = codes_and_fit(model, features, np.array(test), "alone", flags.device)
+    text, encoder = clip
+    pairs, said = [], []
+    for j in chosen:
+        strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0] for code in codes.values()))
+        for n in np.argsort(-strength, kind="stable")[:most]:
+            caption = str(features.about["captions"][test[n]])
+            words = word_heat(encoder.clip, encoder.words, model, text, caption, lambda z: z[:, j], flags.start_layer)
+            pairs.append((test[n], j))
+            said.append({"concept": f"latent {j}", "caption": caption, "here": bool(codes[text][n, j]), "words": words})
+
+    def active(s):
+        return lambda f, j: model.encode({s: f}, "alone")[s].dense(model.n_latents)[:, j]
+    return {name: concept_maps(backbone, active(s), pairs, images, flags) for name, (backbone, s) in sees.items()}, said
 
 
 def word_examples(model, text, clip, J, features, labels, test, kinds, flags, most=2):
@@ -2711,8 +2765,8 @@ def cmd_explain(flags):
             outputs = model(x[:1]).shape[1]
         if flags.label >= outputs:
             raise InputError(f"--label {flags.label}, but {name} has {outputs} outputs - give 0 to {outputs - 1}")
-        classes = None if flags.label < 0 else [flags.label] * len(x)
-        heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, classes)
+        score = None if flags.label < 0 else lambda out: out[:, flags.label]
+        heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         columns.append([judge.overlay(p, h) for p, h in zip(pictures, heat)])
     make_run_folder(flags, {"data_hash": images.hash})
     for (name, _, _), column in zip(loaded, columns[1:]):
@@ -2829,53 +2883,77 @@ def demo_codes(at, quick):
                        ["sweep", "--over", f"{name}={values}", "--data", feats, *code, "--out", out],
                        os.path.join(out, "report.html"), [os.path.join(out, "sweep.svg")],
                        functools.partial(sweep_verdict, at, name)))
+    small, both = at("small_clip"), f"dino_vit={at('dino_vit')},dino_vim={at('dino_vim')}"
     return stages + [
-        ("13. Back to pixels and words", "Thesis 5.4.4, Table 5.4, A.3, A.4: heat maps of concepts, and what they segment.",
-         ["attribute", shared, "--images", at("tissue", "tissue.npz"), "--weights",
-          f"dino_vit={at('dino_vit')},clip={at('clip')}", "--least", "20" if quick else "50",
+        ("13. Other sets of models: a second CLIP", "A smaller one, so that there are two text encoders.",
+         ["clip", "--images", at("tissue", "tissue.npz"), "--width", "64", "--layers", "3", "--joint", "48", "--epochs",
+          "1" if quick else "20", "--out", small], os.path.join(small, "metrics.json"), [], None),
+        ("13. Other sets of models: features", "Six streams.",
+         ["extract", "--images", at("tissue", "tissue.npz"), "--weights", f"{both},clip={at('clip')},small={small}", "--last",
+          "1", "--out", at("six.npz")], at("six.npz"), [], None),
+        ("13. Other sets of models", "sparc.txt Tables 7-13: do two models of a kind share a code more easily?",
+         ["sweep", "--over", "streams=" + ",".join(DEMO_SETS.values()), "--data", at("six.npz"), *code, "--out",
+          at("sweep_streams")], at("sweep_streams", "report.html"), [], functools.partial(sets_verdict, at)),
+        ("14. Back to pixels and words", "Thesis 5.4.4, Table 5.4, A.3, A.4: heat maps of concepts, and what they segment.",
+         ["attribute", shared, "--images", at("tissue", "tissue.npz"), "--weights", f"{both},clip={at('clip')}", "--least", "20" if quick else "50",
           "--most", "40" if quick else "300", "--out", at("attribute")],
          at("attribute", "report.html"), [], functools.partial(attribute_verdict, at)),
-        ("14. Retrieval", "Thesis Tables 5.6, 5.7, A.1-A.17: a vision-only backbone finds captions.",
+        ("15. Retrieval", "Thesis Tables 5.6, 5.7, A.1-A.17: a vision-only backbone finds captions.",
          ["retrieve", shared, "--query", "3", "--from", "dino_vit", "--to", "clip_txt", "--out", at("retrieve.html")],
-         at("retrieve.html"), [], None)]
+         at("retrieve.html"), [], None),
+        ("15. Retrieval by words", "Thesis Fig. A.24-A.26: words that are no caption find pictures in that backbone.",
+         ["retrieve", shared, "--text", "mucin beside goblet cells", "--encoder", at("clip"), "--from", "clip_txt", "--to",
+          "dino_vit", "--out", at("words.html")], at("words.html"), [], None)]
+
+
+# the papers' sets of encoders by their table, and ours of the same kind
+DEMO_SETS = {"sparc 7": "clip_img+clip_txt", "sparc 8": "small_img+small_txt", "sparc 9": "dino_vit+dino_vim",
+             "sparc 10, 12": "clip_txt+small_txt", "sparc 11": "clip_img+small_img+dino_vit+dino_vim",
+             "sparc 13": "clip_img+clip_txt+small_img+small_txt+dino_vit+dino_vim"}
 
 
 def demo_latents(at, quick):
     """The medical papers: what latents are, do and keep."""
-    sick, tokens = at("disease.npz"), at("tokens.npz")
+    tokens = at("tokens.npz")
     return [
-        ("15. What latents are: patients' barcodes", "CytoSAE Fig. 2A and 4A.",
-         ["latents", at("ablate", "global_lam1"), "--data", sick, "--stream", "dino_vit", "--between",
+        ("16. What latents are: patients' barcodes", "CytoSAE Fig. 2A and 4A.",
+         ["latents", at("ablate", "global_lam1"), "--data", at("disease.npz"), "--stream", "dino_vit", "--between",
           "healthy,carcinoma", "--out", at("latents")], at("latents", "report.html"),
          [at("latents", "scatter.svg")], functools.partial(cyto_verdict, at)),
-        ("16. What latents do", "Mammo-SAE Fig. 2, Table 1: keep or silence the top latents of carcinoma.",
-         ["intervene", at("sae_dino_vit"), "--data", sick, "--label", "carcinoma", "--out", at("intervene")],
+        ("17. What latents do", "Mammo-SAE Fig. 2, Table 1: keep or silence the top latents of tumour cells.",
+         ["intervene", at("sae_dino_vit"), "--label", "tumour cell", "--out", at("intervene")],
          at("intervene", "report.html"), [], functools.partial(intervene_verdict, at)),
-        ("17. Where latents are: tokens", "The patches of the ViT, for the next two stages.",
+        ("18. Where latents are: tokens", "The patches of the ViT, for the next two stages.",
          ["extract", "--images", at("tissue", "tissue.npz"), "--weights", f"dino_vit={at('dino_vit')}", "--tokens", "--out",
           tokens], tokens, [], None),
-        ("17. Where latents are: their code", "A sparse autoencoder of patches.",
+        ("18. Where latents are: their code", "A sparse autoencoder of patches.",
          ["sae", "--data", tokens, "--latents", "256", "--k", "8", "--batch", "1024", "--lr", "1e-3", "--norm", "standard",
           "--epochs", "1" if quick else "5", "--out", at("sae_tokens")], at("sae_tokens", "report.html"), [], None),
-        ("17. Where latents are", "Mammo-SAE Table 2: boxes around goblet cells, from the top latents' maps.",
-         ["intervene", at("sae_tokens"), "--label", "goblet cell", "--out", at("localise")],
-         at("localise", "report.html"), [], functools.partial(localise_verdict, at)),
-        ("18. A few latents suffice", "The TotalSegmentator study.",
-         ["fidelity", at("sae_dino_vit"), "--data", sick, "--out", at("fidelity")], at("fidelity", "report.html"), [],
-         functools.partial(fidelity_verdict, at))]
+        ("18. Where latents are", "Mammo-SAE Table 2: boxes around tumour cells, from the top latents' maps.",
+         ["intervene", at("sae_tokens"), "--label", "tumour cell", "--out", at("localise")],
+         at("localise", "report.html"), [], None),
+        ("19. A few latents suffice", "The TotalSegmentator study.",
+         ["fidelity", at("sae_dino_vit"), "--label", "tumour cell", "--out", at("fidelity")],
+         at("fidelity", "report.html"), [], functools.partial(fidelity_verdict, at))]
 
 
 def demo_other_views(at, quick):
     """Once more on features of fine-tuned weights, and at half the magnification."""
-    tuned, other = at("finetune", "dino_vit.pt"), at("tuned.npz")
+    tuned, other, patches = at("finetune", "dino_vit.pt"), at("tuned.npz"), at("tuned_tokens.npz")
     return [
-        ("19. Before and after fine-tuning: features", "The same ViT after it was trained to find tumour cells (stage 7).",
+        ("20. Before and after fine-tuning: features", "The same ViT after it was trained to find tumour cells (stage 7).",
          ["extract", "--images", at("tissue", "tissue.npz"), "--weights", f"dino_vit={tuned}", "--last", "1", "--size", "64",
           "--out", other], other, [], None),
-        ("19. Before and after fine-tuning", "Mammo-SAE Fig. 4-5: class means of the latents in either.",
+        ("20. Before and after fine-tuning", "Mammo-SAE Fig. 4-5: class means of the latents in either.",
          ["intervene", at("sae_dino_vit"), "--data", at("feats.npz"), "--label", "tumour cell", "--other", other, "--out",
           at("tuned")], at("tuned", "report.html"), [], functools.partial(tuned_verdict, at)),
-        *demo_bags(at, quick, "20. Patients as bags, half size", "Thesis Table 3.7: the same as 6 at half the magnification.",
+        ("20. Before and after fine-tuning: tokens", "The patches of the same.",
+         ["extract", "--images", at("tissue", "tissue.npz"), "--weights", f"dino_vit={tuned}", "--tokens", "--size", "64",
+          "--out", patches], patches, [], None),
+        ("20. Before and after fine-tuning: boxes", "Mammo-SAE Tables 1 and 2, their second rows: 18 once more, same code.",
+         ["intervene", at("sae_tokens"), "--data", patches, "--label", "tumour cell", "--out", at("localise_tuned")],
+         at("localise_tuned", "report.html"), [], functools.partial(localise_verdict, at)),
+        *demo_bags(at, quick, "21. Patients as bags, half size", "Thesis Table 3.7: the same as 6 at half the magnification.",
                    "half_")]
 
 
@@ -2983,6 +3061,18 @@ def sweep_verdict(at, name):
              f"Global brings cross reconstruction at every {label}, alone (ours)": all(above(row[5], row[8]) for row in rows)})
 
 
+def sets_verdict(at):
+    """Across which sets of models does Global reconstruct better than Local? In the papers across all, but between texts."""
+    rows = dict(zip(DEMO_SETS, read_metrics(at("sweep_streams", "metrics.json"))["rows"]))
+    claims = {f"{'Local' if text else 'Global'} reconstructs better across {row[0]}, joint ({table})":
+              above(*((row[4], row[5]) if text else (row[5], row[4])))
+              for table, row in rows.items() for text in [table == "sparc 10, 12"]}
+    return ({(table, f"NMSE cross, {row[0]}, {what}"): row[i] for table, row in rows.items() for what, i in (
+                ("global, joint", 4), ("local", 5), ("global, alone", 8))},
+            {**claims, "Global reconstructs better across every set, alone (ours)":
+             all(above(row[5], row[8]) for row in rows.values())})
+
+
 def attribute_verdict(at):
     """Each target beside as many random latents of the same code, and CLIP's beside CLIP's own similarity."""
     m = {name: v["mIoU"] for name, v in read_metrics(at("attribute", "metrics.json"))["segmentation"].items()}
@@ -3028,10 +3118,20 @@ def tuned_verdict(at):
 
 
 def localise_verdict(at):
-    """Single latents as detectors. No paper's trend can be tested without a fine-tuned model's patches."""
-    rows = read_metrics(at("localise", "metrics.json"))["localisation"]
-    return ({("Mammo 2", "AP, mean of the top ten latents"): mean_of(rows, "ap"),
-             ("Mammo 2", "AP, the best of them on test pictures"): max(row["ap"] for row in rows)}, {})
+    """Single latents as detectors, and what a linear head tells, before and after fine-tuning."""
+    runs = {"pre-trained": read_metrics(at("localise", "metrics.json")),
+            "fine-tuned": read_metrics(at("localise_tuned", "metrics.json"))}
+    ap = {when: mean_of(m["localisation"], "ap") for when, m in runs.items()}
+    auc = {when: [m["auc"][name][0] for name in ("original features", "reconstructed")] for when, m in runs.items()}
+    return ({**{("Mammo 2", f"AP, mean of the top ten latents, {when}"): v for when, v in ap.items()},
+             **{("Mammo 2", f"AP, the best of them on test pictures, {when}"): max(row["ap"] for row in m["localisation"])
+                for when, m in runs.items()},
+             **{("Mammo 1", f"AUC, patches, {name}, {when}"): v for when, both in auc.items()
+                for name, v in zip(("features", "reconstructed"), both)}},
+            {"fine-tuned latents find the boxes better (Mammo Table 2)": above(ap["fine-tuned"], ap["pre-trained"]),
+             "fine-tuned features tell the label better (Mammo Table 1)": auc["fine-tuned"][0] > auc["pre-trained"][0],
+             "reconstructed patches keep the AUC within 0.025, either way (Mammo Table 1)":
+             all(abs(x - y) <= 0.025 for x, y in auc.values())})
 
 
 def fidelity_verdict(at):
@@ -3072,7 +3172,8 @@ def cmd_demo(flags):
     import eval as judge
     out, seeds = os.path.normpath(flags.out), range(flags.seed, flags.seed + flags.seeds)
     folders = [out if flags.seeds == 1 else os.path.join(out, f"seed{seed}") for seed in seeds]
-    numbers, claims, sections = zip(*(run_demo(folder, flags.quick, seed) for folder, seed in zip(folders, seeds)))
+    skip = number_list(flags.skip) if flags.skip else ()
+    numbers, claims, sections = zip(*(run_demo(folder, flags.quick, seed, skip) for folder, seed in zip(folders, seeds)))
     values = {key: [one.get(key) for one in numbers] for key in numbers[0]}
     held = {claim: sum(one[claim] for one in claims) for claim in claims[0]}
     S = len(seeds)
@@ -3092,12 +3193,15 @@ def cmd_demo(flags):
     say(f"wrote {os.path.join(out, 'report.html')}")
 
 
-def run_demo(out, quick, seed):
-    """Run what is not done yet: (all numbers and all claims of the verdicts, sections of the report)."""
+def run_demo(out, quick, seed, skip=()):
+    """Run what is not done yet, but for the chapters to skip: (all numbers and claims of the verdicts, the report's sections)."""
     import eval as judge
     os.makedirs(out, exist_ok=True)
     numbers, claims, sections, stale = {}, {}, [], False
     for n, (heading, stands_for, argv, proof, pictures, verdict) in enumerate(demo_stages(out, quick, seed), 1):
+        if int(heading.split(".")[0]) in skip:
+            sections.append((heading, "<p>Skipped.</p>"))
+            continue
         told, command = os.path.join(out, f"stage_{n:02d}.txt"), f"python repsae.py {shlex.join(argv)}"
         # what comes after a stage that is run again, is too
         stale = stale or not os.path.exists(proof) or read_text(told).split("\n", 1)[0] != command
@@ -3242,7 +3346,8 @@ command("encode", cmd_encode, (DATA, SEED, {"device": RUN["device"], "overwrite"
 command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam")}, TRAINING, NULL, RUN),
         "runs/ablate", defaults={"null": True})
 command("sweep", cmd_sweep, (DATA, {k: v for k, v in MODEL.items() if k != "topk"}, TRAINING, RUN), "runs/sweep",
-        extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=")})
+        extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=; or sets of streams: "
+                        "streams=a+b,a+b+c")})
 ON_RUN = {**DATA, **STREAM, **SEED, "device": RUN["device"]}
 OUT = {"out": (None, str, "where to write; a folder inside the run by default")}
 command("latents", cmd_latents, (ON_RUN, OUT), positional=("run",), extra={
@@ -3263,7 +3368,7 @@ command("intervene", cmd_intervene, (ON_RUN, OUT), positional=("run",), extra={
     "ap-points": (0, int, "recalls at which precision is averaged, 11 or 101; 0 for the area under the whole curve"),
     "other": (None, str, "features of the same samples by another backbone: are the class means further apart there?")})
 command("fidelity", cmd_fidelity, (ON_RUN, OUT, {"eval-rows": (2000, int, "test samples whose neighbours are compared")}),
-        positional=("run",))
+        positional=("run",), extra={"label": (None, str, "tell this label from the rest; needed where several hold at once")})
 command("describe", cmd_describe, (ON_RUN, OUT), positional=("run",), extra={"top": (8, int, "samples of each sort")})
 command("search", cmd_search, (ON_RUN,), positional=("run",), extra={
     "names": (None, str, 'JSON of the latents\' names: {"17": "round nucleus"}'), "query": (None, str, "words"),
@@ -3286,6 +3391,7 @@ command("attribute", cmd_attribute, (ON_RUN, OUT), positional=("run",), extra={
     "images": (None, str, "what `tissue` wrote: pictures with `instances` and `boxes`"),
     "weights": (None, str, "name=RUN of dino or clip, names as the run's streams have them"),
     "start-layer": (0, int, "first layer of the relevancy maps; -1 for the last alone"),
+    "latent": (None, str, "single latents to show, separated by commas; by default some that are a label's in every stream"),
     "least": (50, int, "training samples of a label that a latent is active in, to count as one of the concept's"),
     "most": (400, int, "test pictures")})
 command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={
@@ -3335,6 +3441,7 @@ command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, {k: R
 command("demo", cmd_demo, (), "demo", extra={
     "seed": (0, int, "of everything: pictures, weights, order"),
     "seeds": (1, int, "how often, from --seed on, to give means and deviations"),
+    "skip": (None, str, "numbers of chapters to leave out, separated by commas; those that build on them too"),
     "quick": (False, bool, "a size at which only the mechanics count: minutes instead of half an hour")})
 command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))

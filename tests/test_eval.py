@@ -373,12 +373,13 @@ def test_grad_cam_of_a_linear_model_is_its_weighted_channels():
         return layer(x).mean((2, 3)) @ w.T
     x = torch.randn(4, 3, 5, 6)
     for classes in (None, [1, 1, 0, 0]):
-        heat = judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), x.clone(), classes)
+        score = None if classes is None else lambda out: out[range(4), classes]
+        heat = judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), x.clone(), score)
         chosen = model(x).argmax(1) if classes is None else torch.tensor(classes)
         expected = torch.einsum("bdhw,bd->bhw", x, w[chosen]).clamp(min=0)
         low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
         np.testing.assert_allclose(heat, (expected - low) / (high - low), atol=1e-5)
-    assert (judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), -torch.ones(1, 3, 2, 2), [1]) == 0).all()
+    assert (judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), -torch.ones(1, 3, 2, 2), lambda out: out[:, 1]) == 0).all()
 
 
 def test_overlays_colour_high_red_and_low_blue_in_the_right_place():

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def test_ablate_trains_six_configurations_each_with_its_null(features, tmp_path,
     assert "null" not in json.loads((tmp_path / "r" / "metrics.json").read_text())["both_lam1"]
 
 
-@pytest.mark.parametrize("over", ["k=2,4", "lam=0.5,1", "latents=20,30", "lr=1e-3,1e-2"])
+@pytest.mark.parametrize("over", ["k=2,4", "lam=0.5,1", "latents=20,30", "lr=1e-3,1e-2", "streams=x+y,y+x"])
 def test_sweep_gives_a_table_and_a_chart(over, features, tmp_path, capsys):
     run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", over, "--out", tmp_path / "r")
     found = json.loads((tmp_path / "r" / "metrics.json").read_text())
@@ -233,6 +234,8 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
     assert "--over None - write for example" in error(capsys, *sweep)
     assert "--over k=a: the values must be of type int" in error(capsys, *sweep, "--over", "k=a")
     assert "k=80 must lie in 1..latents=40" in error(capsys, *sweep, *SMALL, "--over", "k=2,80")
+    assert "needs two streams, not y alone" in error(capsys, *sweep, *SMALL, "--over", "streams=x+y,y")
+    assert "no stream 'q'" in error(capsys, *sweep, *SMALL, "--over", "streams=x+y,y+q")
     assert not out.exists()
 
 
@@ -823,6 +826,11 @@ def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
     found = json.loads((tmp_path / "f" / "metrics.json").read_text())
     assert found["r2"]["variance-weighted"] > 0.8 and found["kept"]["rows"][0]["best latents"] == 1
     assert [row["k"] for row in found["neighbours"]] == [1, 5, 10]
+    with np.load(tokens) as z:                               # the same as one of several labels that may hold at once
+        np.savez(tmp_path / "m.npz", **{**z, "labels": z["labels"][:, None] == np.arange(2)})
+    run("fidelity", token_run, "--data", tmp_path / "m.npz", "--label", "sick", "--out", tmp_path / "f")
+    assert json.loads((tmp_path / "f" / "metrics.json").read_text()) == found
+    assert "label 'mad'" in error(capsys, "fidelity", token_run, "--label", "mad", "--out", tmp_path / "g")
 
 
 def test_described_latents_come_back_as_names_that_find_samples(tokens, token_run, tmp_path, capsys):
@@ -1037,6 +1045,29 @@ def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tm
     np.testing.assert_allclose(only[0], both[0], rtol=1e-4, atol=1e-7)                      # a picture does not see its batch
 
 
+def test_single_latents_are_drawn_where_they_are_most_active_and_by_grad_cam_without_attention(world, tmp_path):
+    """Any backbone may stand for the stream's own: the maps of a Vim are Grad-CAM's of z_j, which falls to 0 with it."""
+    import ssm
+    model, _, _ = sae.load(world / "run" / "checkpoint.pt")
+    features = data.read_features(world / "feats.npz")
+    rows = features.rows("test", "val")[:30]
+    codes, _ = repsae.codes_and_fit(model, features, rows, "alone", "cpu")
+    j = int(sum(np.asarray((code > 0).sum(0)).ravel() for code in codes.values()).argmax())
+    run("attribute", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
+        f"vit=vim_micro:random,clip={world / 'clip'}", "--least", 5, "--most", 30, "--latent", j, "--out", tmp_path / "a")
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert "vit (Grad-CAM), sum of concept latents" in found["segmentation"] and "clip, raw similarity" in found["segmentation"]
+    strength = sum(code[:, [j]].toarray()[:, 0] / max(code[:, j].max(), 1e-12) for code in codes.values())
+    best = features.about["captions"][rows[np.argsort(-strength, kind="stable")[:4]]]
+    assert [said["caption"] for said in found["latents"]] == best.tolist() and found["latents"][0]["concept"] == f"latent {j}"
+    assert f"latent {j}</h3>" in (tmp_path / "a" / "report.html").read_text()
+    vim = ssm.vim_micro().eval()
+    x = torch.randn(2, 3, 32, 32)
+    heat = repsae.heat_maps(vim, x, lambda f: f[:, 5], 0)
+    np.testing.assert_array_equal(heat, judge.grad_cam(vim.features, *ssm.cam_layer(vim, x), x, lambda out: out[:, 5]))
+    assert heat.shape == (2, 4, 4) and heat.max() == 1 and (repsae.heat_maps(vim, x, lambda f: 0 * f[:, 5], 0) == 0).all()
+
+
 def test_extracted_features_see_the_view_that_attribution_sees(world):
     """Boxes are shares of whole pictures, and CLIP learned from whole pictures."""
     images, features = data.read_images(world / "tissue" / "tissue.npz"), data.read_features(world / "feats.npz")
@@ -1064,10 +1095,11 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
     at, tissue, feats = functools.partial(os.path.join, tmp_path), world / "tissue" / "tissue.npz", world / "feats.npz"
     run("ablate", "--data", features, *SMALL, "--epochs", 1, "--out", at("ablate"))
     run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", "k=2,4", "--out", at("sweep_k"))
+    run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", "streams=x+y,y+x", "--out", at("sweep_streams"))
     run("attribute", world / "run", "--images", tissue, "--weights", f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5,
         "--most", 1, "--out", at("attribute"))
     run("intervene", token_run, "--label", "sick", "--other", tokens, "--out", at("intervene"))
-    for name in ("tuned", "localise"):
+    for name in ("tuned", "localise", "localise_tuned"):
         (tmp_path / name).symlink_to("intervene")
     run("fidelity", token_run, "--out", at("fidelity"))
     run("latents", token_run, "--out", at("latents"))
@@ -1090,7 +1122,7 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
     verdicts = [repsae.ablate_verdict, functools.partial(repsae.sweep_verdict, name="k"), repsae.attribute_verdict, repsae.intervene_verdict,
                 repsae.fidelity_verdict, repsae.cyto_verdict, repsae.tuned_verdict, repsae.localise_verdict, repsae.compare_verdict,
                 repsae.transfer_verdict, functools.partial(repsae.mil_verdict, views=""), functools.partial(repsae.mil_verdict, views="half_"),
-                functools.partial(repsae.dino_verdict, arch="vit"), repsae.probe_verdict]
+                functools.partial(repsae.dino_verdict, arch="vit"), repsae.probe_verdict, repsae.sets_verdict]
     numbers, claims = {}, {}
     for verdict in verdicts:
         more, found = verdict(at)
@@ -1143,6 +1175,11 @@ def test_claims_of_the_demo_follow_the_figures(sign, tmp_path):
     write("compare.json", [{"": "the two runs, best pairing", "pairs": 10, "r >= 0.5": 5},
                            {"": "SPARC alone, same latent", "pairs": 20, "r >= 0.5": 10 + 2 * sign}])
     write("sweep_k/metrics.json", {"rows": [["4", .5, .4, s, .6, .7, -s, .5, .7 - s], ["8", .5, .4, .2, .6, .7, -.2, .5, .2]]})
+    write("sweep_streams/metrics.json", {"rows": [[v, 0, 0, 0, .6 + (s if ", " in table else -s), .6, 0, 0, .6 - s]
+                                                  for table, v in repsae.DEMO_SETS.items()]})
+    for name, more in (("localise", 0), ("localise_tuned", s)):
+        write(f"{name}/metrics.json", {"localisation": [{"ap": .2 + more}, {"ap": .4 + more}], "auc": {
+            "original features": [.7 + more], "reconstructed": [.7 + more - (sign < 0) * .1]}})
     raw = {"clip, raw similarity": .3, "clip, sum of concept latents": .29 + (sign < 0) * .1, "clip, random latents": .29 - s,
            "centre of the picture": .1}
     if sign < 0:
@@ -1151,7 +1188,8 @@ def test_claims_of_the_demo_follow_the_figures(sign, tmp_path):
     write("latents/metrics.json", {"barcodes": {"f1": {"-6": {"f1": [.5, .5]}, "-3": {"f1": [.25 + s, .25 + s]}, "-1": {"f1": []}}}})
     for verdict in (repsae.probe_verdict, functools.partial(repsae.mil_verdict, views=""), functools.partial(repsae.mil_verdict, views="half_"),
                     repsae.intervene_verdict, repsae.tuned_verdict, repsae.fidelity_verdict, repsae.transfer_verdict, repsae.compare_verdict,
-                    functools.partial(repsae.sweep_verdict, name="k"), repsae.attribute_verdict, repsae.cyto_verdict):
+                    functools.partial(repsae.sweep_verdict, name="k"), repsae.attribute_verdict, repsae.cyto_verdict,
+                    repsae.sets_verdict, repsae.localise_verdict):
         _, claims = verdict(at)
         assert claims and set(claims.values()) == {sign > 0}, (verdict, claims)
 
@@ -1190,6 +1228,12 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
     with np.load(tissue) as z:
         np.savez(world / "tissue" / "bare.npz", **{k: v for k, v in z.items() if k not in ("captions", "instances")})
     weights = f"vit=vit_micro:random,clip={world / 'clip'}"
+    shutil.copytree(world / "run", world / "dead")
+    model, optimiser, extra = sae.load(world / "run" / "checkpoint.pt")
+    with torch.no_grad():
+        for s in model.streams:
+            model.W_enc[s][3], model.b_lat[s][3] = 0, -1
+    sae.save(world / "dead" / "checkpoint.pt", model, optimiser, **extra)
     for argv, message in (
             (("tissue", "--out", world / "tissue"), "holds a tissue already"),
             (("finetune", "--data", tissue, "--size", 32), "no label 'None' - name one with --label: lymphocyte"),
@@ -1197,7 +1241,9 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("clip", "--images", pictures, "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", tissue, "--batch", 5000, "--out", tmp_path / "c"), "--batch 5000 of the first are needed"),
             (("attribute", world / "run", "--images", tissue, "--weights", "vit=vit_micro:random"), "no text encoder"),
-            (("attribute", world / "run", "--images", tissue, "--weights", f"vim=vim_micro:random,{weights}"), "need attention"),
+            (("attribute", world / "run", "--images", tissue, "--weights", weights, "--latent", "48"), "latent 48 is not one of 48"),
+            (("attribute", world / "run", "--images", tissue, "--weights", weights, "--latent", "1,two"), "--latent 1,two - give numbers"),
+            (("attribute", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "latent 3 is dead in every stream"),
             (("attribute", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
             (("attribute", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "has no 'instances'"),
             (("retrieve", world / "run", "--query", 9999), "--query 9999 - give one of"),
@@ -1219,7 +1265,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
 def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """Every stage's command line parses; a stage whose file is there is not run again. (The demo itself takes minutes.)"""
     stages, ran = repsae.demo_stages(str(tmp_path / "d"), True), []
-    assert len(stages) == len({" ".join(argv) for _, _, argv, *_ in stages}) == 31
+    assert len(stages) == len({" ".join(argv) for _, _, argv, *_ in stages}) == 37
     for _, _, argv, proof, *_ in stages:
         repsae.parse(argv)
 
@@ -1235,21 +1281,24 @@ def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeyp
     monkeypatch.setattr(repsae, "demo_stages", lambda out, quick, seed: shortened)
     monkeypatch.setattr(repsae, "parse", pretend)
     monkeypatch.setattr(repsae, "demo_files", lambda out, seed: None)
-    flags = repsae.Flags({"out": str(tmp_path / "d"), "quick": True, "seed": 0, "seeds": 1})
+    flags = repsae.Flags({"out": str(tmp_path / "d"), "quick": True, "seed": 0, "seeds": 1, "skip": None})
     repsae.cmd_demo(flags)
     assert ran == [a[0] for _, _, a, *_ in stages]
     repsae.cmd_demo(flags)
-    assert len(ran) == 31                                    # all is there
+    assert len(ran) == 37                                    # all is there
     shortened[13] = (*shortened[13][:2], [*shortened[13][2][:-2], "--weighted", *shortened[13][2][-2:]], *shortened[13][3:])
     repsae.cmd_demo(flags)
-    assert ran[31:] == [a[0] for _, _, a, *_ in stages[13:]]                                # another setting, and all after it
+    assert ran[37:] == [a[0] for _, _, a, *_ in stages[13:]]                                # another setting, and all after it
     page = (tmp_path / "d" / "report.html").read_text()
-    assert page.count("<code>python repsae.py") == 31
+    assert page.count("<code>python repsae.py") == 37
+    repsae.cmd_demo(flags.replaced({"out": str(tmp_path / "e"), "skip": "2,13"}))
+    kept = [a[0] for h, _, a, *_ in stages if h.split(".")[0] not in ("2", "13")]
+    assert ran[37 + 24:] == kept and (tmp_path / "e" / "report.html").read_text().count("<p>Skipped.</p>") == 5
     found = iter((({("5.1", "x"): 1.}, {"so": True}), ({("5.1", "x"): 3.}, {"so": False})))
     shortened[0] = (*shortened[0][:5], lambda: next(found))
     capsys.readouterr()
     repsae.cmd_demo(repsae.Flags({**flags, "seeds": 2}))                                    # each in a folder of its own
-    assert len(ran) == 31 + 18 + 2 * 31 and "2.000 ± 1.414" in (out := capsys.readouterr().out) and "in 1 of 2 seeds" in out
+    assert len(ran) == 37 + 24 + 32 + 2 * 37 and "2.000 ± 1.414" in (out := capsys.readouterr().out) and "in 1 of 2 seeds" in out
     kept = json.loads((tmp_path / "d" / "findings.json").read_text())
     assert kept == {"numbers": {"5.1: x": [1., 3.]}, "claims": {"so": 1}, "seeds": 2}
 
