@@ -2892,7 +2892,7 @@ def demo_codes(at, quick):
          ["extract", "--images", at("tissue", "tissue.npz"), "--weights", f"{both},clip={at('clip')},small={small}", "--last",
           "1", "--out", at("six.npz")], at("six.npz"), [], None),
         ("13. Other sets of models", "sparc.txt Tables 7-13: do two models of a kind share a code more easily?",
-         ["sweep", "--over", "streams=" + ",".join(DEMO_SETS.values()), "--data", at("six.npz"), *code, "--out",
+         ["sweep", "--over", "streams=" + ",".join(v for _, v in DEMO_SETS.values()), "--data", at("six.npz"), *code, "--out",
           at("sweep_streams")], at("sweep_streams", "report.html"), [], functools.partial(sets_verdict, at)),
         ("14. Back to pixels and words", "Thesis 5.4.4, Table 5.4, A.3, A.4: heat maps of concepts, and what they segment.",
          ["attribute", shared, "--images", at("tissue", "tissue.npz"), "--weights", f"{both},clip={at('clip')}", "--least", "20" if quick else "50",
@@ -2902,14 +2902,17 @@ def demo_codes(at, quick):
          ["retrieve", shared, "--query", "3", "--from", "dino_vit", "--to", "clip_txt", "--out", at("retrieve.html")],
          at("retrieve.html"), [], None),
         ("15. Retrieval by words", "Thesis Fig. A.24-A.26: words that are no caption find pictures in that backbone.",
-         ["retrieve", shared, "--text", "mucin beside goblet cells", "--encoder", at("clip"), "--from", "clip_txt", "--to",
+         ["retrieve", shared, "--text", "several tumour cells and a mitosis", "--encoder", at("clip"), "--from", "clip_txt", "--to",
           "dino_vit", "--out", at("words.html")], at("words.html"), [], None)]
 
 
-# the papers' sets of encoders by their table, and ours of the same kind
-DEMO_SETS = {"sparc 7": "clip_img+clip_txt", "sparc 8": "small_img+small_txt", "sparc 9": "dino_vit+dino_vim",
-             "sparc 10, 12": "clip_txt+small_txt", "sparc 11": "clip_img+small_img+dino_vit+dino_vim",
-             "sparc 13": "clip_img+clip_txt+small_img+small_txt+dino_vit+dino_vim"}
+# by the papers' tables: sets of encoders of the same kind as theirs
+DEMO_SETS = {"sparc 7": ("a CLIP's encoders", "clip_img+clip_txt"),
+             "sparc 8": ("another CLIP's encoders", "small_img+small_txt"),
+             "sparc 9": ("vision-only encoders", "dino_vit+dino_vim"),
+             "sparc 10, 12": ("text encoders", "clip_txt+small_txt"),
+             "sparc 11": ("image encoders", "clip_img+small_img+dino_vit+dino_vim"),
+             "sparc 13": ("all six encoders", "clip_img+clip_txt+small_img+small_txt+dino_vit+dino_vim")}
 
 
 def demo_latents(at, quick):
@@ -3064,10 +3067,10 @@ def sweep_verdict(at, name):
 def sets_verdict(at):
     """Across which sets of models does Global reconstruct better than Local? In the papers across all, but between texts."""
     rows = dict(zip(DEMO_SETS, read_metrics(at("sweep_streams", "metrics.json"))["rows"]))
-    claims = {f"{'Local' if text else 'Global'} reconstructs better across {row[0]}, joint ({table})":
+    claims = {f"{'Local' if text else 'Global'} reconstructs better across {DEMO_SETS[table][0]}, joint ({table})":
               above(*((row[4], row[5]) if text else (row[5], row[4])))
               for table, row in rows.items() for text in [table == "sparc 10, 12"]}
-    return ({(table, f"NMSE cross, {row[0]}, {what}"): row[i] for table, row in rows.items() for what, i in (
+    return ({(table, f"NMSE, cross, {DEMO_SETS[table][0]}, {what}"): row[i] for table, row in rows.items() for what, i in (
                 ("global, joint", 4), ("local", 5), ("global, alone", 8))},
             {**claims, "Global reconstructs better across every set, alone (ours)":
              all(above(row[5], row[8]) for row in rows.values())})
