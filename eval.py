@@ -558,6 +558,12 @@ def matrix_table(matrix):
     return html_table(["target \\ source", *matrix], rows, True)
 
 
+def grid_row(grids):
+    """{name: matrix} -> their tables side by side, HTML."""
+    return '<div class="pair">' + "".join(
+        f"<div><h3>{html.escape(name)}</h3>{matrix_table(grid)}</div>" for name, grid in grids.items()) + "</div>"
+
+
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
@@ -655,7 +661,7 @@ def nearest(query, reference, n):
 
 def strip(first, *others):
     """Pieces of HTML in a row, the first and, after an arrow, those that belong to it."""
-    return f'<div class="strip"><span>{first}</span><b>&rarr;</b>' + "".join(f"<span>{v}</span>" for v in others) + "</div>"
+    return f'<div class="strip"><span>{first}</span>&rarr;' + "".join(f"<span>{v}</span>" for v in others) + "</div>"
 
 
 def standalone_svg(*charts):
@@ -681,11 +687,10 @@ def sparc_report(path, title, metrics, log, settings, codes, features, rows, fol
     if "recovery" in metrics:
         found = [[s, v["found"], v["of"]] for s, v in metrics["recovery"].items()]
         sections.append(("Planted concepts recovered", html_table(["cosine at least 0.9", "found", "of"], found)))
-    grids = [(f"{mode}", metrics[mode]["r2"]) for mode in modes]
+    grids = {mode: metrics[mode]["r2"] for mode in modes}
     if "ceiling" in metrics:
-        grids.append(("linear ceiling", metrics["ceiling"]))
-    sections.append(("R2 of every target from every source", '<div class="pair">' + "".join(
-        f"<div><h3>{html.escape(name)}</h3>{matrix_table(grid)}</div>" for name, grid in grids) + "</div>"))
+        grids["linear ceiling"] = metrics["ceiling"]
+    sections.append(("R2 of every target from every source", grid_row(grids)))
     M = len(codes[modes[0]])
     header = ["", *range(M + 1), *(f"dead in {s}" for s in codes[modes[0]])]
     patterns = {mode: metrics[mode]["activation"] for mode in modes}

@@ -795,7 +795,7 @@ def cmd_sweep(flags):
     make_folder(flags.out, fresh=not saved)
     judge.write_json(out_path(flags.out, "config.json"),
                      {"command": "sweep", "flags": flags, "data_hash": features.hash})
-    rows, curves = [], {}
+    rows, curves, grids = [], {}, {}
     for label, (trial, mine) in trials.items():
         found = {}
         for topk in ("global", "local"):
@@ -804,6 +804,7 @@ def cmd_sweep(flags):
             metrics = run_sparc(trial.replaced({"topk": topk}), mine, sub, resumable(sub, saved), "sweep")
             for mode in ("joint", "alone"):
                 head = judge.headline(metrics[mode])
+                grids.setdefault(label, {})[f"{topk}, {mode}"] = metrics[mode]["r2"]
                 for what in ("self", "cross"):
                     found[what, topk, mode] = head[f"NMSE {what}"]
         # each as it was trained: that is what the thesis plots
@@ -819,11 +820,17 @@ def cmd_sweep(flags):
               "self global alone", "cross global alone"]
     print("\n" + judge.text_table(header, rows))
     judge.write_json(out_path(flags.out, "metrics.json"), {"over": name, "header": header, "rows": rows})
-    chart = judge.svg_lines(curves, name, "NMSE", [row[0] for row in rows])
-    judge.write_text(out_path(flags.out, "sweep.svg"), judge.standalone_svg(chart))
+    if name == "streams":                                    # no axis to draw along, but sparc.txt's tables
+        sections = [(f"R2 of every target from every source: {label}", judge.grid_row(
+            {key: v for key, v in of.items() if key != "local, joint"})) for label, of in grids.items()]
+        table = judge.html_table(header, rows)
+    else:
+        chart = judge.svg_lines(curves, name, "NMSE", [row[0] for row in rows])
+        judge.write_text(out_path(flags.out, "sweep.svg"), judge.standalone_svg(chart))
+        sections, table = [], chart + judge.html_table(header, rows)
     judge.write_report(out_path(flags.out, "report.html"), f"repsae sweep over {name}", [
-        ("NMSE, Global against Local TopK", chart + judge.html_table(header, rows))])
-    say(f"wrote {out_path(flags.out, 'report.html')} and sweep.svg")
+        ("NMSE, Global against Local TopK", table), *sections])
+    say(f"wrote {out_path(flags.out, 'report.html')}")
 
 
 def parse_over(over):
@@ -2078,13 +2085,13 @@ def cmd_attribute(flags):
         masks = {key: m for key, m in masks.items() if m is not None}
         found[what] = {**judge.segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth),
                        "AP, all asked": judge.segmentation_scores(masks, truth)["AP"],
-                       "masks drawn for what is absent, %": 100. * sum(key in masks for key in pairs if key not in truth)
+                       "drawn though absent, %": 100. * sum(key in masks for key in pairs if key not in truth)
                        / max(sum(key not in truth for key in pairs), 1)}
     middle = judge.heat_mask(centre_prior(), arrays["instances"].shape[1:], data.otsu)
     found["centre of the picture"] = {**judge.segmentation_scores(dict.fromkeys(truth, middle), truth), "AP, all asked":
                                       judge.segmentation_scores(dict.fromkeys(pairs, middle), truth)["AP"],
-                                      "masks drawn for what is absent, %": 100.}
-    columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked", "masks drawn for what is absent, %"]
+                                      "drawn though absent, %": 100.}
+    columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked", "drawn though absent, %"]
     rows = [[name, *(v[c] for c in columns)] for name, v in found.items()]
     print(judge.text_table([f"{len(test)} pictures, {len(truth)} masks", *columns], rows))
     text, encoder = clip
@@ -2206,7 +2213,7 @@ def chosen_latents(text, J, alive, n_latents):
 
 def latent_maps(model, sees, clip, chosen, features, test, images, flags, most=4):
     """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all streams:
-    {backbone: {(picture, j): heat map}}, and as `word_examples` has it the words of those samples' captions."""
+    {"z, backbone": {(picture, j): heat map}}, and as `word_examples` has it the words of those samples' captions."""
     import numpy as np
     codes, _ = codes_and_fit(model, features, np.array(test), "alone", flags.device)
     text, encoder = clip
@@ -2221,7 +2228,8 @@ def latent_maps(model, sees, clip, chosen, features, test, images, flags, most=4
 
     def active(s):
         return lambda f, j: model.encode({s: f}, "alone")[s].dense(model.n_latents)[:, j]
-    return {name: concept_maps(backbone, active(s), pairs, images, flags) for name, (backbone, s) in sees.items()}, said
+    return {f"z, {name}": concept_maps(backbone, active(s), pairs, images, flags)
+            for name, (backbone, s) in sees.items()}, said
 
 
 def word_examples(model, text, clip, J, features, labels, test, kinds, flags, most=2):
@@ -2249,18 +2257,25 @@ def word_table(examples):
 
 
 def attribution_gallery(maps, keys, images, names, most=2):
-    """Pictures of each concept (keys: picture, label) beside the maps of every method, in HTML."""
+    """For some pictures of each concept (keys: picture, label) a table of the maps {"backbone, target": {key: map}}."""
     import eval as judge
-    parts = []
+    lines, parts = {}, []
+    for what, of in maps.items():
+        backbone, _, target = what.partition(", ")
+        lines.setdefault(backbone, {})[target] = of
+    targets = list(dict.fromkeys(target for line in lines.values() for target in line))
+
+    def cell(image, heat):
+        return judge.embedded(judge.overlay(image, heat / heat.max())) if heat.max() > 0 else "absent"
     for c in sorted({c for _, c in keys}):
         parts.append(f"<h3>{html.escape(names[c])}</h3>")
         for i in [i for i, k in keys if k == c][:most]:
-            image, shown = images.open(i).resize((128, 128)), []
-            for what, of in maps.items():
-                heat = of[i, c]
-                drawn = judge.embedded(judge.overlay(image, heat / heat.max())) if heat.max() > 0 else "<b>absent</b>"
-                shown.append(f"<small>{html.escape(what)}</small><br>{drawn}")
-            parts.append(judge.strip(judge.embedded(image), *shown))
+            image = images.open(i).resize((112, 112))
+            rows = [[judge.embedded(image), *map(html.escape, targets)]]
+            for backbone, line in lines.items():
+                rows.append([html.escape(backbone), *(cell(image, line[v][i, c]) if v in line else "" for v in targets)])
+            parts.append('<table class="maps">' + "".join(
+                "<tr>" + "".join(f"<td>{v}</td>" for v in row) + "</tr>" for row in rows) + "</table>")
     return "".join(parts)
 
 
@@ -2895,15 +2910,15 @@ def demo_codes(at, quick):
          ["sweep", "--over", "streams=" + ",".join(v for _, v in DEMO_SETS.values()), "--data", at("six.npz"), *code, "--out",
           at("sweep_streams")], at("sweep_streams", "report.html"), [], functools.partial(sets_verdict, at)),
         ("14. Back to pixels and words", "Thesis 5.4.4, Table 5.4, A.3, A.4: heat maps of concepts, and what they segment.",
-         ["attribute", shared, "--images", at("tissue", "tissue.npz"), "--weights", f"{both},clip={at('clip')}", "--least", "20" if quick else "50",
-          "--most", "40" if quick else "300", "--out", at("attribute")],
+         ["attribute", shared, "--images", at("tissue", "tissue.npz"), "--weights", f"{both},clip={at('clip')}",
+          "--least", "20" if quick else "50", "--most", "40" if quick else "300", "--out", at("attribute")],
          at("attribute", "report.html"), [], functools.partial(attribute_verdict, at)),
         ("15. Retrieval", "Thesis Tables 5.6, 5.7, A.1-A.17: a vision-only backbone finds captions.",
          ["retrieve", shared, "--query", "3", "--from", "dino_vit", "--to", "clip_txt", "--out", at("retrieve.html")],
          at("retrieve.html"), [], None),
         ("15. Retrieval by words", "Thesis Fig. A.24-A.26: words that are no caption find pictures in that backbone.",
-         ["retrieve", shared, "--text", "several tumour cells and a mitosis", "--encoder", at("clip"), "--from", "clip_txt", "--to",
-          "dino_vit", "--out", at("words.html")], at("words.html"), [], None)]
+         ["retrieve", shared, "--text", "several tumour cells and a mitosis", "--encoder", at("clip"), "--from", "clip_txt",
+          "--to", "dino_vit", "--out", at("words.html")], at("words.html"), [], None)]
 
 
 # by the papers' tables: sets of encoders of the same kind as theirs
@@ -3065,7 +3080,7 @@ def sweep_verdict(at, name):
 
 
 def sets_verdict(at):
-    """Across which sets of models does Global reconstruct better than Local? In the papers across all, but between texts."""
+    """Across which sets of models does Global reconstruct better than Local? In the paper across all but texts."""
     rows = dict(zip(DEMO_SETS, read_metrics(at("sweep_streams", "metrics.json"))["rows"]))
     claims = {f"{'Local' if text else 'Global'} reconstructs better across {DEMO_SETS[table][0]}, joint ({table})":
               above(*((row[4], row[5]) if text else (row[5], row[4])))
@@ -3197,7 +3212,7 @@ def cmd_demo(flags):
 
 
 def run_demo(out, quick, seed, skip=()):
-    """Run what is not done yet, but for the chapters to skip: (all numbers and claims of the verdicts, the report's sections)."""
+    """Run what is not done yet, but for the chapters to skip: (numbers and claims of the verdicts, sections of the report)."""
     import eval as judge
     os.makedirs(out, exist_ok=True)
     numbers, claims, sections, stale = {}, {}, [], False
