@@ -1274,7 +1274,8 @@ def word_scores(relevance, pieces, least=0.1):
 def heat_mask(heat, size, otsu):
     """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold on the enlarged map; None for a constant map: no prediction.
 
-    Enlarged bilinearly to 224, scaled to 0..1, then to size, as thesis 5.4.4's protocol. otsu: uint8 values -> threshold.
+    Enlarged bilinearly to 224, scaled to 0..1, then to size: the thesis leaves this open, the authors' code does so. otsu:
+    uint8 values -> threshold.
     """
     def enlarged(x, size):
         return torch.nn.functional.interpolate(x[None, None], size, mode="bilinear", align_corners=False)[0, 0]

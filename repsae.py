@@ -1935,7 +1935,8 @@ def cmd_clip(flags):
              "text": text_features(model, words, captions[test], flags.device)}
     found = {"loss": loss.item(), "test": judge.retrieval(x)}
     judge.write_json(out_path(flags.out, "metrics.json"), found)
-    print(judge.text_table([f"{len(test)} test pictures", "R@1", "R@5", "R@10", "MedR", "MRR"],
+    held = "test" if images.split is not None else "training"
+    print(judge.text_table([f"{len(test)} {held} pictures", "R@1", "R@5", "R@10", "MedR", "MRR"],
                            [[pair, *v.values()] for pair, v in found["test"].items()]))
 
 
@@ -2006,17 +2007,24 @@ def kept_attention(model):
 
 
 def heat_maps(backbone, x, score, start_layer):
-    """Relevancy of the patches of pictures x (B, 3, H, W) for score(features (B, d)) -> (B,): (B, rows, columns); Grad-CAM
-    where there is no attention. A picture whose score nothing moves, such as one without the concept, gets all 0."""
+    """Relevancy of the patches of pictures x (B, 3, H, W) for score(features (B, d)) -> (B,): (B, rows, columns), and the
+    scores; Grad-CAM where there is no attention. A picture whose score nothing moves, such as one without the concept, gets
+    all 0."""
     import eval as judge
     import ssm
-    layers = kept_attention(backbone)
-    if not layers:
-        return judge.grad_cam(backbone.features, *ssm.cam_layer(backbone, x), x, score)
-    target = score(backbone.features(x)).sum()
-    R = judge.relevancy([m.kept for m in layers], target, start_layer)
-    rows = x.shape[2] // backbone.patch
-    return R[:, 0, -(rows * (x.shape[3] // backbone.patch)):].unflatten(1, (rows, -1)).cpu().numpy()
+    layers, told = kept_attention(backbone), []
+
+    def heard(features):
+        told.append(score(features))
+        return told[-1]
+    if layers:
+        target = heard(backbone.features(x)).sum()
+        R = judge.relevancy([m.kept for m in layers], target, start_layer)
+        rows = x.shape[2] // backbone.patch
+        heat = R[:, 0, -(rows * (x.shape[3] // backbone.patch)):].unflatten(1, (rows, -1)).cpu().numpy()
+    else:
+        heat = judge.grad_cam(backbone.features, *ssm.cam_layer(backbone, x), x, heard)
+    return heat, told[0].detach().cpu().numpy()
 
 
 def word_heat(clip, words, sparc, stream, text, target, start_layer):
@@ -2024,28 +2032,28 @@ def word_heat(clip, words, sparc, stream, text, target, start_layer):
     import eval as judge
     layers = kept_attention(clip.transformer)
     known = words.pieces(text, strict=False)[:clip.config["context"] - 2]
-    tokens = words([text], clip.config["context"], strict=False)
+    tokens = words([text], clip.config["context"], strict=False).to(clip.logit_scale.device)
     codes = sparc.encode({stream: clip.encode_text(tokens)}, "alone")[stream]
     R = judge.relevancy([m.kept for m in layers], target(codes.dense(sparc.n_latents)).sum(), start_layer)
     pieces = [None, *(word for _, word in known), *[None] * (tokens.shape[1] - 1 - len(known))]
     return judge.word_scores(R[0, len(known) + 1].tolist(), pieces)
 
 
-def concept_latents(code, labels, least=50):
-    """Latents that are active with a label in `least` training samples or more (thesis 5.4.4), by label: {c: (latents,)}.
+def concept_latents(codes, labels, least=50):
+    """The latents J of each label (thesis 5.4.4, A.3): those that are active with it in `least` training samples or more,
+    counted over all streams together. codes: {stream: CSR (n, L)}, labels (n, C) bool -> list of C arrays.
 
     Of those only the ones that the label makes likelier: at least half of a latent's samples have it, or the 10 with the
-    largest share when there are none (ours: the text's count alone picks latents that fire for everything). Counted stream by
-    stream; the authors' code sums the counts of all three.
+    largest share when there are none (ours: the count alone picks latents that fire for everything).
     """
     import numpy as np
-    on = code.astype(bool).astype(np.float64)
-    with_label, total = np.asarray(on.T @ labels.astype(float)), np.maximum(np.asarray(on.sum(0)).ravel(), 1)
-    out = {}
+    on = [code.astype(bool).astype(np.float64) for code in codes.values()]
+    with_label = sum(np.asarray(one.T @ labels.astype(float)) for one in on)
+    total, out = np.maximum(sum(np.asarray(one.sum(0)).ravel() for one in on), 1), []
     for c in range(labels.shape[1]):
         often = np.flatnonzero(with_label[:, c] >= least)
         share = with_label[often, c] / total[often]
-        out[c] = often[share >= 0.5] if (share >= 0.5).any() else often[np.argsort(-share, kind="stable")[:10]]
+        out.append(often[share >= 0.5] if (share >= 0.5).any() else often[np.argsort(-share, kind="stable")[:10]])
     return out
 
 
@@ -2066,10 +2074,13 @@ def cmd_attribute(flags):
     lacking += [f"stream '{s}'" for s in model.streams if s not in features.streams]
     if lacking:
         raise InputError(f"{flags.data} has no {lacking[0]} - attribute needs captions, labels and all streams of the run")
+    if shape[1:] != images.open(0).size[::-1]:
+        raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
+                         f"{'x'.join(map(str, images.open(0).size[::-1]))} - give masks of the pictures' size")
     sees, clip = attributed_streams(model, flags)
     truth, labels, train = true_masks(arrays), features.label_matrix(np.arange(len(features))), features.rows("train")
-    codes, _ = codes_and_fit(model, features, train, "joint", flags.device)
-    J = {s: concept_latents(codes[s], labels[train], flags.least) for s in model.streams}
+    codes, _ = codes_and_fit(model, features, train, "alone" if model.topk == "local" else "joint", flags.device)
+    J = concept_latents(codes, labels[train], flags.least)
     test = [i for i in features.rows("test", "val") if any(key[0] == i for key in truth)][:flags.most]
     truth = {key: m for key, m in truth.items() if key[0] in set(test)}
     if not truth:
@@ -2079,14 +2090,19 @@ def cmd_attribute(flags):
     alive = {s: np.flatnonzero(code.getnnz(axis=0)) for s, code in alone.items()}
     chosen = chosen_latents(flags.latent, J, alive, model.n_latents)
     names, found, maps = features.label_names, {}, {}
+    without = [c for c in sorted({c for _, c in truth}) if not len(J[c])]
+    if without:
+        say(f"note: no latent of {', '.join(names[c] for c in without)} - lower --least")
     for what, (backbone, score) in attribution_scores(model, sees, clip, J, alive, names, truth, flags).items():
-        maps[what] = concept_maps(backbone, score, pairs, images, flags)
+        asked = [key for key in pairs if key[1] not in without or not what.endswith("latents")]
+        maps[what], silent = concept_maps(backbone, score, asked, images, flags)
         masks = {key: judge.heat_mask(heat, arrays["instances"].shape[1:], data.otsu) for key, heat in maps[what].items()}
         masks = {key: m for key, m in masks.items() if m is not None}
         found[what] = {**judge.segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth),
                        "AP, all asked": judge.segmentation_scores(masks, truth)["AP"],
                        "drawn though absent, %": 100. * sum(key in masks for key in pairs if key not in truth)
-                       / max(sum(key not in truth for key in pairs), 1)}
+                       / max(sum(key not in truth for key in pairs), 1),
+                       "absent": len(silent), "maps of absent that are not 0": sum(bool(maps[what][key].any()) for key in silent)}
     middle = judge.heat_mask(centre_prior(), arrays["instances"].shape[1:], data.otsu)
     found["centre of the picture"] = {**judge.segmentation_scores(dict.fromkeys(truth, middle), truth), "AP, all asked":
                                       judge.segmentation_scores(dict.fromkeys(pairs, middle), truth)["AP"],
@@ -2095,17 +2111,27 @@ def cmd_attribute(flags):
     rows = [[name, *(v[c] for c in columns)] for name, v in found.items()]
     print(judge.text_table([f"{len(test)} pictures, {len(truth)} masks", *columns], rows))
     text, encoder = clip
-    words = word_examples(model, text, encoder, J[text], features, labels, test, sorted({c for _, c in truth}), flags)
+    kinds = [c for c in sorted({c for _, c in truth}) if len(J[c])]
+    words = word_examples(model, text, encoder, J, features, labels, test, kinds, flags)
     single, said = latent_maps(model, sees, clip, chosen, features, test, images, flags)
+    whole, told = caption_maps(model, sees, clip, features, test, images, flags)
     make_folder(folder, fresh=False)
-    judge.write_json(out_path(folder, "metrics.json"), {"segmentation": found, "words": words, "latents": said})
+    judge.write_json(out_path(folder, "metrics.json"), {"segmentation": found, "words": words, "latents": said,
+                                                        "captions": told})
+    data.write_npz(out_path(folder, "maps.npz"), {"keys": np.array(list(truth)), **{
+        what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
+        for what, of in maps.items()}})
+    gallery, drawn = attribution_gallery(maps, truth, images, names)
+    for name, picture in drawn.items():
+        judge.save_picture(out_path(folder, f"{name}.png"), picture)
     judge.write_report(out_path(folder, "report.html"), "repsae attribute", [
         ("Segmentation by heat maps: of the labels that are there, as published, and when all labels are asked for",
-         judge.html_table([""] + columns, rows)),
-        ("Maps", attribution_gallery(maps, truth, images, names)), ("Words", word_table(words)),
+         judge.html_table([""] + columns, rows)), ("Maps", gallery), ("Words", word_table(words)),
         ("Single latents, in the test pictures and captions that they are most active in",
-         attribution_gallery(single, next(iter(single.values())), images, {j: f"latent {j}" for j in chosen}, 4)
-         + word_table(said) or "<p>No latent is a label's in every stream; --latent names others.</p>")])
+         attribution_gallery(single, next(iter(single.values())), images, {j: f"latent {j}" for j in chosen}, 4)[0]
+         + word_table(said) or "<p>No latent of a label is alive in every stream; --latent names others.</p>"),
+        ("Pictures with their captions: similarity of the two", attribution_gallery(
+            whole, next(iter(whole.values())), images, [e["caption"] for e in told])[0] + word_table(told))])
     say(f"wrote {out_path(folder, 'report.html')}")
 
 
@@ -2116,10 +2142,10 @@ def attributed_streams(model, flags):
     for spec in needed(flags, "weights").split(","):
         name, backbone, _ = load_backbone(spec, flags)
         depth = len(kept_attention(backbone))
+        if hasattr(backbone, "clip"):
+            clip, depth = (f"{name}_txt", backbone), min(depth, len(kept_attention(backbone.clip.transformer)))
         if depth and not -depth <= flags.start_layer < depth:
             raise InputError(f"--start-layer {flags.start_layer} - {name} has {depth} layers")
-        if hasattr(backbone, "clip"):
-            clip = f"{name}_txt", backbone
         stream = f"{name}_img" if hasattr(backbone, "clip") else name
         if stream not in model.dims:
             raise InputError(f"the run has no stream '{stream}' - it has {', '.join(model.streams)}")
@@ -2136,11 +2162,13 @@ def attribution_scores(model, sees, clip, J, alive, names, truth, flags):
     import torch
     from torch.nn.functional import normalize
     text, encoder = clip
+    for c in {c for _, c in truth}:
+        encoder.words.pieces(names[c])                       # raises InputError for an unknown word
     prompts = torch.from_numpy(text_features(encoder.clip, encoder.words, names, flags.device)).to(flags.device)
     with torch.no_grad():
         z_text = model.encode({text: prompts}, "alone")[text].dense(model.n_latents)
     rng, out = np.random.default_rng(flags.seed), {}
-    chance = {(s, c): rng.permutation(np.setdiff1d(alive[s], J[s][c])) for s in alive for c in range(len(names))}
+    chance = {(s, c): rng.permutation(np.setdiff1d(alive[s], J[c])) for s in alive for c in range(len(names))}
 
     def targets(s):
         def z(f):
@@ -2149,27 +2177,31 @@ def attribution_scores(model, sees, clip, J, alive, names, truth, flags):
         def together(f, c):                                  # the support is chosen by picture and name
             both = model.encode({s: f, text: prompts[c].expand(len(f), -1)}, "joint")
             return (both[s].dense(model.n_latents) * both[text].dense(model.n_latents)).sum(1)
-        return {"sum of concept latents": lambda f, c: z(f)[:, J[s][c]].sum(1),
-                "similarity to the name": lambda f, c: z(f) @ z_text[c], "similarity to the name, joint": together,
-                "random latents": lambda f, c: z(f)[:, chance[s, c][:max(len(J[s][c]), 1)]].sum(1)}
+        found = {"sum of concept latents": lambda f, c: z(f)[:, J[c]].sum(1),
+                 "similarity to the name": lambda f, c: z(f) @ z_text[c], "similarity to the name, joint": together,
+                 "random latents": lambda f, c: z(f)[:, chance[s, c][:len(J[c])]].sum(1)}
+        if model.topk == "local":                            # which never chose together
+            del found["similarity to the name, joint"]
+        return found
     for name, (backbone, s) in sees.items():
         out.update({f"{name}, {what}": (backbone, target) for what, target in targets(s).items()})
     return {**out, "clip, raw similarity": (encoder, lambda f, c: normalize(f, dim=1) @ normalize(prompts[c], dim=0))}
 
 
 def concept_maps(backbone, score, pairs, images, flags, block=64):
-    """{(picture, label): heat map} of a method."""
+    """{(picture, label): heat map} of a method, and the keys where the score itself is 0."""
     import data
     import torch
-    view, out = data.plain_view(backbone.size, True), {}
+    view, out, silent = data.plain_view(backbone.size, True), {}, []
     for c in sorted({c for _, c in pairs}):
         rows = [i for i, k in pairs if k == c]
         for start in range(0, len(rows), block):
             part = rows[start:start + block]
             x = torch.stack([view(images.open(i)) for i in part]).to(flags.device)
-            heats = heat_maps(backbone, x, lambda f: score(f, c), flags.start_layer)
+            heats, values = heat_maps(backbone, x, lambda f: score(f, c), flags.start_layer)
             out.update({(i, c): heat for i, heat in zip(part, heats)})
-    return out
+            silent += [(i, c) for i, value in zip(part, values) if value == 0]
+    return out, silent
 
 
 def true_masks(arrays):
@@ -2195,10 +2227,10 @@ def centre_prior(n=16):
 
 
 def chosen_latents(text, J, alive, n_latents):
-    """The latents of --latent; without it, of each label the first that is the concept's in every stream, three at most."""
+    """The latents of --latent; without it, of each label the first that is alive in every stream, three at most."""
     import numpy as np
     if text is None:
-        shared = [functools.reduce(np.intersect1d, [J[s][c] for s in J]) for c in range(len(next(iter(J.values()))))]
+        shared = [functools.reduce(np.intersect1d, [of_label, *alive.values()]) for of_label in J]
         return sorted({int(v[0]) for v in shared if len(v)})[:3]
     try:
         chosen = [int(v) for v in text.split(",")]
@@ -2228,8 +2260,30 @@ def latent_maps(model, sees, clip, chosen, features, test, images, flags, most=4
 
     def active(s):
         return lambda f, j: model.encode({s: f}, "alone")[s].dense(model.n_latents)[:, j]
-    return {f"z, {name}": concept_maps(backbone, active(s), pairs, images, flags)
+    return {f"z, {name}": concept_maps(backbone, active(s), pairs, images, flags)[0]
             for name, (backbone, s) in sees.items()}, said
+
+
+def caption_maps(model, sees, clip, features, test, images, flags, most=4):
+    """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP itself: as `latent_maps`."""
+    import torch
+    from torch.nn.functional import normalize
+    text, encoder = clip
+    captions = [str(features.about["captions"][i]) for i in test[:most]]
+    f_text = torch.from_numpy(text_features(encoder.clip, encoder.words, captions, flags.device)).to(flags.device)
+
+    def z(s, f):
+        return model.encode({s: f}, "alone")[s].dense(model.n_latents)
+    with torch.no_grad():
+        sees_too = f"{text[:-4]}_img"
+        z_text, z_image = z(text, f_text), z(sees_too, features.batch(test[:most])[sees_too].to(flags.device))
+    scores = {f"z z', {name}": (backbone, lambda f, n, s=s: z(s, f) @ z_text[n]) for name, (backbone, s) in sees.items()}
+    scores["z z', CLIP itself"] = encoder, lambda f, n: normalize(f, dim=1) @ normalize(f_text[n], dim=0)
+    pairs = [(i, n) for n, i in enumerate(test[:most])]
+    said = [{"concept": "caption", "caption": caption, "here": True, "words": word_heat(
+        encoder.clip, encoder.words, model, text, caption, lambda code: code @ z_image[n], flags.start_layer)}
+        for n, caption in enumerate(captions)]
+    return {what: concept_maps(*score, pairs, images, flags)[0] for what, score in scores.items()}, said
 
 
 def word_examples(model, text, clip, J, features, labels, test, kinds, flags, most=2):
@@ -2250,33 +2304,38 @@ def word_table(examples):
     parts = []
     for e in examples:
         shown = " ".join(f'<span style="background:rgba(197,48,48,{score:.2f})">{html.escape(word)}</span>'
-                         for word, score in e["words"])
+                         + f"<sub>{score:.2f}</sub>" * (score > 0) for word, score in e["words"])
         absent = "" if any(score for _, score in e["words"]) else " <b>absent</b>"
         parts.append(f"<p><b>{html.escape(e['concept'])}</b>: {shown}{absent}</p>")
     return "".join(parts)
 
 
 def attribution_gallery(maps, keys, images, names, most=2):
-    """For some pictures of each concept (keys: picture, label) a table of the maps {"backbone, target": {key: map}}."""
+    """For some pictures of each concept (keys: picture, label) a table of the maps {"backbone, target": {key: map}}, as HTML;
+    and their overlays by themselves: {name of a file: PIL image}."""
     import eval as judge
-    lines, parts = {}, []
-    for what, of in maps.items():
+    lines, parts, drawn = {}, [], {}
+    for what in maps:
         backbone, _, target = what.partition(", ")
-        lines.setdefault(backbone, {})[target] = of
+        lines.setdefault(backbone, {})[target] = what
     targets = list(dict.fromkeys(target for line in lines.values() for target in line))
 
-    def cell(image, heat):
-        return judge.embedded(judge.overlay(image, heat / heat.max())) if heat.max() > 0 else "absent"
+    def cell(image, what, key):
+        heat = maps[what].get(key)
+        if heat is None or not heat.max() > 0:
+            return "no latents" if heat is None else "absent"
+        drawn[f"{key[0]}_{names[key[1]]}_{what}".replace(" ", "_")] = judge.overlay(image, heat / heat.max())
+        return judge.embedded(judge.overlay(image, heat / heat.max()))
     for c in sorted({c for _, c in keys}):
         parts.append(f"<h3>{html.escape(names[c])}</h3>")
         for i in [i for i, k in keys if k == c][:most]:
             image = images.open(i).resize((112, 112))
             rows = [[judge.embedded(image), *map(html.escape, targets)]]
             for backbone, line in lines.items():
-                rows.append([html.escape(backbone), *(cell(image, line[v][i, c]) if v in line else "" for v in targets)])
+                rows.append([html.escape(backbone), *(cell(image, line[v], (i, c)) if v in line else "" for v in targets)])
             parts.append('<table class="maps">' + "".join(
                 "<tr>" + "".join(f"<td>{v}</td>" for v in row) + "</tr>" for row in rows) + "</table>")
-    return "".join(parts)
+    return "".join(parts), drawn
 
 
 def cmd_retrieve(flags):
@@ -3409,7 +3468,7 @@ command("attribute", cmd_attribute, (ON_RUN, OUT), positional=("run",), extra={
     "images": (None, str, "what `tissue` wrote: pictures with `instances` and `boxes`"),
     "weights": (None, str, "name=RUN of dino or clip, names as the run's streams have them"),
     "start-layer": (0, int, "first layer of the relevancy maps; -1 for the last alone"),
-    "latent": (None, str, "single latents to show, separated by commas; by default some that are a label's in every stream"),
+    "latent": (None, str, "single latents to show, separated by commas; by default some of labels, alive in every stream"),
     "least": (50, int, "training samples of a label that a latent is active in, to count as one of the concept's"),
     "most": (400, int, "test pictures")})
 command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={

@@ -995,12 +995,14 @@ def output_entropy(q):
 def cam_layer(model, x):
     """Where Grad-CAM looks in a backbone, and how that layer's output becomes a map: (module, function -> (B, h, w, d)).
 
-    ViT: the first norm of the last block; Vim: what enters its last layer, the class tokens left out (both as Vim4Path);
-    VMamba: the output of the last stage. x (B, 3, H, W) gives the grid.
+    ViT and CLIP's: the first norm of the last block; Vim: what enters its last layer, the class tokens left out (as
+    Vim4Path); VMamba: the output of the last stage. x (B, 3, H, W) gives the grid.
     """
     if isinstance(model, VMamba):
         return model.layers[-1].blocks, lambda out: out
     grid = _grid(x, model.patch, "this backbone")
+    if isinstance(model, CLIPVision):
+        return model.transformer.resblocks[-1].ln_1, lambda out: out[:, 1:].unflatten(1, grid)
     if isinstance(model, ViT):
         return model.blocks[-1].norm1, lambda out: out[:, 1 + model.registers:].unflatten(1, grid)
 

@@ -1042,18 +1042,28 @@ def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tm
         assert said == [w for w in re.findall(r"[\w']+", example["caption"]) if w in said]
         assert not any(s for _, s in example["words"]) or max(s for _, s in example["words"]) == 1
     assert "centre of the picture" in capsys.readouterr().out and "<img" in (tmp_path / "a" / "report.html").read_text()
+    assert sum(v.get("absent", 0) for v in found["segmentation"].values()) > 0
+    assert not any(v.get("maps of absent that are not 0") for v in found["segmentation"].values())
+    features = data.read_features(world / "feats.npz")
+    first = features.rows("test", "val")[0]
+    assert found["captions"][0]["caption"] == features.about["captions"][first] and len(found["captions"]) == 4
+    kept = np.load(tmp_path / "a" / "maps.npz")
+    assert set(kept) == {"keys", *names} - {"centre of the picture"} and kept["clip, raw similarity"].shape == (len(kept["keys"]), 4, 4)
+    assert features.label_matrix(kept["keys"][:, 0])[range(len(kept["keys"])), kept["keys"][:, 1]].all()
+    drawn = [name for name in os.listdir(tmp_path / "a") if name.endswith("_clip,_raw_similarity.png")]
+    assert drawn and Image.open(tmp_path / "a" / drawn[0]).size == (112, 112)
     model, _, _ = sae.load(world / "run" / "checkpoint.pt")
     backbone, _ = repsae.load_clip(world / "clip", "cpu")
     x = torch.randn(2, 3, 32, 32)
     codes = model.encode({"clip_img": backbone.features(x)}, "alone")["clip_img"].dense(48)
     absent = (codes == 0).all(0).nonzero().squeeze(1)
     present = (codes > 0).any(0).nonzero().squeeze(1)
-    heat = repsae.heat_maps(backbone, x, lambda f: model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)[:, absent].sum(1), 0)
+    heat, _ = repsae.heat_maps(backbone, x, lambda f: model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)[:, absent].sum(1), 0)
     assert len(absent) and (heat == 0).all()
-    heat = repsae.heat_maps(backbone, x, lambda f: model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)[:, present].sum(1), 0)
+    heat, _ = repsae.heat_maps(backbone, x, lambda f: model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)[:, present].sum(1), 0)
     assert heat.shape == (2, 4, 4) and heat.max() > 0
-    only = repsae.heat_maps(backbone, x[:1], lambda f: f[:, 0], 0)
-    both = repsae.heat_maps(backbone, x, lambda f: f[:, 0], 0)
+    only, _ = repsae.heat_maps(backbone, x[:1], lambda f: f[:, 0], 0)
+    both, _ = repsae.heat_maps(backbone, x, lambda f: f[:, 0], 0)
     np.testing.assert_allclose(only[0], both[0], rtol=1e-4, atol=1e-7)                      # a picture does not see its batch
 
 
@@ -1075,9 +1085,9 @@ def test_single_latents_are_drawn_where_they_are_most_active_and_by_grad_cam_wit
     assert f"latent {j}</h3>" in (tmp_path / "a" / "report.html").read_text()
     vim = ssm.vim_micro().eval()
     x = torch.randn(2, 3, 32, 32)
-    heat = repsae.heat_maps(vim, x, lambda f: f[:, 5], 0)
+    heat, _ = repsae.heat_maps(vim, x, lambda f: f[:, 5], 0)
     np.testing.assert_array_equal(heat, judge.grad_cam(vim.features, *ssm.cam_layer(vim, x), x, lambda out: out[:, 5]))
-    assert heat.shape == (2, 4, 4) and heat.max() == 1 and (repsae.heat_maps(vim, x, lambda f: 0 * f[:, 5], 0) == 0).all()
+    assert heat.shape == (2, 4, 4) and heat.max() == 1 and (repsae.heat_maps(vim, x, lambda f: 0 * f[:, 5], 0)[0] == 0).all()
 
 
 def test_extracted_features_see_the_view_that_attribution_sees(world):
@@ -1210,8 +1220,10 @@ def test_concept_latents_fire_with_their_label_often_and_mostly():
     import scipy.sparse as sp
     code = sp.csr_matrix(np.array([[1, 1, 0, 1]] * 6 + [[0, 1, 1, 0]] * 14, float))
     labels = np.array([[1, 0]] * 6 + [[0, 1]] * 14, bool)
-    found = repsae.concept_latents(code, labels, least=5)
+    found = repsae.concept_latents({"a": code}, labels, least=5)
     assert found[0].tolist() == [0, 3] and found[1].tolist() == [1, 2]
+    found = repsae.concept_latents({"a": code, "b": code[::-1]}, labels, least=9)           # counted over both: 6 + 6 of 2 x 14
+    assert found[0].tolist() == [1] and found[1].tolist() == [1, 2]
 
 
 def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsys):
@@ -1240,6 +1252,14 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
     with np.load(tissue) as z:
         np.savez(world / "tissue" / "bare.npz", **{k: v for k, v in z.items() if k not in ("captions", "instances")})
     weights = f"vit=vit_micro:random,clip={world / 'clip'}"
+    with np.load(tissue) as z:
+        np.savez(world / "tissue" / "small.npz", **{**z, "instances": z["instances"][:, ::2, ::2]})
+    shutil.copytree(world / "run", world / "named")
+    config = json.loads((world / "run" / "config.json").read_text())
+    with np.load(world / "feats.npz") as z:
+        np.savez(world / "named.npz", **{**z, "label_names": np.array([f"aardvark {name}" for name in z["label_names"]])})
+    config["flags"]["data"] = str(world / "named.npz")
+    (world / "named" / "config.json").write_text(json.dumps(config))
     shutil.copytree(world / "run", world / "dead")
     model, optimiser, extra = sae.load(world / "run" / "checkpoint.pt")
     with torch.no_grad():
@@ -1255,6 +1275,8 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("attribute", world / "run", "--images", tissue, "--weights", "vit=vit_micro:random"), "no text encoder"),
             (("attribute", world / "run", "--images", tissue, "--weights", weights, "--latent", "48"), "latent 48 is not one of 48"),
             (("attribute", world / "run", "--images", tissue, "--weights", weights, "--latent", "1,two"), "--latent 1,two - give numbers"),
+            (("attribute", world / "run", "--images", world / "tissue" / "small.npz", "--weights", weights), "masks of 16x16 and pictures"),
+            (("attribute", world / "named", "--images", tissue, "--weights", weights), "the word 'aardvark' is in no caption"),
             (("attribute", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "latent 3 is dead in every stream"),
             (("attribute", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
             (("attribute", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "has no 'instances'"),
