@@ -2123,8 +2123,9 @@ def cmd_attribute(flags):
         what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
         for what, of in maps.items()}})
     gallery, drawn = attribution_gallery(maps, truth, images, names)
+    make_folder(out_path(folder, "overlays"), fresh=False)
     for name, picture in drawn.items():
-        judge.save_picture(out_path(folder, f"{name}.png"), picture)
+        judge.save_picture(os.path.join(folder, "overlays", f"{name}.png"), picture)
     judge.write_report(out_path(folder, "report.html"), "repsae attribute", [
         ("Segmentation by heat maps: of the labels that are there, as published, and when all labels are asked for",
          judge.html_table([""] + columns, rows)), ("Maps", gallery), ("Words", word_table(words)),
@@ -2325,8 +2326,9 @@ def attribution_gallery(maps, keys, images, names, most=2):
         heat = maps[what].get(key)
         if heat is None or not heat.max() > 0:
             return "no latents" if heat is None else "absent"
-        drawn[f"{key[0]}_{names[key[1]]}_{what}".replace(" ", "_")] = judge.overlay(image, heat / heat.max())
-        return judge.embedded(judge.overlay(image, heat / heat.max()))
+        picture = judge.overlay(image, heat / heat.max())
+        drawn[re.sub(r"[^\w-]+", "_", f"{key[0]}_{names[key[1]]}_{what}")] = picture
+        return judge.embedded(picture)
     for c in sorted({c for _, c in keys}):
         parts.append(f"<h3>{html.escape(names[c])}</h3>")
         for i in [i for i, k in keys if k == c][:most]:

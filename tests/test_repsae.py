@@ -1050,8 +1050,8 @@ def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tm
     kept = np.load(tmp_path / "a" / "maps.npz")
     assert set(kept) == {"keys", *names} - {"centre of the picture"} and kept["clip, raw similarity"].shape == (len(kept["keys"]), 4, 4)
     assert features.label_matrix(kept["keys"][:, 0])[range(len(kept["keys"])), kept["keys"][:, 1]].all()
-    drawn = [name for name in os.listdir(tmp_path / "a") if name.endswith("_clip,_raw_similarity.png")]
-    assert drawn and Image.open(tmp_path / "a" / drawn[0]).size == (112, 112)
+    drawn = list((tmp_path / "a" / "overlays").glob("*_clip_raw_similarity.png"))
+    assert drawn and Image.open(drawn[0]).size == (112, 112)
     model, _, _ = sae.load(world / "run" / "checkpoint.pt")
     backbone, _ = repsae.load_clip(world / "clip", "cpu")
     x = torch.randn(2, 3, 32, 32)

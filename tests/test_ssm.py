@@ -865,21 +865,22 @@ def test_a_bag_is_told_by_its_one_planted_instance_and_attention_points_at_it():
 
 # -- heat maps -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("model", [ssm.vit_micro(), ssm.vim_micro(), ssm.vim_micro(double_cls=True), ssm.vmamba_micro()])
+@pytest.mark.parametrize("model", [ssm.vit_micro(), ssm.vim_micro(), ssm.vim_micro(double_cls=True), ssm.vmamba_micro(),
+                                   ssm.CLIPVision(32, 2, 1, 8, 64, 16)])
 def test_the_grad_cam_layer_is_a_map_without_class_tokens_that_the_output_depends_on(model):
     model.eval()
-    x = torch.randn(2, 3, 64, 32)
+    x = torch.randn(2, 3, 64, 64 if isinstance(model, ssm.CLIPVision) else 32)
     module, to_map = ssm.cam_layer(model, x)
     kept = []
     hook = module.register_forward_hook(lambda m, i, out: kept.append(out))
     out = model(x)
     hook.remove()
     gradient, = torch.autograd.grad(out.square().sum(), kept[0])
-    grid = (2, 1) if isinstance(model, ssm.VMamba) else (8, 4)
+    grid = (2, 1) if isinstance(model, ssm.VMamba) else (8, x.shape[3] // 8)
     assert to_map(kept[0]).shape[:3] == (2, *grid) and (to_map(gradient) != 0).any(-1).all()
     if not isinstance(model, ssm.VMamba):                    # exactly the patch tokens, in their order
         numbers = torch.arange(kept[0].shape[1]).float()[None, :, None]
-        cls = [0] if isinstance(model, ssm.ViT) else [0, 16] if model.double_cls else [16]
+        cls = [0] if isinstance(model, (ssm.ViT, ssm.CLIPVision)) else [0, 16] if model.double_cls else [16]
         assert to_map(numbers).flatten().tolist() == [i for i in range(kept[0].shape[1]) if i not in cls]
 
 
