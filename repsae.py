@@ -253,6 +253,14 @@ def make_folder(folder, fresh):
         raise InputError(f"cannot write to {folder} ({e.strerror}) - name another folder with --out")
 
 
+def fresh_folder(folder, pattern):
+    """Make a folder, or rid it of what an earlier run left: files whose names match `pattern`, and nothing else."""
+    os.makedirs(folder, exist_ok=True)
+    for name in os.listdir(folder):
+        if re.fullmatch(pattern, name):
+            os.remove(out_path(folder, name))
+
+
 def versions():
     """What a run depends on besides its flags: a dict for config.json."""
     import numpy
@@ -839,6 +847,8 @@ def parse_over(over):
     if name not in ("latents", "k", "lam", "lr", "streams"):
         raise InputError(f"--over {over} - write for example latents=256,512,1024 (or k=, lam=, lr=, streams=a+b,a+b+c)")
     if name == "streams":
+        if not all(v for one in values.split(",") for v in one.split("+")):
+            raise InputError(f"--over {over} - write for example streams=a+b,a+b+c")
         return name, [v.replace("+", ",") for v in values.split(",")]
     kind = {**MODEL, **TRAINING}[name][1]
     try:
@@ -2100,8 +2110,8 @@ def cmd_attribute(flags):
         masks = {key: m for key, m in masks.items() if m is not None}
         found[what] = {**judge.segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth),
                        "AP, all asked": judge.segmentation_scores(masks, truth)["AP"],
-                       "drawn though absent, %": 100. * sum(key in masks for key in pairs if key not in truth)
-                       / max(sum(key not in truth for key in pairs), 1),
+                       "drawn though absent, %": 100. * sum(key in masks for key in asked if key not in truth)
+                       / max(sum(key not in truth for key in asked), 1),
                        "absent": len(silent),
                        "maps of absent that are not 0": sum(bool(maps[what][key].any()) for key in silent)}
     middle = judge.heat_mask(centre_prior(), arrays["instances"].shape[1:], data.otsu)
@@ -2116,14 +2126,14 @@ def cmd_attribute(flags):
     words = word_examples(model, text, encoder, J, features, labels, test, kinds, flags)
     single, said = latent_maps(model, sees, clip, chosen, features, test, images, flags)
     whole, told = caption_maps(model, sees, clip, features, test, images, flags)
+    gallery, drawn = attribution_gallery(maps, truth, images, names)
+    arrays = {what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
+              for what, of in maps.items() if of}
     make_folder(folder, fresh=False)
     judge.write_json(out_path(folder, "metrics.json"), {"segmentation": found, "words": words, "latents": said,
                                                         "captions": told})
-    data.write_npz(out_path(folder, "maps.npz"), {"keys": np.array(list(truth)), **{
-        what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
-        for what, of in maps.items()}})
-    gallery, drawn = attribution_gallery(maps, truth, images, names)
-    make_folder(out_path(folder, "overlays"), fresh=False)
+    data.write_npz(out_path(folder, "maps.npz"), {"keys": np.array(list(truth)), **arrays})
+    fresh_folder(out_path(folder, "overlays"), r"\d+_\w+\.png")
     for name, picture in drawn.items():
         judge.save_picture(os.path.join(folder, "overlays", f"{name}.png"), picture)
     judge.write_report(out_path(folder, "report.html"), "repsae attribute", [
@@ -2145,6 +2155,8 @@ def attributed_streams(model, flags):
         name, backbone, _ = load_backbone(spec, flags)
         depth = len(kept_attention(backbone))
         if hasattr(backbone, "clip"):
+            if clip:
+                raise InputError("two runs of clip in --weights - name one, whose words are meant")
             clip, depth = (f"{name}_txt", backbone), min(depth, len(kept_attention(backbone.clip.transformer)))
         if depth and not -depth <= flags.start_layer < depth:
             raise InputError(f"--start-layer {flags.start_layer} - {name} has {depth} layers")
@@ -2187,14 +2199,14 @@ def attribution_scores(model, sees, clip, J, alive, names, truth, flags):
         return found
     for name, (backbone, s) in sees.items():
         out.update({f"{name}, {what}": (backbone, target) for what, target in targets(s).items()})
-    return {**out, "clip, raw similarity": (encoder, lambda f, c: normalize(f, dim=1) @ normalize(prompts[c], dim=0))}
+    return {**out, f"{text[:-4]}, raw similarity": (encoder, lambda f, c: normalize(f, dim=1) @ normalize(prompts[c], dim=0))}
 
 
 def concept_maps(backbone, score, pairs, images, flags, block=64):
     """{(picture, label): heat map} of a method, and the keys where the score itself is 0."""
     import data
     import torch
-    view, out, silent = data.plain_view(backbone.size, True), {}, []
+    view, out, silent = data.plain_view(getattr(backbone, "size", 224), True), {}, []
     for c in sorted({c for _, c in pairs}):
         rows = [i for i, k in pairs if k == c]
         for start in range(0, len(rows), block):
@@ -2280,7 +2292,7 @@ def caption_maps(model, sees, clip, features, test, images, flags, most=4):
         sees_too = f"{text[:-4]}_img"
         z_text, z_image = z(text, f_text), z(sees_too, features.batch(test[:most])[sees_too].to(flags.device))
     scores = {f"z z', {name}": (backbone, lambda f, n, s=s: z(s, f) @ z_text[n]) for name, (backbone, s) in sees.items()}
-    scores["z z', CLIP itself"] = encoder, lambda f, n: normalize(f, dim=1) @ normalize(f_text[n], dim=0)
+    scores["cosine, CLIP itself"] = encoder, lambda f, n: normalize(f, dim=1) @ normalize(f_text[n], dim=0)
     pairs = [(i, n) for n, i in enumerate(test[:most])]
     said = [{"concept": "caption", "caption": caption, "here": True, "words": word_heat(
         encoder.clip, encoder.words, model, text, caption, lambda code: code @ z_image[n], flags.start_layer)}
@@ -2973,7 +2985,7 @@ def demo_codes(at, quick):
         ("13. Other sets of models: features", "Six streams.",
          ["extract", "--images", at("tissue", "tissue.npz"), "--weights", f"{both},clip={at('clip')},small={small}", "--last",
           "1", "--out", at("six.npz")], at("six.npz"), [], None),
-        ("13. Other sets of models", "sparc.txt Tables 7-13: do two models of a kind share a code more easily?",
+        ("13. Other sets of models", "sparc.txt Tables 7-13: across which models does Global reconstruct better?",
          ["sweep", "--over", "streams=" + ",".join(v for _, v in DEMO_SETS.values()), "--data", at("six.npz"), *code, "--out",
           at("sweep_streams")], at("sweep_streams", "report.html"), [], functools.partial(sets_verdict, at)),
         ("14. Back to pixels and words", "Thesis 5.4.4, Table 5.4, A.3, A.4: heat maps of concepts, and what they segment.",
@@ -3089,7 +3101,8 @@ def transfer_verdict(at):
 
 
 def ablate_verdict(at):
-    """The 2x2: each way as it was trained (Global joint, Local alone, as published), and what the joint numbers hide."""
+    """The 2x2: each way as it was trained (Global joint, Local alone), as published but for retrieval, which was alone; and
+    what the joint numbers hide."""
     import eval as judge
     m = read_metrics(at("ablate", "metrics.json"))
     g, g0, null = m["global_lam1"], m["global_lam0"], m["global_lam1"]["null"]
@@ -3114,8 +3127,7 @@ def ablate_verdict(at):
         "Global has a higher Jaccard than for shuffled pairs, joint (ours)": above(alike["global, joint"], alike["its null"]),
         "1-D probes do better under Local, as trained (5.3)": above(loss["local"], loss["global, joint"]),
         "1-D probes do better at λ = 0, Global (5.3)": above(loss["global, λ 0, joint"], loss["global, joint"]),
-        "Global retrieves better than Local, as trained (5.5)": above(found["global, joint"], found["local"]),
-        "Global retrieves better than Local, alone (ours)": above(found["global, alone"], found["local"]),
+        "Global retrieves better than Local, alone (5.5)": above(found["global, alone"], found["local"]),
         "λ = 1 retrieves better than λ = 0, alone, Global and Local (5.5)":
         above(found["global, alone"], found["global, λ 0, alone"]) and above(found["local"], found["local, λ 0"]),
         "Global retrieves better than for shuffled pairs, alone (ours)":
@@ -3193,7 +3205,10 @@ def attribute_verdict(at):
                                                                                              "centre of the picture")}},
             {**claims, "names guide the vision-only ViT to nine tenths of CLIP's similarity (5.4)":
              above(m["dino_vit, similarity to the name"], 0.9 * raw),
-             "what is absent moves nothing: its maps are 0 everywhere (A.3.3)":
+             **{f"concept latents draw what is absent less often than similarity does, {b} (A.3.3)": above(
+                 *(found[""][f"{b}, {target}"]["drawn though absent, %"] for target in (
+                     "similarity to the name", "sum of concept latents"))) for b in ("dino_vit", "clip")},
+             "a score of 0 has a map of zeros (ours, a theorem)":
              sum(v["absent"] for v in scored) > 0 and not any(v["maps of absent that are not 0"] for v in scored)})
 
 
@@ -3213,7 +3228,7 @@ def mammo_verdict(at):
     ten = max((c for c in tuned["curve"] if c["k"] <= 10), key=lambda c: c["k"])
     auc = {when: [m["auc"][name][0] for name in ("original features", "reconstructed")] for when, m in runs.items()}
     ap = {when: mean_of(m["localisation"], "ap") for when, m in runs.items()}
-    apart = [tuned[key]["distance"] for key in ("separation", "separation of --other")]
+    near = [tuned[key]["cosine"] for key in ("separation", "separation of --other")]
     more = auc["tuned"][1] - 0.5                             # than chance
     return ({**{("Mammo 1", f"AUC, {what}, {when}"): v for when, both in auc.items()
                 for what, v in zip(("features", "reconstructed"), both)},
@@ -3222,8 +3237,8 @@ def mammo_verdict(at):
              **{("Mammo 2", f"AP, mean of the top ten latents, {when}"): v for when, v in ap.items()},
              **{("Mammo 2", f"AP, the best of them on test pictures, {when}"): max(row["ap"] for row in m["localisation"])
                 for when, m in runs.items()},
-             ("Mammo Fig. 4", "distance of class means, tuned"): apart[0],
-             ("Mammo Fig. 4", "distance of class means, before"): apart[1]},
+             ("Mammo Fig. 4", "cosine of class means, tuned"): near[0],
+             ("Mammo Fig. 4", "cosine of class means, before"): near[1]},
             {"fine-tuned features tell the label better (Mammo Table 1)": auc["tuned"][0] > auc["before"][0],
              "the reconstruction's AUC is within 0.025 of the features', either way (Mammo Table 1)":
              all(abs(x - y) <= 0.025 for x, y in auc.values()),
@@ -3231,7 +3246,7 @@ def mammo_verdict(at):
              more > 0.05 and ten["keep"] - 0.5 >= 0.9 * more,
              "silencing these leaves at most half of it (Mammo Fig. 2b)": more > 0.05 and ten["silence"] - 0.5 <= 0.5 * more,
              "fine-tuned latents find the boxes better (Mammo Table 2)": above(ap["tuned"], ap["before"]),
-             "fine-tuning moves the class means apart (Mammo Fig. 4)": apart[0] > apart[1]})
+             "fine-tuning moves the class means apart, by cosine (Mammo Fig. 4)": near[0] < near[1]})
 
 
 def fidelity_verdict(at):
@@ -3252,7 +3267,9 @@ def demo_files(out, seed):
     """Files that tie stages together: patients as bags and as slides; features with the disease as label."""
     import data
     import numpy as np
-    feats, half, made = (data.read_arrays(out_path(out, name)) for name in ("feats.npz", "half.npz", "tissue/tissue.npz"))
+    views = {views: data.read_arrays(out_path(out, name)) for views, name in (("", "feats.npz"), ("half_", "half.npz"))
+             if not views or os.path.exists(out_path(out, name))}
+    feats, made = views[""], data.read_arrays(out_path(out, "tissue/tissue.npz"))
     order = np.argsort(made["groups"], kind="stable")
     _, first, count = np.unique(made["groups"], return_index=True, return_counts=True)
     y = made["disease"][first]
@@ -3261,9 +3278,9 @@ def demo_files(out, seed):
         fold[part] = False
     about = {"y": y, "offsets": np.r_[0, np.cumsum(count)], "folds": folds}
     for arch in ("vit", "vim"):
-        for views, x in (("", feats), ("half_", half)):
+        for name, x in views.items():
             x = x[f"dino_{arch}"][order].astype(np.float32)
-            data.write_npz(out_path(out, f"bags_{views}{arch}.npz"), {"X": x, **about})
+            data.write_npz(out_path(out, f"bags_{name}{arch}.npz"), {"X": x, **about})
     demo_slides(out, feats["dino_vim"], made)
     keep = {k: v for k, v in feats.items() if k not in ("labels", "label_names", "boxes")}
     data.write_npz(out_path(out, "disease.npz"), {**keep, "labels": made["disease"], "label_names": made["disease_names"]})
@@ -3275,10 +3292,11 @@ def demo_slides(out, x, made):
     import eval as judge
     import numpy as np
     from PIL import Image
+    for disease in made["disease_names"]:
+        fresh_folder(os.path.join(out, "slides", str(disease)), r"\d+\.(png|npz)")
     for group in np.unique(made["groups"]):
         rows = np.flatnonzero(made["groups"] == group)
         folder = os.path.join(out, "slides", str(made["disease_names"][made["disease"][rows[0]]]))
-        os.makedirs(folder, exist_ok=True)
         tiles = [Image.open(os.path.join(out, "tissue", str(made["images"][row]))) for row in rows]
         side = tiles[0].size[0]
         places = [(n % 4 * side, n // 4 * side) for n in range(len(rows))]
@@ -3299,7 +3317,7 @@ def cmd_demo(flags):
     skip = number_list(flags.skip) if flags.skip else ()
     numbers, claims, sections = zip(*(run_demo(folder, flags.quick, seed, skip) for folder, seed in zip(folders, seeds)))
     values = {key: [one.get(key) for one in numbers] for key in numbers[0]}
-    held = {claim: sum(one[claim] for one in claims) for claim in claims[0]}
+    held = {claim: sum(one[claim] for one in claims) for claim in claims[0] if all(claim in one for one in claims)}
     S = len(seeds)
     rows = [[f"{table}: {what}", judge.mean_std(v) if S > 1 else v[0]] for (table, what), v in values.items()]
     tables = [(["papers' table: what is here", f"mean ± std, {S} seeds" if S > 1 else f"seed {flags.seed}"], rows),
@@ -3321,14 +3339,17 @@ def run_demo(out, quick, seed, skip=()):
     """Run what is not done yet, but for the chapters to skip: (numbers and claims of the verdicts, sections of the report)."""
     import eval as judge
     os.makedirs(out, exist_ok=True)
-    numbers, claims, sections, stale = {}, {}, [], False
-    for n, (heading, stands_for, argv, proof, pictures, verdict) in enumerate(demo_stages(out, quick, seed), 1):
+    numbers, claims, sections, stages, stale = {}, {}, [], demo_stages(out, quick, seed), False
+    files = [os.path.join(out, f"stage_{n:02d}.txt") for n in range(1, len(stages) + 1)]
+    for n, (told, (heading, stands_for, argv, proof, pictures, verdict)) in enumerate(zip(files, stages)):
         if int(heading.split(".")[0]) in skip:
             sections.append((heading, "<p>Skipped.</p>"))
             continue
-        told, command = os.path.join(out, f"stage_{n:02d}.txt"), f"python repsae.py {shlex.join(argv)}"
-        # what comes after a stage that is run again, is too
-        stale = stale or not os.path.exists(proof) or read_text(told).split("\n", 1)[0] != command
+        command = f"python repsae.py {shlex.join(argv)}"
+        if not stale and (not os.path.exists(proof) or read_text(told).split("\n", 1)[0] != command):
+            stale = True                                     # and with it all that comes after, now or in a later call
+            for later in filter(os.path.exists, files[n:]):
+                os.remove(later)
         if stale:
             say(f"== {heading}: {command}")
             if argv[0] in ("mil", "latents"):
@@ -3570,7 +3591,7 @@ command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, {k: R
 command("demo", cmd_demo, (), "demo", extra={
     "seed": (0, int, "of everything: pictures, weights, order"),
     "seeds": (1, int, "how often, from --seed on, to give means and deviations"),
-    "skip": (None, str, "numbers of chapters to leave out, separated by commas; those that build on them too"),
+    "skip": (None, str, "numbers of chapters to leave out, separated by commas; name those that build on them, too"),
     "quick": (False, bool, "a size at which only the mechanics count: minutes instead of half an hour")})
 command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
