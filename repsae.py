@@ -2314,19 +2314,20 @@ def word_examples(model, text, clip, J, features, labels, test, kinds, flags, mo
 
 
 def word_table(examples):
-    """Captions with each word as dark as its relevance; a concept that moves nothing is called absent."""
+    """Captions with each word as dark as its relevance; a concept that moves nothing is absent, or its latents are silent."""
     parts = []
     for e in examples:
         shown = " ".join(f'<span style="background:rgba(197,48,48,{score:.2f})">{html.escape(word)}</span>'
                          + f"<sub>{score:.2f}</sub>" * (score > 0) for word, score in e["words"])
-        absent = "" if any(score for _, score in e["words"]) else " <b>absent</b>"
+        absent = "" if any(score for _, score in e["words"]) else f" <b>{'silent' if e['here'] else 'absent'}</b>"
         parts.append(f"<p><b>{html.escape(e['concept'])}</b>: {shown}{absent}</p>")
     return "".join(parts)
 
 
 def attribution_gallery(maps, keys, images, names, most=2):
-    """For some pictures of each concept (keys: picture, label) a table of the maps {"backbone, target": {key: map}}, as HTML;
-    and their overlays by themselves: {name of a file: PIL image}."""
+    """For some pictures of each concept (keys: picture, label), and one without it, a table of the maps {"backbone, target":
+    {key: map}}, as HTML; and their overlays by themselves: {name of a file: PIL image}. A map of zeros is not drawn: the
+    concept is absent, or where it is there the score is silent."""
     import eval as judge
     lines, parts, drawn = {}, [], {}
     for what in maps:
@@ -2337,15 +2338,16 @@ def attribution_gallery(maps, keys, images, names, most=2):
     def cell(image, what, key):
         heat = maps[what].get(key)
         if heat is None or not heat.max() > 0:
-            return "no latents" if heat is None else "absent"
+            return "no latents" if heat is None else "silent" if key in keys else "absent"
         picture = judge.overlay(image, heat / heat.max())
         drawn[re.sub(r"[^\w-]+", "_", f"{key[0]}_{names[key[1]]}_{what}")] = picture
         return judge.embedded(picture)
     for c in sorted({c for _, c in keys}):
         parts.append(f"<h3>{html.escape(names[c])}</h3>")
-        for i in [i for i, k in keys if k == c][:most]:
+        without = [i for i, k in max(maps.values(), key=len) if k == c and (i, c) not in keys]
+        for i in [i for i, k in keys if k == c][:most] + without[:1]:
             image = images.open(i).resize((112, 112))
-            rows = [[judge.embedded(image), *map(html.escape, targets)]]
+            rows = [[judge.embedded(image) + "without it" * ((i, c) not in keys), *map(html.escape, targets)]]
             for backbone, line in lines.items():
                 rows.append([html.escape(backbone), *(cell(image, line[v], (i, c)) if v in line else "" for v in targets)])
             parts.append('<table class="maps">' + "".join(
@@ -2371,7 +2373,7 @@ def cmd_retrieve(flags):
     if not outside and flags.query >= len(rows):
         raise InputError(f"--query {flags.query} - give one of the {len(rows)} {features.split[rows[0]]} samples, from 0")
     labels, sections = features.label_matrix(rows), []
-    given = given_query(model, source, flags) if outside else None
+    given, shown_query = given_query(model, source, flags) if outside else (None, None)
 
     def shown(i, stream):
         if stream.endswith("_txt") and "captions" in features.about:
@@ -2387,7 +2389,7 @@ def cmd_retrieve(flags):
         best = np.argsort(-similarity, kind="stable")[:10]
         sheet = [f'<span style="outline:3px solid #2f855a">{shown(i, target)}</span>' if not outside and i == flags.query
                  else shown(i, target) for i in best]
-        first = html.escape(flags.text or flags.features) if outside else shown(flags.query, source)
+        first = shown_query or shown(flags.query, source)
         sections.append((f"{source} to {target}, {mode}", judge.strip(first, *sheet)))
         rank = None if outside else int((similarity >= similarity[flags.query]).sum())
         partner = "" if outside else f"the true partner has rank {rank} of {len(rows)}; "
@@ -2398,7 +2400,8 @@ def cmd_retrieve(flags):
 
 
 def given_query(model, stream, flags):
-    """The code (1, L) in `stream` of --text, read by the text encoder of --encoder, or of the vector in --features."""
+    """The code (1, L) in `stream` of --text, read by the text encoder of --encoder, of the vector in --features, or of the row
+    --query of a feature file there; and how to show it, HTML."""
     import data
     import eval as judge
     import torch
@@ -2410,14 +2413,21 @@ def given_query(model, stream, flags):
             raise InputError("--text has no words - give some")
         with torch.no_grad():
             x = encoder.clip.encode_text(encoder.words([flags.text], encoder.clip.config["context"]).to(flags.device))
+        shown = html.escape(flags.text)
+    elif flags.features.endswith(".npz"):
+        others = data.read_features(flags.features, [stream])
+        if flags.query >= len(others):
+            raise InputError(f"--query {flags.query}, but {flags.features} has {len(others)} samples - count from 0")
+        x = others.batch([flags.query])[stream]
+        shown = judge.describe_sample(others, flags.query, (), os.path.dirname(os.path.abspath(flags.features)))
     else:
-        x = data.read_vector(flags.features)[None]
+        x, shown = data.read_vector(flags.features)[None], html.escape(flags.features)
     if x.shape[1] != model.dims[stream]:
         raise InputError(f"the query has {x.shape[1]} numbers, stream '{stream}' has {model.dims[stream]} - name its stream "
                          "with --from")
     with torch.no_grad():
         codes = model.encode({stream: x.to(flags.device)}, "alone")[stream]
-    return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), model.n_latents)
+    return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), model.n_latents), shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2888,14 +2898,15 @@ def demo_stages(out, quick, seed=0):
     they find there: whether it is so here}); None where there is nothing to compare.
     """
     at = functools.partial(os.path.join, out)
-    stages = [*demo_backbones(at, quick), *demo_labels(at, quick), *demo_codes(at, quick), *demo_latents(at, quick),
+    stages = [*demo_backbones(at, quick), *demo_labels(at, quick), *demo_codes(at, quick, seed), *demo_latents(at, quick),
               *demo_bags(at, quick, "19. Patients as bags, half size", "Thesis Table 3.7: as 6, at half the magnification.",
                          "half_"),
               ("20. What a head attends to", "Thesis 3.2.2: the pictures of a patient side by side, as a slide.",
                ["mil", "--data", at("slides"), "--head", "abmil", "--epochs", "5" if quick else "50", "--least", "5",
                 "--widths", "64", "--attention", "32", "--inner", "3", "--out", at("mil_slides")],
                at("mil_slides", "report.html"), [], None)]
-    return [(heading, about, [*argv, "--seed", str(seed)], *rest) for heading, about, argv, *rest in stages]
+    return [(heading, about, argv if "--seed" in argv else [*argv, "--seed", str(seed)], *rest)
+            for heading, about, argv, *rest in stages]
 
 
 def demo_backbones(at, quick):
@@ -2955,7 +2966,7 @@ def demo_bags(at, quick, heading, about, views):
             for arch in ("vit", "vim")]
 
 
-def demo_codes(at, quick):
+def demo_codes(at, quick, seed):
     """Chapters 4 and 5: sparse codes of one model and of all, concepts in pixels and words, retrieval."""
     feats, shared = at("feats.npz"), at("ablate", "global_lam1")
     code = ["--latents", "256", "--k", "16", "--batch", "128", "--lr", "1e-3", "--norm", "standard,l2", "--epochs",
@@ -3002,7 +3013,16 @@ def demo_codes(at, quick):
             at(f"retrieve_{run}.html")], at(f"retrieve_{run}.html"), [], None) for run in ("global", "local")),
         ("15. Retrieval by words", "Thesis Fig. A.24-A.26: words that are no caption find pictures in that backbone.",
          ["retrieve", shared, "--text", "several tumour cells and a mitosis", "--encoder", at("clip"), "--from", "clip_txt",
-          "--to", "dino_vit", "--out", at("words.html")], at("words.html"), [], None)]
+          "--to", "dino_vit", "--out", at("words.html")], at("words.html"), [], None),
+        ("15. Pictures from elsewhere", "Another tissue: other patients, slides and stains.",
+         ["tissue", "--pictures", "40", "--out", at("elsewhere"), "--seed", str(seed + 1000)],
+         at("elsewhere", "tissue.npz"), [], None),
+        ("15. Pictures from elsewhere: features", "By the ViT alone.",
+         ["extract", "--images", at("elsewhere", "tissue.npz"), "--weights", f"dino_vit={at('dino_vit')}", "--last", "1",
+          "--out", at("elsewhere.npz")], at("elsewhere.npz"), [], None),
+        ("15. Retrieval from elsewhere", "Thesis Tables A.11-A.17: captions for a picture that is not in the data set.",
+         ["retrieve", shared, "--features", at("elsewhere.npz"), "--query", "3", "--from", "dino_vit", "--to", "clip_txt",
+          "--out", at("retrieve_elsewhere.html")], at("retrieve_elsewhere.html"), [], None)]
 
 
 # sets of encoders of the kinds of sparc.txt's tables; Table 10, texts without images, has no counterpart here
@@ -3547,7 +3567,8 @@ command("attribute", cmd_attribute, (ON_RUN, OUT), positional=("run",), extra={
 command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={
     "query": (0, int, "number of the test sample that asks"), "from": (None, str, "its stream; the first by default"),
     "to": (None, str, "the stream to search; the last by default"), "text": (None, str, "words that ask instead"),
-    "features": (None, str, ".npy with one vector (d,) of the stream --from, that asks instead"),
+    "features": (None, str, ".npy with one vector (d,) of the stream --from, that asks instead; or a feature file, whose row "
+                 "--query asks"),
     "encoder": (None, str, "run of clip whose text encoder reads --text")})
 command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
 command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),

@@ -1046,6 +1046,9 @@ def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tm
     assert "centre of the picture" in capsys.readouterr().out and "<img" in (tmp_path / "a" / "report.html").read_text()
     assert sum(v.get("absent", 0) for v in found["segmentation"].values()) > 0
     assert not any(v.get("maps of absent that are not 0") for v in found["segmentation"].values())
+    assert "without it" in (tmp_path / "a" / "report.html").read_text()
+    assert "silent" in repsae.word_table([{"concept": "x", "caption": "", "here": True, "words": [("a", 0.)]}])
+    assert "absent" in repsae.word_table([{"concept": "x", "caption": "", "here": False, "words": [("a", 0.)]}])
     features = data.read_features(world / "feats.npz")
     first = features.rows("test", "val")[0]
     assert found["captions"][0]["caption"] == features.about["captions"][first] and len(found["captions"]) == 4
@@ -1283,6 +1286,10 @@ def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsy
     nearest = capsys.readouterr().out
     run("retrieve", world / "run", "--query", 3, "--from", "vit", "--to", "clip_img", "--out", tmp_path / "s.html")
     assert nearest.split("nearest")[1] == capsys.readouterr().out.split("alone:")[1].split("nearest")[1]
+    np.savez(tmp_path / "q.npz", vit=features.batch(rows[:5])["vit"].numpy())                # a file of features asks the same
+    run("retrieve", world / "run", "--features", tmp_path / "q.npz", "--query", 3, "--from", "vit", "--to", "clip_img", "--out",
+        tmp_path / "q.html")
+    assert nearest.split("nearest")[1] == capsys.readouterr().out.split("nearest")[1]
     run("retrieve", world / "run", "--text", "two eosinophils", "--encoder", world / "clip", "--from", "clip_txt", "--to", "clip_img",
         "--out", tmp_path / "t.html")
     assert "two eosinophils" in (tmp_path / "t.html").read_text()
@@ -1327,7 +1334,9 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("retrieve", world / "run", "--text", "aardvark", "--encoder", world / "clip", "--from", "clip_txt"), "'aardvark' is in no"),
             (("retrieve", world / "run", "--text", "mucin", "--encoder", world / "clip", "--from", "vit"), "name the text stream"),
             (("retrieve", world / "run", "--text", "?", "--encoder", world / "clip", "--from", "clip_txt"), "has no words"),
-            (("retrieve", world / "run", "--features", world / "tissue" / "tissue.npz"), "does not hold one vector"),
+            (("retrieve", world / "run", "--features", world / "tissue" / "tissue.npz"), "no stream 'vit'"),
+            (("retrieve", world / "run", "--features", world / "feats.npz", "--query", 240), "--query 240, but"),
+            (("retrieve", world / "run", "--features", world / "tissue" / "0.png"), "tissue/0.png"),
             (("tissue", "--pictures", 0, "--out", tmp_path / "t"), "--pictures 0 - give at least 8"),
             (("clip", "--images", tissue, "--width", 100, "--out", tmp_path / "c"), "multiple of 32"),
             (("clip", "--images", tissue, "--patch", 99, "--out", tmp_path / "c"), "a patch must fit"),
@@ -1341,7 +1350,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
 def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """Every stage's command line parses; a stage whose file is there is not run again. (The demo itself takes minutes.)"""
     stages, ran = repsae.demo_stages(str(tmp_path / "d"), True), []
-    assert len(stages) == len({" ".join(argv) for _, _, argv, *_ in stages}) == 37
+    assert len(stages) == len({" ".join(argv) for _, _, argv, *_ in stages}) == 40
     for _, _, argv, proof, *_ in stages:
         repsae.parse(argv)
 
@@ -1361,34 +1370,34 @@ def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeyp
     repsae.cmd_demo(flags)
     assert ran == [a[0] for _, _, a, *_ in stages]
     repsae.cmd_demo(flags)
-    assert len(ran) == 37                                    # all is there
+    assert len(ran) == 40                                    # all is there
     shortened[13] = (*shortened[13][:2], [*shortened[13][2][:-2], "--weighted", *shortened[13][2][-2:]], *shortened[13][3:])
     repsae.cmd_demo(flags)
-    assert ran[37:] == [a[0] for _, _, a, *_ in stages[13:]]                                # another setting, and all after it
+    assert ran[40:] == [a[0] for _, _, a, *_ in stages[13:]]                                # another setting, and all after it
     page = (tmp_path / "d" / "report.html").read_text()
-    assert page.count("<code>python repsae.py") == 37
+    assert page.count("<code>python repsae.py") == 40
     repsae.cmd_demo(flags.replaced({"out": str(tmp_path / "e"), "skip": "2,13"}))
     kept = [a[0] for h, _, a, *_ in stages if h.split(".")[0] not in ("2", "13")]
-    assert ran[37 + 24:] == kept and (tmp_path / "e" / "report.html").read_text().count("<p>Skipped.</p>") == 5
+    assert ran[40 + 27:] == kept and (tmp_path / "e" / "report.html").read_text().count("<p>Skipped.</p>") == 5
     missing = [(*one[:5], lambda: open(tmp_path / "none")) for one in shortened]            # what skipped chapters would have left
     monkeypatch.setattr(repsae, "demo_stages", lambda out, quick, seed: missing)
     repsae.cmd_demo(flags.replaced({"out": str(tmp_path / "e"), "skip": "2"}))
     with pytest.raises(FileNotFoundError):
         repsae.cmd_demo(flags.replaced({"out": str(tmp_path / "e")}))
     monkeypatch.setattr(repsae, "demo_stages", lambda out, quick, seed: shortened)
-    del ran[37 + 24 + 32:]
+    del ran[40 + 27 + 35:]
     changed = [*shortened]
     changed[0] = (*changed[0][:2], [*changed[0][2], "--other"], *changed[0][3:])
     monkeypatch.setattr(repsae, "demo_stages", lambda out, quick, seed: changed)
     repsae.cmd_demo(flags.replaced({"skip": ",".join(map(str, range(2, 21)))}))             # the first alone, again
     monkeypatch.setattr(repsae, "demo_stages", lambda out, quick, seed: shortened)
-    assert len(ran) == 37 + 24 + 32 + 1 and not (tmp_path / "d" / "stage_37.txt").exists()  # so that no later call takes the rest as done
-    del ran[37 + 24 + 32:]
+    assert len(ran) == 40 + 27 + 35 + 1 and not (tmp_path / "d" / "stage_40.txt").exists()  # so that no later call takes the rest as done
+    del ran[40 + 27 + 35:]
     found = iter((({("5.1", "x"): 1.}, {"so": True}), ({("5.1", "x"): 3.}, {"so": False})))
     shortened[0] = (*shortened[0][:5], lambda: next(found))
     capsys.readouterr()
     repsae.cmd_demo(repsae.Flags({**flags, "seeds": 2}))                                    # each in a folder of its own
-    assert len(ran) == 37 + 24 + 32 + 2 * 37 and "2.000 ± 1.414" in (out := capsys.readouterr().out) and "in 1 of 2 seeds" in out
+    assert len(ran) == 40 + 27 + 35 + 2 * 40 and "2.000 ± 1.414" in (out := capsys.readouterr().out) and "in 1 of 2 seeds" in out
     kept = json.loads((tmp_path / "d" / "findings.json").read_text())
     assert kept == {"numbers": {"5.1: x": [1., 3.]}, "claims": {"so": 1}, "seeds": 2}
 
