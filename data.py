@@ -28,6 +28,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import scipy.ndimage
+import scipy.sparse
+import scipy.sparse.linalg
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -735,6 +737,30 @@ class Merges(Words):
 
     def pieces(self, text, strict=True):
         return [(self.number[piece], (i, word)) for i, word in enumerate(self.split(text)) for piece in self.merged(word)]
+
+
+def latent_semantics(captions, known, longest=1, width=32):
+    """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture. (N, width) float32.
+
+    Counts of words, and of runs of up to `longest` words, times the log of how rare they are, scaled to length 1 and projected
+    on the first right singular vectors of the rows `known`; what stands in none of these is not counted.
+    """
+    grams = []
+    for text in captions:
+        words = Words.split(text)
+        grams.append([" ".join(words[i:i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)])
+    number = {gram: j for j, gram in enumerate(sorted({gram for i in known for gram in grams[i]}))}
+    if len(number) < 2 or len(known) < 2:
+        raise InputError("the captions to learn from hold fewer than two words - give more captions")
+    cells = [(i, number[gram]) for i, found in enumerate(grams) for gram in found if gram in number]
+    counts = scipy.sparse.csr_matrix((np.ones(len(cells)), tuple(zip(*cells))), (len(grams), len(number)))
+    counts = counts.multiply(np.log(len(known) / (counts[known] > 0).sum(0)) + 1).tocsr()
+    length = np.sqrt(counts.multiply(counts).sum(1))
+    counts = scipy.sparse.diags(1 / np.maximum(np.asarray(length).ravel(), 1e-12)) @ counts
+    width = min(width, len(number) - 1, len(known) - 1)
+    axes = scipy.sparse.linalg.svds(counts[known], width, v0=np.ones(min(len(number), len(known))))[2][::-1]
+    axes *= np.sign(axes[np.arange(width), np.abs(axes).argmax(1)])[:, None]                # so that they are always the same
+    return (counts @ axes.T).astype(np.float32)
 
 
 def read_merges(path):

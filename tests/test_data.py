@@ -765,3 +765,22 @@ def test_a_merges_file_is_read_plain_or_gzipped(tmp_path):
             data.read_merges(str(tmp_path / name))
     with pytest.raises(InputError, match="two pieces a line"):
         data.Merges(["a b c"])
+
+
+def test_latent_semantics_are_the_singular_vectors_of_weighted_counts():
+    """Against numpy's dense SVD of counts made by hand; cosines do not depend on the axes' signs."""
+    texts = ["a b", "a c c", "b c", "A b", "d d a", "zz", "b d"]
+    known = np.array([0, 1, 2, 4, 6])
+    words = ["a", "b", "c", "d"]
+    counts = np.array([[text.lower().split().count(w) for w in words] for text in texts], float)
+    counts *= np.log(5 / (counts[known] > 0).sum(0)) + 1
+    counts /= np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-12)
+    axes = np.linalg.svd(counts[known], full_matrices=False)[2][:3]
+    found = data.latent_semantics(texts, known)
+    assert found.shape == (7, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found @ found.T, (counts @ axes.T) @ (counts @ axes.T).T, atol=1e-5)
+    np.testing.assert_array_equal(found[0], found[3])
+    assert (found[5] == 0).all()                             # none of its words was learned from
+    assert data.latent_semantics(texts, known, 2, 2).shape == (7, 2)
+    with pytest.raises(data.InputError, match="fewer than two words"):
+        data.latent_semantics(["a", "a"], np.arange(2))
