@@ -1956,9 +1956,8 @@ def cmd_clip(flags):
              "text": text_features(model, words, captions[test], flags.device)}
     found = {"loss": loss.item(), "test": judge.retrieval(x)}
     judge.write_json(out_path(flags.out, "metrics.json"), found)
-    held = "test" if images.split is not None else "training"
-    print(judge.text_table([f"{len(test)} {held} pictures", "R@1", "R@5", "R@10", "MedR", "MRR"],
-                           [[pair, *v.values()] for pair, v in found["test"].items()]))
+    header = [f"{len(test)} {'test' if images.split is not None else 'training'} pictures", "R@1", "R@5", "R@10", "MedR", "MRR"]
+    print(judge.text_table(header, [[pair, *v.values()] for pair, v in found["test"].items()]))
 
 
 def import_clip(flags):
@@ -2078,14 +2077,9 @@ def concept_latents(codes, labels, least=50):
     return out
 
 
-def cmd_attribute(flags):
-    """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment (thesis 5.4.4, A.3-A.4)."""
+def pictures_with_masks(model, features, flags):
+    """The pictures of --images and their file's arrays; raises InputError where they do not fit the features or the run."""
     import data
-    import eval as judge
-    import numpy as np
-    folder = analysis_folder(flags, "attribute")
-    model, config = load_run(flags.run, flags.device)
-    features, flags = features_for(model, config, flags)
     images, arrays = data.read_images(needed(flags, "images")), data.read_arrays(flags.images)
     shape = arrays["instances"].shape if "instances" in arrays and "boxes" in arrays else ()
     if len(shape) != 3 or shape[0] != len(features):
@@ -2098,6 +2092,18 @@ def cmd_attribute(flags):
     if shape[1:] != images.open(0).size[::-1]:
         raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
                          f"{'x'.join(map(str, images.open(0).size[::-1]))} - give masks of the pictures' size")
+    return images, arrays
+
+
+def cmd_attribute(flags):
+    """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment (thesis 5.4.4, A.3-A.4)."""
+    import data
+    import eval as judge
+    import numpy as np
+    folder = analysis_folder(flags, "attribute")
+    model, config = load_run(flags.run, flags.device)
+    features, flags = features_for(model, config, flags)
+    images, arrays = pictures_with_masks(model, features, flags)
     sees, clip = attributed_streams(model, flags)
     truth, labels, train = true_masks(arrays), features.label_matrix(np.arange(len(features))), features.rows("train")
     codes, _ = codes_and_fit(model, features, train, "alone" if model.topk == "local" else "joint", flags.device)
@@ -2132,21 +2138,14 @@ def cmd_attribute(flags):
     columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked", "drawn though absent, %"]
     rows = [[name, *(v[c] for c in columns)] for name, v in found.items()]
     print(judge.text_table([f"{len(test)} pictures, {len(truth)} masks", *columns], rows))
-    text, encoder = clip
-    kinds = [c for c in sorted({c for _, c in truth}) if len(J[c])]
-    words = word_examples(model, text, encoder, J, features, labels, test, kinds, flags)
+    words = word_examples(model, *clip, J, features, labels, test, sorted({c for _, c in truth} - {*without}), flags)
     single, said = latent_maps(model, sees, clip, chosen, features, test, images, flags)
     whole, told = caption_maps(model, sees, clip, features, test, images, flags)
     gallery, drawn = attribution_gallery(maps, truth, images, names)
-    arrays = {what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
-              for what, of in maps.items() if of}
     make_folder(folder, fresh=False)
     judge.write_json(out_path(folder, "metrics.json"), {"segmentation": found, "words": words, "latents": said,
                                                         "captions": told})
-    data.write_npz(out_path(folder, "maps.npz"), {"keys": np.array(list(truth)), **arrays})
-    fresh_folder(out_path(folder, "overlays"), r"\d+_\w+\.png")
-    for name, picture in drawn.items():
-        judge.save_picture(os.path.join(folder, "overlays", f"{name}.png"), picture)
+    write_maps(folder, maps, truth, drawn)
     judge.write_report(out_path(folder, "report.html"), "repsae attribute", [
         ("Segmentation by heat maps: of the labels that are there, as published, and when all labels are asked for",
          judge.html_table([""] + columns, rows)), ("Maps", gallery), ("Words", word_table(words)),
@@ -2156,6 +2155,20 @@ def cmd_attribute(flags):
         ("Pictures with their captions: similarity of the two", attribution_gallery(
             whole, next(iter(whole.values())), images, [e["caption"] for e in told])[0] + word_table(told))])
     say(f"wrote {out_path(folder, 'report.html')}")
+
+
+def write_maps(folder, maps, truth, drawn):
+    """maps.npz: `keys` (n, 2), picture and label, and for each method its maps (n, h, w), NaN where there is none; and the
+    overlays {name: PIL image} as PNG."""
+    import data
+    import eval as judge
+    import numpy as np
+    arrays = {what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
+              for what, of in maps.items() if of}
+    data.write_npz(out_path(folder, "maps.npz"), {"keys": np.array(list(truth)), **arrays})
+    fresh_folder(out_path(folder, "overlays"), r"\d+_\w+\.png")
+    for name, picture in drawn.items():
+        judge.save_picture(os.path.join(folder, "overlays", f"{name}.png"), picture)
 
 
 def attributed_streams(model, flags):
