@@ -1956,7 +1956,7 @@ def cmd_clip(flags):
              "text": text_features(model, words, captions[test], flags.device)}
     found = {"loss": loss.item(), "test": judge.retrieval(x)}
     judge.write_json(out_path(flags.out, "metrics.json"), found)
-    header = [f"{len(test)} {'test' if images.split is not None else 'training'} pictures", "R@1", "R@5", "R@10", "MedR", "MRR"]
+    header = [f"{len(test)} {('training', 'test')[images.split is not None]} pictures", "R@1", "R@5", "R@10", "MedR", "MRR"]
     print(judge.text_table(header, [[pair, *v.values()] for pair, v in found["test"].items()]))
 
 
