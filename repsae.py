@@ -588,7 +588,6 @@ def read_to_train(flags):
 
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
-    import eval as judge
     flags, saved = check_folder(flags.out, flags)
     features = read_to_train(flags)
     if len(features.streams) < 2:
@@ -1528,7 +1527,6 @@ def barcode_chart(arrays, of_label, most=80):
 def cmd_intervene(flags):
     """What each latent does: keep or silence the top latents of a label and see what a linear head still tells (Mammo-SAE)."""
     import eval as judge
-    import numpy as np
     folder = analysis_folder(flags, f"intervene_{flags.label}")
     coded = Coded(flags.run, flags)
     label = label_number(coded.features, flags.label)
@@ -2246,8 +2244,7 @@ def true_masks(arrays):
     """{(image, label): bool mask} of the objects of each label together, from `instances` and `boxes`; hidden objects have
     no box."""
     import numpy as np
-    out, number = {}, {}
-    instances, boxes = arrays["instances"], arrays["boxes"]
+    out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
     for i in np.unique(boxes[:, 0].astype(int)):
         here = boxes[boxes[:, 0] == i]
         numbers = [n for n in np.unique(instances[i]) if n]
