@@ -81,6 +81,19 @@ class Features:
         x = next(iter(self.streams.values()))
         return x.shape[1] if x.ndim == 3 else None
 
+    @property
+    def mapped(self):
+        """Whether a batch is read from disk, where neighbouring rows are cheap."""
+        return any(isinstance(x, np.memmap) for x in self.streams.values())
+
+    def sorted_rows(self):
+        """Whether the training rows come sorted by their label, so that neighbours are alike."""
+        if self.labels is None or self.labels.ndim != 1:
+            return False
+        y = self.labels[self.rows("train")]
+        chance = (np.unique(y, return_counts=True)[1] / len(y)) ** 2
+        return bool((y[1:] == y[:-1]).mean() > (1 + chance.sum()) / 2) if len(y) > 1 else False
+
     def per_token(self):
         """The same with every token a sample: streams (N * T, d_s), still memory-mapped if they were; no labels."""
         if not self.tokens:

@@ -121,13 +121,13 @@ def test_a_constant_stream_has_no_r2():
     assert judge.reconstruction([({"t": torch.ones(5, 2)}, {("t", "s"): torch.zeros(5, 2)})])["r2"]["t"]["s"] is None
 
 
-def test_the_ceiling_is_that_of_least_squares_and_nothing_for_unrelated_streams():
+def test_the_linear_baseline_is_that_of_least_squares_and_nothing_for_unrelated_streams():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((4000, 5))
     streams = {"a": a + 3, "b": a @ rng.standard_normal((5, 4)) + rng.standard_normal((4000, 4)) - 2,
                "c": rng.standard_normal((4000, 3))}
     train, test = ({s: x[i] for s, x in streams.items()} for i in (slice(0, 3000), slice(3000, 4000)))
-    found = judge.ridge_ceiling(train, test)
+    found = judge.linear_baseline(train, test)
     for t in "ab":
         for s in "ab":
             if s != t:
@@ -718,3 +718,76 @@ def test_words_add_up_their_pieces_and_small_ones_are_hidden():
     assert judge.word_scores([9., 1., 3., 0.3, 1., 9.], pieces) == [("eosinophil", 1.), ("in", 0.), ("fat", 0.25)]
     assert judge.word_scores([0.] * 6, pieces) == [("eosinophil", 0.), ("in", 0.), ("fat", 0.)]
 
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+def healthy():
+    """Metrics of a run that nothing speaks against, as `measure` gives them."""
+    def block(own, cross, r1, alive=(1, 0, 9)):
+        return {"activation": {"alive_in": list(alive), "latents": 10, "silent": {}}, "retrieval": {"x -> y": {"R@1": r1, "MRR": r1}},
+                "r2": {"x": {"x": own, "y": cross}, "y": {"x": cross, "y": own}}, "nmse": {"x": {"x": .1, "y": .1}}}
+    return {"joint": block(.8, .7, .99), "alone": block(.75, .6, .5), "rows": 200, "steps": 1000, "latents": 10, "l0": 3.,
+            "linear_baseline": {"x": {"y": .5}, "y": {"x": .5}}, "positives": 60,
+            "null": {"joint": block(.4, .1, .99), "alone": block(.3, -.5, .005)}}
+
+
+def test_a_run_that_nothing_speaks_against_is_trusted():
+    found = judge.verdict(healthy())
+    assert found["level"] == 0 and "nothing measured here speaks against it" in found["trust"]
+    assert all(number in found["learned"] for number in ("10 latents, 3 a sample", "0.800", "0.750", "0.600", "0.500"))
+
+
+@pytest.mark.parametrize("path, value, level, doubt, remedy", [
+    ("joint r2 x x", -.01, 2, "x is rebuilt worse than by predicting the mean", "--norm"),
+    ("joint r2 y y", .5, 1, "y is rebuilt much worse than the rest", "--streams"),
+    ("alone r2 x x", .3, 1, "with one stream at hand much is lost", "--topk both"),
+    ("null joint r2 x y", 1.3, 2, "no better than for shuffled pairs", "same sample in every stream"),
+    ("alone activation alive_in", [6, 0, 4], 1, "60 % of the latents are silent", "--latents"),
+    ("steps", 999, 1, "999 training steps are few", "--epochs"),
+    ("alone retrieval x", {"R@1": .015, "MRR": 0.}, 1, "no better than by chance", "--topk both"),
+    ("alone r2 x y", .2, 1, "a linear map from stream to stream predicts more", "--topk both"),
+    ("positives", 49, 0, "the probe row is empty, because no label has 50 positives", "--eval-rows 0"),
+    ("null", None, 1, "the joint figures stand without their null", "add it with THIS")])
+def test_each_rule_of_the_verdict_fires_for_its_cause_alone(path, value, level, doubt, remedy):
+    metrics = healthy()
+    *inner, last = path.replace("retrieval x", "retrieval x->y").split(" ")
+    at = metrics
+    for key in inner:
+        at = at[key]
+    at["x -> y" if last == "x->y" else last] = value
+    if value is None:
+        del metrics["null"]
+    found = judge.verdict(metrics, "THIS")
+    assert found["level"] == level and doubt in found["trust"] and remedy in found["next"]
+    assert found["trust"].count(";") == 0                    # and nothing else is said
+
+
+def test_the_verdict_of_one_stream_speaks_of_no_other():
+    metrics = {k: v for k, v in healthy().items() if k not in ("joint", "null", "linear_baseline")}
+    metrics["alone"] = {"activation": {"alive_in": [1, 9], "latents": 10}, "r2": {"x": {"x": .7}}, "nmse": {"x": {"x": .1}}}
+    found = judge.verdict(metrics)
+    assert found["learned"] == "Learned: 10 latents, 3 a sample, rebuild x at R2 0.700." and found["level"] == 0
+
+
+def test_the_control_of_jaccard_pairs_each_latent_with_another_one():
+    """Four latents with a label of their own share everything with themselves and nothing with another; four latents with one
+    label share everything with both."""
+    own, same, n = np.eye(4, dtype=int) * 5, np.tile([5, 0, 0, 0], (4, 1)), np.full(4, 5)
+    for counts, control in ((own, 0.), (same, 1.)):
+        found = judge.jaccard({"x": counts, "y": counts}, {"x": n, "y": n})
+        assert found["jaccard"] == 1. and found["control"] == control
+    one = judge.jaccard({"x": own, "y": own}, {"x": n, "y": np.array([5, 0, 0, 0])})
+    assert one["jaccard"] == 1. and one["control"] is None   # there is no other
+
+
+def test_every_row_of_the_table_has_its_meaning_and_says_which_way_is_better():
+    metrics = healthy()
+    metrics["joint"]["concepts"] = metrics["alone"]["concepts"] = {"jaccard": .5, "jaccard_all": .4, "control": .1, "named_alike": 3}
+    metrics["joint"]["probe"] = metrics["alone"]["probe"] = {"x": {"loss": .3}}
+    names = [row[0].strip() for row in judge.summary(metrics)[1]]
+    assert set(names) == set(judge.MEANING) - {"mixed: alive in some, %"} | {"mixed: alive in some, %"}
+    neutral = {"its linear baseline"}
+    assert all("better" in judge.MEANING[name] for name in names if name not in neutral)
+    page = judge.html_table(*judge.summary(metrics)) + judge.legend(names)
+    assert page.count(judge.html.escape(judge.MEANING["R2 self"])) == 2
