@@ -1,5 +1,6 @@
 """Claims about data.py: what is read, how it is split and batched, and that each bad file gets its own line."""
 import json
+import re
 import pickle
 import sys
 
@@ -199,7 +200,7 @@ def poisoned(value, row):
     ({"b": np.zeros((50, 4), int)}, "stream 'b' holds int64"),
     ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - it needs at least"),
     ({"b": np.zeros(50)}, r"stream 'b' has shape \(50,\)"),
-    ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50 samples"),
+    ({"labels": np.zeros(49, int)}, "'labels' has shape .49,. for 50 samples"),
     ({"labels": np.zeros(50)}, "'labels' has shape .* float64"),
     ({"label_names": np.array(["x"])}, "'label_names' has 1 names for 3 labels"),
     ({"split": np.array(["train"] * 50)}, "the test and val split is empty"),
@@ -784,3 +785,40 @@ def test_latent_semantics_are_the_singular_vectors_of_weighted_counts():
     assert data.latent_semantics(texts, known, 2, 2).shape == (7, 2)
     with pytest.raises(data.InputError, match="fewer than two words"):
         data.latent_semantics(["a", "a"], np.arange(2))
+
+
+# -- what counts as labelled -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("labels", [np.array([2, 0, 1, 2], kind) for kind in ("uint8", "int32", "uint64", ">i2")] + [
+    np.array([[2], [0], [1], [2]], np.uint8), np.array(["c", "a", "b", "c"]), np.array([b"c", b"a", b"b", b"c"])])
+def test_labels_of_any_integer_type_or_in_words_are_the_same_numbers(labels, tmp_path):
+    np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels)
+    found = data.read_features(tmp_path / "f.npz")
+    assert found.labels.dtype == np.int64 and found.labels.tolist() == [2, 0, 1, 2]
+    assert found.label_names == (["a", "b", "c"] if labels.dtype.kind in "US" else ["label 0", "label 1", "label 2"])
+
+
+def test_a_negative_number_an_empty_word_and_a_masked_row_are_unlabelled_and_all_false_is_a_label(tmp_path):
+    flags, mask = np.array([[1, 0], [0, 0], [0, 1], [1, 1]], bool), np.array([True, True, False, True])
+    for labels, more in ((np.array([0, 1, -5, 1]), {}), (np.array(["a", "b", "", "b"]), {}),
+                         (np.array([0, 1, 1, 1]), {"mask": mask}), (flags, {"mask": mask})):
+        np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels, **more)
+        found = data.read_features(tmp_path / "f.npz")
+        assert found.known(np.arange(4)).tolist() == mask.tolist()
+        if labels.ndim == 1:
+            assert found.labels.tolist() == [0, 1, -1, 1] and not found.label_matrix([2]).any()
+    np.savez(tmp_path / "f.npz", x=np.eye(4), labels=flags)
+    assert data.read_features(tmp_path / "f.npz").known(np.arange(4)).all()
+
+
+@pytest.mark.parametrize("labels, more, message", [
+    (np.array([0, 10 ** 8, 1, 1]), {}, "'labels' goes up to 100000000 - number the classes from 0"),
+    (np.array(["a", "b", "x", "b"]), {"label_names": np.array(["a", "b"])}, "'labels' row 2 is 'x'"),
+    (np.array([0., 1, 1, 0]), {}, "'labels' has shape (4,) and type float64"),
+    (np.array([0, 1, 1, 0]), {"mask": np.ones(3, bool)}, "'mask' has shape (3,)"),
+    (np.array([0, 1, 1, 0]), {"label_names": np.array("a")}, "'label_names' has shape ()"),
+    (np.array([0, 1, 1, 0]), {"groups": np.ones((4, 2))}, "'groups' has shape (4, 2)")])
+def test_labels_that_cannot_be_meant_are_refused_at_once(labels, more, message, tmp_path):
+    np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels, **more)
+    with pytest.raises(data.InputError, match=re.escape(message)):
+        data.read_features(tmp_path / "f.npz")

@@ -1,4 +1,6 @@
 """Claims about eval.py, held against slow loops, closed forms, scipy, and the authors' own figures."""
+import math
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -26,7 +28,7 @@ def test_a_silenced_latent_is_not_in_the_code():
 def test_activation_patterns_by_hand():
     a = judge.sparse_code(np.array([[0, 1], [0, 2]]), np.ones((2, 2)), 5)
     b = judge.sparse_code(np.array([[0, 3], [0, 1]]), np.ones((2, 2)), 5)
-    expected = {"latents": 5, "alive_in": [1, 2, 2], "dead": {"a": 2, "b": 2}}
+    expected = {"latents": 5, "alive_in": [1, 2, 2], "silent": {"a": 2, "b": 2}}
     assert judge.activation_patterns({"a": a, "b": b}) == expected
 
 
@@ -34,10 +36,11 @@ def test_activation_patterns_by_hand():
 def test_label_counts_are_those_of_a_slow_loop(top):
     rng = np.random.default_rng(0)
     code, labels = random_code(rng), rng.random((120, 7)) < 0.2
-    counts, used = judge.label_counts(code, labels, top)
+    counts, used = judge.label_counts(code, labels, top, labels.any(1) | (np.arange(120) % 3 > 0))
     dense = code.toarray()
     for j in range(30):
-        rows = [i for i in np.argsort(-dense[:, j], kind="stable") if dense[i, j] > 0 and labels[i].any()][:top]
+        rows = [i for i in np.argsort(-dense[:, j], kind="stable") if dense[i, j] > 0
+                and (labels[i].any() or i % 3)][:top]                                       # the others are unlabelled
         np.testing.assert_array_equal(counts[j], labels[rows].sum(0))
         assert used[j] == len(rows)
 
@@ -425,7 +428,8 @@ def test_a_table_of_latents_by_hand():
     strength = codes_of([[2.0, 0, 0.1, 0], [1.0, 0, 0.1, 0], [0, 0, 0.3, 0], [0, 0, 0.1, 0]])
     count = codes_of([[1, 0, 1, 0], [2, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0]], bool)                               # the last is unlabelled
-    table = judge.latent_table(strength, count, labels, top=2)
+    known = labels.any(1)
+    table = judge.latent_table(strength, count, labels, top=2, known=known)
     np.testing.assert_allclose(table["frequency"], [0.5, 0, 1, 0])
     np.testing.assert_allclose(table["mean"], [1.5, np.nan, 0.15, np.nan], rtol=1e-6)
     np.testing.assert_allclose(table["entropy"], [0, np.nan, judge.label_entropy(np.array([[2., 1]]))[0], np.nan])
@@ -791,3 +795,38 @@ def test_every_row_of_the_table_has_its_meaning_and_says_which_way_is_better():
     assert all("better" in judge.MEANING[name] for name in names if name not in neutral)
     page = judge.html_table(*judge.summary(metrics)) + judge.legend(names)
     assert page.count(judge.html.escape(judge.MEANING["R2 self"])) == 2
+
+
+# -- unlabelled is not negative ----------------------------------------------------------------------------------------
+
+def test_unlabelled_rows_are_no_negatives_of_the_probes():
+    """A latent that is the label itself keeps its loss when seven rows in ten lose their label, where it goes on firing."""
+    rng = np.random.default_rng(0)
+    truth, known = rng.random((2000, 1)) < 0.3, rng.random(2000) < 0.3
+    code = sp.csr_matrix(truth.astype(np.float32))
+    full, partly, wrong = (judge.probe(code, judge.probe_tasks(labels, known=mask))["loss"] for labels, mask in (
+        (truth, True), (truth & known[:, None], known), (truth & known[:, None], True)))
+    assert full < 0.05 and partly < 0.1 and wrong > 0.2
+
+
+def test_a_task_that_no_latent_is_active_for_counts_as_chance():
+    truth = np.repeat([[True, False], [False, True]], 100, 0)
+    code = sp.csr_matrix((truth[:, :1]).astype(np.float32))                                 # silent on all of the second label
+    found = judge.probe(code, judge.probe_tasks(truth))
+    one, two = (t["test"] for t in found["tasks"])
+    assert found["tasks"][1]["latent"] is None and two == math.log(2)
+    assert found["loss"] == pytest.approx((one + math.log(2)) / 2) and one < 0.1
+
+
+def test_random_latents_do_not_bear_the_name_of_a_rare_finding():
+    """Five samples in a hundred have the finding, the others none: so has a random latent's every twentieth sample."""
+    rng = np.random.default_rng(0)
+    labels = rng.random((4000, 1)) < 0.05
+    code = sp.csr_matrix(rng.random((4000, 20)) * (rng.random((4000, 20)) < 0.2)).astype(np.float32)
+    counts, n_top = judge.label_counts(code, labels)
+    names, purity = judge.concept_names(counts, n_top, ["finding"])
+    assert set(names) == {None} and purity.mean() == pytest.approx(0.05, abs=0.02)
+    table = judge.latent_table(code, code, labels)
+    assert table["purity"].mean() == pytest.approx(0.05, abs=0.02)
+    known = labels[:, 0] | (rng.random(4000) < 0.05)         # most negatives unlabelled: about half of the rest has it
+    assert judge.latent_table(code, code, labels, known=known)["purity"].mean() == pytest.approx(labels.sum() / known.sum(), abs=.05)

@@ -1520,3 +1520,25 @@ def test_a_run_ends_and_its_report_begins_with_the_verdict_in_colour_on_a_termin
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     run("eval", finished)
     assert "\033[3" in capsys.readouterr().out
+
+
+def test_probe_refuses_a_test_label_that_no_training_sample_has(tmp_path, capsys):
+    split = np.repeat(["train", "test"], [20, 10])
+    np.savez(tmp_path / "f.npz", x=np.random.default_rng(0).normal(size=(30, 3)), split=split,
+             labels=np.r_[np.arange(20) % 2, np.full(10, 2)])
+    with pytest.raises(SystemExit):
+        run("probe", "--data", tmp_path / "f.npz")
+    assert "no training sample has the test label label 2" in capsys.readouterr().err
+
+
+def test_a_masked_row_counts_for_nothing_in_a_run_s_figures(features, finished, tmp_path):
+    """Rows whose labels are wrong, but masked, leave every figure as if they were not there to be labelled."""
+    arrays, rng = dict(np.load(features)), np.random.default_rng(0)
+    mask = rng.random(1000) < 0.6
+    found = []
+    for noise in (False, True):
+        labels = np.where(mask[:, None], arrays["labels"], noise)
+        np.savez(tmp_path / f"{noise}.npz", **{**arrays, "labels": labels, "mask": mask})
+        run("eval", finished, "--data", tmp_path / f"{noise}.npz", "--json", tmp_path / "m.json")
+        found.append(json.loads((tmp_path / "m.json").read_text()))
+    assert found[0] == found[1] and found[0]["positives"] < arrays["labels"][arrays["split"] != "train"].sum(0).max()
