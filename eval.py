@@ -482,7 +482,7 @@ def headline(block):
     out["silent in all, %"] = 100 * pattern["alive_in"][0] / L
     if "jaccard" in block.get("concepts", {}):
         out["Jaccard of top-50 labels"] = block["concepts"]["jaccard"]
-        out["  its control: another latent"] = block["concepts"]["control"]
+        out["  its control: another latent"] = block["concepts"].get("control")
         out["Jaccard, other latents as 0"] = block["concepts"]["jaccard_all"]
     if "named_alike" in block.get("concepts", {}):
         out["latents named alike in all streams"] = block["concepts"]["named_alike"]

@@ -41,9 +41,10 @@ class Number:
         try:
             value = self.kind(text)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{text} is no {'whole ' * (self.kind is int)}number")
+            value = math.nan
         if not self.least <= value <= self.most:             # NaN is in no range
-            raise argparse.ArgumentTypeError(f"{text} - give {self.least:g} to {self.most:g}")
+            what = "whole number" if self.kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text} - give a {what} from {self.least} to {self.most}")
         return value
 
 
@@ -372,10 +373,10 @@ def resolved(flags, features, layers=()):
     want, else by the number of training rows. Says in a line what was chosen; `null`: whether it takes under a minute."""
     import sae
     n, layers = len(features.rows("train")), {**(PLANTED if flags.data is None else {}), **dict(layers),
-                                              **(THESIS if "topk" in flags and flags.preset else {})}
+                                              **(THESIS if "activation" not in flags and flags.preset else {})}
     if flags.get("expansion") or "expansion" in layers:
         layers["latents"] = (flags.get("expansion") or layers["expansion"]) * max(features.dims.values())
-    flags = flags.replaced({k: v for k, v in layers.items() if k in flags and k not in flags.given})
+    flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
     auto = {**sae.settings_for(n, **typed), "shuffle": "blocks" if features.mapped else "samples"}
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
@@ -396,7 +397,7 @@ def planned_seconds(flags, dims, steps):
     """About how long training takes on two cores: all logits of a batch, and M times the sparse products."""
     logits, products = flags.batch * flags.latents, len(dims) * flags.batch * flags.k
     each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
-    return steps * each * (2 if flags.topk == "both" else 1)
+    return steps * each * (2 if flags.get("topk") == "both" else 1)
 
 
 def memory():
@@ -775,7 +776,6 @@ def cmd_eval(flags):
     if missing:
         raise InputError(f"the data lacks the run's stream '{missing[0]}' - eval needs {', '.join(model.streams)}")
     metrics, _, _ = measure(model, features, flags)
-    metrics["verdict"] = judge.verdict(metrics)
     print_summary(metrics)
     if flags.json:
         judge.write_json(flags.json, metrics)
@@ -3594,7 +3594,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, with our one line for its errors."""
 
     def error(self, message):
-        fail(f"{message} - see python repsae.py {' '.join(self.prog.split()[1:] + ['--help'])}")
+        message = re.sub("^argument (--[^ :]+): ", r"\1 ", message)
+        hint = f" - see python repsae.py {' '.join(self.prog.split()[1:] + ['--help'])}"
+        fail(message + hint * (" - " not in message))
 
 
 COMMANDS = {}
