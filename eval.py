@@ -40,10 +40,11 @@ TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
 def sparse_code(indices, values, n_latents):
-    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted."""
+    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted. Index -1 with value 0 fills up."""
     n, k = indices.shape
-    code = sp.csr_matrix((np.asarray(values, np.float32).ravel(), np.asarray(indices, np.int32).ravel(),
-                          np.arange(0, n * k + 1, k)), shape=(n, n_latents))
+    columns = np.maximum(np.asarray(indices, np.int32), 0)
+    code = sp.csr_matrix((np.array(values, np.float32).ravel(), columns.ravel(), np.arange(0, n * k + 1, k)),
+                         shape=(n, n_latents))               # copies: the next two lines write into them
     code.eliminate_zeros()
     code.sort_indices()
     return code

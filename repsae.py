@@ -464,14 +464,15 @@ def tasks_of(labels, *parts):
 
 def collect(pieces):
     """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays. Where codes
-    have no fixed k, k is the largest, and index 0 with value 0 fills up."""
+    have no fixed k, k is the largest, and index -1 with value 0 fills up: any real index would hide that latent's value."""
     import torch
     from torch.nn.functional import pad
     out = {}
     for s in pieces[0]:
         k = max(c[s].indices.shape[1] for c in pieces)
-        out[s] = tuple(torch.cat([pad(part, (0, k - part.shape[1])) for part in parts]).cpu().numpy()
-                       for parts in ([c[s].indices.int() for c in pieces], [c[s].values for c in pieces]))
+        parts = ([c[s].indices.int() for c in pieces], -1), ([c[s].values for c in pieces], 0)
+        out[s] = tuple(torch.cat([pad(part, (0, k - part.shape[1]), value=fill) for part in of]).cpu().numpy()
+                       for of, fill in parts)
     return out
 
 
@@ -717,7 +718,8 @@ def cmd_eval(flags):
 
 
 def cmd_encode(flags):
-    """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k), of tokens (N, T, k)."""
+    """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k), of tokens (N, T, k). Samples with
+    fewer active latents are filled up with index -1, value 0."""
     import data
     import numpy as np
     if os.path.exists(flags.out) and not flags.overwrite:

@@ -59,13 +59,15 @@ class Codes(NamedTuple):
     """A k-sparse code: `indices` (B, k) int64 in 0..L-1, distinct in a row, and `values` (B, k), never negative.
 
     A value may be 0: TopK chose the latent, ReLU silenced it (Eq. 9). Such a latent is not active.
+    Codes without a fixed k, of batches put together, are filled up with index -1, value 0.
     """
     indices: torch.Tensor
     values: torch.Tensor
 
     def dense(self, n_latents):
         """The same code as a (B, L) tensor, for showing and for small L."""
-        return self.values.new_zeros(len(self.values), n_latents).scatter(1, self.indices, self.values)
+        dense = self.values.new_zeros(len(self.values), n_latents)
+        return dense.scatter_add(1, self.indices.clamp(min=0), self.values)                 # adds 0 where index is -1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,7 +403,8 @@ class SPARC(nn.Module):
 
     def decode(self, codes, stream):
         """Any stream's Codes -> (B, d) reconstruction of `stream`, in normalised units: D_t(z^s), Eq. 10-12."""
-        return _SparseDecode.apply(codes.values, self.W_dec[stream], self._pattern(codes.indices)) + self.b_pre[stream]
+        pattern = self._pattern(codes.indices.clamp(min=0))
+        return _SparseDecode.apply(codes.values, self.W_dec[stream], pattern) + self.b_pre[stream]
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 

@@ -715,6 +715,24 @@ def test_every_activation_trains_resumes_evaluates_and_encodes(activation, featu
     assert "sparsity" in list(csv.DictReader(open(tmp_path / "r" / "log.csv")))[0]
 
 
+@pytest.mark.parametrize("activation", ["relu", "batchtopk", "jumprelu"])
+def test_codes_of_several_blocks_of_no_fixed_width_become_the_models_dense_codes(activation, tmp_path):
+    x = data.planted_streams(1300, {"y": 12}).streams["y"] * np.where(np.arange(1300) < 1024, 1, 3)[:, None]
+    np.savez(tmp_path / "f.npz", y=x)
+    run("sae", "--data", tmp_path / "f.npz", "--activation", activation, *SMALL, "--norm", "none", "--epochs", 1,
+        "--out", tmp_path / "r")
+    run("encode", tmp_path / "r", "--out", tmp_path / "c.npz")
+    z, (model, _, _) = np.load(tmp_path / "c.npz"), sae.load(tmp_path / "r" / "checkpoint.pt")
+    c = torch.tensor(x, dtype=torch.float32) - model.b_pre["y"]
+    expected = model.activate(model.logits(c))[0].detach()                                  # (N, L), before any choice of indices
+    indices, values = torch.tensor(z["y_indices"]).long(), torch.tensor(z["y_values"])
+    assert (indices == -1).any() and (expected[:, 0] > 0).any()
+    torch.testing.assert_close(sae.Codes(indices, values).dense(40), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(judge.sparse_code(indices, values, 40).toarray()), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.decode(sae.Codes(indices, values)), expected @ model.W_dec["y"] + model.b_pre["y"],
+                               rtol=1e-4, atol=1e-5)
+
+
 def test_presets_hold_the_papers_figures_and_what_is_typed_goes_first():
     def resolved(*argv):
         return repsae.resolved_sae(repsae.parse(["sae", "--data", "f.npz", *argv])[1])
