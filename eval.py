@@ -43,8 +43,8 @@ def sparse_code(indices, values, n_latents):
     """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted. Index -1 with value 0 fills up."""
     n, k = indices.shape
     columns = np.maximum(np.asarray(indices, np.int32), 0)
-    code = sp.csr_matrix((np.array(values, np.float32).ravel(), columns.ravel(), np.arange(0, n * k + 1, k)),
-                         shape=(n, n_latents))               # copies: the next two lines write into them
+    code = sp.csr_matrix((np.asarray(values, np.float32).flatten(), columns.ravel(), np.arange(0, n * k + 1, k)),
+                         shape=(n, n_latents))               # a copy: the next two lines write into it
     code.eliminate_zeros()
     code.sort_indices()
     return code
@@ -1162,7 +1162,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
     dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of `select_latents` (chosen on
     train), so many living latents drawn at random (mean of `draws`), so many principal components of the dense features.
-    `kept` is (score - chance) / (dense score - chance). Returns {"dense", "chance", "rows": [{...}]}.
+    `kept` is (score - chance) / (dense score - chance), None where the dense score is chance or less: there is nothing to keep.
+    Returns {"dense", "chance", "rows": [{...}]}.
     """
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
@@ -1179,7 +1180,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
                 "random latents": float(np.mean([score(np.asarray(code[:, rng.permutation(alive)[:n]].todense()))
                                                  for _ in range(draws)])),
                 "principal components": score((dense - mean) @ axes[:n].T)}
-        out["rows"].append({"n": n, **ways, "kept": (ways["best latents"] - chance) / max(full - chance, 1e-12)})
+        kept = (ways["best latents"] - chance) / (full - chance) if full > chance + 1e-9 else None
+        out["rows"].append({"n": n, **ways, "kept": kept})
     return {**out, "chosen": chosen.tolist()}
 
 
@@ -1200,9 +1202,19 @@ def neighbours(x, k, groups=None, chunk=1024):
     return np.concatenate(out)
 
 
+def chance_share(y, groups=None):
+    """For each row the share of its candidates, the rows of other groups (without groups: all others), with its label y."""
+    def alike(v):                                            # how many rows have the same
+        _, number, count = np.unique(v, return_inverse=True, return_counts=True)
+        return count[number]
+    group = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)[1]
+    mates = alike(group * (y.max() + 1) + y)                 # of its group, with its label
+    return (alike(y) - mates) / np.maximum(len(y) - alike(group), 1)
+
+
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? For each k: overlap of the two lists, and the share of
-    hits with the query's label (y (n,)), sparse, dense, and by chance."""
+    hits with the query's label (y (n,) int, 0 or more), sparse, dense, and by chance among the same candidates."""
     lists = {"sparse": neighbours(code, max(ks), groups), "dense": neighbours(dense, max(ks), groups)}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
     lists, y = {name: v[enough] for name, v in lists.items()}, (y, None if y is None else y[enough])
@@ -1212,7 +1224,7 @@ def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
         row = {"k": k, "overlap": float(both)}
         if y[0] is not None:
             row.update({f"precision, {name}": float((y[0][v[:, :k]] == y[1][:, None]).mean()) for name, v in lists.items()})
-            row["precision, chance"] = float(((np.bincount(y[0]) / len(y[0])) ** 2).sum())
+            row["precision, chance"] = float(chance_share(y[0], groups)[enough].mean())
         rows.append(row)
     return rows
 

@@ -1432,6 +1432,11 @@ def analysis_folder(flags, name):
     return folder
 
 
+def percent(share):
+    """A share as a percentage, None as it is."""
+    return None if share is None else 100 * share
+
+
 def none_if_nan(v):
     """A number for JSON."""
     return None if v != v else v.item()
@@ -1720,7 +1725,7 @@ def cmd_fidelity(flags):
         tables.append(("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
                                                  "principal components", "kept, %"],
                        [[f"{row['n']}", row["best latents"], row["random latents"], row["principal components"],
-                         100 * row["kept"]] for row in kept["rows"]]
+                         percent(row["kept"])] for row in kept["rows"]]
                        + [["all latents", kept["all latents"], None, None, None],
                           [f"all {coded.dense.shape[1]} features", kept["dense"], None, None, None]]))
     if near:
@@ -3304,7 +3309,7 @@ def fidelity_verdict(at):
     return ({("TotalSegmentator", what): v for what, v in (
                 ("R2", m["r2"]["variance-weighted"]), ("probe, ten latents", ten["best latents"]),
                 ("probe, ten components", ten["principal components"]), ("probe, all features", m["kept"]["dense"]),
-                ("kept by ten latents, %", 100 * ten["kept"]), ("overlap of 10 neighbours", near["overlap"]))},
+                ("kept by ten latents, %", percent(ten["kept"])), ("overlap of 10 neighbours", near["overlap"]))},
             {"ten latents keep 87.8 % of the probe, beyond chance (TotalSegmentator)":
              m["kept"]["dense"] - m["kept"]["chance"] > 0.05 and ten["kept"] >= 0.878,
              "ten latents keep more than ten principal components (ours)": ten["best latents"] > ten["principal components"]})

@@ -596,7 +596,30 @@ def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
     alone = judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.arange(30) < 28, ks=(2, 4))
     assert alone[0]["overlap"] == 1 and judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.zeros(30)) == []
     same = judge.retrieval_fidelity(x, sp.csr_matrix(3 * x), groups % 2)
-    assert [row["overlap"] for row in same] == [1, 1, 1] and same[0]["precision, chance"] == 0.5
+    assert [row["overlap"] for row in same] == [1, 1, 1] and same[0]["precision, chance"] == pytest.approx(14 / 29)
+
+
+def test_noise_finds_labels_at_its_stated_chance_with_groups_of_one_label_left_out():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 6, 600)
+    y = groups % 3                                           # half of those with a label are of one group
+    noise = rng.standard_normal((600, 20))
+    for g in (groups, None):
+        expected = np.mean([np.mean([y[j] == y[i] for j in range(600) if (j != i if g is None else g[j] != g[i])])
+                            for i in range(600)])            # a slow loop over the candidates of each query
+        row = judge.retrieval_fidelity(noise, sp.csr_matrix(noise), y, g)[-1]
+        assert row["precision, chance"] == pytest.approx(expected)
+        assert abs(row["precision, dense"] - row["precision, chance"]) < 0.03
+
+
+def test_nothing_is_kept_of_a_probe_at_chance():
+    rng = np.random.default_rng(0)
+    y, code = np.arange(60) % 2, random_code(rng, 60)
+    found = judge.kept_performance(np.ones((60, 3)), code, y, np.arange(40), np.arange(40, 60), sizes=(1, 5))
+    assert found["dense"] == found["chance"] == 0.5 and [row["kept"] for row in found["rows"]] == [None, None]
+    dense = np.r_[y[:40], 1 - y[40:]][:, None] + 0.          # worse than chance
+    found = judge.kept_performance(dense, code, y, np.arange(40), np.arange(40, 60), sizes=(1,))
+    assert found["dense"] == 0 and found["rows"][0]["kept"] is None
 
 
 def test_names_fit_a_query_by_the_words_they_share():
