@@ -576,8 +576,9 @@ def read(flags):
 def read_to_train(flags):
     """`read`, and make sure that there is something to train on and something to judge by."""
     features = read(flags)
-    features.rows("train")
     features.rows("test", "val")
+    if len(features.per_token().rows("train")) < 2:
+        raise InputError("the train split has 1 sample - give at least two to learn from")
     if features.tokens:
         say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token counts as a sample")
     return features.per_token()
@@ -818,7 +819,7 @@ def cmd_sweep(flags):
                     found[what, topk, mode] = head[f"NMSE {what}"]
         # each as it was trained: that is what the thesis plots
         cells = {what: (found[what, "global", "joint"], found[what, "local", "alone"]) for what in ("self", "cross")}
-        gap = {what: joint - alone for what, (joint, alone) in cells.items()}
+        gap = {what: None if None in pair else pair[0] - pair[1] for what, pair in cells.items()}
         rows.append([label, *cells["self"], gap["self"], *cells["cross"], gap["cross"],
                      found["self", "global", "alone"], found["cross", "global", "alone"]])
         for what in cells:
@@ -1397,7 +1398,8 @@ def cmd_latents(flags):
                 judge.html_table(["at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))]
     shown = np.flatnonzero(alive)[np.argsort(-table["frequency"][alive], kind="stable")]
     if labels is not None and labels.any():
-        found["mean entropy"] = float(np.nanmean(table["entropy"][alive]))
+        there = table["entropy"][alive & np.isfinite(table["entropy"])]
+        found["mean entropy"] = float(there.mean()) if len(there) else None
         clear = np.flatnonzero(table["frequency"] * len(train) >= 5)
         order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
         each = max(1, 20 // max(len(features.label_names), 1))
@@ -1405,7 +1407,8 @@ def cmd_latents(flags):
         columns = ["purity", "entropy", "frequency", "mean"]
         rows = [[f"{j}", features.label_names[table["label"][j]], *(table[c][j] for c in columns)] for j in shown]
         header = ["latent", "label", *columns]
-        print(f"\nmean label entropy {found['mean entropy']:.3f} nats of ln {len(features.label_names)} = "
+        print(f"\nmean label entropy {judge.fmt(found['mean entropy'])} nats "
+              f"of ln {len(features.label_names)} = "
               f"{math.log(len(features.label_names)):.3f}; the purest of each label, active in 5 samples or more:\n"
               + judge.text_table(header, rows))
         sections.append(("The purest latents of each label", judge.html_table(header, rows)))
@@ -1719,7 +1722,7 @@ def cmd_fidelity(flags):
     near = judge.retrieval_fidelity(coded.dense[some], coded.strength[some], None if y is None else y[some],
                                     None if groups is None else groups[some])
     print("R2 of the features" + (", averaged over tokens" if coded.T > 1 else "") + ": "
-          + ", ".join(f"{k} {v:.3f}" for k, v in r2.items()))
+          + ", ".join(f"{k} {judge.fmt(v)}" for k, v in r2.items()))
     tables = []
     if kept:
         tables.append(("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
@@ -1753,6 +1756,7 @@ def cmd_describe(flags):
     coded = Coded(flags.run, flags)
     train, _ = coded.split()
     code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
+    untold = ("sample", "label")                             # a name must not copy what it is judged by
     for j in np.flatnonzero(code.getnnz(axis=0)):
         column = slice(code.indptr[j], code.indptr[j + 1])
         active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]
@@ -1764,7 +1768,8 @@ def cmd_describe(flags):
         shown = {name: [{**coded.about(row), "activation": float(coded.strength[row, j])} for row in rows]
                  for name, rows in groups.items()}
         told = "\n".join(f"{name}: " + "; ".join(
-            ", ".join(f"{k} {v}" for k, v in one.items() if k != "sample") for one in rows) for name, rows in shown.items())
+            ", ".join(f"{k} {v}" for k, v in one.items() if k not in untold) for one in rows)
+            for name, rows in shown.items())
         out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
     path = flags.out or out_path(flags.run, "describe.json")
     judge.write_json(path, out)
@@ -2654,7 +2659,8 @@ def train_mil(bags, head, flags, train, val, seed):
                     bool(flags.squash))
     X = bags.instances(train)
     model.mean.copy_(torch.from_numpy(X.mean(0)))
-    model.std.copy_(torch.from_numpy(np.where(X.std(0) > 0, X.std(0), 1)))
+    spread = (X - X[0]).std(0)                               # exactly 0 if constant: nothing to round
+    model.std.copy_(torch.from_numpy(np.where(spread > 1.2e-7 * np.abs(X[0]), spread, 1)))
     model.to(flags.device)
     y = bags.y[train]
     weight = 1 / np.bincount(y)[y] if flags.weighted else np.ones(len(y))
@@ -2695,7 +2701,7 @@ def pooled_baseline(bags, train, test):
     """What no attention gets: logistic regression on the mean of a bag's instances."""
     import eval as judge
     import numpy as np
-    means = np.stack([bags.instances([i]).mean(0) for i in range(len(bags))])
+    means = np.stack([bags.instances([i]).mean(0, dtype=np.float64) for i in range(len(bags))])
     p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
     return {"scores": judge.scores(bags.y[test], p)}
 

@@ -582,6 +582,37 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     np.testing.assert_allclose(four["kept"], (1 - 0.25) / (found["dense"] - 0.25))
 
 
+def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
+    rng = np.random.default_rng(0)
+    tenth, x = np.full((1000, 2), np.float32(0.1)), rng.standard_normal((1000, 3)).astype(np.float32)
+    x_hat = x + 0.1
+    assert judge.r2_both(tenth.astype(float), tenth + 1.) == {"variance-weighted": None, "uniform": None}
+    both = judge.r2_both(np.c_[tenth, x].astype(float), np.c_[tenth + 1., x_hat])
+    assert both == pytest.approx(judge.r2_both(x.astype(float), x_hat))
+    found = judge.ridge_ceiling({"a": x, "b": tenth}, {"a": x, "b": tenth})
+    assert found["b"]["a"] is None and found["a"]["b"] == pytest.approx(0, abs=0.01)
+    y, other = (x[:, 0] > 0).astype(int), tenth.copy()
+    other[-1] = 5.                                           # never seen in training
+    W, b = judge.logistic_fit(np.c_[tenth, x], y)
+    p = judge.logistic_probe(np.c_[tenth, x], y, np.c_[other, x])
+    assert np.abs(W).max() < 100 and (p.argmax(1) == y).mean() > 0.97
+    code = codes_of(np.c_[tenth, np.maximum(x, 0)])
+    assert judge.select_latents(code, y, 9).tolist()[0] == 2 and len(judge.select_latents(code, y, 9)) == 3
+    assert judge.index_correlations(code, code).tolist() == pytest.approx([0, 0, 1, 1, 1])
+
+
+def test_there_is_a_dash_where_there_is_nothing_to_measure():
+    nothing = torch.zeros(4, 2)
+    found = judge.reconstruction([({"a": nothing}, {("a", "a"): nothing + 1})])
+    assert found == {"r2": {"a": {"a": None}}, "nmse": {"a": {"a": None}}}
+    assert judge.fmt(float("nan")) == judge.fmt(None) == "-"
+    assert judge.segmentation_scores({}, {})["mIoU"] is None
+    rows = judge.neighbours(np.eye(3), 5)
+    assert (np.sort(rows)[:, :3] == -1).all() and rows[0, :2].tolist() == [1, 2]
+    code = codes_of(np.eye(3))
+    assert "label" not in judge.latent_table(code, code, np.zeros((3, 0), bool))
+
+
 def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
     rng = np.random.default_rng(0)
     x, groups = rng.standard_normal((30, 5)), np.repeat(np.arange(10), 3)
