@@ -40,11 +40,13 @@ TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
 def sparse_code(indices, values, n_latents):
-    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted. Index -1 with value 0 fills up."""
+    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted.
+
+    Rows may be filled up with index -1, value 0."""
     n, k = indices.shape
     columns = np.maximum(np.asarray(indices, np.int32), 0)
-    code = sp.csr_matrix((np.asarray(values, np.float32).flatten(), columns.ravel(), np.arange(0, n * k + 1, k)),
-                         shape=(n, n_latents))               # a copy: the next two lines write into it
+    values = np.asarray(values, np.float32).flatten()        # a copy: eliminate_zeros writes to it
+    code = sp.csr_matrix((values, columns.ravel(), np.arange(0, n * k + 1, k)), (n, n_latents))
     code.eliminate_zeros()
     code.sort_indices()
     return code
@@ -1128,7 +1130,7 @@ def r2_both(x, x_hat):
     """R2 of a reconstruction (n, d): weighted by the dimensions' variances, and their plain mean.
     Constant dimensions are left out; None where all are constant."""
     wrong, spread = ((x - x_hat) ** 2).sum(0), ((x - x.mean(0)) ** 2).sum(0)
-    varies = spread > 1e-12 * (x ** 2).sum(0)                # of a constant one: rounding of its mean
+    varies = spread > 1e-12 * (x ** 2).sum(0)                # else only by rounding
     if not varies.any():
         return {"variance-weighted": None, "uniform": None}
     return {"variance-weighted": float(1 - wrong[varies].sum() / spread[varies].sum()),
@@ -1165,8 +1167,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
     dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of `select_latents` (chosen on
     train), so many living latents drawn at random (mean of `draws`), so many principal components of the dense features.
-    `kept` is (score - chance) / (dense score - chance), None where the dense score is chance or less: there is nothing to keep.
-    Returns {"dense", "chance", "rows": [{...}]}.
+    `kept` is (score - chance) / (dense score - chance), None where the dense score is at or below
+    chance: there is nothing to keep. Returns {"dense", "chance", "rows": [{...}]}.
     """
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
@@ -1207,7 +1209,9 @@ def neighbours(x, k, groups=None, chunk=1024):
 
 
 def chance_share(y, groups=None):
-    """For each row the share of its candidates, the rows of other groups (without groups: all others), with its label y."""
+    """For each row the share of its candidates that have its label y (n,): what guessing finds.
+
+    Candidates are the rows of other groups, without groups all other rows."""
     def alike(v):                                            # how many rows have the same
         _, number, count = np.unique(v, return_inverse=True, return_counts=True)
         return count[number]
@@ -1218,7 +1222,8 @@ def chance_share(y, groups=None):
 
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? For each k: overlap of the two lists, and the share of
-    hits with the query's label (y (n,) int, 0 or more), sparse, dense, and by chance among the same candidates."""
+    hits with the query's label (y (n,) int, 0 or more), sparse, dense, and by chance among the
+    same candidates."""
     lists = {"sparse": neighbours(code, max(ks), groups), "dense": neighbours(dense, max(ks), groups)}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
     lists, y = {name: v[enough] for name, v in lists.items()}, (y, None if y is None else y[enough])
@@ -1346,7 +1351,7 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _centred_unit(x):
-    """Columns of x (n, m) less their means, of length 1; one constant but for rounding becomes 0."""
+    """Columns of x (n, m) less their means, of length 1; what is constant but for rounding, 0."""
     c = x - x.mean(0)
     length = np.linalg.norm(c, axis=0)
     return np.where(length > 1e-7 * np.linalg.norm(x, axis=0), c / np.maximum(length, 1e-30), 0)

@@ -464,15 +464,17 @@ def tasks_of(labels, *parts):
 
 def collect(pieces):
     """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays. Where codes
-    have no fixed k, k is the largest, and index -1 with value 0 fills up: any real index would hide that latent's value."""
+    have no fixed k, k is the largest, and index -1 with value 0 fills up: any real index would
+    hide that latent's value."""
     import torch
     from torch.nn.functional import pad
     out = {}
     for s in pieces[0]:
         k = max(c[s].indices.shape[1] for c in pieces)
         parts = ([c[s].indices.int() for c in pieces], -1), ([c[s].values for c in pieces], 0)
-        out[s] = tuple(torch.cat([pad(part, (0, k - part.shape[1]), value=fill) for part in of]).cpu().numpy()
-                       for of, fill in parts)
+        out[s] = tuple(
+            torch.cat([pad(v, (0, k - v.shape[1]), value=fill) for v in part]).cpu().numpy()
+            for part, fill in parts)
     return out
 
 
@@ -719,8 +721,9 @@ def cmd_eval(flags):
 
 
 def cmd_encode(flags):
-    """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k), of tokens (N, T, k). Samples with
-    fewer active latents are filled up with index -1, value 0."""
+    """Write the sparse codes of features: <stream>_indices and _values, (N, k), of tokens (N, T, k).
+
+    Samples with fewer active latents may be filled up with index -1, value 0."""
     import data
     import numpy as np
     if os.path.exists(flags.out) and not flags.overwrite:
@@ -1756,7 +1759,7 @@ def cmd_describe(flags):
     coded = Coded(flags.run, flags)
     train, _ = coded.split()
     code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
-    untold = ("sample", "label")                             # a name must not copy what it is judged by
+    untold = ("sample", "label")                             # a name must not copy its judge
     for j in np.flatnonzero(code.getnnz(axis=0)):
         column = slice(code.indptr[j], code.indptr[j + 1])
         active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]
@@ -2659,7 +2662,7 @@ def train_mil(bags, head, flags, train, val, seed):
                     bool(flags.squash))
     X = bags.instances(train)
     model.mean.copy_(torch.from_numpy(X.mean(0)))
-    spread = (X - X[0]).std(0)                               # exactly 0 if constant: nothing to round
+    spread = (X - X[0]).std(0)                               # of a constant exactly 0
     model.std.copy_(torch.from_numpy(np.where(spread > 1.2e-7 * np.abs(X[0]), spread, 1)))
     model.to(flags.device)
     y = bags.y[train]
@@ -3315,7 +3318,8 @@ def fidelity_verdict(at):
     return ({("TotalSegmentator", what): v for what, v in (
                 ("R2", m["r2"]["variance-weighted"]), ("probe, ten latents", ten["best latents"]),
                 ("probe, ten components", ten["principal components"]), ("probe, all features", m["kept"]["dense"]),
-                ("kept by ten latents, %", percent(ten["kept"])), ("overlap of 10 neighbours", near["overlap"]))},
+                ("kept by ten latents, %", percent(ten["kept"])),
+                ("overlap of 10 neighbours", near["overlap"]))},
             {"ten latents keep 87.8 % of the probe, beyond chance (TotalSegmentator)":
              m["kept"]["dense"] - m["kept"]["chance"] > 0.05 and ten["kept"] >= 0.878,
              "ten latents keep more than ten principal components (ours)": ten["best latents"] > ten["principal components"]})

@@ -73,7 +73,7 @@ class Codes(NamedTuple):
     def dense(self, n_latents):
         """The same code as a (B, L) tensor, for showing and for small L."""
         dense = self.values.new_zeros(len(self.values), n_latents)
-        return dense.scatter_add(1, self.indices.clamp(min=0), self.values)                 # adds 0 where index is -1
+        return dense.scatter_add(1, self.indices.clamp(min=0), self.values)      # adds 0 for -1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -423,7 +423,7 @@ def test_impossible_settings_are_refused(kw, message):
 
 
 def test_a_dimension_that_is_constant_but_for_rounding_is_not_blown_up():
-    mean, std = torch.full((3,), 0.1), torch.tensor([0., 7e-9, 0.2])        # float32 steps by 7e-9 at 0.1
+    mean, std = torch.full((3,), 0.1), torch.tensor([0., 7e-9, 0.2])    # 7e-9: a float32 step
     model = SPARC({"a": 3}, 8, 2, norm="standard", stats={"a": (mean, std)})
     same(model.normalise(torch.full((1, 3), 0.6), "a"), torch.tensor([[0.5, 0.5, 2.5]]), 1e-6)
 
