@@ -36,6 +36,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords", "grid", "mask", "boxes")
 SPLITS = ("train", "val", "test")
+LARGEST = np.float32(1e15)  # of a feature: sums of squares must stay below 3e38, the end of float32
 
 
 class InputError(ValueError):
@@ -398,11 +399,14 @@ def _scan(features, block_bytes=1 << 24):
         step, zeros = max(1, block_bytes // (x[0].size * x.itemsize)), 0
         for start in range(0, len(x), step):
             block = np.ascontiguousarray(x[start:start + step]).reshape(len(x[start:start + step]), -1)
-            bad = ~np.isfinite(block).all(1)
+            bad = ~(np.abs(block) <= LARGEST).all(1)         # so compared, NaN is bad too
             if bad.any():
                 row = start + int(bad.argmax())
-                raise InputError(f"stream '{s}' has NaN or Inf in {bad.sum()} or more rows, first row {row} - "
-                                 "drop or mend them")
+                finite = np.isfinite(block[bad.argmax()]).all()
+                what, do = (("numbers beyond 1e15", "scale") if finite
+                            else ("NaN or Inf", "drop or mend"))
+                raise InputError(f"stream '{s}' has {what} in {bad.sum()} or more rows, "
+                                 f"first row {row} - {do} them")
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:

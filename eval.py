@@ -41,10 +41,13 @@ TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
 def sparse_code(indices, values, n_latents):
-    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted."""
+    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted.
+
+    Rows may be filled up with index -1, value 0."""
     n, k = indices.shape
-    code = sp.csr_matrix((np.asarray(values, np.float32).ravel(), np.asarray(indices, np.int32).ravel(),
-                          np.arange(0, n * k + 1, k)), shape=(n, n_latents))
+    columns = np.maximum(np.asarray(indices, np.int32), 0)
+    values = np.asarray(values, np.float32).flatten()        # a copy: eliminate_zeros writes to it
+    code = sp.csr_matrix((values, columns.ravel(), np.arange(0, n * k + 1, k)), (n, n_latents))
     code.eliminate_zeros()
     code.sort_indices()
     return code
@@ -191,7 +194,7 @@ def reconstruction(blocks):
     r2, nmse = {}, {}
     for t, s in error:
         r2.setdefault(t, {})[s] = float(1 - error[t, s] / variance[t]) if variance[t] > 1e-12 * squares[t] else None
-        nmse.setdefault(t, {})[s] = float(ratio[t, s] / max(counted[t], 1))
+        nmse.setdefault(t, {})[s] = float(ratio[t, s] / counted[t]) if counted[t] else None
     return {"r2": r2, "nmse": nmse}
 
 
@@ -214,9 +217,10 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
         ends = np.cumsum([0] + [train[t].shape[1] for t in targets])
         for t, a, b in zip(targets, ends, ends[1:]):
             strength = strengths[np.argmin([e[a:b].sum() for e in trials])]
-            spread = ((test[t] - test[t].mean(0)) ** 2).sum(dtype=np.float64)
+            spread = ((test[t] - test[t].mean(0, dtype=np.float64)) ** 2).sum()
             error = _squared_error(test, s, [t], [part[..., a:b] for part in full(strength)])
-            out[t][s] = float(1 - error.sum() / spread) if spread > 0 else None
+            varies = spread > 1e-12 * (test[t] ** 2).sum(dtype=np.float64)
+            out[t][s] = float(1 - error.sum() / spread) if varies else None
     return out
 
 
@@ -614,8 +618,9 @@ def mean_cell(matrix):
 
 
 def fmt(value, name=""):
-    """A cell: three decimals, one for percentages and large numbers; whole numbers as they are; a dash for None."""
-    if value is None:
+    """A cell: three decimals, one for percentages and large numbers; whole numbers as they are; a
+    dash for None or NaN."""
+    if value is None or value != value:
         return "-"
     if isinstance(value, float):
         return f"{value:.1f}" if abs(value) >= 100 or "%" in name else f"{value:.3f}"
@@ -930,7 +935,7 @@ def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     n_classes = n_classes or int(labels.max()) + 1
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
-    std[std == 0] = 1
+    std[std <= 1.2e-7 * mean.abs()] = 1                      # constant up to float32's rounding
     x, y = (x - mean) / std, torch.as_tensor(labels).long()
     W = torch.zeros(x.shape[1] + 1, n_classes, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
@@ -1016,7 +1021,7 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))                # strength decides between equals
     score = score if weighted else score + count
     out = {"frequency": active / n, "mean": mean, "references": top_samples(score.tocsr(), top)}
-    if labels is not None:
+    if labels is not None and labels.shape[1]:
         on = strength.astype(bool).astype(np.float64)
         seen = np.asarray(on.T @ labels.astype(float))                                      # (L, C)
         known = np.ones(n, bool) if known is None else known
@@ -1239,9 +1244,12 @@ def separation(means):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def r2_both(x, x_hat):
-    """R2 of a reconstruction (n, d): weighted by the dimensions' variances, and their plain mean (constant ones left out)."""
+    """R2 of a reconstruction (n, d): weighted by the dimensions' variances, and their plain mean.
+    Constant dimensions are left out; None where all are constant."""
     wrong, spread = ((x - x_hat) ** 2).sum(0), ((x - x.mean(0)) ** 2).sum(0)
-    varies = spread > 0
+    varies = spread > 1e-12 * (x ** 2).sum(0)                # else only by rounding
+    if not varies.any():
+        return {"variance-weighted": None, "uniform": None}
     return {"variance-weighted": float(1 - wrong[varies].sum() / spread[varies].sum()),
             "uniform": float(np.mean(1 - wrong[varies] / spread[varies]))}
 
@@ -1254,16 +1262,14 @@ def select_latents(code, y, n):
     """
     few = np.arange(code.shape[1])
     if sp.issparse(code):
-        spread = np.sqrt(np.asarray(code.multiply(code).mean(0)).ravel() - np.asarray(code.mean(0)).ravel() ** 2 + 1e-12)
+        square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
+        spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
         means = np.stack([np.asarray(code[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)])
         few = np.sort(np.argsort(-(means.std(0) / spread), kind="stable")[:1000])
         code = code[:, few].toarray()
-    Z = np.asarray(code, np.float64)
-    Z = Z - Z.mean(0)
-    length = np.linalg.norm(Z, axis=0)
-    Z, R = Z / np.where(length > 0, length, 1), (y[:, None] == np.unique(y)).astype(float)
+    Z, R = _centred_unit(np.asarray(code, np.float64)), (y[:, None] == np.unique(y)).astype(float)
     R, chosen = R - R.mean(0), []
-    for _ in range(min(n, int((length > 0).sum()), len(y) - 1)):
+    for _ in range(min(n, int(Z.any(0).sum()), len(y) - 1)):
         gain = ((Z.T @ R) ** 2).sum(1) / np.maximum((Z ** 2).sum(0), 1e-12)
         gain[chosen] = -1
         j = int(gain.argmax())
@@ -1278,7 +1284,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
     dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of `select_latents` (chosen on
     train), so many living latents drawn at random (mean of `draws`), so many principal components of the dense features.
-    `kept` is (score - chance) / (dense score - chance). Returns {"dense", "chance", "rows": [{...}]}.
+    `kept` is (score - chance) / (dense score - chance), None where the dense score is at or below
+    chance: there is nothing to keep. Returns {"dense", "chance", "rows": [{...}]}.
     """
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
@@ -1295,7 +1302,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
                 "random latents": float(np.mean([score(np.asarray(code[:, rng.permutation(alive)[:n]].todense()))
                                                  for _ in range(draws)])),
                 "principal components": score((dense - mean) @ axes[:n].T)}
-        out["rows"].append({"n": n, **ways, "kept": (ways["best latents"] - chance) / max(full - chance, 1e-12)})
+        kept = (ways["best latents"] - chance) / (full - chance) if full > chance + 1e-9 else None
+        out["rows"].append({"n": n, **ways, "kept": kept})
     return {**out, "chosen": chosen.tolist()}
 
 
@@ -1310,15 +1318,29 @@ def neighbours(x, k, groups=None, chunk=1024):
         own = np.arange(start, start + len(s))
         same = own[:, None] == np.arange(unit.shape[0]) if groups is None else groups[own][:, None] == groups
         s = np.where(same, -np.inf, s)
+        s = np.pad(s, ((0, 0), (0, max(k - s.shape[1], 0))), constant_values=-np.inf)
         best = np.argpartition(-s, k - 1, axis=1)[:, :k]
         best = np.take_along_axis(best, np.argsort(-np.take_along_axis(s, best, 1), axis=1, kind="stable"), 1)
         out.append(np.where(np.take_along_axis(s, best, 1) > -np.inf, best, -1))
     return np.concatenate(out)
 
 
+def chance_share(y, groups=None):
+    """For each row the share of its candidates that have its label y (n,): what guessing finds.
+
+    Candidates are the rows of other groups, without groups all other rows."""
+    def alike(v):                                            # how many rows have the same
+        _, number, count = np.unique(v, return_inverse=True, return_counts=True)
+        return count[number]
+    group = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)[1]
+    mates = alike(group * (y.max() + 1) + y)                 # of its group, with its label
+    return (alike(y) - mates) / np.maximum(len(y) - alike(group), 1)
+
+
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? For each k: overlap of the two lists, and the share of
-    hits with the query's label (y (n,)), sparse, dense, and by chance."""
+    hits with the query's label (y (n,) int, 0 or more), sparse, dense, and by chance among the
+    same candidates."""
     lists = {"sparse": neighbours(code, max(ks), groups), "dense": neighbours(dense, max(ks), groups)}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
     lists, y = {name: v[enough] for name, v in lists.items()}, (y, None if y is None else y[enough])
@@ -1328,7 +1350,7 @@ def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
         row = {"k": k, "overlap": float(both)}
         if y[0] is not None:
             row.update({f"precision, {name}": float((y[0][v[:, :k]] == y[1][:, None]).mean()) for name, v in lists.items()})
-            row["precision, chance"] = float(((np.bincount(y[0]) / len(y[0])) ** 2).sum())
+            row["precision, chance"] = float(chance_share(y[0], groups)[enough].mean())
         rows.append(row)
     return rows
 
@@ -1438,12 +1460,19 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
             precisions.append(envelope[np.searchsorted(recall, np.linspace(0, 1, 101))].mean())
             recalls.append(recall[-1] if len(recall) else 0.)
         out[f"AP{name}"], out[f"AR{name}"] = _mean(precisions), _mean(recalls)
-    return {**out, "mIoU": float(np.mean([overlap.get(key, 0.) for key in truth]))}
+    return {**out, "mIoU": _mean([overlap.get(key, 0.) for key in truth])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Do two codes share latents (thesis 4.2-4.3)?
 # ---------------------------------------------------------------------------------------------------------------------
+
+def _centred_unit(x):
+    """Columns of x (n, m) less their means, of length 1; what is constant but for rounding, 0."""
+    c = x - x.mean(0)
+    length = np.linalg.norm(c, axis=0)
+    return np.where(length > 1e-7 * np.linalg.norm(x, axis=0), c / np.maximum(length, 1e-30), 0)
+
 
 def match_latents(a, b, least=5, most=4096):
     """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the same samples (Hungarian).
@@ -1455,9 +1484,7 @@ def match_latents(a, b, least=5, most=4096):
     for code in (a, b):
         active = code.getnnz(axis=0)
         kept.append(np.sort(np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]))
-        x = np.asarray(code[:, kept[-1]].todense(), np.float64)
-        x -= x.mean(0)
-        unit.append(x / np.maximum(np.linalg.norm(x, axis=0), 1e-30))
+        unit.append(_centred_unit(np.asarray(code[:, kept[-1]].todense(), np.float64)))
     if not min(map(len, kept)):
         return np.arange(0), np.arange(0), np.zeros(0)
     r = unit[0].T @ unit[1]
@@ -1469,9 +1496,8 @@ def match_latents(a, b, least=5, most=4096):
 def index_correlations(a, b, least=5):
     """Correlation of latent j of one code with latent j of the other, for those active in `least` samples or more in both."""
     both = (a.getnnz(axis=0) >= least) & (b.getnnz(axis=0) >= least)
-    x, y = (np.asarray(code[:, both].todense(), np.float64) for code in (a, b))
-    x, y = x - x.mean(0), y - y.mean(0)
-    return (x * y).sum(0) / np.maximum(np.linalg.norm(x, axis=0) * np.linalg.norm(y, axis=0), 1e-30)
+    x, y = (_centred_unit(np.asarray(code[:, both].todense(), np.float64)) for code in (a, b))
+    return (x * y).sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

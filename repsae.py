@@ -526,14 +526,17 @@ def tasks_of(labels, *parts):
 
 def collect(pieces):
     """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays. Where codes
-    have no fixed k, k is the largest, and index 0 with value 0 fills up."""
+    have no fixed k, k is the largest, and index -1 with value 0 fills up: any real index would
+    hide that latent's value."""
     import torch
     from torch.nn.functional import pad
     out = {}
     for s in pieces[0]:
         k = max(c[s].indices.shape[1] for c in pieces)
-        out[s] = tuple(torch.cat([pad(part, (0, k - part.shape[1])) for part in parts]).cpu().numpy()
-                       for parts in ([c[s].indices.int() for c in pieces], [c[s].values for c in pieces]))
+        parts = ([c[s].indices.int() for c in pieces], -1), ([c[s].values for c in pieces], 0)
+        out[s] = tuple(
+            torch.cat([pad(v, (0, k - v.shape[1]), value=fill) for v in part]).cpu().numpy()
+            for part, fill in parts)
     return out
 
 
@@ -643,8 +646,9 @@ def read(flags):
 def read_to_train(flags):
     """`read`, and make sure that there is something to train on and something to judge by."""
     features = read(flags)
-    features.rows("train")
     features.rows("test", "val")
+    if len(features.per_token().rows("train")) < 2:
+        raise InputError("the train split has 1 sample - give at least two to learn from")
     if features.tokens:
         say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token counts as a sample")
     return features.per_token()
@@ -783,7 +787,9 @@ def cmd_eval(flags):
 
 
 def cmd_encode(flags):
-    """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k), of tokens (N, T, k)."""
+    """Write the sparse codes of features: <stream>_indices and _values, (N, k), of tokens (N, T, k).
+
+    Samples with fewer active latents may be filled up with index -1, value 0."""
     import data
     import numpy as np
     if os.path.exists(flags.out) and not flags.overwrite:
@@ -884,7 +890,7 @@ def cmd_sweep(flags):
                     found[what, topk, mode] = head[f"NMSE {what}"]
         # each as it was trained: that is what the thesis plots
         cells = {what: (found[what, "global", "joint"], found[what, "local", "alone"]) for what in ("self", "cross")}
-        gap = {what: joint - alone for what, (joint, alone) in cells.items()}
+        gap = {what: None if None in pair else pair[0] - pair[1] for what, pair in cells.items()}
         rows.append([label, *cells["self"], gap["self"], *cells["cross"], gap["cross"],
                      found["self", "global", "alone"], found["cross", "global", "alone"]])
         for what in cells:
@@ -1475,7 +1481,8 @@ def cmd_latents(flags):
                 judge.html_table(["at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))]
     shown = np.flatnonzero(alive)[np.argsort(-table["frequency"][alive], kind="stable")]
     if labels is not None and labels.any():
-        found["mean entropy"] = float(np.nanmean(table["entropy"][alive]))
+        there = table["entropy"][alive & np.isfinite(table["entropy"])]
+        found["mean entropy"] = float(there.mean()) if len(there) else None
         clear = np.flatnonzero(table["frequency"] * len(train) >= 5)
         order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
         each = max(1, 20 // max(len(features.label_names), 1))
@@ -1483,7 +1490,8 @@ def cmd_latents(flags):
         columns = ["purity", "entropy", "frequency", "mean"]
         rows = [[f"{j}", features.label_names[table["label"][j]], *(table[c][j] for c in columns)] for j in shown]
         header = ["latent", "label", *columns]
-        print(f"\nmean label entropy {found['mean entropy']:.3f} nats of ln {len(features.label_names)} = "
+        print(f"\nmean label entropy {judge.fmt(found['mean entropy'])} nats "
+              f"of ln {len(features.label_names)} = "
               f"{math.log(len(features.label_names)):.3f}; the purest of each label, active in 5 samples or more:\n"
               + judge.text_table(header, rows))
         sections.append(("The purest latents of each label", judge.html_table(header, rows)))
@@ -1508,6 +1516,11 @@ def analysis_folder(flags, name):
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.path.exists(out_path(folder, "config.json"))):
         raise InputError(f"{folder} is {'a run' if os.path.isdir(folder) else 'a file'} - name another folder with --out")
     return folder
+
+
+def percent(share):
+    """A share as a percentage, None as it is."""
+    return None if share is None else 100 * share
 
 
 def none_if_nan(v):
@@ -1792,13 +1805,13 @@ def cmd_fidelity(flags):
     near = judge.retrieval_fidelity(coded.dense[some], coded.strength[some], None if y is None else y[some],
                                     None if groups is None else groups[some])
     print("R2 of the features" + (", averaged over tokens" if coded.T > 1 else "") + ": "
-          + ", ".join(f"{k} {v:.3f}" for k, v in r2.items()))
+          + ", ".join(f"{k} {judge.fmt(v)}" for k, v in r2.items()))
     tables = []
     if kept:
         tables.append(("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
                                                  "principal components", "kept, %"],
                        [[f"{row['n']}", row["best latents"], row["random latents"], row["principal components"],
-                         100 * row["kept"]] for row in kept["rows"]]
+                         percent(row["kept"])] for row in kept["rows"]]
                        + [["all latents", kept["all latents"], None, None, None],
                           [f"all {coded.dense.shape[1]} features", kept["dense"], None, None, None]]))
     if near:
@@ -1826,6 +1839,7 @@ def cmd_describe(flags):
     coded = Coded(flags.run, flags)
     train, _ = coded.split()
     code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
+    untold = ("sample", "label")                             # a name must not copy its judge
     for j in np.flatnonzero(code.getnnz(axis=0)):
         column = slice(code.indptr[j], code.indptr[j + 1])
         active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]
@@ -1837,7 +1851,8 @@ def cmd_describe(flags):
         shown = {name: [{**coded.about(row), "activation": float(coded.strength[row, j])} for row in rows]
                  for name, rows in groups.items()}
         told = "\n".join(f"{name}: " + "; ".join(
-            ", ".join(f"{k} {v}" for k, v in one.items() if k != "sample") for one in rows) for name, rows in shown.items())
+            ", ".join(f"{k} {v}" for k, v in one.items() if k not in untold) for one in rows)
+            for name, rows in shown.items())
         out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
     path = flags.out or out_path(flags.run, "describe.json")
     judge.write_json(path, out)
@@ -2728,7 +2743,8 @@ def train_mil(bags, head, flags, train, val, seed):
                     bool(flags.squash))
     X = bags.instances(train)
     model.mean.copy_(torch.from_numpy(X.mean(0)))
-    model.std.copy_(torch.from_numpy(np.where(X.std(0) > 0, X.std(0), 1)))
+    spread = (X - X[0]).std(0)                               # of a constant exactly 0
+    model.std.copy_(torch.from_numpy(np.where(spread > 1.2e-7 * np.abs(X[0]), spread, 1)))
     model.to(flags.device)
     y = bags.y[train]
     weight = 1 / np.bincount(y)[y] if flags.weighted else np.ones(len(y))
@@ -2769,7 +2785,7 @@ def pooled_baseline(bags, train, test):
     """What no attention gets: logistic regression on the mean of a bag's instances."""
     import eval as judge
     import numpy as np
-    means = np.stack([bags.instances([i]).mean(0) for i in range(len(bags))])
+    means = np.stack([bags.instances([i]).mean(0, dtype=np.float64) for i in range(len(bags))])
     p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
     return {"scores": judge.scores(bags.y[test], p)}
 
@@ -3383,7 +3399,8 @@ def fidelity_verdict(at):
     return ({("TotalSegmentator", what): v for what, v in (
                 ("R2", m["r2"]["variance-weighted"]), ("probe, ten latents", ten["best latents"]),
                 ("probe, ten components", ten["principal components"]), ("probe, all features", m["kept"]["dense"]),
-                ("kept by ten latents, %", 100 * ten["kept"]), ("overlap of 10 neighbours", near["overlap"]))},
+                ("kept by ten latents, %", percent(ten["kept"])),
+                ("overlap of 10 neighbours", near["overlap"]))},
             {"ten latents keep 87.8 % of the probe, beyond chance (TotalSegmentator)":
              m["kept"]["dense"] - m["kept"]["chance"] > 0.05 and ten["kept"] >= 0.878,
              "ten latents keep more than ten principal components (ours)": ten["best latents"] > ten["principal components"]})

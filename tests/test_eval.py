@@ -586,6 +586,40 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     np.testing.assert_allclose(four["kept"], (1 - 0.25) / (found["dense"] - 0.25))
 
 
+def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
+    rng = np.random.default_rng(0)
+    tenth = np.full((1000, 2), np.float32(0.1))
+    x = rng.standard_normal((1000, 3)).astype(np.float32)
+    x_hat = x + 0.1
+    none = {"variance-weighted": None, "uniform": None}
+    assert judge.r2_both(tenth.astype(float), tenth + 1.) == none
+    both = judge.r2_both(np.c_[tenth, x].astype(float), np.c_[tenth + 1., x_hat])
+    assert both == pytest.approx(judge.r2_both(x.astype(float), x_hat))
+    found = judge.ridge_ceiling({"a": x, "b": tenth}, {"a": x, "b": tenth})
+    assert found["b"]["a"] is None and found["a"]["b"] == pytest.approx(0, abs=0.01)
+    y, other = (x[:, 0] > 0).astype(int), tenth.copy()
+    other[-1] = 5.                                           # never seen in training
+    W, b = judge.logistic_fit(np.c_[tenth, x], y)
+    p = judge.logistic_probe(np.c_[tenth, x], y, np.c_[other, x])
+    assert np.abs(W).max() < 100 and (p.argmax(1) == y).mean() > 0.97
+    code = codes_of(np.c_[tenth, np.maximum(x, 0)])
+    chosen = judge.select_latents(code, y, 9)
+    assert chosen[0] == 2 and len(chosen) == 3
+    assert judge.index_correlations(code, code).tolist() == pytest.approx([0, 0, 1, 1, 1])
+
+
+def test_there_is_a_dash_where_there_is_nothing_to_measure():
+    nothing = torch.zeros(4, 2)
+    found = judge.reconstruction([({"a": nothing}, {("a", "a"): nothing + 1})])
+    assert found == {"r2": {"a": {"a": None}}, "nmse": {"a": {"a": None}}}
+    assert judge.fmt(float("nan")) == judge.fmt(None) == "-"
+    assert judge.segmentation_scores({}, {})["mIoU"] is None
+    rows = judge.neighbours(np.eye(3), 5)
+    assert (np.sort(rows)[:, :3] == -1).all() and rows[0, :2].tolist() == [1, 2]
+    code = codes_of(np.eye(3))
+    assert "label" not in judge.latent_table(code, code, np.zeros((3, 0), bool))
+
+
 def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
     rng = np.random.default_rng(0)
     x, groups = rng.standard_normal((30, 5)), np.repeat(np.arange(10), 3)
@@ -600,7 +634,34 @@ def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
     alone = judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.arange(30) < 28, ks=(2, 4))
     assert alone[0]["overlap"] == 1 and judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.zeros(30)) == []
     same = judge.retrieval_fidelity(x, sp.csr_matrix(3 * x), groups % 2)
-    assert [row["overlap"] for row in same] == [1, 1, 1] and same[0]["precision, chance"] == 0.5
+    assert [row["overlap"] for row in same] == [1, 1, 1]
+    assert same[0]["precision, chance"] == pytest.approx(14 / 29)
+
+
+def test_noise_finds_labels_at_its_stated_chance_with_groups_of_one_label_left_out():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 6, 600)
+    y = groups % 3                                           # a label's rows are of two groups
+    noise = rng.standard_normal((600, 20))
+    for g in (groups, None):
+        unit = np.arange(600) if g is None else g
+        expected = np.mean([np.mean([y[j] == y[i] for j in range(600) if unit[j] != unit[i]])
+                            for i in range(600)])            # a slow loop over all candidates
+        row = judge.retrieval_fidelity(noise, sp.csr_matrix(noise), y, g)[-1]
+        assert row["precision, chance"] == pytest.approx(expected)
+        assert abs(row["precision, dense"] - row["precision, chance"]) < 0.03
+
+
+def test_nothing_is_kept_of_a_probe_at_chance():
+    rng = np.random.default_rng(0)
+    y, code = np.arange(60) % 2, random_code(rng, 60)
+    train, test = np.arange(40), np.arange(40, 60)
+    found = judge.kept_performance(np.ones((60, 3)), code, y, train, test, sizes=(1, 5))
+    assert found["dense"] == found["chance"] == 0.5
+    assert [row["kept"] for row in found["rows"]] == [None, None]
+    dense = np.r_[y[:40], 1 - y[40:]][:, None] + 0.          # worse than chance
+    found = judge.kept_performance(dense, code, y, train, test, sizes=(1,))
+    assert found["dense"] == 0 and found["rows"][0]["kept"] is None
 
 
 def test_names_fit_a_query_by_the_words_they_share():

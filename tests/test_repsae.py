@@ -503,6 +503,22 @@ def test_mil_reports_every_head_over_all_folds_beside_the_mean_of_the_bag(bags, 
     assert (tmp_path / "r" / "report.html").exists()
 
 
+def test_a_channel_that_is_constant_in_training_counts_little_when_it_is_not_in_test(tmp_path):
+    rng, y = np.random.default_rng(0), np.arange(40) % 2
+    X = rng.standard_normal((8000, 3)).astype(np.float32)    # means of so many 0.1 are rounded
+    X[:, 0], X[:, 1] = 0.1, X[:, 1] + np.repeat(y, 200)
+    X[6000:, 0] = 0.6                                        # the bags of the test part
+    folds = (np.arange(40) < 30)[None, None]
+    np.savez(tmp_path / "b.npz", X=X, offsets=np.arange(41) * 200, y=y, folds=folds)
+    run("mil", "--data", tmp_path / "b.npz", "--head", "mean", *QUICK_MIL, "--epochs", 3,
+        "--out", tmp_path / "r")
+    state = torch.load(tmp_path / "r" / "mean.pt", weights_only=True)["models"][0]
+    assert state["std"][0] == 1
+    assert (state["std"][1:] - torch.tensor([1.118, 1.])).abs().max() < 0.05
+    found = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert [runs[0]["scores"]["AUC"] for runs in found.values()] == [1, 1]
+
+
 def test_the_test_fold_never_reaches_training(bags, tmp_path, monkeypatch):
     """With the labels of the test rows turned over, the models are the same."""
     import data
@@ -715,6 +731,61 @@ def test_every_activation_trains_resumes_evaluates_and_encodes(activation, featu
     assert "sparsity" in list(csv.DictReader(open(tmp_path / "r" / "log.csv")))[0]
 
 
+@pytest.mark.parametrize("activation", ["relu", "batchtopk", "jumprelu"])
+def test_codes_of_blocks_of_several_widths_become_the_models_dense_codes(activation, tmp_path):
+    x = data.planted_streams(1300, {"y": 12}).streams["y"]
+    x = x * np.where(np.arange(1300) < 1024, 1, 3)[:, None]
+    np.savez(tmp_path / "f.npz", y=x)
+    run("sae", "--data", tmp_path / "f.npz", "--activation", activation, *SMALL, "--norm", "none",
+        "--epochs", 1, "--out", tmp_path / "r")
+    run("encode", tmp_path / "r", "--out", tmp_path / "c.npz")
+    z, (model, _, _) = np.load(tmp_path / "c.npz"), sae.load(tmp_path / "r" / "checkpoint.pt")
+    c = torch.tensor(x, dtype=torch.float32) - model.b_pre["y"]
+    expected = model.activate(model.logits(c))[0].detach()   # (N, L), before any choice of indices
+    indices, values = torch.tensor(z["y_indices"]).long(), torch.tensor(z["y_values"])
+    assert (indices == -1).any() and (expected[:, 0] > 0).any()
+    torch.testing.assert_close(sae.Codes(indices, values).dense(40), expected, rtol=1e-5, atol=1e-6)
+    code = judge.sparse_code(z["y_indices"], z["y_values"], 40).toarray()
+    torch.testing.assert_close(torch.tensor(code), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.decode(sae.Codes(indices, values)),
+                               expected @ model.W_dec["y"] + model.b_pre["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_entropy_of_fewer_samples_than_it_needs_is_a_dash(features, tmp_path, capsys):
+    with np.load(features) as z:
+        np.savez(tmp_path / "f.npz", x=z["x"][:12], labels=np.arange(12) % 2,
+                 split=np.repeat(["train", "test"], [8, 4]))
+    run("sae", "--data", tmp_path / "f.npz", *SMALL, "--out", tmp_path / "r")
+    run("latents", tmp_path / "r", "--weighted", "--out", tmp_path / "l")
+    assert json.loads((tmp_path / "l" / "metrics.json").read_text())["mean entropy"] is None
+    out = capsys.readouterr().out
+    assert "mean label entropy - nats" in out and "nan" not in out
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"split": np.repeat(["train", "test"], [1, 39])},
+     "the train split has 1 sample - give at least two"),
+    ({"a": np.full((40, 3), 1e39)},
+     "stream 'a' has numbers beyond 1e15 in 40 or more rows, first row 0 - scale them"),
+    ({"training": np.ones((40, 3))}, "stream name 'training' cannot name a parameter - rename it")])
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+        change, message, tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(2, 40, 3))
+    np.savez(tmp_path / "f.npz", **{"a": x[0], "b": x[1], **change})
+    argv = ["sparc", "--data", tmp_path / "f.npz", *SMALL, "--epochs", 1, "--out", tmp_path / "r"]
+    assert message in error(capsys, *argv) and not (tmp_path / "r").exists()
+
+
+def test_a_stream_of_zeros_trains_and_is_judged_by_a_dash(tmp_path):
+    x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", a=np.zeros((60, 4), np.float32), b=x, labels=np.arange(60) % 2)
+    run("sparc", "--data", tmp_path / "f.npz", *SMALL, "--epochs", 1, "--norm", "standard,l2",
+        "--out", tmp_path / "r")
+    found = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert found["alone"]["nmse"]["a"] == found["alone"]["r2"]["a"] == {"a": None, "b": None}
+    assert found["ceiling"]["a"]["b"] is None
+
+
 def test_presets_hold_the_papers_figures_and_what_is_typed_goes_first():
     def resolved(*argv):
         return repsae.resolved_sae(repsae.parse(["sae", "--data", "f.npz", *argv])[1], made)
@@ -852,7 +923,8 @@ def test_described_latents_come_back_as_names_that_find_samples(tokens, token_ru
     run("describe", token_run, "--out", tmp_path / "d.json")
     described = json.loads((tmp_path / "d.json").read_text())
     sick = [one for one in described if all("sick" == s["label"] for s in one["top"]) and len(one["top"]) == 8]
-    assert sick and "sick" in sick[0]["prompt"] and {s["sample"] for s in sick[0]["inactive"]}.isdisjoint(
+    assert sick and not re.search("sick|well|label", "".join(one["prompt"] for one in described))
+    assert "group" in sick[0]["prompt"] and {s["sample"] for s in sick[0]["inactive"]}.isdisjoint(
         s["sample"] for s in sick[0]["top"])
     assert sick[0]["middling"] and max(s["activation"] for s in sick[0]["middling"]) <= sick[0]["top"][-1]["activation"]
     values = [s["activation"] for s in sick[0]["top"]]

@@ -1,5 +1,6 @@
 """Claims about ssm.py, held against the textbook recurrence, closed forms, and the authors' own outputs and gradients."""
 import argparse
+import copy
 import ctypes
 import pathlib
 import shutil
@@ -657,6 +658,27 @@ def test_bfloat16_autocast_stays_close(name):
     with torch.autocast("cpu", torch.bfloat16):
         close = model(x)
     assert ((close - exact).norm() / exact.norm()).item() < 3e-2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.bfloat16, 0.03), (torch.float16, 3e-3), (torch.float64, 1e-5)])
+@pytest.mark.parametrize("name", ["vim_micro", "vmamba_micro"])
+def test_a_model_in_another_precision_stays_close_to_float32(name, dtype, tolerance):
+    model = ssm.PRESETS[name](n_classes=3).eval()
+    other = copy.deepcopy(model).to(dtype)
+    for side in (32, 64):                                    # 64: resized positions
+        x = torch.randn(2, 3, side, side)
+        exact, found = model(x), other(x.to(dtype))
+        assert found.dtype == dtype and (found.to(exact) - exact).norm() <= tolerance * exact.norm()
+    found.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in other.parameters())
+
+
+def test_vim_passes_gradcheck_in_float64():
+    model = ssm.Vim(16, 2, patch=4, size=8, d_state=2).double()
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    log = model.layers[0].mixer.A_log
+    assert torch.autograd.gradcheck(lambda x, log: model(x)[0, :3], (x, log), fast_mode=True)
 
 
 def test_a_mixer_learns_to_remember_its_first_token():
