@@ -124,7 +124,7 @@ PRESETS = {                                                  # of one stream
 TRAINING = {
     "epochs": ("auto", whole(1, auto=True), "passes over the training split; auto: 50, or what makes 1,000 steps"),
     "batch": ("auto", whole(1, auto=True), "samples per step; auto: a tenth of the rows, at most 256"),
-    "lr": ("auto", real(TINY, 1e6, auto=True), "Adam's learning rate; auto: 2e-4 sqrt(2^14 / L)"),
+    "lr": ("auto", real(TINY, 1e30, auto=True), "Adam's learning rate; auto: 2e-4 sqrt(2^14 / L)"),
     "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or contiguous blocks of a batch's size; "
                 "auto: blocks for memory-mapped folders, which they are fast on"),
     "seed": (42, whole(0, 2 ** 32 - 1), "of the split, the initial weights and the order of the batches"),
