@@ -796,3 +796,17 @@ print(tuple(one.decode(one.encode({"clip": torch.randn(3, 12)})["clip"]).shape))
     command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')\n" + program]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.split("\n")[:2] == ["(3, 16)", "(3, 12)"], run.stderr
+
+
+# -- what must not leak, and settings that must count ------------------------------------------------------------------
+
+def test_the_seed_decides_the_first_weights_and_which_stream_is_drawn():
+    first, again, other = (SPARC(DIMS, 20, 2, topk="random", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.W_enc["a"], again.W_enc["a"]) and not torch.equal(first.W_enc["a"], other.W_enc["a"])
+    drawn = []
+    for model in (first, again, other):
+        drawn.append([])
+        for step in range(20):
+            model.step.fill_(step)
+            drawn[-1].append(model.drawn_stream())
+    assert drawn[0] == drawn[1] != drawn[2]
