@@ -720,7 +720,7 @@ def test_words_add_up_their_pieces_and_small_ones_are_hidden():
 
 
 
-# -- what must not leak, and settings that must count ------------------------------------------------------------------
+# -- what must not leak, and settings that must count -------------------------------------------
 
 def test_votes_of_neighbours_are_weighted_by_dinos_temperature_when_none_is_given():
     rng = np.random.default_rng(0)
@@ -728,49 +728,56 @@ def test_votes_of_neighbours_are_weighted_by_dinos_temperature_when_none_is_give
     similarity = (train @ query[0]) / np.linalg.norm(train, axis=1) / np.linalg.norm(query)
     near = np.argsort(-similarity)[:10]
     weight = np.exp(similarity[near] / 0.07)                 # DINO's evaluation
-    np.testing.assert_allclose(judge.knn(train, y, query)[10][0, 1], weight[y[near] == 1].sum() / weight.sum(), rtol=1e-4)
+    expected = weight[y[near] == 1].sum() / weight.sum()
+    np.testing.assert_allclose(judge.knn(train, y, query)[10][0, 1], expected, rtol=1e-4)
 
 
 def test_the_seed_of_the_bootstrap_decides_its_draws():
     rng = np.random.default_rng(0)
     y = rng.random(60) < 0.5
     score = y + 2 * rng.standard_normal(60)
-    first, again, other = (judge.bootstrap_auc(y, score, rounds=50, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (judge.bootstrap_auc(y, score, rounds=50, seed=v) for v in (1, 1, 2))
     assert first == again and first[0] == other[0] and first[1:] != other[1:]
 
 
 def test_ridge_has_an_intercept_and_its_strength_is_chosen_without_the_test_rows():
-    """Against a slow ridge. In the test rows the streams are unrelated, so that they would choose the strongest penalty."""
+    """Against a slow ridge. In the test rows the relation is reversed: they would choose the
+    strongest penalty."""
     rng = np.random.default_rng(0)
 
     def rows(n, related):
         a = rng.standard_normal((n, 6))
-        return {"a": a + 5, "b": (related * a @ np.ones((6, 2)) + 0.1 * rng.standard_normal((n, 2))) - 7}
+        b = related * a @ np.ones((6, 2)) + 0.1 * rng.standard_normal((n, 2))
+        return {"a": a + 5, "b": b - 7}
     train, test, strengths = rows(100, 1), rows(40, -1), 10. ** np.arange(-6, 3)
 
     def predicted(x, y, new, strength):
-        Z = x - x.mean(0)
+        Z, mean = x - x.mean(0), y.mean(0)
         penalty = strength * np.linalg.eigvalsh(Z.T @ Z).mean() * np.eye(6)
-        return (new - x.mean(0)) @ np.linalg.solve(Z.T @ Z + penalty, Z.T @ (y - y.mean(0))) + y.mean(0)
+        W = np.linalg.solve(Z.T @ Z + penalty, Z.T @ (y - mean))
+        return (new - x.mean(0)) @ W + mean
     held = np.arange(100) % 10 == 0
     a, b = train["a"], train["b"]
     lost = [((predicted(a[~held], b[~held], a[held], s) - b[held]) ** 2).sum() for s in strengths]
-    expected, by_test = (1 - ((predicted(a, b, test["a"], s) - test["b"]) ** 2).sum()
-                         / ((test["b"] - test["b"].mean(0)) ** 2).sum() for s in (strengths[np.argmin(lost)], strengths[-1]))
-    assert judge.ridge_ceiling(train, test)["b"]["a"] == pytest.approx(expected) and expected < by_test - 1
+    spread = ((test["b"] - test["b"].mean(0)) ** 2).sum()
+    expected, by_test = (1 - ((predicted(a, b, test["a"], s) - test["b"]) ** 2).sum() / spread
+                         for s in (strengths[np.argmin(lost)], strengths[-1]))
+    assert judge.ridge_ceiling(train, test)["b"]["a"] == pytest.approx(expected)
+    assert expected < by_test - 1                            # else the above would prove nothing
 
 
 def test_principal_components_are_those_of_the_training_rows():
-    """The test rows vary most along an axis that tells nothing: fitted on them, the first component would be that axis."""
+    """Test rows vary most along an axis that tells nothing: theirs would be the first component."""
     y, train, test = np.arange(120) % 2, np.arange(80), np.arange(80, 120)
     dense = np.c_[4. * y, np.where(np.arange(120) % 4 < 2, -1., 1.)]
     dense[test, 1] *= 100
     code = codes_of(np.random.default_rng(0).random((120, 3)))
-    assert judge.kept_performance(dense, code, y, train, test, sizes=(1,))["rows"][0]["principal components"] == 1
+    row, = judge.kept_performance(dense, code, y, train, test, sizes=(1,))["rows"]
+    assert row["principal components"] == 1
 
 
 def test_random_latents_are_drawn_among_those_that_live_in_training_and_by_the_seed():
-    """Every latent that lives in training tells the classes; some 400 others are silent, or live in the test rows alone."""
+    """All that live in training tell the classes; 400 others are silent, or live in test rows."""
     rng = np.random.default_rng(0)
     y, train, test = np.arange(60) % 2, np.arange(40), np.arange(40, 60)
     code = np.zeros((60, 403))
@@ -780,7 +787,7 @@ def test_random_latents_are_drawn_among_those_that_live_in_training_and_by_the_s
     assert [row["random latents"] for row in found["rows"]] == [1, 1]
     noisy = codes_of(rng.random((60, 50)) + 0.3 * y[:, None])
     a, b, c = ([row["random latents"] for row in judge.kept_performance(
-        code[:, :3], noisy, y, train, test, sizes=(1, 2, 3), seed=seed)["rows"]] for seed in (1, 1, 2))
+        code[:, :3], noisy, y, train, test, sizes=(1, 2, 3), seed=v)["rows"]] for v in (1, 1, 2))
     assert a == b != c
 
 
@@ -793,20 +800,23 @@ def test_a_weak_but_steady_latent_is_selected_among_more_than_a_thousand_loud_on
 
 
 def test_barcodes_are_classified_by_folds_that_did_not_see_them():
-    """Labels drawn by lot in 40 dimensions are learned by heart, and guessed no better than by lot elsewhere."""
+    """Labels drawn by lot are learned by heart in 40 dimensions, and only guessed elsewhere."""
     rng = np.random.default_rng(0)
     code, y = codes_of(rng.random((60, 40))), rng.permutation(np.arange(60) % 2)
     folds = np.array_split(np.arange(60), 3)
     found = judge.barcode_f1(code, y, np.ones(40), folds, exponents=(0,))[0]["f1"]
-    assert np.mean(found) < 0.7 < judge.weighted_f1(y, judge.logistic_probe(code.toarray(), y, code.toarray()).argmax(1))
+    learned = judge.logistic_probe(code.toarray(), y, code.toarray()).argmax(1)
+    assert np.mean(found) < 0.7 < judge.weighted_f1(y, learned)
 
 
 def test_latents_of_too_little_mean_activation_are_no_part_of_the_barcode():
     rng = np.random.default_rng(0)
     y = np.arange(30) % 2
-    code = codes_of(np.c_[rng.random((30, 2)), 1. + y])      # the third tells the classes, and is too weak at 1e-1
-    found = judge.barcode_f1(code, y, np.array([1., 1., 0.05]), np.array_split(np.arange(30), 3), exponents=(-2, -1))
-    assert np.mean(found[-2]["f1"]) == 1 > np.mean(found[-1]["f1"]) and [found[t]["latents"] for t in (-2, -1)] == [3, 2]
+    code = codes_of(np.c_[rng.random((30, 2)), 1. + y])      # the third tells, too weak at 1e-1
+    folds = np.array_split(np.arange(30), 3)
+    found = judge.barcode_f1(code, y, np.array([1., 1., 0.05]), folds, exponents=(-2, -1))
+    assert [found[t]["latents"] for t in (-2, -1)] == [3, 2]
+    assert np.mean(found[-2]["f1"]) == 1 > np.mean(found[-1]["f1"])
 
 
 def test_the_strength_of_a_linear_probe_and_the_seed_of_the_sgd_probe_count():
@@ -814,7 +824,7 @@ def test_the_strength_of_a_linear_probe_and_the_seed_of_the_sgd_probe_count():
     x, y = rng.standard_normal((50, 3)), np.arange(50) % 2
     z = (x - x.mean(0)) / x.std(0)
 
-    def loss(w):                                             # of two classes' weights only the difference counts
+    def loss(w):                                             # w: the two classes' difference
         logits = z @ w[:3] + w[3]
         return np.logaddexp(0, (1 - 2 * y) * logits).sum() + (w[:3] ** 2).sum() / (4 * 0.01)
     w = scipy.optimize.minimize(loss, np.zeros(4), tol=1e-12).x
@@ -825,12 +835,13 @@ def test_the_strength_of_a_linear_probe_and_the_seed_of_the_sgd_probe_count():
 
 
 def test_the_latent_of_a_probe_is_chosen_without_its_test_rows():
-    """Both are equally active among training positives; one tells the validation rows, the other the test rows."""
+    """Both are as active in training; one tells the validation rows, the other the test rows."""
     rows = {"train": np.arange(40), "val": np.arange(40, 60), "test": np.arange(60, 80)}
     y = np.arange(80) % 2
     code = np.zeros((80, 2))
     code[:40] = y[:40, None]
     code[40:60, 0], code[60:, 1] = y[40:60], y[60:]
     for binary in (True, False):
-        found = judge.probe(codes_of(code), [(0, {part: (r, y[r]) for part, r in rows.items()})], binary=binary)
-        assert found["tasks"][0]["latent"] == 0 and found["tasks"][0]["val"] < 0.3 < found["tasks"][0]["test"]
+        task = 0, {part: (r, y[r]) for part, r in rows.items()}
+        found, = judge.probe(codes_of(code), [task], binary=binary)["tasks"]
+        assert found["latent"] == 0 and found["val"] < 0.3 < found["test"]

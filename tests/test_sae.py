@@ -798,11 +798,12 @@ print(tuple(one.decode(one.encode({"clip": torch.randn(3, 12)})["clip"]).shape))
     assert run.stdout.split("\n")[:2] == ["(3, 16)", "(3, 12)"], run.stderr
 
 
-# -- what must not leak, and settings that must count ------------------------------------------------------------------
+# -- what must not leak, and settings that must count -------------------------------------------
 
 def test_the_seed_decides_the_first_weights_and_which_stream_is_drawn():
     first, again, other = (SPARC(DIMS, 20, 2, topk="random", seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.W_enc["a"], again.W_enc["a"]) and not torch.equal(first.W_enc["a"], other.W_enc["a"])
+    W = [model.W_enc["a"] for model in (first, again, other)]
+    assert torch.equal(W[0], W[1]) and not torch.equal(W[0], W[2])
     drawn = []
     for model in (first, again, other):
         drawn.append([])
