@@ -822,3 +822,40 @@ def test_labels_that_cannot_be_meant_are_refused_at_once(labels, more, message, 
     np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels, **more)
     with pytest.raises(data.InputError, match=re.escape(message)):
         data.read_features(tmp_path / "f.npz")
+
+
+# -- what must not leak, and settings that must count -------------------------------------------
+
+def crop_of(seed):
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    images = type("One", (), {"open": lambda self, i: picture, "__len__": lambda self: 1})()
+    return data.CropBatches(images, data.Crops(16, 8, 1, blur=0.2), seed)[3, 0][0]
+
+
+@pytest.mark.parametrize("drawn", [
+    lambda seed: Batches(np.arange(160), 16, seed).rows(3),
+    lambda seed: Batches(np.arange(160), 16, seed, "samples").rows(3),
+    lambda seed: planted_streams(40, seed=seed).streams["vision"],
+    lambda seed: planted_streams(40, seed=0).shuffled(seed).order["text"],
+    lambda seed: data.Images(["p"] * 60).knn_rows(seed, 20)[0],
+    lambda seed: data.Images(["p"] * 60, split=np.repeat("train", 60)).knn_rows(seed, 20)[0],
+    lambda seed: data.stratified_parts(np.arange(60) % 2, (70, 15, 15), seed)[0], crop_of],
+    ids=["blocks", "samples", "planted", "null", "k-NN parts", "k-NN rows", "parts", "crops"])
+def test_every_seed_decides_what_is_drawn(drawn):
+    first, again, other = (np.asarray(drawn(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_the_pictures_that_vote_are_those_of_the_training_split():
+    split = np.repeat(["test", "train", "val"], 20)
+    vote, judged = data.Images(["p"] * 60, split=split).knn_rows(0, 15)
+    assert set(split[vote]) == {"train"} and set(split[judged]) == {"test", "val"}
+    assert len(vote) == len(judged) == 15
+
+
+def test_words_of_other_captions_leave_the_encoder_of_captions_as_it_was():
+    captions = ["pale stroma", "dark stroma", "two pale cells", "dark cells", "pale fibres here"]
+    alone, *beside = (data.latent_semantics([*captions, *more], np.arange(5))[:5]
+                      for more in ([], ["stroma"] * 9, ["stroma never seen", "seen never"]))
+    assert all(np.array_equal(v, alone) for v in beside)

@@ -595,7 +595,7 @@ def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
     assert judge.r2_both(tenth.astype(float), tenth + 1.) == none
     both = judge.r2_both(np.c_[tenth, x].astype(float), np.c_[tenth + 1., x_hat])
     assert both == pytest.approx(judge.r2_both(x.astype(float), x_hat))
-    found = judge.ridge_ceiling({"a": x, "b": tenth}, {"a": x, "b": tenth})
+    found = judge.linear_baseline({"a": x, "b": tenth}, {"a": x, "b": tenth})
     assert found["b"]["a"] is None and found["a"]["b"] == pytest.approx(0, abs=0.01)
     y, other = (x[:, 0] > 0).astype(int), tenth.copy()
     other[-1] = 5.                                           # never seen in training
@@ -891,3 +891,130 @@ def test_random_latents_do_not_bear_the_name_of_a_rare_finding():
     assert table["purity"].mean() == pytest.approx(0.05, abs=0.02)
     known = labels[:, 0] | (rng.random(4000) < 0.05)         # most negatives unlabelled: about half of the rest has it
     assert judge.latent_table(code, code, labels, known=known)["purity"].mean() == pytest.approx(labels.sum() / known.sum(), abs=.05)
+
+
+# -- what must not leak, and settings that must count -------------------------------------------
+
+def test_votes_of_neighbours_are_weighted_by_dinos_temperature_when_none_is_given():
+    rng = np.random.default_rng(0)
+    train, y, query = rng.standard_normal((30, 4)), np.arange(30) % 2, rng.standard_normal((1, 4))
+    similarity = (train @ query[0]) / np.linalg.norm(train, axis=1) / np.linalg.norm(query)
+    near = np.argsort(-similarity)[:10]
+    weight = np.exp(similarity[near] / 0.07)                 # DINO's evaluation
+    expected = weight[y[near] == 1].sum() / weight.sum()
+    np.testing.assert_allclose(judge.knn(train, y, query)[10][0, 1], expected, rtol=1e-4)
+
+
+def test_the_seed_of_the_bootstrap_decides_its_draws():
+    rng = np.random.default_rng(0)
+    y = rng.random(60) < 0.5
+    score = y + 2 * rng.standard_normal(60)
+    first, again, other = (judge.bootstrap_auc(y, score, rounds=50, seed=v) for v in (1, 1, 2))
+    assert first == again and first[0] == other[0] and first[1:] != other[1:]
+
+
+def test_ridge_has_an_intercept_and_its_strength_is_chosen_without_the_test_rows():
+    """Against a slow ridge. In the test rows the relation is reversed: they would choose the
+    strongest penalty."""
+    rng = np.random.default_rng(0)
+
+    def rows(n, related):
+        a = rng.standard_normal((n, 6))
+        b = related * a @ np.ones((6, 2)) + 0.1 * rng.standard_normal((n, 2))
+        return {"a": a + 5, "b": b - 7}
+    train, test, strengths = rows(100, 1), rows(40, -1), 10. ** np.arange(-6, 3)
+
+    def predicted(x, y, new, strength):
+        Z, mean = x - x.mean(0), y.mean(0)
+        penalty = strength * np.linalg.eigvalsh(Z.T @ Z).mean() * np.eye(6)
+        W = np.linalg.solve(Z.T @ Z + penalty, Z.T @ (y - mean))
+        return (new - x.mean(0)) @ W + mean
+    held = np.arange(100) % 10 == 0
+    a, b = train["a"], train["b"]
+    lost = [((predicted(a[~held], b[~held], a[held], s) - b[held]) ** 2).sum() for s in strengths]
+    spread = ((test["b"] - test["b"].mean(0)) ** 2).sum()
+    expected, by_test = (1 - ((predicted(a, b, test["a"], s) - test["b"]) ** 2).sum() / spread
+                         for s in (strengths[np.argmin(lost)], strengths[-1]))
+    assert judge.linear_baseline(train, test)["b"]["a"] == pytest.approx(expected)
+    assert expected < by_test - 1                            # else the above would prove nothing
+
+
+def test_principal_components_are_those_of_the_training_rows():
+    """Test rows vary most along an axis that tells nothing: theirs would be the first component."""
+    y, train, test = np.arange(120) % 2, np.arange(80), np.arange(80, 120)
+    dense = np.c_[4. * y, np.where(np.arange(120) % 4 < 2, -1., 1.)]
+    dense[test, 1] *= 100
+    code = codes_of(np.random.default_rng(0).random((120, 3)))
+    row, = judge.kept_performance(dense, code, y, train, test, sizes=(1,))["rows"]
+    assert row["principal components"] == 1
+
+
+def test_random_latents_are_drawn_among_those_that_live_in_training_and_by_the_seed():
+    """All that live in training tell the classes; 400 others are silent, or live in test rows."""
+    rng = np.random.default_rng(0)
+    y, train, test = np.arange(60) % 2, np.arange(40), np.arange(40, 60)
+    code = np.zeros((60, 403))
+    code[:, :3] = (1 + rng.random((60, 3))) * y[:, None]
+    code[40:, 200:] = rng.random((20, 203))
+    found = judge.kept_performance(code[:, :3], codes_of(code), y, train, test, sizes=(1, 3))
+    assert [row["random latents"] for row in found["rows"]] == [1, 1]
+    noisy = codes_of(rng.random((60, 50)) + 0.3 * y[:, None])
+    a, b, c = ([row["random latents"] for row in judge.kept_performance(
+        code[:, :3], noisy, y, train, test, sizes=(1, 2, 3), seed=v)["rows"]] for v in (1, 1, 2))
+    assert a == b != c
+
+
+def test_a_weak_but_steady_latent_is_selected_among_more_than_a_thousand_loud_ones():
+    """Class means of the loud ones differ more by chance, but not in standard deviations."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 2
+    loud = 100 * rng.random((60, 1200)) * (rng.random((60, 1200)) < 0.3)
+    assert judge.select_latents(codes_of(np.c_[loud, 0.01 * y]), y, 1).tolist() == [1200]
+
+
+def test_barcodes_are_classified_by_folds_that_did_not_see_them():
+    """Labels drawn by lot are learned by heart in 40 dimensions, and only guessed elsewhere."""
+    rng = np.random.default_rng(0)
+    code, y = codes_of(rng.random((60, 40))), rng.permutation(np.arange(60) % 2)
+    folds = np.array_split(np.arange(60), 3)
+    found = judge.barcode_f1(code, y, np.ones(40), folds, exponents=(0,))[0]["f1"]
+    learned = judge.logistic_probe(code.toarray(), y, code.toarray()).argmax(1)
+    assert np.mean(found) < 0.7 < judge.weighted_f1(y, learned)
+
+
+def test_latents_of_too_little_mean_activation_are_no_part_of_the_barcode():
+    rng = np.random.default_rng(0)
+    y = np.arange(30) % 2
+    code = codes_of(np.c_[rng.random((30, 2)), 1. + y])      # the third tells, too weak at 1e-1
+    folds = np.array_split(np.arange(30), 3)
+    found = judge.barcode_f1(code, y, np.array([1., 1., 0.05]), folds, exponents=(-2, -1))
+    assert [found[t]["latents"] for t in (-2, -1)] == [3, 2]
+    assert np.mean(found[-2]["f1"]) == 1 > np.mean(found[-1]["f1"])
+
+
+def test_the_strength_of_a_linear_probe_and_the_seed_of_the_sgd_probe_count():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((50, 3)), np.arange(50) % 2
+    z = (x - x.mean(0)) / x.std(0)
+
+    def loss(w):                                             # w: the two classes' difference
+        logits = z @ w[:3] + w[3]
+        return np.logaddexp(0, (1 - 2 * y) * logits).sum() + (w[:3] ** 2).sum() / (4 * 0.01)
+    w = scipy.optimize.minimize(loss, np.zeros(4), tol=1e-12).x
+    p = judge.logistic_probe(x, y, x, strength=0.01)[:, 1]
+    np.testing.assert_allclose(p, scipy.special.expit(z @ w[:3] + w[3]), atol=1e-4)
+    first, again, other = (judge.sgd_probe(x, y, x, epochs=2, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_the_latent_of_a_probe_is_chosen_without_its_test_rows():
+    """Both are as active in training; one tells the validation rows, the other the test rows."""
+    rows = {"train": np.arange(40), "val": np.arange(40, 60), "test": np.arange(60, 80)}
+    y = np.arange(80) % 2
+    code = np.zeros((80, 2))
+    code[:40] = y[:40, None]
+    code[40:60, 0], code[60:, 1] = y[40:60], y[60:]
+    for binary in (True, False):
+        task = 0, {part: (r, y[r]) for part, r in rows.items()}
+        found, = judge.probe(codes_of(code), [task], binary=binary)["tasks"]
+        assert found["latent"] == 0 and found["val"] < 0.3 < found["test"]

@@ -906,3 +906,18 @@ def test_settings_follow_the_number_of_samples_up_to_the_thesis_s(n, latents, k,
     assert found["steps"] == found["epochs"] * -(-n // batch) and found["dead_after"] == min(1000, steps // 4)
     assert found["lr"] == pytest.approx(2e-4 * (2 ** 14 / latents) ** .5)
     assert sae.settings_for(n, latents=6)["k"] == 6 and sae.settings_for(n, epochs=3)["steps"] == 3 * -(-n // batch)
+
+
+# -- what must not leak, and settings that must count -------------------------------------------
+
+def test_the_seed_decides_the_first_weights_and_which_stream_is_drawn():
+    first, again, other = (SPARC(DIMS, 20, 2, topk="random", seed=seed) for seed in (1, 1, 2))
+    W = [model.W_enc["a"] for model in (first, again, other)]
+    assert torch.equal(W[0], W[1]) and not torch.equal(W[0], W[2])
+    drawn = []
+    for model in (first, again, other):
+        drawn.append([])
+        for step in range(20):
+            model.step.fill_(step)
+            drawn[-1].append(model.drawn_stream())
+    assert drawn[0] == drawn[1] != drawn[2]
