@@ -77,10 +77,10 @@ def top_samples(code, top=TOP):
 def label_counts(code, labels, top=TOP, known=None):
     """How often each label occurs among each latent's `top` samples (all active ones if None), labelled samples only.
 
-    labels (n, C) bool; known (n,) bool says which samples are labelled, all by default.
+    labels (n, C) bool; known (n,) bool says which samples were labelled, by default those with any label.
     Returns counts (L, C) and the number of samples behind them (L,), 0 where a latent is not active.
     """
-    known = np.ones(len(labels), bool) if known is None else known
+    known = labels.any(1) if known is None else known
     best = top_samples(code[known], top)
     best.data[:] = 1
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
@@ -146,11 +146,11 @@ def concept_names(counts, n_top, label_names, purity=0.3):
     return [label_names[j] if p >= purity else None for j, p in zip(counts.argmax(1), share)], share
 
 
-def concept_alignment(codes, labels, label_names, parents, known=None):
+def concept_alignment(codes, labels, label_names, parents):
     """Jaccard at every taxonomy depth (Table 5.2), named latents, from dict stream -> code and labels (n, C) bool."""
     counts, n_top, names = {}, {}, {}
     for s, code in codes.items():
-        counts[s], n_top[s] = label_counts(code, labels, known=known)
+        counts[s], n_top[s] = label_counts(code, labels)
         names[s], _ = concept_names(counts[s], n_top[s], label_names)
     out = {"named": {s: sum(v is not None for v in names[s]) for s in codes},
            "latents_per_name": {s: _tally(names[s]) for s in codes}}
@@ -320,15 +320,15 @@ def stratified_split(y, held_out, seed):
     return tuple(rng.permutation(np.concatenate(part)) for part in parts)
 
 
-def probe_tasks(labels, min_positives=50, known=True):
+def probe_tasks(labels, min_positives=50):
     """Balanced binary tasks with train / val / test rows, thesis A.1.3: list of (label, {part: (rows, y)}).
 
-    A task is a label with at least `min_positives` positives among the rows that are `known` (n,) bool; task t draws as many negatives (seed 1000 + t) and splits
+    A task is a label with at least `min_positives` positives; task t draws as many negatives (seed 1000 + t) and splits
     70 / 15 / 15, classes in proportion (seeds 2000 + t, 3000 + t). Where positives outnumber negatives they are drawn.
     """
     tasks = []
     for t in range(labels.shape[1]):
-        pos, neg = np.flatnonzero(labels[:, t] & known), np.flatnonzero(~labels[:, t] & known)
+        pos, neg = np.flatnonzero(labels[:, t]), np.flatnonzero(~labels[:, t])
         if len(pos) < min_positives or len(neg) < min_positives:
             continue
         rng = np.random.RandomState(1000 + t)
@@ -348,7 +348,6 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
 
     The `candidates` latents most often active on the task's training positives are each fitted on train (input z > 0,
     or z itself if not `binary`), the best on val is reported on test. chosen: a list of candidate arrays instead.
-    A task whose candidates are never active is left at chance, ln 2, by latent None.
     Returns {"loss": mean test log-loss in nats (0.693 is chance), "tasks": [{label, latent, val, test}]}.
     """
     active = (code > 0).astype(np.int32)
@@ -361,9 +360,9 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
     solve = _solve_binary if binary else _solve_values
     results = []
     for (label, _), best, (val, test) in zip(tasks, found, solve(active if binary else code, tasks, found)):
-        j = int(np.argmin(val)) if len(best) else None
-        chosen = (int(best[j]), float(val[j]), float(test[j])) if len(best) else (None, math.log(2), math.log(2))
-        results.append({"label": int(label), **dict(zip(("latent", "val", "test"), chosen))})
+        if len(best):
+            j = int(np.argmin(val))
+            results.append({"label": int(label), "latent": int(best[j]), "val": float(val[j]), "test": float(test[j])})
     return {"loss": _mean([r["test"] for r in results]), "tasks": results}
 
 
@@ -735,14 +734,14 @@ def thumbnail(path, size=96):
         return html.escape(os.path.basename(str(path)))
 
 
-def gallery(codes, labels, label_names, describe, known=None, n_latents=24, n_samples=6):
+def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6):
     """The clearest concepts: latents with the same name in every stream, purest first, with their top samples in HTML.
 
     codes: dict stream -> code. describe(row) -> HTML of one sample.
     """
     found = {}
     for s, code in codes.items():
-        counts, n_top = label_counts(code, labels, known=known)
+        counts, n_top = label_counts(code, labels)
         # too few samples: no name
         found[s] = concept_names(counts, np.where(n_top >= 5, n_top, 10 ** 6), label_names)
     names = [v for v, _ in found.values()]
@@ -837,7 +836,7 @@ def sparc_report(path, title, metrics, log, settings, codes, features, rows, fol
     if labels is not None and labels.any():
         sections.append(("Concepts that have the same name in every stream, alone codes", gallery(
             codes["alone"], labels, features.label_names,
-            lambda i: describe_sample(features, rows[i], labels[i], folder), features.known(rows))))
+            lambda i: describe_sample(features, rows[i], labels[i], folder))))
     sections.append(("Settings", html_table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None])))
     write_report(path, title, sections)
 
@@ -1003,15 +1002,14 @@ def label_entropy(weight):
         return -np.where(p > 0, p * np.log(p), p).sum(1) + 0.
 
 
-def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
-    """What each latent is, from `pool_tokens`' strength and count (n, L), labels (n, C) bool and which rows of them are known
-    (n,), all by default: a dict of arrays (L,).
+def latent_table(strength, count, labels=None, top=10, weighted=False):
+    """What each latent is, from `pool_tokens`' strength and count (n, L) and labels (n, C) bool: a dict of arrays (L,).
 
     frequency   share of samples in which any token is active
     mean        mean strength over those; NaN where there are none
     entropy     of the labels of the active samples, natural logarithm: CytoSAE's "unique labels among activated images"; with
                 `weighted`, of the labels of the `top` samples weighted by strength, as its code computes it
-    label, purity   the most frequent label among the labelled active samples and its share of them; label -1 without any
+    label, purity   the most frequent label among the active samples and its share of them; label -1 where there is none
     references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count (the paper's reference images), then strength; with
                 `weighted` by strength alone, and the entropy is NaN for a latent that has fewer, as in its code
     """
@@ -1024,15 +1022,14 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     if labels is not None and labels.shape[1]:
         on = strength.astype(bool).astype(np.float64)
         seen = np.asarray(on.T @ labels.astype(float))                                      # (L, C)
-        known = np.ones(n, bool) if known is None else known
-        known = np.asarray(on.T @ known.astype(float)).ravel()                              # labelled active samples
+        known = np.asarray(on.T @ labels.any(1).astype(float)).ravel()                      # labelled active samples
         weight = seen
         if weighted:
             best = out["references"].copy()
             best.data = np.ones_like(best.data, float)
             weight = np.asarray(best.multiply(strength.T).tocsr() @ labels.astype(float))
             weight[np.diff(best.indptr) < top] = 0
-        out.update(entropy=label_entropy(weight), label=np.where(seen.any(1), seen.argmax(1), -1),
+        out.update(entropy=label_entropy(weight), label=np.where(known > 0, seen.argmax(1), -1),
                    purity=seen.max(1) / np.maximum(known, 1))
     return out
 

@@ -562,8 +562,7 @@ def measure(model, features, flags):
     features = features.per_token()
     rows = evaluation_rows(features, flags, "test", "val")
     labels = features.label_matrix(rows)
-    known = None if labels is None else features.known(rows)
-    tasks = judge.probe_tasks(labels, known=known) if labels is not None else []
+    tasks = judge.probe_tasks(labels) if labels is not None else []
     out = {"split": str(features.split[rows[0]]), "rows": len(rows), "steps": int(model.step), "latents": model.n_latents}
     codes = {}
     for mode in ("joint", "alone") if len(model.streams) > 1 else ("alone",):
@@ -572,12 +571,11 @@ def measure(model, features, flags):
         if len(model.streams) > 1:
             out[mode]["retrieval"] = judge.retrieval(codes[mode])
         if labels is not None and labels.any():
-            out[mode]["concepts"] = judge.concept_alignment(codes[mode], labels, features.label_names, features.parents,
-                                                               known)
+            out[mode]["concepts"] = judge.concept_alignment(codes[mode], labels, features.label_names, features.parents)
         if tasks:
             out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
     if labels is not None:
-        out["positives"] = int(labels[known].sum(0).max(initial=0))
+        out["positives"] = int(labels.sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
     if len(model.streams) > 1:
         with torch.no_grad():
@@ -1082,15 +1080,14 @@ class Watch:
     """Looks at a backbone from outside: its features of the pictures, and their k-NN accuracy where there are labels."""
 
     def __init__(self, images, backbone, flags, most=4000):
-        import data
         import numpy as np
         self.images, self.backbone, self.flags = images, backbone, flags
         self.train, self.test = np.arange(0), np.arange(0)
         labels = images.labels
         if labels is not None:
             self.train, self.test = images.knn_rows(flags.seed, most)
-            known = data.known_labels(labels, images.mask)
-            self.train, self.test = (rows[known[rows]] for rows in (self.train, self.test))
+            if labels.ndim == 1:                             # unlabelled: below 0
+                self.train, self.test = (rows[labels[rows] >= 0] for rows in (self.train, self.test))
             self.tasks = tasks_of(labels, self.train, self.test)
             self.measure = "balanced accuracy" if labels.ndim == 1 else "mean AUC of the labels"
             if not self.tasks or not len(self.train):
@@ -1200,8 +1197,6 @@ def cmd_extract(flags):
         about.update(object_arrays(images.objects))
     if images.labels is not None:
         about.update(labels=images.labels, label_names=np.array(images.label_names))
-    if images.mask is not None:
-        about["mask"] = images.mask
     if images.split is not None:
         about["split"] = images.split
     data.write_npz(flags.out, {**streams, **about, **images.about})
@@ -1317,15 +1312,12 @@ def cmd_probe(flags):
     if flags.only:
         chosen = sorted({label_number(features, name) for name in flags.only.split(",")})
     several = labels.ndim == 2                               # may hold at once: each is found by itself
-    known = np.flatnonzero(features.known(np.arange(len(labels))) if several else np.isin(labels, chosen))
+    known = np.arange(len(labels)) if several else np.flatnonzero(np.isin(labels, chosen))
     train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
     tasks = tasks_of(labels[:, chosen] if several else np.searchsorted(chosen, labels), train, test)
     if not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2:
         raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` "
                          "or `labels`")
-    strange = [] if several else np.setdiff1d(labels[test], labels[train])
-    if len(strange):
-        raise InputError(f"no training sample has the test label {features.label_names[strange[0]]} - mend `split`")
     if several and len(tasks) < len(chosen):
         say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in test, are left out")
     found, rows, C = {}, [], 2 if several else len(chosen)
@@ -1418,9 +1410,8 @@ class Coded:
 
     def told(self, name):
         """(y (N,) bool: has a sample the label, rows to learn from, rows to judge by): labelled rows, both kinds in both."""
-        import numpy as np
         y, label = self.labels(), label_number(self.features, name)
-        known = self.features.known(np.arange(len(y)))
+        known = y.any(1) | (self.features.labels.ndim == 2)
         y, parts = y[:, label], [rows[known[rows]] for rows in self.split()]
         for part, rows in zip(("training", "test"), parts):
             if not 0 < y[rows].sum() < len(rows):
@@ -1469,8 +1460,7 @@ def cmd_latents(flags):
     coded = Coded(flags.run, flags, flags.tau)
     features, (train, _) = coded.features, coded.split()
     labels = features.label_matrix(train)
-    known = None if labels is None else features.known(train)
-    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top, flags.weighted, known)
+    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top, flags.weighted)
     counts = judge.threshold_counts(table["mean"])
     alive = table["frequency"] > 0
     found = {"latents": len(alive), "alive": int(alive.sum()), "mean at least 10^t": counts}
@@ -2199,7 +2189,6 @@ def cmd_attribute(flags):
     images, arrays = pictures_with_masks(model, features, flags)
     sees, clip = attributed_streams(model, flags)
     truth, labels, train = true_masks(arrays), features.label_matrix(np.arange(len(features))), features.rows("train")
-    train = train[features.known(train)]
     codes, _ = codes_and_fit(model, features, train, "alone" if model.topk == "local" else "joint", flags.device)
     J = concept_latents(codes, labels[train], flags.least)
     test = [i for i in features.rows("test", "val") if any(key[0] == i for key in truth)][:flags.most]
