@@ -31,7 +31,7 @@ import scipy.ndimage
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords", "grid", "mask", "boxes")
 SPLITS = ("train", "val", "test")
@@ -815,10 +815,13 @@ class Images:
     objects: list = None
     about: dict = field(default_factory=dict)
     side: int = 224                                          # pixels that a part needs, at least, where a slide has levels
+    window: tuple = None                                     # see `as_rgb`
 
     def open(self, i):
         """Picture i in RGB."""
-        return open_image(self.paths[i]) if self.boxes is None else _slide(self.paths[i]).read(self.boxes[i], self.side)
+        if self.boxes is not None:
+            return _slide(self.paths[i], self.window).read(self.boxes[i], self.side)
+        return open_image(self.paths[i], window=self.window)
 
     def __len__(self):
         return len(self.paths)
@@ -937,15 +940,62 @@ def _walk(folder, endings, what):
             names if labelled else [], np.array([split for _, _, split in found]) if None not in parts else None)
 
 
-def open_image(path, decode=True):
-    """A picture as RGB; without `decode` it is only looked at. Raises InputError naming the file."""
+def open_image(path, decode=True, window=None):
+    """A picture as `as_rgb` gives it; without `decode` it is only looked at.
+
+    Raises InputError naming the file.
+    """
     try:
         image = Image.open(path)
-        return image.convert("RGB") if decode else image.close()
+        return as_rgb(image, window) if decode else image.close()
     except Image.DecompressionBombError:
         raise InputError(f"{path} is too large for one picture - cut it with `tile`, for which it needs openslide")
     except (OSError, SyntaxError, ValueError) as e:
         raise InputError(f"{path} is not a readable picture ({str(e) or type(e).__name__}) - remove or replace it")
+
+
+def as_rgb(image, window=None):
+    """A PIL image in RGB, upright as its EXIF orientation says.
+
+    Grey of more than 8 bits is scaled: low becomes black, high white, what lies beyond is cut off.
+    They are `window`, (low, high), where it is given, which then holds for grey of 8 bits too and
+    leaves colours alone; else of whole numbers `_whole_range`, of floating ones the picture's own
+    least and largest finite value.
+    """
+    tags = dict(getattr(image, "tag_v2", {}))
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] not in "IF" and not (window and image.mode == "L"):
+        return image.convert("RGB")
+    x = np.asarray(image).astype(np.float64)
+    if window:
+        low, high = window
+    elif image.mode == "F":
+        finite = x[np.isfinite(x)]
+        low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
+    else:
+        low, high = _whole_range(x, tags)
+    share = (np.nan_to_num(x, nan=low) - low) / (high - low) if high > low else np.zeros_like(x)
+    if image.mode.startswith("I;16") and tags.get(262) == 0:     # TIFF: the least value is white
+        share = 1 - share
+    return Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
+
+
+def _whole_range(x, tags):
+    """(low, high) of a picture of whole numbers x (H, W), from its TIFF tags, if any.
+
+    The least and largest value it states (SMin- and SMaxSampleValue, else Min- and MaxSampleValue);
+    else all that its stated bits hold, if those are fewer than 16; else the first of 0..4095 (12
+    bits in 16, as detectors have) and 0..65535 that holds all its values; else their own range.
+    """
+    low, high = (float(np.ravel(tags.get(signed, tags.get(plain, default)))[0])
+                 for signed, plain, default in ((340, 280, 0), (341, 281, 0)))
+    bits = int(np.ravel(tags.get(258, 16))[0])
+    if low < high:
+        return low, high
+    for most in (2 ** bits - 1,) if bits < 16 else (4095, 65535):
+        if 0 <= x.min() and x.max() <= most:
+            return 0, most
+    return x.min(), x.max()
 
 
 def plain_view(size, whole=False):
@@ -1055,12 +1105,14 @@ def _digest(*arrays):
     return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
 
 
-def read_pictures(path, size, label=None):
+def read_pictures(path, size, label=None, window=None):
     """Labelled pictures at size x size: class folders, or an .npz that lists pictures, as `read_images` reads them; or a
     MedMNIST .npz with train_images, train_labels and so on for val and test. Where several labels hold at once, `label` is the
-    name of the one to find. Raises InputError when there are no labels, or only one class."""
+    name of the one to find. window: see `as_rgb`. Raises InputError when there are no labels, or
+    only one class."""
     if os.path.isdir(path) or "images" in _Source(path):
         images = read_images(path)
+        images.window = window
         if images.labels is None:
             raise InputError(f"{path} has no labels - put the pictures into folders named after them")
         labels, names, split = images.labels, images.label_names, images.split
@@ -1116,7 +1168,7 @@ def jittered(x):
 class Slide:
     """A large picture: through openslide where that is installed and knows the file, else through Pillow, in memory."""
 
-    def __init__(self, path):
+    def __init__(self, path, window=None):
         self.slide = None
         try:
             import openslide
@@ -1128,7 +1180,7 @@ class Slide:
             if "Unsupported" not in type(e).__name__:
                 raise InputError(f"{path} is not a readable slide ({e}) - write it again")
         if self.slide is None:
-            self.image = open_image(path)
+            self.image = open_image(path, window=window)
             self.size = self.image.size
 
     def overview(self, side):
@@ -1149,8 +1201,8 @@ class Slide:
 
 
 @functools.lru_cache(maxsize=4)
-def _slide(path):
-    return Slide(path)
+def _slide(path, window=None):
+    return Slide(path, window)
 
 
 def _forget_slides(worker):
@@ -1221,13 +1273,15 @@ def tile_boxes(pieces, scale, size, side, step):
     return np.concatenate(found)
 
 
-def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0.2, **how):
+def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0.2, window=None,
+               **how):
     """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the overview with both drawn in.
 
     side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels, as in CLAM, which takes
     1 and 1 for biopsies, 100 and 16 for resections; ours is about a tile of 224. Raises InputError when there is no tissue.
+    window: see `as_rgb`.
     """
-    slide = _slide(path)
+    slide = _slide(path, window)
     image, scale = slide.overview(overview)
     area = 512 ** 2 / scale ** 2
     pieces = find_tissue(np.asarray(image), least=least * area, least_hole=least_hole * area, **how)
@@ -1304,16 +1358,17 @@ def read_voc(path):
     return found
 
 
-def cut_boxes(folder, out, size=64, margin=0.2):
+def cut_boxes(folder, out, size=64, margin=0.2, window=None):
     """Cut the annotated boxes of a Pascal VOC folder into pictures out/<split>/<name>/<image>_<i>.png of `size` pixels.
 
     A cut is the square around a box's centre, as long as the box's longer side and `margin` more, so that shapes stay what
     they are, shifted inwards where it would reach over the image's edge. ImageSets/Main says what is train and what
     test. Boxes with a side of 8 pixels or less are left out. Returns dict (split, name) -> count.
+    window: see `as_rgb`.
     """
     count = {}
     for split, stem in voc_stems(folder):
-        image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"))
+        image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"), window=window)
         for i, (name, (x0, y0, x1, y1)) in enumerate(read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))):
             half = max(x1 - x0, y1 - y0) / 2 * (1 + margin)
             if min(x1 - x0, y1 - y0) <= 8:

@@ -180,6 +180,8 @@ FINETUNE = {
     "weight-decay": (0.05, float, "AdamW's"),
     "seed": (0, int, "of the first run; the others follow"),
 }
+WINDOW = {"window": (None, str, "low,high: grey values that are black and white; by default the "
+                     "range that a picture of more than 8 bits states or, without one, fills")}
 NULL = {"null": (False, bool, "train once more with the rows of all streams but the first shuffled, "
                  "and show its numbers beside")}
 BENCH = {"json": (None, str, "file for every figure")}
@@ -871,15 +873,35 @@ def print_summary(metrics):
 
 def cmd_dino(flags):
     """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only watch over it (k-NN)."""
-    import data
     flags, saved = check_folder(flags.out, flags)
-    images = data.read_images(needed(flags, "images"))
+    images = pictures_of(flags)
     rows = images.rows("train") if images.split is not None else images.rows()
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
     if saved and saved["data_hash"] != images.hash:
         raise InputError(f"{flags.images} is not what the run in {flags.out} was trained on - restore it, or train anew")
     train_dino(flags, images, rows, flags.out, saved)
+
+
+def pictures_of(flags):
+    """The pictures that --images names, grey values as --window says."""
+    import data
+    images = data.read_images(needed(flags, "images"))
+    images.window = grey_window(flags)
+    return images
+
+
+def grey_window(flags):
+    """--window "0,4095" -> (0.0, 4095.0), or None; raises InputError when it is no range."""
+    if flags.window is None:
+        return None
+    try:
+        low, high = map(float, flags.window.split(","))
+        if -math.inf < low < high < math.inf:
+            return low, high
+    except ValueError:
+        pass
+    raise InputError(f"--window {flags.window} - give two grey values in order, for example 0,4095")
 
 
 def needed(flags, name):
@@ -1085,7 +1107,7 @@ def cmd_extract(flags):
     import data
     import numpy as np
     import ssm
-    images, size = data.read_images(needed(flags, "images")), flags.size
+    images, size = pictures_of(flags), flags.size
     if os.path.exists(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} exists - use --overwrite, or another --out")
     specs, streams = needed(flags, "weights").split(","), {}
@@ -1905,7 +1927,7 @@ def cmd_clip(flags):
     import torch
     if flags.weights:
         return import_clip(flags)
-    images = data.read_images(needed(flags, "images"))
+    images = pictures_of(flags)
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and `captions`")
     captions = np.array([str(c) for c in images.about["captions"]])
@@ -2078,7 +2100,7 @@ def concept_latents(codes, labels, least=50):
 def pictures_with_masks(model, features, flags):
     """The pictures of --images and their file's arrays; raises InputError where they do not fit the features or the run."""
     import data
-    images, arrays = data.read_images(needed(flags, "images")), data.read_arrays(flags.images)
+    images, arrays = pictures_of(flags), data.read_arrays(flags.images)
     shape = arrays["instances"].shape if "instances" in arrays and "boxes" in arrays else ()
     if len(shape) != 3 or shape[0] != len(features):
         raise InputError(f"{flags.images} has no 'instances' and 'boxes' of these {len(features)} pictures - give what "
@@ -2460,7 +2482,8 @@ def cmd_cut(flags):
     import data
     if os.path.exists(flags.out):
         raise InputError(f"{flags.out} exists - name a new folder with --out")
-    count = data.cut_boxes(needed(flags, "voc"), flags.out, flags.size, flags.margin)
+    count = data.cut_boxes(needed(flags, "voc"), flags.out, flags.size, flags.margin,
+                           grey_window(flags))
     print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
 
 
@@ -2486,7 +2509,8 @@ def cmd_tile(flags):
     os.makedirs(flags.out, exist_ok=True)
     for path, target in zip(slides, targets):
         boxes, shown = data.tile_slide(path, side, step, least=flags.least, least_hole=flags.least_hole,
-                                       max_holes=flags.max_holes, threshold=None if flags.otsu else flags.threshold)
+                                       max_holes=flags.max_holes, window=grey_window(flags),
+                                       threshold=None if flags.otsu else flags.threshold)
         arrays = {"coords": boxes, "images": relative([path] * len(boxes), f"{target}.npz")}
         if regions is not None:
             share = np.array([data.region_share(regions, box) for box in boxes])
@@ -2725,7 +2749,8 @@ def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
     import data
     import eval as judge
-    pictures = data.read_pictures(needed(flags, "data"), flags.size, flags.label)
+    pictures = data.read_pictures(needed(flags, "data"), flags.size, flags.label,
+                                  grey_window(flags))
     specs, C = flags.models.split(","), len(pictures.label_names)
     names = [try_classifier(spec, flags, C) for spec in specs]                              # before anything is written
     if len(set(names)) < len(names):
@@ -2872,7 +2897,7 @@ def cmd_explain(flags):
     import eval as judge
     import ssm
     import torch
-    images = data.read_images(needed(flags, "images"))
+    images = pictures_of(flags)
     loaded = [load_backbone(spec, flags, head=True) for spec in needed(flags, "weights").split(",")]
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
@@ -3574,7 +3599,8 @@ command("compare", cmd_compare, (ON_RUN, BENCH), positional=("run", "other"), ex
     "sparc": (None, str, "a run of sparc on both streams, to set beside")})
 command("tissue", cmd_tissue, ({"overwrite": RUN["overwrite"]},), "tissue", extra={
     "pictures": (4000, int, "how many"), "size": (64, int, "their side, pixels"), "seed": (0, int, "of everything drawn")})
-command("clip", cmd_clip, ({k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
+command("clip", cmd_clip, (WINDOW, {k: RUN[k] for k in ("device", "overwrite")}), "runs/clip",
+        extra={
     "images": (None, str, ".npz with `images` and `captions`, as `tissue` writes it"),
     "merges": (None, str, "CLIP's own merges file, bpe_simple_vocab_16e6.txt.gz; else words of the captions are the tokens"),
     "weights": (None, str, "state_dict of a released CLIP with a ViT: nothing is trained, it becomes a run; needs --merges"),
@@ -3582,7 +3608,7 @@ command("clip", cmd_clip, ({k: RUN[k] for k in ("device", "overwrite")},), "runs
     "layers": (4, int, "of both"), "joint": (64, int, "width of the common space"),
     "context": (32, int, "longest text, tokens"), "epochs": (20, int, "passes"), "batch": (128, int, "pairs a step"),
     "lr": (1e-3, float, "AdamW's"), "seed": (0, int, "of weights and order")})
-command("attribute", cmd_attribute, (ON_RUN, OUT), positional=("run",), extra={
+command("attribute", cmd_attribute, (ON_RUN, WINDOW, OUT), positional=("run",), extra={
     "images": (None, str, "what `tissue` wrote: pictures with `instances` and `boxes`"),
     "weights": (None, str, "name=RUN of dino or clip, names as the run's streams have them"),
     "start-layer": (0, int, "first layer of the relevancy maps; -1 for the last alone"),
@@ -3595,8 +3621,10 @@ command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={
     "features": (None, str, ".npy with one vector (d,) of the stream --from, that asks instead; or a feature file, whose row "
                  "--query asks"),
     "encoder": (None, str, "run of clip whose text encoder reads --text")})
-command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
-command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
+command("dino", cmd_dino, (DINO, WINDOW, {k: v for k, v in RUN.items() if k != "eval-rows"}),
+        "runs/dino")
+command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, WINDOW,
+                                {k: RUN[k] for k in ("device", "overwrite")}),
         "feats.npz", extra={"weights": (None, str, "name=RUN of dino or clip, name=arch:FILE or name=arch:random; several, "
                                         "separated by commas; name=lsa:N encodes captions by runs of up to N words"),
                             "size": (0, int, "side to judge at; 0 for the one trained at"),
@@ -3610,11 +3638,11 @@ command("probe", cmd_probe, (DATA, SEED, BENCH),
                "strength": (1., float, "lbfgs: C of the linear probe, larger is less regular"),
                "only": (None, str, "labels to tell apart, or to find one by one where several hold at once, separated by "
                         "commas; all by default")})
-command("cut", cmd_cut, (), "cells", extra={
+command("cut", cmd_cut, (WINDOW,), "cells", extra={
     "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"),
     "size": (64, int, "side of a cut, pixels"),
     "margin": (0.2, float, "how much longer than the box's longer side the square is that is cut")})
-command("tile", cmd_tile, ({"overwrite": RUN["overwrite"]},), "tiles", extra={
+command("tile", cmd_tile, (WINDOW, {"overwrite": RUN["overwrite"]}), "tiles", extra={
     "images": (None, str, "a slide, or a folder of them"), "size": (224, int, "side of a tile, pixels"),
     "step": (None, int, "pixels from tile to tile; the size by default"),
     "downsample": (1., float, "pixels of the slide in one of the tile's"),
@@ -3627,8 +3655,10 @@ command("tile", cmd_tile, ({"overwrite": RUN["overwrite"]},), "tiles", extra={
 command("mil", cmd_mil, (MIL, {k: RUN[k] for k in ("device", "overwrite")}), "runs/mil", extra={
     "data": (None, str, "bags: an .npz with X, offsets, y and perhaps folds; or class folders of a feature file each"),
     "stream": (None, str, "the stream of the feature files, when they have several")})
-command("finetune", cmd_finetune, (FINETUNE, {k: RUN[k] for k in ("device", "overwrite")}), "runs/finetune")
-command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
+command("finetune", cmd_finetune, (FINETUNE, WINDOW, {k: RUN[k] for k in ("device", "overwrite")}),
+        "runs/finetune")
+command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, WINDOW,
+                                {k: RUN[k] for k in ("device", "overwrite")}),
         "runs/cam", positional=("what",), extra={
             "weights": (None, str, "name=RUN of dino, name=FILE.pt of finetune, name=arch:FILE; several, separated by commas"),
             "size": (0, int, "side of the pictures; 0 for the one trained at"),
