@@ -274,10 +274,15 @@ def test_folders_give_splits_and_labels(pictures):
     assert len(train) + len(test) == 12 and not set(train) & set(test)
 
 
+def deep(folder):
+    (folder / "train" / "a" / "deep").mkdir()
+    return folder / "train" / "a" / "deep"
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda p: (p / "train" / "a" / "0.png").write_bytes(b"no"), "0.png is not a readable picture"),
     (lambda p: (p / "train" / "stray.png").write_bytes((p / "train" / "a" / "1.png").read_bytes()), "stray.png lies beside class folders"),
-    (lambda p: (p / "train" / "a" / "deep" / "er").mkdir(parents=True), "lies deeper than one level"),
+    (lambda p: (p / "train" / "a" / "0.png").rename(deep(p) / "0.png"), "lies deeper than one"),
     (lambda p: Image.fromarray(np.zeros((13400, 13400), np.uint8)).save(p / "train" / "a" / "0.png"), "too large for one picture")])
 def test_bad_picture_folders_are_refused_by_name(pictures, spoil, message):
     spoil(pictures)
