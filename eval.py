@@ -77,10 +77,11 @@ def top_samples(code, top=TOP):
 def label_counts(code, labels, top=TOP, known=None):
     """How often each label occurs among each latent's `top` samples (all active ones if None), labelled samples only.
 
-    labels (n, C) bool; known (n,) bool says which samples were labelled, by default those with any label.
-    Returns counts (L, C) and the number of samples behind them (L,), 0 where a latent is not active.
+    labels (n, C) bool; known (n,) bool says which samples were labelled, by default all: a row of
+    False has none of the labels, and counts. Returns counts (L, C) and the number of samples behind
+    them (L,), 0 where a latent is not active.
     """
-    known = labels.any(1) if known is None else known
+    known = np.ones(len(labels), bool) if known is None else known
     best = top_samples(code[known], top)
     best.data[:] = 1
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
@@ -146,11 +147,12 @@ def concept_names(counts, n_top, label_names, purity=0.3):
     return [label_names[j] if p >= purity else None for j, p in zip(counts.argmax(1), share)], share
 
 
-def concept_alignment(codes, labels, label_names, parents):
-    """Jaccard at every taxonomy depth (Table 5.2), named latents, from dict stream -> code and labels (n, C) bool."""
+def concept_alignment(codes, labels, label_names, parents, known=None):
+    """Jaccard at every taxonomy depth (Table 5.2), named latents, from dict stream -> code and
+    labels (n, C) bool; known as in `label_counts`."""
     counts, n_top, names = {}, {}, {}
     for s, code in codes.items():
-        counts[s], n_top[s] = label_counts(code, labels)
+        counts[s], n_top[s] = label_counts(code, labels, known=known)
         names[s], _ = concept_names(counts[s], n_top[s], label_names)
     out = {"named": {s: sum(v is not None for v in names[s]) for s in codes},
            "latents_per_name": {s: _tally(names[s]) for s in codes}}
@@ -293,12 +295,19 @@ def logistic_1d(x, y, weight=1., C=1., iterations=100):
     return w, b
 
 
-def stratified_split(y, held_out, seed):
+def stratified_split(y, held_out, seed, groups=None):
     """Split positions 0..n-1 in two, classes in proportion: (kept, held out).
 
     Sizes and draws are those of scikit-learn's StratifiedShuffleSplit with both sizes given, so that splits are the
     published ones, down to the one sample that rounding may leave out.
+    With groups (n,), whole groups are split so, each counted as the highest class of its samples.
     """
+    if groups is not None:
+        member = np.unique(groups, return_inverse=True)[1]
+        kind = np.zeros(member.max() + 1, int)
+        np.maximum.at(kind, member, y)
+        return tuple(np.flatnonzero(np.isin(member, part))
+                     for part in stratified_split(kind, held_out, seed))
     rng, n = np.random.RandomState(seed), len(y)
     left, take = np.bincount(y), []
     # how many of each class: largest remainders first
@@ -320,15 +329,17 @@ def stratified_split(y, held_out, seed):
     return tuple(rng.permutation(np.concatenate(part)) for part in parts)
 
 
-def probe_tasks(labels, min_positives=50):
+def probe_tasks(labels, min_positives=50, known=None, groups=None):
     """Balanced binary tasks with train / val / test rows, thesis A.1.3: list of (label, {part: (rows, y)}).
 
     A task is a label with at least `min_positives` positives; task t draws as many negatives (seed 1000 + t) and splits
     70 / 15 / 15, classes in proportion (seeds 2000 + t, 3000 + t). Where positives outnumber negatives they are drawn.
+    Rows that are not `known` (n,) bool, as in `label_counts`, are neither. With groups (n,), no
+    group is in two parts, and a label of too few groups for both classes in each part is no task.
     """
-    tasks = []
+    tasks, known = [], np.ones(len(labels), bool) if known is None else known
     for t in range(labels.shape[1]):
-        pos, neg = np.flatnonzero(labels[:, t]), np.flatnonzero(~labels[:, t])
+        pos, neg = (np.flatnonzero(known & (labels[:, t] == c)) for c in (True, False))
         if len(pos) < min_positives or len(neg) < min_positives:
             continue
         rng = np.random.RandomState(1000 + t)
@@ -337,9 +348,12 @@ def probe_tasks(labels, min_positives=50):
         else:
             pos = rng.choice(pos, len(neg), replace=False)
         rows, y = np.concatenate([pos, neg]), np.repeat([1, 0], len(pos))
-        train, rest = stratified_split(y, 0.3, 2000 + t)
-        val, test = (rest[i] for i in stratified_split(y[rest], 0.5, 3000 + t))
-        tasks.append((t, {k: (rows[i], y[i]) for k, i in (("train", train), ("val", val), ("test", test))}))
+        of = None if groups is None else groups[rows]
+        train, rest = stratified_split(y, 0.3, 2000 + t, of)
+        halves = stratified_split(y[rest], 0.5, 3000 + t, None if groups is None else of[rest])
+        parts = {"train": train, "val": rest[halves[0]], "test": rest[halves[1]]}
+        if all(0 < y[i].sum() < len(i) for i in parts.values()):
+            tasks.append((t, {k: (rows[i], y[i]) for k, i in parts.items()}))
     return tasks
 
 
@@ -348,6 +362,7 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
 
     The `candidates` latents most often active on the task's training positives are each fitted on train (input z > 0,
     or z itself if not `binary`), the best on val is reported on test. chosen: a list of candidate arrays instead.
+    A task on whose training positives no latent is active counts as chance, ln 2, its latent None.
     Returns {"loss": mean test log-loss in nats (0.693 is chance), "tasks": [{label, latent, val, test}]}.
     """
     active = (code > 0).astype(np.int32)
@@ -360,9 +375,11 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
     solve = _solve_binary if binary else _solve_values
     results = []
     for (label, _), best, (val, test) in zip(tasks, found, solve(active if binary else code, tasks, found)):
-        if len(best):
-            j = int(np.argmin(val))
-            results.append({"label": int(label), "latent": int(best[j]), "val": float(val[j]), "test": float(test[j])})
+        if not len(best):
+            best, val, test = [None], [math.log(2)], [math.log(2)]
+        j = int(np.argmin(val))
+        results.append({"label": int(label), "latent": None if best[j] is None else int(best[j]),
+                        "val": float(val[j]), "test": float(test[j])})
     return {"loss": _mean([r["test"] for r in results]), "tasks": results}
 
 
@@ -725,23 +742,14 @@ def _tick(v):
     return f"{v:,.0f}" if abs(v) >= 100 or v == int(v) else f"{v:.2g}"
 
 
-def thumbnail(path, size=96):
-    """An image file as a small <img> with its data inside; its name in text when it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return embedded(image, size)
-    except Exception:                                        # a picture that is missing or broken must not end a report
-        return html.escape(os.path.basename(str(path)))
-
-
-def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6):
+def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
     """The clearest concepts: latents with the same name in every stream, purest first, with their top samples in HTML.
 
-    codes: dict stream -> code. describe(row) -> HTML of one sample.
+    codes: dict stream -> code. describe(row) -> HTML of one sample. known: see `label_counts`.
     """
     found = {}
     for s, code in codes.items():
-        counts, n_top = label_counts(code, labels)
+        counts, n_top = label_counts(code, labels, known=known)
         # too few samples: no name
         found[s] = concept_names(counts, np.where(n_top >= 5, n_top, 10 ** 6), label_names)
     names = [v for v, _ in found.values()]
@@ -795,7 +803,7 @@ def standalone_svg(*charts):
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + style, 1) + "\n"
 
 
-def sparc_report(path, title, metrics, log, settings, codes, features, rows, folder):
+def sparc_report(path, title, metrics, log, settings, codes, features, rows):
     """The report of one run. log: rows of log.csv; codes: {mode: {stream: code}}; features, rows: what was judged."""
     modes = list(codes)
     judged = f"<p>{metrics['rows']} samples of the {metrics['split']} split.</p>"
@@ -833,19 +841,23 @@ def sparc_report(path, title, metrics, log, settings, codes, features, rows, fol
         dead = svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step", "latents that have not fired for long (dead)")
         sections.append(("Training", nmse + dead))
     labels = features.label_matrix(rows)
-    if labels is not None and labels.any():
+    if features.labelled[rows].any():
         sections.append(("Concepts that have the same name in every stream, alone codes", gallery(
             codes["alone"], labels, features.label_names,
-            lambda i: describe_sample(features, rows[i], labels[i], folder))))
+            lambda i: describe_sample(features, rows[i], labels[i]),
+            known=features.labelled[rows])))
     sections.append(("Settings", html_table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None])))
     write_report(path, title, sections)
 
 
-def describe_sample(features, row, labels, folder):
-    """HTML of one sample: its picture if the file names one, else its caption, else its labels, else its number."""
-    about = features.about
+def describe_sample(features, row, labels, size=96):
+    """HTML of one sample: its picture, or the name of one that cannot be read, if the file has any;
+    else its caption, else its labels, else its number."""
+    about, picture = features.about, features.picture(row)
+    if picture is not None:
+        return embedded(picture, size)
     if "images" in about:
-        return thumbnail(os.path.join(folder, str(about["images"][row])))
+        return html.escape(os.path.basename(str(about["images"][row])))
     if "captions" in about:
         return html.escape(str(about["captions"][row]))
     return html.escape(", ".join(name for name, on in zip(features.label_names, labels) if on) or f"sample {row}")
@@ -1002,14 +1014,17 @@ def label_entropy(weight):
         return -np.where(p > 0, p * np.log(p), p).sum(1) + 0.
 
 
-def latent_table(strength, count, labels=None, top=10, weighted=False):
+def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
     """What each latent is, from `pool_tokens`' strength and count (n, L) and labels (n, C) bool: a dict of arrays (L,).
 
     frequency   share of samples in which any token is active
     mean        mean strength over those; NaN where there are none
     entropy     of the labels of the active samples, natural logarithm: CytoSAE's "unique labels among activated images"; with
-                `weighted`, of the labels of the `top` samples weighted by strength, as its code computes it
+                `weighted`, of the labels of the `top` samples weighted by strength, as its code
+                computes it; to have none of the labels is one more of them
     label, purity   the most frequent label among the active samples and its share of them; label -1 where there is none
+
+    Of samples that are not `known`, see `label_counts`, no labels count.
     references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count (the paper's reference images), then strength; with
                 `weighted` by strength alone, and the entropy is NaN for a latent that has fewer, as in its code
     """
@@ -1020,17 +1035,19 @@ def latent_table(strength, count, labels=None, top=10, weighted=False):
     score = score if weighted else score + count
     out = {"frequency": active / n, "mean": mean, "references": top_samples(score.tocsr(), top)}
     if labels is not None and labels.shape[1]:
+        known = np.ones(n, bool) if known is None else known
+        told = (np.c_[labels, ~labels.any(1)] & known[:, None]).astype(float)     # (n, C + 1)
         on = strength.astype(bool).astype(np.float64)
-        seen = np.asarray(on.T @ labels.astype(float))                                      # (L, C)
-        known = np.asarray(on.T @ labels.any(1).astype(float)).ravel()                      # labelled active samples
-        weight = seen
+        weight = np.asarray(on.T @ told)
+        seen, used = weight[:, :-1], np.asarray(on.T @ known.astype(float)).ravel()
         if weighted:
             best = out["references"].copy()
             best.data = np.ones_like(best.data, float)
-            weight = np.asarray(best.multiply(strength.T).tocsr() @ labels.astype(float))
+            weight = np.asarray(best.multiply(strength.T).tocsr() @ told)
             weight[np.diff(best.indptr) < top] = 0
-        out.update(entropy=label_entropy(weight), label=np.where(known > 0, seen.argmax(1), -1),
-                   purity=seen.max(1) / np.maximum(known, 1))
+        most = seen.max(1)
+        out.update(entropy=label_entropy(weight), label=np.where(most > 0, seen.argmax(1), -1),
+                   purity=most / np.maximum(used, 1))
     return out
 
 

@@ -216,6 +216,8 @@ FINETUNE = {
     "weight-decay": (0.05, real(), "AdamW's"),
     "seed": (0, whole(0, 2 ** 32 - 1), "of the first run; the others follow"),
 }
+WINDOW = {"window": (None, str, "low,high: grey values that are black and white; by default the "
+                     "range that a picture of more than 8 bits states or, without one, fills")}
 NULL = {"null": ("auto", bool, "train once more with the rows of all streams but the first shuffled, and show its "
                  "numbers beside; auto: where that takes under about a minute")}
 BENCH = {"json": (None, str, "file for every figure")}
@@ -561,8 +563,10 @@ def measure(model, features, flags):
     import torch
     features = features.per_token()
     rows = evaluation_rows(features, flags, "test", "val")
-    labels = features.label_matrix(rows)
-    tasks = judge.probe_tasks(labels) if labels is not None else []
+    labels, known = features.label_matrix(rows), features.labelled[rows]
+    groups = features.about.get("groups")
+    tasks = [] if labels is None else judge.probe_tasks(
+        labels, known=known, groups=None if groups is None else groups[rows])
     out = {"split": str(features.split[rows[0]]), "rows": len(rows), "steps": int(model.step), "latents": model.n_latents}
     codes = {}
     for mode in ("joint", "alone") if len(model.streams) > 1 else ("alone",):
@@ -570,8 +574,9 @@ def measure(model, features, flags):
         out[mode] = {"activation": judge.activation_patterns(codes[mode]), **fit}
         if len(model.streams) > 1:
             out[mode]["retrieval"] = judge.retrieval(codes[mode])
-        if labels is not None and labels.any():
-            out[mode]["concepts"] = judge.concept_alignment(codes[mode], labels, features.label_names, features.parents)
+        if known.any():
+            out[mode]["concepts"] = judge.concept_alignment(
+                codes[mode], labels, features.label_names, features.parents, known)
         if tasks:
             out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
     if labels is not None:
@@ -609,8 +614,8 @@ def run_sparc(flags, features, folder, saved=None, command="sparc"):
     title = f"repsae {command}: {os.path.basename(os.path.abspath(folder))}"
     settings = {**flags, "seconds to train": round(trained - began, 1),
                 "seconds to measure": round(time.time() - trained, 1)}
-    judge.sparc_report(out_path(folder, "report.html"), title, metrics, log.rows, settings, codes, features, rows,
-                       os.path.dirname(os.path.abspath(flags.data or ".")))
+    judge.sparc_report(out_path(folder, "report.html"), title, metrics, log.rows, settings, codes,
+                       features, rows)
     return metrics
 
 
@@ -947,15 +952,37 @@ def print_summary(metrics):
 
 def cmd_dino(flags):
     """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only watch over it (k-NN)."""
-    import data
     flags, saved = check_folder(flags.out, flags)
-    images = data.read_images(needed(flags, "images"))
+    images = pictures_of(flags)
     rows = images.rows("train") if images.split is not None else images.rows()
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
     if saved and saved["data_hash"] != images.hash:
         raise InputError(f"{flags.images} is not what the run in {flags.out} was trained on - restore it, or train anew")
     train_dino(flags, images, rows, flags.out, saved)
+
+
+def pictures_of(flags):
+    """The pictures that --images names, grey values as --window says."""
+    import data
+    images = data.read_images(needed(flags, "images"))
+    images.window = grey_window(flags)
+    for note in images.notes:
+        say_once("note: " + note)
+    return images
+
+
+def grey_window(flags):
+    """--window "0,4095" -> (0.0, 4095.0), or None; raises InputError when it is no range."""
+    if flags.window is None:
+        return None
+    try:
+        low, high = map(float, flags.window.split(","))
+        if -math.inf < low < high < math.inf:
+            return low, high
+    except ValueError:
+        pass
+    raise InputError(f"--window {flags.window} - give two grey values in order, for example 0,4095")
 
 
 def needed(flags, name):
@@ -1085,9 +1112,8 @@ class Watch:
         self.train, self.test = np.arange(0), np.arange(0)
         labels = images.labels
         if labels is not None:
-            self.train, self.test = images.knn_rows(flags.seed, most)
-            if labels.ndim == 1:                             # unlabelled: below 0
-                self.train, self.test = (rows[labels[rows] >= 0] for rows in (self.train, self.test))
+            self.train, self.test = (rows[images.labelled[rows]]
+                                     for rows in images.knn_rows(flags.seed, most))
             self.tasks = tasks_of(labels, self.train, self.test)
             self.measure = "balanced accuracy" if labels.ndim == 1 else "mean AUC of the labels"
             if not self.tasks or not len(self.train):
@@ -1161,7 +1187,7 @@ def cmd_extract(flags):
     import data
     import numpy as np
     import ssm
-    images, size = data.read_images(needed(flags, "images")), flags.size
+    images, size = pictures_of(flags), flags.size
     if os.path.exists(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} exists - use --overwrite, or another --out")
     specs, streams = needed(flags, "weights").split(","), {}
@@ -1187,7 +1213,8 @@ def cmd_extract(flags):
         parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, block, whole, **how))
         streams[name] = np.concatenate([p.numpy() for p in parts])
         say(f"{name}: {streams[name].shape}")
-    about = {"images": relative(images.paths, flags.out)}
+    pixels = images.pixels
+    about = {"images": relative(images.paths, flags.out) if pixels is None else pixels}
     if flags.tokens:
         about["grid"] = np.array(token_grid(loaded[0][1], size or loaded[0][2]))
         streams = {s: x.astype(np.float16) for s, x in streams.items()}
@@ -1197,6 +1224,8 @@ def cmd_extract(flags):
         about.update(object_arrays(images.objects))
     if images.labels is not None:
         about.update(labels=images.labels, label_names=np.array(images.label_names))
+    if images.mask is not None:
+        about["mask"] = images.mask
     if images.split is not None:
         about["split"] = images.split
     data.write_npz(flags.out, {**streams, **about, **images.about})
@@ -1312,12 +1341,16 @@ def cmd_probe(flags):
     if flags.only:
         chosen = sorted({label_number(features, name) for name in flags.only.split(",")})
     several = labels.ndim == 2                               # may hold at once: each is found by itself
-    known = np.arange(len(labels)) if several else np.flatnonzero(np.isin(labels, chosen))
+    known = np.flatnonzero(features.labelled & (several or np.isin(labels, chosen)))
     train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
     tasks = tasks_of(labels[:, chosen] if several else np.searchsorted(chosen, labels), train, test)
     if not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2:
         raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` "
                          "or `labels`")
+    unseen = [] if several else np.setdiff1d(labels[test], labels[train])
+    for c in unseen[:1]:
+        raise InputError(f"no training sample has the label '{features.label_names[c]}' of test "
+                         "samples - mend `split`, or name the others with --only")
     if several and len(tasks) < len(chosen):
         say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in test, are left out")
     found, rows, C = {}, [], 2 if several else len(chosen)
@@ -1411,7 +1444,7 @@ class Coded:
     def told(self, name):
         """(y (N,) bool: has a sample the label, rows to learn from, rows to judge by): labelled rows, both kinds in both."""
         y, label = self.labels(), label_number(self.features, name)
-        known = y.any(1) | (self.features.labels.ndim == 2)
+        known = self.features.labelled
         y, parts = y[:, label], [rows[known[rows]] for rows in self.split()]
         for part, rows in zip(("training", "test"), parts):
             if not 0 < y[rows].sum() < len(rows):
@@ -1425,19 +1458,16 @@ class Coded:
         return y if y is not None and y.ndim == 1 and len(set(y[y >= 0].tolist())) > 1 else None
 
     def picture(self, row):
-        """A sample's picture, or None when the file names none or it is not there."""
-        import data
-        if "images" not in self.features.about:
-            return None
-        path = os.path.join(os.path.dirname(os.path.abspath(self.flags.data)), str(self.features.about["images"][row]))
-        return data.open_image(path) if os.path.exists(path) else None
+        """A sample's picture, or None when the file gives none or it cannot be read."""
+        return self.features.picture(row)
 
     def about(self, row):
-        """What the file tells of a sample, as a dict of text."""
-        found = {key[:-1]: str(v[row]) for key, v in self.features.about.items()}
-        if self.features.labels is not None:
+        """What the file tells of a sample, as a dict of text; no label where it is not known."""
+        found = {key[:-1]: str(v[row]) for key, v in self.features.about.items() if v.ndim == 1}
+        if self.features.labelled[row]:
             on = self.features.label_matrix([row])[0]
-            found["label"] = ", ".join(name for name, here in zip(self.features.label_names, on) if here)
+            names = [name for name, here in zip(self.features.label_names, on) if here]
+            found["label"] = ", ".join(names) or "none"
         return {"sample": int(row), **found}
 
 
@@ -1459,8 +1489,10 @@ def cmd_latents(flags):
     folder = analysis_folder(flags, "latents")
     coded = Coded(flags.run, flags, flags.tau)
     features, (train, _) = coded.features, coded.split()
-    labels = features.label_matrix(train)
-    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top, flags.weighted)
+    known = features.labelled[train]
+    labels = features.label_matrix(train) if known.any() else None
+    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top,
+                               flags.weighted, known)
     counts = judge.threshold_counts(table["mean"])
     alive = table["frequency"] > 0
     found = {"latents": len(alive), "alive": int(alive.sum()), "mean at least 10^t": counts}
@@ -1470,7 +1502,7 @@ def cmd_latents(flags):
     sections = [("Latents by frequency and mean activation", scatter), ("Latents above a threshold of mean activation",
                 judge.html_table(["at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))]
     shown = np.flatnonzero(alive)[np.argsort(-table["frequency"][alive], kind="stable")]
-    if labels is not None and labels.any():
+    if labels is not None:
         there = table["entropy"][alive & np.isfinite(table["entropy"])]
         found["mean entropy"] = float(there.mean()) if len(there) else None
         clear = np.flatnonzero(table["frequency"] * len(train) >= 5)
@@ -1547,7 +1579,7 @@ def reference_gallery(coded, table, train, latents, most=6):
 def barcode_sections(coded, table, flags):
     """Barcodes of groups and of their labels (CytoSAE Eq. 4), what tells two labels apart, and how well barcodes classify:
     (figures or None, sections of the report, arrays for a file or None). Without groups each of some 20,000 samples at most is
-    one, if it has tokens; groups whose samples differ in label count for none of the labels."""
+    one, if it has tokens; groups whose labelled samples differ count for none of the labels."""
     import data
     import eval as judge
     import numpy as np
@@ -1560,7 +1592,7 @@ def barcode_sections(coded, table, flags):
         return None, [], None
     groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
     names, codes = judge.barcodes(coded.count, groups)
-    of = [np.unique(y[rows]) for rows in np.split(np.argsort(groups, kind="stable"),
+    of = [np.unique(y[rows][y[rows] >= 0]) for rows in np.split(np.argsort(groups, kind="stable"),
                                                   np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
     y = np.array([found[0] if len(found) == 1 else -1 for found in of])
     known = np.flatnonzero(y >= 0)
@@ -1990,7 +2022,7 @@ def cmd_clip(flags):
     import torch
     if flags.weights:
         return import_clip(flags)
-    images = data.read_images(needed(flags, "images"))
+    images = pictures_of(flags)
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and `captions`")
     captions = np.array([str(c) for c in images.about["captions"]])
@@ -2163,7 +2195,7 @@ def concept_latents(codes, labels, least=50):
 def pictures_with_masks(model, features, flags):
     """The pictures of --images and their file's arrays; raises InputError where they do not fit the features or the run."""
     import data
-    images, arrays = data.read_images(needed(flags, "images")), data.read_arrays(flags.images)
+    images, arrays = pictures_of(flags), data.read_arrays(flags.images)
     shape = arrays["instances"].shape if "instances" in arrays and "boxes" in arrays else ()
     if len(shape) != 3 or shape[0] != len(features):
         raise InputError(f"{flags.images} has no 'instances' and 'boxes' of these {len(features)} pictures - give what "
@@ -2190,7 +2222,9 @@ def cmd_attribute(flags):
     sees, clip = attributed_streams(model, flags)
     truth, labels, train = true_masks(arrays), features.label_matrix(np.arange(len(features))), features.rows("train")
     codes, _ = codes_and_fit(model, features, train, "alone" if model.topk == "local" else "joint", flags.device)
-    J = concept_latents(codes, labels[train], flags.least)
+    known = features.labelled[train]
+    J = concept_latents({s: code[known] for s, code in codes.items()}, labels[train[known]],
+                        flags.least)
     test = [i for i in features.rows("test", "val") if any(key[0] == i for key in truth)][:flags.most]
     truth = {key: m for key, m in truth.items() if key[0] in set(test)}
     if not truth:
@@ -2410,7 +2444,8 @@ def word_examples(model, text, clip, J, features, labels, test, kinds, flags, mo
     """For some labels, captions that name the concept and one that does not: [{concept, caption, here, words}]."""
     out = []
     for c in kinds:
-        captions = [(str(features.about["captions"][i]), bool(labels[i, c])) for i in test]
+        captions = [(str(features.about["captions"][i]), bool(labels[i, c])) for i in test
+                    if features.labelled[i]]
         name = features.label_names[c]
         shown = [v for v in captions if v[1] and name in v[0]][:most] + [v for v in captions if not v[1]][:1]
         for caption, here in shown:
@@ -2471,7 +2506,7 @@ def cmd_retrieve(flags):
     for s in (source, target):
         if s not in model.dims:
             raise InputError(f"the run has no stream '{s}' - it has {', '.join(model.streams)}")
-    rows, folder = features.rows("test", "val"), os.path.dirname(os.path.abspath(flags.data or "."))
+    rows = features.rows("test", "val")
     missing = [s for s in (source, target) if s not in features.streams]
     if missing:
         raise InputError(f"the data lacks the stream '{missing[0]}' - it has {', '.join(features.streams)}")
@@ -2484,7 +2519,7 @@ def cmd_retrieve(flags):
     def shown(i, stream):
         if stream.endswith("_txt") and "captions" in features.about:
             return html.escape(str(features.about["captions"][rows[i]]))
-        return judge.describe_sample(features, rows[i], labels[i] if labels is not None else (), folder)
+        return judge.describe_sample(features, rows[i], labels[i] if labels is not None else ())
     for mode in ("alone",) if outside else ("joint", "alone"):
         codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
         query = given if outside else codes[source][[flags.query]]
@@ -2525,7 +2560,7 @@ def given_query(model, stream, flags):
         if flags.query >= len(others):
             raise InputError(f"--query {flags.query}, but {flags.features} has {len(others)} samples - count from 0")
         x = others.batch([flags.query])[stream]
-        shown = judge.describe_sample(others, flags.query, (), os.path.dirname(os.path.abspath(flags.features)))
+        shown = judge.describe_sample(others, flags.query, ())
     else:
         x, shown = data.read_vector(flags.features)[None], html.escape(flags.features)
     if x.shape[1] != model.dims[stream]:
@@ -2545,7 +2580,8 @@ def cmd_cut(flags):
     import data
     if os.path.exists(flags.out):
         raise InputError(f"{flags.out} exists - name a new folder with --out")
-    count = data.cut_boxes(needed(flags, "voc"), flags.out, flags.size, flags.margin)
+    count = data.cut_boxes(needed(flags, "voc"), flags.out, flags.size, flags.margin,
+                           grey_window(flags))
     print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
 
 
@@ -2555,7 +2591,9 @@ def cmd_tile(flags):
     import eval as judge
     import numpy as np
     source = needed(flags, "images")
-    slides = data.slide_files(source)
+    slides, notes = data.slide_files(source)
+    for note in notes:
+        say_once("note: " + note)
     side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
     if side < 1 or step < 1:
         raise InputError(f"tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
@@ -2571,7 +2609,8 @@ def cmd_tile(flags):
     os.makedirs(flags.out, exist_ok=True)
     for path, target in zip(slides, targets):
         boxes, shown = data.tile_slide(path, side, step, least=flags.least, least_hole=flags.least_hole,
-                                       max_holes=flags.max_holes, threshold=None if flags.otsu else flags.threshold)
+                                       max_holes=flags.max_holes, window=grey_window(flags),
+                                       threshold=None if flags.otsu else flags.threshold)
         arrays = {"coords": boxes, "images": relative([path] * len(boxes), f"{target}.npz")}
         if regions is not None:
             share = np.array([data.region_share(regions, box) for box in boxes])
@@ -2666,7 +2705,7 @@ def mil_rounds(bags, flags):
     if bags.folds is not None:
         rounds = [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
     elif bags.split is None:
-        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed)]
+        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed, bags.groups)]
     else:
         rounds = [[np.flatnonzero(bags.split == name) for name in ("train", "val", "test")]]
     least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
@@ -2694,7 +2733,9 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
     if val is not None:
         parts = [(train, val)]
     else:
-        cut = data.stratified_parts(bags.y[train], [1] * max(flags.inner, 5 if flags.inner == 1 else 2), flags.seed + round_)
+        groups = None if bags.groups is None else bags.groups[train]
+        equal = [1] * max(flags.inner, 5 if flags.inner == 1 else 2)
+        cut = data.stratified_parts(bags.y[train], equal, flags.seed + round_, groups)
         parts = [(np.delete(train, part), train[part]) for part in cut[:flags.inner]]
     for setting in settings:
         if flags.refit and len(settings) == 1:               # nothing to choose
@@ -2811,7 +2852,10 @@ def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
     import data
     import eval as judge
-    pictures = data.read_pictures(needed(flags, "data"), flags.size, flags.label)
+    pictures = data.read_pictures(needed(flags, "data"), flags.size, flags.label,
+                                  grey_window(flags))
+    for note in pictures.notes:
+        say_once("note: " + note)
     specs, C = flags.models.split(","), len(pictures.label_names)
     names = [try_classifier(spec, flags, C) for spec in specs]                              # before anything is written
     if len(set(names)) < len(names):
@@ -2883,21 +2927,33 @@ def try_classifier(spec, flags, n_classes):
 
 
 def picture_parts(pictures, flags, seed):
-    """Rows to train on, to stop by and to report: the file's own split, or 70 / 15 / 15 with classes in proportion."""
+    """Rows to train on, to stop by and to report: the file's own split, or 70 / 15 / 15 as
+    `stratified_parts` draws them: classes in proportion, no group in two parts."""
     import data
     import numpy as np
+    groups = pictures.groups
     if flags.split == "random":
-        parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed)
+        parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed, groups)
     elif pictures.split is None:
         raise InputError(f"{flags.data} gives no split - use --split random")
     else:
         train, val, test = (np.flatnonzero(pictures.split == name) for name in ("train", "val", "test"))
         if not len(val):                                     # none given: cut off the training part
-            train, val = (train[rows] for rows in data.stratified_parts(pictures.labels[train], (85, 15), seed))
+            of = None if groups is None else groups[train]
+            halves = data.stratified_parts(pictures.labels[train], (85, 15), seed, of)
+            train, val = (train[rows] for rows in halves)
         parts = train, val, test
     if not all(map(len, parts)) or len(np.unique(pictures.labels[parts[0]])) < 2:
         raise InputError(f"{flags.data}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
                          "add pictures, or use --split random")
+    tested = np.unique(pictures.labels[parts[2]])
+    unseen = np.setdiff1d(tested, pictures.labels[parts[0]])
+    if len(tested) < 2 or len(unseen):
+        c, what = tested[0], "and no other"
+        if len(unseen):
+            c, what = unseen[0], "which no training picture has"
+        raise InputError(f"{flags.data}: the test part has the class '{pictures.label_names[c]}', "
+                         f"{what} - add pictures, or split them otherwise")
     return parts
 
 
@@ -2958,7 +3014,7 @@ def cmd_explain(flags):
     import eval as judge
     import ssm
     import torch
-    images = data.read_images(needed(flags, "images"))
+    images = pictures_of(flags)
     loaded = [load_backbone(spec, flags, head=True) for spec in needed(flags, "weights").split(",")]
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
@@ -3663,7 +3719,7 @@ command("compare", cmd_compare, (ON_RUN, BENCH), positional=("run", "other"), ex
     "sparc": (None, str, "a run of sparc on both streams, to set beside")})
 command("tissue", cmd_tissue, ({"overwrite": RUN["overwrite"]},), "tissue", extra={
     "pictures": (4000, whole(8), "how many"), "size": (64, whole(1, 8192), "their side, pixels"), "seed": (0, whole(0, 2 ** 32 - 1), "of everything drawn")})
-command("clip", cmd_clip, ({k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
+command("clip", cmd_clip, (WINDOW, {k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
     "images": (None, str, ".npz with `images` and `captions`, as `tissue` writes it"),
     "merges": (None, str, "CLIP's own merges file, bpe_simple_vocab_16e6.txt.gz; else words of the captions are the tokens"),
     "weights": (None, str, "state_dict of a released CLIP with a ViT: nothing is trained, it becomes a run; needs --merges"),
@@ -3671,7 +3727,7 @@ command("clip", cmd_clip, ({k: RUN[k] for k in ("device", "overwrite")},), "runs
     "layers": (4, whole(1, 1000), "of both"), "joint": (64, whole(1, 10 ** 5), "width of the common space"),
     "context": (32, whole(3, 10 ** 4), "longest text, tokens"), "epochs": (20, whole(1), "passes"), "batch": (128, whole(1), "pairs a step"),
     "lr": (1e-3, real(TINY), "AdamW's"), "seed": (0, whole(0, 2 ** 32 - 1), "of weights and order")})
-command("attribute", cmd_attribute, (ON_RUN, OUT), positional=("run",), extra={
+command("attribute", cmd_attribute, (ON_RUN, WINDOW, OUT), positional=("run",), extra={
     "images": (None, str, "what `tissue` wrote: pictures with `instances` and `boxes`"),
     "weights": (None, str, "name=RUN of dino or clip, names as the run's streams have them"),
     "start-layer": (0, whole(-1000, 1000), "first layer of the relevancy maps; -1 for the last alone"),
@@ -3684,8 +3740,10 @@ command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={
     "features": (None, str, ".npy with one vector (d,) of the stream --from, that asks instead; or a feature file, whose row "
                  "--query asks"),
     "encoder": (None, str, "run of clip whose text encoder reads --text")})
-command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
-command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
+command("dino", cmd_dino, (DINO, WINDOW, {k: v for k, v in RUN.items() if k != "eval-rows"}),
+        "runs/dino")
+command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, WINDOW,
+                                {k: RUN[k] for k in ("device", "overwrite")}),
         "feats.npz", extra={"weights": (None, str, "name=RUN of dino or clip, name=arch:FILE or name=arch:random; several, "
                                         "separated by commas; name=lsa:N encodes captions by runs of up to N words"),
                             "size": (0, whole(0, 8192), "side to judge at; 0 for the one trained at"),
@@ -3699,11 +3757,11 @@ command("probe", cmd_probe, (DATA, SEED, BENCH),
                "strength": (1., real(TINY), "lbfgs: C of the linear probe, larger is less regular"),
                "only": (None, str, "labels to tell apart, or to find one by one where several hold at once, separated by "
                         "commas; all by default")})
-command("cut", cmd_cut, (), "cells", extra={
+command("cut", cmd_cut, (WINDOW,), "cells", extra={
     "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"),
     "size": (64, whole(1, 8192), "side of a cut, pixels"),
     "margin": (0.2, real(0., 100.), "how much longer than the box's longer side the square is that is cut")})
-command("tile", cmd_tile, ({"overwrite": RUN["overwrite"]},), "tiles", extra={
+command("tile", cmd_tile, (WINDOW, {"overwrite": RUN["overwrite"]},), "tiles", extra={
     "images": (None, str, "a slide, or a folder of them"), "size": (224, whole(1, 8192), "side of a tile, pixels"),
     "step": (None, whole(1), "pixels from tile to tile; the size by default"),
     "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
@@ -3716,8 +3774,10 @@ command("tile", cmd_tile, ({"overwrite": RUN["overwrite"]},), "tiles", extra={
 command("mil", cmd_mil, (MIL, {k: RUN[k] for k in ("device", "overwrite")}), "runs/mil", extra={
     "data": (None, str, "bags: an .npz with X, offsets, y and perhaps folds; or class folders of a feature file each"),
     "stream": (None, str, "the stream of the feature files, when they have several")})
-command("finetune", cmd_finetune, (FINETUNE, {k: RUN[k] for k in ("device", "overwrite")}), "runs/finetune")
-command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
+command("finetune", cmd_finetune, (FINETUNE, WINDOW, {k: RUN[k] for k in ("device", "overwrite")}),
+        "runs/finetune")
+command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, WINDOW,
+                                {k: RUN[k] for k in ("device", "overwrite")}),
         "runs/cam", positional=("what",), extra={
             "weights": (None, str, "name=RUN of dino, name=FILE.pt of finetune, name=arch:FILE; several, separated by commas"),
             "size": (0, whole(0, 8192), "side of the pictures; 0 for the one trained at"),

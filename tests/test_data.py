@@ -275,10 +275,15 @@ def test_folders_give_splits_and_labels(pictures):
     assert len(train) + len(test) == 12 and not set(train) & set(test)
 
 
+def deep(folder):
+    (folder / "train" / "a" / "deep").mkdir()
+    return folder / "train" / "a" / "deep"
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda p: (p / "train" / "a" / "0.png").write_bytes(b"no"), "0.png is not a readable picture"),
     (lambda p: (p / "train" / "stray.png").write_bytes((p / "train" / "a" / "1.png").read_bytes()), "stray.png lies beside class folders"),
-    (lambda p: (p / "train" / "a" / "deep" / "er").mkdir(parents=True), "lies deeper than one level"),
+    (lambda p: (p / "train" / "a" / "0.png").rename(deep(p) / "0.png"), "lies deeper than one"),
     (lambda p: Image.fromarray(np.zeros((13400, 13400), np.uint8)).save(p / "train" / "a" / "0.png"), "too large for one picture")])
 def test_bad_picture_folders_are_refused_by_name(pictures, spoil, message):
     spoil(pictures)
@@ -291,6 +296,59 @@ def test_missing_and_empty_picture_folders_are_refused(tmp_path):
     for where, message in ((tmp_path / "no", "no folder"), (tmp_path, "no pictures in")):
         with pytest.raises(InputError, match=message):
             data.read_images(where)
+
+
+def deep_pictures(folder, top):
+    """Values (6, 8) from 0 to `top`, and files of them: how grey of more than 8 bits comes."""
+    x = np.linspace(0, top, 48).round().reshape(6, 8)
+    files = {"a.png": np.uint16, "b.tif": np.uint16, "c.tif": ">u2", "d.tif": np.int32}
+    for name, dtype in files.items():
+        Image.fromarray(x.astype(dtype)).save(folder / name)
+    return x, [folder / name for name in files]
+
+
+@pytest.mark.parametrize("top, most", [(4095, 4095), (3000, 4095), (65535, 65535), (20000, 65535)])
+def test_pictures_of_16_bits_keep_their_greys_by_12_bits_or_16(top, most, tmp_path):
+    x, paths = deep_pictures(tmp_path, top)
+    for path in paths:
+        found = np.asarray(data.open_image(path))
+        assert found.shape == (6, 8, 3)
+        np.testing.assert_allclose(found[..., 1], x / most * 255, atol=0.51)
+
+
+def test_a_stated_range_a_window_and_the_span_of_floats_decide_what_is_white(tmp_path):
+    x = np.linspace(100, 900, 48).round().reshape(6, 8)
+    Image.fromarray(x.astype(np.uint16)).save(tmp_path / "s.tif", tiffinfo={280: 100, 281: 1000})
+    stated, span = (x - 100) / 900, (x - 100) / 800
+    floats = (x / 1e5).astype(np.float32)
+    floats[0, 3] = np.nan
+    Image.fromarray(floats).save(tmp_path / "f.tif")
+    Image.fromarray((x - 500).astype(np.int32)).save(tmp_path / "n.tif")
+    Image.fromarray(x.astype(np.uint16)).save(tmp_path / "w.tif", tiffinfo={262: 0, 281: 900})
+    for name, wanted in (("s", stated), ("f", span), ("n", span), ("w", 1 - x / 900)):
+        found = np.asarray(data.open_image(tmp_path / f"{name}.tif"))[..., 0]
+        np.testing.assert_allclose(found[1:], 255 * wanted[1:], atol=1.1, err_msg=name)
+    found = np.asarray(data.open_image(tmp_path / "s.tif", window=(300, 700)))[..., 0]
+    np.testing.assert_allclose(found, 255 * np.clip((x - 300) / 400, 0, 1), atol=0.51)
+    Image.fromarray((x / 4).astype(np.uint8)).save(tmp_path / "8.png")
+    images = data.Images([str(tmp_path / "8.png")], window=(50, 200))
+    grey = np.asarray(images.open(0))[..., 0]
+    np.testing.assert_allclose(grey, 255 * np.clip((np.floor(x / 4) - 50) / 150, 0, 1), atol=0.51)
+    assert data._whole_range(x, {258: (10,)}) == (0, 1023)
+    images.boxes = np.array([[2, 1, 4, 3]])                  # a part of it looks the same
+    assert np.array_equal(np.asarray(images.open(0))[..., 0], grey[1:4, 2:6])
+
+
+def test_pictures_stand_as_their_exif_says(tmp_path):
+    turned = Image.Exif()
+    turned[274] = 6                                          # to be shown a quarter turn clockwise
+    x = np.random.default_rng(0).integers(0, 255, (10, 20, 3), np.uint8)
+    Image.fromarray(x).save(tmp_path / "c.png", exif=turned)
+    Image.fromarray(x[..., 0].astype(np.uint16) * 257).save(tmp_path / "g.png", exif=turned)
+    upright = np.rot90(x, -1)
+    assert np.array_equal(np.asarray(data.open_image(tmp_path / "c.png")), upright)
+    assert np.array_equal(np.asarray(data.open_image(tmp_path / "g.png"))[..., 0], upright[..., 0])
+    assert data.Slide(str(tmp_path / "c.png")).size == (10, 20)
 
 
 def test_crops_cover_the_asked_share_of_the_picture():
@@ -804,11 +862,11 @@ def test_a_negative_number_an_empty_word_and_a_masked_row_are_unlabelled_and_all
                          (np.array([0, 1, 1, 1]), {"mask": mask}), (flags, {"mask": mask})):
         np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels, **more)
         found = data.read_features(tmp_path / "f.npz")
-        assert found.known(np.arange(4)).tolist() == mask.tolist()
+        assert found.labelled.tolist() == mask.tolist()
         if labels.ndim == 1:
-            assert found.labels.tolist() == [0, 1, -1, 1] and not found.label_matrix([2]).any()
+            assert found.labels[[0, 1, 3]].tolist() == [0, 1, 1] and not found.label_matrix([2]).any()
     np.savez(tmp_path / "f.npz", x=np.eye(4), labels=flags)
-    assert data.read_features(tmp_path / "f.npz").known(np.arange(4)).all()
+    assert data.read_features(tmp_path / "f.npz").labelled.all()
 
 
 @pytest.mark.parametrize("labels, more, message", [

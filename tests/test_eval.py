@@ -35,14 +35,63 @@ def test_activation_patterns_by_hand():
 @pytest.mark.parametrize("top", [3, None])
 def test_label_counts_are_those_of_a_slow_loop(top):
     rng = np.random.default_rng(0)
-    code, labels = random_code(rng), rng.random((120, 7)) < 0.2
-    counts, used = judge.label_counts(code, labels, top, labels.any(1) | (np.arange(120) % 3 > 0))
+    code, labels, some = random_code(rng), rng.random((120, 7)) < 0.2, rng.random(120) < 0.7
     dense = code.toarray()
-    for j in range(30):
-        rows = [i for i in np.argsort(-dense[:, j], kind="stable") if dense[i, j] > 0
-                and (labels[i].any() or i % 3)][:top]                                       # the others are unlabelled
-        np.testing.assert_array_equal(counts[j], labels[rows].sum(0))
-        assert used[j] == len(rows)
+    for known in (None, some):                               # some samples have none of the labels
+        counts, used = judge.label_counts(code, labels, top, known)
+        for j in range(30):
+            rows = [i for i in np.argsort(-dense[:, j], kind="stable")
+                    if dense[i, j] > 0 and (known is None or known[i])][:top]
+            np.testing.assert_array_equal(counts[j], labels[rows].sum(0))
+            assert used[j] == len(rows)
+
+
+def test_random_latents_are_as_pure_as_a_finding_is_frequent_and_not_named_after_it():
+    """5 % of 4,000 samples have the finding, all others none: what no latent is told of them."""
+    rng = np.random.default_rng(0)
+    labels = (np.arange(4000) < 200)[:, None]
+    code = random_code(rng, 4000, 50, 5)
+    counts, n_top = judge.label_counts(code, labels)
+    names, purity = judge.concept_names(counts, n_top, ["finding"])
+    assert not any(names) and 0.03 < purity.mean() < 0.07 and purity.max() < 0.2
+    found = judge.concept_alignment({"a": code, "b": code}, labels, ["finding"], {})
+    assert found["named"] == {"a": 0, "b": 0}
+    table = judge.latent_table(code, code, labels)
+    assert 0.03 < table["purity"].mean() < 0.07 and table["purity"].max() < 0.2
+    share = (code > 0).T @ labels.astype(float)[:, 0] / code.getnnz(axis=0)
+    np.testing.assert_allclose(table["purity"], share)       # and the entropy that of yes or no
+    np.testing.assert_allclose(table["entropy"], scipy.stats.entropy(np.stack([share, 1 - share])))
+    perfect = sp.csr_matrix(labels.astype(float))            # among as many unlabelled as you like
+    known = labels[:, 0] | (np.arange(4000) > 3000)
+    assert judge.latent_table(perfect, perfect, labels, known=known)["purity"] == [1.]
+    assert judge.concept_names(*judge.label_counts(perfect, labels, known=known), ["x"])[0] == ["x"]
+
+
+def test_unlabelled_samples_are_no_negatives_of_the_probes():
+    """A latent that knows the class stays a perfect probe when 70 % of the labels are lost."""
+    rng = np.random.default_rng(0)
+    y = rng.random(3000) < 0.5
+    code, known = sp.csr_matrix(np.c_[y, ~y].astype(float)), rng.random(3000) < 0.3
+    labels = np.c_[y, ~y] & known[:, None]
+    tasks = judge.probe_tasks(labels, known=known)
+    rows = np.concatenate([rows for _, parts in tasks for rows, _ in parts.values()])
+    assert len(tasks) == 2 and known[rows].all()
+    alone = judge.probe(code[known], judge.probe_tasks(labels[known]))["loss"]
+    assert judge.probe(code, tasks)["loss"] == pytest.approx(alone, rel=0.02) and alone < 0.05
+
+
+def test_probes_keep_groups_in_one_part():
+    """A latent that tells only the patient is worth nothing on patients that nobody has seen."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 20)
+    labels = np.c_[rng.random(800) < 0.5, groups < 3]        # the second in too few groups
+    (label, parts), = judge.probe_tasks(labels, groups=groups)
+    assert label == 0
+    of = {part: {*groups[rows].tolist()} for part, (rows, _) in parts.items()}
+    assert sum(map(len, of.values())) == len(set.union(*of.values()))
+    for rows, y in parts.values():
+        np.testing.assert_array_equal(y, labels[rows, 0])
+    assert 0.6 < len(parts["train"][0]) / sum(len(rows) for rows, _ in parts.values()) < 0.8
 
 
 @pytest.mark.parametrize("which, top", [("all", None), ("top50", 50)])
@@ -211,6 +260,16 @@ def test_candidates_come_from_training_positives_and_the_perfect_latent_wins():
     assert 0.6 < chance < 0.8
 
 
+def test_a_task_without_any_active_latent_counts_as_chance():
+    labels = np.zeros((400, 2), bool)
+    labels[:150, 0] = labels[200:350, 1] = True
+    code = sp.csr_matrix(labels[:, :1].astype(float))        # nothing is active on the second
+    found = judge.probe(code, judge.probe_tasks(labels))
+    first, silent = found["tasks"]
+    assert first["test"] < 0.1 and found["loss"] == pytest.approx((first["test"] + np.log(2)) / 2)
+    assert silent == {"label": 1, "latent": None, "val": np.log(2), "test": np.log(2)}
+
+
 def test_a_label_that_most_samples_have_is_balanced_the_other_way():
     labels = np.ones((300, 1), bool)
     labels[:60] = False
@@ -272,10 +331,13 @@ def test_every_string_in_a_report_is_escaped(tmp_path):
 
 
 def test_a_picture_that_cannot_be_read_leaves_its_name(tmp_path):
-    from PIL import Image
+    import data
     Image.new("RGB", (300, 200), "red").save(tmp_path / "x.png")
-    assert judge.thumbnail(tmp_path / "x.png").startswith('<img alt="" src="data:image/jpeg;base64,')
-    assert judge.thumbnail(tmp_path / "none<.png") == "none&lt;.png"
+    np.savez(tmp_path / "f.npz", a=np.ones((2, 3)), images=np.array(["x.png", "none<.png"]))
+    found = data.read_features(tmp_path / "f.npz")
+    shown, missing = (judge.describe_sample(found, row, ()) for row in (0, 1))
+    assert shown.startswith('<img alt="" src="data:image/jpeg;base64,')
+    assert missing == "none&lt;.png"
 
 
 def test_a_chart_of_one_point_or_none_is_drawn():
@@ -428,7 +490,7 @@ def test_a_table_of_latents_by_hand():
     strength = codes_of([[2.0, 0, 0.1, 0], [1.0, 0, 0.1, 0], [0, 0, 0.3, 0], [0, 0, 0.1, 0]])
     count = codes_of([[1, 0, 1, 0], [2, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0]], bool)                               # the last is unlabelled
-    known = labels.any(1)
+    known = np.array([1, 1, 1, 0], bool)
     table = judge.latent_table(strength, count, labels, top=2, known=known)
     np.testing.assert_allclose(table["frequency"], [0.5, 0, 1, 0])
     np.testing.assert_allclose(table["mean"], [1.5, np.nan, 0.15, np.nan], rtol=1e-6)
@@ -438,9 +500,10 @@ def test_a_table_of_latents_by_hand():
     ranks = table["references"].toarray()
     assert ranks[0].tolist() == [2, 1, 0, 0]                 # by the number of patches, before the strength
     assert ranks[2].tolist() == [2, 0, 1, 0]                 # one patch each: by strength, then the lower row
-    weighted = judge.latent_table(strength, count, labels, top=2, weighted=True)["entropy"]
+    weighted = judge.latent_table(strength, count, labels, top=2, weighted=True,
+                                  known=known)["entropy"]
     np.testing.assert_allclose(weighted[[0, 2]], judge.label_entropy(np.array([[3., 0], [0.1, 0.3]])), rtol=1e-6)
-    fewer = judge.latent_table(strength, count, labels, top=3, weighted=True)
+    fewer = judge.latent_table(strength, count, labels, top=3, weighted=True, known=known)
     assert np.isnan(fewer["entropy"][0]) and fewer["references"].toarray()[0].tolist() == [1, 2, 0, 0]      # by strength alone
     assert judge.threshold_counts(table["mean"]) == {-6: 2, -5: 2, -4: 2, -3: 2, -2: 2, -1: 2, 0: 1}
 

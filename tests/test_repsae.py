@@ -1065,6 +1065,28 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
     assert len(watch.tasks) == 11 and watch.knn(raw=True) == pytest.approx(np.mean(areas[2:]), abs=2e-3)
 
 
+def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys):
+    """A 12-bit picture under the window of its 12 bits is what it is by default, and 8-bit grey."""
+    (tmp_path / "p").mkdir()
+    for i, x in enumerate(np.random.default_rng(0).integers(0, 256, (3, 16, 16))):
+        deep = (x * 4095 / 255).round().astype(np.uint16)
+        Image.fromarray(deep).save(tmp_path / "p" / f"{i}.png")
+        Image.fromarray(x.astype(np.uint8)).save(tmp_path / f"g{i}.png")
+    np.savez(tmp_path / "grey.npz", images=np.array([f"g{i}.png" for i in range(3)]))
+    found = {}
+    for name, source, more in (("default", "p", []), ("12 bits", "p", ["--window", "0,4095"]),
+                               ("dark", "p", ["--window", "0,65535"]), ("grey", "grey.npz", [])):
+        run("extract", "--images", tmp_path / source, "--weights", "v=vit_micro:random",
+            "--size", 16, "--out", tmp_path / "f.npz", "--overwrite", *more)
+        found[name] = np.load(tmp_path / "f.npz")["v"]
+    for same in ("12 bits", "grey"):
+        assert np.array_equal(found["default"], found[same])
+    assert np.abs(found["dark"] - found["default"]).max() > 1e-3
+    for window in ("5", "4,4", "a,b", "0,nan", "0,inf"):
+        asked = ["--images", tmp_path / "p", "--weights", "vit_micro", "--window", window]
+        assert f"--window {window} - give two grey values" in error(capsys, "extract", *asked)
+
+
 def test_unlabelled_pictures_neither_vote_nor_are_judged(pictures):
     import data
     images = data.read_images(pictures)
