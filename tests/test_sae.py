@@ -778,11 +778,11 @@ def test_one_stream_chooses_and_all_dictionaries_rebuild_as_in_universal_sae(gol
 def test_every_variant_recovers_nine_tenths_of_the_planted_concepts_with_its_documented_setting(variant):
     import repsae
     flags = repsae.parse(["sae", *(f"--{k}={v}" for k, v in variant.items())])[1]
-    flags = repsae.resolved_sae(flags)
     features = data.planted_streams(seed=42)
     features.streams = {"vision": features.streams["vision"]}
-    rows = features.rows("train")
-    model, batches = repsae.make_model(features, flags, rows), data.Batches(rows, flags.batch, 42)
+    flags, rows = repsae.resolved_sae(flags, features), features.rows("train")
+    model = repsae.make_model(features, flags, rows)
+    batches = data.Batches(rows, flags.batch, 42, flags.shuffle)
     sae.fit(model, lambda step: features.batch(batches.rows(step)), flags.epochs * batches.epoch, lr=flags.lr)
     found = judge.recovery({"vision": model.dictionary("vision").numpy()}, {"vision": features.truth["vision"]})["vision"]
     assert found["of"] == 42 and found["found"] >= 0.9 * 42
