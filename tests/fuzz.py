@@ -49,18 +49,18 @@ SMALL_DINO = ("--arch vit_micro --patch 8 --size 16 --local-size 8 --local-crops
               "--head-hidden 8 --bottleneck 4 --batch 4 --epochs 1 --warmup 0 --workers 0")
 SMALL_CLIP = "--size 16 --patch 8 --width 8 --layers 1 --joint 4 --context 8 --epochs 1 --batch 8"
 SMALL_MIL = "--head gated --widths 4 --attention 2 --epochs 2 --least 1 --batch 4 --inner 1"
-SMALL_TUNE = "--models vit_micro:random --size 16 --patch 8 --runs 1 --epochs 1"
+SMALL_TUNE = "--models vit_micro --size 16 --patch 8 --runs 1 --epochs 1"
 WEIGHTS = "--weights vit=vit_micro:random,clip=clip"
 
 # Command lines that make the inputs of the others, in this order.
 MAKE = [
-    "tissue --pictures 16 --size 16 --out tissue",
+    "tissue --pictures 48 --size 16 --out tissue",
     f"dino --images pics {SMALL_DINO} --out dino",
     f"clip --images tissue/tissue.npz {SMALL_CLIP} --out clip",
     f"extract --images tissue/tissue.npz {WEIGHTS} --last 1 --size 16 --out feats.npz",
     f"sparc --data f.npz {FIT} --out sparc",
     f"sae --data f.npz --stream x {FIT} --out sae",
-    f"sae --data tok.npz {FIT} --out tokens",
+    f"sae --data tok.npz --norm none {FIT} --out tokens",
     f"sparc --data feats.npz {FIT} --out world",
     f"finetune --data pics --models v=vit_micro:random --size 16 --patch 8 --runs 1 --epochs 1 --out tuned",
     "tile --images slide.png --size 16 --least 0.001 --out tiles",
@@ -101,13 +101,13 @@ CASES = [case.split() for case in [
     "dino --images pics --resume --out dino",
     "extract --images pics --weights d=dino --out o.npz",
     f"extract --images tissue/tissue.npz {WEIGHTS},lsa=lsa:2 --last 1 --size 16 --out o.npz",
-    "extract --images voc --weights v=vit_micro:dino/checkpoint.pt --tokens --out o.npz",
+    "extract --images voc --weights d=dino --tokens --out o.npz",
     "extract --images tiles/slide.npz --weights v=tuned/v.pt --size 16 --out o.npz",
     "probe --data f.npz --json o.json",
-    "probe --data feats.npz --solver sgd --only mucin",
+    "probe --data feats.npz --solver sgd --only lymphocyte",
     "cut --voc voc --size 8 --out o",
     "tile --images slide.png --size 16 --least 0.001 --rois rois.xml --out o",
-    "tile --images slide.png --size 16 --otsu --out o",
+    "tile --images slide.png --size 16 --least 0.001 --otsu --out o",
     f"mil --data bags.npz {SMALL_MIL} --out o",
     f"mil --data bags {SMALL_MIL} --grid lr=0.01 --out o",
     f"finetune --data pics {SMALL_TUNE} --out o",
@@ -273,6 +273,7 @@ def damage_bytes(path, rng):
 
 def damage_place(path, rng):
     """Something else where a file belongs."""
+    other = pathlib.Path(rng.choice(["f.npz", "slide.png", "taxonomy.json", "sparc/checkpoint.pt"])).read_bytes()
     os.remove(path)
     how = rng.choice(["missing", "folder", "fifo", "loop", "null", "other"])
     if how == "folder":
@@ -280,7 +281,7 @@ def damage_place(path, rng):
     elif how == "fifo":
         os.mkfifo(path)
     elif how == "other":
-        shutil.copy(rng.choice(["f.npz", "slide.png", "taxonomy.json", "sparc/checkpoint.pt", "q.npy"]), path)
+        pathlib.Path(path).write_bytes(other)
     elif how != "missing":
         os.symlink({"loop": os.path.basename(path), "null": "/dev/null"}[how], path)
     return how
@@ -544,7 +545,10 @@ def run_inputs(numbers, seed, zoo, jobs, until, show):
         while len(running) < jobs and time.time() < until and (number := next(numbers, None)) is not None:
             place = tempfile.mkdtemp(dir=os.path.dirname(zoo))
             if not (pid := os.fork()):
-                child(number, seed, zoo, place)
+                try:
+                    child(number, seed, zoo, place)
+                finally:                                     # whatever happens, never two parents
+                    os._exit(99)
             running[pid] = number, place
         if not running:
             return
