@@ -754,15 +754,30 @@ def write_torch(path, state):
 
 
 def write_text(path, text):
-    """Whole or not at all, UTF-8."""
-    write_whole(path, lambda f: f.write(text.encode()))
+    """Whole or not at all, UTF-8; half a character, as a file's name may have it, is written as its number."""
+    write_whole(path, lambda f: f.write(text.encode(errors="backslashreplace")))
+
+
+def write_npz(path, arrays):
+    """Whole or not at all, as `write_text`."""
+    write_whole(path, lambda f: np.savez(f, **arrays))
 
 
 def write_whole(path, write):
-    """write(f) to a binary file of a temporary name, then renamed, so that a killed run leaves the whole file or none."""
-    with open(f"{path}.tmp", "wb") as f:
-        write(f)
-    os.replace(f"{path}.tmp", path)
+    """write(f) to a binary file of a temporary name, then renamed: a killed run leaves the whole file or none, and a write
+    that fails, as on a full disk, leaves nothing. The name is fresh, so that no file and no link of others is written to.
+    Raises OSError."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    f = open(temporary, "xb")
+    try:
+        with f:
+            write(f)
+        os.replace(temporary, path)
+    except BaseException as e:
+        os.remove(temporary)
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):              # torch's words hide the system's
+            raise e.__context__
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -581,7 +581,8 @@ def main():
             print(column, what)
     numbers = range(args.inputs) if args.repeat is None else [args.repeat]
     numbers = [n for n in numbers if args.only in (None, command_of(n))]
-    with tempfile.TemporaryDirectory() as folder:
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None                              # the zoo is copied for each input
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
         zoo = os.path.join(folder, "zoo")
         os.mkdir(zoo)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
