@@ -1310,8 +1310,8 @@ def _read_tiles(files):
             if key not in arrays:
                 raise InputError(f"{file} lacks '{key}' - name a file that the tile command wrote")
         box, names, here = arrays["coords"], arrays["images"], os.path.dirname(os.path.abspath(file))
-        if box.ndim != 2 or box.shape[1] != 4 or len(box) != len(names) or not len(box):
-            raise InputError(f"{file}: 'coords' has shape {box.shape} for {len(names)} tiles - give x, y, width, height each")
+        if box.ndim != 2 or box.shape[1] != 4 or names.shape != (len(box),) or not len(box) or box.dtype.kind not in "iuf":
+            raise InputError(f"{file}: 'coords' has shape {box.shape} and type {box.dtype} for {names.size} tiles - give x, y, width, height each")
         paths += [os.path.join(here, str(name)) for name in names]
         boxes.append(box.astype(int))
         known, label_names = _check_labels(arrays.get("labels"), arrays.get("label_names"))
@@ -1448,7 +1448,7 @@ def read_bags(path, stream=None):
             parts.append(_check_stream(p, name, arrays[name]))
             coords.append(arrays.get("coords"))
             images.append(os.path.join(os.path.dirname(p), str(arrays["images"][0])) if "images" in arrays else None)
-        widths = {x.shape[1] for x in parts}
+        widths = {x.shape[1:] for x in parts}
         if len(widths) > 1:
             raise InputError(f"the bags in {path} have widths {sorted(widths)} - extract them with one backbone")
         X, offsets, folds = np.concatenate(parts), np.cumsum([0, *map(len, parts)]), None
@@ -1471,6 +1471,8 @@ def read_bags(path, stream=None):
         if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):
             raise InputError(f"'folds' has shape {folds.shape} and type {folds.dtype} for {len(y)} bags - give (repeats, "
                              "folds, bags) bool, True = train")
+    if X.ndim != 2:
+        raise InputError(f"the bags have instances of shape {X.shape[1:]} - give vectors, extracted without --tokens")
     bad = np.flatnonzero(np.diff(offsets) < 1)
     if len(bad):
         raise InputError(f"bag {names[bad[0]]} is empty - drop it")

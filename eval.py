@@ -17,6 +17,7 @@ Deviations   from the authors' code: probe candidates are chosen on training pos
 """
 import base64
 import ctypes
+import errno
 import html
 import io
 import json
@@ -665,7 +666,8 @@ def strip(first, *others):
 
 
 def standalone_svg(*charts):
-    """Inline charts, one below the other, as a file of their own."""
+    """Inline charts, one below the other, as a file of their own; those that had nothing to draw are left out."""
+    charts = [chart for chart in charts if chart.startswith("<svg")] or ['<svg viewBox="0 0 1 1"></svg>']
     if len(charts) > 1:
         sizes = [tuple(map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', c).groups())) for c in charts]
         tops = [24 + sum(h + 24 for _, h in sizes[:i]) for i in range(len(sizes))]
@@ -767,6 +769,8 @@ def write_whole(path, write):
     """write(f) to a binary file of a temporary name, then renamed: a killed run leaves the whole file or none, and a write
     that fails, as on a full disk, leaves nothing. The name is fresh, so that no file and no link of others is written to.
     Raises OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):    # a rename would put a file in the place of /dev/null
+        raise OSError(errno.EEXIST, "not a plain file", path)
     temporary = f"{path}.{os.getpid()}.tmp"
     f = open(temporary, "xb")
     try:
