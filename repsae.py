@@ -285,11 +285,11 @@ def make_folder(folder, fresh):
         found = os.listdir(folder)
         weights = [name for name in found if name.endswith(".pt")] if "config.json" in found else []
         heat = [name for name in found if name.startswith("heat_")]
-        for name in ("metrics.json", "report.html", "checkpoint.pt", "log.csv", "curves.svg", "neighbours.png", "sweep.svg",
-                     *weights, *heat, "config.json") if fresh else ():
-            for left in found:                               # by a run that was killed while it wrote, too
-                if re.fullmatch(re.escape(name) + r"(\.\d+\.tmp)?", left):
-                    os.remove(out_path(folder, left))
+        ours = dict.fromkeys(("metrics.json", "report.html", "checkpoint.pt", "log.csv", "curves.svg", "neighbours.png",
+                              "sweep.svg", *weights, *heat, "config.json") if fresh else ())
+        for name in ours:                                    # .tmp: a run was killed while it wrote
+            for left in [f for f in found if re.fullmatch(re.escape(name) + r"(\.\d+\.tmp)?", f)]:
+                os.remove(out_path(folder, left))
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
