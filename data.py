@@ -6,8 +6,9 @@ Glossary     N samples . T tokens of a sample . d_s width of stream s . C labels
 
 A feature file is an .npz, or a folder of .npy files, with one floating array (N, d_s), or (N, T, d_s) for tokens, per
 stream, its key (or file name) the stream's name; row i is the same sample everywhere. Reserved keys, all optional:
-    labels (N,) int, negative = unlabelled, or (N, C) bool     label_names (C,)     split (N,) of train / val / test
-    groups (N,) e.g. patients     ids, captions, images (N,)     coords, mask
+    labels (N,) whole numbers or text, below 0 or "" = unlabelled, or (N, C) bool, all False = none of these
+    mask (N,) bool: False where the labels of a row are not known     label_names (C,)     split (N,) of train / val / test
+    groups (N,) e.g. patients     ids, captions, images (N,)     coords
     grid (2,) int: rows and columns of the T tokens     boxes (n, 6): sample, label, x0, y0, x1, y1 in shares of the picture
 Nothing is ever unpickled. A folder is memory-mapped: a batch reads its own rows and no others.
 
@@ -48,7 +49,8 @@ class Features:
 
     streams      dict stream -> (N, d_s) or (N, T, d_s) float array, in memory or memory-mapped, any float dtype
     split        (N,) of "train", "val", "test"
-    labels       (N,) int or (N, C) bool, or None           label_names  list of C names
+    labels       (N,) int, -1 = unlabelled, or (N, C) bool, or None        label_names  list of C names
+    mask         (N,) bool, which rows of (N, C) labels are known; None: all
     parents      taxonomy: dict name -> name of its parent, None for the root; empty when there is none
     about        dict of the other per-sample arrays that the file gave: ids, groups, captions, images
     grid         (rows, columns) of the tokens, or None       boxes  (n, 6) as in the file, or None
@@ -60,6 +62,7 @@ class Features:
     split: np.ndarray
     labels: np.ndarray = None
     label_names: list = field(default_factory=list)
+    mask: np.ndarray = None
     parents: dict = field(default_factory=dict)
     about: dict = field(default_factory=dict)
     grid: tuple = None
@@ -82,13 +85,26 @@ class Features:
         x = next(iter(self.streams.values()))
         return x.shape[1] if x.ndim == 3 else None
 
+    @property
+    def mapped(self):
+        """Whether a batch is read from disk, where neighbouring rows are cheap."""
+        return any(isinstance(x, np.memmap) for x in self.streams.values())
+
+    def sorted_rows(self):
+        """Whether the training rows come sorted by their label, so that neighbours are alike."""
+        if self.labels is None or self.labels.ndim != 1:
+            return False
+        y = self.labels[self.rows("train")]
+        chance = (np.unique(y, return_counts=True)[1] / len(y)) ** 2
+        return bool((y[1:] == y[:-1]).mean() > (1 + chance.sum()) / 2) if len(y) > 1 else False
+
     def per_token(self):
         """The same with every token a sample: streams (N * T, d_s), still memory-mapped if they were; no labels."""
         if not self.tokens:
             return self
         flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}
-        return replace(self, streams=flat, split=np.repeat(self.split, self.tokens), labels=None, label_names=[], parents={},
-                       about={}, grid=None, boxes=None)
+        return replace(self, streams=flat, split=np.repeat(self.split, self.tokens), labels=None, label_names=[], mask=None,
+                       parents={}, about={}, grid=None, boxes=None)
 
     def rows(self, *splits):
         """Row numbers, ascending, of the first of `splits` that has any: rows("test", "val")."""
@@ -104,11 +120,15 @@ class Features:
                 for s, x in self.streams.items()}
 
     def label_matrix(self, rows):
-        """(len(rows), C) bool; a row without any True is unlabelled. None when the file has no labels."""
+        """(len(rows), C) bool; a row without any True has none of the labels, or is not `known`. None without labels."""
         if self.labels is None:
             return None
         labels = np.asarray(self.labels[rows])
         return labels if labels.ndim == 2 else labels[:, None] == np.arange(len(self.label_names))
+
+    def known(self, rows):
+        """(len(rows),) bool: whose labels are known."""
+        return known_labels(self.labels, self.mask)[rows]
 
     def statistics(self, rows, block=4096):
         """Per-dimension mean and standard deviation over `rows`, read block by block: dict stream -> (mean, std)."""
@@ -190,12 +210,12 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     if len(set(tokens.values())) > 1:
         raise InputError(f"{path}: tokens per sample differ between streams, {tokens} - pick streams alike with --streams")
     about = {k: arrays[k] for k in ("ids", "groups", "captions", "images") if k in arrays}
-    for k, a in [*about.items(), *((k, arrays[k]) for k in ("labels", "split") if k in arrays)]:
-        if a.shape[:1] != (n,) or (a.ndim > 1 and k not in ("labels", "images")):
-            raise InputError(f"'{k}' has {_entries(a)} for {n} samples - give one for each row")
-    labels, label_names = _check_labels(arrays.get("labels"), arrays.get("label_names"))
+    for k, a in [*about.items(), *((k, arrays[k]) for k in ("labels", "mask", "split") if k in arrays)]:
+        if not a.ndim or len(a) != n or a.ndim > 1 and k in ("ids", "groups", "captions", "split"):
+            raise InputError(f"'{k}' has shape {a.shape} for {n} samples - give one for each row")
+    labels, label_names, mask = _check_labels(arrays)
     parents = read_taxonomy(taxonomy, label_names) if taxonomy else {}
-    out = Features(x, _split(arrays.get("split"), about.get("groups"), n, seed), labels, label_names, parents, about,
+    out = Features(x, _split(arrays.get("split"), about.get("groups"), n, seed), labels, label_names, mask, parents, about,
                    _check_grid(arrays.get("grid"), tokens[names[0]]), _check_boxes(arrays.get("boxes"), n, label_names))
     _scan(out)
     if "split" in arrays and "groups" in about:
@@ -313,41 +333,74 @@ def _array(x):
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def _entries(a):
-    return f"{len(a)} entries" if a.ndim == 1 else f"shape {a.shape}"
-
-
-def _check_stream(path, name, x):
+def _check_stream(path, name, x, tokens=True):
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
                          f"(reserved keys: {', '.join(RESERVED)})")
-    if x.ndim not in (2, 3):
-        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width) or (samples, tokens, width)")
+    if x.ndim not in ((2, 3) if tokens else (2,)):
+        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width)"
+                         + (" or (samples, tokens, width)" if tokens else " in a bag: extract it without --tokens"))
     if 0 in x.shape:
         raise InputError(f"stream '{name}' has shape {x.shape} - it needs at least one row and one column")
     return x
 
 
-def _check_labels(labels, names):
-    """Labels as the file has them, (N,) int or (N, C) bool, and their C names."""
+MOST_LABELS = 10 ** 6
+
+
+def _check_labels(arrays):
+    """Labels of a file, (N,) int with -1 for unlabelled or (N, C) bool, their C names, and which rows of (N, C) are known
+    (None: all); arrays: its arrays by key."""
+    labels, names, mask = (arrays.get(key) for key in ("labels", "label_names", "mask"))
     if labels is None:
-        return None, []
-    names = None if names is None else [str(v) for v in names.ravel()]
-    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
-        count = int(labels.max(initial=-1)) + 1
-    elif labels.ndim == 2 and (labels.dtype == bool or np.issubdtype(labels.dtype, np.integer)
-                               and 0 <= labels.min() <= labels.max() <= 1):
+        return None, [], None
+    if names is not None and names.ndim != 1:
+        raise InputError(f"'label_names' has shape {names.shape} - give (C,) names")
+    names = None if names is None else [str(v) for v in names]
+    if mask is not None and (mask.shape != labels.shape[:1] or mask.dtype != bool):
+        raise InputError(f"'mask' has shape {mask.shape} and type {mask.dtype} - give (N,) booleans, False = unlabelled")
+    if labels.ndim == 2 and labels.shape[1] == 1 and labels.dtype != bool and (names is None or len(names) > 1):
+        labels = labels[:, 0]                                # a column of classes, as MedMNIST has it
+    if labels.ndim == 1 and labels.dtype.kind in "US":
+        labels, names = _number_text(labels, names)
+    whole = np.issubdtype(labels.dtype, np.integer)
+    if labels.ndim == 1 and whole:
+        count = int(labels.max()) + 1 if len(labels) else 0
+        if count > MOST_LABELS:
+            raise InputError(f"'labels' goes up to {count - 1} - number the classes from 0, at most {MOST_LABELS} of them")
+        labels = np.where((labels >= 0) & (True if mask is None else mask), labels, -1).astype(np.int64)
+        count, mask = max(count, 0), None
+    elif labels.ndim == 2 and labels.shape[1] and (labels.dtype == bool or whole and len(labels)
+                                                   and 0 <= labels.min() <= labels.max() <= 1):
         count, labels = labels.shape[1], labels.astype(bool, copy=False)
     else:
         raise InputError(f"'labels' has shape {labels.shape} and type {labels.dtype} - "
-                         "give (N,) integers or (N, C) booleans")
+                         "give (N,) integers or text, or (N, C) booleans")
     if names is None:
         if count > max(len(labels), 1000):                   # each takes memory
             raise InputError(f"'labels' go up to {count - 1} for {len(labels)} samples - number the classes from 0")
         names = [f"label {i}" for i in range(count)]
     if len(names) < count or (labels.ndim == 2 and len(names) != count):
         raise InputError(f"'label_names' has {len(names)} names for {count} labels - give one each")
-    return labels, names
+    return labels, names, mask
+
+
+def _number_text(labels, names):
+    """Labels (N,) in words -> numbers in the order of `names`, or of the alphabet, -1 for an empty one; and the names."""
+    text = [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in labels.tolist()]
+    names = names or sorted({v for v in text if v})
+    number = {"": -1, **{name: i for i, name in enumerate(names)}}
+    unknown = next((row for row, v in enumerate(text) if v not in number), None)
+    if unknown is not None:
+        raise InputError(f"'labels' row {unknown} is '{text[unknown]}', which is not among 'label_names' - add it there")
+    return np.array([number[v] for v in text], np.int64), names
+
+
+def known_labels(labels, mask):
+    """(N,) bool: which rows of labels, (N,) int or (N, C) bool with a mask, are known."""
+    if labels.ndim == 1:
+        return labels >= 0
+    return np.ones(len(labels), bool) if mask is None else np.asarray(mask)
 
 
 def _check_grid(grid, tokens):
@@ -406,7 +459,7 @@ def _scan(features, block_bytes=1 << 24):
         if zeros:
             features.notes.append(f"stream '{s}' has {zeros} all-zero rows: the loss skips them, "
                                   "retrieval counts them as missed")
-    for a in (features.labels, features.split, features.label_names, sorted(features.parents.items(), key=str)):
+    for a in (features.labels, features.mask, features.split, features.label_names, sorted(features.parents.items(), key=str)):
         digest.update(repr(a).encode() if isinstance(a, list) else b"" if a is None
                       else np.ascontiguousarray(a).tobytes())
     features.hash = digest.hexdigest()[:16]
@@ -506,7 +559,7 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
         D *= seen[:, m:m + 1] / np.linalg.norm(D, axis=1, keepdims=True)
         noise = (0.05, 0.1, 0.15)[m % 3] / d ** 0.5 * rng.standard_normal((n, d))
         streams[s], truth[s] = (np.tanh(amount @ D) + noise).astype(np.float32), D
-    out = Features(streams, _split(None, None, n, seed), labels, leaves, parents, truth=truth)
+    out = Features(streams, _split(None, None, n, seed), labels, leaves, parents=parents, truth=truth)
     _scan(out)
     return out
 
@@ -866,6 +919,7 @@ class Images:
     label_names: list = field(default_factory=list)
     split: np.ndarray = None
     boxes: np.ndarray = None
+    mask: np.ndarray = None                                  # which rows of (N, C) labels are known; None: all
     objects: list = None
     about: dict = field(default_factory=dict)
     side: int = 224                                          # pixels that a part needs, at least, where a slide has levels
@@ -934,12 +988,12 @@ def _read_listed(path):
     paths = [os.path.join(os.path.dirname(os.path.abspath(path)), str(p)) for p in arrays["images"]]
     for p in paths:
         open_image(p, decode=False)
-    about = {k: v for k, v in arrays.items() if k in RESERVED and k not in ("images", "mask")}
+    about = {k: v for k, v in arrays.items() if k in RESERVED and k != "images"}
     for k, v in about.items():
         if k not in ("boxes", "label_names", "grid") and (not v.ndim or len(v) != len(paths)):
             raise InputError(f"{path}: '{k}' has shape {v.shape} for {len(paths)} pictures - give one entry for each")
-    labels, names = _check_labels(about.get("labels"), about.get("label_names"))
-    return Images(paths, labels, names if labels is not None else [], about.get("split"), about=about)
+    labels, names, mask = _check_labels(about)
+    return Images(paths, labels, names, about.get("split"), mask=mask, about=about)
 
 
 def _read_voc_images(folder):
@@ -1121,13 +1175,13 @@ def read_pictures(path, size, label=None):
         if images.labels is None:
             raise InputError(f"{path} has no labels - put the pictures into folders named after them")
         labels, names, split = images.labels, images.label_names, images.split
+        known = np.flatnonzero(known_labels(labels, images.mask))
         if labels.ndim == 1 and label:
             raise InputError(f"{path} has one label a picture - leave out --label")
         if labels.ndim == 2:
             if label not in names:
                 raise InputError(f"{path}: no label '{label}' - name one with --label: {', '.join(names)}")
             labels, names = labels[:, names.index(label)].astype(int), [f"no {label}", label]
-        known = np.flatnonzero(labels >= 0)                  # -1: unlabelled
         views, labels, split = map(images.open, known), labels[known], split if split is None else split[known]
     else:
         arrays = _Source(path)
@@ -1311,10 +1365,11 @@ def _read_tiles(files):
                 raise InputError(f"{file} lacks '{key}' - name a file that the tile command wrote")
         box, names, here = arrays["coords"], arrays["images"], os.path.dirname(os.path.abspath(file))
         if box.ndim != 2 or box.shape[1] != 4 or names.shape != (len(box),) or not len(box) or box.dtype.kind not in "iuf":
-            raise InputError(f"{file}: 'coords' has shape {box.shape} and type {box.dtype} for {names.size} tiles - give x, y, width, height each")
+            raise InputError(f"{file}: 'coords' has shape {box.shape} and type {box.dtype} for {names.size} tiles - give x, y, "
+                             "width, height each")
         paths += [os.path.join(here, str(name)) for name in names]
         boxes.append(box.astype(int))
-        known, label_names = _check_labels(arrays.get("labels"), arrays.get("label_names"))
+        known, label_names, _ = _check_labels(arrays)
         labels.append(known)
     labels = np.concatenate(labels) if all(v is not None for v in labels) else None
     return Images(paths, labels, label_names if labels is not None else [], boxes=np.concatenate(boxes))
@@ -1445,10 +1500,10 @@ def read_bags(path, stream=None):
             name = stream or (streams[0] if len(streams) == 1 else None)
             if name not in streams:
                 raise InputError(f"{p} has the streams {', '.join(streams) or 'none'} - pick one with --stream")
-            parts.append(_check_stream(p, name, arrays[name]))
+            parts.append(_check_stream(p, name, arrays[name], tokens=False))
             coords.append(arrays.get("coords"))
             images.append(os.path.join(os.path.dirname(p), str(arrays["images"][0])) if "images" in arrays else None)
-        widths = {x.shape[1:] for x in parts}
+        widths = {x.shape[1] for x in parts}
         if len(widths) > 1:
             raise InputError(f"the bags in {path} have widths {sorted(widths)} - extract them with one backbone")
         X, offsets, folds = np.concatenate(parts), np.cumsum([0, *map(len, parts)]), None
@@ -1457,7 +1512,7 @@ def read_bags(path, stream=None):
         for key in ("X", "offsets", "y"):
             if key not in arrays:
                 raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets (bags + 1,) and y (bags,)")
-        X, offsets, y, folds = _check_stream(path, "X", arrays["X"]), arrays["offsets"], arrays["y"], arrays.get("folds")
+        X, offsets, y, folds = _check_stream(path, "X", arrays["X"], tokens=False), arrays["offsets"], arrays["y"], arrays.get("folds")
         label_names, names = [], [str(i) for i in range(len(y))]
         if y.ndim != 1 or offsets.ndim != 1 or not np.issubdtype(offsets.dtype, np.integer):
             raise InputError(f"'y' has shape {y.shape}, 'offsets' {offsets.shape} of {offsets.dtype} - give (bags,) and "
@@ -1471,8 +1526,6 @@ def read_bags(path, stream=None):
         if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):
             raise InputError(f"'folds' has shape {folds.shape} and type {folds.dtype} for {len(y)} bags - give (repeats, "
                              "folds, bags) bool, True = train")
-    if X.ndim != 2:
-        raise InputError(f"the bags have instances of shape {X.shape[1:]} - give vectors, extracted without --tokens")
     bad = np.flatnonzero(np.diff(offsets) < 1)
     if len(bad):
         raise InputError(f"bag {names[bad[0]]} is empty - drop it")

@@ -9,7 +9,8 @@ Glossary     n samples evaluated . L latents . C labels . M streams . s source, 
 
 Joint numbers flatter: a query and its reference then carry the same index set, chosen from both, so retrieval is near 1
 and Jaccard near 1 even under the null. Nothing here knows how a code was made; the callers compute every cross-stream
-number both ways.
+number both ways. For the alone Jaccard the null is no control either, since a null's latents share labels by chance: pairing
+each latent with another one of the same model is.
 
 Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs sees the test rows);
              tasks need at least 50 positives, as the text says (theirs: more than 50); the taxonomy is indexed by label
@@ -55,10 +56,10 @@ def sparse_code(indices, values, n_latents):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def activation_patterns(codes):
-    """Thesis Table 5.1: `alive_in` [latents active in 0, 1, ..., M streams], `dead` {stream: latents never active}."""
+    """Thesis Table 5.1: `alive_in` [latents active in 0, 1, ..., M streams], `silent` {stream: latents never active}."""
     alive = np.stack([code.getnnz(axis=0) > 0 for code in codes.values()])                  # (M, L)
     return {"latents": alive.shape[1], "alive_in": np.bincount(alive.sum(0), minlength=len(codes) + 1).tolist(),
-            "dead": {s: int((~a).sum()) for s, a in zip(codes, alive)}}
+            "silent": {s: int((~a).sum()) for s, a in zip(codes, alive)}}
 
 
 def top_samples(code, top=TOP):
@@ -74,10 +75,10 @@ def top_samples(code, top=TOP):
 def label_counts(code, labels, top=TOP, known=None):
     """How often each label occurs among each latent's `top` samples (all active ones if None), labelled samples only.
 
-    labels (n, C) bool; known (n,) bool says which samples were labelled, by default those with any label.
+    labels (n, C) bool; known (n,) bool says which samples are labelled, all by default.
     Returns counts (L, C) and the number of samples behind them (L,), 0 where a latent is not active.
     """
-    known = labels.any(1) if known is None else known
+    known = np.ones(len(labels), bool) if known is None else known
     best = top_samples(code[known], top)
     best.data[:] = 1
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
@@ -112,19 +113,26 @@ def jaccard(counts, n_top):
 
     counts: dict stream -> (L, C), n_top: dict stream -> (L,), from `label_counts`. A latent is alive in a stream where
     n_top > 0. Returns `jaccard`, the mean over latents alive in two streams or more of their mean over such pairs of
-    streams; `jaccard_all`, the same with every other latent counted as 0, as the published numbers do; `pairs`, per
+    streams; `jaccard_all`, the same with every other latent counted as 0, as the published numbers do; `control`, the same
+    as the first with each latent paired with another of those alive in both streams, half of them further on; `pairs`, per
     pair.
     """
-    names, total, used, pairs = list(counts), 0., 0, {}
+    names, used, pairs = list(counts), 0, {}
+    total = np.zeros((2, len(next(iter(counts.values())))))                                 # of itself, of another
     for i, s in enumerate(names):
         for t in names[i + 1:]:
-            a, b = counts[s], counts[t]
-            both = (n_top[s] > 0) & (n_top[t] > 0)
-            score = np.where(both, np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1), 0)
-            pairs[f"{s} / {t}"] = _mean(score[both])
-            total, used = total + score, used + both
-    mean = total / np.maximum(used, 1)
-    return {"jaccard": _mean(mean[used > 0]), "jaccard_all": float(mean.mean()), "pairs": pairs}
+            alive = (n_top[s] > 0) & (n_top[t] > 0)
+            both = np.flatnonzero(alive)
+            scores = []
+            for other in (both, np.roll(both, len(both) // 2)):
+                a, b = counts[s][both], counts[t][other]
+                scores.append(np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1))
+            total[:, both] += scores
+            pairs[f"{s} / {t}"] = _mean(scores[0])
+            used = used + alive
+    mean, control = total / np.maximum(used, 1)
+    return {"jaccard": _mean(mean[used > 0]), "jaccard_all": float(mean.mean()), "pairs": pairs,
+            "control": _mean(control[used > 0]) if (used > 0).sum() > 1 else None}
 
 
 def concept_names(counts, n_top, label_names, purity=0.3):
@@ -136,18 +144,18 @@ def concept_names(counts, n_top, label_names, purity=0.3):
     return [label_names[j] if p >= purity else None for j, p in zip(counts.argmax(1), share)], share
 
 
-def concept_alignment(codes, labels, label_names, parents):
+def concept_alignment(codes, labels, label_names, parents, known=None):
     """Jaccard at every taxonomy depth (Table 5.2), named latents, from dict stream -> code and labels (n, C) bool."""
     counts, n_top, names = {}, {}, {}
     for s, code in codes.items():
-        counts[s], n_top[s] = label_counts(code, labels)
+        counts[s], n_top[s] = label_counts(code, labels, known=known)
         names[s], _ = concept_names(counts[s], n_top[s], label_names)
     out = {"named": {s: sum(v is not None for v in names[s]) for s in codes},
            "latents_per_name": {s: _tally(names[s]) for s in codes}}
     if len(codes) > 1:
         levels = taxonomy_levels(label_names, parents)
         depths = [jaccard({s: lift(c, level) for s, c in counts.items()}, n_top) for level in levels]
-        out.update(depths[-1], by_depth=[{k: d[k] for k in ("jaccard", "jaccard_all")} for d in depths])
+        out.update(depths[-1], by_depth=[{k: d[k] for k in ("jaccard", "jaccard_all", "control")} for d in depths])
         out["named_alike"] = sum(len(set(v)) == 1 and v[0] is not None for v in zip(*names.values()))
     return out
 
@@ -188,8 +196,8 @@ def reconstruction(blocks):
     return {"r2": r2, "nmse": nmse}
 
 
-def ridge_ceiling(train, test, strengths=10. ** np.arange(-6, 3)):
-    """How much of stream t any linear map from stream s explains: R^2 on `test`, as {t: {s: value}}, s != t.
+def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
+    """How much of stream t a linear map from stream s explains: R^2 on `test`, as {t: {s: value}}, s != t. A code may pass it.
 
     train, test: dict stream -> (n, d) arrays, in the units that the model reconstructs. Ridge regression with an
     intercept; its strength, relative to the mean eigenvalue, is the one that predicts every tenth training row best
@@ -309,15 +317,15 @@ def stratified_split(y, held_out, seed):
     return tuple(rng.permutation(np.concatenate(part)) for part in parts)
 
 
-def probe_tasks(labels, min_positives=50):
+def probe_tasks(labels, min_positives=50, known=True):
     """Balanced binary tasks with train / val / test rows, thesis A.1.3: list of (label, {part: (rows, y)}).
 
-    A task is a label with at least `min_positives` positives; task t draws as many negatives (seed 1000 + t) and splits
+    A task is a label with at least `min_positives` positives among the rows that are `known` (n,) bool; task t draws as many negatives (seed 1000 + t) and splits
     70 / 15 / 15, classes in proportion (seeds 2000 + t, 3000 + t). Where positives outnumber negatives they are drawn.
     """
     tasks = []
     for t in range(labels.shape[1]):
-        pos, neg = np.flatnonzero(labels[:, t]), np.flatnonzero(~labels[:, t])
+        pos, neg = np.flatnonzero(labels[:, t] & known), np.flatnonzero(~labels[:, t] & known)
         if len(pos) < min_positives or len(neg) < min_positives:
             continue
         rng = np.random.RandomState(1000 + t)
@@ -337,6 +345,7 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
 
     The `candidates` latents most often active on the task's training positives are each fitted on train (input z > 0,
     or z itself if not `binary`), the best on val is reported on test. chosen: a list of candidate arrays instead.
+    A task whose candidates are never active is left at chance, ln 2, by latent None.
     Returns {"loss": mean test log-loss in nats (0.693 is chance), "tasks": [{label, latent, val, test}]}.
     """
     active = (code > 0).astype(np.int32)
@@ -349,9 +358,9 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
     solve = _solve_binary if binary else _solve_values
     results = []
     for (label, _), best, (val, test) in zip(tasks, found, solve(active if binary else code, tasks, found)):
-        if len(best):
-            j = int(np.argmin(val))
-            results.append({"label": int(label), "latent": int(best[j]), "val": float(val[j]), "test": float(test[j])})
+        j = int(np.argmin(val)) if len(best) else None
+        chosen = (int(best[j]), float(val[j]), float(test[j])) if len(best) else (None, math.log(2), math.log(2))
+        results.append({"label": int(label), **dict(zip(("latent", "val", "test"), chosen))})
     return {"loss": _mean([r["test"] for r in results]), "tasks": results}
 
 
@@ -471,9 +480,10 @@ def headline(block):
     out["latents alive in all streams, %"] = 100 * pattern["alive_in"][M] / L
     if M > 1:
         out["mixed: alive in some, %"] = 100 * sum(pattern["alive_in"][1:M]) / L
-    out["dead in all, %"] = 100 * pattern["alive_in"][0] / L
+    out["silent in all, %"] = 100 * pattern["alive_in"][0] / L
     if "jaccard" in block.get("concepts", {}):
         out["Jaccard of top-50 labels"] = block["concepts"]["jaccard"]
+        out["  its control: another latent"] = block["concepts"]["control"]
         out["Jaccard, other latents as 0"] = block["concepts"]["jaccard_all"]
     if "named_alike" in block.get("concepts", {}):
         out["latents named alike in all streams"] = block["concepts"]["named_alike"]
@@ -492,17 +502,110 @@ def headline(block):
     return out
 
 
+# What each row of `headline` means, and which way is better.
+MEANING = {
+    "latents alive in all streams, %": "latents that some judged sample activates in every stream; higher is better",
+    "mixed: alive in some, %": "latents active in some streams and in none of the others: not shared; lower is better",
+    "silent in all, %": "latents that no judged sample activates in any stream: width without use; lower is better",
+    "Jaccard of top-50 labels": "overlap of a latent's labels between two streams, of its 50 top samples in each; higher is "
+                                "better, but only as far as it is above its control",
+    "its control: another latent": "the same when each latent is paired with another one: what labels share by chance; lower "
+                                   "is better",
+    "Jaccard, other latents as 0": "the same as Jaccard with latents not alive in two streams as 0, as published; higher is better",
+    "latents named alike in all streams": "latents whose most frequent label is the same in every stream, and holds for 30 % of "
+                                          "their top samples; higher is better",
+    "retrieval R@1": "share of samples whose own code in the other stream is the nearest of all; higher is better",
+    "retrieval MRR": "mean of 1 / rank of a sample's own code in the other stream; higher is better",
+    "R2 self": "share of a stream's variance that its own code rebuilds; 0 is its mean, below 0 is worse than that; higher is "
+               "better",
+    "R2 cross": "the same from another stream's code; higher is better",
+    "its linear baseline": "the same by ridge regression from the other stream's raw features; a code may pass it",
+    "NMSE self": "squared error over the sample's squared length, from its own code (Eq. 13); lower is better",
+    "NMSE cross": "the same from another stream's code; lower is better",
+    "1-D probe loss (chance 0.693)": "log-loss in nats of the best single latent of each label; lower is better"}
+
+
+def verdict(metrics, again="--null"):
+    """Three plain sentences on a run: {"learned", "trust", "next", "level"}, level 0 good, 1 with care, 2 not to be trusted.
+
+    metrics: what `repsae.measure` gives, with "null" where it was trained. again: how the null is added. A rule is (level,
+    what is wrong, what to try).
+    """
+    own = {mode: {s: row[s] for s, row in metrics[mode]["r2"].items() if row[s] is not None}
+           for mode in ("joint", "alone") if mode in metrics}
+    first = own.get("joint", own["alone"])
+    mean = {mode: _mean(list(v.values())) for mode, v in own.items()}
+    found = _doubts_of_fit(metrics, first, mean)
+    several = len(first) > 1 and "joint" in metrics
+    if several:
+        found += _doubts_of_sharing(metrics, mean, again)
+    if metrics.get("positives", 50) < 50:
+        found.append((0, f"the probe row is empty, because no label has 50 positives among the judged samples (most: "
+                      f"{metrics['positives']})", "judge more labelled samples (--eval-rows 0)"))
+    level = max((v[0] for v in found), default=0)
+    learned = f"{metrics['latents']} latents, {metrics['l0']:.3g} a sample"
+    learned += f", rebuild {'the streams' if several else next(iter(first), 'nothing')} at R2 {fmt(next(iter(mean.values())))}"
+    if several:
+        cross = {mode: headline(metrics[mode])["R2 cross"] for mode in own}
+        learned += (f" when they choose together and {fmt(mean['alone'])} when each chooses alone; one stream predicts another "
+                    f"at R2 {fmt(cross['alone'])} alone (linear baseline {fmt(mean_cell(metrics['linear_baseline']))})")
+    doubts, remedies = ("; ".join(dict.fromkeys(v[i] for v in found)) for i in (1, 2))
+    return {"learned": f"Learned: {learned}.", "level": level,
+            "trust": f"{('Trust it', 'Trust it with care', 'Do not trust it')[level]}: "
+                     f"{doubts or 'nothing measured here speaks against it'}.",
+            "next": f"Next: {remedies or 'look at what the latents mean (latents RUN --stream NAME)'}."}
+
+
+def _doubts_of_fit(metrics, own, mean):
+    """Rules on how well each stream is rebuilt from its own code: own {stream: R2}, mean {mode: R2}."""
+    found, worst = [], min(own, key=own.get, default=None)
+    if worst is not None and own[worst] < 0:
+        found.append((2, f"{worst} is rebuilt worse than by predicting the mean (R2 {own[worst]:.3g})",
+                      "leave --latents, --k, --lr and --norm to the defaults"))
+    elif len(own) > 1 and own[worst] < np.median([v for s, v in own.items() if s != worst]) - 0.25:
+        found.append((1, f"{worst} is rebuilt much worse than the rest (R2 {own[worst]:.3f})",
+                      f"look at {worst}, or leave it out with --streams"))
+    if metrics["steps"] < 1000:
+        found.append((1, f"{metrics['steps']} training steps are few", "raise --epochs, or lower --batch"))
+    silent = headline(metrics["alone"])["silent in all, %"]
+    if silent > 50:
+        found.append((1, f"{silent:.0f} % of the latents are silent", "lower --latents"))
+    if "joint" in mean and mean["joint"] is not None and mean["alone"] < mean["joint"] - 0.1:
+        found.append((1, f"with one stream at hand much is lost (self R2 {mean['alone']:.3f}, joint {mean['joint']:.3f})",
+                      "train with --topk both"))
+    return found
+
+
+def _doubts_of_sharing(metrics, mean, again):
+    """Rules on what streams share, which shuffled pairs and chance must not reach."""
+    joint, alone = (headline(metrics[mode]) for mode in ("joint", "alone"))
+    found = []
+    if "null" not in metrics:
+        found.append((1, "the joint figures stand without their null", f"add it with {again}"))
+    elif None not in (joint["R2 cross"], null := headline(metrics["null"]["joint"])["R2 cross"]) and \
+            joint["R2 cross"] < null + 0.02:
+        found.append((2, f"joint cross R2 is no better than for shuffled pairs ({joint['R2 cross']:.3f}, null {null:.3f})",
+                      "check that row i is the same sample in every stream"))
+    if alone["retrieval R@1"] is not None and alone["retrieval R@1"] <= 3 / metrics["rows"]:
+        found.append((1, "alone, samples find their partners no better than by chance", "train with --topk both"))
+    baseline = mean_cell(metrics["linear_baseline"])
+    if None not in (alone["R2 cross"], baseline) and alone["R2 cross"] < baseline - 0.05:
+        found.append((1, "a linear map from stream to stream predicts more than the code does alone",
+                      "train with --topk both"))
+    return found
+
+
 def summary(metrics):
     """The table at the end of a run: (header, rows), joint and alone side by side, and the null where it was run."""
     columns = {mode: headline(metrics[mode]) for mode in ("joint", "alone") if mode in metrics}
     columns.update({f"null {mode}": headline(block) for mode, block in metrics.get("null", {}).items()})
     names = next(iter(columns.values()))
     rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
-    if "ceiling" in metrics:
-        best = mean_cell(metrics["ceiling"])
+    if "linear_baseline" in metrics:
+        best = mean_cell(metrics["linear_baseline"])
         at = [row[0] for row in rows].index("R2 cross") + 1
         cells = [best if mode in ("alone", "joint") else None for mode in columns]
-        rows.insert(at, ["  linear ceiling of R2 cross", *cells])
+        rows.insert(at, ["  its linear baseline", *cells])
     return ["", *columns], rows
 
 
@@ -547,10 +650,19 @@ def html_table(header, rows, colours=False):
             mixed = ",".join(str(round(255 + (c - 255) * level)) for c in full)
             shade = f' style="background:rgb({mixed});color:{"white" if level > 0.55 else "black"}"'
         return f"<td{shade}>{html.escape(text)}</td>"
-    head = "".join(f"<th>{html.escape(str(h))}</th>" for h in header)
-    body = "".join(f"<tr><th>{html.escape(str(r[0]))}</th>{''.join(map(cell, r[1:], _cells(header, r)[1:]))}</tr>"
-                   for r in rows)
+    def named(text, tag="th"):                               # with its meaning as a tooltip
+        told = MEANING.get(str(text).strip(), "")
+        return f"<{tag}{f' title={chr(34)}{html.escape(told)}{chr(34)}' * bool(told)}>{html.escape(str(text))}</{tag}>"
+    head = "".join(map(named, header))
+    body = "".join(f"<tr>{named(r[0])}{''.join(map(cell, r[1:], _cells(header, r)[1:]))}</tr>" for r in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def legend(names):
+    """What the rows of a table mean, folded, as HTML."""
+    told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name.strip()])}</dd>" for name in names
+                   if name.strip() in MEANING)
+    return f"<details><summary>What the rows mean</summary><dl>{told}</dl></details>"
 
 
 def matrix_table(matrix):
@@ -619,14 +731,14 @@ def thumbnail(path, size=96):
         return html.escape(os.path.basename(str(path)))
 
 
-def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6):
+def gallery(codes, labels, label_names, describe, known=None, n_latents=24, n_samples=6):
     """The clearest concepts: latents with the same name in every stream, purest first, with their top samples in HTML.
 
     codes: dict stream -> code. describe(row) -> HTML of one sample.
     """
     found = {}
     for s, code in codes.items():
-        counts, n_top = label_counts(code, labels)
+        counts, n_top = label_counts(code, labels, known=known)
         # too few samples: no name
         found[s] = concept_names(counts, np.where(n_top >= 5, n_top, 10 ** 6), label_names)
     names = [v for v, _ in found.values()]
@@ -646,12 +758,12 @@ def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6):
 
 
 WHY_BOTH_WAYS = (
-    '<p class="note"><b>joint</b>: the streams of a sample chose its latents together. <b>alone</b>: each stream\n'
-    'chose its own, as it must when it is the only one there. <b>null</b>: the same model trained on streams whose '
-    'rows were shuffled\nagainst each other, so that they have nothing in common. Joint codes of one sample share '
-    'their index set by construction; that\nalone makes Jaccard and retrieval high, for the null as well. What a joint '
-    'number says about shared meaning is what it has beyond\nits null; the alone numbers are the ones a user of a '
-    'single stream gets.</p>')
+    '<p class="note"><b>joint</b>: the streams of a sample chose its latents together. <b>alone</b>: each stream chose its '
+    'own, as it must when it is the only one there. <b>null</b>: the same model trained on streams whose rows were shuffled '
+    'against each other, so that they have nothing in common. Joint codes of one sample share their index set by '
+    'construction; that alone makes Jaccard and retrieval high, for the null as well. What a joint number says about shared '
+    'meaning is what it has beyond its null; what a Jaccard says, what it has beyond its control, where each latent is '
+    'paired with another. The alone numbers are the ones a user of a single stream gets.</p>')
 
 
 def nearest(query, reference, n):
@@ -685,19 +797,22 @@ def sparc_report(path, title, metrics, log, settings, codes, features, rows, fol
     """The report of one run. log: rows of log.csv; codes: {mode: {stream: code}}; features, rows: what was judged."""
     modes = list(codes)
     judged = f"<p>{metrics['rows']} samples of the {metrics['split']} split.</p>"
-    sections = [("Result", judged + html_table(*summary(metrics)) + WHY_BOTH_WAYS)]
+    told = "".join(f"<p>{html.escape(metrics['verdict'][part])}</p>" for part in ("learned", "trust", "next"))
+    table = summary(metrics)
+    sections = [("Verdict", f'<div class="verdict level{metrics["verdict"]["level"]}">{told}</div>'),
+                ("Result", judged + html_table(*table) + legend(row[0] for row in table[1]) + WHY_BOTH_WAYS)]
     if "recovery" in metrics:
         found = [[s, v["found"], v["of"]] for s, v in metrics["recovery"].items()]
         sections.append(("Planted concepts recovered", html_table(["cosine at least 0.9", "found", "of"], found)))
     grids = {mode: metrics[mode]["r2"] for mode in modes}
-    if "ceiling" in metrics:
-        grids["linear ceiling"] = metrics["ceiling"]
+    if "linear_baseline" in metrics:
+        grids["linear baseline"] = metrics["linear_baseline"]
     sections.append(("R2 of every target from every source", grid_row(grids)))
     M = len(codes[modes[0]])
-    header = ["", *range(M + 1), *(f"dead in {s}" for s in codes[modes[0]])]
+    header = ["", *range(M + 1), *(f"silent in {s}" for s in codes[modes[0]])]
     patterns = {mode: metrics[mode]["activation"] for mode in modes}
     sections.append(("Latents alive in so many streams", html_table(header, [
-        [mode, *v["alive_in"], *v["dead"].values()] for mode, v in patterns.items()])))
+        [mode, *v["alive_in"], *v["silent"].values()] for mode, v in patterns.items()])))
     if len(metrics[modes[0]].get("concepts", {}).get("by_depth", [])) > 1:
         depths = {mode: [d["jaccard"] for d in metrics[mode]["concepts"]["by_depth"]] for mode in modes}
         sections.append(("Jaccard by depth of the taxonomy (the last column is the labels themselves)",
@@ -713,13 +828,13 @@ def sparc_report(path, title, metrics, log, settings, codes, features, rows, fol
             return [(int(row["step"]), float(row[key])) for row in log]
         losses = [k for k in ("self", "cross") if any(float(row[k]) for row in log)]
         nmse = svg_lines({f"NMSE {k}": curve(k) for k in losses}, "step", "mean NMSE of the batch")
-        dead = svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step", "dead latents")
+        dead = svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step", "latents that have not fired for long (dead)")
         sections.append(("Training", nmse + dead))
     labels = features.label_matrix(rows)
     if labels is not None and labels.any():
         sections.append(("Concepts that have the same name in every stream, alone codes", gallery(
             codes["alone"], labels, features.label_names,
-            lambda i: describe_sample(features, rows[i], labels[i], folder))))
+            lambda i: describe_sample(features, rows[i], labels[i], folder), features.known(rows))))
     sections.append(("Settings", html_table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None])))
     write_report(path, title, sections)
 
@@ -902,14 +1017,15 @@ def label_entropy(weight):
         return -np.where(p > 0, p * np.log(p), p).sum(1) + 0.
 
 
-def latent_table(strength, count, labels=None, top=10, weighted=False):
-    """What each latent is, from `pool_tokens`' strength and count (n, L) and labels (n, C) bool: a dict of arrays (L,).
+def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
+    """What each latent is, from `pool_tokens`' strength and count (n, L), labels (n, C) bool and which rows of them are known
+    (n,), all by default: a dict of arrays (L,).
 
     frequency   share of samples in which any token is active
     mean        mean strength over those; NaN where there are none
     entropy     of the labels of the active samples, natural logarithm: CytoSAE's "unique labels among activated images"; with
                 `weighted`, of the labels of the `top` samples weighted by strength, as its code computes it
-    label, purity   the most frequent label among the active samples and its share of them; label -1 where there is none
+    label, purity   the most frequent label among the labelled active samples and its share of them; label -1 without any
     references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count (the paper's reference images), then strength; with
                 `weighted` by strength alone, and the entropy is NaN for a latent that has fewer, as in its code
     """
@@ -922,14 +1038,15 @@ def latent_table(strength, count, labels=None, top=10, weighted=False):
     if labels is not None:
         on = strength.astype(bool).astype(np.float64)
         seen = np.asarray(on.T @ labels.astype(float))                                      # (L, C)
-        known = np.asarray(on.T @ labels.any(1).astype(float)).ravel()                      # labelled active samples
+        known = np.ones(n, bool) if known is None else known
+        known = np.asarray(on.T @ known.astype(float)).ravel()                              # labelled active samples
         weight = seen
         if weighted:
             best = out["references"].copy()
             best.data = np.ones_like(best.data, float)
             weight = np.asarray(best.multiply(strength.T).tocsr() @ labels.astype(float))
             weight[np.diff(best.indptr) < top] = 0
-        out.update(entropy=label_entropy(weight), label=np.where(known > 0, seen.argmax(1), -1),
+        out.update(entropy=label_entropy(weight), label=np.where(seen.any(1), seen.argmax(1), -1),
                    purity=seen.max(1) / np.maximum(known, 1))
     return out
 

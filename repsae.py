@@ -28,7 +28,38 @@ import threading
 import time
 import warnings
 
-# name: (default, type or tuple of choices, help). Defaults are the thesis's (5.3.2, A.1.2) where it gives one.
+
+class Number:
+    """The kind of a numeric flag: `kind(text)`, finite, from `least` to `most`; "auto" where the data may decide."""
+
+    def __init__(self, kind, least, most, auto=False):
+        self.kind, self.least, self.most, self.auto, self.__name__ = kind, least, most, auto, kind.__name__
+
+    def __call__(self, text):
+        if self.auto and text == "auto":
+            return text
+        try:
+            value = self.kind(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text} is no {'whole ' * (self.kind is int)}number")
+        if not self.least <= value <= self.most:             # NaN is in no range
+            raise argparse.ArgumentTypeError(f"{text} - give {self.least:g} to {self.most:g}")
+        return value
+
+
+def whole(least=0, most=10 ** 6, auto=False):
+    """Whole numbers from `least` to `most`."""
+    return Number(int, least, most, auto)
+
+
+def real(least=0., most=1e6, auto=False):
+    """Finite numbers from `least` to `most`; what must be positive starts at TINY."""
+    return Number(float, least, most, auto)
+
+
+TINY = 1e-12
+AUTO = "auto: by the number of training rows, see `sae.settings_for`"
+# name: (default, kind: a Number, str, bool or a tuple of choices, help)
 DATA = {
     "data": (None, str, "features: an .npz, or a folder of .npy; without it, made-up streams with a known truth"),
     "streams": (None, str, "comma-separated names of the streams to use; all by default"),
@@ -36,19 +67,22 @@ DATA = {
                  'or nested as in Open Images'),
 }
 MODEL = {
-    "latents": (8192, int, "L, width of the sparse code"),
-    "k": (64, int, "latents kept per sample"),
-    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all streams together, "
-             "each for itself, both in turn (ours), or one stream drawn anew each step (Universal SAE)"),
-    "lam": (1., float, "weight of cross reconstruction (Eq. 14)"),
+    "preset": (None, ("thesis",), "thesis: its settings (5.3.2, A.1.2), for a million samples; what you type goes first"),
+    "latents": ("auto", whole(1, 2 ** 24, auto=True), f"L, width of the sparse code; {AUTO}"),
+    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: a 16th of L, 8 to 64"),
+    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all streams "
+             "together, each for itself, both ways with the losses added (ours), or one stream drawn anew "
+             "each step (Universal SAE)"),
+    "lam": (1., real(), "weight of cross reconstruction (Eq. 14)"),
     "loss": ("sum", ("sum", "mean"), "sum over streams as Eq. 14, or mean as the authors' code: "
              "lam_paper = lam_code / (M - 1)"),
-    "norm": ("l2", ("l2", "standard", "standard,l2", "none"), "normalisation of the features: l2 per sample, standard "
-             "per dimension with the training split's statistics, or both in that order"),
-    "aux-k": (64, int, "dead latents that rebuild the residual (AuxK); 0 turns AuxK off"),
-    "aux-coef": (1 / 32, float, "weight of AuxK"),
-    "dead-after": (1000, int, "training steps without firing after which a latent is dead"),
-    "reinit-after": (1000, int, "further steps after which a latent that AuxK could not revive is drawn anew; -1 for "
+    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "of the features: l2 per sample, standard "
+             "per dimension with the training split's statistics, or both in that order (auto)"),
+    "aux-k": (64, whole(), "dead latents that rebuild the residual (AuxK); 0 turns AuxK off"),
+    "aux-coef": (1 / 32, real(), "weight of AuxK"),
+    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "training steps without firing after which a latent is dead; "
+                   "auto: 1000, or a quarter of all steps if that is less"),
+    "reinit-after": (1000, whole(-1, 10 ** 9), "further steps after which a latent that AuxK could not revive is drawn anew; -1 for "
                      "never (the authors' value of 0 leaves AuxK nothing to do)"),
     "select": ("fp32", ("fp32", "bf16"), "precision of choosing the latents in training; bf16 halves its time"),
     "kernels": ("auto", ("auto", "csr", "gather"), "sparse products by CSR kernels or by indexing; "
@@ -60,24 +94,25 @@ SAE = {
     "preset": (None, ("thesis", "mammo", "cyto"), "settings of thesis 4.1 (which gives no L, lambda, lr), of Mammo-SAE (its "
                "lambda counts the error as a mean over d, as its code does) or CytoSAE (likewise; its code divides by "
                "||x|| besides); what you type goes first"),
-    "latents": (0, int, "L; 0 for --expansion times the stream's width"),
-    "expansion": (8, int, "L over the stream's width"),
-    "k": (64, int, "topk, batchtopk: latents kept per sample"),
-    "sparsity": (None, float, "lambda of the L1 (relu, 0.1) or L0 (jumprelu, 0.01) penalty, for features of length 1"),
+    "latents": MODEL["latents"], "k": MODEL["k"],
+    "expansion": (None, whole(1), "L over the stream's width, instead of --latents"),
+    "sparsity": (None, real(), "lambda of the L1 (relu, 0.1) or L0 (jumprelu, 0.01) penalty, for features of length 1"),
     "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2 (topk, batchtopk), summed over d as the papers write "
               "(relu, jumprelu), or its mean over d: lambda_paper = d * lambda_code"),
     "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents: auxk for topk and batchtopk, "
                "resample for relu and jumprelu"),
     "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias; median: geometric, of at most 32,768 rows"),
-    "warmup": (0, int, "steps over which the learning rate rises"),
-    "bandwidth": (0.1, float, "jumprelu: epsilon of the threshold's gradient"),
-    "threshold": (0.1, float, "jumprelu: the thresholds at the start"),
+    "warmup": (0, whole(), "steps over which the learning rate rises"),
+    "bandwidth": (0.1, real(TINY), "jumprelu: epsilon of the threshold's gradient"),
+    "threshold": (0.1, real(TINY), "jumprelu: the thresholds at the start"),
     **{k: MODEL[k] for k in ("norm", "aux-k", "aux-coef", "dead-after", "reinit-after", "select", "kernels")},
 }
 BY_ACTIVATION = {"topk": {"error": "nmse", "revive": "auxk", "sparsity": 0.}, "batchtopk": {"error": "nmse", "revive": "auxk",
                  "sparsity": 0.}, "relu": {"error": "sum", "revive": "resample", "sparsity": 0.1},
                  "jumprelu": {"error": "sum", "revive": "resample", "sparsity": 0.01}}
-PRESETS = {
+THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2", "shuffle": "blocks",
+          "dead_after": 1000}                                # of SPARC: 5.3.2, A.1.2
+PRESETS = {                                                  # of one stream
     "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
     "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none", "revive": "resample", "expansion": 8,
               "lr": 3e-4, "batch": 4096, "epochs": 200},
@@ -86,18 +121,18 @@ PRESETS = {
              "expansion": 64, "lr": 4e-4, "warmup": 500, "batch": 16448, "epochs": 24, "dead_after": 64},
 }
 TRAINING = {
-    "epochs": (50, int, "passes over the training split"),
-    "batch": (256, int, "samples per step"),
-    "lr": (1e-4, float, "Adam's learning rate"),
-    "shuffle": ("blocks", ("blocks", "samples"), "shuffle contiguous blocks of a batch's size (fast on memory-mapped "
-                "folders), or single samples"),
-    "seed": (42, int, "of the split, the initial weights and the order of the batches"),
+    "epochs": ("auto", whole(1, auto=True), "passes over the training split; auto: 50, or what makes 1,000 steps"),
+    "batch": ("auto", whole(1, auto=True), "samples per step; auto: a tenth of the rows, at most 256"),
+    "lr": ("auto", real(TINY, 1e6, auto=True), "Adam's learning rate; auto: 2e-4 sqrt(2^14 / L)"),
+    "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or contiguous blocks of a batch's size; "
+                "auto: blocks for memory-mapped folders, which they are fast on"),
+    "seed": (42, whole(0, 2 ** 32 - 1), "of the split, the initial weights and the order of the batches"),
 }
 RUN = {
     "device": ("cpu", str, "torch device"),
-    "log-every": (20, int, "steps between rows of log.csv"),
-    "save-every": (60., float, "seconds between checkpoints"),
-    "eval-rows": (10000, int, "samples judged at the end, drawn from the test (else val) split; 0 for all. "
+    "log-every": (20, whole(1), "steps between rows of log.csv"),
+    "save-every": (60., real(), "seconds between checkpoints"),
+    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged at the end, drawn from the test (else val) split; 0 for all. "
                   "R@k depends on it"),
     "overwrite": (False, bool, "replace what an earlier run left in the folder"),
     "resume": (False, bool, "go on where the run in the folder stopped, or start it if it never began"),
@@ -105,63 +140,63 @@ RUN = {
 DINO = {
     "images": (None, str, "folder of pictures, or of class folders, or of train, val and test folders of either"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
-    "patch": (None, int, "patch size, where not the preset's"),
-    "size": (224, int, "side of the two global crops, pixels"),
-    "local-size": (96, int, "side of the local crops"),
-    "local-crops": (8, int, "number of local crops"),
+    "patch": (None, whole(1, 4096), "patch size, where not the preset's"),
+    "size": (224, whole(1, 8192), "side of the two global crops, pixels"),
+    "local-size": (96, whole(1, 8192), "side of the local crops"),
+    "local-crops": (8, whole(0, 100), "number of local crops"),
     "global-scale": ("0.4,1", str, "share of the area that a global crop covers, from,to"),
     "local-scale": ("0.05,0.4", str, "the same for local crops"),
-    "blur": (2., float, "largest radius of the blur in pixels; less for small pictures"),
-    "colour": (1., float, "strength of the colour changes; less where colour tells things apart"),
+    "blur": (2., real(0., 100.), "largest radius of the blur in pixels; less for small pictures"),
+    "colour": (1., real(0., 2.), "strength of the colour changes; less where colour tells things apart"),
     "pathology": (False, bool, "vertical flips, right-angle turns, mild stain jitter too (ours)"),
     "standardise": (False, bool, "start as if pixels were normalised by these pictures' statistics instead of ImageNet's "
                     "(ours); for pale pictures"),
-    "prototypes": (65536, int, "K, outputs of the head"),
-    "head-hidden": (2048, int, "width of the head"),
-    "bottleneck": (256, int, "width of its last layer, where lengths become 1"),
+    "prototypes": (65536, whole(2), "K, outputs of the head"),
+    "head-hidden": (2048, whole(1, 10 ** 5), "width of the head"),
+    "bottleneck": (256, whole(1, 10 ** 5), "width of its last layer, where lengths become 1"),
     "norm-last": (True, bool, "keep the prototypes at unit length"),
-    "teacher-temp": (0.04, float, "temperature of the teacher"),
-    "teacher-temp-start": (0.04, float, "the same in the first epoch"),
-    "teacher-warmup": (0, int, "epochs from the one to the other"),
-    "epochs": (100, int, "passes over the pictures"),
-    "batch": (512, int, "pictures per step"),
-    "lr": (5e-4, float, "learning rate at batch 256; scaled by batch / 256"),
-    "warmup": (10, int, "epochs of linear warm-up"),
-    "min-lr": (1e-6, float, "learning rate at the end"),
-    "weight-decay": (0.04, float, "at the start"),
-    "weight-decay-end": (0.4, float, "at the end"),
+    "teacher-temp": (0.04, real(1e-6), "temperature of the teacher"),
+    "teacher-temp-start": (0.04, real(1e-6), "the same in the first epoch"),
+    "teacher-warmup": (0, whole(), "epochs from the one to the other"),
+    "epochs": (100, whole(1), "passes over the pictures"),
+    "batch": (512, whole(1), "pictures per step"),
+    "lr": (5e-4, real(TINY), "learning rate at batch 256; scaled by batch / 256"),
+    "warmup": (10, whole(), "epochs of linear warm-up"),
+    "min-lr": (1e-6, real(), "learning rate at the end"),
+    "weight-decay": (0.04, real(), "at the start"),
+    "weight-decay-end": (0.4, real(), "at the end"),
     "decay-ssm": (False, bool, "decay the state-space parameters too, as the authors' run did"),
-    "momentum": (0.996, float, "of the teacher at the start; 1 at the end"),
-    "clip": (3., float, "largest gradient norm of each parameter"),
-    "freeze-last": (1, int, "epochs in which the prototypes stay fixed"),
-    "drop-path": (0.1, float, "stochastic depth of the student"),
-    "knn-every": (1, int, "epochs between k-NN evaluations, when there are labels"),
-    "workers": (2, int, "processes that make crops"),
-    "seed": (0, int, "of the weights, the crops and the order"),
+    "momentum": (0.996, real(0., 1.), "of the teacher at the start; 1 at the end"),
+    "clip": (3., real(1e-9), "largest gradient norm of each parameter"),
+    "freeze-last": (1, whole(), "epochs in which the prototypes stay fixed"),
+    "drop-path": (0.1, real(0., .99), "stochastic depth of the student"),
+    "knn-every": (1, whole(1), "epochs between k-NN evaluations, when there are labels"),
+    "workers": (2, whole(0, 256), "processes that make crops"),
+    "seed": (0, whole(0, 2 ** 32 - 1), "of the weights, the crops and the order"),
 }
 MIL = {
     "head": ("gated", str, "max, mean, abmil, gated, clam_sb or clam_mb; several, separated by commas"),
     "widths": ("512", str, "of the layers that embed an instance, separated by commas"),
-    "attention": (256, int, "hidden width of the attention"),
-    "dropout": (0.25, float, "after the embedding; CLAM's heads have it in the attention too"),
-    "squash": (0, int, "1: tanh of the standardised features, against outliers"),
-    "k": (8, int, "CLAM: instances called positive, and as many negative"),
-    "bag-weight": (0.7, float, "CLAM: weight of the bag's loss; the rest is the instances'"),
+    "attention": (256, whole(1, 10 ** 5), "hidden width of the attention"),
+    "dropout": (0.25, real(0., .99), "after the embedding; CLAM's heads have it in the attention too"),
+    "squash": (0, whole(0, 1), "1: tanh of the standardised features, against outliers"),
+    "k": (8, whole(1), "CLAM: instances called positive, and as many negative"),
+    "bag-weight": (0.7, real(0., 1.), "CLAM: weight of the bag's loss; the rest is the instances'"),
     "inst-loss": ("svm", ("svm", "ce"), "CLAM: smooth top-1 SVM or cross-entropy of instances"),
     "subtyping": (False, bool, "CLAM: classes exclude each other"),
-    "epochs": (200, int, "at most"),
-    "patience": (20, int, "epochs without a better validation loss before training stops"),
-    "least": (50, int, "epochs that are trained in any case"),
-    "batch": (1, int, "bags per step"),
-    "lr": (2e-4, float, "Adam's learning rate"),
+    "epochs": (200, whole(1), "at most"),
+    "patience": (20, whole(1), "epochs without a better validation loss before training stops"),
+    "least": (50, whole(), "epochs that are trained in any case"),
+    "batch": (1, whole(1), "bags per step"),
+    "lr": (2e-4, real(TINY), "Adam's learning rate"),
     "cosine": (False, bool, "let it fall to 0 along half a cosine"),
-    "weight-decay": (1e-5, float, "L2 penalty in Adam, as CLAM has it"),
+    "weight-decay": (1e-5, real(), "L2 penalty in Adam, as CLAM has it"),
     "weighted": (False, bool, "draw bags so that classes are equally frequent"),
-    "inner": (1, int, "models of a training part that comes without a validation part: 1 is stopped by a fifth of it, n "
+    "inner": (1, whole(1, 1000), "models of a training part that comes without a validation part: 1 is stopped by a fifth of it, n "
               "vote, each stopped by an n-th"),
     "refit": (False, bool, "no early stopping: the held-out bags only choose from --grid, then --inner models learn from all"),
     "grid": (None, str, 'values to choose from by errors on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
-    "seed": (0, int, "of the parts, the weights and the order"),
+    "seed": (0, whole(0, 2 ** 32 - 1), "of the parts, the weights and the order"),
 }
 FINETUNE = {
     "data": (None, str, "pictures: a folder of class folders, a MedMNIST .npz, or what `tissue` wrote"),
@@ -169,37 +204,25 @@ FINETUNE = {
     "models": ("vit_micro,vim_micro,vmamba_micro,resnet18", str, "arch, name=arch:FILE, name=RUN of dino; presets of "
                "ssm.py or torchvision's classifiers; separated by commas"),
     "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew in each run, or the file's own"),
-    "runs": (5, int, "seeds"),
-    "size": (224, int, "side of the pictures, pixels"),
-    "patch": (None, int, "patch size, where not the preset's"),
+    "runs": (5, whole(1, 1000), "seeds"),
+    "size": (224, whole(1, 8192), "side of the pictures, pixels"),
+    "patch": (None, whole(1, 4096), "patch size, where not the preset's"),
     "frozen": (False, bool, "train the head alone"),
-    "epochs": (50, int, "at most"),
-    "patience": (10, int, "epochs without a better validation loss before training stops"),
-    "batch": (32, int, "pictures per step"),
-    "lr": (1e-4, float, "AdamW's learning rate"),
-    "weight-decay": (0.05, float, "AdamW's"),
-    "seed": (0, int, "of the first run; the others follow"),
+    "epochs": (50, whole(1), "at most"),
+    "patience": (10, whole(1), "epochs without a better validation loss before training stops"),
+    "batch": (32, whole(1), "pictures per step"),
+    "lr": (1e-4, real(TINY), "AdamW's learning rate"),
+    "weight-decay": (0.05, real(), "AdamW's"),
+    "seed": (0, whole(0, 2 ** 32 - 1), "of the first run; the others follow"),
 }
-NULL = {"null": (False, bool, "train once more with the rows of all streams but the first shuffled, "
-                 "and show its numbers beside")}
+NULL = {"null": ("auto", bool, "train once more with the rows of all streams but the first shuffled, and show its "
+                 "numbers beside; auto: where that takes under about a minute")}
 BENCH = {"json": (None, str, "file for every figure")}
 SVG = {"svg": (None, str, "file for the picture that `bench backbones` draws")}
-FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device"}
-# Settings for the made-up streams, which have 48 concepts and 4,800 training samples: the thesis's are for a million.
-PLANTED = {"latents": 128, "k": 6, "batch": 128, "lr": 2e-3, "epochs": 60, "norm": "none", "null": True}
+FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}     # may differ from the run's own
+# What the number of rows cannot tell of the made-up streams: they have 48 concepts, three or four in a sample.
+PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
 PLANTED_SAE = {"topk": {}, "relu": {}, "batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
-MINIMUM = {"k": 1, "lam": 0, "aux_k": 0, "aux_coef": 0, "dead_after": 1, "reinit_after": -1,
-           "epochs": 1, "batch": 1, "size": 0, "local_size": 1, "local_crops": 0, "prototypes": 2, "head_hidden": 1,
-           "bottleneck": 1, "warmup": 0, "freeze_last": 0, "knn_every": 1, "workers": 0, "last": 1, "blur": 0, "colour": 0,
-           "clip": 1e-9, "teacher_temp": 1e-6, "teacher_temp_start": 1e-6, "strength": 1e-12,
-           "expansion": 1, "sparsity": 0, "bandwidth": 1e-9, "top": 1, "tau": 0, "percentile": 0, "iou": 1e-9, "show": 0,
-           "pictures": 8, "layers": 1, "joint": 1, "context": 3, "width": 1, "patch": 1, "least": 0, "query": 0,
-           "dropout": 0, "attention": 1, "patience": 1, "bag_weight": 0, "inner": 1, "runs": 1, "seeds": 1, "weight_decay": 0,
-           "margin": 0,
-           "downsample": 1e-9, "threshold": 0, "max_holes": 0, "roi_share": 1e-9, "most": 1,
-           "seed": 0, "log_every": 1, "save_every": 0, "eval_rows": 0}
-MAXIMUM = {"dropout": 1, "bag_weight": 1, "roi_share": 1, "percentile": 100, "iou": 1}
-FEW_STEPS = 2000
 
 
 class InputError(ValueError):
@@ -230,10 +253,11 @@ def check_folder(folder, flags):
     if saved is None:
         return flags, None
     for name in sorted(flags.given - FREE_ON_RESUME):
-        if flags[name] != saved["flags"].get(name):
+        if flags[name] not in (saved["flags"].get(name), "auto"):
             raise InputError(f"--{name.replace('_', '-')} {flags[name]} differs from the run in {folder}, which has "
                              f"{saved['flags'].get(name)} - resume without it, or train anew with --overwrite")
-    return flags.replaced({k: v for k, v in saved["flags"].items() if k not in FREE_ON_RESUME}), saved
+    typed = FREE_ON_RESUME & flags.given | {"out", "resume", "overwrite"}
+    return flags.replaced({k: v for k, v in saved["flags"].items() if k not in typed}), saved
 
 
 def read_config(folder, table):
@@ -251,11 +275,11 @@ def check_kinds(values, table, path):
     """Raise InputError unless the values by name that the file `path` holds are what could be typed for those flags."""
     for flag, (default, kind, _) in table.items():
         value = values.get(flag.replace("-", "_"), default)
-        if value == default and type(value) is type(default):
+        if type(value) is type(default) and value == default:
             continue
         try:
-            fits = value in kind if isinstance(kind, tuple) else isinstance(value, kind) if kind in (bool, str) else \
-                isinstance(value, (int, float)) and kind(str(value)) is not None
+            fits = isinstance(value, kind) if kind in (bool, str) else isinstance(value, (int, float, str)) and (
+                value in kind if isinstance(kind, tuple) else kind(str(value)) is not None)
         except (ValueError, OverflowError, argparse.ArgumentTypeError):
             fits = False
         if not fits:
@@ -393,18 +417,55 @@ def train(flags, features, folder, saved=None, command="sparc"):
         "train_rows": len(rows), "versions": versions()})
     batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
     n_steps = flags.epochs * batches.epoch
-    if n_steps < FEW_STEPS:
-        say_once(f"note: {n_steps} optimiser steps, fewer than {FEW_STEPS}, train little - "
-                 "raise --epochs or lower --batch")
     log = Log(out_path(folder, "log.csv"), int(model.step), ("self", "cross"))
     _fit(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps, batches.epoch, log,
          checkpoint)
     return model, log
 
 
+def resolved(flags, features, layers=()):
+    """The flags with all that was left open filled in: what was typed, else `layers` or the preset, else what made-up data
+    want, else by the number of training rows. Says in a line what was chosen; `null`: whether it takes under a minute."""
+    import sae
+    n, layers = len(features.rows("train")), {**(PLANTED if flags.data is None else {}), **dict(layers),
+                                              **(THESIS if "topk" in flags and flags.preset else {})}
+    if flags.get("expansion") or "expansion" in layers:
+        layers["latents"] = (flags.get("expansion") or layers["expansion"]) * max(features.dims.values())
+    flags = flags.replaced({k: v for k, v in layers.items() if k in flags and k not in flags.given})
+    typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
+    auto = {**sae.settings_for(n, **typed), "shuffle": "blocks" if features.mapped else "samples"}
+    chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
+    flags = flags.replaced(chosen)
+    if flags.get("null") == "auto":
+        flags["null"] = planned_seconds(flags, features.dims, auto["steps"]) < 60
+    if chosen:
+        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else f"{k.replace('_', '-')} {v}"
+                          for k, v in chosen.items())
+        say_once(f"chosen for {n} training rows: {shown}; {auto['steps']} steps")
+    if flags.shuffle == "blocks" and features.sorted_rows():
+        say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - shuffle the file, or use "
+                 "--shuffle samples")
+    return flags
+
+
+def planned_seconds(flags, dims, steps):
+    """About how long training takes on two cores: all logits of a batch, and M times the sparse products."""
+    logits, products = flags.batch * flags.latents, len(dims) * flags.batch * flags.k
+    each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
+    return steps * each * (2 if flags.topk == "both" else 1)
+
+
+def memory():
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def make_model(features, flags, rows):
     """The SAE or the SPARC of `flags`, untrained; statistics and the bias it starts from are those of the training rows."""
     import sae
+    needs = 32 * flags.latents * sum(features.dims.values())
+    if needs > memory():
+        raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the weights alone - lower it")
     shared = {"stats": features.statistics(rows) if "standard" in flags.norm else None, "seed": flags.seed,
               "reinit_after": flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12,
               "aux_coef": flags.aux_coef if flags.aux_k else 0.,
@@ -553,23 +614,28 @@ def measure(model, features, flags):
     features = features.per_token()
     rows = evaluation_rows(features, flags, "test", "val")
     labels = features.label_matrix(rows)
-    tasks = judge.probe_tasks(labels) if labels is not None else []
-    out, codes = {"split": str(features.split[rows[0]]), "rows": len(rows)}, {}
+    known = None if labels is None else features.known(rows)
+    tasks = judge.probe_tasks(labels, known=known) if labels is not None else []
+    out = {"split": str(features.split[rows[0]]), "rows": len(rows), "steps": int(model.step), "latents": model.n_latents}
+    codes = {}
     for mode in ("joint", "alone") if len(model.streams) > 1 else ("alone",):
         codes[mode], fit = codes_and_fit(model, features, rows, mode, flags.device)
         out[mode] = {"activation": judge.activation_patterns(codes[mode]), **fit}
         if len(model.streams) > 1:
             out[mode]["retrieval"] = judge.retrieval(codes[mode])
         if labels is not None and labels.any():
-            out[mode]["concepts"] = judge.concept_alignment(codes[mode], labels, features.label_names, features.parents)
+            out[mode]["concepts"] = judge.concept_alignment(codes[mode], labels, features.label_names, features.parents,
+                                                               known)
         if tasks:
             out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
+    if labels is not None:
+        out["positives"] = int(labels[known].sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
     if len(model.streams) > 1:
         with torch.no_grad():
             seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy() for s, x in features.batch(r).items()}
                     for r in (evaluation_rows(features, flags, "train"), rows)]
-        out["ceiling"] = judge.ridge_ceiling(*seen)
+        out["linear_baseline"] = judge.linear_baseline(*seen)
         raw = judge.retrieval({s: x.numpy() for s, x in features.batch(rows).items()})
         if raw:
             out["raw_retrieval"] = raw
@@ -592,6 +658,7 @@ def run_sparc(flags, features, folder, saved=None, command="sparc"):
         null, _, _ = measure(train(again, features.shuffled(flags.seed), null_folder, resumable(null_folder, saved))[0],
                              features.shuffled(flags.seed), flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
+    metrics["verdict"] = judge.verdict(metrics, f"python repsae.py {command} --resume --null --out {shlex.quote(folder)}")
     judge.write_json(out_path(folder, "metrics.json"), metrics)
     title = f"repsae {command}: {os.path.basename(os.path.abspath(folder))}"
     settings = {**flags, "seconds to train": round(trained - began, 1),
@@ -646,33 +713,31 @@ def cmd_sparc(flags):
     if len(features.streams) < 2:
         raise InputError(f"{flags.data} has the one stream {list(features.streams)[0]} - "
                          "sparc shares a code among several; use sae for one")
-    metrics = run_sparc(flags, features, flags.out, saved)
-    print_summary(metrics)
+    flags = flags if saved else resolved(flags, features)
+    print_summary(run_sparc(flags, features, flags.out, saved))
     say(f"wrote {out_path(flags.out, 'report.html')}")
 
 
 def cmd_sae(flags):
     """Train a sparse autoencoder on one stream: relu, topk, batchtopk or jumprelu (thesis 4.1 and its relatives)."""
     flags, saved = check_folder(flags.out, flags)
-    flags = flags if saved else resolved_sae(flags)
     features = one_stream(flags)
-    metrics = run_sparc(flags, features, flags.out, saved, "sae")
-    print_summary(metrics)
+    flags = flags if saved else resolved_sae(flags, features)
+    print_summary(run_sparc(flags, features, flags.out, saved, "sae"))
     say(f"wrote {out_path(flags.out, 'report.html')}")
 
 
-def resolved_sae(flags):
-    """The flags of `sae` with everything that was left open filled in: what was typed, else the preset, the settings for
-    made-up data, those of the activation."""
+def resolved_sae(flags, features):
+    """`resolved` for one stream, where the activation and the preset have settings of their own."""
     preset = PRESETS.get(flags.get("preset"), {})
     activation = flags.activation if "activation" in flags.given else preset.get("activation", flags.activation)
-    layers = {**BY_ACTIVATION[activation], **(PLANTED_SAE[activation] if flags.data is None else {}),
-              **({"latents": 0} if "expansion" in preset.keys() | flags.given else {}), **preset, "activation": activation}
-    flags = check_ranges(flags.replaced({"null": False, **{k: v for k, v in layers.items() if k not in flags.given}}))
+    layers = {**BY_ACTIVATION[activation], **(PLANTED_SAE[activation] if flags.data is None else {}), **preset,
+              "activation": activation}
+    flags = resolved(flags.replaced({"null": False}), features, layers)
     if flags.sparsity and "topk" in activation:
         raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no penalty - leave it out, or "
                          "set --k")
-    say_once(f"note: dead latents, silent for {flags.dead_after} steps: {flags.revive}")
+    say_once(f"note: what is done about latents that have not fired for {flags.dead_after} steps: {flags.revive}")
     return flags
 
 
@@ -690,7 +755,7 @@ VARIANTS = ({"activation": "relu"}, {"activation": "relu", "revive": "none"}, {"
 
 
 def cmd_variants(flags):
-    """Every kind of sparse autoencoder on one stream, in one table: R2, active and dead latents, planted concepts found."""
+    """Every kind of sparse autoencoder on one stream, in one table: R2, active and silent latents, planted concepts found."""
     import eval as judge
     import sae
     flags, saved = check_folder(flags.out, flags)
@@ -703,7 +768,7 @@ def cmd_variants(flags):
     for variant in VARIANTS:
         one = flags.replaced(variant)
         one.given = flags.given | variant.keys()
-        one = resolved_sae(one)
+        one = resolved_sae(one, features)
         name = f"{one.activation}, {one.revive}"
         sub = out_path(flags.out, name.replace(", ", "_"))
         if not results:
@@ -720,7 +785,7 @@ def cmd_variants(flags):
         rows.append([name, metrics["alone"]["r2"][stream][stream], metrics["l0"], 100 * metrics["alone"]["activation"]
                      ["alive_in"][0] / metrics["alone"]["activation"]["latents"],
                      f"{found['found']} of {found['of']}" if found else None, results[name]["seconds"]])
-    header = ["activation, revival of the dead", "R2", "L0", "dead %", "concepts found", "seconds"]
+    header = ["activation, revival of the dead", "R2", "L0", "silent %", "concepts found", "seconds"]
     print("\n" + judge.text_table(header, rows))
     judge.write_json(out_path(flags.out, "metrics.json"), results)
     judge.write_report(out_path(flags.out, "report.html"), "repsae variants", [("", judge.html_table(header, rows))])
@@ -765,6 +830,7 @@ def cmd_eval(flags):
     if missing:
         raise InputError(f"the data lacks the run's stream '{missing[0]}' - eval needs {', '.join(model.streams)}")
     metrics, _, _ = measure(model, features, flags)
+    metrics["verdict"] = judge.verdict(metrics)
     print_summary(metrics)
     if flags.json:
         judge.write_json(flags.json, metrics)
@@ -792,6 +858,7 @@ def cmd_encode(flags):
 
 ABLATION = (("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))
 ABLATE_COLUMNS = (("mixed %", "mixed: alive in some, %"), ("Jaccard", "Jaccard of top-50 labels"),
+                  ("control", "  its control: another latent"),
                   ("R@1", "retrieval R@1"), ("cross R2", "R2 cross"), ("self R2", "R2 self"),
                   ("probe", "1-D probe loss (chance 0.693)"))
 
@@ -803,7 +870,7 @@ def cmd_ablate(flags):
     features = read_to_train(flags)
     if len(features.streams) < 2:
         raise InputError("ablate compares ways of sharing a code - give at least two streams")
-    results = {}
+    flags, results = flags if saved else resolved(flags, features), {}
     for topk, lam in ABLATION:
         name = f"{topk}_lam{lam:g}"
         sub = out_path(flags.out, name)
@@ -817,7 +884,7 @@ def cmd_ablate(flags):
     header, rows = ablation_table(results)
     print(f"\n{judge.text_table(header, rows)}\n")
     any_run = results["global_lam1"]
-    print(f"linear ceiling of cross R2: {judge.fmt(judge.mean_cell(any_run['ceiling']))}; "
+    print(f"linear baseline of cross R2: {judge.fmt(judge.mean_cell(any_run['linear_baseline']))}; "
           f"{any_run['rows']} samples of the {any_run['split']} split")
     judge.write_json(out_path(flags.out, "metrics.json"), results)
     table = judge.html_table(header, rows)
@@ -847,8 +914,9 @@ def cmd_sweep(flags):
     flags, saved = check_folder(flags.out, flags)
     name, values = parse_over(flags.over)
     features, trials = read_to_train(flags), {}
+    flags = flags if saved else resolved(flags, features)
     for value in values:                                     # before anything is written
-        trial = check_ranges(flags.replaced({name: value, "null": False}))
+        trial = flags.replaced({name: value, "null": False})
         mine = read_to_train(trial) if name == "streams" else features
         if len(mine.streams) < 2:
             raise InputError(f"a cross error needs two streams, not {', '.join(mine.streams)} alone - give more")
@@ -907,17 +975,21 @@ def parse_over(over):
     kind = {**MODEL, **TRAINING}[name][1]
     try:
         return name, [kind(v) for v in values.split(",")]
-    except ValueError:
-        raise InputError(f"--over {over}: the values must be of type {kind.__name__} - write for example {name}=1,2")
+    except argparse.ArgumentTypeError as e:
+        raise InputError(f"--over {over}: {e}")
 
 
 def print_summary(metrics):
-    """The table at the end of a run: joint and alone side by side, and the planted concepts that were found."""
+    """The end of a run: the table, joint and alone side by side, the planted concepts that were found, the verdict."""
     import eval as judge
     header, rows = judge.summary(metrics)
     print(f"\n{judge.text_table(header, rows)}\n\n{metrics['rows']} samples of the {metrics['split']} split")
     for s, found in metrics.get("recovery", {}).items():
         print(f"planted concepts recovered, {s}: {found['found']} of {found['of']}")
+    if "verdict" in metrics:
+        colour = f"\033[3{(2, 3, 1)[metrics['verdict']['level']]}m" if sys.stdout.isatty() else ""
+        lines = "\n".join(metrics["verdict"][part] for part in ("learned", "trust", "next"))
+        print(f"\n{colour}{lines}{colour and chr(27) + '[0m'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1062,14 +1134,15 @@ class Watch:
     """Looks at a backbone from outside: its features of the pictures, and their k-NN accuracy where there are labels."""
 
     def __init__(self, images, backbone, flags, most=4000):
+        import data
         import numpy as np
         self.images, self.backbone, self.flags = images, backbone, flags
         self.train, self.test = np.arange(0), np.arange(0)
         labels = images.labels
         if labels is not None:
             self.train, self.test = images.knn_rows(flags.seed, most)
-            if labels.ndim == 1:                             # unlabelled: below 0
-                self.train, self.test = (rows[labels[rows] >= 0] for rows in (self.train, self.test))
+            known = data.known_labels(labels, images.mask)
+            self.train, self.test = (rows[known[rows]] for rows in (self.train, self.test))
             self.tasks = tasks_of(labels, self.train, self.test)
             self.measure = "balanced accuracy" if labels.ndim == 1 else "mean AUC of the labels"
             if not self.tasks or not len(self.train):
@@ -1180,6 +1253,8 @@ def cmd_extract(flags):
         about.update(object_arrays(images.objects))
     if images.labels is not None:
         about.update(labels=images.labels, label_names=np.array(images.label_names))
+    if images.mask is not None:
+        about["mask"] = images.mask
     if images.split is not None:
         about["split"] = images.split
     judge.write_npz(flags.out, {**streams, **about, **images.about})
@@ -1288,12 +1363,15 @@ def cmd_probe(flags):
     if flags.only:
         chosen = sorted({label_number(features, name) for name in flags.only.split(",")})
     several = labels.ndim == 2                               # may hold at once: each is found by itself
-    known = np.arange(len(labels)) if several else np.flatnonzero(np.isin(labels, chosen))
+    known = np.flatnonzero(features.known(np.arange(len(labels))) if several else np.isin(labels, chosen))
     train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
     tasks = tasks_of(labels[:, chosen] if several else np.searchsorted(chosen, labels), train, test)
     if not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2:
         raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` "
                          "or `labels`")
+    strange = [] if several else np.setdiff1d(labels[test], labels[train])
+    if len(strange):
+        raise InputError(f"no training sample has the test label {features.label_names[strange[0]]} - mend `split`")
     if several and len(tasks) < len(chosen):
         say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in test, are left out")
     found, rows, C = {}, [], 2 if several else len(chosen)
@@ -1386,8 +1464,9 @@ class Coded:
 
     def told(self, name):
         """(y (N,) bool: has a sample the label, rows to learn from, rows to judge by): labelled rows, both kinds in both."""
+        import numpy as np
         y, label = self.labels(), label_number(self.features, name)
-        known = y.any(1) | (self.features.labels.ndim == 2)
+        known = self.features.known(np.arange(len(y)))
         y, parts = y[:, label], [rows[known[rows]] for rows in self.split()]
         for part, rows in zip(("training", "test"), parts):
             if not 0 < y[rows].sum() < len(rows):
@@ -1435,7 +1514,8 @@ def cmd_latents(flags):
     coded = Coded(flags.run, flags, flags.tau)
     features, (train, _) = coded.features, coded.split()
     labels = features.label_matrix(train)
-    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top, flags.weighted)
+    known = None if labels is None else features.known(train)
+    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top, flags.weighted, known)
     counts = judge.threshold_counts(table["mean"])
     alive = table["frequency"] > 0
     found = {"latents": len(alive), "alive": int(alive.sum()), "mean at least 10^t": counts}
@@ -2145,6 +2225,7 @@ def cmd_attribute(flags):
     images, arrays = pictures_with_masks(model, features, flags)
     sees, clip = attributed_streams(model, flags)
     truth, labels, train = true_masks(arrays), features.label_matrix(np.arange(len(features))), features.rows("train")
+    train = train[features.known(train)]
     codes, _ = codes_and_fit(model, features, train, "alone" if model.topk == "local" else "joint", flags.device)
     J = concept_latents(codes, labels[train], flags.least)
     test = [i for i in features.rows("test", "val") if any(key[0] == i for key in truth)][:flags.most]
@@ -2313,7 +2394,7 @@ def chosen_latents(text, J, alive, n_latents):
         raise InputError(f"--latent {text} - give numbers, separated by commas")
     for j in chosen:
         if not any(j in v for v in alive.values()):
-            raise InputError(f"latent {j} is " + ("dead in every stream" if 0 <= j < n_latents else f"not one of {n_latents}")
+            raise InputError(f"latent {j} is " + ("silent in every stream" if 0 <= j < n_latents else f"not one of {n_latents}")
                              + " - pick another")
     return chosen
 
@@ -2603,13 +2684,13 @@ def parse_grid(flags):
     for item in (flags.grid or "").split():
         name, _, values = item.partition("=")
         kind = MIL.get(name, (None, None))[1]
-        if kind not in (int, float) or name in ("seed", "inner"):
+        if not isinstance(kind, Number) or name in ("seed", "inner"):
             raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
         try:
             options.append([(name.replace("-", "_"), kind(v)) for v in values.split(",")])
-        except ValueError:
-            raise InputError(f"--grid {item}: the values must be of type {kind.__name__} - write for example {name}=1,2")
-    return [check_ranges(flags.replaced(dict(chosen))) for chosen in itertools.product(*options)]
+        except argparse.ArgumentTypeError as e:
+            raise InputError(f"--grid {item}: {e}")
+    return [flags.replaced(dict(chosen)) for chosen in itertools.product(*options)]
 
 
 def mil_rounds(bags, flags):
@@ -3579,15 +3660,15 @@ command("encode", cmd_encode, (DATA, SEED, {"device": RUN["device"], "overwrite"
         positional=("run",),
         extra={"mode": ("alone", ("joint", "alone"), "the given streams choose the latents together, or each its own")})
 command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam")}, TRAINING, NULL, RUN),
-        "runs/ablate", defaults={"null": True})
+        "runs/ablate")
 command("sweep", cmd_sweep, (DATA, {k: v for k, v in MODEL.items() if k != "topk"}, TRAINING, RUN), "runs/sweep",
         extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=; or sets of streams: "
                         "streams=a+b,a+b+c")})
 ON_RUN = {**DATA, **STREAM, **SEED, "device": RUN["device"]}
 OUT = {"out": (None, str, "where to write; a folder inside the run by default")}
 command("latents", cmd_latents, (ON_RUN, OUT), positional=("run",), extra={
-    "tau": (0., float, "activation above which a patch counts (CytoSAE Eq. 3; its barcodes use 0.2)"),
-    "top": (10, int, "reference samples of a latent"), "show": (24, int, "latents in the gallery"),
+    "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; its barcodes use 0.2)"),
+    "top": (10, whole(1), "reference samples of a latent"), "show": (24, whole(), "latents in the gallery"),
     "weighted": (False, bool, "entropy of the reference samples weighted by activation, as CytoSAE's code has it"),
     "between": (None, str, "two labels, separated by a comma: which latents tell their groups apart")})
 command("intervene", cmd_intervene, (ON_RUN, OUT), positional=("run",), extra={
@@ -3595,42 +3676,42 @@ command("intervene", cmd_intervene, (ON_RUN, OUT), positional=("run",), extra={
     "head": (None, str, ".npz with weight (d,) and bias () of a linear head on the mean of the tokens; else one is fitted"),
     "rank": ("mean", ("mean", "difference", "boxes"), "which latents belong to the label: by its mean activation (the "
              "paper's), by the difference to the other class, or by activity inside its boxes on training pictures (ours)"),
-    "percentile": (95., float, "of each heat map: what is at or above it counts as hot"),
-    "iou": (0.25, float, "overlap with a true box that makes a box right"),
+    "percentile": (95., real(0., 100.), "of each heat map: what is at or above it counts as hot"),
+    "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
     "connectivity": ("8", ("8", "4"), "hot pixels that touch at corners are one box, or not"),
     "strict": (False, bool, "hot: above the percentile, not at it"),
     "box-score": ("box", ("box", "hot"), "a box's score: mean activation in it, or of its hot pixels"),
-    "ap-points": (0, int, "recalls at which precision is averaged, 11 or 101; 0 for the area under the whole curve"),
+    "ap-points": (0, whole(0, 10 ** 5), "recalls at which precision is averaged, 11 or 101; 0 for the area under the whole curve"),
     "other": (None, str, "features of the same samples by another backbone: are the class means further apart there?")})
-command("fidelity", cmd_fidelity, (ON_RUN, OUT, {"eval-rows": (2000, int, "test samples whose neighbours are compared")}),
+command("fidelity", cmd_fidelity, (ON_RUN, OUT, {"eval-rows": (2000, whole(0, 10 ** 9), "test samples whose neighbours are compared")}),
         positional=("run",), extra={"label": (None, str, "tell this label from the rest; needed where several hold at once")})
-command("describe", cmd_describe, (ON_RUN, OUT), positional=("run",), extra={"top": (8, int, "samples of each sort")})
+command("describe", cmd_describe, (ON_RUN, OUT), positional=("run",), extra={"top": (8, whole(1), "samples of each sort")})
 command("search", cmd_search, (ON_RUN,), positional=("run",), extra={
     "names": (None, str, 'JSON of the latents\' names: {"17": "round nucleus"}'), "query": (None, str, "words"),
     "embeddings": (None, str, ".npz with latents (n,), vectors (n, e) and query (e,) of any text model, instead of words"),
-    "label": (None, str, "label that the query asks for, to measure precision"), "top": (10, int, "samples to show")})
+    "label": (None, str, "label that the query asks for, to measure precision"), "top": (10, whole(1), "samples to show")})
 command("compare", cmd_compare, (ON_RUN, BENCH), positional=("run", "other"), extra={
     "stream-b": (None, str, "the stream of the second run, if it has several"),
     "sparc": (None, str, "a run of sparc on both streams, to set beside")})
 command("tissue", cmd_tissue, ({"overwrite": RUN["overwrite"]},), "tissue", extra={
-    "pictures": (4000, int, "how many"), "size": (64, int, "their side, pixels"), "seed": (0, int, "of everything drawn")})
+    "pictures": (4000, whole(8), "how many"), "size": (64, whole(1, 8192), "their side, pixels"), "seed": (0, whole(0, 2 ** 32 - 1), "of everything drawn")})
 command("clip", cmd_clip, ({k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
     "images": (None, str, ".npz with `images` and `captions`, as `tissue` writes it"),
     "merges": (None, str, "CLIP's own merges file, bpe_simple_vocab_16e6.txt.gz; else words of the captions are the tokens"),
     "weights": (None, str, "state_dict of a released CLIP with a ViT: nothing is trained, it becomes a run; needs --merges"),
-    "size": (64, int, "side of the pictures"), "patch": (8, int, "patch size"), "width": (96, int, "of both transformers"),
-    "layers": (4, int, "of both"), "joint": (64, int, "width of the common space"),
-    "context": (32, int, "longest text, tokens"), "epochs": (20, int, "passes"), "batch": (128, int, "pairs a step"),
-    "lr": (1e-3, float, "AdamW's"), "seed": (0, int, "of weights and order")})
+    "size": (64, whole(1, 8192), "side of the pictures"), "patch": (8, whole(1, 4096), "patch size"), "width": (96, whole(1, 10 ** 5), "of both transformers"),
+    "layers": (4, whole(1, 1000), "of both"), "joint": (64, whole(1, 10 ** 5), "width of the common space"),
+    "context": (32, whole(3, 10 ** 4), "longest text, tokens"), "epochs": (20, whole(1), "passes"), "batch": (128, whole(1), "pairs a step"),
+    "lr": (1e-3, real(TINY), "AdamW's"), "seed": (0, whole(0, 2 ** 32 - 1), "of weights and order")})
 command("attribute", cmd_attribute, (ON_RUN, OUT), positional=("run",), extra={
     "images": (None, str, "what `tissue` wrote: pictures with `instances` and `boxes`"),
     "weights": (None, str, "name=RUN of dino or clip, names as the run's streams have them"),
-    "start-layer": (0, int, "first layer of the relevancy maps; -1 for the last alone"),
+    "start-layer": (0, whole(-1000, 1000), "first layer of the relevancy maps; -1 for the last alone"),
     "latent": (None, str, "single latents to show, separated by commas; by default some of labels, alive in every stream"),
-    "least": (50, int, "training samples of a label that a latent is active in, to count as one of the concept's"),
-    "most": (400, int, "test pictures")})
+    "least": (50, whole(), "training samples of a label that a latent is active in, to count as one of the concept's"),
+    "most": (400, whole(1), "test pictures")})
 command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={
-    "query": (0, int, "number of the test sample that asks"), "from": (None, str, "its stream; the first by default"),
+    "query": (0, whole(0, 10 ** 9), "number of the test sample that asks"), "from": (None, str, "its stream; the first by default"),
     "to": (None, str, "the stream to search; the last by default"), "text": (None, str, "words that ask instead"),
     "features": (None, str, ".npy with one vector (d,) of the stream --from, that asks instead; or a feature file, whose row "
                  "--query asks"),
@@ -3639,31 +3720,31 @@ command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-row
 command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
         "feats.npz", extra={"weights": (None, str, "name=RUN of dino or clip, name=arch:FILE or name=arch:random; several, "
                                         "separated by commas; name=lsa:N encodes captions by runs of up to N words"),
-                            "size": (0, int, "side to judge at; 0 for the one trained at"),
+                            "size": (0, whole(0, 8192), "side to judge at; 0 for the one trained at"),
                             "standardise": (False, bool, "random weights start in the pictures' own units, as dino's may"),
-                            "last": (4, int, "ViT: class tokens of so many last blocks side by side"),
+                            "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
                             "tokens": (False, bool, "patch tokens (N, T, d), in half precision, instead of the class token"),
                             "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out; always "
                                       "so for clip, and where there are boxes")})
 command("probe", cmd_probe, (DATA, SEED, BENCH),
         extra={"solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
-               "strength": (1., float, "lbfgs: C of the linear probe, larger is less regular"),
+               "strength": (1., real(TINY), "lbfgs: C of the linear probe, larger is less regular"),
                "only": (None, str, "labels to tell apart, or to find one by one where several hold at once, separated by "
                         "commas; all by default")})
 command("cut", cmd_cut, (), "cells", extra={
     "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"),
-    "size": (64, int, "side of a cut, pixels"),
-    "margin": (0.2, float, "how much longer than the box's longer side the square is that is cut")})
+    "size": (64, whole(1, 8192), "side of a cut, pixels"),
+    "margin": (0.2, real(0., 100.), "how much longer than the box's longer side the square is that is cut")})
 command("tile", cmd_tile, ({"overwrite": RUN["overwrite"]},), "tiles", extra={
-    "images": (None, str, "a slide, or a folder of them"), "size": (224, int, "side of a tile, pixels"),
-    "step": (None, int, "pixels from tile to tile; the size by default"),
-    "downsample": (1., float, "pixels of the slide in one of the tile's"),
-    "threshold": (8, int, "saturation above which a pixel is tissue, 0..255"),
+    "images": (None, str, "a slide, or a folder of them"), "size": (224, whole(1, 8192), "side of a tile, pixels"),
+    "step": (None, whole(1), "pixels from tile to tile; the size by default"),
+    "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
+    "threshold": (8, whole(0, 255), "saturation above which a pixel is tissue, 0..255"),
     "otsu": (False, bool, "find the threshold by Otsu's method"),
-    "least": (0.2, float, "smallest piece of tissue, in areas of 512 x 512 pixels; CLAM: 1 for biopsies, 100 for resections"),
-    "least-hole": (0.2, float, "smallest hole, in the same"), "max-holes": (8, int, "holes of a piece that count"),
+    "least": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels; CLAM: 1 for biopsies, 100 for resections"),
+    "least-hole": (0.2, real(), "smallest hole, in the same"), "max-holes": (8, whole(), "holes of a piece that count"),
     "rois": (None, str, "ASAP annotations (XML): label the tiles by them"),
-    "roi-share": (0.5, float, "share of a tile inside the regions that makes it one of them")})
+    "roi-share": (0.5, real(1e-9, 1.), "share of a tile inside the regions that makes it one of them")})
 command("mil", cmd_mil, (MIL, {k: RUN[k] for k in ("device", "overwrite")}), "runs/mil", extra={
     "data": (None, str, "bags: an .npz with X, offsets, y and perhaps folds; or class folders of a feature file each"),
     "stream": (None, str, "the stream of the feature files, when they have several")})
@@ -3671,12 +3752,12 @@ command("finetune", cmd_finetune, (FINETUNE, {k: RUN[k] for k in ("device", "ove
 command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
         "runs/cam", positional=("what",), extra={
             "weights": (None, str, "name=RUN of dino, name=FILE.pt of finetune, name=arch:FILE; several, separated by commas"),
-            "size": (0, int, "side of the pictures; 0 for the one trained at"),
-            "most": (12, int, "pictures, spread over the folder"),
-            "label": (-1, int, "output to explain: a class, or a feature where there is no head; -1 for the largest")})
+            "size": (0, whole(0, 8192), "side of the pictures; 0 for the one trained at"),
+            "most": (12, whole(1), "pictures, spread over the folder"),
+            "label": (-1, whole(-1), "output to explain: a class, or a feature where there is no head; -1 for the largest")})
 command("demo", cmd_demo, (), "demo", extra={
-    "seed": (0, int, "of everything: pictures, weights, order"),
-    "seeds": (1, int, "how often, from --seed on, to give means and deviations"),
+    "seed": (0, whole(0, 2 ** 32 - 1), "of everything: pictures, weights, order"),
+    "seeds": (1, whole(1, 1000), "how often, from --seed on, to give means and deviations"),
     "skip": (None, str, "numbers of chapters to leave out, separated by commas; name those that build on them, too"),
     "quick": (False, bool, "a size at which only the mechanics count: minutes instead of half an hour")})
 command("build", cmd_build, ())
@@ -3707,24 +3788,9 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     run, table, positional, defaults = COMMANDS[given["command"]]
     values = {k.replace("-", "_"): defaults.get(k, v[0]) for k, v in table.items()}
-    if given.get("data") is None and "taxonomy" in table:    # a command that can make its own data up
-        values.update({k: v for k, v in PLANTED.items() if k in values})
     flags = Flags({**values, **given})
     flags.given = frozenset(given) & frozenset(values)
-    return run, check_ranges(flags)
-
-
-def check_ranges(flags):
-    """The flags, if all numbers are within MINIMUM and MAXIMUM and the learning rate is positive; else raises InputError."""
-    for name, least in {**MINIMUM, "latents": 0 if "expansion" in flags else 1}.items():      # 0: by --expansion
-        if isinstance(flags.get(name), (int, float)) and not flags[name] >= least:          # --query may be words
-            raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give at least {least}")
-    for name, most in MAXIMUM.items():
-        if name in flags and not flags[name] <= most:
-            raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give at most {most}")
-    if "lr" in flags and not flags.lr > 0:
-        raise InputError(f"--lr {flags.lr} - give a positive number")
-    return flags
+    return run, flags
 
 
 def check_device(flags):

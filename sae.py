@@ -798,6 +798,25 @@ def train_step(model, optimiser, x):
     return {"loss": total.detach(), **parts}
 
 
+def settings_for(n, latents=None, k=None, batch=None, epochs=None):
+    """Settings that fit n training samples: dict of latents, k, batch, lr, epochs, steps, norm, dead_after; what is given stays.
+
+    A third as many latents as samples and a 16th of them kept, at least 1,000 steps of a tenth of the samples, every
+    dimension standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning rate falls with
+    the root of L (Gao et al. 2024). One stream is served as well: more latents rebuild its training samples better, and
+    held-out ones no better.
+    """
+    def power_of_two(most, least, limit):
+        return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
+    L = latents or power_of_two(n / 3, 128, 8192)
+    batch = batch or power_of_two(n / 10, 1, 256)
+    epoch = -(-n // batch)                                   # steps in one
+    epochs = epochs or max(50, -(-1000 // epoch))
+    return {"latents": L, "k": k or min(max(L // 16, 8), 64, L), "batch": batch, "lr": 2e-4 * (2 ** 14 / L) ** 0.5,
+            "epochs": epochs, "steps": epochs * epoch, "norm": "standard,l2",
+            "dead_after": max(1, min(1000, epochs * epoch // 4))}
+
+
 def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     """Train until the model has taken `n_steps` steps in all (a resumed model goes on where it stopped).
 

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import struct
 import sys
@@ -205,7 +206,7 @@ def poisoned(value, row):
     ({"b": np.zeros((50, 4), int)}, "stream 'b' holds int64"),
     ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - it needs at least"),
     ({"b": np.zeros(50)}, r"stream 'b' has shape \(50,\)"),
-    ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50 samples"),
+    ({"labels": np.zeros(49, int)}, "'labels' has shape .49,. for 50 samples"),
     ({"labels": np.zeros(50)}, "'labels' has shape .* float64"),
     ({"label_names": np.array(["x"])}, "'label_names' has 1 names for 3 labels"),
     ({"split": np.array(["train"] * 50)}, "the test and val split is empty"),
@@ -854,7 +855,7 @@ def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, messag
 @pytest.mark.parametrize("more, message", [
     ({"groups": np.array(3)}, r"'groups' has shape \(\) for 50 samples"),
     ({"groups": np.zeros((50, 2))}, r"'groups' has shape \(50, 2\)"), ({"split": np.array("train")}, "'split' has shape"),
-    ({"labels": np.full(50, 10 ** 8), "label_names": None}, "go up to 100000000 for 50 samples"),
+    ({"labels": np.full(50, 10 ** 5), "label_names": None}, "go up to 100000 for 50 samples"),
     ({"boxes": np.full((1, 6), "x")}, "'boxes' has shape"),
     ({"captions": np.array(["\ud800"] * 50)}, "key 'captions' is not a readable")])
 def test_odd_reserved_keys_are_refused_by_name(more, message, tmp_path):
@@ -899,3 +900,40 @@ def test_a_voc_list_names_no_file_outside_its_folder(tmp_path):
         (tmp_path / "ImageSets" / "Main" / f"{part}.txt").write_text("../../../evil\n")
     with pytest.raises(InputError, match="lists a picture '../../../evil'"):
         data.cut_boxes(tmp_path, tmp_path / "out")
+
+
+# -- what counts as labelled -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("labels", [np.array([2, 0, 1, 2], kind) for kind in ("uint8", "int32", "uint64", ">i2")] + [
+    np.array([[2], [0], [1], [2]], np.uint8), np.array(["c", "a", "b", "c"]), np.array([b"c", b"a", b"b", b"c"])])
+def test_labels_of_any_integer_type_or_in_words_are_the_same_numbers(labels, tmp_path):
+    np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels)
+    found = data.read_features(tmp_path / "f.npz")
+    assert found.labels.dtype == np.int64 and found.labels.tolist() == [2, 0, 1, 2]
+    assert found.label_names == (["a", "b", "c"] if labels.dtype.kind in "US" else ["label 0", "label 1", "label 2"])
+
+
+def test_a_negative_number_an_empty_word_and_a_masked_row_are_unlabelled_and_all_false_is_a_label(tmp_path):
+    flags, mask = np.array([[1, 0], [0, 0], [0, 1], [1, 1]], bool), np.array([True, True, False, True])
+    for labels, more in ((np.array([0, 1, -5, 1]), {}), (np.array(["a", "b", "", "b"]), {}),
+                         (np.array([0, 1, 1, 1]), {"mask": mask}), (flags, {"mask": mask})):
+        np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels, **more)
+        found = data.read_features(tmp_path / "f.npz")
+        assert found.known(np.arange(4)).tolist() == mask.tolist()
+        if labels.ndim == 1:
+            assert found.labels.tolist() == [0, 1, -1, 1] and not found.label_matrix([2]).any()
+    np.savez(tmp_path / "f.npz", x=np.eye(4), labels=flags)
+    assert data.read_features(tmp_path / "f.npz").known(np.arange(4)).all()
+
+
+@pytest.mark.parametrize("labels, more, message", [
+    (np.array([0, 10 ** 8, 1, 1]), {}, "'labels' goes up to 100000000 - number the classes from 0"),
+    (np.array(["a", "b", "x", "b"]), {"label_names": np.array(["a", "b"])}, "'labels' row 2 is 'x'"),
+    (np.array([0., 1, 1, 0]), {}, "'labels' has shape (4,) and type float64"),
+    (np.array([0, 1, 1, 0]), {"mask": np.ones(3, bool)}, "'mask' has shape (3,)"),
+    (np.array([0, 1, 1, 0]), {"label_names": np.array("a")}, "'label_names' has shape ()"),
+    (np.array([0, 1, 1, 0]), {"groups": np.ones((4, 2))}, "'groups' has shape (4, 2)")])
+def test_labels_that_cannot_be_meant_are_refused_at_once(labels, more, message, tmp_path):
+    np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels, **more)
+    with pytest.raises(data.InputError, match=re.escape(message)):
+        data.read_features(tmp_path / "f.npz")

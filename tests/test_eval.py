@@ -1,4 +1,5 @@
 """Claims about eval.py, held against slow loops, closed forms, scipy, and the authors' own figures."""
+import math
 import os
 
 import numpy as np
@@ -28,7 +29,7 @@ def test_a_silenced_latent_is_not_in_the_code():
 def test_activation_patterns_by_hand():
     a = judge.sparse_code(np.array([[0, 1], [0, 2]]), np.ones((2, 2)), 5)
     b = judge.sparse_code(np.array([[0, 3], [0, 1]]), np.ones((2, 2)), 5)
-    expected = {"latents": 5, "alive_in": [1, 2, 2], "dead": {"a": 2, "b": 2}}
+    expected = {"latents": 5, "alive_in": [1, 2, 2], "silent": {"a": 2, "b": 2}}
     assert judge.activation_patterns({"a": a, "b": b}) == expected
 
 
@@ -36,10 +37,11 @@ def test_activation_patterns_by_hand():
 def test_label_counts_are_those_of_a_slow_loop(top):
     rng = np.random.default_rng(0)
     code, labels = random_code(rng), rng.random((120, 7)) < 0.2
-    counts, used = judge.label_counts(code, labels, top)
+    counts, used = judge.label_counts(code, labels, top, labels.any(1) | (np.arange(120) % 3 > 0))
     dense = code.toarray()
     for j in range(30):
-        rows = [i for i in np.argsort(-dense[:, j], kind="stable") if dense[i, j] > 0 and labels[i].any()][:top]
+        rows = [i for i in np.argsort(-dense[:, j], kind="stable") if dense[i, j] > 0
+                and (labels[i].any() or i % 3)][:top]                                       # the others are unlabelled
         np.testing.assert_array_equal(counts[j], labels[rows].sum(0))
         assert used[j] == len(rows)
 
@@ -123,13 +125,13 @@ def test_a_constant_stream_has_no_r2():
     assert judge.reconstruction([({"t": torch.ones(5, 2)}, {("t", "s"): torch.zeros(5, 2)})])["r2"]["t"]["s"] is None
 
 
-def test_the_ceiling_is_that_of_least_squares_and_nothing_for_unrelated_streams():
+def test_the_linear_baseline_is_that_of_least_squares_and_nothing_for_unrelated_streams():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((4000, 5))
     streams = {"a": a + 3, "b": a @ rng.standard_normal((5, 4)) + rng.standard_normal((4000, 4)) - 2,
                "c": rng.standard_normal((4000, 3))}
     train, test = ({s: x[i] for s, x in streams.items()} for i in (slice(0, 3000), slice(3000, 4000)))
-    found = judge.ridge_ceiling(train, test)
+    found = judge.linear_baseline(train, test)
     for t in "ab":
         for s in "ab":
             if s != t:
@@ -427,7 +429,8 @@ def test_a_table_of_latents_by_hand():
     strength = codes_of([[2.0, 0, 0.1, 0], [1.0, 0, 0.1, 0], [0, 0, 0.3, 0], [0, 0, 0.1, 0]])
     count = codes_of([[1, 0, 1, 0], [2, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0]], bool)                               # the last is unlabelled
-    table = judge.latent_table(strength, count, labels, top=2)
+    known = labels.any(1)
+    table = judge.latent_table(strength, count, labels, top=2, known=known)
     np.testing.assert_allclose(table["frequency"], [0.5, 0, 1, 0])
     np.testing.assert_allclose(table["mean"], [1.5, np.nan, 0.15, np.nan], rtol=1e-6)
     np.testing.assert_allclose(table["entropy"], [0, np.nan, judge.label_entropy(np.array([[2., 1]]))[0], np.nan])
@@ -750,3 +753,111 @@ def test_half_a_character_in_a_page_and_charts_without_points_are_written_all_th
     assert (tmp_path / "f").read_text() == "a\\ud800"
     empty, full = judge.svg_lines({"a": []}, "x", "y"), judge.svg_lines({"a": [(0, 1)]}, "x", "y")
     assert judge.standalone_svg(empty, full).count("<svg") == 1 and "<svg" in judge.standalone_svg(empty, empty)
+
+
+# -- the verdict -------------------------------------------------------------------------------------------------------
+
+def healthy():
+    """Metrics of a run that nothing speaks against, as `measure` gives them."""
+    def block(own, cross, r1, alive=(1, 0, 9)):
+        return {"activation": {"alive_in": list(alive), "latents": 10, "silent": {}}, "retrieval": {"x -> y": {"R@1": r1, "MRR": r1}},
+                "r2": {"x": {"x": own, "y": cross}, "y": {"x": cross, "y": own}}, "nmse": {"x": {"x": .1, "y": .1}}}
+    return {"joint": block(.8, .7, .99), "alone": block(.75, .6, .5), "rows": 200, "steps": 1000, "latents": 10, "l0": 3.,
+            "linear_baseline": {"x": {"y": .5}, "y": {"x": .5}}, "positives": 60,
+            "null": {"joint": block(.4, .1, .99), "alone": block(.3, -.5, .005)}}
+
+
+def test_a_run_that_nothing_speaks_against_is_trusted():
+    found = judge.verdict(healthy())
+    assert found["level"] == 0 and "nothing measured here speaks against it" in found["trust"]
+    assert all(number in found["learned"] for number in ("10 latents, 3 a sample", "0.800", "0.750", "0.600", "0.500"))
+
+
+@pytest.mark.parametrize("path, value, level, doubt, remedy", [
+    ("joint r2 x x", -.01, 2, "x is rebuilt worse than by predicting the mean", "--norm"),
+    ("joint r2 y y", .5, 1, "y is rebuilt much worse than the rest", "--streams"),
+    ("alone r2 x x", .3, 1, "with one stream at hand much is lost", "--topk both"),
+    ("null joint r2 x y", 1.3, 2, "no better than for shuffled pairs", "same sample in every stream"),
+    ("alone activation alive_in", [6, 0, 4], 1, "60 % of the latents are silent", "--latents"),
+    ("steps", 999, 1, "999 training steps are few", "--epochs"),
+    ("alone retrieval x", {"R@1": .015, "MRR": 0.}, 1, "no better than by chance", "--topk both"),
+    ("alone r2 x y", .2, 1, "a linear map from stream to stream predicts more", "--topk both"),
+    ("positives", 49, 0, "the probe row is empty, because no label has 50 positives", "--eval-rows 0"),
+    ("null", None, 1, "the joint figures stand without their null", "add it with THIS")])
+def test_each_rule_of_the_verdict_fires_for_its_cause_alone(path, value, level, doubt, remedy):
+    metrics = healthy()
+    *inner, last = path.replace("retrieval x", "retrieval x->y").split(" ")
+    at = metrics
+    for key in inner:
+        at = at[key]
+    at["x -> y" if last == "x->y" else last] = value
+    if value is None:
+        del metrics["null"]
+    found = judge.verdict(metrics, "THIS")
+    assert found["level"] == level and doubt in found["trust"] and remedy in found["next"]
+    assert found["trust"].count(";") == 0                    # and nothing else is said
+
+
+def test_the_verdict_of_one_stream_speaks_of_no_other():
+    metrics = {k: v for k, v in healthy().items() if k not in ("joint", "null", "linear_baseline")}
+    metrics["alone"] = {"activation": {"alive_in": [1, 9], "latents": 10}, "r2": {"x": {"x": .7}}, "nmse": {"x": {"x": .1}}}
+    found = judge.verdict(metrics)
+    assert found["learned"] == "Learned: 10 latents, 3 a sample, rebuild x at R2 0.700." and found["level"] == 0
+
+
+def test_the_control_of_jaccard_pairs_each_latent_with_another_one():
+    """Four latents with a label of their own share everything with themselves and nothing with another; four latents with one
+    label share everything with both."""
+    own, same, n = np.eye(4, dtype=int) * 5, np.tile([5, 0, 0, 0], (4, 1)), np.full(4, 5)
+    for counts, control in ((own, 0.), (same, 1.)):
+        found = judge.jaccard({"x": counts, "y": counts}, {"x": n, "y": n})
+        assert found["jaccard"] == 1. and found["control"] == control
+    one = judge.jaccard({"x": own, "y": own}, {"x": n, "y": np.array([5, 0, 0, 0])})
+    assert one["jaccard"] == 1. and one["control"] is None   # there is no other
+
+
+def test_every_row_of_the_table_has_its_meaning_and_says_which_way_is_better():
+    metrics = healthy()
+    metrics["joint"]["concepts"] = metrics["alone"]["concepts"] = {"jaccard": .5, "jaccard_all": .4, "control": .1, "named_alike": 3}
+    metrics["joint"]["probe"] = metrics["alone"]["probe"] = {"x": {"loss": .3}}
+    names = [row[0].strip() for row in judge.summary(metrics)[1]]
+    assert set(names) == set(judge.MEANING) - {"mixed: alive in some, %"} | {"mixed: alive in some, %"}
+    neutral = {"its linear baseline"}
+    assert all("better" in judge.MEANING[name] for name in names if name not in neutral)
+    page = judge.html_table(*judge.summary(metrics)) + judge.legend(names)
+    assert page.count(judge.html.escape(judge.MEANING["R2 self"])) == 2
+
+
+# -- unlabelled is not negative ----------------------------------------------------------------------------------------
+
+def test_unlabelled_rows_are_no_negatives_of_the_probes():
+    """A latent that is the label itself keeps its loss when seven rows in ten lose their label, where it goes on firing."""
+    rng = np.random.default_rng(0)
+    truth, known = rng.random((2000, 1)) < 0.3, rng.random(2000) < 0.3
+    code = sp.csr_matrix(truth.astype(np.float32))
+    full, partly, wrong = (judge.probe(code, judge.probe_tasks(labels, known=mask))["loss"] for labels, mask in (
+        (truth, True), (truth & known[:, None], known), (truth & known[:, None], True)))
+    assert full < 0.05 and partly < 0.1 and wrong > 0.2
+
+
+def test_a_task_that_no_latent_is_active_for_counts_as_chance():
+    truth = np.repeat([[True, False], [False, True]], 100, 0)
+    code = sp.csr_matrix((truth[:, :1]).astype(np.float32))                                 # silent on all of the second label
+    found = judge.probe(code, judge.probe_tasks(truth))
+    one, two = (t["test"] for t in found["tasks"])
+    assert found["tasks"][1]["latent"] is None and two == math.log(2)
+    assert found["loss"] == pytest.approx((one + math.log(2)) / 2) and one < 0.1
+
+
+def test_random_latents_do_not_bear_the_name_of_a_rare_finding():
+    """Five samples in a hundred have the finding, the others none: so has a random latent's every twentieth sample."""
+    rng = np.random.default_rng(0)
+    labels = rng.random((4000, 1)) < 0.05
+    code = sp.csr_matrix(rng.random((4000, 20)) * (rng.random((4000, 20)) < 0.2)).astype(np.float32)
+    counts, n_top = judge.label_counts(code, labels)
+    names, purity = judge.concept_names(counts, n_top, ["finding"])
+    assert set(names) == {None} and purity.mean() == pytest.approx(0.05, abs=0.02)
+    table = judge.latent_table(code, code, labels)
+    assert table["purity"].mean() == pytest.approx(0.05, abs=0.02)
+    known = labels[:, 0] | (rng.random(4000) < 0.05)         # most negatives unlabelled: about half of the rest has it
+    assert judge.latent_table(code, code, labels, known=known)["purity"].mean() == pytest.approx(labels.sum() / known.sum(), abs=.05)

@@ -54,7 +54,7 @@ def test_a_run_leaves_its_five_files_and_nothing_half_written(finished):
     assert sorted(os.listdir(finished)) == ["checkpoint.pt", "config.json", "log.csv", "metrics.json", "null",
                                             "report.html"]
     config = json.loads((finished / "config.json").read_text())
-    assert config["flags"]["latents"] == 40 and config["flags"]["dead_after"] == 1000
+    assert config["flags"]["latents"] == 40 and config["flags"]["dead_after"] == 39
     assert config["dims"] == {"x": 16, "y": 12}
     assert config["data_hash"] and config["versions"]["torch"]
     rows = list(csv.DictReader(open(finished / "log.csv")))
@@ -66,7 +66,7 @@ def test_every_cross_stream_number_comes_joint_alone_and_with_its_null(finished)
     for block in (metrics["joint"], metrics["alone"], metrics["null"]["joint"], metrics["null"]["alone"]):
         assert {"activation", "r2", "nmse", "retrieval", "concepts", "probe"} <= set(block)
         assert set(block["retrieval"]) == {"x -> y", "y -> x"} and set(block["r2"]["x"]) == {"x", "y"}
-    assert set(metrics["ceiling"]["x"]) == {"y"}
+    assert set(metrics["linear_baseline"]["x"]) == {"y"}
 
 
 def test_the_report_is_one_file_without_links_or_scripts_and_with_its_strings_escaped(finished):
@@ -1506,3 +1506,118 @@ def test_what_a_killed_write_left_goes_with_the_run_and_what_is_a_users_own_stay
         (short / name).write_text("x")
     run("sparc", "--data", features, *SMALL, "--epochs", 1, "--out", short, "--overwrite")
     assert {f for f in os.listdir(short) if f.endswith(".tmp")} == {"checkpoint.pt.tmp", "mine.pt.123.tmp"}
+
+
+# -- settings that fit the file ----------------------------------------------------------------------------------------
+
+def odd_file(path, n, seed=0):
+    """Factors seen by streams as files have them: scales over eight decades, constant columns, heavy tails, six columns;
+    rows sorted by label."""
+    rng = np.random.default_rng(seed)
+    y = np.sort(rng.integers(6, size=n))
+    z = rng.gamma(.5, 1, (6, 8))[y] * rng.gamma(2, .5, (n, 8)) + .3 * rng.gamma(.3, 1, (n, 8))
+    x = {s: z @ rng.normal(size=(8, d)) for s, d in (("scales", 30), ("heavy", 40), ("six", 6), ("bent", 25))}
+    x["scales"] *= 10 ** rng.uniform(-4, 4, 30)
+    x["scales"][:, ::7] = 3.25
+    x["heavy"] += .3 * rng.standard_t(2, x["heavy"].shape)
+    x["bent"] = np.tanh(x["bent"])
+    np.savez(path, **{s: v.astype(np.float32) for s, v in x.items()}, labels=y)
+    return path
+
+
+@pytest.mark.parametrize("n", [197, 1100])
+def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stream_and_its_null(n, tmp_path, capsys):
+    run("sparc", "--data", odd_file(tmp_path / "f.npz", n), "--out", tmp_path / "r")
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    own = {mode: [metrics[mode]["r2"][s][s] for s in metrics[mode]["r2"]] for mode in ("joint", "alone")}
+    assert min(own["joint"]) > 0.35 and np.mean(own["joint"]) > 0.65 and np.mean(own["alone"]) > 0.35
+    flags = json.loads((tmp_path / "r" / "config.json").read_text())["flags"]
+    chosen = {k: flags[k] for k in ("latents", "k", "norm", "shuffle", "null")}
+    assert chosen == {"latents": 256 if n == 1100 else 128, "k": 16 if n == 1100 else 8, "norm": "standard,l2",
+                      "shuffle": "samples", "null": True}
+    assert "auto" not in flags.values() and 1000 <= metrics["steps"] < 1100 and flags["dead_after"] == metrics["steps"] // 4
+    assert f"chosen for {round(.8 * n)} training rows: latents {chosen['latents']}, k" in capsys.readouterr().err
+
+
+def test_what_is_typed_goes_before_the_preset_and_the_preset_before_the_rule(features):
+    def flags(*argv):
+        _, flags = repsae.parse(["sparc", "--data", str(features), *argv])
+        return repsae.resolved(flags, data.read_features(str(features)))
+    thesis = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2", "shuffle": "blocks",
+              "dead_after": 1000}
+    assert thesis.items() <= flags("--preset", "thesis").items()
+    mixed = flags("--preset", "thesis", "--k", "5", "--norm", "none")
+    assert {**thesis, "k": 5, "norm": "none"}.items() <= mixed.items()
+    assert flags("--latents", "512")["lr"] == 2e-4 * 32 ** .5 and flags("--latents", "512")["k"] == 32
+
+
+def test_rows_are_shuffled_singly_in_memory_and_in_blocks_on_disk_with_a_warning_when_they_are_sorted(tmp_path, capsys):
+    made = np.load(odd_file(tmp_path / "f.npz", 100))
+    os.mkdir(tmp_path / "d")
+    for key in made:
+        np.save(tmp_path / "d" / f"{key}.npy", made[key])
+    for where, shuffle in (("f.npz", "samples"), ("d", "blocks")):
+        _, flags = repsae.parse(["sparc", "--data", str(tmp_path / where)])
+        assert repsae.resolved(flags, data.read_features(str(tmp_path / where))).shuffle == shuffle
+        assert ("sorted by label" in capsys.readouterr().err) == (shuffle == "blocks")
+    np.save(tmp_path / "d" / "labels.npy", np.random.default_rng(0).permutation(made["labels"]))
+    assert not data.read_features(str(tmp_path / "d")).sorted_rows()
+
+
+def test_a_run_too_long_for_its_null_says_so_and_resuming_adds_it_without_training_again(features, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(repsae, "planned_seconds", lambda *a: 61)
+    run("sparc", "--data", features, *SMALL, "--out", tmp_path / "r")
+    told = capsys.readouterr().out
+    assert "joint figures stand without their null" in told and "--resume --null" in told and "null alone" not in told
+    weights = (tmp_path / "r" / "checkpoint.pt").stat().st_mtime_ns
+    run("sparc", "--resume", "--null", "--out", tmp_path / "r")
+    assert "null alone" in capsys.readouterr().out and (tmp_path / "r" / "checkpoint.pt").stat().st_mtime_ns == weights
+    assert set(json.loads((tmp_path / "r" / "metrics.json").read_text())["null"]) == {"joint", "alone"}
+
+
+def test_planned_seconds_tell_a_minute_from_an_hour():
+    small = repsae.Flags(batch=128, latents=256, k=16, topk="global")
+    large = repsae.Flags(batch=256, latents=8192, k=64, topk="global")
+    assert repsae.planned_seconds(small, {"x": 300, "y": 349}, 1000) < 60
+    assert repsae.planned_seconds(large, {"x": 768, "y": 768, "z": 512}, 50 * 4000) > 600
+
+
+def test_a_code_that_cannot_fit_into_memory_is_refused_before_anything_is_written(features, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("sparc", "--data", features, "--latents", 2 ** 24, "--k", 4, "--norm", "none", "--out", tmp_path / "r") \
+            if repsae.memory() < 32 * 2 ** 24 * 28 else sys.exit(2)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_ends_and_its_report_begins_with_the_verdict_in_colour_on_a_terminal_only(finished, features, capsys, monkeypatch):
+    verdict = json.loads((finished / "metrics.json").read_text())["verdict"]
+    page = (finished / "report.html").read_text()
+    assert page.index("Learned: ") < page.index("Trust it") < page.index("Next: ") < page.index("<table")
+    run("eval", finished)
+    plain = capsys.readouterr().out
+    assert verdict["learned"] in plain and plain.rstrip().split("\n")[-1].startswith("Next: ") and "\033" not in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    run("eval", finished)
+    assert "\033[3" in capsys.readouterr().out
+
+
+def test_probe_refuses_a_test_label_that_no_training_sample_has(tmp_path, capsys):
+    split = np.repeat(["train", "test"], [20, 10])
+    np.savez(tmp_path / "f.npz", x=np.random.default_rng(0).normal(size=(30, 3)), split=split,
+             labels=np.r_[np.arange(20) % 2, np.full(10, 2)])
+    with pytest.raises(SystemExit):
+        run("probe", "--data", tmp_path / "f.npz")
+    assert "no training sample has the test label label 2" in capsys.readouterr().err
+
+
+def test_a_masked_row_counts_for_nothing_in_a_run_s_figures(features, finished, tmp_path):
+    """Rows whose labels are wrong, but masked, leave every figure as if they were not there to be labelled."""
+    arrays, rng = dict(np.load(features)), np.random.default_rng(0)
+    mask = rng.random(1000) < 0.6
+    found = []
+    for noise in (False, True):
+        labels = np.where(mask[:, None], arrays["labels"], noise)
+        np.savez(tmp_path / f"{noise}.npz", **{**arrays, "labels": labels, "mask": mask})
+        run("eval", finished, "--data", tmp_path / f"{noise}.npz", "--json", tmp_path / "m.json")
+        found.append(json.loads((tmp_path / "m.json").read_text()))
+    assert found[0] == found[1] and found[0]["positives"] < arrays["labels"][arrays["split"] != "train"].sum(0).max()

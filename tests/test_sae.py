@@ -833,3 +833,14 @@ print(tuple(one.decode(one.encode({"clip": torch.randn(3, 12)})["clip"]).shape))
     command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.')\n" + program]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.split("\n")[:2] == ["(3, 16)", "(3, 12)"], run.stderr
+
+
+@pytest.mark.parametrize("n, latents, k, batch, steps", [
+    (1, 128, 8, 1, 1000), (157, 128, 8, 8, 1000), (1500, 256, 16, 128, 1008), (2173, 512, 32, 128, 1003),
+    (25000, 8192, 64, 256, 4900), (1_700_000, 8192, 64, 256, 332050)])
+def test_settings_follow_the_number_of_samples_up_to_the_thesis_s(n, latents, k, batch, steps):
+    found = sae.settings_for(n)
+    assert (found["latents"], found["k"], found["batch"], found["steps"]) == (latents, k, batch, steps)
+    assert found["steps"] == found["epochs"] * -(-n // batch) and found["dead_after"] == min(1000, steps // 4)
+    assert found["lr"] == pytest.approx(2e-4 * (2 ** 14 / latents) ** .5)
+    assert sae.settings_for(n, latents=6)["k"] == 6 and sae.settings_for(n, epochs=3)["steps"] == 3 * -(-n // batch)
