@@ -279,7 +279,7 @@ def check_kinds(values, table, path):
             continue
         try:
             fits = isinstance(value, kind) if kind in (bool, str) else isinstance(value, (int, float, str)) and (
-                value in kind if isinstance(kind, tuple) else kind(str(value)) is not None)
+                value in kind if isinstance(kind, tuple) else kind(str(value)) == value)
         except (ValueError, OverflowError, argparse.ArgumentTypeError):
             fits = False
         if not fits:
