@@ -24,6 +24,7 @@ import functools
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -255,25 +256,40 @@ def stream_names(path):
 
 
 class _Source:
-    """The arrays of an .npz or of a folder of .npy, by key, read when asked for; a folder's are memory-mapped."""
+    """The arrays of an .npz or of a folder of .npy, by key, read when asked for; a folder's are memory-mapped. What else lies
+    in the folder or is packed into the .npz is passed over."""
 
     def __init__(self, path):
         self.path, self.npz = path, None
         if os.path.isdir(path):
             self.where = {f[:-4]: os.path.join(path, f) for f in sorted(os.listdir(path)) if f.endswith(".npy")}
-            return
-        self.npz = _load(path)
-        if not isinstance(self.npz, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} holds one array without a name - save an .npz with one key per stream")
-        self.where = dict.fromkeys(self.npz.files)
+        else:
+            self.npz = _load(path, lambda: np.load(plain_file(path), allow_pickle=False))
+            if not isinstance(self.npz, np.lib.npyio.NpzFile):
+                raise InputError(f"{path} holds one array without a name - save an .npz with one key per stream")
+            self.where = {f[:-4]: f for f in self.npz.zip.namelist() if f.endswith(".npy")}
+        for key in self.where:
+            if not key.isprintable():
+                raise InputError(f"{path} has the key {key!r} - name it in printable letters")
 
     def __contains__(self, key):
         return key in self.where
 
     def __getitem__(self, key):
         if self.npz is None:
-            return _load(self.where[key], mmap_mode="r")
-        return _load(f"{self.path}, key '{key}'", self.npz, key)
+            return _load(self.where[key], lambda: _array(np.load(plain_file(self.where[key]), "r", allow_pickle=False)))
+        return _load(f"{self.path}, key '{key}'", lambda: _array(self._member(self.where[key])))
+
+    def _member(self, name):
+        """An array of the .npz, if it declares the size that it has: numpy makes room for what is declared, then reads."""
+        info = self.npz.zip.getinfo(name)
+        with self.npz.zip.open(info) as f:
+            header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+            shape, _, dtype = header[np.lib.format.read_magic(f)[0]](f)
+            size = math.prod(shape) * dtype.itemsize
+            if not dtype.hasobject and size != info.file_size - f.tell():
+                raise ValueError(f"declares {size} bytes")
+        return self.npz[name]
 
     def get(self, key):
         return self[key] if key in self else None
@@ -287,34 +303,67 @@ def read_arrays(path):
 
 def read_vector(path):
     """One vector (d,) from a .npy, as a float32 tensor; raises InputError for anything else."""
-    x = _load(path)
+    x = _load(path, lambda: np.load(plain_file(path), "r", allow_pickle=False))             # mapped: its size is checked
     if not isinstance(x, np.ndarray) or x.ndim != 1 or not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all():
         raise InputError(f"{path} does not hold one vector of finite floating numbers - save it with numpy.save")
     return torch.from_numpy(x.astype(np.float32))
 
 
-def _load(what, source=None, key=None, **kw):
+def plain_file(path):
+    """The path, unless a pipe, a device or a folder is there, or it is no path at all: raises InputError. A file that is
+    missing is left to who opens it."""
+    if "\0" in os.fspath(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        raise InputError(f"{path} is no plain file - name one")
+    return path
+
+
+def read_json(path):
+    """What a JSON file holds. Raises InputError when it cannot be read."""
+    with open(plain_file(path), "rb") as f:
+        text = f.read()
     try:
-        return source[key] if source is not None else np.load(what, allow_pickle=False, **kw)
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not readable JSON ({e}) - write or restore it")
+
+
+def _load(what, read):
+    """What read() returns, an array or an .npz; raises InputError saying what is wrong with `what`."""
+    try:
+        return read()
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"no file or folder {what} - check the path")
     except PermissionError:
         raise InputError(f"{what} may not be read - check its permissions")
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
-        raise InputError(f"{what} is cut off or damaged - write it again")
+    except MemoryError:
+        raise InputError(f"{what} does not fit into memory - save it as a folder of .npy files")
     except ValueError as e:
         if "Object array" in str(e):
             raise InputError(f"{what} is an array of Python objects - save plain numbers or strings, "
                              "nothing is unpickled")
         raise InputError(f"{what} is not a readable .npz or .npy file - save features with numpy.savez")
+    except Exception:                                        # numpy and zipfile raise many kinds for broken files
+        raise InputError(f"{what} is cut off or damaged - write it again")
 
 
-def _check_stream(path, name, x):
+def _array(x):
+    """The array x, in this machine's order of bytes, if it holds numbers, truth values or text; else raises InputError."""
+    if x.dtype.kind not in "biufUS":
+        raise InputError(f"an array holds {x.dtype} - save plain numbers or strings")
+    if x.dtype.kind == "U":
+        "".join(x.ravel().tolist()).encode()                 # a ValueError for what is no text
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def _check_stream(path, name, x, tokens=True):
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
                          f"(reserved keys: {', '.join(RESERVED)})")
-    if x.ndim not in (2, 3):
-        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width) or (samples, tokens, width)")
+    if x.ndim not in ((2, 3) if tokens else (2,)):
+        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width)"
+                         + (" or (samples, tokens, width)" if tokens else " in a bag: extract it without --tokens"))
     if 0 in x.shape:
         raise InputError(f"stream '{name}' has shape {x.shape} - it needs at least one row and one column")
     return x
@@ -393,6 +442,8 @@ def _check_labels(labels, names):
         raise InputError(f"'labels' has shape {labels.shape} and type {labels.dtype} - "
                          "give (N,) integers or text, or (N, C) booleans")
     if names is None:
+        if count > max(len(labels), 1000):                   # each takes memory
+            raise InputError(f"'labels' go up to {count - 1} for {len(labels)} samples - number the classes from 0")
         names = [f"label {i}" for i in range(count)]
     if len(names) < count or (labels.ndim == 2 and len(names) != count):
         raise InputError(f"'label_names' has {len(names)} names for {count} labels - give one each")
@@ -413,7 +464,7 @@ def _check_grid(grid, tokens):
     """(rows, columns) of the tokens, or None."""
     if grid is None or not tokens:
         return None
-    if grid.shape != (2,) or int(grid[0]) * int(grid[1]) != tokens:
+    if grid.shape != (2,) or grid.dtype.kind not in "iuf" or not (grid > 0).all() or grid.prod() != tokens:
         raise InputError(f"'grid' is {grid.tolist()} for {tokens} tokens - give rows and columns whose product they are")
     return int(grid[0]), int(grid[1])
 
@@ -422,8 +473,8 @@ def _check_boxes(boxes, n, label_names):
     """(n, 6) boxes whose samples and labels exist, or None."""
     if boxes is None:
         return None
-    if boxes.ndim != 2 or boxes.shape[1] != 6 or not np.isfinite(boxes).all():
-        raise InputError(f"'boxes' has shape {boxes.shape} - give rows of sample, label, x0, y0, x1, y1")
+    if boxes.ndim != 2 or boxes.shape[1] != 6 or boxes.dtype.kind not in "biuf" or not np.isfinite(boxes).all():
+        raise InputError(f"'boxes' has shape {boxes.shape} and type {boxes.dtype} - give rows of sample, label, x0, y0, x1, y1")
     most = max(len(label_names), 1)
     bad = np.flatnonzero((boxes[:, 0] < 0) | (boxes[:, 0] >= n) | (boxes[:, 1] < 0) | (boxes[:, 1] >= most)
                          | (boxes[:, 2:] < 0).any(1) | (boxes[:, 2:] > 1).any(1) | (boxes[:, 2:4] >= boxes[:, 4:]).any(1))
@@ -436,7 +487,7 @@ def _check_boxes(boxes, n, label_names):
 def _split(given, groups, n, seed):
     """(N,) of train / val / test: as given; else 80 % of the groups, or of the samples, train, the rest val (A.1.2)."""
     if given is not None:
-        split = np.array([v.decode() if isinstance(v, bytes) else str(v) for v in given.tolist()])
+        split = np.array([v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in given.tolist()])
         bad = np.flatnonzero(~np.isin(split, SPLITS))
         if len(bad):
             raise InputError(f"'split' row {bad[0]} is '{split[bad[0]]}' - use train, val or test")
@@ -481,36 +532,36 @@ def read_taxonomy(path, label_names):
 
     Raises InputError for a cycle, a parent that is no entry, several roots, or a label that is missing.
     """
-    try:
-        with open(path) as f:
-            tree = json.load(f)
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise InputError(f"no taxonomy at {path} - check the path")
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path} is not readable JSON ({e}) - "
-                         "give {\"child\": \"parent\"} or nested LabelName/Subcategory")
-    if not isinstance(tree, dict):
+    tree, parents, sound = read_json(path), {}, set()        # sound: what leads to the root
+    nested = isinstance(tree, dict) and "LabelName" in tree
+    if not isinstance(tree, dict) or not nested and not all(v is None or isinstance(v, str) for v in tree.values()):
         raise InputError(f"{path} holds a {type(tree).__name__} - "
                          "give {\"child\": \"parent\"} or nested LabelName/Subcategory")
-    parents = {}
-    if "LabelName" in tree:
+    if nested:
         queue = [(tree, None)]                               # breadth first: what is seen last is deepest
         for node, parent in queue:
+            if not isinstance(node, dict) or not isinstance(node.get("LabelName"), str) \
+                    or not isinstance(node.get("Subcategory", []), list):
+                raise InputError(f"{path}: a node below {parent} has no LabelName of text, or no list as its Subcategory - "
+                                 "mend it")
             parents[node["LabelName"]] = parent
             queue += [(child, node["LabelName"]) for child in node.get("Subcategory", [])]
     else:
-        parents = {str(k): None if v is None else str(v) for k, v in tree.items()}
+        parents = tree
     roots = [k for k, v in parents.items() if v is None]
     for child, parent in parents.items():
         if parent is not None and parent not in parents:
             raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - "
                              "add it, with null as the root's parent")
         seen = {child}
-        while parent is not None:
+        while parent is not None and parent not in sound:
             if parent in seen:
                 raise InputError(f"taxonomy: '{child}' is its own ancestor - break the cycle at '{parent}'")
             seen.add(parent)
-            parent = parents[parent]
+            parent = parents.get(parent)                     # one that is unknown is named in its turn
+        sound |= seen
     if len(roots) != 1:
         raise InputError(f"taxonomy has {len(roots)} roots - give exactly one entry the parent null")
     missing = [v for v in label_names if v not in parents]
@@ -883,7 +934,7 @@ def latent_semantics(captions, known, longest=1, width=32):
 def read_merges(path):
     """The merges of CLIP's file, plain or gzipped, without its first line; raises InputError when it cannot be read."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+        with (gzip.open if path.endswith(".gz") else open)(plain_file(path), "rt", encoding="utf-8") as f:
             return f.read().splitlines()[1:48895]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise InputError(f"{path} is not a readable merges file ({type(e).__name__}) - give CLIP's "
@@ -1045,8 +1096,11 @@ def voc_stems(folder):
         listed = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
         if not os.path.exists(listed):
             raise InputError(f"no {listed} - expected a Pascal VOC folder: ImageSets/Main, Annotations, JPEGImages")
-        with open(listed) as f:
+        with open(plain_file(listed), errors="replace") as f:
             found += [(split, stem) for stem in f.read().split()]
+    for _, stem in found:
+        if os.path.basename(stem) != stem or not stem.isprintable():                        # it names files that are written
+            raise InputError(f"{folder} lists a picture {stem!r} - list plain names, without folders and endings")
     return found
 
 
@@ -1129,7 +1183,7 @@ def open_image(path, decode=True, window=None):
     Raises InputError naming the file.
     """
     try:
-        image = Image.open(path)
+        image = Image.open(plain_file(path))
         return as_rgb(image, window) if decode else image.close()
     except Image.DecompressionBombError:
         raise InputError(f"{path} is too large for one picture - cut it with `tile`, for which it needs openslide")
@@ -1501,8 +1555,9 @@ def _read_tiles(files):
             if key not in arrays:
                 raise InputError(f"{file} lacks '{key}' - name a file that the tile command wrote")
         box, names, here = arrays["coords"], arrays["images"], os.path.dirname(os.path.abspath(file))
-        if box.ndim != 2 or box.shape[1] != 4 or names.shape != (len(box),) or not len(box):
-            raise InputError(f"{file}: 'coords' has shape {box.shape} for {len(names)} tiles - give x, y, width, height each")
+        if box.ndim != 2 or box.shape[1] != 4 or names.shape != (len(box),) or not len(box) or box.dtype.kind not in "iuf":
+            raise InputError(f"{file}: 'coords' has shape {box.shape} and type {box.dtype} for {names.size} tiles - give x, y, "
+                             "width, height each")
         paths += [os.path.join(here, str(name)) for name in names]
         boxes.append(box.astype(int))
         known, label_names, mask = _read_labels(arrays, len(box))
@@ -1518,10 +1573,10 @@ def read_polygons(path):
     """The regions of an ASAP annotation file (Camelyon's XML): list of ((n, 2) array of x, y in pixels of the slide, inside),
     outer ones first; inside is False for what is cut out of them (Camelyon's group _2)."""
     try:
-        root = ElementTree.parse(path).getroot()
+        root = ElementTree.parse(plain_file(path)).getroot()
         found = [(sorted([float(c.get(k)) for k in ("Order", "X", "Y")] for c in a.iter("Coordinate")),
                   a.get("PartOfGroup") not in ("_2", "Exclusion")) for a in root.iter("Annotation")]
-    except (OSError, ElementTree.ParseError, TypeError, ValueError) as e:
+    except (OSError, ElementTree.ParseError, LookupError, TypeError, ValueError) as e:      # lookup: of an encoding
         raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - expected Annotation, Coordinate, Order, X, Y")
     return sorted([(np.array(p)[:, 1:], inside) for p, inside in found if len(p) > 2], key=lambda region: not region[1])
 
@@ -1546,11 +1601,13 @@ def read_voc(path):
     try:
         sides = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
         found = [(thing.find("name").text, tuple(float(thing.find(side).text) for side in sides))
-                 for thing in ElementTree.parse(path).iter("object")]
-    except (OSError, ElementTree.ParseError, AttributeError, TypeError, ValueError) as e:
+                 for thing in ElementTree.parse(plain_file(path)).iter("object")]
+    except (OSError, ElementTree.ParseError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise InputError(f"{path} is not a readable Pascal VOC annotation ({e}) - expected object, name, bndbox, xmin, ...")
-    for name, _ in found:
-        if not name or os.path.basename(name) != name:
+    for name, box in found:
+        if not all(map(math.isfinite, box)):
+            raise InputError(f"{path} has the box {box} of '{name}' - give finite numbers")
+        if not name or os.path.basename(name) != name or not name.isprintable():
             raise InputError(f"{path} names an object '{name}' - a name becomes a folder: take plain words")
     return found
 
@@ -1722,10 +1779,3 @@ def stratified_parts(y, shares, seed, groups=None):
         for part, a, b in zip(parts, [0, *ends], ends):
             part.extend(rows[a:b])
     return [np.sort(np.array(part, int)) for part in parts]
-
-
-def write_npz(path, arrays):
-    """Whole or not at all."""
-    with open(f"{path}.tmp", "wb") as f:
-        np.savez(f, **arrays)
-    os.replace(f"{path}.tmp", path)

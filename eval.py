@@ -18,6 +18,7 @@ Deviations   from the authors' code: probe candidates are chosen on training pos
 """
 import base64
 import ctypes
+import errno
 import html
 import io
 import json
@@ -789,7 +790,8 @@ def strip(first, *others):
 
 
 def standalone_svg(*charts):
-    """Inline charts, one below the other, as a file of their own."""
+    """Inline charts, one below the other, as a file of their own; those that had nothing to draw are left out."""
+    charts = [chart for chart in charts if chart.startswith("<svg")] or ['<svg viewBox="0 0 1 1"></svg>']
     if len(charts) > 1:
         sizes = [tuple(map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', c).groups())) for c in charts]
         tops = [24 + sum(h + 24 for _, h in sizes[:i]) for i in range(len(sizes))]
@@ -885,15 +887,32 @@ def write_torch(path, state):
 
 
 def write_text(path, text):
-    """Whole or not at all, UTF-8."""
-    write_whole(path, lambda f: f.write(text.encode()))
+    """Whole or not at all, UTF-8; half a character, as a file's name may have it, is written as its number."""
+    write_whole(path, lambda f: f.write(text.encode(errors="backslashreplace")))
+
+
+def write_npz(path, arrays):
+    """Whole or not at all, as `write_text`."""
+    write_whole(path, lambda f: np.savez(f, **arrays))
 
 
 def write_whole(path, write):
-    """write(f) to a binary file of a temporary name, then renamed, so that a killed run leaves the whole file or none."""
-    with open(f"{path}.tmp", "wb") as f:
-        write(f)
-    os.replace(f"{path}.tmp", path)
+    """write(f) to a binary file of a temporary name, then renamed: a killed run leaves the whole file or none, and a write
+    that fails, as on a full disk, leaves nothing. The name is fresh, so that no file and no link of others is written to.
+    Raises OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):    # a rename would put a file in the place of /dev/null
+        raise OSError(errno.EEXIST, "not a plain file", path)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    f = open(temporary, "xb")
+    try:
+        with f:
+            write(f)
+        os.replace(temporary, path)
+    except BaseException as e:
+        os.remove(temporary)
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):              # torch's words hide the system's
+            raise e.__context__
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.
 What a user can mend ends as one line on stderr and exit code 2. torch is imported late, so that --help is quick.
 """
 import argparse
+import contextlib
 import csv
 import functools
 import html
@@ -16,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -248,8 +248,9 @@ def check_folder(folder, flags):
     saved = None
     if os.path.isdir(folder) and os.listdir(folder):
         if flags.resume and os.path.exists(out_path(folder, "config.json")):
-            with open(out_path(folder, "config.json")) as f:
-                saved = json.load(f)
+            saved = read_config(folder, COMMANDS[flags.command][1])
+            if saved["flags"].get("command") != flags.command:
+                raise InputError(f"{folder} holds a run of {saved['flags'].get('command')} - resume it with that command")
         elif not flags.resume and not flags.overwrite:
             raise InputError(f"{folder} holds a run already - use --resume, --overwrite or another --out")
     if saved is None:
@@ -262,6 +263,48 @@ def check_folder(folder, flags):
     return flags.replaced({k: v for k, v in saved["flags"].items() if k not in typed}), saved
 
 
+def read_config(folder, table):
+    """config.json of a run folder, a dict, whose "flags" have what the flag table `table` names, each of its kind."""
+    import data
+    path = out_path(folder, "config.json")
+    config = data.read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
+        raise InputError(f"{path} is no config of a run - restore it, or train anew")
+    check_kinds(config["flags"], table, path)
+    return config
+
+
+def check_kinds(values, table, path):
+    """Raise InputError unless the values by name that the file `path` holds are what could be typed for those flags."""
+    for flag, (default, kind, _) in table.items():
+        value = values.get(flag.replace("-", "_"), default)
+        if type(value) is type(default) and value == default:
+            continue
+        try:
+            fits = isinstance(value, kind) if kind in (bool, str) else isinstance(value, (int, float, str)) and (
+                value in kind if isinstance(kind, tuple) else kind(str(value)) == value)
+        except (ValueError, OverflowError, argparse.ArgumentTypeError):
+            fits = False
+        if not fits:
+            raise InputError(f"{path} has {value!r} as {flag} - restore it, or train anew")
+
+
+@contextlib.contextmanager
+def unpacked(path, wrong, advice, device="cpu"):
+    """What a .pt file holds, for the lines that take it apart: whatever fails there ends as "`path` `wrong` - `advice`"."""
+    import data
+    import torch
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # torch's own, of TorchScript; the advice says what to do
+            state = torch.load(data.plain_file(path), weights_only=True, map_location=device)
+        yield state
+    except Exception as e:                                   # torch raises many kinds for broken files and pickles
+        if type(e).__name__ == "InputError":
+            raise
+        raise InputError(f"{path} {wrong} ({type(e).__name__}) - {advice}")
+
+
 def make_folder(folder, fresh):
     """Create a run folder, or empty it of what a run writes (never of anything else) when `fresh`."""
     try:
@@ -269,11 +312,11 @@ def make_folder(folder, fresh):
         found = os.listdir(folder)
         weights = [name for name in found if name.endswith(".pt")] if "config.json" in found else []
         heat = [name for name in found if name.startswith("heat_")]
-        for name in ("metrics.json", "report.html", "checkpoint.pt", "log.csv", "curves.svg", "neighbours.png", "sweep.svg",
-                     *weights, *heat, "config.json") if fresh else ():
-            for path in (out_path(folder, name), out_path(folder, name + ".tmp")):
-                if os.path.exists(path):
-                    os.remove(path)
+        ours = dict.fromkeys(("metrics.json", "report.html", "checkpoint.pt", "log.csv", "curves.svg", "neighbours.png",
+                              "sweep.svg", *weights, *heat, "config.json") if fresh else ())
+        for name in ours:                                    # .tmp: a run was killed while it wrote
+            for left in [f for f in found if re.fullmatch(re.escape(name) + r"(\.\d+\.tmp)?", f)]:
+                os.remove(out_path(folder, left))
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
@@ -320,15 +363,28 @@ class Progress:
 
 
 class Log:
-    """The rows of log.csv: text, so that a resumed run keeps them to the byte."""
+    """The rows of log.csv: text, so that a resumed run keeps them to the byte.
 
-    def __init__(self, path, upto=0):
+    Those up to step `upto` are read, and must have the `columns` that reports draw; only cells of `gaps` may be empty.
+    """
+
+    def __init__(self, path, upto=0, columns=(), gaps=()):
         self.path, self.rows = path, []
         if upto and os.path.exists(path):
-            with open(path, newline="") as f:
-                self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
+            import data
+            data.plain_file(path)
+            try:
+                with open(path, newline="") as f:
+                    self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
+                numbers = [float(v) for row in self.rows for k, v in row.items() if k != "revive" and (v or k not in gaps)]
+            except (KeyError, TypeError, ValueError, csv.Error):
+                numbers = [math.nan]
+            if not all(map(math.isfinite, numbers)) or self.rows and not self.rows[0].keys() >= {*columns}:
+                raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves so far")
 
     def add(self, row):
+        if self.rows and self.rows[0].keys() != row.keys():
+            raise InputError(f"{self.path} has other columns than this run - restore it, or remove it")
         self.rows.append({k: str(v) for k, v in row.items()})
 
     def write(self):
@@ -354,7 +410,7 @@ def train(flags, features, folder, saved=None, command="sparc"):
     model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
     checkpoint = out_path(folder, "checkpoint.pt")
-    if saved and saved["data_hash"] != features.hash:
+    if saved and saved.get("data_hash") != features.hash:
         raise InputError(f"{flags.data} is not what the run in {folder} was trained on - restore it, or train anew")
     make_folder(folder, fresh=not saved)
     if saved and os.path.exists(checkpoint):
@@ -364,7 +420,7 @@ def train(flags, features, folder, saved=None, command="sparc"):
         "train_rows": len(rows), "versions": versions()})
     batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
     n_steps = flags.epochs * batches.epoch
-    log = Log(out_path(folder, "log.csv"), int(model.step))
+    log = Log(out_path(folder, "log.csv"), int(model.step), ("self", "cross"))
     _fit(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps, batches.epoch, log,
          checkpoint)
     return model, log
@@ -621,11 +677,8 @@ def run_sparc(flags, features, folder, saved=None, command="sparc"):
 
 def resumable(folder, parent):
     """The saved config of a sub-run when its parent run is being resumed and it got that far."""
-    path = out_path(folder, "config.json")
-    if not parent or not os.path.exists(path):
-        return None
-    with open(path) as f:
-        return json.load(f)
+    there = parent and os.path.exists(out_path(folder, "config.json"))
+    return read_config(folder, {}) if there else None
 
 
 def read(flags):
@@ -714,7 +767,10 @@ def cmd_variants(flags):
     import eval as judge
     import sae
     flags, saved = check_folder(flags.out, flags)
-    flags.given |= frozenset(saved["given"]) if saved else frozenset()
+    given = saved.get("given") if saved else []
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise InputError(f"{flags.out} has {given!r} as what was given in config.json - restore it, or train anew")
+    flags.given |= frozenset(given)
     features, rows, results = one_stream(flags), [], {}
     sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what its first use loads is not the first row's time
     for variant in VARIANTS:
@@ -747,18 +803,17 @@ def cmd_variants(flags):
 def load_run(folder, device="cpu"):
     """(model, config) of a run folder."""
     import sae
-    try:
-        with open(out_path(folder, "config.json")) as f:
-            config = json.load(f)
-    except (OSError, ValueError):
+    if not os.path.exists(out_path(folder, "config.json")):
         raise InputError(f"{folder} is no run folder - name one that sparc, sae or ablate wrote")
+    config = read_config(folder, {**{k: DATA[k] for k in ("data", "taxonomy")}, **SEED})
     return sae.load(out_path(folder, "checkpoint.pt"), device)[0], config
 
 
 def features_for(model, config, flags):
     """The features to use a run on: those of --data, else the run's own. Only streams that the model knows are read."""
     import data
-    flags = flags.replaced({k: config["flags"][k] for k in ("data", "taxonomy", "seed") if k not in flags.given})
+    flags = flags.replaced({k: config["flags"].get(k, flags.get(k)) for k in ("data", "taxonomy", "seed")
+                            if k not in flags.given})
     if not flags.streams:
         there = data.stream_names(flags.data) if flags.data else model.streams
         known = [s for s in model.streams if s in there]
@@ -793,7 +848,7 @@ def cmd_encode(flags):
     """Write the sparse codes of features: <stream>_indices and _values, (N, k), of tokens (N, T, k).
 
     Samples with fewer active latents may be filled up with index -1, value 0."""
-    import data
+    import eval as judge
     import numpy as np
     if os.path.exists(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} exists - use --overwrite or another --out")
@@ -806,7 +861,7 @@ def cmd_encode(flags):
     arrays = {f"{s}_{name}": v for s, pair in codes.items() for name, v in zip(("indices", "values"), pair)}
     if "ids" in features.about:
         arrays["ids"] = features.about["ids"]
-    data.write_npz(flags.out, {**arrays, "n_latents": model.n_latents, "mode": flags.mode})
+    judge.write_npz(flags.out, {**arrays, "n_latents": model.n_latents, "mode": flags.mode})
     say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
@@ -957,7 +1012,7 @@ def cmd_dino(flags):
     rows = images.rows("train") if images.split is not None else images.rows()
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
-    if saved and saved["data_hash"] != images.hash:
+    if saved and saved.get("data_hash") != images.hash:
         raise InputError(f"{flags.images} is not what the run in {flags.out} was trained on - restore it, or train anew")
     train_dino(flags, images, rows, flags.out, saved)
 
@@ -1060,13 +1115,16 @@ def train_dino(flags, images, rows, folder, saved):
         teacher([torch.zeros(1, 3, side, side, device=flags.device) for side in (flags.size, flags.local_size)])
     make_folder(folder, fresh=not saved)
     if saved and os.path.exists(checkpoint):
-        kept = torch.load(checkpoint, weights_only=True, map_location=flags.device)
-        for thing, name in ((student, "student"), (teacher, "teacher"), (optimiser, "optimiser")):
-            thing.load_state_dict(kept[name])
-        center, step, most = kept["center"], kept["step"], kept["most"]
+        with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite", flags.device) as kept:
+            for thing, name in ((student, "student"), (teacher, "teacher"), (optimiser, "optimiser")):
+                thing.load_state_dict(kept[name])
+            center, step, most = kept["center"].float().reshape(center.shape), int(kept["step"]), float(kept["most"])
+            if step < 0 or any(v.shape != weights.shape for weights, moments in optimiser.state.items()
+                               for key, v in moments.items() if key != "step"):
+                raise ValueError("moments of other weights")
     judge.write_json(out_path(folder, "config.json"), {"command": "dino", "flags": flags, "data_hash": images.hash,
                                                        "pictures": len(images), "versions": versions()})
-    log = Log(out_path(folder, "log.csv"), step)
+    log = Log(out_path(folder, "log.csv"), step, *[("loss", "entropy", "information", "knn")] * 2)
     watch = Watch(images, teacher.backbone, flags)
     if not step and len(watch.test):
         log.add({"step": 0, "epoch": 0, "loss": "", "entropy": "", "information": "", "knn": watch.knn()})
@@ -1185,6 +1243,7 @@ def finish_dino(flags, folder, log, watch):
 def cmd_extract(flags):
     """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe` read."""
     import data
+    import eval as judge
     import numpy as np
     import ssm
     images, size = pictures_of(flags), flags.size
@@ -1228,7 +1287,7 @@ def cmd_extract(flags):
         about["mask"] = images.mask
     if images.split is not None:
         about["split"] = images.split
-    data.write_npz(flags.out, {**streams, **about, **images.about})
+    judge.write_npz(flags.out, {**streams, **about, **images.about})
     say(f"wrote {flags.out}")
 
 
@@ -1269,20 +1328,18 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     if not where or os.path.basename(name) != name:          # it names files, too
         raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
     made, size = {}, getattr(flags, "size", None) or None
+    settings_of = {k: DINO[k] for k in ("arch", "size", "patch")}
     if not path and arch.endswith(".pt"):
-        try:
-            kept = torch.load(arch, weights_only=True, map_location="cpu")
+        with unpacked(arch, "is no file of finetune", f"write {name}=arch:FILE for others") as kept:
             made, path = {k: kept[k] for k in ("arch", "size", "patch", "n_classes")}, arch
-        except (OSError, EOFError, LookupError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
-            raise InputError(f"{arch} is no file of finetune ({type(e).__name__}) - write {name}=arch:FILE for others")
+        check_kinds(made, {**settings_of, "n_classes": DINO["patch"]}, arch)
     elif not path:
         if os.path.exists(out_path(arch, "clip.pt")):
             return (name, *load_clip(arch, flags.device))
         config = out_path(arch, "config.json")
         if not os.path.exists(config):
             raise InputError(f"{arch} is no dino run - give its folder, or write {name}=arch:FILE")
-        with open(config) as f:
-            made, path = json.load(f)["flags"], out_path(arch, "checkpoint.pt")
+        made, path = read_config(arch, settings_of)["flags"], out_path(arch, "checkpoint.pt")
     arch = made.get("arch", arch)
     torch.manual_seed(flags.seed)
     if arch not in ssm.PRESETS and n_classes:
@@ -1304,19 +1361,14 @@ def load_backbone(spec, flags, n_classes=0, head=False):
 def torchvision_model(name, path, n_classes):
     """A classifier of torchvision by name, its last layer new; path: a state_dict of the released shape, or "random"."""
     import data
-    import torch
     models = data.vision().models
     if name not in models.list_models(module=models):
         raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
     model = models.get_model(name, num_classes=n_classes)
     if path != "random":
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+        with unpacked(path, f"does not hold the weights of {name}", "give torchvision's file") as state:
             own, last = model.state_dict(), last_linear(model)[0]
             model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v for k, v in state.items()})
-        except (OSError, EOFError, LookupError, AttributeError, RuntimeError, TypeError, pickle.UnpicklingError) as e:
-            why = str(e).splitlines()[0][:80]
-            raise InputError(f"{path} does not hold the weights of {name} ({why}) - give torchvision's file")
     return model
 
 
@@ -1483,7 +1535,6 @@ def label_number(features, label):
 
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients (CytoSAE)."""
-    import data
     import eval as judge
     import numpy as np
     folder = analysis_folder(flags, "latents")
@@ -1521,7 +1572,7 @@ def cmd_latents(flags):
     sections += more + [("Reference samples", reference_gallery(coded, table, train, shown[:flags.show]))]
     make_folder(folder, fresh=False)
     if codes is not None:
-        data.write_npz(out_path(folder, "barcodes.npz"), codes)
+        judge.write_npz(out_path(folder, "barcodes.npz"), codes)
     judge.write_text(out_path(folder, "scatter.svg"), judge.standalone_svg(scatter))
     judge.write_json(out_path(folder, "latents.json"), [
         {"latent": int(j), **{k: none_if_nan(v[j]) for k, v in table.items() if k != "references"},
@@ -1883,11 +1934,11 @@ def cmd_describe(flags):
 
 def read_names(path, n_latents):
     """names.json: dict latent -> name."""
-    try:
-        with open(path) as f:
-            names = {int(k): str(v) for k, v in json.load(f).items()}
-    except (OSError, ValueError, AttributeError) as e:
-        raise InputError(f'{path} is not a readable file of names ({e}) - write {{"17": "round nucleus"}}')
+    import data
+    found = data.read_json(path)
+    if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
+        raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
+    names = {int(k): str(v) for k, v in found.items()}
     wrong = [j for j in names if not 0 <= j < n_latents]
     if wrong or not names:
         raise InputError(f"{path}: latent {wrong[0] if wrong else '-'} is not among the run's {n_latents} - mend the names")
@@ -1997,7 +2048,7 @@ def cmd_tissue(flags):
     names = np.array([f"images/{i:05d}.png" for i in range(len(pixels))])
     for name, picture in zip(names, pixels):
         Image.fromarray(picture).save(out_path(flags.out, name))
-    data.write_npz(out_path(flags.out, "tissue.npz"), {**made, "images": names})
+    judge.write_npz(out_path(flags.out, "tissue.npz"), {**made, "images": names})
     judge.write_json(out_path(flags.out, "taxonomy.json"), parents)
     kinds, sheet = len(data.CELLS) + 1, []
     for c in range(kinds):
@@ -2079,16 +2130,10 @@ def import_clip(flags):
     """A released CLIP as a run like our own: its weights, its tokenizer, and its first layer in our units of pixels."""
     import data
     import ssm
-    import torch
     words = data.Merges(data.read_merges(needed(flags, "merges")))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # torch's own, of TorchScript; the next line says what to do
-            state = torch.load(flags.weights, weights_only=True, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
-        raise InputError(f"{flags.weights} is no state_dict ({type(e).__name__}) - of OpenAI's files save "
-                         "torch.jit.load(FILE).state_dict()")
-    model = ssm.clip_from_state(state)
+    with unpacked(flags.weights, "is no state_dict of a CLIP", "of OpenAI's files save torch.jit.load(FILE).state_dict()"
+                  ) as state:
+        model = ssm.clip_from_state(state)
     if words.size != model.config["vocab"]:
         raise InputError(f"{flags.merges} makes {words.size} tokens, {flags.weights} knows {model.config['vocab']} - give "
                          "CLIP's bpe_simple_vocab_16e6.txt.gz")
@@ -2111,14 +2156,10 @@ def load_clip(folder, device):
     tokenizer."""
     import data
     import ssm
-    import torch
-    try:
-        kept = torch.load(out_path(folder, "clip.pt"), weights_only=True, map_location="cpu")
+    with unpacked(out_path(folder, "clip.pt"), "is no readable clip.pt", "train it again") as kept:
         model = ssm.CLIP(**kept["config"])
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
-    except (OSError, EOFError, LookupError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
-        raise InputError(f"{folder} holds no readable clip.pt ({type(e).__name__}) - train it again")
     model = model.eval().to(device)
     object.__setattr__(model.visual, "clip", model)          # not as a submodule: it is the other way round
     model.visual.words = words
@@ -2277,12 +2318,11 @@ def cmd_attribute(flags):
 def write_maps(folder, maps, truth, drawn):
     """maps.npz: `keys` (n, 2), picture and label, and for each method its maps (n, h, w), NaN where there is none; and the
     overlays {name: PIL image} as PNG."""
-    import data
     import eval as judge
     import numpy as np
     arrays = {what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
               for what, of in maps.items() if of}
-    data.write_npz(out_path(folder, "maps.npz"), {"keys": np.array(list(truth)), **arrays})
+    judge.write_npz(out_path(folder, "maps.npz"), {"keys": np.array(list(truth)), **arrays})
     fresh_folder(out_path(folder, "overlays"), r"\d+_\w+\.png")
     for name, picture in drawn.items():
         judge.save_picture(os.path.join(folder, "overlays", f"{name}.png"), picture)
@@ -2615,7 +2655,7 @@ def cmd_tile(flags):
         if regions is not None:
             share = np.array([data.region_share(regions, box) for box in boxes])
             arrays.update(labels=(share >= flags.roi_share).astype(int), label_names=np.array(["outside", "region"]))
-        data.write_npz(f"{target}.npz", arrays)
+        judge.write_npz(f"{target}.npz", arrays)
         judge.save_picture(f"{target}.png", shown)
         inside = "" if regions is None else f", {arrays['labels'].sum()} of them in the regions"
         print(f"{target}.npz: {len(boxes)} tiles of {side} pixels{inside}")
@@ -3230,8 +3270,8 @@ def demo_latents(at, quick):
 
 
 def read_metrics(path):
-    with open(path) as f:
-        return json.load(f)
+    import data
+    return data.read_json(path)
 
 
 def above(a, b):
@@ -3454,6 +3494,7 @@ def fidelity_verdict(at):
 def demo_files(out, seed):
     """Files that tie stages together: patients as bags and as slides; features with the disease as label."""
     import data
+    import eval as judge
     import numpy as np
     views = {views: data.read_arrays(out_path(out, name)) for views, name in (("", "feats.npz"), ("half_", "half.npz"))
              if not views or os.path.exists(out_path(out, name))}
@@ -3468,15 +3509,14 @@ def demo_files(out, seed):
     for arch in ("vit", "vim"):
         for name, x in views.items():
             x = x[f"dino_{arch}"][order].astype(np.float32)
-            data.write_npz(out_path(out, f"bags_{name}{arch}.npz"), {"X": x, **about})
+            judge.write_npz(out_path(out, f"bags_{name}{arch}.npz"), {"X": x, **about})
     demo_slides(out, feats["dino_vim"], made)
     keep = {k: v for k, v in feats.items() if k not in ("labels", "label_names", "boxes")}
-    data.write_npz(out_path(out, "disease.npz"), {**keep, "labels": made["disease"], "label_names": made["disease_names"]})
+    judge.write_npz(out_path(out, "disease.npz"), {**keep, "labels": made["disease"], "label_names": made["disease_names"]})
 
 
 def demo_slides(out, x, made):
     """A patient's pictures in rows of four as a slide, and a file of their features beside it, in a folder of each disease."""
-    import data
     import eval as judge
     import numpy as np
     from PIL import Image
@@ -3492,7 +3532,7 @@ def demo_slides(out, x, made):
         for tile, place in zip(tiles, places):
             slide.paste(tile, place)
         judge.save_picture(out_path(folder, f"{group}.png"), slide)
-        data.write_npz(out_path(folder, f"{group}.npz"), {
+        judge.write_npz(out_path(folder, f"{group}.npz"), {
             "dino_vim": x[rows], "images": np.array([f"{group}.png"]),
             "coords": np.array([(*place, side, side) for place in places])})
 
@@ -3811,6 +3851,8 @@ def parse(argv):
             option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
                 {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
             sub.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=f"{text} {note}", **option)
+    if any("\0" in word for word in argv or ()):
+        fail("a NUL character on the command line - leave it out")
     given = vars(parser.parse_args(argv))
     run, table, positional, defaults = COMMANDS[given["command"]]
     values = {k.replace("-", "_"): defaults.get(k, v[0]) for k, v in table.items()}
@@ -3840,13 +3882,17 @@ def say_once(text):
 
 
 def fail(text):
-    """End as every user error does: one line, exit code 2."""
-    say(f"repsae: error: {text}")
+    """End as every user error does: one line of at most 400 characters, exit code 2. Of a longer one the middle goes, since
+    its end says what to do."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in f"repsae: error: {text}").split())
+    say(line if len(line) <= 400 else f"{line[:260]} ... {line[-130:]}")
     raise SystemExit(2)
 
 
 def main(argv=None):
     """Run the command that argv names. What a user can mend ends in `fail`; bugs of ours keep their traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")    # names of files need not be text
     try:
         run, flags = parse(argv)
         if "device" in flags:
@@ -3858,7 +3904,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise SystemExit(130)
     except OSError as e:                                     # no space, no permission, no such place
-        fail(f"{e.strerror}: {e.filename or flags.get('out')} - mend it, or name another place")
+        fail(f"{e.strerror or e}: {e.filename or flags.get('out')} - mend it, or name another place")
     except ValueError as e:
         if type(e).__name__ != "InputError":
             raise

@@ -911,26 +911,45 @@ def save(path, model, optimiser=None, **extra):
     """Write model, optimiser and plain `extra` to `path`, whole or not at all (a temporary name, then a rename)."""
     state = {"format": "repsae-sparc-1", "config": model.config, "model": model.state_dict(), "extra": extra,
              "optimiser": optimiser.state_dict() if optimiser else None}
-    with open(f"{path}.tmp", "wb") as f:                     # a handle, not a name: the name would go into the bytes
-        torch.save(state, f)
-    os.replace(f"{path}.tmp", path)
+    temporary = f"{path}.{os.getpid()}.tmp"                  # fresh: no file and no link of others is written to
+    f = open(temporary, "xb")
+    try:
+        with f:                                              # a handle, not a name: the name would go into the bytes
+            torch.save(state, f)
+        os.replace(temporary, path)
+    except BaseException as e:
+        os.remove(temporary)
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):              # a full disk, in torch's words
+            raise e.__context__
+        raise
 
 
 def load(path, device="cpu"):
     """Read what `save` wrote: (model, optimiser or None, extra). Raises InputError for a file that is none of ours."""
+    if not os.path.isfile(path):                             # nothing is there, or a pipe that would be waited for
+        raise InputError(f"no checkpoint at {path} - name the folder of a finished or saved run")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        ours = state["format"] == "repsae-sparc-1"
-    except FileNotFoundError:
-        raise InputError(f"no checkpoint at {path} - name the folder of a finished or saved run")
+        if state["format"] != "repsae-sparc-1":
+            raise InputError(f"{path} has format {state['format']!r} - this version reads repsae-sparc-1")
+        return _unpacked(state, device)
+    except InputError:
+        raise
     except Exception as e:                                   # torch raises many kinds for broken files and pickles
         raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - train again or restore the file")
-    if not ours:
-        raise InputError(f"{path} has format {state['format']!r} - this version reads repsae-sparc-1")
+
+
+def _unpacked(state, device):
+    """(model, optimiser or None, extra) of what `save` packed; raises anything for what is not that."""
     model = (SAE if "activation" in state["config"] else SPARC)(**state["config"]).to(device)
     model.load_state_dict(state["model"])
+    if model.step < 0:
+        raise ValueError("a step before the first")
     optimiser = None
     if state["optimiser"]:
         optimiser = make_optimiser(model)
         optimiser.load_state_dict(state["optimiser"])
+        for weights, moments in optimiser.state.items():     # which torch itself would miss in the next step only
+            if not weights.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape or moments["step"].dim():
+                raise ValueError("moments of other weights")
     return model.eval(), optimiser, state["extra"]

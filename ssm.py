@@ -1193,11 +1193,11 @@ def load_weights(model, path):
     (keys with backbone.) the projection head is not the backbone's and is left out, and so is a classifier when the model
     has none. Raises InputError listing every missing, unexpected and mis-shaped key.
     """
+    if not os.path.isfile(path):                             # nothing is there, or a pipe that would be waited for
+        raise InputError(f"no weights at {path} - check the path")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):                        # released files hold their flags
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no weights at {path} - check the path")
     except Exception as e:                                   # torch raises many kinds for broken files and pickles
         raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - download or save it again")
     for key in ("teacher", "student", "model", "state_dict"):

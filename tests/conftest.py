@@ -1,6 +1,8 @@
 """Puts the modules on the path, and reads the golden files: what the authors' public code made of random weights."""
+import contextlib
 import json
 import pathlib
+import resource
 import sys
 
 import numpy as np
@@ -26,3 +28,17 @@ def golden():
         z = np.load(ROOT / "tests" / "golden" / f"{name}.npz")
         return {k: z[k] for k in z.files}, json.loads(str(z["cfg"]))
     return read
+
+
+@pytest.fixture
+def small_files():
+    """In `with small_files():` a file that grows beyond 30 KB fails, as on a full disk."""
+    @contextlib.contextmanager
+    def limit():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return limit

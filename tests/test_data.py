@@ -1,8 +1,14 @@
 """Claims about data.py: what is read, how it is split and batched, and that each bad file gets its own line."""
 import json
-import re
+import os
 import pickle
+import re
+import signal
+import struct
 import sys
+import time
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -843,6 +849,115 @@ def test_latent_semantics_are_the_singular_vectors_of_weighted_counts():
     assert data.latent_semantics(texts, known, 2, 2).shape == (7, 2)
     with pytest.raises(data.InputError, match="fewer than two words"):
         data.latent_semantics(["a", "a"], np.arange(2))
+
+
+# -- damaged files: each is refused by the one reader of its kind ---------------------------------------------------------
+
+READERS = {"f.npz": data.read_features, "q.npy": data.read_vector, "t.json": data.read_json, "a.png": data.open_image,
+           "a.xml": data.read_polygons, "v.xml": data.read_voc, "m.txt": data.read_merges}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_is_refused_instead_of_being_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    signal.alarm(5)                                          # ends the tests where it is waited for
+    with pytest.raises(InputError, match="is no plain file"):
+        READERS[name](str(tmp_path / name))
+    signal.alarm(0)
+
+
+def with_member(path, name, content, header=None):
+    """The feature file `path` with one more member; header: (offset, byte) to change in the last central entry."""
+    with zipfile.ZipFile(path, "a") as z:
+        z.writestr(name, content)
+    if header:
+        raw = bytearray(open(path, "rb").read())
+        raw[raw.rindex(b"PK\1\2") + header[0]] = header[1]
+        open(path, "wb").write(raw)
+    return path
+
+
+def npy(shape, content=b""):
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + content
+
+
+def test_a_declared_size_is_checked_before_room_is_made_for_it(tmp_path):
+    path = with_member(as_file(tmp_path), "big.npy", npy("(10 ** 10, 4)".replace("10 ** 10", "9" * 10)))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="key 'big' is not a readable"):
+        read_features(path)
+    assert tracemalloc.get_traced_memory()[1] < 10 ** 8
+    tracemalloc.stop()
+    (tmp_path / "q.npy").write_bytes(npy("(99999999999,)", bytes(8)))
+    with pytest.raises(InputError, match="q.npy is not a readable"):
+        data.read_vector(str(tmp_path / "q.npy"))
+
+
+def test_what_is_no_array_in_a_feature_file_is_passed_over(tmp_path):
+    path = with_member(as_file(tmp_path), "readme.txt", b"hello")
+    assert list(read_features(path).streams) == ["a", "b"]
+
+
+@pytest.mark.parametrize("content, header, message", [
+    (npy("(50, 1)", bytes(200)), (10, 9), "is cut off or damaged"),                         # an unknown compression
+    (npy("(50, 1)", bytes(200)), (8, 1), "is cut off or damaged"),                          # encrypted
+    (npy("((((((((("), None, "is not a readable|is cut off or damaged"), (b"hello", None, "is not a readable"),
+    (npy("(50, 1)", bytes(200)).replace(b"<f4", b"<M8"), None, "key 'odd'"),
+    (npy("(50, 1)", bytes(200)).replace(b"<f4", b"<c8").replace(b"(50, 1)", b"(25, 1)"), None, "holds complex64")])
+def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_features(with_member(as_file(tmp_path), "odd.npy", content, header))
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"groups": np.array(3)}, r"'groups' has shape \(\) for 50 samples"),
+    ({"groups": np.zeros((50, 2))}, r"'groups' has shape \(50, 2\)"), ({"split": np.array("train")}, "'split' has shape"),
+    ({"labels": np.full(50, 10 ** 5), "label_names": None}, "go up to 100000 for 50 samples"),
+    ({"boxes": np.full((1, 6), "x")}, "'boxes' has shape"),
+    ({"captions": np.array(["\ud800"] * 50)}, "key 'captions' is not a readable")])
+def test_odd_reserved_keys_are_refused_by_name(more, message, tmp_path):
+    with np.load(as_file(tmp_path)) as z:
+        arrays = {**z, **more}
+    np.savez(tmp_path / "odd.npz", **{k: v for k, v in arrays.items() if v is not None})
+    with pytest.raises(InputError, match=message):
+        read_features(str(tmp_path / "odd.npz"))
+
+
+@pytest.mark.parametrize("grid", [[np.nan, 4], [-2, -2], ["2", "2"], [[2, 2]], [0, 4]])
+def test_a_grid_that_is_none_is_refused(grid, tmp_path):
+    np.savez(tmp_path / "t.npz", x=np.ones((6, 4, 3)), grid=np.array(grid))
+    with pytest.raises(InputError, match="'grid' is"):
+        read_features(str(tmp_path / "t.npz"))
+
+
+def test_a_deep_taxonomy_is_read_in_no_time_and_a_nest_of_brackets_refused(tmp_path):
+    chain = {"n0": None, **{f"n{i + 1}": f"n{i}" for i in range(20000)}}
+    (tmp_path / "t.json").write_text(json.dumps(dict(reversed(chain.items()))))
+    began = time.process_time()
+    assert len(data.read_taxonomy(tmp_path / "t.json", ["n20000"])) == 20001 and time.process_time() - began < 2
+    for text, message in (("[" * 30000 + "]" * 30000, "is not readable JSON"), ('{"a": 1, "b": null}', "holds a dict"),
+                          ('{"LabelName": "a", "Subcategory": [3]}', "a node below a"),
+                          ('{"LabelName": "a", "Subcategory": [{"LabelName": {}}]}', "a node below a")):
+        (tmp_path / "t.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            data.read_taxonomy(tmp_path / "t.json", [])
+
+
+@pytest.mark.parametrize("encoding", ["klingon", "utf-16", "\u00e9"])
+def test_annotations_in_an_unknown_encoding_are_refused(encoding, tmp_path):
+    (tmp_path / "a.xml").write_text(f'<?xml version="1.0" encoding="{encoding}"?><a/>', "latin-1")
+    for read in (data.read_polygons, data.read_voc):
+        with pytest.raises(InputError, match="is not a readable"):
+            read(tmp_path / "a.xml")
+
+
+def test_a_voc_list_names_no_file_outside_its_folder(tmp_path):
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    for part in ("trainval", "test"):
+        (tmp_path / "ImageSets" / "Main" / f"{part}.txt").write_text("../../../evil\n")
+    with pytest.raises(InputError, match="lists a picture '../../../evil'"):
+        data.cut_boxes(tmp_path, tmp_path / "out")
 
 
 # -- what counts as labelled -------------------------------------------------------------------------------------------

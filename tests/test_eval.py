@@ -1,5 +1,6 @@
 """Claims about eval.py, held against slow loops, closed forms, scipy, and the authors' own figures."""
 import math
+import os
 
 import numpy as np
 import pytest
@@ -846,6 +847,36 @@ def test_words_add_up_their_pieces_and_small_ones_are_hidden():
     assert judge.word_scores([9., 1., 3., 0.3, 1., 9.], pieces) == [("eosinophil", 1.), ("in", 0.), ("fat", 0.25)]
     assert judge.word_scores([0.] * 6, pieces) == [("eosinophil", 0.), ("in", 0.), ("fat", 0.)]
 
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("write", [
+    lambda path: judge.write_text(path, "x" * 10 ** 5), lambda path: judge.write_npz(path, {"x": np.ones(10 ** 5)}),
+    lambda path: judge.write_torch(path, {"x": torch.ones(10 ** 5), "y": torch.ones(10 ** 5)})])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(write, tmp_path, small_files):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(OSError), small_files():
+        write(tmp_path / "f")
+    assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_text() == "old"
+
+
+def test_no_link_is_followed_and_no_device_replaced(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "f.tmp").symlink_to(tmp_path / "mine")
+    judge.write_text(tmp_path / "f", "new")
+    os.mkfifo(tmp_path / "pipe")
+    for there in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError):
+            judge.write_text(there, "x")
+    assert (tmp_path / "mine").read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["f", "f.tmp", "mine", "pipe"]
+
+
+def test_half_a_character_in_a_page_and_charts_without_points_are_written_all_the_same(tmp_path):
+    judge.write_text(tmp_path / "f", "a\ud800")
+    assert (tmp_path / "f").read_text() == "a\\ud800"
+    empty, full = judge.svg_lines({"a": []}, "x", "y"), judge.svg_lines({"a": [(0, 1)]}, "x", "y")
+    assert judge.standalone_svg(empty, full).count("<svg") == 1 and "<svg" in judge.standalone_svg(empty, empty)
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------

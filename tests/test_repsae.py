@@ -1525,6 +1525,85 @@ def test_a_stage_that_was_begun_is_resumed_and_any_other_overwritten(tmp_path, m
 
 
 
+# -- damaged runs and odd words ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def short(features, tmp_path):
+    """A run of one epoch, to be damaged."""
+    run("sparc", "--data", features, *SMALL, "--epochs", 1, "--out", tmp_path / "s")
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"flags": 3}', '{"flags": {"seed": "x"}}', '{"flags": {"data": 3}}',
+                                  "[" * 30000, '{"flags": {"seed": 1.5}}', "\xff"])
+def test_a_damaged_config_is_refused_by_all_that_read_it(text, short, tmp_path, capsys):
+    (short / "config.json").write_text(text, "latin-1")
+    for argv in (["eval", short], ["sparc", "--resume", "--out", short], ["latents", short]):
+        assert "config.json" in error(capsys, *argv)
+    (short / "config.json").write_text('{"flags": {"arch": ["vit_micro"]}}')
+    Image.new("RGB", (16, 16)).save(tmp_path / "p.png")
+    assert "config.json has ['vit_micro'] as arch" in error(
+        capsys, "extract", "--images", tmp_path / "p.png", "--weights", f"a={short}", "--out", tmp_path / "o.npz")
+
+
+def test_a_run_is_resumed_by_its_own_command(short, capsys):
+    assert "holds a run of sparc - resume it" in error(capsys, "sae", "--resume", "--out", short)
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s.replace("step", "stop"), lambda s: s.replace("cross", "crass"), lambda s: s[:-3] + ",,9,9\n",
+    lambda s: s + "7\n", lambda s: re.sub(r"\n(\d+),[\d.]+", r"\n\1,nan", s), lambda s: re.sub(r"\n(\d+),[\d.]+", r"\n\1,", s),
+    lambda s: s + "\0", lambda s: s.replace("self", "self,more")])
+def test_a_damaged_log_is_refused(change, short, capsys):
+    (short / "log.csv").write_text(change((short / "log.csv").read_text()))
+    assert "log.csv" in error(capsys, "sparc", "--resume", "--epochs", 1, "--out", short)
+
+
+def test_damaged_weights_of_other_kinds_are_refused(trained, pictures, tmp_path, capsys):
+    kept = torch.load(trained / "checkpoint.pt", weights_only=True)
+    for name, change in (("center", torch.zeros(3)), ("step", -1), ("student", {}), ("optimiser", 3), (None, None)):
+        shutil.copytree(trained, tmp_path / str(name))
+        torch.save({**kept, name: change} if name else 3, tmp_path / str(name) / "checkpoint.pt")
+        assert "is no checkpoint of this run" in error(capsys, "dino", "--images", pictures, "--resume", "--out",
+                                                       tmp_path / str(name))
+    (tmp_path / "c").mkdir()
+    for state in ({}, {"config": {"width": "x"}, "model": {}}, 3):
+        torch.save(state, tmp_path / "c" / "clip.pt")
+        assert "is no readable clip.pt" in error(capsys, "extract", "--images", pictures, "--weights", f"a={tmp_path / 'c'}",
+                                                 "--out", tmp_path / "o.npz")
+    torch.save({"arch": 3, "size": 16, "patch": 8, "n_classes": 2}, tmp_path / "f.pt")
+    assert "has 3 as arch" in error(capsys, "explain", "--images", pictures, "--weights", f"a={tmp_path / 'f.pt'}")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"x": "y"}', '{"-1": "y"}', "[" * 30000])
+def test_a_file_of_names_that_is_none_is_refused(text, tmp_path, capsys):
+    (tmp_path / "n.json").write_text(text)
+    with pytest.raises(ValueError, match="n.json is"):
+        repsae.read_names(tmp_path / "n.json", 9)
+
+
+def test_an_error_is_one_line_of_at_most_400_characters_that_ends_in_what_to_do(tmp_path, capsys):
+    for odd in ("a\nb", "x" * 5000, "a\x1b[1m\u2028b", "a\0b"):
+        with pytest.raises(SystemExit) as caught:
+            run("sparc", "--data", odd)
+        err = capsys.readouterr().err
+        assert caught.value.code == 2 and err.count("\n") == 1 and len(err) <= 401
+        assert err.startswith("repsae: error: ") and " - " in err and err[:-1].isprintable()
+
+
+def test_a_disk_that_is_full_ends_a_run_in_one_line_and_leaves_no_half_file(features, tmp_path, capsys, small_files):
+    with small_files():
+        err = error(capsys, "sparc", "--data", features, *SMALL, "--epochs", 1, "--latents", 2000, "--out", tmp_path / "r")
+    assert "File too large" in err and sorted(os.listdir(tmp_path / "r")) == ["config.json", "log.csv"]
+
+
+def test_what_a_killed_write_left_goes_with_the_run_and_what_is_a_users_own_stays(short, features):
+    for name in ("checkpoint.pt.123.tmp", "checkpoint.pt.tmp", "mine.pt.123.tmp"):
+        (short / name).write_text("x")
+    run("sparc", "--data", features, *SMALL, "--epochs", 1, "--out", short, "--overwrite")
+    assert {f for f in os.listdir(short) if f.endswith(".tmp")} == {"checkpoint.pt.tmp", "mine.pt.123.tmp"}
+
+
 # -- settings that fit the file ----------------------------------------------------------------------------------------
 
 def odd_file(path, n, seed=0):

@@ -1,4 +1,5 @@
 """Claims about sae.py, held against the dense textbook form, the authors' outputs, closed forms and planted truth."""
+import os
 import pathlib
 import shutil
 import subprocess
@@ -862,6 +863,42 @@ def test_a_broken_or_foreign_checkpoint_is_refused(tmp_path):
         with pytest.raises(InputError, match=message):
             sae.load(tmp_path / name)
     assert torch.equal(sae.load(tmp_path / "good.pt")[0].W_enc["a"], model.W_enc["a"])
+
+
+def spoiled_states():
+    """What `save` packs, each time with one thing that does not belong there."""
+    model, _ = make(dtype=torch.float32)
+    optimiser = sae.make_optimiser(model)
+    for change in (lambda s: s.pop("model"), lambda s: s.pop("optimiser"), lambda s: s.pop("extra"),
+                   lambda s: s.update(config=3), lambda s: s.update(model="x"), lambda s: s["config"].update(lr=1),
+                   lambda s: s["config"].update(seed=None), lambda s: s["config"].update(n_latents=7),
+                   lambda s: s["model"].update(step=torch.tensor(-1)), lambda s: s["optimiser"].update(state=[]),
+                   lambda s: s["optimiser"]["state"].update({0: {
+                       "step": torch.tensor(1.), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}})):
+        state = {"format": "repsae-sparc-1", "config": dict(model.config), "model": dict(model.state_dict()),
+                 "optimiser": optimiser.state_dict(), "extra": {}}
+        change(state)
+        yield state
+
+
+def test_a_checkpoint_with_a_part_missing_or_odd_is_refused(tmp_path):
+    for state in spoiled_states():
+        torch.save(state, tmp_path / "odd.pt")
+        with pytest.raises(InputError, match="is not a readable checkpoint|no checkpoint"):
+            sae.load(tmp_path / "odd.pt")
+    os.mkfifo(tmp_path / "pipe.pt")                          # would be waited for
+    with pytest.raises(InputError, match="no checkpoint at"):
+        sae.load(tmp_path / "pipe.pt")
+
+
+def test_a_save_that_fails_or_finds_a_link_leaves_everything_as_it_was(tmp_path, small_files):
+    model = SPARC({"a": 64}, 512, 4)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "c.pt.tmp").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError), small_files():
+        sae.save(tmp_path / "c.pt", model)
+    sae.save(tmp_path / "d.pt", model)
+    assert sorted(os.listdir(tmp_path)) == ["c.pt.tmp", "d.pt", "mine"] and (tmp_path / "mine").read_text() == "mine"
 
 
 def test_planted_concepts_are_found_by_one_latent_in_every_stream_only_when_training_is_shared():
