@@ -28,7 +28,6 @@ import math
 import os
 import re
 import sys
-import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
 from xml.etree import ElementTree
@@ -357,13 +356,13 @@ def _array(x):
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def _check_stream(path, name, x, tokens=True):
+def _check_stream(path, name, x):
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
                          f"(reserved keys: {', '.join(RESERVED)})")
-    if x.ndim not in ((2, 3) if tokens else (2,)):
+    if x.ndim not in (2, 3):
         raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width)"
-                         + (" or (samples, tokens, width)" if tokens else " in a bag: extract it without --tokens"))
+                         " or (samples, tokens, width)")
     if 0 in x.shape:
         raise InputError(f"stream '{name}' has shape {x.shape} - it needs at least one row and one column")
     return x

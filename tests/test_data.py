@@ -911,7 +911,7 @@ def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, messag
 
 
 @pytest.mark.parametrize("more, message", [
-    ({"groups": np.array(3)}, r"'groups' has shape \(\) for 50 samples"),
+    ({"groups": np.array(3)}, r"'groups' has shape \(\) and type int64"),
     ({"groups": np.zeros((50, 2))}, r"'groups' has shape \(50, 2\)"), ({"split": np.array("train")}, "'split' has shape"),
     ({"labels": np.full(50, 10 ** 5), "label_names": None}, "go up to 100000 for 50 samples"),
     ({"boxes": np.full((1, 6), "x")}, "'boxes' has shape"),
