@@ -929,6 +929,17 @@ def test_samples_without_a_label_count_for_neither_class(tokens, token_run, tmp_
     assert "out of" not in capsys.readouterr().err
 
 
+def test_a_patient_has_the_label_of_those_of_its_samples_that_have_one(tokens, token_run, tmp_path):
+    arrays, found = {**np.load(tokens)}, []
+    for lost in (np.arange(0), np.arange(0, 60, 5), np.arange(5)):       # none, one of each, one whole
+        arrays["labels"] = np.load(tokens)["labels"]
+        arrays["labels"][lost] = -1
+        np.savez(tmp_path / "m.npz", **arrays)
+        run("latents", token_run, "--data", tmp_path / "m.npz", "--out", tmp_path / "l")
+        found.append(np.load(tmp_path / "l" / "barcodes.npz")["labels"].tolist())
+    assert found[0] == found[1] == [0, 1] * 6 and found[2] == [-1, 1] + [0, 1] * 5
+
+
 def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
     run("fidelity", token_run, "--out", tmp_path / "f")
     found = json.loads((tmp_path / "f" / "metrics.json").read_text())
@@ -1399,6 +1410,10 @@ def test_concept_latents_fire_with_their_label_often_and_mostly():
     labels = np.array([[1, 0]] * 6 + [[0, 1]] * 14, bool)
     found = repsae.concept_latents({"a": code}, labels, least=5)
     assert found[0].tolist() == [0, 3] and found[1].tolist() == [1, 2]
+    hidden = np.ones(20, bool)
+    hidden[[6, 7]] = False                                   # without these it fires for the first
+    found = repsae.concept_latents({"a": code[:8]}, labels[:8], least=5, known=hidden[:8])
+    assert found[0].tolist() == [0, 1, 3] and found[1].tolist() == []
     found = repsae.concept_latents({"a": code, "b": code[::-1]}, labels, least=9)           # counted over both: 6 + 6 of 2 x 14
     assert found[0].tolist() == [1] and found[1].tolist() == [1, 2]
 
