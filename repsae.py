@@ -2215,16 +2215,17 @@ def word_heat(clip, words, sparc, stream, text, target, start_layer):
     return judge.word_scores(R[0, len(known) + 1].tolist(), pieces)
 
 
-def concept_latents(codes, labels, least=50):
+def concept_latents(codes, labels, least=50, known=slice(None)):
     """The latents J of each label (thesis 5.4.4, A.3): those that are active with it in `least` training samples or more,
     counted over all streams together. codes: {stream: CSR (n, L)}, labels (n, C) bool -> list of C arrays.
+    known (n,) bool: the samples whose labels are known, which alone count; all by default.
 
     Of those only the ones that the label makes likelier: at least half of a latent's samples have it, or the 10 with the
     largest share when there are none (ours: the count alone picks latents that fire for everything).
     """
     import numpy as np
-    on = [code.astype(bool).astype(np.float64) for code in codes.values()]
-    with_label = sum(np.asarray(one.T @ labels.astype(float)) for one in on)
+    on = [code[known].astype(bool).astype(np.float64) for code in codes.values()]
+    with_label = sum(np.asarray(one.T @ labels[known].astype(float)) for one in on)
     total, out = np.maximum(sum(np.asarray(one.sum(0)).ravel() for one in on), 1), []
     for c in range(labels.shape[1]):
         often = np.flatnonzero(with_label[:, c] >= least)
@@ -2263,9 +2264,7 @@ def cmd_attribute(flags):
     sees, clip = attributed_streams(model, flags)
     truth, labels, train = true_masks(arrays), features.label_matrix(np.arange(len(features))), features.rows("train")
     codes, _ = codes_and_fit(model, features, train, "alone" if model.topk == "local" else "joint", flags.device)
-    known = features.labelled[train]
-    J = concept_latents({s: code[known] for s, code in codes.items()}, labels[train[known]],
-                        flags.least)
+    J = concept_latents(codes, labels[train], flags.least, features.labelled[train])
     test = [i for i in features.rows("test", "val") if any(key[0] == i for key in truth)][:flags.most]
     truth = {key: m for key, m in truth.items() if key[0] in set(test)}
     if not truth:

@@ -77,6 +77,82 @@ def test_integer_and_boolean_labels_mean_the_same_and_negative_is_unlabelled(tmp
     assert ints.label_names == hot.label_names == ["x", "y", "z"]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, np.uint64, np.int64])
+def test_labels_of_any_integer_type_and_as_medmnist_has_them_are_the_same(dtype, tmp_path):
+    labels = arrays()["labels"]
+    for shape in ((50,), (50, 1)):
+        given = labels.astype(dtype).reshape(shape)
+        found = read_features(as_file(tmp_path, labels=given))
+        assert np.array_equal(found.labels, labels) and found.labelled.all()
+        assert found.label_names == ["label 0", "label 1", "label 2"]
+
+
+def test_text_labels_become_names_and_the_empty_one_is_unlabelled(tmp_path):
+    text = np.array(["mass", "", "cyst", "mass"] * 12 + ["fat", "cyst"])
+    for given in (text, text.astype("S")):
+        found = read_features(as_file(tmp_path, labels=given))
+        assert found.label_names == ["cyst", "fat", "mass"]
+        assert found.labels[:4].tolist() == [2, -1, 0, 2] and found.labels[48:].tolist() == [1, 0]
+        assert np.array_equal(found.labelled, text != "")
+    names = np.array(["mass", "fat", "none seen", "cyst"])
+    found = read_features(as_file(tmp_path, labels=text, label_names=names))
+    assert found.labels[:4].tolist() == [0, -1, 3, 0] and found.label_names == names.tolist()
+
+
+def test_a_mask_takes_labels_away_and_a_row_of_none_is_not_unlabelled(tmp_path):
+    hot = np.zeros((50, 2), bool)
+    hot[::2, 0] = True                                       # the others have none of both
+    mask = np.arange(50) >= 10
+    found = read_features(as_file(tmp_path, labels=hot, mask=mask))
+    assert np.array_equal(found.labelled, mask)
+    assert np.array_equal(found.label_matrix(np.arange(50)), hot & mask[:, None])
+    assert read_features(as_file(tmp_path, labels=hot)).labelled.all()
+    assert found.hash != read_features(as_file(tmp_path, labels=hot)).hash
+    labels = arrays()["labels"]
+    labels[20] = -7
+    found = read_features(as_file(tmp_path, labels=labels, mask=mask))
+    assert np.array_equal(found.labelled, mask & (np.arange(50) != 20))
+    assert (found.labels[~found.labelled] < 0).all()
+    assert not read_features(as_file(tmp_path, drop=["labels"])).labelled.any()
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"labels": np.full(50, 10 ** 8)}, "row 0 is 100000000 - number the classes from 0"),
+    ({"labels": np.array([2 ** 63] * 50, np.uint64)}, "row 0 is 9223372036854775808"),
+    ({"labels": np.array(["a"] * 50), "label_names": np.array(["b"])}, "row 0 is 'a', none of"),
+    ({"labels": np.zeros(50)}, "'labels' has shape \\(50,\\) and type float64"),
+    ({"labels": np.zeros((50, 0), int)}, "'labels' has shape \\(50, 0\\)"),
+    ({"labels": np.array(3)}, "'labels' has shape \\(\\) "),
+    ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50"),
+    ({"mask": np.ones(50)}, "'mask' has shape \\(50,\\) and type float64"),
+    ({"mask": np.ones((50, 2), bool)}, "'mask' has shape \\(50, 2\\)"),
+    ({"groups": np.zeros((50, 2))}, "'groups' has shape \\(50, 2\\)"),
+    ({"ids": np.array("x")}, "'ids' has shape \\(\\) "),
+    ({"captions": np.array([["a"]] * 50)}, "'captions' has shape \\(50, 1\\)"),
+    ({"images": np.zeros((50, 4, 4, 4), np.uint8)}, "'images' has shape \\(50, 4, 4, 4\\)"),
+    ({"images": np.zeros((50, 4, 4))}, "'images' has shape \\(50, 4, 4\\) and type float64"),
+    ({"images": np.arange(50)}, "'images' has shape \\(50,\\) and type int64 - give \\(N,")])
+def test_what_is_said_of_the_samples_has_the_shapes_that_the_header_gives(more, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_features(as_file(tmp_path, **more))
+
+
+@pytest.mark.parametrize("shape", [(50, 6, 8), (50, 6, 8, 3)])
+def test_pixels_in_a_feature_file_are_its_pictures(shape, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    path = as_file(tmp_path, images=pixels, mask=np.arange(50) > 3)
+    found, images = read_features(path), data.read_images(path)
+    rgb = np.broadcast_to(pixels.reshape(50, 6, 8, -1), (50, 6, 8, 3))
+    for row in (0, 49):
+        assert np.array_equal(found.picture(row), rgb[row])
+        assert np.array_equal(images.open(row), rgb[row])
+    assert len(images) == 50 and np.array_equal(images.labels[4:], arrays()["labels"][4:])
+    assert np.array_equal(images.labelled, np.arange(50) > 3)
+    assert images.hash != data.read_images(as_file(tmp_path, "g.npz", images=255 - pixels)).hash
+    assert len(data.read_pictures(path, 8).labels) == 46     # those with a label
+    assert read_features(as_file(tmp_path, "h.npz")).picture(0) is None
+
+
 def test_statistics_are_those_of_the_given_rows(tmp_path):
     features = read_features(as_file(tmp_path, a=1e4 + arrays()["a"]))
     rows = np.arange(7, 33)
@@ -284,6 +360,50 @@ def test_folders_give_splits_and_labels(pictures):
 def deep(folder):
     (folder / "train" / "a" / "deep").mkdir()
     return folder / "train" / "a" / "deep"
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val"])
+def test_a_folder_of_any_name_for_validation_is_the_val_split(name, pictures):
+    (pictures / "test" / "a").rename(pictures / "a")
+    (pictures / name).mkdir()
+    (pictures / "a").rename(pictures / name / "a")
+    images = data.read_images(pictures)
+    assert [len(images.rows(part)) for part in data.SPLITS] == [12, 3, 3]
+    assert data.read_images(pictures / "train").split is None
+
+
+def test_hidden_files_and_folders_are_passed_over(pictures):
+    picture = (pictures / "train" / "a" / "0.png").read_bytes()
+    for folder in ("train/.ipynb_checkpoints", "__MACOSX/train/a", "train/a/.cache", ".git"):
+        (pictures / folder).mkdir(parents=True)
+        (pictures / folder / "x.png").write_bytes(picture)
+    (pictures / "train" / "b" / "._1.png").write_bytes(b"resource fork")
+    images = data.read_images(pictures)
+    assert len(images) == 18 and images.label_names == ["a", "b"]
+
+
+@pytest.mark.parametrize("where", ["extra", "extra/a", "."])
+def test_pictures_beside_the_split_folders_are_refused_and_other_things_are_not(where, pictures):
+    (pictures / where).mkdir(parents=True, exist_ok=True)
+    (pictures / where / "notes.txt").write_text("read me")
+    assert len(data.read_images(pictures)) == 18
+    (pictures / "train" / "a" / "0.png").rename(pictures / where / "0.png")
+    with pytest.raises(InputError, match="0.png lies beside the folder .*test"):
+        data.read_images(pictures)
+
+
+def test_segmentations_beside_their_pictures_are_left_out_with_a_note(pictures):
+    """As BUSI is released: masks would tell the class, since healthy pictures have empty ones."""
+    source = (pictures / "train" / "a" / "0.png").read_bytes()
+    for name in ("0_mask.png", "0_mask_1.png", "lone_mask.png", "5_mask_of_it.png"):
+        (pictures / "train" / "a" / name).write_bytes(source)
+    (pictures / "train" / "b" / "9_mask.png").write_bytes(source)        # 9.png stands nowhere
+    images = data.read_images(pictures)
+    added = {p.rpartition("/")[2] for p in images.paths if "_mask" in p}
+    assert len(images) == 21 and added == {"lone_mask.png", "5_mask_of_it.png", "9_mask.png"}
+    assert "2 masks" in images.notes[0]
+    assert data.read_pictures(str(pictures), 8).notes == images.notes
+    assert data.read_images(pictures / "test").notes == []
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -626,6 +746,48 @@ def test_parts_are_disjoint_and_hold_every_class_in_proportion():
         for c in range(3):
             assert abs((y[part] == c).sum() - share * (y == c).sum()) <= 1
     assert not np.array_equal(parts[2], data.stratified_parts(y, (70, 15, 15), 6)[2])
+
+
+def test_parts_keep_groups_whole_and_the_rarest_class_in_every_part():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 60, 600)
+    y = np.where(np.isin(groups, np.arange(12)) & (rng.random(600) < 0.3), 1, 0)     # 12 are ill
+    parts = data.stratified_parts(y, (70, 15, 15), 5, groups)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(600))
+    of = [{*groups[part].tolist()} for part in parts]
+    assert sum(map(len, of)) == 60 == len(set.union(*of))
+    ill = {*groups[y == 1].tolist()}
+    for part, share in zip(of, (0.7, 0.15, 0.15)):
+        assert abs(len(part & ill) - share * len(ill)) <= 1 and abs(len(part) - share * 60) <= 2
+    other = data.stratified_parts(y, (70, 15, 15), 6, groups)
+    assert not np.array_equal(parts[2], other[2])
+
+
+def test_nearest_neighbours_are_asked_of_other_groups_than_they_are_judged_on(tmp_path):
+    groups = np.repeat([f"patient {i}" for i in range(20)], 10)
+    np.savez(tmp_path / "f.npz", images=np.zeros((200, 4, 4), np.uint8), groups=groups)
+    for seed in range(3):
+        vote, judged = data.read_images(tmp_path / "f.npz").knn_rows(seed, 1000)
+        assert not {*groups[vote]} & {*groups[judged]} and len(vote) == 160 and len(judged) == 40
+
+
+def test_bags_keep_patients_together_and_are_no_tokens(tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 3))
+    bags = {"X": x, "offsets": np.arange(0, 41, 2), "y": np.arange(20) % 2}
+    np.savez(tmp_path / "b.npz", **bags, groups=np.arange(20) // 4)
+    assert data.read_bags(tmp_path / "b.npz").groups.tolist() == (np.arange(20) // 4).tolist()
+    for change, message in (({"groups": np.arange(40)}, "'groups' has shape \\(40,\\) for 20 bags"),
+                            ({"X": x[:, None]}, "'X' has shape \\(40, 1, 3\\), tokens of samples")):
+        np.savez(tmp_path / "c.npz", **{**bags, **change})
+        with pytest.raises(InputError, match=message):
+            data.read_bags(tmp_path / "c.npz")
+    for i, name in enumerate(("a", "a", "b", "b")):
+        (tmp_path / "d" / name).mkdir(parents=True, exist_ok=True)
+        np.savez(tmp_path / "d" / name / f"{i}.npz", f=x[:5], groups=np.repeat(i % 2, 5))
+    assert data.read_bags(tmp_path / "d").groups.tolist() == [0, 1, 0, 1]
+    np.savez(tmp_path / "d" / "a" / "0.npz", f=x[:5, None])
+    with pytest.raises(InputError, match="0.npz: 'f' has shape .* tokens of samples"):
+        data.read_bags(tmp_path / "d")
 
 
 def test_medmnist_files_and_class_folders_become_pictures(tmp_path, pictures):

@@ -103,6 +103,43 @@ def test_encode_writes_the_sparse_codes_of_the_model(mode, finished, features, t
         torch.testing.assert_close(found, codes[s].dense(40).detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_labels_that_the_mask_hides_change_nothing(features, finished, tmp_path):
+    """Files that differ only in hidden labels give the same numbers; not so when they are shown."""
+    arrays = {k: v for k, v in np.load(features).items() if k != "captions"}
+    arrays["split"] = np.where(np.arange(1000) < 400, "train", "test")
+    arrays["mask"] = np.random.default_rng(0).random(1000) < 0.7
+    found, other = [], {"labels": arrays["labels"] ^ ~arrays["mask"][:, None]}
+    for change in ({}, other, {**other, "mask": np.ones(1000, bool)}):
+        np.savez(tmp_path / "m.npz", **{**arrays, **change})
+        on_run, out = [finished, "--data", tmp_path / "m.npz"], tmp_path / str(len(found))
+        run("eval", *on_run, "--json", out.with_suffix(".eval"))
+        run("probe", "--data", tmp_path / "m.npz", "--streams", "x",
+            "--json", out.with_suffix(".probe"))
+        run("latents", *on_run, "--stream", "x", "--out", out)
+        run("describe", *on_run, "--stream", "x", "--top", 2, "--out", out.with_suffix(".describe"))
+        run("fidelity", *on_run, "--stream", "x", "--label", "A", "--out", out / "f")
+        kept = [out.with_suffix(f".{name}") for name in ("eval", "probe", "describe")]
+        kept += [out / "latents.json", out / "metrics.json", out / "f" / "metrics.json"]
+        found.append([p.read_text() for p in kept])
+    assert found[0] == found[1] and "probe" in json.loads(found[0][0])["alone"]
+    for name, hidden, shown in zip(kept, found[1], found[2]):
+        assert hidden != shown, name
+
+
+def test_eval_leaves_no_patient_in_two_parts_of_a_probe(features, finished, tmp_path, monkeypatch):
+    groups, seen = np.arange(1000) // 10, []
+    arrays = {**np.load(features), "groups": groups, "split": np.where(groups, "test", "train")}
+    np.savez(tmp_path / "g.npz", **arrays)
+    tasks_of = judge.probe_tasks
+    monkeypatch.setattr(judge, "probe_tasks",
+                        lambda *a, **k: seen.extend(tasks_of(*a, **k)) or seen)
+    run("eval", finished, "--data", tmp_path / "g.npz", "--json", tmp_path / "m.json")
+    assert seen
+    for _, parts in seen:
+        of = [{*groups[rows].tolist()} for rows, _ in parts.values()]
+        assert sum(map(len, of)) == len(set.union(*of))
+
+
 def test_encode_takes_a_file_with_one_of_the_streams(finished, features, tmp_path):
     np.savez(tmp_path / "one.npz", y=np.load(features)["y"])
     run("encode", finished, "--data", tmp_path / "one.npz", "--out", tmp_path / "c.npz")
@@ -535,6 +572,26 @@ def test_the_test_fold_never_reaches_training(bags, tmp_path, monkeypatch):
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
+def test_mil_keeps_the_bags_of_a_patient_in_one_part(bags, tmp_path, monkeypatch):
+    groups, arrays = np.arange(60) // 5, {k: v for k, v in np.load(bags).items() if k != "folds"}
+    np.savez(tmp_path / "g.npz", **arrays, groups=groups)
+    flags = repsae.parse(["mil", "--data", str(tmp_path / "g.npz")])[1]
+    found = data.read_bags(tmp_path / "g.npz")
+    for seed in range(4):
+        (train, val, test), = repsae.mil_rounds(found, flags.replaced({"seed": seed}))
+        of = [{*groups[part].tolist()} for part in (train, val, test)]
+        assert sum(map(len, of)) == 12 == len(set.union(*of))
+    seen = []
+
+    def learn(bags, head, flags, train, val, seed):
+        seen.append((train, val))
+        raise KeyError                                       # what it is given is all we ask
+    monkeypatch.setattr(repsae, "train_mil", learn)
+    with pytest.raises(KeyError):
+        repsae.mil_round(found, "mean", [flags], 0, np.arange(60), None, np.arange(60))
+    assert not {*groups[seen[0][0]]} & {*groups[seen[0][1]]} and len(seen[0][1]) == 10
+
+
 def test_the_grid_is_decided_by_held_out_bags_and_refit_learns_from_all_of_them(bags, monkeypatch):
     """Of a learning rate that learns and one that does not the first is taken; with --refit, models of the whole part vote."""
     import data
@@ -678,6 +735,43 @@ def test_bad_input_of_chapter_three_is_one_line(pictures, features, bags, tmp_pa
     argv = [a.format(p=pictures, f=features, b=bags) for a in argv]
     assert message in error(capsys, *argv, "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
+
+
+def test_finetune_draws_and_judges_by_patients_it_has_not_seen(tmp_path, capsys):
+    rng, groups = np.random.default_rng(0), np.arange(80) // 4
+    arrays = {"images": rng.integers(0, 256, (80, 16, 16), np.uint8), "groups": groups,
+              "labels": (groups % 2).astype(np.uint8)[:, None]}
+    path = tmp_path / "f.npz"
+    ask = ["--data", path, "--models", "vit_micro", "--size", 16, "--split", "given",
+           "--out", tmp_path / "o"]
+    for split in (None, np.where(np.arange(80) < 60, "train", "test")):      # val is cut off train
+        np.savez(path, **arrays, **({} if split is None else {"split": split}))
+        how = ["random", "given"][split is not None]
+        flags = repsae.parse(["finetune", "--data", str(path), "--split", how])[1]
+        for seed in range(3):
+            parts = repsae.picture_parts(data.read_pictures(str(path), 16), flags, seed)
+            of = [{*groups[part].tolist()} for part in parts]
+            assert sum(map(len, of)) == 20 == len(set.union(*of))
+    for c in (0, 1):
+        np.savez(path, **arrays, split=np.where(groups == 18 + c, "test", "train"))
+        assert f"has the class 'label {c}', and no other" in error(capsys, "finetune", *ask)
+    three = {**arrays, "labels": np.where(groups == 19, 2, groups % 2)}
+    np.savez(path, **three, split=np.where(groups > 15, "test", "train"))
+    assert "'label 2', which no training picture has" in error(capsys, "finetune", *ask)
+    assert not os.path.exists(tmp_path / "o")
+
+
+def test_probe_refuses_test_labels_that_nothing_was_learned_of(tmp_path, capsys):
+    rng, labels = np.random.default_rng(0), np.repeat(["a", "b", "c"], 20)
+    np.savez(tmp_path / "f.npz", x=rng.standard_normal((60, 5)), labels=labels,
+             split=np.where(np.arange(60) % 20 < 15, "train", "test"))
+    run("probe", "--data", tmp_path / "f.npz")
+    split = np.where(labels == "c", "test", np.where(np.arange(60) % 20 < 15, "train", "test"))
+    np.savez(tmp_path / "f.npz", x=rng.standard_normal((60, 5)), labels=labels, split=split)
+    said = error(capsys, "probe", "--data", tmp_path / "f.npz")
+    assert "no training sample has the label 'c'" in said
+    run("probe", "--data", tmp_path / "f.npz", "--only", "a,b")
+    assert "30 samples to learn from, 10 to test on" in capsys.readouterr().out
 
 
 # -- one stream, and what its latents are and do ------------------------------------------------------------------------
@@ -909,6 +1003,17 @@ def test_samples_without_a_label_count_for_neither_class(tokens, token_run, tmp_
     assert "out of" not in capsys.readouterr().err
 
 
+def test_a_patient_has_the_label_of_those_of_its_samples_that_have_one(tokens, token_run, tmp_path):
+    arrays, found = {**np.load(tokens)}, []
+    for lost in (np.arange(0), np.arange(0, 60, 5), np.arange(5)):       # none, one of each, one whole
+        arrays["labels"] = np.load(tokens)["labels"]
+        arrays["labels"][lost] = -1
+        np.savez(tmp_path / "m.npz", **arrays)
+        run("latents", token_run, "--data", tmp_path / "m.npz", "--out", tmp_path / "l")
+        found.append(np.load(tmp_path / "l" / "barcodes.npz")["labels"].tolist())
+    assert found[0] == found[1] == [0, 1] * 6 and found[2] == [-1, 1] + [0, 1] * 5
+
+
 def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
     run("fidelity", token_run, "--out", tmp_path / "f")
     found = json.loads((tmp_path / "f" / "metrics.json").read_text())
@@ -1088,10 +1193,15 @@ def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys
         assert f"--window {window} - give two grey values" in error(capsys, "extract", *asked)
 
 
-def test_unlabelled_pictures_neither_vote_nor_are_judged(pictures):
+@pytest.mark.parametrize("several", [False, True])
+def test_unlabelled_pictures_neither_vote_nor_are_judged(several, pictures):
     import data
     images = data.read_images(pictures)
-    images.labels[::5] = -1
+    if several:
+        images.labels = np.eye(2, dtype=bool)[images.labels]
+        images.mask = np.arange(len(images)) % 5 > 0
+    else:
+        images.labels[::5] = -1
     watch = repsae.Watch(images, None, repsae.parse(["dino", "--size", "16"])[1])
     assert not set(np.arange(0, len(images), 5)) & {*watch.train, *watch.test} and watch.knn(raw=True) > 0
 
@@ -1375,8 +1485,30 @@ def test_concept_latents_fire_with_their_label_often_and_mostly():
     labels = np.array([[1, 0]] * 6 + [[0, 1]] * 14, bool)
     found = repsae.concept_latents({"a": code}, labels, least=5)
     assert found[0].tolist() == [0, 3] and found[1].tolist() == [1, 2]
+    hidden = np.ones(20, bool)
+    hidden[[6, 7]] = False                                   # without these it fires for the first
+    found = repsae.concept_latents({"a": code[:8]}, labels[:8], least=5, known=hidden[:8])
+    assert found[0].tolist() == [0, 1, 3] and found[1].tolist() == []
     found = repsae.concept_latents({"a": code, "b": code[::-1]}, labels, least=9)           # counted over both: 6 + 6 of 2 x 14
     assert found[0].tolist() == [1] and found[1].tolist() == [1, 2]
+
+
+def test_pixels_of_a_file_are_shown_and_never_printed(features, finished, tmp_path):
+    rng, arrays = np.random.default_rng(0), {k: v for k, v in np.load(features).items()}
+    arrays["images"] = rng.integers(0, 256, (1000, 8, 8), np.uint8)
+    np.savez(tmp_path / "p.npz", **arrays)
+    on_run = [finished, "--data", tmp_path / "p.npz"]
+    run("retrieve", *on_run, "--out", tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text().count("data:image/jpeg") == 22
+    run("describe", *on_run, "--stream", "x", "--top", 1, "--out", tmp_path / "d.json")
+    assert '"image"' not in (tmp_path / "d.json").read_text()
+    run("latents", *on_run, "--stream", "x", "--show", 2, "--out", tmp_path / "l")
+    assert (tmp_path / "l" / "report.html").read_text().count("data:image/jpeg") > 6
+    run("extract", "--images", tmp_path / "p.npz", "--weights", "v=vit_micro:random", "--size", 16,
+        "--out", tmp_path / "f.npz")
+    found = data.read_features(tmp_path / "f.npz")
+    assert np.array_equal(found.about["images"], arrays["images"])
+    assert np.array_equal(found.labels, arrays["labels"])
 
 
 def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsys):
