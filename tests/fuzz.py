@@ -1,19 +1,18 @@
-"""What does repsae do with damaged files and odd flags? `python tests/fuzz.py --inputs 5000 --seed 0`.
+"""What do damaged files and odd flags end in? `python tests/fuzz.py --inputs 5000 --seed 0`.
 
-Small valid inputs for every command are made once (`make_zoo`). Then each numbered input takes a command line that works
-(CASES), damages a flag or a file that it uses, and runs it in a forked process, which has its own copy of everything, 20
-seconds and 4 GB. What may come of it: the command runs, or refuses in one line and exit code 2. All else is a finding:
-a traceback, a hang, memory, a longer message, a half-written file.
-
-Input N of a seed is always the same: `--repeat N` shows it, and `--only COMMAND` leaves the other commands out.
+Small valid inputs for every command are made once (`make_zoo`). Then each numbered input takes a
+command line that works (CASES), damages a flag or a file that it uses, and runs it in a forked
+process with its own copy of everything, 20 seconds and 4 GB. It may run, or refuse in one line and
+exit code 2; all else is a finding. Input N of a seed is always the same: `--repeat N` shows it, and
+`--only COMMAND` leaves the other commands out.
 """
 import argparse
 import collections
 import contextlib
+import functools
 import io
 import json
 import os
-import pathlib
 import random
 import re
 import resource
@@ -29,13 +28,14 @@ import types
 import warnings
 import zipfile
 import zlib
+from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"                          # before torch: a fork may not inherit threads
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forks inherit no threads
 import numpy as np
 import torch
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import repsae
@@ -62,7 +62,7 @@ MAKE = [
     f"sae --data f.npz --stream x {FIT} --out sae",
     f"sae --data tok.npz --norm none {FIT} --out tokens",
     f"sparc --data feats.npz {FIT} --out world",
-    f"finetune --data pics --models v=vit_micro:random --size 16 --patch 8 --runs 1 --epochs 1 --out tuned",
+    f"finetune --data pics {SMALL_TUNE.replace('vit_micro', 'v=vit_micro:random')} --out tuned",
     "tile --images slide.png --size 16 --least 0.001 --out tiles",
 ]
 # Command lines that work, of which each input damages one; "o" is where they write.
@@ -98,7 +98,7 @@ CASES = [case.split() for case in [
     "retrieve world --text mucin --encoder clip --from clip_txt --to clip_img --out o.html",
     "retrieve world --features q.npy --from clip_img --to vit --out o.html",
     f"dino --images pics {SMALL_DINO} --out o",
-    "dino --images pics --resume --out dino",
+    f"dino --images pics {SMALL_DINO} --resume --out dino",
     "extract --images pics --weights d=dino --out o.npz",
     f"extract --images tissue/tissue.npz {WEIGHTS},lsa=lsa:2 --last 1 --size 16 --out o.npz",
     "extract --images voc --weights d=dino --tokens --out o.npz",
@@ -128,88 +128,75 @@ BEHIND = {"sparc": ["f.npz"], "sae": ["f.npz"], "tokens": ["tok.npz"], "world": 
 def make_zoo(folder):
     """All inputs of CASES, in `folder`."""
     os.chdir(folder)
-    rng = np.random.default_rng(0)
-    features, tokens = feature_file(rng), token_file(rng)
+    rng, n = np.random.default_rng(0), np.arange(40)
+    for path in ("folder", "voc/Annotations", "voc/ImageSets/Main", "voc/JPEGImages", "bags/a",
+                 "bags/b", *(f"pics/{part}/{name}" for part in ("train", "test") for name in "ab")):
+        os.makedirs(path)
+    features = {
+        "x": rng.random((40, 6), np.float32), "y": rng.random((40, 5), np.float32),
+        "labels": rng.random((40, 3)) < 0.5, "label_names": np.array(list("abc")), "groups": n // 2,
+        "captions": np.array([f"cell {i % 3}" for i in n]), "ids": np.array([f"id{i}" for i in n]),
+        "split": np.where(n < 25, "train", "test")}
     np.savez("f.npz", **features)
-    np.savez("tok.npz", **tokens)
-    os.mkdir("folder")
     for key in ("x", "y", "labels", "split"):
         np.save(f"folder/{key}.npy", features[key])
-    parents = {"all": None, "thing": "all", **dict.fromkeys("abc", "thing")}
-    pathlib.Path("taxonomy.json").write_text(json.dumps(parents))
-    pathlib.Path("names.json").write_text(json.dumps({str(i): f"nucleus {i}" for i in range(12)}))
-    pathlib.Path("merges.txt").write_text("#version\na b\nc d</w>\n")
-    np.savez("emb.npz", latents=np.arange(12), vectors=rng.random((12, 4)), query=rng.random(4))
+    sick = n[n % 2 > 0]
+    half = np.full(20, .5)
+    np.savez("tok.npz", x=rng.random((40, 4, 6), np.float32), labels=n % 2, grid=np.array([2, 2]),
+             label_names=np.array(["well", "sick"]), split=features["split"], groups=n,
+             images=np.array(["pics/train/a/0.png"] * 40),
+             boxes=np.stack([sick, 2 * half, 0 * half, 0 * half, half, half], 1))
+    np.savez("emb.npz", latents=n[:12], vectors=rng.random((12, 4)), query=rng.random(4))
     np.savez("head.npz", weight=rng.random(6), bias=0.)
     np.save("q.npy", rng.random(4).astype(np.float32))
+    np.savez("bags.npz", X=rng.random((72, 4)), offsets=3 * n[:25], y=n[:24] % 2,
+             folds=n[None, None, :24] % 3 > 0)
+    for i in range(24):
+        np.savez(f"bags/{'ab'[i % 2]}/{i}.npz", x=rng.random((3, 4), np.float32))
+    for path, text in texts():
+        Path(path).write_text(text)
     make_pictures(rng)
-    make_bags(rng)
     for line in MAKE:
         repsae.main(line.split())
 
 
-def feature_file(rng, n=40):
-    return {"x": rng.random((n, 6), np.float32), "y": rng.random((n, 5), np.float32),
-            "labels": rng.random((n, 3)) < 0.5, "label_names": np.array(list("abc")),
-            "groups": np.arange(n) // 2, "captions": np.array([f"cell {i % 3}" for i in range(n)]),
-            "ids": np.array([f"id{i}" for i in range(n)]),
-            "split": np.where(np.arange(n) < 25, "train", "test")}
-
-
-def token_file(rng, n=40):
-    sick = np.flatnonzero(np.arange(n) % 2)
-    boxes = np.stack([sick, np.ones_like(sick), *np.zeros((2, len(sick))), *np.full((2, len(sick)), .5)], 1)
-    return {"x": rng.random((n, 4, 6), np.float32), "labels": np.arange(n) % 2, "grid": np.array([2, 2]),
-            "label_names": np.array(["well", "sick"]), "groups": np.arange(n), "boxes": boxes,
-            "images": np.array(["pics/train/a/0.png"] * n),
-            "split": np.where(np.arange(n) < 25, "train", "test")}
+def texts():
+    """(path, content) of the JSON, XML and text files."""
+    parents = {"all": None, "thing": "all", **dict.fromkeys("abc", "thing")}
+    box = "<xmin>4</xmin><ymin>4</ymin><xmax>20</xmax><ymax>24</ymax>"
+    corners = "".join(f'<Coordinate Order="{i}" X="{60 * (0 < i < 3)}" Y="{90 * (i > 1)}"/>'
+                      for i in range(4))
+    return [
+        ("taxonomy.json", json.dumps(parents)), ("merges.txt", "#version\na b\nc d</w>\n"),
+        ("names.json", json.dumps({str(i): f"nucleus {i}" for i in range(12)})),
+        ("voc/ImageSets/Main/trainval.txt", "0\n1\n"), ("voc/ImageSets/Main/test.txt", "2\n3\n"),
+        ("rois.xml", f'<A><Annotation PartOfGroup="_0">{corners}</Annotation></A>'),
+        *((f"voc/Annotations/{i}.xml", f'<?xml version="1.0" encoding="utf-8"?><a><object>'
+           f"<name>n{i % 2}</name><bndbox>{box}</bndbox></object></a>") for i in range(4))]
 
 
 def make_pictures(rng):
-    """Class folders, a Pascal VOC folder, a MedMNIST file, a slide and its annotation."""
-    for split, n in (("train", 6), ("test", 3)):
-        for name in "ab":
-            os.makedirs(f"pics/{split}/{name}")
-            for i in range(n):
-                Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(f"pics/{split}/{name}/{i}.png")
-    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        os.makedirs(f"voc/{part}")
-    for i in range(4):
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(f"voc/JPEGImages/{i}.jpg")
-        box = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), (4, 4, 20, 24)))
-        pathlib.Path(f"voc/Annotations/{i}.xml").write_text(
-            f'<?xml version="1.0" encoding="utf-8"?><annotation><object><name>n{i % 2}</name>'
-            f"<bndbox>{box}</bndbox></object></annotation>")
-    pathlib.Path("voc/ImageSets/Main/trainval.txt").write_text("0\n1\n")
-    pathlib.Path("voc/ImageSets/Main/test.txt").write_text("2\n3\n")
-    np.savez("med.npz", **{f"{s}_images": rng.integers(0, 255, (8, 8, 8, 3), np.uint8) for s in data.SPLITS},
-             **{f"{s}_labels": np.arange(8)[:, None] % 2 for s in data.SPLITS})
+    """Class folders, those of Pascal VOC, a MedMNIST file and a slide."""
+    sides = {f"voc/JPEGImages/{i}.jpg": 32 for i in range(4)}
+    sides.update({f"pics/{split}/{name}/{i}.png": 16 for split, n in (("train", 6), ("test", 3))
+                  for name in "ab" for i in range(n)})
+    for path, side in sides.items():
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), np.uint8)).save(path)
+    images, labels = rng.integers(0, 255, (8, 8, 8, 3), np.uint8), np.arange(8)[:, None] % 2
+    np.savez("med.npz", **{f"{s}_images": images for s in data.SPLITS},
+             **{f"{s}_labels": labels for s in data.SPLITS})
     slide = np.full((96, 128, 3), 245, np.uint8)
     slide[8:88, 8:120] = np.array([220, 150, 180]) + rng.integers(-8, 8, (80, 112, 3))
     Image.fromarray(slide).save("slide.png")
-    corners = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>'
-                      for i, (x, y) in enumerate(((0, 0), (60, 0), (60, 90), (0, 90))))
-    pathlib.Path("rois.xml").write_text(
-        '<?xml version="1.0"?><A><Annotation PartOfGroup="_0"><Coordinates>'
-        f"{corners}</Coordinates></Annotation></A>")
-
-
-def make_bags(rng, n=24):
-    """Bags in one file and in class folders."""
-    folds = np.arange(n)[None, None] % 3 > 0
-    np.savez("bags.npz", X=rng.random((3 * n, 4)), offsets=3 * np.arange(n + 1), y=np.arange(n) % 2, folds=folds)
-    for i in range(n):
-        os.makedirs(f"bags/{'ab'[i % 2]}", exist_ok=True)
-        np.savez(f"bags/{'ab'[i % 2]}/{i}.npz", x=rng.random((3, 4), np.float32))
 
 
 # -- damage ----------------------------------------------------------------------------------------
 
 # No absolute path but where nobody can write: the commands do write where they are told to.
-TEXTS = ["", " ", "nan", "inf", "-inf", "-1", "0", "0.5", "1e400", str(10 ** 12), str(2 ** 64), "x", "a\nb",
-         "a\0b", "\udcff", "y" * 5000, "../x", ".", "/proc/x", ",", "=", ":", "a=b", "x=dino:",
-         "lr=", "lr=x", "k=0", "\u00b2", "\u0661", "None", "--", "-", "1,2", "\x1b[1m", "f.npz", "pics", "sparc",
-         "fifo", "slide.png", "taxonomy.json", "loop"]
+TEXTS = ["", " ", "nan", "inf", "-inf", "-1", "0", "0.5", "1e400", str(10 ** 12), str(2 ** 64), "x",
+         "a\nb", "a\0b", "\udcff", "y" * 5000, "../x", ".", "/proc/x", ",", "=", ":", "a=b", "lr=",
+         "x=dino:", "lr=x", "k=0", "\u00b2", "\u0661", "None", "--", "-", "1,2", "\x1b[1m", "f.npz",
+         "pics", "sparc", "fifo", "slide.png", "taxonomy.json", "loop"]
 
 
 def damage_flags(argv, rng):
@@ -228,37 +215,35 @@ def damage_flags(argv, rng):
     return argv
 
 
-FLAGS = {}
-
-
+@functools.cache
 def flags_of(command):
     """The names of a command's flags, as its help tells them."""
-    if command not in FLAGS:
-        shown = io.StringIO()
-        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-            repsae.main([command, "--help"])
-        FLAGS[command] = sorted(set(re.findall(r"--([a-z][a-z-]*)", shown.getvalue())) - {"help"})
-    return FLAGS[command]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        repsae.main([command, "--help"])
+    return sorted(set(re.findall(r"--([a-z][a-z-]*)", shown.getvalue())) - {"help"})
 
 
 def files_used(argv):
-    """Every file that the words of a command line name, those in folders and those behind them too."""
+    """Every file that a command line names, by itself, by its folder or behind it."""
     words = [w for word in argv for w in re.split("[=,:]", word) if w and os.path.exists(w)]
     words += [path for word in words for path in BEHIND.get(word, ())]
-    found = [os.path.join(where, f) for word in words for where, _, files in os.walk(word) for f in files]
-    return sorted({*found, *filter(os.path.isfile, words)})
+    inside = [f"{where}/{f}" for word in words for where, _, files in os.walk(word) for f in files]
+    return sorted({*inside, *filter(os.path.isfile, words)})
 
 
 def damage_file(path, rng):
     """Replace a file by a damaged one; returns what was done."""
-    kinds = {".npz": damage_npz, ".npy": damage_npy, ".json": damage_json, ".csv": damage_text, ".txt": damage_text,
-             ".xml": damage_text, ".pt": damage_pt, ".png": damage_picture, ".jpg": damage_picture}
-    how = rng.choice([damage_bytes, damage_place, *[kinds.get(os.path.splitext(path)[1], damage_bytes)] * 4])
+    kinds = {".npz": damage_npz, ".npy": damage_npy, ".json": damage_json, ".pt": damage_pt,
+             **dict.fromkeys((".csv", ".txt", ".xml"), damage_text),
+             **dict.fromkeys((".png", ".jpg"), damage_picture)}
+    own = kinds.get(os.path.splitext(path)[1], damage_bytes)
+    how = rng.choice([damage_bytes, damage_place, own, own, own, own])
     return how.__name__, path, how(path, rng)
 
 
 def damage_bytes(path, rng):
-    raw = bytearray(pathlib.Path(path).read_bytes())
+    raw = bytearray(Path(path).read_bytes())
     at, n = rng.randrange(len(raw) + 1), rng.choice([1, 4, 64, 1000])
     how = rng.choice(["truncate", "flip", "zero", "insert", "empty"])
     if how == "flip":
@@ -267,14 +252,16 @@ def damage_bytes(path, rng):
     elif how == "zero":
         raw[at:at + n] = bytes(len(raw[at:at + n]))
     else:
-        raw = {"truncate": raw[:at], "insert": raw[:at] + rng.randbytes(n) + raw[at:], "empty": b""}[how]
-    pathlib.Path(path).write_bytes(raw)
+        more = raw[:at] + rng.randbytes(n) + raw[at:]
+        raw = {"truncate": raw[:at], "insert": more, "empty": b""}[how]
+    Path(path).write_bytes(raw)
     return how
 
 
 def damage_place(path, rng):
     """Something else where a file belongs."""
-    other = pathlib.Path(rng.choice(["f.npz", "slide.png", "taxonomy.json", "sparc/checkpoint.pt"])).read_bytes()
+    other = rng.choice(["f.npz", "slide.png", "taxonomy.json", "sparc/checkpoint.pt"])
+    other = Path(other).read_bytes()
     os.remove(path)
     how = rng.choice(["missing", "folder", "fifo", "loop", "null", "other"])
     if how == "folder":
@@ -282,94 +269,84 @@ def damage_place(path, rng):
     elif how == "fifo":
         os.mkfifo(path)
     elif how == "other":
-        pathlib.Path(path).write_bytes(other)
+        Path(path).write_bytes(other)
     elif how != "missing":
         os.symlink({"loop": os.path.basename(path), "null": "/dev/null"}[how], path)
     return how
 
 
 def odd_array(x, rng):
-    """(what was done, an array that is not quite what x was)."""
-    flat = np.array(x).reshape(-1)
-    spoiled = np.array(x, copy=True).reshape(-1)
-    if spoiled.size and spoiled.dtype.kind in "fiub":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # a value that does not fit wraps round
-            value = np.array(rng.choice([np.nan, np.inf, 1e30, -1e30, -1, 0, 1e8, 3e9]))
-            spoiled[rng.randrange(spoiled.size):] = value.astype(spoiled.dtype)
-    made = {"value": spoiled.reshape(np.shape(x)), "0-d": np.array(flat[0] if flat.size else 0),
-            "empty": np.array(x)[:0], "flat": flat, "deeper": np.array(x)[..., None], "shorter": np.array(x)[1:],
-            "object": np.array([{}, 1], object), "text": np.full(np.shape(x), "a\nb\ud800"),
-            "bytes": np.full(np.shape(x), b"\xff"), "float": np.zeros(np.shape(x)), "half": np.ones(np.shape(x), "f2"),
-            "int": np.full(np.shape(x), rng.choice([-1, 0, 1, 10 ** 8, 2 ** 62])), "bool": np.ones(np.shape(x), bool),
-            "complex": np.ones(np.shape(x), complex), "time": np.zeros(np.shape(x), "M8[s]"),
-            "uint8": np.ones(np.shape(x), np.uint8), "long": np.ones(np.shape(x), np.longdouble),
-            "record": np.zeros(np.shape(x), [("a", "f4")]), "void": np.zeros(np.shape(x), "V3"),
-            "big-endian": np.ones(np.shape(x), ">f4")}
-    return (name := rng.choice(sorted(made))), made[name]
+    """An array that is not quite what x was."""
+    x = np.array(x)
+    kinds = ("?", "u1", "f2", "f8", ">f4", "g", "F", "M8[s]", "V3")
+    made = {"0-d": x.ravel()[:1].reshape(() if x.size else 0), "empty": x[:0] if x.ndim else x,
+            "flat": x.ravel(), "deeper": x[..., None], "shorter": x[1:] if x.ndim else x,
+            "object": np.array([{}, 1], object), "text": np.full(x.shape, "a\nb\ud800"),
+            "bytes": np.full(x.shape, b"\xff"), "spoiled": spoiled_array(x, rng),
+            "int": np.full(x.shape, rng.choice([-1, 0, 1, 10 ** 8, 2 ** 62])),
+            **{kind: np.ones(x.shape).astype(kind) for kind in kinds}}
+    return made[rng.choice(sorted(made))]
 
 
-def npy_bytes(x, rng):
-    """(what was done, the bytes of an .npy with an odd array or an odd header)."""
-    name, out = "header", io.BytesIO()
-    if rng.random() < 0.7:
-        name, x = odd_array(x, rng)
-        np.save(out, x, allow_pickle=True)
-        return name, out.getvalue()
-    np.save(out, x)
-    header = rng.choice(["(1000000000000, 4)", "(-1,)", "(2,)", "()", "3", "None", "(True,)", "(" * 900, "'"])
-    text = f"{{'descr': '{rng.choice(['<f4', '|O', '<U7', 'x', '<f99'])}', 'fortran_order': False, 'shape': {header}, }}\n"
-    raw = out.getvalue()
-    version = rng.choice([1, 1, 1, 2, 3, 9])
+def spoiled_array(x, rng):
+    out = x.copy().ravel()
+    if out.size and out.dtype.kind in "fiub":
+        with np.errstate(invalid="ignore"):                  # a value that does not fit wraps round
+            value = rng.choice([np.nan, np.inf, 1e30, -1e30, -1, 0, 1e8, 3e9])
+            out[rng.randrange(out.size):] = np.array(value).astype(out.dtype)
+    return out.reshape(x.shape)
+
+
+def npy_bytes(x, rng=None):
+    """The bytes of an .npy; with `rng` of an odd array, or under an odd header."""
+    out, header = io.BytesIO(), rng and rng.random() < 0.3
+    np.save(out, odd_array(x, rng) if rng and not header else x, allow_pickle=True)
+    if not header:
+        return out.getvalue()
+    shape = rng.choice(["(1000000000000, 4)", "(-1,)", "(2,)", "()", "3", "None", "(" * 900])
+    kind, version = rng.choice(["<f4", "|O", "<U7", "x", "<f99"]), rng.choice([1, 1, 1, 2, 3, 9])
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     size = struct.pack("<H" if version == 1 else "<I", len(text))
-    return name, raw[:6] + bytes([version, 0]) + size + text.encode() + raw[128:]
+    return out.getvalue()[:6] + bytes([version, 0]) + size + text + out.getvalue()[128:]
 
 
 def damage_npy(path, rng):
-    name, raw = npy_bytes(np.load(path), rng)
-    pathlib.Path(path).write_bytes(raw)
-    return name
+    Path(path).write_bytes(npy_bytes(np.load(path), rng))
 
 
 def damage_npz(path, rng):
     """One array of the file, or the way that it is packed."""
     with np.load(path) as z:
-        arrays = dict(z)
-    key = rng.choice(sorted(arrays))
-    how = rng.choice(["array"] * 8 + ["drop", "rename", "foreign", "packing", "reserved"])
-    members = {f"{k}.npy": npy_of(v) for k, v in arrays.items()}
-    if how == "array":
-        how, members[f"{key}.npy"] = npy_bytes(arrays[key], rng)
-    elif how == "reserved":
-        members[f"{rng.choice([*data.RESERVED, 'training', '_parameters', 'a.b', 'x'])}.npy"] = npy_of(arrays[key])
-    elif how == "foreign":
-        members[rng.choice(["readme.txt", "x", "../x.npy", "\u00e9.npy", ".npy", "labels", "q"])] = b"hello"
-    elif how != "packing":
+        members = {f"{k}.npy": npy_bytes(v) for k, v in z.items()}
+        key = rng.choice(sorted(z))
+        how = rng.choice(["array"] * 8 + ["drop", "rename", "foreign", "packing", "reserved"])
+        if how == "array":
+            members[f"{key}.npy"] = npy_bytes(z[key], rng)
+    if how in ("drop", "rename"):
         content = members.pop(f"{key}.npy")
-        members.update({rng.choice([f"{key}2.npy", "a\nb.npy", "<b>.npy", "k" * 500 + ".npy"]): content}
-                       if how == "rename" else {})
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if rng.random() < 0.2 else zipfile.ZIP_STORED) as z:
+        name = rng.choice([f"{key}2.npy", "a\nb.npy", "<b>.npy", "k" * 500 + ".npy"])
+        members.update({name: content} if how == "rename" else {})
+    if how == "reserved":
+        name = rng.choice([*data.RESERVED, "training", "_parameters", "a.b", "x"])
+        members[f"{name}.npy"] = members[f"{key}.npy"]
+    if how == "foreign":
+        members[rng.choice(["readme.txt", "x", "../x.npy", "\u00e9.npy", ".npy"])] = b"hello"
+    with zipfile.ZipFile(path, "w", rng.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])) as z:
         for name, content in members.items():
             z.writestr(name, content)
-    if how == "packing":                                     # a method or a flag (encrypted) that Python does not know
-        raw = pathlib.Path(path).read_bytes()
+    if how == "packing":                                     # of another method, or encrypted
+        raw = bytearray(Path(path).read_bytes())
         offset, value = rng.choice([(10, 9), (10, 97), (10, 12), (8, 1), (24, 255)])
-        at = raw.rindex(b"PK\1\2") + offset
-        pathlib.Path(path).write_bytes(raw[:at] + bytes([value]) + raw[at + 1:])
+        raw[raw.rindex(b"PK\1\2") + offset] = value
+        Path(path).write_bytes(raw)
     return key, how
 
 
-def npy_of(x):
-    out = io.BytesIO()
-    np.save(out, x)
-    return out.getvalue()
-
-
 def spoil(tree, rng, values):
-    """A tree of dicts and lists with one node replaced, left out or added; returns (path to the node, new tree)."""
+    """(path to a node, the tree of dicts and lists with that node replaced, left out or added)."""
     if isinstance(tree, (dict, list)) and tree and rng.random() < 0.8:
         tree = tree.copy()
-        key = rng.choice(sorted(tree, key=str)) if isinstance(tree, dict) else rng.randrange(len(tree))
+        key = rng.choice(sorted(tree, key=str) if isinstance(tree, dict) else range(len(tree)))
         if rng.random() < 0.15:
             del tree[key]
             return [key, "left out"], tree
@@ -383,46 +360,42 @@ def spoil(tree, rng, values):
 
 
 def damage_json(path, rng):
-    tree = json.loads(pathlib.Path(path).read_text())
-    where, how = "whole", rng.random()
-    if how < 0.15:
-        text = rng.choice(["{}", "[]", "null", "3", '"x"', "NaN", "{", "", "[" * 30000 + "]" * 30000, "\ufeff{}",
-                           '{"a": "b", "b": "a"}', '{"a": ' * 3000 + "1" + "}" * 3000, deep_taxonomy(), deep_nesting()])
-    else:
-        where, tree = spoil(tree, rng, [{}, [], None, True, 0, -1, 1.5, 10 ** 12, float("nan"), "", "x", "a\nb", "/",
-                                        "\ud800", [[1]], {"a": 1}, "y" * 3000, 2 ** 70])
+    where, tree = "whole", json.loads(Path(path).read_text())
+    n = 300
+    nest = '{"LabelName": "a", "Subcategory": [' * n + '{"LabelName": 3}' + "]}" * n
+    chain = {"n0": None, **{f"n{i + 1}": f"n{i}" for i in range(20000)}}
+    texts = ["{}", "[]", "null", "3", '"x"', "NaN", "{", "", "[" * 30000 + "]" * 30000, "\ufeff{}",
+             '{"a": "b", "b": "a"}', '{"a": ' * 3000 + "1" + "}" * 3000, json.dumps(chain), nest]
+    odd = [{}, [], None, True, 0, -1, 1.5, 10 ** 12, float("nan"), "", "x", "a\nb", "\ud800", [[1]],
+           {"a": 1}, "y" * 3000, 2 ** 70]
+    text = rng.choice(texts)
+    if rng.random() > 0.15:
+        where, tree = spoil(tree, rng, odd)
         text = json.dumps(tree)
-    pathlib.Path(path).write_text(text, errors="replace")
+    Path(path).write_text(text, errors="replace")
     return where
-
-
-def deep_taxonomy(n=20000):
-    return json.dumps({"n0": None, **{f"n{i + 1}": f"n{i}" for i in range(n)}})
-
-
-def deep_nesting(n=300):
-    return '{"LabelName": "a", "Subcategory": [' * n + '{"LabelName": 3}' + "]}" * n
 
 
 def damage_text(path, rng):
     """Lines of a CSV file, a list or an XML file."""
-    text = pathlib.Path(path).read_text()
+    text = Path(path).read_text()
     words = re.findall(r"[\w.]+", text)
     old = rng.choice(words or [""])
-    new = rng.choice(["", "nan", "x", "-1", "1e400", "../../../evil", "\0", "a b", "\u00e9", '"', "<", "utf-16", "klingon",
-                      "utf-7", "9" * 400, "&a;", "\n"])
-    text = text.replace(old, new, rng.choice([1, -1])) if rng.random() < 0.8 else text + rng.choice(["\n\n", "x", ",,,\n1"])
-    pathlib.Path(path).write_bytes(text.encode() + rng.choice([b"", b"", b"\xff"]))
+    new = rng.choice(["", "nan", "x", "-1", "1e400", "../../../evil", "\0", "a b", "\u00e9", "<",
+                      '"', "utf-16", "klingon", "utf-7", "9" * 400, "&a;", "\n"])
+    more = rng.choice(["", "", "", "\n\n", "x", ",,,\n1"])
+    text = text.replace(old, new, rng.choice([1, -1])) + more
+    Path(path).write_bytes(text.encode() + rng.choice([b"", b"", b"\xff"]))
     return old, new
 
 
 def damage_pt(path, rng):
-    tree = torch.load(path, weights_only=True)
-    where, tree = spoil(tree, rng, [
-        lambda v: None, lambda v: "x", lambda v: {}, lambda v: [], lambda v: -1, lambda v: 10 ** 12, lambda v: 0.5,
-        lambda v: torch.zeros(3, 0), lambda v: v.double() if isinstance(v, torch.Tensor) else True,
-        lambda v: v * float("nan") if isinstance(v, torch.Tensor) else 0, lambda v: torch.ones(2, 2, dtype=torch.int8),
-        lambda v: v.reshape(-1)[:1] if isinstance(v, torch.Tensor) else "global"])
+    def tensor(change):
+        return lambda v: change(v) if isinstance(v, torch.Tensor) else True
+    plain = [None, "x", {}, [], -1, 0, 10 ** 12, 0.5, torch.zeros(3, 0), torch.ones(2, 2).char()]
+    where, tree = spoil(torch.load(path, weights_only=True), rng, [
+        *(lambda v, w=w: w for w in plain), tensor(lambda v: v.double()),
+        tensor(lambda v: v * float("nan")), tensor(lambda v: v.reshape(-1)[:1])])
     torch.save(tree, path)
     return where
 
@@ -434,19 +407,20 @@ def damage_picture(path, rng):
         how = rng.choice(["1", "L", "P", "CMYK", "RGBA", "LA", "I", "I;16", "F", "YCbCr"])
         image = image.convert("I" if how == "I;16" else "RGB").convert(how)
         image.save(path, "PNG" if how in ("1", "L", "P", "RGBA", "LA") else "TIFF")
-    elif how == "huge":                                      # a PNG that declares what it does not hold
+    elif how == "huge":                                      # declares what it does not hold
         image.save(path, "PNG")
-        raw = bytearray(pathlib.Path(path).read_bytes())
-        raw[16:24] = struct.pack(">II", *rng.choice([(9000, 9000), (10 ** 6, 10 ** 6), (0, 5), (2 ** 31 - 1, 1)]))
+        raw = bytearray(Path(path).read_bytes())
+        size = rng.choice([(9000, 9000), (10 ** 6, 10 ** 6), (0, 5), (2 ** 31 - 1, 1)])
+        raw[16:24] = struct.pack(">II", *size)
         raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
-        pathlib.Path(path).write_bytes(raw)
+        Path(path).write_bytes(raw)
     elif how == "small":
         image.resize((1, rng.choice([1, 3]))).save(path)
     elif how == "cut":
-        raw = pathlib.Path(path).read_bytes()
-        pathlib.Path(path).write_bytes(raw[:rng.randrange(8, len(raw))])
+        raw = Path(path).read_bytes()
+        Path(path).write_bytes(raw[:rng.randrange(8, len(raw))])
     else:
-        image.save(path, "GIF") if how == "gif" else pathlib.Path(path).write_text("hello")
+        image.save(path, "GIF") if how == "gif" else Path(path).write_text("hello")
     return how
 
 
@@ -470,15 +444,15 @@ def command_of(number):
 
 
 def child(number, seed, zoo, place):
-    """In a process of its own: run the input in a copy of the zoo, `place`/zoo; its words go to `place`/err and /told."""
+    """Run an input, in a process of its own, in the copy `place`/zoo; it speaks to `place`/err."""
     shutil.copytree(zoo, f"{place}/zoo", symlinks=True)
     os.chdir(f"{place}/zoo")
     before = {path: os.stat(path) for path in outputs()}
     argv, damage = prepare(number, seed)
-    pathlib.Path(f"{place}/told").write_text(f"{argv}\n{damage}", errors="replace")
+    Path(f"{place}/told").write_text(f"{argv}\n{damage}", errors="replace")
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(f"{place}/{name}", os.O_CREAT | os.O_WRONLY), stream.fileno())
-    size = int(re.search(r"VmSize:\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+    size = int(re.search(r"VmSize:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     resource.setrlimit(resource.RLIMIT_AS, (size * 1024 + GIGABYTES * 2 ** 30,) * 2)
     # of `bench` and `demo` only what they do with their flags counts
     subprocess.run = lambda *_, **__: types.SimpleNamespace(returncode=0)
@@ -491,13 +465,14 @@ def child(number, seed, zoo, place):
         code = e.code or 0
     except BaseException as e:
         traceback.print_exc()
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if str(ROOT) in f.filename] or [None]
-        at = frames[-1] and f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}:{frames[-1].name}"
-        pathlib.Path(f"{place}/at").write_text(f"{at}: {type(e).__name__}: {str(e)[:90]!r}", errors="replace")
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if str(ROOT) in f.filename]
+        at = ":".join(f"{Path(f.filename).name}:{f.lineno}:{f.name}" for f in frames[-1:])
+        at = f"{at}: {type(e).__name__}: {str(e)[:90]!r}"
+        Path(f"{place}/at").write_text(at, errors="replace")
         code = 1
     signal.alarm(0)
     broken = [path for path in outputs() if path not in before and not whole(path)]
-    pathlib.Path(f"{place}/broken").write_text("\n".join(broken), errors="replace")
+    Path(f"{place}/broken").write_text("\n".join(broken), errors="replace")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -515,7 +490,7 @@ def whole(path):
             with np.load(path) as z:
                 return [z[key] for key in z] is not None
         if path.endswith(".json"):
-            return json.loads(pathlib.Path(path).read_text()) is not None
+            return json.loads(Path(path).read_text()) is not None
         return not path.endswith(".tmp") and torch.load(path, weights_only=True) is not None
     except Exception:                                        # whatever it is: nobody can read it
         return False
@@ -523,14 +498,14 @@ def whole(path):
 
 def verdict(status, usage, place):
     """(column of the table, where or what) of a process that has ended."""
-    read = {name: pathlib.Path(f"{place}/{name}") for name in ("err", "at", "broken")}
-    read = {name: path.read_text(errors="replace") if path.exists() else "" for name, path in read.items()}
+    read = {name: told(place, name) for name in ("err", "at", "broken")}
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if re.search(r"^(step \d+/|before training)", read["err"], re.M):
             return "ran", "still training"
         return ("hang", "") if number == signal.SIGALRM else ("traceback", f"signal {number}")
-    if usage.ru_maxrss > GIGABYTES * 2 ** 20 or re.search("MemoryError|can't allocate memory|Unable to allocate", read["err"]):
+    memory = re.search("MemoryError|can't allocate memory|Unable to allocate", read["err"])
+    if memory or usage.ru_maxrss > GIGABYTES * 2 ** 20:
         return "over 4 GB", read["at"]
     if read["at"]:
         return "traceback", read["at"]
@@ -540,20 +515,26 @@ def verdict(status, usage, place):
         return "ran", ""
     lines = read["err"].splitlines()
     errors = [line for line in lines if line.startswith("repsae: error: ")]
-    fine = os.WEXITSTATUS(status) == 2 and len(errors) == 1 and lines[-1] == errors[0] and len(errors[0]) <= 400
-    return ("refused", errors[0]) if fine else ("bad message", "\n".join(lines[-3:])[:300])
+    fine = os.WEXITSTATUS(status) == 2 and lines[-1:] == errors and len(errors[0]) <= 400
+    return ("refused", "") if fine else ("bad message", "\n".join(lines[-3:])[:300])
+
+
+def told(place, name):
+    path = Path(f"{place}/{name}")
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def run_inputs(numbers, seed, zoo, jobs, until, show):
-    """Run inputs by number, `jobs` at once, until the clock says `until`; calls show(number, column, what, place)."""
-    running, numbers = {}, iter(numbers)
+    """Run inputs, `jobs` at once, up to the time `until`; show(number, column, what, place)."""
+    running, numbers = {}, list(numbers)[::-1]
     while True:
-        while len(running) < jobs and time.time() < until and (number := next(numbers, None)) is not None:
+        while len(running) < jobs and time.time() < until and numbers:
+            number = numbers.pop()
             place = tempfile.mkdtemp(dir=os.path.dirname(zoo))
             if not (pid := os.fork()):
                 try:
                     child(number, seed, zoo, place)
-                except BaseException:                        # a fault of this file; never two parents
+                except BaseException:                        # a fault of this file
                     traceback.print_exc()
                 os._exit(99)
             running[pid] = number, place
@@ -566,7 +547,7 @@ def run_inputs(numbers, seed, zoo, jobs, until, show):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
@@ -583,13 +564,11 @@ def main():
         if column in FINDINGS:
             places[column, what].append(number)
         if args.repeat is not None:
-            print(*(pathlib.Path(f"{place}/{name}").read_text(errors="replace") for name in ("told", "out", "err")),
-                  sep="\n")
-            print(column, what)
+            print(*(told(place, name) for name in ("told", "out", "err")), column, what, sep="\n")
     numbers = range(args.inputs) if args.repeat is None else [args.repeat]
     numbers = [n for n in numbers if args.only in (None, command_of(n))]
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None                              # the zoo is copied for each input
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+    fast = "/dev/shm" if os.path.isdir("/dev/shm") else None                                # memory
+    with tempfile.TemporaryDirectory(dir=fast) as folder:
         zoo = os.path.join(folder, "zoo")
         os.mkdir(zoo)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -597,7 +576,8 @@ def main():
         run_inputs(numbers, args.seed, zoo, args.jobs, began + args.seconds, show)
         os.chdir(ROOT)
     print(f"{'':12}" + "".join(f"{name:>13}" for name in COLUMNS))
-    for command, row in [*sorted(table.items()), ("all", sum(table.values(), collections.Counter()))]:
+    table["~ all"] = sum(table.values(), collections.Counter())
+    for command, row in sorted(table.items()):
         print(f"{command:12}" + "".join(f"{row[name]:13}" for name in COLUMNS))
     for (column, what), found in sorted(places.items(), key=lambda item: -len(item[1])):
         print(f"{len(found)} x {column}: {what} (inputs {', '.join(map(str, found[:5]))})")
