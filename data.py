@@ -910,7 +910,7 @@ def latent_semantics(captions, known, longest=1, width=32):
     """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture. (N, width) float32.
 
     Counts of words, and of runs of up to `longest` words, times the log of how rare they are, scaled to length 1 and projected
-    on the first right singular vectors of the rows `known`; what stands in none of these is not counted.
+    on the first right singular vectors of the rows `known`, fewer where these span fewer; what stands in none of these is not counted.
     """
     grams = []
     for text in captions:
@@ -925,8 +925,10 @@ def latent_semantics(captions, known, longest=1, width=32):
     length = np.sqrt(counts.multiply(counts).sum(1))
     counts = scipy.sparse.diags(1 / np.maximum(np.asarray(length).ravel(), 1e-12)) @ counts
     width = min(width, len(number) - 1, len(known) - 1)
-    axes = scipy.sparse.linalg.svds(counts[known], width, v0=np.ones(min(len(number), len(known))))[2][::-1]
-    axes *= np.sign(axes[np.arange(width), np.abs(axes).argmax(1)])[:, None]                # so that they are always the same
+    start = np.ones(min(len(number), len(known)))
+    _, values, axes = scipy.sparse.linalg.svds(counts[known], width, v0=start)
+    axes = axes[values > 1e-6 * values.max()][::-1]          # beyond the rank any vector would do
+    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]            # so that they are always the same
     return (counts @ axes.T).astype(np.float32)
 
 

@@ -1702,8 +1702,10 @@ def cmd_intervene(flags):
     effect, base, means = W @ w, float(b @ w) + bias, judge.class_means(coded.strength[train], y[train])
     groups = coded.features.about.get("groups")
     groups = None if groups is None else groups[test]
-    intervals = {"original features": judge.bootstrap_auc(y[test], coded.dense[test] @ w + bias, groups),
-                 "reconstructed": judge.bootstrap_auc(y[test], coded.strength[test] @ effect + base, groups)}
+    intervals = {"original features": judge.bootstrap_auc(y[test], coded.dense[test] @ w + bias, groups,
+                                                         seed=coded.flags.seed),
+                 "reconstructed": judge.bootstrap_auc(y[test], coded.strength[test] @ effect + base, groups,
+                                                      seed=coded.flags.seed)}
     ks = sorted({min(k, len(effect)) for k in (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect))})
     curve = judge.intervention(coded.strength[test], effect, base, y[test], means, ks)
     tables = [(["AUC, 95 in 100 bootstrap draws", "", "from", "to"], [[name, *v] for name, v in intervals.items()]),
@@ -1912,7 +1914,7 @@ def cmd_describe(flags):
     coded = Coded(flags.run, flags)
     train, _ = coded.split()
     code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
-    untold = ("sample", "label")                             # a name must not copy its judge
+    untold = ("sample", "label", "image")                    # a name must not copy its judge; a path may hold the label
     for j in np.flatnonzero(code.getnnz(axis=0)):
         column = slice(code.indptr[j], code.indptr[j + 1])
         active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]

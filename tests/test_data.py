@@ -1193,3 +1193,9 @@ def test_words_of_other_captions_leave_the_encoder_of_captions_as_it_was():
     alone, *beside = (data.latent_semantics([*captions, *more], np.arange(5))[:5]
                       for more in ([], ["stroma"] * 9, ["stroma never seen", "seen never"]))
     assert all(np.array_equal(v, alone) for v in beside)
+
+
+def test_latent_semantics_repeat_themselves_where_captions_span_few_dimensions():
+    texts = ["a b", "a b", "c d", "c d", "a b c d", "c d"] * 4
+    found = [data.latent_semantics(texts, np.arange(24), 1, 3) for _ in range(4)]
+    assert found[0].shape == (24, 2) and all(np.allclose(v, found[0], atol=1e-5) for v in found)
