@@ -954,9 +954,9 @@ def test_samples_without_a_label_count_for_neither_class(tokens, token_run, tmp_
 
 def test_a_patient_has_the_label_of_those_of_its_samples_that_have_one(tokens, token_run, tmp_path):
     arrays, found = {**np.load(tokens)}, []
-    for lost in (np.arange(0), np.arange(0, 60, 5), np.arange(5)):       # none, one of each, one whole
+    for lost in ((), np.arange(0, 60, 5), np.arange(5)):     # none, one of each, one whole patient
         arrays["labels"] = np.load(tokens)["labels"]
-        arrays["labels"][lost] = -1
+        arrays["labels"][list(lost)] = -1
         np.savez(tmp_path / "m.npz", **arrays)
         run("latents", token_run, "--data", tmp_path / "m.npz", "--out", tmp_path / "l")
         found.append(np.load(tmp_path / "l" / "barcodes.npz")["labels"].tolist())
