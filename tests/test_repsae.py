@@ -126,6 +126,29 @@ def test_labels_that_the_mask_hides_change_nothing(features, finished, tmp_path)
         assert hidden != shown, name
 
 
+def test_unlabelled_samples_count_as_little_for_labels_as_if_they_were_not_there(
+        features, finished, tmp_path):
+    arrays = {k: v for k, v in np.load(features).items() if k != "captions"}
+    arrays["split"] = np.where(np.arange(1000) < 400, "train", "test")
+    mask, found = np.random.default_rng(0).random(1000) < 0.6, []
+    fewer = {k: v if k == "label_names" else v[mask] for k, v in arrays.items()}
+    for name, given in (("hidden", {**arrays, "mask": mask}), ("dropped", fewer)):
+        np.savez(tmp_path / "m.npz", **given)
+        on_run = [finished, "--data", tmp_path / "m.npz"]
+        run("eval", *on_run, "--json", tmp_path / "e.json")
+        run("latents", *on_run, "--stream", "x", "--out", tmp_path / name)
+        run("describe", *on_run, "--stream", "x", "--top", 3, "--out", tmp_path / f"{name}.json")
+        alone = json.loads((tmp_path / "e.json").read_text())["alone"]
+        latents = json.loads((tmp_path / name / "latents.json").read_text())
+        told = {one["latent"]: (one["label"], one["purity"], one["entropy"]) for one in latents
+                if one["label"] >= 0}
+        found.append({"concepts": alone["concepts"], "probe": alone["probe"], "latents": told})
+    assert found[0] == found[1] and len(told) > 10
+    shown = [s for one in json.loads((tmp_path / "hidden.json").read_text()) for s in one["top"]]
+    assert len({mask[s["sample"]] for s in shown}) == 2
+    assert all(("label" in s) == mask[s["sample"]] for s in shown)
+
+
 def test_eval_leaves_no_patient_in_two_parts_of_a_probe(features, finished, tmp_path, monkeypatch):
     groups, seen = np.arange(1000) // 10, []
     arrays = {**np.load(features), "groups": groups, "split": np.where(groups, "test", "train")}
@@ -1005,9 +1028,9 @@ def test_samples_without_a_label_count_for_neither_class(tokens, token_run, tmp_
 
 def test_a_patient_has_the_label_of_those_of_its_samples_that_have_one(tokens, token_run, tmp_path):
     arrays, found = {**np.load(tokens)}, []
-    for lost in (np.arange(0), np.arange(0, 60, 5), np.arange(5)):       # none, one of each, one whole
+    for lost in ((), np.arange(0, 60, 5), np.arange(5)):     # none, one of each, one whole patient
         arrays["labels"] = np.load(tokens)["labels"]
-        arrays["labels"][lost] = -1
+        arrays["labels"][list(lost)] = -1
         np.savez(tmp_path / "m.npz", **arrays)
         run("latents", token_run, "--data", tmp_path / "m.npz", "--out", tmp_path / "l")
         found.append(np.load(tmp_path / "l" / "barcodes.npz")["labels"].tolist())
