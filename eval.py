@@ -598,16 +598,19 @@ def _doubts_of_fit(metrics, own, mean):
 
 def _doubts_of_sharing(metrics, mean, again):
     """Rules on what streams share, which shuffled pairs and chance must not reach."""
-    joint, alone = (headline(metrics[mode]) for mode in ("joint", "alone"))
-    found = []
+    joint, alone, found = headline(metrics["joint"]), headline(metrics["alone"]), []
     if "null" not in metrics:
         found.append((1, "the joint figures stand without their null", f"add it with {again}"))
     elif None not in (joint["R2 cross"], null := headline(metrics["null"]["joint"])["R2 cross"]) and \
             joint["R2 cross"] < null + 0.02:
         found.append((2, f"joint cross R2 is no better than for shuffled pairs ({joint['R2 cross']:.3f}, null {null:.3f})",
                       "check that row i is the same sample in every stream"))
-    if alone["retrieval R@1"] is not None and alone["retrieval R@1"] <= 3 / metrics["rows"]:
-        found.append((1, "alone, samples find their partners no better than by chance", "train with --topk both"))
+    pairs = metrics["alone"]["retrieval"]
+    lost = [s for s in metrics["alone"]["r2"] if max((v["R@1"] for pair, v in pairs.items() if s in pair.split(" -> ")),
+                                                     default=1) <= 3 / metrics["rows"]]
+    if lost:
+        found.append((1, f"alone, {', '.join(lost)} find no partners, or only by chance",
+                      "check that row i is the same sample in every stream, or train with --topk both"))
     baseline = mean_cell(metrics["linear_baseline"])
     if None not in (alone["R2 cross"], baseline) and alone["R2 cross"] < baseline - 0.05:
         found.append((1, "a linear map from stream to stream predicts more than the code does alone",

@@ -904,7 +904,7 @@ def test_a_run_that_nothing_speaks_against_is_trusted():
     ("null joint r2 x y", 1.3, 2, "no better than for shuffled pairs", "same sample in every stream"),
     ("alone activation alive_in", [6, 0, 4], 1, "60 % of the latents are silent", "--latents"),
     ("steps", 999, 1, "999 training steps are few", "--epochs"),
-    ("alone retrieval x", {"R@1": .015, "MRR": 0.}, 1, "no better than by chance", "--topk both"),
+    ("alone retrieval x", {"R@1": .015, "MRR": 0.}, 1, "alone, x, y find no partners", "--topk both"),
     ("alone r2 x y", .2, 1, "a linear map from stream to stream predicts more", "--topk both"),
     ("positives", 49, 0, "the probe row is empty, because no label has 50 positives", "--eval-rows 0"),
     ("null", None, 1, "the joint figures stand without their null", "add it with THIS")])
@@ -920,6 +920,14 @@ def test_each_rule_of_the_verdict_fires_for_its_cause_alone(path, value, level, 
     found = judge.verdict(metrics, "THIS")
     assert found["level"] == level and doubt in found["trust"] and remedy in found["next"]
     assert found["trust"].count(";") == 0                    # and nothing else is said
+
+
+def test_a_stream_that_nothing_finds_is_named():
+    metrics = healthy()
+    for a, b, r1 in (("x", "z", 0.), ("z", "y", .01), ("y", "x", .4)):
+        metrics["alone"]["retrieval"][f"{a} -> {b}"] = {"R@1": r1, "MRR": r1}
+    metrics["alone"]["r2"]["z"] = {"z": .75, "x": .6, "y": .6}
+    assert "alone, z find no partners" in judge.verdict(metrics)["trust"]
 
 
 def test_the_verdict_of_one_stream_speaks_of_no_other():
