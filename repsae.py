@@ -444,7 +444,7 @@ def resolved(flags, features, layers=()):
     if chosen:
         shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else f"{k.replace('_', '-')} {v}"
                           for k, v in chosen.items())
-        say_once(f"chosen for {n} training rows: {shown}; {auto['steps']} steps")
+        say_once(f"chosen by the number of training rows, {n}: {shown}; {auto['steps']} steps")
     if flags.shuffle == "blocks" and features.sorted_rows():
         say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - shuffle the file, or use "
                  "--shuffle samples")

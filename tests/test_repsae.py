@@ -1788,7 +1788,7 @@ def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stre
     assert chosen == {"latents": 256 if n == 1100 else 128, "k": 16 if n == 1100 else 8, "norm": "standard,l2",
                       "shuffle": "samples", "null": True}
     assert [k for k, v in flags.items() if v == "auto"] == ["kernels"] and 1000 <= metrics["steps"] < 1100 and flags["dead_after"] == metrics["steps"] // 4
-    assert f"chosen for {round(.8 * n)} training rows: latents {chosen['latents']}, k" in capsys.readouterr().err
+    assert f"chosen by the number of training rows, {round(.8 * n)}: latents {chosen['latents']}, k" in capsys.readouterr().err
 
 
 def test_what_is_typed_goes_before_the_preset_and_the_preset_before_the_rule(features):
