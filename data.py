@@ -6,10 +6,15 @@ Glossary     N samples . T tokens of a sample . d_s width of stream s . C labels
 
 A feature file is an .npz, or a folder of .npy files, with one floating array (N, d_s), or (N, T, d_s) for tokens, per
 stream, its key (or file name) the stream's name; row i is the same sample everywhere. Reserved keys, all optional:
-    labels (N,) whole numbers or text, below 0 or "" = unlabelled, or (N, C) bool, all False = none of these
-    mask (N,) bool: False where the labels of a row are not known     label_names (C,)     split (N,) of train / val / test
-    groups (N,) e.g. patients     ids, captions, images (N,)     coords
+    labels (N,) or (N, 1) of any integer type, or (N,) text, whose sorted values are then the names
+           of the labels; or (N, C) bool, where a row of False means "none of these"
+    mask   (N,) bool, False = the labels of this row are not known
+    label_names (C,)     split (N,) of train / val / test     groups (N,) e.g. patients
+    ids, captions (N,)   images (N,) paths relative to the file, or pixels (N, H, W[, 3]) uint8
+    coords
     grid (2,) int: rows and columns of the T tokens     boxes (n, 6): sample, label, x0, y0, x1, y1 in shares of the picture
+A row is unlabelled where its label is negative or "" or `mask` is False: it then counts neither for
+nor against any label.
 Nothing is ever unpickled. A folder is memory-mapped: a batch reads its own rows and no others.
 
 Deviations   from the authors' code: rows are never joined by position alone without checking that the counts agree;
@@ -23,7 +28,6 @@ import math
 import os
 import re
 import sys
-import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
 from xml.etree import ElementTree
@@ -33,10 +37,11 @@ import scipy.ndimage
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords", "grid", "mask", "boxes")
 SPLITS = ("train", "val", "test")
+LARGEST = np.float32(1e15)  # of a feature: sums of squares must stay below 3e38, the end of float32
 
 
 class InputError(ValueError):
@@ -49,20 +54,21 @@ class Features:
 
     streams      dict stream -> (N, d_s) or (N, T, d_s) float array, in memory or memory-mapped, any float dtype
     split        (N,) of "train", "val", "test"
-    labels       (N,) int, -1 = unlabelled, or (N, C) bool, or None        label_names  list of C names
-    mask         (N,) bool, which rows of (N, C) labels are known; None: all
+    labels       (N,) int, negative where unlabelled, or (N, C) bool, or None
+    mask         (N,) bool, False where (N, C) labels are not known, or None
+    label_names  list of C names
     parents      taxonomy: dict name -> name of its parent, None for the root; empty when there is none
     about        dict of the other per-sample arrays that the file gave: ids, groups, captions, images
     grid         (rows, columns) of the tokens, or None       boxes  (n, 6) as in the file, or None
     truth        made-up data only: dict stream -> (C, d_s), the direction of each concept, zeros where it is unseen
     order        dict stream -> (N,) rows: sample i of the stream is its row order[i]; how the null breaks the pairing
     notes        list of lines the user should see
+    folder       the file's own, which `images` are relative to
     """
     streams: dict
     split: np.ndarray
     labels: np.ndarray = None
     label_names: list = field(default_factory=list)
-    mask: np.ndarray = None
     parents: dict = field(default_factory=dict)
     about: dict = field(default_factory=dict)
     grid: tuple = None
@@ -71,9 +77,28 @@ class Features:
     order: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
     hash: str = ""
+    mask: np.ndarray = None
+    folder: str = "."
 
     def __len__(self):
         return len(self.split)
+
+    @property
+    def labelled(self):
+        """(N,) bool: the rows whose labels are known; none without labels."""
+        return _labelled(self.labels, self.mask, len(self))
+
+    def picture(self, row):
+        """A sample's picture in RGB, or None when the file gives none or it cannot be read."""
+        images = self.about.get("images")
+        if images is None:
+            return None
+        if images.ndim > 1:
+            return Image.fromarray(np.asarray(images[row])).convert("RGB")
+        try:
+            return open_image(os.path.join(self.folder, images[row]))
+        except InputError:
+            return None
 
     @property
     def dims(self):
@@ -103,8 +128,8 @@ class Features:
         if not self.tokens:
             return self
         flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}
-        return replace(self, streams=flat, split=np.repeat(self.split, self.tokens), labels=None, label_names=[], mask=None,
-                       parents={}, about={}, grid=None, boxes=None)
+        return replace(self, streams=flat, split=np.repeat(self.split, self.tokens), labels=None, label_names=[], parents={},
+                       about={}, grid=None, boxes=None, mask=None)
 
     def rows(self, *splits):
         """Row numbers, ascending, of the first of `splits` that has any: rows("test", "val")."""
@@ -120,15 +145,13 @@ class Features:
                 for s, x in self.streams.items()}
 
     def label_matrix(self, rows):
-        """(len(rows), C) bool; a row without any True has none of the labels, or is not `known`. None without labels."""
+        """(len(rows), C) bool, unlabelled rows all False: see `labelled`. None without labels."""
         if self.labels is None:
             return None
         labels = np.asarray(self.labels[rows])
-        return labels if labels.ndim == 2 else labels[:, None] == np.arange(len(self.label_names))
-
-    def known(self, rows):
-        """(len(rows),) bool: whose labels are known."""
-        return known_labels(self.labels, self.mask)[rows]
+        if labels.ndim == 1:
+            return labels[:, None] == np.arange(len(self.label_names))
+        return labels & self.labelled[rows][:, None]
 
     def statistics(self, rows, block=4096):
         """Per-dimension mean and standard deviation over `rows`, read block by block: dict stream -> (mean, std)."""
@@ -209,14 +232,14 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     tokens = {s: a.shape[1] if a.ndim == 3 else None for s, a in x.items()}
     if len(set(tokens.values())) > 1:
         raise InputError(f"{path}: tokens per sample differ between streams, {tokens} - pick streams alike with --streams")
-    about = {k: arrays[k] for k in ("ids", "groups", "captions", "images") if k in arrays}
-    for k, a in [*about.items(), *((k, arrays[k]) for k in ("labels", "mask", "split") if k in arrays)]:
-        if not a.ndim or len(a) != n or a.ndim > 1 and k in ("ids", "groups", "captions", "split"):
-            raise InputError(f"'{k}' has shape {a.shape} for {n} samples - give one for each row")
-    labels, label_names, mask = _check_labels(arrays)
+    about = _about(arrays, n)
+    labels, label_names, mask = _read_labels(arrays, n)
     parents = read_taxonomy(taxonomy, label_names) if taxonomy else {}
-    out = Features(x, _split(arrays.get("split"), about.get("groups"), n, seed), labels, label_names, mask, parents, about,
-                   _check_grid(arrays.get("grid"), tokens[names[0]]), _check_boxes(arrays.get("boxes"), n, label_names))
+    split = _split(about.pop("split", None), about.get("groups"), n, seed)
+    out = Features(x, split, labels, label_names, parents, about,
+                   _check_grid(arrays.get("grid"), tokens[names[0]]),
+                   _check_boxes(arrays.get("boxes"), n, label_names), mask=mask,
+                   folder=os.path.dirname(os.path.abspath(path)))
     _scan(out)
     if "split" in arrays and "groups" in about:
         seen = {g: set(out.split[about["groups"] == g]) for g in np.unique(about["groups"])}
@@ -333,45 +356,86 @@ def _array(x):
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def _check_stream(path, name, x, tokens=True):
+def _check_stream(path, name, x):
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
                          f"(reserved keys: {', '.join(RESERVED)})")
-    if x.ndim not in ((2, 3) if tokens else (2,)):
+    if x.ndim not in (2, 3):
         raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width)"
-                         + (" or (samples, tokens, width)" if tokens else " in a bag: extract it without --tokens"))
+                         " or (samples, tokens, width)")
     if 0 in x.shape:
         raise InputError(f"stream '{name}' has shape {x.shape} - it needs at least one row and one column")
     return x
 
 
-MOST_LABELS = 10 ** 6
+def _texts(a):
+    """An array of str, or of UTF-8 bytes, as one of str."""
+    return np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a.astype(str)
 
 
-def _check_labels(arrays):
-    """Labels of a file, (N,) int with -1 for unlabelled or (N, C) bool, their C names, and which rows of (N, C) are known
-    (None: all); arrays: its arrays by key."""
-    labels, names, mask = (arrays.get(key) for key in ("labels", "label_names", "mask"))
+def _about(arrays, n):
+    """What a file says of each of its n samples: dict of `ids`, `groups`, `captions`, `images` and
+    `split`, where it has them, bytes as str. Raises InputError for shapes unlike the header's."""
+    keys = ("ids", "groups", "captions", "images", "split")
+    found = {k: arrays[k] for k in keys if k in arrays}
+    for k, a in found.items():
+        fits, wanted = a.ndim == 1, "one entry for each row"
+        if k == "images":
+            pixels = a.dtype == np.uint8 and (a.ndim == 3 or a.shape[3:] == (3,))
+            fits = pixels or fits and a.dtype.kind in "US"
+            wanted = "(N,) paths or (N, H, W[, 3]) uint8"
+        if not fits:
+            raise InputError(f"'{k}' has shape {a.shape} and type {a.dtype} - give {wanted}")
+        if len(a) != n:
+            raise InputError(f"'{k}' has {len(a)} entries for {n} samples - give one for each row")
+    return {k: _texts(a) if a.dtype.kind == "S" else a for k, a in found.items()}
+
+
+def _read_labels(arrays, n):
+    """(labels, names, mask) of a file of n samples: labels (N,) int, negative where unlabelled, and
+    no mask; or (N, C) bool with `mask` as the file has it; or None without labels."""
+    labels, mask = arrays.get("labels"), arrays.get("mask")
+    if mask is not None and (mask.shape != (n,) or mask.dtype != bool):
+        raise InputError(f"'mask' has shape {mask.shape} and type {mask.dtype} for {n} samples - "
+                         "give (N,) booleans, False where the labels are not known")
     if labels is None:
         return None, [], None
-    if names is not None and names.ndim != 1:
-        raise InputError(f"'label_names' has shape {names.shape} - give (C,) names")
-    names = None if names is None else [str(v) for v in names]
-    if mask is not None and (mask.shape != labels.shape[:1] or mask.dtype != bool):
-        raise InputError(f"'mask' has shape {mask.shape} and type {mask.dtype} - give (N,) booleans, False = unlabelled")
-    if labels.ndim == 2 and labels.shape[1] == 1 and labels.dtype != bool and (names is None or len(names) > 1):
-        labels = labels[:, 0]                                # a column of classes, as MedMNIST has it
+    if labels.ndim and len(labels) != n:
+        raise InputError(f"'labels' has {len(labels)} entries for {n} samples - give one each")
+    labels, names = _check_labels(labels, arrays.get("label_names"))
+    if labels.ndim == 1:
+        return labels if mask is None else np.where(mask, labels, -1), names, None
+    return labels, names, mask
+
+
+def _labelled(labels, mask, n):
+    """(N,) bool: the rows whose labels, as `_read_labels` gives them, are known."""
+    if labels is None:
+        return np.zeros(n, bool)
+    known = labels >= 0 if labels.ndim == 1 else np.ones(n, bool)
+    return known if mask is None else known & mask
+
+
+MOST_LABELS = 10 ** 6    # greater numbers are no classes, and would each take a column
+
+
+def _check_labels(labels, names):
+    """Labels, (N,) int64, negative where unlabelled, or (N, C) bool, and their C names."""
+    names = None if names is None else _texts(np.atleast_1d(names)).ravel().tolist()
     if labels.ndim == 1 and labels.dtype.kind in "US":
-        labels, names = _number_text(labels, names)
+        labels, names = _named_labels(_texts(labels), names)
     whole = np.issubdtype(labels.dtype, np.integer)
+    if whole and labels.ndim == 2 and labels.shape[1] == 1 and len(names or ()) != 1:
+        labels = labels[:, 0]                                # as MedMNIST has it
     if labels.ndim == 1 and whole:
-        count = int(labels.max()) + 1 if len(labels) else 0
+        count = int(labels.max()) + 1 if labels.size else 0
         if count > MOST_LABELS:
-            raise InputError(f"'labels' goes up to {count - 1} - number the classes from 0, at most {MOST_LABELS} of them")
-        labels = np.where((labels >= 0) & (True if mask is None else mask), labels, -1).astype(np.int64)
-        count, mask = max(count, 0), None
-    elif labels.ndim == 2 and labels.shape[1] and (labels.dtype == bool or whole and len(labels)
-                                                   and 0 <= labels.min() <= labels.max() <= 1):
+            row = int(labels.argmax())
+            raise InputError(f"'labels' row {row} is {count - 1} - number the classes from 0, a "
+                             f"million at most")
+        count, labels = max(count, 0), labels.astype(np.int64)
+    elif labels.ndim == 2 and labels.size and (labels.dtype == bool or whole and 0 <= labels.min()
+                                               and labels.max() <= 1):
         count, labels = labels.shape[1], labels.astype(bool, copy=False)
     else:
         raise InputError(f"'labels' has shape {labels.shape} and type {labels.dtype} - "
@@ -382,25 +446,17 @@ def _check_labels(arrays):
         names = [f"label {i}" for i in range(count)]
     if len(names) < count or (labels.ndim == 2 and len(names) != count):
         raise InputError(f"'label_names' has {len(names)} names for {count} labels - give one each")
-    return labels, names, mask
+    return labels, names
 
 
-def _number_text(labels, names):
-    """Labels (N,) in words -> numbers in the order of `names`, or of the alphabet, -1 for an empty one; and the names."""
-    text = [v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in labels.tolist()]
-    names = names or sorted({v for v in text if v})
+def _named_labels(labels, names):
+    """Labels as text (N,) -> (N,) numbers of `names`, or of their own sorted values; "" is -1."""
+    names = sorted({*labels.tolist()} - {""}) if names is None else names
     number = {"": -1, **{name: i for i, name in enumerate(names)}}
-    unknown = next((row for row, v in enumerate(text) if v not in number), None)
-    if unknown is not None:
-        raise InputError(f"'labels' row {unknown} is '{text[unknown]}', which is not among 'label_names' - add it there")
-    return np.array([number[v] for v in text], np.int64), names
-
-
-def known_labels(labels, mask):
-    """(N,) bool: which rows of labels, (N,) int or (N, C) bool with a mask, are known."""
-    if labels.ndim == 1:
-        return labels >= 0
-    return np.ones(len(labels), bool) if mask is None else np.asarray(mask)
+    strange = [(i, v) for i, v in enumerate(labels.tolist()) if v not in number][:1]
+    for row, label in strange:
+        raise InputError(f"'labels' row {row} is {label[:40]!r}, none of 'label_names' - add it")
+    return np.array([number[v] for v in labels.tolist()], np.int64), names
 
 
 def _check_grid(grid, tokens):
@@ -449,17 +505,21 @@ def _scan(features, block_bytes=1 << 24):
         step, zeros = max(1, block_bytes // (x[0].size * x.itemsize)), 0
         for start in range(0, len(x), step):
             block = np.ascontiguousarray(x[start:start + step]).reshape(len(x[start:start + step]), -1)
-            bad = ~np.isfinite(block).all(1)
+            bad = ~(np.abs(block) <= LARGEST).all(1)         # so compared, NaN is bad too
             if bad.any():
                 row = start + int(bad.argmax())
-                raise InputError(f"stream '{s}' has NaN or Inf in {bad.sum()} or more rows, first row {row} - "
-                                 "drop or mend them")
+                finite = np.isfinite(block[bad.argmax()]).all()
+                what, do = (("numbers beyond 1e15", "scale") if finite
+                            else ("NaN or Inf", "drop or mend"))
+                raise InputError(f"stream '{s}' has {what} in {bad.sum()} or more rows, "
+                                 f"first row {row} - {do} them")
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:
             features.notes.append(f"stream '{s}' has {zeros} all-zero rows: the loss skips them, "
                                   "retrieval counts them as missed")
-    for a in (features.labels, features.mask, features.split, features.label_names, sorted(features.parents.items(), key=str)):
+    for a in (features.labels, features.mask, features.split, features.label_names,
+              sorted(features.parents.items(), key=str)):
         digest.update(repr(a).encode() if isinstance(a, list) else b"" if a is None
                       else np.ascontiguousarray(a).tobytes())
     features.hash = digest.hexdigest()[:16]
@@ -559,7 +619,7 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
         D *= seen[:, m:m + 1] / np.linalg.norm(D, axis=1, keepdims=True)
         noise = (0.05, 0.1, 0.15)[m % 3] / d ** 0.5 * rng.standard_normal((n, d))
         streams[s], truth[s] = (np.tanh(amount @ D) + noise).astype(np.float32), D
-    out = Features(streams, _split(None, None, n, seed), labels, leaves, parents=parents, truth=truth)
+    out = Features(streams, _split(None, None, n, seed), labels, leaves, parents, truth=truth)
     _scan(out)
     return out
 
@@ -912,6 +972,7 @@ def vision():
 class Images:
     """Pictures and what is known about them: paths (list of N), labels (N,) int, or (N, C) bool, or None, label_names, split
     (N,) or None; boxes (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one, else None;
+    mask (N,) bool as in `Features`, or None; pixels (N, H, W[, 3]) uint8 where the file holds them;
     objects: a list of N lists of (name, (x0, y0, x1, y1) in shares of the picture), where they are annotated; about: other
     reserved keys of a feature file that came with the pictures."""
     paths: list
@@ -919,14 +980,21 @@ class Images:
     label_names: list = field(default_factory=list)
     split: np.ndarray = None
     boxes: np.ndarray = None
-    mask: np.ndarray = None                                  # which rows of (N, C) labels are known; None: all
     objects: list = None
     about: dict = field(default_factory=dict)
     side: int = 224                                          # pixels that a part needs, at least, where a slide has levels
+    window: tuple = None                                     # see `as_rgb`
+    mask: np.ndarray = None
+    pixels: np.ndarray = None
+    notes: list = field(default_factory=list)                # lines the user should see
 
     def open(self, i):
         """Picture i in RGB."""
-        return open_image(self.paths[i]) if self.boxes is None else _slide(self.paths[i]).read(self.boxes[i], self.side)
+        if self.pixels is not None:
+            return as_rgb(Image.fromarray(self.pixels[i]), self.window)
+        if self.boxes is not None:
+            return _slide(self.paths[i], self.window).read(self.boxes[i], self.side)
+        return open_image(self.paths[i], window=self.window)
 
     def __len__(self):
         return len(self.paths)
@@ -936,28 +1004,34 @@ class Images:
         """Whether views must not cut anything off: tiles have no margin, and boxes are shares of the whole picture."""
         return self.boxes is not None or self.objects is not None or "boxes" in self.about
 
+    @property
+    def labelled(self):
+        """(N,) bool: the pictures whose labels are known; none without labels."""
+        return _labelled(self.labels, self.mask, len(self))
+
     def rows(self, *splits):
         return np.flatnonzero(np.isin(self.split, splits)) if splits else np.arange(len(self))
 
     def knn_rows(self, seed, most):
-        """Pictures that vote and pictures that are judged: train against the other splits, else 80 / 20; some, if many."""
-        rng, split = np.random.default_rng([seed, 8]), self.split
-        if split is None:
-            split = np.where(rng.random(len(self)) < 0.8, "train", "test")
+        """Pictures that vote and pictures that are judged, some, if many: train against the other
+        splits, else 80 / 20, groups whole."""
+        rng = np.random.default_rng([seed, 8])
+        split = _split(self.split, self.about.get("groups"), len(self), seed)
         return [np.sort(rng.permutation(np.flatnonzero(part))[:most]) for part in (split == "train", split != "train")]
 
     @property
     def hash(self):
         """Changes with the files' names, their folders' and sizes, not with where all of it lies."""
         told = "\n".join(f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}" for p in self.paths)
-        return hashlib.sha256(told.encode() + (b"" if self.boxes is None else self.boxes.tobytes())).hexdigest()[:16]
+        inside = [a for a in (self.boxes, self.pixels) if a is not None]
+        return _digest(np.frombuffer(told.encode(), np.uint8), *inside)
 
 
 def read_images(path):
     """A folder of pictures, or of one level of class folders, optionally inside train, val and test folders; a single large
     picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of tiles as the `tile` command writes it, or a
-    folder of such; an .npz with `images` (N,) paths and other keys of a feature file, as `tissue` writes it; or a Pascal VOC
-    folder, which brings its splits and its objects.
+    folder of such; an .npz with `images` and other keys of a feature file, as `tissue` writes it;
+    or a Pascal VOC folder, which brings its splits and its objects.
 
     Every file of a folder is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or
     empty folder, and for a file that cannot be read or is too large to be meant as one picture, by name.
@@ -974,26 +1048,32 @@ def read_images(path):
         return _read_tiles([os.path.join(path, f) for f in tiles])
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
         return _read_voc_images(path)
-    paths, labels, names, split = _walk(path, PICTURES, "pictures")
+    paths, labels, names, split, notes = _walk(path, PICTURES, "pictures")
     for p in paths:
         open_image(p, decode=False)
-    return Images(paths, labels, names, split)
+    return Images(paths, labels, names, split, notes=notes)
 
 
 def _read_listed(path):
-    """Pictures that an .npz names in `images` (N,), relative to itself, with what else it says of them."""
+    """Pictures that an .npz holds in `images`, or names there, relative to itself, with what else
+    it says of them."""
     arrays = read_arrays(path)
-    if "images" not in arrays or not len(arrays["images"]):
+    if "images" not in arrays or not arrays["images"].size:
         raise InputError(f"{path} lacks 'images', paths of pictures, or 'coords' of tiles - name another file")
-    paths = [os.path.join(os.path.dirname(os.path.abspath(path)), str(p)) for p in arrays["images"]]
-    for p in paths:
+    n = len(np.atleast_1d(arrays["images"]))
+    about = _about(arrays, n)
+    images, given = about.pop("images"), about.pop("split", None)
+    labels, names, mask = _read_labels(arrays, n)
+    about.update({k: arrays[k] for k in ("boxes", "grid") if k in arrays})
+    out = Images([path] * n, labels, names, None if given is None else _split(given, None, n, 0),
+                 about=about, mask=mask)
+    if images.ndim > 1:
+        out.pixels = images
+        return out
+    out.paths = [os.path.join(os.path.dirname(os.path.abspath(path)), p) for p in images]
+    for p in out.paths:
         open_image(p, decode=False)
-    about = {k: v for k, v in arrays.items() if k in RESERVED and k != "images"}
-    for k, v in about.items():
-        if k not in ("boxes", "label_names", "grid") and (not v.ndim or len(v) != len(paths)):
-            raise InputError(f"{path}: '{k}' has shape {v.shape} for {len(paths)} pictures - give one entry for each")
-    labels, names, mask = _check_labels(about)
-    return Images(paths, labels, names, about.get("split"), mask=mask, about=about)
+    return out
 
 
 def _read_voc_images(folder):
@@ -1023,20 +1103,66 @@ def voc_stems(folder):
     return found
 
 
+PARTS = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}    # folder -> split
+
+
+def _hidden(name):
+    """Whether a file or folder is none of the user's: .ipynb_checkpoints, ._x.png, __MACOSX."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def _files(folder, endings):
+    """[(folder, name)] of what has one of the endings, at any depth, hidden things left out."""
+    found = []
+    for where, inside, files in os.walk(folder):
+        inside[:] = sorted(name for name in inside if not _hidden(name))
+        found += [(where, f) for f in sorted(files)
+                  if not _hidden(f) and f.lower().endswith(endings)]
+    return found
+
+
+def _split_folders(folder, endings):
+    """[(split, folder)] of the train, val (valid, validation) and test folders in a folder, or
+    itself with None; raises InputError for what lies beside them and so would be passed over."""
+    inside = sorted(f for f in os.listdir(folder) if os.path.isdir(os.path.join(folder, f)))
+    if not {*inside} & {*SPLITS}:
+        return [(None, folder)]
+    parts = [(PARTS[f], os.path.join(folder, f)) for f in inside if f in PARTS]
+    beside = [(where, f) for where, f in _files(folder, endings)
+              if os.path.relpath(where, folder).split(os.sep)[0] not in PARTS]
+    if beside:
+        raise InputError(f"{os.path.join(*beside[0])} lies beside the folder {parts[0][1]} - move "
+                         "it into a train, val or test folder, or elsewhere")
+    return parts
+
+
+def _without_masks(files):
+    """[(folder, name)] without the segmentations that lie beside their pictures, as in BUSI:
+    X_mask.png and X_mask_1.png where there is an X; and how many those are."""
+    stems = {(where, os.path.splitext(f)[0]) for where, f in files}
+
+    def is_mask(where, f):
+        picture = re.fullmatch(r"(.+)_mask(_\d+)?", os.path.splitext(f)[0])
+        return f.lower().endswith(PICTURES) and picture and (where, picture[1]) in stems
+    kept = [(where, f) for where, f in files if not is_mask(where, f)]
+    return kept, len(files) - len(kept)
+
+
 def _walk(folder, endings, what):
-    """Files of a folder laid out as `read_images` says: paths, labels (N,) or None, label names, split (N,) or None."""
+    """Files of a folder laid out as `read_images` says: paths, labels (N,) or None, label names,
+    split (N,) or None, notes for the user."""
     if not os.path.isdir(folder):
         raise InputError(f"no folder {folder} - name a folder of {what}, or of class folders of {what}")
-    parts = {s: os.path.join(folder, s) for s in SPLITS if os.path.isdir(os.path.join(folder, s))} or {None: folder}
-    found = []                                               # (path, class folder or "", split)
-    for split, part in parts.items():
-        for where, inside, files in os.walk(part):
-            inside.sort()
+    parts = _split_folders(folder, endings)
+    found, masks = [], 0                                     # (path, class folder or "", split)
+    for split, part in parts:
+        files, n = _without_masks(_files(part, endings))
+        masks += n
+        for where, f in files:
             under = os.path.relpath(where, part)
             if os.sep in under:
                 raise InputError(f"{where} lies deeper than one level of class folders - move its {what} up")
-            found += [(os.path.join(where, f), "" if under == "." else under, split) for f in sorted(files)
-                      if f.lower().endswith(endings)]
+            found.append((os.path.join(where, f), "" if under == "." else under, split))
     if not found:
         raise InputError(f"no {what} in {folder} - expected {', '.join(endings)}")
     names = sorted({name for _, name, _ in found})
@@ -1045,18 +1171,67 @@ def _walk(folder, endings, what):
         stray = next(path for path, name, _ in found if not name)
         raise InputError(f"{stray} lies beside class folders - move it into one, or remove the folders")
     return ([path for path, _, _ in found], np.array([names.index(name) for _, name, _ in found]) if labelled else None,
-            names if labelled else [], np.array([split for _, _, split in found]) if None not in parts else None)
+            names if labelled else [],
+            None if parts[0][0] is None else np.array([split for *_, split in found]),
+            [f"{folder}: {masks} masks (X_mask.png beside X.png) are left out"] if masks else [])
 
 
-def open_image(path, decode=True):
-    """A picture as RGB; without `decode` it is only looked at. Raises InputError naming the file."""
+def open_image(path, decode=True, window=None):
+    """A picture as `as_rgb` gives it; without `decode` it is only looked at.
+
+    Raises InputError naming the file.
+    """
     try:
         image = Image.open(plain_file(path))
-        return image.convert("RGB") if decode else image.close()
+        return as_rgb(image, window) if decode else image.close()
     except Image.DecompressionBombError:
         raise InputError(f"{path} is too large for one picture - cut it with `tile`, for which it needs openslide")
     except (OSError, SyntaxError, ValueError) as e:
         raise InputError(f"{path} is not a readable picture ({str(e) or type(e).__name__}) - remove or replace it")
+
+
+def as_rgb(image, window=None):
+    """A PIL image in RGB, upright as its EXIF orientation says.
+
+    Grey of more than 8 bits is scaled: low becomes black, high white, what lies beyond is cut off.
+    They are `window`, (low, high), where it is given, which then holds for grey of 8 bits too and
+    leaves colours alone; else of whole numbers `_whole_range`, of floating ones the picture's own
+    least and largest finite value.
+    """
+    tags = dict(getattr(image, "tag_v2", {}))
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] not in "IF" and not (window and image.mode == "L"):
+        return image.convert("RGB")
+    x = np.asarray(image).astype(np.float64)
+    if window:
+        low, high = window
+    elif image.mode == "F":
+        finite = x[np.isfinite(x)]
+        low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
+    else:
+        low, high = _whole_range(x, tags)
+    share = (np.nan_to_num(x, nan=low) - low) / (high - low) if high > low else np.zeros_like(x)
+    if image.mode.startswith("I;16") and tags.get(262) == 0:     # TIFF: the least value is white
+        share = 1 - share
+    return Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
+
+
+def _whole_range(x, tags):
+    """(low, high) of a picture of whole numbers x (H, W), from its TIFF tags, if any.
+
+    The least and largest value it states (SMin- and SMaxSampleValue, else Min- and MaxSampleValue);
+    else all that its stated bits hold, if those are fewer than 16; else the first of 0..4095 (12
+    bits in 16, as detectors have) and 0..65535 that holds all its values; else their own range.
+    """
+    low, high = (float(np.ravel(tags.get(signed, tags.get(plain, default)))[0])
+                 for signed, plain, default in ((340, 280, 0), (341, 281, 0)))
+    bits = int(np.ravel(tags.get(258, 16))[0])
+    if low < high:
+        return low, high
+    for most in (2 ** bits - 1,) if bits < 16 else (4095, 65535):
+        if 0 <= x.min() and x.max() <= most:
+            return 0, most
+    return x.min(), x.max()
 
 
 def plain_view(size, whole=False):
@@ -1151,11 +1326,14 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
 
 @dataclass
 class Pictures:
-    """Small pictures in memory: pixels (N, 3, S, S) uint8, labels (N,) int, label_names, split (N,) or None."""
+    """Small pictures in memory: pixels (N, 3, S, S) uint8, labels (N,) int, label_names, split (N,)
+    or None, groups (N,) or None, notes as in `Images`."""
     pixels: np.ndarray
     labels: np.ndarray
     label_names: list
     split: np.ndarray = None
+    groups: np.ndarray = None
+    notes: list = field(default_factory=list)
 
     @property
     def hash(self):
@@ -1166,23 +1344,29 @@ def _digest(*arrays):
     return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
 
 
-def read_pictures(path, size, label=None):
+def read_pictures(path, size, label=None, window=None):
     """Labelled pictures at size x size: class folders, or an .npz that lists pictures, as `read_images` reads them; or a
     MedMNIST .npz with train_images, train_labels and so on for val and test. Where several labels hold at once, `label` is the
-    name of the one to find. Raises InputError when there are no labels, or only one class."""
+    name of the one to find. window: see `as_rgb`. Raises InputError when there are no labels, or
+    only one class."""
+    groups, notes = None, []
     if os.path.isdir(path) or "images" in _Source(path):
         images = read_images(path)
+        images.window = window
         if images.labels is None:
             raise InputError(f"{path} has no labels - put the pictures into folders named after them")
         labels, names, split = images.labels, images.label_names, images.split
-        known = np.flatnonzero(known_labels(labels, images.mask))
         if labels.ndim == 1 and label:
             raise InputError(f"{path} has one label a picture - leave out --label")
         if labels.ndim == 2:
             if label not in names:
                 raise InputError(f"{path}: no label '{label}' - name one with --label: {', '.join(names)}")
             labels, names = labels[:, names.index(label)].astype(int), [f"no {label}", label]
+        known = np.flatnonzero(images.labelled)
         views, labels, split = map(images.open, known), labels[known], split if split is None else split[known]
+        if "groups" in images.about:
+            groups = images.about["groups"][known]
+        notes = images.notes
     else:
         arrays = _Source(path)
         there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
@@ -1202,7 +1386,7 @@ def read_pictures(path, size, label=None):
     if len(np.unique(labels)) < 2:
         raise InputError(f"{path} has the one class {names[labels[0]]} - there is nothing to tell apart")
     pixels = np.stack([np.asarray(v.resize((size, size), Image.BICUBIC)).transpose(2, 0, 1) for v in views])
-    return Pictures(pixels, labels, names, split)
+    return Pictures(pixels, labels, names, split, groups, notes)
 
 
 def normalised(pixels):
@@ -1227,7 +1411,7 @@ def jittered(x):
 class Slide:
     """A large picture: through openslide where that is installed and knows the file, else through Pillow, in memory."""
 
-    def __init__(self, path):
+    def __init__(self, path, window=None):
         self.slide = None
         try:
             import openslide
@@ -1239,7 +1423,7 @@ class Slide:
             if "Unsupported" not in type(e).__name__:
                 raise InputError(f"{path} is not a readable slide ({e}) - write it again")
         if self.slide is None:
-            self.image = open_image(path)
+            self.image = open_image(path, window=window)
             self.size = self.image.size
 
     def overview(self, side):
@@ -1260,8 +1444,8 @@ class Slide:
 
 
 @functools.lru_cache(maxsize=4)
-def _slide(path):
-    return Slide(path)
+def _slide(path, window=None):
+    return Slide(path, window)
 
 
 def _forget_slides(worker):
@@ -1270,9 +1454,13 @@ def _forget_slides(worker):
 
 
 def slide_files(path):
-    """A slide's path as a list, or the slides in a folder, class folders included. None is opened."""
+    """A slide's path as a list, or the slides in a folder, class folders included, none of them
+    opened; and a list of notes for the user."""
     endings = (*PICTURES, ".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
-    return _walk(path, endings, "slides")[0] if os.path.isdir(path) else [path]
+    if not os.path.isdir(path):
+        return [path], []
+    paths, _, _, _, notes = _walk(path, endings, "slides")
+    return paths, notes
 
 
 def otsu(values):
@@ -1332,13 +1520,15 @@ def tile_boxes(pieces, scale, size, side, step):
     return np.concatenate(found)
 
 
-def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0.2, **how):
+def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0.2, window=None,
+               **how):
     """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the overview with both drawn in.
 
     side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels, as in CLAM, which takes
     1 and 1 for biopsies, 100 and 16 for resections; ours is about a tile of 224. Raises InputError when there is no tissue.
+    window: see `as_rgb`.
     """
-    slide = _slide(path)
+    slide = _slide(path, window)
     image, scale = slide.overview(overview)
     area = 512 ** 2 / scale ** 2
     pieces = find_tissue(np.asarray(image), least=least * area, least_hole=least_hole * area, **how)
@@ -1357,7 +1547,7 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
 
 def _read_tiles(files):
     """Tiles as the `tile` command writes them: coords (n, 4), images (n,) paths relative to the file, labels if all have."""
-    paths, boxes, labels, label_names = [], [], [], []
+    paths, boxes, labels, masks, label_names = [], [], [], [], []
     for file in files:
         arrays = _Source(file)
         for key in ("coords", "images"):
@@ -1369,10 +1559,13 @@ def _read_tiles(files):
                              "width, height each")
         paths += [os.path.join(here, str(name)) for name in names]
         boxes.append(box.astype(int))
-        known, label_names, _ = _check_labels(arrays)
+        known, label_names, mask = _read_labels(arrays, len(box))
         labels.append(known)
+        masks.append(np.ones(len(box), bool) if mask is None else mask)
     labels = np.concatenate(labels) if all(v is not None for v in labels) else None
-    return Images(paths, labels, label_names if labels is not None else [], boxes=np.concatenate(boxes))
+    mask = None if np.concatenate(masks).all() else np.concatenate(masks)
+    return Images(paths, labels, label_names if labels is not None else [],
+                  boxes=np.concatenate(boxes), mask=mask)
 
 
 def read_polygons(path):
@@ -1418,16 +1611,17 @@ def read_voc(path):
     return found
 
 
-def cut_boxes(folder, out, size=64, margin=0.2):
+def cut_boxes(folder, out, size=64, margin=0.2, window=None):
     """Cut the annotated boxes of a Pascal VOC folder into pictures out/<split>/<name>/<image>_<i>.png of `size` pixels.
 
     A cut is the square around a box's centre, as long as the box's longer side and `margin` more, so that shapes stay what
     they are, shifted inwards where it would reach over the image's edge. ImageSets/Main says what is train and what
     test. Boxes with a side of 8 pixels or less are left out. Returns dict (split, name) -> count.
+    window: see `as_rgb`.
     """
     count = {}
     for split, stem in voc_stems(folder):
-        image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"))
+        image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"), window=window)
         for i, (name, (x0, y0, x1, y1)) in enumerate(read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))):
             half = max(x1 - x0, y1 - y0) / 2 * (1 + margin)
             if min(x1 - x0, y1 - y0) <= 8:
@@ -1451,7 +1645,8 @@ class Bags:
     """Bags of instances: bag i is X[offsets[i]:offsets[i + 1]].
 
     X (n, d) float32, y (bags,) int, label_names; names (bags,) of the bags; folds (R, F, bags) bool, True = train, or None;
-    split (bags,) or None; coords: list of (N_i, 4) boxes or None, images: list of paths or None: where instances were cut
+    split (bags,) or None; groups (bags,), patients whose bags stay together, or None;
+    coords: list of (N_i, 4) boxes or None, images: list of paths or None: where instances were cut
     """
     X: np.ndarray
     offsets: np.ndarray
@@ -1462,6 +1657,7 @@ class Bags:
     split: np.ndarray = None
     coords: list = None
     images: list = None
+    groups: np.ndarray = None
 
     def __len__(self):
         return len(self.y)
@@ -1491,28 +1687,24 @@ def read_bags(path, stream=None):
     Raises InputError for shapes that do not fit, an empty bag, NaN, or a single class.
     """
     if os.path.isdir(path):
-        paths, y, label_names, split = _walk(path, (".npz",), "feature files")
+        paths, y, label_names, split, _ = _walk(path, (".npz",), "feature files")
         if y is None:
             raise InputError(f"{path} has no class folders - put each bag's file into a folder named after its label")
-        names, parts, coords, images = [os.path.splitext(os.path.basename(p))[0] for p in paths], [], [], []
-        for p in paths:
-            streams, arrays = stream_names(p), _Source(p)
-            name = stream or (streams[0] if len(streams) == 1 else None)
-            if name not in streams:
-                raise InputError(f"{p} has the streams {', '.join(streams) or 'none'} - pick one with --stream")
-            parts.append(_check_stream(p, name, arrays[name], tokens=False))
-            coords.append(arrays.get("coords"))
-            images.append(os.path.join(os.path.dirname(p), str(arrays["images"][0])) if "images" in arrays else None)
+        names = [os.path.splitext(os.path.basename(p))[0] for p in paths]
+        parts, coords, images, groups = map(list, zip(*(_read_bag(p, stream) for p in paths)))
+        groups = None if None in groups else np.array(groups)
         widths = {x.shape[1] for x in parts}
         if len(widths) > 1:
             raise InputError(f"the bags in {path} have widths {sorted(widths)} - extract them with one backbone")
         X, offsets, folds = np.concatenate(parts), np.cumsum([0, *map(len, parts)]), None
     else:
         arrays, coords, images, split = _Source(path), None, None, None
+        groups = arrays.get("groups")
         for key in ("X", "offsets", "y"):
             if key not in arrays:
                 raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets (bags + 1,) and y (bags,)")
-        X, offsets, y, folds = _check_stream(path, "X", arrays["X"], tokens=False), arrays["offsets"], arrays["y"], arrays.get("folds")
+        X, offsets = _instances(path, "X", arrays), arrays["offsets"]
+        y, folds = arrays["y"], arrays.get("folds")
         label_names, names = [], [str(i) for i in range(len(y))]
         if y.ndim != 1 or offsets.ndim != 1 or not np.issubdtype(offsets.dtype, np.integer):
             raise InputError(f"'y' has shape {y.shape}, 'offsets' {offsets.shape} of {offsets.dtype} - give (bags,) and "
@@ -1523,6 +1715,8 @@ def read_bags(path, stream=None):
                              f"{len(X)} instances - give bags + 1, from 0 to the number of instances")
         if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
             raise InputError(f"'y' holds {y.dtype} from {y.min()} - give integers from 0")
+        if groups is not None and groups.shape != y.shape:
+            raise InputError(f"'groups' has shape {groups.shape} for {len(y)} bags - give one each")
         if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):
             raise InputError(f"'folds' has shape {folds.shape} and type {folds.dtype} for {len(y)} bags - give (repeats, "
                              "folds, bags) bool, True = train")
@@ -1535,14 +1729,48 @@ def read_bags(path, stream=None):
     if len(np.unique(y)) < 2:
         raise InputError(f"all bags have the label {y[0]} - there is nothing to learn")
     return Bags(X.astype(np.float32), np.asarray(offsets), y.astype(int), label_names or [str(c) for c in range(y.max() + 1)],
-                names, folds, split, coords, images)
+                names, folds, split, coords, images, groups)
 
 
-def stratified_parts(y, shares, seed):
+def _read_bag(path, stream):
+    """One bag's feature file: X (n, d), its coords or None, the path of its picture or None, and
+    the group that all its instances belong to, or None."""
+    arrays, streams = _Source(path), stream_names(path)
+    name = stream or (streams[0] if len(streams) == 1 else None)
+    if name not in streams:
+        raise InputError(f"{path} has the streams {', '.join(streams) or 'none'} - pick one with "
+                         "--stream")
+    X = _instances(path, name, arrays)
+    about = _about(arrays, len(X))
+    images, groups = about.get("images"), np.unique(about.get("groups", []))
+    if images is not None:                                   # pixels lie nowhere else
+        images = os.path.join(os.path.dirname(path), images[0]) if images.ndim == 1 else None
+    return X, arrays.get("coords"), images, groups[0] if len(groups) == 1 else None
+
+
+def _instances(path, name, arrays):
+    """The features (n, d) of a bag's instances; raises InputError for tokens."""
+    X = _check_stream(path, name, arrays[name])
+    if X.ndim != 2:
+        raise InputError(f"{path}: '{name}' has shape {X.shape}, tokens of samples - a bag is "
+                         "(instances, width): extract without --tokens")
+    return X
+
+
+def stratified_parts(y, shares, seed, groups=None):
     """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending arrays.
 
     The edges of the parts are rounded, so that a part's size in a class differs from its share by at most 1.
+    With groups (n,), no group lies in two parts; then it is the groups that are in proportion, each
+    counted as the rarest class among its samples, and the samples only as far as groups are alike.
     """
+    if groups is not None:
+        member = np.unique(groups, return_inverse=True)[1]
+        rarity = np.argsort(np.argsort(np.bincount(y), kind="stable"))      # 0: the rarest class
+        kind = np.full(member.max() + 1, len(rarity))
+        np.minimum.at(kind, member, rarity[y])
+        return [np.flatnonzero(np.isin(member, part))
+                for part in stratified_parts(kind, shares, seed)]
     rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
     for c in np.unique(y):
         rows = rng.permutation(np.flatnonzero(y == c))

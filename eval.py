@@ -42,10 +42,13 @@ TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
 def sparse_code(indices, values, n_latents):
-    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted."""
+    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted.
+
+    Rows may be filled up with index -1, value 0."""
     n, k = indices.shape
-    code = sp.csr_matrix((np.asarray(values, np.float32).ravel(), np.asarray(indices, np.int32).ravel(),
-                          np.arange(0, n * k + 1, k)), shape=(n, n_latents))
+    columns = np.maximum(np.asarray(indices, np.int32), 0)
+    values = np.asarray(values, np.float32).flatten()        # a copy: eliminate_zeros writes to it
+    code = sp.csr_matrix((values, columns.ravel(), np.arange(0, n * k + 1, k)), (n, n_latents))
     code.eliminate_zeros()
     code.sort_indices()
     return code
@@ -75,8 +78,9 @@ def top_samples(code, top=TOP):
 def label_counts(code, labels, top=TOP, known=None):
     """How often each label occurs among each latent's `top` samples (all active ones if None), labelled samples only.
 
-    labels (n, C) bool; known (n,) bool says which samples are labelled, all by default.
-    Returns counts (L, C) and the number of samples behind them (L,), 0 where a latent is not active.
+    labels (n, C) bool; known (n,) bool says which samples were labelled, by default all: a row of
+    False has none of the labels, and counts. Returns counts (L, C) and the number of samples behind
+    them (L,), 0 where a latent is not active.
     """
     known = np.ones(len(labels), bool) if known is None else known
     best = top_samples(code[known], top)
@@ -145,7 +149,8 @@ def concept_names(counts, n_top, label_names, purity=0.3):
 
 
 def concept_alignment(codes, labels, label_names, parents, known=None):
-    """Jaccard at every taxonomy depth (Table 5.2), named latents, from dict stream -> code and labels (n, C) bool."""
+    """Jaccard at every taxonomy depth (Table 5.2), named latents, from dict stream -> code and
+    labels (n, C) bool; known as in `label_counts`."""
     counts, n_top, names = {}, {}, {}
     for s, code in codes.items():
         counts[s], n_top[s] = label_counts(code, labels, known=known)
@@ -192,7 +197,7 @@ def reconstruction(blocks):
     r2, nmse = {}, {}
     for t, s in error:
         r2.setdefault(t, {})[s] = float(1 - error[t, s] / variance[t]) if variance[t] > 1e-12 * squares[t] else None
-        nmse.setdefault(t, {})[s] = float(ratio[t, s] / max(counted[t], 1))
+        nmse.setdefault(t, {})[s] = float(ratio[t, s] / counted[t]) if counted[t] else None
     return {"r2": r2, "nmse": nmse}
 
 
@@ -215,9 +220,10 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
         ends = np.cumsum([0] + [train[t].shape[1] for t in targets])
         for t, a, b in zip(targets, ends, ends[1:]):
             strength = strengths[np.argmin([e[a:b].sum() for e in trials])]
-            spread = ((test[t] - test[t].mean(0)) ** 2).sum(dtype=np.float64)
+            spread = ((test[t] - test[t].mean(0, dtype=np.float64)) ** 2).sum()
             error = _squared_error(test, s, [t], [part[..., a:b] for part in full(strength)])
-            out[t][s] = float(1 - error.sum() / spread) if spread > 0 else None
+            varies = spread > 1e-12 * (test[t] ** 2).sum(dtype=np.float64)
+            out[t][s] = float(1 - error.sum() / spread) if varies else None
     return out
 
 
@@ -290,12 +296,19 @@ def logistic_1d(x, y, weight=1., C=1., iterations=100):
     return w, b
 
 
-def stratified_split(y, held_out, seed):
+def stratified_split(y, held_out, seed, groups=None):
     """Split positions 0..n-1 in two, classes in proportion: (kept, held out).
 
     Sizes and draws are those of scikit-learn's StratifiedShuffleSplit with both sizes given, so that splits are the
     published ones, down to the one sample that rounding may leave out.
+    With groups (n,), whole groups are split so, each counted as the highest class of its samples.
     """
+    if groups is not None:
+        member = np.unique(groups, return_inverse=True)[1]
+        kind = np.zeros(member.max() + 1, int)
+        np.maximum.at(kind, member, y)
+        return tuple(np.flatnonzero(np.isin(member, part))
+                     for part in stratified_split(kind, held_out, seed))
     rng, n = np.random.RandomState(seed), len(y)
     left, take = np.bincount(y), []
     # how many of each class: largest remainders first
@@ -317,15 +330,17 @@ def stratified_split(y, held_out, seed):
     return tuple(rng.permutation(np.concatenate(part)) for part in parts)
 
 
-def probe_tasks(labels, min_positives=50, known=True):
+def probe_tasks(labels, min_positives=50, known=None, groups=None):
     """Balanced binary tasks with train / val / test rows, thesis A.1.3: list of (label, {part: (rows, y)}).
 
-    A task is a label with at least `min_positives` positives among the rows that are `known` (n,) bool; task t draws as many negatives (seed 1000 + t) and splits
+    A task is a label with at least `min_positives` positives; task t draws as many negatives (seed 1000 + t) and splits
     70 / 15 / 15, classes in proportion (seeds 2000 + t, 3000 + t). Where positives outnumber negatives they are drawn.
+    Rows that are not `known` (n,) bool, as in `label_counts`, are neither. With groups (n,), no
+    group is in two parts, and a label of too few groups for both classes in each part is no task.
     """
-    tasks = []
+    tasks, known = [], np.ones(len(labels), bool) if known is None else known
     for t in range(labels.shape[1]):
-        pos, neg = np.flatnonzero(labels[:, t] & known), np.flatnonzero(~labels[:, t] & known)
+        pos, neg = (np.flatnonzero(known & (labels[:, t] == c)) for c in (True, False))
         if len(pos) < min_positives or len(neg) < min_positives:
             continue
         rng = np.random.RandomState(1000 + t)
@@ -334,9 +349,12 @@ def probe_tasks(labels, min_positives=50, known=True):
         else:
             pos = rng.choice(pos, len(neg), replace=False)
         rows, y = np.concatenate([pos, neg]), np.repeat([1, 0], len(pos))
-        train, rest = stratified_split(y, 0.3, 2000 + t)
-        val, test = (rest[i] for i in stratified_split(y[rest], 0.5, 3000 + t))
-        tasks.append((t, {k: (rows[i], y[i]) for k, i in (("train", train), ("val", val), ("test", test))}))
+        of = None if groups is None else groups[rows]
+        train, rest = stratified_split(y, 0.3, 2000 + t, of)
+        halves = stratified_split(y[rest], 0.5, 3000 + t, None if groups is None else of[rest])
+        parts = {"train": train, "val": rest[halves[0]], "test": rest[halves[1]]}
+        if all(0 < y[i].sum() < len(i) for i in parts.values()):
+            tasks.append((t, {k: (rows[i], y[i]) for k, i in parts.items()}))
     return tasks
 
 
@@ -345,7 +363,7 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
 
     The `candidates` latents most often active on the task's training positives are each fitted on train (input z > 0,
     or z itself if not `binary`), the best on val is reported on test. chosen: a list of candidate arrays instead.
-    A task whose candidates are never active is left at chance, ln 2, by latent None.
+    A task on whose training positives no latent is active counts as chance, ln 2, its latent None.
     Returns {"loss": mean test log-loss in nats (0.693 is chance), "tasks": [{label, latent, val, test}]}.
     """
     active = (code > 0).astype(np.int32)
@@ -358,9 +376,11 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
     solve = _solve_binary if binary else _solve_values
     results = []
     for (label, _), best, (val, test) in zip(tasks, found, solve(active if binary else code, tasks, found)):
-        j = int(np.argmin(val)) if len(best) else None
-        chosen = (int(best[j]), float(val[j]), float(test[j])) if len(best) else (None, math.log(2), math.log(2))
-        results.append({"label": int(label), **dict(zip(("latent", "val", "test"), chosen))})
+        if not len(best):
+            best, val, test = [None], [math.log(2)], [math.log(2)]
+        j = int(np.argmin(val))
+        results.append({"label": int(label), "latent": None if best[j] is None else int(best[j]),
+                        "val": float(val[j]), "test": float(test[j])})
     return {"loss": _mean([r["test"] for r in results]), "tasks": results}
 
 
@@ -483,7 +503,7 @@ def headline(block):
     out["silent in all, %"] = 100 * pattern["alive_in"][0] / L
     if "jaccard" in block.get("concepts", {}):
         out["Jaccard of top-50 labels"] = block["concepts"]["jaccard"]
-        out["  its control: another latent"] = block["concepts"]["control"]
+        out["  its control: another latent"] = block["concepts"].get("control")
         out["Jaccard, other latents as 0"] = block["concepts"]["jaccard_all"]
     if "named_alike" in block.get("concepts", {}):
         out["latents named alike in all streams"] = block["concepts"]["named_alike"]
@@ -615,8 +635,9 @@ def mean_cell(matrix):
 
 
 def fmt(value, name=""):
-    """A cell: three decimals, one for percentages and large numbers; whole numbers as they are; a dash for None."""
-    if value is None:
+    """A cell: three decimals, one for percentages and large numbers; whole numbers as they are; a
+    dash for None or NaN."""
+    if value is None or value != value:
         return "-"
     if isinstance(value, float):
         return f"{value:.1f}" if abs(value) >= 100 or "%" in name else f"{value:.3f}"
@@ -722,19 +743,10 @@ def _tick(v):
     return f"{v:,.0f}" if abs(v) >= 100 or v == int(v) else f"{v:.2g}"
 
 
-def thumbnail(path, size=96):
-    """An image file as a small <img> with its data inside; its name in text when it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return embedded(image, size)
-    except Exception:                                        # a picture that is missing or broken must not end a report
-        return html.escape(os.path.basename(str(path)))
-
-
-def gallery(codes, labels, label_names, describe, known=None, n_latents=24, n_samples=6):
+def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
     """The clearest concepts: latents with the same name in every stream, purest first, with their top samples in HTML.
 
-    codes: dict stream -> code. describe(row) -> HTML of one sample.
+    codes: dict stream -> code. describe(row) -> HTML of one sample. known: see `label_counts`.
     """
     found = {}
     for s, code in codes.items():
@@ -793,7 +805,7 @@ def standalone_svg(*charts):
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + style, 1) + "\n"
 
 
-def sparc_report(path, title, metrics, log, settings, codes, features, rows, folder):
+def sparc_report(path, title, metrics, log, settings, codes, features, rows):
     """The report of one run. log: rows of log.csv; codes: {mode: {stream: code}}; features, rows: what was judged."""
     modes = list(codes)
     judged = f"<p>{metrics['rows']} samples of the {metrics['split']} split.</p>"
@@ -831,19 +843,23 @@ def sparc_report(path, title, metrics, log, settings, codes, features, rows, fol
         dead = svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step", "latents that have not fired for long (dead)")
         sections.append(("Training", nmse + dead))
     labels = features.label_matrix(rows)
-    if labels is not None and labels.any():
+    if features.labelled[rows].any():
         sections.append(("Concepts that have the same name in every stream, alone codes", gallery(
             codes["alone"], labels, features.label_names,
-            lambda i: describe_sample(features, rows[i], labels[i], folder), features.known(rows))))
+            lambda i: describe_sample(features, rows[i], labels[i]),
+            known=features.labelled[rows])))
     sections.append(("Settings", html_table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None])))
     write_report(path, title, sections)
 
 
-def describe_sample(features, row, labels, folder):
-    """HTML of one sample: its picture if the file names one, else its caption, else its labels, else its number."""
-    about = features.about
+def describe_sample(features, row, labels, size=96):
+    """HTML of one sample: its picture, or the name of one that cannot be read, if the file has any;
+    else its caption, else its labels, else its number."""
+    about, picture = features.about, features.picture(row)
+    if picture is not None:
+        return embedded(picture, size)
     if "images" in about:
-        return thumbnail(os.path.join(folder, str(about["images"][row])))
+        return html.escape(os.path.basename(str(about["images"][row])))
     if "captions" in about:
         return html.escape(str(about["captions"][row]))
     return html.escape(", ".join(name for name, on in zip(features.label_names, labels) if on) or f"sample {row}")
@@ -949,7 +965,7 @@ def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     n_classes = n_classes or int(labels.max()) + 1
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
-    std[std == 0] = 1
+    std[std <= 1.2e-7 * mean.abs()] = 1                      # constant up to float32's rounding
     x, y = (x - mean) / std, torch.as_tensor(labels).long()
     W = torch.zeros(x.shape[1] + 1, n_classes, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
@@ -1018,14 +1034,16 @@ def label_entropy(weight):
 
 
 def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
-    """What each latent is, from `pool_tokens`' strength and count (n, L), labels (n, C) bool and which rows of them are known
-    (n,), all by default: a dict of arrays (L,).
+    """What each latent is, from `pool_tokens`' strength and count (n, L) and labels (n, C) bool: a dict of arrays (L,).
 
     frequency   share of samples in which any token is active
     mean        mean strength over those; NaN where there are none
     entropy     of the labels of the active samples, natural logarithm: CytoSAE's "unique labels among activated images"; with
-                `weighted`, of the labels of the `top` samples weighted by strength, as its code computes it
-    label, purity   the most frequent label among the labelled active samples and its share of them; label -1 without any
+                `weighted`, of the labels of the `top` samples weighted by strength, as its code
+                computes it; to have none of the labels is one more of them
+    label, purity   the most frequent label among the active samples and its share of them; label -1 where there is none
+
+    Of samples that are not `known`, see `label_counts`, no labels count.
     references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count (the paper's reference images), then strength; with
                 `weighted` by strength alone, and the entropy is NaN for a latent that has fewer, as in its code
     """
@@ -1035,19 +1053,20 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))                # strength decides between equals
     score = score if weighted else score + count
     out = {"frequency": active / n, "mean": mean, "references": top_samples(score.tocsr(), top)}
-    if labels is not None:
-        on = strength.astype(bool).astype(np.float64)
-        seen = np.asarray(on.T @ labels.astype(float))                                      # (L, C)
+    if labels is not None and labels.shape[1]:
         known = np.ones(n, bool) if known is None else known
-        known = np.asarray(on.T @ known.astype(float)).ravel()                              # labelled active samples
-        weight = seen
+        told = (np.c_[labels, ~labels.any(1)] & known[:, None]).astype(float)     # (n, C + 1)
+        on = strength.astype(bool).astype(np.float64)
+        weight = np.asarray(on.T @ told)
+        seen, used = weight[:, :-1], np.asarray(on.T @ known.astype(float)).ravel()
         if weighted:
             best = out["references"].copy()
             best.data = np.ones_like(best.data, float)
-            weight = np.asarray(best.multiply(strength.T).tocsr() @ labels.astype(float))
+            weight = np.asarray(best.multiply(strength.T).tocsr() @ told)
             weight[np.diff(best.indptr) < top] = 0
-        out.update(entropy=label_entropy(weight), label=np.where(seen.any(1), seen.argmax(1), -1),
-                   purity=seen.max(1) / np.maximum(known, 1))
+        most = seen.max(1)
+        out.update(entropy=label_entropy(weight), label=np.where(most > 0, seen.argmax(1), -1),
+                   purity=most / np.maximum(used, 1))
     return out
 
 
@@ -1258,9 +1277,12 @@ def separation(means):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def r2_both(x, x_hat):
-    """R2 of a reconstruction (n, d): weighted by the dimensions' variances, and their plain mean (constant ones left out)."""
+    """R2 of a reconstruction (n, d): weighted by the dimensions' variances, and their plain mean.
+    Constant dimensions are left out; None where all are constant."""
     wrong, spread = ((x - x_hat) ** 2).sum(0), ((x - x.mean(0)) ** 2).sum(0)
-    varies = spread > 0
+    varies = spread > 1e-12 * (x ** 2).sum(0)                # else only by rounding
+    if not varies.any():
+        return {"variance-weighted": None, "uniform": None}
     return {"variance-weighted": float(1 - wrong[varies].sum() / spread[varies].sum()),
             "uniform": float(np.mean(1 - wrong[varies] / spread[varies]))}
 
@@ -1273,16 +1295,14 @@ def select_latents(code, y, n):
     """
     few = np.arange(code.shape[1])
     if sp.issparse(code):
-        spread = np.sqrt(np.asarray(code.multiply(code).mean(0)).ravel() - np.asarray(code.mean(0)).ravel() ** 2 + 1e-12)
+        square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
+        spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
         means = np.stack([np.asarray(code[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)])
         few = np.sort(np.argsort(-(means.std(0) / spread), kind="stable")[:1000])
         code = code[:, few].toarray()
-    Z = np.asarray(code, np.float64)
-    Z = Z - Z.mean(0)
-    length = np.linalg.norm(Z, axis=0)
-    Z, R = Z / np.where(length > 0, length, 1), (y[:, None] == np.unique(y)).astype(float)
+    Z, R = _centred_unit(np.asarray(code, np.float64)), (y[:, None] == np.unique(y)).astype(float)
     R, chosen = R - R.mean(0), []
-    for _ in range(min(n, int((length > 0).sum()), len(y) - 1)):
+    for _ in range(min(n, int(Z.any(0).sum()), len(y) - 1)):
         gain = ((Z.T @ R) ** 2).sum(1) / np.maximum((Z ** 2).sum(0), 1e-12)
         gain[chosen] = -1
         j = int(gain.argmax())
@@ -1297,7 +1317,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
     dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of `select_latents` (chosen on
     train), so many living latents drawn at random (mean of `draws`), so many principal components of the dense features.
-    `kept` is (score - chance) / (dense score - chance). Returns {"dense", "chance", "rows": [{...}]}.
+    `kept` is (score - chance) / (dense score - chance), None where the dense score is at or below
+    chance: there is nothing to keep. Returns {"dense", "chance", "rows": [{...}]}.
     """
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
@@ -1314,7 +1335,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
                 "random latents": float(np.mean([score(np.asarray(code[:, rng.permutation(alive)[:n]].todense()))
                                                  for _ in range(draws)])),
                 "principal components": score((dense - mean) @ axes[:n].T)}
-        out["rows"].append({"n": n, **ways, "kept": (ways["best latents"] - chance) / max(full - chance, 1e-12)})
+        kept = (ways["best latents"] - chance) / (full - chance) if full > chance + 1e-9 else None
+        out["rows"].append({"n": n, **ways, "kept": kept})
     return {**out, "chosen": chosen.tolist()}
 
 
@@ -1329,15 +1351,29 @@ def neighbours(x, k, groups=None, chunk=1024):
         own = np.arange(start, start + len(s))
         same = own[:, None] == np.arange(unit.shape[0]) if groups is None else groups[own][:, None] == groups
         s = np.where(same, -np.inf, s)
+        s = np.pad(s, ((0, 0), (0, max(k - s.shape[1], 0))), constant_values=-np.inf)
         best = np.argpartition(-s, k - 1, axis=1)[:, :k]
         best = np.take_along_axis(best, np.argsort(-np.take_along_axis(s, best, 1), axis=1, kind="stable"), 1)
         out.append(np.where(np.take_along_axis(s, best, 1) > -np.inf, best, -1))
     return np.concatenate(out)
 
 
+def chance_share(y, groups=None):
+    """For each row the share of its candidates that have its label y (n,): what guessing finds.
+
+    Candidates are the rows of other groups, without groups all other rows."""
+    def alike(v):                                            # how many rows have the same
+        _, number, count = np.unique(v, return_inverse=True, return_counts=True)
+        return count[number]
+    group = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)[1]
+    mates = alike(group * (y.max() + 1) + y)                 # of its group, with its label
+    return (alike(y) - mates) / np.maximum(len(y) - alike(group), 1)
+
+
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? For each k: overlap of the two lists, and the share of
-    hits with the query's label (y (n,)), sparse, dense, and by chance."""
+    hits with the query's label (y (n,) int, 0 or more), sparse, dense, and by chance among the
+    same candidates."""
     lists = {"sparse": neighbours(code, max(ks), groups), "dense": neighbours(dense, max(ks), groups)}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
     lists, y = {name: v[enough] for name, v in lists.items()}, (y, None if y is None else y[enough])
@@ -1347,7 +1383,7 @@ def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
         row = {"k": k, "overlap": float(both)}
         if y[0] is not None:
             row.update({f"precision, {name}": float((y[0][v[:, :k]] == y[1][:, None]).mean()) for name, v in lists.items()})
-            row["precision, chance"] = float(((np.bincount(y[0]) / len(y[0])) ** 2).sum())
+            row["precision, chance"] = float(chance_share(y[0], groups)[enough].mean())
         rows.append(row)
     return rows
 
@@ -1457,12 +1493,19 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
             precisions.append(envelope[np.searchsorted(recall, np.linspace(0, 1, 101))].mean())
             recalls.append(recall[-1] if len(recall) else 0.)
         out[f"AP{name}"], out[f"AR{name}"] = _mean(precisions), _mean(recalls)
-    return {**out, "mIoU": float(np.mean([overlap.get(key, 0.) for key in truth]))}
+    return {**out, "mIoU": _mean([overlap.get(key, 0.) for key in truth])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Do two codes share latents (thesis 4.2-4.3)?
 # ---------------------------------------------------------------------------------------------------------------------
+
+def _centred_unit(x):
+    """Columns of x (n, m) less their means, of length 1; what is constant but for rounding, 0."""
+    c = x - x.mean(0)
+    length = np.linalg.norm(c, axis=0)
+    return np.where(length > 1e-7 * np.linalg.norm(x, axis=0), c / np.maximum(length, 1e-30), 0)
+
 
 def match_latents(a, b, least=5, most=4096):
     """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the same samples (Hungarian).
@@ -1474,9 +1517,7 @@ def match_latents(a, b, least=5, most=4096):
     for code in (a, b):
         active = code.getnnz(axis=0)
         kept.append(np.sort(np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]))
-        x = np.asarray(code[:, kept[-1]].todense(), np.float64)
-        x -= x.mean(0)
-        unit.append(x / np.maximum(np.linalg.norm(x, axis=0), 1e-30))
+        unit.append(_centred_unit(np.asarray(code[:, kept[-1]].todense(), np.float64)))
     if not min(map(len, kept)):
         return np.arange(0), np.arange(0), np.zeros(0)
     r = unit[0].T @ unit[1]
@@ -1488,9 +1529,8 @@ def match_latents(a, b, least=5, most=4096):
 def index_correlations(a, b, least=5):
     """Correlation of latent j of one code with latent j of the other, for those active in `least` samples or more in both."""
     both = (a.getnnz(axis=0) >= least) & (b.getnnz(axis=0) >= least)
-    x, y = (np.asarray(code[:, both].todense(), np.float64) for code in (a, b))
-    x, y = x - x.mean(0), y - y.mean(0)
-    return (x * y).sum(0) / np.maximum(np.linalg.norm(x, axis=0) * np.linalg.norm(y, axis=0), 1e-30)
+    x, y = (_centred_unit(np.asarray(code[:, both].todense(), np.float64)) for code in (a, b))
+    return (x * y).sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

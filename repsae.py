@@ -41,9 +41,10 @@ class Number:
         try:
             value = self.kind(text)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{text} is no {'whole ' * (self.kind is int)}number")
+            value = math.nan
         if not self.least <= value <= self.most:             # NaN is in no range
-            raise argparse.ArgumentTypeError(f"{text} - give {self.least:g} to {self.most:g}")
+            what = "whole number" if self.kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text} - give a {what} from {self.least} to {self.most}")
         return value
 
 
@@ -123,7 +124,7 @@ PRESETS = {                                                  # of one stream
 TRAINING = {
     "epochs": ("auto", whole(1, auto=True), "passes over the training split; auto: 50, or what makes 1,000 steps"),
     "batch": ("auto", whole(1, auto=True), "samples per step; auto: a tenth of the rows, at most 256"),
-    "lr": ("auto", real(TINY, 1e6, auto=True), "Adam's learning rate; auto: 2e-4 sqrt(2^14 / L)"),
+    "lr": ("auto", real(TINY, 1e30, auto=True), "Adam's learning rate; auto: 2e-4 sqrt(2^14 / L)"),
     "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or contiguous blocks of a batch's size; "
                 "auto: blocks for memory-mapped folders, which they are fast on"),
     "seed": (42, whole(0, 2 ** 32 - 1), "of the split, the initial weights and the order of the batches"),
@@ -215,6 +216,8 @@ FINETUNE = {
     "weight-decay": (0.05, real(), "AdamW's"),
     "seed": (0, whole(0, 2 ** 32 - 1), "of the first run; the others follow"),
 }
+WINDOW = {"window": (None, str, "low,high: grey values that are black and white; by default the "
+                     "range that a picture of more than 8 bits states or, without one, fills")}
 NULL = {"null": ("auto", bool, "train once more with the rows of all streams but the first shuffled, and show its "
                  "numbers beside; auto: where that takes under about a minute")}
 BENCH = {"json": (None, str, "file for every figure")}
@@ -428,10 +431,10 @@ def resolved(flags, features, layers=()):
     want, else by the number of training rows. Says in a line what was chosen; `null`: whether it takes under a minute."""
     import sae
     n, layers = len(features.rows("train")), {**(PLANTED if flags.data is None else {}), **dict(layers),
-                                              **(THESIS if "topk" in flags and flags.preset else {})}
+                                              **(THESIS if "activation" not in flags and flags.preset else {})}
     if flags.get("expansion") or "expansion" in layers:
         layers["latents"] = (flags.get("expansion") or layers["expansion"]) * max(features.dims.values())
-    flags = flags.replaced({k: v for k, v in layers.items() if k in flags and k not in flags.given})
+    flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
     auto = {**sae.settings_for(n, **typed), "shuffle": "blocks" if features.mapped else "samples"}
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
@@ -452,7 +455,7 @@ def planned_seconds(flags, dims, steps):
     """About how long training takes on two cores: all logits of a batch, and M times the sparse products."""
     logits, products = flags.batch * flags.latents, len(dims) * flags.batch * flags.k
     each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
-    return steps * each * (2 if flags.topk == "both" else 1)
+    return steps * each * (2 if flags.get("topk") == "both" else 1)
 
 
 def memory():
@@ -581,14 +584,17 @@ def tasks_of(labels, *parts):
 
 def collect(pieces):
     """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays. Where codes
-    have no fixed k, k is the largest, and index 0 with value 0 fills up."""
+    have no fixed k, k is the largest, and index -1 with value 0 fills up: any real index would
+    hide that latent's value."""
     import torch
     from torch.nn.functional import pad
     out = {}
     for s in pieces[0]:
         k = max(c[s].indices.shape[1] for c in pieces)
-        out[s] = tuple(torch.cat([pad(part, (0, k - part.shape[1])) for part in parts]).cpu().numpy()
-                       for parts in ([c[s].indices.int() for c in pieces], [c[s].values for c in pieces]))
+        parts = ([c[s].indices.int() for c in pieces], -1), ([c[s].values for c in pieces], 0)
+        out[s] = tuple(
+            torch.cat([pad(v, (0, k - v.shape[1]), value=fill) for v in part]).cpu().numpy()
+            for part, fill in parts)
     return out
 
 
@@ -613,9 +619,10 @@ def measure(model, features, flags):
     import torch
     features = features.per_token()
     rows = evaluation_rows(features, flags, "test", "val")
-    labels = features.label_matrix(rows)
-    known = None if labels is None else features.known(rows)
-    tasks = judge.probe_tasks(labels, known=known) if labels is not None else []
+    labels, known = features.label_matrix(rows), features.labelled[rows]
+    groups = features.about.get("groups")
+    tasks = [] if labels is None else judge.probe_tasks(
+        labels, known=known, groups=None if groups is None else groups[rows])
     out = {"split": str(features.split[rows[0]]), "rows": len(rows), "steps": int(model.step), "latents": model.n_latents}
     codes = {}
     for mode in ("joint", "alone") if len(model.streams) > 1 else ("alone",):
@@ -623,13 +630,13 @@ def measure(model, features, flags):
         out[mode] = {"activation": judge.activation_patterns(codes[mode]), **fit}
         if len(model.streams) > 1:
             out[mode]["retrieval"] = judge.retrieval(codes[mode])
-        if labels is not None and labels.any():
-            out[mode]["concepts"] = judge.concept_alignment(codes[mode], labels, features.label_names, features.parents,
-                                                               known)
+        if known.any():
+            out[mode]["concepts"] = judge.concept_alignment(
+                codes[mode], labels, features.label_names, features.parents, known)
         if tasks:
             out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
     if labels is not None:
-        out["positives"] = int(labels[known].sum(0).max(initial=0))
+        out["positives"] = int(labels.sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
     if len(model.streams) > 1:
         with torch.no_grad():
@@ -663,8 +670,8 @@ def run_sparc(flags, features, folder, saved=None, command="sparc"):
     title = f"repsae {command}: {os.path.basename(os.path.abspath(folder))}"
     settings = {**flags, "seconds to train": round(trained - began, 1),
                 "seconds to measure": round(time.time() - trained, 1)}
-    judge.sparc_report(out_path(folder, "report.html"), title, metrics, log.rows, settings, codes, features, rows,
-                       os.path.dirname(os.path.abspath(flags.data or ".")))
+    judge.sparc_report(out_path(folder, "report.html"), title, metrics, log.rows, settings, codes,
+                       features, rows)
     return metrics
 
 
@@ -695,8 +702,9 @@ def read(flags):
 def read_to_train(flags):
     """`read`, and make sure that there is something to train on and something to judge by."""
     features = read(flags)
-    features.rows("train")
     features.rows("test", "val")
+    if len(features.per_token().rows("train")) < 2:
+        raise InputError("the train split has 1 sample - give at least two to learn from")
     if features.tokens:
         say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token counts as a sample")
     return features.per_token()
@@ -830,7 +838,6 @@ def cmd_eval(flags):
     if missing:
         raise InputError(f"the data lacks the run's stream '{missing[0]}' - eval needs {', '.join(model.streams)}")
     metrics, _, _ = measure(model, features, flags)
-    metrics["verdict"] = judge.verdict(metrics)
     print_summary(metrics)
     if flags.json:
         judge.write_json(flags.json, metrics)
@@ -838,7 +845,9 @@ def cmd_eval(flags):
 
 
 def cmd_encode(flags):
-    """Write the sparse codes of features: <stream>_indices and <stream>_values, both (N, k), of tokens (N, T, k)."""
+    """Write the sparse codes of features: <stream>_indices and _values, (N, k), of tokens (N, T, k).
+
+    Samples with fewer active latents may be filled up with index -1, value 0."""
     import eval as judge
     import numpy as np
     if os.path.exists(flags.out) and not flags.overwrite:
@@ -939,7 +948,7 @@ def cmd_sweep(flags):
                     found[what, topk, mode] = head[f"NMSE {what}"]
         # each as it was trained: that is what the thesis plots
         cells = {what: (found[what, "global", "joint"], found[what, "local", "alone"]) for what in ("self", "cross")}
-        gap = {what: joint - alone for what, (joint, alone) in cells.items()}
+        gap = {what: None if None in pair else pair[0] - pair[1] for what, pair in cells.items()}
         rows.append([label, *cells["self"], gap["self"], *cells["cross"], gap["cross"],
                      found["self", "global", "alone"], found["cross", "global", "alone"]])
         for what in cells:
@@ -998,15 +1007,37 @@ def print_summary(metrics):
 
 def cmd_dino(flags):
     """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only watch over it (k-NN)."""
-    import data
     flags, saved = check_folder(flags.out, flags)
-    images = data.read_images(needed(flags, "images"))
+    images = pictures_of(flags)
     rows = images.rows("train") if images.split is not None else images.rows()
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
     if saved and saved.get("data_hash") != images.hash:
         raise InputError(f"{flags.images} is not what the run in {flags.out} was trained on - restore it, or train anew")
     train_dino(flags, images, rows, flags.out, saved)
+
+
+def pictures_of(flags):
+    """The pictures that --images names, grey values as --window says."""
+    import data
+    images = data.read_images(needed(flags, "images"))
+    images.window = grey_window(flags)
+    for note in images.notes:
+        say_once("note: " + note)
+    return images
+
+
+def grey_window(flags):
+    """--window "0,4095" -> (0.0, 4095.0), or None; raises InputError when it is no range."""
+    if flags.window is None:
+        return None
+    try:
+        low, high = map(float, flags.window.split(","))
+        if -math.inf < low < high < math.inf:
+            return low, high
+    except ValueError:
+        pass
+    raise InputError(f"--window {flags.window} - give two grey values in order, for example 0,4095")
 
 
 def needed(flags, name):
@@ -1134,15 +1165,13 @@ class Watch:
     """Looks at a backbone from outside: its features of the pictures, and their k-NN accuracy where there are labels."""
 
     def __init__(self, images, backbone, flags, most=4000):
-        import data
         import numpy as np
         self.images, self.backbone, self.flags = images, backbone, flags
         self.train, self.test = np.arange(0), np.arange(0)
         labels = images.labels
         if labels is not None:
-            self.train, self.test = images.knn_rows(flags.seed, most)
-            known = data.known_labels(labels, images.mask)
-            self.train, self.test = (rows[known[rows]] for rows in (self.train, self.test))
+            self.train, self.test = (rows[images.labelled[rows]]
+                                     for rows in images.knn_rows(flags.seed, most))
             self.tasks = tasks_of(labels, self.train, self.test)
             self.measure = "balanced accuracy" if labels.ndim == 1 else "mean AUC of the labels"
             if not self.tasks or not len(self.train):
@@ -1217,7 +1246,7 @@ def cmd_extract(flags):
     import eval as judge
     import numpy as np
     import ssm
-    images, size = data.read_images(needed(flags, "images")), flags.size
+    images, size = pictures_of(flags), flags.size
     if os.path.exists(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} exists - use --overwrite, or another --out")
     specs, streams = needed(flags, "weights").split(","), {}
@@ -1243,7 +1272,8 @@ def cmd_extract(flags):
         parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, block, whole, **how))
         streams[name] = np.concatenate([p.numpy() for p in parts])
         say(f"{name}: {streams[name].shape}")
-    about = {"images": relative(images.paths, flags.out)}
+    pixels = images.pixels
+    about = {"images": relative(images.paths, flags.out) if pixels is None else pixels}
     if flags.tokens:
         about["grid"] = np.array(token_grid(loaded[0][1], size or loaded[0][2]))
         streams = {s: x.astype(np.float16) for s, x in streams.items()}
@@ -1363,15 +1393,16 @@ def cmd_probe(flags):
     if flags.only:
         chosen = sorted({label_number(features, name) for name in flags.only.split(",")})
     several = labels.ndim == 2                               # may hold at once: each is found by itself
-    known = np.flatnonzero(features.known(np.arange(len(labels))) if several else np.isin(labels, chosen))
+    known = np.flatnonzero(features.labelled & (several or np.isin(labels, chosen)))
     train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
     tasks = tasks_of(labels[:, chosen] if several else np.searchsorted(chosen, labels), train, test)
     if not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2:
         raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` "
                          "or `labels`")
-    strange = [] if several else np.setdiff1d(labels[test], labels[train])
-    if len(strange):
-        raise InputError(f"no training sample has the test label {features.label_names[strange[0]]} - mend `split`")
+    unseen = [] if several else np.setdiff1d(labels[test], labels[train])
+    for c in unseen[:1]:
+        raise InputError(f"no training sample has the label '{features.label_names[c]}' of test "
+                         "samples - mend `split`, or name the others with --only")
     if several and len(tasks) < len(chosen):
         say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in test, are left out")
     found, rows, C = {}, [], 2 if several else len(chosen)
@@ -1464,9 +1495,8 @@ class Coded:
 
     def told(self, name):
         """(y (N,) bool: has a sample the label, rows to learn from, rows to judge by): labelled rows, both kinds in both."""
-        import numpy as np
         y, label = self.labels(), label_number(self.features, name)
-        known = self.features.known(np.arange(len(y)))
+        known = self.features.labelled
         y, parts = y[:, label], [rows[known[rows]] for rows in self.split()]
         for part, rows in zip(("training", "test"), parts):
             if not 0 < y[rows].sum() < len(rows):
@@ -1480,19 +1510,16 @@ class Coded:
         return y if y is not None and y.ndim == 1 and len(set(y[y >= 0].tolist())) > 1 else None
 
     def picture(self, row):
-        """A sample's picture, or None when the file names none or it is not there."""
-        import data
-        if "images" not in self.features.about:
-            return None
-        path = os.path.join(os.path.dirname(os.path.abspath(self.flags.data)), str(self.features.about["images"][row]))
-        return data.open_image(path) if os.path.exists(path) else None
+        """A sample's picture, or None when the file gives none or it cannot be read."""
+        return self.features.picture(row)
 
     def about(self, row):
-        """What the file tells of a sample, as a dict of text."""
-        found = {key[:-1]: str(v[row]) for key, v in self.features.about.items()}
-        if self.features.labels is not None:
+        """What the file tells of a sample, as a dict of text; no label where it is not known."""
+        found = {key[:-1]: str(v[row]) for key, v in self.features.about.items() if v.ndim == 1}
+        if self.features.labelled[row]:
             on = self.features.label_matrix([row])[0]
-            found["label"] = ", ".join(name for name, here in zip(self.features.label_names, on) if here)
+            names = [name for name, here in zip(self.features.label_names, on) if here]
+            found["label"] = ", ".join(names) or "none"
         return {"sample": int(row), **found}
 
 
@@ -1513,9 +1540,10 @@ def cmd_latents(flags):
     folder = analysis_folder(flags, "latents")
     coded = Coded(flags.run, flags, flags.tau)
     features, (train, _) = coded.features, coded.split()
-    labels = features.label_matrix(train)
-    known = None if labels is None else features.known(train)
-    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top, flags.weighted, known)
+    known = features.labelled[train]
+    labels = features.label_matrix(train) if known.any() else None
+    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top,
+                               flags.weighted, known)
     counts = judge.threshold_counts(table["mean"])
     alive = table["frequency"] > 0
     found = {"latents": len(alive), "alive": int(alive.sum()), "mean at least 10^t": counts}
@@ -1525,8 +1553,9 @@ def cmd_latents(flags):
     sections = [("Latents by frequency and mean activation", scatter), ("Latents above a threshold of mean activation",
                 judge.html_table(["at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))]
     shown = np.flatnonzero(alive)[np.argsort(-table["frequency"][alive], kind="stable")]
-    if labels is not None and labels.any():
-        found["mean entropy"] = float(np.nanmean(table["entropy"][alive]))
+    if labels is not None:
+        there = table["entropy"][alive & np.isfinite(table["entropy"])]
+        found["mean entropy"] = float(there.mean()) if len(there) else None
         clear = np.flatnonzero(table["frequency"] * len(train) >= 5)
         order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
         each = max(1, 20 // max(len(features.label_names), 1))
@@ -1534,7 +1563,8 @@ def cmd_latents(flags):
         columns = ["purity", "entropy", "frequency", "mean"]
         rows = [[f"{j}", features.label_names[table["label"][j]], *(table[c][j] for c in columns)] for j in shown]
         header = ["latent", "label", *columns]
-        print(f"\nmean label entropy {found['mean entropy']:.3f} nats of ln {len(features.label_names)} = "
+        print(f"\nmean label entropy {judge.fmt(found['mean entropy'])} nats "
+              f"of ln {len(features.label_names)} = "
               f"{math.log(len(features.label_names)):.3f}; the purest of each label, active in 5 samples or more:\n"
               + judge.text_table(header, rows))
         sections.append(("The purest latents of each label", judge.html_table(header, rows)))
@@ -1559,6 +1589,11 @@ def analysis_folder(flags, name):
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.path.exists(out_path(folder, "config.json"))):
         raise InputError(f"{folder} is {'a run' if os.path.isdir(folder) else 'a file'} - name another folder with --out")
     return folder
+
+
+def percent(share):
+    """A share as a percentage, None as it is."""
+    return None if share is None else 100 * share
 
 
 def none_if_nan(v):
@@ -1595,7 +1630,7 @@ def reference_gallery(coded, table, train, latents, most=6):
 def barcode_sections(coded, table, flags):
     """Barcodes of groups and of their labels (CytoSAE Eq. 4), what tells two labels apart, and how well barcodes classify:
     (figures or None, sections of the report, arrays for a file or None). Without groups each of some 20,000 samples at most is
-    one, if it has tokens; groups whose samples differ in label count for none of the labels."""
+    one, if it has tokens; groups whose labelled samples differ count for none of the labels."""
     import data
     import eval as judge
     import numpy as np
@@ -1608,7 +1643,7 @@ def barcode_sections(coded, table, flags):
         return None, [], None
     groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
     names, codes = judge.barcodes(coded.count, groups)
-    of = [np.unique(y[rows]) for rows in np.split(np.argsort(groups, kind="stable"),
+    of = [np.unique(y[rows][y[rows] >= 0]) for rows in np.split(np.argsort(groups, kind="stable"),
                                                   np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
     y = np.array([found[0] if len(found) == 1 else -1 for found in of])
     known = np.flatnonzero(y >= 0)
@@ -1843,13 +1878,13 @@ def cmd_fidelity(flags):
     near = judge.retrieval_fidelity(coded.dense[some], coded.strength[some], None if y is None else y[some],
                                     None if groups is None else groups[some])
     print("R2 of the features" + (", averaged over tokens" if coded.T > 1 else "") + ": "
-          + ", ".join(f"{k} {v:.3f}" for k, v in r2.items()))
+          + ", ".join(f"{k} {judge.fmt(v)}" for k, v in r2.items()))
     tables = []
     if kept:
         tables.append(("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
                                                  "principal components", "kept, %"],
                        [[f"{row['n']}", row["best latents"], row["random latents"], row["principal components"],
-                         100 * row["kept"]] for row in kept["rows"]]
+                         percent(row["kept"])] for row in kept["rows"]]
                        + [["all latents", kept["all latents"], None, None, None],
                           [f"all {coded.dense.shape[1]} features", kept["dense"], None, None, None]]))
     if near:
@@ -1877,6 +1912,7 @@ def cmd_describe(flags):
     coded = Coded(flags.run, flags)
     train, _ = coded.split()
     code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
+    untold = ("sample", "label")                             # a name must not copy its judge
     for j in np.flatnonzero(code.getnnz(axis=0)):
         column = slice(code.indptr[j], code.indptr[j + 1])
         active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]
@@ -1888,7 +1924,8 @@ def cmd_describe(flags):
         shown = {name: [{**coded.about(row), "activation": float(coded.strength[row, j])} for row in rows]
                  for name, rows in groups.items()}
         told = "\n".join(f"{name}: " + "; ".join(
-            ", ".join(f"{k} {v}" for k, v in one.items() if k != "sample") for one in rows) for name, rows in shown.items())
+            ", ".join(f"{k} {v}" for k, v in one.items() if k not in untold) for one in rows)
+            for name, rows in shown.items())
         out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
     path = flags.out or out_path(flags.run, "describe.json")
     judge.write_json(path, out)
@@ -2036,7 +2073,7 @@ def cmd_clip(flags):
     import torch
     if flags.weights:
         return import_clip(flags)
-    images = data.read_images(needed(flags, "images"))
+    images = pictures_of(flags)
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and `captions`")
     captions = np.array([str(c) for c in images.about["captions"]])
@@ -2178,16 +2215,17 @@ def word_heat(clip, words, sparc, stream, text, target, start_layer):
     return judge.word_scores(R[0, len(known) + 1].tolist(), pieces)
 
 
-def concept_latents(codes, labels, least=50):
+def concept_latents(codes, labels, least=50, known=slice(None)):
     """The latents J of each label (thesis 5.4.4, A.3): those that are active with it in `least` training samples or more,
     counted over all streams together. codes: {stream: CSR (n, L)}, labels (n, C) bool -> list of C arrays.
+    known (n,) bool: the samples whose labels are known, which alone count; all by default.
 
     Of those only the ones that the label makes likelier: at least half of a latent's samples have it, or the 10 with the
     largest share when there are none (ours: the count alone picks latents that fire for everything).
     """
     import numpy as np
-    on = [code.astype(bool).astype(np.float64) for code in codes.values()]
-    with_label = sum(np.asarray(one.T @ labels.astype(float)) for one in on)
+    on = [code[known].astype(bool).astype(np.float64) for code in codes.values()]
+    with_label = sum(np.asarray(one.T @ labels[known].astype(float)) for one in on)
     total, out = np.maximum(sum(np.asarray(one.sum(0)).ravel() for one in on), 1), []
     for c in range(labels.shape[1]):
         often = np.flatnonzero(with_label[:, c] >= least)
@@ -2199,7 +2237,7 @@ def concept_latents(codes, labels, least=50):
 def pictures_with_masks(model, features, flags):
     """The pictures of --images and their file's arrays; raises InputError where they do not fit the features or the run."""
     import data
-    images, arrays = data.read_images(needed(flags, "images")), data.read_arrays(flags.images)
+    images, arrays = pictures_of(flags), data.read_arrays(flags.images)
     shape = arrays["instances"].shape if "instances" in arrays and "boxes" in arrays else ()
     if len(shape) != 3 or shape[0] != len(features):
         raise InputError(f"{flags.images} has no 'instances' and 'boxes' of these {len(features)} pictures - give what "
@@ -2225,9 +2263,8 @@ def cmd_attribute(flags):
     images, arrays = pictures_with_masks(model, features, flags)
     sees, clip = attributed_streams(model, flags)
     truth, labels, train = true_masks(arrays), features.label_matrix(np.arange(len(features))), features.rows("train")
-    train = train[features.known(train)]
     codes, _ = codes_and_fit(model, features, train, "alone" if model.topk == "local" else "joint", flags.device)
-    J = concept_latents(codes, labels[train], flags.least)
+    J = concept_latents(codes, labels[train], flags.least, features.labelled[train])
     test = [i for i in features.rows("test", "val") if any(key[0] == i for key in truth)][:flags.most]
     truth = {key: m for key, m in truth.items() if key[0] in set(test)}
     if not truth:
@@ -2446,7 +2483,8 @@ def word_examples(model, text, clip, J, features, labels, test, kinds, flags, mo
     """For some labels, captions that name the concept and one that does not: [{concept, caption, here, words}]."""
     out = []
     for c in kinds:
-        captions = [(str(features.about["captions"][i]), bool(labels[i, c])) for i in test]
+        captions = [(str(features.about["captions"][i]), bool(labels[i, c])) for i in test
+                    if features.labelled[i]]
         name = features.label_names[c]
         shown = [v for v in captions if v[1] and name in v[0]][:most] + [v for v in captions if not v[1]][:1]
         for caption, here in shown:
@@ -2507,7 +2545,7 @@ def cmd_retrieve(flags):
     for s in (source, target):
         if s not in model.dims:
             raise InputError(f"the run has no stream '{s}' - it has {', '.join(model.streams)}")
-    rows, folder = features.rows("test", "val"), os.path.dirname(os.path.abspath(flags.data or "."))
+    rows = features.rows("test", "val")
     missing = [s for s in (source, target) if s not in features.streams]
     if missing:
         raise InputError(f"the data lacks the stream '{missing[0]}' - it has {', '.join(features.streams)}")
@@ -2520,7 +2558,7 @@ def cmd_retrieve(flags):
     def shown(i, stream):
         if stream.endswith("_txt") and "captions" in features.about:
             return html.escape(str(features.about["captions"][rows[i]]))
-        return judge.describe_sample(features, rows[i], labels[i] if labels is not None else (), folder)
+        return judge.describe_sample(features, rows[i], labels[i] if labels is not None else ())
     for mode in ("alone",) if outside else ("joint", "alone"):
         codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
         query = given if outside else codes[source][[flags.query]]
@@ -2561,7 +2599,7 @@ def given_query(model, stream, flags):
         if flags.query >= len(others):
             raise InputError(f"--query {flags.query}, but {flags.features} has {len(others)} samples - count from 0")
         x = others.batch([flags.query])[stream]
-        shown = judge.describe_sample(others, flags.query, (), os.path.dirname(os.path.abspath(flags.features)))
+        shown = judge.describe_sample(others, flags.query, ())
     else:
         x, shown = data.read_vector(flags.features)[None], html.escape(flags.features)
     if x.shape[1] != model.dims[stream]:
@@ -2581,7 +2619,8 @@ def cmd_cut(flags):
     import data
     if os.path.exists(flags.out):
         raise InputError(f"{flags.out} exists - name a new folder with --out")
-    count = data.cut_boxes(needed(flags, "voc"), flags.out, flags.size, flags.margin)
+    count = data.cut_boxes(needed(flags, "voc"), flags.out, flags.size, flags.margin,
+                           grey_window(flags))
     print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
 
 
@@ -2591,7 +2630,9 @@ def cmd_tile(flags):
     import eval as judge
     import numpy as np
     source = needed(flags, "images")
-    slides = data.slide_files(source)
+    slides, notes = data.slide_files(source)
+    for note in notes:
+        say_once("note: " + note)
     side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
     if side < 1 or step < 1:
         raise InputError(f"tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
@@ -2607,7 +2648,8 @@ def cmd_tile(flags):
     os.makedirs(flags.out, exist_ok=True)
     for path, target in zip(slides, targets):
         boxes, shown = data.tile_slide(path, side, step, least=flags.least, least_hole=flags.least_hole,
-                                       max_holes=flags.max_holes, threshold=None if flags.otsu else flags.threshold)
+                                       max_holes=flags.max_holes, window=grey_window(flags),
+                                       threshold=None if flags.otsu else flags.threshold)
         arrays = {"coords": boxes, "images": relative([path] * len(boxes), f"{target}.npz")}
         if regions is not None:
             share = np.array([data.region_share(regions, box) for box in boxes])
@@ -2702,7 +2744,7 @@ def mil_rounds(bags, flags):
     if bags.folds is not None:
         rounds = [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
     elif bags.split is None:
-        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed)]
+        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed, bags.groups)]
     else:
         rounds = [[np.flatnonzero(bags.split == name) for name in ("train", "val", "test")]]
     least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
@@ -2730,7 +2772,9 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
     if val is not None:
         parts = [(train, val)]
     else:
-        cut = data.stratified_parts(bags.y[train], [1] * max(flags.inner, 5 if flags.inner == 1 else 2), flags.seed + round_)
+        groups = None if bags.groups is None else bags.groups[train]
+        equal = [1] * max(flags.inner, 5 if flags.inner == 1 else 2)
+        cut = data.stratified_parts(bags.y[train], equal, flags.seed + round_, groups)
         parts = [(np.delete(train, part), train[part]) for part in cut[:flags.inner]]
     for setting in settings:
         if flags.refit and len(settings) == 1:               # nothing to choose
@@ -2768,7 +2812,8 @@ def train_mil(bags, head, flags, train, val, seed):
                     bool(flags.squash))
     X = bags.instances(train)
     model.mean.copy_(torch.from_numpy(X.mean(0)))
-    model.std.copy_(torch.from_numpy(np.where(X.std(0) > 0, X.std(0), 1)))
+    spread = (X - X[0]).std(0)                               # of a constant exactly 0
+    model.std.copy_(torch.from_numpy(np.where(spread > 1.2e-7 * np.abs(X[0]), spread, 1)))
     model.to(flags.device)
     y = bags.y[train]
     weight = 1 / np.bincount(y)[y] if flags.weighted else np.ones(len(y))
@@ -2809,7 +2854,7 @@ def pooled_baseline(bags, train, test):
     """What no attention gets: logistic regression on the mean of a bag's instances."""
     import eval as judge
     import numpy as np
-    means = np.stack([bags.instances([i]).mean(0) for i in range(len(bags))])
+    means = np.stack([bags.instances([i]).mean(0, dtype=np.float64) for i in range(len(bags))])
     p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
     return {"scores": judge.scores(bags.y[test], p)}
 
@@ -2846,7 +2891,10 @@ def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
     import data
     import eval as judge
-    pictures = data.read_pictures(needed(flags, "data"), flags.size, flags.label)
+    pictures = data.read_pictures(needed(flags, "data"), flags.size, flags.label,
+                                  grey_window(flags))
+    for note in pictures.notes:
+        say_once("note: " + note)
     specs, C = flags.models.split(","), len(pictures.label_names)
     names = [try_classifier(spec, flags, C) for spec in specs]                              # before anything is written
     if len(set(names)) < len(names):
@@ -2918,21 +2966,33 @@ def try_classifier(spec, flags, n_classes):
 
 
 def picture_parts(pictures, flags, seed):
-    """Rows to train on, to stop by and to report: the file's own split, or 70 / 15 / 15 with classes in proportion."""
+    """Rows to train on, to stop by and to report: the file's own split, or 70 / 15 / 15 as
+    `stratified_parts` draws them: classes in proportion, no group in two parts."""
     import data
     import numpy as np
+    groups = pictures.groups
     if flags.split == "random":
-        parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed)
+        parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed, groups)
     elif pictures.split is None:
         raise InputError(f"{flags.data} gives no split - use --split random")
     else:
         train, val, test = (np.flatnonzero(pictures.split == name) for name in ("train", "val", "test"))
         if not len(val):                                     # none given: cut off the training part
-            train, val = (train[rows] for rows in data.stratified_parts(pictures.labels[train], (85, 15), seed))
+            of = None if groups is None else groups[train]
+            halves = data.stratified_parts(pictures.labels[train], (85, 15), seed, of)
+            train, val = (train[rows] for rows in halves)
         parts = train, val, test
     if not all(map(len, parts)) or len(np.unique(pictures.labels[parts[0]])) < 2:
         raise InputError(f"{flags.data}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
                          "add pictures, or use --split random")
+    tested = np.unique(pictures.labels[parts[2]])
+    unseen = np.setdiff1d(tested, pictures.labels[parts[0]])
+    if len(tested) < 2 or len(unseen):
+        c, what = tested[0], "and no other"
+        if len(unseen):
+            c, what = unseen[0], "which no training picture has"
+        raise InputError(f"{flags.data}: the test part has the class '{pictures.label_names[c]}', "
+                         f"{what} - add pictures, or split them otherwise")
     return parts
 
 
@@ -2993,7 +3053,7 @@ def cmd_explain(flags):
     import eval as judge
     import ssm
     import torch
-    images = data.read_images(needed(flags, "images"))
+    images = pictures_of(flags)
     loaded = [load_backbone(spec, flags, head=True) for spec in needed(flags, "weights").split(",")]
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
@@ -3423,7 +3483,8 @@ def fidelity_verdict(at):
     return ({("TotalSegmentator", what): v for what, v in (
                 ("R2", m["r2"]["variance-weighted"]), ("probe, ten latents", ten["best latents"]),
                 ("probe, ten components", ten["principal components"]), ("probe, all features", m["kept"]["dense"]),
-                ("kept by ten latents, %", 100 * ten["kept"]), ("overlap of 10 neighbours", near["overlap"]))},
+                ("kept by ten latents, %", percent(ten["kept"])),
+                ("overlap of 10 neighbours", near["overlap"]))},
             {"ten latents keep 87.8 % of the probe, beyond chance (TotalSegmentator)":
              m["kept"]["dense"] - m["kept"]["chance"] > 0.05 and ten["kept"] >= 0.878,
              "ten latents keep more than ten principal components (ours)": ten["best latents"] > ten["principal components"]})
@@ -3634,7 +3695,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, with our one line for its errors."""
 
     def error(self, message):
-        fail(f"{message} - see python repsae.py {' '.join(self.prog.split()[1:] + ['--help'])}")
+        message = re.sub("^argument (--[^ :]+): ", r"\1 ", message)
+        hint = f" - see python repsae.py {' '.join(self.prog.split()[1:] + ['--help'])}"
+        fail(message + hint * (" - " not in message))
 
 
 COMMANDS = {}
@@ -3695,7 +3758,7 @@ command("compare", cmd_compare, (ON_RUN, BENCH), positional=("run", "other"), ex
     "sparc": (None, str, "a run of sparc on both streams, to set beside")})
 command("tissue", cmd_tissue, ({"overwrite": RUN["overwrite"]},), "tissue", extra={
     "pictures": (4000, whole(8), "how many"), "size": (64, whole(1, 8192), "their side, pixels"), "seed": (0, whole(0, 2 ** 32 - 1), "of everything drawn")})
-command("clip", cmd_clip, ({k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
+command("clip", cmd_clip, (WINDOW, {k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
     "images": (None, str, ".npz with `images` and `captions`, as `tissue` writes it"),
     "merges": (None, str, "CLIP's own merges file, bpe_simple_vocab_16e6.txt.gz; else words of the captions are the tokens"),
     "weights": (None, str, "state_dict of a released CLIP with a ViT: nothing is trained, it becomes a run; needs --merges"),
@@ -3703,7 +3766,7 @@ command("clip", cmd_clip, ({k: RUN[k] for k in ("device", "overwrite")},), "runs
     "layers": (4, whole(1, 1000), "of both"), "joint": (64, whole(1, 10 ** 5), "width of the common space"),
     "context": (32, whole(3, 10 ** 4), "longest text, tokens"), "epochs": (20, whole(1), "passes"), "batch": (128, whole(1), "pairs a step"),
     "lr": (1e-3, real(TINY), "AdamW's"), "seed": (0, whole(0, 2 ** 32 - 1), "of weights and order")})
-command("attribute", cmd_attribute, (ON_RUN, OUT), positional=("run",), extra={
+command("attribute", cmd_attribute, (ON_RUN, WINDOW, OUT), positional=("run",), extra={
     "images": (None, str, "what `tissue` wrote: pictures with `instances` and `boxes`"),
     "weights": (None, str, "name=RUN of dino or clip, names as the run's streams have them"),
     "start-layer": (0, whole(-1000, 1000), "first layer of the relevancy maps; -1 for the last alone"),
@@ -3716,8 +3779,10 @@ command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={
     "features": (None, str, ".npy with one vector (d,) of the stream --from, that asks instead; or a feature file, whose row "
                  "--query asks"),
     "encoder": (None, str, "run of clip whose text encoder reads --text")})
-command("dino", cmd_dino, (DINO, {k: v for k, v in RUN.items() if k != "eval-rows"}), "runs/dino")
-command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
+command("dino", cmd_dino, (DINO, WINDOW, {k: v for k, v in RUN.items() if k != "eval-rows"}),
+        "runs/dino")
+command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, WINDOW,
+                                {k: RUN[k] for k in ("device", "overwrite")}),
         "feats.npz", extra={"weights": (None, str, "name=RUN of dino or clip, name=arch:FILE or name=arch:random; several, "
                                         "separated by commas; name=lsa:N encodes captions by runs of up to N words"),
                             "size": (0, whole(0, 8192), "side to judge at; 0 for the one trained at"),
@@ -3731,11 +3796,11 @@ command("probe", cmd_probe, (DATA, SEED, BENCH),
                "strength": (1., real(TINY), "lbfgs: C of the linear probe, larger is less regular"),
                "only": (None, str, "labels to tell apart, or to find one by one where several hold at once, separated by "
                         "commas; all by default")})
-command("cut", cmd_cut, (), "cells", extra={
+command("cut", cmd_cut, (WINDOW,), "cells", extra={
     "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"),
     "size": (64, whole(1, 8192), "side of a cut, pixels"),
     "margin": (0.2, real(0., 100.), "how much longer than the box's longer side the square is that is cut")})
-command("tile", cmd_tile, ({"overwrite": RUN["overwrite"]},), "tiles", extra={
+command("tile", cmd_tile, (WINDOW, {"overwrite": RUN["overwrite"]},), "tiles", extra={
     "images": (None, str, "a slide, or a folder of them"), "size": (224, whole(1, 8192), "side of a tile, pixels"),
     "step": (None, whole(1), "pixels from tile to tile; the size by default"),
     "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
@@ -3748,8 +3813,10 @@ command("tile", cmd_tile, ({"overwrite": RUN["overwrite"]},), "tiles", extra={
 command("mil", cmd_mil, (MIL, {k: RUN[k] for k in ("device", "overwrite")}), "runs/mil", extra={
     "data": (None, str, "bags: an .npz with X, offsets, y and perhaps folds; or class folders of a feature file each"),
     "stream": (None, str, "the stream of the feature files, when they have several")})
-command("finetune", cmd_finetune, (FINETUNE, {k: RUN[k] for k in ("device", "overwrite")}), "runs/finetune")
-command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, {k: RUN[k] for k in ("device", "overwrite")}),
+command("finetune", cmd_finetune, (FINETUNE, WINDOW, {k: RUN[k] for k in ("device", "overwrite")}),
+        "runs/finetune")
+command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, WINDOW,
+                                {k: RUN[k] for k in ("device", "overwrite")}),
         "runs/cam", positional=("what",), extra={
             "weights": (None, str, "name=RUN of dino, name=FILE.pt of finetune, name=arch:FILE; several, separated by commas"),
             "size": (0, whole(0, 8192), "side of the pictures; 0 for the one trained at"),

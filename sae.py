@@ -20,21 +20,27 @@ Deviations   from the authors' code, where it differs from the papers or is wron
              the loss sums over streams as Eq. 14 does (`reduction="mean"` averages, as their code does);
              AuxK is exactly 0 when no latent is dead, adds no bias, and sends gradient to dead latents only;
              dictionary rows are renormalised after the optimiser step, so what is saved has unit norm;
-             dead latents are counted in training only; an all-zero sample is skipped, not divided by.
+             dead latents are counted in training only; an all-zero sample is skipped;
+             a latent fires when its value exceeds a thousandth of the features' length, which is 1
+             for l2 (theirs: a thousandth; thesis A.1.2 speaks of a frequency, but they count none).
 Ours         topk="both" (train on the joint and on the alone support) and the sparse arithmetic.
 Not here     learning-rate decay, mixed precision, several GPUs.
 
 This file needs nothing but torch: copy it alone into your project.
 
     model = SPARC({"clip": 512, "dino": 768}, n_latents=4096, k=32, topk="both", norm="l2")
-    fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4)          # batch: {"clip": (B, 512), "dino": (B, 768)}
+    def told(step, result):                                  # `fit` alone says nothing
+        if step % 500 == 0:
+            print(step, float(result["loss"]))
+    fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4, on_step=told)
+    # next_batch() -> {"clip": (B, 512), "dino": (B, 768)}, any float type
     codes = model.encode({"clip": x_clip}, mode="alone")                  # raw features in, {"clip": Codes} out
     dino_hat = model.decode(codes["clip"], "dino")                        # Eq. 12: one model read from another
     single = SAE({"clip": 512}, n_latents=4096, activation="relu", sparsity=0.05)           # thesis 4.1; fits, encodes alike
 """
 import os
 import warnings
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -47,7 +53,7 @@ NORMS = ("l2", "standard", "standard,l2", "none")
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
 ERRORS = ("nmse", "sum", "mean")
 REVIVE = ("none", "auxk", "ghost", "resample")
-FIRES = 1e-3  # a latent counts as having fired when a value exceeds this (the authors' auxk_threshold)
+FIRES = 1e-3  # a latent fires above this share of the features' length (authors: auxk_threshold)
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
@@ -59,13 +65,15 @@ class Codes(NamedTuple):
     """A k-sparse code: `indices` (B, k) int64 in 0..L-1, distinct in a row, and `values` (B, k), never negative.
 
     A value may be 0: TopK chose the latent, ReLU silenced it (Eq. 9). Such a latent is not active.
+    Codes without a fixed k, of batches put together, are filled up with index -1, value 0.
     """
     indices: torch.Tensor
     values: torch.Tensor
 
     def dense(self, n_latents):
         """The same code as a (B, L) tensor, for showing and for small L."""
-        return self.values.new_zeros(len(self.values), n_latents).scatter(1, self.indices, self.values)
+        dense = self.values.new_zeros(len(self.values), n_latents)
+        return dense.scatter_add(1, self.indices.clamp(min=0), self.values)      # adds 0 for -1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,6 +245,16 @@ def _has_csr():
         return False
 
 
+def _no_autocast(function):
+    """Run a function of a model in the precision of its weights, whatever autocast surrounds the
+    call: CSR kernels know no other, and for choosing in bfloat16 there is `select`."""
+    @wraps(function)
+    def run(model, *args, **kw):
+        with torch.autocast(model.step.device.type, enabled=False):
+            return function(model, *args, **kw)
+    return run
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,11 +305,11 @@ class SPARC(nn.Module):
         self.b_pre = nn.ParameterDict({s: torch.zeros(d) for s, d in dims.items()})
         self.b_lat = nn.ParameterDict({s: torch.zeros(n_latents) for s in dims})
         for s, d in dims.items():
-            mean, std = (stats or {}).get(s, (torch.zeros(d), torch.ones(d)))
-            std = torch.as_tensor(std, dtype=torch.float32)
-            self.register_buffer(f"mean_{s}", torch.as_tensor(mean, dtype=torch.float32).clone())
-            # a constant dimension stays 0
-            self.register_buffer(f"std_{s}", torch.where(std > 0, std, 1))
+            mean, std = (torch.as_tensor(v, dtype=torch.float32) for v in
+                         (stats or {}).get(s, (torch.zeros(d), torch.ones(d))))
+            self.register_buffer(f"mean_{s}", mean.clone())
+            # a dimension that is constant but for rounding is not blown up
+            self.register_buffer(f"std_{s}", torch.where(std > 1.2e-7 * mean.abs(), std, 1))
             self.register_buffer(f"idle_{s}", torch.zeros(n_latents, dtype=torch.long))     # steps since it last fired
         self._spare = {}                                     # gradient memory, handed from step to step: see `_recycle`
         self.register_buffer("step", torch.zeros((), dtype=torch.long))                     # training steps taken
@@ -301,8 +319,9 @@ class SPARC(nn.Module):
         if not c["dims"]:
             raise InputError("no streams - give at least one")
         for s, d in c["dims"].items():
-            if "." in s or not s or hasattr(nn.ParameterDict, s):
-                raise InputError(f"stream name '{s}' cannot name a parameter - rename it (letters, digits, _ and -)")
+            if not isinstance(s, str) or "." in s or not s or hasattr(nn.ParameterDict(), s):
+                raise InputError(f"stream name {str(s)[:60]!r} cannot name a parameter - "
+                                 "rename it (letters, digits, _ and -)")
             if d < 1:
                 raise InputError(f"stream '{s}' has width {d} - give it at least one column")
         if not 1 <= c["k"] <= c["n_latents"]:
@@ -315,7 +334,9 @@ class SPARC(nn.Module):
     # -- features in --------------------------------------------------------------------------------------------------
 
     def normalise(self, x, stream):
-        """Raw features (B, d_s) -> what the model sees: standardised and/or of unit length. Zero rows stay zero."""
+        """Raw features (B, d_s) of any type -> what the model sees, in the weights' type:
+        standardised and/or of unit length. Zero rows stay zero."""
+        x = x.to(self.b_pre[stream].dtype)
         if "standard" in self.norm:
             x = (x - getattr(self, f"mean_{stream}")) / getattr(self, f"std_{stream}")
         if "l2" in self.norm:
@@ -327,12 +348,26 @@ class SPARC(nn.Module):
         W = self.W_dec[stream].detach()
         return W * getattr(self, f"std_{stream}") if "standard" in self.norm else W
 
+    def _named(self, x):
+        """Features by stream: a dict as it is; a bare tensor (B, d) is the only stream's."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        if len(self.streams) > 1:
+            raise InputError(f"one tensor for {len(self.streams)} streams - "
+                             f"give a dict of {', '.join(self.streams)[:300]}")
+        return {self.streams[0]: x}
+
     def _features(self, x):
+        x = self._named(x)
         for s, v in x.items():
             if s not in self.dims:
                 raise InputError(f"stream '{s}' is unknown to the model - it has {', '.join(self.streams)}")
             if v.dim() != 2 or v.shape[1] != self.dims[s]:
                 raise InputError(f"stream '{s}' has shape {tuple(v.shape)} - the model wants (B, {self.dims[s]})")
+            first = next(iter(x))
+            if len(v) != len(x[first]):
+                raise InputError(f"stream '{s}' has {len(v)} rows but '{first}' has "
+                                 f"{len(x[first])} - rows must be the same samples")
         if not x:
             raise InputError("no streams given - give at least one of " + ", ".join(self.streams))
         # one order, whatever was given
@@ -387,21 +422,35 @@ class SPARC(nn.Module):
             codes[s] = Codes(indices, torch.relu(h))
         return codes
 
+    @_no_autocast
     def encode(self, x, mode=None):
         """Codes of raw features. x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample.
 
         mode: "joint", the given streams choose the support together; "alone", each chooses its own. By default the
         way of training ("alone" for topk="local"). Returns dict stream -> Codes; differentiable in x and the weights.
+        A model of one stream takes a bare tensor (B, d) too, and returns the bare Codes.
         """
+        if isinstance(x, torch.Tensor):
+            return self.encode(self._named(x), mode)[self.streams[0]]
         mode = mode or ("alone" if self.topk == "local" else "joint")
         if mode not in ("joint", "alone"):
             raise InputError(f"mode={mode!r} - use joint or alone")
         c = {s: v - self.b_pre[s] for s, v in self._features(x).items()}
         return self._codes(c, self._support(c, mode))
 
+    @_no_autocast
     def decode(self, codes, stream):
         """Any stream's Codes -> (B, d) reconstruction of `stream`, in normalised units: D_t(z^s), Eq. 10-12."""
-        return _SparseDecode.apply(codes.values, self.W_dec[stream], self._pattern(codes.indices)) + self.b_pre[stream]
+        pattern, W = self._pattern(codes.indices.clamp(min=0)), self.W_dec[stream]
+        return _SparseDecode.apply(codes.values.to(W.dtype), W, pattern) + self.b_pre[stream]
+
+    def forward(self, x, mode=None):
+        """x and mode as `encode` has them -> every given stream rebuilt from its own code, in
+        normalised units: dict stream -> (B, d_s), or (B, d) of a bare tensor."""
+        codes = self.encode(x, mode)
+        if isinstance(codes, Codes):
+            return self.decode(codes, self.streams[0])
+        return {s: self.decode(code, s) for s, code in codes.items()}
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 
@@ -409,9 +458,11 @@ class SPARC(nn.Module):
         """Sum of a list of loss terms as Eq. 14 has it, or their mean as the authors' code does."""
         return sum(terms) / (len(terms) if self.reduction == "mean" and terms else 1)
 
+    @_no_autocast
     def loss(self, x):
         """Eq. 14 plus AuxK for one batch of raw features, dict stream -> (B, d_s) of all streams.
 
+        Of a model of one stream x may be the bare tensor.
         Returns (total, parts): parts holds detached scalars `self` and `cross` (mean NMSE over streams and over ordered
         pairs), `aux`, and `codes`, a list with one dict stream -> Codes for each support used.
         """
@@ -554,11 +605,15 @@ class SAE(SPARC):
             on = h > self.kept_above
         return torch.relu(h) * on, h.new_zeros(())
 
+    @_no_autocast
     def encode(self, x, mode=None):
         """Raw features {stream: (B, d)} -> {stream: Codes}, of the width of the sample with most active latents.
 
+        A bare tensor (B, d) gives bare Codes.
         mode is there for the likeness with SPARC and changes nothing: a single stream is always alone.
         """
+        if isinstance(x, torch.Tensor):
+            return self.encode(self._named(x))[self.stream]
         if self.activation == "topk":
             return super().encode(x, "alone")
         c = self._features(x)[self.stream] - self.b_pre[self.stream]
@@ -571,8 +626,9 @@ class SAE(SPARC):
         """Codes -> (B, d) reconstruction in normalised units, thesis Eq. 3-4."""
         return super().decode(codes, stream or self.stream)
 
+    @_no_autocast
     def loss(self, x):
-        """Thesis Eq. 5, or its relatives, for one batch of raw features {stream: (B, d)}.
+        """Thesis Eq. 5, or its relatives, for a batch of raw features, {stream: (B, d)} or (B, d).
 
         Returns (total, parts): detached scalars `self` (the error), `sparsity` (the penalty before its weight), `aux` (what
         revives the dead), `cross` (0), and `codes` as SPARC has them.
@@ -690,17 +746,23 @@ def renormalise(model):
 
 
 @torch.no_grad()
-def _count_idle(model, codes):
-    """Advance the dead-latent counters by one training step; a latent that fired in any sample starts again at 0."""
-    for s in model.streams:
-        idle = getattr(model, f"idle_{s}")
+def _count_idle(model, x, codes):
+    """Advance the dead-latent counters by one step; what fired in any sample starts again at 0.
+
+    What a latent adds to a sample is as long as its value. It fired if that exceeds FIRES times the
+    length of the batch's features (root mean square, zero rows left out): their scale must not
+    decide who is dead.
+    """
+    for s, v in model._features(x).items():
+        idle, energy = getattr(model, f"idle_{s}"), v.square().sum(1)
+        least = FIRES * (energy.sum() / (energy > 0).sum().clamp_min(1)).sqrt()
         idle += 1
         for support in codes:
-            fired = support[s].values > FIRES
-            if fired.shape[1] == len(idle):                  # dense codes: latent j is column j
-                idle[fired.any(0)] = 0
-            else:
+            fired = support[s].values > least
+            if getattr(model, "activation", "topk") == "topk":
                 idle[support[s].indices[fired]] = 0
+            else:                                            # dense codes: latent j is column j
+                idle[fired.any(0)] = 0
 
 
 @torch.no_grad()
@@ -778,6 +840,7 @@ def _recycle(model):
     model.zero_grad(set_to_none=True)
 
 
+@_no_autocast
 def train_step(model, optimiser, x):
     """One step on one batch, dict stream -> (B, d_s) raw. Returns `loss`, `self`, `cross`, `aux` (scalars) and `codes`.
 
@@ -785,12 +848,13 @@ def train_step(model, optimiser, x):
     which leaves what they save off unit norm.
     """
     _recycle(model)
+    x = model._named(x)
     total, parts = model.loss(x)
     total.backward()
     project_gradient(model)
     optimiser.step()
     renormalise(model)
-    _count_idle(model, parts["codes"])
+    _count_idle(model, x, parts["codes"])
     model.step += 1
     _reinitialise(model, optimiser)
     if isinstance(model, SAE):

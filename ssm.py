@@ -316,16 +316,21 @@ def _grid(x, patch, name):
 
 
 def _interpolate(pos, grid, offset=0.1, antialias=False):
-    """Resize a square of position embeddings (1, n*n, d) to `grid`, bicubic, in float32 -> (1, rows*columns, d).
+    """Resize a square of position embeddings (1, n*n, d) to `grid`, bicubic: (1, rows*columns, d).
 
     DINO passes scale factors with 0.1 added against rounding, and that factor, not the ratio of the sizes, places the
     samples: the result differs visibly from asking for the size. DINOv2 with registers (offset 0) asks for the size.
     """
     n = int(pos.shape[1] ** 0.5)
-    image = pos.float().reshape(1, n, n, -1).permute(0, 3, 1, 2)
+    image = _float32_up(pos).reshape(1, n, n, -1).permute(0, 3, 1, 2)
     target = {"scale_factor": tuple((g + offset) / n for g in grid)} if offset else {"size": tuple(grid)}
     image = F.interpolate(image, mode="bicubic", antialias=antialias, **target)
     return image.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(pos.dtype)
+
+
+def _float32_up(x):
+    """x in float32, or in float64 if it is: for what 16 bits are too few for."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _trunc_normal(*tensors):
@@ -502,7 +507,7 @@ class Mixer(nn.Module):
         x = F.silu(conv(x.transpose(1, 2))[..., :x.shape[1]].transpose(1, 2))               # causal: no later token
         delta, B, C = getattr(self, f"x_proj{end}")(x).split([self.r, self.N, self.N], -1)
         delta = F.linear(delta, dt_proj.weight)              # its bias is added inside the scan, before softplus
-        A, D = -torch.exp(getattr(self, f"A{end}_log").float()), getattr(self, f"D{end}")
+        A, D = -torch.exp(_float32_up(getattr(self, f"A{end}_log"))), getattr(self, f"D{end}")
         return selective_scan(x, delta, A, B, C, D, z, dt_proj.bias, backend=self.backend)
 
     def forward(self, x):
@@ -578,9 +583,9 @@ class Vim(nn.Module):
         """Tokens (B, L, d) -> the final norm of every token."""
         residual = None
         for layer in self.layers:
-            residual = x.float() if residual is None else residual + layer.drop_path(x)     # kept in float32
-            x = layer.mixer(layer.norm(residual))
-        return self.norm_f(residual + self.drop_path(x))
+            residual = _float32_up(x) if residual is None else residual + layer.drop_path(x)
+            x = layer.mixer(layer.norm(residual.to(layer.norm.weight.dtype)))
+        return self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
 
     def features(self, x, tokens=False):
         """The middle class token (B, d); or with `tokens` all patch tokens (B, T, d) and their grid."""
@@ -636,7 +641,8 @@ class SS2D(nn.Module):
         delta, B, C = torch.einsum("blke,kce->blkc", u, self.x_proj_weight).split(
             [self.dt_projs_weight.shape[2], self.N, self.N], -1)
         delta = torch.einsum("blkr,ker->blke", delta, self.dt_projs_weight)
-        y = selective_scan(u.flatten(2), delta.flatten(2), -torch.exp(self.A_logs.float()), B, C, self.Ds, None,
+        A = -torch.exp(_float32_up(self.A_logs))
+        y = selective_scan(u.flatten(2), delta.flatten(2), A, B, C, self.Ds, None,
                            self.dt_projs_bias.flatten())
         return self.out_proj(self.out_norm(cross_merge(y.unflatten(2, (4, -1)), h, w)))
 

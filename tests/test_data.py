@@ -77,6 +77,82 @@ def test_integer_and_boolean_labels_mean_the_same_and_negative_is_unlabelled(tmp
     assert ints.label_names == hot.label_names == ["x", "y", "z"]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, np.uint64, np.int64])
+def test_labels_of_any_integer_type_and_as_medmnist_has_them_are_the_same(dtype, tmp_path):
+    labels = arrays()["labels"]
+    for shape in ((50,), (50, 1)):
+        given = labels.astype(dtype).reshape(shape)
+        found = read_features(as_file(tmp_path, labels=given))
+        assert np.array_equal(found.labels, labels) and found.labelled.all()
+        assert found.label_names == ["label 0", "label 1", "label 2"]
+
+
+def test_text_labels_become_names_and_the_empty_one_is_unlabelled(tmp_path):
+    text = np.array(["mass", "", "cyst", "mass"] * 12 + ["fat", "cyst"])
+    for given in (text, text.astype("S")):
+        found = read_features(as_file(tmp_path, labels=given))
+        assert found.label_names == ["cyst", "fat", "mass"]
+        assert found.labels[:4].tolist() == [2, -1, 0, 2] and found.labels[48:].tolist() == [1, 0]
+        assert np.array_equal(found.labelled, text != "")
+    names = np.array(["mass", "fat", "none seen", "cyst"])
+    found = read_features(as_file(tmp_path, labels=text, label_names=names))
+    assert found.labels[:4].tolist() == [0, -1, 3, 0] and found.label_names == names.tolist()
+
+
+def test_a_mask_takes_labels_away_and_a_row_of_none_is_not_unlabelled(tmp_path):
+    hot = np.zeros((50, 2), bool)
+    hot[::2, 0] = True                                       # the others have none of both
+    mask = np.arange(50) >= 10
+    found = read_features(as_file(tmp_path, labels=hot, mask=mask))
+    assert np.array_equal(found.labelled, mask)
+    assert np.array_equal(found.label_matrix(np.arange(50)), hot & mask[:, None])
+    assert read_features(as_file(tmp_path, labels=hot)).labelled.all()
+    assert found.hash != read_features(as_file(tmp_path, labels=hot)).hash
+    labels = arrays()["labels"]
+    labels[20] = -7
+    found = read_features(as_file(tmp_path, labels=labels, mask=mask))
+    assert np.array_equal(found.labelled, mask & (np.arange(50) != 20))
+    assert (found.labels[~found.labelled] < 0).all()
+    assert not read_features(as_file(tmp_path, drop=["labels"])).labelled.any()
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"labels": np.full(50, 10 ** 8)}, "row 0 is 100000000 - number the classes from 0"),
+    ({"labels": np.array([2 ** 63] * 50, np.uint64)}, "row 0 is 9223372036854775808"),
+    ({"labels": np.array(["a"] * 50), "label_names": np.array(["b"])}, "row 0 is 'a', none of"),
+    ({"labels": np.zeros(50)}, "'labels' has shape \\(50,\\) and type float64"),
+    ({"labels": np.zeros((50, 0), int)}, "'labels' has shape \\(50, 0\\)"),
+    ({"labels": np.array(3)}, "'labels' has shape \\(\\) "),
+    ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50"),
+    ({"mask": np.ones(50)}, "'mask' has shape \\(50,\\) and type float64"),
+    ({"mask": np.ones((50, 2), bool)}, "'mask' has shape \\(50, 2\\)"),
+    ({"groups": np.zeros((50, 2))}, "'groups' has shape \\(50, 2\\)"),
+    ({"ids": np.array("x")}, "'ids' has shape \\(\\) "),
+    ({"captions": np.array([["a"]] * 50)}, "'captions' has shape \\(50, 1\\)"),
+    ({"images": np.zeros((50, 4, 4, 4), np.uint8)}, "'images' has shape \\(50, 4, 4, 4\\)"),
+    ({"images": np.zeros((50, 4, 4))}, "'images' has shape \\(50, 4, 4\\) and type float64"),
+    ({"images": np.arange(50)}, "'images' has shape \\(50,\\) and type int64 - give \\(N,")])
+def test_what_is_said_of_the_samples_has_the_shapes_that_the_header_gives(more, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_features(as_file(tmp_path, **more))
+
+
+@pytest.mark.parametrize("shape", [(50, 6, 8), (50, 6, 8, 3)])
+def test_pixels_in_a_feature_file_are_its_pictures(shape, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    path = as_file(tmp_path, images=pixels, mask=np.arange(50) > 3)
+    found, images = read_features(path), data.read_images(path)
+    rgb = np.broadcast_to(pixels.reshape(50, 6, 8, -1), (50, 6, 8, 3))
+    for row in (0, 49):
+        assert np.array_equal(found.picture(row), rgb[row])
+        assert np.array_equal(images.open(row), rgb[row])
+    assert len(images) == 50 and np.array_equal(images.labels[4:], arrays()["labels"][4:])
+    assert np.array_equal(images.labelled, np.arange(50) > 3)
+    assert images.hash != data.read_images(as_file(tmp_path, "g.npz", images=255 - pixels)).hash
+    assert len(data.read_pictures(path, 8).labels) == 46     # those with a label
+    assert read_features(as_file(tmp_path, "h.npz")).picture(0) is None
+
+
 def test_statistics_are_those_of_the_given_rows(tmp_path):
     features = read_features(as_file(tmp_path, a=1e4 + arrays()["a"]))
     rows = np.arange(7, 33)
@@ -206,7 +282,7 @@ def poisoned(value, row):
     ({"b": np.zeros((50, 4), int)}, "stream 'b' holds int64"),
     ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - it needs at least"),
     ({"b": np.zeros(50)}, r"stream 'b' has shape \(50,\)"),
-    ({"labels": np.zeros(49, int)}, "'labels' has shape .49,. for 50 samples"),
+    ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50 samples"),
     ({"labels": np.zeros(50)}, "'labels' has shape .* float64"),
     ({"label_names": np.array(["x"])}, "'label_names' has 1 names for 3 labels"),
     ({"split": np.array(["train"] * 50)}, "the test and val split is empty"),
@@ -281,10 +357,59 @@ def test_folders_give_splits_and_labels(pictures):
     assert len(train) + len(test) == 12 and not set(train) & set(test)
 
 
+def deep(folder):
+    (folder / "train" / "a" / "deep").mkdir()
+    return folder / "train" / "a" / "deep"
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val"])
+def test_a_folder_of_any_name_for_validation_is_the_val_split(name, pictures):
+    (pictures / "test" / "a").rename(pictures / "a")
+    (pictures / name).mkdir()
+    (pictures / "a").rename(pictures / name / "a")
+    images = data.read_images(pictures)
+    assert [len(images.rows(part)) for part in data.SPLITS] == [12, 3, 3]
+    assert data.read_images(pictures / "train").split is None
+
+
+def test_hidden_files_and_folders_are_passed_over(pictures):
+    picture = (pictures / "train" / "a" / "0.png").read_bytes()
+    for folder in ("train/.ipynb_checkpoints", "__MACOSX/train/a", "train/a/.cache", ".git"):
+        (pictures / folder).mkdir(parents=True)
+        (pictures / folder / "x.png").write_bytes(picture)
+    (pictures / "train" / "b" / "._1.png").write_bytes(b"resource fork")
+    images = data.read_images(pictures)
+    assert len(images) == 18 and images.label_names == ["a", "b"]
+
+
+@pytest.mark.parametrize("where", ["extra", "extra/a", "."])
+def test_pictures_beside_the_split_folders_are_refused_and_other_things_are_not(where, pictures):
+    (pictures / where).mkdir(parents=True, exist_ok=True)
+    (pictures / where / "notes.txt").write_text("read me")
+    assert len(data.read_images(pictures)) == 18
+    (pictures / "train" / "a" / "0.png").rename(pictures / where / "0.png")
+    with pytest.raises(InputError, match="0.png lies beside the folder .*test"):
+        data.read_images(pictures)
+
+
+def test_segmentations_beside_their_pictures_are_left_out_with_a_note(pictures):
+    """As BUSI is released: masks would tell the class, since healthy pictures have empty ones."""
+    source = (pictures / "train" / "a" / "0.png").read_bytes()
+    for name in ("0_mask.png", "0_mask_1.png", "lone_mask.png", "5_mask_of_it.png"):
+        (pictures / "train" / "a" / name).write_bytes(source)
+    (pictures / "train" / "b" / "9_mask.png").write_bytes(source)        # 9.png stands nowhere
+    images = data.read_images(pictures)
+    added = {p.rpartition("/")[2] for p in images.paths if "_mask" in p}
+    assert len(images) == 21 and added == {"lone_mask.png", "5_mask_of_it.png", "9_mask.png"}
+    assert "2 masks" in images.notes[0]
+    assert data.read_pictures(str(pictures), 8).notes == images.notes
+    assert data.read_images(pictures / "test").notes == []
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda p: (p / "train" / "a" / "0.png").write_bytes(b"no"), "0.png is not a readable picture"),
     (lambda p: (p / "train" / "stray.png").write_bytes((p / "train" / "a" / "1.png").read_bytes()), "stray.png lies beside class folders"),
-    (lambda p: (p / "train" / "a" / "deep" / "er").mkdir(parents=True), "lies deeper than one level"),
+    (lambda p: (p / "train" / "a" / "0.png").rename(deep(p) / "0.png"), "lies deeper than one"),
     (lambda p: Image.fromarray(np.zeros((13400, 13400), np.uint8)).save(p / "train" / "a" / "0.png"), "too large for one picture")])
 def test_bad_picture_folders_are_refused_by_name(pictures, spoil, message):
     spoil(pictures)
@@ -297,6 +422,59 @@ def test_missing_and_empty_picture_folders_are_refused(tmp_path):
     for where, message in ((tmp_path / "no", "no folder"), (tmp_path, "no pictures in")):
         with pytest.raises(InputError, match=message):
             data.read_images(where)
+
+
+def deep_pictures(folder, top):
+    """Values (6, 8) from 0 to `top`, and files of them: how grey of more than 8 bits comes."""
+    x = np.linspace(0, top, 48).round().reshape(6, 8)
+    files = {"a.png": np.uint16, "b.tif": np.uint16, "c.tif": ">u2", "d.tif": np.int32}
+    for name, dtype in files.items():
+        Image.fromarray(x.astype(dtype)).save(folder / name)
+    return x, [folder / name for name in files]
+
+
+@pytest.mark.parametrize("top, most", [(4095, 4095), (3000, 4095), (65535, 65535), (20000, 65535)])
+def test_pictures_of_16_bits_keep_their_greys_by_12_bits_or_16(top, most, tmp_path):
+    x, paths = deep_pictures(tmp_path, top)
+    for path in paths:
+        found = np.asarray(data.open_image(path))
+        assert found.shape == (6, 8, 3)
+        np.testing.assert_allclose(found[..., 1], x / most * 255, atol=0.51)
+
+
+def test_a_stated_range_a_window_and_the_span_of_floats_decide_what_is_white(tmp_path):
+    x = np.linspace(100, 900, 48).round().reshape(6, 8)
+    Image.fromarray(x.astype(np.uint16)).save(tmp_path / "s.tif", tiffinfo={280: 100, 281: 1000})
+    stated, span = (x - 100) / 900, (x - 100) / 800
+    floats = (x / 1e5).astype(np.float32)
+    floats[0, 3] = np.nan
+    Image.fromarray(floats).save(tmp_path / "f.tif")
+    Image.fromarray((x - 500).astype(np.int32)).save(tmp_path / "n.tif")
+    Image.fromarray(x.astype(np.uint16)).save(tmp_path / "w.tif", tiffinfo={262: 0, 281: 900})
+    for name, wanted in (("s", stated), ("f", span), ("n", span), ("w", 1 - x / 900)):
+        found = np.asarray(data.open_image(tmp_path / f"{name}.tif"))[..., 0]
+        np.testing.assert_allclose(found[1:], 255 * wanted[1:], atol=1.1, err_msg=name)
+    found = np.asarray(data.open_image(tmp_path / "s.tif", window=(300, 700)))[..., 0]
+    np.testing.assert_allclose(found, 255 * np.clip((x - 300) / 400, 0, 1), atol=0.51)
+    Image.fromarray((x / 4).astype(np.uint8)).save(tmp_path / "8.png")
+    images = data.Images([str(tmp_path / "8.png")], window=(50, 200))
+    grey = np.asarray(images.open(0))[..., 0]
+    np.testing.assert_allclose(grey, 255 * np.clip((np.floor(x / 4) - 50) / 150, 0, 1), atol=0.51)
+    assert data._whole_range(x, {258: (10,)}) == (0, 1023)
+    images.boxes = np.array([[2, 1, 4, 3]])                  # a part of it looks the same
+    assert np.array_equal(np.asarray(images.open(0))[..., 0], grey[1:4, 2:6])
+
+
+def test_pictures_stand_as_their_exif_says(tmp_path):
+    turned = Image.Exif()
+    turned[274] = 6                                          # to be shown a quarter turn clockwise
+    x = np.random.default_rng(0).integers(0, 255, (10, 20, 3), np.uint8)
+    Image.fromarray(x).save(tmp_path / "c.png", exif=turned)
+    Image.fromarray(x[..., 0].astype(np.uint16) * 257).save(tmp_path / "g.png", exif=turned)
+    upright = np.rot90(x, -1)
+    assert np.array_equal(np.asarray(data.open_image(tmp_path / "c.png")), upright)
+    assert np.array_equal(np.asarray(data.open_image(tmp_path / "g.png"))[..., 0], upright[..., 0])
+    assert data.Slide(str(tmp_path / "c.png")).size == (10, 20)
 
 
 def test_crops_cover_the_asked_share_of_the_picture():
@@ -568,6 +746,48 @@ def test_parts_are_disjoint_and_hold_every_class_in_proportion():
         for c in range(3):
             assert abs((y[part] == c).sum() - share * (y == c).sum()) <= 1
     assert not np.array_equal(parts[2], data.stratified_parts(y, (70, 15, 15), 6)[2])
+
+
+def test_parts_keep_groups_whole_and_the_rarest_class_in_every_part():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 60, 600)
+    y = np.where(np.isin(groups, np.arange(12)) & (rng.random(600) < 0.3), 1, 0)     # 12 are ill
+    parts = data.stratified_parts(y, (70, 15, 15), 5, groups)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(600))
+    of = [{*groups[part].tolist()} for part in parts]
+    assert sum(map(len, of)) == 60 == len(set.union(*of))
+    ill = {*groups[y == 1].tolist()}
+    for part, share in zip(of, (0.7, 0.15, 0.15)):
+        assert abs(len(part & ill) - share * len(ill)) <= 1 and abs(len(part) - share * 60) <= 2
+    other = data.stratified_parts(y, (70, 15, 15), 6, groups)
+    assert not np.array_equal(parts[2], other[2])
+
+
+def test_nearest_neighbours_are_asked_of_other_groups_than_they_are_judged_on(tmp_path):
+    groups = np.repeat([f"patient {i}" for i in range(20)], 10)
+    np.savez(tmp_path / "f.npz", images=np.zeros((200, 4, 4), np.uint8), groups=groups)
+    for seed in range(3):
+        vote, judged = data.read_images(tmp_path / "f.npz").knn_rows(seed, 1000)
+        assert not {*groups[vote]} & {*groups[judged]} and len(vote) == 160 and len(judged) == 40
+
+
+def test_bags_keep_patients_together_and_are_no_tokens(tmp_path):
+    x = np.random.default_rng(0).standard_normal((40, 3))
+    bags = {"X": x, "offsets": np.arange(0, 41, 2), "y": np.arange(20) % 2}
+    np.savez(tmp_path / "b.npz", **bags, groups=np.arange(20) // 4)
+    assert data.read_bags(tmp_path / "b.npz").groups.tolist() == (np.arange(20) // 4).tolist()
+    for change, message in (({"groups": np.arange(40)}, "'groups' has shape \\(40,\\) for 20 bags"),
+                            ({"X": x[:, None]}, "'X' has shape \\(40, 1, 3\\), tokens of samples")):
+        np.savez(tmp_path / "c.npz", **{**bags, **change})
+        with pytest.raises(InputError, match=message):
+            data.read_bags(tmp_path / "c.npz")
+    for i, name in enumerate(("a", "a", "b", "b")):
+        (tmp_path / "d" / name).mkdir(parents=True, exist_ok=True)
+        np.savez(tmp_path / "d" / name / f"{i}.npz", f=x[:5], groups=np.repeat(i % 2, 5))
+    assert data.read_bags(tmp_path / "d").groups.tolist() == [0, 1, 0, 1]
+    np.savez(tmp_path / "d" / "a" / "0.npz", f=x[:5, None])
+    with pytest.raises(InputError, match="0.npz: 'f' has shape .* tokens of samples"):
+        data.read_bags(tmp_path / "d")
 
 
 def test_medmnist_files_and_class_folders_become_pictures(tmp_path, pictures):
@@ -859,7 +1079,7 @@ def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, messag
 
 
 @pytest.mark.parametrize("more, message", [
-    ({"groups": np.array(3)}, r"'groups' has shape \(\) for 50 samples"),
+    ({"groups": np.array(3)}, r"'groups' has shape \(\) and type int64"),
     ({"groups": np.zeros((50, 2))}, r"'groups' has shape \(50, 2\)"), ({"split": np.array("train")}, "'split' has shape"),
     ({"labels": np.full(50, 10 ** 5), "label_names": None}, "go up to 100000 for 50 samples"),
     ({"boxes": np.full((1, 6), "x")}, "'boxes' has shape"),
@@ -925,21 +1145,57 @@ def test_a_negative_number_an_empty_word_and_a_masked_row_are_unlabelled_and_all
                          (np.array([0, 1, 1, 1]), {"mask": mask}), (flags, {"mask": mask})):
         np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels, **more)
         found = data.read_features(tmp_path / "f.npz")
-        assert found.known(np.arange(4)).tolist() == mask.tolist()
+        assert found.labelled.tolist() == mask.tolist()
         if labels.ndim == 1:
-            assert found.labels.tolist() == [0, 1, -1, 1] and not found.label_matrix([2]).any()
+            assert found.labels[[0, 1, 3]].tolist() == [0, 1, 1] and not found.label_matrix([2]).any()
     np.savez(tmp_path / "f.npz", x=np.eye(4), labels=flags)
-    assert data.read_features(tmp_path / "f.npz").known(np.arange(4)).all()
+    assert data.read_features(tmp_path / "f.npz").labelled.all()
 
 
 @pytest.mark.parametrize("labels, more, message", [
-    (np.array([0, 10 ** 8, 1, 1]), {}, "'labels' goes up to 100000000 - number the classes from 0"),
+    (np.array([0, 10 ** 8, 1, 1]), {}, "'labels' row 1 is 100000000 - number the classes from 0"),
     (np.array(["a", "b", "x", "b"]), {"label_names": np.array(["a", "b"])}, "'labels' row 2 is 'x'"),
     (np.array([0., 1, 1, 0]), {}, "'labels' has shape (4,) and type float64"),
     (np.array([0, 1, 1, 0]), {"mask": np.ones(3, bool)}, "'mask' has shape (3,)"),
-    (np.array([0, 1, 1, 0]), {"label_names": np.array("a")}, "'label_names' has shape ()"),
     (np.array([0, 1, 1, 0]), {"groups": np.ones((4, 2))}, "'groups' has shape (4, 2)")])
 def test_labels_that_cannot_be_meant_are_refused_at_once(labels, more, message, tmp_path):
     np.savez(tmp_path / "f.npz", x=np.eye(4), labels=labels, **more)
     with pytest.raises(data.InputError, match=re.escape(message)):
         data.read_features(tmp_path / "f.npz")
+
+
+# -- what must not leak, and settings that must count -------------------------------------------
+
+def crop_of(seed):
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    images = type("One", (), {"open": lambda self, i: picture, "__len__": lambda self: 1})()
+    return data.CropBatches(images, data.Crops(16, 8, 1, blur=0.2), seed)[3, 0][0]
+
+
+@pytest.mark.parametrize("drawn", [
+    lambda seed: Batches(np.arange(160), 16, seed).rows(3),
+    lambda seed: Batches(np.arange(160), 16, seed, "samples").rows(3),
+    lambda seed: planted_streams(40, seed=seed).streams["vision"],
+    lambda seed: planted_streams(40, seed=0).shuffled(seed).order["text"],
+    lambda seed: data.Images(["p"] * 60).knn_rows(seed, 20)[0],
+    lambda seed: data.Images(["p"] * 60, split=np.repeat("train", 60)).knn_rows(seed, 20)[0],
+    lambda seed: data.stratified_parts(np.arange(60) % 2, (70, 15, 15), seed)[0], crop_of],
+    ids=["blocks", "samples", "planted", "null", "k-NN parts", "k-NN rows", "parts", "crops"])
+def test_every_seed_decides_what_is_drawn(drawn):
+    first, again, other = (np.asarray(drawn(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_the_pictures_that_vote_are_those_of_the_training_split():
+    split = np.repeat(["test", "train", "val"], 20)
+    vote, judged = data.Images(["p"] * 60, split=split).knn_rows(0, 15)
+    assert set(split[vote]) == {"train"} and set(split[judged]) == {"test", "val"}
+    assert len(vote) == len(judged) == 15
+
+
+def test_words_of_other_captions_leave_the_encoder_of_captions_as_it_was():
+    captions = ["pale stroma", "dark stroma", "two pale cells", "dark cells", "pale fibres here"]
+    alone, *beside = (data.latent_semantics([*captions, *more], np.arange(5))[:5]
+                      for more in ([], ["stroma"] * 9, ["stroma never seen", "seen never"]))
+    assert all(np.array_equal(v, alone) for v in beside)

@@ -36,14 +36,63 @@ def test_activation_patterns_by_hand():
 @pytest.mark.parametrize("top", [3, None])
 def test_label_counts_are_those_of_a_slow_loop(top):
     rng = np.random.default_rng(0)
-    code, labels = random_code(rng), rng.random((120, 7)) < 0.2
-    counts, used = judge.label_counts(code, labels, top, labels.any(1) | (np.arange(120) % 3 > 0))
+    code, labels, some = random_code(rng), rng.random((120, 7)) < 0.2, rng.random(120) < 0.7
     dense = code.toarray()
-    for j in range(30):
-        rows = [i for i in np.argsort(-dense[:, j], kind="stable") if dense[i, j] > 0
-                and (labels[i].any() or i % 3)][:top]                                       # the others are unlabelled
-        np.testing.assert_array_equal(counts[j], labels[rows].sum(0))
-        assert used[j] == len(rows)
+    for known in (None, some):                               # some samples have none of the labels
+        counts, used = judge.label_counts(code, labels, top, known)
+        for j in range(30):
+            rows = [i for i in np.argsort(-dense[:, j], kind="stable")
+                    if dense[i, j] > 0 and (known is None or known[i])][:top]
+            np.testing.assert_array_equal(counts[j], labels[rows].sum(0))
+            assert used[j] == len(rows)
+
+
+def test_random_latents_are_as_pure_as_a_finding_is_frequent_and_not_named_after_it():
+    """5 % of 4,000 samples have the finding, all others none: what no latent is told of them."""
+    rng = np.random.default_rng(0)
+    labels = (np.arange(4000) < 200)[:, None]
+    code = random_code(rng, 4000, 50, 5)
+    counts, n_top = judge.label_counts(code, labels)
+    names, purity = judge.concept_names(counts, n_top, ["finding"])
+    assert not any(names) and 0.03 < purity.mean() < 0.07 and purity.max() < 0.2
+    found = judge.concept_alignment({"a": code, "b": code}, labels, ["finding"], {})
+    assert found["named"] == {"a": 0, "b": 0}
+    table = judge.latent_table(code, code, labels)
+    assert 0.03 < table["purity"].mean() < 0.07 and table["purity"].max() < 0.2
+    share = (code > 0).T @ labels.astype(float)[:, 0] / code.getnnz(axis=0)
+    np.testing.assert_allclose(table["purity"], share)       # and the entropy that of yes or no
+    np.testing.assert_allclose(table["entropy"], scipy.stats.entropy(np.stack([share, 1 - share])))
+    perfect = sp.csr_matrix(labels.astype(float))            # among as many unlabelled as you like
+    known = labels[:, 0] | (np.arange(4000) > 3000)
+    assert judge.latent_table(perfect, perfect, labels, known=known)["purity"] == [1.]
+    assert judge.concept_names(*judge.label_counts(perfect, labels, known=known), ["x"])[0] == ["x"]
+
+
+def test_unlabelled_samples_are_no_negatives_of_the_probes():
+    """A latent that knows the class stays a perfect probe when 70 % of the labels are lost."""
+    rng = np.random.default_rng(0)
+    y = rng.random(3000) < 0.5
+    code, known = sp.csr_matrix(np.c_[y, ~y].astype(float)), rng.random(3000) < 0.3
+    labels = np.c_[y, ~y] & known[:, None]
+    tasks = judge.probe_tasks(labels, known=known)
+    rows = np.concatenate([rows for _, parts in tasks for rows, _ in parts.values()])
+    assert len(tasks) == 2 and known[rows].all()
+    alone = judge.probe(code[known], judge.probe_tasks(labels[known]))["loss"]
+    assert judge.probe(code, tasks)["loss"] == pytest.approx(alone, rel=0.02) and alone < 0.05
+
+
+def test_probes_keep_groups_in_one_part():
+    """A latent that tells only the patient is worth nothing on patients that nobody has seen."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 20)
+    labels = np.c_[rng.random(800) < 0.5, groups < 3]        # the second in too few groups
+    (label, parts), = judge.probe_tasks(labels, groups=groups)
+    assert label == 0
+    of = {part: {*groups[rows].tolist()} for part, (rows, _) in parts.items()}
+    assert sum(map(len, of.values())) == len(set.union(*of.values()))
+    for rows, y in parts.values():
+        np.testing.assert_array_equal(y, labels[rows, 0])
+    assert 0.6 < len(parts["train"][0]) / sum(len(rows) for rows, _ in parts.values()) < 0.8
 
 
 @pytest.mark.parametrize("which, top", [("all", None), ("top50", 50)])
@@ -212,6 +261,16 @@ def test_candidates_come_from_training_positives_and_the_perfect_latent_wins():
     assert 0.6 < chance < 0.8
 
 
+def test_a_task_without_any_active_latent_counts_as_chance():
+    labels = np.zeros((400, 2), bool)
+    labels[:150, 0] = labels[200:350, 1] = True
+    code = sp.csr_matrix(labels[:, :1].astype(float))        # nothing is active on the second
+    found = judge.probe(code, judge.probe_tasks(labels))
+    first, silent = found["tasks"]
+    assert first["test"] < 0.1 and found["loss"] == pytest.approx((first["test"] + np.log(2)) / 2)
+    assert silent == {"label": 1, "latent": None, "val": np.log(2), "test": np.log(2)}
+
+
 def test_a_label_that_most_samples_have_is_balanced_the_other_way():
     labels = np.ones((300, 1), bool)
     labels[:60] = False
@@ -273,10 +332,13 @@ def test_every_string_in_a_report_is_escaped(tmp_path):
 
 
 def test_a_picture_that_cannot_be_read_leaves_its_name(tmp_path):
-    from PIL import Image
+    import data
     Image.new("RGB", (300, 200), "red").save(tmp_path / "x.png")
-    assert judge.thumbnail(tmp_path / "x.png").startswith('<img alt="" src="data:image/jpeg;base64,')
-    assert judge.thumbnail(tmp_path / "none<.png") == "none&lt;.png"
+    np.savez(tmp_path / "f.npz", a=np.ones((2, 3)), images=np.array(["x.png", "none<.png"]))
+    found = data.read_features(tmp_path / "f.npz")
+    shown, missing = (judge.describe_sample(found, row, ()) for row in (0, 1))
+    assert shown.startswith('<img alt="" src="data:image/jpeg;base64,')
+    assert missing == "none&lt;.png"
 
 
 def test_a_chart_of_one_point_or_none_is_drawn():
@@ -429,7 +491,7 @@ def test_a_table_of_latents_by_hand():
     strength = codes_of([[2.0, 0, 0.1, 0], [1.0, 0, 0.1, 0], [0, 0, 0.3, 0], [0, 0, 0.1, 0]])
     count = codes_of([[1, 0, 1, 0], [2, 0, 1, 0], [0, 0, 1, 0], [0, 0, 1, 0]])
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0]], bool)                               # the last is unlabelled
-    known = labels.any(1)
+    known = np.array([1, 1, 1, 0], bool)
     table = judge.latent_table(strength, count, labels, top=2, known=known)
     np.testing.assert_allclose(table["frequency"], [0.5, 0, 1, 0])
     np.testing.assert_allclose(table["mean"], [1.5, np.nan, 0.15, np.nan], rtol=1e-6)
@@ -439,9 +501,10 @@ def test_a_table_of_latents_by_hand():
     ranks = table["references"].toarray()
     assert ranks[0].tolist() == [2, 1, 0, 0]                 # by the number of patches, before the strength
     assert ranks[2].tolist() == [2, 0, 1, 0]                 # one patch each: by strength, then the lower row
-    weighted = judge.latent_table(strength, count, labels, top=2, weighted=True)["entropy"]
+    weighted = judge.latent_table(strength, count, labels, top=2, weighted=True,
+                                  known=known)["entropy"]
     np.testing.assert_allclose(weighted[[0, 2]], judge.label_entropy(np.array([[3., 0], [0.1, 0.3]])), rtol=1e-6)
-    fewer = judge.latent_table(strength, count, labels, top=3, weighted=True)
+    fewer = judge.latent_table(strength, count, labels, top=3, weighted=True, known=known)
     assert np.isnan(fewer["entropy"][0]) and fewer["references"].toarray()[0].tolist() == [1, 2, 0, 0]      # by strength alone
     assert judge.threshold_counts(table["mean"]) == {-6: 2, -5: 2, -4: 2, -3: 2, -2: 2, -1: 2, 0: 1}
 
@@ -587,6 +650,40 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     np.testing.assert_allclose(four["kept"], (1 - 0.25) / (found["dense"] - 0.25))
 
 
+def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
+    rng = np.random.default_rng(0)
+    tenth = np.full((1000, 2), np.float32(0.1))
+    x = rng.standard_normal((1000, 3)).astype(np.float32)
+    x_hat = x + 0.1
+    none = {"variance-weighted": None, "uniform": None}
+    assert judge.r2_both(tenth.astype(float), tenth + 1.) == none
+    both = judge.r2_both(np.c_[tenth, x].astype(float), np.c_[tenth + 1., x_hat])
+    assert both == pytest.approx(judge.r2_both(x.astype(float), x_hat))
+    found = judge.linear_baseline({"a": x, "b": tenth}, {"a": x, "b": tenth})
+    assert found["b"]["a"] is None and found["a"]["b"] == pytest.approx(0, abs=0.01)
+    y, other = (x[:, 0] > 0).astype(int), tenth.copy()
+    other[-1] = 5.                                           # never seen in training
+    W, b = judge.logistic_fit(np.c_[tenth, x], y)
+    p = judge.logistic_probe(np.c_[tenth, x], y, np.c_[other, x])
+    assert np.abs(W).max() < 100 and (p.argmax(1) == y).mean() > 0.97
+    code = codes_of(np.c_[tenth, np.maximum(x, 0)])
+    chosen = judge.select_latents(code, y, 9)
+    assert chosen[0] == 2 and len(chosen) == 3
+    assert judge.index_correlations(code, code).tolist() == pytest.approx([0, 0, 1, 1, 1])
+
+
+def test_there_is_a_dash_where_there_is_nothing_to_measure():
+    nothing = torch.zeros(4, 2)
+    found = judge.reconstruction([({"a": nothing}, {("a", "a"): nothing + 1})])
+    assert found == {"r2": {"a": {"a": None}}, "nmse": {"a": {"a": None}}}
+    assert judge.fmt(float("nan")) == judge.fmt(None) == "-"
+    assert judge.segmentation_scores({}, {})["mIoU"] is None
+    rows = judge.neighbours(np.eye(3), 5)
+    assert (np.sort(rows)[:, :3] == -1).all() and rows[0, :2].tolist() == [1, 2]
+    code = codes_of(np.eye(3))
+    assert "label" not in judge.latent_table(code, code, np.zeros((3, 0), bool))
+
+
 def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
     rng = np.random.default_rng(0)
     x, groups = rng.standard_normal((30, 5)), np.repeat(np.arange(10), 3)
@@ -601,7 +698,34 @@ def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
     alone = judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.arange(30) < 28, ks=(2, 4))
     assert alone[0]["overlap"] == 1 and judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.zeros(30)) == []
     same = judge.retrieval_fidelity(x, sp.csr_matrix(3 * x), groups % 2)
-    assert [row["overlap"] for row in same] == [1, 1, 1] and same[0]["precision, chance"] == 0.5
+    assert [row["overlap"] for row in same] == [1, 1, 1]
+    assert same[0]["precision, chance"] == pytest.approx(14 / 29)
+
+
+def test_noise_finds_labels_at_its_stated_chance_with_groups_of_one_label_left_out():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 6, 600)
+    y = groups % 3                                           # a label's rows are of two groups
+    noise = rng.standard_normal((600, 20))
+    for g in (groups, None):
+        unit = np.arange(600) if g is None else g
+        expected = np.mean([np.mean([y[j] == y[i] for j in range(600) if unit[j] != unit[i]])
+                            for i in range(600)])            # a slow loop over all candidates
+        row = judge.retrieval_fidelity(noise, sp.csr_matrix(noise), y, g)[-1]
+        assert row["precision, chance"] == pytest.approx(expected)
+        assert abs(row["precision, dense"] - row["precision, chance"]) < 0.03
+
+
+def test_nothing_is_kept_of_a_probe_at_chance():
+    rng = np.random.default_rng(0)
+    y, code = np.arange(60) % 2, random_code(rng, 60)
+    train, test = np.arange(40), np.arange(40, 60)
+    found = judge.kept_performance(np.ones((60, 3)), code, y, train, test, sizes=(1, 5))
+    assert found["dense"] == found["chance"] == 0.5
+    assert [row["kept"] for row in found["rows"]] == [None, None]
+    dense = np.r_[y[:40], 1 - y[40:]][:, None] + 0.          # worse than chance
+    found = judge.kept_performance(dense, code, y, train, test, sizes=(1,))
+    assert found["dense"] == 0 and found["rows"][0]["kept"] is None
 
 
 def test_names_fit_a_query_by_the_words_they_share():
@@ -861,3 +985,130 @@ def test_random_latents_do_not_bear_the_name_of_a_rare_finding():
     assert table["purity"].mean() == pytest.approx(0.05, abs=0.02)
     known = labels[:, 0] | (rng.random(4000) < 0.05)         # most negatives unlabelled: about half of the rest has it
     assert judge.latent_table(code, code, labels, known=known)["purity"].mean() == pytest.approx(labels.sum() / known.sum(), abs=.05)
+
+
+# -- what must not leak, and settings that must count -------------------------------------------
+
+def test_votes_of_neighbours_are_weighted_by_dinos_temperature_when_none_is_given():
+    rng = np.random.default_rng(0)
+    train, y, query = rng.standard_normal((30, 4)), np.arange(30) % 2, rng.standard_normal((1, 4))
+    similarity = (train @ query[0]) / np.linalg.norm(train, axis=1) / np.linalg.norm(query)
+    near = np.argsort(-similarity)[:10]
+    weight = np.exp(similarity[near] / 0.07)                 # DINO's evaluation
+    expected = weight[y[near] == 1].sum() / weight.sum()
+    np.testing.assert_allclose(judge.knn(train, y, query)[10][0, 1], expected, rtol=1e-4)
+
+
+def test_the_seed_of_the_bootstrap_decides_its_draws():
+    rng = np.random.default_rng(0)
+    y = rng.random(60) < 0.5
+    score = y + 2 * rng.standard_normal(60)
+    first, again, other = (judge.bootstrap_auc(y, score, rounds=50, seed=v) for v in (1, 1, 2))
+    assert first == again and first[0] == other[0] and first[1:] != other[1:]
+
+
+def test_ridge_has_an_intercept_and_its_strength_is_chosen_without_the_test_rows():
+    """Against a slow ridge. In the test rows the relation is reversed: they would choose the
+    strongest penalty."""
+    rng = np.random.default_rng(0)
+
+    def rows(n, related):
+        a = rng.standard_normal((n, 6))
+        b = related * a @ np.ones((6, 2)) + 0.1 * rng.standard_normal((n, 2))
+        return {"a": a + 5, "b": b - 7}
+    train, test, strengths = rows(100, 1), rows(40, -1), 10. ** np.arange(-6, 3)
+
+    def predicted(x, y, new, strength):
+        Z, mean = x - x.mean(0), y.mean(0)
+        penalty = strength * np.linalg.eigvalsh(Z.T @ Z).mean() * np.eye(6)
+        W = np.linalg.solve(Z.T @ Z + penalty, Z.T @ (y - mean))
+        return (new - x.mean(0)) @ W + mean
+    held = np.arange(100) % 10 == 0
+    a, b = train["a"], train["b"]
+    lost = [((predicted(a[~held], b[~held], a[held], s) - b[held]) ** 2).sum() for s in strengths]
+    spread = ((test["b"] - test["b"].mean(0)) ** 2).sum()
+    expected, by_test = (1 - ((predicted(a, b, test["a"], s) - test["b"]) ** 2).sum() / spread
+                         for s in (strengths[np.argmin(lost)], strengths[-1]))
+    assert judge.linear_baseline(train, test)["b"]["a"] == pytest.approx(expected)
+    assert expected < by_test - 1                            # else the above would prove nothing
+
+
+def test_principal_components_are_those_of_the_training_rows():
+    """Test rows vary most along an axis that tells nothing: theirs would be the first component."""
+    y, train, test = np.arange(120) % 2, np.arange(80), np.arange(80, 120)
+    dense = np.c_[4. * y, np.where(np.arange(120) % 4 < 2, -1., 1.)]
+    dense[test, 1] *= 100
+    code = codes_of(np.random.default_rng(0).random((120, 3)))
+    row, = judge.kept_performance(dense, code, y, train, test, sizes=(1,))["rows"]
+    assert row["principal components"] == 1
+
+
+def test_random_latents_are_drawn_among_those_that_live_in_training_and_by_the_seed():
+    """All that live in training tell the classes; 400 others are silent, or live in test rows."""
+    rng = np.random.default_rng(0)
+    y, train, test = np.arange(60) % 2, np.arange(40), np.arange(40, 60)
+    code = np.zeros((60, 403))
+    code[:, :3] = (1 + rng.random((60, 3))) * y[:, None]
+    code[40:, 200:] = rng.random((20, 203))
+    found = judge.kept_performance(code[:, :3], codes_of(code), y, train, test, sizes=(1, 3))
+    assert [row["random latents"] for row in found["rows"]] == [1, 1]
+    noisy = codes_of(rng.random((60, 50)) + 0.3 * y[:, None])
+    a, b, c = ([row["random latents"] for row in judge.kept_performance(
+        code[:, :3], noisy, y, train, test, sizes=(1, 2, 3), seed=v)["rows"]] for v in (1, 1, 2))
+    assert a == b != c
+
+
+def test_a_weak_but_steady_latent_is_selected_among_more_than_a_thousand_loud_ones():
+    """Class means of the loud ones differ more by chance, but not in standard deviations."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 2
+    loud = 100 * rng.random((60, 1200)) * (rng.random((60, 1200)) < 0.3)
+    assert judge.select_latents(codes_of(np.c_[loud, 0.01 * y]), y, 1).tolist() == [1200]
+
+
+def test_barcodes_are_classified_by_folds_that_did_not_see_them():
+    """Labels drawn by lot are learned by heart in 40 dimensions, and only guessed elsewhere."""
+    rng = np.random.default_rng(0)
+    code, y = codes_of(rng.random((60, 40))), rng.permutation(np.arange(60) % 2)
+    folds = np.array_split(np.arange(60), 3)
+    found = judge.barcode_f1(code, y, np.ones(40), folds, exponents=(0,))[0]["f1"]
+    learned = judge.logistic_probe(code.toarray(), y, code.toarray()).argmax(1)
+    assert np.mean(found) < 0.7 < judge.weighted_f1(y, learned)
+
+
+def test_latents_of_too_little_mean_activation_are_no_part_of_the_barcode():
+    rng = np.random.default_rng(0)
+    y = np.arange(30) % 2
+    code = codes_of(np.c_[rng.random((30, 2)), 1. + y])      # the third tells, too weak at 1e-1
+    folds = np.array_split(np.arange(30), 3)
+    found = judge.barcode_f1(code, y, np.array([1., 1., 0.05]), folds, exponents=(-2, -1))
+    assert [found[t]["latents"] for t in (-2, -1)] == [3, 2]
+    assert np.mean(found[-2]["f1"]) == 1 > np.mean(found[-1]["f1"])
+
+
+def test_the_strength_of_a_linear_probe_and_the_seed_of_the_sgd_probe_count():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((50, 3)), np.arange(50) % 2
+    z = (x - x.mean(0)) / x.std(0)
+
+    def loss(w):                                             # w: the two classes' difference
+        logits = z @ w[:3] + w[3]
+        return np.logaddexp(0, (1 - 2 * y) * logits).sum() + (w[:3] ** 2).sum() / (4 * 0.01)
+    w = scipy.optimize.minimize(loss, np.zeros(4), tol=1e-12).x
+    p = judge.logistic_probe(x, y, x, strength=0.01)[:, 1]
+    np.testing.assert_allclose(p, scipy.special.expit(z @ w[:3] + w[3]), atol=1e-4)
+    first, again, other = (judge.sgd_probe(x, y, x, epochs=2, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_the_latent_of_a_probe_is_chosen_without_its_test_rows():
+    """Both are as active in training; one tells the validation rows, the other the test rows."""
+    rows = {"train": np.arange(40), "val": np.arange(40, 60), "test": np.arange(60, 80)}
+    y = np.arange(80) % 2
+    code = np.zeros((80, 2))
+    code[:40] = y[:40, None]
+    code[40:60, 0], code[60:, 1] = y[40:60], y[60:]
+    for binary in (True, False):
+        task = 0, {part: (r, y[r]) for part, r in rows.items()}
+        found, = judge.probe(codes_of(code), [task], binary=binary)["tasks"]
+        assert found["latent"] == 0 and found["val"] < 0.3 < found["test"]

@@ -1,5 +1,6 @@
 """Claims about the command line: what a run leaves, that it repeats and resumes to the byte, and every user error."""
 import csv
+import inspect
 import json
 import os
 import random
@@ -88,7 +89,7 @@ def test_the_null_finds_no_pairs_alone_but_nearly_all_of_them_jointly(tmp_path, 
 def test_eval_repeats_the_metrics_of_the_run(finished, tmp_path):
     run("eval", finished, "--json", tmp_path / "m.json")
     again, first = (json.loads(p.read_text()) for p in (tmp_path / "m.json", finished / "metrics.json"))
-    assert again == {k: v for k, v in first.items() if k != "null"}
+    assert again == {k: v for k, v in first.items() if k not in ("null", "verdict")}
 
 
 @pytest.mark.parametrize("mode", ["joint", "alone"])
@@ -100,6 +101,43 @@ def test_encode_writes_the_sparse_codes_of_the_model(mode, finished, features, t
         assert z[f"{s}_indices"].shape == z[f"{s}_values"].shape == (1000, 4) and z["n_latents"] == 40
         found = sae.Codes(torch.tensor(z[f"{s}_indices"]).long(), torch.tensor(z[f"{s}_values"])).dense(40)
         torch.testing.assert_close(found, codes[s].dense(40).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_labels_that_the_mask_hides_change_nothing(features, finished, tmp_path):
+    """Files that differ only in hidden labels give the same numbers; not so when they are shown."""
+    arrays = {k: v for k, v in np.load(features).items() if k != "captions"}
+    arrays["split"] = np.where(np.arange(1000) < 400, "train", "test")
+    arrays["mask"] = np.random.default_rng(0).random(1000) < 0.7
+    found, other = [], {"labels": arrays["labels"] ^ ~arrays["mask"][:, None]}
+    for change in ({}, other, {**other, "mask": np.ones(1000, bool)}):
+        np.savez(tmp_path / "m.npz", **{**arrays, **change})
+        on_run, out = [finished, "--data", tmp_path / "m.npz"], tmp_path / str(len(found))
+        run("eval", *on_run, "--json", out.with_suffix(".eval"))
+        run("probe", "--data", tmp_path / "m.npz", "--streams", "x",
+            "--json", out.with_suffix(".probe"))
+        run("latents", *on_run, "--stream", "x", "--out", out)
+        run("describe", *on_run, "--stream", "x", "--top", 2, "--out", out.with_suffix(".describe"))
+        run("fidelity", *on_run, "--stream", "x", "--label", "A", "--out", out / "f")
+        kept = [out.with_suffix(f".{name}") for name in ("eval", "probe", "describe")]
+        kept += [out / "latents.json", out / "metrics.json", out / "f" / "metrics.json"]
+        found.append([p.read_text() for p in kept])
+    assert found[0] == found[1] and "probe" in json.loads(found[0][0])["alone"]
+    for name, hidden, shown in zip(kept, found[1], found[2]):
+        assert hidden != shown, name
+
+
+def test_eval_leaves_no_patient_in_two_parts_of_a_probe(features, finished, tmp_path, monkeypatch):
+    groups, seen = np.arange(1000) // 10, []
+    arrays = {**np.load(features), "groups": groups, "split": np.where(groups, "test", "train")}
+    np.savez(tmp_path / "g.npz", **arrays)
+    tasks_of = judge.probe_tasks
+    monkeypatch.setattr(judge, "probe_tasks",
+                        lambda *a, **k: seen.extend(tasks_of(*a, **k)) or seen)
+    run("eval", finished, "--data", tmp_path / "g.npz", "--json", tmp_path / "m.json")
+    assert seen
+    for _, parts in seen:
+        of = [{*groups[rows].tolist()} for rows, _ in parts.values()]
+        assert sum(map(len, of)) == len(set.union(*of))
 
 
 def test_encode_takes_a_file_with_one_of_the_streams(finished, features, tmp_path):
@@ -229,14 +267,14 @@ def error(capsys, *argv):
 def test_impossible_flags_end_in_one_line_before_anything_is_written(features, tmp_path, capsys):
     out = tmp_path / "r"
     for argv, message in ((["--k", 41], "k=41 must lie in 1..latents=40 - lower k or raise latents"),
-                          (["--epochs", 0], "--epochs 0 - give at least 1"),
-                          (["--lr", 0], "--lr 0.0 - give a positive number"),
-                          (["--k", "x"], "argument --k: invalid int value: 'x'"),
-                          (["--topk", "all"], "argument --topk: invalid choice: 'all'"),
+                          (["--epochs", 0], "--epochs 0 - give a whole number from 1"),
+                          (["--lr", 0], "--lr 0 - give a number from 1e-12"),
+                          (["--k", "x"], "--k x - give a whole number from 1"),
+                          (["--topk", "all"], "--topk invalid choice: 'all'"),
                           (["--bogus"], "unrecognized arguments: --bogus"),
                           (["--streams", "x,q"], "has no stream 'q' - it has x, y"),
                           (["--streams", "x"], "has the one stream x"),
-                          (["--lam", "nan"], "--lam nan - give at least 0"),
+                          (["--lam", "nan"], "--lam nan - give a number from 0"),
                           (["--taxonomy", tmp_path / "t.json"], "no taxonomy at"),
                           (["--device", "abacus"], "device 'abacus'")):
         assert message in error(capsys, "sparc", "--data", features, *SMALL, "--out", out, *argv)
@@ -244,7 +282,7 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
     assert "pick one with --stream" in error(capsys, "sae", "--data", features, "--out", out)
     sweep = ("sweep", "--data", features, "--out", out)
     assert "--over None - write for example" in error(capsys, *sweep)
-    assert "--over k=a: the values must be of type int" in error(capsys, *sweep, "--over", "k=a")
+    assert "--over k=a: a - give a whole number" in error(capsys, *sweep, "--over", "k=a")
     assert "k=80 must lie in 1..latents=40" in error(capsys, *sweep, *SMALL, "--over", "k=2,80")
     assert "needs two streams, not y alone" in error(capsys, *sweep, *SMALL, "--over", "streams=x+y,y")
     assert "no stream 'q'" in error(capsys, *sweep, *SMALL, "--over", "streams=x+y,y+q")
@@ -503,6 +541,22 @@ def test_mil_reports_every_head_over_all_folds_beside_the_mean_of_the_bag(bags, 
     assert (tmp_path / "r" / "report.html").exists()
 
 
+def test_a_channel_that_is_constant_in_training_counts_little_when_it_is_not_in_test(tmp_path):
+    rng, y = np.random.default_rng(0), np.arange(40) % 2
+    X = rng.standard_normal((8000, 3)).astype(np.float32)    # means of so many 0.1 are rounded
+    X[:, 0], X[:, 1] = 0.1, X[:, 1] + np.repeat(y, 200)
+    X[6000:, 0] = 0.6                                        # the bags of the test part
+    folds = (np.arange(40) < 30)[None, None]
+    np.savez(tmp_path / "b.npz", X=X, offsets=np.arange(41) * 200, y=y, folds=folds)
+    run("mil", "--data", tmp_path / "b.npz", "--head", "mean", *QUICK_MIL, "--epochs", 3,
+        "--out", tmp_path / "r")
+    state = torch.load(tmp_path / "r" / "mean.pt", weights_only=True)["models"][0]
+    assert state["std"][0] == 1
+    assert (state["std"][1:] - torch.tensor([1.118, 1.])).abs().max() < 0.05
+    found = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert [runs[0]["scores"]["AUC"] for runs in found.values()] == [1, 1]
+
+
 def test_the_test_fold_never_reaches_training(bags, tmp_path, monkeypatch):
     """With the labels of the test rows turned over, the models are the same."""
     import data
@@ -516,6 +570,26 @@ def test_the_test_fold_never_reaches_training(bags, tmp_path, monkeypatch):
     assert a["held_out"] == b["held_out"] and a["held_out"]["loss"] > 0
     states = [torch.load(tmp_path / name / "abmil.pt", weights_only=True)["models"][0] for name in "ab"]
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+
+def test_mil_keeps_the_bags_of_a_patient_in_one_part(bags, tmp_path, monkeypatch):
+    groups, arrays = np.arange(60) // 5, {k: v for k, v in np.load(bags).items() if k != "folds"}
+    np.savez(tmp_path / "g.npz", **arrays, groups=groups)
+    flags = repsae.parse(["mil", "--data", str(tmp_path / "g.npz")])[1]
+    found = data.read_bags(tmp_path / "g.npz")
+    for seed in range(4):
+        (train, val, test), = repsae.mil_rounds(found, flags.replaced({"seed": seed}))
+        of = [{*groups[part].tolist()} for part in (train, val, test)]
+        assert sum(map(len, of)) == 12 == len(set.union(*of))
+    seen = []
+
+    def learn(bags, head, flags, train, val, seed):
+        seen.append((train, val))
+        raise KeyError                                       # what it is given is all we ask
+    monkeypatch.setattr(repsae, "train_mil", learn)
+    with pytest.raises(KeyError):
+        repsae.mil_round(found, "mean", [flags], 0, np.arange(60), None, np.arange(60))
+    assert not {*groups[seen[0][0]]} & {*groups[seen[0][1]]} and len(seen[0][1]) == 10
 
 
 def test_the_grid_is_decided_by_held_out_bags_and_refit_learns_from_all_of_them(bags, monkeypatch):
@@ -641,7 +715,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["cut"], "--voc is missing"), (["cut", "--voc", "{p}"], "expected a Pascal VOC folder"),
     (["tile"], "--images is missing"), (["tile", "--images", "/no/such.png"], "such.png is not a readable picture"),
     (["mil"], "--data is missing"), (["mil", "--data", "{b}", "--head", "clam"], "--head clam - take one or more of max, mean"),
-    (["mil", "--data", "{b}", "--grid", "lr=a"], "--grid lr=a: the values must be of type float"),
+    (["mil", "--data", "{b}", "--grid", "lr=a"], "--grid lr=a: a - give a number"),
     (["mil", "--data", "{b}", "--grid", "head=max"], "--grid head=max - write for example"),
     (["mil", "--data", "{b}", "--widths", "8,x"], "8,x - give positive whole numbers"),
     (["mil", "--data", "{p}"], "no feature files in"), (["mil", "--data", "{f}"], "lacks 'X'"),
@@ -652,7 +726,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["finetune", "--data", "{p}", "--models", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
     (["finetune", "--data", "{p}", "--size", "20", "--models", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
     (["finetune", "--data", "{p}", "--size", "32", "--models", "squeezenet1_0"], "SqueezeNet ends in no linear layer"),
-    (["tile", "--images", "{p}", "--size", "0"], "tiles of 0 pixels every 0"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2.0 - give at most 1"),
+    (["tile", "--images", "{p}", "--size", "0"], "--size 0 - give a whole number from 1"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
     (["mil", "--data", "{b}", "--inner", "30"], "bags to learn from"), (["tile", "--images", "{p}"], "two slides are called 0 - rename"),
     (["explain", "cam", "--images", "{p}", "--weights", "a=vit_micro:random", "--size", "16", "--label", "999"], "--label 999, but a has 96 outputs"),
     (["explain", "cam", "--images", "{p}"], "--weights is missing"),
@@ -661,6 +735,43 @@ def test_bad_input_of_chapter_three_is_one_line(pictures, features, bags, tmp_pa
     argv = [a.format(p=pictures, f=features, b=bags) for a in argv]
     assert message in error(capsys, *argv, "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
+
+
+def test_finetune_draws_and_judges_by_patients_it_has_not_seen(tmp_path, capsys):
+    rng, groups = np.random.default_rng(0), np.arange(80) // 4
+    arrays = {"images": rng.integers(0, 256, (80, 16, 16), np.uint8), "groups": groups,
+              "labels": (groups % 2).astype(np.uint8)[:, None]}
+    path = tmp_path / "f.npz"
+    ask = ["--data", path, "--models", "vit_micro", "--size", 16, "--split", "given",
+           "--out", tmp_path / "o"]
+    for split in (None, np.where(np.arange(80) < 60, "train", "test")):      # val is cut off train
+        np.savez(path, **arrays, **({} if split is None else {"split": split}))
+        how = ["random", "given"][split is not None]
+        flags = repsae.parse(["finetune", "--data", str(path), "--split", how])[1]
+        for seed in range(3):
+            parts = repsae.picture_parts(data.read_pictures(str(path), 16), flags, seed)
+            of = [{*groups[part].tolist()} for part in parts]
+            assert sum(map(len, of)) == 20 == len(set.union(*of))
+    for c in (0, 1):
+        np.savez(path, **arrays, split=np.where(groups == 18 + c, "test", "train"))
+        assert f"has the class 'label {c}', and no other" in error(capsys, "finetune", *ask)
+    three = {**arrays, "labels": np.where(groups == 19, 2, groups % 2)}
+    np.savez(path, **three, split=np.where(groups > 15, "test", "train"))
+    assert "'label 2', which no training picture has" in error(capsys, "finetune", *ask)
+    assert not os.path.exists(tmp_path / "o")
+
+
+def test_probe_refuses_test_labels_that_nothing_was_learned_of(tmp_path, capsys):
+    rng, labels = np.random.default_rng(0), np.repeat(["a", "b", "c"], 20)
+    np.savez(tmp_path / "f.npz", x=rng.standard_normal((60, 5)), labels=labels,
+             split=np.where(np.arange(60) % 20 < 15, "train", "test"))
+    run("probe", "--data", tmp_path / "f.npz")
+    split = np.where(labels == "c", "test", np.where(np.arange(60) % 20 < 15, "train", "test"))
+    np.savez(tmp_path / "f.npz", x=rng.standard_normal((60, 5)), labels=labels, split=split)
+    said = error(capsys, "probe", "--data", tmp_path / "f.npz")
+    assert "no training sample has the label 'c'" in said
+    run("probe", "--data", tmp_path / "f.npz", "--only", "a,b")
+    assert "30 samples to learn from, 10 to test on" in capsys.readouterr().out
 
 
 # -- one stream, and what its latents are and do ------------------------------------------------------------------------
@@ -689,7 +800,7 @@ def tokens(tmp_path_factory):
     return folder / "t.npz"
 
 
-TOKEN_SAE = ["--activation", "relu", "--sparsity", 0.1, "--latents", 8, "--batch", 64, "--lr", 5e-3, "--epochs", 40, "--norm", "none"]
+TOKEN_SAE = ["--norm", "l2", "--shuffle", "blocks", "--activation", "relu", "--sparsity", 0.1, "--latents", 8, "--batch", 64, "--lr", 5e-3, "--epochs", 40, "--norm", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -707,6 +818,7 @@ def test_every_activation_trains_resumes_evaluates_and_encodes(activation, featu
     assert config["error"] == repsae.BY_ACTIVATION[activation]["error"] and config["sparsity"] is not None
     run("eval", tmp_path / "r", "--json", tmp_path / "again.json")
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    del metrics["verdict"]                                   # it is the run's
     assert json.loads((tmp_path / "again.json").read_text()) == metrics and metrics["l0"] > 0
     run("encode", tmp_path / "r", "--out", tmp_path / "c.npz")
     z = np.load(tmp_path / "c.npz")
@@ -715,13 +827,69 @@ def test_every_activation_trains_resumes_evaluates_and_encodes(activation, featu
     assert "sparsity" in list(csv.DictReader(open(tmp_path / "r" / "log.csv")))[0]
 
 
+@pytest.mark.parametrize("activation", ["relu", "batchtopk", "jumprelu"])
+def test_codes_of_blocks_of_several_widths_become_the_models_dense_codes(activation, tmp_path):
+    x = data.planted_streams(1300, {"y": 12}).streams["y"]
+    x = x * np.where(np.arange(1300) < 1024, 1, 3)[:, None]
+    np.savez(tmp_path / "f.npz", y=x)
+    run("sae", "--data", tmp_path / "f.npz", "--activation", activation, *SMALL, "--norm", "none",
+        "--epochs", 1, "--out", tmp_path / "r")
+    run("encode", tmp_path / "r", "--out", tmp_path / "c.npz")
+    z, (model, _, _) = np.load(tmp_path / "c.npz"), sae.load(tmp_path / "r" / "checkpoint.pt")
+    c = torch.tensor(x, dtype=torch.float32) - model.b_pre["y"]
+    expected = model.activate(model.logits(c))[0].detach()   # (N, L), before any choice of indices
+    indices, values = torch.tensor(z["y_indices"]).long(), torch.tensor(z["y_values"])
+    assert (indices == -1).any() and (expected[:, 0] > 0).any()
+    torch.testing.assert_close(sae.Codes(indices, values).dense(40), expected, rtol=1e-5, atol=1e-6)
+    code = judge.sparse_code(z["y_indices"], z["y_values"], 40).toarray()
+    torch.testing.assert_close(torch.tensor(code), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.decode(sae.Codes(indices, values)),
+                               expected @ model.W_dec["y"] + model.b_pre["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_entropy_of_fewer_samples_than_it_needs_is_a_dash(features, tmp_path, capsys):
+    with np.load(features) as z:
+        np.savez(tmp_path / "f.npz", x=z["x"][:12], labels=np.arange(12) % 2,
+                 split=np.repeat(["train", "test"], [8, 4]))
+    run("sae", "--data", tmp_path / "f.npz", *SMALL, "--out", tmp_path / "r")
+    run("latents", tmp_path / "r", "--weighted", "--out", tmp_path / "l")
+    assert json.loads((tmp_path / "l" / "metrics.json").read_text())["mean entropy"] is None
+    out = capsys.readouterr().out
+    assert "mean label entropy - nats" in out and "nan" not in out
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"split": np.repeat(["train", "test"], [1, 39])},
+     "the train split has 1 sample - give at least two"),
+    ({"a": np.full((40, 3), 1e39)},
+     "stream 'a' has numbers beyond 1e15 in 40 or more rows, first row 0 - scale them"),
+    ({"training": np.ones((40, 3))}, "stream name 'training' cannot name a parameter - rename it")])
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+        change, message, tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(2, 40, 3))
+    np.savez(tmp_path / "f.npz", **{"a": x[0], "b": x[1], **change})
+    argv = ["sparc", "--data", tmp_path / "f.npz", *SMALL, "--epochs", 1, "--out", tmp_path / "r"]
+    assert message in error(capsys, *argv) and not (tmp_path / "r").exists()
+
+
+def test_a_stream_of_zeros_trains_and_is_judged_by_a_dash(tmp_path):
+    x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", a=np.zeros((60, 4), np.float32), b=x, labels=np.arange(60) % 2)
+    run("sparc", "--data", tmp_path / "f.npz", *SMALL, "--epochs", 1, "--norm", "standard,l2",
+        "--out", tmp_path / "r")
+    found = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert found["alone"]["nmse"]["a"] == found["alone"]["r2"]["a"] == {"a": None, "b": None}
+    assert found["linear_baseline"]["a"]["b"] is None
+
+
 def test_presets_hold_the_papers_figures_and_what_is_typed_goes_first():
     def resolved(*argv):
-        return repsae.resolved_sae(repsae.parse(["sae", "--data", "f.npz", *argv])[1])
+        return repsae.resolved_sae(repsae.parse(["sae", "--data", "f.npz", *argv])[1], made)
+    made = data.Features({"x": np.zeros((40, 3), np.float32)}, np.repeat(["train", "val"], 20))
     mammo = resolved("--preset", "mammo")
-    assert (mammo.expansion, mammo.sparsity, mammo.lr, mammo.batch, mammo.epochs) == (8, 3e-5, 3e-4, 4096, 200)
+    assert (mammo.latents, mammo.sparsity, mammo.lr, mammo.batch, mammo.epochs) == (24, 3e-5, 3e-4, 4096, 200)
     cyto = resolved("--preset", "cyto", "--lr", "1e-3")
-    assert (cyto.expansion, cyto.sparsity, cyto.warmup, cyto.revive, cyto.bias, cyto.lr) == (64, 8e-5, 500, "ghost", "median", 1e-3)
+    assert (cyto.latents, cyto.sparsity, cyto.warmup, cyto.revive, cyto.bias, cyto.lr) == (192, 8e-5, 500, "ghost", "median", 1e-3)
     thesis = resolved("--preset", "thesis", "--sparsity", "0.2")
     assert (thesis.activation, thesis.error, thesis.norm, thesis.sparsity) == ("relu", "sum", "none", 0.2)
 
@@ -835,6 +1003,17 @@ def test_samples_without_a_label_count_for_neither_class(tokens, token_run, tmp_
     assert "out of" not in capsys.readouterr().err
 
 
+def test_a_patient_has_the_label_of_those_of_its_samples_that_have_one(tokens, token_run, tmp_path):
+    arrays, found = {**np.load(tokens)}, []
+    for lost in (np.arange(0), np.arange(0, 60, 5), np.arange(5)):       # none, one of each, one whole
+        arrays["labels"] = np.load(tokens)["labels"]
+        arrays["labels"][lost] = -1
+        np.savez(tmp_path / "m.npz", **arrays)
+        run("latents", token_run, "--data", tmp_path / "m.npz", "--out", tmp_path / "l")
+        found.append(np.load(tmp_path / "l" / "barcodes.npz")["labels"].tolist())
+    assert found[0] == found[1] == [0, 1] * 6 and found[2] == [-1, 1] + [0, 1] * 5
+
+
 def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
     run("fidelity", token_run, "--out", tmp_path / "f")
     found = json.loads((tmp_path / "f" / "metrics.json").read_text())
@@ -851,7 +1030,8 @@ def test_described_latents_come_back_as_names_that_find_samples(tokens, token_ru
     run("describe", token_run, "--out", tmp_path / "d.json")
     described = json.loads((tmp_path / "d.json").read_text())
     sick = [one for one in described if all("sick" == s["label"] for s in one["top"]) and len(one["top"]) == 8]
-    assert sick and "sick" in sick[0]["prompt"] and {s["sample"] for s in sick[0]["inactive"]}.isdisjoint(
+    assert sick and not re.search("sick|well|label", "".join(one["prompt"] for one in described))
+    assert "group" in sick[0]["prompt"] and {s["sample"] for s in sick[0]["inactive"]}.isdisjoint(
         s["sample"] for s in sick[0]["top"])
     assert sick[0]["middling"] and max(s["activation"] for s in sick[0]["middling"]) <= sick[0]["top"][-1]["activation"]
     values = [s["activation"] for s in sick[0]["top"]]
@@ -900,8 +1080,8 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", token_run, "--data", without(groups=np.zeros(60, int)), "--between", "sick,well"), "labels that groups have"),
             (("latents", token_run, "--out", token_run), "is a run - name another folder"),
             (("fidelity", token_run, "--out", tokens), "is a file - name another folder"),
-            (("intervene", token_run, "--label", "sick", "--percentile", 150), "--percentile 150.0 - give at most 100"),
-            (("describe", token_run, "--top", 0), "--top 0 - give at least 1"),
+            (("intervene", token_run, "--label", "sick", "--percentile", 150), "--percentile 150 - give a number from 0.0 to 100.0"),
+            (("describe", token_run, "--top", 0), "--top 0 - give a whole number from 1"),
             (("sae", "--data", features, "--stream", "x", "--sparsity", 5, "--out", tmp_path / "s"), "has no effect on topk"),
             (("sae", "--data", features, "--stream", "x", *SMALL, "--lr", 1e20, "--epochs", 9, "--out", tmp_path / "s"),
              "lower --lr"),
@@ -991,10 +1171,37 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
     assert len(watch.tasks) == 11 and watch.knn(raw=True) == pytest.approx(np.mean(areas[2:]), abs=2e-3)
 
 
-def test_unlabelled_pictures_neither_vote_nor_are_judged(pictures):
+def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys):
+    """A 12-bit picture under the window of its 12 bits is what it is by default, and 8-bit grey."""
+    (tmp_path / "p").mkdir()
+    for i, x in enumerate(np.random.default_rng(0).integers(0, 256, (3, 16, 16))):
+        deep = (x * 4095 / 255).round().astype(np.uint16)
+        Image.fromarray(deep).save(tmp_path / "p" / f"{i}.png")
+        Image.fromarray(x.astype(np.uint8)).save(tmp_path / f"g{i}.png")
+    np.savez(tmp_path / "grey.npz", images=np.array([f"g{i}.png" for i in range(3)]))
+    found = {}
+    for name, source, more in (("default", "p", []), ("12 bits", "p", ["--window", "0,4095"]),
+                               ("dark", "p", ["--window", "0,65535"]), ("grey", "grey.npz", [])):
+        run("extract", "--images", tmp_path / source, "--weights", "v=vit_micro:random",
+            "--size", 16, "--out", tmp_path / "f.npz", "--overwrite", *more)
+        found[name] = np.load(tmp_path / "f.npz")["v"]
+    for same in ("12 bits", "grey"):
+        assert np.array_equal(found["default"], found[same])
+    assert np.abs(found["dark"] - found["default"]).max() > 1e-3
+    for window in ("5", "4,4", "a,b", "0,nan", "0,inf"):
+        asked = ["--images", tmp_path / "p", "--weights", "vit_micro", "--window", window]
+        assert f"--window {window} - give two grey values" in error(capsys, "extract", *asked)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_unlabelled_pictures_neither_vote_nor_are_judged(several, pictures):
     import data
     images = data.read_images(pictures)
-    images.labels[::5] = -1
+    if several:
+        images.labels = np.eye(2, dtype=bool)[images.labels]
+        images.mask = np.arange(len(images)) % 5 > 0
+    else:
+        images.labels[::5] = -1
     watch = repsae.Watch(images, None, repsae.parse(["dino", "--size", "16"])[1])
     assert not set(np.arange(0, len(images), 5)) & {*watch.train, *watch.test} and watch.knn(raw=True) > 0
 
@@ -1278,8 +1485,30 @@ def test_concept_latents_fire_with_their_label_often_and_mostly():
     labels = np.array([[1, 0]] * 6 + [[0, 1]] * 14, bool)
     found = repsae.concept_latents({"a": code}, labels, least=5)
     assert found[0].tolist() == [0, 3] and found[1].tolist() == [1, 2]
+    hidden = np.ones(20, bool)
+    hidden[[6, 7]] = False                                   # without these it fires for the first
+    found = repsae.concept_latents({"a": code[:8]}, labels[:8], least=5, known=hidden[:8])
+    assert found[0].tolist() == [0, 1, 3] and found[1].tolist() == []
     found = repsae.concept_latents({"a": code, "b": code[::-1]}, labels, least=9)           # counted over both: 6 + 6 of 2 x 14
     assert found[0].tolist() == [1] and found[1].tolist() == [1, 2]
+
+
+def test_pixels_of_a_file_are_shown_and_never_printed(features, finished, tmp_path):
+    rng, arrays = np.random.default_rng(0), {k: v for k, v in np.load(features).items()}
+    arrays["images"] = rng.integers(0, 256, (1000, 8, 8), np.uint8)
+    np.savez(tmp_path / "p.npz", **arrays)
+    on_run = [finished, "--data", tmp_path / "p.npz"]
+    run("retrieve", *on_run, "--out", tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text().count("data:image/jpeg") == 22
+    run("describe", *on_run, "--stream", "x", "--top", 1, "--out", tmp_path / "d.json")
+    assert '"image"' not in (tmp_path / "d.json").read_text()
+    run("latents", *on_run, "--stream", "x", "--show", 2, "--out", tmp_path / "l")
+    assert (tmp_path / "l" / "report.html").read_text().count("data:image/jpeg") > 6
+    run("extract", "--images", tmp_path / "p.npz", "--weights", "v=vit_micro:random", "--size", 16,
+        "--out", tmp_path / "f.npz")
+    found = data.read_features(tmp_path / "f.npz")
+    assert np.array_equal(found.about["images"], arrays["images"])
+    assert np.array_equal(found.labels, arrays["labels"])
 
 
 def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsys):
@@ -1338,7 +1567,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("attribute", world / "run", "--images", world / "tissue" / "small.npz", "--weights", weights), "masks of 16x16 and pictures"),
             (("attribute", world / "named", "--images", tissue, "--weights", weights), "the word 'aardvark' is in no caption"),
             (("attribute", world / "run", "--images", tissue, "--weights", f"{weights},clip={world / 'clip'}"), "two runs of clip"),
-            (("attribute", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "latent 3 is dead in every stream"),
+            (("attribute", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "latent 3 is silent in every stream"),
             (("attribute", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
             (("attribute", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "has no 'instances'"),
             (("retrieve", world / "run", "--query", 9999), "--query 9999 - give one of"),
@@ -1349,7 +1578,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("retrieve", world / "run", "--features", world / "tissue" / "tissue.npz"), "no stream 'vit'"),
             (("retrieve", world / "run", "--features", world / "feats.npz", "--query", 240), "--query 240, but"),
             (("retrieve", world / "run", "--features", world / "tissue" / "0.png"), "tissue/0.png"),
-            (("tissue", "--pictures", 0, "--out", tmp_path / "t"), "--pictures 0 - give at least 8"),
+            (("tissue", "--pictures", 0, "--out", tmp_path / "t"), "--pictures 0 - give a whole number from 8"),
             (("clip", "--images", tissue, "--width", 100, "--out", tmp_path / "c"), "multiple of 32"),
             (("clip", "--images", tissue, "--patch", 99, "--out", tmp_path / "c"), "a patch must fit"),
             (("attribute", world / "run", "--images", tissue, "--weights", weights, "--start-layer", 9), "has 4 layers"),
@@ -1535,7 +1764,7 @@ def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stre
     chosen = {k: flags[k] for k in ("latents", "k", "norm", "shuffle", "null")}
     assert chosen == {"latents": 256 if n == 1100 else 128, "k": 16 if n == 1100 else 8, "norm": "standard,l2",
                       "shuffle": "samples", "null": True}
-    assert "auto" not in flags.values() and 1000 <= metrics["steps"] < 1100 and flags["dead_after"] == metrics["steps"] // 4
+    assert [k for k, v in flags.items() if v == "auto"] == ["kernels"] and 1000 <= metrics["steps"] < 1100 and flags["dead_after"] == metrics["steps"] // 4
     assert f"chosen for {round(.8 * n)} training rows: latents {chosen['latents']}, k" in capsys.readouterr().err
 
 
@@ -1589,25 +1818,17 @@ def test_a_code_that_cannot_fit_into_memory_is_refused_before_anything_is_writte
     assert not (tmp_path / "r").exists()
 
 
-def test_a_run_ends_and_its_report_begins_with_the_verdict_in_colour_on_a_terminal_only(finished, features, capsys, monkeypatch):
-    verdict = json.loads((finished / "metrics.json").read_text())["verdict"]
+def test_a_run_ends_and_its_report_begins_with_the_verdict_in_colour_on_a_terminal_only(finished, capsys, monkeypatch):
+    metrics = json.loads((finished / "metrics.json").read_text())
     page = (finished / "report.html").read_text()
     assert page.index("Learned: ") < page.index("Trust it") < page.index("Next: ") < page.index("<table")
-    run("eval", finished)
+    repsae.print_summary(metrics)
     plain = capsys.readouterr().out
-    assert verdict["learned"] in plain and plain.rstrip().split("\n")[-1].startswith("Next: ") and "\033" not in plain
+    assert plain.rstrip().endswith("\n".join(metrics["verdict"][part] for part in ("learned", "trust", "next")))
+    assert "\033" not in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    run("eval", finished)
+    repsae.print_summary(metrics)
     assert "\033[3" in capsys.readouterr().out
-
-
-def test_probe_refuses_a_test_label_that_no_training_sample_has(tmp_path, capsys):
-    split = np.repeat(["train", "test"], [20, 10])
-    np.savez(tmp_path / "f.npz", x=np.random.default_rng(0).normal(size=(30, 3)), split=split,
-             labels=np.r_[np.arange(20) % 2, np.full(10, 2)])
-    with pytest.raises(SystemExit):
-        run("probe", "--data", tmp_path / "f.npz")
-    assert "no training sample has the test label label 2" in capsys.readouterr().err
 
 
 def test_a_masked_row_counts_for_nothing_in_a_run_s_figures(features, finished, tmp_path):
@@ -1621,3 +1842,511 @@ def test_a_masked_row_counts_for_nothing_in_a_run_s_figures(features, finished, 
         run("eval", finished, "--data", tmp_path / f"{noise}.npz", "--json", tmp_path / "m.json")
         found.append(json.loads((tmp_path / "m.json").read_text()))
     assert found[0] == found[1] and found[0]["positives"] < arrays["labels"][arrays["split"] != "train"].sum(0).max()
+
+
+# -- what must not leak, and settings that must count -------------------------------------------
+
+class Caught(Exception):
+    """Carries what a function was called with out of a command."""
+
+
+def caught(monkeypatch, module, name, *argv):
+    """The arguments, by name, with which a command first calls module.name: it ends there."""
+    signature = inspect.signature(getattr(module, name))
+
+    def stop(*args, **kw):
+        raise Caught(signature.bind(*args, **kw).arguments)
+    with monkeypatch.context() as m, pytest.raises(Caught) as e:
+        m.setattr(module, name, stop)
+        run(*argv)
+    return e.value.args[0]
+
+
+def as_flags(said):
+    """{"aux_k": 7} -> ["--aux-k", 7]"""
+    return [word for name, v in said.items() for word in (f"--{name.replace('_', '-')}", v)]
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(v.nan_to_num(-1), b[k].nan_to_num(-1)) for k, v in a.items())
+
+
+def weights(path, key="model"):
+    return torch.load(path, weights_only=True)[key]
+
+
+def told(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """Two files of two streams that differ in the held-out rows alone, and there absurdly."""
+    folder, rng = tmp_path_factory.mktemp("poison"), np.random.default_rng(0)
+    split = np.repeat(["test", "train", "val"], [40, 120, 40])
+    x, y = rng.standard_normal((200, 8)) + 3, rng.standard_normal((200, 6)) * np.arange(1, 7)
+    absurd = np.where(split == "train", 1, -1000)[:, None]
+    for name, factor in (("whole", 1), ("poisoned", absurd)):
+        np.savez(folder / f"{name}.npz", x=x * factor, y=y * factor, split=split)
+    return folder
+
+
+TINY = ["--latents", 16, "--k", 2, "--batch", 32, "--lr", 1e-3, "--epochs", 2]
+
+
+@pytest.mark.parametrize("argv", [
+    ["sparc", "--norm", "standard,l2", "--null"], ["sparc", "--norm", "standard", "--topk", "both"],
+    ["sae", "--stream", "x", "--norm", "standard", "--bias", "mean"],
+    ["sae", "--stream", "y", "--norm", "none", "--bias", "median"],
+    ["sae", "--stream", "x", "--norm", "none", "--activation", "batchtopk"]])
+def test_training_is_the_same_to_the_bit_whatever_the_held_out_rows_hold(argv, poisoned, tmp_path):
+    for name in ("whole", "poisoned"):
+        run(*argv, "--data", poisoned / f"{name}.npz", *TINY, "--out", tmp_path / name)
+    for part in ("", "null") if "--null" in argv else ("",):
+        assert same_tensors(*(weights(tmp_path / name / part / "checkpoint.pt")
+                              for name in ("whole", "poisoned")))
+
+
+def test_a_bias_that_starts_at_the_mean_starts_at_that_of_the_training_rows(
+        poisoned, tmp_path, monkeypatch):
+    path = poisoned / "poisoned.npz"
+    found = caught(monkeypatch, sae, "fit", "sae", "--data", path, "--stream", "x", *TINY,
+                   "--norm", "none", "--bias", "mean", "--out", tmp_path / "r")
+    mean = np.load(path)["x"][40:160].mean(0)
+    np.testing.assert_allclose(found["model"].b_pre["x"].detach(), mean, rtol=1e-5)
+
+
+def test_every_setting_of_sparc_reaches_the_model_the_optimiser_and_the_batches(
+        features, tmp_path, monkeypatch):
+    said = {"k": 3, "topk": "both", "lam": 0.5, "norm": "standard,l2", "aux_k": 7, "aux_coef": 0.2,
+            "dead_after": 11, "reinit_after": 13, "select": "bf16", "kernels": "gather", "seed": 5}
+    common = ["sparc", "--data", features, "--latents", 30, "--batch", 32, "--epochs", 2]
+    found = caught(monkeypatch, sae, "fit", *common, *as_flags(said), "--loss", "mean",
+                   "--lr", 0.02, "--shuffle", "samples", "--out", tmp_path / "r")
+    model, known = found["model"], data.read_features(features)
+    assert model.config == {**said, "n_latents": 30, "reduction": "mean",
+                            "dims": {"x": 16, "y": 12}}
+    assert {found["lr"], found["optimiser"].param_groups[0]["lr"]} == {0.02}
+    rows = known.rows("train")
+    assert found["n_steps"] == 2 * 25 and len(rows) == 800
+    for step in (0, 30):
+        expected = known.batch(data.Batches(rows, 32, 5, "samples").rows(step))
+        assert same_tensors(found["batch"](step), expected)
+    np.testing.assert_allclose(model.std_y, known.streams["y"][rows].std(0), rtol=1e-4)
+    found = caught(monkeypatch, sae, "fit", *common, "--k", 3, "--lr", 0.02, "--aux-k", 0,
+                   "--reinit-after", -1, "--out", tmp_path / "s")
+    assert found["model"].aux_coef == 0 and found["model"].reinit_after > 10 ** 9
+
+
+@pytest.mark.parametrize("said", [
+    {"activation": "jumprelu", "sparsity": 0.3, "error": "mean", "revive": "resample",
+     "bandwidth": 0.2, "threshold": 0.4},
+    {"activation": "batchtopk", "k": 5, "error": "sum", "revive": "none"},
+    {"activation": "topk", "k": 5, "revive": "auxk", "aux_k": 9, "aux_coef": 0.5, "dead_after": 3,
+     "reinit_after": 4}])
+def test_every_setting_of_sae_reaches_the_model_and_its_warm_up_the_training(
+        said, features, tmp_path, monkeypatch):
+    found = caught(monkeypatch, sae, "fit", "sae", "--data", features, "--stream", "y",
+                   *as_flags(said), "--expansion", 2, "--seed", 3, "--warmup", 9, "--batch", 64,
+                   "--lr", 0.01, "--norm", "none", "--out", tmp_path / "r")
+    config = found["model"].config
+    assert {k: config[k] for k in said} == said and found["warmup"] == 9
+    assert config["seed"] == 3 and config["n_latents"] == 2 * 12
+
+
+def test_the_rows_that_are_judged_are_drawn_by_the_seed_from_the_split_alone(
+        finished, features, tmp_path):
+    known, drawn, found = data.read_features(features), [], []
+    for i, seed in enumerate((1, 1, 2)):
+        flags = repsae.Flags(eval_rows=60, seed=seed)
+        drawn.append(repsae.evaluation_rows(known, flags, "test", "val").tolist())
+        run("eval", finished, "--eval-rows", 60, "--seed", seed, "--json", tmp_path / f"{i}.json")
+        found.append(told(tmp_path / f"{i}.json"))
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[2])) == 60
+    assert set(drawn[0] + drawn[2]) <= set(known.rows("val").tolist())
+    assert found[0] == found[1] and found[2]["rows"] == 60
+    assert found[0]["alone"]["r2"] != found[2]["alone"]["r2"]
+
+
+def test_the_lambda_of_a_sweep_reaches_the_loss(features, tmp_path):
+    run("sweep", "--data", features, *SMALL, "--epochs", 1, "--eval-rows", 40, "--over", "lam=0,4",
+        "--out", tmp_path / "r")
+    for lam in (0, 4):
+        for topk in ("global", "local"):
+            model = sae.load(tmp_path / "r" / f"lam_{lam}_{topk}" / "checkpoint.pt")[0]
+            assert (model.lam, model.topk) == (lam, topk)
+    first, second = told(tmp_path / "r" / "metrics.json")["rows"]
+    assert first[1:] != second[1:]
+
+
+# -- the same for backbones and classifiers
+
+def test_every_setting_of_dino_reaches_its_step(pictures, tmp_path, monkeypatch):
+    """24 pictures in batches of 8, 4 epochs of 3 steps; the schedules as DINO's paper has them."""
+    import ssm
+    seen = []
+
+    def step(*nets, **how):
+        seen.append((nets, how))
+        return {"loss": 1., "entropy": 1., "information": 1.}
+    monkeypatch.setattr(ssm, "dino_step", step)
+    said = {"epochs": 4, "lr": 0.064, "min_lr": 1e-4, "warmup": 1, "weight_decay": 0.1,
+            "weight_decay_end": 0.7, "momentum": 0.9, "teacher_temp_start": 0.05,
+            "teacher_temp": 0.09, "teacher_warmup": 3, "clip": 0.5, "freeze_last": 2,
+            "bottleneck": 12, "drop_path": 0.3, "local_crops": 3, "out": tmp_path / "r"}
+    run("dino", "--images", pictures, *TINY_DINO, *as_flags(said), "--no-norm-last", "--decay-ssm")
+    t, peak = np.arange(12), 0.064 * 8 / 256
+
+    def cosine(first, last, warm=0):
+        return last + (first - last) * (1 + np.cos(np.pi * (t - warm) / (12 - warm))) / 2
+    expected = {"lr": np.where(t < 3, peak * t / 2, cosine(peak, 1e-4, 3)),
+                "weight_decay": cosine(0.1, 0.7), "momentum": cosine(0.9, 1),
+                "teacher_temp": np.repeat([0.05, 0.07, 0.09, 0.09], 3), "clip": np.full(12, 0.5),
+                "freeze_last": t < 6}
+    for name, values in expected.items():
+        np.testing.assert_allclose([how[name] for _, how in seen], values, rtol=1e-9, err_msg=name)
+    student, teacher, center, optimiser, crops = seen[-1][0]
+    dropped = [[m.p for m in net.modules() if isinstance(m, ssm.DropPath)]
+               for net in (student, teacher)]
+    assert max(dropped[0]) == 0.3 and student.training
+    assert not any(dropped[1]) and not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    head = student.head
+    assert [len(center), head.mlp[0].out_features, head.mlp[-1].out_features] == [32, 24, 12]
+    assert head.last_layer.weight_g.requires_grad
+    decayed = {id(p) for p in optimiser.param_groups[0]["params"]}
+    assert all(id(p) in decayed for n, p in student.named_parameters() if n.endswith("A_log"))
+    assert [tuple(x.shape) for x in crops] == [(8, 3, 16, 16)] * 2 + [(8, 3, 8, 8)] * 3
+
+
+def test_every_setting_of_the_views_reaches_them(pictures, tmp_path, monkeypatch):
+    said = {"global_scale": "0.6,0.9", "local_scale": "0.1,0.3", "blur": 1.5, "colour": 0.25}
+    found = caught(monkeypatch, data, "Crops", "dino", "--images", pictures, *TINY_DINO,
+                   *as_flags(said), "--pathology", "--out", tmp_path / "r")
+    assert list(found.values()) == [16, 8, 2, (0.6, 0.9), (0.1, 0.3), 1.5, 0.25, True]
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """Two files of 80 noisy pictures of two classes; in `turned` the test labels are swapped."""
+    folder, rng, found = tmp_path_factory.mktemp("noisy"), np.random.default_rng(0), {}
+    for part, n in (("train", 40), ("val", 20), ("test", 20)):
+        y = rng.permutation(np.arange(n) % 2)
+        light = rng.normal(123 + 10 * y[:, None, None, None], 50, (n, 16, 16, 3))
+        found[f"{part}_images"], found[f"{part}_labels"] = light.clip(0, 255).astype(np.uint8), y
+    np.savez(folder / "whole.npz", **found)
+    np.savez(folder / "turned.npz", **{**found, "test_labels": 1 - found["test_labels"]})
+    return folder
+
+
+def finetune(noisy, out, name="whole", **said):
+    """The command line of a small fine-tuning; what is said replaces its settings."""
+    usual = {"models": "vit_micro", "size": 16, "split": "given", "runs": 1, "lr": 1e-3,
+             "batch": 20, "epochs": 1, "data": noisy / f"{name}.npz", "out": out}
+    return ["finetune", *as_flags({**usual, **said})]
+
+
+def test_with_the_test_labels_swapped_the_same_classifiers_are_exactly_wrong(noisy, tmp_path):
+    """Weights, epochs and the baseline's strength do not know them: each AUC becomes 1 - AUC."""
+    whole, turned = tmp_path / "whole", tmp_path / "turned"
+    for out in (whole, turned):
+        run(*finetune(noisy, out, out.name, epochs=6, patience=2))
+    assert same_tensors(weights(whole / "vit_micro.pt"), weights(turned / "vit_micro.pt"))
+    assert (whole / "log.csv").read_bytes() == (turned / "log.csv").read_bytes()
+    right, wrong = (told(out / "metrics.json")["scores"] for out in (whole, turned))
+    for model in ("pixels, logistic", "vit_micro"):
+        assert right[model][0]["AUC"] + wrong[model][0]["AUC"] == pytest.approx(1)
+    assert right["pixels, logistic"][0]["AUC"] != 0.5
+
+
+def test_the_decay_of_finetune_is_adamws_and_its_learning_rate_the_first_steps_length(
+        noisy, tmp_path):
+    """After one step p = (1 - lr decay) p0 - lr sign(gradient), nearly."""
+    for decay in (0, 20):
+        run(*finetune(noisy, tmp_path / str(decay), batch=40, weight_decay=decay))
+    plain, decayed = (weights(tmp_path / str(decay) / "vit_micro.pt") for decay in (0, 20))
+    flags = repsae.Flags(seed=0, device="cpu", size=16)
+    start = repsae.load_backbone("vit_micro", flags, n_classes=2)[1].state_dict()
+    for name, p in start.items():
+        torch.testing.assert_close(plain[name] - decayed[name], 1e-3 * 20 * p, rtol=1e-3, atol=1e-6)
+    moved = torch.cat([(plain[name] - p).abs().flatten() for name, p in start.items()])
+    assert moved.median() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_the_runs_of_finetune_follow_its_seed(noisy, tmp_path):
+    run(*finetune(noisy, tmp_path / "a", split="random", runs=2))
+    run(*finetune(noisy, tmp_path / "b", split="random", seed=1))
+    a, b = (told(tmp_path / name / "metrics.json")["scores"] for name in "ab")
+    for model in a:
+        assert a[model][1] == b[model][0] != a[model][0]
+
+
+def test_patience_epochs_and_batch_of_finetune_reach_the_training(noisy, tmp_path, monkeypatch):
+    import ssm
+    found = caught(monkeypatch, ssm, "fit",
+                   *finetune(noisy, tmp_path / "r", epochs=7, patience=3, batch=12))
+    assert (found["epochs"], found["patience"]) == (7, 3)
+    assert [len(y) for _, y in found["batches"](0)] == [12, 12, 12, 4]
+
+
+def test_explain_shows_the_output_that_was_asked_for(pictures, tmp_path):
+    import ssm
+    spec, maps = "a=vit_micro:random", []
+    model = repsae.load_backbone(spec, repsae.Flags(seed=0, device="cpu", size=16), head=True)[1]
+    picture = data.read_images(pictures).open(0)
+    x = data.plain_view(16, whole=True)(picture)[None]
+    for label in (3, 5):
+        out = tmp_path / str(label)
+        run("explain", "cam", "--images", pictures, "--weights", spec, "--size", 16, "--most", 1,
+            "--label", label, "--out", out)
+        name, = (f for f in os.listdir(out) if f.startswith("a_0_"))
+        maps.append(np.asarray(Image.open(out / name)))
+        heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, lambda out: out[:, label])
+        assert np.array_equal(maps[-1], np.asarray(judge.overlay(picture, heat[0])))
+    assert not np.array_equal(*maps)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Two classes that overlap, 80 samples to learn from and 40 to test on; in `turned` the test
+    labels are swapped. (folder, x, y)"""
+    folder, rng = tmp_path_factory.mktemp("halves"), np.random.default_rng(0)
+    y, split = rng.permutation(np.arange(120) % 2), np.repeat(["train", "test"], [80, 40])
+    x = (rng.standard_normal((120, 10)) + 0.5 * y[:, None]).astype(np.float32)
+    np.savez(folder / "whole.npz", x=x, labels=y, split=split)
+    np.savez(folder / "turned.npz", x=x, labels=np.where(split == "test", 1 - y, y), split=split)
+    return folder, x, y
+
+
+@pytest.mark.parametrize("argv", [(), ("--solver", "sgd")])
+def test_with_the_test_labels_swapped_the_same_probes_are_exactly_wrong(argv, halves, tmp_path):
+    for name in ("whole", "turned"):
+        out = tmp_path / f"{name}.json"
+        run("probe", "--data", halves[0] / f"{name}.npz", *argv, "--json", out)
+    right, wrong = (told(tmp_path / f"{name}.json")["x"] for name in ("whole", "turned"))
+    assert right["linear"]["AUC"] > 0.6
+    assert all(v["AUC"] + wrong[way]["AUC"] == pytest.approx(1) for way, v in right.items())
+
+
+def test_the_strength_and_the_seed_of_a_probe_count(halves, tmp_path):
+    folder, x, y = halves
+    parts = x[:80], y[:80], x[80:], 2
+    cases = ((("--strength", 1.), judge.logistic_probe(*parts, 1.)),
+             (("--strength", 1e-4), judge.logistic_probe(*parts, 1e-4)),
+             (("--solver", "sgd", "--seed", 3), judge.sgd_probe(*parts, seed=3)),
+             (("--solver", "sgd", "--seed", 4), judge.sgd_probe(*parts, seed=4)))
+    found = []
+    for i, (argv, p) in enumerate(cases):
+        run("probe", "--data", folder / "whole.npz", *argv, "--json", tmp_path / f"{i}.json")
+        found.append(told(tmp_path / f"{i}.json")["x"]["linear"])
+        assert found[-1] == pytest.approx(judge.scores(y[80:], p))
+    assert found[0] != found[1] and found[2] != found[3]     # else the above would prove nothing
+
+
+# -- the same for bags, slides and latents
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Sixty bags, one in four positive, and one fold; in `turned` its test labels are swapped."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("uneven")
+    size, y = rng.integers(2, 6, 60), (np.arange(60) % 4 == 0).astype(int)
+    offsets, train = np.concatenate([[0], np.cumsum(size)]), rng.permutation(60) % 3 != 0
+    X = rng.standard_normal((offsets[-1], 5)) + 0.3 * np.repeat(y, size)[:, None]
+    for name, labels in (("whole", y), ("turned", np.where(train, y, 1 - y))):
+        np.savez(folder / f"{name}.npz", X=X, offsets=offsets, y=labels, folds=train[None, None])
+    return folder
+
+
+def test_with_the_labels_of_the_test_bags_swapped_heads_and_baseline_are_exactly_wrong(
+        uneven, tmp_path):
+    whole, turned = tmp_path / "whole", tmp_path / "turned"
+    for out in (whole, turned):
+        run("mil", "--data", uneven / f"{out.name}.npz", "--head", "gated,clam_sb", *QUICK_MIL,
+            "--epochs", 4, "--out", out)
+    wrong = told(turned / "metrics.json")
+    for head, (right,) in told(whole / "metrics.json").items():
+        assert right["scores"]["AUC"] + wrong[head][0]["scores"]["AUC"] == pytest.approx(1)
+    for head in ("gated", "clam_sb"):
+        assert same_tensors(*(weights(out / f"{head}.pt", "models")[0] for out in (whole, turned)))
+
+
+def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch):
+    import ssm
+    said = {"head": "clam_sb", "widths": "7,6", "attention": 3, "dropout": 0.4, "squash": 1, "k": 2,
+            "bag_weight": 0.2, "inst_loss": "ce", "epochs": 10, "patience": 4, "least": 6,
+            "batch": 5, "lr": 0.02, "weight_decay": 0.03, "out": tmp_path / "r"}
+    found = caught(monkeypatch, ssm, "fit", "mil", "--data", uneven / "whole.npz", *as_flags(said),
+                   "--subtyping", "--cosine")
+    model, group = found["model"], found["optimiser"].param_groups[0]
+    assert [found[name] for name in ("epochs", "patience", "least")] == [10, 4, 6]
+    linear = [m.out_features for m in model.embed if isinstance(m, torch.nn.Linear)]
+    assert linear == [7, 6] and model.V.out_features == 3 and model.squash is True
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.4, 0.4]
+    x, mask, y = next(iter(found["batches"](5)))
+    assert len(y) == 5 and group["weight_decay"] == 0.03
+    assert group["lr"] == pytest.approx(0.02 / 2)            # half of the way down the cosine
+    monkeypatch.setattr(ssm, "mil_loss", lambda *batch, **how: how)
+    assert found["loss"](model, x, mask, y) == {"k": 2, "bag_weight": 0.2, "subtyping": True,
+                                                "loss": torch.nn.functional.cross_entropy}
+
+
+@pytest.mark.parametrize("argv, low, high", [((), 0.2, 0.3), (("--weighted",), 0.4, 0.6)])
+def test_weighted_bags_are_drawn_as_if_classes_were_equally_frequent(
+        argv, low, high, uneven, tmp_path, monkeypatch):
+    import ssm
+    found = caught(monkeypatch, ssm, "fit", "mil", "--data", uneven / "whole.npz", *QUICK_MIL,
+                   *argv, "--out", tmp_path / "r")
+    drawn = torch.cat([y for epoch in range(30) for _, _, y in found["batches"](epoch)])
+    assert low < drawn.float().mean() < high
+
+
+def test_every_setting_of_tile_and_cut_reaches_the_tiles(tmp_path, monkeypatch):
+    said = {"size": 16, "step": 8, "downsample": 2, "threshold": 12, "least": 0.1,
+            "least_hole": 0.3, "max_holes": 3}
+    image = np.full((200, 260, 3), 245, np.uint8)
+    image[20:180, 30:220] = (220, 150, 180)
+    Image.fromarray(image).save(tmp_path / "s.png")
+    tile = ["tile", "--images", tmp_path / "s.png", "--out", tmp_path / "t"]
+    found = caught(monkeypatch, data, "tile_slide", *tile, *as_flags(said))
+    assert found["how"] == {"threshold": 12, "max_holes": 3}
+    assert [found[k] for k in ("side", "step", "least", "least_hole")] == [32, 16, 0.1, 0.3]
+    left_half = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate(
+        ((0, 0), (130, 0), (130, 200), (0, 200))))
+    (tmp_path / "a.xml").write_text(
+        f"<A><Annotation><Coordinates>{left_half}</Coordinates></Annotation></A>")
+    run(*tile, "--size", 32, "--least", 0.01, "--rois", tmp_path / "a.xml", "--roi-share", 0.1)
+    with np.load(tmp_path / "t" / "s.npz") as z:
+        covered = (130 - z["coords"][:, 0]) / 32
+        assert np.array_equal(z["labels"] == 1, covered >= 0.1)
+        assert ((0.1 <= covered) & (covered < 0.5)).any()
+    found = caught(monkeypatch, data, "cut_boxes", "cut", "--voc", tmp_path, "--size", 40,
+                   "--margin", 0.7, "--out", tmp_path / "c")
+    assert (found["size"], found["margin"]) == (40, 0.7)
+
+
+@pytest.mark.parametrize("rank", ["mean", "difference", "boxes"])
+def test_with_the_test_labels_swapped_the_same_head_and_latents_are_exactly_wrong(
+        rank, tokens, token_run, tmp_path):
+    with np.load(tokens) as z:
+        turned, test = dict(z), z["split"] == "test"
+    turned["labels"] = np.where(test, 1 - turned["labels"], turned["labels"])
+    turned["boxes"][test[turned["boxes"][:, 0].astype(int)], 3:6:2] = 0, 0.25    # elsewhere, too
+    np.savez(tmp_path / "turned.npz", **turned)
+    for name, path in (("right", tokens), ("wrong", tmp_path / "turned.npz")):
+        run("intervene", token_run, "--label", "sick", "--data", path, "--rank", rank,
+            "--out", tmp_path / name)
+    right, wrong = (told(tmp_path / name / "metrics.json") for name in ("right", "wrong"))
+    assert right["top latents"] == wrong["top latents"]
+    assert right["separation"] == wrong["separation"]
+    for name, (area, *_) in right["auc"].items():
+        assert area + wrong["auc"][name][0] == pytest.approx(1) and area > 0.9
+    for a, b in zip(right["curve"], wrong["curve"], strict=True):
+        assert [a[k] + b[k] for k in ("keep", "silence")] == pytest.approx([1, 1])
+
+
+def test_every_setting_of_a_detector_of_boxes_reaches_it(token_run, tmp_path, monkeypatch):
+    argv = ["intervene", token_run, "--label", "sick", "--percentile", 80, "--connectivity", 4,
+            "--strict", "--box-score", "hot", "--ap-points", 11, "--iou", 0.4,
+            "--out", tmp_path / "i"]
+    found = caught(monkeypatch, judge, "heat_boxes", *argv)
+    names = ("percentile", "connectivity", "strict", "score")
+    assert [found[name] for name in names] == [80, 4, True, "hot"]
+    found = caught(monkeypatch, judge, "average_precision", *argv)
+    assert (found["iou"], found["points"]) == (0.4, 11)
+
+
+def test_the_table_of_latents_and_their_descriptions_are_of_training_samples(
+        token_run, tmp_path, monkeypatch):
+    found = caught(monkeypatch, judge, "latent_table", "latents", token_run, "--top", 3,
+                   "--weighted", "--out", tmp_path / "l")
+    assert [len(found[k].toarray()) for k in ("strength", "count")] == [40, 40]
+    assert len(found["labels"]) == 40 and found["top"] == 3 and found["weighted"] is True
+    run("describe", token_run, "--top", 3, "--out", tmp_path / "d.json")
+    shown = [[s["sample"] for s in one[group]] for one in told(tmp_path / "d.json")
+             for group in ("top", "middling", "inactive")]
+    assert max(map(len, shown)) == 3 and max(map(max, filter(None, shown))) < 40
+
+
+def test_shuffled_names_find_what_chance_finds(token_run, tmp_path, capsys):
+    """One latent is named after the sick; others find about the share of them all, a half."""
+    run("describe", token_run, "--out", tmp_path / "d.json")
+    amount = {one["latent"]: sum(s["activation"] for s in one["top"] if s["label"] == "sick")
+              for one in told(tmp_path / "d.json")}
+    best = max(amount, key=amount.get)
+    names = {j: "granules" if j == best else "fibre" for j in amount}
+    (tmp_path / "n.json").write_text(json.dumps(names))
+    capsys.readouterr()
+    run("search", token_run, "--names", tmp_path / "n.json", "--query", "granules",
+        "--label", "sick", "--top", 8)
+    found = re.search(r"'sick': ([\d.]+); with names shuffled ([\d.]+)", capsys.readouterr().out)
+    assert float(found[1]) == 1 and 0.3 < float(found[2]) < 0.8
+
+
+def test_the_samples_and_draws_of_fidelity_follow_its_seed(token_run, tmp_path, monkeypatch):
+    seen = []
+    for seed in (1, 1, 2):
+        argv = ["fidelity", token_run, "--eval-rows", 12, "--seed", seed, "--out", tmp_path / "f"]
+        assert caught(monkeypatch, judge, "kept_performance", *argv)["seed"] == seed
+        seen.append(caught(monkeypatch, judge, "retrieval_fidelity", *argv)["dense"])
+    assert np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[0], seen[2])
+    assert seen[0].shape == (12, 12)
+
+
+# -- the same for images and words
+
+def test_clip_its_words_and_text_axes_are_the_same_whatever_is_in_the_test_pictures_and_captions(
+        tmp_path):
+    rng, names = np.random.default_rng(0), ("whole", "poisoned")
+    for i in range(24):
+        pixels = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    words = ["red", "blue", "cell", "fat", "pale", "mucin"]
+    said = [" ".join(rng.choice(words, 4)) for _ in range(18)]
+    for name, captions, first in zip(names, (said, said[:12] + ["zebra zebra"] * 6), (12, 18)):
+        images = [f"{i}.png" for i in (*range(12), *range(first, first + 6))]
+        np.savez(tmp_path / f"{name}.npz", images=np.array(images), captions=np.array(captions),
+                 split=np.repeat(["train", "test"], [12, 6]))
+        run("clip", "--images", tmp_path / f"{name}.npz", "--size", 16, "--patch", 8, "--width", 32,
+            "--layers", 1, "--joint", 8, "--context", 8, "--epochs", 2, "--batch", 4,
+            "--out", tmp_path / name)
+        run("extract", "--images", tmp_path / f"{name}.npz", "--weights", "t=lsa:1",
+            "--out", tmp_path / f"{name}_t.npz")
+    a, b = (torch.load(tmp_path / name / "clip.pt", weights_only=True) for name in names)
+    assert a["words"] == b["words"] and "zebra" not in b["words"] and "cell" in b["words"]
+    assert same_tensors(a["model"], b["model"])
+    a, b = (np.load(tmp_path / f"{name}_t.npz")["t"] for name in names)
+    np.testing.assert_allclose(a[:12], b[:12], atol=1e-5)
+    assert (b[12:] == 0).all()
+
+
+def test_concepts_of_attribute_are_those_of_the_training_rows(world, tmp_path, monkeypatch):
+    """Other features and labels in the test rows: the same latents are named, and are alive."""
+    with np.load(world / "feats.npz") as z:
+        turned, test = dict(z), (z["split"] != "train")[:, None]
+    for s in ("vit", "clip_img", "clip_txt"):
+        turned[s] = np.where(test, -3 * turned[s], turned[s])
+    turned["labels"] = turned["labels"] ^ test
+    np.savez(tmp_path / "turned.npz", **turned)
+    common = ["attribute", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
+              f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5, "--out", tmp_path / "a"]
+    a, b = (caught(monkeypatch, repsae, "chosen_latents", *common, "--data", path)
+            for path in (world / "feats.npz", tmp_path / "turned.npz"))
+    assert any(map(len, a["J"]))
+    assert all(np.array_equal(*pair) for pair in zip(a["J"], b["J"], strict=True))
+    assert all(np.array_equal(v, b["alive"][s]) for s, v in a["alive"].items())
+
+
+def test_random_latents_of_attribute_are_living_ones_that_the_concept_lacks(world):
+    model = sae.load(world / "run" / "checkpoint.pt")[0]
+    known = data.read_features(world / "feats.npz")
+    clip, _ = repsae.load_clip(world / "clip", "cpu")
+    f = known.batch(known.rows("train"))["vit"]
+    z = model.encode({"vit": f}, "alone")["vit"].dense(48)
+    concept, other = (z > 0).sum(0).argsort(descending=True)[:2].tolist()
+    alive = {s: np.sort([concept, other]) for s in model.streams}
+    scores = repsae.attribution_scores(
+        model, {"vit": (None, "vit")}, ("clip_txt", clip), [np.array([concept])], alive,
+        ["fibroblast"], {(0, 0): None}, repsae.Flags(seed=0, device="cpu"))
+    assert torch.equal(scores["vit, random latents"][1](f, 0), z[:, other]) and z[:, other].any()
+    assert torch.equal(scores["vit, sum of concept latents"][1](f, 0), z[:, concept])

@@ -257,6 +257,30 @@ def test_dead_counters_count_training_steps_since_a_value_above_a_thousandth():
     assert torch.equal(model.dead("a"), ~(model.encode(x, "joint")["a"].dense(64) > 1e-3).any(0))
 
 
+def test_the_scale_of_the_features_does_not_decide_which_latents_are_dead():
+    counters = {}
+    for scale in (1., 2e-4, 1e4):
+        model = SPARC(DIMS, 64, 4, norm="none", aux_coef=0.)        # linear: its biases are 0
+        optimiser, g = sae.make_optimiser(model, lr=0.), torch.Generator().manual_seed(5)
+        for _ in range(6):
+            x = {s: scale * torch.randn(3, d, generator=g) for s, d in DIMS.items()}
+            sae.train_step(model, optimiser, x)
+        counters[scale] = torch.stack([getattr(model, f"idle_{s}") for s in DIMS])
+    assert torch.equal(counters[1.], counters[2e-4]) and torch.equal(counters[1.], counters[1e4])
+    assert 0 < (counters[1.] == 0).sum() < counters[1.].numel()
+
+
+@pytest.mark.parametrize("kind", [None, "topk", "relu", "batchtopk"])
+def test_dead_counters_are_right_when_every_latent_is_kept(kind):
+    how = {"n_latents": 6, "k": 6, "norm": "none"}
+    model = SAE({"a": 10}, activation=kind, **how) if kind else SPARC({"a": 10}, **how)
+    x = torch.randn(2, 10, generator=torch.Generator().manual_seed(3))
+    fired = (torch.relu(x @ model.W_enc["a"].T) > 1e-2).any(0)
+    assert 0 < fired.sum() < 6
+    sae.train_step(model.train(), sae.make_optimiser(model, lr=0.), {"a": x})
+    assert torch.equal(model.idle_a == 0, fired)
+
+
 def test_evaluation_leaves_dead_counters_and_weights_unchanged():
     model, x = make(dtype=torch.float32)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -390,14 +414,89 @@ def test_a_dictionary_row_is_what_a_latent_adds_to_the_raw_features():
     ({"k": 65}, "k=65 must lie in 1..latents=64 - lower k or raise latents"), ({"k": 0}, "k=0 must lie"),
     ({"topk": "all"}, "topk='all' - use one of global"), ({"norm": "l1"}, "norm='l1'"), ({"dims": {}}, "no streams"),
     ({"dims": {"x.y": 3}}, "stream name 'x.y' cannot name a parameter"), ({"dims": {"keys": 3}}, "'keys' cannot name"),
+    ({"dims": {"training": 3}}, "stream name 'training' cannot name"),
+    ({"dims": {"_parameters": 3}}, "'_parameters' cannot name"),
+    ({"dims": {3: 3}}, "'3' cannot name"),
     ({"dims": {"a": 0}}, "stream 'a' has width 0")])
 def test_impossible_settings_are_refused(kw, message):
     with pytest.raises(InputError, match=message.replace(".", r"\.").replace("(", r"\(")):
         SPARC(**{"dims": DIMS, "n_latents": 64, "k": 4, **kw})
 
 
+def test_a_dimension_that_is_constant_but_for_rounding_is_not_blown_up():
+    mean, std = torch.full((3,), 0.1), torch.tensor([0., 7e-9, 0.2])    # 7e-9: a float32 step
+    model = SPARC({"a": 3}, 8, 2, norm="standard", stats={"a": (mean, std)})
+    same(model.normalise(torch.full((1, 3), 0.6), "a"), torch.tensor([[0.5, 0.5, 2.5]]), 1e-6)
+
+
+@pytest.mark.parametrize("kernels", ["csr", "gather"])
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float64, 0), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+def test_features_of_any_float_type_are_read_in_the_weights_type(dtype, tolerance, kernels):
+    for model in (SPARC(DIMS, 64, 4, topk="both", kernels=kernels),
+                  SAE({"a": 10}, 64, k=4, kernels=kernels),
+                  SAE({"a": 10}, 64, "relu", kernels=kernels, revive="resample", dead_after=1)):
+        g = torch.Generator().manual_seed(0)
+        x = {s: torch.randn(16, d, generator=g) for s, d in model.dims.items()}
+        cast = {s: v.to(dtype) for s, v in x.items()}
+        loss, expected = model.loss(cast)[0], model.loss(x)[0]
+        assert loss.dtype == torch.float32 and abs(loss / expected - 1) <= tolerance
+        code = model.encode(cast, "alone")["a"]
+        assert code.values.dtype == torch.float32
+        found = model.decode(Codes(code.indices, code.values.to(dtype)), "a")
+        assert (found - model.decode(code, "a")).norm() <= tolerance * code.values.norm()
+        optimiser = sae.make_optimiser(model)
+        assert all(sae.train_step(model, optimiser, cast)["loss"].isfinite() for _ in range(3))
+
+
+@pytest.mark.parametrize("kernels", ["csr", "gather"])
+@pytest.mark.parametrize("activation", [None, *sae.ACTIVATIONS])
+def test_autocast_around_a_model_changes_nothing(activation, kernels):
+    def three_steps(autocast):
+        if activation:
+            model = SAE({"a": 10}, 64, activation, k=4, kernels=kernels, revive="resample",
+                        dead_after=1)
+        else:
+            model = SPARC(DIMS, 64, 4, topk="both", kernels=kernels, dead_after=1)
+        optimiser, g = sae.make_optimiser(model.train(), 1e-2), torch.Generator().manual_seed(0)
+        x = {s: torch.randn(16, d, generator=g) for s, d in model.dims.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for _ in range(3):
+                sae.train_step(model, optimiser, x)
+            return model.loss(x)[0], model(x)["a"], model.W_dec["a"]
+    for found, expected in zip(three_steps(True), three_steps(False)):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [None, "topk", "relu"])
+def test_a_model_of_one_stream_takes_a_bare_tensor_and_gives_bare_results(kind):
+    model = SAE({"a": 10}, 40, kind, k=4) if kind else SPARC({"a": 10}, 40, 4)
+    x = torch.randn(7, 10)
+    bare, named = model.encode(x), model.encode({"a": x})["a"]
+    assert isinstance(bare, Codes) and all(map(torch.equal, bare, named))
+    assert torch.equal(model(x), model.decode(named, "a"))
+    assert torch.equal(model(x), model({"a": x})["a"])
+    assert torch.equal(model.loss(x)[0], model.loss({"a": x})[0])
+    losses = []
+    sae.fit(model, lambda step: x, 3, on_step=lambda _, result: losses.append(result["loss"]))
+    assert losses[2] < losses[0]
+    with pytest.raises(InputError, match="one tensor for 3 streams - give a dict of a, b, c"):
+        make()[0].encode(x)
+
+
+@pytest.mark.parametrize("mode", ["joint", "alone"])
+def test_calling_a_model_rebuilds_every_stream_from_its_own_code(mode):
+    model, x = make()
+    codes, rebuilt = model.encode(x, mode), model(x, mode)
+    assert list(rebuilt) == list(DIMS)
+    for s in x:
+        same(rebuilt[s], codes[s].dense(64) @ model.W_dec[s] + model.b_pre[s], 1e-12)
+
+
 def test_wrong_features_are_refused_by_name():
     model, x = make()
+    with pytest.raises(InputError, match="stream 'b' has 15 rows but 'a' has 16 - rows must be"):
+        model.loss({**x, "b": x["b"][1:]})
     for bad, message in (({"z": x["a"]}, "stream 'z' is unknown"),
                          ({"a": x["b"]}, r"stream 'a' has shape \(16, 8\) - the model wants \(B, 10\)"),
                          ({}, "no streams given")):
@@ -680,11 +779,11 @@ def test_one_stream_chooses_and_all_dictionaries_rebuild_as_in_universal_sae(gol
 def test_every_variant_recovers_nine_tenths_of_the_planted_concepts_with_its_documented_setting(variant):
     import repsae
     flags = repsae.parse(["sae", *(f"--{k}={v}" for k, v in variant.items())])[1]
-    flags = repsae.resolved_sae(flags)
     features = data.planted_streams(seed=42)
     features.streams = {"vision": features.streams["vision"]}
-    rows = features.rows("train")
-    model, batches = repsae.make_model(features, flags, rows), data.Batches(rows, flags.batch, 42)
+    flags, rows = repsae.resolved_sae(flags, features), features.rows("train")
+    model = repsae.make_model(features, flags, rows)
+    batches = data.Batches(rows, flags.batch, 42, flags.shuffle)
     sae.fit(model, lambda step: features.batch(batches.rows(step)), flags.epochs * batches.epoch, lr=flags.lr)
     found = judge.recovery({"vision": model.dictionary("vision").numpy()}, {"vision": features.truth["vision"]})["vision"]
     assert found["of"] == 42 and found["found"] >= 0.9 * 42
@@ -844,3 +943,18 @@ def test_settings_follow_the_number_of_samples_up_to_the_thesis_s(n, latents, k,
     assert found["steps"] == found["epochs"] * -(-n // batch) and found["dead_after"] == min(1000, steps // 4)
     assert found["lr"] == pytest.approx(2e-4 * (2 ** 14 / latents) ** .5)
     assert sae.settings_for(n, latents=6)["k"] == 6 and sae.settings_for(n, epochs=3)["steps"] == 3 * -(-n // batch)
+
+
+# -- what must not leak, and settings that must count -------------------------------------------
+
+def test_the_seed_decides_the_first_weights_and_which_stream_is_drawn():
+    first, again, other = (SPARC(DIMS, 20, 2, topk="random", seed=seed) for seed in (1, 1, 2))
+    W = [model.W_enc["a"] for model in (first, again, other)]
+    assert torch.equal(W[0], W[1]) and not torch.equal(W[0], W[2])
+    drawn = []
+    for model in (first, again, other):
+        drawn.append([])
+        for step in range(20):
+            model.step.fill_(step)
+            drawn[-1].append(model.drawn_stream())
+    assert drawn[0] == drawn[1] != drawn[2]

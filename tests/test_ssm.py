@@ -1,5 +1,6 @@
 """Claims about ssm.py, held against the textbook recurrence, closed forms, and the authors' own outputs and gradients."""
 import argparse
+import copy
 import ctypes
 import pathlib
 import shutil
@@ -659,6 +660,27 @@ def test_bfloat16_autocast_stays_close(name):
     assert ((close - exact).norm() / exact.norm()).item() < 3e-2
 
 
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.bfloat16, 0.03), (torch.float16, 3e-3), (torch.float64, 1e-5)])
+@pytest.mark.parametrize("name", ["vim_micro", "vmamba_micro"])
+def test_a_model_in_another_precision_stays_close_to_float32(name, dtype, tolerance):
+    model = ssm.PRESETS[name](n_classes=3).eval()
+    other = copy.deepcopy(model).to(dtype)
+    for side in (32, 64):                                    # 64: resized positions
+        x = torch.randn(2, 3, side, side)
+        exact, found = model(x), other(x.to(dtype))
+        assert found.dtype == dtype and (found.to(exact) - exact).norm() <= tolerance * exact.norm()
+    found.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in other.parameters())
+
+
+def test_vim_passes_gradcheck_in_float64():
+    model = ssm.Vim(16, 2, patch=4, size=8, d_state=2).double()
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    log = model.layers[0].mixer.A_log
+    assert torch.autograd.gradcheck(lambda x, log: model(x)[0, :3], (x, log), fast_mode=True)
+
+
 def test_a_mixer_learns_to_remember_its_first_token():
     """The label is the first of 64 tokens, read off the last one. The convolution reaches back 3 and the second direction
     sees only what follows, so the state alone can carry it there, past 63 tokens of noise. Guessing scores ln 2 = 0.69."""
@@ -980,3 +1002,42 @@ def test_standardised_pixels_are_as_if_normalised_by_their_own_statistics(name):
     assert (model.features(normalised(*assumed)) - expected).abs().max() > 0.01
     ssm.standardise_pixels(model, *own, assumed)
     assert torch.allclose(model.features(normalised(*assumed)), expected, atol=1e-4)
+
+
+# -- what must not leak, and settings that must count -------------------------------------------
+
+@pytest.mark.parametrize("settings", [
+    dict(lr=0.1, weight_decay=0.), dict(lr=0.3, weight_decay=0.5),
+    dict(lr=0.1, weight_decay=0., teacher_temp=0.5), dict(lr=0.1, weight_decay=0., clip=1e-3)])
+def test_a_step_of_dino_is_plain_gradient_descent_with_the_settings_it_was_given(settings):
+    """With SGD in place of AdamW: p <- p - lr (g + decay p), g clipped, decay on matrices only."""
+    def net():
+        torch.manual_seed(1)
+        head = ssm.DINOHead(96, K=16, hidden=24, bottleneck=8)
+        return ssm.MultiCrop(ssm.vit_micro(size=16), head)
+    student, teacher, center = net(), net().eval().requires_grad_(False), torch.randn(16)
+    crops = [torch.randn(2, 3, 16, 16) for _ in range(2)] + [torch.randn(2, 3, 8, 8)]
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    temperature = settings.get("teacher_temp", 0.04)
+    loss = ssm.dino_loss(student(crops), teacher(crops[:2]), center, 3, temperature)
+    learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    slopes = dict(zip(learning, torch.autograd.grad(loss, list(learning.values()))))
+    optimiser = torch.optim.SGD(ssm.decay_groups(student), lr=9.)
+    ssm.dino_step(student, teacher, center.clone(), optimiser, crops, momentum=1., **settings)
+    for name, p in learning.items():
+        g = slopes[name] * min(1, settings.get("clip", 3.) / (float(slopes[name].norm()) + 1e-6))
+        decay = settings["weight_decay"] if p.dim() > 1 and not name.endswith(".bias") else 0
+        same(p.detach(), before[name] - settings["lr"] * (g + decay * before[name]), 1e-6)
+
+
+def test_the_bag_weight_mixes_the_two_losses_of_clam_and_nothing_else():
+    torch.manual_seed(0)
+    model = ssm.MIL(4, 2, "clam_sb", widths=(6,), attention=3, dropout=0.)
+    x, mask, y = torch.randn(3, 8, 4), torch.ones(3, 8, dtype=torch.bool), torch.tensor([0, 1, 1])
+    logits, scores, h = model(x, mask)
+    of_bags = F.cross_entropy(logits, y)
+    for k, subtyping, loss in ((1, False, ssm.smooth_top1_svm), (3, True, F.cross_entropy)):
+        of_instances = ssm.instance_loss(model, scores, h, mask, y, k, subtyping, loss)
+        for weight in (0., 0.3, 1.):
+            found = ssm.mil_loss(model, x, mask, y, k, weight, subtyping, loss)
+            same(found, weight * of_bags + (1 - weight) * of_instances, 1e-6)
