@@ -715,6 +715,8 @@ def test_padded_bags_are_their_instances_and_a_mask(tmp_path):
     ({"y": np.array([1, 1, 1, 1])}, "all bags have the label 1"), ({"y": np.array([0, 1, -1, 0])}, "'y' holds int64 from -1"),
     ({"X": np.where(np.arange(10)[:, None] == 4, np.nan, np.ones((10, 3)))}, "instance 4 holds NaN"),
     ({"offsets": np.array([0., 2, 3, 7, 10])}, "of float64 - give"), ({"y": np.array([[0], [1], [0], [1]])}, r"'y' has shape \(4, 1\)"),
+    ({"y": np.array(1)}, r"'y' has shape \(\)"), ({"y": np.array(["a", "b", "a", "b"])}, "'y' holds <U1 from a"),
+    ({"y": np.zeros(0, int)}, r"'y' has shape \(0,\)"), ({"offsets": np.zeros(0, int)}, r"'offsets' \(0,\)"),
     ({"folds": np.ones((2, 5), bool)}, "'folds' has shape"), ({"folds": np.ones((1, 2, 4), int)}, "and type int64 for 4 bags")])
 def test_bad_bags_are_refused_by_name(change, message, tmp_path):
     with pytest.raises(InputError, match=message):
