@@ -1707,16 +1707,16 @@ def read_bags(path, stream=None):
                 raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets (bags + 1,) and y (bags,)")
         X, offsets = _instances(path, "X", arrays), arrays["offsets"]
         y, folds = arrays["y"], arrays.get("folds")
-        label_names, names = [], [str(i) for i in range(len(y))]
-        if y.ndim != 1 or offsets.ndim != 1 or not np.issubdtype(offsets.dtype, np.integer):
+        if y.ndim != 1 or offsets.ndim != 1 or not len(y) or not len(offsets) or not np.issubdtype(offsets.dtype, np.integer):
             raise InputError(f"'y' has shape {y.shape}, 'offsets' {offsets.shape} of {offsets.dtype} - give (bags,) and "
                              "(bags + 1,) integers")
+        label_names, names = [], [str(i) for i in range(len(y))]
         offsets = offsets.astype(np.int64)
         if len(offsets) != len(y) + 1 or offsets[0] != 0 or offsets[-1] != len(X):
             raise InputError(f"'offsets' has {len(offsets)} entries from {offsets[0]} to {offsets[-1]} for {len(y)} bags and "
                              f"{len(X)} instances - give bags + 1, from 0 to the number of instances")
         if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-            raise InputError(f"'y' holds {y.dtype} from {y.min()} - give integers from 0")
+            raise InputError(f"'y' holds {y.dtype} from {min(y.tolist())} - give integers from 0")
         if groups is not None and groups.shape != y.shape:
             raise InputError(f"'groups' has shape {groups.shape} for {len(y)} bags - give one each")
         if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):

@@ -715,6 +715,8 @@ def test_padded_bags_are_their_instances_and_a_mask(tmp_path):
     ({"y": np.array([1, 1, 1, 1])}, "all bags have the label 1"), ({"y": np.array([0, 1, -1, 0])}, "'y' holds int64 from -1"),
     ({"X": np.where(np.arange(10)[:, None] == 4, np.nan, np.ones((10, 3)))}, "instance 4 holds NaN"),
     ({"offsets": np.array([0., 2, 3, 7, 10])}, "of float64 - give"), ({"y": np.array([[0], [1], [0], [1]])}, r"'y' has shape \(4, 1\)"),
+    ({"y": np.array(1)}, r"'y' has shape \(\)"), ({"y": np.array(["a", "b", "a", "b"])}, "'y' holds <U1 from a"),
+    ({"y": np.zeros(0, int)}, r"'y' has shape \(0,\)"), ({"offsets": np.zeros(0, int)}, r"'offsets' \(0,\)"),
     ({"folds": np.ones((2, 5), bool)}, "'folds' has shape"), ({"folds": np.ones((1, 2, 4), int)}, "and type int64 for 4 bags")])
 def test_bad_bags_are_refused_by_name(change, message, tmp_path):
     with pytest.raises(InputError, match=message):
@@ -1015,17 +1017,23 @@ def test_latent_semantics_are_the_singular_vectors_of_weighted_counts():
 
 # -- damaged files: each is refused by the one reader of its kind ---------------------------------------------------------
 
-READERS = {"f.npz": data.read_features, "q.npy": data.read_vector, "t.json": data.read_json, "a.png": data.open_image,
+READERS = {"f.npz": data.read_features, "q.npy": data.read_vector, "t.json": lambda path: data.read_taxonomy(path, []), "a.png": data.open_image,
            "a.xml": data.read_polygons, "v.xml": data.read_voc, "m.txt": data.read_merges}
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_pipe_is_refused_instead_of_being_waited_for(name, tmp_path):
+    def late(*_):
+        raise TimeoutError
     os.mkfifo(tmp_path / name)
-    signal.alarm(5)                                          # ends the tests where it is waited for
-    with pytest.raises(InputError, match="is no plain file"):
-        READERS[name](str(tmp_path / name))
-    signal.alarm(0)
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(2)
+    try:
+        with pytest.raises(InputError, match="is no plain file"):
+            READERS[name](str(tmp_path / name))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def with_member(path, name, content, header=None):
