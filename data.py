@@ -1715,8 +1715,8 @@ def read_bags(path, stream=None):
         if len(offsets) != len(y) + 1 or offsets[0] != 0 or offsets[-1] != len(X):
             raise InputError(f"'offsets' has {len(offsets)} entries from {offsets[0]} to {offsets[-1]} for {len(y)} bags and "
                              f"{len(X)} instances - give bags + 1, from 0 to the number of instances")
-        if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-            raise InputError(f"'y' holds {y.dtype} from {min(y.tolist())} - give integers from 0")
+        if not np.issubdtype(y.dtype, np.integer) or not 0 <= y.min() <= y.max() <= MOST_LABELS:
+            raise InputError(f"'y' holds {y.dtype} from {min(y.tolist())} to {max(y.tolist())} - give integers from 0")
         if groups is not None and groups.shape != y.shape:
             raise InputError(f"'groups' has shape {groups.shape} for {len(y)} bags - give one each")
         if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):

@@ -141,9 +141,9 @@ RUN = {
 DINO = {
     "images": (None, str, "folder of pictures, or of class folders, or of train, val and test folders of either"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
-    "patch": (None, whole(1, 4096), "patch size, where not the preset's"),
-    "size": (224, whole(1, 8192), "side of the two global crops, pixels"),
-    "local-size": (96, whole(1, 8192), "side of the local crops"),
+    "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
+    "size": (224, whole(1, 2048), "side of the two global crops, pixels"),
+    "local-size": (96, whole(1, 2048), "side of the local crops"),
     "local-crops": (8, whole(0, 100), "number of local crops"),
     "global-scale": ("0.4,1", str, "share of the area that a global crop covers, from,to"),
     "local-scale": ("0.05,0.4", str, "the same for local crops"),
@@ -206,8 +206,8 @@ FINETUNE = {
                "ssm.py or torchvision's classifiers; separated by commas"),
     "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew in each run, or the file's own"),
     "runs": (5, whole(1, 1000), "seeds"),
-    "size": (224, whole(1, 8192), "side of the pictures, pixels"),
-    "patch": (None, whole(1, 4096), "patch size, where not the preset's"),
+    "size": (224, whole(1, 2048), "side of the pictures, pixels"),
+    "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
     "frozen": (False, bool, "train the head alone"),
     "epochs": (50, whole(1), "at most"),
     "patience": (10, whole(1), "epochs without a better validation loss before training stops"),
@@ -3759,12 +3759,12 @@ command("compare", cmd_compare, (ON_RUN, BENCH), positional=("run", "other"), ex
     "stream-b": (None, str, "the stream of the second run, if it has several"),
     "sparc": (None, str, "a run of sparc on both streams, to set beside")})
 command("tissue", cmd_tissue, ({"overwrite": RUN["overwrite"]},), "tissue", extra={
-    "pictures": (4000, whole(8), "how many"), "size": (64, whole(1, 8192), "their side, pixels"), "seed": (0, whole(0, 2 ** 32 - 1), "of everything drawn")})
+    "pictures": (4000, whole(8), "how many"), "size": (64, whole(1, 2048), "their side, pixels"), "seed": (0, whole(0, 2 ** 32 - 1), "of everything drawn")})
 command("clip", cmd_clip, (WINDOW, {k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
     "images": (None, str, ".npz with `images` and `captions`, as `tissue` writes it"),
     "merges": (None, str, "CLIP's own merges file, bpe_simple_vocab_16e6.txt.gz; else words of the captions are the tokens"),
     "weights": (None, str, "state_dict of a released CLIP with a ViT: nothing is trained, it becomes a run; needs --merges"),
-    "size": (64, whole(1, 8192), "side of the pictures"), "patch": (8, whole(1, 4096), "patch size"), "width": (96, whole(1, 10 ** 5), "of both transformers"),
+    "size": (64, whole(1, 2048), "side of the pictures"), "patch": (8, whole(1, 2048), "patch size"), "width": (96, whole(1, 10 ** 5), "of both transformers"),
     "layers": (4, whole(1, 1000), "of both"), "joint": (64, whole(1, 10 ** 5), "width of the common space"),
     "context": (32, whole(3, 10 ** 4), "longest text, tokens"), "epochs": (20, whole(1), "passes"), "batch": (128, whole(1), "pairs a step"),
     "lr": (1e-3, real(TINY), "AdamW's"), "seed": (0, whole(0, 2 ** 32 - 1), "of weights and order")})
@@ -3787,7 +3787,7 @@ command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, WINDO
                                 {k: RUN[k] for k in ("device", "overwrite")}),
         "feats.npz", extra={"weights": (None, str, "name=RUN of dino or clip, name=arch:FILE or name=arch:random; several, "
                                         "separated by commas; name=lsa:N encodes captions by runs of up to N words"),
-                            "size": (0, whole(0, 8192), "side to judge at; 0 for the one trained at"),
+                            "size": (0, whole(0, 2048), "side to judge at; 0 for the one trained at"),
                             "standardise": (False, bool, "random weights start in the pictures' own units, as dino's may"),
                             "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
                             "tokens": (False, bool, "patch tokens (N, T, d), in half precision, instead of the class token"),
@@ -3800,7 +3800,7 @@ command("probe", cmd_probe, (DATA, SEED, BENCH),
                         "commas; all by default")})
 command("cut", cmd_cut, (WINDOW,), "cells", extra={
     "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"),
-    "size": (64, whole(1, 8192), "side of a cut, pixels"),
+    "size": (64, whole(1, 2048), "side of a cut, pixels"),
     "margin": (0.2, real(0., 100.), "how much longer than the box's longer side the square is that is cut")})
 command("tile", cmd_tile, (WINDOW, {"overwrite": RUN["overwrite"]},), "tiles", extra={
     "images": (None, str, "a slide, or a folder of them"), "size": (224, whole(1, 8192), "side of a tile, pixels"),
@@ -3821,7 +3821,7 @@ command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, WINDO
                                 {k: RUN[k] for k in ("device", "overwrite")}),
         "runs/cam", positional=("what",), extra={
             "weights": (None, str, "name=RUN of dino, name=FILE.pt of finetune, name=arch:FILE; several, separated by commas"),
-            "size": (0, whole(0, 8192), "side of the pictures; 0 for the one trained at"),
+            "size": (0, whole(0, 2048), "side of the pictures; 0 for the one trained at"),
             "most": (12, whole(1), "pictures, spread over the folder"),
             "label": (-1, whole(-1), "output to explain: a class, or a feature where there is no head; -1 for the largest")})
 command("demo", cmd_demo, (), "demo", extra={
@@ -3904,6 +3904,8 @@ def main(argv=None):
         raise SystemExit(130)
     except KeyboardInterrupt:
         raise SystemExit(130)
+    except MemoryError:
+        fail("there is not enough memory for this - lower the sizes, or take fewer samples or pictures")
     except OSError as e:                                     # no space, no permission, no such place
         fail(f"{e.strerror or e}: {e.filename or flags.get('out')} - mend it, or name another place")
     except ValueError as e:
