@@ -1765,15 +1765,22 @@ def stratified_parts(y, shares, seed, groups=None):
     The edges of the parts are rounded, so that a part's size in a class differs from its share by at most 1.
     With groups (n,), no group lies in two parts; then it is the groups that are in proportion, each
     counted as the rarest class among its samples, and the samples only as far as groups are alike.
+    Where they are few, each part gets one of each class before any gets more than its share.
     """
+    rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
     if groups is not None:
         member = np.unique(groups, return_inverse=True)[1]
         rarity = np.argsort(np.argsort(np.bincount(y), kind="stable"))      # 0: the rarest class
         kind = np.full(member.max() + 1, len(rarity))
         np.minimum.at(kind, member, rarity[y])
-        return [np.flatnonzero(np.isin(member, part))
-                for part in stratified_parts(kind, shares, seed)]
-    rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
+        for c in np.unique(kind):
+            drawn, got = rng.permutation(np.flatnonzero(kind == c)), np.zeros(len(shares))
+            for g in drawn:                                  # to what lacks most, else the smallest
+                lack = np.array(shares) / sum(shares) * len(drawn) - got + (got == 0)
+                i = np.lexsort(([len(part) for part in parts], -lack.round(9)))[0]
+                got[i] += 1
+                parts[i].append(g)
+        return [np.flatnonzero(np.isin(member, part)) for part in parts]
     for c in np.unique(y):
         rows = rng.permutation(np.flatnonzero(y == c))
         ends = np.round(np.cumsum(shares) / sum(shares) * len(rows)).astype(int)

@@ -763,6 +763,17 @@ def test_parts_keep_groups_whole_and_the_rarest_class_in_every_part():
     assert not np.array_equal(parts[2], other[2])
 
 
+@pytest.mark.parametrize("shares, n", [((70, 15, 15), 6), ((70, 15, 15), 10), ((1,) * 5, 6)])
+def test_few_groups_leave_no_part_empty_and_no_class_out_of_a_part_that_could_have_it(shares, n):
+    groups = np.repeat(np.arange(n), 4)
+    y = groups % 2                                           # n / 2 groups of each class
+    for seed in range(20):
+        parts = data.stratified_parts(y, shares, seed, groups)
+        assert sum(len({*groups[part]}) for part in parts) == n and all(map(len, parts))
+        if n // 2 >= len(shares):
+            assert all(len({*y[part]}) == 2 for part in parts)
+
+
 def test_nearest_neighbours_are_asked_of_other_groups_than_they_are_judged_on(tmp_path):
     groups = np.repeat([f"patient {i}" for i in range(20)], 10)
     np.savez(tmp_path / "f.npz", images=np.zeros((200, 4, 4), np.uint8), groups=groups)
