@@ -625,7 +625,8 @@ def test_mil_keeps_the_bags_of_a_patient_in_one_part(bags, tmp_path, monkeypatch
     monkeypatch.setattr(repsae, "train_mil", learn)
     with pytest.raises(KeyError):
         repsae.mil_round(found, "mean", [flags], 0, np.arange(60), None, np.arange(60))
-    assert not {*groups[seen[0][0]]} & {*groups[seen[0][1]]} and len(seen[0][1]) == 10
+    learned, held = ({*groups[part]} for part in seen[0])
+    assert not learned & held and len(held) in (2, 3)        # a fifth of twelve
 
 
 def test_the_grid_is_decided_by_held_out_bags_and_refit_learns_from_all_of_them(bags, monkeypatch):
