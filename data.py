@@ -241,12 +241,18 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
                    _check_boxes(arrays.get("boxes"), n, label_names), mask=mask,
                    folder=os.path.dirname(os.path.abspath(path)))
     _scan(out)
-    if "split" in arrays and "groups" in about:
-        seen = {g: set(out.split[about["groups"] == g]) for g in np.unique(about["groups"])}
-        torn = [g for g, parts in seen.items() if len(parts) > 1]
-        if torn:
-            out.notes.append(f"{len(torn)} of {len(seen)} groups (first: {torn[0]}) lie in several splits")
+    out.notes += _torn_groups(out.split, about.get("groups"))
     return out
+
+
+def _torn_groups(split, groups):
+    """A note, as a list, where a split (N,) tears groups (N,); none where either is None."""
+    if split is None or groups is None:
+        return []
+    seen = {g: set(split[groups == g]) for g in np.unique(groups)}
+    torn = [g for g, parts in seen.items() if len(parts) > 1]
+    return [f"{len(torn)} of {len(seen)} groups (first: {g}) lie in several splits"
+            for g in torn[:1]]
 
 
 def stream_names(path):
@@ -1069,6 +1075,7 @@ def _read_listed(path):
     about.update({k: arrays[k] for k in ("boxes", "grid") if k in arrays})
     out = Images([path] * n, labels, names, None if given is None else _split(given, None, n, 0),
                  about=about, mask=mask)
+    out.notes += _torn_groups(out.split, about.get("groups"))
     if images.ndim > 1:
         out.pixels = images
         return out
@@ -1114,10 +1121,13 @@ def _hidden(name):
 
 
 def _files(folder, endings):
-    """[(folder, name)] of what has one of the endings, at any depth, hidden things left out."""
+    """[(folder, name)] of what has one of the endings, at any depth, through links, hidden things
+    left out."""
     found = []
-    for where, inside, files in os.walk(folder):
-        inside[:] = sorted(name for name in inside if not _hidden(name))
+    for where, inside, files in os.walk(folder, followlinks=True):
+        real = [os.path.realpath(os.path.join(where, name)) for name in inside]
+        inside[:] = sorted(name for name, to in zip(inside, real) if not _hidden(name)
+                           and os.path.commonpath([to, os.path.realpath(where)]) != to)    # a loop
         found += [(where, f) for f in sorted(files)
                   if not _hidden(f) and f.lower().endswith(endings)]
     return found
@@ -1188,7 +1198,9 @@ def open_image(path, decode=True, window=None):
         return as_rgb(image, window) if decode else image.close()
     except Image.DecompressionBombError:
         raise InputError(f"{path} is too large for one picture - cut it with `tile`, for which it needs openslide")
-    except (OSError, SyntaxError, ValueError) as e:
+    except InputError:
+        raise
+    except Exception as e:                                   # Pillow's many kinds for broken tags
         raise InputError(f"{path} is not a readable picture ({str(e) or type(e).__name__}) - remove or replace it")
 
 
@@ -1765,15 +1777,22 @@ def stratified_parts(y, shares, seed, groups=None):
     The edges of the parts are rounded, so that a part's size in a class differs from its share by at most 1.
     With groups (n,), no group lies in two parts; then it is the groups that are in proportion, each
     counted as the rarest class among its samples, and the samples only as far as groups are alike.
+    Where they are few, each part gets one of each class before any gets more than its share.
     """
+    rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
     if groups is not None:
         member = np.unique(groups, return_inverse=True)[1]
         rarity = np.argsort(np.argsort(np.bincount(y), kind="stable"))      # 0: the rarest class
         kind = np.full(member.max() + 1, len(rarity))
         np.minimum.at(kind, member, rarity[y])
-        return [np.flatnonzero(np.isin(member, part))
-                for part in stratified_parts(kind, shares, seed)]
-    rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
+        for c in np.unique(kind):
+            drawn, got = rng.permutation(np.flatnonzero(kind == c)), np.zeros(len(shares))
+            for g in drawn:                                  # to what lacks most, else the smallest
+                lack = np.array(shares) / sum(shares) * len(drawn) - got + (got == 0)
+                i = np.lexsort(([len(part) for part in parts], -lack.round(9)))[0]
+                got[i] += 1
+                parts[i].append(g)
+        return [np.flatnonzero(np.isin(member, part)) for part in parts]
     for c in np.unique(y):
         rows = rng.permutation(np.flatnonzero(y == c))
         ends = np.round(np.cumsum(shares) / sum(shares) * len(rows)).astype(int)

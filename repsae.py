@@ -2752,9 +2752,14 @@ def mil_rounds(bags, flags):
     least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
     for train, val, test in rounds:
         rarest = np.bincount(bags.y[train], minlength=bags.y.max() + 1)[np.unique(bags.y)].min()
-        if not len(test) or rarest < (2 if val is not None and len(val) else least):
+        given = val is not None and len(val)
+        if not len(test) or rarest < (2 if given else least):
             raise InputError(f"{flags.data}: a part of {len(train)} bags to learn from, {rarest} of the rarest class, and "
                              f"{len(test)} to test on is too small - add bags, or mend the folds or split folders")
+        groups = 0 if bags.groups is None else len(np.unique(bags.groups[train]))
+        if 0 < groups < least and not given:
+            raise InputError(f"{flags.data}: the bags to learn from are of {groups} groups, and "
+                             f"validation cuts them into {least} parts - add groups")
     return [(train, val if val is not None and len(val) else None, test) for train, val, test in rounds]
 
 

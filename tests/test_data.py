@@ -417,6 +417,36 @@ def test_bad_picture_folders_are_refused_by_name(pictures, spoil, message):
         data.read_images(pictures)
 
 
+def test_linked_class_folders_count_and_a_link_to_a_folder_above_ends(pictures, tmp_path):
+    (tmp_path / "l" / "a").mkdir(parents=True)
+    (tmp_path / "l" / "a" / "x.png").write_bytes((pictures / "test" / "a" / "0.png").read_bytes())
+    (tmp_path / "l" / "b").symlink_to(pictures / "test" / "b")
+    for place, to in (("up", "."), ("a/up", "..")):
+        (tmp_path / "l" / place).symlink_to(to)
+    images = data.read_images(tmp_path / "l")
+    assert images.labels.tolist() == [0, 1, 1, 1] and images.label_names == ["a", "b"]
+
+
+def test_a_picture_with_broken_tags_is_refused_by_name(tmp_path):
+    Image.new("I;16", (5, 4)).save(tmp_path / "x.tif")
+    whole = (tmp_path / "x.tif").read_bytes()
+    one, many = (b"\x06\x01\x03\x00" + bytes([n]) for n in (1, 80))    # so many values of tag 262
+    assert whole.count(one) == 1
+    (tmp_path / "x.tif").write_bytes(whole.replace(one, many))
+    with pytest.raises(InputError, match="x.tif is not a readable picture"):
+        data.open_image(tmp_path / "x.tif")
+
+
+def test_groups_that_the_split_of_listed_pictures_tears_are_noted(tmp_path):
+    split = np.where(np.arange(6) < 4, "train", "test")
+    for groups, notes in (([0, 0, 1, 2, 2, 3], ["1 of 4 groups (first: 2) lie in several splits"]),
+                          ([0, 0, 1, 1, 2, 2], [])):
+        np.savez(tmp_path / "f.npz", images=np.zeros((6, 4, 4), np.uint8), groups=np.array(groups),
+                 split=split, labels=np.arange(6) % 2)
+        assert data.read_images(tmp_path / "f.npz").notes == notes
+        assert data.read_pictures(tmp_path / "f.npz", 4).notes == notes
+
+
 def test_missing_and_empty_picture_folders_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     for where, message in ((tmp_path / "no", "no folder"), (tmp_path, "no pictures in")):
@@ -763,6 +793,17 @@ def test_parts_keep_groups_whole_and_the_rarest_class_in_every_part():
         assert abs(len(part & ill) - share * len(ill)) <= 1 and abs(len(part) - share * 60) <= 2
     other = data.stratified_parts(y, (70, 15, 15), 6, groups)
     assert not np.array_equal(parts[2], other[2])
+
+
+@pytest.mark.parametrize("shares, n", [((70, 15, 15), 6), ((70, 15, 15), 10), ((1,) * 5, 6)])
+def test_few_groups_leave_no_part_empty_and_no_class_out_of_a_part_that_could_have_it(shares, n):
+    groups = np.repeat(np.arange(n), 4)
+    y = groups % 2                                           # n / 2 groups of each class
+    for seed in range(20):
+        parts = data.stratified_parts(y, shares, seed, groups)
+        assert sum(len({*groups[part]}) for part in parts) == n and all(map(len, parts))
+        if n // 2 >= len(shares):
+            assert all(len({*y[part]}) == 2 for part in parts)
 
 
 def test_nearest_neighbours_are_asked_of_other_groups_than_they_are_judged_on(tmp_path):
