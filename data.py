@@ -249,10 +249,10 @@ def _torn_groups(split, groups):
     """A note, as a list, where a split (N,) tears groups (N,); none where either is None."""
     if split is None or groups is None:
         return []
-    seen = {g: set(split[groups == g]) for g in np.unique(groups)}
-    torn = [g for g, parts in seen.items() if len(parts) > 1]
-    return [f"{len(torn)} of {len(seen)} groups (first: {g}) lie in several splits"
-            for g in torn[:1]]
+    names, group = np.unique(groups, return_inverse=True)
+    parts = np.unique(np.stack([group, np.unique(split, return_inverse=True)[1]]), axis=1)[0]           # a column a group and part
+    torn = names[np.bincount(parts) > 1]
+    return [f"{len(torn)} of {len(names)} groups (first: {g}) lie in several splits" for g in torn[:1]]
 
 
 def stream_names(path):
@@ -1395,7 +1395,7 @@ def read_pictures(path, size, label=None, window=None):
             if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
                 raise InputError(f"'{s}_images' has shape {x.shape} and type {x.dtype} - give uint8 (N, H, W) or (N, H, W, 3)")
         labels = np.concatenate([v.ravel() for v in labels]).astype(int)
-        views = (Image.fromarray(v).convert("RGB") for x in given.values() for v in x)
+        views = (as_rgb(Image.fromarray(v), window) for x in given.values() for v in x)
         names, split = [str(c) for c in range(labels.max() + 1)], np.repeat(there, [len(x) for x in given.values()])
     if len(np.unique(labels)) < 2:
         raise InputError(f"{path} has the one class {names[labels[0]]} - there is nothing to tell apart")
@@ -1706,6 +1706,8 @@ def read_bags(path, stream=None):
             raise InputError(f"{path} has no class folders - put each bag's file into a folder named after its label")
         names = [os.path.splitext(os.path.basename(p))[0] for p in paths]
         parts, coords, images, groups = map(list, zip(*(_read_bag(p, stream) for p in paths)))
+        if len({group is None for group in groups}) > 1:
+            raise InputError(f"{paths[groups.index(None)]} has no single group, as other bags have - give one in each, or none")
         groups = None if None in groups else np.array(groups)
         widths = {x.shape[1] for x in parts}
         if len(widths) > 1:

@@ -121,7 +121,7 @@ def jaccard(counts, n_top):
     as the first with each latent paired with another of those alive in both streams, half of them further on; `pairs`, per
     pair.
     """
-    names, used, pairs = list(counts), 0, {}
+    names, used, others, pairs = list(counts), 0, 0, {}
     total = np.zeros((2, len(next(iter(counts.values())))))                                 # of itself, of another
     for i, s in enumerate(names):
         for t in names[i + 1:]:
@@ -131,12 +131,14 @@ def jaccard(counts, n_top):
             for other in (both, np.roll(both, len(both) // 2)):
                 a, b = counts[s][both], counts[t][other]
                 scores.append(np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1))
+            scores[1] *= len(both) > 1
             total[:, both] += scores
             pairs[f"{s} / {t}"] = _mean(scores[0])
             used = used + alive
-    mean, control = total / np.maximum(used, 1)
+            others = others + alive * (len(both) > 1)        # one alone has no other
+    mean, control = total[0] / np.maximum(used, 1), total[1] / np.maximum(others, 1)
     return {"jaccard": _mean(mean[used > 0]), "jaccard_all": float(mean.mean()), "pairs": pairs,
-            "control": _mean(control[used > 0]) if (used > 0).sum() > 1 else None}
+            "control": _mean(control[others > 0])}
 
 
 def concept_names(counts, n_top, label_names, purity=0.3):
@@ -545,23 +547,24 @@ MEANING = {
     "1-D probe loss (chance 0.693)": "log-loss in nats of the best single latent of each label; lower is better"}
 
 
-def verdict(metrics, again="--null"):
+def verdict(metrics, again=None):
     """Three plain sentences on a run: {"learned", "trust", "next", "level"}, level 0 good, 1 with care, 2 not to be trusted.
 
-    metrics: what `repsae.measure` gives, with "null" where it was trained. again: how the null is added. A rule is (level,
-    what is wrong, what to try).
+    metrics: what `repsae.measure` gives, with "null" where it was trained. again: how to add the null, if one can. A rule is
+    (level, what is wrong, what to try).
     """
     own = {mode: {s: row[s] for s, row in metrics[mode]["r2"].items() if row[s] is not None}
            for mode in ("joint", "alone") if mode in metrics}
     first = own.get("joint", own["alone"])
     mean = {mode: _mean(list(v.values())) for mode, v in own.items()}
-    found = _doubts_of_fit(metrics, first, mean)
+    found = _doubts_of_fit(metrics, own, mean)
     several = len(first) > 1 and "joint" in metrics
     if several:
-        found += _doubts_of_sharing(metrics, mean, again)
+        found += _doubts_of_sharing(metrics, again)
     if metrics.get("positives", 50) < 50:
         found.append((0, f"the probe row is empty, because no label has 50 positives among the judged samples (most: "
-                      f"{metrics['positives']})", "judge more labelled samples (--eval-rows 0)"))
+                      f"{metrics['positives']})",
+                      "judge all samples (eval RUN --eval-rows 0)" if metrics["rows"] < metrics["of"] else ""))
     level = max((v[0] for v in found), default=0)
     learned = f"{metrics['latents']} latents, {metrics['l0']:.3g} a sample"
     learned += f", rebuild {'the streams' if several else next(iter(first), 'nothing')} at R2 {fmt(next(iter(mean.values())))}"
@@ -569,7 +572,7 @@ def verdict(metrics, again="--null"):
         cross = {mode: headline(metrics[mode])["R2 cross"] for mode in own}
         learned += (f" when they choose together and {fmt(mean['alone'])} when each chooses alone; one stream predicts another "
                     f"at R2 {fmt(cross['alone'])} alone (linear baseline {fmt(mean_cell(metrics['linear_baseline']))})")
-    doubts, remedies = ("; ".join(dict.fromkeys(v[i] for v in found)) for i in (1, 2))
+    doubts, remedies = ("; ".join(dict.fromkeys(v[i] for v in found if v[i])) for i in (1, 2))
     return {"learned": f"Learned: {learned}.", "level": level,
             "trust": f"{('Trust it', 'Trust it with care', 'Do not trust it')[level]}: "
                      f"{doubts or 'nothing measured here speaks against it'}.",
@@ -577,30 +580,37 @@ def verdict(metrics, again="--null"):
 
 
 def _doubts_of_fit(metrics, own, mean):
-    """Rules on how well each stream is rebuilt from its own code: own {stream: R2}, mean {mode: R2}."""
-    found, worst = [], min(own, key=own.get, default=None)
-    if worst is not None and own[worst] < 0:
-        found.append((2, f"{worst} is rebuilt worse than by predicting the mean (R2 {own[worst]:.3g})",
-                      "leave --latents, --k, --lr and --norm to the defaults"))
-    elif len(own) > 1 and own[worst] < np.median([v for s, v in own.items() if s != worst]) - 0.25:
-        found.append((1, f"{worst} is rebuilt much worse than the rest (R2 {own[worst]:.3f})",
+    """Rules on how well each stream is rebuilt from its own code: own {mode: {stream: R2}}, mean {mode: R2 or None}."""
+    first, found = next(iter(own.values())), []
+    both = "train with --topk both" if metrics.get("topk") != "both" else ""
+    if not first:
+        return [(2, "no stream varies among the judged samples, so that nothing can be judged", "judge other samples")]
+    worst = min(first, key=first.get)
+    below = {s: f"{v:.3g} {mode}" for mode, of in reversed(own.items()) for s, v in of.items() if v < 0}
+    if below:
+        found.append((2, ", ".join(f"{s} is rebuilt worse than by predicting the mean (R2 {v})" for s, v in below.items()),
+                      f"look at {', '.join(below)} for a few huge values, and leave the settings to their defaults"))
+    elif mean[next(iter(mean))] < 0.3:
+        found.append((1, f"little is rebuilt (R2 {mean[next(iter(mean))]:.3f})", "raise --k, --latents or --epochs"))
+    elif len(first) > 1 and first[worst] < np.median([v for s, v in first.items() if s != worst]) - 0.25:
+        found.append((1, f"{worst} is rebuilt much worse than the rest (R2 {first[worst]:.3f})",
                       f"look at {worst}, or leave it out with --streams"))
     if metrics["steps"] < 1000:
         found.append((1, f"{metrics['steps']} training steps are few", "raise --epochs, or lower --batch"))
     silent = headline(metrics["alone"])["silent in all, %"]
     if silent > 50:
         found.append((1, f"{silent:.0f} % of the latents are silent", "lower --latents"))
-    if "joint" in mean and mean["joint"] is not None and mean["alone"] < mean["joint"] - 0.1:
-        found.append((1, f"with one stream at hand much is lost (self R2 {mean['alone']:.3f}, joint {mean['joint']:.3f})",
-                      "train with --topk both"))
+    if mean["alone"] < mean.get("joint", -np.inf) - 0.1:
+        found.append((1, f"with one stream at hand much is lost (self R2 {mean['alone']:.3f}, joint {mean['joint']:.3f})", both))
     return found
 
 
-def _doubts_of_sharing(metrics, mean, again):
+def _doubts_of_sharing(metrics, again):
     """Rules on what streams share, which shuffled pairs and chance must not reach."""
     joint, alone, found = headline(metrics["joint"]), headline(metrics["alone"]), []
+    both = "train with --topk both" if metrics.get("topk") != "both" else ""
     if "null" not in metrics:
-        found.append((1, "the joint figures stand without their null", f"add it with {again}"))
+        found.append((1, "the joint figures stand without their null", again or ""))
     elif None not in (joint["R2 cross"], null := headline(metrics["null"]["joint"])["R2 cross"]) and \
             joint["R2 cross"] < null + 0.02:
         found.append((2, f"joint cross R2 is no better than for shuffled pairs ({joint['R2 cross']:.3f}, null {null:.3f})",
@@ -610,11 +620,11 @@ def _doubts_of_sharing(metrics, mean, again):
                                                      default=1) <= 3 / metrics["rows"]]
     if lost:
         found.append((1, f"alone, {', '.join(lost)} find no partners, or only by chance",
-                      "check that row i is the same sample in every stream, or train with --topk both"))
+                      "check that row i is the same sample in every stream"))
+        found.append((1, "", both))
     baseline = mean_cell(metrics["linear_baseline"])
     if None not in (alone["R2 cross"], baseline) and alone["R2 cross"] < baseline - 0.05:
-        found.append((1, "a linear map from stream to stream predicts more than the code does alone",
-                      "train with --topk both"))
+        found.append((1, "a linear map from stream to stream predicts more than the code does alone", both))
     return found
 
 
@@ -905,7 +915,7 @@ def write_whole(path, write):
     Raises OSError."""
     if os.path.exists(path) and not os.path.isfile(path):    # a rename would put a file in the place of /dev/null
         raise OSError(errno.EEXIST, "not a plain file", path)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.urandom(8).hex()}.tmp"
     f = open(temporary, "xb")
     try:
         with f:

@@ -216,7 +216,7 @@ FINETUNE = {
     "weight-decay": (0.05, real(), "AdamW's"),
     "seed": (0, whole(0, 2 ** 32 - 1), "of the first run; the others follow"),
 }
-WINDOW = {"window": (None, str, "low,high: grey values that are black and white; by default the "
+WINDOW = {"window": (None, str, "low,high: grey values that are black and white, --window=-1000,400 if below 0; by default the "
                      "range that a picture of more than 8 bits states or, without one, fills")}
 NULL = {"null": ("auto", bool, "train once more with the rows of all streams but the first shuffled, and show its "
                  "numbers beside; auto: where that takes under about a minute")}
@@ -248,9 +248,10 @@ def check_folder(folder, flags):
     saved = None
     if os.path.isdir(folder) and os.listdir(folder):
         if flags.resume and os.path.exists(out_path(folder, "config.json")):
-            saved = read_config(folder, COMMANDS[flags.command][1])
+            saved = read_config(folder, {})
             if saved["flags"].get("command") != flags.command:
                 raise InputError(f"{folder} holds a run of {saved['flags'].get('command')} - resume it with that command")
+            check_kinds(saved["flags"], COMMANDS[flags.command][1], out_path(folder, "config.json"))
         elif not flags.resume and not flags.overwrite:
             raise InputError(f"{folder} holds a run already - use --resume, --overwrite or another --out")
     if saved is None:
@@ -315,7 +316,7 @@ def make_folder(folder, fresh):
         ours = dict.fromkeys(("metrics.json", "report.html", "checkpoint.pt", "log.csv", "curves.svg", "neighbours.png",
                               "sweep.svg", *weights, *heat, "config.json") if fresh else ())
         for name in ours:                                    # .tmp: a run was killed while it wrote
-            for left in [f for f in found if re.fullmatch(re.escape(name) + r"(\.\d+\.tmp)?", f)]:
+            for left in [f for f in found if re.fullmatch(re.escape(name) + r"(\.[0-9a-f]{16}\.tmp)?", f)]:
                 os.remove(out_path(folder, left))
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -432,6 +433,8 @@ def resolved(flags, features, layers=()):
     import sae
     n, layers = len(features.rows("train")), {**(PLANTED if flags.data is None else {}), **dict(layers),
                                               **(THESIS if "activation" not in flags and flags.preset else {})}
+    if {"expansion", "latents"} <= flags.given:
+        raise InputError(f"--expansion {flags.expansion} and --latents {flags.latents} - give one of the two")
     if flags.get("expansion") or "expansion" in layers:
         layers["latents"] = (flags.get("expansion") or layers["expansion"]) * max(features.dims.values())
     flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
@@ -475,9 +478,9 @@ def make_model(features, flags, rows):
               **{k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels")}}
     if "activation" not in flags:
         return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, **shared)
-    stream, d = next(iter(features.dims.items()))
+    stream = next(iter(features.dims))
     how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth", "threshold")}
-    model = sae.SAE(features.dims, flags.latents or flags.expansion * d, **how, **shared)
+    model = sae.SAE(features.dims, flags.latents, **how, **shared)
     if flags.bias != "zeros":
         import numpy as np
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
@@ -623,7 +626,8 @@ def measure(model, features, flags):
     groups = features.about.get("groups")
     tasks = [] if labels is None else judge.probe_tasks(
         labels, known=known, groups=None if groups is None else groups[rows])
-    out = {"split": str(features.split[rows[0]]), "rows": len(rows), "steps": int(model.step), "latents": model.n_latents}
+    out = {"split": str(features.split[rows[0]]), "rows": len(rows), "steps": int(model.step), "latents": model.n_latents,
+           "of": len(features.rows("test", "val")), "topk": getattr(model, "topk", None)}
     codes = {}
     for mode in ("joint", "alone") if len(model.streams) > 1 else ("alone",):
         codes[mode], fit = codes_and_fit(model, features, rows, mode, flags.device)
@@ -662,10 +666,12 @@ def run_sparc(flags, features, folder, saved=None, command="sparc"):
         null_folder = out_path(folder, "null")
         say("the null: the same again with every stream but the first shuffled")
         again = flags.replaced({"null": False})
-        null, _, _ = measure(train(again, features.shuffled(flags.seed), null_folder, resumable(null_folder, saved))[0],
+        null, _, _ = measure(train(again, features.shuffled(flags.seed), null_folder, resumable(null_folder, saved, again))[0],
                              features.shuffled(flags.seed), flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
-    metrics["verdict"] = judge.verdict(metrics, f"python repsae.py {command} --resume --null --out {shlex.quote(folder)}")
+    owner = {"sparc": folder, "ablate": os.path.dirname(os.path.abspath(folder))}.get(command)          # sweep has no null
+    metrics["verdict"] = judge.verdict(
+        metrics, owner and f"add it with python repsae.py {command} --resume --null --out {shlex.quote(owner)}")
     judge.write_json(out_path(folder, "metrics.json"), metrics)
     title = f"repsae {command}: {os.path.basename(os.path.abspath(folder))}"
     settings = {**flags, "seconds to train": round(trained - began, 1),
@@ -675,10 +681,14 @@ def run_sparc(flags, features, folder, saved=None, command="sparc"):
     return metrics
 
 
-def resumable(folder, parent):
-    """The saved config of a sub-run when its parent run is being resumed and it got that far."""
-    there = parent and os.path.exists(out_path(folder, "config.json"))
-    return read_config(folder, {}) if there else None
+def resumable(folder, parent, flags):
+    """The saved config of a sub-run when its parent run is being resumed and it got that far, with these very flags: another
+    run, since overwritten, may have left a folder of that name."""
+    if not parent or not os.path.exists(out_path(folder, "config.json")):
+        return None
+    saved = read_config(folder, {})
+    same = all(saved["flags"].get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
+    return saved if same else None
 
 
 def read(flags):
@@ -786,7 +796,7 @@ def cmd_variants(flags):
                               "data_hash": features.hash})
         say(f"-- {name}")
         began = time.time()
-        metrics = run_sparc(one, features, sub, resumable(sub, saved), "sae")
+        metrics = run_sparc(one, features, sub, resumable(sub, saved, one), "sae")
         results[name] = {**metrics, "seconds": round(time.time() - began, 2)}
         stream = next(iter(features.streams))
         found = metrics.get("recovery", {}).get(stream)
@@ -889,7 +899,7 @@ def cmd_ablate(flags):
             judge.write_json(out_path(flags.out, "config.json"),
                              {"command": "ablate", "flags": flags, "data_hash": features.hash})
         one = flags.replaced({"topk": topk, "lam": lam})
-        results[name] = run_sparc(one, features, sub, resumable(sub, saved), "ablate")
+        results[name] = run_sparc(one, features, sub, resumable(sub, saved, one), "ablate")
     header, rows = ablation_table(results)
     print(f"\n{judge.text_table(header, rows)}\n")
     any_run = results["global_lam1"]
@@ -940,7 +950,8 @@ def cmd_sweep(flags):
         for topk in ("global", "local"):
             sub = out_path(flags.out, f"{name}_{label}_{topk}")
             say(f"-- {name} {label}, {topk}")
-            metrics = run_sparc(trial.replaced({"topk": topk}), mine, sub, resumable(sub, saved), "sweep")
+            one = trial.replaced({"topk": topk})
+            metrics = run_sparc(one, mine, sub, resumable(sub, saved, one), "sweep")
             for mode in ("joint", "alone"):
                 head = judge.headline(metrics[mode])
                 grids.setdefault(label, {})[f"{topk}, {mode}"] = metrics[mode]["r2"]
@@ -982,6 +993,7 @@ def parse_over(over):
             raise InputError(f"--over {over} - write for example streams=a+b,a+b+c")
         return name, [v.replace("+", ",") for v in values.split(",")]
     kind = {**MODEL, **TRAINING}[name][1]
+    kind = Number(kind.kind, kind.least, kind.most)          # a value to compare is not "auto"
     try:
         return name, [kind(v) for v in values.split(",")]
     except argparse.ArgumentTypeError as e:

@@ -911,7 +911,7 @@ def save(path, model, optimiser=None, **extra):
     """Write model, optimiser and plain `extra` to `path`, whole or not at all (a temporary name, then a rename)."""
     state = {"format": "repsae-sparc-1", "config": model.config, "model": model.state_dict(), "extra": extra,
              "optimiser": optimiser.state_dict() if optimiser else None}
-    temporary = f"{path}.{os.getpid()}.tmp"                  # fresh: no file and no link of others is written to
+    temporary = f"{path}.{os.urandom(8).hex()}.tmp"                  # fresh: no file and no link of others is written to
     f = open(temporary, "xb")
     try:
         with f:                                              # a handle, not a name: the name would go into the bytes

@@ -1248,3 +1248,20 @@ def test_latent_semantics_repeat_themselves_where_captions_span_few_dimensions()
     texts = ["a b", "a b", "c d", "c d", "a b c d", "c d"] * 4
     found = [data.latent_semantics(texts, np.arange(24), 1, 3) for _ in range(4)]
     assert found[0].shape == (24, 2) and all(np.allclose(v, found[0], atol=1e-5) for v in found)
+
+
+def test_a_bag_without_the_group_that_others_have_is_refused(tmp_path):
+    for i in range(6):
+        folder = tmp_path / "ab"[i % 2]
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / f"{i}.npz", x=np.ones((3, 2)), **({} if i == 4 else {"groups": np.full(3, i // 2)}))
+    with pytest.raises(data.InputError, match="4.npz has no single group"):
+        data.read_bags(str(tmp_path))
+
+
+def test_a_window_holds_for_the_pictures_of_a_medmnist_file(tmp_path):
+    pixels = np.arange(0, 200, 2, dtype=np.uint8).reshape(4, 5, 5)
+    np.savez(tmp_path / "m.npz", train_images=pixels, train_labels=np.array([0, 1, 0, 1]))
+    plain, wide = (data.read_pictures(str(tmp_path / "m.npz"), 5, window=window).pixels[:, 0] for window in (None, (0, 100)))
+    assert np.array_equal(plain, pixels)
+    np.testing.assert_allclose(wide, np.minimum(pixels * 2.55, 255), atol=0.51)

@@ -2387,3 +2387,32 @@ def test_random_latents_of_attribute_are_living_ones_that_the_concept_lacks(worl
         ["fibroblast"], {(0, 0): None}, repsae.Flags(seed=0, device="cpu"))
     assert torch.equal(scores["vit, random latents"][1](f, 0), z[:, other]) and z[:, other].any()
     assert torch.equal(scores["vit, sum of concept latents"][1](f, 0), z[:, concept])
+
+
+def test_a_sub_run_that_an_overwritten_run_left_is_not_taken_for_the_new_one_s(features, tmp_path):
+    common = ["--data", features, "--batch", 64, "--lr", "3e-3", "--epochs", 1, "--out", tmp_path / "r"]
+    run("sparc", *common, "--latents", 16, "--k", 2, "--null")
+    run("sparc", *common, "--latents", 24, "--k", 4, "--no-null", "--overwrite")
+    run("sparc", "--resume", "--null", "--out", tmp_path / "r")
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert metrics["latents"] == metrics["null"]["joint"]["activation"]["latents"] == 24
+
+
+def test_the_verdict_names_the_run_that_can_be_given_its_null(features, tmp_path):
+    common = ["--data", features, *SMALL, "--epochs", 1]
+    run("ablate", *common, "--no-null", "--out", tmp_path / "a")
+    run("sweep", *common, "--over", "k=2", "--out", tmp_path / "s")
+    told = [json.loads((tmp_path / name / "metrics.json").read_text())["verdict"]["next"]
+            for name in ("a/global_lam1", "s/k_2_global")]
+    assert f"ablate --resume --null --out {tmp_path / 'a'}" in told[0] and "--null" not in told[1]
+    before = (tmp_path / "a" / "both_lam1" / "checkpoint.pt").stat().st_mtime_ns
+    run("ablate", "--resume", "--null", "--out", tmp_path / "a")
+    assert "null" in json.loads((tmp_path / "a" / "metrics.json").read_text())["both_lam1"]
+    assert (tmp_path / "a" / "both_lam1" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_settings_that_contradict_each_other_are_refused(features, tmp_path, capsys):
+    out = ("--data", features, "--out", tmp_path / "r")
+    assert "give one of the two" in error(capsys, "sae", "--stream", "x", "--latents", 9, "--expansion", 2, *out)
+    assert "--over latents=auto,9: auto - give a whole number" in error(capsys, "sweep", "--over", "latents=auto,9", *out)
+    assert not (tmp_path / "r").exists()
