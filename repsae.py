@@ -249,7 +249,7 @@ def check_folder(folder, flags):
     if os.path.isdir(folder) and os.listdir(folder):
         if flags.resume and os.path.exists(out_path(folder, "config.json")):
             saved = read_config(folder, {})
-            if saved["flags"].get("command") != flags.command:
+            if saved["flags"].get("command", flags.command) != flags.command:
                 raise InputError(f"{folder} holds a run of {saved['flags'].get('command')} - resume it with that command")
             check_kinds(saved["flags"], COMMANDS[flags.command][1], out_path(folder, "config.json"))
         elif not flags.resume and not flags.overwrite:

@@ -1768,7 +1768,7 @@ def test_a_disk_that_is_full_ends_a_run_in_one_line_and_leaves_no_half_file(feat
 
 
 def test_what_a_killed_write_left_goes_with_the_run_and_what_is_a_users_own_stays(short, features):
-    for name in ("checkpoint.pt.123.tmp", "checkpoint.pt.tmp", "mine.pt.123.tmp"):
+    for name in ("checkpoint.pt.0123456789abcdef.tmp", "checkpoint.pt.tmp", "mine.pt.123.tmp"):
         (short / name).write_text("x")
     run("sparc", "--data", features, *SMALL, "--epochs", 1, "--out", short, "--overwrite")
     assert {f for f in os.listdir(short) if f.endswith(".tmp")} == {"checkpoint.pt.tmp", "mine.pt.123.tmp"}
