@@ -3551,7 +3551,7 @@ def demo_slides(out, x, made):
             slide.paste(tile, place)
         judge.save_picture(out_path(folder, f"{group}.png"), slide)
         judge.write_npz(out_path(folder, f"{group}.npz"), {
-            "dino_vim": x[rows], "images": np.array([f"{group}.png"]),
+            "dino_vim": x[rows], "images": np.array([f"{group}.png"] * len(rows)),
             "coords": np.array([(*place, side, side) for place in places])})
 
 
