@@ -1695,57 +1695,72 @@ class Bags:
 
 
 def read_bags(path, stream=None):
-    """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags), or a folder with a feature file
-    for each bag, as `extract` writes them, in class folders, perhaps inside train, val and test folders.
+    """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags) and groups
+    (bags,), or a folder with a feature file for each bag, as `extract` writes them, in class folders,
+    perhaps inside train, val and test folders.
 
     Raises InputError for shapes that do not fit, an empty bag, NaN, or a single class.
     """
-    if os.path.isdir(path):
-        paths, y, label_names, split, _ = _walk(path, (".npz",), "feature files")
-        if y is None:
-            raise InputError(f"{path} has no class folders - put each bag's file into a folder named after its label")
-        names = [os.path.splitext(os.path.basename(p))[0] for p in paths]
-        parts, coords, images, groups = map(list, zip(*(_read_bag(p, stream) for p in paths)))
-        if len({group is None for group in groups}) > 1:
-            raise InputError(f"{paths[groups.index(None)]} has no single group, as other bags have - give one in each, or none")
-        groups = None if None in groups else np.array(groups)
-        widths = {x.shape[1] for x in parts}
-        if len(widths) > 1:
-            raise InputError(f"the bags in {path} have widths {sorted(widths)} - extract them with one backbone")
-        X, offsets, folds = np.concatenate(parts), np.cumsum([0, *map(len, parts)]), None
-    else:
-        arrays, coords, images, split = _Source(path), None, None, None
-        groups = arrays.get("groups")
-        for key in ("X", "offsets", "y"):
-            if key not in arrays:
-                raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets (bags + 1,) and y (bags,)")
-        X, offsets = _instances(path, "X", arrays), arrays["offsets"]
-        y, folds = arrays["y"], arrays.get("folds")
-        if y.ndim != 1 or offsets.ndim != 1 or not len(y) or not len(offsets) or not np.issubdtype(offsets.dtype, np.integer):
-            raise InputError(f"'y' has shape {y.shape}, 'offsets' {offsets.shape} of {offsets.dtype} - give (bags,) and "
-                             "(bags + 1,) integers")
-        label_names, names = [], [str(i) for i in range(len(y))]
-        offsets = offsets.astype(np.int64)
-        if len(offsets) != len(y) + 1 or offsets[0] != 0 or offsets[-1] != len(X):
-            raise InputError(f"'offsets' has {len(offsets)} entries from {offsets[0]} to {offsets[-1]} for {len(y)} bags and "
-                             f"{len(X)} instances - give bags + 1, from 0 to the number of instances")
-        if not np.issubdtype(y.dtype, np.integer) or not 0 <= y.min() <= y.max() <= MOST_LABELS:
-            raise InputError(f"'y' holds {y.dtype} from {min(y.tolist())} to {max(y.tolist())} - give integers from 0")
-        if groups is not None and groups.shape != y.shape:
-            raise InputError(f"'groups' has shape {groups.shape} for {len(y)} bags - give one each")
-        if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):
-            raise InputError(f"'folds' has shape {folds.shape} and type {folds.dtype} for {len(y)} bags - give (repeats, "
-                             "folds, bags) bool, True = train")
-    bad = np.flatnonzero(np.diff(offsets) < 1)
+    bags = _bags_of_folder(path, stream) if os.path.isdir(path) else _bags_of_file(path)
+    bad = np.flatnonzero(np.diff(bags.offsets) < 1)
     if len(bad):
-        raise InputError(f"bag {names[bad[0]]} is empty - drop it")
-    rows = np.flatnonzero(~np.isfinite(X).all(1))
+        raise InputError(f"bag {bags.names[bad[0]]} is empty - drop it")
+    rows = np.flatnonzero(~np.isfinite(bags.X).all(1))
     if len(rows):
         raise InputError(f"instance {rows[0]} holds NaN or Inf - drop or mend it")
-    if len(np.unique(y)) < 2:
-        raise InputError(f"all bags have the label {y[0]} - there is nothing to learn")
-    return Bags(X.astype(np.float32), np.asarray(offsets), y.astype(int), label_names or [str(c) for c in range(y.max() + 1)],
-                names, folds, split, coords, images, groups)
+    if len(np.unique(bags.y)) < 2:
+        raise InputError(f"all bags have the label {bags.y[0]} - there is nothing to learn")
+    return replace(bags, X=bags.X.astype(np.float32), y=bags.y.astype(int),
+                   label_names=bags.label_names or [str(c) for c in range(bags.y.max() + 1)])
+
+
+def _bags_of_folder(path, stream):
+    """Bags of class folders of feature files, their widths and groups checked."""
+    paths, y, label_names, split, _ = _walk(path, (".npz",), "feature files")
+    if y is None:
+        raise InputError(f"{path} has no class folders - put each bag's file into a folder named "
+                         "after its label")
+    names = [os.path.splitext(os.path.basename(p))[0] for p in paths]
+    parts, coords, images, groups = map(list, zip(*(_read_bag(p, stream) for p in paths)))
+    if len({group is None for group in groups}) > 1:
+        raise InputError(f"{paths[groups.index(None)]} has no single group, as other bags have - "
+                         "give one in each, or none")
+    widths = {x.shape[1] for x in parts}
+    if len(widths) > 1:
+        raise InputError(f"the bags in {path} have widths {sorted(widths)} - extract them with one "
+                         "backbone")
+    return Bags(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), y, label_names, names,
+                split=split, coords=coords, images=images,
+                groups=None if None in groups else np.array(groups))
+
+
+def _bags_of_file(path):
+    """Bags of an .npz, the shapes and types of its arrays checked against each other."""
+    arrays = _Source(path)
+    for key in ("X", "offsets", "y"):
+        if key not in arrays:
+            raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets (bags + 1,) and "
+                             "y (bags,)")
+    X, offsets, y = _instances(path, "X", arrays), arrays["offsets"], arrays["y"]
+    folds, groups = arrays.get("folds"), arrays.get("groups")
+    if y.ndim != 1 or offsets.ndim != 1 or not len(y) or not len(offsets) \
+            or not np.issubdtype(offsets.dtype, np.integer):
+        raise InputError(f"'y' has shape {y.shape}, 'offsets' {offsets.shape} of {offsets.dtype} - "
+                         "give (bags,) and (bags + 1,) integers")
+    offsets = offsets.astype(np.int64)
+    if len(offsets) != len(y) + 1 or offsets[0] != 0 or offsets[-1] != len(X):
+        raise InputError(f"'offsets' has {len(offsets)} entries from {offsets[0]} to {offsets[-1]} for "
+                         f"{len(y)} bags and {len(X)} instances - give bags + 1, from 0 to the number "
+                         "of instances")
+    if not np.issubdtype(y.dtype, np.integer) or not 0 <= y.min() <= y.max() <= MOST_LABELS:
+        raise InputError(f"'y' holds {y.dtype} from {min(y.tolist())} to {max(y.tolist())} - give "
+                         "integers from 0")
+    if groups is not None and groups.shape != y.shape:
+        raise InputError(f"'groups' has shape {groups.shape} for {len(y)} bags - give one each")
+    if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):
+        raise InputError(f"'folds' has shape {folds.shape} and type {folds.dtype} for {len(y)} bags - "
+                         "give (repeats, folds, bags) bool, True = train")
+    return Bags(X, offsets, y, [], [str(i) for i in range(len(y))], folds, groups=groups)
 
 
 def _read_bag(path, stream):
