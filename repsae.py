@@ -12,6 +12,7 @@ import contextlib
 import csv
 import functools
 import html
+import importlib
 import io
 import itertools
 import json
@@ -27,6 +28,22 @@ import tempfile
 import threading
 import time
 import warnings
+
+
+class Late:
+    """A module that is imported when something of it is first used: --help needs no torch."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, what):
+        return getattr(importlib.import_module(self._name), what)
+
+
+data, judge, sae, ssm = Late("data"), Late("eval"), Late("sae"), Late("ssm")
+np, sp, scipy, torch = Late("numpy"), Late("scipy.sparse"), Late("scipy"), Late("torch")
+Image, ImageDraw = Late("PIL.Image"), Late("PIL.ImageDraw")
+futures, multiprocessing = Late("concurrent.futures"), Late("multiprocessing")
 
 
 class Number:
@@ -266,7 +283,6 @@ def check_folder(folder, flags):
 
 def read_config(folder, table):
     """config.json of a run folder, a dict, whose "flags" have what the flag table `table` names, each of its kind."""
-    import data
     path = out_path(folder, "config.json")
     config = data.read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
@@ -293,8 +309,6 @@ def check_kinds(values, table, path):
 @contextlib.contextmanager
 def unpacked(path, wrong, advice, device="cpu"):
     """What a .pt file holds, for the lines that take it apart: whatever fails there ends as "`path` `wrong` - `advice`"."""
-    import data
-    import torch
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # torch's own, of TorchScript; the advice says what to do
@@ -334,10 +348,7 @@ def fresh_folder(folder, pattern):
 
 def versions():
     """What a run depends on besides its flags: a dict for config.json."""
-    import numpy
-    import scipy
-    import torch
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__,
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
 
@@ -372,7 +383,6 @@ class Log:
     def __init__(self, path, upto=0, columns=(), gaps=()):
         self.path, self.rows = path, []
         if upto and os.path.exists(path):
-            import data
             data.plain_file(path)
             try:
                 with open(path, newline="") as f:
@@ -389,7 +399,6 @@ class Log:
         self.rows.append({k: str(v) for k, v in row.items()})
 
     def write(self):
-        import eval as judge
         text = io.StringIO()
         if self.rows:
             writer = csv.DictWriter(text, list(self.rows[0]), lineterminator="\n")
@@ -404,9 +413,6 @@ class Interrupted(Exception):
 
 def train(flags, features, folder, saved=None, command="sparc"):
     """Train, or go on training, the model of `flags` on `features` in `folder`. Returns (model, Log)."""
-    import data
-    import eval as judge
-    import sae
     rows = features.rows("train")
     model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
@@ -430,7 +436,6 @@ def train(flags, features, folder, saved=None, command="sparc"):
 def resolved(flags, features, layers=()):
     """The flags with all that was left open filled in: what was typed, else `layers` or the preset, else what made-up data
     want, else by the number of training rows. Says in a line what was chosen; `null`: whether it takes under a minute."""
-    import sae
     n, layers = len(features.rows("train")), {**(PLANTED if flags.data is None else {}), **dict(layers),
                                               **(THESIS if "activation" not in flags and flags.preset else {})}
     if {"expansion", "latents"} <= flags.given:
@@ -468,7 +473,6 @@ def memory():
 
 def make_model(features, flags, rows):
     """The SAE or the SPARC of `flags`, untrained; statistics and the bias it starts from are those of the training rows."""
-    import sae
     needs = 32 * flags.latents * sum(features.dims.values())
     if needs > memory():
         raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the weights alone - lower it")
@@ -482,7 +486,6 @@ def make_model(features, flags, rows):
     how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth", "threshold")}
     model = sae.SAE(features.dims, flags.latents, **how, **shared)
     if flags.bias != "zeros":
-        import numpy as np
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
         x = model.normalise(features.batch(drawn)[stream], stream)
         model.b_pre[stream].data.copy_(sae.geometric_median(x) if flags.bias == "median" else x.mean(0))
@@ -529,7 +532,6 @@ class Keeper:
 
 def _fit(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
     """sae.fit under a Keeper."""
-    import sae
 
     def on_step(step, result):
         def dead():
@@ -556,7 +558,6 @@ def _fit(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
 
 def evaluation_rows(features, flags, *splits):
     """Rows of the first split that has any, at most --eval-rows of them, drawn with the seed."""
-    import numpy as np
     rows = features.rows(*splits)
     if 0 < flags.eval_rows < len(rows):
         rows = np.sort(np.random.default_rng([flags.seed, 4]).choice(rows, flags.eval_rows, replace=False))
@@ -565,7 +566,6 @@ def evaluation_rows(features, flags, *splits):
 
 def encoded(model, features, rows, mode, device, block=1024):
     """Yield (x, codes) for `rows`, block by block: dicts stream -> raw features (b, d_s) and -> Codes."""
-    import torch
     with torch.no_grad():
         for start in range(0, len(rows), block):
             x = {s: v.to(device) for s, v in features.batch(rows[start:start + block]).items()}
@@ -589,21 +589,18 @@ def collect(pieces):
     """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays. Where codes
     have no fixed k, k is the largest, and index -1 with value 0 fills up: any real index would
     hide that latent's value."""
-    import torch
-    from torch.nn.functional import pad
     out = {}
     for s in pieces[0]:
         k = max(c[s].indices.shape[1] for c in pieces)
         parts = ([c[s].indices.int() for c in pieces], -1), ([c[s].values for c in pieces], 0)
         out[s] = tuple(
-            torch.cat([pad(v, (0, k - v.shape[1]), value=fill) for v in part]).cpu().numpy()
+            torch.cat([torch.nn.functional.pad(v, (0, k - v.shape[1]), value=fill) for v in part]).cpu().numpy()
             for part, fill in parts)
     return out
 
 
 def codes_and_fit(model, features, rows, mode, device):
     """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass."""
-    import eval as judge
     pieces = []
 
     def reconstructions():
@@ -617,9 +614,6 @@ def codes_and_fit(model, features, rows, mode, device):
 
 def measure(model, features, flags):
     """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone. Returns (metrics, codes by mode, rows)."""
-    import eval as judge
-    import numpy as np
-    import torch
     features = features.per_token()
     rows = evaluation_rows(features, flags, "test", "val")
     labels, known = features.label_matrix(rows), features.labelled[rows]
@@ -657,7 +651,6 @@ def measure(model, features, flags):
 
 def run_sparc(flags, features, folder, saved=None, command="sparc"):
     """Train, measure, write metrics.json and report.html; with --null one more in `folder`/null. Returns metrics."""
-    import eval as judge
     began = time.time()
     model, log = train(flags, features, folder, saved, command)
     trained = time.time()
@@ -693,7 +686,6 @@ def resumable(folder, parent, flags):
 
 def read(flags):
     """The features that the flags name, or the made-up ones; prints what the user should know about them."""
-    import data
     names = flags.streams.split(",") if flags.streams else None
     if flags.data is not None:
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
@@ -774,8 +766,6 @@ VARIANTS = ({"activation": "relu"}, {"activation": "relu", "revive": "none"}, {"
 
 def cmd_variants(flags):
     """Every kind of sparse autoencoder on one stream, in one table: R2, active and silent latents, planted concepts found."""
-    import eval as judge
-    import sae
     flags, saved = check_folder(flags.out, flags)
     given = saved.get("given") if saved else []
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
@@ -812,7 +802,6 @@ def cmd_variants(flags):
 
 def load_run(folder, device="cpu"):
     """(model, config) of a run folder."""
-    import sae
     if not os.path.exists(out_path(folder, "config.json")):
         raise InputError(f"{folder} is no run folder - name one that sparc, sae or ablate wrote")
     config = read_config(folder, {**{k: DATA[k] for k in ("data", "taxonomy")}, **SEED})
@@ -821,7 +810,6 @@ def load_run(folder, device="cpu"):
 
 def features_for(model, config, flags):
     """The features to use a run on: those of --data, else the run's own. Only streams that the model knows are read."""
-    import data
     flags = flags.replaced({k: config["flags"].get(k, flags.get(k)) for k in ("data", "taxonomy", "seed")
                             if k not in flags.given})
     if not flags.streams:
@@ -841,7 +829,6 @@ def features_for(model, config, flags):
 
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
-    import eval as judge
     model, config = load_run(flags.run, flags.device)
     features, flags = features_for(model, config, flags)
     missing = [s for s in model.streams if s not in features.streams]
@@ -858,8 +845,6 @@ def cmd_encode(flags):
     """Write the sparse codes of features: <stream>_indices and _values, (N, k), of tokens (N, T, k).
 
     Samples with fewer active latents may be filled up with index -1, value 0."""
-    import eval as judge
-    import numpy as np
     if os.path.exists(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} exists - use --overwrite or another --out")
     model, config = load_run(flags.run, flags.device)
@@ -884,7 +869,6 @@ ABLATE_COLUMNS = (("mixed %", "mixed: alive in some, %"), ("Jaccard", "Jaccard o
 
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, in one table, each joint and alone, with its null."""
-    import eval as judge
     flags, saved = check_folder(flags.out, flags)
     features = read_to_train(flags)
     if len(features.streams) < 2:
@@ -914,7 +898,6 @@ def cmd_ablate(flags):
 
 def ablation_table(results):
     """{name: metrics} -> (header, rows): a line for each configuration and one for its null; cells "joint / alone"."""
-    import eval as judge
     header, rows = ["joint / alone", *(name for name, _ in ABLATE_COLUMNS)], []
     for name, metrics in results.items():
         for label, block in ((name, metrics), ("  its null", metrics.get("null"))):
@@ -928,8 +911,6 @@ def ablation_table(results):
 def cmd_sweep(flags):
     """Self and cross NMSE over values of one setting, Global against Local TopK (thesis 5.4.8, sparc.txt 5 and B), or over
     sets of streams (sparc.txt C)."""
-    import eval as judge
-    import sae
     flags, saved = check_folder(flags.out, flags)
     name, values = parse_over(flags.over)
     features, trials = read_to_train(flags), {}
@@ -1002,7 +983,6 @@ def parse_over(over):
 
 def print_summary(metrics):
     """The end of a run: the table, joint and alone side by side, the planted concepts that were found, the verdict."""
-    import eval as judge
     header, rows = judge.summary(metrics)
     print(f"\n{judge.text_table(header, rows)}\n\n{metrics['rows']} samples of the {metrics['split']} split")
     for s, found in metrics.get("recovery", {}).items():
@@ -1031,7 +1011,6 @@ def cmd_dino(flags):
 
 def pictures_of(flags):
     """The pictures that --images names, grey values as --window says."""
-    import data
     images = data.read_images(needed(flags, "images"))
     images.window = grey_window(flags)
     for note in images.notes:
@@ -1061,7 +1040,6 @@ def needed(flags, name):
 
 def make_backbone(arch, **settings):
     """A preset of ssm.py by name; settings that are None are left to it, and size and patch where it knows none (VMamba)."""
-    import ssm
     if arch not in ssm.PRESETS:
         raise InputError(f"{arch} is no backbone - take one of {', '.join(ssm.PRESETS)}")
     skip = ("size", "patch") if arch.startswith("vmamba") else ()
@@ -1081,8 +1059,6 @@ def number_pair(flags, name):
 
 def dino_nets(flags):
     """Student (in training), teacher (never), centre (K,) and optimiser of a run that has not begun."""
-    import ssm
-    import torch
     torch.manual_seed(flags.seed)
 
     def net(drop_path):
@@ -1097,7 +1073,6 @@ def dino_nets(flags):
 
 def dino_schedule(flags, step, epoch):
     """What `ssm.dino_step` is to use in a step; `epoch` is the number of steps in one."""
-    import ssm
     n_steps = flags.epochs * epoch
     return {"lr": ssm.cosine_schedule(step, n_steps, flags.lr * flags.batch / 256, flags.min_lr, flags.warmup * epoch),
             "weight_decay": ssm.cosine_schedule(step, n_steps, flags.weight_decay, flags.weight_decay_end),
@@ -1109,10 +1084,6 @@ def dino_schedule(flags, step, epoch):
 
 def train_dino(flags, images, rows, folder, saved):
     """Train, or go on training, the backbone of `flags` on the images `rows`, and report. Stops when it has collapsed."""
-    import data
-    import eval as judge
-    import ssm
-    import torch
     torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
     student, teacher, center, optimiser = dino_nets(flags)
     if flags.standardise:
@@ -1177,7 +1148,6 @@ class Watch:
     """Looks at a backbone from outside: its features of the pictures, and their k-NN accuracy where there are labels."""
 
     def __init__(self, images, backbone, flags, most=4000):
-        import numpy as np
         self.images, self.backbone, self.flags = images, backbone, flags
         self.train, self.test = np.arange(0), np.arange(0)
         labels = images.labels
@@ -1190,14 +1160,12 @@ class Watch:
                 self.test = np.arange(0)
 
     def features(self, rows, raw=False):
-        import torch
         backbone = None if raw else self.backbone
         return torch.cat(list(image_features(self.images, rows, backbone, self.flags.size, self.flags.device)))
 
     def knn(self, raw=False):
         """Of the 20 nearest neighbours the balanced accuracy, or, where several labels hold at once, their mean AUC; None
         without labels."""
-        import eval as judge
         if not len(self.test):
             return None
         train, test = (self.features(rows, raw) for rows in (self.train, self.test))
@@ -1209,8 +1177,6 @@ class Watch:
 
 def image_features(images, rows, backbone, size, device, block=256, whole=False, **how):
     """Yield features (b, d) of pictures block by block; without a backbone the pixels themselves. how: see `features`."""
-    import data
-    import torch
     view, images.side = data.plain_view(size, whole or images.whole), max(size, images.side)
     for start in range(0, len(rows), block):
         x = torch.stack([view(images.open(i)) for i in rows[start:start + block]]).to(device)
@@ -1221,8 +1187,6 @@ def image_features(images, rows, backbone, size, device, block=256, whole=False,
 
 def finish_dino(flags, folder, log, watch):
     """metrics.json and report.html, with curves.svg and neighbours.png: what some pictures' nearest neighbours look like."""
-    import eval as judge
-    import numpy as np
     number = {k: [(float(r["step"]), float(r[k])) for r in log.rows if r[k]]
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: v[-1][1] for k, v in number.items() if v}
@@ -1254,10 +1218,6 @@ def finish_dino(flags, folder, log, watch):
 
 def cmd_extract(flags):
     """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe` read."""
-    import data
-    import eval as judge
-    import numpy as np
-    import ssm
     images, size = pictures_of(flags), flags.size
     if os.path.exists(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} exists - use --overwrite, or another --out")
@@ -1305,14 +1265,12 @@ def cmd_extract(flags):
 
 def token_grid(model, size):
     """(rows, columns) of a backbone's patch tokens of a picture with `size` pixels a side."""
-    import torch
     with torch.no_grad():
         return model.features(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), tokens=True)[1]
 
 
 def object_arrays(objects):
     """The annotated objects of pictures as a feature file has them: labels (N, C) bool, label_names, boxes (n, 6)."""
-    import numpy as np
     names = sorted({name for found in objects for name, _ in found})
     boxes = np.array([(i, names.index(name), *box) for i, found in enumerate(objects) for name, box in found
                       if box[0] < box[2] and box[1] < box[3]])
@@ -1323,7 +1281,6 @@ def object_arrays(objects):
 
 def relative(paths, out):
     """Paths (N,) as they are seen from the folder of the file `out`."""
-    import numpy as np
     return np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(out))) for p in paths])
 
 
@@ -1333,8 +1290,6 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     Returns (name, model, the side it was trained at); model.made tells how to build it again. With n_classes it gets a new
     head of so many classes, and arch may be one of torchvision's classifiers too; with `head` it keeps its file's.
     """
-    import ssm
-    import torch
     name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
     arch, _, path = where.partition(":")
     if not where or os.path.basename(name) != name:          # it names files, too
@@ -1372,7 +1327,6 @@ def load_backbone(spec, flags, n_classes=0, head=False):
 
 def torchvision_model(name, path, n_classes):
     """A classifier of torchvision by name, its last layer new; path: a state_dict of the released shape, or "random"."""
-    import data
     models = data.vision().models
     if name not in models.list_models(module=models):
         raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
@@ -1386,7 +1340,6 @@ def torchvision_model(name, path, n_classes):
 
 def last_linear(model):
     """(name, module) of a classifier's last linear layer; raises InputError when it has none."""
-    import torch
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     if not found:
         raise InputError(f"{type(model).__name__} ends in no linear layer - take another model")
@@ -1395,8 +1348,6 @@ def last_linear(model):
 
 def cmd_probe(flags):
     """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis 3.2.3)?"""
-    import eval as judge
-    import numpy as np
     features = read_to_train(flags)
     labels = features.labels
     if labels is None:                                       # tokens have none
@@ -1449,10 +1400,6 @@ class Coded:
     """
 
     def __init__(self, run, flags, tau=0.):
-        import eval as judge
-        import numpy as np
-        import scipy.sparse as sp
-        import torch
         self.model, config = load_run(run, flags.device)
         flags = flags.replaced({"streams": flags.get("stream") or flags.get("streams"), "taxonomy": None})
         flags.given |= {"taxonomy"}                          # not the run's: the labels may be others
@@ -1482,8 +1429,6 @@ class Coded:
 
     def code(self, x):
         """Codes of raw vectors (n, d): CSR (n, L)."""
-        import eval as judge
-        import torch
         with torch.no_grad():
             codes = self.model.encode({self.stream: x}, "alone")[self.stream]
         return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), self.model.n_latents)
@@ -1499,7 +1444,6 @@ class Coded:
 
     def labels(self):
         """(N, C) bool; raises InputError when the file has no labels."""
-        import numpy as np
         labels = self.features.label_matrix(np.arange(len(self.features)))
         if labels is None:
             raise InputError(f"{self.flags.data} has no labels - add them as `labels`")
@@ -1547,8 +1491,6 @@ def label_number(features, label):
 
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients (CytoSAE)."""
-    import eval as judge
-    import numpy as np
     folder = analysis_folder(flags, "latents")
     coded = Coded(flags.run, flags, flags.tau)
     features, (train, _) = coded.features, coded.split()
@@ -1621,7 +1563,6 @@ def best_first(ranks, latent, rows):
 
 def reference_gallery(coded, table, train, latents, most=6):
     """The reference samples of latents in HTML, with the patches where they are active, if there are pictures and a grid."""
-    import eval as judge
     parts = []
     for j in latents:
         parts.append(f"<h3>latent {j}</h3>")
@@ -1643,9 +1584,6 @@ def barcode_sections(coded, table, flags):
     """Barcodes of groups and of their labels (CytoSAE Eq. 4), what tells two labels apart, and how well barcodes classify:
     (figures or None, sections of the report, arrays for a file or None). Without groups each of some 20,000 samples at most is
     one, if it has tokens; groups whose labelled samples differ count for none of the labels."""
-    import data
-    import eval as judge
-    import numpy as np
     features, y = coded.features, coded.classes()
     groups = features.about.get("groups")
     if flags.between and (groups is None or y is None):
@@ -1693,8 +1631,6 @@ def barcode_sections(coded, table, flags):
 
 def barcode_chart(arrays, of_label, most=80):
     """The barcodes of the labels, a_d, over the latents in which they differ most, as a chart."""
-    import eval as judge
-    import numpy as np
     codes = arrays["diseases"]
     shown = np.sort(np.argsort(-codes.std(0), kind="stable")[:most])
     return judge.svg_lines({str(arrays["label_names"][c]): [(i, code[j]) for i, j in enumerate(shown)]
@@ -1704,7 +1640,6 @@ def barcode_chart(arrays, of_label, most=80):
 
 def cmd_intervene(flags):
     """What each latent does: keep or silence the top latents of a label and see what a linear head still tells (Mammo-SAE)."""
-    import eval as judge
     folder = analysis_folder(flags, f"intervene_{flags.label}")
     coded = Coded(flags.run, flags)
     label = label_number(coded.features, flags.label)
@@ -1758,8 +1693,6 @@ def cmd_intervene(flags):
 
 def class_mean_chart(name, means, most=100):
     """Mammo-SAE Fig. 4: mean activation of the latents that are most active in either class, by latent, as a chart."""
-    import eval as judge
-    import numpy as np
     shown = np.sort(np.argsort(-means.max(0), kind="stable")[:most])
     return judge.svg_lines({f"{name}, {what}": [(i, means[c][j]) for i, j in enumerate(shown)]
                             for c, what in ((0, "without the label"), (1, "with it"))},
@@ -1769,9 +1702,6 @@ def class_mean_chart(name, means, most=100):
 
 def linear_head(coded, y, train, flags):
     """Weights (d,) and bias of a linear score on normalised features: of --head, or fitted to the training samples' labels."""
-    import data
-    import eval as judge
-    import numpy as np
     model, s = coded.model, coded.stream
     if not flags.head:
         W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
@@ -1800,7 +1730,6 @@ def linear_head(coded, y, train, flags):
 def top_latents(coded, label, train, means, rank, most=10):
     """The latents of a label, best first: by its class mean (Mammo-SAE section 2.2), by how much that exceeds the other
     class's, or by how much more active they are inside its boxes on training pictures, in standard deviations (both ours)."""
-    import numpy as np
     if rank != "boxes":
         return np.argsort(means[0] * (rank == "difference") - means[1], kind="stable")[:most]
     boxes, (rows, columns) = coded.features.boxes, grid_of(coded)
@@ -1830,7 +1759,6 @@ def grid_of(coded):
 
 def localisation(coded, label, rows, latents, flags):
     """Average precision of each latent's heat maps as a detector of a label's boxes (Mammo-SAE Table 2)."""
-    import eval as judge
     boxes = coded.features.boxes
     truth = [[tuple(b[2:]) for b in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]] for row in rows]
     how = {"percentile": flags.percentile, "connectivity": int(flags.connectivity), "strict": flags.strict,
@@ -1847,8 +1775,6 @@ def localisation(coded, label, rows, latents, flags):
 
 def heat_gallery(coded, label, rows, latents, most=6):
     """Pictures with a label, true boxes in red, beside the heat maps of latents, as HTML."""
-    import eval as judge
-    from PIL import ImageDraw
     y, parts = coded.labels()[:, label], []
     for row in [row for row in rows if y[row]][:most]:
         image = coded.picture(row)
@@ -1867,8 +1793,6 @@ def heat_gallery(coded, label, rows, latents, most=6):
 
 def cmd_fidelity(flags):
     """How much of the features a code keeps: R2, what few latents can tell, neighbours (the TotalSegmentator study)."""
-    import eval as judge
-    import numpy as np
     folder = analysis_folder(flags, "fidelity")
     coded = Coded(flags.run, flags)
     y, (train, test) = coded.classes(), coded.split()
@@ -1921,8 +1845,6 @@ PROMPT = ("Below are samples that activate one latent of a sparse autoencoder st
 
 def cmd_describe(flags):
     """For every latent the samples that show what it means, as JSON with a prompt for any language model."""
-    import eval as judge
-    import numpy as np
     coded = Coded(flags.run, flags)
     train, _ = coded.split()
     code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
@@ -1948,7 +1870,6 @@ def cmd_describe(flags):
 
 def read_names(path, n_latents):
     """names.json: dict latent -> name."""
-    import data
     found = data.read_json(path)
     if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
         raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
@@ -1961,9 +1882,6 @@ def read_names(path, n_latents):
 
 def cmd_search(flags):
     """Find samples by words: query -> latents with fitting names -> samples, with a control of shuffled names."""
-    import data
-    import eval as judge
-    import numpy as np
     coded = Coded(flags.run, flags)
     names = read_names(needed(flags, "names"), coded.model.n_latents)
     if flags.embeddings:
@@ -2008,8 +1926,6 @@ def cmd_search(flags):
 
 def cmd_compare(flags):
     """Do two runs have latents in common? Best pairing by activation, against shuffled samples and a shared code."""
-    import eval as judge
-    import numpy as np
     both = [Coded(run, flags.replaced({"stream": stream})) for run, stream in
             ((flags.run, flags.stream), (flags.other, flags.stream_b))]
     if len(both[0].features) != len(both[1].features):
@@ -2050,10 +1966,6 @@ def cmd_compare(flags):
 
 def cmd_tissue(flags):
     """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
-    import data
-    import eval as judge
-    import numpy as np
-    from PIL import Image
     if os.path.exists(out_path(flags.out, "tissue.npz")) and not flags.overwrite:
         raise InputError(f"{flags.out} holds a tissue already - use --overwrite or another --out")
     made = data.tissue(flags.pictures, flags.size, flags.seed)
@@ -2080,11 +1992,6 @@ def cmd_tissue(flags):
 
 def cmd_clip(flags):
     """Train a small CLIP on pictures and their captions: image and text encoders into one space (thesis 5.3.1)."""
-    import data
-    import eval as judge
-    import numpy as np
-    import ssm
-    import torch
     if flags.weights:
         return import_clip(flags)
     images = pictures_of(flags)
@@ -2142,8 +2049,6 @@ def cmd_clip(flags):
 
 def import_clip(flags):
     """A released CLIP as a run like our own: its weights, its tokenizer, and its first layer in our units of pixels."""
-    import data
-    import ssm
     words = data.Merges(data.read_merges(needed(flags, "merges")))
     with unpacked(flags.weights, "is no state_dict of a CLIP", "of OpenAI's files save torch.jit.load(FILE).state_dict()"
                   ) as state:
@@ -2158,8 +2063,6 @@ def import_clip(flags):
 
 
 def write_clip(folder, model, words):
-    import data
-    import eval as judge
     judge.write_torch(out_path(folder, "clip.pt"), {
         "model": model.state_dict(), "config": model.config,
         "merges" if isinstance(words, data.Merges) else "words": words.words})
@@ -2168,8 +2071,6 @@ def write_clip(folder, model, words):
 def load_clip(folder, device):
     """(image encoder, the side it was trained at) of a run of clip; the encoder's .clip and .words are the whole model and its
     tokenizer."""
-    import data
-    import ssm
     with unpacked(out_path(folder, "clip.pt"), "is no readable clip.pt", "train it again") as kept:
         model = ssm.CLIP(**kept["config"])
         model.load_state_dict(kept["model"])
@@ -2182,7 +2083,6 @@ def load_clip(folder, device):
 
 def text_features(clip, words, captions, device):
     """Features (n, out) of captions; words that the tokenizer does not know are left out."""
-    import torch
     tokens = words(captions, clip.config["context"], strict=False)
     with torch.no_grad():
         return torch.cat([clip.encode_text(part.to(device)) for part in tokens.split(512)]).cpu().numpy()
@@ -2200,8 +2100,6 @@ def heat_maps(backbone, x, score, start_layer):
     """Relevancy of the patches of pictures x (B, 3, H, W) for score(features (B, d)) -> (B,): (B, rows, columns), and the
     scores; Grad-CAM where there is no attention. A picture whose score nothing moves, such as one without the concept, gets
     all 0."""
-    import eval as judge
-    import ssm
     layers, told = kept_attention(backbone), []
 
     def heard(features):
@@ -2219,7 +2117,6 @@ def heat_maps(backbone, x, score, start_layer):
 
 def word_heat(clip, words, sparc, stream, text, target, start_layer):
     """[(word, score)] of a text for target(z), as `heat_maps` for pictures."""
-    import eval as judge
     layers = kept_attention(clip.transformer)
     known = words.pieces(text, strict=False)[:clip.config["context"] - 2]
     tokens = words([text], clip.config["context"], strict=False).to(clip.logit_scale.device)
@@ -2237,7 +2134,6 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
     Of those only the ones that the label makes likelier: at least half of a latent's samples have it, or the 10 with the
     largest share when there are none (ours: the count alone picks latents that fire for everything).
     """
-    import numpy as np
     on = [code[known].astype(bool).astype(np.float64) for code in codes.values()]
     with_label = sum(np.asarray(one.T @ labels[known].astype(float)) for one in on)
     total, out = np.maximum(sum(np.asarray(one.sum(0)).ravel() for one in on), 1), []
@@ -2250,7 +2146,6 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
 
 def pictures_with_masks(model, features, flags):
     """The pictures of --images and their file's arrays; raises InputError where they do not fit the features or the run."""
-    import data
     images, arrays = pictures_of(flags), data.read_arrays(flags.images)
     shape = arrays["instances"].shape if "instances" in arrays and "boxes" in arrays else ()
     if len(shape) != 3 or shape[0] != len(features):
@@ -2268,9 +2163,6 @@ def pictures_with_masks(model, features, flags):
 
 def cmd_attribute(flags):
     """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment (thesis 5.4.4, A.3-A.4)."""
-    import data
-    import eval as judge
-    import numpy as np
     folder = analysis_folder(flags, "attribute")
     model, config = load_run(flags.run, flags.device)
     features, flags = features_for(model, config, flags)
@@ -2331,8 +2223,6 @@ def cmd_attribute(flags):
 def write_maps(folder, maps, truth, drawn):
     """maps.npz: `keys` (n, 2), picture and label, and for each method its maps (n, h, w), NaN where there is none; and the
     overlays {name: PIL image} as PNG."""
-    import eval as judge
-    import numpy as np
     arrays = {what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
               for what, of in maps.items() if of}
     judge.write_npz(out_path(folder, "maps.npz"), {"keys": np.array(list(truth)), **arrays})
@@ -2366,9 +2256,6 @@ def attributed_streams(model, flags):
 def attribution_scores(model, sees, clip, J, alive, names, truth, flags):
     """{name of a method: (backbone, score(features, label) -> (B,))}: the targets of Table 5.4 for each backbone, beside them
     as many random others of the latents that are alive there, and CLIP's own similarity. A label's text is its name."""
-    import numpy as np
-    import torch
-    from torch.nn.functional import normalize
     text, encoder = clip
     for c in {c for _, c in truth}:
         encoder.words.pieces(names[c])                       # raises InputError for an unknown word
@@ -2393,13 +2280,11 @@ def attribution_scores(model, sees, clip, J, alive, names, truth, flags):
         return found
     for name, (backbone, s) in sees.items():
         out.update({f"{name}, {what}": (backbone, target) for what, target in targets(s).items()})
-    return {**out, f"{text[:-4]}, raw similarity": (encoder, lambda f, c: normalize(f, dim=1) @ normalize(prompts[c], dim=0))}
+    return {**out, f"{text[:-4]}, raw similarity": (encoder, lambda f, c: torch.nn.functional.normalize(f, dim=1) @ torch.nn.functional.normalize(prompts[c], dim=0))}
 
 
 def concept_maps(backbone, score, pairs, images, flags, block=64):
     """{(picture, label): heat map} of a method, and the keys where the score itself is 0."""
-    import data
-    import torch
     view, out, silent = data.plain_view(getattr(backbone, "size", 224), True), {}, []
     for c in sorted({c for _, c in pairs}):
         rows = [i for i, k in pairs if k == c]
@@ -2415,7 +2300,6 @@ def concept_maps(backbone, score, pairs, images, flags, block=64):
 def true_masks(arrays):
     """{(image, label): bool mask} of the objects of each label together, from `instances` and `boxes`; hidden objects have
     no box."""
-    import numpy as np
     out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
     for i in np.unique(boxes[:, 0].astype(int)):
         here = boxes[boxes[:, 0] == i]
@@ -2428,14 +2312,12 @@ def true_masks(arrays):
 
 def centre_prior(n=16):
     """(n, n) heat that falls from the middle."""
-    import numpy as np
     y, x = np.mgrid[:n, :n] / (n - 1) - 0.5
     return np.exp(-8 * (x * x + y * y))
 
 
 def chosen_latents(text, J, alive, n_latents):
     """The latents of --latent; without it, of each label the first that is alive in every stream, three at most."""
-    import numpy as np
     if text is None:
         shared = [functools.reduce(np.intersect1d, [of_label, *alive.values()]) for of_label in J]
         return sorted({int(v[0]) for v in shared if len(v)})[:3]
@@ -2453,7 +2335,6 @@ def chosen_latents(text, J, alive, n_latents):
 def latent_maps(model, sees, clip, chosen, features, test, images, flags, most=4):
     """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all streams:
     {"z, backbone": {(picture, j): heat map}}, and as `word_examples` has it the words of those samples' captions."""
-    import numpy as np
     codes, _ = codes_and_fit(model, features, np.array(test), "alone", flags.device)
     text, encoder = clip
     pairs, said = [], []
@@ -2473,8 +2354,6 @@ def latent_maps(model, sees, clip, chosen, features, test, images, flags, most=4
 
 def caption_maps(model, sees, clip, features, test, images, flags, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP itself: as `latent_maps`."""
-    import torch
-    from torch.nn.functional import normalize
     text, encoder = clip
     captions = [str(features.about["captions"][i]) for i in test[:most]]
     f_text = torch.from_numpy(text_features(encoder.clip, encoder.words, captions, flags.device)).to(flags.device)
@@ -2485,7 +2364,7 @@ def caption_maps(model, sees, clip, features, test, images, flags, most=4):
         sees_too = f"{text[:-4]}_img"
         z_text, z_image = z(text, f_text), z(sees_too, features.batch(test[:most])[sees_too].to(flags.device))
     scores = {f"z z', {name}": (backbone, lambda f, n, s=s: z(s, f) @ z_text[n]) for name, (backbone, s) in sees.items()}
-    scores["cosine, CLIP itself"] = encoder, lambda f, n: normalize(f, dim=1) @ normalize(f_text[n], dim=0)
+    scores["cosine, CLIP itself"] = encoder, lambda f, n: torch.nn.functional.normalize(f, dim=1) @ torch.nn.functional.normalize(f_text[n], dim=0)
     pairs = [(i, n) for n, i in enumerate(test[:most])]
     said = [{"concept": "caption", "caption": caption, "here": True, "words": word_heat(
         encoder.clip, encoder.words, model, text, caption, lambda code: code @ z_image[n], flags.start_layer)}
@@ -2522,7 +2401,6 @@ def attribution_gallery(maps, keys, images, names, most=2):
     """For some pictures of each concept (keys: picture, label), and one without it, a table of the maps {"backbone, target":
     {key: map}}, as HTML; and their overlays by themselves: {name of a file: PIL image}. A map of zeros is not drawn: the
     concept is absent, or where it is there the score is silent."""
-    import eval as judge
     lines, parts, drawn = {}, [], {}
     for what in maps:
         backbone, _, target = what.partition(", ")
@@ -2551,8 +2429,6 @@ def attribution_gallery(maps, keys, images, names, most=2):
 
 def cmd_retrieve(flags):
     """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint and alone."""
-    import eval as judge
-    import numpy as np
     model, config = load_run(flags.run, flags.device)
     features, flags = features_for(model, config, flags)
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
@@ -2596,9 +2472,6 @@ def cmd_retrieve(flags):
 def given_query(model, stream, flags):
     """The code (1, L) in `stream` of --text, read by the text encoder of --encoder, of the vector in --features, or of the row
     --query of a feature file there; and how to show it, HTML."""
-    import data
-    import eval as judge
-    import torch
     if flags.text is not None:
         if not stream.endswith("_txt"):
             raise InputError(f"--text cannot ask in '{stream}' - name the text stream with --from")
@@ -2630,7 +2503,6 @@ def given_query(model, stream, flags):
 
 def cmd_cut(flags):
     """Cut the annotated boxes of a Pascal VOC folder into small pictures, in class folders, by its official splits."""
-    import data
     if os.path.exists(flags.out):
         raise InputError(f"{flags.out} exists - name a new folder with --out")
     count = data.cut_boxes(needed(flags, "voc"), flags.out, flags.size, flags.margin,
@@ -2640,9 +2512,6 @@ def cmd_cut(flags):
 
 def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an overview picture."""
-    import data
-    import eval as judge
-    import numpy as np
     source = needed(flags, "images")
     slides, notes = data.slide_files(source)
     for note in notes:
@@ -2676,11 +2545,6 @@ def cmd_tile(flags):
 
 def cmd_mil(flags):
     """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not reported."""
-    import concurrent.futures as futures
-    import data
-    import eval as judge
-    import multiprocessing
-    import ssm
     heads = flags.head.split(",")
     for head in heads:
         if head not in ssm.HEADS:
@@ -2725,7 +2589,6 @@ SHARED = {}    # in a process among several: what all its jobs use
 
 def share_bags(bags):
     """Begin such a process: it has one thread, since they share the cores, and the bags."""
-    import torch
     torch.set_num_threads(1)
     SHARED["bags"] = bags
 
@@ -2752,8 +2615,6 @@ def parse_grid(flags):
 def mil_rounds(bags, flags):
     """[(rows to learn from, rows of a given validation part or None, rows to report)]: the file's folds, or its splits, or
     70 % / 15 % / 15 % with every class in proportion."""
-    import data
-    import numpy as np
     everything = np.arange(len(bags))
     if bags.folds is not None:
         rounds = [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
@@ -2783,10 +2644,6 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
     and these models vote; or, with --refit, all epochs are trained, and as many models on all of train vote. keep: a folder
     for the weights.
     """
-    import data
-    import eval as judge
-    import numpy as np
-    import torch
     flags, best = settings[0], None
     if val is not None:
         parts = [(train, val)]
@@ -2822,9 +2679,6 @@ def mil_round(bags, head, settings, round_, train, val, test, keep=None):
 
 def train_mil(bags, head, flags, train, val, seed):
     """One model, stopped by the loss on `val`: (model, (error rate, loss) of its bags)."""
-    import numpy as np
-    import ssm
-    import torch
     rng = np.random.default_rng(seed)
     torch.manual_seed(int(rng.integers(2 ** 62)))
     model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, number_list(flags.widths), flags.attention, flags.dropout,
@@ -2871,8 +2725,6 @@ def number_list(text):
 
 def pooled_baseline(bags, train, test):
     """What no attention gets: logistic regression on the mean of a bag's instances."""
-    import eval as judge
-    import numpy as np
     means = np.stack([bags.instances([i]).mean(0, dtype=np.float64) for i in range(len(bags))])
     p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
     return {"scores": judge.scores(bags.y[test], p)}
@@ -2880,10 +2732,6 @@ def pooled_baseline(bags, train, test):
 
 def attention_maps(bags, head, rows, flags, most=6):
     """Test slides with each tile coloured by its share in the bag, as files heat_<label>_<slide>_<head>.png and as HTML."""
-    import data
-    import eval as judge
-    import ssm
-    import torch
     kept = torch.load(out_path(flags.out, f"{head}.pt"), weights_only=True)
     shown = []
     for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
@@ -2908,8 +2756,6 @@ def attention_maps(bags, head, rows, flags, most=6):
 
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    import data
-    import eval as judge
     pictures = data.read_pictures(needed(flags, "data"), flags.size, flags.label,
                                   grey_window(flags))
     for note in pictures.notes:
@@ -2940,7 +2786,6 @@ def cmd_finetune(flags):
 
 def finish_finetune(found, pictures, rounds, flags):
     """The tables of thesis 3.3.3, and who beats whom, in print, metrics.json and report.html."""
-    import eval as judge
     header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
     rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
     trained = {name: runs for name, runs in found.items() if not name.startswith("pixels")}
@@ -2970,7 +2815,6 @@ def finish_finetune(found, pictures, rounds, flags):
 
 def try_classifier(spec, flags, n_classes):
     """Build a model and pass one picture of zeros through it: its name; raises InputError when it does not fit."""
-    import torch
     name, model, _ = load_backbone(spec, flags, n_classes)
     last_linear(model)
     try:
@@ -2987,8 +2831,6 @@ def try_classifier(spec, flags, n_classes):
 def picture_parts(pictures, flags, seed):
     """Rows to train on, to stop by and to report: the file's own split, or 70 / 15 / 15 as
     `stratified_parts` draws them: classes in proportion, no group in two parts."""
-    import data
-    import numpy as np
     groups = pictures.groups
     if flags.split == "random":
         parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed, groups)
@@ -3017,9 +2859,6 @@ def picture_parts(pictures, flags, seed):
 
 def pixel_baseline(pictures, parts, n_classes):
     """Logistic regression on pixels, at 32 x 32 at most, its strength chosen on the validation part."""
-    import eval as judge
-    import numpy as np
-    import torch
     side, y = min(32, pictures.pixels.shape[-1]), pictures.labels
     small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
              for part in torch.from_numpy(pictures.pixels).split(256)]
@@ -3033,11 +2872,6 @@ def pixel_baseline(pictures, parts, n_classes):
 
 def finetune_one(pictures, parts, model, flags):
     """Train a classifier, stop by the validation loss, and judge the best epoch on the test rows: (scores, model, history)."""
-    import data
-    import eval as judge
-    import numpy as np
-    import ssm
-    import torch
     torch.set_flush_denormal(True)
     torch.manual_seed(flags.seed)
     train, val, test = parts
@@ -3068,10 +2902,6 @@ def finetune_one(pictures, parts, model, flags):
 
 def cmd_explain(flags):
     """Heat maps of what a backbone looks at: `cam`, Grad-CAM from the class token (thesis 3.2.4)."""
-    import data
-    import eval as judge
-    import ssm
-    import torch
     images = pictures_of(flags)
     loaded = [load_backbone(spec, flags, head=True) for spec in needed(flags, "weights").split(",")]
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
@@ -3100,7 +2930,6 @@ def cmd_explain(flags):
 
 def make_run_folder(flags, about):
     """A run folder with its config.json; raises InputError when it holds a run and --overwrite was not given."""
-    import eval as judge
     if os.path.isdir(flags.out) and os.listdir(flags.out) and not flags.overwrite:
         raise InputError(f"{flags.out} holds a run already - use --overwrite or another --out")
     make_folder(flags.out, fresh=True)
@@ -3288,7 +3117,6 @@ def demo_latents(at, quick):
 
 
 def read_metrics(path):
-    import data
     return data.read_json(path)
 
 
@@ -3330,8 +3158,6 @@ def mil_verdict(at, views):
 
 def transfer_verdict(at):
     """Classifiers by their AUC and their size. The ViT that was pre-trained here is left out of the claim."""
-    import eval as judge
-    import torch
     m, mambas = read_metrics(at("finetune", "metrics.json")), {"vim_micro", "vmamba_micro"}
     numbers = {("3.9-3.11", f"transfer, AUC, {name}"): mean_of(runs, "AUC") for name, runs in m["scores"].items()}
     for name in m["scores"]:
@@ -3347,7 +3173,6 @@ def transfer_verdict(at):
 def ablate_verdict(at):
     """The 2x2: each way as it was trained (Global joint, Local alone), as published but for retrieval, which was alone; and
     what the joint numbers hide."""
-    import eval as judge
     m = read_metrics(at("ablate", "metrics.json"))
     g, g0, null = m["global_lam1"], m["global_lam0"], m["global_lam1"]["null"]
     blocks = {"global, joint": g["joint"], "its null": null["joint"], "global, alone": g["alone"],
@@ -3383,9 +3208,6 @@ def ablate_verdict(at):
 
 def same_choice(at, mode="joint"):
     """Whether the codes of 200 samples have the same indices in every stream: a theorem of joint ones, here looked at."""
-    import data
-    import sae
-    import torch
     model, _, _ = sae.load(at("ablate", "global_lam1", "checkpoint.pt"))
     features = data.read_features(at("feats.npz"))
     with torch.no_grad():
@@ -3416,7 +3238,6 @@ def sweep_verdict(at, name):
 def sets_verdict(at):
     """Across which sets of models does Global reconstruct better than Local? In the paper across all but texts, where it is
     so without pictures (Table 10) and mostly so with them (12)."""
-    import eval as judge
     numbers, claims, everywhere = {}, {}, True
     for table, (kind, streams) in DEMO_SETS.items():
         one = {topk: read_metrics(at("sweep_streams", f"streams_{streams}_{topk}", "metrics.json"))
@@ -3459,7 +3280,6 @@ def attribute_verdict(at):
 
 def cyto_verdict(at):
     """Diseases from barcodes of the latents with a mean activation of 0.001 or more, as in the paper."""
-    import data
     f1 = mean_of(read_metrics(at("latents", "metrics.json"))["barcodes"].get("f1", {}).get("-3", {"f1": []})["f1"])
     return ({("CytoSAE 4", "barcodes, weighted F1"): f1},
             {"barcodes tell diseases better than guessing (ours, of CytoSAE 4)": above(f1, 1 / len(data.DISEASES))})
@@ -3511,9 +3331,6 @@ def fidelity_verdict(at):
 
 def demo_files(out, seed):
     """Files that tie stages together: patients as bags and as slides; features with the disease as label."""
-    import data
-    import eval as judge
-    import numpy as np
     views = {views: data.read_arrays(out_path(out, name)) for views, name in (("", "feats.npz"), ("half_", "half.npz"))
              if not views or os.path.exists(out_path(out, name))}
     feats, made = views[""], data.read_arrays(out_path(out, "tissue/tissue.npz"))
@@ -3535,9 +3352,6 @@ def demo_files(out, seed):
 
 def demo_slides(out, x, made):
     """A patient's pictures in rows of four as a slide, and a file of their features beside it, in a folder of each disease."""
-    import eval as judge
-    import numpy as np
-    from PIL import Image
     for disease in made["disease_names"]:
         fresh_folder(os.path.join(out, "slides", str(disease)), r"\d+\.(png|npz)")
     for group in np.unique(made["groups"]):
@@ -3557,7 +3371,6 @@ def demo_slides(out, x, made):
 
 def cmd_demo(flags):
     """The whole thesis on a laptop, on made-up tissue: every stage is a command of its own, and the end is one report."""
-    import eval as judge
     out, seeds = os.path.normpath(flags.out), range(flags.seed, flags.seed + flags.seeds)
     folders = [out if flags.seeds == 1 else os.path.join(out, f"seed{seed}") for seed in seeds]
     skip = number_list(flags.skip) if flags.skip else ()
@@ -3583,7 +3396,6 @@ def cmd_demo(flags):
 
 def run_demo(out, quick, seed, skip=()):
     """Run what is not done yet, but for the chapters to skip: (numbers and claims of the verdicts, sections of the report)."""
-    import eval as judge
     os.makedirs(out, exist_ok=True)
     numbers, claims, sections, stages, stale = {}, {}, [], demo_stages(out, quick, seed), False
     files = [os.path.join(out, f"stage_{n:02d}.txt") for n in range(1, len(stages) + 1)]
@@ -3630,8 +3442,6 @@ def read_text(path):
 
 def run_stage(argv, command, told):
     """Run one command; what it printed goes to the file `told`. One that was begun and stopped is resumed, if it can be."""
-    import contextlib
-    import eval as judge
     begun, printed = f"{told}.begun", io.StringIO()
     _, table, *_ = COMMANDS[argv[0]]
     again = ["--resume"] if "resume" in table and read_text(begun) == command else ["--overwrite"] * ("overwrite" in table)
@@ -3650,8 +3460,6 @@ def run_stage(argv, command, told):
 
 def inlined(path):
     """A picture, a chart or the body of a stage's own report (folded), in HTML; nothing for other files."""
-    import eval as judge
-    from PIL import Image
     if path.endswith((".svg", ".html")):
         with open(path) as f:
             text = re.sub("<style>.*?</style>", "", f.read(), flags=re.S)
@@ -3671,7 +3479,6 @@ def inlined(path):
 
 def cmd_build(flags):
     """Compile the fast selective scan (csrc/); REPSAE_NATIVE=1 in the environment then makes every command use it."""
-    import ssm
     try:
         built = ssm.build_native(verbose=True)
     except Exception as e:                                   # the compiler's own words are above
@@ -3881,7 +3688,6 @@ def parse(argv):
 
 def check_device(flags):
     """Raise InputError unless torch can use --device."""
-    import torch
     try:
         torch.zeros(1, device=flags.device)
     except (RuntimeError, AssertionError) as e:
