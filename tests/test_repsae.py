@@ -1799,7 +1799,7 @@ def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stre
     assert min(own["joint"]) > 0.35 and np.mean(own["joint"]) > 0.65 and np.mean(own["alone"]) > 0.35
     flags = json.loads((tmp_path / "r" / "config.json").read_text())["flags"]
     chosen = {k: flags[k] for k in ("latents", "k", "norm", "shuffle", "null")}
-    assert chosen == {"latents": 256 if n == 1100 else 128, "k": 32 if n == 1100 else 16, "norm": "standard,l2",
+    assert chosen == {"latents": 256 if n == 1100 else 128, "k": 32 if n == 1100 else 20, "norm": "standard,l2",
                       "shuffle": "samples", "null": True}
     assert [k for k, v in flags.items() if v == "auto"] == ["kernels"] and 1000 <= metrics["steps"] < 1100 and flags["dead_after"] == metrics["steps"] // 4
     assert f"chosen by the number of training rows, {round(.8 * n)}: latents {chosen['latents']}, k" in capsys.readouterr().err
