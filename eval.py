@@ -889,11 +889,67 @@ def describe_sample(features, row, labels, size=96):
     return html.escape(", ".join(name for name, on in zip(features.label_names, labels) if on) or f"sample {row}")
 
 
+class Page:
+    """A result told once: on the terminal, in report.html and, as plain dicts, in metrics.json.
+
+    What is told comes in the order of the calls. `metrics` is the dict that will be written; who
+    has more to put there than tables does so.
+    """
+
+    def __init__(self, title):
+        self.title, self.sections, self.metrics = title, [], {}
+
+    def text(self, words, quiet=False):
+        """A paragraph; quiet: in the report alone."""
+        if not quiet:
+            print(words)
+        self.sections.append(("", f"<p>{html.escape(words)}</p>"))
+
+    def table(self, header, rows, title="", key=None, quiet=False, colours=False):
+        """Rows of cells under a header; the first cell of a row is its name.
+
+        key: the rows also go into `metrics[key]`, as {name of the row: {column: value}}.
+        """
+        rows = [[plain(cell) for cell in row] for row in rows]
+        if not quiet:
+            print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
+        self.sections.append((title, html_table(header, rows, colours)))
+        if key is not None:
+            columns = list(map(str, header[1:]))
+            self.metrics[key] = {str(name): dict(zip(columns, cells)) for name, *cells in rows}
+
+    def picture(self, title, content):
+        """A chart, a gallery, any HTML: in the report alone."""
+        self.sections.append((title, content))
+
+    def write(self, path, metrics=None):
+        """report.html, and metrics.json if there are any, each whole or not at all.
+
+        path: name -> where that file goes, e.g. `functools.partial(os.path.join, folder)`;
+        metrics: more of them, a dict.
+        """
+        self.metrics.update(metrics or {})
+        if self.metrics:
+            write_json(path("metrics.json"), self.metrics)
+        write_report(path("report.html"), self.title, self.sections)
+
+
+def plain(value):
+    """A cell as JSON has it: numpy's numbers as Python's, NaN as None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if value != value else value
+
+
 def write_report(path, title, sections):
-    """One self-contained HTML file. sections: list of (heading, HTML)."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "report.css")) as f:
-        style = f.read()
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
+    """One self-contained HTML file. sections: list of (heading or "", HTML).
+
+    Where this module was copied without `assets`, the page has no style."""
+    sheet = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "report.css")
+    style = ""
+    if os.path.exists(sheet):
+        with open(sheet) as f:
+            style = f.read()
+    body = "".join((f"<h2>{html.escape(heading)}</h2>" if heading else "") + content for heading, content in sections)
     write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
                      f'content="width=device-width,initial-scale=1">'
                      f'<title>{html.escape(title)}</title><style>{style}</style>'

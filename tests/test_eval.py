@@ -1,4 +1,5 @@
 """Claims about eval.py, held against slow loops, closed forms, scipy, and the authors' own figures."""
+import json
 import math
 import re
 import os
@@ -321,6 +322,31 @@ def test_recovery_counts_each_concept_and_each_latent_once():
 
 
 # -- tables and pictures -----------------------------------------------------------------------------------------------
+
+def test_a_page_tells_the_same_numbers_on_the_terminal_in_its_report_and_in_its_metrics(tmp_path, capsys):
+    page = judge.Page("a page")
+    page.text("three <numbers>")
+    page.table(["stream", "R2", "best"], [["a", np.float32(0.25), np.nan], ["b", 0.75, None]], "fit", key="fit")
+    page.table(["stream", "R2"], [["unseen", 0.5]], quiet=True)
+    page.picture("curve", "<svg></svg>")
+    page.write(lambda name: tmp_path / name, {"rows": 7})
+    told, report = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics == {"fit": {"a": {"R2": 0.25, "best": None}, "b": {"R2": 0.75, "best": None}}, "rows": 7}
+    assert "three <numbers>" in told and judge.text_table(["stream", "R2", "best"], [["a", .25, None], ["b", .75, None]]) in told
+    assert "unseen" not in told and "svg" not in told
+    parts = ["three &lt;numbers&gt;", "<h2>fit</h2>", "<td>0.750</td>", "unseen", "<h2>curve</h2><svg></svg>"]
+    assert sorted(parts, key=report.index) == parts
+
+
+def test_a_page_without_metrics_is_a_report_alone_and_needs_no_style_sheet(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "__file__", str(tmp_path / "eval.py"))                       # copied alone
+    page = judge.Page("alone")
+    page.text("words", quiet=True)
+    page.write(lambda name: tmp_path / name)
+    assert [f.name for f in tmp_path.iterdir()] == ["report.html"]
+    assert "<p>words</p>" in (tmp_path / "report.html").read_text()
+
 
 def test_every_string_in_a_report_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
