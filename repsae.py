@@ -87,7 +87,7 @@ DATA = {
 MODEL = {
     "preset": (None, ("thesis",), "thesis: its settings (5.3.2, A.1.2), for a million samples; what you type goes first"),
     "latents": ("auto", whole(1, 2 ** 24, auto=True), f"L, width of the sparse code; {AUTO}"),
-    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: a 16th of L, 8 to 64"),
+    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all streams "
              "together, each for itself, both ways with the losses added (ours), or one stream drawn anew "
              "each step (Universal SAE)"),
