@@ -1202,7 +1202,7 @@ def finish_dino(flags, folder, log, watch):
         labels = labels if labels.ndim == 1 else np.zeros(len(labels))                      # several at once: as they come
         for c in np.unique(labels):                          # the same number of each class
             rows.extend(watch.test[labels == c][:max(1, 12 // len(np.unique(labels)))])
-        near = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
+        near, _ = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
         charts.append(chart)
         pictures = [[watch.images.open(i) for i in (query, *watch.train[index])] for query, index in zip(rows, near)]
         judge.save_picture(out_path(folder, "neighbours.png"), judge.contact_sheet(
