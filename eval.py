@@ -16,8 +16,8 @@ Deviations   from the authors' code: probe candidates are chosen on training pos
              sees the test rows); tasks need at least 50 positives, as the text says (theirs: more
              than 50); Jaccard takes the 50 top samples, as the text says, over living latents and,
              as published, over all (the published figures took every active sample); the taxonomy
-             is indexed by label (theirs permutes it at depths 1-4); retrieval ties count against the
-             query. The linear probe reports its last epoch, not the best on the test set.
+             is indexed by label (theirs permutes it at depths 1-4); retrieval ties count against
+             the query. The linear probe reports its last epoch, not the best on the test set.
              Barcodes are divided by the number of a patient's images (CytoSAE Eq. 4; its code: by
              the number of latents); entropy counts all active images (`weighted`: as its code).
              Concept latents (thesis 5.4.4) are counted on training samples, not on those that are

@@ -29,8 +29,8 @@ Deviations   from the authors' code, where it differs from the papers or is wron
              a latent fires when its value exceeds a thousandth of the features' length, which is 1
              for l2 (theirs: a thousandth; thesis A.1.2 speaks of a frequency, but they count none).
              One stream: CytoSAE's code also divides the error by ||x||, which is not here;
-             resampling draws from the batch, not from 819,200 stored inputs; JumpReLU's threshold has the
-             gradient of its paper, which two public libraries miss by a factor.
+             resampling draws from the batch, not from 819,200 stored inputs; JumpReLU's threshold
+             has the gradient of its paper, which two public libraries miss by a factor.
 Ours         topk="both" (train on the joint and on the alone support), settings by the number of
              samples, features standardised before they are scaled to length 1 (the authors' code
              only scales, the papers say neither), and the sparse arithmetic.

@@ -14,10 +14,10 @@ Glossary     B batch . L tokens . D channels . N state size . G groups of channe
 
 Deviations   exp(delta A) is exact (zero-order hold) but delta B is Euler's, as in the official code
              of [1] (its Eq. 4 has the hold for both). Vim and VMamba keep the released names of
-             parameters, misnomers included, so that released files load as they are. At other sizes than the
-             trained one Vim interpolates its positions as DINO does, the class token's aside; the
-             released code leaves that undone. DINO's weight decay spares the state space's
-             parameters (`decay_groups`), which the authors' runs did not.
+             parameters, misnomers included, so that released files load as they are. At other sizes
+             than the trained one Vim interpolates its positions as DINO does, the class token's
+             aside; the released code leaves that undone. DINO's weight decay spares the state
+             space's parameters (`decay_groups`), which the authors' runs did not.
              Bags, from Vim4Path and CLAM: early stopping never sees the test part, on which the
              published runs stopped; instances are standardised; the smooth SVM has no hard branch;
              k is halved in bags too small for it.
