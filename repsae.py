@@ -87,7 +87,7 @@ DATA = {
 MODEL = {
     "preset": (None, ("thesis",), "thesis: its settings (5.3.2, A.1.2), for a million samples; what you type goes first"),
     "latents": ("auto", whole(1, 2 ** 24, auto=True), f"L, width of the sparse code; {AUTO}"),
-    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: a 16th of L, 8 to 64"),
+    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all streams "
              "together, each for itself, both ways with the losses added (ours), or one stream drawn anew "
              "each step (Universal SAE)"),
@@ -1176,7 +1176,7 @@ def finish_dino(flags, folder, log, watch):
         labels = labels if labels.ndim == 1 else np.zeros(len(labels))                      # several at once: as they come
         for c in np.unique(labels):                          # the same number of each class
             rows.extend(watch.test[labels == c][:max(1, 12 // len(np.unique(labels)))])
-        near = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
+        near, _ = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
         charts.append(chart)
         pictures = [[watch.images.open(i) for i in (query, *watch.train[index])] for query, index in zip(rows, near)]
         judge.save_picture(out_path(folder, "neighbours.png"), judge.contact_sheet(

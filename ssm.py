@@ -12,9 +12,15 @@ Glossary     B batch . L tokens . D channels . N state size . G groups of channe
                     is what "selective" means      z      (B, L, D)  gate
              d      width of a token . E = 2 d inner width of a Mamba block . r rank of delta's projection
 
-Deviations   exp(delta A) is exact (zero-order hold) but delta B is Euler's, as in the official code of [1] (its Eq. 4 has
-             the hold for both). Vim and VMamba keep the released parameter names, misnomers included, so that released
-             files load as they are. DINO's weight decay spares the state space's parameters (`decay_groups`).
+Deviations   exp(delta A) is exact (zero-order hold) but delta B is Euler's, as in the official code
+             of [1] (its Eq. 4 has the hold for both). Vim and VMamba keep the released names of
+             parameters, misnomers included, so that released files load as they are. At other sizes
+             than the trained one Vim interpolates its positions as DINO does, the class token's
+             aside; the released code leaves that undone. DINO's weight decay spares the state
+             space's parameters (`decay_groups`), which the authors' runs did not.
+             Bags, from Vim4Path and CLAM: early stopping never sees the test part, on which the
+             published runs stopped; instances are standardised; the smooth SVM has no hard branch;
+             k is halved in bags too small for it.
 Not here     DINO's loop over epochs (repsae.py has it), inference token by token.
 
 This file needs nothing but torch: copy it alone. `csrc/` beside it holds an optional compiled scan.
