@@ -12,9 +12,20 @@ and Jaccard near 1 even under the null. Nothing here knows how a code was made; 
 number both ways. For the alone Jaccard the null is no control either, since a null's latents share labels by chance: pairing
 each latent with another one of the same model is.
 
-Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs sees the test rows);
-             tasks need at least 50 positives, as the text says (theirs: more than 50); the taxonomy is indexed by label
-             (theirs permutes it at depths 1-4); retrieval ties count against the query.
+Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs
+             sees the test rows); tasks need at least 50 positives, as the text says (theirs: more
+             than 50); Jaccard takes the 50 top samples, as the text says, over living latents and,
+             as published, over all (the published figures took every active sample); the taxonomy
+             is indexed by label (theirs permutes it at depths 1-4); retrieval ties count against
+             the query. The linear probe reports its last epoch, not the best on the test set.
+             Barcodes are divided by the number of a patient's images (CytoSAE Eq. 4; its code: by
+             the number of latents); entropy counts all active images (`weighted`: as its code).
+             Concept latents (thesis 5.4.4) are counted on training samples, not on those that are
+             segmented: those that fire with the concept more often than not, or the ten likeliest.
+             Relevancy maps start at the same layer everywhere. Small objects count in AP, AR and
+             mIoU, as in the authors' code and not in sparc.txt. What Mammo-SAE leaves open about
+             boxes (percentile, overlap, score of a box) are arguments here.
+Ours         the null, Jaccard's control, the linear baseline, the verdict.
 """
 import base64
 import errno
@@ -416,28 +427,53 @@ def _solve_values(code, tasks, candidates):
 # Retrieval
 # ---------------------------------------------------------------------------------------------------------------------
 
-def retrieval_ranks(query, reference, chunk=256):
-    """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
-
-    A tie counts against the query: rank = number of references at least as similar. So an all-zero code, which is
-    equally far from everything, ranks last.
-    """
-    q, r = unit_rows(query), unit_rows(reference).T
-    ranks = np.empty(q.shape[0], np.int64)
-    for start in range(0, q.shape[0], chunk):
-        scores = q[start:start + chunk] @ r
-        scores = scores.toarray() if sp.issparse(scores) else scores
-        own = scores[np.arange(len(scores)), np.arange(start, start + len(scores))]
-        ranks[start:start + chunk] = (scores >= own[:, None]).sum(1)
-    return ranks
-
-
 def unit_rows(x):
     """Rows of x, dense or CSR, scaled to length 1; zero rows stay zero."""
     if sp.issparse(x):
         norm = np.sqrt(np.asarray(x.multiply(x).sum(1)).ravel())
         return sp.diags_array(1 / np.maximum(norm, 1e-12)).astype(x.dtype) @ x
+    x = np.asarray(x)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def cosines(query, reference, block=1024):
+    """Cosine similarity of queries (q, d) with all references (m, d), both dense or both CSR.
+
+    Yields (number of the first query, (b, m) similarities), `block` queries at a time."""
+    q, r = unit_rows(query), unit_rows(reference).T
+    for start in range(0, q.shape[0], block):
+        similar = q[start:start + block] @ r
+        yield start, similar.toarray() if sp.issparse(similar) else similar
+
+
+def nearest(query, reference, n, groups=None, block=1024):
+    """The n most similar references (cosine) of each query, best first: rows and similarities, both (q, n).
+
+    query (q, d), reference (m, d), both dense or both CSR. groups: a pair (q,), (m,); references of the query's own
+    group do not count. Where there are no more others stand row -1, similarity -inf.
+    """
+    rows, values = [], []
+    for start, similar in cosines(query, reference, block):
+        if groups is not None:
+            similar = np.where(groups[0][start:start + len(similar), None] == groups[1], -np.inf, similar)
+        missing = max(n - similar.shape[1], 0)
+        similar = np.pad(similar, ((0, 0), (0, missing)), constant_values=-np.inf)
+        best = np.sort(np.argpartition(-similar, n - 1, axis=1)[:, :n], axis=1)
+        value = np.take_along_axis(similar, best, 1)
+        order = np.argsort(-value, axis=1, kind="stable")                                   # ties to the lower row
+        values.append(np.take_along_axis(value, order, 1))
+        rows.append(np.where(values[-1] > -np.inf, np.take_along_axis(best, order, 1), -1))
+    return np.concatenate(rows), np.concatenate(values)
+
+
+def retrieval_ranks(query, reference, block=1024):
+    """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
+
+    A tie counts against the query: rank = number of references at least as similar. So an all-zero code, which is
+    equally far from everything, ranks last.
+    """
+    return np.concatenate([(similar >= similar[:, start:].diagonal()[:, None]).sum(1)
+                           for start, similar in cosines(query, reference, block)])
 
 
 def retrieval(features):
@@ -786,12 +822,6 @@ WHY_BOTH_WAYS = (
     'paired with another. The alone numbers are the ones a user of a single stream gets.</p>')
 
 
-def nearest(query, reference, n):
-    """Rows of the n most similar references (cosine) of each query, (q, n)."""
-    unit = torch.nn.functional.normalize
-    return (unit(query) @ unit(reference).T).topk(min(n, len(reference)), 1).indices.numpy()
-
-
 def strip(first, *others):
     """Pieces of HTML in a row, the first and, after an arrow, those that belong to it."""
     return f'<div class="strip"><span>{first}</span>&rarr;' + "".join(f"<span>{v}</span>" for v in others) + "</div>"
@@ -873,11 +903,67 @@ def describe_sample(features, row, labels, size=96):
     return html.escape(", ".join(name for name, on in zip(features.label_names, labels) if on) or f"sample {row}")
 
 
+class Page:
+    """A result told once: on the terminal, in report.html and, as plain dicts, in metrics.json.
+
+    What is told comes in the order of the calls. `metrics` is the dict that will be written; who
+    has more to put there than tables does so.
+    """
+
+    def __init__(self, title):
+        self.title, self.sections, self.metrics = title, [], {}
+
+    def text(self, words, quiet=False):
+        """A paragraph; quiet: in the report alone."""
+        if not quiet:
+            print(words)
+        self.sections.append(("", f"<p>{html.escape(words)}</p>"))
+
+    def table(self, header, rows, title="", key=None, quiet=False, colours=False):
+        """Rows of cells under a header; the first cell of a row is its name.
+
+        key: the rows also go into `metrics[key]`, as {name of the row: {column: value}}.
+        """
+        rows = [[plain(cell) for cell in row] for row in rows]
+        if not quiet:
+            print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
+        self.sections.append((title, html_table(header, rows, colours)))
+        if key is not None:
+            columns = list(map(str, header[1:]))
+            self.metrics[key] = {str(name): dict(zip(columns, cells)) for name, *cells in rows}
+
+    def picture(self, title, content):
+        """A chart, a gallery, any HTML: in the report alone."""
+        self.sections.append((title, content))
+
+    def write(self, path, metrics=None):
+        """report.html, and metrics.json if there are any, each whole or not at all.
+
+        path: name -> where that file goes, e.g. `functools.partial(os.path.join, folder)`;
+        metrics: more of them, a dict.
+        """
+        self.metrics.update(metrics or {})
+        if self.metrics:
+            write_json(path("metrics.json"), self.metrics)
+        write_report(path("report.html"), self.title, self.sections)
+
+
+def plain(value):
+    """A cell as JSON has it: numpy's numbers as Python's, NaN as None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if value != value else value
+
+
 def write_report(path, title, sections):
-    """One self-contained HTML file. sections: list of (heading, HTML)."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "report.css")) as f:
-        style = f.read()
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
+    """One self-contained HTML file. sections: list of (heading or "", HTML).
+
+    Where this module was copied without `assets`, the page has no style."""
+    sheet = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "report.css")
+    style = ""
+    if os.path.exists(sheet):
+        with open(sheet) as f:
+            style = f.read()
+    body = "".join((f"<h2>{html.escape(heading)}</h2>" if heading else "") + content for heading, content in sections)
     write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
                      f'content="width=device-width,initial-scale=1">'
                      f'<title>{html.escape(title)}</title><style>{style}</style>'

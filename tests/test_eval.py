@@ -1,4 +1,5 @@
 """Claims about eval.py, held against slow loops, closed forms, scipy, and the authors' own figures."""
+import json
 import math
 import re
 import os
@@ -289,7 +290,7 @@ def test_ranks_and_recalls_are_the_authors(golden):
     for i in range(len(cfg["cases"])):
         q, r = z[f"in.case{i}.query"], z[f"in.case{i}.reference"]
         for a, b in ((q, r), (sp.csr_matrix(q), sp.csr_matrix(r))):
-            np.testing.assert_array_equal(judge.retrieval_ranks(a, b, chunk=31), z[f"out.case{i}.ranks"])
+            np.testing.assert_array_equal(judge.retrieval_ranks(a, b, block=31), z[f"out.case{i}.ranks"])
         found = judge.retrieval({"q": q, "r": r})["q -> r"]
         for name, value in found.items():
             assert value == pytest.approx(z[f"out.case{i}.{name}"].item(), abs=1e-6)
@@ -299,6 +300,20 @@ def test_a_tie_counts_against_the_query_and_a_zero_code_never_wins():
     x = np.array([[1., 0], [1, 0], [0, 1], [0, 0]])
     for form in (np.asarray, sp.csr_matrix):
         assert judge.retrieval_ranks(form(x), form(x)).tolist() == [2, 2, 1, 4]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_nearest_are_those_of_a_slow_loop_and_nothing_stands_where_no_other_is_left(sparse):
+    rng = np.random.default_rng(0)
+    query, reference = rng.standard_normal((7, 5)), rng.standard_normal((9, 5))
+    group, other = rng.integers(3, size=7), rng.integers(3, size=9)
+    given = (sp.csr_matrix(query), sp.csr_matrix(reference)) if sparse else (query, reference)
+    rows, similar = judge.nearest(*given, 6, (group, other), block=4)
+    for i in range(7):
+        cosine = [query[i] @ r / np.linalg.norm(query[i]) / np.linalg.norm(r) for r in reference]
+        best = sorted((j for j in range(9) if other[j] != group[i]), key=lambda j: -cosine[j])[:6]
+        assert rows[i].tolist() == best + [-1] * (6 - len(best))
+        np.testing.assert_allclose(similar[i], [cosine[j] for j in best] + [-np.inf] * (6 - len(best)))
 
 
 def test_only_streams_of_one_width_are_compared():
@@ -321,6 +336,31 @@ def test_recovery_counts_each_concept_and_each_latent_once():
 
 
 # -- tables and pictures -----------------------------------------------------------------------------------------------
+
+def test_a_page_tells_the_same_numbers_on_the_terminal_in_its_report_and_in_its_metrics(tmp_path, capsys):
+    page = judge.Page("a page")
+    page.text("three <numbers>")
+    page.table(["stream", "R2", "best"], [["a", np.float32(0.25), np.nan], ["b", 0.75, None]], "fit", key="fit")
+    page.table(["stream", "R2"], [["unseen", 0.5]], quiet=True)
+    page.picture("curve", "<svg></svg>")
+    page.write(lambda name: tmp_path / name, {"rows": 7})
+    told, report = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics == {"fit": {"a": {"R2": 0.25, "best": None}, "b": {"R2": 0.75, "best": None}}, "rows": 7}
+    assert "three <numbers>" in told and judge.text_table(["stream", "R2", "best"], [["a", .25, None], ["b", .75, None]]) in told
+    assert "unseen" not in told and "svg" not in told
+    parts = ["three &lt;numbers&gt;", "<h2>fit</h2>", "<td>0.750</td>", "unseen", "<h2>curve</h2><svg></svg>"]
+    assert sorted(parts, key=report.index) == parts
+
+
+def test_a_page_without_metrics_is_a_report_alone_and_needs_no_style_sheet(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "__file__", str(tmp_path / "eval.py"))                       # copied alone
+    page = judge.Page("alone")
+    page.text("words", quiet=True)
+    page.write(lambda name: tmp_path / name)
+    assert [f.name for f in tmp_path.iterdir()] == ["report.html"]
+    assert "<p>words</p>" in (tmp_path / "report.html").read_text()
+
 
 def test_every_string_in_a_report_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
