@@ -728,6 +728,76 @@ class VMamba(nn.Module):
         return self.classifier.head(self.features(x))
 
 
+# --------------------------------------------------------------------------------------------------
+# Training: one loop for steps, one for epochs with early stopping
+# --------------------------------------------------------------------------------------------------
+
+def descend(optimiser, loss, mend=None):
+    """One step of the optimiser down the gradient of `loss`, a scalar tensor, returned as a float.
+
+    mend(): changes the gradients before they are used (clips them). Raises InputError when the
+    loss is no number any more.
+    """
+    if not torch.isfinite(loss):
+        raise InputError(f"the loss became {loss.item()} - lower the learning rate")
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    if mend:
+        mend()
+    optimiser.step()
+    return loss.item()
+
+
+def train(step, batch, n_steps, on_step=None, start=0):
+    """The loop that all training here goes through: batch -> step -> log -> checkpoint.
+
+    step(t, batch)    one update; returns what is worth telling, a dict of numbers
+    batch(t)          the data of step t, from 0; a pure function of t makes resuming exact
+    on_step(t, told)  after each step, t counting from 1: logs, saves, or raises to stop
+    """
+    for t in range(start, n_steps):
+        told = step(t, batch(t))
+        if on_step:
+            on_step(t + 1, told)
+
+
+def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.inf, least=0):
+    """Supervised training by epochs, with early stopping if asked for; bags and fine-tuning.
+
+    batches(epoch)    iterable of tuples, each the arguments of loss(model, ...), a scalar
+    validate(model)   a number, lower is better, of data neither trained on nor reported: training
+                      stops when it has not fallen for `patience` epochs, but never before `least`,
+                      and the best epoch's weights are put back
+    Without validate all epochs are trained. Returns [(mean loss, validation or None)] by epoch.
+    """
+    history, best, kept, since = [], math.inf, None, 0
+    for epoch in range(epochs):
+        model.train()
+        spent = [descend(optimiser, loss(model, *batch)) for batch in batches(epoch)]
+        model.eval()
+        with torch.no_grad():
+            value = validate(model) if validate else None
+        history.append((sum(spent) / len(spent), value))
+        if validate and (value < best or kept is None):
+            best, since = value, 0
+            kept = {k: v.clone() for k, v in model.state_dict().items()}
+        else:
+            since += 1
+        if since >= patience and epoch + 1 >= least:
+            break
+    if kept:
+        model.load_state_dict(kept)
+    return history
+
+
+def cosine_schedule(step, n_steps, base, final, warmup=0):
+    """From 0 to base in `warmup` steps (base is the last's), then half a cosine towards final."""
+    if step < warmup:
+        return base * step / max(warmup - 1, 1)
+    turn = math.pi * (step - warmup) / max(n_steps - warmup, 1)
+    return final + (base - final) / 2 * (1 + math.cos(turn))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A small CLIP: image and text encoders trained to agree (thesis 5.3.1; Radford et al. 2021)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -931,13 +1001,6 @@ def dino_loss(student, teacher, center, views, teacher_temp=0.04, student_temp=0
     return pairs.mean() / (2 * views - 2)
 
 
-def cosine_schedule(step, n_steps, base, final, warmup=0):
-    """Linear from 0 over `warmup` steps (reaching base on the last), then half a cosine from base towards final."""
-    if step < warmup:
-        return base * step / max(warmup - 1, 1)
-    return final + (base - final) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(n_steps - warmup, 1)))
-
-
 def teacher_temperature(epoch, start=0.04, final=0.04, warmup=0):
     """Linear from start to final over `warmup` epochs, both ends included, then constant."""
     return final if epoch >= warmup else start + (final - start) * epoch / max(warmup - 1, 1)
@@ -977,19 +1040,19 @@ def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, mome
     with torch.no_grad():
         t = teacher(crops[:2])
     loss = dino_loss(student(crops), t, center, len(crops), teacher_temp)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    clip_each(student, clip)
-    if freeze_last:                                          # the first epoch: the prototypes stay where they are
-        for p in student.head.last_layer.parameters():
-            p.grad = None
-    optimiser.step()
+
+    def mend():
+        clip_each(student, clip)
+        if freeze_last:                                      # in the first epoch the prototypes stay where they are
+            for p in student.head.last_layer.parameters():
+                p.grad = None
+    value = descend(optimiser, loss, mend)
     with torch.no_grad():
         for mine, theirs in zip(teacher.parameters(), student.parameters()):
             mine.mul_(momentum).add_(theirs, alpha=1 - momentum)
     entropy, information = output_entropy(torch.softmax((t - center) / teacher_temp, -1))
     move_center(center, t)
-    return {"loss": loss.item(), "entropy": entropy, "information": information}
+    return {"loss": value, "entropy": entropy, "information": information}
 
 
 def move_center(center, teacher, momentum=0.9):
@@ -1002,6 +1065,49 @@ def output_entropy(q):
     an output tells of its image; 0 means collapse, be it to the uniform output (entropy ln K) or to a constant one."""
     entropy = torch.special.entr(q).sum(-1).mean().item()
     return entropy, torch.special.entr(q.mean(0)).sum().item() - entropy
+
+
+def dino_nets(arch, size, patch=None, K=65536, hidden=2048, bottleneck=256, norm_last=True,
+              drop_path=0.1, decay_ssm=False, device="cpu"):
+    """Student (in training), teacher (the same weights, no gradient, no drop path), and AdamW."""
+    def net(p):
+        backbone = make_backbone(arch, size=size, patch=patch, drop_path=p)
+        head = DINOHead(backbone.dim, K, hidden, bottleneck, norm_last)
+        return MultiCrop(backbone, head).to(device)
+    student, teacher = net(drop_path).train(), net(0.).eval().requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher, torch.optim.AdamW(decay_groups(student, decay_ssm))
+
+
+def dino_schedule(step, epoch, epochs, lr, min_lr=1e-6, warmup=10, weight_decay=0.04,
+                  weight_decay_end=0.4, momentum=0.996, teacher_temp=0.04, teacher_temp_start=0.04,
+                  teacher_warmup=0, clip=3., freeze_last=1):
+    """The settings of `dino_step` in a step; `epoch` is the number of steps in one.
+
+    The defaults are those of DINO's code. warmup, teacher_warmup and freeze_last count epochs; lr
+    is reached after the warm-up and falls to min_lr.
+    """
+    n = epochs * epoch
+    temperature = teacher_temperature(step // epoch, teacher_temp_start, teacher_temp, teacher_warmup)
+    return {"lr": cosine_schedule(step, n, lr, min_lr, warmup * epoch),
+            "weight_decay": cosine_schedule(step, n, weight_decay, weight_decay_end),
+            "momentum": cosine_schedule(step, n, momentum, 1.), "teacher_temp": temperature,
+            "clip": clip, "freeze_last": step < freeze_last * epoch}
+
+
+def fit_dino(nets, batch, n_steps, schedule, on_step=None, start=0, seed=0):
+    """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
+
+    batch(t)      the views of step t: V tensors (B, 3, h, w), global ones first
+    schedule(t)   the settings of `dino_step`, as `dino_schedule` gives them
+    on_step(t, told)   see `train`; told: loss, entropy and information
+    """
+    device = nets[2].device
+
+    def step(t, views):
+        torch.manual_seed(seed * 1_000_003 + t)              # of drop path: resumed runs drop the same
+        return dino_step(*nets, [v.to(device) for v in views], **schedule(t))
+    train(step, batch, n_steps, on_step, start)
 
 
 def cam_layer(model, x):
@@ -1130,42 +1236,6 @@ def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smoot
     return bag_weight * bag + (1 - bag_weight) * instance_loss(model, scores, h, mask, y, k, subtyping, loss)
 
 
-def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.inf, least=0):
-    """Supervised training, with early stopping if asked for; for bags and for fine-tuning.
-
-    batches(epoch)    iterable of tuples, each the arguments of loss(model, ...), a scalar
-    validate(model)   a number, lower is better, of data that is neither trained on nor reported: training stops when it has
-                      not fallen for `patience` epochs, but never before `least`, and the best epoch's weights are put back
-    Without validate all epochs are trained. Raises InputError when the loss is no number any more. Returns [(mean loss,
-    validation or None) of each epoch].
-    """
-    history, best, kept, since = [], math.inf, None, 0
-    for epoch in range(epochs):
-        model.train()
-        spent = []
-        for batch in batches(epoch):
-            value = loss(model, *batch)
-            if not math.isfinite(value.item()):
-                raise InputError(f"the loss became {value.item()} in epoch {epoch + 1} - lower the learning rate")
-            optimiser.zero_grad(set_to_none=True)
-            value.backward()
-            optimiser.step()
-            spent.append(value.item())
-        model.eval()
-        with torch.no_grad():
-            value = validate(model) if validate else None
-        history.append((sum(spent) / len(spent), value))
-        if validate and (value < best or kept is None):
-            best, kept, since = value, {k: v.clone() for k, v in model.state_dict().items()}, 0
-        else:
-            since += 1
-        if since >= patience and epoch + 1 >= least:
-            break
-    if kept:
-        model.load_state_dict(kept)
-    return history
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets, and released weights
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1190,6 +1260,29 @@ vmamba_base = partial(VMamba, 128, (2, 2, 15, 2))
 vmamba_micro = partial(VMamba, 32, (1, 1, 1, 1))
 
 PRESETS = {name: value for name, value in list(globals().items()) if isinstance(value, partial)}
+
+
+def make_backbone(arch, **settings):
+    """A preset by name; settings that are None are left to it, and VMamba knows no size, no patch."""
+    if arch not in PRESETS:
+        raise InputError(f"{arch} is no backbone - take one of {', '.join(PRESETS)}")
+    skip = ("size", "patch") if arch.startswith("vmamba") else ()
+    return PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
+
+
+def token_grid(model, size):
+    """(rows, columns) of a backbone's patch tokens of a picture with `size` pixels a side."""
+    with torch.no_grad():
+        x = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+        return model.features(x, tokens=True)[1]
+
+
+def last_linear(model):
+    """(name, module) of a classifier's last linear layer; InputError when it has none."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not found:
+        raise InputError(f"{type(model).__name__} ends in no linear layer - take another model")
+    return found[-1]
 
 
 def load_weights(model, path):
