@@ -1552,7 +1552,7 @@ def barcode_sections(coded, table, flags):
     if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
         return None, [], None
     groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
-    names, codes = judge.barcodes(coded.count, groups)
+    names, codes, _ = judge.barcodes(coded.count, groups)
     of = [np.unique(y[rows][y[rows] >= 0]) for rows in np.split(np.argsort(groups, kind="stable"),
                                                   np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
     y = np.array([found[0] if len(found) == 1 else -1 for found in of])
