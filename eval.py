@@ -28,19 +28,14 @@ Deviations   from the authors' code: probe candidates are chosen on training pos
 Ours         the null, Jaccard's control, the linear baseline, the verdict.
 """
 import base64
-import ctypes
 import errno
 import html
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import statistics
-import threading
-import time
 
 import numpy as np
 import scipy.ndimage
@@ -1898,78 +1893,3 @@ def embedded(image, width=480):
 def save_picture(path, image):
     """A PNG, whole or not at all."""
     write_whole(path, lambda f: image.save(f, "PNG"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Time and memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-def status_mb(name):
-    """A figure of this process's memory; raises OSError or StopIteration where the system does not keep it."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
-
-
-class PeakMemory:
-    """Highest anonymous memory (RssAnon, MB) of this process inside a `with`: mapped files are the system's, not ours."""
-
-    def __enter__(self):
-        self.mb, self._on = 0., True
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._on = False
-        self._thread.join()
-
-    def _watch(self):
-        while self._on:
-            try:
-                self.mb = max(self.mb, status_mb("RssAnon"))
-            except (OSError, StopIteration):
-                return                                       # not Linux: no figure rather than a wrong one
-            time.sleep(0.002)
-
-
-def in_child(function, *args):
-    """function(*args) in a fresh process, so that its memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
-def median_ms(run, device, rounds=15, patience=3.):
-    """Median milliseconds of run(), after a warm-up; what takes longer than `patience` seconds is run but once."""
-    spent = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - began)
-        if sum(spent) > patience:
-            break
-    return 1000 * statistics.median(spent[1:] or spent)
-
-
-def round_or_none(x):
-    """A whole number, or None as it is."""
-    return None if x is None else round(x)
-
-
-def peak_of(run, device):
-    """MB that run() needs on top of what was there; None where the system does not tell."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    try:
-        ctypes.CDLL(None).malloc_trim(0)                     # else what was freed before is used again, uncounted
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")                                     # start the high-water mark of memory anew
-        before = status_mb("VmHWM")
-        run()
-        return status_mb("VmHWM") - before
-    except (OSError, AttributeError, StopIteration):
-        return None
