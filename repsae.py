@@ -665,12 +665,12 @@ def run_sparc(flags, features, folder, saved=None, command="sparc"):
     owner = {"sparc": folder, "ablate": os.path.dirname(os.path.abspath(folder))}.get(command)          # sweep has no null
     metrics["verdict"] = judge.verdict(
         metrics, owner and f"add it with python repsae.py {command} --resume --null --out {shlex.quote(owner)}")
-    judge.write_json(out_path(folder, "metrics.json"), metrics)
-    title = f"repsae {command}: {os.path.basename(os.path.abspath(folder))}"
     settings = {**flags, "seconds to train": round(trained - began, 1),
                 "seconds to measure": round(time.time() - trained, 1)}
-    judge.sparc_report(out_path(folder, "report.html"), title, metrics, log.rows, settings, codes,
-                       features, rows)
+    page = judge.Page(f"repsae {command}: {os.path.basename(os.path.abspath(folder))}")
+    judge.tell_summary(page, metrics, quiet=True)
+    judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
+    page.write(functools.partial(out_path, folder), metrics)
     return metrics
 
 
@@ -983,14 +983,7 @@ def parse_over(over):
 
 def print_summary(metrics):
     """The end of a run: the table, joint and alone side by side, the planted concepts that were found, the verdict."""
-    header, rows = judge.summary(metrics)
-    print(f"\n{judge.text_table(header, rows)}\n\n{metrics['rows']} samples of the {metrics['split']} split")
-    for s, found in metrics.get("recovery", {}).items():
-        print(f"planted concepts recovered, {s}: {found['found']} of {found['of']}")
-    if "verdict" in metrics:
-        colour = f"\033[3{(2, 3, 1)[metrics['verdict']['level']]}m" if sys.stdout.isatty() else ""
-        lines = "\n".join(metrics["verdict"][part] for part in ("learned", "trust", "next"))
-        print(f"\n{colour}{lines}{colour and chr(27) + '[0m'}")
+    judge.tell_summary(judge.Page(""), metrics)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3437,16 +3430,6 @@ def inlined(path):
 # Commands of the machine
 # ---------------------------------------------------------------------------------------------------------------------
 
-def cmd_build(flags):
-    """Compile the fast selective scan (csrc/); REPSAE_NATIVE=1 in the environment then makes every command use it."""
-    try:
-        built = ssm.build_native(verbose=True)
-    except Exception as e:                                   # the compiler's own words are above
-        raise InputError(f"the native scan cannot be built ({ssm.first_line(e)}) - it needs ninja and a C++ compiler; "
-                         "everything works without it")
-    print(f"built {built.__file__}; set REPSAE_NATIVE=1 to use it")
-
-
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
     for name in ("svg", "json"):
@@ -3613,7 +3596,6 @@ command("demo", cmd_demo, (), "demo", extra={
     "seeds": (1, whole(1, 1000), "how often, from --seed on, to give means and deviations"),
     "skip": (None, str, "numbers of chapters to leave out, separated by commas; name those that build on them, too"),
     "quick": (False, bool, "a size at which only the mechanics count: minutes instead of half an hour")})
-command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
 
 
