@@ -1550,7 +1550,7 @@ def barcode_sections(coded, table, flags):
     if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
         return None, [], None
     groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
-    names, codes = judge.barcodes(coded.count, groups)
+    names, codes, _ = judge.barcodes(coded.count, groups)
     of = [np.unique(y[rows][y[rows] >= 0]) for rows in np.split(np.argsort(groups, kind="stable"),
                                                   np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
     y = np.array([found[0] if len(found) == 1 else -1 for found in of])
@@ -3447,16 +3447,6 @@ def inlined(path):
 # Commands of the machine
 # ---------------------------------------------------------------------------------------------------------------------
 
-def cmd_build(flags):
-    """Compile the fast selective scan (csrc/); REPSAE_NATIVE=1 in the environment then makes every command use it."""
-    try:
-        built = ssm.build_native(verbose=True)
-    except Exception as e:                                   # the compiler's own words are above
-        raise InputError(f"the native scan cannot be built ({ssm.first_line(e)}) - it needs ninja and a C++ compiler; "
-                         "everything works without it")
-    print(f"built {built.__file__}; set REPSAE_NATIVE=1 to use it")
-
-
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
     for name in ("svg", "json"):
@@ -3623,7 +3613,6 @@ command("demo", cmd_demo, (), "demo", extra={
     "seeds": (1, whole(1, 1000), "how often, from --seed on, to give means and deviations"),
     "skip": (None, str, "numbers of chapters to leave out, separated by commas; name those that build on them, too"),
     "quick": (False, bool, "a size at which only the mechanics count: minutes instead of half an hour")})
-command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
 
 

@@ -395,13 +395,7 @@ def _peaks():
     return bench.peak_of(apart, "cpu"), bench.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
 
 
-def test_build_says_in_one_line_that_there_is_no_compiler(capsys, monkeypatch):
-    import ssm
-
-    def absent(verbose):
-        raise OSError("Error compiling: no c++ here\nmore")
-    monkeypatch.setattr(ssm, "build_native", absent)
-    assert "cannot be built (Error compiling: no c++ here) - it needs ninja" in error(capsys, "build")
+def test_bench_refuses_a_file_in_no_folder(capsys):
     assert "no such folder" in error(capsys, "bench", "scan", "--svg", "/no/such/x.svg")
 
 
