@@ -1,0 +1,446 @@
+"""All of it on made-up tissue: what `python repsae.py demo` runs, and what it asks of the results.
+
+STAGES is the experiment; below it stands the runner, which knows none of them. A stage has
+    name, about   its heading, and what it stands for
+    run           commands as a user types them, "./" being the demo's folder; {names} are those of
+                  SIZES, PIECES and `each`: a command is run for every choice of `each` it names
+    figures       {name: "file : keys"}, numbers in JSON files that commands wrote; a folder stands
+                  for its metrics.json; `mean` and `max` are of all entries of a list or dict. One
+                  for every choice of `each` and `over`; of a dict the keys go into the name, the
+                  values into the path
+    claims        "what the papers find | comparison of [figures]", or several joined by "and";
+                  {*name} takes all its values, joined so
+A figure that is not there makes a claim "not measured", never "no"; over several seeds one that
+holds or fails by less than the standard deviation is "undecided". `--quick` judges nothing.
+
+Numbers before claims are the papers' tables, the thesis's unless another is named; "ours" are our
+own questions. G and L: Global and Local TopK as trained, the one joint, the other alone.
+"""
+import contextlib
+import html
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import eval as judge
+import repsae
+
+ROOT = Path(judge.__file__).resolve().parent
+SIZES = {  # of the demo, and of --quick
+    False: {"pictures": 2400, "dino_epochs": 10, "clip_epochs": 40, "small_epochs": 20,
+            "mil_epochs": 50, "runs": 3, "tune_epochs": 5, "code_epochs": 60, "token_epochs": 5,
+            "least": 50, "most": 200},
+    True: {"pictures": 600, "dino_epochs": 1, "clip_epochs": 2, "small_epochs": 1, "mil_epochs": 5,
+           "runs": 2, "tune_epochs": 1, "code_epochs": 4, "token_epochs": 1, "least": 20,
+           "most": 40}}
+PIECES = {  # that commands share
+    "tissue": "--images ./tissue/tissue.npz",
+    "both": "dino_vit=./dino_vit,dino_vim=./dino_vim",
+    "random": "random_vit=vit_micro:random,random_vim=vim_micro:random",
+    # pixels in their own units: by ImageNet's these pale pictures are all alike, and DINO collapses
+    "dino": "--patch 8 --size 64 --local-size 32 --local-crops 4 --local-scale 0.2,0.6 "
+            "--global-scale 0.5,1 --standardise --colour 0.2 --blur 0.5 --prototypes 1024 "
+            "--head-hidden 512 --set bottleneck=64 --batch 64 --warmup 1 --lr 2e-3 --momentum 0.99 "
+            "--workers 1 --epochs {dino_epochs}",
+    "mil": "--epochs {mil_epochs} --min-epochs 5 --widths 64 --attention 32 --inner 3",
+    "code": "--latents 256 --k 16 --batch 128 --lr 1e-3 --norm standard,l2 --epochs {code_epochs}",
+    "segment": "--least {least} --most {most}",
+    "tuned": "./finetune/dino_vit.pt", "before": "./dino_vit"}
+SIDES, ARCHS = ["64", "32"], ["vit", "vim"]
+SWEPT = {"latents": ["64", "256", "1024"], "k": ["4", "16", "64"]}
+WAYS = {"G": "global : joint", "L": "local : alone", "G alone": "global : alone"}
+SETS = {"a CLIP's encoders": "clip_img+clip_txt", "another CLIP's": "small_img+small_txt",
+        "vision-only": "dino_vit+dino_vim", "words alone": "words+pairs",
+        "images": "clip_img+small_img+dino_vit+dino_vim", "texts": "clip_txt+small_txt+words+pairs",
+        "all eight": "clip_img+clip_txt+small_img+small_txt+dino_vit+dino_vim+words+pairs"}
+NAMED, SUMMED = "similarity to the name", "sum of concept latents"
+
+STAGES = (
+    dict(name="1. A tissue", about="Tables 3.1-3.3 tell what data there is; here pictures whose cells, "
+         "captions, masks, slides, patients and diseases are known.",
+         run=["tissue --pictures {pictures} --out ./tissue"]),
+    dict(name="2. DINO", about="3.2.1: a backbone learns without labels; k-NN watches.",
+         each={"a": ARCHS}, run=["dino {tissue} --arch {a}_micro {dino} --out ./dino_{a}"],
+         figures={"20-NN AUC, {a}, random": "dino_{a} : knn_random",
+                  "20-NN AUC, {a}, DINO": "dino_{a} : knn"},
+         claims=["ours: DINO finds better neighbours than random weights, {a} | "
+                 "[20-NN AUC, {a}, DINO] > [20-NN AUC, {a}, random]"]),
+    dict(name="3. Linear evaluation", about="3.2.3, Tables 3.6, and 3.8 at half the magnification: "
+         "what is in a picture?", each={"side": SIDES},
+         run=["extract {tissue} --weights {both},{random} --last 1 --size {side} --standardise "
+              "--out ./views_{side}.npz",
+              "probe --data ./views_{side}.npz --json ./views_{side}.json"],
+         over={"s": ["dino", "random"], "a": ARCHS},
+         figures={"probe AUC, {s} {a}, {side}": "views_{side}.json : {s}_{a}.linear.AUC"},
+         claims=["3.6: Vim is ahead of ViT in linear evaluation | "
+                 "[probe AUC, dino vim, 64] > [probe AUC, dino vit, 64]",
+                 "3.8: half the magnification is worse in linear evaluation | "
+                 "[probe AUC, dino {*a}, 32] < [probe AUC, dino {*a}, 64]",
+                 "ours: DINO is ahead of random weights in linear evaluation, {a} | "
+                 "[probe AUC, dino {a}, 64] > [probe AUC, random {a}, 64]"]),
+    dict(name="4. Four streams", about="5.3.1: a small CLIP, whose image and text encoders agree; "
+         "features of the same pictures by every encoder.",
+         run=["clip {tissue} --epochs {clip_epochs} --out ./clip",
+              "extract {tissue} --weights {both},clip=./clip --last 1 --out ./feats.npz"]),
+    dict(name="5. Patients as bags", about="Tables 3.5, and 3.7 at half the magnification: the disease "
+         "from a patient's pictures.", each={"side": SIDES, "a": ARCHS},
+         run=["extract --images ./tissue/patients.npz --weights {both} --last 1 --size {side} "
+              "--out ./patients_{side}.npz",
+              "mil --data ./patients_{side}.npz --stream dino_{a} --folds 5 --head abmil,clam_sb "
+              "{mil} --out ./mil_{side}_{a}"],
+         over={"h": ["mean of the bag, logistic", "abmil", "clam_sb"]},
+         figures={"bags AUC, {h}, {a}, {side}": "mil_{side}_{a} : {h}.mean.scores.AUC"},
+         claims=["3.5: Vim is ahead of ViT on bags, clam_sb | "
+                 "[bags AUC, clam_sb, vim, 64] > [bags AUC, clam_sb, vit, 64]",
+                 "3.7: half the magnification is worse on bags, clam_sb, {a} | "
+                 "[bags AUC, clam_sb, {a}, 32] < [bags AUC, clam_sb, {a}, 64]"]),
+    dict(name="6. Slides", about="3.2.2: tiles of tissue, their features, what a head attends to.",
+         run=["tile --images ./tissue/slides --size 64 --out ./tiles",
+              "extract --images ./tiles --weights dino_vim=./dino_vim --last 1 --out ./slides.npz",
+              "mil --data ./slides.npz --head abmil {mil} --out ./mil_slides"]),
+    dict(name="7. Transfer", about="Tables 3.4, 3.9-3.11: classifiers trained on labels, and which "
+         "beats which; the claim leaves out the ViT that was pre-trained here.",
+         run=["finetune {tissue} --label 'tumour cell' --split given --weights "
+              "vit_micro,vim_micro,vmamba_micro,resnet18,dino_vit=./dino_vit --size 32 --lr 5e-4 "
+              "--runs {runs} --epochs {tune_epochs} --out ./finetune"],
+         over={"m": ["vit_micro", "vim_micro", "vmamba_micro", "resnet18", "dino_vit"],
+               "win": ["vit_micro", "resnet18"], "lose": ["vim_micro", "vmamba_micro"]},
+         figures={"AUC, pixels": "finetune : scores.pixels, logistic.mean.AUC",
+                  "AUC, {m}": "finetune : scores.{m}.mean.AUC",
+                  "parameters, {m}": "finetune : parameters.{m}",
+                  "{win} beats {lose}": "finetune : beats.AUC.{win}.{lose}"},
+         claims=["3.9-3.11: no Mamba is significantly beaten by another kind, in so few runs | "
+                 "[{*win} beats {*lose}] < 1"]),
+    dict(name="8. Where backbones look", about="3.2.4: Grad-CAM, Vim beside ViT.",
+         run=["explain {tissue} --weights vit=./dino_vit,vim=./dino_vim --most 6 --out ./cam"]),
+    dict(name="9. Sparse autoencoders", about="4.1, of each backbone; 4.3: what two trained apart "
+         "have in common, beside a shared code (chapter 10).", each={"a": ARCHS},
+         run=["sae --data ./feats.npz --stream dino_{a} {code} --out ./sae_dino_{a}"]),
+    dict(name="10. One code for four models", about="Tables 5.1-5.3, 5.5; sparc.txt 1-4, 14: the "
+         "2x2, both, random; and what the joint numbers hide.",
+         run=["ablate --data ./feats.npz --taxonomy ./tissue/taxonomy.json {code} --out ./ablate"],
+         over={"w": {"G": "global_lam1 : joint", "G null": "global_lam1 : null.joint",
+                     "G alone": "global_lam1 : alone", "G null alone": "global_lam1 : null.alone",
+                     "G λ0": "global_lam0 : joint", "G λ0 alone": "global_lam0 : alone",
+                     "L": "local_lam1 : alone", "L λ0": "local_lam0 : alone",
+                     "both alone": "both_lam1 : alone"}},
+         figures={"same choice, {w}": "ablate/{w}.same_choice",
+                  "mixed %, {w}": "ablate/{w}.headline.mixed: alive in some, %",
+                  "Jaccard, {w}": "ablate/{w}.headline.Jaccard, other latents as 0",
+                  "Jaccard of top-50 labels, {w}": "ablate/{w}.headline.Jaccard of top-50 labels",
+                  "probe loss, {w}": "ablate/{w}.probe.mean.loss",
+                  "R@1, {w}": "ablate/{w}.headline.retrieval R@1",
+                  "R2 cross, {w}": "ablate/{w}.headline.R2 cross"},
+         claims=["5.1: under Global TopK all streams choose the same latents, joint: those mixed "
+                 "are ReLU's zeros | [same choice, G] >= 1",
+                 "5.1: under Global TopK less than 1 % are mixed, joint | [mixed %, G] < 1",
+                 "ours: fewer are mixed under Global, alone | [mixed %, G alone] < [mixed %, L]",
+                 "5.2: Global has a higher Jaccard, as trained | [Jaccard, G] > [Jaccard, L]",
+                 "5.2: λ = 1 has a higher Jaccard than λ = 0, Global and Local | "
+                 "[Jaccard, G] > [Jaccard, G λ0] and [Jaccard, L] > [Jaccard, L λ0]",
+                 "ours: Global has a higher Jaccard, alone | [Jaccard, G alone] > [Jaccard, L]",
+                 "ours: Global has a higher Jaccard than for shuffled pairs, joint | "
+                 "[Jaccard, G] > [Jaccard, G null]",
+                 "5.3: 1-D probes do better under Local | [probe loss, L] < [probe loss, G]",
+                 "5.3: 1-D probes do better at λ = 0 | [probe loss, G λ0] < [probe loss, G]",
+                 "5.5: Global retrieves better, alone | [R@1, G alone] > [R@1, L]",
+                 "5.5: λ = 1 retrieves better than λ = 0, alone, Global and Local | "
+                 "[R@1, G alone] > [R@1, G λ0 alone] and [R@1, L] > [R@1, L λ0]",
+                 "ours: Global retrieves better than for shuffled pairs, alone | "
+                 "[R@1, G alone] > [R@1, G null alone]",
+                 "sparc 3: Global rebuilds across better, as trained | [R2 cross, G] > [R2 cross, L]",
+                 "ours: Global rebuilds across better, alone | [R2 cross, G alone] > [R2 cross, L]"]),
+    dict(name="11. Latents in common", about="4.3: two codes trained apart, beside a shared one.",
+         run=["compare ./sae_dino_vit ./sae_dino_vim --sparc ./ablate/global_lam1 "
+              "--json ./compare.json"],
+         over={"of": {"apart": "the two runs, best pairing",
+                      "one code": "SPARC alone, same latent"}},
+         figures={"in common, %, {of}": "compare.json : {of}.shared, %"},
+         claims=["4.3: one code has more in common than two trained apart, alone | "
+                 "[in common, %, one code] > [in common, %, apart]"]),
+    *(dict(name=f"12. More {x}", about="5.4.8, Fig. 5.8-5.9: what Global TopK costs and brings.",
+           run=[f"sweep --over {x}={','.join(values)} --data ./feats.npz {{code}} "
+                f"--out ./sweep_{x}"],
+           each={"x": [x]}, over={"n": values, "w": WAYS, "what": ["self", "cross"]},
+           figures={"NMSE {what}, {x} {n}, {w}": "sweep_{x}/{x}_{n}_{w}.headline.NMSE {what}"},
+           claims=["5.8: Global costs self reconstruction at every number of {x}, joint | "
+                   "[NMSE self, {x} {*n}, G] > [NMSE self, {x} {*n}, L]",
+                   "5.8: Global brings cross reconstruction at every number of {x}, joint | "
+                   "[NMSE cross, {x} {*n}, G] < [NMSE cross, {x} {*n}, L]",
+                   "ours: Global brings cross reconstruction at every number of {x}, alone | "
+                   "[NMSE cross, {x} {*n}, G alone] < [NMSE cross, {x} {*n}, L]"])
+      for x, values in SWEPT.items()),
+    dict(name="13. Other sets of models", about="sparc.txt Tables 6-13: across which models does Global "
+         "reconstruct better? There across all but texts; two encoders here only count words.",
+         run=["clip {tissue} --width 64 --set 'layers=3 joint=48' --epochs {small_epochs} --out ./small",
+              "extract {tissue} --weights {both},clip=./clip,small=./small,words=lsa:1,pairs=lsa:2 "
+              "--last 1 --out ./eight.npz", f"sweep --over streams={','.join(SETS.values())} "
+              "--data ./eight.npz {code} --out ./sweep_streams"],
+         over={"of": SETS, "w": WAYS, "pictured": [s for s in SETS if s not in ("words alone", "texts")]},
+         figures={"R2 cross, {of}, {w}": "sweep_streams/streams_{of}_{w}.headline.R2 cross"},
+         claims=["sparc 7-9, 11, 13: Global is better across {pictured}, as trained | "
+                 "[R2 cross, {pictured}, G] > [R2 cross, {pictured}, L]",
+                 "sparc 10: Local is better across words alone, as trained | "
+                 "[R2 cross, words alone, G] < [R2 cross, words alone, L]",
+                 "sparc 12: Local is better across texts, as trained | "
+                 "[R2 cross, texts, G] < [R2 cross, texts, L]",
+                 "ours: Global is better across every set, alone | "
+                 "[R2 cross, {*of}, G alone] > [R2 cross, {*of}, L]"]),
+    dict(name="14. Back to pixels and words", about="5.4.4, Table 5.4, A.3, A.4: heat maps of "
+         "concepts, and what they segment, Global beside Local TopK.",
+         run=["attribute ./ablate/global_lam1 {tissue} --weights {both},clip=./clip {segment} "
+              "--out ./attribute", "attribute ./ablate/local_lam1 {tissue} --weights "
+              "dino_vit=./dino_vit,clip=./clip {segment} --out ./attribute_local"],
+         over={"b": ["dino_vit", "dino_vim (Grad-CAM)", "clip"], "b2": ["dino_vit", "clip"],
+               "t": [SUMMED, NAMED, f"{NAMED}, joint"], "t2": [SUMMED, NAMED], "in": ["", "_local"]},
+         figures={"mIoU, {b}, {t}": "attribute : segmentation.{b}, {t}.mIoU",
+                  "mIoU, {b}, random latents": "attribute : segmentation.{b}, random latents.mIoU",
+                  "mIoU, CLIP's similarity": "attribute : segmentation.clip, raw similarity.mIoU",
+                  "mIoU, centre": "attribute : segmentation.centre of the picture.mIoU",
+                  "mIoU, {b2}, {t}, Local": "attribute_local : segmentation.{b2}, {t}.mIoU",
+                  "absent drawn %, {b2}, {t2}":
+                      "attribute : segmentation.{b2}, {t2}.drawn though absent, %",
+                  "absent{in}": "attribute{in} : segmentation.max.absent",
+                  "not 0{in}": "attribute{in} : segmentation.max.maps of absent that are not 0"},
+         claims=["ours: {b}, {t}: better than random latents | "
+                 "[mIoU, {b}, {t}] > [mIoU, {b}, random latents]",
+                 "5.4: names guide the vision-only ViT to nine tenths of CLIP's similarity | "
+                 f"[mIoU, dino_vit, {NAMED}] > 0.9 * [mIoU, CLIP's similarity]",
+                 "5.4: Global segments better than Local: {b2}, {t2} | "
+                 "[mIoU, {b2}, {t2}] > [mIoU, {b2}, {t2}, Local]",
+                 "A.3.3: concept latents draw what is absent less often than similarity does, {b2} "
+                 f"| [absent drawn %, {{b2}}, {SUMMED}] < [absent drawn %, {{b2}}, {NAMED}]",
+                 "ours: a score of 0 has a map of zeros, a theorem | "
+                 "[absent{*in}] > 0 and [not 0{*in}] <= 0"]),
+    dict(name="15. Retrieval", about="Tables 5.6, 5.7, A.1-A.17, Fig. A.24-A.26: a backbone without "
+         "words finds captions, words that are no caption find its pictures, a picture of another "
+         "tissue finds captions.", each={"topk": ["global", "local"]},
+         run=["retrieve ./ablate/{topk}_lam1 --sample 3 --from dino_vit --to clip_txt "
+              "--out ./retrieve_{topk}",
+              "retrieve ./ablate/global_lam1 --query 'several tumour cells and a mitosis' --encoder "
+              "./clip --from clip_txt --to dino_vit --out ./retrieve_words",
+              "tissue --pictures 40 --out ./elsewhere --seed 1{seed}",
+              "extract --images ./elsewhere/tissue.npz --weights dino_vit=./dino_vit --last 1 "
+              "--out ./elsewhere.npz",
+              "retrieve ./ablate/global_lam1 --features ./elsewhere.npz --sample 3 --from dino_vit "
+              "--to clip_txt --out ./retrieve_elsewhere"]),
+    dict(name="16. Patients' barcodes", about="CytoSAE Fig. 2A and 4: what latents are, and barcodes "
+         "of those with a mean activation of 0.001 or more.",
+         run=["latents ./ablate/global_lam1 --data ./patients_64.npz --stream dino_vit --between "
+              "healthy,carcinoma --out ./latents"],
+         figures={"barcodes, weighted F1": "latents : barcodes.f1.-3.f1.mean"},
+         claims=["ours, of CytoSAE 4: barcodes tell the four diseases better than guessing | "
+                 "[barcodes, weighted F1] > 1 / 4"]),
+    dict(name="17. What latents do, and where", about="Mammo-SAE Fig. 2, 4, Tables 1, 2: patches of "
+         "the ViT fine-tuned for tumour cells (chapter 7, at half this size) and of what it was "
+         "before; one code, of the former; top latents of both classes kept or silenced; boxes.",
+         each={"when": ["tuned", "before"]},
+         run=["extract {tissue} --weights dino_vit={{when}} --tokens --size 64 "
+              "--out ./tokens_{when}.npz",
+              "sae --data ./tokens_tuned.npz --latents 256 --k 8 --batch 1024 --lr 1e-3 --norm "
+              "standard --epochs {token_epochs} --out ./sae_tokens",
+              "intervene ./sae_tokens --data ./tokens_{when}.npz --label 'tumour cell' "
+              "--other ./tokens_before.npz --out ./mammo_{when}"],
+         over={"x": ["original features", "reconstructed"], "do": ["keep", "silence"]},
+         figures={"AUC, {x}, {when}": "mammo_{when} : auc.{x}.mean",
+                  "AUC, top ten, {do}": "mammo_tuned : curve.k=10.{do}",
+                  "AP, top ten, {when}": "mammo_{when} : localisation.mean.ap",
+                  "AP, best of them, {when}": "mammo_{when} : localisation.max.ap",
+                  "cosine of means, tuned": "mammo_tuned : separation.cosine",
+                  "cosine of means, before": "mammo_tuned : separation of --other.cosine"},
+         claims=["Mammo 1: fine-tuned features tell the label better | "
+                 "[AUC, original features, tuned] > [AUC, original features, before]",
+                 "Mammo 1: the reconstruction's AUC is within 0.025 of the features', either way | "
+                 "abs([AUC, original features, {*when}] - [AUC, reconstructed, {*when}]) <= 0.025",
+                 "Mammo Fig. 2a: ten latents of each class keep nine tenths of it, beyond chance | "
+                 "[AUC, reconstructed, tuned] > 0.55 and "
+                 "[AUC, top ten, keep] - 0.5 >= 0.9 * ([AUC, reconstructed, tuned] - 0.5)",
+                 "Mammo Fig. 2b: silencing these leaves at most half of it | "
+                 "[AUC, reconstructed, tuned] > 0.55 and "
+                 "[AUC, top ten, silence] - 0.5 <= 0.5 * ([AUC, reconstructed, tuned] - 0.5)",
+                 "Mammo 2: fine-tuned latents find the boxes better | "
+                 "[AP, top ten, tuned] > [AP, top ten, before]",
+                 "Mammo Fig. 4: fine-tuning moves the class means apart, by cosine | "
+                 "[cosine of means, tuned] < [cosine of means, before]"]),
+    dict(name="18. A few latents suffice", about="The TotalSegmentator study, for the vacuoles.",
+         run=["fidelity ./sae_dino_vit --label vacuoles --out ./fidelity"],
+         over={"by": ["best latents", "principal components", "kept"]},
+         figures={"R2": "fidelity : r2.variance-weighted", "probe, all": "fidelity : kept.dense",
+                  "probe, ten, {by}": "fidelity : kept.rows.n=10.{by}",
+                  "probe, chance": "fidelity : kept.chance",
+                  "overlap of 10 neighbours": "fidelity : neighbours.k=10.overlap"},
+         claims=["TotalSegmentator: ten latents keep 87.8 % of the probe, beyond chance | "
+                 "[probe, all] - [probe, chance] > 0.05 and [probe, ten, kept] >= 0.878",
+                 "ours: ten latents keep more than ten principal components | "
+                 "[probe, ten, best latents] > [probe, ten, principal components]"]))
+
+
+# -- the runner ----------------------------------------------------------------------------------
+
+def fill(text, values):
+    """`text` with every {name} replaced by its value."""
+    for name, value in values.items():
+        text = text.replace("{" + name + "}", str(value))
+    return text
+
+
+def choices(text, options):
+    """Every choice of values for those {names} of `options` that are in the text, as dicts."""
+    names = [name for name in options if "{" + name + "}" in text]
+    return [dict(zip(names, v)) for v in itertools.product(*(options[name] for name in names))]
+
+
+def options_of(stage):
+    return {**stage.get("each", {}), **stage.get("over", {})}
+
+
+def commands(out, quick, seed):
+    """Yield (stage, words of a command) in order."""
+    values = {**PIECES, **SIZES[quick], "seed": seed}
+    for stage in STAGES:
+        for run in stage["run"]:
+            for one in choices(run, options_of(stage)):
+                words = shlex.split(fill(fill(run, one), values))
+                words += [] if "--seed" in words else ["--seed", str(seed)]
+                yield stage, [word.replace("./", f"{out}/") for word in words]
+
+
+def follow(found, keys):
+    """What a list of keys leads to in what a JSON file holds; None where it leads nowhere."""
+    if not keys or found is None:
+        return found
+    key, *rest = keys
+    if isinstance(found, dict) and key in found:
+        return follow(found[key], rest)
+    if key not in ("mean", "max"):
+        return None
+    entries = found.values() if isinstance(found, dict) else found
+    values = [v for v in (follow(one, rest) for one in entries) if v is not None]
+    return {"mean": statistics.fmean, "max": max}[key](values) if values else None
+
+
+def figures_of(stage, out):
+    """dict name -> number, None where there is none, of a stage in the demo's folder."""
+    found, options = {}, options_of(stage)
+    for name, path in stage.get("figures", {}).items():
+        for one in choices(name + path, options):
+            inside = {key: options[key][v] if isinstance(options[key], dict) else v
+                      for key, v in one.items()}
+            file, _, keys = fill(path, inside).partition(" : ")
+            file = Path(out, file if file.endswith(".json") else f"{file}/metrics.json")
+            number = follow(json.loads(text_of(file) or "null"), keys.split("."))
+            found[fill(name, one)] = number if isinstance(number, (int, float)) else None
+    return found
+
+
+def claims_of(stage):
+    """Yield (claim, comparisons of figures that must all hold)."""
+    for claim in stage.get("claims", ()):
+        for one in choices(claim, options_of(stage)):
+            text, _, rule = fill(claim, one).partition(" | ")
+            yield text, [fill(part, more) for part in rule.replace("{*", "{").split(" and ")
+                         for more in choices(part, options_of(stage))]
+
+
+def margin(comparison, figures):
+    """By how much a comparison of [figures] holds, negative where not; None if a figure lacks."""
+    if any(figures.get(name) is None for name in re.findall(r"\[(.+?)\]", comparison)):
+        return None
+    numbers = re.sub(r"\[(.+?)\]", lambda name: f"({figures[name[1]]!r})", comparison)
+    left, sign, right = re.fullmatch("(.+) ([<>]=?) (.+)", numbers).groups()
+    gap = eval(left) - eval(right)                           # the table above is our own code
+    return gap if sign[0] == ">" else -gap
+
+
+def verdict(comparisons, seeds):
+    """Whether all comparisons hold, in words; seeds: the figures of each."""
+    words = []
+    for comparison in comparisons:
+        gaps = [margin(comparison, figures) for figures in seeds]
+        if None in gaps:
+            return "not measured"
+        mean, spread = statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else 0
+        holds = mean > 0 or mean == 0 and "=" in comparison
+        words.append("undecided" if abs(mean) < spread else "yes" if holds else "no")
+    return next(word for word in ("no", "undecided", "yes") if word in words)
+
+
+def demo(out, quick, seed, seeds):
+    """Every stage for every seed; then all figures, and what the papers find in them."""
+    numbers = range(seed, seed + seeds)
+    folders = [out] if seeds == 1 else [os.path.join(out, f"seed{n}") for n in numbers]
+    sections = [run_stages(folder, quick, n) for folder, n in zip(folders, numbers)]
+    found = [{k: v for stage in STAGES for k, v in figures_of(stage, at).items()} for at in folders]
+    figures = {name: [one[name] for one in found] for name in found[0]}
+    claims = {} if quick else {
+        text: verdict(rule, found) for stage in STAGES for text, rule in claims_of(stage)}
+    tables = [(["what the papers find, and we ask", "is it so?"], [*map(list, claims.items())])]
+    tables += [(["figure", f"{seeds} seeds"], [[k, judge.mean_std(v)] for k, v in figures.items()])]
+    for table in tables[quick:]:
+        print("\n" + judge.text_table(*table))
+    judge.write_json(os.path.join(out, "findings.json"), {"claims": claims, "figures": figures})
+    judge.write_report(os.path.join(out, "report.html"), "repsae demo: the thesis on made-up tissue", [
+        ("The papers' tables, here", "<p>Made-up pictures, small models trained for minutes: trends, "
+         f"not figures. The stages are those of seed {seed}.</p>"
+         + "".join(judge.html_table(*table) for table in tables[quick:])), *sections[0]])
+    repsae.say(f"wrote {os.path.join(out, 'report.html')}")
+    if seeds > 1 and not quick:
+        write_results(f"## {seeds} seeds of the demo\n", tables)
+
+
+def write_results(heading, tables, path=ROOT / "assets" / "results.md"):
+    """The tables as the last section of assets/results.md, instead of an earlier one."""
+    kept = re.sub(r"^## \w+ seeds of the demo$.*?(?=^## |\Z)", "", text_of(path), flags=re.M | re.S)
+    told = "".join(f"\n```\n{judge.text_table(*table)}\n```\n" for table in tables)
+    judge.write_text(path, f"{kept.rstrip()}\n\n{heading}{told}")
+    repsae.say(f"wrote {path}")
+
+
+def run_stages(out, quick, seed):
+    """Run every command that is not done yet, and all after it: the sections of the report."""
+    os.makedirs(out, exist_ok=True)
+    todo, bodies, stale = list(commands(out, quick, seed)), {}, False
+    for n, (stage, argv) in enumerate(todo, 1):
+        told, command = Path(out, f"command_{n:02d}.txt"), shlex.join(["python", "repsae.py", *argv])
+        made = argv[argv.index("--out" if "--out" in argv else "--json") + 1]
+        if not os.path.exists(made) or not text_of(told).startswith(f"{command}\n"):
+            stale = True
+        if stale:
+            for later in range(n, len(todo) + 1):            # nor is it done for a later call
+                Path(out, f"command_{later:02d}.txt").unlink(missing_ok=True)
+            repsae.say(f"== {stage['name']}: {command}")
+            run_command(argv, command, told)
+        pages = [page for page in (made, f"{made}/report.html", f"{made}/sheet.png")
+                 if page.endswith((".html", ".png")) and os.path.exists(page)]
+        bodies.setdefault(stage["name"], f"<p>{html.escape(stage['about'])}</p>")
+        bodies[stage["name"]] += f"<pre>{html.escape(text_of(told))}</pre>" + "".join(
+            f'<p><a href="{os.path.relpath(page, out)}">{page}</a></p>' for page in pages)
+    return list(bodies.items())
+
+
+def run_command(argv, command, told):
+    """Run a command; what it prints goes to the file `told`. If it was begun before, resume it."""
+    begun, printed = Path(f"{told}.begun"), io.StringIO()
+    go, flags = repsae.parse(argv)
+    again = "resume" if "resume" in flags and text_of(begun) == command else "overwrite"
+    judge.write_text(begun, command)
+    try:
+        with contextlib.redirect_stdout(printed):
+            go, flags = repsae.parse([*argv, *[f"--{again}"] * (again in flags)])
+            go(flags)
+    except repsae.Interrupted as e:
+        repsae.say(f"\n{e}; the same demo command goes on from there")
+        raise SystemExit(130)
+    print(printed.getvalue(), end="", flush=True)
+    judge.write_text(told, f"{command}\n{printed.getvalue()}")
+    begun.unlink()
+
+
+def text_of(path):
+    """A file's text, "" where there is none."""
+    return Path(path).read_text() if os.path.exists(path) else ""
