@@ -1038,32 +1038,25 @@ def write_whole(path, write):
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features judged by a classifier: k nearest neighbours, linear probe (thesis 3.2.3)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Features judged by a classifier: k nearest neighbours, linear probe (thesis 3.2.3) ------------
 
-def knn(train, train_labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None, chunk=1024):
-    """Weighted k nearest neighbours as in DINO: cosine, votes exp(similarity / temperature). dict k -> votes (n, C),
-    summing to 1. k larger than the training set is cut to it."""
-    n_classes = n_classes or int(train_labels.max()) + 1
-    unit = torch.nn.functional.normalize
-    train = unit(torch.as_tensor(train, dtype=torch.float32))
-    onehot = torch.nn.functional.one_hot(torch.as_tensor(train_labels).long(), n_classes).float()
-    out = {k: [] for k in ks}
-    for part in unit(torch.as_tensor(test, dtype=torch.float32)).split(chunk):
-        similarity, index = (part @ train.T).topk(min(max(ks), len(train)), dim=1)
-        votes = torch.exp((similarity - similarity[:, :1]) / temperature)[..., None] * onehot[index]        # (n, k, C)
-        for k in ks:
-            total = votes[:, :k].sum(1)
-            out[k].append(total / total.sum(1, keepdim=True))
-    return {k: torch.cat(v).numpy() for k, v in out.items()}
+def knn(train, labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None):
+    """Votes of the k nearest neighbours by cosine, weighted by exp(similarity / temperature) as in
+    DINO: dict k -> (n, C), rows summing to 1. k larger than the training set is cut to it."""
+    labels = np.asarray(labels)
+    near, similarity = nearest(test, train, max(ks))
+    weight, out = np.exp((similarity - similarity[:, :1]) / temperature), {}
+    for k in ks:
+        votes = np.stack([(weight * (labels[near] == c))[:, :k].sum(1)
+                          for c in range(n_classes or labels.max() + 1)], 1)
+        out[k] = votes / votes.sum(1, keepdims=True)
+    return out
 
 
 def scores(truth, probability):
-    """Accuracy, balanced accuracy, F1 (macro), AUC (macro, one class against the rest) of probabilities (n, C).
-
-    A class that the truth lacks counts in none of them; AUC is None when only one class is there.
-    """
+    """Accuracy, balanced accuracy, F1 (macro), AUC (macro, one class against the rest) of (n, C)
+    probabilities. A class that the truth lacks counts in none of them; AUC is None when only one
+    class is there."""
     guess, there = probability.argmax(1), np.unique(truth)
     hit = {c: ((guess == c) & (truth == c)).sum() for c in there}
     recall = [hit[c] / (truth == c).sum() for c in there]
@@ -1072,19 +1065,19 @@ def scores(truth, probability):
     if probability.shape[1] == 2:
         areas = areas[1:]                                    # two classes share one curve
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
-            "F1": float(np.mean(f1)), "AUC": float(np.mean(areas)) if areas else None}
+            "F1": float(np.mean(f1)), "AUC": _mean(areas)}
 
 
 def auc(positive, score):
-    """Area under the ROC curve: the share of (positive, negative) pairs that the score puts in order, ties half."""
+    """Area under the ROC curve: the share of (positive, negative) pairs in order, ties half."""
     rank = scipy.stats.rankdata(score)
     n = int(positive.sum())
     return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(rank) - n)))
 
 
 def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
-    """Multinomial logistic regression on standardised features with an L2 penalty ||W||^2 / (2 strength) beside the summed
-    loss, solved by L-BFGS. Returns weights (d, C) and biases (C,) for the features as they are."""
+    """Multinomial logistic regression on standardised features by L-BFGS: the summed loss plus
+    ||W||^2 / (2 strength). Returns weights (d, C), biases (C,) for the features as they are."""
     n_classes = n_classes or int(labels.max()) + 1
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
@@ -1106,18 +1099,26 @@ def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     return slope.numpy(), (W[-1] - mean @ slope).numpy()
 
 
-def logistic_probe(train, train_labels, test, n_classes=None, strength=1., iterations=200):
+def logistic_probe(train, labels, test, n_classes=None, strength=1.):
     """Probabilities (n, C) of `test` by `logistic_fit` on `train`."""
-    W, b = logistic_fit(train, train_labels, n_classes, strength, iterations)
+    W, b = logistic_fit(train, labels, n_classes, strength)
     return torch.softmax(torch.as_tensor(np.asarray(test, np.float64) @ W + b), 1).numpy()
 
 
-def sgd_probe(train, train_labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3, seed=0):
-    """DINO's linear evaluation on fixed features (thesis 3.2.3): SGD with momentum 0.9, lr * batch / 256 falling as half a
-    cosine, epoch by epoch; weights from N(0, 0.01); no decay. Returns probabilities (n, C) of `test`, after the last epoch:
-    the published number is that of the best epoch *on the test set*."""
-    n_classes = n_classes or int(train_labels.max()) + 1
-    x, y = torch.as_tensor(train, dtype=torch.float32), torch.as_tensor(train_labels).long()
+def linear_score(x, y):
+    """Weights (d,), bias of the log odds of y (n,) bool, by `logistic_fit`."""
+    W, b = logistic_fit(x, y.astype(int), 2)
+    return W[:, 1] - W[:, 0], float(b[1] - b[0])
+
+
+def sgd_probe(train, labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3, seed=0):
+    """DINO's linear evaluation on fixed features (thesis 3.2.3): probabilities (n, C) of `test`.
+
+    SGD with momentum 0.9, lr * batch / 256 falling as half a cosine, epoch by epoch; weights from
+    N(0, 0.01); no decay. After the last epoch: the published number is that of the best epoch
+    *on the test set*."""
+    n_classes = n_classes or int(labels.max()) + 1
+    x, y = torch.as_tensor(train, dtype=torch.float32), torch.as_tensor(labels).long()
     g = torch.Generator().manual_seed(seed)
     layer = torch.nn.Linear(x.shape[1], n_classes)
     torch.nn.init.normal_(layer.weight, std=0.01, generator=g)
@@ -1134,15 +1135,14 @@ def sgd_probe(train, train_labels, test, n_classes=None, epochs=20, batch=64, lr
         return torch.softmax(layer(torch.as_tensor(test, dtype=torch.float32)), 1).numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a latent is (CytoSAE section 2)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What a latent is (CytoSAE section 2) ----------------------------------------------------------
 
 def pool_tokens(code, T=1, tau=0.):
-    """Codes of tokens, CSR (n * T, L), -> codes of samples, both CSR (n, L): the mean over a sample's T tokens, and the number
-    of its tokens above tau (CytoSAE Eq. 3-4, a_i)."""
+    """Codes of tokens, CSR (n * T, L), -> of samples, both CSR (n, L): the mean over a sample's T
+    tokens, and the number of its tokens above tau (CytoSAE Eq. 3-4, a_i)."""
     N = code.shape[0]
-    group = sp.csr_matrix((np.ones(N, np.float32), (np.arange(N) // T, np.arange(N))), shape=(N // T, N))
+    member = np.arange(N) // T, np.arange(N)
+    group = sp.csr_matrix((np.ones(N, np.float32), member), shape=(N // T, N))
     above = code.copy()
     above.data = (above.data > tau).astype(np.float32)
     above.eliminate_zeros()
@@ -1150,122 +1150,163 @@ def pool_tokens(code, T=1, tau=0.):
 
 
 def label_entropy(weight):
-    """Entropy in nats of each row of non-negative weights (L, C): 0 for one label, ln C for C alike; NaN for a row of 0."""
+    """Entropy in nats of each row of non-negative weights (L, C): 0 for one label, ln C for C
+    alike; NaN for a row of 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         p = weight / weight.sum(1, keepdims=True)
         return -np.where(p > 0, p * np.log(p), p).sum(1) + 0.
 
 
 def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
-    """What each latent is, from `pool_tokens`' strength and count (n, L) and labels (n, C) bool: a dict of arrays (L,).
+    """What each latent is, from `pool_tokens`' strength and count (n, L): a dict of arrays (L,).
 
     frequency   share of samples in which any token is active
     mean        mean strength over those; NaN where there are none
-    entropy     of the labels of the active samples, natural logarithm: CytoSAE's "unique labels among activated images"; with
-                `weighted`, of the labels of the `top` samples weighted by strength, as its code
-                computes it; to have none of the labels is one more of them
-    label, purity   the most frequent label among the active samples and its share of them; label -1 where there is none
-
-    Of samples that are not `known`, see `label_counts`, no labels count.
-    references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count (the paper's reference images), then strength; with
-                `weighted` by strength alone, and the entropy is NaN for a latent that has fewer, as in its code
+    references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count, then strength, the
+                paper's reference images; with `weighted` by strength alone, as its code has them
+    and, with labels (n, C) bool of the samples that are `known`, see `label_counts`:
+    entropy     in nats, of the labels of the active samples: CytoSAE's "unique labels among
+                activated images"; to have none is one more label. With `weighted`, as in its code,
+                of the `top` samples weighted by strength; NaN for a latent that has fewer
+    label, purity   the most frequent label among the active samples, -1 for none, and its share
     """
     n, active = strength.shape[0], strength.getnnz(axis=0)
     with np.errstate(invalid="ignore"):
         mean = np.asarray(strength.sum(0)).ravel() / active
-    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))                # strength decides between equals
-    score = score if weighted else score + count
-    out = {"frequency": active / n, "mean": mean, "references": top_samples(score.tocsr(), top)}
-    if labels is not None and labels.shape[1]:
-        known = np.ones(n, bool) if known is None else known
-        told = (np.c_[labels, ~labels.any(1)] & known[:, None]).astype(float)     # (n, C + 1)
-        on = strength.astype(bool).astype(np.float64)
-        weight = np.asarray(on.T @ told)
-        seen, used = weight[:, :-1], np.asarray(on.T @ known.astype(float)).ravel()
-        if weighted:
-            best = out["references"].copy()
-            best.data = np.ones_like(best.data, float)
-            weight = np.asarray(best.multiply(strength.T).tocsr() @ told)
-            weight[np.diff(best.indptr) < top] = 0
-        most = seen.max(1)
-        out.update(entropy=label_entropy(weight), label=np.where(most > 0, seen.argmax(1), -1),
-                   purity=most / np.maximum(used, 1))
-    return out
+    # strength decides between equal counts
+    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))
+    references = top_samples((score if weighted else score + count).tocsr(), top)
+    out = {"frequency": active / n, "mean": mean, "references": references}
+    if labels is None or not labels.shape[1]:
+        return out
+    known = np.ones(n, bool) if known is None else known
+    told = (np.c_[labels, ~labels.any(1)] & known[:, None]).astype(float)     # (n, C + 1)
+    on = strength.astype(bool).astype(np.float64)
+    weight = np.asarray(on.T @ told)
+    seen, used = weight[:, :-1], np.asarray(on.T @ known.astype(float)).ravel()
+    if weighted:
+        best = references.astype(bool).astype(float)
+        weight = np.asarray(best.multiply(strength.T).tocsr() @ told)
+        weight[np.diff(best.indptr) < top] = 0
+    label = np.where(seen.any(1), seen.argmax(1), -1)
+    return {**out, "entropy": label_entropy(weight), "label": label,
+            "purity": seen.max(1) / np.maximum(used, 1)}
+
+
+def best_first(ranks, latent):
+    """Samples that rank 1, 2, ... for a latent, from ranks (L, n) of `top_samples`."""
+    row = ranks[[latent]]
+    return row.indices[row.data.argsort()]
+
+
+def purest(table, n, n_labels, least=5, most=20):
+    """The latents of least entropy of each label, from `latent_table` of n samples: of those active
+    in `least` or more an equal number a label, `most` in all."""
+    clear = np.flatnonzero(table["frequency"] * n >= least)
+    order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
+    each = max(1, most // max(n_labels, 1))
+    return [j for c in range(n_labels) for j in order[table["label"][order] == c][:each]][:most]
 
 
 def threshold_counts(mean, exponents=range(-6, 1)):
-    """How many latents have a mean activation of at least 10^t: dict t -> count (CytoSAE Fig. 2A)."""
+    """How many latents have a mean activation >= 10^t: dict t -> count (CytoSAE Fig. 2A)."""
     return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
 
 
 def latent_scatter(table, most=4000, size=(640, 420)):
-    """CytoSAE Fig. 2A as inline SVG: log10 frequency against log10 mean, coloured by label entropy, with histograms."""
+    """CytoSAE Fig. 2A as inline SVG: log10 frequency against log10 mean of at most `most` latents,
+    coloured by label entropy, with histograms."""
     alive = np.flatnonzero(table["frequency"] > 0)
     if not len(alive):
         return "<p>no latent is active</p>"
     x, y = np.log10(table["frequency"][alive]), np.log10(table["mean"][alive])
     entropy = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"])))[alive])
     colours = heat_colours(entropy[None] / max(entropy.max(), 1e-9))[0]
-    (w, h), left, bottom, margin = size, 60, 60, 60
-
-    def scaled(v, low, high):
-        lo, hi = math.floor(v.min()), max(math.ceil(v.max()), math.floor(v.min()) + 1)
-        return lo, hi, lambda u: low + (np.asarray(u, float) - lo) / (hi - lo) * (high - low)
-    x0, x1, at_x = scaled(x, left, w - margin - 20)
-    y0, y1, at_y = scaled(y, h - bottom, margin + 20)
-    parts = [f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="latents by frequency and mean activation">']
-    for v in range(x0, x1 + 1):
-        parts.append(f'<path d="M{at_x(v):.1f} {h - bottom}V{margin + 20}" class="grid"/>'
-                     f'<text x="{at_x(v):.1f}" y="{h - bottom + 16}" class="mid">{v}</text>')
-    for v in range(y0, y1 + 1):
-        parts.append(f'<path d="M{left} {at_y(v):.1f}H{w - margin - 20}" class="grid"/>'
-                     f'<text x="{left - 6}" y="{at_y(v) + 4:.1f}" class="end">{v}</text>')
+    (w, h), left = size, 60
+    right, top, bottom = w - 80, 80, h - 60
+    x_ticks, at_x, x_bars = _log_axis(x, left, right)
+    y_ticks, at_y, y_bars = _log_axis(y, bottom, top)
+    parts = [f'<svg viewBox="0 0 {w} {h}" role="img" '
+             'aria-label="latents by frequency and mean activation">']
+    parts += [f'<path d="M{at_x(v):.1f} {bottom}V{top}" class="grid"/>'
+              f'<text x="{at_x(v):.1f}" y="{bottom + 16}" class="mid">{v}</text>' for v in x_ticks]
+    parts += [f'<path d="M{left} {at_y(v):.1f}H{right}" class="grid"/>'
+              f'<text x="{left - 6}" y="{at_y(v) + 4:.1f}" class="end">{v}</text>' for v in y_ticks]
     for i in np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int):
-        parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" fill="rgb{tuple(map(int, colours[i]))}" '
-                     'fill-opacity=".6"/>')
-    for values, low, high, at, vertical in ((x, x0, x1, at_x, False), (y, y0, y1, at_y, True)):
-        counts, edges = np.histogram(values, 40, (low, high))
-        for c, a, b in zip(counts / counts.max() * (margin - 10), at(edges[:-1]), at(edges[1:])):
-            a, b = min(a, b), max(a, b)
-            parts.append(f'<rect x="{w - margin - 14}" y="{a:.1f}" width="{c:.1f}" height="{b - a:.1f}" fill="#a0aec0"/>'
-                         if vertical else
-                         f'<rect x="{a:.1f}" y="{margin + 14 - c:.1f}" width="{b - a:.1f}" height="{c:.1f}" fill="#a0aec0"/>')
-    parts.append(f'<text x="{w / 2}" y="{h - 24}" class="mid">log10 of the share of samples in which a latent is active</text>'
-                 f'<text x="{left}" y="14">log10 of its mean activation there; colour: label entropy, 0 (dark) to '
-                 f'{entropy.max():.2f} nats (red)</text>')
-    return "".join(parts) + "</svg>"
+        parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" '
+                     f'fill="rgb{tuple(map(int, colours[i]))}" fill-opacity=".6"/>')
+    bars = [(a, top - 6 - n, width, n) for a, width, n in x_bars]
+    bars += [(right + 6, a, n, width) for a, width, n in y_bars]
+    parts += [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+              'fill="#a0aec0"/>' for x, y, width, height in bars]
+    return "".join(parts) + (
+        f'<text x="{w / 2}" y="{h - 24}" class="mid">log10 of the share of samples in which a '
+        f'latent is active</text><text x="{left}" y="14">log10 of its mean activation there; '
+        f'colour: label entropy, 0 (dark) to {entropy.max():.2f} nats (red)</text></svg>')
 
 
-def barcodes(count, groups):
-    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts. (names (P,), CSR (P, L)).
+def _log_axis(v, low, high, tallest=50, bins=40):
+    """Whole numbers around the values v, what maps numbers to pixels from low to high, and a
+    histogram there: (start, width, height) of each bar in pixels."""
+    first = math.floor(v.min())
+    last = max(math.ceil(v.max()), first + 1)
 
-    Divided by the number of the group's samples as the equation says; the published code divides by the number of latents.
+    def at(u):
+        return low + (np.asarray(u, float) - first) / (last - first) * (high - low)
+    n, edges = np.histogram(v, bins, (first, last))
+    width = abs(high - low) / bins
+    starts = np.minimum(at(edges[:-1]), at(edges[1:]))
+    bars = [(a, width, tallest * m / n.max()) for a, m in zip(starts, n)]
+    return range(first, last + 1), at, bars
+
+
+def latent_chart(lines, interest, unit, most=100):
+    """Lines {name: (L,)} over the `most` latents of highest interest (L,), by their numbers."""
+    shown = np.sort(np.argsort(-interest, kind="stable")[:most])
+    return svg_lines({name: list(enumerate(v[shown])) for name, v in lines.items()},
+                     f"{len(shown)} latents, by number", unit,
+                     [str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
+
+
+def barcodes(count, groups, y=None):
+    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts, by the number
+    of the samples as the equation says (the published code divides by the number of latents).
+
+    y (n,) int: the samples' labels, negative where unknown. Returns names (P,), CSR (P, L) and the
+    label (P,) that all known samples of a group have, -1 where there is none, or there are several.
     """
     names, member = np.unique(groups, return_inverse=True)
     share = sp.csr_matrix((1 / np.bincount(member)[member], (member, np.arange(len(member)))))
-    return names, (share @ count).tocsr().astype(np.float32)
+    y = np.full(len(member), -1) if y is None else y
+    told = np.zeros((len(names), max(y.max(), 0) + 1), bool)
+    told[member[y >= 0], y[y >= 0]] = True
+    label = np.where(told.sum(1) == 1, told.argmax(1), -1)
+    return names, (share @ count).tocsr().astype(np.float32), label
 
 
 def differential(codes, y, a, b, top=50):
-    """The `top` latents more active in class a than in b and the reverse, by class means a_d of barcodes codes (P, L) CSR:
-    (latents for a, latents for b, difference (L,))."""
-    difference = np.asarray(codes[np.flatnonzero(y == a)].mean(0) - codes[np.flatnonzero(y == b)].mean(0)).ravel()
+    """The `top` latents more active in class a than in b and the reverse, by class means a_d of
+    barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
+    first, second = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == b)
+    difference = first - second
     order = np.argsort(-difference, kind="stable")
-    return order[:top][difference[order[:top]] > 0], order[::-1][:top][difference[order[::-1][:top]] < 0], difference
+    return (order[:top][difference[order[:top]] > 0],
+            order[::-1][:top][difference[order[::-1][:top]] < 0], difference)
 
 
 def weighted_f1(truth, guess):
     """F1 of each class, averaged with the classes' frequencies as weights."""
-    classes = np.unique(truth)
-    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum()) for c in classes]
-    return float(np.average(f1, weights=[(truth == c).sum() for c in classes]))
+    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
+          for c in np.unique(truth)]
+    return float(np.average(f1, weights=np.unique(truth, return_counts=True)[1]))
 
 
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
-    """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of mean activation >= 10^t.
+    """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of
+    mean activation >= 10^t.
 
-    parts: the test rows of each fold. The penalty is the paper's, C = (number of classes) * (training samples) / 100.
-    Returns dict t -> {"latents", "f1": one value a fold}.
+    parts: the test rows of each fold. The penalty is the paper's, C = (number of classes) *
+    (training samples) / 100. Returns dict t -> {"latents", "f1": one value a fold}.
     """
     out = {}
     for t in exponents:
@@ -1281,60 +1322,111 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
 
 
 def weighted_patches(image, heat):
-    """A PIL image with each patch as bright as its activation in heat (h, w) (CytoSAE Fig. 3C); the rest nearly black."""
-    light = heat / max(float(heat.max()), 1e-30)
-    mask = Image.fromarray((255 * (0.12 + 0.88 * light)).astype(np.uint8)).resize(image.size, Image.NEAREST)
+    """A PIL image with each patch as bright as its activation in heat (h, w) (CytoSAE Fig. 3C);
+    the rest nearly black."""
+    light = 0.12 + 0.88 * heat / max(float(heat.max()), 1e-30)
+    mask = Image.fromarray((255 * light).astype(np.uint8)).resize(image.size, Image.NEAREST)
     return Image.composite(image.convert("RGB"), Image.new("RGB", image.size), mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a latent does (Mammo-SAE sections 2.2-3.3)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What a latent does, and where (Mammo-SAE sections 2.2-3.3) ------------------------------------
 
 def class_means(strength, y):
-    """Mammo-SAE Eq. 2: mean activation over positions and samples of class 0 and of class 1, (2, L). y (n,) bool."""
-    return np.stack([np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel() for c in (False, True)])
+    """Mammo-SAE Eq. 2: mean activation over the samples (and positions) of each class, (C, L)."""
+    return np.stack([np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel()
+                     for c in np.unique(y)])
 
 
 def intervention(strength, effect, base, y, means, ks):
-    """AUC after keeping only, and after silencing, the union of the k top latents of both classes (Mammo-SAE Eq. 3-4).
+    """AUC after keeping only, and after silencing, the union of the k top latents of both classes
+    (Mammo-SAE Eq. 3-4): a list of {"k", "latents" kept or silenced, "keep", "silence"}.
 
-    strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head commute, so that what an
-    intervention at every position does to the score is score = base + sum_j z_j effect_j over the latents that are left.
-    effect (L,): dictionary row times head; base: the head's score of the decoder's bias. means (2, L) of `class_means`.
-    Returns a list of {"k", "latents" kept or silenced, "keep", "silence"}.
+    strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head
+    commute, so that what an intervention at every position does to the score is
+    score = base + sum_j z_j effect_j over the latents that are left.
+    effect (L,): dictionary row times head; base: the head's score of the decoder's bias.
+    means (2, L) of `class_means`.
     """
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in ks:
         chosen = np.unique(order[:, :k])
         kept = np.zeros(len(effect))
         kept[chosen] = 1
-        out.append({"k": int(k), "latents": len(chosen), "keep": auc(y, strength @ (effect * kept) + base),
+        out.append({"k": int(k), "latents": len(chosen),
+                    "keep": auc(y, strength @ (effect * kept) + base),
                     "silence": auc(y, strength @ (effect * (1 - kept)) + base)})
     return out
 
 
 def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
-    """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool; groups (n,), e.g. patients, are drawn with all their samples."""
-    rng = np.random.default_rng([seed, 6])
+    """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool; groups (n,), e.g. patients, are drawn
+    with all their samples."""
+    rng, found = np.random.default_rng([seed, 6]), []
     _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
-    rows_of, found = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1]), []
+    ends = np.cumsum(np.bincount(member))[:-1]
+    rows_of = np.split(np.argsort(member, kind="stable"), ends)
     for _ in range(rounds):
-        rows = np.concatenate([rows_of[g] for g in rng.integers(len(rows_of), size=len(rows_of))])
+        drawn = rng.integers(len(rows_of), size=len(rows_of))
+        rows = np.concatenate([rows_of[g] for g in drawn])
         if 0 < y[rows].sum() < len(rows):
             found.append(auc(y[rows], score[rows]))
-    return auc(y, score), *(map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None))
+    interval = map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None)
+    return auc(y, score), *interval
+
+
+def in_boxes(boxes, grid):
+    """Which patches of a grid (rows, columns) have their centre in a box x0, y0, x1, y1, in shares
+    of the picture: (rows * columns,) bool."""
+    y, x = ((np.arange(n) + 0.5) / n for n in grid)
+    inside = np.zeros(grid, bool)
+    for x0, y0, x1, y1 in boxes:
+        inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
+    return inside.ravel()
+
+
+def box_contrast(pictures):
+    """How much more active each latent is inside boxes than elsewhere, in standard deviations (L,).
+
+    pictures: pairs of a picture's codes, CSR (T, L), and `in_boxes` of its patches (T,).
+    """
+    sums, squares, n = 0, 0, 0
+    for code, inside in pictures:
+        part = np.stack([inside, ~inside]).astype(float)     # (2, T)
+        sums, n = sums + part @ code, n + part.sum(1)
+        squares = squares + np.asarray(code.multiply(code).sum(0)).ravel()
+    spread = np.sqrt(np.maximum(squares / n.sum() - (sums.sum(0) / n.sum()) ** 2, 0))
+    inner, outer = sums / np.maximum(n, 1)[:, None]
+    return (inner - outer) / np.maximum(spread, 1e-12)
+
+
+def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
+    """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
+    list of {"latent", "ap", "ap_present": on pictures that have boxes alone}.
+
+    heats: of each picture (len(latents), h, w); truth: of each picture its true boxes; detector:
+    settings of `heat_boxes`.
+    """
+    found, out = [[heat_boxes(heat, **detector) for heat in maps] for maps in heats], []
+    for i, j in enumerate(latents):
+        mine = [f[i] for f in found]
+        there = [(f, t) for f, t in zip(mine, truth) if t]
+        present = average_precision(*zip(*there), iou, points) if there else None
+        out.append({"latent": int(j), "ap": average_precision(mine, truth, iou, points),
+                    "ap_present": present})
+    return out
 
 
 def heat_boxes(heat, side=224, percentile=95., connectivity=8, strict=False, score="box"):
-    """Boxes around the hottest places of one picture: list of (score, x0, y0, x1, y1), in shares of the picture.
+    """Boxes around the hottest places of one picture: list of (score, x0, y0, x1, y1), in shares
+    of the picture. A constant map has none.
 
-    Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is enlarged bilinearly to
-    `side` pixels, the percentile is that picture's, pixels at or above it count (above it, if `strict`), those that touch,
-    corners included (`connectivity` 8, else 4), form a box, and its score is the mean activation in the "box" (or of its
-    "hot" pixels). A constant map has no boxes.
+    Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is
+    enlarged bilinearly to `side` pixels, the percentile is that picture's, pixels at or above it
+    count (above it, if `strict`), those that touch, corners included (`connectivity` 8, else 4),
+    form a box, and its score is the mean activation in the "box" (or of its "hot" pixels).
     """
-    heat = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR))
+    heat = Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR)
+    heat = np.asarray(heat)
     if heat.max() <= heat.min():
         return []
     level = np.percentile(heat, percentile)
@@ -1344,28 +1436,31 @@ def heat_boxes(heat, side=224, percentile=95., connectivity=8, strict=False, sco
     places = scipy.ndimage.find_objects(pieces)
     means = [heat[place].mean() for place in places] if score == "box" else \
         scipy.ndimage.mean(heat, pieces, np.arange(1, n + 1))
-    return [(float(s), x.start / side, y.start / side, x.stop / side, y.stop / side) for s, (y, x) in zip(means, places)]
+    return [(float(s), x.start / side, y.start / side, x.stop / side, y.stop / side)
+            for s, (y, x) in zip(means, places)]
 
 
 def box_iou(a, b):
     """Intersection over union of two boxes x0, y0, x1, y1."""
     w, h = (max(0., min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
-    return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
+    area, other = ((v[2] - v[0]) * (v[3] - v[1]) for v in (a, b))
+    return w * h / (area + other - w * h)
 
 
 def average_precision(found, truth, iou=0.25, points=None):
-    """Area under the precision-recall curve, precision made non-increasing, at all points, or its mean at `points` recalls
-    (11 as the first VOC challenges, 101 as COCO); None without true boxes.
+    """Area under the precision-recall curve, precision made non-increasing, at all points, or its
+    mean at `points` recalls (11: the first VOC challenges, 101: COCO); None without true boxes.
 
-    found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of boxes. Best score first, a
-    box is right when its best-overlapping true box reaches `iou` and has no partner yet.
+    found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of
+    boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
+    has no partner yet.
     """
     total = sum(map(len, truth))
     if not total:
         return None
     free, right = [[True] * len(boxes) for boxes in truth], []
-    for score, picture, box in sorted(((b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes),
-                                      key=lambda v: -v[0]):
+    boxes = [(b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes]
+    for score, picture, box in sorted(boxes, key=lambda v: -v[0]):
         overlap = [box_iou(box, other) for other in truth[picture]]
         best = int(np.argmax(overlap)) if overlap else -1
         hit = best >= 0 and overlap[best] >= iou and free[picture][best]
@@ -1381,23 +1476,35 @@ def average_precision(found, truth, iou=0.25, points=None):
 
 
 def recall_and_precision(right, total):
-    """Of detections (n,), best first, right or not: recall (n,), and precision made non-increasing (n + 1,), ending in 0."""
+    """Of detections (n,), best first, right or not: recall (n,), and precision made non-increasing
+    (n + 1,), ending in 0."""
     hits = np.cumsum(right)
     precision = hits / np.arange(1, len(hits) + 1)
     return hits / total, np.r_[np.maximum.accumulate(precision[::-1])[::-1], 0]
 
 
+def heat_strip(image, boxes, heats, side=150):
+    """A PIL image with its boxes (in shares of it) in red, beside heat maps (n, h, w) over it, as
+    HTML."""
+    image.thumbnail((side, side))
+    for box in boxes:
+        corners = [v * pixels for v, pixels in zip(box, image.size * 2)]
+        ImageDraw.Draw(image).rectangle(corners, outline="red", width=2)
+    over = [overlay(image, heat / max(heat.max(), 1e-9)) for heat in heats]
+    return strip(embedded(image), *map(embedded, over))
+
+
 def separation(means):
-    """How far apart two class means (2, L) lie (Mammo-SAE Fig. 4): distance, cosine, and the latent that differs most."""
+    """How far apart two class means (2, L) lie (Mammo-SAE Fig. 4): distance, cosine, and the latent
+    that differs most."""
     difference = means[1] - means[0]
-    length = np.linalg.norm(means, axis=1)
-    return {"distance": float(np.linalg.norm(difference)), "cosine": float(means[0] @ means[1] / max(length.prod(), 1e-30)),
-            "latent": int(np.abs(difference).argmax()), "difference": float(difference[np.abs(difference).argmax()])}
+    length, most = np.linalg.norm(means, axis=1).prod(), int(np.abs(difference).argmax())
+    return {"distance": float(np.linalg.norm(difference)),
+            "cosine": float(means[0] @ means[1] / max(length, 1e-30)),
+            "latent": most, "difference": float(difference[most])}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Few latents suffice (the TotalSegmentator study)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Few latents suffice, and words find them (the TotalSegmentator study) -------------------------
 
 def r2_both(x, x_hat):
     """R2 of a reconstruction (n, d): weighted by the dimensions' variances, and their plain mean.
@@ -1411,17 +1518,19 @@ def r2_both(x, x_hat):
 
 
 def select_latents(code, y, n):
-    """The n latents that tell the classes y (rows,) apart together: orthogonal matching pursuit, (n,) in order of choice.
+    """The n latents that tell the classes y (rows,) apart together, in order of choice (n,):
+    orthogonal matching pursuit. To be called with training rows only.
 
-    Each time the latent whose standardised column explains most of what is left of the classes' indicators is taken; of a
-    CSR code only among the 1,000 whose class means differ most, in standard deviations. To be called with training rows only.
+    Each time the latent whose standardised column explains most of what is left of the classes'
+    indicators is taken; of a CSR code only among the 1,000 whose class means differ most, in
+    standard deviations.
     """
     few = np.arange(code.shape[1])
     if sp.issparse(code):
         square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
         spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
-        means = np.stack([np.asarray(code[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)])
-        few = np.sort(np.argsort(-(means.std(0) / spread), kind="stable")[:1000])
+        differ = class_means(code, y).std(0) / spread
+        few = np.sort(np.argsort(-differ, kind="stable")[:1000])
         code = code[:, few].toarray()
     Z, R = _centred_unit(np.asarray(code, np.float64)), (y[:, None] == np.unique(y)).astype(float)
     R, chosen = R - R.mean(0), []
@@ -1436,88 +1545,111 @@ def select_latents(code, y, n):
 
 
 def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), seed=0, draws=3):
-    """Balanced accuracy of a linear probe on few latents, against all dense features and against controls.
+    """Balanced accuracy of a linear probe on few latents, against all dense features and controls.
 
-    dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of `select_latents` (chosen on
-    train), so many living latents drawn at random (mean of `draws`), so many principal components of the dense features.
-    `kept` is (score - chance) / (dense score - chance), None where the dense score is at or below
-    chance: there is nothing to keep. Returns {"dense", "chance", "rows": [{...}]}.
+    dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of
+    `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
+    many principal components of the dense features. `kept` is (score - chance) / (dense score -
+    chance), None where the dense score is at or below chance: there is nothing to keep.
+    Returns {"dense", "chance", "all latents", "rows": [{...}], "chosen"}.
     """
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
     def score(x):
+        x = x.toarray() if sp.issparse(x) else x
         return scores(y[test], logistic_probe(x[train], y[train], x[test], C))["balanced accuracy"]
     mean = dense[train].mean(0)
     axes = np.linalg.svd(dense[train] - mean, full_matrices=False)[2]
-    full, chance = score(dense), 1 / len(np.unique(y[test]))
-    chosen, alive = select_latents(code[train], y[train], max(sizes)), np.flatnonzero(code[train].getnnz(axis=0))
+    full, chance, rows = score(dense), 1 / len(np.unique(y[test])), []
+    chosen = select_latents(code[train], y[train], max(sizes))
+    alive = np.flatnonzero(code[train].getnnz(axis=0))
     small = code.shape[0] * len(alive) < 5e7                 # else it would not fit
-    out = {"dense": full, "chance": chance, "all latents": score(code[:, alive].toarray()) if small else None, "rows": []}
     for n in sizes:
-        ways = {"best latents": score(np.asarray(code[:, chosen[:n]].todense())),
-                "random latents": float(np.mean([score(np.asarray(code[:, rng.permutation(alive)[:n]].todense()))
-                                                 for _ in range(draws)])),
-                "principal components": score((dense - mean) @ axes[:n].T)}
-        kept = (ways["best latents"] - chance) / (full - chance) if full > chance + 1e-9 else None
-        out["rows"].append({"n": n, **ways, "kept": kept})
-    return {**out, "chosen": chosen.tolist()}
+        best = score(code[:, chosen[:n]])
+        drawn = [score(code[:, rng.permutation(alive)[:n]]) for _ in range(draws)]
+        rows.append({"n": n, "best latents": best, "random latents": float(np.mean(drawn)),
+                     "principal components": score((dense - mean) @ axes[:n].T),
+                     "kept": (best - chance) / (full - chance) if full > chance + 1e-9 else None})
+    return {"dense": full, "chance": chance, "rows": rows, "chosen": chosen.tolist(),
+            "all latents": score(code[:, alive]) if small else None}
 
 
-def neighbours(x, k, groups=None, chunk=1024):
-    """The k most similar other rows (cosine) of each row of x, dense or CSR, (n, k); rows of the same group are left out, and
-    -1 stands where there are no more others."""
-    unit = unit_rows(x)
-    out = []
-    for start in range(0, unit.shape[0], chunk):
-        s = unit[start:start + chunk] @ unit.T
-        s = np.asarray(s.todense()) if sp.issparse(s) else s
-        own = np.arange(start, start + len(s))
-        same = own[:, None] == np.arange(unit.shape[0]) if groups is None else groups[own][:, None] == groups
-        s = np.where(same, -np.inf, s)
-        s = np.pad(s, ((0, 0), (0, max(k - s.shape[1], 0))), constant_values=-np.inf)
-        best = np.argpartition(-s, k - 1, axis=1)[:, :k]
-        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(s, best, 1), axis=1, kind="stable"), 1)
-        out.append(np.where(np.take_along_axis(s, best, 1) > -np.inf, best, -1))
-    return np.concatenate(out)
-
-
-def chance_share(y, groups=None):
-    """For each row the share of its candidates that have its label y (n,): what guessing finds.
-
-    Candidates are the rows of other groups, without groups all other rows."""
+def chance_share(y, groups):
+    """For each row the share of its candidates, the rows of other groups (n,), that have its label
+    y (n,): what guessing finds."""
     def alike(v):                                            # how many rows have the same
         _, number, count = np.unique(v, return_inverse=True, return_counts=True)
         return count[number]
-    group = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)[1]
+    group = np.unique(groups, return_inverse=True)[1]
     mates = alike(group * (y.max() + 1) + y)                 # of its group, with its label
     return (alike(y) - mates) / np.maximum(len(y) - alike(group), 1)
 
 
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
-    """Do sparse codes find the neighbours that dense features find? For each k: overlap of the two lists, and the share of
-    hits with the query's label (y (n,) int, 0 or more), sparse, dense, and by chance among the
-    same candidates."""
-    lists = {"sparse": neighbours(code, max(ks), groups), "dense": neighbours(dense, max(ks), groups)}
+    """Do sparse codes find the neighbours that dense features find? Rows of the same group are no
+    neighbours. A list with, for each k: the overlap of the two lists and, with labels y (n,) int,
+    0 or more, the share of hits with the query's: sparse, dense, by chance among the same
+    candidates."""
+    groups, rows = np.arange(len(dense)) if groups is None else groups, []
+    lists = {name: nearest(x, x, max(ks), (groups, groups))[0]
+             for name, x in (("sparse", code), ("dense", dense))}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
-    lists, y = {name: v[enough] for name, v in lists.items()}, (y, None if y is None else y[enough])
-    rows = []
+    lists = {name: v[enough] for name, v in lists.items()}
     for k in ks if enough.any() else ():
-        both = np.mean([len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())])
-        row = {"k": k, "overlap": float(both)}
-        if y[0] is not None:
-            row.update({f"precision, {name}": float((y[0][v[:, :k]] == y[1][:, None]).mean()) for name, v in lists.items()})
-            row["precision, chance"] = float(chance_share(y[0], groups)[enough].mean())
+        both = [len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())]
+        row = {"k": k, "overlap": float(np.mean(both))}
+        if y is not None:
+            row.update({f"precision, {name}": float((y[v[:, :k]] == y[enough][:, None]).mean())
+                        for name, v in lists.items()})
+            row["precision, chance"] = float(chance_share(y, groups)[enough].mean())
         rows.append(row)
     return rows
 
 
+def shown_samples(column, top, rng):
+    """Samples that show what a latent means, from its activations (n,): the `top` strongest, as
+    many from the middle of the active ones, as many inactive ones by lot: dict kind -> rows."""
+    order = np.argsort(-column, kind="stable")
+    active = order[:(column > 0).sum()]
+    silent = rng.permutation(order[len(active):])[:top]
+    middle = max(top, len(active) // 2 - top // 2)
+    return {"top": active[:top], "middling": active[middle:][:top], "inactive": silent}
+
+
 def name_weights(query, names):
-    """How well latents' names fit a query: dict latent -> weight, the Jaccard overlap of their words, those above 0."""
+    """How well latents' names fit a query: dict latent -> weight, the Jaccard overlap of their
+    words, those above 0."""
     def words(text):
         return set(re.findall(r"\w+", text.lower()))
     asked = words(query)
-    fit = {j: len(asked & words(name)) / max(len(asked | words(name)), 1) for j, name in names.items()}
-    return {j: w for j, w in fit.items() if w > 0}
+    found = {j: words(name) for j, name in names.items()}
+    return {j: len(asked & v) / len(asked | v) for j, v in found.items() if asked & v}
+
+
+def vector_weights(query, latents, vectors, most=10):
+    """The same by vectors of a text model: cosine of the query (e,) and the names (n, e) of latents
+    (n,), the `most` best, those above 0."""
+    fit = unit_rows(vectors) @ unit_rows(query[None])[0]
+    return {int(latents[i]): float(fit[i]) for i in np.argsort(-fit)[:most] if fit[i] > 0}
+
+
+def search(strength, weights, rows):
+    """Of codes (n, L) CSR the rows that latents {number: weight} point to, best first: by their
+    weighted sum, every latent as a share of its greatest value, so that they count alike."""
+    code = strength[:, list(weights)]
+    share = np.array(list(weights.values())) / np.maximum(code.max(axis=0).toarray()[0], 1e-12)
+    return rows[np.argsort(-(code[rows] @ share), kind="stable")]
+
+
+def search_precision(strength, weights, rows, y, named, top, seed=0, rounds=100):
+    """Share of the `top` rows found by `search` for which y (n,) bool is true, and the same
+    `rounds` times with the weights given to latents drawn from those `named`."""
+    rng, found = np.random.default_rng([seed, 11]), []
+    for _ in range(rounds + 1):
+        found.append(float(y[search(strength, weights, rows)[:top]].mean()))
+        drawn = rng.choice(list(named), len(weights), replace=False).tolist()
+        weights = dict(zip(drawn, weights.values()))
+    return found[0], found[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1619,30 +1751,29 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     return {**out, "mIoU": _mean([overlap.get(key, 0.) for key in truth])}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Do two codes share latents (thesis 4.2-4.3)?
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Do two codes share latents (thesis 4.2-4.3)? --------------------------------------------------
 
 def _centred_unit(x):
     """Columns of x (n, m) less their means, of length 1; what is constant but for rounding, 0."""
     c = x - x.mean(0)
     length = np.linalg.norm(c, axis=0)
-    return np.where(length > 1e-7 * np.linalg.norm(x, axis=0), c / np.maximum(length, 1e-30), 0)
+    varies = length > 1e-7 * np.linalg.norm(x, axis=0)
+    return np.where(varies, c / np.maximum(length, 1e-30), 0)
 
 
 def match_latents(a, b, least=5, most=4096):
-    """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the same samples (Hungarian).
+    """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the
+    same samples (Hungarian): (latents of a, latents of b, correlations), best first.
 
-    Latents active in fewer than `least` samples are left out, and of more than `most` the less frequent: the assignment takes
-    their cube. Returns (latents of a, latents of b, correlations), best first.
+    Latents active in fewer than `least` samples are left out, and of more than `most` the less
+    frequent: the assignment takes their cube.
     """
     unit, kept = [], []
     for code in (a, b):
         active = code.getnnz(axis=0)
-        kept.append(np.sort(np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]))
-        unit.append(_centred_unit(np.asarray(code[:, kept[-1]].todense(), np.float64)))
-    if not min(map(len, kept)):
-        return np.arange(0), np.arange(0), np.zeros(0)
+        often = np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]
+        kept.append(np.sort(often))
+        unit.append(_centred_unit(code[:, kept[-1]].toarray().astype(np.float64)))
     r = unit[0].T @ unit[1]
     i, j = scipy.optimize.linear_sum_assignment(-r)
     order = np.argsort(-r[i, j], kind="stable")
@@ -1650,43 +1781,50 @@ def match_latents(a, b, least=5, most=4096):
 
 
 def index_correlations(a, b, least=5):
-    """Correlation of latent j of one code with latent j of the other, for those active in `least` samples or more in both."""
+    """Correlation of latent j of one code with latent j of the other, for those active in `least`
+    samples or more in both."""
     both = (a.getnnz(axis=0) >= least) & (b.getnnz(axis=0) >= least)
-    x, y = (_centred_unit(np.asarray(code[:, both].todense(), np.float64)) for code in (a, b))
+    x, y = (_centred_unit(code[:, both].toarray().astype(np.float64)) for code in (a, b))
     return (x * y).sum(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Is one model better than another (thesis 3.3.2)?
-# ---------------------------------------------------------------------------------------------------------------------
+def latents_in_common(r):
+    """What correlations of pairs of latents (P,) say: how many reach .5, .7 and .9, the median."""
+    return {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
+            "median r": float(np.median(r)) if len(r) else None}
+
+
+# -- Is one model better than another (thesis 3.3.2)? ----------------------------------------------
 
 def mean_std(values):
-    """"0.893 ± 0.041" of several runs (standard deviation with n - 1), without None; a dash if nothing is left."""
+    """"0.893 ± 0.041" of several runs (standard deviation with n - 1), without None; a dash if
+    nothing is left."""
     values = [v for v in values if v is not None]
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}" if values else "-"
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0
+    return f"{np.mean(values):.3f} ± {spread:.3f}" if values else "-"
 
 
 def compare(runs):
-    """Every pair of models over the same runs. runs: dict model -> (R,) numbers, run r with the same split and seed for all.
+    """Every pair of models over the same runs: a list of {a, b, difference (mean of a - b), t_p
+    (paired t-test), holm_p (after Holm's correction for the number of pairs), wilcoxon_p (signed
+    ranks; with 5 runs never below 0.0625), d (mean difference / its standard deviation)}.
 
-    Returns a list of {a, b, difference (mean of a - b), t_p (paired t-test), holm_p (the same after Holm's correction for the
-    number of pairs), wilcoxon_p (signed ranks; with 5 runs never below 0.0625), d (mean difference / its standard deviation)},
-    all two-sided. p is None where all differences are alike, or a run has none: there is nothing to test.
+    runs: dict model -> (R,) numbers, run r with the same split and seed for all. Tests are
+    two-sided; p is None where all differences are alike, or a run has none: nothing to test.
     """
-    out, names = [], list(runs)
-    for i, a in enumerate(names):
-        for b in names[i + 1:]:
-            gap = np.asarray(runs[a], float) - np.asarray(runs[b], float)
-            spread = float(gap.std(ddof=1)) if len(gap) > 1 else 0.
-            mean = float(gap.mean()) if np.isfinite(gap).all() else None                    # NaN: a run without that number
-            pair = {"a": a, "b": b, "difference": mean, "t_p": None, "wilcoxon_p": None, "d": None}
-            if spread > 1e-12:
-                pair.update(t_p=float(scipy.stats.ttest_rel(runs[a], runs[b]).pvalue), d=float(gap.mean() / spread),
-                            wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue))
-            out.append(pair)
-    ordered, worst = sorted((p for p in out if p["t_p"] is not None), key=lambda p: p["t_p"]), 0.
-    for rank, pair in enumerate(ordered):                    # Holm 1979: the smallest p times the number of pairs, and so on
-        worst = max(worst, min(1., (len(ordered) - rank) * pair["t_p"]))
+    out = []
+    for a, b in itertools.combinations(runs, 2):
+        gap = np.asarray(runs[a], float) - np.asarray(runs[b], float)
+        spread = float(gap.std(ddof=1)) if len(gap) > 1 else 0.
+        mean = float(gap.mean()) if np.isfinite(gap).all() else None    # a run without that number
+        pair = {"a": a, "b": b, "difference": mean, "t_p": None, "wilcoxon_p": None, "d": None}
+        if spread > 1e-12:
+            pair.update(t_p=float(scipy.stats.ttest_rel(runs[a], runs[b]).pvalue),
+                        wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue), d=mean / spread)
+        out.append(pair)
+    tested, worst = sorted((p for p in out if p["t_p"] is not None), key=lambda p: p["t_p"]), 0.
+    for rank, pair in enumerate(tested):                     # Holm 1979, the smallest p first
+        worst = max(worst, min(1., (len(tested) - rank) * pair["t_p"]))
         pair["holm_p"] = worst
     return out
 
@@ -1696,8 +1834,8 @@ def beaten(pairs, level=0.05):
     wins = {}
     for pair in pairs:
         if pair["t_p"] is not None and pair["t_p"] < level:
-            winner, loser = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
-            wins.setdefault(winner, []).append(loser)
+            order = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
+            wins.setdefault(order[0], []).append(order[1])
     return wins
 
 

@@ -391,7 +391,7 @@ def test_a_chart_of_one_point_or_none_is_drawn():
 def test_knn_is_the_slow_loop_over_neighbours():
     rng = np.random.default_rng(0)
     train, y, test = rng.standard_normal((40, 5)), rng.integers(0, 3, 40), rng.standard_normal((7, 5))
-    found = judge.knn(train, y, test, ks=(3, 10, 500), temperature=0.2, n_classes=3, chunk=4)
+    found = judge.knn(train, y, test, ks=(3, 10, 500), temperature=0.2, n_classes=3)
     for i, t in enumerate(test):
         similarity = np.array([t @ v / np.linalg.norm(t) / np.linalg.norm(v) for v in train])
         order = np.argsort(-similarity)
@@ -559,8 +559,10 @@ def test_the_scatter_has_a_dot_for_each_living_latent_and_is_whole_xml():
 
 def test_barcodes_are_means_over_a_patients_images_and_differential_latents_those_that_differ():
     count = codes_of([[4, 0, 1], [2, 0, 1], [0, 6, 1]])
-    names, codes = judge.barcodes(count, np.array(["p", "p", "q"]))
-    assert names.tolist() == ["p", "q"]
+    names, codes, label = judge.barcodes(count, np.array(["p", "p", "q"]), np.array([1, -1, 0]))
+    assert names.tolist() == ["p", "q"] and label.tolist() == [1, 0]
+    mixed, none = (judge.barcodes(count, np.array([0, 0, 1]), np.array(y))[2] for y in ([1, 0, 0], [-1, -1, -1]))
+    assert mixed.tolist() == [-1, 0] and none.tolist() == [-1, -1]
     np.testing.assert_allclose(codes.toarray(), [[3, 0, 1], [0, 6, 1]])
     first, second, difference = judge.differential(codes, np.array([0, 1]), 0, 1, top=2)
     assert first.tolist() == [0] and second.tolist() == [1] and difference.tolist() == [3, -6, 0]
@@ -718,23 +720,24 @@ def test_there_is_a_dash_where_there_is_nothing_to_measure():
     assert found == {"r2": {"a": {"a": None}}, "nmse": {"a": {"a": None}}}
     assert judge.fmt(float("nan")) == judge.fmt(None) == "-"
     assert judge.segmentation_scores({}, {})["mIoU"] is None
-    rows = judge.neighbours(np.eye(3), 5)
-    assert (np.sort(rows)[:, :3] == -1).all() and rows[0, :2].tolist() == [1, 2]
+    rows, _ = judge.nearest(np.eye(3), np.eye(3), 5, (np.arange(3), np.arange(3)))
+    assert (rows[:, 2] == -1).all() and rows[0, :2].tolist() == [1, 2]
     code = codes_of(np.eye(3))
     assert "label" not in judge.latent_table(code, code, np.zeros((3, 0), bool))
 
 
-def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
+def test_neighbours_leave_the_query_and_its_group_out_and_overlap_as_in_a_slow_loop():
     rng = np.random.default_rng(0)
-    x, groups = rng.standard_normal((30, 5)), np.repeat(np.arange(10), 3)
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    x, code, groups = rng.standard_normal((30, 5)), rng.random((30, 6)), np.repeat(np.arange(10), 3)
+
+    def near(v, i, g):
+        unit = v / np.linalg.norm(v, axis=1, keepdims=True)
+        allowed = [j for j in range(30) if (j != i if g is None else g[j] != g[i])]
+        return set(sorted(allowed, key=lambda j: -(unit[i] @ unit[j]))[:4])
     for g in (None, groups):
-        found = judge.neighbours(x, 4, g, chunk=7)
-        for i in range(30):
-            allowed = [j for j in range(30) if (j != i if g is None else g[j] != g[i])]
-            assert found[i].tolist() == sorted(allowed, key=lambda j: -(unit[i] @ unit[j]))[:4]
-        assert (judge.neighbours(sp.csr_matrix(x), 4, g) == found).all()
-    assert (judge.neighbours(x, 4, np.arange(30) < 28)[:2, 2:] == -1).all()                 # two others, four wanted
+        row, = judge.retrieval_fidelity(x, sp.csr_matrix(code), None, g, ks=(4,))
+        expected = np.mean([len(near(x, i, g) & near(code, i, g)) / 4 for i in range(30)])
+        assert row["overlap"] == pytest.approx(expected)
     alone = judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.arange(30) < 28, ks=(2, 4))
     assert alone[0]["overlap"] == 1 and judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.zeros(30)) == []
     same = judge.retrieval_fidelity(x, sp.csr_matrix(3 * x), groups % 2)
