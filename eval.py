@@ -1792,20 +1792,23 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
 
 
 def concept_scores(code, names, J, alive, together=None, seed=0):
-    """What a map of a label may be a map of (thesis Table 5.4): {target: score(features (B, d),
-    label) -> (B,)} of one stream, beside them as many random others of its living latents.
+    """What a map of a label may be a map of (thesis Table 5.4), of one stream: {target:
+    (score(features (B, d), label) -> (B,), the labels that it can be asked for)}; beside them as
+    many random others of its living latents.
 
     code(features) -> (B, L) of the stream alone; names (C, L): the codes of the labels' names; J:
     of `concept_latents`; alive: numbers of the latents active in training; together(features,
     label): the codes (B, L) of pictures and of the name that chose their support together.
     """
-    rng = np.random.default_rng(seed)
+    rng, every = np.random.default_rng(seed), range(len(J))
     chance = [rng.permutation(np.setdiff1d(alive, own))[:len(own)] for own in J]
-    out = {"sum of concept latents": lambda f, c: code(f)[:, J[c]].sum(1),
-           "similarity to the name": lambda f, c: code(f) @ names[c],
-           "random latents": lambda f, c: code(f)[:, chance[c]].sum(1)}
+    some = [c for c in every if len(J[c])]
+    out = {"sum of concept latents": (lambda f, c: code(f)[:, J[c]].sum(1), some),
+           "similarity to the name": (lambda f, c: code(f) @ names[c], every),
+           "random latents": (lambda f, c: code(f)[:, chance[c]].sum(1), some)}
     if together is not None:
-        out["similarity to the name, joint"] = lambda f, c: math.prod(together(f, c)).sum(1)
+        out["similarity to the name, joint"] = (
+            lambda f, c: math.prod(together(f, c)).sum(1), every)
     return out
 
 
@@ -1885,34 +1888,30 @@ def map_scores(maps, asked, truth, otsu):
 
 
 def map_gallery(maps, there, names, picture, most=2):
-    """Heat maps {(backbone, target): {(picture, label): (h, w)}} as HTML: for each label a table of
-    some pictures that have it (`there`: pairs) and one that has not; and their overlays, {(picture,
-    label, backbone, target): PIL image}. picture(i) -> PIL image.
+    """Heat maps {method: {(picture, label): (h, w)}} as HTML, for each label a table of some
+    pictures that have it (`there`: pairs) and one that has not; and their overlays, {(picture,
+    label, method): PIL image}. picture(i) -> PIL image.
 
     A map of zeros is not drawn: the concept is absent, or where it is there the score is silent.
     """
-    backbones, targets = (list(dict.fromkeys(method[i] for method in maps)) for i in (0, 1))
     asked, drawn, parts = max(maps.values(), key=len, default={}), {}, []
 
-    def cell(image, method, key):
+    def cell(method, key):
         heat = maps[method].get(key)
         if heat is None or not heat.max() > 0:
             return "no latents" if heat is None else "silent" if key in there else "absent"
-        drawn[(*key, *method)] = overlay(image, heat / heat.max())
-        return embedded(drawn[(*key, *method)])
+        image = picture(key[0]).resize((112, 112))
+        drawn[(*key, method)] = overlay(image, heat / heat.max())
+        return embedded(drawn[(*key, method)])
     for c in sorted({c for _, c in there}):
-        parts.append(f"<h3>{html.escape(names[c])}</h3>")
-        without = [key for key in asked if key[1] == c and key not in there]
-        for key in [key for key in there if key[1] == c][:most] + without[:1]:
-            image = picture(key[0]).resize((112, 112))
-            own = embedded(image) + "without it" * (key not in there)
-            rows = [[own, *map(html.escape, targets)]]
-            for backbone in backbones:
-                rows.append([html.escape(backbone), *(
-                    cell(image, (backbone, target), key) if (backbone, target) in maps else ""
-                    for target in targets)])
-            lines = ["".join(f"<td>{v}</td>" for v in row) for row in rows]
-            parts.append('<table class="maps">' + "".join(f"<tr>{v}</tr>" for v in lines) + "</table>")
+        keys = [key for key in there if key[1] == c][:most]
+        keys += [key for key in asked if key[1] == c and key not in there][:1]
+        rows = [["", *(embedded(picture(key[0]), 112) + "without it" * (key not in there)
+                       for key in keys)]]
+        rows += [[html.escape(method), *(cell(method, key) for key in keys)] for method in maps]
+        lines = ["".join(f"<td>{v}</td>" for v in row) for row in rows]
+        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        parts.append(f'<h3>{html.escape(names[c])}</h3><table class="maps">{table}</table>')
     return "".join(parts), drawn
 
 
