@@ -18,13 +18,23 @@ Glossary     B batch . M streams . L latents . k latents kept per sample . d_s w
              alone     a code whose support was chosen from its own stream only
 
 Deviations   from the authors' code, where it differs from the papers or is wrong:
-             the loss sums over streams as Eq. 14 does (`reduction="mean"` averages, as they do);
-             AuxK is 0 when no latent is dead, adds no bias, and sends gradient to the dead only;
-             dictionary rows get unit length after the optimiser step, so what is saved has it;
-             dead latents are counted in training only; an all-zero sample is skipped;
+             the loss sums over streams as Eq. 14 does; theirs averages (`reduction="mean"`), so
+             that lambda_paper = lambda_code / (M - 1);
+             AuxK is exactly 0 when no latent is dead, adds no bias, sends gradient to dead latents
+             only, and divides by the residual's energy over the batch; theirs sample by sample;
+             latents are drawn anew `reinit_after` steps after they died, with their Adam moments;
+             theirs at once, which leaves AuxK nothing to do;
+             dictionary rows are renormalised after the optimiser step: saved ones have unit norm;
+             dead latents are counted per stream, in training only; a sample of zeros is skipped
+             in Eq. 13, where theirs divides by zero;
              a latent fires when its value exceeds a thousandth of the features' length, which is 1
              for l2 (theirs: a thousandth; thesis A.1.2 speaks of a frequency, but they count none).
-Ours         topk="both" (train on both supports), the sparse arithmetic, and `settings_for`.
+             One stream: CytoSAE's code also divides the error by ||x||, which is not here;
+             resampling draws from the batch, not from 819,200 stored inputs; JumpReLU's threshold
+             has the gradient of its paper, which two public libraries miss by a factor.
+Ours         topk="both" (train on the joint and on the alone support), settings by the number of
+             samples, features standardised before they are scaled to length 1 (the authors' code
+             only scales, the papers say neither), and the sparse arithmetic.
 Not here     learning-rate decay, mixed precision, several GPUs.
 
 This file needs nothing but torch: copy it alone into your project.

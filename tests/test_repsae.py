@@ -384,7 +384,7 @@ def test_the_scans_that_bench_compares_compute_the_same():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_what_was_held_at_once():
     """64 MB held twice over one after the other is 64, held together 128; a child has no past to reuse."""
-    one, two = judge.in_child(_peaks)
+    one, two = bench.in_child(_peaks)
     assert 60 < one < 80 and 120 < two < 144
 
 
@@ -392,16 +392,10 @@ def _peaks():
     def apart():
         for _ in range(2):
             torch.ones(2 ** 24)
-    return judge.peak_of(apart, "cpu"), judge.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
+    return bench.peak_of(apart, "cpu"), bench.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
 
 
-def test_build_says_in_one_line_that_there_is_no_compiler(capsys, monkeypatch):
-    import ssm
-
-    def absent(verbose):
-        raise OSError("Error compiling: no c++ here\nmore")
-    monkeypatch.setattr(ssm, "build_native", absent)
-    assert "cannot be built (Error compiling: no c++ here) - it needs ninja" in error(capsys, "build")
+def test_bench_refuses_a_file_in_no_folder(capsys):
     assert "no such folder" in error(capsys, "bench", "scan", "--svg", "/no/such/x.svg")
 
 
