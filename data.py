@@ -17,8 +17,11 @@ A row is unlabelled where its label is negative or "" or `mask` is False: it the
 nor against any label.
 Nothing is ever unpickled. A folder is memory-mapped: a batch reads its own rows and no others.
 
-Deviations   from the authors' code: rows are never joined by position alone without checking that the counts agree;
-             the short last block is shuffled among the others instead of always coming last.
+Deviations   from the authors' code: rows are never joined by position alone, without a check that
+             the counts agree; the short last block is shuffled among the others, not put last;
+             a tile counts as tumour when half of it lies in a region (Vim4Path's notebook compares
+             a sixteenth), and no tiles reach over a slide's edge (CLAM's do).
+Ours         the made-up streams and tissue; weaker colour changes and pathology's turns in `Crops`.
 """
 import functools
 import gzip

@@ -138,7 +138,7 @@ MODEL = {
                "goes first"),
     "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the sparse code; auto: by the "
                 "number of training rows, see `sae.settings_for`"),
-    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: a 16th of L, 8 to 64"),
+    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
              "streams together, each for itself, both ways with the losses added (ours), or one "
              "stream drawn anew each step (Universal SAE)"),
@@ -896,12 +896,12 @@ def run_sparc(run, features):
     owner = {"sparc": run.folder, "ablate": os.path.dirname(os.path.abspath(run.folder))}.get(command)          # sweep has no null
     metrics["verdict"] = judge.verdict(
         metrics, owner and f"add it with python repsae.py {command} --resume --null --out {shlex.quote(owner)}")
-    judge.write_json(run.path("metrics.json"), metrics)
-    title = f"repsae {command}: {os.path.basename(os.path.abspath(run.folder))}"
     settings = {**flags, "seconds to train": round(trained - began, 1),
                 "seconds to measure": round(time.time() - trained, 1)}
-    judge.sparc_report(run.path("report.html"), title, metrics, log.rows, settings, codes,
-                       features, rows)
+    page = judge.Page(f"repsae {command}: {os.path.basename(os.path.abspath(run.folder))}")
+    judge.tell_summary(page, metrics, quiet=True)
+    judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
+    page.write(run.path, metrics)
     return metrics
 
 
@@ -1202,14 +1202,7 @@ def parse_over(over):
 
 def print_summary(metrics):
     """The end of a run: the table, joint and alone side by side, the planted concepts that were found, the verdict."""
-    header, rows = judge.summary(metrics)
-    print(f"\n{judge.text_table(header, rows)}\n\n{metrics['rows']} samples of the {metrics['split']} split")
-    for s, found in metrics.get("recovery", {}).items():
-        print(f"planted concepts recovered, {s}: {found['found']} of {found['of']}")
-    if "verdict" in metrics:
-        colour = f"\033[3{(2, 3, 1)[metrics['verdict']['level']]}m" if sys.stdout.isatty() else ""
-        lines = "\n".join(metrics["verdict"][part] for part in ("learned", "trust", "next"))
-        print(f"\n{colour}{lines}{colour and chr(27) + '[0m'}")
+    judge.tell_summary(judge.Page(""), metrics)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1261,14 +1254,6 @@ def needed(flags, name):
     return flags[name]
 
 
-def make_backbone(arch, **settings):
-    """A preset of ssm.py by name; settings that are None are left to it, and size and patch where it knows none (VMamba)."""
-    if arch not in ssm.PRESETS:
-        raise InputError(f"{arch} is no backbone - take one of {', '.join(ssm.PRESETS)}")
-    skip = ("size", "patch") if arch.startswith("vmamba") else ()
-    return ssm.PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
-
-
 def number_pair(flags, name):
     """"0.4,1" -> (0.4, 1.0), shares of an image's area; raises InputError when it is not two of them in order."""
     try:
@@ -1280,36 +1265,15 @@ def number_pair(flags, name):
     raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two shares of the area, for example 0.4,1")
 
 
-def dino_nets(flags):
-    """Student (in training), teacher (never), centre (K,) and optimiser of a run that has not begun."""
-    torch.manual_seed(flags.seed)
-
-    def net(drop_path):
-        backbone = make_backbone(flags.arch, size=flags.size, patch=flags.patch, drop_path=drop_path)
-        head = ssm.DINOHead(backbone.dim, flags.prototypes, flags.head_hidden, flags.bottleneck, flags.norm_last)
-        return ssm.MultiCrop(backbone, head).to(flags.device)
-    student, teacher = net(flags.drop_path).train(), net(0.).eval().requires_grad_(False)
-    teacher.load_state_dict(student.state_dict())
-    optimiser = torch.optim.AdamW(ssm.decay_groups(student, flags.decay_ssm))
-    return student, teacher, torch.zeros(flags.prototypes, device=flags.device), optimiser
-
-
-def dino_schedule(flags, step, epoch):
-    """What `ssm.dino_step` is to use in a step; `epoch` is the number of steps in one."""
-    n_steps = flags.epochs * epoch
-    return {"lr": ssm.cosine_schedule(step, n_steps, flags.lr * flags.batch / 256, flags.min_lr, flags.warmup * epoch),
-            "weight_decay": ssm.cosine_schedule(step, n_steps, flags.weight_decay, flags.weight_decay_end),
-            "momentum": ssm.cosine_schedule(step, n_steps, flags.momentum, 1.),
-            "teacher_temp": ssm.teacher_temperature(step // epoch, flags.teacher_temp_start, flags.teacher_temp,
-                                                    flags.teacher_warmup),
-            "clip": flags.clip, "freeze_last": step < flags.freeze_last * epoch}
-
-
 def train_dino(run, images, rows):
     """Train, or go on training, the backbone of `flags` on the images `rows`, and report. Stops when it has collapsed."""
     flags = run.flags
     torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
-    student, teacher, center, optimiser = dino_nets(flags)
+    torch.manual_seed(flags.seed)
+    student, teacher, optimiser = ssm.dino_nets(
+        flags.arch, flags.size, flags.patch, flags.prototypes, flags.head_hidden, flags.bottleneck, flags.norm_last,
+        flags.drop_path, flags.decay_ssm, flags.device)
+    center = torch.zeros(flags.prototypes, device=flags.device)
     if flags.standardise:
         for net in (student, teacher):
             ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
@@ -1339,21 +1303,24 @@ def train_dino(run, images, rows):
     def save():
         judge.write_torch(checkpoint, {"student": student.state_dict(), "teacher": teacher.state_dict(), "most": most,
                                        "optimiser": optimiser.state_dict(), "center": center, "step": step})
+    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
+
+    def on_step(t, told):
+        nonlocal step, most
+        step, most, ended = t, max(most, told["information"]), t % epoch == 0
+        judged = ended and (t // epoch % flags.knn_every == 0 or t == n_steps)
+        knn = watch.knn() if judged else None
+        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": "" if knn is None else knn},
+             lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
+                     f"{'' if knn is None else f'  k-NN {knn:.3f}'}", ended)
+        if ended and most < COLLAPSED:
+            raise InputError(collapse_message(told["entropy"], flags, t // epoch))
+        most = 0. if ended else most
+    schedule = {k: flags[k] for k in ("epochs", "min_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
+                                      "teacher_temp", "teacher_temp_start", "teacher_warmup", "clip", "freeze_last")}
     with Keeper(flags, n_steps, step, log, save) as keep:
-        for views in data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers):
-            torch.manual_seed(flags.seed * 1_000_003 + step)                                # of drop path
-            found = ssm.dino_step(student, teacher, center, optimiser, [v.to(flags.device) for v in views],
-                                  **dino_schedule(flags, step, epoch))
-            step, most = step + 1, max(most, found["information"])
-            ended = step % epoch == 0
-            judged = ended and (step // epoch % flags.knn_every == 0 or step == n_steps)
-            knn = watch.knn() if judged else None
-            keep(step, lambda: {"epoch": round(step / epoch, 3), **found, "knn": "" if knn is None else knn},
-                 lambda: f"loss {found['loss']:.3f}  information {found['information']:.2f}"
-                         f"{'' if knn is None else f'  k-NN {knn:.3f}'}", ended)
-            if ended and most < COLLAPSED:
-                raise InputError(collapse_message(found["entropy"], flags, step // epoch))
-            most = 0. if ended else most
+        ssm.fit_dino((student, teacher, center, optimiser), lambda t: next(views), n_steps, lambda t: ssm.dino_schedule(
+            t, epoch, lr=flags.lr * flags.batch / 256, **schedule), on_step, step, flags.seed)
     finish_dino(run, log, watch)
 
 
@@ -1425,7 +1392,7 @@ def finish_dino(run, log, watch):
         labels = labels if labels.ndim == 1 else np.zeros(len(labels))                      # several at once: as they come
         for c in np.unique(labels):                          # the same number of each class
             rows.extend(watch.test[labels == c][:max(1, 12 // len(np.unique(labels)))])
-        near = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
+        near, _ = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
         charts.append(chart)
         pictures = [[watch.images.open(i) for i in (query, *watch.train[index])] for query, index in zip(rows, near)]
         judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(
@@ -1471,7 +1438,7 @@ def cmd_extract(flags):
     pixels = images.pixels
     about = {"images": relative(images.paths, flags.out) if pixels is None else pixels}
     if flags.tokens:
-        about["grid"] = np.array(token_grid(loaded[0][1], size or loaded[0][2]))
+        about["grid"] = np.array(ssm.token_grid(loaded[0][1], size or loaded[0][2]))
         streams = {s: x.astype(np.float16) for s, x in streams.items()}
     if images.boxes is not None:
         about["coords"] = images.boxes
@@ -1485,12 +1452,6 @@ def cmd_extract(flags):
         about["split"] = images.split
     judge.write_npz(flags.out, {**streams, **about, **images.about})
     say(f"wrote {flags.out}")
-
-
-def token_grid(model, size):
-    """(rows, columns) of a backbone's patch tokens of a picture with `size` pixels a side."""
-    with torch.no_grad():
-        return model.features(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), tokens=True)[1]
 
 
 def object_arrays(objects):
@@ -1540,11 +1501,11 @@ def load_backbone(spec, flags, n_classes=0, head=False):
         return name, model, size
     settings = {"size": made.get("size", size if path == "random" else None),
                 "patch": made.get("patch", getattr(flags, "patch", None))}
-    model = make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
+    model = ssm.make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
     if path != "random":
         ssm.load_weights(model, path)
     if n_classes:
-        bare, model = model, make_backbone(arch, **settings, n_classes=n_classes)
+        bare, model = model, ssm.make_backbone(arch, **settings, n_classes=n_classes)
         model.load_state_dict(bare.state_dict(), strict=False)                              # all but the head
     model.made = {"arch": arch, **settings, "n_classes": n_classes or made.get("n_classes")}
     return name, model.eval().to(flags.device), getattr(model, "size", 224)
@@ -1558,17 +1519,9 @@ def torchvision_model(name, path, n_classes):
     model = models.get_model(name, num_classes=n_classes)
     if path != "random":
         with unpacked(path, f"does not hold the weights of {name}", "give torchvision's file") as state:
-            own, last = model.state_dict(), last_linear(model)[0]
+            own, last = model.state_dict(), ssm.last_linear(model)[0]
             model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v for k, v in state.items()})
     return model
-
-
-def last_linear(model):
-    """(name, module) of a classifier's last linear layer; raises InputError when it has none."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    if not found:
-        raise InputError(f"{type(model).__name__} ends in no linear layer - take another model")
-    return found[-1]
 
 
 @command(f"{DATA} seed solver strength only json overwrite")
@@ -1818,7 +1771,7 @@ def barcode_sections(coded, table, flags):
     if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
         return None, [], None
     groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
-    names, codes = judge.barcodes(coded.count, groups)
+    names, codes, _ = judge.barcodes(coded.count, groups)
     of = [np.unique(y[rows][y[rows] >= 0]) for rows in np.split(np.argsort(groups, kind="stable"),
                                                   np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
     y = np.array([found[0] if len(found) == 1 else -1 for found in of])
@@ -2254,7 +2207,8 @@ def cmd_clip(flags):
     progress, log = Progress(n_steps), Log(run.path("log.csv"))
     for step in range(n_steps):
         place = step % (len(train) // flags.batch)
-        order = order if place else rng.permutation(train)
+        if not place:
+            order = rng.permutation(train)
         rows = order[place * flags.batch:(place + 1) * flags.batch]
         turn, flip = rng.integers(4), rng.integers(2)        # a field has no upright side
         x = torch.rot90(pixels[rows], int(turn), (2, 3))
@@ -2755,7 +2709,7 @@ def cmd_tile(flags):
         say_once("note: " + note)
     side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
     if side < 1 or step < 1:
-        raise InputError(f"tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
+        raise InputError(f"--size {flags.size}: tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
@@ -2763,11 +2717,13 @@ def cmd_tile(flags):
     for target in targets:
         if targets.count(target) > 1:
             raise InputError(f"two slides are called {target} - rename one, or tile them into two folders")
-    run = Run(flags).begin()
+    run = Run(flags)
     for path, target in zip(slides, targets):
         boxes, shown = data.tile_slide(path, side, step, least=flags.smallest, least_hole=flags.least_hole,
                                        max_holes=flags.max_holes, window=grey_window(flags),
                                        threshold=None if flags.otsu else flags.threshold)
+        if not run.about:                                    # a slide that cannot be read leaves nothing
+            run.begin()
         arrays = {"coords": boxes, "images": relative([path] * len(boxes), run.join(f"{target}.npz"))}
         if regions is not None:
             share = np.array([data.region_share(regions, box) for box in boxes])
@@ -3057,7 +3013,7 @@ def finish_finetune(run, found, pictures, rounds):
 def try_classifier(spec, flags, n_classes):
     """Build a model and pass one picture of zeros through it: its name; raises InputError when it does not fit."""
     name, model, _ = load_backbone(spec, flags, n_classes)
-    last_linear(model)
+    ssm.last_linear(model)
     try:
         with torch.no_grad():
             out = model.eval()(torch.zeros(1, 3, flags.size, flags.size, device=flags.device))
@@ -3076,7 +3032,7 @@ def picture_parts(pictures, flags, seed):
     if flags.split == "random":
         parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed, groups)
     elif pictures.split is None:
-        raise InputError(f"{flags.data} gives no split - use --split random")
+        raise InputError(f"{flags.images} gives no split - use --split random")
     else:
         train, val, test = (np.flatnonzero(pictures.split == name) for name in ("train", "val", "test"))
         if not len(val):                                     # none given: cut off the training part
@@ -3085,7 +3041,7 @@ def picture_parts(pictures, flags, seed):
             train, val = (train[rows] for rows in halves)
         parts = train, val, test
     if not all(map(len, parts)) or len(np.unique(pictures.labels[parts[0]])) < 2:
-        raise InputError(f"{flags.data}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
+        raise InputError(f"{flags.images}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
                          "add pictures, or use --split random")
     tested = np.unique(pictures.labels[parts[2]])
     unseen = np.setdiff1d(tested, pictures.labels[parts[0]])
@@ -3093,7 +3049,7 @@ def picture_parts(pictures, flags, seed):
         c, what = tested[0], "and no other"
         if len(unseen):
             c, what = unseen[0], "which no training picture has"
-        raise InputError(f"{flags.data}: the test part has the class '{pictures.label_names[c]}', "
+        raise InputError(f"{flags.images}: the test part has the class '{pictures.label_names[c]}', "
                          f"{what} - add pictures, or split them otherwise")
     return parts
 
@@ -3119,7 +3075,7 @@ def finetune_one(pictures, parts, model, flags):
     x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
     if flags.frozen:
         model.requires_grad_(False)
-        last_linear(model)[1].requires_grad_(True)           # the head
+        ssm.last_linear(model)[1].requires_grad_(True)           # the head
 
     def batches(epoch):
         for rows in torch.from_numpy(np.random.default_rng([flags.seed, epoch]).permutation(train)).split(flags.batch):
@@ -3711,17 +3667,6 @@ def inlined(path):
 # Commands of the machine
 # ---------------------------------------------------------------------------------------------------------------------
 
-@command("")
-def cmd_build(flags):
-    """Compile the fast selective scan (csrc/); REPSAE_NATIVE=1 in the environment then makes every command use it."""
-    try:
-        built = ssm.build_native(verbose=True)
-    except Exception as e:                                   # the compiler's own words are above
-        raise InputError(f"the native scan cannot be built ({ssm.first_line(e)}) - it needs ninja and a C++ compiler; "
-                         "everything works without it")
-    print(f"built {built.__file__}; set REPSAE_NATIVE=1 to use it")
-
-
 @command("json svg device", "what")
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
@@ -3779,7 +3724,7 @@ def parse(argv):
     flags = Flags({**values, **given})
     flags.given = frozenset(given) & frozenset(values)
     for name in sorted(each.needed):
-        if not flags[name.replace("-", "_")]:
+        if not flags[name.replace("-", "_")] and not flags.get("resume"):
             fail(f"--{name} is missing - see python repsae.py {flags.command} --help")
     return each.run, flags
 

@@ -27,7 +27,12 @@ SMALL = ["--latents", "40", "--k", "4", "--batch", "64", "--lr", "3e-3", "--epoc
 
 
 def run(*argv):
-    repsae.main([str(a) for a in argv])
+    """A command, which may replace what an earlier one left where it writes."""
+    argv = [str(a) for a in argv]
+    for flag in {"--out", "--json"} & set(argv) if "--resume" not in argv else ():
+        if os.path.exists(argv[argv.index(flag) + 1]):
+            argv.append("--overwrite")
+    repsae.main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +286,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(features, uninterrupted, tmp_path):
 
 def error(capsys, *argv):
     with pytest.raises(SystemExit) as caught:
-        run(*argv)
+        repsae.main([str(a) for a in argv])
     err = capsys.readouterr().err.strip().split("\n")[-1]
     assert caught.value.code == 2 and err.startswith("repsae: error: ") and " - " in err
     return err
@@ -316,7 +321,7 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
 
 def test_a_run_folder_is_not_overwritten_unasked(finished, features, tmp_path, capsys):
     refused = error(capsys, "sparc", "--data", features, *SMALL, "--out", finished)
-    assert "holds a run already - use --resume, --overwrite or another --out" in refused
+    assert "holds files already - use --overwrite, --resume or another --out" in refused
     assert "--k 5 differs from the run" in error(capsys, "sparc", "--resume", "--out", finished, "--k", 5)
     (tmp_path / "mine.txt").write_text("keep")
     run("sparc", "--data", features, *SMALL, "--out", tmp_path, "--overwrite")
@@ -358,15 +363,17 @@ def test_a_run_and_data_that_do_not_fit_are_refused(finished, features, tmp_path
     assert "is not a readable checkpoint" in error(capsys, "eval", tmp_path / "cut")
 
 
-def test_help_shows_every_default_and_needs_no_torch():
-    program = "import sys, repsae\ntry: repsae.main(sys.argv[1:])\nexcept SystemExit: print('torch' in sys.modules)"
-    for name, (_, table, _, _) in repsae.COMMANDS.items():
+def test_help_shows_every_flag_and_setting_and_needs_no_torch():
+    program = ("import sys, repsae\ntry: repsae.main(sys.argv[1:])\n"
+               "except SystemExit: print('torch' in sys.modules)")
+    for name, each in repsae.COMMANDS.items():
         command = [sys.executable, "-c", program, name, "--help"]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
         assert out.strip().endswith("False")
-        for flag, (default, _, _) in table.items():
-            assert f"--{flag}" in out
-        assert out.count("(default:") == len(table)
+        for flag, default in each.flags.items():
+            assert (f"{flag}={default}  " if flag in repsae.SETTINGS else f"--{flag}") in out
+            if type(default) in (int, float) and flag not in repsae.SETTINGS:
+                assert f"(default: {default})" in " ".join(out.split())
 
 
 def test_the_scans_that_bench_compares_compute_the_same():
@@ -384,7 +391,7 @@ def test_the_scans_that_bench_compares_compute_the_same():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_what_was_held_at_once():
     """64 MB held twice over one after the other is 64, held together 128; a child has no past to reuse."""
-    one, two = judge.in_child(_peaks)
+    one, two = bench.in_child(_peaks)
     assert 60 < one < 80 and 120 < two < 144
 
 
@@ -392,16 +399,10 @@ def _peaks():
     def apart():
         for _ in range(2):
             torch.ones(2 ** 24)
-    return judge.peak_of(apart, "cpu"), judge.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
+    return bench.peak_of(apart, "cpu"), bench.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
 
 
-def test_build_says_in_one_line_that_there_is_no_compiler(capsys, monkeypatch):
-    import ssm
-
-    def absent(verbose):
-        raise OSError("Error compiling: no c++ here\nmore")
-    monkeypatch.setattr(ssm, "build_native", absent)
-    assert "cannot be built (Error compiling: no c++ here) - it needs ninja" in error(capsys, "build")
+def test_bench_refuses_a_file_in_no_folder(capsys):
     assert "no such folder" in error(capsys, "bench", "scan", "--svg", "/no/such/x.svg")
 
 
@@ -601,8 +602,10 @@ def test_the_test_fold_never_reaches_training(bags, tmp_path, monkeypatch):
     test = np.flatnonzero(~whole.folds[0, 0])
     turned.y[test] = 1 - turned.y[test]
     turned.X[np.concatenate([np.arange(turned.offsets[i], turned.offsets[i + 1]) for i in test])] *= -3
-    a, b = (repsae.mil_round(v, "abmil", settings, 0, np.flatnonzero(whole.folds[0, 0]), None, test, keep=tmp_path / name)
-            if not (tmp_path / name).mkdir() else None for v, name in ((whole, "a"), (turned, "b")))
+    a, b = (repsae.mil_round(v, "abmil", settings, 0, np.flatnonzero(whole.folds[0, 0]), None, test,
+                             keep=repsae.Run(settings[0], str(tmp_path / name)).begin())
+            for v, name in ((whole, "a"), (turned, "b")))
+    repsae.Run.release()
     assert a["held_out"] == b["held_out"] and a["held_out"]["loss"] > 0
     states = [torch.load(tmp_path / name / "abmil.pt", weights_only=True)["models"][0] for name in "ab"]
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
@@ -763,7 +766,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["finetune", "--images", "{p}", "--weights", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
     (["finetune", "--images", "{p}", "--size", "20", "--weights", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
     (["finetune", "--images", "{p}", "--size", "32", "--weights", "squeezenet1_0"], "SqueezeNet ends in no linear layer"),
-    (["tile", "--images", "{p}", "--size", "0"], "--size 0 - give a whole number from 1"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
+    (["tile", "--images", "{p}", "--size", "0"], "--size 0: tiles of 0 pixels"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
     (["mil", "--data", "{b}", "--inner", "30"], "bags to learn from"), (["tile", "--images", "{p}"], "two slides are called 0 - rename"),
     (["explain", "--images", "{p}", "--weights", "a=vit_micro:random", "--size", "16", "--label", "999"], "--label 999, but a has 96 outputs"),
     (["explain", "--images", "{p}"], "--weights is missing"),
@@ -1115,9 +1118,9 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", token_run, "--data", without("groups"), "--between", "sick,well"), "has no groups"),
             (("latents", token_run, "--between", "sick"), "give two labels"),
             (("latents", token_run, "--data", without(groups=np.zeros(60, int)), "--between", "sick,well"), "labels that groups have"),
-            (("latents", token_run, "--out", token_run), "is a run - name another folder"),
-            (("fidelity", token_run, "--out", tokens), "is a file - name another folder"),
-            (("intervene", token_run, "--label", "sick", "--set", "percentile=150"), "--percentile 150 - give a number from 0.0 to 100.0"),
+            (("latents", token_run, "--out", token_run), "is read by this command - name another"),
+            (("fidelity", token_run, "--out", tokens), "is a file - name a folder"),
+            (("intervene", token_run, "--label", "sick", "--set", "percentile=150"), "--set percentile: 150 - give a number from 0.0 to 100.0"),
             (("describe", token_run, "--top", 0), "--top 0 - give a whole number from 1"),
             (("sae", "--data", features, "--stream", "x", "--sparsity", 5, "--out", tmp_path / "s"), "has no effect on topk"),
             (("sae", "--data", features, "--stream", "x", *SMALL, "--lr", 1e20, "--epochs", 9, "--out", tmp_path / "s"),
@@ -1125,7 +1128,7 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", finished), "pick one with --stream"),
             (("latents", tmp_path), "is no run folder"),
             (("intervene", token_run, "--label", "ill"), "no label 'ill' - take one of well, sick"),
-            (("intervene", token_run), "no label 'None' - take one of"),
+            (("intervene", token_run), "--label is missing"),
             (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
             (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "some, not all, must"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("grid")), "has no 'grid'"),
@@ -1189,7 +1192,7 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
     a, b, both = found.values()
     assert a != b and all(both[key] == pytest.approx((a[key] + b[key]) / 2) for key in both)
     images = data.read_images(world / "tissue" / "tissue.npz")
-    watch = repsae.Watch(images, None, repsae.parse(["dino", "--size", "32"])[1])
+    watch = repsae.Watch(images, None, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
     x, areas = watch.features(np.arange(240), raw=True).double(), []
     x = (x / x.norm(dim=1, keepdim=True)).numpy()
     train, test = images.split == "train", images.split != "train"
@@ -1239,7 +1242,7 @@ def test_unlabelled_pictures_neither_vote_nor_are_judged(several, pictures):
         images.mask = np.arange(len(images)) % 5 > 0
     else:
         images.labels[::5] = -1
-    watch = repsae.Watch(images, None, repsae.parse(["dino", "--size", "16"])[1])
+    watch = repsae.Watch(images, None, repsae.parse(["dino", "--images", "x", "--size", "16"])[1])
     assert not set(np.arange(0, len(images), 5)) & {*watch.train, *watch.test} and watch.knn(raw=True) > 0
 
 
@@ -1536,7 +1539,7 @@ def test_pixels_of_a_file_are_shown_and_never_printed(features, finished, tmp_pa
     np.savez(tmp_path / "p.npz", **arrays)
     on_run = [finished, "--data", tmp_path / "p.npz"]
     run("retrieve", *on_run, "--out", tmp_path / "r.html")
-    assert (tmp_path / "r.html").read_text().count("data:image/jpeg") == 22
+    assert (tmp_path / "r.html" / "report.html").read_text().count("data:image/jpeg") == 22
     run("describe", *on_run, "--stream", "x", "--top", 1, "--out", tmp_path / "d.json")
     assert '"image"' not in (tmp_path / "d.json").read_text()
     run("latents", *on_run, "--stream", "x", "--out", tmp_path / "l")
@@ -1550,7 +1553,7 @@ def test_pixels_of_a_file_are_shown_and_never_printed(features, finished, tmp_pa
 
 def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsys):
     run("retrieve", world / "run", "--sample", 3, "--from", "vit", "--to", "clip_txt", "--out", tmp_path / "r.html")
-    out, page = capsys.readouterr().out, (tmp_path / "r.html").read_text()
+    out, page = capsys.readouterr().out, (tmp_path / "r.html" / "report.html").read_text()
     features = data.read_features(world / "feats.npz")
     rows = features.rows("test", "val")
     for mode in ("joint", "alone"):
@@ -1570,7 +1573,7 @@ def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsy
     assert nearest.split("nearest")[1] == capsys.readouterr().out.split("nearest")[1]
     run("retrieve", world / "run", "--query", "two eosinophils", "--encoder", world / "clip", "--from", "clip_txt", "--to", "clip_img",
         "--out", tmp_path / "t.html")
-    assert "two eosinophils" in (tmp_path / "t.html").read_text()
+    assert "two eosinophils" in (tmp_path / "t.html" / "report.html").read_text()
 
 
 def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tmp_path, capsys):
@@ -1593,7 +1596,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             model.W_enc[s][3], model.b_lat[s][3] = 0, -1
     sae.save(world / "dead" / "checkpoint.pt", model, optimiser, **extra)
     for argv, message in (
-            (("tissue", "--out", world / "tissue"), "holds a tissue already"),
+            (("tissue", "--out", world / "tissue"), "holds files already"),
             (("finetune", "--images", tissue, "--size", 32), "no label 'None' - name one with --label: lymphocyte"),
             (("clip", "--images", world / "tissue" / "bare.npz", "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", pictures, "--out", tmp_path / "c"), "has no captions"),
@@ -1691,7 +1694,7 @@ def test_a_stage_that_was_begun_is_resumed_and_any_other_overwritten(tmp_path, m
             repsae.run_stage(["dino", "--lr", "1"], "command", told)
         assert ran[-1] == ["dino", "--lr", "1", expected]
     repsae.run_stage(["probe"], "another", told)
-    assert ran[-1] == ["probe"] and os.listdir(tmp_path) == ["told.txt"]
+    assert ran[-1] == ["probe", "--overwrite"] and os.listdir(tmp_path) == ["told.txt"]
 
 
 
@@ -1799,7 +1802,7 @@ def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stre
     assert min(own["joint"]) > 0.35 and np.mean(own["joint"]) > 0.65 and np.mean(own["alone"]) > 0.35
     flags = json.loads((tmp_path / "r" / "config.json").read_text())["flags"]
     chosen = {k: flags[k] for k in ("latents", "k", "norm", "shuffle", "null")}
-    assert chosen == {"latents": 256 if n == 1100 else 128, "k": 16 if n == 1100 else 8, "norm": "standard,l2",
+    assert chosen == {"latents": 256 if n == 1100 else 128, "k": 32 if n == 1100 else 20, "norm": "standard,l2",
                       "shuffle": "samples", "null": True}
     assert [k for k, v in flags.items() if v == "auto"] == ["kernels"] and 1000 <= metrics["steps"] < 1100 and flags["dead_after"] == metrics["steps"] // 4
     assert f"chosen by the number of training rows, {round(.8 * n)}: latents {chosen['latents']}, k" in capsys.readouterr().err
@@ -1814,7 +1817,7 @@ def test_what_is_typed_goes_before_the_preset_and_the_preset_before_the_rule(fea
     assert thesis.items() <= flags("--preset", "thesis").items()
     mixed = flags("--preset", "thesis", "--k", "5", "--norm", "none")
     assert {**thesis, "k": 5, "norm": "none"}.items() <= mixed.items()
-    assert flags("--latents", "512")["lr"] == 2e-4 * 32 ** .5 and flags("--latents", "512")["k"] == 32
+    assert flags("--latents", "512")["lr"] == 2e-4 * 32 ** .5 and flags("--latents", "256")["k"] == 32
 
 
 def test_rows_are_shuffled_singly_in_memory_and_in_blocks_on_disk_with_a_warning_when_they_are_sorted(tmp_path, capsys):
@@ -1901,7 +1904,9 @@ def caught(monkeypatch, module, name, *argv):
 
 def as_flags(said):
     """{"aux_k": 7} -> ["--set", "aux-k=7"]"""
-    return [word for name, v in said.items() for word in (f"--{name.replace('_', '-')}", v)]
+    names = [name.replace("_", "-") for name in said]
+    return [word for name, v in zip(names, said.values()) for word in (
+        ("--set", f"{name}={v}") if name in repsae.SETTINGS else (f"--{name}", v))]
 
 
 def same_tensors(a, b):
@@ -1978,7 +1983,7 @@ def test_every_setting_of_sparc_reaches_the_model_the_optimiser_and_the_batches(
 
 @pytest.mark.parametrize("said", [
     {"activation": "jumprelu", "sparsity": 0.3, "error": "mean", "revive": "resample",
-     "bandwidth": 0.2, "threshold": 0.4},
+     "bandwidth": 0.2, "theta": 0.4},
     {"activation": "batchtopk", "k": 5, "error": "sum", "revive": "none"},
     {"activation": "topk", "k": 5, "revive": "auxk", "aux_k": 9, "aux_coef": 0.5, "dead_after": 3,
      "reinit_after": 4}])
@@ -1988,6 +1993,7 @@ def test_every_setting_of_sae_reaches_the_model_and_its_warm_up_the_training(
                    *as_flags(said), "--set", "expansion=2", "--seed", 3, "--warmup", 9, "--batch", 64,
                    "--lr", 0.01, "--norm", "none", "--out", tmp_path / "r")
     config = found["model"].config
+    config["theta"] = config["threshold"]
     assert {k: config[k] for k in said} == said and found["warmup"] == 9
     assert config["seed"] == 3 and config["n_latents"] == 2 * 12
 
@@ -2079,8 +2085,8 @@ def noisy(tmp_path_factory):
 
 def finetune(noisy, out, name="whole", **said):
     """The command line of a small fine-tuning; what is said replaces its settings."""
-    usual = {"models": "vit_micro", "size": 16, "split": "given", "runs": 1, "lr": 1e-3,
-             "batch": 20, "epochs": 1, "data": noisy / f"{name}.npz", "out": out}
+    usual = {"weights": "vit_micro", "size": 16, "split": "given", "runs": 1, "lr": 1e-3,
+             "batch": 20, "epochs": 1, "images": noisy / f"{name}.npz", "out": out}
     return ["finetune", *as_flags({**usual, **said})]
 
 
@@ -2210,8 +2216,8 @@ def test_with_the_labels_of_the_test_bags_swapped_heads_and_baseline_are_exactly
 
 def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch):
     import ssm
-    said = {"head": "clam_sb", "widths": "7,6", "attention": 3, "dropout": 0.4, "squash": 1, "k": 2,
-            "bag_weight": 0.2, "inst_loss": "ce", "epochs": 10, "patience": 4, "least": 6,
+    said = {"head": "clam_sb", "widths": "7,6", "attention": 3, "dropout": 0.4, "squash": 1, "instances": 2,
+            "bag_weight": 0.2, "inst_loss": "ce", "epochs": 10, "patience": 4, "min_epochs": 6,
             "batch": 5, "lr": 0.02, "weight_decay": 0.03, "out": tmp_path / "r"}
     found = caught(monkeypatch, ssm, "fit", "mil", "--data", uneven / "whole.npz", *as_flags(said),
                    "--set", "subtyping=yes", "--set", "cosine=yes")
@@ -2228,7 +2234,7 @@ def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch
                                                 "loss": torch.nn.functional.cross_entropy}
 
 
-@pytest.mark.parametrize("argv, low, high", [((), 0.2, 0.3), (("--weighted",), 0.4, 0.6)])
+@pytest.mark.parametrize("argv, low, high", [((), 0.2, 0.3), (("--balanced",), 0.4, 0.6)])
 def test_weighted_bags_are_drawn_as_if_classes_were_equally_frequent(
         argv, low, high, uneven, tmp_path, monkeypatch):
     import ssm
@@ -2239,7 +2245,7 @@ def test_weighted_bags_are_drawn_as_if_classes_were_equally_frequent(
 
 
 def test_every_setting_of_tile_and_cut_reaches_the_tiles(tmp_path, monkeypatch):
-    said = {"size": 16, "step": 8, "downsample": 2, "threshold": 12, "least": 0.1,
+    said = {"size": 16, "step": 8, "downsample": 2, "threshold": 12, "smallest": 0.1,
             "least_hole": 0.3, "max_holes": 3}
     image = np.full((200, 260, 3), 245, np.uint8)
     image[20:180, 30:220] = (220, 150, 180)
