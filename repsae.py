@@ -831,7 +831,8 @@ def collect(pieces):
 
 
 def codes_and_fit(model, features, rows, mode, device):
-    """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass."""
+    """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass;
+    "same_choice": the share of (sample, stream) whose latents are those of the sample's first stream."""
     pieces = []
 
     def reconstructions():
@@ -840,7 +841,10 @@ def codes_and_fit(model, features, rows, mode, device):
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
-    return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in collect(pieces).items()}, fit
+    pairs = collect(pieces)
+    chosen = [indices for indices, _ in pairs.values()]
+    fit["same_choice"] = float(np.mean([np.all(chosen[0] == c, 1) for c in chosen]))
+    return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in pairs.items()}, fit
 
 
 def measure(model, features, flags):
@@ -864,6 +868,7 @@ def measure(model, features, flags):
                 codes[mode], labels, features.label_names, features.parents, known)
         if tasks:
             out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
+        out[mode]["headline"] = judge.headline(out[mode])
     if labels is not None:
         out["positives"] = int(labels.sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
@@ -1385,7 +1390,7 @@ def finish_dino(run, log, watch):
     sections = [("Training", "".join(charts))]
     if number["knn"]:
         pixels = watch.knn(raw=True)
-        found["knn_pixels"] = pixels
+        found.update(knn_pixels=pixels, knn_random=number["knn"][0][1])
         line = [(x, pixels) for x, _ in number["knn"]]
         chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", f"20-NN, {watch.measure}", zero=False)
         rows, labels = [], watch.images.labels[watch.test]
@@ -2116,12 +2121,13 @@ def cmd_compare(flags):
     if len(both[0].features) != len(both[1].features):
         raise InputError(f"{flags.run} was trained on {len(both[0].features)} samples, {flags.other} on "
                          f"{len(both[1].features)} - compare runs on the same samples, or name their file with --data")
-    found, (_, rows) = [], both[0].split()
+    found, (_, rows) = {}, both[0].split()
 
     def add(name, a, b, pairing):
         r = judge.match_latents(a, b)[2] if pairing == "best" else judge.index_correlations(a, b)
-        found.append({"": name, "pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
-                      "median r": float(np.median(r)) if len(r) else None})
+        found[name] = {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
+                       "median r": float(np.median(r)) if len(r) else None,
+                       "shared, %": 100 * (r >= 0.5).mean() if len(r) else None}
     shuffled = np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
     kinds = [("the two runs, best pairing", "best", [c.strength[rows] for c in both])]
     if flags.sparc:
@@ -2139,8 +2145,9 @@ def cmd_compare(flags):
             kinds.append((f"SPARC {mode}, same latent", "same", [judge.pool_tokens(code, T)[0] for code in codes.values()]))
     for name, pairing, (a, b) in kinds:
         add(name, a, b, pairing)
-        add("  the same, samples shuffled", a, b[shuffled], pairing)
-    print(judge.text_table([f"{len(rows)} samples", *list(found[0])[1:]], [list(row.values()) for row in found]))
+        add(f"{name}, samples shuffled", a, b[shuffled], pairing)
+    columns = list(found[kinds[0][0]])
+    print(judge.text_table([f"{len(rows)} samples", *columns], [[name, *row.values()] for name, row in found.items()]))
     if flags.json:
         judge.write_json(out_file(flags, "json"), found)
 
@@ -2160,6 +2167,13 @@ def cmd_tissue(flags):
     for path, picture in zip(run.paths(names.tolist()), pixels):
         Image.fromarray(picture).save(path)
     judge.write_npz(run.path("tissue.npz"), {**made, "images": names})
+    judge.write_npz(run.path("patients.npz"), {
+        "images": names, "labels": made["disease"], "label_names": made["disease_names"],
+        **{key: made[key] for key in ("groups", "split", "captions")}})
+    for group, slide in data.patient_slides(pixels, made["groups"]):
+        row = np.flatnonzero(made["groups"] == group)[0]
+        place = "slides", str(made["split"][row]), str(made["disease_names"][made["disease"][row]])
+        judge.save_picture(run.path(*place, f"{group:04d}.png"), Image.fromarray(slide))
     judge.write_json(run.path("taxonomy.json"), parents)
     kinds, sheet = len(data.CELLS) + 1, []
     for c in range(kinds):
@@ -2964,7 +2978,7 @@ def cmd_finetune(flags):
     rounds = [picture_parts(pictures, flags, flags.seed + r) for r in range(flags.runs)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
     log = Log(run.path("log.csv"))
-    found = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}
+    found, sizes = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}, {}
     progress = Progress(len(specs) * len(rounds))
     for name, spec in zip(names, specs):
         found[name] = []
@@ -2977,11 +2991,12 @@ def cmd_finetune(flags):
             log.write()
             progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
             if r == 0:
+                sizes[name] = sum(p.numel() for p in model.parameters())
                 judge.write_torch(run.path(f"{name}.pt"), {"model": model.state_dict(), **model.made})
-    finish_finetune(run, found, pictures, rounds)
+    finish_finetune(run, found, sizes, pictures, rounds)
 
 
-def finish_finetune(run, found, pictures, rounds):
+def finish_finetune(run, found, sizes, pictures, rounds):
     """The tables of thesis 3.3.3, and who beats whom, in print, metrics.json and report.html."""
     header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
     rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
@@ -2989,9 +3004,10 @@ def finish_finetune(run, found, pictures, rounds):
     tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in trained.items()})
              for key in ("AUC", "accuracy") if len(rounds) > 1}
     print("\n" + judge.text_table(header, rows))
-    sections = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))]
+    sections, beats = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))], {}
     for key, pairs in tests.items():
         wins = judge.beaten(pairs)
+        beats[key] = {a: {b: int(b in wins.get(a, ())) for b in trained if b != a} for a in trained}
         lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()] or ["no model beats another"]
         print(f"\n{key}, paired t-test at p < 0.05, {len(pairs)} pairs: {'; '.join(lines)}")
         columns = ["a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d"]
@@ -3004,7 +3020,8 @@ def finish_finetune(run, found, pictures, rounds):
         "One run allows no test of which model is better."
     print(f"\n{note}")
     judge.write_json(run.path("metrics.json"),
-                     {"scores": found, "pairs": tests, "test pictures": len(rounds[0][2])})
+                     {"scores": found, "pairs": tests, "beats": beats, "parameters": sizes,
+                      "test pictures": len(rounds[0][2])})
     sections.append(("How far to trust it", f"<p>{note}</p>"))
     judge.write_report(run.path("report.html"), "repsae finetune", sections)
     say(f"wrote {run.join('report.html')}")
@@ -3406,9 +3423,8 @@ def same_choice(at, mode="joint"):
 
 def compare_verdict(at):
     """Two autoencoders trained apart, and one shared code: how many of their pairs of latents correlate at 0.5 or more?"""
-    rows = {row[""]: row for row in read_metrics(at("compare.json"))}
-    apart, shared = (100 * rows[name]["r >= 0.5"] / max(rows[name]["pairs"], 1)
-                     for name in ("the two runs, best pairing", "SPARC alone, same latent"))
+    rows = read_metrics(at("compare.json"))
+    apart, shared = (rows[name]["shared, %"] for name in ("the two runs, best pairing", "SPARC alone, same latent"))
     return ({("4.3", "pairs in common, %, trained apart"): apart, ("4.3", "pairs in common, %, one code, alone"): shared},
             {"one code has more in common than two trained apart, alone (4.3)": shared > apart})
 
