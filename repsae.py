@@ -718,8 +718,7 @@ def make_model(features, flags, rows):
     model = sae.SAE(features.dims, flags.latents, **how, **shared)
     if flags.bias != "zeros":
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
-        x = model.normalise(features.batch(drawn)[stream], stream)
-        model.b_pre[stream].data.copy_(sae.geometric_median(x) if flags.bias == "median" else x.mean(0))
+        model.start_bias(features.batch(drawn)[stream], flags.bias)
     return model
 
 
@@ -816,20 +815,6 @@ def tasks_of(labels, *parts):
     return [y for y in labels.T.astype(int) if all(0 < y[rows].sum() < len(rows) for rows in parts)]
 
 
-def collect(pieces):
-    """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays. Where codes
-    have no fixed k, k is the largest, and index -1 with value 0 fills up: any real index would
-    hide that latent's value."""
-    out = {}
-    for s in pieces[0]:
-        k = max(c[s].indices.shape[1] for c in pieces)
-        parts = ([c[s].indices.int() for c in pieces], -1), ([c[s].values for c in pieces], 0)
-        out[s] = tuple(
-            torch.cat([torch.nn.functional.pad(v, (0, k - v.shape[1]), value=fill) for v in part]).cpu().numpy()
-            for part, fill in parts)
-    return out
-
-
 def codes_and_fit(model, features, rows, mode, device):
     """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass;
     "same_choice": the share of (sample, stream) whose latents are those of the sample's first stream."""
@@ -841,10 +826,15 @@ def codes_and_fit(model, features, rows, mode, device):
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
-    pairs = collect(pieces)
+    pairs = {s: arrays(code) for s, code in sae.joined(pieces).items()}
     chosen = [indices for indices, _ in pairs.values()]
     fit["same_choice"] = float(np.mean([np.all(chosen[0] == c, 1) for c in chosen]))
     return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in pairs.items()}, fit
+
+
+def arrays(code):
+    """sae.Codes -> (indices (N, k) int32, values (N, k)), as numpy arrays."""
+    return code.indices.int().numpy(), code.values.numpy()
 
 
 def measure(model, features, flags):
@@ -1077,13 +1067,13 @@ def cmd_encode(flags):
     model, config = load_run(flags.run, flags.device)
     features, _ = features_for(model, config, flags)
     flat = features.per_token()
-    codes = collect([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
-    if features.tokens:
-        codes = {s: tuple(v.reshape(len(features), features.tokens, -1) for v in pair) for s, pair in codes.items()}
-    arrays = {f"{s}_{name}": v for s, pair in codes.items() for name, v in zip(("indices", "values"), pair)}
+    codes = sae.joined([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
+    shape = (len(features), *([features.tokens] if features.tokens else []), -1)
+    kept = {f"{s}_{name}": v.reshape(shape) for s, code in codes.items()
+            for name, v in zip(("indices", "values"), arrays(code))}
     if "ids" in features.about:
-        arrays["ids"] = features.about["ids"]
-    judge.write_npz(out_file(flags), {**arrays, "n_latents": model.n_latents, "mode": flags.mode})
+        kept["ids"] = features.about["ids"]
+    judge.write_npz(out_file(flags), {**kept, "n_latents": model.n_latents, "mode": flags.mode})
     say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
