@@ -831,7 +831,7 @@ def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, kno
     return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
 
 
-def describe_sample(features, row, labels, size=96):
+def describe_sample(features, row, size=96):
     """HTML of one sample: its picture, or the name of one that cannot be read, if the file has any;
     else its caption, else its labels, else its number."""
     about, picture = features.about, features.picture(row)
@@ -841,8 +841,9 @@ def describe_sample(features, row, labels, size=96):
         return html.escape(os.path.basename(str(about["images"][row])))
     if "captions" in about:
         return html.escape(str(about["captions"][row]))
-    named = ", ".join(name for name, on in zip(features.label_names, labels) if on)
-    return html.escape(named or f"sample {row}")
+    labels = features.label_matrix([row])
+    on = [] if labels is None else zip(features.label_names, labels[0])
+    return html.escape(", ".join(name for name, here in on if here) or f"sample {row}")
 
 
 # -- The page: one self-contained HTML file ------------------------------------------------------
@@ -960,7 +961,7 @@ def tell_run(page, metrics, log, settings, codes, features, rows):
     if features.labelled[rows].any():
         page.picture("Concepts that have the same name in every stream, alone codes", gallery(
             codes["alone"], labels, features.label_names,
-            lambda i: describe_sample(features, rows[i], labels[i]),
+            lambda i: describe_sample(features, rows[i]),
             known=features.labelled[rows]))
     page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
                quiet=True)
