@@ -2280,7 +2280,8 @@ def load_clip(folder, device):
     return model.visual, model.visual.size
 
 
-@command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most", "run?")
+@command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
+         "run?")
 def cmd_explain(flags):
     """Heat maps of what backbones look at (Grad-CAM of an output, thesis 3.2.4); given a run of
     sparc, of its concepts in pixels and words, and what they segment (5.4.4, A.3-A.4; --most is
