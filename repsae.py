@@ -498,6 +498,9 @@ class Run:
         """A run within this one. It goes on only if it was started with these very flags: another
         run, overwritten since, may have left a folder of that name."""
         folder, resume = self.join(name), False
+        if os.path.islink(folder) or not plain(name):
+            raise InputError(f"{folder} was not made by this run - move it away, or name another "
+                             "--out")
         if self.saved and os.path.exists(os.path.join(folder, "config.json")):
             theirs = read_config(folder)["flags"]
             resume = all(theirs.get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)

@@ -329,6 +329,104 @@ def test_a_run_folder_is_not_overwritten_unasked(finished, features, tmp_path, c
     assert (tmp_path / "mine.txt").read_text() == "keep" and (tmp_path / "metrics.json").exists()
 
 
+def test_overwriting_removes_what_the_manifest_lists_and_nothing_else(features, tmp_path, capsys):
+    train = ["sparc", "--data", features, *SMALL, "--epochs", 1, "--null", "--out", tmp_path / "r"]
+    run(*train)
+    mine = ["heat_wave.csv", "neighbours.png", "model.pt", "sweep.svg", "null/notes.txt", "x.tmp"]
+    for name in mine:
+        (tmp_path / "r" / name).write_text("keep")
+    listed = json.loads((tmp_path / "r" / "config.json").read_text())["files"]
+    left = tmp_path / "r" / "checkpoint.pt.0123456789abcdef.tmp"
+    left.write_text("of a run that was killed")
+    run("sae", *train[1:3], "--stream", "x", *SMALL, "--epochs", 1, "--out", tmp_path / "r")
+    assert all((tmp_path / "r" / name).read_text() == "keep" for name in mine)
+    assert not left.exists() and {"checkpoint.pt", "log.csv"} < set(listed)
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "log.csv").write_text("keep")
+    refused = error(capsys, *train[:-1], tmp_path / "n", "--overwrite")
+    assert "log.csv was not written by this run" in refused
+    assert (tmp_path / "n" / "log.csv").read_text() == "keep"
+
+
+def test_no_link_is_followed_and_no_name_leaves_the_folder(features, tmp_path, capsys):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("keep")
+    train = ["sparc", "--data", features, *SMALL, "--epochs", 1, "--null", "--overwrite"]
+    for name, target in (("metrics.json", outside / "file"), ("null", outside)):
+        folder = tmp_path / name
+        folder.mkdir()
+        os.symlink(target, folder / name)
+        assert "move it away" in error(capsys, *train, "--out", folder)
+    assert os.listdir(outside) == ["file"] and (outside / "file").read_text() == "keep"
+    one = repsae.Run(repsae.Flags(out=str(tmp_path / "one"), command="sparc")).begin()
+    for name in ("../evil", "a/../../evil", "/evil", ".hidden", "", "a//b"):
+        with pytest.raises(repsae.InputError, match="cannot be the name"):
+            one.path(name)
+    repsae.Run.release()
+
+
+def test_no_output_takes_the_place_of_an_input(finished, features, tmp_path, capsys):
+    before = features.read_bytes()
+    pictures = tmp_path / "p"
+    pictures.mkdir()
+    Image.new("RGB", (60, 60), "white").save(pictures / "s.png")
+    Image.new("RGB", (60, 60), "white").save(tmp_path / "s.npz", "PNG")
+    for argv in (("eval", finished, "--data", features, "--json", features),
+                 ("eval", finished, "--json", finished / "checkpoint.pt"),
+                 ("encode", finished, "--data", features, "--out", features),
+                 ("tile", "--images", pictures, "--out", pictures),
+                 ("latents", finished, "--stream", "x", "--out", finished)):
+        assert "is read by this command" in error(capsys, *argv, "--overwrite")
+    (tmp_path / "taken.json").write_text("keep")
+    said = error(capsys, "eval", finished, "--json", tmp_path / "taken.json")
+    assert "exists - use --overwrite" in said
+    assert features.read_bytes() == before and (tmp_path / "taken.json").read_text() == "keep"
+
+
+def test_a_second_process_is_kept_out_and_a_dead_one_is_not(features, tmp_path, capsys):
+    train = ["sparc", "--data", features, *SMALL, "--epochs", 1, "--no-null", "--out", tmp_path]
+    hold = ("import fcntl, os, sys\nf = open(sys.argv[1], 'w')\nfcntl.flock(f, fcntl.LOCK_EX)\n"
+            "print(os.getpid(), file=f, flush=True)\nprint(flush=True)\ninput()")
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    assert f"process {other.pid} is writing to" in error(capsys, *train, "--overwrite")
+    other.kill()
+    other.communicate()
+    assert (tmp_path / ".lock").exists() and not (tmp_path / "config.json").exists()
+    run(*train)                                              # the lock of a dead process holds nobody
+    assert not (tmp_path / ".lock").exists() and (tmp_path / "metrics.json").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole_and_one_line(features, tmp_path):
+    train = ["sparc", "--data", features, *SMALL, "--epochs", 2, "--no-null", "--out", tmp_path]
+    run(*train)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["flags"]["epochs"] = 4                            # there is more to do
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    full = ("import resource, sys, repsae\nresource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+            "repsae.main(sys.argv[1:])")
+    told = subprocess.run([sys.executable, "-c", full, "sparc", "--resume", "--out", tmp_path],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 2 and "repsae: error: " in told.stderr
+    assert "Traceback" not in told.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_resuming_with_another_number_of_threads_is_noted(features, tmp_path, capsys):
+    run("sparc", "--data", features, *SMALL, "--epochs", 1, "--no-null", "--out", tmp_path)
+    threads = torch.get_num_threads()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["versions"]["threads"] == threads
+    config["versions"]["threads"] = threads + 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    repsae.main(["sparc", "--resume", "--out", str(tmp_path)])
+    assert f"the run had {threads + 5} threads, now {threads}" in capsys.readouterr().err
+
+
 def test_resuming_on_changed_data_is_refused(features, tmp_path, capsys):
     copy = tmp_path / "f.npz"
     copy.write_bytes(features.read_bytes())
