@@ -1019,6 +1019,15 @@ def fit_clip(model, batch, n_steps, lr, on_step=None):
 
 
 @torch.no_grad()
+def text_features(clip, words, captions, block=512):
+    """Features (n, out) of captions; words that the tokenizer `words` does not know are left out:
+    words(captions, context, strict=False) -> (n, context) tokens."""
+    tokens = words(captions, clip.config["context"], strict=False)
+    device = clip.logit_scale.device
+    return torch.cat([clip.encode_text(part.to(device)) for part in tokens.split(block)])
+
+
+@torch.no_grad()
 def standardise_pixels(model, mean, std, assumed):
     """Change a model's first convolution: it is to answer to pictures normalised by `assumed`,
     (mean, std) of R, G, B, as it did to pictures normalised by `mean` and `std` (3,). Exact where
