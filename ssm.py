@@ -33,12 +33,13 @@ scan, built when first used with REPSAE_NATIVE=1 in the environment, or by `pyth
     model = load_weights(vim_small(), "vim_s.pth"); x = model.features(images)         # (B, 384)
 """
 import argparse
-import contextlib
 import math
 import os
 import platform
 import sys
+from collections import OrderedDict
 from functools import lru_cache, partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +51,7 @@ class InputError(ValueError):
     """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
 
 
-# --------------------------------------------------------------------------------------------------
-# The selective scan
-# --------------------------------------------------------------------------------------------------
+# -- The selective scan ----------------------------------------------------------------------------
 
 CHUNK = 2 ** 20    # numbers in the states that the torch backend works on at a time
 
@@ -86,8 +85,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
             learns = any(v is not None and v.requires_grad for v in given)
             y, h = _NativeScan.apply(*inputs, softplus, torch.is_grad_enabled() and learns)
         elif backend == "torch":
-            tokens = max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))
-            y, h = _TorchScan.apply(*inputs, softplus, tokens)
+            y, h = _torch_scan(*inputs, softplus)
         else:
             u, delta, A, B, C, D, z, bias = inputs
             delta = delta + bias
@@ -133,45 +131,50 @@ def _scan_reference(u, delta, A, B, C):
     return torch.stack(y, 1), h
 
 
+def _torch_scan(u, delta, A, B, C, D, z, bias, softplus):
+    """`_TorchScan` with the D channels split into G groups of E."""
+    G, T = B.shape[2], max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))        # tokens a chunk
+    u, delta, z = (v if v is None else v.unflatten(2, (G, -1)) for v in (u, delta, z))
+    A, D, bias = (v.unflatten(0, (G, -1)) for v in (A, D, bias))
+    y, h = _TorchScan.apply(u, delta, A, B, C, D, z, bias, softplus, T)
+    return y.flatten(2), h.flatten(1, 2)                     # (B, L, D), (B, D, N)
+
+
 class _TorchScan(torch.autograd.Function):
     """All of the scan chunk by chunk, with its analytic gradient.
 
-    Within a chunk time comes first, so that a step is contiguous memory: (T, B, G, E) with
-    D = G E, and (T, B, G, E, N) with states. The states of a chunk exist only while it is worked
-    on; of each chunk only the state it starts from is kept, and the backward pass makes the others
-    again. With chunks of T >= N tokens that is no more memory than u. (Dividing by running
-    products of exp(delta A) would turn the loop over time into one cumulative sum, and underflow
-    at the first long decay.)
+    u, delta, z (B, L, G, E); B, C (B, L, G, N); A (G, E, N); D, bias (G, E). Within a chunk time
+    comes first, so that a step is contiguous memory: (T, B, G, E), and (T, B, G, E, N) with states.
+    The states of a chunk exist only while it is worked on; of each chunk only the state it starts
+    from is kept, and the backward pass makes the others again. With chunks of T >= N tokens that
+    is no more memory than u. (Dividing by running products of exp(delta A) would turn the loop
+    over time into one cumulative sum, and underflow at the first long decay.)
     """
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, T):
-        G = B.shape[2]
-        y, starts, h = torch.empty_like(u), [], u.new_zeros(len(u), *_grouped(A, 0, G).shape)
+        y, starts, h = torch.empty_like(u), [], u.new_zeros(len(u), *A.shape)
         a, x = (u.new_empty(min(T, u.shape[1]), *h.shape) for _ in range(2))
         for i in range(0, u.shape[1], T):
             now = slice(i, i + T)
-            starts.append(h)
+            starts.append(h)                                 # (B, G, E, N)
             u_t, raw, B_t, C_t = _time_first(now, u, delta, B, C)
-            u_t, raw = _grouped(u_t, -1, G), _grouped(raw + bias, -1, G)
-            step = F.softplus(raw) if softplus else raw
-            h = _states(u_t, step, _grouped(A, 0, G), B_t, h, a, x).clone()
-            out = _read(x[:len(u_t)], C_t) + _grouped(D, 0, G) * u_t   # (T, B, G, E)
-            y[:, now] = _batch_first(out)
+            step = F.softplus(raw + bias) if softplus else raw + bias
+            h = _states(u_t, step, A, B_t, h, a, x).clone()
+            y_t = torch.einsum("tbgen,tbgn->tbge", x[:len(u_t)], C_t) + D * u_t
+            y[:, now] = y_t.transpose(0, 1)
             if z is not None:
                 y[:, now] *= F.silu(z[:, now])
         ctx.save_for_backward(u, delta, A, B, C, D, z, bias, *starts)
         ctx.softplus, ctx.T = softplus, T
-        return y, h.flatten(1, 2)
+        return y, h
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_y, g_last):
+    def backward(ctx, g_y, g_h):
         """With g_t the gradient of h_t and a_t = exp(delta_t A): g_t = C_t g_y_t + a_{t+1} g_{t+1};
         the gradients of the inputs are products of g_t."""
         u, delta, A, B, C, D, z, bias, *starts = ctx.saved_tensors
-        G = B.shape[2]
-        A, D, g_h = _grouped(A, 0, G), _grouped(D, 0, G), _grouped(g_last, 1, G)
         g_u, g_delta, g_B, g_C = (torch.empty_like(v) for v in (u, delta, B, C))
         g_A, g_D = torch.zeros_like(A), torch.zeros_like(D)
         g_z = None if z is None else torch.empty_like(z)
@@ -179,57 +182,39 @@ class _TorchScan(torch.autograd.Function):
         for i in reversed(range(0, u.shape[1], ctx.T)):
             now, h = slice(i, i + ctx.T), starts[i // ctx.T]
             u_t, raw, out, B_t, C_t = _time_first(now, u, delta, g_y, B, C)
-            u_t, raw, out = (_grouped(v, -1, G) for v in (u_t, raw + bias, out))
-            step, n = F.softplus(raw) if ctx.softplus else raw, len(u_t)
+            raw, n = raw + bias, len(u_t)
+            step = F.softplus(raw) if ctx.softplus else raw  # (T, B, G, E)
             _states(u_t, step, A, B_t, h, a, x)
             if z is not None:
-                z_t = _grouped(z[:, now].transpose(0, 1), -1, G)
-                gate, y_t = torch.sigmoid(z_t), _read(x[:n], C_t) + D * u_t
-                g_z[:, now] = _batch_first(out * y_t * gate * (1 + z_t * (1 - gate)))
+                z_t, = _time_first(now, z)
+                gate = torch.sigmoid(z_t)
+                y_t = torch.einsum("tbgen,tbgn->tbge", x[:n], C_t) + D * u_t
+                g_z[:, now] = (out * y_t * gate * (1 + z_t * (1 - gate))).transpose(0, 1)
                 out = out * z_t * gate                       # from here on the gradient before it
-            torch.mul(out.unsqueeze(-1), C_t.unsqueeze(-2), out=g[:n])
+            torch.mul(out.unsqueeze(-1), C_t.unsqueeze(-2), out=g[:n])           # (T, B, G, E, N)
             g[n - 1] += g_h
             for t in range(n - 2, -1, -1):
                 g[t].addcmul_(a[t + 1], g[t + 1])
             g_h = a[0] * g[0]                                # to the chunk before
-            g_B[:, now] = _spread(g[:n], step * u_t)
-            g_C[:, now] = _spread(x[:n], out)
-            gB = _read(g[:n], B_t)                           # (T, B, G, E)
+            g_B[:, now] = torch.einsum("tbgen,tbge->btgn", g[:n], step * u_t)
+            g_C[:, now] = torch.einsum("tbgen,tbge->btgn", x[:n], out)
+            gB = torch.einsum("tbgen,tbgn->tbge", g[:n], B_t)
             a[1:n] *= x[:n - 1]
             a[0] *= h
             gah = a[:n].mul_(g[:n])                          # g_t a_t h_{t-1}, (T, B, G, E, N)
             g_step = gB * u_t + torch.mul(gah, A, out=x[:n]).sum(-1)
-            g_A += gah.mul_(step.unsqueeze(-1)).sum((0, 1))
-            g_D += (out * u_t).sum((0, 1))
-            g_u[:, now] = _batch_first(step * gB + D * out)
-            g_delta[:, now] = _batch_first(g_step * torch.sigmoid(raw) if ctx.softplus else g_step)
+            g_step = g_step * torch.sigmoid(raw) if ctx.softplus else g_step     # softplus' slope
+            g_A += gah.mul_(step.unsqueeze(-1)).sum((0, 1))  # (G, E, N)
+            g_D += (out * u_t).sum((0, 1))                   # (G, E)
+            g_u[:, now] = (step * gB + D * out).transpose(0, 1)
+            g_delta[:, now] = g_step.transpose(0, 1)         # (B, T, G, E)
         g_bias = g_delta.sum((0, 1))                         # the bias is added to delta
-        return g_u, g_delta, g_A.flatten(0, 1), g_B, g_C, g_D.flatten(), g_z, g_bias, None, None
-
-
-def _grouped(v, dim, G):
-    """Split the channels, dimension `dim`, into (G, E)."""
-    return v.unflatten(dim, (G, -1))
+        return g_u, g_delta, g_A, g_B, g_C, g_D, g_z, g_bias, None, None
 
 
 def _time_first(now, *tensors):
     """The tokens `now` of tensors (B, L, ...), as (T, B, ...)."""
     return [v[:, now].transpose(0, 1).contiguous() for v in tensors]
-
-
-def _batch_first(v):
-    """(T, B, G, E) -> (B, T, D)."""
-    return v.flatten(2).transpose(0, 1)
-
-
-def _read(h, weight):
-    """<h, weight> over the states: (T, B, G, E, N) and (T, B, G, N) -> (T, B, G, E)."""
-    return (h @ weight.unsqueeze(-1)).squeeze(-1)
-
-
-def _spread(h, weight):
-    """The sum over the channels of a group: (T, B, G, E, N), (T, B, G, E) -> (B, T, G, N)."""
-    return (h.transpose(-1, -2) @ weight.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
 
 
 def _states(u, step, A, B, h, a, x):
@@ -268,12 +253,9 @@ def _choose_backend(backend, u, states):
         return "native" if wanted and native().serves(u, states) else "torch"
     if backend not in ("reference", "torch", "native"):
         raise InputError(f"backend={backend!r} - use auto, reference, torch, native")
-    if backend == "native" and not native():
-        raise InputError(f"the native scan is not available ({_why_not_native}) - "
-                         "use backend='torch'")
-    if backend == "native" and not native().serves(u, states):
-        raise InputError(f"the native scan does not serve {u.dtype} on {u.device} with {states} "
-                         "states - use backend='torch'")
+    if backend == "native" and not (native() and native().serves(u, states)):
+        why = _why_not_native or f"it does not serve {u.dtype} on {u.device} with {states} states"
+        raise InputError(f"no native scan here ({why}) - use backend='torch'")
     return backend
 
 
@@ -281,15 +263,15 @@ _why_not_native = ""
 
 
 @lru_cache(None)
-def native():
+def native(verbose=False):
     """The compiled scan, a module with forward, backward and serves; None if it cannot be built."""
     global _why_not_native
     try:
-        return build_native()
+        return build_native(verbose)
     except Exception as e:                                   # no compiler, no ninja, ...
         _why_not_native = _first_line(e)
-        print(f"ssm: the native scan is not available ({_why_not_native}); the torch scan serves",
-              file=sys.stderr)
+        print(f"ssm: the native scan cannot be built ({_why_not_native}) - it needs ninja and a "
+              "C++ compiler; the torch scan serves", file=sys.stderr)
         return None
 
 
@@ -300,6 +282,7 @@ def _first_line(e):
 
 def build_native(verbose=False):
     """Compile csrc/ with torch.utils.cpp_extension (ninja, a C++ compiler); returns the module."""
+    import fcntl                                             # late: Windows has none, and no scan
     from torch.utils import cpp_extension
     csrc = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
     sources = [os.path.join(csrc, "selective_scan.cpp")]
@@ -316,45 +299,19 @@ def build_native(verbose=False):
         flags.append("-DWITH_CUDA")
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = os.path.join(root, f"repsae_scan_{sys.implementation.cache_tag}_{torch.__version__}")
-    with _one_builder(folder):
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "builder"), "w") as builder:
+        fcntl.flock(builder, fcntl.LOCK_EX)                  # one builder; goes with its process
+        stale = os.path.join(folder, "lock")                 # torch's, left when one is killed
+        if os.path.exists(stale):
+            print(f"ssm: a build was killed and left {stale}; building anew", file=sys.stderr)
+            os.remove(stale)                                 # torch would wait for ever for that
         return cpp_extension.load("repsae_scan", sources, extra_cflags=flags, with_cuda=cuda,
                                   extra_cuda_cflags=["-O3"], build_directory=folder,
                                   verbose=verbose)
 
 
-@contextlib.contextmanager
-def _one_builder(folder):
-    """One process at a time: what lock of torch's is there then is of one that was killed.
-
-    Torch would wait for ever for that lock, a file, to go; ours goes with the process.
-    """
-    import fcntl                                             # Windows has no native scan
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "builder"), "w") as builder:
-        fcntl.flock(builder, fcntl.LOCK_EX)
-        stale = os.path.join(folder, "lock")
-        if os.path.exists(stale):
-            print(f"ssm: a build was killed and left {stale}; building anew", file=sys.stderr)
-            os.remove(stale)
-        yield
-
-
-def main(argv):
-    """`python ssm.py build`: compile the scan now and show the compiler's own words."""
-    if argv != ["build"]:
-        raise SystemExit("usage: python ssm.py build")
-    try:
-        built = build_native(verbose=True)
-    except Exception as e:
-        print(f"ssm: error: the native scan cannot be built ({_first_line(e)}) - it needs ninja "
-              "and a C++ compiler; everything works without it", file=sys.stderr)
-        raise SystemExit(2)
-    print(f"built {built.__file__}; set REPSAE_NATIVE=1 to use it")
-
-
-# --------------------------------------------------------------------------------------------------
-# Parts that several backbones use
-# --------------------------------------------------------------------------------------------------
+# -- Parts that several backbones use --------------------------------------------------------------
 
 class DropPath(nn.Module):
     """Stochastic depth: in training a sample's whole branch is dropped with probability p."""
@@ -381,15 +338,12 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Sequential):
     """Two layers with GELU between, (..., d) -> (..., d)."""
 
     def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        layers = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, dim)}
+        super().__init__(OrderedDict(layers))
 
 
 def _grid(x, patch, name):
@@ -437,9 +391,38 @@ def _init_linear(model):
                 nn.init.zeros_(m.bias)
 
 
-# --------------------------------------------------------------------------------------------------
-# ViT: DINO and DINOv2
-# --------------------------------------------------------------------------------------------------
+class PatchTokens(nn.Module):
+    """What ViT and Vim share: patches as tokens, a class token, positions, a head.
+
+    size, patch   the trained image size and the patch size; any multiple of the patch can be given
+    Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when
+    n_classes = 0.
+    """
+    middle, resize = False, {}    # is the class token's row in the middle; see `_interpolate`
+
+    def __init__(self, dim, patch, size):
+        super().__init__()
+        self.dim, self.patch, self.size = dim, patch, size
+        self.patch_embed = PatchEmbed(patch, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+
+    def position(self, x, grid):
+        """(1, 1 + T, d), in the order of the tokens; resized to the grid of images x if those have
+        not the trained size."""
+        pos = self.pos_embed
+        if tuple(x.shape[2:]) == (self.size, self.size):
+            return pos
+        row = (pos.shape[1] - 1) // 2 if self.middle else 0
+        patches = _interpolate(torch.cat([pos[:, :row], pos[:, row + 1:]], 1), grid, **self.resize)
+        now = patches.shape[1] // 2 if self.middle else 0
+        return torch.cat([patches[:, :now], pos[:, row:row + 1], patches[:, now:]], 1)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+# -- ViT: DINO and DINOv2 --------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, d) -> same.
@@ -515,28 +498,21 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-class ViT(nn.Module):
+class ViT(PatchTokens):
     """Vision transformer with a class token, as in DINO; with `v2` as in DINOv2.
 
-    size, patch   the trained image size and the patch size; any multiple of the patch can be
-                  given, see `_interpolate`
-    v2            DINOv2: LayerScale and a mask token (unused here)
-    registers     DINOv2's extra tokens, 0 or 4, between class token and patches
-    Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when
-    n_classes = 0.
+    v2          DINOv2: LayerScale and a mask token (unused here)
+    registers   DINOv2's extra tokens, 0 or 4, between class token and patches
     """
 
     def __init__(self, dim, depth, heads, patch=16, size=224, n_classes=0, drop_path=0., v2=False,
                  registers=0, swiglu=False):
-        super().__init__()
-        self.patch, self.size, self.registers, self.dim = patch, size, registers, dim
-        self.offset, self.antialias = 0. if registers else 0.1, bool(registers)
-        self.patch_embed = PatchEmbed(patch, dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+        super().__init__(dim, patch, size)
+        self.registers = registers
         if v2:
             self.mask_token = nn.Parameter(torch.zeros(1, dim))
         if registers:
+            self.resize = {"offset": 0., "antialias": True}
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
         self.blocks = nn.ModuleList(
             Block(dim, heads, 1. if v2 else None, SwiGLU if swiglu else Mlp, p)
@@ -550,20 +526,11 @@ class ViT(nn.Module):
             nn.init.normal_(self.register_tokens, std=1e-6)
         _init_linear(self)
 
-    def position(self, grid, image):
-        """(1, 1 + T, d): the class token's row, then the patches', resized if the image is not
-        the trained size."""
-        if tuple(image) == (self.size, self.size):
-            return self.pos_embed
-        patches = _interpolate(self.pos_embed[:, 1:], grid, self.offset, self.antialias)
-        return torch.cat([self.pos_embed[:, :1], patches], 1)
-
     def blocks_out(self, x, last=1):
         """The final norm of the last blocks' outputs, oldest first, a list of
         (B, 1 + registers + T, d); and the grid."""
-        grid, image = _grid(x, self.patch, "this ViT"), x.shape[2:]
-        cls = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls, self.patch_embed(x)], 1) + self.position(grid, image)
+        grid, cls = _grid(x, self.patch, "this ViT"), self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls, self.patch_embed(x)], 1) + self.position(x, grid)
         if self.registers:                                   # added after positions: they have none
             extra = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], extra, x[:, 1:]], 1)
@@ -574,21 +541,18 @@ class ViT(nn.Module):
                 out.append(self.norm(x))
         return out, grid
 
+    def patches(self, x):
+        """All tokens -> those of patches (B, T, d)."""
+        return x[:, 1 + self.registers:]
+
     def features(self, x, tokens=False, last=1):
         """Class tokens of the last blocks side by side (B, last d); with `tokens` all patch tokens
         (B, T, d) and their grid."""
         out, grid = self.blocks_out(x, last)
-        if tokens:
-            return out[-1][:, 1 + self.registers:], grid
-        return torch.cat([v[:, 0] for v in out], -1)
-
-    def forward(self, x):
-        return self.head(self.features(x))
+        return (self.patches(out[-1]), grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Vim: Vision Mamba
-# --------------------------------------------------------------------------------------------------
+# -- Vim: Vision Mamba -----------------------------------------------------------------------------
 
 class Mixer(nn.Module):
     """Vim's bidirectional Mamba block ("v2"), (B, L, d) -> same: two scans with weights of their
@@ -643,35 +607,26 @@ def _delta_bias(n, low=1e-3, high=0.1, floor=1e-4):
     return delta + torch.log(-torch.expm1(-delta))           # inverse softplus
 
 
-class VimLayer(nn.Module):
-    """The parts of one layer under their released names; `Vim.run` puts them together."""
-
-    def __init__(self, dim, depth, d_state, drop_path):
-        super().__init__()
-        self.mixer, self.norm = Mixer(dim, depth, d_state), nn.RMSNorm(dim, eps=1e-5)
-        self.drop_path = DropPath(drop_path)
-
-
-class Vim(nn.Module):
+class Vim(PatchTokens):
     """Vision Mamba ([2], thesis 3.2.1): patches with a class token in their middle, Mamba blocks.
 
     double_cls    Vim4Path's variant, as its authors trained it: the class token stands at the
                   front, with a position (whose row 0 is then the class token's, DINO's
                   convention), and the same parameter once more in the middle, without one: 198
                   tokens at 224 px, 38 at 96. The middle one is the output in either variant.
-    Input and output as `ViT`. A layer's output is added to the residual only in the next layer
+    A layer's output is added to the residual only in the next layer
     ("delayed"), so layer i's drop_path acts on the output of layer i - 1.
     """
 
     def __init__(self, dim, depth, patch=16, size=224, n_classes=0, drop_path=0.,
                  double_cls=False, d_state=16):
-        super().__init__()
-        self.patch, self.size, self.dim, self.double_cls = patch, size, dim, double_cls
-        self.patch_embed = PatchEmbed(patch, dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
-        rates = [0.] + torch.linspace(0, drop_path, depth).tolist()
-        self.layers = nn.ModuleList(VimLayer(dim, depth, d_state, p) for p in rates[:depth])
+        super().__init__(dim, patch, size)
+        self.double_cls, self.middle = double_cls, not double_cls
+        rates, self.layers = torch.linspace(0, drop_path, depth).tolist(), nn.ModuleList()
+        for p in [0., *rates[:-1]]:
+            self.layers.append(nn.ModuleDict({
+                "mixer": Mixer(dim, depth, d_state), "norm": nn.RMSNorm(dim, eps=1e-5),
+                "drop_path": DropPath(p)}))
         self.drop_path = DropPath(drop_path)
         self.norm_f = nn.RMSNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, n_classes) if n_classes else nn.Identity()
@@ -683,28 +638,15 @@ class Vim(nn.Module):
         nn.init.zeros_(self.patch_embed.proj.bias)
         _init_linear(self.head)
 
-    def position(self, grid, image):
-        """(1, 1 + T, d): rows in the order of the tokens, resized as `ViT.position` does."""
-        if tuple(image) == (self.size, self.size):
-            return self.pos_embed
-        pos = self.pos_embed
-        row = 0 if self.double_cls else (pos.shape[1] - 1) // 2                  # the class token's
-        cls, rest = pos[:, row:row + 1], torch.cat([pos[:, :row], pos[:, row + 1:]], 1)
-        patches = _interpolate(rest, grid)
-        at = 0 if self.double_cls else patches.shape[1] // 2
-        return torch.cat([patches[:, :at], cls, patches[:, at:]], 1)
-
     def embed(self, x):
-        """(B, 3, H, W) -> tokens (B, L, d), the index of the class token to read, and the grid."""
-        grid, image = _grid(x, self.patch, "this Vim"), x.shape[2:]
-        x = self.patch_embed(x)
-        cls, T = self.cls_token.expand(len(x), -1, -1), x.shape[1]
+        """(B, 3, H, W) -> tokens (B, L, d), and the grid of patches."""
+        grid = _grid(x, self.patch, "this Vim")
+        pos, x = self.position(x, grid), self.patch_embed(x)                     # (B, T, d)
+        cls, middle = self.cls_token.expand(len(x), -1, -1), (x.shape[1] + self.double_cls) // 2
         if self.double_cls:
-            x = torch.cat([cls, x], 1) + self.position(grid, image)
-            middle = (T + 1) // 2
-            return torch.cat([x[:, :middle], cls, x[:, middle:]], 1), middle, grid
-        x = torch.cat([x[:, :T // 2], cls, x[:, T // 2:]], 1)
-        return x + self.position(grid, image), T // 2, grid
+            x = torch.cat([cls, x], 1) + pos                 # the one in the middle has no position
+            return torch.cat([x[:, :middle], cls, x[:, middle:]], 1), grid
+        return torch.cat([x[:, :middle], cls, x[:, middle:]], 1) + pos, grid
 
     def run(self, x):
         """Tokens (B, L, d) -> the final norm of every token."""
@@ -714,21 +656,19 @@ class Vim(nn.Module):
             x = layer.mixer(layer.norm(residual.to(layer.norm.weight.dtype)))
         return self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
 
+    def patches(self, x):
+        """All tokens -> those of patches (B, T, d)."""
+        middle = (x.shape[1] - 1) // 2
+        return torch.cat([x[:, int(self.double_cls):middle], x[:, middle + 1:]], 1)
+
     def features(self, x, tokens=False):
         """The middle class token (B, d); with `tokens` patch tokens (B, T, d) and their grid."""
-        x, middle, grid = self.embed(x)
-        x = self.run(x)
-        if not tokens:
-            return x[:, middle]
-        return torch.cat([x[:, int(self.double_cls):middle], x[:, middle + 1:]], 1), grid
-
-    def forward(self, x):
-        return self.head(self.features(x))
+        x, grid = self.embed(x)
+        x = self.run(x)                                      # (B, L, d)
+        return (self.patches(x), grid) if tokens else x[:, (x.shape[1] - 1) // 2]
 
 
-# --------------------------------------------------------------------------------------------------
-# VMamba
-# --------------------------------------------------------------------------------------------------
+# -- VMamba ----------------------------------------------------------------------------------------
 
 def cross_scan(x):
     """(B, H, W, E) -> (B, L, 4, E): VMamba's four orders, by rows, by columns, both backwards."""
@@ -853,9 +793,7 @@ class VMamba(nn.Module):
         return self.classifier.head(self.features(x))
 
 
-# --------------------------------------------------------------------------------------------------
-# Training: one loop for steps, one for epochs with early stopping
-# --------------------------------------------------------------------------------------------------
+# -- Training: one update, one loop over steps, one over epochs with early stopping ----------------
 
 def descend(optimiser, loss, mend=None):
     """One step of the optimiser down the gradient of `loss`, a scalar tensor, returned as a float.
@@ -874,7 +812,7 @@ def descend(optimiser, loss, mend=None):
 
 
 def train(step, batch, n_steps, on_step=None, start=0):
-    """The loop that all training here goes through: batch -> step -> log -> checkpoint.
+    """The loop that DINO and CLIP go through: batch -> step -> log -> checkpoint.
 
     step(t, batch)    one update; returns what is worth telling, a dict of numbers
     batch(t)          the data of step t, from 0; a pure function of t makes resuming exact
@@ -903,16 +841,37 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
         with torch.no_grad():
             value = validate(model) if validate else None
         history.append((sum(spent) / len(spent), value))
+        since += 1
         if validate and (value < best or kept is None):
             best, since = value, 0
             kept = {k: v.clone() for k, v in model.state_dict().items()}
-        else:
-            since += 1
         if since >= patience and epoch + 1 >= least:
             break
     if kept:
         model.load_state_dict(kept)
     return history
+
+
+def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience, frozen=False):
+    """Fine-tune a classifier of pictures (thesis 3.3) with AdamW; returns what `fit` returns.
+
+    batches(epoch) and held() yield x (B, 3, H, W) and y (B,); training stops by the cross-entropy
+    of what is held out. frozen: the last linear layer alone learns.
+    """
+    if frozen:
+        model.requires_grad_(False)
+        last_linear(model)[1].requires_grad_(True)
+
+    def loss(model, x, y):
+        model.train(not frozen)                              # frozen: batch statistics stay, too
+        return F.cross_entropy(model(x), y)
+
+    def validate(model):
+        logits, y = zip(*((model(x), y) for x, y in held()))
+        return F.cross_entropy(torch.cat(logits), torch.cat(y)).item()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learning, lr, weight_decay=weight_decay)
+    return fit(model, optimiser, batches, loss, epochs, validate, patience)
 
 
 def cosine_schedule(step, n_steps, base, final, warmup=0):
@@ -923,22 +882,20 @@ def cosine_schedule(step, n_steps, base, final, warmup=0):
     return final + (base - final) / 2 * (1 + math.cos(turn))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A small CLIP: image and text encoders trained to agree (thesis 5.3.1; Radford et al. 2021)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- A small CLIP: image and text encoders trained to agree (thesis 5.3.1; Radford et al. 2021) ----
 
 class CLIPAttention(Attention):
-    """`Attention` under the names of torch's nn.MultiheadAttention, which OpenAI's files have; text sees no later tokens."""
+    """`Attention` under the names of torch's nn.MultiheadAttention, which OpenAI's files have."""
 
     def __init__(self, dim, heads, causal):
         nn.Module.__init__(self)
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal = heads, causal              # text sees no later tokens
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim).normal_(std=dim ** -0.5))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                # (B, T, 3 d)
         return self.out_proj(self.attend(qkv, self.causal))
 
 
@@ -954,49 +911,49 @@ class CLIPBlock(nn.Module):
 
     def __init__(self, dim, heads, causal):
         super().__init__()
-        self.attn, self.ln_1, self.ln_2 = CLIPAttention(dim, heads, causal), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, 4 * dim), "gelu": QuickGELU(), "c_proj": nn.Linear(4 * dim, dim)})
+        self.attn = CLIPAttention(dim, heads, causal)
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(dim, 4 * dim), gelu=QuickGELU(), c_proj=nn.Linear(4 * dim, dim)))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        h = self.ln_2(x)
-        for step in self.mlp.values():
-            h = step(h)
-        return x + h
+        return x + self.mlp(self.ln_2(x))
 
 
-class CLIPTransformer(nn.Module):
-    def __init__(self, dim, layers, heads, causal):
-        super().__init__()
-        self.resblocks = nn.Sequential(*(CLIPBlock(dim, heads, causal) for _ in range(layers)))
-
-    def forward(self, x):
-        return self.resblocks(x)
+def _clip_blocks(dim, layers, heads, causal):
+    blocks = nn.Sequential(*(CLIPBlock(dim, heads, causal) for _ in range(layers)))
+    return nn.Sequential(OrderedDict(resblocks=blocks))      # the name between is OpenAI's
 
 
 class CLIPVision(nn.Module):
-    """CLIP's ViT: images (B, 3, size, size) -> class tokens (B, out); with `tokens` patch tokens (B, T, dim), their grid."""
+    """CLIP's ViT: images (B, 3, size, size) -> class tokens (B, out)."""
 
     def __init__(self, dim, layers, heads, patch, size, out):
         super().__init__()
-        self.dim, self.patch, self.size = out, patch, size
+        self.dim, self.patch, self.size, T = out, patch, size, (size // patch) ** 2
         self.conv1 = nn.Conv2d(3, dim, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(dim ** -0.5 * torch.randn(dim))
-        self.positional_embedding = nn.Parameter(dim ** -0.5 * torch.randn((size // patch) ** 2 + 1, dim))
+        self.positional_embedding = nn.Parameter(dim ** -0.5 * torch.randn(T + 1, dim))
         self.ln_pre, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.transformer = CLIPTransformer(dim, layers, heads, causal=False)
+        self.transformer = _clip_blocks(dim, layers, heads, causal=False)
         self.proj = nn.Parameter(dim ** -0.5 * torch.randn(dim, out))
 
     def features(self, x, tokens=False):
+        """Class tokens (B, out); with `tokens` patch tokens (B, T, dim) and their grid."""
         if tuple(x.shape[2:]) != (self.size, self.size):
-            raise InputError(f"images are {x.shape[2]}x{x.shape[3]} - this CLIP was trained at {self.size}x{self.size}")
-        x = self.conv1(x)
-        grid, x = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)                          # (B, T, dim)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x))
-        if tokens:
-            return self.ln_post(x[:, 1:]), grid
-        return self.ln_post(x[:, 0]) @ self.proj
+            raise InputError(f"images are {x.shape[2]}x{x.shape[3]} - this CLIP was trained at "
+                             f"{self.size}x{self.size}")
+        x = self.conv1(x)                                    # (B, dim, rows, columns)
+        grid, x = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)               # (B, T, dim)
+        cls = self.class_embedding.expand(len(x), 1, -1)
+        x = torch.cat([cls, x], 1) + self.positional_embedding                   # (B, 1 + T, dim)
+        x = self.ln_post(self.transformer(self.ln_pre(x)))
+        return (self.patches(x), grid) if tokens else x[:, 0] @ self.proj
+
+    def patches(self, x):
+        """All tokens -> those of patches (B, T, dim)."""
+        return x[:, 1:]
 
     forward = features
 
@@ -1004,19 +961,23 @@ class CLIPVision(nn.Module):
 class CLIP(nn.Module):
     """Image and text encoders into one space, under OpenAI's parameter names.
 
-    out: width of that space; vision, text: (dim, layers, heads); vocab: number of tokens; context: longest text. Text ends in
-    the token of the highest number, whose output is the text's feature.
+    out            width of that space
+    vision, text   (dim, layers, heads) of each transformer
+    vocab          number of tokens; context: the longest text
+    Text ends in the token of the highest number, whose output is the text's feature.
     """
 
     def __init__(self, out, vision, text, vocab, context, patch, size):
         super().__init__()
-        self.config = dict(out=out, vision=vision, text=text, vocab=vocab, context=context, patch=patch, size=size)
+        self.config = dict(out=out, vision=vision, text=text, vocab=vocab, context=context,
+                           patch=patch, size=size)
+        dim = text[0]
         self.visual = CLIPVision(*vision, patch, size, out)
-        self.token_embedding = nn.Embedding(vocab, text[0])
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, text[0]))
-        self.transformer = CLIPTransformer(*text, causal=True)
-        self.ln_final = nn.LayerNorm(text[0])
-        self.text_projection = nn.Parameter(text[0] ** -0.5 * torch.randn(text[0], out))
+        self.token_embedding = nn.Embedding(vocab, dim)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, dim))
+        self.transformer = _clip_blocks(*text, causal=True)
+        self.ln_final = nn.LayerNorm(dim)
+        self.text_projection = nn.Parameter(dim ** -0.5 * torch.randn(dim, out))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
@@ -1027,78 +988,112 @@ class CLIP(nn.Module):
     def encode_text(self, tokens):
         """(B, T) token numbers, T up to the context, zeros after the end -> (B, out)."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
-        x = self.ln_final(self.transformer(x))
+        x = self.ln_final(self.transformer(x))               # (B, T, dim)
         return x[torch.arange(len(x)), tokens.argmax(1)] @ self.text_projection
 
     def loss(self, images, tokens):
-        """Symmetric cross-entropy of telling which text belongs to which image in a batch (Radford et al. 2021, Fig. 3)."""
-        a, b = (F.normalize(v, dim=1) for v in (self.encode_image(images), self.encode_text(tokens)))
-        logits = self.logit_scale.exp().clamp(max=100) * a @ b.T                            # (B, B)
+        """Symmetric cross-entropy of telling which text belongs to which image in a batch
+        (Radford et al. 2021, Fig. 3)."""
+        a, b = F.normalize(self.visual(images)), F.normalize(self.encode_text(tokens))
+        logits = self.logit_scale.exp().clamp(max=100) * a @ b.T                 # (B, B)
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def fit_clip(model, batch, n_steps, lr, on_step=None):
+    """Train a CLIP with AdamW along a cosine. batch(t): images and tokens; on_step: see `train`."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, fused=True)
+    device = model.logit_scale.device
+
+    def mend():
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+
+    def step(t, pair):
+        now = cosine_schedule(t, n_steps, lr, 0., min(100, n_steps // 10))
+        optimiser.param_groups[0]["lr"] = now
+        images, tokens = (v.to(device) for v in pair)
+        return {"loss": descend(optimiser, model.loss(images, tokens), mend)}
+    model.train()
+    train(step, batch, n_steps, on_step)
+    model.eval()
+
+
+@torch.no_grad()
+def text_features(clip, words, captions, block=512):
+    """Features (n, out) of captions; words that the tokenizer `words` does not know are left out:
+    words(captions, context, strict=False) -> (n, context) tokens."""
+    tokens = words(captions, clip.config["context"], strict=False)
+    device = clip.logit_scale.device
+    return torch.cat([clip.encode_text(part.to(device)) for part in tokens.split(block)])
+
+
 @torch.no_grad()
 def standardise_pixels(model, mean, std, assumed):
-    """Change a model's first convolution: it is to answer to pictures normalised by `assumed`, (mean, std) of R, G, B, as it
-    did to pictures normalised by `mean` and `std` (3,). Exact where it does not pad (not VMamba)."""
+    """Change a model's first convolution: it is to answer to pictures normalised by `assumed`,
+    (mean, std) of R, G, B, as it did to pictures normalised by `mean` and `std` (3,). Exact where
+    it does not pad (not VMamba)."""
     conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    mean, std, was_mean, was_std = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
-    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))                       # x was_std + was_mean = pixel
-    target = model.positional_embedding[1:] if conv.bias is None else conv.bias             # CLIP's has no bias
-    target += offset
+    numbers = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
+    mean, std, was_mean, was_std = numbers
+    # A pixel is x was_std + was_mean.
+    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))
+    bias = model.positional_embedding[1:] if conv.bias is None else conv.bias    # CLIP's has none
+    bias += offset
     conv.weight *= was_std / std
 
 
 def clip_from_state(state):
-    """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those weights."""
+    """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those
+    weights. Raises InputError for any other."""
+    def tower(side, dim):
+        blocks = [k for k in state if k.startswith(f"{side}transformer.resblocks.")]
+        layers = sum(k.endswith("ln_1.bias") for k in blocks)
+        return dim, layers, max(dim // 64, 1)
+    plain = ("input_resolution", "context_length", "vocab_size")        # no weights
     try:
-        state = {k: v.float() for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-        v, t = state["visual.conv1.weight"], state["token_embedding.weight"]
-        layers = {side: len({k.split(".")[where] for k in state if k.startswith(f"{side}resblocks.")})
-                  for side, where in (("visual.transformer.", 3), ("transformer.", 2))}
-        side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5) * v.shape[2]
-        model = CLIP(state["text_projection"].shape[1], (len(v), layers["visual.transformer."], max(len(v) // 64, 1)),
-                     (t.shape[1], layers["transformer."], max(t.shape[1] // 64, 1)), len(t),
-                     len(state["positional_embedding"]), v.shape[2], side)
+        state = {k: v.float() for k, v in state.items() if k not in plain}
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        vocab, dim = state["token_embedding.weight"].shape
+        T = len(state["visual.positional_embedding"]) - 1
+        model = CLIP(state["text_projection"].shape[1], tower("visual.", width), tower("", dim),
+                     vocab, len(state["positional_embedding"]), patch, round(T ** 0.5) * patch)
         model.load_state_dict(state)
-    except (KeyError, RuntimeError, IndexError, AttributeError) as e:
-        why = str(e).splitlines()[0][:80]
-        raise InputError(f"these are not the weights of a CLIP with a ViT ({why}) - give OpenAI's state_dict")
+    except (KeyError, ValueError, RuntimeError, IndexError, AttributeError) as e:
+        raise InputError(f"these are not the weights of a CLIP with a ViT ({_first_line(e)[:80]}) "
+                         "- give OpenAI's state_dict")
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DINO: self-distillation without labels (Caron et al. 2021, Algorithm 1; thesis 3.2.1)
-# ---------------------------------------------------------------------------------------------------------------------
-# Letters: V views (crops) of an image, the first 2 global; K prototypes; student and teacher are the same architecture.
+# -- DINO: self-distillation without labels (Caron et al. 2021, Algorithm 1; thesis 3.2.1) ---------
+# Letters: V views (crops) of an image, the first 2 global; K prototypes; student and teacher are
+# the same architecture.
 
 class DINOHead(nn.Module):
     """Features (B, d) -> logits (B, K): three layers, then the cosine with each of K prototypes.
 
-    norm_last keeps the prototypes' length (`weight_g`) at 1; DINO's switch for stability, on by default.
+    norm_last keeps the prototypes' length (`weight_g`) at 1; DINO's switch for stability.
     """
 
     def __init__(self, dim, K=65536, hidden=2048, bottleneck=256, norm_last=True):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
-        for layer in self.mlp[::2]:
-            _trunc_normal(layer.weight)
-            nn.init.zeros_(layer.bias)
-        self.last_layer = nn.Module()
-        self.last_layer.weight_g = nn.Parameter(torch.ones(K, 1), requires_grad=not norm_last)
-        self.last_layer.weight_v = nn.Parameter(nn.Linear(bottleneck, K, bias=False).weight.detach())
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden),
+                                 nn.GELU(), nn.Linear(hidden, bottleneck))
+        _init_linear(self.mlp)
+        directions = nn.Linear(bottleneck, K, bias=False).weight.detach()        # (K, bottleneck)
+        self.last_layer = nn.ParameterDict({
+            "weight_g": nn.Parameter(torch.ones(K, 1), requires_grad=not norm_last),
+            "weight_v": nn.Parameter(directions)})
 
     def forward(self, x):
-        prototypes = self.last_layer.weight_g * F.normalize(self.last_layer.weight_v, dim=1)
+        last = self.last_layer
+        prototypes = last.weight_g * F.normalize(last.weight_v, dim=1)
         return F.linear(F.normalize(self.mlp(x), dim=-1), prototypes)
 
 
 class MultiCrop(nn.Module):
     """A backbone and a head: a list of crops, each (B, 3, h, w), -> logits (V B, K), view by view.
 
-    Neighbours of the same size go through the backbone together, all features through the head together.
+    Neighbours of the same size go through the backbone together, all features through the head.
     """
 
     def __init__(self, backbone, head):
@@ -1106,77 +1101,88 @@ class MultiCrop(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, crops):
-        features, start = [], 0
-        for i in range(1, len(crops) + 1):
-            if i == len(crops) or crops[i].shape[-2:] != crops[start].shape[-2:]:
-                features.append(self.backbone.features(torch.cat(crops[start:i])))
-                start = i
+        features = []
+        for _, same in groupby(crops, lambda x: x.shape[-2:]):
+            features.append(self.backbone.features(torch.cat(list(same))))
         return self.head(torch.cat(features))
 
 
 def dino_loss(student, teacher, center, views, teacher_temp=0.04, student_temp=0.1):
-    """Cross-entropy of every student view against every *other* global teacher view, averaged over pairs and images.
+    """Cross-entropy of every student view against every *other* global teacher view, averaged over
+    pairs and images.
 
-    student (V B, K) and teacher (2 B, K) logits, view by view; center (K,). No gradient reaches the teacher.
+    student (V B, K) and teacher (2 B, K) logits, view by view; center (K,). No gradient reaches the
+    teacher.
     """
-    q = torch.softmax((teacher.detach() - center) / teacher_temp, -1).view(2, -1, teacher.shape[-1])
-    s = torch.log_softmax(student / student_temp, -1).view(views, -1, student.shape[-1])
-    pairs = -(q.sum(0) * s.sum(0)).sum(-1) + (q * s[:2]).sum((0, -1))                       # (B,): all pairs but v = v
+    q = torch.softmax((teacher.detach() - center) / teacher_temp, -1)
+    s = torch.log_softmax(student / student_temp, -1)
+    q, s = q.unflatten(0, (2, -1)), s.unflatten(0, (views, -1))                  # (views, B, K)
+    own = (q * s[:2]).sum((0, -1))                           # v = v: not to be told
+    pairs = own - (q.sum(0) * s.sum(0)).sum(-1)              # (B,)
     return pairs.mean() / (2 * views - 2)
 
 
 def teacher_temperature(epoch, start=0.04, final=0.04, warmup=0):
     """Linear from start to final over `warmup` epochs, both ends included, then constant."""
-    return final if epoch >= warmup else start + (final - start) * epoch / max(warmup - 1, 1)
+    if epoch >= warmup:
+        return final
+    return start + (final - start) * epoch / max(warmup - 1, 1)
 
 
-STATE_SPACE = ("A_log", "A_b_log", "A_logs", "Ds", "dt_projs_bias")      # D, D_b and dt_proj.bias are vectors anyway
+# D, D_b and dt_proj.bias are vectors anyway
+STATE_SPACE = ("A_log", "A_b_log", "A_logs", "Ds", "dt_projs_bias")
 
 
 def decay_groups(model, decay_ssm=False):
-    """AdamW's two groups: matrices, which are decayed, and vectors, which are not. Without `decay_ssm` neither are the
-    state space's decay rates, skips and step sizes, though matrices: to decay log(-A) is to pull every rate to 1. (The
-    published runs did; Mamba's own code marks them as exempt.)"""
+    """AdamW's two groups: matrices, which are decayed, and vectors, which are not.
+
+    Without `decay_ssm` neither are the state space's decay rates, skips and step sizes, though
+    matrices: to decay log(-A) is to pull every rate to 1. (The published runs did; Mamba's own
+    code marks them as exempt.)
+    """
     decayed, spared = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            spare = p.dim() < 2 or name.endswith(".bias") or (not decay_ssm and name.endswith(STATE_SPACE))
+            vector = p.dim() < 2 or name.endswith(".bias")
+            spare = vector or (not decay_ssm and name.endswith(STATE_SPACE))
             (spared if spare else decayed).append(p)
     return [{"params": decayed}, {"params": spared, "weight_decay": 0.}]
 
 
 def clip_each(model, most):
-    """Shrink every parameter's gradient to an L2 norm of at most `most`, each by itself (DINO's way)."""
+    """Shrink every parameter's gradient to an L2 norm of at most `most`, each by itself (DINO)."""
     for p in model.parameters():
         if p.grad is not None:
             p.grad.mul_((most / (p.grad.norm() + 1e-6)).clamp(max=1))
 
 
-def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, momentum, teacher_temp=0.04, clip=3.,
-              freeze_last=False):
-    """One step: loss, gradient, optimiser, then teacher <- momentum * teacher + (1 - momentum) * student, then the centre.
+def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, momentum,
+              teacher_temp=0.04, clip=3., freeze_last=False):
+    """One step: the student's update, then teacher <- momentum teacher + (1 - momentum) student,
+    then the centre.
 
-    crops: V tensors (B, 3, h, w), global ones first. Returns floats: loss, entropy and information of the teacher's output.
+    crops: V tensors (B, 3, h, w), global ones first. Returns floats: the loss; entropy and
+    information of the teacher's output.
     """
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.param_groups[0]["weight_decay"] = weight_decay
     with torch.no_grad():
-        t = teacher(crops[:2])
-    loss = dino_loss(student(crops), t, center, len(crops), teacher_temp)
+        logits = teacher(crops[:2])                          # (2 B, K)
 
     def mend():
         clip_each(student, clip)
-        if freeze_last:                                      # in the first epoch the prototypes stay where they are
-            for p in student.head.last_layer.parameters():
-                p.grad = None
-    value = descend(optimiser, loss, mend)
+        if freeze_last:                                      # in the first epoch prototypes stay
+            student.head.last_layer.zero_grad(set_to_none=True)
+    loss = dino_loss(student(crops), logits, center, len(crops), teacher_temp)
+    told = {"loss": descend(optimiser, loss, mend)}
     with torch.no_grad():
         for mine, theirs in zip(teacher.parameters(), student.parameters()):
             mine.mul_(momentum).add_(theirs, alpha=1 - momentum)
-    entropy, information = output_entropy(torch.softmax((t - center) / teacher_temp, -1))
-    move_center(center, t)
-    return {"loss": value, "entropy": entropy, "information": information}
+    q = torch.softmax((logits - center) / teacher_temp, -1)
+    told["entropy"], told["information"] = output_entropy(q)
+    move_center(center, logits)
+    return told
 
 
 def move_center(center, teacher, momentum=0.9):
@@ -1185,8 +1191,11 @@ def move_center(center, teacher, momentum=0.9):
 
 
 def output_entropy(q):
-    """Of distributions (n, K), in nats: their mean entropy, and the entropy of their mean less that. The second is how much
-    an output tells of its image; 0 means collapse, be it to the uniform output (entropy ln K) or to a constant one."""
+    """Of distributions (n, K), in nats: mean entropy, and the entropy of their mean less that.
+
+    The second is how much an output tells of its image; 0 means collapse, be it to the uniform
+    output (entropy ln K) or to a constant one.
+    """
     entropy = torch.special.entr(q).sum(-1).mean().item()
     return entropy, torch.special.entr(q.mean(0)).sum().item() - entropy
 
@@ -1211,53 +1220,51 @@ def dino_schedule(step, epoch, epochs, lr, min_lr=1e-6, warmup=10, weight_decay=
     The defaults are those of DINO's code. warmup, teacher_warmup and freeze_last count epochs; lr
     is reached after the warm-up and falls to min_lr.
     """
-    n = epochs * epoch
-    temperature = teacher_temperature(step // epoch, teacher_temp_start, teacher_temp, teacher_warmup)
+    n, at = epochs * epoch, step // epoch
     return {"lr": cosine_schedule(step, n, lr, min_lr, warmup * epoch),
             "weight_decay": cosine_schedule(step, n, weight_decay, weight_decay_end),
-            "momentum": cosine_schedule(step, n, momentum, 1.), "teacher_temp": temperature,
-            "clip": clip, "freeze_last": step < freeze_last * epoch}
+            "momentum": cosine_schedule(step, n, momentum, 1.),
+            "teacher_temp": teacher_temperature(at, teacher_temp_start, teacher_temp,
+                                                teacher_warmup),
+            "clip": clip, "freeze_last": at < freeze_last}
 
 
 def fit_dino(nets, batch, n_steps, schedule, on_step=None, start=0, seed=0):
     """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
 
-    batch(t)      the views of step t: V tensors (B, 3, h, w), global ones first
-    schedule(t)   the settings of `dino_step`, as `dino_schedule` gives them
+    batch(t)           the views of step t: V tensors (B, 3, h, w), global ones first
+    schedule(t)        the settings of `dino_step`, as `dino_schedule` gives them
     on_step(t, told)   see `train`; told: loss, entropy and information
     """
     device = nets[2].device
 
     def step(t, views):
-        torch.manual_seed(seed * 1_000_003 + t)              # of drop path: resumed runs drop the same
+        torch.manual_seed(seed * 1_000_003 + t)              # drop path: the same after resuming
         return dino_step(*nets, [v.to(device) for v in views], **schedule(t))
     train(step, batch, n_steps, on_step, start)
 
 
 def cam_layer(model, x):
-    """Where Grad-CAM looks in a backbone, and how that layer's output becomes a map: (module, function -> (B, h, w, d)).
+    """Where Grad-CAM looks in a backbone, and how that layer's output becomes a map: (module,
+    function -> (B, h, w, d)).
 
-    ViT and CLIP's: the first norm of the last block; Vim: what enters its last layer, the class tokens left out (as
-    Vim4Path); VMamba: the output of the last stage. x (B, 3, H, W) gives the grid.
+    ViT and CLIP's: the first norm of the last block; Vim: what enters its last layer, the class
+    tokens left out (as Vim4Path); VMamba: the output of the last stage. x (B, 3, H, W) gives the
+    grid.
     """
     if isinstance(model, VMamba):
         return model.layers[-1].blocks, lambda out: out
-    grid = _grid(x, model.patch, "this backbone")
     if isinstance(model, CLIPVision):
-        return model.transformer.resblocks[-1].ln_1, lambda out: out[:, 1:].unflatten(1, grid)
-    if isinstance(model, ViT):
-        return model.blocks[-1].norm1, lambda out: out[:, 1 + model.registers:].unflatten(1, grid)
-
-    def patches(out):
-        first, middle = int(model.double_cls), (grid[0] * grid[1] + model.double_cls) // 2
-        return torch.cat([out[:, first:middle], out[:, middle + 1:]], 1).unflatten(1, grid)
-    return model.layers[-1].drop_path, patches
+        layer = model.transformer.resblocks[-1].ln_1
+    else:
+        layer = model.blocks[-1].norm1 if isinstance(model, ViT) else model.layers[-1].drop_path
+    grid = _grid(x, model.patch, "this backbone")
+    return layer, lambda out: model.patches(out).unflatten(1, grid)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bags of instances: multiple-instance learning (thesis 3.2.2; Ilse et al. 2018; CLAM, Lu et al. 2021)
-# ---------------------------------------------------------------------------------------------------------------------
-# Letters: B bags, N instances in the longest, E width of an embedding, C classes, A attentions (C for clam_mb, else 1).
+# -- Bags of instances (thesis 3.2.2; attention: Ilse et al. 2018; CLAM: Lu et al. 2021) -----------
+# Letters: B bags, N instances in the longest, d width of an instance, E of its embedding,
+# C classes, A attentions (C for clam_mb, else 1).
 
 HEADS = ("max", "mean", "abmil", "gated", "clam_sb", "clam_mb")
 
@@ -1265,116 +1272,156 @@ HEADS = ("max", "mean", "abmil", "gated", "clam_sb", "clam_mb")
 class MIL(nn.Module):
     """A bag of instances -> class logits. One class for all heads:
 
-    max       the largest value of each embedding channel           mean     the mean of all embeddings
-    abmil     mean weighted by softmax(w tanh(V h)), Ilse et al.    gated    by softmax(w (tanh(V h) * sigmoid(U h)))
+    max       the largest value of each embedding channel
+    mean      the mean of all embeddings
+    abmil     their mean weighted by softmax(w tanh(V h)), Ilse et al.
+    gated     the same by softmax(w (tanh(V h) * sigmoid(U h)))
     clam_sb   gated, with a classifier of instances for each class beside it: `instance_loss`
     clam_mb   the same with an attention for each class
 
-    Input x (B, N, d) and mask (B, N), False where a bag is padded (all True by default). Returns logits (B, C), scores
-    (B, A, N), whose softmax is each instance's share in its bag, and embeddings h (B, N, E). The instances are first
-    standardised by the buffers `mean` and `std`, and with `squash` bent by tanh, against outliers.
+    Input x (B, N, d) and mask (B, N), False where a bag is padded (all True by default). Returns
+    logits (B, C), scores (B, A, N), whose softmax is each instance's share in its bag, and
+    embeddings h (B, N, E). The instances are first standardised by the buffers `mean` and `std`,
+    and with `squash` bent by tanh, against outliers.
     """
 
-    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25, squash=False):
+    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25,
+                 squash=False):
         super().__init__()
         self.head, self.squash, E = head, squash, widths[-1]
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
-        layers = [f(i, o) for i, o in zip((dim, *widths), widths) for f in (nn.Linear, lambda i, o: nn.ReLU())]
+        layers = []
+        for i, o in zip((dim, *widths), widths):
+            layers += [nn.Linear(i, o), nn.ReLU()]
         self.embed = nn.Sequential(*layers, nn.Dropout(dropout))
-        self.inner_dropout = nn.Dropout(dropout if head.startswith("clam") else 0.)
+        clam = head.startswith("clam")
+        self.inner_dropout = nn.Dropout(dropout if clam else 0.)
         if head not in ("max", "mean"):
             self.V = nn.Linear(E, attention)
             self.U = nn.Linear(E, attention) if head != "abmil" else None
             self.w = nn.Linear(attention, n_classes if head == "clam_mb" else 1)
-        self.classifier = nn.Linear(E, n_classes)            # clam_mb: row c reads the pooled embedding of attention c
-        if head.startswith("clam"):
+        self.classifier = nn.Linear(E, n_classes)            # clam_mb: row c reads attention c's
+        if clam:
             self.instance_classifiers = nn.ModuleList(nn.Linear(E, 2) for _ in range(n_classes))
 
     def scores(self, h, mask):
         """(B, A, N), -inf where there is no instance."""
         if self.head == "mean":
             scores = h.new_zeros(len(h), 1, h.shape[1])
-        elif self.head == "max":                             # share: of each channel, to those who have its largest value
+        elif self.head == "max":                             # shares of those who have the largest
             h = h.masked_fill(~mask[..., None], -1.)         # ReLU made them >= 0
-            top = (h == h.amax(1, keepdim=True)).float()                                    # (B, N, E)
+            top = (h == h.amax(1, keepdim=True)).float()     # (B, N, E)
             scores = (top / top.sum(1, keepdim=True)).mean(-1)[:, None].log()
         else:
-            a = self.inner_dropout(torch.tanh(self.V(h)))
+            a = self.inner_dropout(torch.tanh(self.V(h)))    # (B, N, attention)
             if self.U is not None:
                 a = a * self.inner_dropout(torch.sigmoid(self.U(h)))
             scores = self.w(a).transpose(1, 2)
         return scores.masked_fill(~mask[:, None], -math.inf)
 
     def forward(self, x, mask=None):
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        real = (x[mask] - self.mean) / self.std              # bags differ much in size: padding is not worth embedding
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        real = (x[mask] - self.mean) / self.std              # (n, d): without the padding
         real = self.embed(torch.tanh(real) if self.squash else real)
-        h = real.new_zeros(*mask.shape, real.shape[-1]).masked_scatter(mask[..., None], real)                # (B, N, E)
+        h = real.new_zeros(*mask.shape, real.shape[-1])
+        h = h.masked_scatter(mask[..., None], real)          # (B, N, E)
         scores = self.scores(h, mask)
         if self.head == "max":
             pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)
         else:
-            pooled = torch.softmax(scores, -1) @ h                                          # (B, A, E)
+            pooled = torch.softmax(scores, -1) @ h           # (B, A, E)
         if self.head == "clam_mb":
-            return (pooled * self.classifier.weight).sum(-1) + self.classifier.bias, scores, h
-        return self.classifier(pooled[:, 0]), scores, h
+            logits = (pooled * self.classifier.weight).sum(-1) + self.classifier.bias
+        else:
+            logits = self.classifier(pooled[:, 0])
+        return logits, scores, h
 
 
 def smooth_top1_svm(s, y):
-    """log sum_j exp(s_j + [j != y] - s_y), the mean over rows of s (n, C): CLAM's instance loss "svm" (Berrada et al. 2018
-    with alpha = tau = 1). Their code takes the hard hinge where scores differ by 6.9 or more; we stay with the formula."""
+    """log sum_j exp(s_j + [j != y] - s_y), the mean over rows of s (n, C): CLAM's instance loss.
+
+    "svm" of Berrada et al. 2018 with alpha = tau = 1. Their code takes the hard hinge where scores
+    differ by 6.9 or more; we stay with the formula.
+    """
     margin = 1 - F.one_hot(y, s.shape[1])
     return (torch.logsumexp(s + margin, 1) - s.gather(1, y[:, None])[:, 0]).mean()
 
 
 def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_top1_svm):
-    """CLAM's clustering: the k instances that its own class attends to most should be told from the k it attends to least;
-    with `subtyping` other classes' favourites should be told to be none of theirs. Averaged over bags.
+    """CLAM's clustering: the k instances that its own class attends to most should be told from the
+    k it attends to least; with `subtyping` other classes' favourites should be told to be none of
+    theirs. Averaged over bags.
 
-    scores (B, A, N), h (B, N, E), mask (B, N) as `MIL` gives them, y (B,) labels. The choice has no gradient, h has. In bags
-    of fewer than 2k instances k is halved to fit, so that none is called both (the authors' code fails, or calls it both).
+    scores (B, A, N), h (B, N, E), mask (B, N) as `MIL` gives them, y (B,) labels. The choice has no
+    gradient, h has. In bags of fewer than 2k instances k is halved to fit, so that none is called
+    both (the authors' code fails, or calls it both).
     """
-    total = h.new_zeros(())
+    total, C = h.new_zeros(()), len(model.instance_classifiers)
     for b in range(len(h)):
         n = int(mask[b].sum())
         few = min(k, n // 2)
         for c, classifier in enumerate(model.instance_classifiers):
-            if few == 0 or (c != y[b] and not subtyping):
+            own = c == y[b]
+            if few == 0 or not (own or subtyping):
                 continue
-            order = scores[b, c if scores.shape[1] > 1 else 0, :n].argsort(descending=True)
-            chosen = torch.cat([order[:few], order[-few:]]) if c == y[b] else order[:few]
+            attention = scores[b, c if scores.shape[1] > 1 else 0, :n]
+            order = attention.argsort(descending=True)
+            chosen = torch.cat([order[:few], order[-few:]]) if own else order[:few]
             target = torch.zeros_like(chosen)
-            if c == y[b]:
-                target[:few] = 1
-            total = total + loss(classifier(h[b, chosen]), target) / (len(model.instance_classifiers) if subtyping else 1)
+            target[:few] = int(own)
+            total = total + loss(classifier(h[b, chosen]), target) / (C if subtyping else 1)
     return total / len(h)
 
 
 def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smooth_top1_svm):
-    """Cross-entropy of the bags; for CLAM's heads bag_weight of it and the rest of `instance_loss`."""
+    """Cross-entropy of the bags; for CLAM's heads bag_weight of it, the rest `instance_loss`."""
     logits, scores, h = model(x, mask)
     bag = F.cross_entropy(logits, y)
     if not model.head.startswith("clam"):
         return bag
-    return bag_weight * bag + (1 - bag_weight) * instance_loss(model, scores, h, mask, y, k, subtyping, loss)
+    of_instances = instance_loss(model, scores, h, mask, y, k, subtyping, loss)
+    return bag_weight * bag + (1 - bag_weight) * of_instances
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets, and released weights
-# ---------------------------------------------------------------------------------------------------------------------
-# Every preset takes keyword arguments of its class: n_classes, drop_path, size, patch, double_cls, ...
+def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, early=None, **how):
+    """Train a `MIL` with Adam. Returns (error rate, cross-entropy) of the bags held out, or None.
+
+    batches(epoch)   yields (x, mask, y); held: a list of such, empty if there are none
+    early            {"patience": .., "least": ..} to stop by held bags, see `fit`; None: all epochs
+    how              settings of `mil_loss`; cosine: lr falls to 0 along half a cosine
+    """
+    optimiser = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+
+    def scheduled(epoch):
+        if cosine:
+            optimiser.param_groups[0]["lr"] = cosine_schedule(epoch, epochs, lr, 0.)
+        return batches(epoch)
+
+    def judged(model):                                       # by the bags' labels alone
+        logits, y = zip(*((model(x, mask)[0], y) for x, mask, y in held))
+        logits, y = torch.cat(logits), torch.cat(y)
+        return (logits.argmax(1) != y).float().mean().item(), F.cross_entropy(logits, y).item()
+    stop = {"validate": lambda m: judged(m)[1], **early} if early else {}
+    fit(model, optimiser, scheduled, partial(mil_loss, **how), epochs, **stop)
+    with torch.no_grad():
+        return judged(model) if held else None
+
+
+# -- Presets, and released weights -----------------------------------------------------------------
+# Every preset takes keyword arguments of its class: n_classes, drop_path, size, patch, ...
 
 vit_tiny = partial(ViT, 192, 12, 3)
 vit_small = partial(ViT, 384, 12, 6)
 vit_base = partial(ViT, 768, 12, 12)
-vit_micro = partial(ViT, 96, 4, 3, patch=8, size=32)                                        # ours: for teaching and tests
+vit_micro = partial(ViT, 96, 4, 3, patch=8, size=32)         # ours: for teaching and tests
 dinov2_small = partial(ViT, 384, 12, 6, patch=14, size=518, v2=True)
 dinov2_base = partial(ViT, 768, 12, 12, patch=14, size=518, v2=True)
 dinov2_large = partial(ViT, 1024, 24, 16, patch=14, size=518, v2=True)
 dinov2_giant = partial(ViT, 1536, 40, 24, patch=14, size=518, v2=True, swiglu=True)
 vim_tiny = partial(Vim, 192, 24)
-vim_tiny_plus = partial(Vim, 384, 12)                                                       # Vim4Path's, not Vim's "tiny+"
+vim_tiny_plus = partial(Vim, 384, 12)                        # Vim4Path's, not Vim's "tiny+"
 vim_small = partial(Vim, 384, 24)
 vim_base = partial(Vim, 768, 24)
 vim_micro = partial(Vim, 96, 4, patch=8, size=32, d_state=8)
@@ -1383,11 +1430,11 @@ vmamba_small = partial(VMamba, 96, (2, 2, 15, 2))
 vmamba_base = partial(VMamba, 128, (2, 2, 15, 2))
 vmamba_micro = partial(VMamba, 32, (1, 1, 1, 1))
 
-PRESETS = {name: value for name, value in list(globals().items()) if isinstance(value, partial)}
+PRESETS = {name: f for name, f in list(globals().items()) if isinstance(f, partial)}
 
 
 def make_backbone(arch, **settings):
-    """A preset by name; settings that are None are left to it, and VMamba knows no size, no patch."""
+    """A preset by name; settings that are None are left to it (VMamba has no size, no patch)."""
     if arch not in PRESETS:
         raise InputError(f"{arch} is no backbone - take one of {', '.join(PRESETS)}")
     skip = ("size", "patch") if arch.startswith("vmamba") else ()
@@ -1410,41 +1457,56 @@ def last_linear(model):
 
 
 def load_weights(model, path):
-    """Load a released or own checkpoint into a backbone: weights only, nothing resized, nothing left out silently.
+    """Load a released or own checkpoint into a backbone: weights only, nothing resized, nothing
+    left out silently.
 
-    Finds the state under teacher, student, model or state_dict, and strips module. and backbone.; of a DINO checkpoint
-    (keys with backbone.) the projection head is not the backbone's and is left out, and so is a classifier when the model
-    has none. Raises InputError listing every missing, unexpected and mis-shaped key.
+    Finds the state under teacher, student, model or state_dict, and strips module. and backbone.;
+    of a DINO checkpoint (keys with backbone.) the projection head is not the backbone's and is left
+    out, and so is a classifier when the model has none. Raises InputError listing every missing,
+    unexpected and mis-shaped key.
     """
-    if not os.path.isfile(path):                             # nothing is there, or a pipe that would be waited for
-        raise InputError(f"no weights at {path} - check the path")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):                        # released files hold their flags
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:                                   # torch raises many kinds for broken files and pickles
-        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - download or save it again")
-    for key in ("teacher", "student", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or under teacher, student, "
-                         "model, state_dict")
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    if any(k.startswith("backbone.") for k in state):
-        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    own = model.state_dict()
+    own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
+    prefix = "backbone."
+    if any(k.startswith(prefix) for k in state):
+        state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
     for head in ("head.", "classifier.head."):
         if not any(k.startswith(head) for k in own):
             state = {k: v for k, v in state.items() if not k.startswith(head)}
-    wrong = {"missing": sorted(own.keys() - state.keys()), "unexpected": sorted(state.keys() - own.keys()),
-             "mis-shaped": [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
-                            if k in state and state[k].shape != v.shape]}
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
+              if k in state and state[k].shape != v.shape]
+    wrong = {"missing": sorted(own.keys() - state.keys()),
+             "unexpected": sorted(state.keys() - own.keys()), "mis-shaped": shapes}
     if any(wrong.values()):
         lists = "; ".join(f"{len(v)} {name}: {', '.join(v)}" for name, v in wrong.items() if v)
-        raise InputError(f"{path} does not fit this model: {lists} - take the preset that these weights belong to")
+        raise InputError(f"{path} does not fit this model: {lists} - take the preset that these "
+                         "weights belong to")
     model.load_state_dict(state)
     return model
 
 
+def _state(path):
+    """The tensors by name that a checkpoint holds, at its top or under one of the usual names."""
+    if not os.path.isfile(path):                             # nothing, or a pipe to wait for
+        raise InputError(f"no weights at {path} - check the path")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):             # of their flags
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:                                   # torch raises many kinds
+        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - download or "
+                         "save it again")
+    for key in ("teacher", "student", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = isinstance(state, dict) and all(map(torch.is_tensor, state.values()))
+    if not tensors:
+        raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or "
+                         "under teacher, student, model, state_dict")
+    return state
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:] != ["build"]:
+        raise SystemExit("usage: python ssm.py build")
+    if not native(verbose=True):                             # shows the compiler's own words
+        raise SystemExit(2)
+    print(f"built {native(verbose=True).__file__}; set REPSAE_NATIVE=1 to use it")
