@@ -4,7 +4,6 @@ First the instruments, then contenders and what is measured of them: a `bench_*`
 (title, {contender: {figure: value}}). The slow contenders (the authors' dense step, loops and a
 parallel scan in plain PyTorch) compute what ours do: see test_repsae.
 """
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -433,14 +432,3 @@ def run(what, device, svg=None):
     if svg and "backbones" in found:
         draw_backbones(found["backbones"], svg)
     return found
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what")
-    for name in ("--device", "--svg", "--json"):
-        parser.add_argument(name)
-    flags = parser.parse_args()
-    figures = run(flags.what, flags.device, flags.svg)
-    if flags.json:
-        judge.write_json(flags.json, figures)
