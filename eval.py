@@ -824,8 +824,7 @@ def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, kno
         parts.append(f"<section><h3>latent {j}: {html.escape(names[0][j])} "
                      f"<small>purity {purity[j]:.2f}</small></h3>")
         for s in codes:
-            rows = best[s][j].indices[np.argsort(best[s][j].data)]
-            shown = "".join(f"<span>{describe(i)}</span>" for i in rows)
+            shown = "".join(f"<span>{describe(i)}</span>" for i in best_first(best[s], j))
             parts.append(f'<div class="strip"><b>{html.escape(s)}</b>{shown}</div>')
         parts.append("</section>")
     return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
@@ -1229,9 +1228,9 @@ def latent_scatter(table, most=4000, size=(640, 420)):
     parts = [f'<svg viewBox="0 0 {w} {h}" role="img" '
              'aria-label="latents by frequency and mean activation">']
     parts += [f'<path d="M{at_x(v):.1f} {bottom}V{top}" class="grid"/>'
-              f'<text x="{at_x(v):.1f}" y="{bottom + 16}" class="mid">{v}</text>' for v in x_ticks]
+              + _text(at_x(v), bottom + 16, str(v), "mid") for v in x_ticks]
     parts += [f'<path d="M{left} {at_y(v):.1f}H{right}" class="grid"/>'
-              f'<text x="{left - 6}" y="{at_y(v) + 4:.1f}" class="end">{v}</text>' for v in y_ticks]
+              + _text(left - 6, at_y(v) + 4, str(v), "end") for v in y_ticks]
     for i in np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int):
         parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" '
                      f'fill="rgb{tuple(map(int, colours[i]))}" fill-opacity=".6"/>')
@@ -1239,10 +1238,10 @@ def latent_scatter(table, most=4000, size=(640, 420)):
     bars += [(right + 6, a, n, width) for a, width, n in y_bars]
     parts += [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
               'fill="#a0aec0"/>' for x, y, width, height in bars]
-    return "".join(parts) + (
-        f'<text x="{w / 2}" y="{h - 24}" class="mid">log10 of the share of samples in which a '
-        f'latent is active</text><text x="{left}" y="14">log10 of its mean activation there; '
-        f'colour: label entropy, 0 (dark) to {entropy.max():.2f} nats (red)</text></svg>')
+    where = "log10 of the share of samples in which a latent is active"
+    parts += [_text(w / 2, h - 24, where, "mid"), _text(left, 14, "log10 of its mean activation there; "
+              f"colour: label entropy, 0 (dark) to {entropy.max():.2f} nats (red)")]
+    return "".join(parts) + "</svg>"
 
 
 def _log_axis(v, low, high, tallest=50, bins=40):
@@ -1287,11 +1286,11 @@ def barcodes(count, groups, y=None):
 def differential(codes, y, a, b, top=50):
     """The `top` latents more active in class a than in b and the reverse, by class means a_d of
     barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
-    first, second = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == b)
+    second, first = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == a)
     difference = first - second
     order = np.argsort(-difference, kind="stable")
-    return (order[:top][difference[order[:top]] > 0],
-            order[::-1][:top][difference[order[::-1][:top]] < 0], difference)
+    most, least = order[:top], order[::-1][:top]
+    return most[difference[most] > 0], least[difference[least] < 0], difference
 
 
 def weighted_f1(truth, guess):
@@ -1522,18 +1521,14 @@ def select_latents(code, y, n):
     orthogonal matching pursuit. To be called with training rows only.
 
     Each time the latent whose standardised column explains most of what is left of the classes'
-    indicators is taken; of a CSR code only among the 1,000 whose class means differ most, in
-    standard deviations.
+    indicators is taken, among the 1,000 whose class means differ most, in standard deviations.
     """
-    few = np.arange(code.shape[1])
-    if sp.issparse(code):
-        square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
-        spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
-        differ = class_means(code, y).std(0) / spread
-        few = np.sort(np.argsort(-differ, kind="stable")[:1000])
-        code = code[:, few].toarray()
-    Z, R = _centred_unit(np.asarray(code, np.float64)), (y[:, None] == np.unique(y)).astype(float)
-    R, chosen = R - R.mean(0), []
+    square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
+    spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
+    few = np.sort(np.argsort(-class_means(code, y).std(0) / spread, kind="stable")[:1000])
+    Z = _centred_unit(code[:, few].toarray().astype(np.float64))
+    R, chosen = (y[:, None] == np.unique(y)).astype(float), []
+    R -= R.mean(0)
     for _ in range(min(n, int(Z.any(0).sum()), len(y) - 1)):
         gain = ((Z.T @ R) ** 2).sum(1) / np.maximum((Z ** 2).sum(0), 1e-12)
         gain[chosen] = -1

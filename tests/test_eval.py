@@ -670,7 +670,7 @@ def test_latents_are_selected_for_what_they_add_not_for_what_another_says_alread
             A = code[:, [*chosen, j]] - code[:, [*chosen, j]].mean(0)
             return ((Y - A @ np.linalg.lstsq(A, Y, rcond=None)[0]) ** 2).sum()
         chosen.append(min((j for j in range(4) if j not in chosen), key=left))
-    assert judge.select_latents(code, y, 3).tolist() == chosen
+    assert judge.select_latents(codes_of(code), y, 3).tolist() == chosen
 
 
 def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_not():
