@@ -713,6 +713,18 @@ def tissue(n, size=64, seed=0):
             "disease": illness[of], "disease_names": np.array(list(DISEASES)), "split": np.where(test[of], "test", "train")}
 
 
+def patient_slides(pixels, groups, across=4):
+    """Yield (group, (H, W, 3) uint8): a patient's pictures (n, h, w, 3) in rows, as if one slide."""
+    for group in np.unique(groups):
+        mine = pixels[groups == group]
+        n, h, w, _ = mine.shape
+        rows = -(-n // across)
+        sheet = np.full((rows * across, h, w, 3), 255, np.uint8)
+        sheet[:n] = mine
+        sheet = sheet.reshape(rows, across, h, w, 3).swapaxes(1, 2)
+        yield group, sheet.reshape(rows * h, across * w, 3)
+
+
 def _cloud(n, size, cells, rng):
     """Smooth noise (n, size, size), about N(0, 1) at each of cells x cells points and in between interpolated."""
     coarse = torch.from_numpy(rng.standard_normal((n, 1, cells, cells), dtype=np.float32))

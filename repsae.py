@@ -487,8 +487,7 @@ def make_model(features, flags, rows):
     model = sae.SAE(features.dims, flags.latents, **how, **shared)
     if flags.bias != "zeros":
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
-        x = model.normalise(features.batch(drawn)[stream], stream)
-        model.b_pre[stream].data.copy_(sae.geometric_median(x) if flags.bias == "median" else x.mean(0))
+        model.start_bias(features.batch(drawn)[stream], flags.bias)
     return model
 
 
@@ -585,22 +584,9 @@ def tasks_of(labels, *parts):
     return [y for y in labels.T.astype(int) if all(0 < y[rows].sum() < len(rows) for rows in parts)]
 
 
-def collect(pieces):
-    """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays. Where codes
-    have no fixed k, k is the largest, and index -1 with value 0 fills up: any real index would
-    hide that latent's value."""
-    out = {}
-    for s in pieces[0]:
-        k = max(c[s].indices.shape[1] for c in pieces)
-        parts = ([c[s].indices.int() for c in pieces], -1), ([c[s].values for c in pieces], 0)
-        out[s] = tuple(
-            torch.cat([torch.nn.functional.pad(v, (0, k - v.shape[1]), value=fill) for v in part]).cpu().numpy()
-            for part, fill in parts)
-    return out
-
-
 def codes_and_fit(model, features, rows, mode, device):
-    """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass."""
+    """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass;
+    "same_choice": the share of (sample, stream) whose latents are those of the sample's first stream."""
     pieces = []
 
     def reconstructions():
@@ -609,7 +595,15 @@ def codes_and_fit(model, features, rows, mode, device):
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
-    return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in collect(pieces).items()}, fit
+    pairs = {s: arrays(code) for s, code in sae.joined(pieces).items()}
+    chosen = [indices for indices, _ in pairs.values()]
+    fit["same_choice"] = float(np.mean([np.all(chosen[0] == c, 1) for c in chosen]))
+    return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in pairs.items()}, fit
+
+
+def arrays(code):
+    """sae.Codes -> (indices (N, k) int32, values (N, k)), as numpy arrays."""
+    return code.indices.int().numpy(), code.values.numpy()
 
 
 def measure(model, features, flags):
@@ -633,6 +627,7 @@ def measure(model, features, flags):
                 codes[mode], labels, features.label_names, features.parents, known)
         if tasks:
             out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
+        out[mode]["headline"] = judge.headline(out[mode])
     if labels is not None:
         out["positives"] = int(labels.sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
@@ -850,13 +845,13 @@ def cmd_encode(flags):
     model, config = load_run(flags.run, flags.device)
     features, _ = features_for(model, config, flags)
     flat = features.per_token()
-    codes = collect([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
-    if features.tokens:
-        codes = {s: tuple(v.reshape(len(features), features.tokens, -1) for v in pair) for s, pair in codes.items()}
-    arrays = {f"{s}_{name}": v for s, pair in codes.items() for name, v in zip(("indices", "values"), pair)}
+    codes = sae.joined([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
+    shape = (len(features), *([features.tokens] if features.tokens else []), -1)
+    kept = {f"{s}_{name}": v.reshape(shape) for s, code in codes.items()
+            for name, v in zip(("indices", "values"), arrays(code))}
     if "ids" in features.about:
-        arrays["ids"] = features.about["ids"]
-    judge.write_npz(flags.out, {**arrays, "n_latents": model.n_latents, "mode": flags.mode})
+        kept["ids"] = features.about["ids"]
+    judge.write_npz(flags.out, {**kept, "n_latents": model.n_latents, "mode": flags.mode})
     say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
@@ -1162,7 +1157,7 @@ def finish_dino(flags, folder, log, watch):
     sections = [("Training", "".join(charts))]
     if number["knn"]:
         pixels = watch.knn(raw=True)
-        found["knn_pixels"] = pixels
+        found.update(knn_pixels=pixels, knn_random=number["knn"][0][1])
         line = [(x, pixels) for x, _ in number["knn"]]
         chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", f"20-NN, {watch.measure}", zero=False)
         rows, labels = [], watch.images.labels[watch.test]
@@ -1884,12 +1879,13 @@ def cmd_compare(flags):
     if len(both[0].features) != len(both[1].features):
         raise InputError(f"{flags.run} was trained on {len(both[0].features)} samples, {flags.other} on "
                          f"{len(both[1].features)} - compare runs on the same samples, or name their file with --data")
-    found, (_, rows) = [], both[0].split()
+    found, (_, rows) = {}, both[0].split()
 
     def add(name, a, b, pairing):
         r = judge.match_latents(a, b)[2] if pairing == "best" else judge.index_correlations(a, b)
-        found.append({"": name, "pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
-                      "median r": float(np.median(r)) if len(r) else None})
+        found[name] = {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
+                       "median r": float(np.median(r)) if len(r) else None,
+                       "shared, %": 100 * (r >= 0.5).mean() if len(r) else None}
     shuffled = np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
     kinds = [("the two runs, best pairing", "best", [c.strength[rows] for c in both])]
     if flags.sparc:
@@ -1907,8 +1903,9 @@ def cmd_compare(flags):
             kinds.append((f"SPARC {mode}, same latent", "same", [judge.pool_tokens(code, T)[0] for code in codes.values()]))
     for name, pairing, (a, b) in kinds:
         add(name, a, b, pairing)
-        add("  the same, samples shuffled", a, b[shuffled], pairing)
-    print(judge.text_table([f"{len(rows)} samples", *list(found[0])[1:]], [list(row.values()) for row in found]))
+        add(f"{name}, samples shuffled", a, b[shuffled], pairing)
+    columns = list(found[kinds[0][0]])
+    print(judge.text_table([f"{len(rows)} samples", *columns], [[name, *row.values()] for name, row in found.items()]))
     if flags.json:
         judge.write_json(flags.json, found)
 
@@ -1928,6 +1925,14 @@ def cmd_tissue(flags):
     for name, picture in zip(names, pixels):
         Image.fromarray(picture).save(out_path(flags.out, name))
     judge.write_npz(out_path(flags.out, "tissue.npz"), {**made, "images": names})
+    judge.write_npz(out_path(flags.out, "patients.npz"), {
+        "images": names, "labels": made["disease"], "label_names": made["disease_names"],
+        **{key: made[key] for key in ("groups", "split", "captions")}})
+    for group, slide in data.patient_slides(pixels, made["groups"]):
+        row = np.flatnonzero(made["groups"] == group)[0]
+        folder = os.path.join(flags.out, "slides", made["split"][row], made["disease_names"][made["disease"][row]])
+        os.makedirs(folder, exist_ok=True)
+        judge.save_picture(out_path(folder, f"{group:04d}.png"), Image.fromarray(slide))
     judge.write_json(out_path(flags.out, "taxonomy.json"), parents)
     kinds, sheet = len(data.CELLS) + 1, []
     for c in range(kinds):
@@ -2720,7 +2725,7 @@ def cmd_finetune(flags):
     rounds = [picture_parts(pictures, flags, flags.seed + r) for r in range(flags.runs)]
     make_run_folder(flags, {"pictures": len(pictures.labels), "data_hash": pictures.hash})
     log = Log(out_path(flags.out, "log.csv"))
-    found = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}
+    found, sizes = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}, {}
     progress = Progress(len(specs) * len(rounds))
     for name, spec in zip(names, specs):
         found[name] = []
@@ -2733,11 +2738,12 @@ def cmd_finetune(flags):
             log.write()
             progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
             if r == 0:
+                sizes[name] = sum(p.numel() for p in model.parameters())
                 judge.write_torch(out_path(flags.out, f"{name}.pt"), {"model": model.state_dict(), **model.made})
-    finish_finetune(found, pictures, rounds, flags)
+    finish_finetune(found, sizes, pictures, rounds, flags)
 
 
-def finish_finetune(found, pictures, rounds, flags):
+def finish_finetune(found, sizes, pictures, rounds, flags):
     """The tables of thesis 3.3.3, and who beats whom, in print, metrics.json and report.html."""
     header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
     rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
@@ -2745,9 +2751,10 @@ def finish_finetune(found, pictures, rounds, flags):
     tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in trained.items()})
              for key in ("AUC", "accuracy") if len(rounds) > 1}
     print("\n" + judge.text_table(header, rows))
-    sections = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))]
+    sections, beats = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))], {}
     for key, pairs in tests.items():
         wins = judge.beaten(pairs)
+        beats[key] = {a: {b: int(b in wins.get(a, ())) for b in trained if b != a} for a in trained}
         lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()] or ["no model beats another"]
         print(f"\n{key}, paired t-test at p < 0.05, {len(pairs)} pairs: {'; '.join(lines)}")
         columns = ["a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d"]
@@ -2760,7 +2767,8 @@ def finish_finetune(found, pictures, rounds, flags):
         "One run allows no test of which model is better."
     print(f"\n{note}")
     judge.write_json(out_path(flags.out, "metrics.json"),
-                     {"scores": found, "pairs": tests, "test pictures": len(rounds[0][2])})
+                     {"scores": found, "pairs": tests, "beats": beats, "parameters": sizes,
+                      "test pictures": len(rounds[0][2])})
     sections.append(("How far to trust it", f"<p>{note}</p>"))
     judge.write_report(out_path(flags.out, "report.html"), "repsae finetune", sections)
     say(f"wrote {out_path(flags.out, 'report.html')}")
@@ -3170,9 +3178,8 @@ def same_choice(at, mode="joint"):
 
 def compare_verdict(at):
     """Two autoencoders trained apart, and one shared code: how many of their pairs of latents correlate at 0.5 or more?"""
-    rows = {row[""]: row for row in read_metrics(at("compare.json"))}
-    apart, shared = (100 * rows[name]["r >= 0.5"] / max(rows[name]["pairs"], 1)
-                     for name in ("the two runs, best pairing", "SPARC alone, same latent"))
+    rows = read_metrics(at("compare.json"))
+    apart, shared = (rows[name]["shared, %"] for name in ("the two runs, best pairing", "SPARC alone, same latent"))
     return ({("4.3", "pairs in common, %, trained apart"): apart, ("4.3", "pairs in common, %, one code, alone"): shared},
             {"one code has more in common than two trained apart, alone (4.3)": shared > apart})
 
