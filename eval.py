@@ -694,6 +694,11 @@ def text_table(header, rows):
     return "\n".join(lines)
 
 
+def columns(found):
+    """A list of dicts of the same keys as (header, rows)."""
+    return list(found[0]), [list(one.values()) for one in found]
+
+
 def html_table(header, rows, colours=False):
     """Rows of cells as an HTML table; what a name means is its tooltip. With `colours` every number
     is shaded, 1 dark blue, 0 white, negative red."""
@@ -801,6 +806,13 @@ def strip(first, *others):
     """Pieces of HTML in a row: the first and, after an arrow, those that belong to it."""
     shown = "".join(f"<span>{v}</span>" for v in others)
     return f'<div class="strip"><span>{first}</span>&rarr;{shown}</div>'
+
+
+def strips(found):
+    """{heading: pieces of HTML}: the pieces of each in a row below it."""
+    shown = ("".join(f"<span>{v}</span>" for v in pieces) for pieces in found.values())
+    return "".join(f'<h3>{html.escape(name)}</h3><div class="strip">{row}</div>'
+                   for name, row in zip(found, shown))
 
 
 def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
@@ -1332,8 +1344,8 @@ def weighted_patches(image, heat):
 
 def class_means(strength, y):
     """Mammo-SAE Eq. 2: mean activation over the samples (and positions) of each class, (C, L)."""
-    return np.stack([np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel()
-                     for c in np.unique(y)])
+    means = [np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)]
+    return np.reshape(means, (-1, strength.shape[1]))
 
 
 def intervention(strength, effect, base, y, means, ks):
@@ -1400,7 +1412,7 @@ def box_contrast(pictures):
 
 def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
-    list of {"latent", "ap", "ap_present": on pictures that have boxes alone}.
+    list of {"latent", "AP", "AP, pictures with boxes": on those alone}.
 
     heats: of each picture (len(latents), h, w); truth: of each picture its true boxes; detector:
     settings of `heat_boxes`.
@@ -1410,8 +1422,8 @@ def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
         mine = [f[i] for f in found]
         there = [(f, t) for f, t in zip(mine, truth) if t]
         present = average_precision(*zip(*there), iou, points) if there else None
-        out.append({"latent": int(j), "ap": average_precision(mine, truth, iou, points),
-                    "ap_present": present})
+        out.append({"latent": int(j), "AP": average_precision(mine, truth, iou, points),
+                    "AP, pictures with boxes": present})
     return out
 
 
@@ -1544,7 +1556,7 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
     dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of
     `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
-    many principal components of the dense features. `kept` is (score - chance) / (dense score -
+    many principal components of the dense features. "kept, %" is (score - chance) / (dense score -
     chance), None where the dense score is at or below chance: there is nothing to keep.
     Returns {"dense", "chance", "all latents", "rows": [{...}], "chosen"}.
     """
@@ -1564,7 +1576,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
         drawn = [score(code[:, rng.permutation(alive)[:n]]) for _ in range(draws)]
         rows.append({"n": n, "best latents": best, "random latents": float(np.mean(drawn)),
                      "principal components": score((dense - mean) @ axes[:n].T),
-                     "kept": (best - chance) / (full - chance) if full > chance + 1e-9 else None})
+                     "kept, %": 100 * (best - chance) / (full - chance)
+                     if full > chance + 1e-9 else None})
     return {"dense": full, "chance": chance, "rows": rows, "chosen": chosen.tolist(),
             "all latents": score(code[:, alive]) if small else None}
 
