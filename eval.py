@@ -1799,7 +1799,8 @@ def index_correlations(a, b, least=5):
 def latents_in_common(r):
     """What correlations of pairs of latents (P,) say: how many reach .5, .7 and .9, the median."""
     return {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
-            "median r": float(np.median(r)) if len(r) else None}
+            "median r": float(np.median(r)) if len(r) else None,
+            "shared, %": 100 * float((r >= 0.5).mean()) if len(r) else None}
 
 
 # -- Is one model better than another (thesis 3.3.2)? ----------------------------------------------
