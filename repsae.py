@@ -3395,7 +3395,7 @@ def mammo_verdict(at):
     union of both classes' top latents; class means on training samples; single latents as detectors of boxes."""
     runs = {when: read_metrics(at(f"mammo_{when}", "metrics.json")) for when in ("tuned", "before")}
     tuned = runs["tuned"]
-    ten = tuned["curve"]["10"]
+    ten = tuned["curve"].get("10") or [*tuned["curve"].values()][-1]
     auc = {when: [m["auc"][name]["AUC"] for name in ("original features", "reconstructed")] for when, m in runs.items()}
     ap = {when: mean_of([*m["localisation"].values()], "AP") for when, m in runs.items()}
     near = [tuned["separation"][key]["cosine"] for key in ("--data", "--other")]
@@ -3425,7 +3425,7 @@ def fidelity_verdict(at):
     ten, near, full, chance = m["few"]["10"], m["neighbours"]["10"], *(
         m["probe"][k]["balanced accuracy"] for k in ("features", "chance"))
     return ({("TotalSegmentator", what): v for what, v in (
-                ("R2", m["r2"]["variance-weighted"]), ("probe, ten latents", ten["best latents"]),
+                ("R2", m["r2"]["variance-weighted"]["R2"]), ("probe, ten latents", ten["best latents"]),
                 ("probe, ten components", ten["principal components"]), ("probe, all features", full),
                 ("kept by ten latents, %", ten["kept, %"]),
                 ("overlap of 10 neighbours", near["overlap"]))},

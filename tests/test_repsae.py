@@ -1477,12 +1477,13 @@ def test_claims_of_the_demo_follow_the_figures(sign, tmp_path, monkeypatch):
         write(f"mil_{arch}/metrics.json", {"clam_sb": [{"scores": {"AUC": v + .01}}, {"scores": {"AUC": v - .01}}]})
         write(f"mil_half_{arch}/metrics.json", {"clam_sb": [{"scores": {"AUC": v - s}}, {"scores": {"AUC": None}}]})
     for name, more in (("before", 0), ("tuned", s)):
-        write(f"mammo_{name}/metrics.json", {"localisation": [{"ap": .2 + more}, {"ap": .4 + more}], "auc": {
-            "original features": [.75 + more], "reconstructed": [.75 + more - (sign < 0) * .1]}, "curve": [
-            {"k": 10, "keep": .82 if sign > 0 else .5, "silence": .6 - s}, {"k": 20, "keep": .8, "silence": .5}],
-            "separation": {"cosine": .5}, "separation of --other": {"cosine": .5 + s}})
-    write("fidelity/metrics.json", {"r2": {"variance-weighted": .9}, "neighbours": [{"k": 10, "overlap": .5}], "kept": {"dense": .9, "chance": .5, "rows": [
-        {"n": 10, "best latents": .8, "principal components": .8 - s, "kept": .878 + s}]}})
+        write(f"mammo_{name}/metrics.json", {"localisation": {"1": {"AP": .2 + more}, "2": {"AP": .4 + more}}, "auc": {
+            "original features": {"AUC": .75 + more}, "reconstructed": {"AUC": .75 + more - (sign < 0) * .1}}, "curve": {
+            "10": {"keep": .82 if sign > 0 else .5, "silence": .6 - s}, "20": {"keep": .8, "silence": .5}},
+            "separation": {"--data": {"cosine": .5}, "--other": {"cosine": .5 + s}}})
+    write("fidelity/metrics.json", {"r2": {"variance-weighted": {"R2": .9}}, "neighbours": {"10": {"overlap": .5}}, "few": {
+        "10": {"best latents": .8, "principal components": .8 - s, "kept, %": 87.8 + 100 * s}}, "probe": {
+        "features": {"balanced accuracy": .9}, "chance": {"balanced accuracy": .5}}})
     write("finetune/metrics.json", {"scores": {k: [{"AUC": .8}] for k in ("vit_micro", "vim_micro", "resnet18", "dino_vit")}, "pairs": {"AUC": [
         {"a": "resnet18", "b": "vim_micro", "difference": -s, "t_p": 0.}, {"a": "dino_vit", "b": "vim_micro", "difference": 1, "t_p": .01}]}})
     write("compare.json", {"the two runs, best pairing": {"shared, %": 50},
