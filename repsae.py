@@ -589,12 +589,12 @@ def versions():
             "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Progress:
-    """A line that rewrites itself on a terminal, or a plain line every tenth of the way elsewhere. Goes to stderr."""
+    """A line on stderr that rewrites itself on a terminal; elsewhere one every tenth of the way."""
 
     def __init__(self, total, start=0):
         self.total, self.began, self.first = total, time.time(), start
@@ -607,32 +607,37 @@ class Progress:
         self.next = step + (1 if self.live else max(1, self.total // 10))
         left = (time.time() - self.began) / max(step - self.first, 1) * (self.total - step)
         line = f"step {step}/{self.total}  {text()}  {left:.0f} s left"
-        print(f"\r{line:<100}" if self.live else line, end="\n" if step >= self.total or not self.live else "",
-              file=sys.stderr, flush=True)
+        stays = step >= self.total or not self.live
+        print(f"\r{line:<100}" if self.live else line, end="\n" * stays, file=sys.stderr,
+              flush=True)
 
 
 class Log:
     """The rows of log.csv: text, so that a resumed run keeps them to the byte.
 
-    Those up to step `upto` are read, and must have the `columns` that reports draw; only cells of `gaps` may be empty.
+    Those up to step `upto` are read; they need the `columns` that are drawn, and may be empty in
+    `gaps` alone.
     """
 
     def __init__(self, path, upto=0, columns=(), gaps=()):
         self.path, self.rows = path, []
-        if upto and os.path.exists(path):
-            data.plain_file(path)
-            try:
-                with open(path, newline="") as f:
-                    self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
-                numbers = [float(v) for row in self.rows for k, v in row.items() if k != "revive" and (v or k not in gaps)]
-            except (KeyError, TypeError, ValueError, csv.Error):
-                numbers = [math.nan]
-            if not all(map(math.isfinite, numbers)) or self.rows and not self.rows[0].keys() >= {*columns}:
-                raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves so far")
+        if not upto or not os.path.exists(path):
+            return
+        data.plain_file(path)
+        try:
+            with open(path, newline="") as f:
+                self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
+            whole = all(math.isfinite(float(v)) for row in self.rows for k, v in row.items()
+                        if k != "revive" and (v or k not in gaps))
+            whole = whole and all(row.keys() >= {*columns} for row in self.rows[:1])
+        except (KeyError, TypeError, ValueError, csv.Error):
+            whole = False
+        if not whole:
+            raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves")
 
     def add(self, row):
         if self.rows and self.rows[0].keys() != row.keys():
-            raise InputError(f"{self.path} has other columns than this run - restore it, or remove it")
+            raise InputError(f"{self.path} has other columns than this run - restore or remove it")
         self.rows.append({k: str(v) for k, v in row.items()})
 
     def write(self):
@@ -648,6 +653,43 @@ class Interrupted(Exception):
     """Training was asked to stop, and has saved."""
 
 
+class Keeper:
+    """Logs, shows progress, saves by save(), and obeys signals between two steps, never inside."""
+
+    def __init__(self, flags, n_steps, start, log, save):
+        self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
+        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
+
+    def __enter__(self):
+        obeyed = signal.SIGINT, signal.SIGTERM
+        if threading.current_thread() is not threading.main_thread():
+            obeyed = ()                                      # Python allows handlers there alone
+        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
+        return self
+
+    def __exit__(self, *_):
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+
+    def on_signal(self, number, frame):
+        if self.stop:
+            raise KeyboardInterrupt                          # the second time at once, unsaved
+        self.stop.append(number)
+
+    def __call__(self, step, row, text, log=False):
+        """After each step. row() gives the row of log.csv, text() the words of progress."""
+        last = step == self.n_steps
+        if log or step % self.flags.log_every == 0 or last:
+            self.log.add({"step": step, **row()})
+        self.progress(step, text)
+        if self.stop or last or time.time() - self.last_save >= self.flags.save_every:
+            self.log.write()                                 # first: resuming cuts a longer log
+            self.save()
+            self.last_save = time.time()
+        if self.stop:
+            raise Interrupted(f"stopped at step {step} of {self.n_steps}")
+
+
 def train(run, features):
     """Train, or go on training, the model of run.flags on `features`. Returns (model, Log)."""
     flags, rows = run.flags, features.rows("train")
@@ -661,39 +703,63 @@ def train(run, features):
     batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
     n_steps = flags.epochs * batches.epoch
     log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
-    _fit(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps,
-         batches.epoch, log, checkpoint)
+
+    def batch(step):
+        return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
+
+    def on_step(step, result):
+        def row():
+            told = {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)}
+            return {**told, "revive": flags.revive} if "revive" in flags else told
+
+        loss = float(result["loss"]) if step % flags.log_every == 0 else 0.
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {step} - lower --lr, or scale the "
+                             "features with --norm")
+        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead "
+             + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
+    with Keeper(flags, n_steps, int(model.step), log,
+                lambda: sae.save(checkpoint, model, optimiser)) as keep:
+        sae.fit(model, batch, n_steps, lr=flags.lr, optimiser=optimiser, on_step=on_step,
+                warmup=flags.get("warmup", 0))
     return model, log
 
 
 def resolved(flags, features, layers=()):
-    """The flags with all that was left open filled in: what was typed, else `layers` or the preset, else what made-up data
-    want, else by the number of training rows. Says in a line what was chosen; `null`: whether it takes under a minute."""
-    n, layers = len(features.rows("train")), {**(PLANTED if flags.data is None else {}), **dict(layers),
-                                              **(THESIS if "activation" not in flags and flags.preset else {})}
+    """The flags with all that was left open filled in: what was typed, else `layers` or the preset,
+    else what made-up data want, else by the number of training rows; tells what was chosen."""
+    n, layers = len(features.rows("train")), dict(layers)
+    if "activation" not in flags and flags.preset:
+        if flags.preset != "thesis":
+            raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
+        layers |= THESIS
+    layers = {**(PLANTED if flags.data is None else {}), **layers}
     if {"expansion", "latents"} <= flags.given:
-        raise InputError(f"--expansion {flags.expansion} and --latents {flags.latents} - give one of the two")
-    if flags.get("expansion") or "expansion" in layers:
-        layers["latents"] = (flags.get("expansion") or layers["expansion"]) * max(features.dims.values())
+        raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
+                         "one of the two")
+    expansion = flags.get("expansion") or layers.get("expansion")
+    if expansion:
+        layers["latents"] = expansion * max(features.dims.values())
     flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
-    auto = {**sae.settings_for(n, **typed), "shuffle": "blocks" if features.mapped else "samples"}
+    auto = sae.settings_for(n, **typed)
+    auto["shuffle"] = "blocks" if features.mapped else "samples"
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
         flags["null"] = planned_seconds(flags, features.dims, auto["steps"]) < 60
     if chosen:
-        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else f"{k.replace('_', '-')} {v}"
-                          for k, v in chosen.items())
+        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else
+                          f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
         say_once(f"chosen by the number of training rows, {n}: {shown}; {auto['steps']} steps")
     if flags.shuffle == "blocks" and features.sorted_rows():
-        say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - shuffle the file, or use "
-                 "--shuffle samples")
+        say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - "
+                 "shuffle the file, or use --shuffle samples")
     return flags
 
 
 def planned_seconds(flags, dims, steps):
-    """About how long training takes on two cores: all logits of a batch, and M times the sparse products."""
+    """About how long training takes on two cores: all logits of a batch, M times the products."""
     logits, products = flags.batch * flags.latents, len(dims) * flags.batch * flags.k
     each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
     return steps * each * (2 if flags.get("topk") == "both" else 1)
@@ -705,89 +771,29 @@ def memory():
 
 
 def make_model(features, flags, rows):
-    """The SAE or the SPARC of `flags`, untrained; statistics and the bias it starts from are those of the training rows."""
+    """The untrained SAE or SPARC of `flags`; its statistics and bias are of the training rows."""
     needs = 32 * flags.latents * sum(features.dims.values())
     if needs > memory():
-        raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the weights alone - lower it")
-    shared = {"stats": features.statistics(rows) if "standard" in flags.norm else None, "seed": flags.seed,
-              "reinit_after": flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12,
-              "aux_coef": flags.aux_coef if flags.aux_k else 0.,
-              **{k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels")}}
+        raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the "
+                         "weights alone - lower it")
+    shared = {k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels", "seed")}
+    shared["stats"] = features.statistics(rows) if "standard" in flags.norm else None
+    shared["reinit_after"] = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
+    shared["aux_coef"] = flags.aux_coef if flags.aux_k else 0.
     if "activation" not in flags:
-        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, **shared)
-    stream = next(iter(features.dims))
+        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss,
+                         **shared)
     how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth")}
-    how["threshold"] = flags.theta
-    model = sae.SAE(features.dims, flags.latents, **how, **shared)
+    model = sae.SAE(features.dims, flags.latents, threshold=flags.theta, **how, **shared)
     if flags.bias != "zeros":
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
-        model.start_bias(features.batch(drawn)[stream], flags.bias)
+        model.start_bias(features.batch(drawn)[model.streams[0]], flags.bias)
     return model
 
 
-class Keeper:
-    """Watches over training: logs, shows progress, saves, and obeys signals between two steps, never inside one.
-
-    save()    writes the checkpoint
-    """
-
-    def __init__(self, flags, n_steps, start, log, save):
-        self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
-        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
-
-    def __enter__(self):
-        main_thread = threading.current_thread() is threading.main_thread()
-        obeyed = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
-        return self
-
-    def __exit__(self, *_):
-        for n, handler in self.before.items():
-            signal.signal(n, handler)
-
-    def on_signal(self, number, frame):
-        if self.stop:
-            raise KeyboardInterrupt                          # the second time at once, without saving
-        self.stop.append(number)
-
-    def __call__(self, step, row, text, log=False):
-        """After each step. row() gives the row of log.csv, text() the words of the progress line."""
-        if log or step % self.flags.log_every == 0 or step == self.n_steps:
-            self.log.add({"step": step, **row()})
-        self.progress(step, text)
-        if self.stop or step == self.n_steps or time.time() - self.last_save >= self.flags.save_every:
-            self.log.write()                                 # first: a log that runs ahead is cut when resuming
-            self.save()
-            self.last_save = time.time()
-        if self.stop:
-            raise Interrupted(f"stopped at step {step} of {self.n_steps}")
-
-
-def _fit(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
-    """sae.fit under a Keeper."""
-
-    def on_step(step, result):
-        def dead():
-            return {s: int(model.dead(s).sum()) for s in model.streams}
-
-        def row():
-            active = [(c.values > 0).sum(1).float().mean() for support in result["codes"] for c in support.values()]
-            parts = ["loss", "self", "cross", "aux", *(["sparsity"] if "sparsity" in result else [])]
-            return {"epoch": round(step / epoch, 3), **{k: float(result[k]) for k in parts},
-                    "active": float(sum(active) / len(active)), **{f"dead_{s}": n for s, n in dead().items()},
-                    **({"revive": flags.revive} if "revive" in flags else {})}
-        if step % flags.log_every == 0 and not math.isfinite(float(result["loss"])):
-            raise InputError(f"the loss is {float(result['loss'])} at step {step} - lower --lr, or scale the features with "
-                             "--norm")
-        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead {'/'.join(map(str, dead().values()))}")
-    with Keeper(flags, n_steps, int(model.step), log, lambda: sae.save(checkpoint, model, optimiser)) as keep:
-        sae.fit(model, lambda step: {s: x.to(flags.device) for s, x in batch(step).items()}, n_steps,
-                lr=flags.lr, optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Measuring
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def evaluation_rows(features, flags, *splits):
     """Rows of the first split that has any, at most --eval-rows of them, drawn with the seed."""
@@ -931,9 +937,9 @@ def read_to_train(flags):
     return features.per_token()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Commands
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command(f"{DATA} {CODE} topk lam loss preset null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
@@ -1203,9 +1209,9 @@ def print_summary(metrics):
     judge.tell_summary(judge.Page(""), metrics)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Backbones: DINO, features, probes (thesis 3.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
          "colour pathology standardise prototypes head-hidden bottleneck norm-last teacher-temp "
@@ -1565,9 +1571,9 @@ def cmd_probe(flags):
         judge.write_json(out_file(flags, "json"), found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Coded:
     """A run, the features it is used on, and the codes of every sample of one stream, computed alone.
@@ -2145,9 +2151,9 @@ def cmd_compare(flags):
         judge.write_json(out_file(flags, "json"), found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Images and words: a made-up tissue, a small CLIP, heat maps, segmentation, retrieval (thesis 5.3-5.4, A.3-A.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
@@ -2693,9 +2699,9 @@ def given_query(model, stream, flags):
     return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), model.n_latents), shown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Slides and bags (thesis 3.2.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command("window voc! size=64 margin overwrite out=cells")
 def cmd_cut(flags):
@@ -2951,9 +2957,9 @@ def attention_maps(bags, head, rows, run, most=6):
     return "".join(shown) or "<p>The bags name no pictures.</p>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Transfer learning (thesis 3.3), heat maps (3.2.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 patch "
          "frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
@@ -3136,9 +3142,9 @@ def cmd_explain(flags):
     print(f"wrote {len(rows) * len(loaded)} heat maps and {run.join('sheet.png')}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The whole thesis on made-up tissue, in one command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def demo_stages(out, quick, seed=0):
     """[(heading, what it stands for, command line, the file that shows it was done, pictures, verdict)] in order.
@@ -3672,9 +3678,9 @@ def inlined(path):
         return judge.embedded(image, 900)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Commands of the machine
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command("json svg device", "what")
 def cmd_bench(flags):
@@ -3687,9 +3693,9 @@ def cmd_bench(flags):
     raise SystemExit(subprocess.run([sys.executable, script, flags.what, f"--device={flags.device}", *files]).returncode)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Flags(dict):
     """The settings of a command by name, readable as attributes. `given` holds those that the user typed."""
