@@ -29,6 +29,7 @@ import functools
 import graphlib
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -58,8 +59,22 @@ class InputError(ValueError):
     """What the caller can mend: what was wrong and, after a dash, what to do."""
 
 
-class _Labelled:
-    """What Features and Images have in common: `labels`, `mask` and a length."""
+@dataclass(kw_only=True)
+class Samples:
+    """What is known about N samples, whatever they are.
+
+    labels   (N,) int, negative where unlabelled, or (N, C) bool, or None; of label_names
+    mask     (N,) bool, False where (N, C) labels are not known, or None
+    split    (N,) of "train", "val", "test", or None
+    about    dict of a file's other arrays for each sample: ids, groups, captions, images
+    notes    lines that the user should see
+    """
+    labels: np.ndarray = None
+    label_names: list = field(default_factory=list)
+    mask: np.ndarray = None
+    split: np.ndarray = None
+    about: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
 
     @property
     def labelled(self):
@@ -71,34 +86,23 @@ class _Labelled:
 
 
 @dataclass
-class Features(_Labelled):
-    """Streams of the same N samples and what is known about them.
+class Features(Samples):
+    """Streams of the same N samples, always with a split.
 
     streams      dict stream -> (N, d_s) or (N, T, d_s) array of floats, perhaps memory-mapped
-    split        (N,) of "train", "val", "test"
-    labels       (N,) int, negative where unlabelled, or (N, C) bool, or None
-    mask         (N,) bool, False where (N, C) labels are not known, or None
     parents      taxonomy: dict name -> name of its parent, None for the root; or empty
-    about        dict of the file's other arrays for each sample: ids, groups, captions, images
     grid, boxes  (rows, columns) of the tokens, and boxes as in the file, or None
     truth        made-up data only: dict stream -> (C, d_s), each concept's direction, zeros unseen
     order        dict stream -> (N,) rows: sample i of the stream is its row order[i] (the null)
-    notes        lines that the user should see
     folder       the file's own, which `images` are relative to
     """
     streams: dict
-    split: np.ndarray
-    labels: np.ndarray = None
-    label_names: list = field(default_factory=list)
     parents: dict = field(default_factory=dict)
-    about: dict = field(default_factory=dict)
     grid: tuple = None
     boxes: np.ndarray = None
     truth: dict = None
     order: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
     hash: str = ""
-    mask: np.ndarray = None
     folder: str = "."
 
     def __len__(self):
@@ -106,14 +110,9 @@ class Features(_Labelled):
 
     def picture(self, row):
         """A sample's picture in RGB, or None where there is none that can be read."""
-        images = self.about.get("images")
-        if images is None:
-            return None
-        if images.ndim > 1:
-            return Image.fromarray(np.asarray(images[row])).convert("RGB")
         try:
-            return open_image(os.path.join(self.folder, images[row]))
-        except InputError:
+            return _picture(self.about["images"][row], self.folder)
+        except (KeyError, InputError):
             return None
 
     @property
@@ -144,25 +143,23 @@ class Features(_Labelled):
         if not self.tokens:
             return self
         flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}
-        return replace(self, streams=flat, split=np.repeat(self.split, self.tokens), labels=None,
-                       label_names=[], parents={}, about={}, grid=None, boxes=None, mask=None)
+        return Features(flat, split=np.repeat(self.split, self.tokens), notes=self.notes,
+                        hash=self.hash, folder=self.folder)
 
     def rows(self, *splits):
         """Row numbers, ascending, of the first of `splits` that has any: rows("test", "val")."""
         for name in splits:
-            rows = np.flatnonzero(self.split == name)
-            if len(rows):
-                return rows
-        raise InputError(f"the {' and '.join(splits)} split is empty - give 'split' values or more "
-                         "samples")
-
-    def _read(self, s, rows):
-        x = self.streams[s][self.order[s][rows] if s in self.order else rows]
-        return torch.from_numpy(np.asarray(x, dtype=np.float32))
+            if (self.split == name).any():
+                return np.flatnonzero(self.split == name)
+        raise InputError(f"the {' and '.join(splits)} split is empty - give more samples")
 
     def batch(self, rows):
         """Raw features of `rows` (B,): dict stream -> (B, d_s) or (B, T, d_s) float32 tensor."""
-        return {s: self._read(s, rows) for s in self.streams}
+        out = {}
+        for s, x in self.streams.items():
+            x = x[self.order[s][rows] if s in self.order else rows]
+            out[s] = torch.from_numpy(np.asarray(x, dtype=np.float32))
+        return out
 
     def label_matrix(self, rows):
         """(len(rows), C) bool, unlabelled rows all False: see `labelled`. None without labels."""
@@ -174,19 +171,18 @@ class Features(_Labelled):
         return labels & self.labelled[rows][:, None]
 
     def statistics(self, rows, block=4096):
-        """Mean and standard deviation (d_s,) over `rows`, block by block: dict of stream."""
-        out = {}
-        for s in self.streams:
-            total = square = 0.
-            shift = self._read(s, rows[:1])[0].double().numpy()    # against cancellation
-            for start in range(0, len(rows), block):
-                x = self._read(s, rows[start:start + block]).double().numpy() - shift
-                total = total + x.sum(0)
-                square = square + (x * x).sum(0)
-            mean = total / len(rows)
-            std = np.sqrt(np.maximum(square / len(rows) - mean ** 2, 0))
-            out[s] = torch.from_numpy(mean + shift).float(), torch.from_numpy(std).float()
-        return out
+        """Mean and standard deviation (d_s,) over `rows`, read block by block: dict of stream."""
+        total, square = ({s: 0. for s in self.streams} for _ in range(2))
+        shift = {s: x[0].double() for s, x in self.batch(rows[:1]).items()}    # against cancellation
+        for start in range(0, len(rows), block):
+            for s, x in self.batch(rows[start:start + block]).items():
+                x = (x.double() - shift[s]).numpy()
+                total[s] = total[s] + x.sum(0)
+                square[s] = square[s] + (x * x).sum(0)
+        mean = {s: torch.from_numpy(total[s] / len(rows)) for s in self.streams}
+        std = {s: (torch.from_numpy(square[s] / len(rows)) - mean[s] ** 2).clamp(min=0).sqrt()
+               for s in self.streams}
+        return {s: ((mean[s] + shift[s]).float(), std[s].float()) for s in self.streams}
 
     def shuffled(self, seed):
         """The null: every stream but the first permuted inside each split; nothing is shared."""
@@ -215,14 +211,15 @@ class Batches:
 
     def rows(self, step):
         epoch, i = divmod(step, self.epoch)
+        blocks = self.shuffle == "blocks"
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, 0, epoch])
-            n = self.epoch if self.shuffle == "blocks" else len(self.all)
-            self._epoch, self._order = epoch, rng.permutation(n)
-        if self.shuffle == "blocks":
+            self._order = rng.permutation(self.epoch if blocks else len(self.all))
+            self._epoch = epoch
+        if blocks:
             i = self._order[i]
-            return self.all[i * self.batch:(i + 1) * self.batch]
-        return self.all[np.sort(self._order[i * self.batch:(i + 1) * self.batch])]
+        batch = slice(i * self.batch, (i + 1) * self.batch)
+        return self.all[batch] if blocks else self.all[np.sort(self._order[batch])]
 
 
 # ---- Feature files -------------------------------------------------------------------------------
@@ -237,44 +234,27 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     names = list(dict.fromkeys(streams or arrays.streams))
     for s in names:
         if s not in arrays.streams:
-            raise InputError(f"{path} has no stream '{s}' - it has "
-                             f"{', '.join(arrays.streams) or 'none'}")
+            there = ", ".join(arrays.streams) or "none"
+            raise InputError(f"{path} has no stream '{s}' - it has {there}")
     if not names:
-        raise InputError(f"{path} holds no stream - give at least one floating array (N, d) under "
-                         "a name of your own")
-    x = {s: _check_stream(path, s, arrays[s]) for s in names}
+        raise InputError(f"{path} holds no stream - give a floating array (N, d) under its name")
+    x = {s: _stream(arrays, s) for s in names}
     n, *tokens = x[names[0]].shape[:-1]
     for s, a in x.items():
         if len(a) != n:
-            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - rows must "
-                             "be the same samples")
+            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - give the same "
+                             "samples")
         if [*a.shape[1:-1]] != tokens:
             raise InputError(f"{path}: tokens per sample differ between streams '{names[0]}' and "
                              f"'{s}' - pick streams alike with --streams")
     told = _told(arrays, n, seed)
-    names = told["label_names"]
-    out = Features(x, **told, parents=read_taxonomy(taxonomy, names) if taxonomy else {},
-                   grid=_check_grid(arrays.get("grid"), tokens),
-                   boxes=_check_boxes(arrays.get("boxes"), n, names),
+    out = Features(x, **told, grid=_read_grid(arrays, tokens),
+                   boxes=_read_boxes(arrays, n, len(told["label_names"])),
                    folder=os.path.dirname(os.path.abspath(path)))
+    if taxonomy:
+        out.parents = read_taxonomy(taxonomy, out.label_names)
     _scan(out)
     return out
-
-
-def _told(arrays, n, seed=None):
-    """What a file says of its n samples: the fields that Features and Images have in common. With a
-    seed there is always a split."""
-    about = _about(arrays, n)
-    labels, names, mask = _read_labels(arrays, n)
-    split, groups, notes = about.pop("split", None), about.get("groups"), []
-    if split is not None or seed is not None:
-        split = _split(split, groups, n, seed)
-        if groups is not None:
-            found = Counter(g for g, _ in {*zip(groups.tolist(), split.tolist())})
-            torn = sorted(g for g, parts in found.items() if parts > 1)
-            notes = [f"{len(torn)} of {len(found)} groups (first: {g}) lie in several splits"
-                     for g in torn[:1]]
-    return dict(labels=labels, label_names=names, mask=mask, about=about, split=split, notes=notes)
 
 
 def stream_names(path):
@@ -293,8 +273,7 @@ class _Source:
         else:
             self.npz = _load(path, lambda: np.load(plain_file(path), allow_pickle=False))
             if not isinstance(self.npz, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} holds one array without a name - save an .npz with one "
-                                 "key per stream")
+                raise InputError(f"{path} holds an array without a name - write it by numpy.savez")
             names = self.npz.zip.namelist()
         self.keys = [name[:-4] for name in names if name.endswith(".npy")]
         self.streams = [key for key in self.keys if key not in RESERVED]
@@ -307,9 +286,8 @@ class _Source:
 
     def __getitem__(self, key):
         if self.npz is None:
-            file = os.path.join(self.path, f"{key}.npy")
-            return _load(file, lambda: _array(np.load(plain_file(file), "r", allow_pickle=False)))
-        return _load(f"{self.path}, key '{key}'", lambda: _array(self._member(f"{key}.npy")))
+            return _load_npy(os.path.join(self.path, f"{key}.npy"))
+        return _load(f"{self.path}, key '{key}'", lambda: self._member(f"{key}.npy"))
 
     def _member(self, name):
         """An array of the .npz, if it declares the size that it has: numpy makes room for what is
@@ -317,8 +295,7 @@ class _Source:
         info = self.npz.zip.getinfo(name)
         with self.npz.zip.open(info) as f:
             version = np.lib.format.read_magic(f)[0]
-            header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            shape, _, dtype = header[version](f)
+            shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(f)
             size = math.prod(shape) * dtype.itemsize
             if not dtype.hasobject and size != info.file_size - f.tell():
                 raise ValueError(f"declares {size} bytes")
@@ -326,6 +303,17 @@ class _Source:
 
     def get(self, key):
         return self[key] if key in self else None
+
+    def checked(self, key, shape, kind, wanted):
+        """The array of a key, or None without it: of that kind of numpy, and of that shape, where
+        None is any length."""
+        a = self.get(key)
+        if a is None:
+            return None
+        fits = a.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, a.shape))
+        if not fits or not np.issubdtype(a.dtype, kind):
+            raise InputError(f"'{key}' has shape {a.shape} and type {a.dtype} - give {wanted}")
+        return a
 
 
 def read_arrays(path):
@@ -336,12 +324,9 @@ def read_arrays(path):
 
 def read_vector(path):
     """One vector (d,) from a .npy, as a float32 tensor."""
-    # memory-mapped, which checks the declared size
-    x = _load(path, lambda: np.load(plain_file(path), "r", allow_pickle=False))
-    if not isinstance(x, np.ndarray) or x.ndim != 1 or not np.issubdtype(x.dtype, np.floating) \
-            or not np.isfinite(x).all():
-        raise InputError(f"{path} does not hold one vector of finite floating numbers - save it "
-                         "with numpy.save")
+    x = _load_npy(path)
+    if x.ndim != 1 or not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all():
+        raise InputError(f"{path} does not hold one vector of finite numbers - use numpy.save")
     return torch.from_numpy(x.astype(np.float32))
 
 
@@ -356,9 +341,8 @@ def plain_file(path):
 def plain_name(name, source):
     """A name that a file gives, if a file or folder may be called so: it must not lead anywhere
     else. source: where it stands, for the message."""
-    if not name or name in (".", "..") or not name.isprintable() or re.search(r'[/\\:]', name):
-        raise InputError(f"{source} {name!r} - a file is named after it: take plain words, without "
-                         "folders")
+    if not name or name in (".", "..") or not name.isprintable() or re.search(r"[/\\:]", name):
+        raise InputError(f"{source} {name!r}, which names a file - take plain words, no folders")
     return name
 
 
@@ -373,9 +357,16 @@ def read_json(path):
 
 
 def _load(what, read):
-    """What read() returns, an array or an .npz, or an InputError saying what is wrong with it."""
+    """The array or .npz that read() returns, or an InputError saying what is wrong with it."""
     try:
-        return read()
+        x = read()
+        if not isinstance(x, np.ndarray):
+            return x
+        if x.dtype.kind not in "biufUS":
+            raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
+        if x.dtype.kind == "U":
+            "".join(x.ravel().tolist()).encode()             # a ValueError for what is no text
+        return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
     except InputError:
         raise
     except FileNotFoundError:
@@ -386,34 +377,59 @@ def _load(what, read):
         raise InputError(f"{what} does not fit into memory - save it as a folder of .npy files")
     except ValueError as e:
         if "Object array" in str(e):
-            raise InputError(f"{what} is an array of Python objects - save plain numbers or "
-                             "strings, nothing is unpickled")
-        raise InputError(f"{what} is not a readable .npz or .npy file - save features with "
-                         "numpy.savez")
+            raise InputError(f"{what} is an array of Python objects - save numbers or strings")
+        raise InputError(f"{what} is not a readable .npz or .npy file - write it by numpy.savez")
     except Exception:                    # numpy and zipfile raise many kinds for broken files
         raise InputError(f"{what} is cut off or damaged - write it again")
 
 
-def _array(x):
-    """The array in this machine's order of bytes, if it holds numbers, truth values or text."""
-    if x.dtype.kind not in "biufUS":
-        raise InputError(f"an array holds {x.dtype} - save plain numbers or strings")
-    if x.dtype.kind == "U":
-        "".join(x.ravel().tolist()).encode()                 # a ValueError for what is no text
-    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+def _load_npy(path):
+    """One array, memory-mapped, which also checks the size that it declares."""
+    x = _load(path, lambda: np.load(plain_file(path), "r", allow_pickle=False))
+    if not isinstance(x, np.ndarray):
+        raise InputError(f"{path} holds several arrays - save one by numpy.save")
+    return x
 
 
-def _check_stream(path, name, x):
+def _stream(arrays, name, most=3):
+    """A stream's array, of two dimensions or at most `most`."""
+    x = arrays[name]
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
                          f"(reserved keys: {', '.join(RESERVED)})")
-    if x.ndim not in (2, 3):
-        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width)"
-                         " or (samples, tokens, width)")
-    if 0 in x.shape:
-        raise InputError(f"stream '{name}' has shape {x.shape} - it needs at least one row and one "
-                         "column")
+    if not 2 <= x.ndim <= 3 or 0 in x.shape:
+        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width) or "
+                         "(samples, tokens, width), each at least 1")
+    if x.ndim > most:
+        raise InputError(f"{arrays.path}: '{name}' has shape {x.shape}, tokens of samples - give "
+                         "(instances, width): extract without --tokens")
     return x
+
+
+def _told(arrays, n, seed=None):
+    """What a file says of its n samples: the fields of `Samples`, bytes as str. With a seed there
+    is always a split."""
+    about, notes = {}, []
+    for key in ("ids", "groups", "captions", "split", "images"):
+        shape, kind, wanted = (n,), np.generic, f"(N,) values, N = {n}"
+        if key == "images":
+            wanted = f"(N,) paths or (N, H, W[, 3]) uint8, N = {n}"
+            ndim = np.ndim(arrays.get(key))
+            kind = np.character if ndim == 1 else np.uint8
+            shape = {3: (n, None, None), 4: (n, None, None, 3)}.get(ndim, (n,))
+        found = arrays.checked(key, shape, kind, wanted)
+        if found is not None:
+            about[key] = _texts(found) if found.dtype.kind == "S" else found
+    labels, names, mask = _read_labels(arrays, n)
+    split, groups = about.pop("split", None), about.get("groups")
+    if split is not None or seed is not None:
+        split = _split(split, groups, n, seed)
+        if groups is not None:
+            found = Counter(g for g, _ in {*zip(groups.tolist(), split.tolist())})
+            torn = sorted(g for g, parts in found.items() if parts > 1)
+            notes = [f"{len(torn)} of {len(found)} groups (first: {g}) lie in several splits"
+                     for g in torn[:1]]
+    return dict(labels=labels, label_names=names, mask=mask, about=about, split=split, notes=notes)
 
 
 def _texts(a):
@@ -421,30 +437,11 @@ def _texts(a):
     return np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a.astype(str)
 
 
-def _about(arrays, n):
-    """What a file says of each of its n samples: dict of those of `ids`, `groups`, `captions`,
-    `images` and `split` that it has, bytes as str."""
-    found = {}
-    for k in ("ids", "groups", "captions", "images", "split"):
-        if k not in arrays:
-            continue
-        a, fits, wanted = arrays[k], arrays[k].ndim == 1, "(N,) values"
-        if k == "images":
-            pixels = a.dtype == np.uint8 and (a.ndim == 3 or a.shape[3:] == (3,))
-            fits, wanted = pixels or fits and a.dtype.kind in "US", "(N,) paths or (N, H, W[, 3]) uint8"
-        if not fits or len(a) != n:
-            raise InputError(f"'{k}' has shape {a.shape} and type {a.dtype} - give {wanted}, N = {n}")
-        found[k] = _texts(a) if a.dtype.kind == "S" else a
-    return found
-
-
 def _read_labels(arrays, n):
-    """(labels, names, mask) of a file of n samples: labels (N,) int, negative where unlabelled, and
-    no mask; or (N, C) bool with `mask` as the file has it; or None without labels."""
-    labels, mask, names = (arrays.get(k) for k in ("labels", "mask", "label_names"))
-    if mask is not None and (mask.shape != (n,) or mask.dtype != bool):
-        raise InputError(f"'mask' has shape {mask.shape} and type {mask.dtype} for {n} samples - "
-                         "give (N,) booleans, False where the labels are not known")
+    """(labels, names, mask) of a file of n samples, as in `Samples`; a mask of (N,) labels has made
+    them negative."""
+    labels, names = arrays.get("labels"), arrays.get("label_names")
+    mask = arrays.checked("mask", (n,), np.bool_, "(N,) booleans, False = labels not known")
     if labels is None:
         return None, [], None
     if labels.ndim and len(labels) != n:
@@ -452,11 +449,10 @@ def _read_labels(arrays, n):
     names = None if names is None else _texts(np.atleast_1d(names)).ravel().tolist()
     if labels.ndim == 1 and labels.dtype.kind in "US":
         labels, names = _named_labels(_texts(labels), names)
-    labels, count = _check_labels(labels, names)
+    labels, count = _numbers(labels, names)
     if names is None:
         if count > max(n, 1000):                             # each takes memory
-            raise InputError(f"'labels' go up to {count - 1} for {n} samples - number the classes "
-                             "from 0")
+            raise InputError(f"'labels' go up to {count - 1} for {n} samples - number them from 0")
         names = [f"label {i}" for i in range(count)]
     if len(names) < count or labels.ndim == 2 and len(names) != count:
         raise InputError(f"'label_names' has {len(names)} names for {count} labels - give one each")
@@ -465,61 +461,57 @@ def _read_labels(arrays, n):
     return labels, names, mask
 
 
-def _check_labels(labels, names):
+def _numbers(labels, names):
     """Labels as numbers or flags, (N,) int64 or (N, C) bool, and how many there are."""
     whole = np.issubdtype(labels.dtype, np.integer)
     if whole and labels.ndim == 2 and labels.shape[1] == 1 and len(names or ()) != 1:
         labels = labels[:, 0]                                # as MedMNIST has it
     if whole and labels.ndim == 1:
-        most = int(labels.max(initial=0)) if labels.size else -1
+        most = int(labels.max()) if labels.size else -1
         if most >= MOST_LABELS:
-            raise InputError(f"'labels' row {labels.argmax()} is {most} - number the classes from "
-                             "0, a million at most")
+            raise InputError(f"'labels' row {labels.argmax()} is {most} - number the classes from 0")
         return labels.astype(np.int64), max(most + 1, 0)
     flags = labels.dtype == bool or whole and labels.size and 0 <= labels.min() <= labels.max() <= 1
     if labels.ndim == 2 and labels.size and flags:
         return labels.astype(bool, copy=False), labels.shape[1]
-    raise InputError(f"'labels' has shape {labels.shape} and type {labels.dtype} - give (N,) "
-                     "integers or text, or (N, C) booleans")
+    raise InputError(f"'labels' has shape {labels.shape} and type {labels.dtype} - give (N,) numbers "
+                     "or text, or (N, C) booleans")
 
 
 def _named_labels(labels, names):
     """Labels as text (N,) -> numbers (N,) of `names`, or of their own sorted values; "" is -1."""
-    names = sorted({*labels.tolist()} - {""}) if names is None else names
+    labels = labels.tolist()
+    names = sorted({*labels} - {""}) if names is None else names
     number = {"": -1, **{name: i for i, name in enumerate(names)}}
-    for row, label in enumerate(labels.tolist()):
+    for row, label in enumerate(labels):
         if label not in number:
-            raise InputError(f"'labels' row {row} is {label[:40]!r}, none of 'label_names' - add it")
-    return np.array([number[v] for v in labels.tolist()], np.int64), names
+            raise InputError(f"'labels' row {row} is {label[:40]!r}, no 'label_names' - add it")
+    return np.array([number[label] for label in labels], np.int64), names
 
 
-def _check_grid(grid, tokens):
+def _read_grid(arrays, tokens):
     """(rows, columns) of the tokens, [T] or [], or None."""
-    if grid is None or not tokens:
+    if "grid" not in arrays or not tokens:
         return None
+    grid = arrays["grid"]
     if grid.shape != (2,) or grid.dtype.kind not in "iuf" or not (grid > 0).all() \
             or grid.prod() != tokens[0]:
-        raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give rows and columns "
-                         "whose product they are")
+        raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give rows and columns")
     return int(grid[0]), int(grid[1])
 
 
-def _check_boxes(boxes, n, label_names):
+def _read_boxes(arrays, n, labels):
     """(n, 6) boxes whose samples and labels exist, or None."""
+    wanted = "rows of sample, label, x0, y0, x1, y1"
+    boxes, most = arrays.checked("boxes", (None, 6), np.number, wanted), max(labels, 1)
     if boxes is None:
         return None
-    if boxes.ndim != 2 or boxes.shape[1] != 6 or boxes.dtype.kind not in "biuf" \
-            or not np.isfinite(boxes).all():
-        raise InputError(f"'boxes' has shape {boxes.shape} and type {boxes.dtype} - give rows of "
-                         "sample, label, x0, y0, x1, y1")
-    most = max(len(label_names), 1)
-    inside = (boxes >= 0) & (boxes < [n, most, 1, 1, np.inf, np.inf])
+    inside = (boxes >= 0) & (boxes < [n, most, 1, 1, np.inf, np.inf])    # False of NaN
     inside[:, 2:4] &= boxes[:, 2:4] < boxes[:, 4:]
     inside[:, 4:] &= boxes[:, 4:] <= 1
-    bad = np.flatnonzero(~inside.all(1))
-    if len(bad):
-        raise InputError(f"'boxes' row {bad[0]} is {boxes[bad[0]].tolist()} - give a sample of {n}, "
-                         f"a label of {most}, and x0 < x1, y0 < y1 in shares of the picture, 0 to 1")
+    for row in np.flatnonzero(~inside.all(1))[:1]:
+        raise InputError(f"'boxes' row {row} is {boxes[row].tolist()} - give a sample of {n}, a "
+                         f"label of {most}, and x0 < x1, y0 < y1 in shares of the picture, 0 to 1")
     return boxes
 
 
@@ -528,9 +520,8 @@ def _split(given, groups, n, seed):
     rest val (thesis A.1.2)."""
     if given is not None:
         split = _texts(given)
-        bad = np.flatnonzero(~np.isin(split, SPLITS))
-        if len(bad):
-            raise InputError(f"'split' row {bad[0]} is '{split[bad[0]]}' - use train, val or test")
+        for row in np.flatnonzero(~np.isin(split, SPLITS))[:1]:
+            raise InputError(f"'split' row {row} is '{split[row]}' - use train, val or test")
         return split
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     order = np.random.default_rng([seed, 2]).permutation(unit.max() + 1)
@@ -552,8 +543,7 @@ def _scan(features, block_bytes=1 << 24):
                 finite = np.isfinite(block[bad.argmax()]).all()
                 what = "numbers beyond 1e15" if finite else "NaN or Inf"
                 raise InputError(f"stream '{s}' has {what} in {bad.sum()} or more rows, first row "
-                                 f"{start + bad.argmax()} - {'scale' if finite else 'drop or mend'} "
-                                 "them")
+                                 f"{start + bad.argmax()} - drop or mend them")
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:
@@ -579,12 +569,10 @@ def read_taxonomy(path, label_names):
     elif isinstance(tree, dict) and all(v is None or isinstance(v, str) for v in tree.values()):
         parents = tree
     else:
-        raise InputError(f"{path} holds a {type(tree).__name__} - give {{\"child\": \"parent\"}} or "
-                         "nested LabelName/Subcategory")
+        raise InputError(f"{path} holds a {type(tree).__name__}, no taxonomy - give one by names")
     for child, parent in parents.items():
         if parent is not None and parent not in parents:
-            raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - add it, with "
-                             "null as the root's parent")
+            raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - add it")
     try:
         graphlib.TopologicalSorter({k: [v] for k, v in parents.items() if v}).prepare()
     except graphlib.CycleError as e:
@@ -594,7 +582,7 @@ def read_taxonomy(path, label_names):
         raise InputError(f"taxonomy has {roots} roots - give exactly one entry the parent null")
     for name in label_names:
         if name not in parents:
-            raise InputError(f"taxonomy lacks the label '{name}' - add it, or take other label_names")
+            raise InputError(f"taxonomy lacks the label '{name}' - add it")
     return parents
 
 
@@ -603,8 +591,8 @@ def _nested_taxonomy(path, tree):
     for node, parent in queue:
         below = node.get("Subcategory", []) if isinstance(node, dict) else None
         if not isinstance(below, list) or not isinstance(node.get("LabelName"), str):
-            raise InputError(f"{path}: a node below {parent} has no LabelName of text, or no list "
-                             "as its Subcategory - mend it")
+            raise InputError(f"{path}: a node below {parent} has no LabelName of text, or a Subcategory "
+                             "that is no list - mend it")
         parents[node["LabelName"]] = parent
         queue += [(child, node["LabelName"]) for child in below]
     return parents
@@ -616,10 +604,9 @@ def read_names(path, n_latents):
     if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
         raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
     names = {int(k): str(v) for k, v in found.items()}
-    wrong = [j for j in names if j >= n_latents]
-    if wrong or not names:
-        raise InputError(f"{path}: latent {wrong[0] if wrong else '-'} is not among the run's "
-                         f"{n_latents} - mend the names")
+    wrong = [j for j in names if j >= n_latents] or ["-"][len(names):]
+    if wrong:
+        raise InputError(f"{path}: latent {wrong[0]} is not among the run's {n_latents} - mend it")
     return names
 
 
@@ -629,7 +616,7 @@ def read_head(path, d):
     arrays = _Source(path)
     for key in ("weight", "bias"):
         if key not in arrays:
-            raise InputError(f"{path} lacks '{key}' - give weight (d,) or (2, d) and bias () or (2,)")
+            raise InputError(f"{path} lacks '{key}' - give weight (d,) and bias ()")
     w, b = arrays["weight"], arrays["bias"]
     if w.dtype.kind not in "biuf" or b.dtype.kind not in "biuf" \
             or not np.isfinite(w).all() or not np.isfinite(b).all():
@@ -671,7 +658,12 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
     """
     dims = dims or {"vision": 64, "text": 48, "sound": 40}
     rng = np.random.default_rng([seed, 3])
-    parents, leaves = _kingdoms(*families)
+    letters = ("ABCDEFGH", "123456789", "abcdefgh")
+    used = (letter[:n] for letter, n in zip(letters, families))
+    leaves = ["".join(name) for name in itertools.product(*used)]
+    parents = {"world": None}
+    for leaf in leaves:                                      # world > A > A1 > A1a
+        parents |= {leaf[0]: "world", leaf[:2]: leaf[0], leaf: leaf[:2]}
     C, M = len(leaves), len(dims)
     family_of = np.arange(C) // families[2]
     frequency = rng.permutation(1 / (1 + np.arange(C) / 8))  # from 1 down to 1/7, of 48
@@ -695,37 +687,30 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
         D *= seen[:, m:m + 1] / np.linalg.norm(D, axis=1, keepdims=True)
         noise = (0.05, 0.1, 0.15)[m % 3] / d ** 0.5 * rng.standard_normal((n, d))
         streams[s], truth[s] = (np.tanh(amount @ D) + noise).astype(np.float32), D
-    out = Features(streams, _split(None, None, n, seed), labels, leaves, parents, truth=truth)
+    out = Features(streams, split=_split(None, None, n, seed), labels=labels, label_names=leaves,
+                   parents=parents, truth=truth)
     _scan(out)
     return out
 
 
-def _kingdoms(kingdoms, families, concepts):
-    """A taxonomy, dict name -> parent, and its leaves: world > A > A1 > A1a."""
-    parents, leaves = {"world": None}, []
-    for kingdom in "ABCDEFGH"[:kingdoms]:
-        parents[kingdom] = "world"
-        for family in (f"{kingdom}{j + 1}" for j in range(families)):
-            parents[family] = kingdom
-            for leaf in (family + letter for letter in "abcdefgh"[:concepts]):
-                parents[leaf] = family
-                leaves.append(leaf)
-    return parents, leaves
-
-
 # ---- A made-up tissue: images whose truth is known -----------------------------------------------
 
-# name, lineage, cell radius (of a 64-pixel image), nucleus (kind, radius / cell radius),
-# cytoplasm or None, granules or None
-CELLS = (("lymphocyte", "lymphoid", (5.5, 7.), ("round", .82), (178, 190, 230), None),
-         ("plasma cell", "lymphoid", (7.5, 9.), ("aside", .5), (168, 132, 200), None),
-         ("neutrophil", "myeloid", (7.5, 9.), ("lobes 3", .42), (244, 218, 228), None),
-         ("eosinophil", "myeloid", (7.5, 9.), ("lobes 2", .42), (250, 200, 190), (214, 62, 40)),
-         ("monocyte", "myeloid", (8.5, 10.5), ("crescent", .75), (176, 186, 212), None),
-         ("fibroblast", "stromal", (9., 12.), ("long", 1.), None, None),
-         ("tumour cell", "epithelial", (9.5, 12.), ("nucleolus", .66), (222, 160, 205), None),
-         ("goblet cell", "epithelial", (9., 11.), ("cap", .95), (246, 248, 252), None),
-         ("mitosis", "epithelial", (9., 11.), ("plate", .7), (226, 180, 214), None))
+# name, lineage, cell radius (of a 64-pixel image), nucleus, cytoplasm or None, granules or None. A
+# nucleus is made of discs (radius, x, y, stretch), in radii of the cell, that are joined, less what
+# lies in another disc.
+LOBES = [(.378, .48 * math.cos(a), .48 * math.sin(a), 1) for a in (0.3, 2.2, 4.4)]
+CELLS = (("lymphocyte", "lymphoid", (5.5, 7.), [(.82, 0, 0, 1)], None, (178, 190, 230), None),
+         ("plasma cell", "lymphoid", (7.5, 9.), [(.5, .38, 0, 1)], None, (168, 132, 200), None),
+         ("neutrophil", "myeloid", (7.5, 9.), LOBES, None, (244, 218, 228), None),
+         ("eosinophil", "myeloid", (7.5, 9.), [(.42, -.42, 0, 1), (.42, .42, 0, 1)], None,
+          (250, 200, 190), (214, 62, 40)),
+         ("monocyte", "myeloid", (8.5, 10.5), [(.75, 0, 0, 1)], (.4125, .5625, 0, 1),
+          (176, 186, 212), None),
+         ("fibroblast", "stromal", (9., 12.), [(.3, 0, 0, 3.2)], None, None, None),
+         ("tumour cell", "epithelial", (9.5, 12.), [(.66, 0, 0, 1)], None, (222, 160, 205), None),
+         ("goblet cell", "epithelial", (9., 11.), [(.95, 0, 0, 1)], (.9025, -.38, 0, 1),
+          (246, 248, 252), None),
+         ("mitosis", "epithelial", (9., 11.), [(.22, 0, 0, 3.)], None, (226, 180, 214), None))
 GROUNDS = ("pale stroma", "fibres", "vacuoles")
 DISEASES = {"healthy": (4, 1, 2, 1, 2, 5, 0, 3, .1),         # how often it shows each of the CELLS
             "infection": (2, 3, 8, 1, 3, 3, 0, 2, .2),
@@ -796,8 +781,8 @@ def _boxes_of(instances, kinds):
 
 
 def true_masks(arrays):
-    """{(image, label): bool mask} of the objects of each label together, from a tissue's `instances`
-    and `boxes`; hidden objects have no box."""
+    """{(image, label): bool mask} of the objects of each label together, from a tissue's
+    `instances` and `boxes`; hidden objects have no box."""
     out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
     for i in np.unique(boxes[:, 0].astype(int)):
         numbers = [number for number in np.unique(instances[i]) if number]
@@ -878,7 +863,7 @@ def _mucin(image, mucin, size, rng):
 def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     """Paint one cell of a kind at `middle` (rows, 2: x, y) into each of the images `rows`, and its
     number into `instances`."""
-    _, _, radii, (nucleus, relative), cytoplasm, granules = cell
+    name, _, radii, discs, cut, cytoplasm, granules = cell
     m, size, half = len(rows), image.shape[1], int(np.ceil(14 * f))
     r = (rng.uniform(*radii, m) * f).astype(np.float32)[:, None, None]
     corner, step = np.round(middle).astype(int) - half, np.arange(2 * half)
@@ -889,10 +874,13 @@ def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
     rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)
 
-    def disc(radius, x=0., y=0., stretch=1.):
-        return np.clip((radius * rough - np.hypot((u - x) / stretch, v - y)) + .5, 0, 1)
-    dark = _nucleus(nucleus, r, relative * r, disc)
-    body = dark if cytoplasm is None else disc(r)
+    def disc(radius, x=0, y=0, stretch=1):
+        away = np.hypot((u - x * r) / stretch, v - y * r)
+        return np.clip(radius * r * rough - away + .5, 0, 1)
+    dark = np.maximum.reduce([disc(*d) for d in discs])
+    if cut:
+        dark = dark * (1 - disc(*cut))
+    body = dark if cytoplasm is None else disc(1)
     inside = (py >= 0) & (py < size) & (px >= 0) & (px < size)
     y, x, i = np.clip(py, 0, size - 1), np.clip(px, 0, size - 1), rows[:, None, None]
     window = image[i, y, x]                                  # (m, w, w, 3), a copy
@@ -902,37 +890,18 @@ def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     if granules is not None:
         spots = body * (1 - dark) * (rng.random(body.shape) < .4)
         window += .85 * spots[..., None] * (np.array(granules, np.float32) - window)
-    chromatin = NUCLEUS * (.62 if nucleus == "plate" else 1)
+    chromatin = NUCLEUS * (.62 if name == "mitosis" else 1)
     chromatin = chromatin + 14 * _cloud(m, 2 * half, 12, rng)[..., None]
     window += .95 * dark[..., None] * (chromatin - window)
-    if nucleus == "nucleolus":
-        window += .8 * disc(.2 * r, .2 * r)[..., None] * (np.array((60, 14, 80), np.float32) - window)
+    if name == "tumour cell":
+        nucleolus = .8 * disc(.2, .2)[..., None]
+        window += nucleolus * (np.array((60, 14, 80), np.float32) - window)
     # each pixel once: clipped ones, outside, would repeat the rim
     y, x, i = (np.broadcast_to(v, body.shape) for v in (y, x, i))
     take = inside & (body > .02)
     image[i[take], y[take], x[take]] = window[take]
     take = inside & (body > .5)
     instances[i[take], y[take], x[take]] = np.broadcast_to(number[:, None, None], body.shape)[take]
-
-
-def _nucleus(kind, r, rn, disc):
-    """Its share of each pixel, for cells of radius r and nuclei of radius rn, drawn by `disc`."""
-    if kind in ("round", "nucleolus"):
-        return disc(rn)
-    if kind == "aside":
-        return disc(rn, .38 * r)
-    if kind == "long":
-        return disc(.3 * r, stretch=3.2)
-    if kind == "plate":
-        return disc(.22 * r, stretch=3.)
-    if kind == "crescent":
-        return disc(rn) * (1 - disc(.55 * rn, .75 * rn))
-    if kind == "cap":
-        return disc(rn) * (1 - disc(.95 * rn, -.4 * rn))
-    if kind == "lobes 2":
-        return np.maximum(disc(rn, -.42 * r), disc(rn, .42 * r))
-    lobes = [disc(rn * .9, .48 * r * np.cos(a), .48 * r * np.sin(a)) for a in (0.3, 2.2, 4.4)]
-    return np.maximum.reduce(lobes)
 
 
 def _stain(image, slides, rng):
@@ -964,11 +933,12 @@ def _caption(kinds, ground, mucin, rng):
             found.append(f"{pick(('two', 'three', 'four')[many - 2], 'several')} {plural}")
     if mucin and rng.random() < .85:
         found.append(pick("mucin", "a pool of mucin"))
-    where = f"{pick('in', 'within', 'on')} {('pale stroma', 'fibrous stroma', 'fat vacuoles')[ground]}"
+    place = ("pale stroma", "fibrous stroma", "fat vacuoles")[ground]
+    where = f" {pick('in', 'within', 'on')} {place}"
     *first, last = found or [pick("a field", "tissue")]
     text = f"{', '.join(first)} and {last}" if first else last
     start = pick("", "", "a field with ", "microscopy of ")
-    return start + text + (f" {where}" if rng.random() < .7 else "")
+    return start + text + (where if rng.random() < .7 else "")
 
 
 # ---- Words ---------------------------------------------------------------------------------------
@@ -1000,8 +970,7 @@ class Words:
         words = self.split(text)
         unknown = [w for w in words if w not in self.number]
         if strict and unknown:
-            raise InputError(f"the word '{unknown[0]}' is in no caption that the text encoder "
-                             "learned from - use others")
+            raise InputError(f"the word '{unknown[0]}' is in no caption learned from - use others")
         return [(self.number[w], (i, w)) for i, w in enumerate(words) if w in self.number]
 
     def __call__(self, texts, context, strict=True):
@@ -1030,8 +999,7 @@ class Merges(Words):
         self.letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
         pairs = [tuple(line.split()) for line in merges]
         if not pairs or any(len(pair) != 2 for pair in pairs):
-            raise InputError("a merges file has two pieces a line - give CLIP's "
-                             "bpe_simple_vocab_16e6.txt.gz")
+            raise InputError("a merges file has two pieces a line - give CLIP's bpe_simple_vocab")
         letters = [*self.letter.values()]
         names = [*letters, *(v + "</w>" for v in letters), *map("".join, pairs)]
         self.words, self.rank = list(merges), {pair: i for i, pair in enumerate(pairs)}
@@ -1073,8 +1041,8 @@ def read_merges(path):
         with opened(plain_file(path), "rt", encoding="utf-8") as f:
             return f.read().splitlines()[1:48895]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-        raise InputError(f"{path} is not a readable merges file ({type(e).__name__}) - give CLIP's "
-                         "bpe_simple_vocab_16e6.txt.gz")
+        why = type(e).__name__
+        raise InputError(f"{path} is not a readable merges file ({why}) - give CLIP's bpe_simple_vocab")
 
 
 def latent_semantics(captions, known, longest=1, width=32):
@@ -1092,7 +1060,7 @@ def latent_semantics(captions, known, longest=1, width=32):
                       for i in range(len(words) - n + 1)])
     number = {gram: j for j, gram in enumerate(sorted({gram for i in known for gram in grams[i]}))}
     if len(number) < 2 or len(known) < 2:
-        raise InputError("the captions to learn from hold fewer than two words - give more captions")
+        raise InputError("the captions to learn from hold fewer than two words - give more")
     cells = [(i, number[gram]) for i, found in enumerate(grams) for gram in found if gram in number]
     shape = len(grams), len(number)
     counts = scipy.sparse.csr_matrix((np.ones(len(cells)), tuple(zip(*cells))), shape)
@@ -1130,16 +1098,16 @@ def vision():
             del sys.modules[name]
         # kept, because its operators go when it does
         vision.library = torch.library.Library("torchvision", "DEF")
+        takes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for name in ("nms", "qnms"):
-            vision.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            vision.library.define(name + takes)
         import torchvision.transforms
     return torchvision
 
 
 @dataclass
-class Images(_Labelled):
-    """Pictures and what is known about them; labels, label_names, split, mask, about, notes as in
-    `Features`, split and labels perhaps None.
+class Images(Samples):
+    """Pictures and what is known about them.
 
     paths    list of N          pixels  (N, H, W[, 3]) uint8 where the file holds them, or None
     boxes    (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one
@@ -1148,25 +1116,17 @@ class Images(_Labelled):
     window   see `as_rgb`
     """
     paths: list
-    labels: np.ndarray = None
-    label_names: list = field(default_factory=list)
-    split: np.ndarray = None
+    pixels: np.ndarray = None
     boxes: np.ndarray = None
     objects: list = None
-    about: dict = field(default_factory=dict)
     side: int = 224
     window: tuple = None
-    mask: np.ndarray = None
-    pixels: np.ndarray = None
-    notes: list = field(default_factory=list)
 
     def open(self, i):
         """Picture i in RGB."""
-        if self.pixels is not None:
-            return as_rgb(Image.fromarray(self.pixels[i]), self.window)
         if self.boxes is not None:
             return _slide(self.paths[i], self.window).read(self.boxes[i], self.side)
-        return open_image(self.paths[i], window=self.window)
+        return _picture((self.paths if self.pixels is None else self.pixels)[i], "", self.window)
 
     def __len__(self):
         return len(self.paths)
@@ -1189,11 +1149,18 @@ class Images(_Labelled):
 
     @property
     def hash(self):
-        """Changes with the files' names, their folders' and sizes, not with where all of it lies."""
+        """Changes with the files' names, their folders' and sizes, not with where they all lie."""
         told = "\n".join(f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}"
                          for p in self.paths)
         inside = [a for a in (self.boxes, self.pixels) if a is not None]
         return _digest(np.frombuffer(told.encode(), np.uint8), *inside)
+
+
+def _picture(image, folder, window=None):
+    """A picture in RGB from its pixels, or from its path as seen from a folder."""
+    if isinstance(image, np.ndarray):
+        return as_rgb(Image.fromarray(image), window)
+    return open_image(os.path.join(folder, image), window=window)
 
 
 def _digest(*arrays):
@@ -1225,23 +1192,23 @@ def read_images(path):
         return _read_tiles([os.path.join(path, f) for f in tiles])
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
         return _read_voc_images(path)
-    paths, labels, names, split, notes = _walk(path, PICTURES, "pictures")
-    for p in paths:
+    images = _walk(path, PICTURES, "pictures")
+    for p in images.paths:
         open_image(p, decode=False)
-    return Images(paths, labels, names, split, notes=notes)
+    return images
 
 
 def _read_listed(path, arrays):
     """Pictures that an .npz holds in `images`, or names there, relative to itself, with what else
     it says of them."""
-    if not arrays["images"].size:
-        raise InputError(f"{path} has empty 'images' - name another file")
     n = len(np.atleast_1d(arrays["images"]))
+    if not n:
+        raise InputError(f"{path} has empty 'images' - name another file")
     told = _told(arrays, n)
     images = told["about"].pop("images")
     told["about"].update({k: arrays[k] for k in ("boxes", "grid") if k in arrays})
     if images.ndim > 1:
-        return Images([path] * n, pixels=images, **told)
+        return Images([path] * n, images, **told)
     paths = [os.path.join(os.path.dirname(os.path.abspath(path)), p) for p in images]
     for p in paths:
         open_image(p, decode=False)
@@ -1254,30 +1221,34 @@ def _read_medmnist(path, arrays):
     if not there:
         raise InputError(f"{path} lacks train_images and train_labels, 'images' or 'coords' - give "
                          "a MedMNIST .npz, a list of pictures, tiles, or class folders")
-    pixels, labels = ([arrays[f"{s}_{k}"] for s in there] for k in ("images", "labels"))
-    for s, x, y in zip(there, pixels, labels):
+    pixels, labels, wanted = [], [], "uint8 (N, H, W) or (N, H, W, 3)"
+    for s in there:
+        shape = (None, None, None, 3)[:max(3, arrays[f"{s}_images"].ndim)]
+        x, y = arrays.checked(f"{s}_images", shape, np.uint8, wanted), arrays[f"{s}_labels"]
         if y.size != len(x) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
             raise InputError(f"'{s}_labels' has shape {y.shape} and type {y.dtype} for {len(x)} "
-                             "pictures - give one class each, from 0; several at once are not served")
-        if x.dtype != np.uint8 or x.shape[1:] != pixels[0].shape[1:] or x.shape[3:] not in ((), (3,)) \
-                or x.ndim < 3:
-            raise InputError(f"'{s}_images' has shape {x.shape} and type {x.dtype} - give uint8 "
-                             "(N, H, W) or (N, H, W, 3)")
-    labels = np.concatenate([y.ravel() for y in labels]).astype(int)
-    names = [str(c) for c in range(labels.max() + 1)]
-    split = np.repeat(there, [len(x) for x in pixels])
-    return Images([path] * len(labels), labels, names, split, pixels=np.concatenate(pixels))
+                             "pictures - give one class each, from 0; no several at once")
+        pixels.append(x)
+        labels.append(y.ravel())
+    labels = np.concatenate(labels).astype(int)
+    return Images([path] * len(labels), np.concatenate(pixels), labels=labels,
+                  label_names=[str(c) for c in range(labels.max() + 1)],
+                  split=np.repeat(there, [len(x) for x in pixels]))
 
 
 def _read_voc_images(folder):
     """The pictures of a Pascal VOC folder with their objects."""
-    found = list(read_voc_folder(folder))
-    split, paths, annotated = zip(*((split, path, things) for split, _, path, things in found))
-    objects = []
-    for path, things in zip(paths, annotated):
+    out = Images([], split=[], objects=[])
+    for split, _, path, things in read_voc_folder(folder):
         sides = np.array(open_image(path).size * 2)
-        objects.append([(name, tuple(np.clip(box / sides, 0, 1))) for name, box in things])
-    return Images(list(paths), split=np.array(split), objects=objects)
+        out.paths.append(path)
+        out.split.append(split)
+        out.objects.append([(name, tuple(np.clip(box / sides, 0, 1))) for name, box in things])
+    return replace(out, split=np.array(out.split))
+
+
+# Of XML: broken, in an unknown encoding, without what is looked for
+UNREADABLE = (OSError, ElementTree.ParseError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def read_voc_folder(folder):
@@ -1287,8 +1258,7 @@ def read_voc_folder(folder):
     for part, split in (("trainval", "train"), ("test", "test")):
         listed = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
         if not os.path.exists(listed):
-            raise InputError(f"no {listed} - expected a Pascal VOC folder: ImageSets/Main, "
-                             "Annotations, JPEGImages")
+            raise InputError(f"no {listed} - expected a Pascal VOC folder with JPEGImages")
         with open(plain_file(listed), errors="replace") as f:
             found += [(split, plain_name(stem, f"{listed} lists a picture"))
                       for stem in f.read().split()]
@@ -1302,9 +1272,8 @@ def read_voc(path):
         sides = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
         found = [(thing.find("name").text, np.array([float(thing.find(k).text) for k in sides]))
                  for thing in ElementTree.parse(plain_file(path)).iter("object")]
-    except (OSError, ElementTree.ParseError, AttributeError, LookupError, TypeError, ValueError) as e:
-        raise InputError(f"{path} is not a readable Pascal VOC annotation ({e}) - expected object, "
-                         "name, bndbox, xmin, ...")
+    except UNREADABLE as e:
+        raise InputError(f"{path} is not a readable Pascal VOC annotation ({e}) - write it again")
     for name, box in found:
         plain_name(name, f"{path} names an object")
         if not np.isfinite(box).all():
@@ -1313,7 +1282,7 @@ def read_voc(path):
 
 
 def object_arrays(objects):
-    """The objects of `Images` as a feature file has them: labels (N, C) bool, label_names, boxes."""
+    """The objects of `Images` as a feature file has them: labels, label_names, boxes."""
     names = sorted({name for found in objects for name, _ in found})
     boxes = [(i, names.index(name), *box) for i, found in enumerate(objects) for name, box in found
              if box[0] < box[2] and box[1] < box[3]]
@@ -1323,80 +1292,59 @@ def object_arrays(objects):
     return {"labels": labels, "label_names": np.array(names), "boxes": np.array(boxes)}
 
 
-def _hidden(name):
-    """Whether a file or folder is none of the user's: .ipynb_checkpoints, ._x.png, __MACOSX."""
-    return name.startswith((".", "__MACOSX"))
-
-
 def _files(folder, endings):
-    """[(folder, name)] of what has one of the endings, at any depth, through links, hidden things
-    left out."""
+    """[(folders inside, path)] of what has one of the endings, at any depth, through links. Left
+    out is what is none of the user's: .ipynb_checkpoints, ._x.png, __MACOSX."""
     found = []
     for where, inside, files in os.walk(folder, followlinks=True):
         real = [os.path.realpath(os.path.join(where, name)) for name in inside]
-        inside[:] = sorted(name for name, to in zip(inside, real) if not _hidden(name)
-                           and os.path.commonpath([to, os.path.realpath(where)]) != to)    # a loop
-        found += [(where, f) for f in sorted(files)
-                  if not _hidden(f) and f.lower().endswith(endings)]
+        inside[:] = sorted(name for name, to in zip(inside, real)
+                           if os.path.commonpath([to, os.path.realpath(where)]) != to    # a loop
+                           and not name.startswith((".", "__MACOSX")))
+        under = os.path.relpath(where, folder).split(os.sep)
+        under = [name for name in under if name != "."]
+        found += [(under, os.path.join(where, f)) for f in sorted(files)
+                  if f.lower().endswith(endings) and not f.startswith(".")]
     return found
 
 
-def _split_folders(folder, endings):
-    """[(split, folder)] of the train, val (valid, validation) and test folders in a folder, or
-    itself with None; refuses what lies beside them and so would be passed over."""
-    split_of = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
-    inside = sorted(f for f in os.listdir(folder) if os.path.isdir(os.path.join(folder, f)))
-    if not {*inside} & {*SPLITS}:
-        return [(None, folder)]
-    parts = [(split_of[f], os.path.join(folder, f)) for f in inside if f in split_of]
-    for where, f in _files(folder, endings):
-        if os.path.relpath(where, folder).split(os.sep)[0] not in split_of:
-            raise InputError(f"{os.path.join(where, f)} lies beside the folder {parts[0][1]} - move "
-                             "it into a train, val or test folder, or elsewhere")
-    return parts
-
-
-def _without_masks(files):
-    """[(folder, name)] without the segmentations that lie beside their pictures, as in BUSI:
-    X_mask.png and X_mask_1.png where there is an X."""
-    stems = {(where, os.path.splitext(f)[0]) for where, f in files}
-
-    def is_mask(where, f):
-        picture = re.fullmatch(r"(.+)_mask(_\d+)?", os.path.splitext(f)[0])
-        return f.lower().endswith(PICTURES) and picture and (where, picture[1]) in stems
-    return [(where, f) for where, f in files if not is_mask(where, f)]
+def _is_mask(path, paths):
+    """Whether it is a segmentation beside its picture, as in BUSI: X_mask.png or X_mask_1.png where
+    there is an X. paths: set of all paths without their endings."""
+    picture = re.fullmatch(r"(.+)_mask(_\d+)?", os.path.splitext(path)[0], re.DOTALL)
+    return path.lower().endswith(PICTURES) and picture is not None and picture[1] in paths
 
 
 def _walk(folder, endings, what):
-    """Files of a folder laid out as `read_images` says: paths, labels (N,) or None, label names,
-    split (N,) or None, notes for the user."""
+    """The files of a folder laid out as `read_images` says, as Images, none of them opened."""
     if not os.path.isdir(folder):
-        raise InputError(f"no folder {folder} - name a folder of {what}, or of class folders of "
-                         f"{what}")
-    parts, paths, classes, split, masks = _split_folders(folder, endings), [], [], [], 0
-    for name, part in parts:
-        files = _files(part, endings)
-        kept = _without_masks(files)
-        masks += len(files) - len(kept)
-        for where, f in kept:
-            under = os.path.relpath(where, part)
-            if os.sep in under:
-                raise InputError(f"{where} lies deeper than one level of class folders - move its "
-                                 f"{what} up")
-            paths.append(os.path.join(where, f))
-            classes.append(under)
-            split.append(name)
+        raise InputError(f"no folder {folder} - name one of {what}, or of class folders of {what}")
+    split_of = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
+    parted = any(os.path.isdir(os.path.join(folder, s)) for s in SPLITS)
+    files, paths, classes, split = _files(folder, endings), [], [], []
+    stems = {os.path.splitext(path)[0] for _, path in files}
+    for under, path in files:
+        part, under = under[:parted], under[parted:]
+        if parted and (not part or part[0] not in split_of):
+            raise InputError(f"{path} lies beside the train, val and test folders - move it")
+        if _is_mask(path, stems):
+            continue
+        if len(under) > 1:
+            raise InputError(f"{path} lies deeper than one level of class folders - move it up")
+        paths.append(path)
+        classes.append("".join(under))
+        split += [split_of[name] for name in part]
     if not paths:
         raise InputError(f"no {what} in {folder} - expected {', '.join(endings)}")
-    names = sorted({*classes})
-    labelled = names != ["."]
-    if labelled and "." in names:
-        raise InputError(f"{paths[classes.index('.')]} lies beside class folders - move it into "
-                         "one, or remove the folders")
-    labels = np.array([names.index(name) for name in classes]) if labelled else None
-    notes = [f"{folder}: {masks} masks (X_mask.png beside X.png) are left out"] if masks else []
-    return (paths, labels, names if labelled else [],
-            None if split[0] is None else np.array(split), notes)
+    names, masks = sorted({*classes}), len(files) - len(paths)
+    if len(names) > 1 and names[0] == "":
+        raise InputError(f"{paths[classes.index('')]} lies beside class folders - move it into one")
+    out = Images(paths, split=np.array(split) if parted else None)
+    if names != [""]:
+        out.labels, out.label_names = np.array([names.index(c) for c in classes]), names
+    if masks:
+        out.notes.append(f"{folder}: {masks} masks (X_mask.png beside X.png) are left out")
+    return out
 
 
 def open_image(path, decode=True, window=None):
@@ -1405,13 +1353,12 @@ def open_image(path, decode=True, window=None):
         image = Image.open(plain_file(path))
         return as_rgb(image, window) if decode else image.close()
     except Image.DecompressionBombError:
-        raise InputError(f"{path} is too large for one picture - cut it with `tile`, for which it "
-                         "needs openslide")
+        raise InputError(f"{path} is too large for one picture - `tile` it, which takes openslide")
     except InputError:
         raise
     except Exception as e:                                   # Pillow's many kinds for broken tags
-        raise InputError(f"{path} is not a readable picture ({str(e) or type(e).__name__}) - remove "
-                         "or replace it")
+        why = str(e) or type(e).__name__
+        raise InputError(f"{path} is not a readable picture ({why}) - remove or replace it")
 
 
 def as_rgb(image, window=None):
@@ -1560,15 +1507,13 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
 
 
 @dataclass
-class Pictures:
-    """Small pictures in memory: pixels (N, 3, S, S) uint8, labels (N,) int, label_names, split (N,)
-    or None, groups (N,) or None, notes as in `Images`."""
+class Pictures(Samples):
+    """Small pictures in memory: pixels (N, 3, S, S) uint8, all with one label (N,)."""
     pixels: np.ndarray
-    labels: np.ndarray
-    label_names: list
-    split: np.ndarray = None
-    groups: np.ndarray = None
-    notes: list = field(default_factory=list)
+
+    @property
+    def groups(self):
+        return self.about.get("groups")
 
     @property
     def hash(self):
@@ -1580,24 +1525,24 @@ def read_pictures(path, size, label=None, window=None):
     left out. Where several labels hold at once, `label` is the name of the one to find. window: see
     `as_rgb`."""
     images = replace(read_images(path), window=window)
-    labels, names = images.labels, images.label_names
+    labels, names, known = images.labels, images.label_names, np.flatnonzero(images.labelled)
     if labels is None:
         raise InputError(f"{path} has no labels - put the pictures into folders named after them")
     if labels.ndim == 1 and label:
         raise InputError(f"{path} has one label a picture - leave out --label")
     if labels.ndim == 2:
         if label not in names:
-            raise InputError(f"{path}: no label '{label}' - name one with --label: "
-                             f"{', '.join(names)}")
+            raise InputError(f"{path}: no label '{label}' - use --label: {', '.join(names)}")
         labels, names = labels[:, names.index(label)].astype(int), [f"no {label}", label]
-    known = np.flatnonzero(images.labelled)
-    if len(np.unique(labels[known])) < 2:
-        raise InputError(f"{path} has {'no label' if not len(known) else 'the one class ' + names[labels[known[0]]]} - there is nothing to tell apart")
+    there = np.unique(labels[known])
+    if len(there) < 2:
+        found = "".join(names[c] for c in there) or "none"
+        raise InputError(f"{path} has the one class {found} - there is nothing to tell apart")
     views = (images.open(i).resize((size, size), Image.BICUBIC) for i in known)
-    split, groups = (None if a is None else a[known]
-                     for a in (images.split, images.about.get("groups")))
-    return Pictures(np.stack([np.asarray(v).transpose(2, 0, 1) for v in views]), labels[known],
-                    names, split, groups, images.notes)
+    pixels = np.stack([np.asarray(view).transpose(2, 0, 1) for view in views])
+    about = {k: a[known] for k, a in images.about.items() if k == "groups"}
+    return Pictures(pixels, labels=labels[known], label_names=names, about=about, notes=images.notes,
+                    split=None if images.split is None else images.split[known])
 
 
 def picture_parts(pictures, split, seed, source):
@@ -1698,10 +1643,13 @@ def _forget_slides(worker):
 def read_slides(path):
     """A slide, or a folder of slides, class and split folders included, as Images whose `groups`
     are the slides' names. None of them is opened."""
-    found = _walk(path, SLIDES, "slides") if os.path.isdir(path) else ([path], None, [], None, [])
-    paths, labels, label_names, split, notes = found
-    names = np.array([os.path.splitext(os.path.basename(p))[0] for p in paths])
-    return Images(paths, labels, label_names, split, about={"groups": names}, notes=notes)
+    out = _walk(path, SLIDES, "slides") if os.path.isdir(path) else Images([path])
+    out.about["groups"] = np.array([_stem(p) for p in out.paths])
+    return out
+
+
+def _stem(path):
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def otsu(values):
@@ -1815,34 +1763,27 @@ def tile_arrays(slides, i, boxes, out, regions=None, share=0.5):
 
 
 def _read_tiles(files):
-    """Tiles as the `tile` command writes them; what some files do not say is left out."""
-    found = []
+    """Tiles as the `tile` command writes them; what not all files say is left out."""
+    paths, found = [], []
     for file in files:
         arrays = _Source(file)
-        for key in ("coords", "images"):
-            if key not in arrays:
-                raise InputError(f"{file} lacks '{key}' - name a file that the tile command wrote")
-        boxes = arrays["coords"]
-        n = len(boxes) if boxes.ndim else 0
-        if boxes.shape != (n, 4) or boxes.dtype.kind not in "iuf" or not n \
-                or arrays["images"].shape != (n,):
-            raise InputError(f"{file}: 'coords' has shape {boxes.shape} and type {boxes.dtype} for "
-                             f"{arrays['images'].size} tiles - give x, y, width, height each")
-        told = _told(arrays, n)
+        boxes = arrays.checked("coords", (None, 4), np.number, "(n, 4): x, y, width, height")
+        if boxes is None or not len(boxes) or "images" not in arrays:
+            raise InputError(f"{file} lacks 'coords' or 'images' - name a file that `tile` wrote")
+        told = _told(arrays, len(boxes))
         here = os.path.dirname(os.path.abspath(file))
-        told["paths"] = [os.path.join(here, name) for name in told["about"]["images"]]
-        told["boxes"] = boxes.astype(int)
-        if told["mask"] is None:
-            told["mask"] = np.ones(n, bool)
-        found.append({**told, **told["about"]})
+        paths += [os.path.join(here, name) for name in told["about"]["images"]]
+        mask = np.ones(len(boxes), bool) if told["mask"] is None else told["mask"]
+        found.append({**told, "mask": mask, "boxes": boxes.astype(int),
+                      "groups": told["about"].get("groups")})
 
     def joined(key):
-        parts = [told.get(key) for told in found]
+        parts = [told[key] for told in found]
         return None if any(part is None for part in parts) else np.concatenate(parts)
     labels, mask, groups = map(joined, ("labels", "mask", "groups"))
-    return Images([p for told in found for p in told["paths"]], labels,
-                  [] if labels is None else found[-1]["label_names"], joined("split"),
-                  joined("boxes"), about={} if groups is None else {"groups": groups},
+    return Images(paths, labels=labels, label_names=[] if labels is None else told["label_names"],
+                  split=joined("split"), boxes=joined("boxes"),
+                  about={} if groups is None else {"groups": groups},
                   mask=None if mask.all() else mask)
 
 
@@ -1858,9 +1799,8 @@ def read_polygons(path):
             inside = region.get("PartOfGroup") not in ("_2", "Exclusion")
             if len(points) > 2:
                 found.append((np.array(points)[:, 1:], inside))
-    except (OSError, ElementTree.ParseError, LookupError, TypeError, ValueError) as e:
-        raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - expected "
-                         "Annotation, Coordinate, Order, X, Y")
+    except UNREADABLE as e:
+        raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - write it again")
     return sorted(found, key=lambda region: not region[1])
 
 
@@ -1950,7 +1890,8 @@ class Bags:
 
     def means(self):
         """(bags, d) float64: the mean of each bag's instances."""
-        return np.add.reduceat(self.X, self.offsets[:-1], dtype=float) / np.diff(self.offsets)[:, None]
+        total = np.add.reduceat(self.X, self.offsets[:-1], dtype=float)
+        return total / np.diff(self.offsets)[:, None]
 
     def padded(self, rows):
         """x (B, N, d), zeros where a bag is shorter than the longest, mask (B, N), y (B,)."""
@@ -1983,9 +1924,8 @@ class Bags:
             number = np.bincount(self.y[train], minlength=self.y.max() + 1)
             rarest = number[np.unique(self.y)].min()
             if not len(test) or rarest < (least if val is None else 2):
-                raise InputError(f"{source}: a part of {len(train)} bags to learn from, {rarest} of "
-                                 f"the rarest class, and {len(test)} to test on is too small - add "
-                                 "bags, or mend the folds or split folders")
+                raise InputError(f"{source}: {len(train)} bags to learn from, {rarest} of the rarest "
+                                 f"class, and {len(test)} to test on are too few - add bags")
             groups = None if self.groups is None else len(np.unique(self.groups[train]))
             if groups is not None and groups < least and val is None:
                 raise InputError(f"{source}: the bags to learn from are of {groups} groups, and "
@@ -2019,105 +1959,77 @@ def read_bags(path, stream=None):
 
 def _bags_of_folder(path, stream):
     """Bags of class folders of feature files, their widths and groups checked."""
-    paths, y, label_names, split, _ = _walk(path, (".npz",), "feature files")
-    if y is None:
-        raise InputError(f"{path} has no class folders - put each bag's file into a folder named "
-                         "after its label")
-    names = [os.path.splitext(os.path.basename(p))[0] for p in paths]
-    parts, coords, images, groups = [], [], [], []
-    for file in paths:
-        X, about, pictures = _instances(file, _Source(file), stream)
-        group = np.unique(about.get("groups", []))
-        parts.append(X)
-        coords.append(about.get("coords"))
-        images.append(pictures and pictures[0])
-        groups.append(group[0] if len(group) == 1 else None)
+    files = _walk(path, (".npz",), "feature files")
+    if files.labels is None:
+        raise InputError(f"{path} has no class folders - name them after the bags' labels")
+    bags = []
+    for file in files.paths:
+        X, told, coords, pictures = _instances(file, _Source(file), stream)
+        groups = np.unique(told["about"].get("groups", []))
+        bags.append((X, coords, pictures and pictures[0], groups[0] if len(groups) == 1 else None))
+    parts, coords, pictures, groups = map(list, zip(*bags))
     if None in groups and len({*groups}) > 1:
-        raise InputError(f"{paths[groups.index(None)]} has no single group, as other bags have - "
-                         "give one in each, or none")
+        lone = files.paths[groups.index(None)]
+        raise InputError(f"{lone} has no single group, as other bags have - give one in each")
     widths = {x.shape[1] for x in parts}
     if len(widths) > 1:
-        raise InputError(f"the bags in {path} have widths {sorted(widths)} - extract them with one "
-                         "backbone")
-    return Bags(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), y, label_names, names,
-                split=split, coords=coords, images=images,
-                groups=None if None in groups else np.array(groups))
+        raise InputError(f"the bags in {path} have widths {sorted(widths)} - take one backbone")
+    return Bags(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), files.labels,
+                files.label_names, [_stem(p) for p in files.paths], split=files.split,
+                coords=coords, images=pictures, groups=None if None in groups else np.array(groups))
 
 
 def _bags_of_groups(path, arrays, stream):
     """Each group of a feature file as a bag, with the one label and split of its rows."""
-    X, about, pictures = _instances(path, arrays, stream)
-    labels, label_names, mask = _read_labels(arrays, len(X))
+    X, told, coords, pictures = _instances(path, arrays, stream)
+    labels, split = told["labels"], told["split"]
     if labels.ndim != 1 or labels.min() < 0:
-        raise InputError(f"{path}: 'labels' has shape {labels.shape}, or rows without one - give "
-                         "(N,), one label for each bag")
-    names, first, bag, size = np.unique(about["groups"], True, True, True)
-    for key, a in (("label", labels), ("split", about.get("split"))):
-        torn = [] if a is None else np.flatnonzero(a != a[first][bag])
-        if len(torn):
-            raise InputError(f"{path}: group {names[bag[torn[0]]]} has rows of several {key}s - give "
-                             f"each bag one {key}")
-    order = np.argsort(bag, kind="stable")
-    coords, split = about.get("coords"), about.get("split")
-    return Bags(X[order], np.r_[0, np.cumsum(size)], labels[first], label_names,
-                [str(name) for name in names],
-                split=None if split is None else _split(split[first], None, len(names), 0),
-                coords=None if coords is None else [coords[bag == i] for i in range(len(names))],
+        raise InputError(f"{path}: 'labels' of shape {labels.shape} leave rows out - give each bag one")
+    names, first, bag, size = np.unique(told["about"]["groups"], True, True, True)
+    for key, a in (("label", labels), ("split", split)):
+        for row in [] if a is None else np.flatnonzero(a != a[first][bag])[:1]:
+            raise InputError(f"{path}: group {names[bag[row]]} has several {key}s - give each bag one")
+    order, ends = np.argsort(bag, kind="stable"), np.cumsum(size)
+    return Bags(X[order], np.r_[0, ends], labels[first], told["label_names"], names.astype(str),
+                split=None if split is None else split[first],
+                coords=None if coords is None else np.split(coords[order], ends[:-1]),
                 images=pictures and [pictures[i] for i in first])
+
+
+def _instances(path, arrays, stream):
+    """Of a feature file: X (n, d), what it says of them (`_told`), their coords, and the paths of
+    the pictures that they were cut from; None where there are none."""
+    name = stream or (arrays.streams[0] if len(arrays.streams) == 1 else None)
+    if name not in arrays.streams:
+        there = ", ".join(arrays.streams) or "none"
+        raise InputError(f"{path} has the streams {there} - pick one with --stream")
+    X = _stream(arrays, name, 2)
+    told, coords = _told(arrays, len(X)), arrays.get("coords")
+    images = told["about"].get("images")
+    if images is not None:                                   # pixels lie nowhere else
+        here = os.path.dirname(path)
+        images = [os.path.join(here, p) for p in images] if images.ndim == 1 else None
+    return X, told, coords, images
 
 
 def _bags_of_file(path, arrays):
     """Bags of an .npz, the shapes and types of its arrays checked against each other."""
     for key in ("X", "offsets", "y"):
         if key not in arrays:
-            raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets (bags + 1,) and "
-                             "y (bags,)")
-    X, offsets, y = _matrix(path, "X", arrays), arrays["offsets"], arrays["y"]
-    folds, groups = arrays.get("folds"), arrays.get("groups")
-    if y.ndim != 1 or offsets.ndim != 1 or not len(y) or not len(offsets) \
-            or not np.issubdtype(offsets.dtype, np.integer):
-        raise InputError(f"'y' has shape {y.shape}, 'offsets' {offsets.shape} of {offsets.dtype} - "
-                         "give (bags,) and (bags + 1,) integers")
-    offsets = offsets.astype(np.int64)
-    if len(offsets) != len(y) + 1 or offsets[0] != 0 or offsets[-1] != len(X):
-        raise InputError(f"'offsets' has {len(offsets)} entries from {offsets[0]} to {offsets[-1]} "
-                         f"for {len(y)} bags and {len(X)} instances - give bags + 1, from 0 to the "
-                         "number of instances")
-    if not np.issubdtype(y.dtype, np.integer) or not 0 <= y.min() <= y.max() <= MOST_LABELS:
-        raise InputError(f"'y' holds {y.dtype} from {min(y.tolist())} to {max(y.tolist())} - give "
-                         "integers from 0")
-    if groups is not None and groups.shape != y.shape:
-        raise InputError(f"'groups' has shape {groups.shape} for {len(y)} bags - give one each")
-    if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):
-        raise InputError(f"'folds' has shape {folds.shape} and type {folds.dtype} for {len(y)} bags "
-                         "- give (repeats, folds, bags) bool, True = train")
-    return Bags(X, offsets, y, [], [str(i) for i in range(len(y))], folds, groups=groups)
-
-
-def _instances(path, arrays, stream):
-    """Of a feature file: X (n, d), what it says of them, with `coords`, and the paths of the
-    pictures that they were cut from, or None."""
-    name = stream or (arrays.streams[0] if len(arrays.streams) == 1 else None)
-    if name not in arrays.streams:
-        raise InputError(f"{path} has the streams {', '.join(arrays.streams) or 'none'} - pick one "
-                         "with --stream")
-    X = _matrix(path, name, arrays)
-    about = _about(arrays, len(X))
-    if "coords" in arrays:
-        about["coords"] = arrays["coords"]
-    images = about.get("images")
-    if images is None or images.ndim > 1:                    # pixels lie nowhere else
-        return X, about, None
-    return X, about, [os.path.join(os.path.dirname(path), name) for name in images]
-
-
-def _matrix(path, name, arrays):
-    """The features (n, d) of instances; tokens are refused."""
-    X = _check_stream(path, name, arrays[name])
-    if X.ndim != 2:
-        raise InputError(f"{path}: '{name}' has shape {X.shape}, tokens of samples - a bag is "
-                         "(instances, width): extract without --tokens")
-    return X
+            raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets and y (bags,)")
+    X, y = _stream(arrays, "X", 2), arrays.checked("y", (None,), np.integer, "(bags,) integers")
+    n = len(y)
+    offsets = arrays.checked("offsets", (n + 1,), np.integer, f"(bags + 1,) integers for {n} bags")
+    groups = arrays.checked("groups", (n,), np.generic, f"one for each of {n} bags")
+    folds = arrays.checked("folds", (None, None, n), np.bool_,
+                           f"(repeats, folds, bags) bool for {n} bags, True = train")
+    if offsets[0] != 0 or offsets[-1] != len(X):
+        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - begin at 0, and end at "
+                         f"the number of instances, {len(X)}")
+    if not n or not 0 <= y.min() <= y.max() <= MOST_LABELS:
+        raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
+    return Bags(X, offsets.astype(np.int64), y, [], [str(i) for i in range(n)], folds,
+                groups=groups)
 
 
 def stratified_parts(y, shares, seed, groups=None):

@@ -119,7 +119,7 @@ def test_a_mask_takes_labels_away_and_a_row_of_none_is_not_unlabelled(tmp_path):
 @pytest.mark.parametrize("more, message", [
     ({"labels": np.full(50, 10 ** 8)}, "row 0 is 100000000 - number the classes from 0"),
     ({"labels": np.array([2 ** 63] * 50, np.uint64)}, "row 0 is 9223372036854775808"),
-    ({"labels": np.array(["a"] * 50), "label_names": np.array(["b"])}, "row 0 is 'a', none of"),
+    ({"labels": np.array(["a"] * 50), "label_names": np.array(["b"])}, "row 0 is 'a', no 'label_names'"),
     ({"labels": np.zeros(50)}, "'labels' has shape \\(50,\\) and type float64"),
     ({"labels": np.zeros((50, 0), int)}, "'labels' has shape \\(50, 0\\)"),
     ({"labels": np.array(3)}, "'labels' has shape \\(\\) "),
@@ -280,7 +280,7 @@ def poisoned(value, row):
     ({"b": poisoned(np.inf, 3)}, "stream 'b' has NaN or Inf in 1 or more rows, first row 3"),
     ({"b": np.zeros((49, 4))}, "stream 'b' has 49 rows but 'a' has 50"),
     ({"b": np.zeros((50, 4), int)}, "stream 'b' holds int64"),
-    ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - it needs at least"),
+    ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - a stream is"),
     ({"b": np.zeros(50)}, r"stream 'b' has shape \(50,\)"),
     ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50 samples"),
     ({"labels": np.zeros(50)}, "'labels' has shape .* float64"),
@@ -289,8 +289,8 @@ def poisoned(value, row):
     ({"split": np.array(["test"] * 50)}, "the train split is empty"),
     ({"split": np.array(["train"] * 49 + ["dev"])}, "'split' row 49 is 'dev'"),
     ({"groups": np.zeros(50, int)}, "the test and val split is empty"),
-    ({"n": 0}, "has shape .0, 6. - it needs at least one row"),
-    ({"b": np.array([{}] * 50)}, "is an array of Python objects - save plain numbers")])
+    ({"n": 0}, "has shape .0, 6. - a stream is"),
+    ({"b": np.array([{}] * 50)}, "is an array of Python objects - save numbers")])
 def test_a_bad_array_is_refused_by_name(more, message, tmp_path):
     with pytest.raises(InputError, match=message):
         features = read_features(as_file(tmp_path, **more))
@@ -311,7 +311,7 @@ def test_a_bad_file_is_refused(tmp_path):
     np.savez(tmp_path / "none.npz", labels=np.zeros(3, int))
     for name, message in (("missing.npz", "no file or folder"), ("cut.npz", "is cut off or damaged"),
                           ("damaged.npz", "is cut off or damaged"), ("text.npz", "is not a readable"),
-                          ("pickle.npz", "is not a readable"), ("one.npy", "one array without a name"),
+                          ("pickle.npz", "is not a readable"), ("one.npy", "holds an array without a name"),
                           ("empty", "holds no stream"), ("none.npz", "holds no stream")):
         with pytest.raises(InputError, match=message):
             read_features(str(tmp_path / name))
@@ -388,7 +388,7 @@ def test_pictures_beside_the_split_folders_are_refused_and_other_things_are_not(
     (pictures / where / "notes.txt").write_text("read me")
     assert len(data.read_images(pictures)) == 18
     (pictures / "train" / "a" / "0.png").rename(pictures / where / "0.png")
-    with pytest.raises(InputError, match="0.png lies beside the folder .*test"):
+    with pytest.raises(InputError, match="0.png lies beside the train, val and test folders"):
         data.read_images(pictures)
 
 
@@ -741,13 +741,13 @@ def test_padded_bags_are_their_instances_and_a_mask(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"y": None}, "lacks 'y'"), ({"offsets": np.array([0, 2, 2, 7, 10])}, "bag 1 is empty"),
-    ({"offsets": np.array([0, 2, 3, 10])}, "'offsets' has 4 entries from 0 to 10 for 4 bags"),
-    ({"y": np.array([1, 1, 1, 1])}, "all bags have the label 1"), ({"y": np.array([0, 1, -1, 0])}, "'y' holds int64 from -1"),
+    ({"offsets": np.array([0, 2, 3, 10])}, r"'offsets' has shape \(4,\) .* for 4 bags"),
+    ({"y": np.array([1, 1, 1, 1])}, "all bags have the label 1"), ({"y": np.array([0, 1, -1, 0])}, "'y' goes from -1 to 1"),
     ({"X": np.where(np.arange(10)[:, None] == 4, np.nan, np.ones((10, 3)))}, "instance 4 holds NaN"),
-    ({"offsets": np.array([0., 2, 3, 7, 10])}, "of float64 - give"), ({"y": np.array([[0], [1], [0], [1]])}, r"'y' has shape \(4, 1\)"),
-    ({"y": np.array(1)}, r"'y' has shape \(\)"), ({"y": np.array(["a", "b", "a", "b"])}, "'y' holds <U1 from a"),
-    ({"y": np.zeros(0, int)}, r"'y' has shape \(0,\)"), ({"offsets": np.zeros(0, int)}, r"'offsets' \(0,\)"),
-    ({"folds": np.ones((2, 5), bool)}, "'folds' has shape"), ({"folds": np.ones((1, 2, 4), int)}, "and type int64 for 4 bags")])
+    ({"offsets": np.array([0., 2, 3, 7, 10])}, "'offsets' has shape .* float64 - give"), ({"y": np.array([[0], [1], [0], [1]])}, r"'y' has shape \(4, 1\)"),
+    ({"y": np.array(1)}, r"'y' has shape \(\)"), ({"y": np.array(["a", "b", "a", "b"])}, "'y' has shape .* type <U1"),
+    ({"y": np.zeros(0, int)}, "'y' goes from|'offsets' has shape"), ({"offsets": np.zeros(0, int)}, r"'offsets' has shape \(0,\)"),
+    ({"folds": np.ones((2, 5), bool)}, "'folds' has shape"), ({"folds": np.ones((1, 2, 4), int)}, "and type int64 - give .* for 4 bags")])
 def test_bad_bags_are_refused_by_name(change, message, tmp_path):
     with pytest.raises(InputError, match=message):
         data.read_bags(bag_file(tmp_path / "b.npz", **change)[0])
@@ -819,7 +819,7 @@ def test_bags_keep_patients_together_and_are_no_tokens(tmp_path):
     bags = {"X": x, "offsets": np.arange(0, 41, 2), "y": np.arange(20) % 2}
     np.savez(tmp_path / "b.npz", **bags, groups=np.arange(20) // 4)
     assert data.read_bags(tmp_path / "b.npz").groups.tolist() == (np.arange(20) // 4).tolist()
-    for change, message in (({"groups": np.arange(40)}, "'groups' has shape \\(40,\\) for 20 bags"),
+    for change, message in (({"groups": np.arange(40)}, "'groups' has shape \\(40,\\) .* each of 20 bags"),
                             ({"X": x[:, None]}, "'X' has shape \\(40, 1, 3\\), tokens of samples")):
         np.savez(tmp_path / "c.npz", **{**bags, **change})
         with pytest.raises(InputError, match=message):
@@ -846,7 +846,7 @@ def test_medmnist_files_and_class_folders_become_pictures(tmp_path, pictures):
     back = x * torch.tensor(data.IMAGENET[1]).view(3, 1, 1) + torch.tensor(data.IMAGENET[0]).view(3, 1, 1)
     assert torch.equal((255 * back).round().to(torch.uint8), torch.from_numpy(found.pixels))
     for change, message in (({"train_images": arrays["train_images"].astype(float)}, "'train_images' has shape"),
-                            ({"val_labels": np.zeros((2, 14), np.uint8)}, "several at once are not served"),
+                            ({"val_labels": np.zeros((2, 14), np.uint8)}, "no several at once"),
                             ({k: 0 * v for k, v in arrays.items() if "labels" in k}, "has the one class 0")):
         np.savez(tmp_path / "n.npz", **{**arrays, **change})
         with pytest.raises(InputError, match=message):
