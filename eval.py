@@ -12,23 +12,32 @@ and Jaccard near 1 even under the null. Nothing here knows how a code was made; 
 number both ways. For the alone Jaccard the null is no control either, since a null's latents share labels by chance: pairing
 each latent with another one of the same model is.
 
-Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs sees the test rows);
-             tasks need at least 50 positives, as the text says (theirs: more than 50); the taxonomy is indexed by label
-             (theirs permutes it at depths 1-4); retrieval ties count against the query.
+Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs
+             sees the test rows); tasks need at least 50 positives, as the text says (theirs: more
+             than 50); Jaccard takes the 50 top samples, as the text says, over living latents and,
+             as published, over all (the published figures took every active sample); the taxonomy
+             is indexed by label (theirs permutes it at depths 1-4); retrieval ties count against
+             the query. The linear probe reports its last epoch, not the best on the test set.
+             Barcodes are divided by the number of a patient's images (CytoSAE Eq. 4; its code: by
+             the number of latents); entropy counts all active images (`weighted`: as its code).
+             Concept latents (thesis 5.4.4) are counted on training samples, not on those that are
+             segmented: those that fire with the concept more often than not, or the ten likeliest.
+             Relevancy maps start at the same layer everywhere. Small objects count in AP, AR and
+             mIoU, as in the authors' code and not in sparc.txt. What Mammo-SAE leaves open about
+             boxes (percentile, overlap, score of a box) are arguments here.
+Ours         the null, Jaccard's control, the linear baseline, the verdict.
 """
 import base64
-import ctypes
+import collections
 import errno
 import html
 import io
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import statistics
-import threading
-import time
+import sys
 
 import numpy as np
 import scipy.ndimage
@@ -48,39 +57,42 @@ def sparse_code(indices, values, n_latents):
     n, k = indices.shape
     columns = np.maximum(np.asarray(indices, np.int32), 0)
     values = np.asarray(values, np.float32).flatten()        # a copy: eliminate_zeros writes to it
-    code = sp.csr_matrix((values, columns.ravel(), np.arange(0, n * k + 1, k)), (n, n_latents))
+    rows = np.arange(0, n * k + 1, k)
+    code = sp.csr_matrix((values, columns.ravel(), rows), (n, n_latents))
     code.eliminate_zeros()
     code.sort_indices()
     return code
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which latents live, and what they mean
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Which latents live, and what they mean ------------------------------------------------------
 
 def activation_patterns(codes):
-    """Thesis Table 5.1: `alive_in` [latents active in 0, 1, ..., M streams], `silent` {stream: latents never active}."""
+    """Thesis Table 5.1, from {stream: code}: `alive_in` [latents active in 0, 1, ..., M streams],
+    `silent` {stream: latents never active}."""
     alive = np.stack([code.getnnz(axis=0) > 0 for code in codes.values()])                  # (M, L)
-    return {"latents": alive.shape[1], "alive_in": np.bincount(alive.sum(0), minlength=len(codes) + 1).tolist(),
+    return {"latents": alive.shape[1],
+            "alive_in": np.bincount(alive.sum(0), minlength=len(codes) + 1).tolist(),
             "silent": {s: int((~a).sum()) for s, a in zip(codes, alive)}}
 
 
 def top_samples(code, top=TOP):
-    """Each latent's `top` most activating samples, best first: CSR (L, n) of ranks 1, 2, ...; ties to the lower row."""
+    """Each latent's `top` most activating samples (all if None), best first, ties to the lower row:
+    CSR (L, n) of ranks 1, 2, ..."""
     by_latent = code.tocsc()
     latent = np.repeat(np.arange(code.shape[1]), np.diff(by_latent.indptr))
     order = np.lexsort((by_latent.indices, -by_latent.data, latent))
     rank = np.arange(len(order)) - by_latent.indptr[latent] + 1
     keep = rank <= (top or np.inf)
-    return sp.csr_matrix((rank[keep], (latent[keep], by_latent.indices[order][keep])), shape=code.shape[::-1])
+    places = latent[keep], by_latent.indices[order][keep]
+    return sp.csr_matrix((rank[keep], places), shape=code.shape[::-1])
 
 
 def label_counts(code, labels, top=TOP, known=None):
-    """How often each label occurs among each latent's `top` samples (all active ones if None), labelled samples only.
+    """How often each label occurs among each latent's `top` samples (all active ones if None).
 
-    labels (n, C) bool; known (n,) bool says which samples were labelled, by default all: a row of
-    False has none of the labels, and counts. Returns counts (L, C) and the number of samples behind
-    them (L,), 0 where a latent is not active.
+    labels (n, C) bool; known (n,) bool says which samples were labelled and so count, by default
+    all: a row of False has none of the labels. Returns counts (L, C) and the number of samples
+    behind them (L,), 0 where a latent is not active.
     """
     known = np.ones(len(labels), bool) if known is None else known
     best = top_samples(code[known], top)
@@ -89,9 +101,10 @@ def label_counts(code, labels, top=TOP, known=None):
 
 
 def taxonomy_levels(label_names, parents):
-    """For every depth from 0 (root) to the deepest label: (C,) the node that each label is lifted to, as an integer.
+    """For every depth from 0 (root) to the deepest label: (C,) the node, a number, that each label
+    is lifted to. parents: {name: its parent or None}.
 
-    A label above that depth stays itself. Without a taxonomy there is one level, the labels themselves.
+    A label above that depth stays itself. Without a taxonomy the labels are the one level.
     """
     if not parents:
         return [np.arange(len(label_names))]
@@ -102,119 +115,118 @@ def taxonomy_levels(label_names, parents):
             path.insert(0, parents[path[0]])
         paths.append(path)
     number = {name: i for i, name in enumerate(parents)}
-    depths = range(max(map(len, paths)))
-    return [np.array([number[path[min(depth, len(path) - 1)]] for path in paths]) for depth in depths]
+    return [np.array([number[path[min(depth, len(path) - 1)]] for path in paths])
+            for depth in range(max(map(len, paths)))]
 
 
 def lift(counts, level):
-    """Label counts (L, C) -> counts of the nodes (L, number of nodes) that `level` (C,) maps the labels to."""
+    """Label counts (L, C) -> counts (L, nodes) of the nodes that `level` (C,) maps labels to."""
     _, node = np.unique(level, return_inverse=True)
     return counts @ np.eye(node.max() + 1, dtype=counts.dtype)[node]
 
 
 def jaccard(counts, n_top):
-    """Generalised Jaccard similarity of label counts between streams (sparc.txt 4.2), latent by latent.
+    """Generalised Jaccard similarity of label counts between streams (sparc.txt 4.2), by latent.
 
-    counts: dict stream -> (L, C), n_top: dict stream -> (L,), from `label_counts`. A latent is alive in a stream where
-    n_top > 0. Returns `jaccard`, the mean over latents alive in two streams or more of their mean over such pairs of
-    streams; `jaccard_all`, the same with every other latent counted as 0, as the published numbers do; `control`, the same
-    as the first with each latent paired with another of those alive in both streams, half of them further on; `pairs`, per
-    pair.
+    counts: stream -> (L, C), n_top: stream -> (L,), from `label_counts`. A latent is alive in a
+    stream where n_top > 0. Returns `jaccard`, the mean over latents alive in two streams or more of
+    their mean over such pairs of streams; `jaccard_all`, the same with all other latents counted as
+    0, as the published numbers do; `control`, the first with each latent paired with another of
+    those alive in both streams, half of them further on; `pairs`, the first for each pair.
     """
-    names, used, others, pairs = list(counts), 0, 0, {}
-    total = np.zeros((2, len(next(iter(counts.values())))))                                 # of itself, of another
-    for i, s in enumerate(names):
-        for t in names[i + 1:]:
-            alive = (n_top[s] > 0) & (n_top[t] > 0)
-            both = np.flatnonzero(alive)
-            scores = []
-            for other in (both, np.roll(both, len(both) // 2)):
-                a, b = counts[s][both], counts[t][other]
-                scores.append(np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1))
-            scores[1] *= len(both) > 1
-            total[:, both] += scores
-            pairs[f"{s} / {t}"] = _mean(scores[0])
-            used = used + alive
-            others = others + alive * (len(both) > 1)        # one alone has no other
-    mean, control = total[0] / np.maximum(used, 1), total[1] / np.maximum(others, 1)
-    return {"jaccard": _mean(mean[used > 0]), "jaccard_all": float(mean.mean()), "pairs": pairs,
-            "control": _mean(control[others > 0])}
+    total = np.zeros((2, len(next(iter(counts.values())))))  # (with itself, with another; L)
+    used, pairs = np.zeros_like(total), {}
+    for s, t in itertools.combinations(counts, 2):
+        both = np.flatnonzero((n_top[s] > 0) & (n_top[t] > 0))
+        for i, other in enumerate((both, np.roll(both, len(both) // 2))):
+            a, b = counts[s][both], counts[t][other]
+            score = np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1)
+            if i == 0:
+                pairs[f"{s} / {t}"] = _mean(score)
+            elif len(both) == 1:                             # one alone has no other
+                continue
+            total[i, both] += score
+            used[i, both] += 1
+    mean = total / np.maximum(used, 1)
+    return {"jaccard": _mean(mean[0, used[0] > 0]), "jaccard_all": float(mean[0].mean()),
+            "pairs": pairs, "control": _mean(mean[1, used[1] > 0])}
 
 
 def concept_names(counts, n_top, label_names, purity=0.3):
-    """Name of each latent: the dominant label of its top samples if its share reaches `purity` (thesis A.3), else None.
+    """Name of each latent: the dominant label of its top samples if its share reaches `purity`
+    (thesis A.3), else None.
 
-    counts (L, C) and n_top (L,) from `label_counts`. Returns (list of L names or None, purities (L,)).
+    counts (L, C), n_top (L,) from `label_counts`. Returns (L names or None, purities (L,)).
     """
     share = counts.max(1) / np.maximum(n_top, 1)
-    return [label_names[j] if p >= purity else None for j, p in zip(counts.argmax(1), share)], share
+    names = [label_names[j] if p >= purity else None for j, p in zip(counts.argmax(1), share)]
+    return names, share
 
 
 def concept_alignment(codes, labels, label_names, parents, known=None):
-    """Jaccard at every taxonomy depth (Table 5.2), named latents, from dict stream -> code and
+    """Jaccard at every taxonomy depth (Table 5.2) and named latents, from {stream: code} and
     labels (n, C) bool; known as in `label_counts`."""
-    counts, n_top, names = {}, {}, {}
+    counts, n_top, names, named = {}, {}, {}, {}
     for s, code in codes.items():
         counts[s], n_top[s] = label_counts(code, labels, known=known)
         names[s], _ = concept_names(counts[s], n_top[s], label_names)
-    out = {"named": {s: sum(v is not None for v in names[s]) for s in codes},
-           "latents_per_name": {s: _tally(names[s]) for s in codes}}
+        named[s] = sorted(name for name in names[s] if name is not None)
+    out = {"named": {s: len(v) for s, v in named.items()},
+           "latents_per_name": {s: dict(collections.Counter(v)) for s, v in named.items()}}
     if len(codes) > 1:
         levels = taxonomy_levels(label_names, parents)
-        depths = [jaccard({s: lift(c, level) for s, c in counts.items()}, n_top) for level in levels]
-        out.update(depths[-1], by_depth=[{k: d[k] for k in ("jaccard", "jaccard_all", "control")} for d in depths])
-        out["named_alike"] = sum(len(set(v)) == 1 and v[0] is not None for v in zip(*names.values()))
+        depths = [jaccard({s: lift(c, level) for s, c in counts.items()}, n_top)
+                  for level in levels]
+        kept = ("jaccard", "jaccard_all", "control")
+        alike = [v[0] is not None and len(set(v)) == 1 for v in zip(*names.values())]
+        out.update(depths[-1], by_depth=[{k: d[k] for k in kept} for d in depths],
+                   named_alike=sum(alike))
     return out
 
 
-def _tally(names):
-    found = sorted({v for v in names if v is not None})
-    return {v: names.count(v) for v in found}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reconstruction
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Reconstruction ------------------------------------------------------------------------------
 
 def reconstruction(blocks):
     """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass.
 
     blocks: iterable of (x, x_hat), x a dict t -> (b, d_t), x_hat a dict (t, s) -> (b, d_t), tensors.
-    R^2 is weighted by variance, around each dimension's mean over the samples given: predicting that mean scores 0.
-    NMSE leaves out samples of zeros. Returns {"r2": {t: {s: value}}, "nmse": {t: {s: value}}}.
+    R^2 is weighted by variance, around each dimension's mean over the samples given: predicting
+    that mean scores 0. NMSE leaves out samples of zeros. Both are None where nothing varies or is
+    left. Returns {"r2": {t: {s: value}}, "nmse": {t: {s: value}}}.
     """
-    n, sums, squares, error, ratio, counted = 0, {}, {}, {}, {}, {}
+    n, total = 0, collections.defaultdict(float)             # of sums over samples
     for x, x_hat in blocks:
         n += len(next(iter(x.values())))
         energy = {t: v.double().square().sum(1) for t, v in x.items()}
         for t, v in x.items():
-            sums[t] = sums.get(t, 0) + v.double().sum(0)
-            squares[t] = squares.get(t, 0) + energy[t].sum()
-            counted[t] = counted.get(t, 0) + int((energy[t] > 0).sum())
+            total["x", t] += v.double().sum(0)
+            total["x^2", t] += energy[t].sum()
+            total["n", t] += int((energy[t] > 0).sum())
         for (t, s), v in x_hat.items():
             e = (v - x[t]).double().square().sum(1)
-            error[t, s] = error.get((t, s), 0) + e.sum()
-            ratio[t, s] = ratio.get((t, s), 0) + (e / energy[t])[energy[t] > 0].sum()
-    variance = {t: squares[t] - sums[t].square().sum() / n for t in sums}
+            total["error", t, s] += e.sum()
+            total["ratio", t, s] += (e / energy[t])[energy[t] > 0].sum()
     r2, nmse = {}, {}
-    for t, s in error:
-        r2.setdefault(t, {})[s] = float(1 - error[t, s] / variance[t]) if variance[t] > 1e-12 * squares[t] else None
-        nmse.setdefault(t, {})[s] = float(ratio[t, s] / counted[t]) if counted[t] else None
+    for t, s in [key[1:] for key in total if key[0] == "error"]:
+        variance = total["x^2", t] - total["x", t].square().sum() / n
+        varies = variance > 1e-12 * total["x^2", t]
+        r2.setdefault(t, {})[s] = float(1 - total["error", t, s] / variance) if varies else None
+        some = total["n", t]
+        nmse.setdefault(t, {})[s] = float(total["ratio", t, s] / some) if some else None
     return {"r2": r2, "nmse": nmse}
 
 
 def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
-    """How much of stream t a linear map from stream s explains: R^2 on `test`, as {t: {s: value}}, s != t. A code may pass it.
+    """How much of stream t a linear map from stream s explains: R^2 on `test`, {t: {s: value}},
+    s != t. A code may pass it.
 
-    train, test: dict stream -> (n, d) arrays, in the units that the model reconstructs. Ridge regression with an
-    intercept; its strength, relative to the mean eigenvalue, is the one that predicts every tenth training row best
-    from the other rows.
+    train, test: {stream: (n, d)}, in the units that the model reconstructs. Ridge regression with
+    an intercept; its strength, relative to the mean eigenvalue, is the one that predicts every
+    tenth training row best from the other rows.
     """
     out = {t: {} for t in train}
-    for s in train:
+    for s in train if len(train) > 1 else ():
         targets = [t for t in train if t != s]
-        if not targets:
-            continue
         held = {t: x[::10] for t, x in train.items()}
         all_rows, held_rows = (_moments(part, s, targets) for part in (train, held))
         trial, full = _ridge([a - h for a, h in zip(all_rows, held_rows)]), _ridge(all_rows)
@@ -230,7 +242,7 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
 
 
 def _blocks(x, s, targets, block=2048):
-    """(X, Y) float64, X of stream s and Y of all targets side by side, so many rows at a time."""
+    """(X, Y) float64, X of stream s, Y of all targets side by side, so many rows at a time."""
     for i in range(0, len(x[s]), block):
         yield (x[s][i:i + block].astype(np.float64),
                np.concatenate([x[t][i:i + block] for t in targets], 1, dtype=np.float64))
@@ -256,31 +268,29 @@ def _ridge(moments):
 
 
 def _squared_error(x, s, targets, solution):
-    """Squared error of X W + intercept, summed over rows: one number for each column of the targets."""
+    """Squared error of X W + intercept, summed over rows: one number for each target column."""
     W, intercept = solution
     return sum(((X @ W + intercept - Y) ** 2).sum(0) for X, Y in _blocks(x, s, targets))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1-D logistic probes
-# ---------------------------------------------------------------------------------------------------------------------
+# -- 1-D logistic probes -------------------------------------------------------------------------
 
-def logistic_1d(x, y, weight=1., C=1., iterations=100):
-    """Minimise w^2/2 + C sum weight * log-loss(y, sigma(w x + b)), thesis Eq. 15 with L2, for many problems at once.
+def logistic_1d(x, y, C=1., iterations=100):
+    """Minimise w^2/2 + C sum log-loss(y, sigma(w x + b)), thesis Eq. 15 with L2, for many problems
+    at once.
 
-    x, y, weight broadcast to (..., n), y in {0, 1}. Two parameters, so Newton's method with step halving does it.
-    Returns w, b of shape (...), exact to rounding.
+    x, y broadcast to (..., n), y in {0, 1}. Two parameters, so Newton's method with step halving
+    does it. Returns w, b of shape (...), exact to rounding.
     """
-    x, y, weight = np.broadcast_arrays(np.asarray(x, np.float64), y, weight)
+    x, y = np.broadcast_arrays(np.asarray(x, np.float64), y)
     w, b = np.zeros(x.shape[:-1]), np.zeros(x.shape[:-1])
 
     def cost(w, b):
-        z = w[..., None] * x + b[..., None]
-        return w * w / 2 + C * (weight * (np.logaddexp(0, z) - y * z)).sum(-1)
+        return w * w / 2 + C * log_loss(w, b, x, y).sum(-1)
     now = cost(w, b)
     for _ in range(iterations):
         p = 1 / (1 + np.exp(-np.clip(w[..., None] * x + b[..., None], -700, 700)))
-        r, q = C * weight * (p - y), C * weight * p * (1 - p)
+        r, q = C * (p - y), C * p * (1 - p)
         gw, gb = (r * x).sum(-1) + w, r.sum(-1)
         hww, hwb, hbb = (q * x * x).sum(-1) + 1, (q * x).sum(-1), q.sum(-1) + 1e-12
         det = hww * hbb - hwb * hwb
@@ -298,11 +308,17 @@ def logistic_1d(x, y, weight=1., C=1., iterations=100):
     return w, b
 
 
+def log_loss(w, b, x, y):
+    """-log p(y) in nats, p(1) = sigma(w x + b); w, b (...), x, y (..., n) -> (..., n)."""
+    z = w[..., None] * x + b[..., None]
+    return np.logaddexp(0, z) - y * z
+
+
 def stratified_split(y, held_out, seed, groups=None):
     """Split positions 0..n-1 in two, classes in proportion: (kept, held out).
 
-    Sizes and draws are those of scikit-learn's StratifiedShuffleSplit with both sizes given, so that splits are the
-    published ones, down to the one sample that rounding may leave out.
+    Sizes and draws are those of scikit-learn's StratifiedShuffleSplit with both sizes given, so
+    that splits are the published ones, down to the one sample that rounding may leave out.
     With groups (n,), whole groups are split so, each counted as the highest class of its samples.
     """
     if groups is not None:
@@ -313,9 +329,8 @@ def stratified_split(y, held_out, seed, groups=None):
                      for part in stratified_split(kind, held_out, seed))
     rng, n = np.random.RandomState(seed), len(y)
     left, take = np.bincount(y), []
-    # how many of each class: largest remainders first
     for size in (math.floor((1 - held_out) * n), math.ceil(held_out * n)):
-        exact = left / left.sum() * size
+        exact = left / left.sum() * size                     # of each class: largest rests first
         quota = np.floor(exact).astype(int)
         for r in np.unique(exact - quota)[::-1]:
             tied = np.flatnonzero(exact - np.floor(exact) == r)
@@ -333,152 +348,143 @@ def stratified_split(y, held_out, seed, groups=None):
 
 
 def probe_tasks(labels, min_positives=50, known=None, groups=None):
-    """Balanced binary tasks with train / val / test rows, thesis A.1.3: list of (label, {part: (rows, y)}).
+    """Balanced binary tasks, thesis A.1.3: list of (label, {train / val / test: (rows, y)}).
 
-    A task is a label with at least `min_positives` positives; task t draws as many negatives (seed 1000 + t) and splits
-    70 / 15 / 15, classes in proportion (seeds 2000 + t, 3000 + t). Where positives outnumber negatives they are drawn.
-    Rows that are not `known` (n,) bool, as in `label_counts`, are neither. With groups (n,), no
-    group is in two parts, and a label of too few groups for both classes in each part is no task.
+    A task is a label with at least `min_positives` positives; task t draws as many negatives (seed
+    1000 + t) and splits 70 / 15 / 15, classes in proportion (seeds 2000 + t, 3000 + t). Where
+    positives outnumber negatives they are drawn. Rows that are not `known` (n,) bool, as in
+    `label_counts`, are neither. With groups (n,), no group is in two parts, and a label of too few
+    groups for both classes in each part is no task.
     """
     tasks, known = [], np.ones(len(labels), bool) if known is None else known
     for t in range(labels.shape[1]):
         pos, neg = (np.flatnonzero(known & (labels[:, t] == c)) for c in (True, False))
-        if len(pos) < min_positives or len(neg) < min_positives:
+        n = min(len(pos), len(neg))
+        if n < min_positives:
             continue
         rng = np.random.RandomState(1000 + t)
-        if len(neg) >= len(pos):
-            neg = rng.choice(neg, len(pos), replace=False)
-        else:
-            pos = rng.choice(pos, len(neg), replace=False)
-        rows, y = np.concatenate([pos, neg]), np.repeat([1, 0], len(pos))
+        pos, neg = (v if len(v) == n else rng.choice(v, n, replace=False) for v in (pos, neg))
+        rows, y = np.concatenate([pos, neg]), np.repeat([1, 0], n)
         of = None if groups is None else groups[rows]
         train, rest = stratified_split(y, 0.3, 2000 + t, of)
-        halves = stratified_split(y[rest], 0.5, 3000 + t, None if groups is None else of[rest])
-        parts = {"train": train, "val": rest[halves[0]], "test": rest[halves[1]]}
+        val, test = stratified_split(y[rest], 0.5, 3000 + t, None if of is None else of[rest])
+        parts = {"train": train, "val": rest[val], "test": rest[test]}
         if all(0 < y[i].sum() < len(i) for i in parts.values()):
             tasks.append((t, {k: (rows[i], y[i]) for k, i in parts.items()}))
     return tasks
 
 
 def probe(code, tasks, candidates=20, binary=True, chosen=None):
-    """1-D logistic probes (thesis 5.4.3, A.1.3): for each task the single latent that predicts it best.
+    """1-D logistic probes (thesis 5.4.3, A.1.3): for each task the one latent that predicts it best.
 
-    The `candidates` latents most often active on the task's training positives are each fitted on train (input z > 0,
-    or z itself if not `binary`), the best on val is reported on test. chosen: a list of candidate arrays instead.
-    A task on whose training positives no latent is active counts as chance, ln 2, its latent None.
-    Returns {"loss": mean test log-loss in nats (0.693 is chance), "tasks": [{label, latent, val, test}]}.
+    The `candidates` latents most often active on the task's training positives are each fitted on
+    train (input z > 0, or z itself if not `binary`), the best on val is reported on test. chosen: a
+    list of candidate arrays instead. A task on whose training positives no latent is active counts
+    as chance, ln 2, its latent None. Returns {"loss": mean test log-loss in nats (0.693 is chance),
+    "tasks": [{label, latent, val, test}]}.
     """
-    active = (code > 0).astype(np.int32)
-    found = []
+    code, active, results = code.astype(np.float64), (code > 0).astype(np.float64), []
     for i, (label, parts) in enumerate(tasks):
+        results.append({"label": int(label), "latent": None, "val": math.log(2), "test": math.log(2)})
         rows, y = parts["train"]
         hits = np.asarray(active[rows[y == 1]].sum(0)).ravel()
-        best = np.argsort(-hits, kind="stable")[:candidates] if chosen is None else np.asarray(chosen[i])
-        found.append(best[hits[best] > 0] if chosen is None else best)
-    solve = _solve_binary if binary else _solve_values
-    results = []
-    for (label, _), best, (val, test) in zip(tasks, found, solve(active if binary else code, tasks, found)):
-        if not len(best):
-            best, val, test = [None], [math.log(2)], [math.log(2)]
-        j = int(np.argmin(val))
-        results.append({"label": int(label), "latent": None if best[j] is None else int(best[j]),
-                        "val": float(val[j]), "test": float(test[j])})
+        best = np.argsort(-hits, kind="stable")[:candidates]
+        best = best[hits[best] > 0] if chosen is None else np.asarray(chosen[i])
+        if len(best):
+            x = {part: (active if binary else code)[rows][:, best].toarray().T
+                 for part, (rows, _) in parts.items()}       # (candidates, rows)
+            line = logistic_1d(x["train"], y)
+            val, test = (log_loss(*line, x[part], parts[part][1]).mean(1) for part in ("val", "test"))
+            j = int(np.argmin(val))
+            results[-1].update(latent=int(best[j]), val=float(val[j]), test=float(test[j]))
     return {"loss": _mean([r["test"] for r in results]), "tasks": results}
 
 
-def _solve_binary(active, tasks, candidates):
-    """A 0/1 input leaves four counts of a problem: (z, y) = (1,1) (0,1) (1,0) (0,0). All tasks are solved together."""
-    width = max(map(len, candidates), default=0)
-    tables = {part: np.zeros((len(tasks), width, 4)) for part in ("train", "val", "test")}
-    for i, (_, parts) in enumerate(tasks):
-        for part, (rows, y) in parts.items():
-            for c, column in ((1, 0), (0, 2)):
-                on = np.asarray(active[rows[y == c]].sum(0)).ravel()[candidates[i]]
-                tables[part][i, :len(on), column] = on
-                tables[part][i, :len(on), column + 1] = (y == c).sum() - on
-    x, y = np.array([1., 0, 1, 0]), np.array([1., 1, 0, 0])
-    w, b = logistic_1d(x, y, tables["train"])
-    z = w[..., None] * x + b[..., None]
-    cost = np.logaddexp(0, z) - y * z
-    val, test = ((tables[part] * cost).sum(-1) / np.maximum(tables[part].sum(-1), 1) for part in ("val", "test"))
-    return [(val[i, :len(c)], test[i, :len(c)]) for i, c in enumerate(candidates)]
-
-
-def _solve_values(code, tasks, candidates):
-    out = []
-    for (_, parts), best in zip(tasks, candidates):
-        x = {part: code[rows][:, best].toarray().T.astype(np.float64) for part, (rows, _) in parts.items()}
-        w, b = logistic_1d(x["train"], parts["train"][1])
-        losses = []
-        for part in ("val", "test"):
-            z = w[:, None] * x[part] + b[:, None]
-            losses.append((np.logaddexp(0, z) - parts[part][1] * z).mean(1))
-        out.append(losses)
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Retrieval
-# ---------------------------------------------------------------------------------------------------------------------
-
-def retrieval_ranks(query, reference, chunk=256):
-    """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
-
-    A tie counts against the query: rank = number of references at least as similar. So an all-zero code, which is
-    equally far from everything, ranks last.
-    """
-    q, r = unit_rows(query), unit_rows(reference).T
-    ranks = np.empty(q.shape[0], np.int64)
-    for start in range(0, q.shape[0], chunk):
-        scores = q[start:start + chunk] @ r
-        scores = scores.toarray() if sp.issparse(scores) else scores
-        own = scores[np.arange(len(scores)), np.arange(start, start + len(scores))]
-        ranks[start:start + chunk] = (scores >= own[:, None]).sum(1)
-    return ranks
-
+# -- Retrieval -----------------------------------------------------------------------------------
 
 def unit_rows(x):
     """Rows of x, dense or CSR, scaled to length 1; zero rows stay zero."""
     if sp.issparse(x):
         norm = np.sqrt(np.asarray(x.multiply(x).sum(1)).ravel())
         return sp.diags_array(1 / np.maximum(norm, 1e-12)).astype(x.dtype) @ x
+    x = np.asarray(x)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+def cosines(query, reference, block=1024):
+    """Cosine similarity of queries (q, d) with all references (m, d), both dense or both CSR.
+
+    Yields (number of the first query, (b, m) similarities), `block` queries at a time."""
+    q, r = unit_rows(query), unit_rows(reference).T
+    for start in range(0, q.shape[0], block):
+        similar = q[start:start + block] @ r
+        yield start, similar.toarray() if sp.issparse(similar) else similar
+
+
+def nearest(query, reference, n, groups=None, block=1024):
+    """The n most similar references (cosine) of each query, best first: rows and similarities,
+    both (q, n).
+
+    query (q, d), reference (m, d), both dense or both CSR. groups: a pair (q,), (m,); references of
+    the query's own group do not count: where no more are left stand row -1, similarity -inf. n is
+    at most m.
+    """
+    n, rows, values = min(n, reference.shape[0]), [], []
+    for start, similar in cosines(query, reference, block):
+        if groups is not None:
+            own = groups[0][start:start + len(similar), None] == groups[1]
+            similar = np.where(own, -np.inf, similar)
+        best = np.sort(np.argpartition(-similar, n - 1, axis=1)[:, :n], axis=1)
+        value = np.take_along_axis(similar, best, 1)
+        order = np.argsort(-value, axis=1, kind="stable")    # ties to the lower row
+        values.append(np.take_along_axis(value, order, 1))
+        rows.append(np.where(values[-1] > -np.inf, np.take_along_axis(best, order, 1), -1))
+    return np.concatenate(rows), np.concatenate(values)
+
+
+def retrieval_ranks(query, reference, block=1024):
+    """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
+
+    A tie counts against the query: rank = number of references at least as similar. So an all-zero
+    code, which is equally far from everything, ranks last.
+    """
+    return np.concatenate([(similar >= similar[:, start:].diagonal()[:, None]).sum(1)
+                           for start, similar in cosines(query, reference, block)])
+
+
 def retrieval(features):
-    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}}. dict stream -> (n, d).
+    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}},
+    from {stream: (n, d)}; only streams of one width are compared.
 
     MedR is the lower median. R@k depends on n: compare only galleries of one size.
     """
     out = {}
-    for s in features:
-        for t in features:
-            if s != t and features[s].shape[1] == features[t].shape[1]:
-                ranks = retrieval_ranks(features[s], features[t])
-                out[f"{s} -> {t}"] = {**{f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)},
-                                      "MedR": int(np.sort(ranks)[(len(ranks) - 1) // 2]),
-                                      "MRR": float((1 / ranks).mean())}
+    for s, t in itertools.permutations(features, 2):
+        if features[s].shape[1] == features[t].shape[1]:
+            ranks = retrieval_ranks(features[s], features[t])
+            out[f"{s} -> {t}"] = {**{f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)},
+                                  "MedR": int(np.sort(ranks)[(len(ranks) - 1) // 2]),
+                                  "MRR": float((1 / ranks).mean())}
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Planted truth
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Planted truth -------------------------------------------------------------------------------
 
 def recovery(dictionaries, truth, threshold=0.9):
-    """How many planted concepts a model found: dicts stream -> (L, d) learned and (C, d) true directions.
+    """How many planted concepts a model found: stream -> (L, d) learned and (C, d) true directions.
 
-    A concept counts as found when the latent assigned to it (one each, optimal assignment) has cosine >= `threshold`
-    with it. Per stream over the concepts that stream sees, and `same latent`: over those that every stream sees, one
-    latent near it in every stream at once. Values are {"found", "of"}.
+    A concept is found when the latent assigned to it (one each, optimal assignment) has cosine >=
+    `threshold` with it. Per stream over the concepts that it sees, and `same latent`: over those
+    that every stream sees, one latent near it in all streams at once. Values: {"found", "of"}.
     """
-    # (C, L)
-    cosine = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T for s, D in dictionaries.items()}
+    cosine = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T
+              for s, D in dictionaries.items()}              # (C, L)
     seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
-    shared = np.logical_and.reduce(list(seen.values()))
     out = {s: _assigned(c[seen[s]], threshold) for s, c in cosine.items()}
     if len(cosine) > 1:
-        out["same latent"] = _assigned(np.minimum.reduce(list(cosine.values()))[shared], threshold)
+        shared = np.logical_and.reduce(list(seen.values()))
+        weakest = np.minimum.reduce(list(cosine.values()))
+        out["same latent"] = _assigned(weakest[shared], threshold)
     return out
 
 
@@ -491,154 +497,167 @@ def _mean(values):
     return float(np.mean(values)) if len(values) else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The table and the verdict of a run ----------------------------------------------------------
 
 def headline(block):
-    """The numbers of one mode ("joint" or "alone") that fit a row or a column of a table: name -> value or None."""
-    out, pattern = {}, block["activation"]
-    M, L = len(pattern["alive_in"]) - 1, pattern["latents"]
-    out["latents alive in all streams, %"] = 100 * pattern["alive_in"][M] / L
+    """The numbers of one mode ("joint" or "alone") that fit a column: name -> value or None."""
+    alive, L = block["activation"]["alive_in"], block["activation"]["latents"]
+    M, concepts = len(alive) - 1, block.get("concepts", {})
+    out = {"latents alive in all streams, %": 100 * alive[M] / L}
     if M > 1:
-        out["mixed: alive in some, %"] = 100 * sum(pattern["alive_in"][1:M]) / L
-    out["silent in all, %"] = 100 * pattern["alive_in"][0] / L
-    if "jaccard" in block.get("concepts", {}):
-        out["Jaccard of top-50 labels"] = block["concepts"]["jaccard"]
-        out["  its control: another latent"] = block["concepts"].get("control")
-        out["Jaccard, other latents as 0"] = block["concepts"]["jaccard_all"]
-    if "named_alike" in block.get("concepts", {}):
-        out["latents named alike in all streams"] = block["concepts"]["named_alike"]
+        out["mixed: alive in some, %"] = 100 * sum(alive[1:M]) / L
+    out["silent in all, %"] = 100 * alive[0] / L
+    if "jaccard" in concepts:
+        out["Jaccard of top-50 labels"] = concepts["jaccard"]
+        out["  its control: another latent"] = concepts.get("control")
+        out["Jaccard, other latents as 0"] = concepts["jaccard_all"]
+    if "named_alike" in concepts:
+        out["latents named alike in all streams"] = concepts["named_alike"]
     if "retrieval" in block:
         for name in ("R@1", "MRR"):
             out[f"retrieval {name}"] = _mean([v[name] for v in block["retrieval"].values()])
-    for name in ("r2", "nmse"):
-        cells = [(t == s, v) for t, row in block[name].items() for s, v in row.items() if v is not None]
-        label = {"r2": "R2", "nmse": "NMSE"}[name]
-        out[f"{label} self"] = _mean([v for own, v in cells if own])
+    for label, matrix in (("R2", block["r2"]), ("NMSE", block["nmse"])):
+        own = {t: {t: row.get(t)} for t, row in matrix.items()}
+        out[f"{label} self"] = mean_cell(own)
         if M > 1:
-            out[f"{label} cross"] = _mean([v for own, v in cells if not own])
+            out[f"{label} cross"] = mean_cell(
+                {t: {s: v for s, v in row.items() if s != t} for t, row in matrix.items()})
     if block.get("probe"):
-        losses = [v["loss"] for v in block["probe"].values() if v["loss"] is not None]
-        out["1-D probe loss (chance 0.693)"] = _mean(losses)
+        out["1-D probe loss (chance 0.693)"] = mean_cell(
+            {s: {"": v["loss"]} for s, v in block["probe"].items()})
     return out
 
 
 # What each row of `headline` means, and which way is better.
 MEANING = {
-    "latents alive in all streams, %": "latents that some judged sample activates in every stream; higher is better",
-    "mixed: alive in some, %": "latents active in some streams and in none of the others: not shared; lower is better",
-    "silent in all, %": "latents that no judged sample activates in any stream: width without use; lower is better",
-    "Jaccard of top-50 labels": "overlap of a latent's labels between two streams, of its 50 top samples in each; higher is "
-                                "better, but only as far as it is above its control",
-    "its control: another latent": "the same when each latent is paired with another one: what labels share by chance; lower "
-                                   "is better",
-    "Jaccard, other latents as 0": "the same as Jaccard with latents not alive in two streams as 0, as published; higher is better",
-    "latents named alike in all streams": "latents whose most frequent label is the same in every stream, and holds for 30 % of "
-                                          "their top samples; higher is better",
-    "retrieval R@1": "share of samples whose own code in the other stream is the nearest of all; higher is better",
-    "retrieval MRR": "mean of 1 / rank of a sample's own code in the other stream; higher is better",
-    "R2 self": "share of a stream's variance that its own code rebuilds; 0 is its mean, below 0 is worse than that; higher is "
-               "better",
+    "latents alive in all streams, %":
+        "latents that some judged sample activates in every stream; higher is better",
+    "mixed: alive in some, %":
+        "active in some streams and never in the others: not shared; lower is better",
+    "silent in all, %": "latents that no judged sample activates; lower is better",
+    "Jaccard of top-50 labels": "overlap of a latent's labels between two streams, of its 50 top "
+        "samples in each; higher is better, but only as far as it is above its control",
+    "its control: another latent":
+        "each latent paired with another: what labels share by chance; lower is better",
+    "Jaccard, other latents as 0":
+        "the same, latents not alive in two streams as 0, as published; higher is better",
+    "latents named alike in all streams": "latents whose most frequent label is the same in every "
+        "stream, and holds for 30 % of their top samples; higher is better",
+    "retrieval R@1":
+        "share of samples whose own code in the other stream is the nearest; higher is better",
+    "retrieval MRR":
+        "mean of 1 / rank of a sample's own code in the other stream; higher is better",
+    "R2 self": "share of a stream's variance that its own code rebuilds; 0 is its mean, below 0 is "
+        "worse than that; higher is better",
     "R2 cross": "the same from another stream's code; higher is better",
-    "its linear baseline": "the same by ridge regression from the other stream's raw features; a code may pass it",
-    "NMSE self": "squared error over the sample's squared length, from its own code (Eq. 13); lower is better",
+    "its linear baseline":
+        "the same by ridge regression from the other stream's raw features; a code may pass it",
+    "NMSE self":
+        "squared error over the sample's squared length, own code (Eq. 13); lower is better",
     "NMSE cross": "the same from another stream's code; lower is better",
-    "1-D probe loss (chance 0.693)": "log-loss in nats of the best single latent of each label; lower is better"}
+    "1-D probe loss (chance 0.693)":
+        "log-loss in nats of the best single latent of each label; lower is better"}
 
 
 def verdict(metrics, again=None):
-    """Three plain sentences on a run: {"learned", "trust", "next", "level"}, level 0 good, 1 with care, 2 not to be trusted.
+    """Three plain sentences on a run: {"learned", "trust", "next", "level"}, level 0 good, 1 with
+    care, 2 not to be trusted.
 
-    metrics: what `repsae.measure` gives, with "null" where it was trained. again: how to add the null, if one can. A rule is
-    (level, what is wrong, what to try).
+    metrics: of a run, its blocks as `headline` reads them, "null" where it was trained. again: how
+    to add the null, if one can.
     """
     own = {mode: {s: row[s] for s, row in metrics[mode]["r2"].items() if row[s] is not None}
            for mode in ("joint", "alone") if mode in metrics}
-    first = own.get("joint", own["alone"])
     mean = {mode: _mean(list(v.values())) for mode, v in own.items()}
-    found = _doubts_of_fit(metrics, own, mean)
+    first = next(iter(own.values()))
     several = len(first) > 1 and "joint" in metrics
+    doubts = _doubts_of_fit(metrics, own, mean)
     if several:
-        found += _doubts_of_sharing(metrics, again)
-    if metrics.get("positives", 50) < 50:
-        found.append((0, f"the probe row is empty, because no label has 50 positives among the judged samples (most: "
-                      f"{metrics['positives']})",
-                      "judge all samples (eval RUN --eval-rows 0)" if metrics["rows"] < metrics["of"] else ""))
-    level = max((v[0] for v in found), default=0)
-    learned = f"{metrics['latents']} latents, {metrics['l0']:.3g} a sample"
-    learned += f", rebuild {'the streams' if several else next(iter(first), 'nothing')} at R2 {fmt(next(iter(mean.values())))}"
+        doubts += _doubts_of_sharing(metrics, again)
+    doubts = [doubt[1:] for doubt in doubts if doubt[0]]
+    level = max((doubt[0] for doubt in doubts), default=0)
+    learned = (f"{metrics['latents']} latents, {metrics['l0']:.3g} a sample, rebuild "
+               f"{'the streams' if several else next(iter(first), 'nothing')} "
+               f"at R2 {fmt(next(iter(mean.values())))}")
     if several:
-        cross = {mode: headline(metrics[mode])["R2 cross"] for mode in own}
-        learned += (f" when they choose together and {fmt(mean['alone'])} when each chooses alone; one stream predicts another "
-                    f"at R2 {fmt(cross['alone'])} alone (linear baseline {fmt(mean_cell(metrics['linear_baseline']))})")
-    doubts, remedies = ("; ".join(dict.fromkeys(v[i] for v in found if v[i])) for i in (1, 2))
-    return {"learned": f"Learned: {learned}.", "level": level,
-            "trust": f"{('Trust it', 'Trust it with care', 'Do not trust it')[level]}: "
-                     f"{doubts or 'nothing measured here speaks against it'}.",
-            "next": f"Next: {remedies or 'look at what the latents mean (latents RUN --stream NAME)'}."}
+        learned += (f" when they choose together and {fmt(mean['alone'])} when each chooses alone; "
+                    "one stream predicts another at R2 "
+                    f"{fmt(headline(metrics['alone'])['R2 cross'])} alone "
+                    f"(linear baseline {fmt(mean_cell(metrics['linear_baseline']))})")
+    wrong, remedies = ("; ".join(dict.fromkeys(doubt[i] for doubt in doubts if doubt[i]))
+                       for i in (1, 2))
+    trust = ("Trust it", "Trust it with care", "Do not trust it")[level]
+    remedies = remedies or "look at what the latents mean (latents RUN --stream NAME)"
+    return {"learned": f"Learned: {learned}.", "level": level, "next": f"Next: {remedies}.",
+            "trust": f"{trust}: {wrong or 'nothing measured here speaks against it'}."}
 
 
 def _doubts_of_fit(metrics, own, mean):
-    """Rules on how well each stream is rebuilt from its own code: own {mode: {stream: R2}}, mean {mode: R2 or None}."""
-    first, found = next(iter(own.values())), []
-    both = "train with --topk both" if metrics.get("topk") != "both" else ""
+    """How well each stream is rebuilt from its own code: a rule is (whether it holds, level, what
+    is wrong, what to try). own {mode: {stream: R2}}, mean {mode: R2 or None}."""
+    first, level = next(iter(own.values())), next(iter(mean.values()))
     if not first:
-        return [(2, "no stream varies among the judged samples, so that nothing can be judged", "judge other samples")]
+        return [(True, 2, "no stream varies among the judged samples, so that nothing can be judged",
+                 "judge other samples")]
+    below = {s: f"{v:.3g} {mode}" for mode in reversed(own) for s, v in own[mode].items() if v < 0}
     worst = min(first, key=first.get)
-    below = {s: f"{v:.3g} {mode}" for mode, of in reversed(own.items()) for s, v in of.items() if v < 0}
-    if below:
-        found.append((2, ", ".join(f"{s} is rebuilt worse than by predicting the mean (R2 {v})" for s, v in below.items()),
-                      f"look at {', '.join(below)} for a few huge values, and leave the settings to their defaults"))
-    elif mean[next(iter(mean))] < 0.3:
-        found.append((1, f"little is rebuilt (R2 {mean[next(iter(mean))]:.3f})", "raise --k, --latents or --epochs"))
-    elif len(first) > 1 and first[worst] < np.median([v for s, v in first.items() if s != worst]) - 0.25:
-        found.append((1, f"{worst} is rebuilt much worse than the rest (R2 {first[worst]:.3f})",
-                      f"look at {worst}, or leave it out with --streams"))
-    if metrics["steps"] < 1000:
-        found.append((1, f"{metrics['steps']} training steps are few", "raise --epochs, or lower --batch"))
-    silent = headline(metrics["alone"])["silent in all, %"]
-    if silent > 50:
-        found.append((1, f"{silent:.0f} % of the latents are silent", "lower --latents"))
-    if mean["alone"] < mean.get("joint", -np.inf) - 0.1:
-        found.append((1, f"with one stream at hand much is lost (self R2 {mean['alone']:.3f}, joint {mean['joint']:.3f})", both))
-    return found
+    others = [v for s, v in first.items() if s != worst] or [first[worst]]
+    silent, joint = headline(metrics["alone"])["silent in all, %"], mean.get("joint", -np.inf)
+    few, some = metrics.get("positives", 50), metrics["rows"] < metrics["of"]
+    return [
+        (below, 2, ", ".join(f"{s} is rebuilt worse than by predicting the mean (R2 {v})"
+                             for s, v in below.items()),
+         f"look at {', '.join(below)} for a few huge values, and leave the settings to their defaults"),
+        (not below and level < 0.3, 1, f"little is rebuilt (R2 {level:.3f})",
+         "raise --k, --latents or --epochs"),
+        (not below and level >= 0.3 and first[worst] < np.median(others) - 0.25, 1,
+         f"{worst} is rebuilt much worse than the rest (R2 {first[worst]:.3f})",
+         f"look at {worst}, or leave it out with --streams"),
+        (metrics["steps"] < 1000, 1, f"{metrics['steps']} training steps are few",
+         "raise --epochs, or lower --batch"),
+        (silent > 50, 1, f"{silent:.0f} % of the latents are silent", "lower --latents"),
+        (mean["alone"] < joint - 0.1, 1, "with one stream at hand much is lost (self R2 "
+         f"{mean['alone']:.3f}, joint {joint:.3f})", _choose_both(metrics)),
+        (few < 50, 0, "the probe row is empty, because no label has 50 positives among the judged "
+         f"samples (most: {few})", "judge all samples (eval RUN --eval-rows 0)" if some else "")]
 
 
 def _doubts_of_sharing(metrics, again):
-    """Rules on what streams share, which shuffled pairs and chance must not reach."""
-    joint, alone, found = headline(metrics["joint"]), headline(metrics["alone"]), []
-    both = "train with --topk both" if metrics.get("topk") != "both" else ""
-    if "null" not in metrics:
-        found.append((1, "the joint figures stand without their null", again or ""))
-    elif None not in (joint["R2 cross"], null := headline(metrics["null"]["joint"])["R2 cross"]) and \
-            joint["R2 cross"] < null + 0.02:
-        found.append((2, f"joint cross R2 is no better than for shuffled pairs ({joint['R2 cross']:.3f}, null {null:.3f})",
-                      "check that row i is the same sample in every stream"))
-    pairs = metrics["alone"]["retrieval"]
-    lost = [s for s in metrics["alone"]["r2"] if max((v["R@1"] for pair, v in pairs.items() if s in pair.split(" -> ")),
-                                                     default=1) <= 3 / metrics["rows"]]
-    if lost:
-        found.append((1, f"alone, {', '.join(lost)} find no partners, or only by chance",
-                      "check that row i is the same sample in every stream"))
-        found.append((1, "", both))
+    """What streams share, which shuffled pairs and chance must not reach: as `_doubts_of_fit`."""
+    joint, alone, null = (headline(block)["R2 cross"] if block else None for block in (
+        metrics["joint"], metrics["alone"], metrics.get("null", {}).get("joint")))
+    best = {s: max((v["R@1"] for pair, v in metrics["alone"]["retrieval"].items()
+                    if s in pair.split(" -> ")), default=1) for s in metrics["alone"]["r2"]}
+    lost = [s for s, share in best.items() if share <= 3 / metrics["rows"]]
     baseline = mean_cell(metrics["linear_baseline"])
-    if None not in (alone["R2 cross"], baseline) and alone["R2 cross"] < baseline - 0.05:
-        found.append((1, "a linear map from stream to stream predicts more than the code does alone", both))
-    return found
+    same_rows = "check that row i is the same sample in every stream"
+    return [
+        ("null" not in metrics, 1, "the joint figures stand without their null", again or ""),
+        (None not in (joint, null) and joint < null + 0.02, 2,
+         f"joint cross R2 is no better than for shuffled pairs ({fmt(joint)}, null {fmt(null)})",
+         same_rows),
+        (lost, 1, f"alone, {', '.join(lost)} find no partners, or only by chance", same_rows),
+        (lost, 1, "", _choose_both(metrics)),
+        (None not in (alone, baseline) and alone < baseline - 0.05, 1,
+         "a linear map from stream to stream predicts more than the code does alone",
+         _choose_both(metrics))]
+
+
+def _choose_both(metrics):
+    return "train with --topk both" if metrics.get("topk") != "both" else ""
 
 
 def summary(metrics):
-    """The table at the end of a run: (header, rows), joint and alone side by side, and the null where it was run."""
+    """The table at the end of a run: (header, rows), joint and alone side by side, and the null
+    where it was run."""
     columns = {mode: headline(metrics[mode]) for mode in ("joint", "alone") if mode in metrics}
-    columns.update({f"null {mode}": headline(block) for mode, block in metrics.get("null", {}).items()})
-    names = next(iter(columns.values()))
+    columns.update({f"null {mode}": headline(v) for mode, v in metrics.get("null", {}).items()})
+    names = list(next(iter(columns.values())))
     rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
     if "linear_baseline" in metrics:
         best = mean_cell(metrics["linear_baseline"])
-        at = [row[0] for row in rows].index("R2 cross") + 1
         cells = [best if mode in ("alone", "joint") else None for mode in columns]
-        rows.insert(at, ["  its linear baseline", *cells])
+        rows.insert(names.index("R2 cross") + 1, ["  its linear baseline", *cells])
     return ["", *columns], rows
 
 
@@ -646,6 +665,8 @@ def mean_cell(matrix):
     """The mean of the numbers in {t: {s: value or None}}."""
     return _mean([v for row in matrix.values() for v in row.values() if v is not None])
 
+
+# -- Tables and charts ---------------------------------------------------------------------------
 
 def fmt(value, name=""):
     """A cell: three decimals, one for percentages and large numbers; whole numbers as they are; a
@@ -662,207 +683,152 @@ def _cells(header, row):
 
 
 def text_table(header, rows):
-    """Rows of cells as aligned plain text: the first column to the left, the others to the right."""
+    """Rows of cells as aligned plain text: the first column to the left, others to the right."""
     cells = [list(map(str, header)), *(_cells(header, row) for row in rows)]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
-    lines = ["  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]).rstrip()
-             for r in cells]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for first, *others in cells:
+        right = [cell.rjust(w) for cell, w in zip(others, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and the report: one self-contained HTML file
-# ---------------------------------------------------------------------------------------------------------------------
-
 def html_table(header, rows, colours=False):
-    """Rows of cells as an HTML table; with `colours` every number is shaded, 1 dark blue, 0 white, negative red."""
+    """Rows of cells as an HTML table; what a name means is its tooltip. With `colours` every number
+    is shaded, 1 dark blue, 0 white, negative red."""
     def cell(v, text):
         shade = ""
         if colours and isinstance(v, float):
             level, full = min(abs(v), 1), (43, 108, 176) if v >= 0 else (197, 48, 48)
             mixed = ",".join(str(round(255 + (c - 255) * level)) for c in full)
-            shade = f' style="background:rgb({mixed});color:{"white" if level > 0.55 else "black"}"'
+            ink = "white" if level > 0.55 else "black"
+            shade = f' style="background:rgb({mixed});color:{ink}"'
         return f"<td{shade}>{html.escape(text)}</td>"
-    def named(text, tag="th"):                               # with its meaning as a tooltip
+
+    def named(text):
         told = MEANING.get(str(text).strip(), "")
-        return f"<{tag}{f' title={chr(34)}{html.escape(told)}{chr(34)}' * bool(told)}>{html.escape(str(text))}</{tag}>"
+        tip = f' title="{html.escape(told)}"' if told else ""
+        return f"<th{tip}>{html.escape(str(text))}</th>"
     head = "".join(map(named, header))
-    body = "".join(f"<tr>{named(r[0])}{''.join(map(cell, r[1:], _cells(header, r)[1:]))}</tr>" for r in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(f"<tr>{named(r[0])}{''.join(map(cell, r[1:], _cells(header, r)[1:]))}</tr>"
+                   for r in rows)
+    return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+            f'<tbody>{body}</tbody></table></div>')
 
 
 def legend(names):
     """What the rows of a table mean, folded, as HTML."""
-    told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name.strip()])}</dd>" for name in names
-                   if name.strip() in MEANING)
+    told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name.strip()])}</dd>"
+                   for name in names if name.strip() in MEANING)
     return f"<details><summary>What the rows mean</summary><dl>{told}</dl></details>"
 
 
-def matrix_table(matrix):
-    """{t: {s: value}} -> HTML grid, rows targets, columns sources (as sparc.txt Table 3)."""
-    rows = [[t, *(row.get(s) for s in matrix)] for t, row in matrix.items()]
-    return html_table(["target \\ source", *matrix], rows, True)
-
-
 def grid_row(grids):
-    """{name: matrix} -> their tables side by side, HTML."""
-    return '<div class="pair">' + "".join(
-        f"<div><h3>{html.escape(name)}</h3>{matrix_table(grid)}</div>" for name, grid in grids.items()) + "</div>"
+    """{name: {t: {s: value}}} -> tables side by side, HTML, rows targets, columns sources (as
+    sparc.txt Table 3)."""
+    parts = []
+    for name, matrix in grids.items():
+        rows = [[t, *(row.get(s) for s in matrix)] for t, row in matrix.items()]
+        table = html_table(["target \\ source", *matrix], rows, True)
+        parts.append(f"<div><h3>{html.escape(name)}</h3>{table}</div>")
+    return f'<div class="pair">{"".join(parts)}</div>'
 
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
 def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True):
-    """Line chart as inline SVG. series: dict name -> list of (x, y); pairs whose y is None are left out.
+    """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
 
-    x_names: text under x = 0, 1, 2, ... for values that are not evenly spaced. log: powers of ten up the y axis, y > 0.
-    zero: the y axis starts at 0 or below.
+    x_names: text under x = 0, 1, 2, ... for values that are not evenly spaced. log: powers of ten
+    up the y axis, y > 0. zero: the y axis starts at 0 or below.
     """
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
-    points = [p for line in series.values() for p in line]
-    if not points:
+    xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
+    if not xs:
         return "<p>nothing to draw</p>"
-    (w, h), (x0, x1) = size, (min(p[0] for p in points), max(p[0] for p in points))
-    y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
+    (w, h), x0, x1, y0, y1 = size, min(xs), max(xs), min(ys), max(ys)
     y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (min(0, y0) if zero else y0, y1)
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
 
     def at(x, y):
-        return f"{60 + (w - 80) * (x - x0) / (x1 - x0):.1f},{h - 40 - (h - 60) * (y - y0) / (y1 - y0):.1f}"
+        return 60 + (w - 80) * (x - x0) / (x1 - x0), h - 40 - (h - 60) * (y - y0) / (y1 - y0)
     parts = [f'<svg viewBox="0 0 {w} {h + 18 * math.ceil(len(series) / 3)}" role="img" '
-             f'aria-label="{html.escape(y_label)}">']
+             f'aria-label="{html.escape(y_label)}">', _text(w / 2, h - 6, x_label, "mid"),
+             _text(60, 12, y_label)]
     for y in range(y0, y1 + 1) if log else np.linspace(y0, y1, 5):
-        a, b = at(x0, y).split(","), at(x1, y).split(",")
-        parts.append(f'<path d="M{a[0]} {a[1]}H{b[0]}" class="grid"/>'
-                     f'<text x="54" y="{float(a[1]) + 4}" class="end">{_tick(10. ** y if log else y)}</text>')
-    for x, text in enumerate(x_names) if x_names else ((x, _tick(x)) for x in np.linspace(x0, x1, 5)):
-        parts.append(f'<text x="{at(x, y0).split(",")[0]}" y="{h - 24}" class="mid">{html.escape(text)}</text>')
-    parts.append(f'<text x="{w / 2}" y="{h - 6}" class="mid">{html.escape(x_label)}</text>'
-                 f'<text x="60" y="12">{html.escape(y_label)}</text>')
+        height = at(x0, y)[1]
+        parts.append(f'<path d="M60 {height:.1f}H{w - 20}" class="grid"/>'
+                     + _text(54, height + 4, _tick(10. ** y if log else y), "end"))
+    ticks = enumerate(x_names) if x_names else ((x, _tick(x)) for x in np.linspace(x0, x1, 5))
+    parts += [_text(at(x, y0)[0], h - 24, text, "mid") for x, text in ticks]
     for i, (name, line) in enumerate(series.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        dash = ' stroke-dasharray="6 4"' if i >= len(COLOURS) or "null" in name or "global" in name else ""
-        parts.append(f'<polyline points="{" ".join(at(*p) for p in line)}" stroke="{colour}"{dash}/>')
+        dashed = i >= len(COLOURS) or "null" in name or "global" in name
+        ink = f'stroke="{COLOURS[i % len(COLOURS)]}"' + ' stroke-dasharray="6 4"' * dashed
+        points = " ".join("{:.1f},{:.1f}".format(*at(*p)) for p in line)
         x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
-        parts.append(f'<path d="M{x} {y - 4}h18" stroke="{colour}"{dash}/>'
-                     f'<text x="{x + 24}" y="{y}">{html.escape(name)}</text>')
+        parts.append(f'<polyline points="{points}" {ink}/><path d="M{x:.1f} {y - 4}h18" {ink}/>'
+                     + _text(x + 24, y, name))
     return "".join(parts) + "</svg>"
+
+
+def _text(x, y, words, kind=""):
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(words)}</text>'
 
 
 def _tick(v):
     return f"{v:,.0f}" if abs(v) >= 100 or v == int(v) else f"{v:.2g}"
 
 
-def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
-    """The clearest concepts: latents with the same name in every stream, purest first, with their top samples in HTML.
+def standalone_svg(*charts):
+    """Inline charts, one below the other, as a file of their own; those that had nothing to draw
+    are left out."""
+    placed, width, top = "", 1, 0
+    for chart in charts:
+        if chart.startswith("<svg"):
+            w, h = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups())
+            placed += chart.replace("<svg ", f'<svg y="{top}" width="{w}" height="{h}" ', 1)
+            width, top = max(width, w), top + h + 24
+    style = ("svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
+             ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {max(top, 1)}">'
+            f"<style>{style}</style>{placed}</svg>\n")
 
-    codes: dict stream -> code. describe(row) -> HTML of one sample. known: see `label_counts`.
+
+def strip(first, *others):
+    """Pieces of HTML in a row: the first and, after an arrow, those that belong to it."""
+    shown = "".join(f"<span>{v}</span>" for v in others)
+    return f'<div class="strip"><span>{first}</span>&rarr;{shown}</div>'
+
+
+def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
+    """The clearest concepts: latents with the same name in every stream, purest first, with their
+    top samples, in HTML.
+
+    codes: {stream: code}. describe(row) -> HTML of one sample. known: see `label_counts`.
     """
-    found = {}
-    for s, code in codes.items():
+    names, purity = [], []
+    for code in codes.values():
         counts, n_top = label_counts(code, labels, known=known)
-        # too few samples: no name
-        found[s] = concept_names(counts, np.where(n_top >= 5, n_top, 10 ** 6), label_names)
-    names = [v for v, _ in found.values()]
-    purity = np.mean([p for _, p in found.values()], 0)
-    alike = [j for j in range(len(purity)) if names[0][j] is not None and len({v[j] for v in names}) == 1]
+        enough = np.where(n_top >= 5, n_top, 10 ** 6)        # too few samples: no name
+        name, share = concept_names(counts, enough, label_names)
+        names.append(name)
+        purity.append(share)
+    purity = np.mean(purity, 0)
+    alike = [j for j, v in enumerate(zip(*names)) if v[0] is not None and len(set(v)) == 1]
     best = {s: top_samples(code, n_samples) for s, code in codes.items()}
     parts = []
     for j in sorted(alike, key=lambda j: (-purity[j], j))[:n_latents]:
-        parts.append(f"<section><h3>latent {j}: {html.escape(names[0][j])} <small>purity {purity[j]:.2f}</small></h3>")
+        parts.append(f"<section><h3>latent {j}: {html.escape(names[0][j])} "
+                     f"<small>purity {purity[j]:.2f}</small></h3>")
         for s in codes:
-            row = best[s][j]
-            rows = row.indices[np.argsort(row.data)]
+            rows = best[s][j].indices[np.argsort(best[s][j].data)]
             shown = "".join(f"<span>{describe(i)}</span>" for i in rows)
             parts.append(f'<div class="strip"><b>{html.escape(s)}</b>{shown}</div>')
         parts.append("</section>")
     return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
-
-
-WHY_BOTH_WAYS = (
-    '<p class="note"><b>joint</b>: the streams of a sample chose its latents together. <b>alone</b>: each stream chose its '
-    'own, as it must when it is the only one there. <b>null</b>: the same model trained on streams whose rows were shuffled '
-    'against each other, so that they have nothing in common. Joint codes of one sample share their index set by '
-    'construction; that alone makes Jaccard and retrieval high, for the null as well. What a joint number says about shared '
-    'meaning is what it has beyond its null; what a Jaccard says, what it has beyond its control, where each latent is '
-    'paired with another. The alone numbers are the ones a user of a single stream gets.</p>')
-
-
-def nearest(query, reference, n):
-    """Rows of the n most similar references (cosine) of each query, (q, n)."""
-    unit = torch.nn.functional.normalize
-    return (unit(query) @ unit(reference).T).topk(min(n, len(reference)), 1).indices.numpy()
-
-
-def strip(first, *others):
-    """Pieces of HTML in a row, the first and, after an arrow, those that belong to it."""
-    return f'<div class="strip"><span>{first}</span>&rarr;' + "".join(f"<span>{v}</span>" for v in others) + "</div>"
-
-
-def standalone_svg(*charts):
-    """Inline charts, one below the other, as a file of their own; those that had nothing to draw are left out."""
-    charts = [chart for chart in charts if chart.startswith("<svg")] or ['<svg viewBox="0 0 1 1"></svg>']
-    if len(charts) > 1:
-        sizes = [tuple(map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', c).groups())) for c in charts]
-        tops = [24 + sum(h + 24 for _, h in sizes[:i]) for i in range(len(sizes))]
-        placed = "".join(c.replace("<svg ", f'<svg y="{y}" width="{w}" height="{h}" ', 1)
-                         for c, y, (w, h) in zip(charts, tops, sizes))
-        svg = f'<svg viewBox="0 0 {max(w for w, _ in sizes)} {sum(h + 24 for _, h in sizes) + 24}">{placed}</svg>'
-    else:
-        svg = charts[0]
-    style = ("<style>svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
-             ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}</style>")
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + style, 1) + "\n"
-
-
-def sparc_report(path, title, metrics, log, settings, codes, features, rows):
-    """The report of one run. log: rows of log.csv; codes: {mode: {stream: code}}; features, rows: what was judged."""
-    modes = list(codes)
-    judged = f"<p>{metrics['rows']} samples of the {metrics['split']} split.</p>"
-    told = "".join(f"<p>{html.escape(metrics['verdict'][part])}</p>" for part in ("learned", "trust", "next"))
-    table = summary(metrics)
-    sections = [("Verdict", f'<div class="verdict level{metrics["verdict"]["level"]}">{told}</div>'),
-                ("Result", judged + html_table(*table) + legend(row[0] for row in table[1]) + WHY_BOTH_WAYS)]
-    if "recovery" in metrics:
-        found = [[s, v["found"], v["of"]] for s, v in metrics["recovery"].items()]
-        sections.append(("Planted concepts recovered", html_table(["cosine at least 0.9", "found", "of"], found)))
-    grids = {mode: metrics[mode]["r2"] for mode in modes}
-    if "linear_baseline" in metrics:
-        grids["linear baseline"] = metrics["linear_baseline"]
-    sections.append(("R2 of every target from every source", grid_row(grids)))
-    M = len(codes[modes[0]])
-    header = ["", *range(M + 1), *(f"silent in {s}" for s in codes[modes[0]])]
-    patterns = {mode: metrics[mode]["activation"] for mode in modes}
-    sections.append(("Latents alive in so many streams", html_table(header, [
-        [mode, *v["alive_in"], *v["silent"].values()] for mode, v in patterns.items()])))
-    if len(metrics[modes[0]].get("concepts", {}).get("by_depth", [])) > 1:
-        depths = {mode: [d["jaccard"] for d in metrics[mode]["concepts"]["by_depth"]] for mode in modes}
-        sections.append(("Jaccard by depth of the taxonomy (the last column is the labels themselves)",
-                         html_table(["", *range(len(depths[modes[0]]))], [[mode, *v] for mode, v in depths.items()])))
-    if "retrieval" in metrics[modes[0]]:
-        named = {mode: metrics[mode]["retrieval"] for mode in modes}
-        if "raw_retrieval" in metrics:
-            named["raw features"] = metrics["raw_retrieval"]
-        body = [[f"{pair}, {name}", *v.values()] for name, pairs in named.items() for pair, v in pairs.items()]
-        sections.append(("Retrieval", html_table(["", "R@1", "R@5", "R@10", "MedR", "MRR"], body)))
-    if log:
-        def curve(key):
-            return [(int(row["step"]), float(row[key])) for row in log]
-        losses = [k for k in ("self", "cross") if any(float(row[k]) for row in log)]
-        nmse = svg_lines({f"NMSE {k}": curve(k) for k in losses}, "step", "mean NMSE of the batch")
-        dead = svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step", "latents that have not fired for long (dead)")
-        sections.append(("Training", nmse + dead))
-    labels = features.label_matrix(rows)
-    if features.labelled[rows].any():
-        sections.append(("Concepts that have the same name in every stream, alone codes", gallery(
-            codes["alone"], labels, features.label_names,
-            lambda i: describe_sample(features, rows[i], labels[i]),
-            known=features.labelled[rows])))
-    sections.append(("Settings", html_table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None])))
-    write_report(path, title, sections)
 
 
 def describe_sample(features, row, labels, size=96):
@@ -875,45 +841,189 @@ def describe_sample(features, row, labels, size=96):
         return html.escape(os.path.basename(str(about["images"][row])))
     if "captions" in about:
         return html.escape(str(about["captions"][row]))
-    return html.escape(", ".join(name for name, on in zip(features.label_names, labels) if on) or f"sample {row}")
+    named = ", ".join(name for name, on in zip(features.label_names, labels) if on)
+    return html.escape(named or f"sample {row}")
+
+
+# -- The page: one self-contained HTML file ------------------------------------------------------
+
+class Page:
+    """A result told once: on the terminal, in report.html and, as plain dicts, in metrics.json.
+
+    What is told comes in the order of the calls. `metrics` is the dict that will be written; who
+    has more to put there than tables does so.
+    """
+
+    def __init__(self, title):
+        self.title, self.sections, self.metrics = title, [], {}
+
+    def text(self, words, quiet=False):
+        """A paragraph; quiet: in the report alone."""
+        if not quiet:
+            print(words)
+        self.sections.append(("", f"<p>{html.escape(words)}</p>"))
+
+    def table(self, header, rows, title="", key=None, quiet=False, colours=False):
+        """Rows of cells under a header; the first cell of a row is its name.
+
+        key: the rows also go into `metrics[key]`, as {name of the row: {column: value}}.
+        """
+        rows = [[plain(cell) for cell in row] for row in rows]
+        if not quiet:
+            print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
+        self.sections.append((title, html_table(header, rows, colours)))
+        if key is not None:
+            columns = list(map(str, header[1:]))
+            self.metrics[key] = {str(name): dict(zip(columns, cells)) for name, *cells in rows}
+
+    def picture(self, title, content):
+        """A chart, a gallery, any HTML: in the report alone."""
+        self.sections.append((title, content))
+
+    def write(self, path, metrics=None):
+        """report.html, and metrics.json if there are any, each whole or not at all.
+
+        path: name -> where that file goes, e.g. `functools.partial(os.path.join, folder)`;
+        metrics: more of them, a dict.
+        """
+        self.metrics.update(metrics or {})
+        if self.metrics:
+            write_json(path("metrics.json"), self.metrics)
+        write_report(path("report.html"), self.title, self.sections)
+
+
+def plain(value):
+    """A cell as JSON has it: numpy's numbers as Python's, NaN as None."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if value != value else value
+
+
+WHY_BOTH_WAYS = (
+    '<p class="note"><b>joint</b>: the streams of a sample chose its latents together. '
+    '<b>alone</b>: each stream chose its own, as it must when it is the only one there. '
+    '<b>null</b>: the same model trained on streams whose rows were shuffled against each other, '
+    'so that they have nothing in common. Joint codes of one sample share their index set by '
+    'construction; that alone makes Jaccard and retrieval high, for the null as well. What a joint '
+    'number says about shared meaning is what it has beyond its null; what a Jaccard says, what it '
+    'has beyond its control, where each latent is paired with another. The alone numbers are the '
+    'ones a user of a single stream gets.</p>')
+
+
+def tell_summary(page, metrics, quiet=False):
+    """The verdict on a run, its table and the planted concepts found; the verdict comes first on
+    the page and last on the terminal, in colour where that is one. quiet: on the page alone."""
+    if found := metrics.get("verdict"):
+        lines = [found[part] for part in ("learned", "trust", "next")]
+        page.picture("Verdict", f'<div class="verdict level{found["level"]}">' + "".join(
+            f"<p>{html.escape(line)}</p>" for line in lines) + "</div>")
+    page.table(*summary(metrics), "Result", quiet=quiet)
+    page.text(f"{metrics['rows']} samples of the {metrics['split']} split", quiet)
+    page.picture("", legend(row[0] for row in summary(metrics)[1]) + WHY_BOTH_WAYS)
+    if "recovery" in metrics:
+        rows = [[s, v["found"], v["of"]] for s, v in metrics["recovery"].items()]
+        page.table(["cosine at least 0.9", "found", "of"], rows, "Planted concepts recovered",
+                   quiet=quiet)
+    if found and not quiet:
+        start, end = ("", "")
+        if sys.stdout.isatty():
+            start, end = f"\033[3{(2, 3, 1)[found['level']]}m", "\033[0m"
+        print("\n" + start + "\n".join(lines) + end)
+
+
+def tell_run(page, metrics, log, settings, codes, features, rows):
+    """What a run's report has beyond `tell_summary`: log, rows of log.csv; codes {mode: {stream:
+    code}}; features, rows: what was judged."""
+    blocks = {mode: metrics[mode] for mode in codes}
+    first = next(iter(blocks.values()))
+    grids = {mode: block["r2"] for mode, block in blocks.items()}
+    if "linear_baseline" in metrics:
+        grids["linear baseline"] = metrics["linear_baseline"]
+    page.picture("R2 of every target from every source", grid_row(grids))
+    active = {mode: block["activation"] for mode, block in blocks.items()}
+    header = ["", *range(len(first["activation"]["alive_in"])), *(f"silent in {s}" for s in first["r2"])]
+    page.table(header, [[mode, *v["alive_in"], *v["silent"].values()] for mode, v in active.items()],
+               "Latents alive in so many streams", quiet=True)
+    depths = {mode: block.get("concepts", {}).get("by_depth", []) for mode, block in blocks.items()}
+    if len(next(iter(depths.values()))) > 1:
+        table = [[mode, *(d["jaccard"] for d in v)] for mode, v in depths.items()]
+        page.table(["", *range(len(table[0]) - 1)], table,
+                   "Jaccard by depth of the taxonomy (the last column: the labels)", quiet=True)
+    if "retrieval" in first:
+        pairs = {**{mode: block["retrieval"] for mode, block in blocks.items()},
+                 "raw features": metrics.get("raw_retrieval", {})}
+        page.table(["", "R@1", "R@5", "R@10", "MedR", "MRR"],
+                   [[f"{pair}, {name}", *v.values()] for name, of in pairs.items()
+                    for pair, v in of.items()], "Retrieval", quiet=True)
+    if log:
+        page.picture("Training", training_charts(log))
+    labels = features.label_matrix(rows)
+    if features.labelled[rows].any():
+        page.picture("Concepts that have the same name in every stream, alone codes", gallery(
+            codes["alone"], labels, features.label_names,
+            lambda i: describe_sample(features, rows[i], labels[i]),
+            known=features.labelled[rows]))
+    page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
+               quiet=True)
+
+
+def training_charts(log):
+    """Loss and dead latents over steps, HTML; log: rows of log.csv."""
+    def curve(key):
+        return [(int(row["step"]), float(row[key])) for row in log]
+    losses = [k for k in ("self", "cross") if any(float(row[k]) for row in log)]
+    return (svg_lines({f"NMSE {k}": curve(k) for k in losses}, "step", "mean NMSE of the batch")
+            + svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step",
+                        "latents that have not fired for long (dead)"))
 
 
 def write_report(path, title, sections):
-    """One self-contained HTML file. sections: list of (heading, HTML)."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "report.css")) as f:
-        style = f.read()
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
-    write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-                     f'content="width=device-width,initial-scale=1">'
-                     f'<title>{html.escape(title)}</title><style>{style}</style>'
-                     f'<main><h1>{html.escape(title)}</h1>{body}</main></html>\n')
+    """One self-contained HTML file. sections: list of (heading or "", HTML).
 
+    Where this module was copied without `assets`, the page has no style."""
+    sheet = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "report.css")
+    style = ""
+    if os.path.exists(sheet):
+        with open(sheet) as f:
+            style = f.read()
+    body = "".join((f"<h2>{html.escape(heading)}</h2>" if heading else "") + content
+                   for heading, content in sections)
+    title = html.escape(title)
+    write_text(path, '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+                     'content="width=device-width,initial-scale=1">'
+                     f'<title>{title}</title><style>{style}</style>'
+                     f'<main><h1>{title}</h1>{body}</main></html>\n')
+
+
+# -- Files, whole or not at all ------------------------------------------------------------------
 
 def write_json(path, value):
-    """Whole or not at all; NaN is refused, since JSON has none."""
+    """NaN is refused, since JSON has none."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def write_torch(path, state):
-    """Whole or not at all, as `write_text`."""
-    write_whole(path, lambda f: torch.save(state, f))        # a handle, not a name: the name would go into the bytes
-
-
 def write_text(path, text):
-    """Whole or not at all, UTF-8; half a character, as a file's name may have it, is written as its number."""
+    """UTF-8; half a character, as a file's name may have it, is written as its number."""
     write_whole(path, lambda f: f.write(text.encode(errors="backslashreplace")))
 
 
+def write_torch(path, state):
+    write_whole(path, lambda f: torch.save(state, f))        # of a name, the name is in the bytes
+
+
 def write_npz(path, arrays):
-    """Whole or not at all, as `write_text`."""
     write_whole(path, lambda f: np.savez(f, **arrays))
 
 
+def save_picture(path, image):
+    write_whole(path, lambda f: image.save(f, "PNG"))
+
+
 def write_whole(path, write):
-    """write(f) to a binary file of a temporary name, then renamed: a killed run leaves the whole file or none, and a write
-    that fails, as on a full disk, leaves nothing. The name is fresh, so that no file and no link of others is written to.
-    Raises OSError."""
-    if os.path.exists(path) and not os.path.isfile(path):    # a rename would put a file in the place of /dev/null
+    """write(f) to a binary file of a temporary name, then renamed: a killed run leaves the whole
+    file or none, and a write that fails, as on a full disk, leaves nothing.
+
+    The name is fresh, so that no file and no link of others is written to. Raises OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):    # not in the place of /dev/null
         raise OSError(errno.EEXIST, "not a plain file", path)
     temporary = f"{path}.{os.urandom(8).hex()}.tmp"
     f = open(temporary, "xb")
@@ -923,37 +1033,30 @@ def write_whole(path, write):
         os.replace(temporary, path)
     except BaseException as e:
         os.remove(temporary)
-        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):              # torch's words hide the system's
-            raise e.__context__
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
+            raise e.__context__                              # torch's words hide the system's
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features judged by a classifier: k nearest neighbours, linear probe (thesis 3.2.3)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Features judged by a classifier: k nearest neighbours, linear probe (thesis 3.2.3) ------------
 
-def knn(train, train_labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None, chunk=1024):
-    """Weighted k nearest neighbours as in DINO: cosine, votes exp(similarity / temperature). dict k -> votes (n, C),
-    summing to 1. k larger than the training set is cut to it."""
-    n_classes = n_classes or int(train_labels.max()) + 1
-    unit = torch.nn.functional.normalize
-    train = unit(torch.as_tensor(train, dtype=torch.float32))
-    onehot = torch.nn.functional.one_hot(torch.as_tensor(train_labels).long(), n_classes).float()
-    out = {k: [] for k in ks}
-    for part in unit(torch.as_tensor(test, dtype=torch.float32)).split(chunk):
-        similarity, index = (part @ train.T).topk(min(max(ks), len(train)), dim=1)
-        votes = torch.exp((similarity - similarity[:, :1]) / temperature)[..., None] * onehot[index]        # (n, k, C)
-        for k in ks:
-            total = votes[:, :k].sum(1)
-            out[k].append(total / total.sum(1, keepdim=True))
-    return {k: torch.cat(v).numpy() for k, v in out.items()}
+def knn(train, labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None):
+    """Votes of the k nearest neighbours by cosine, weighted by exp(similarity / temperature) as in
+    DINO: dict k -> (n, C), rows summing to 1. k larger than the training set is cut to it."""
+    labels = np.asarray(labels)
+    near, similarity = nearest(test, train, max(ks))
+    weight, out = np.exp((similarity - similarity[:, :1]) / temperature), {}
+    for k in ks:
+        votes = np.stack([(weight * (labels[near] == c))[:, :k].sum(1)
+                          for c in range(n_classes or labels.max() + 1)], 1)
+        out[k] = votes / votes.sum(1, keepdims=True)
+    return out
 
 
 def scores(truth, probability):
-    """Accuracy, balanced accuracy, F1 (macro), AUC (macro, one class against the rest) of probabilities (n, C).
-
-    A class that the truth lacks counts in none of them; AUC is None when only one class is there.
-    """
+    """Accuracy, balanced accuracy, F1 (macro), AUC (macro, one class against the rest) of (n, C)
+    probabilities. A class that the truth lacks counts in none of them; AUC is None when only one
+    class is there."""
     guess, there = probability.argmax(1), np.unique(truth)
     hit = {c: ((guess == c) & (truth == c)).sum() for c in there}
     recall = [hit[c] / (truth == c).sum() for c in there]
@@ -962,19 +1065,19 @@ def scores(truth, probability):
     if probability.shape[1] == 2:
         areas = areas[1:]                                    # two classes share one curve
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
-            "F1": float(np.mean(f1)), "AUC": float(np.mean(areas)) if areas else None}
+            "F1": float(np.mean(f1)), "AUC": _mean(areas)}
 
 
 def auc(positive, score):
-    """Area under the ROC curve: the share of (positive, negative) pairs that the score puts in order, ties half."""
+    """Area under the ROC curve: the share of (positive, negative) pairs in order, ties half."""
     rank = scipy.stats.rankdata(score)
     n = int(positive.sum())
     return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(rank) - n)))
 
 
 def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
-    """Multinomial logistic regression on standardised features with an L2 penalty ||W||^2 / (2 strength) beside the summed
-    loss, solved by L-BFGS. Returns weights (d, C) and biases (C,) for the features as they are."""
+    """Multinomial logistic regression on standardised features by L-BFGS: the summed loss plus
+    ||W||^2 / (2 strength). Returns weights (d, C), biases (C,) for the features as they are."""
     n_classes = n_classes or int(labels.max()) + 1
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
@@ -996,18 +1099,26 @@ def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     return slope.numpy(), (W[-1] - mean @ slope).numpy()
 
 
-def logistic_probe(train, train_labels, test, n_classes=None, strength=1., iterations=200):
+def logistic_probe(train, labels, test, n_classes=None, strength=1.):
     """Probabilities (n, C) of `test` by `logistic_fit` on `train`."""
-    W, b = logistic_fit(train, train_labels, n_classes, strength, iterations)
+    W, b = logistic_fit(train, labels, n_classes, strength)
     return torch.softmax(torch.as_tensor(np.asarray(test, np.float64) @ W + b), 1).numpy()
 
 
-def sgd_probe(train, train_labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3, seed=0):
-    """DINO's linear evaluation on fixed features (thesis 3.2.3): SGD with momentum 0.9, lr * batch / 256 falling as half a
-    cosine, epoch by epoch; weights from N(0, 0.01); no decay. Returns probabilities (n, C) of `test`, after the last epoch:
-    the published number is that of the best epoch *on the test set*."""
-    n_classes = n_classes or int(train_labels.max()) + 1
-    x, y = torch.as_tensor(train, dtype=torch.float32), torch.as_tensor(train_labels).long()
+def linear_score(x, y):
+    """Weights (d,), bias of the log odds of y (n,) bool, by `logistic_fit`."""
+    W, b = logistic_fit(x, y.astype(int), 2)
+    return W[:, 1] - W[:, 0], float(b[1] - b[0])
+
+
+def sgd_probe(train, labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3, seed=0):
+    """DINO's linear evaluation on fixed features (thesis 3.2.3): probabilities (n, C) of `test`.
+
+    SGD with momentum 0.9, lr * batch / 256 falling as half a cosine, epoch by epoch; weights from
+    N(0, 0.01); no decay. After the last epoch: the published number is that of the best epoch
+    *on the test set*."""
+    n_classes = n_classes or int(labels.max()) + 1
+    x, y = torch.as_tensor(train, dtype=torch.float32), torch.as_tensor(labels).long()
     g = torch.Generator().manual_seed(seed)
     layer = torch.nn.Linear(x.shape[1], n_classes)
     torch.nn.init.normal_(layer.weight, std=0.01, generator=g)
@@ -1024,15 +1135,14 @@ def sgd_probe(train, train_labels, test, n_classes=None, epochs=20, batch=64, lr
         return torch.softmax(layer(torch.as_tensor(test, dtype=torch.float32)), 1).numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a latent is (CytoSAE section 2)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What a latent is (CytoSAE section 2) ----------------------------------------------------------
 
 def pool_tokens(code, T=1, tau=0.):
-    """Codes of tokens, CSR (n * T, L), -> codes of samples, both CSR (n, L): the mean over a sample's T tokens, and the number
-    of its tokens above tau (CytoSAE Eq. 3-4, a_i)."""
+    """Codes of tokens, CSR (n * T, L), -> of samples, both CSR (n, L): the mean over a sample's T
+    tokens, and the number of its tokens above tau (CytoSAE Eq. 3-4, a_i)."""
     N = code.shape[0]
-    group = sp.csr_matrix((np.ones(N, np.float32), (np.arange(N) // T, np.arange(N))), shape=(N // T, N))
+    member = np.arange(N) // T, np.arange(N)
+    group = sp.csr_matrix((np.ones(N, np.float32), member), shape=(N // T, N))
     above = code.copy()
     above.data = (above.data > tau).astype(np.float32)
     above.eliminate_zeros()
@@ -1040,122 +1150,163 @@ def pool_tokens(code, T=1, tau=0.):
 
 
 def label_entropy(weight):
-    """Entropy in nats of each row of non-negative weights (L, C): 0 for one label, ln C for C alike; NaN for a row of 0."""
+    """Entropy in nats of each row of non-negative weights (L, C): 0 for one label, ln C for C
+    alike; NaN for a row of 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         p = weight / weight.sum(1, keepdims=True)
         return -np.where(p > 0, p * np.log(p), p).sum(1) + 0.
 
 
 def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
-    """What each latent is, from `pool_tokens`' strength and count (n, L) and labels (n, C) bool: a dict of arrays (L,).
+    """What each latent is, from `pool_tokens`' strength and count (n, L): a dict of arrays (L,).
 
     frequency   share of samples in which any token is active
     mean        mean strength over those; NaN where there are none
-    entropy     of the labels of the active samples, natural logarithm: CytoSAE's "unique labels among activated images"; with
-                `weighted`, of the labels of the `top` samples weighted by strength, as its code
-                computes it; to have none of the labels is one more of them
-    label, purity   the most frequent label among the active samples and its share of them; label -1 where there is none
-
-    Of samples that are not `known`, see `label_counts`, no labels count.
-    references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count (the paper's reference images), then strength; with
-                `weighted` by strength alone, and the entropy is NaN for a latent that has fewer, as in its code
+    references  CSR (L, n): ranks 1, 2, ... of the `top` samples by count, then strength, the
+                paper's reference images; with `weighted` by strength alone, as its code has them
+    and, with labels (n, C) bool of the samples that are `known`, see `label_counts`:
+    entropy     in nats, of the labels of the active samples: CytoSAE's "unique labels among
+                activated images"; to have none is one more label. With `weighted`, as in its code,
+                of the `top` samples weighted by strength; NaN for a latent that has fewer
+    label, purity   the most frequent label among the active samples, -1 for none, and its share
     """
     n, active = strength.shape[0], strength.getnnz(axis=0)
     with np.errstate(invalid="ignore"):
         mean = np.asarray(strength.sum(0)).ravel() / active
-    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))                # strength decides between equals
-    score = score if weighted else score + count
-    out = {"frequency": active / n, "mean": mean, "references": top_samples(score.tocsr(), top)}
-    if labels is not None and labels.shape[1]:
-        known = np.ones(n, bool) if known is None else known
-        told = (np.c_[labels, ~labels.any(1)] & known[:, None]).astype(float)     # (n, C + 1)
-        on = strength.astype(bool).astype(np.float64)
-        weight = np.asarray(on.T @ told)
-        seen, used = weight[:, :-1], np.asarray(on.T @ known.astype(float)).ravel()
-        if weighted:
-            best = out["references"].copy()
-            best.data = np.ones_like(best.data, float)
-            weight = np.asarray(best.multiply(strength.T).tocsr() @ told)
-            weight[np.diff(best.indptr) < top] = 0
-        most = seen.max(1)
-        out.update(entropy=label_entropy(weight), label=np.where(most > 0, seen.argmax(1), -1),
-                   purity=most / np.maximum(used, 1))
-    return out
+    # strength decides between equal counts
+    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))
+    references = top_samples((score if weighted else score + count).tocsr(), top)
+    out = {"frequency": active / n, "mean": mean, "references": references}
+    if labels is None or not labels.shape[1]:
+        return out
+    known = np.ones(n, bool) if known is None else known
+    told = (np.c_[labels, ~labels.any(1)] & known[:, None]).astype(float)     # (n, C + 1)
+    on = strength.astype(bool).astype(np.float64)
+    weight = np.asarray(on.T @ told)
+    seen, used = weight[:, :-1], np.asarray(on.T @ known.astype(float)).ravel()
+    if weighted:
+        best = references.astype(bool).astype(float)
+        weight = np.asarray(best.multiply(strength.T).tocsr() @ told)
+        weight[np.diff(best.indptr) < top] = 0
+    label = np.where(seen.any(1), seen.argmax(1), -1)
+    return {**out, "entropy": label_entropy(weight), "label": label,
+            "purity": seen.max(1) / np.maximum(used, 1)}
+
+
+def best_first(ranks, latent):
+    """Samples that rank 1, 2, ... for a latent, from ranks (L, n) of `top_samples`."""
+    row = ranks[[latent]]
+    return row.indices[row.data.argsort()]
+
+
+def purest(table, n, n_labels, least=5, most=20):
+    """The latents of least entropy of each label, from `latent_table` of n samples: of those active
+    in `least` or more an equal number a label, `most` in all."""
+    clear = np.flatnonzero(table["frequency"] * n >= least)
+    order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
+    each = max(1, most // max(n_labels, 1))
+    return [j for c in range(n_labels) for j in order[table["label"][order] == c][:each]][:most]
 
 
 def threshold_counts(mean, exponents=range(-6, 1)):
-    """How many latents have a mean activation of at least 10^t: dict t -> count (CytoSAE Fig. 2A)."""
+    """How many latents have a mean activation >= 10^t: dict t -> count (CytoSAE Fig. 2A)."""
     return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
 
 
 def latent_scatter(table, most=4000, size=(640, 420)):
-    """CytoSAE Fig. 2A as inline SVG: log10 frequency against log10 mean, coloured by label entropy, with histograms."""
+    """CytoSAE Fig. 2A as inline SVG: log10 frequency against log10 mean of at most `most` latents,
+    coloured by label entropy, with histograms."""
     alive = np.flatnonzero(table["frequency"] > 0)
     if not len(alive):
         return "<p>no latent is active</p>"
     x, y = np.log10(table["frequency"][alive]), np.log10(table["mean"][alive])
     entropy = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"])))[alive])
     colours = heat_colours(entropy[None] / max(entropy.max(), 1e-9))[0]
-    (w, h), left, bottom, margin = size, 60, 60, 60
-
-    def scaled(v, low, high):
-        lo, hi = math.floor(v.min()), max(math.ceil(v.max()), math.floor(v.min()) + 1)
-        return lo, hi, lambda u: low + (np.asarray(u, float) - lo) / (hi - lo) * (high - low)
-    x0, x1, at_x = scaled(x, left, w - margin - 20)
-    y0, y1, at_y = scaled(y, h - bottom, margin + 20)
-    parts = [f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="latents by frequency and mean activation">']
-    for v in range(x0, x1 + 1):
-        parts.append(f'<path d="M{at_x(v):.1f} {h - bottom}V{margin + 20}" class="grid"/>'
-                     f'<text x="{at_x(v):.1f}" y="{h - bottom + 16}" class="mid">{v}</text>')
-    for v in range(y0, y1 + 1):
-        parts.append(f'<path d="M{left} {at_y(v):.1f}H{w - margin - 20}" class="grid"/>'
-                     f'<text x="{left - 6}" y="{at_y(v) + 4:.1f}" class="end">{v}</text>')
+    (w, h), left = size, 60
+    right, top, bottom = w - 80, 80, h - 60
+    x_ticks, at_x, x_bars = _log_axis(x, left, right)
+    y_ticks, at_y, y_bars = _log_axis(y, bottom, top)
+    parts = [f'<svg viewBox="0 0 {w} {h}" role="img" '
+             'aria-label="latents by frequency and mean activation">']
+    parts += [f'<path d="M{at_x(v):.1f} {bottom}V{top}" class="grid"/>'
+              f'<text x="{at_x(v):.1f}" y="{bottom + 16}" class="mid">{v}</text>' for v in x_ticks]
+    parts += [f'<path d="M{left} {at_y(v):.1f}H{right}" class="grid"/>'
+              f'<text x="{left - 6}" y="{at_y(v) + 4:.1f}" class="end">{v}</text>' for v in y_ticks]
     for i in np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int):
-        parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" fill="rgb{tuple(map(int, colours[i]))}" '
-                     'fill-opacity=".6"/>')
-    for values, low, high, at, vertical in ((x, x0, x1, at_x, False), (y, y0, y1, at_y, True)):
-        counts, edges = np.histogram(values, 40, (low, high))
-        for c, a, b in zip(counts / counts.max() * (margin - 10), at(edges[:-1]), at(edges[1:])):
-            a, b = min(a, b), max(a, b)
-            parts.append(f'<rect x="{w - margin - 14}" y="{a:.1f}" width="{c:.1f}" height="{b - a:.1f}" fill="#a0aec0"/>'
-                         if vertical else
-                         f'<rect x="{a:.1f}" y="{margin + 14 - c:.1f}" width="{b - a:.1f}" height="{c:.1f}" fill="#a0aec0"/>')
-    parts.append(f'<text x="{w / 2}" y="{h - 24}" class="mid">log10 of the share of samples in which a latent is active</text>'
-                 f'<text x="{left}" y="14">log10 of its mean activation there; colour: label entropy, 0 (dark) to '
-                 f'{entropy.max():.2f} nats (red)</text>')
-    return "".join(parts) + "</svg>"
+        parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" '
+                     f'fill="rgb{tuple(map(int, colours[i]))}" fill-opacity=".6"/>')
+    bars = [(a, top - 6 - n, width, n) for a, width, n in x_bars]
+    bars += [(right + 6, a, n, width) for a, width, n in y_bars]
+    parts += [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+              'fill="#a0aec0"/>' for x, y, width, height in bars]
+    return "".join(parts) + (
+        f'<text x="{w / 2}" y="{h - 24}" class="mid">log10 of the share of samples in which a '
+        f'latent is active</text><text x="{left}" y="14">log10 of its mean activation there; '
+        f'colour: label entropy, 0 (dark) to {entropy.max():.2f} nats (red)</text></svg>')
 
 
-def barcodes(count, groups):
-    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts. (names (P,), CSR (P, L)).
+def _log_axis(v, low, high, tallest=50, bins=40):
+    """Whole numbers around the values v, what maps numbers to pixels from low to high, and a
+    histogram there: (start, width, height) of each bar in pixels."""
+    first = math.floor(v.min())
+    last = max(math.ceil(v.max()), first + 1)
 
-    Divided by the number of the group's samples as the equation says; the published code divides by the number of latents.
+    def at(u):
+        return low + (np.asarray(u, float) - first) / (last - first) * (high - low)
+    n, edges = np.histogram(v, bins, (first, last))
+    width = abs(high - low) / bins
+    starts = np.minimum(at(edges[:-1]), at(edges[1:]))
+    bars = [(a, width, tallest * m / n.max()) for a, m in zip(starts, n)]
+    return range(first, last + 1), at, bars
+
+
+def latent_chart(lines, interest, unit, most=100):
+    """Lines {name: (L,)} over the `most` latents of highest interest (L,), by their numbers."""
+    shown = np.sort(np.argsort(-interest, kind="stable")[:most])
+    return svg_lines({name: list(enumerate(v[shown])) for name, v in lines.items()},
+                     f"{len(shown)} latents, by number", unit,
+                     [str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
+
+
+def barcodes(count, groups, y=None):
+    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts, by the number
+    of the samples as the equation says (the published code divides by the number of latents).
+
+    y (n,) int: the samples' labels, negative where unknown. Returns names (P,), CSR (P, L) and the
+    label (P,) that all known samples of a group have, -1 where there is none, or there are several.
     """
     names, member = np.unique(groups, return_inverse=True)
     share = sp.csr_matrix((1 / np.bincount(member)[member], (member, np.arange(len(member)))))
-    return names, (share @ count).tocsr().astype(np.float32)
+    y = np.full(len(member), -1) if y is None else y
+    told = np.zeros((len(names), max(y.max(), 0) + 1), bool)
+    told[member[y >= 0], y[y >= 0]] = True
+    label = np.where(told.sum(1) == 1, told.argmax(1), -1)
+    return names, (share @ count).tocsr().astype(np.float32), label
 
 
 def differential(codes, y, a, b, top=50):
-    """The `top` latents more active in class a than in b and the reverse, by class means a_d of barcodes codes (P, L) CSR:
-    (latents for a, latents for b, difference (L,))."""
-    difference = np.asarray(codes[np.flatnonzero(y == a)].mean(0) - codes[np.flatnonzero(y == b)].mean(0)).ravel()
+    """The `top` latents more active in class a than in b and the reverse, by class means a_d of
+    barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
+    first, second = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == b)
+    difference = first - second
     order = np.argsort(-difference, kind="stable")
-    return order[:top][difference[order[:top]] > 0], order[::-1][:top][difference[order[::-1][:top]] < 0], difference
+    return (order[:top][difference[order[:top]] > 0],
+            order[::-1][:top][difference[order[::-1][:top]] < 0], difference)
 
 
 def weighted_f1(truth, guess):
     """F1 of each class, averaged with the classes' frequencies as weights."""
-    classes = np.unique(truth)
-    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum()) for c in classes]
-    return float(np.average(f1, weights=[(truth == c).sum() for c in classes]))
+    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
+          for c in np.unique(truth)]
+    return float(np.average(f1, weights=np.unique(truth, return_counts=True)[1]))
 
 
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
-    """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of mean activation >= 10^t.
+    """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of
+    mean activation >= 10^t.
 
-    parts: the test rows of each fold. The penalty is the paper's, C = (number of classes) * (training samples) / 100.
-    Returns dict t -> {"latents", "f1": one value a fold}.
+    parts: the test rows of each fold. The penalty is the paper's, C = (number of classes) *
+    (training samples) / 100. Returns dict t -> {"latents", "f1": one value a fold}.
     """
     out = {}
     for t in exponents:
@@ -1171,60 +1322,111 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
 
 
 def weighted_patches(image, heat):
-    """A PIL image with each patch as bright as its activation in heat (h, w) (CytoSAE Fig. 3C); the rest nearly black."""
-    light = heat / max(float(heat.max()), 1e-30)
-    mask = Image.fromarray((255 * (0.12 + 0.88 * light)).astype(np.uint8)).resize(image.size, Image.NEAREST)
+    """A PIL image with each patch as bright as its activation in heat (h, w) (CytoSAE Fig. 3C);
+    the rest nearly black."""
+    light = 0.12 + 0.88 * heat / max(float(heat.max()), 1e-30)
+    mask = Image.fromarray((255 * light).astype(np.uint8)).resize(image.size, Image.NEAREST)
     return Image.composite(image.convert("RGB"), Image.new("RGB", image.size), mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a latent does (Mammo-SAE sections 2.2-3.3)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What a latent does, and where (Mammo-SAE sections 2.2-3.3) ------------------------------------
 
 def class_means(strength, y):
-    """Mammo-SAE Eq. 2: mean activation over positions and samples of class 0 and of class 1, (2, L). y (n,) bool."""
-    return np.stack([np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel() for c in (False, True)])
+    """Mammo-SAE Eq. 2: mean activation over the samples (and positions) of each class, (C, L)."""
+    return np.stack([np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel()
+                     for c in np.unique(y)])
 
 
 def intervention(strength, effect, base, y, means, ks):
-    """AUC after keeping only, and after silencing, the union of the k top latents of both classes (Mammo-SAE Eq. 3-4).
+    """AUC after keeping only, and after silencing, the union of the k top latents of both classes
+    (Mammo-SAE Eq. 3-4): a list of {"k", "latents" kept or silenced, "keep", "silence"}.
 
-    strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head commute, so that what an
-    intervention at every position does to the score is score = base + sum_j z_j effect_j over the latents that are left.
-    effect (L,): dictionary row times head; base: the head's score of the decoder's bias. means (2, L) of `class_means`.
-    Returns a list of {"k", "latents" kept or silenced, "keep", "silence"}.
+    strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head
+    commute, so that what an intervention at every position does to the score is
+    score = base + sum_j z_j effect_j over the latents that are left.
+    effect (L,): dictionary row times head; base: the head's score of the decoder's bias.
+    means (2, L) of `class_means`.
     """
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in ks:
         chosen = np.unique(order[:, :k])
         kept = np.zeros(len(effect))
         kept[chosen] = 1
-        out.append({"k": int(k), "latents": len(chosen), "keep": auc(y, strength @ (effect * kept) + base),
+        out.append({"k": int(k), "latents": len(chosen),
+                    "keep": auc(y, strength @ (effect * kept) + base),
                     "silence": auc(y, strength @ (effect * (1 - kept)) + base)})
     return out
 
 
 def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
-    """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool; groups (n,), e.g. patients, are drawn with all their samples."""
-    rng = np.random.default_rng([seed, 6])
+    """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool; groups (n,), e.g. patients, are drawn
+    with all their samples."""
+    rng, found = np.random.default_rng([seed, 6]), []
     _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
-    rows_of, found = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1]), []
+    ends = np.cumsum(np.bincount(member))[:-1]
+    rows_of = np.split(np.argsort(member, kind="stable"), ends)
     for _ in range(rounds):
-        rows = np.concatenate([rows_of[g] for g in rng.integers(len(rows_of), size=len(rows_of))])
+        drawn = rng.integers(len(rows_of), size=len(rows_of))
+        rows = np.concatenate([rows_of[g] for g in drawn])
         if 0 < y[rows].sum() < len(rows):
             found.append(auc(y[rows], score[rows]))
-    return auc(y, score), *(map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None))
+    interval = map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None)
+    return auc(y, score), *interval
+
+
+def in_boxes(boxes, grid):
+    """Which patches of a grid (rows, columns) have their centre in a box x0, y0, x1, y1, in shares
+    of the picture: (rows * columns,) bool."""
+    y, x = ((np.arange(n) + 0.5) / n for n in grid)
+    inside = np.zeros(grid, bool)
+    for x0, y0, x1, y1 in boxes:
+        inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
+    return inside.ravel()
+
+
+def box_contrast(pictures):
+    """How much more active each latent is inside boxes than elsewhere, in standard deviations (L,).
+
+    pictures: pairs of a picture's codes, CSR (T, L), and `in_boxes` of its patches (T,).
+    """
+    sums, squares, n = 0, 0, 0
+    for code, inside in pictures:
+        part = np.stack([inside, ~inside]).astype(float)     # (2, T)
+        sums, n = sums + part @ code, n + part.sum(1)
+        squares = squares + np.asarray(code.multiply(code).sum(0)).ravel()
+    spread = np.sqrt(np.maximum(squares / n.sum() - (sums.sum(0) / n.sum()) ** 2, 0))
+    inner, outer = sums / np.maximum(n, 1)[:, None]
+    return (inner - outer) / np.maximum(spread, 1e-12)
+
+
+def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
+    """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
+    list of {"latent", "ap", "ap_present": on pictures that have boxes alone}.
+
+    heats: of each picture (len(latents), h, w); truth: of each picture its true boxes; detector:
+    settings of `heat_boxes`.
+    """
+    found, out = [[heat_boxes(heat, **detector) for heat in maps] for maps in heats], []
+    for i, j in enumerate(latents):
+        mine = [f[i] for f in found]
+        there = [(f, t) for f, t in zip(mine, truth) if t]
+        present = average_precision(*zip(*there), iou, points) if there else None
+        out.append({"latent": int(j), "ap": average_precision(mine, truth, iou, points),
+                    "ap_present": present})
+    return out
 
 
 def heat_boxes(heat, side=224, percentile=95., connectivity=8, strict=False, score="box"):
-    """Boxes around the hottest places of one picture: list of (score, x0, y0, x1, y1), in shares of the picture.
+    """Boxes around the hottest places of one picture: list of (score, x0, y0, x1, y1), in shares
+    of the picture. A constant map has none.
 
-    Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is enlarged bilinearly to
-    `side` pixels, the percentile is that picture's, pixels at or above it count (above it, if `strict`), those that touch,
-    corners included (`connectivity` 8, else 4), form a box, and its score is the mean activation in the "box" (or of its
-    "hot" pixels). A constant map has no boxes.
+    Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is
+    enlarged bilinearly to `side` pixels, the percentile is that picture's, pixels at or above it
+    count (above it, if `strict`), those that touch, corners included (`connectivity` 8, else 4),
+    form a box, and its score is the mean activation in the "box" (or of its "hot" pixels).
     """
-    heat = np.asarray(Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR))
+    heat = Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR)
+    heat = np.asarray(heat)
     if heat.max() <= heat.min():
         return []
     level = np.percentile(heat, percentile)
@@ -1234,28 +1436,31 @@ def heat_boxes(heat, side=224, percentile=95., connectivity=8, strict=False, sco
     places = scipy.ndimage.find_objects(pieces)
     means = [heat[place].mean() for place in places] if score == "box" else \
         scipy.ndimage.mean(heat, pieces, np.arange(1, n + 1))
-    return [(float(s), x.start / side, y.start / side, x.stop / side, y.stop / side) for s, (y, x) in zip(means, places)]
+    return [(float(s), x.start / side, y.start / side, x.stop / side, y.stop / side)
+            for s, (y, x) in zip(means, places)]
 
 
 def box_iou(a, b):
     """Intersection over union of two boxes x0, y0, x1, y1."""
     w, h = (max(0., min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
-    return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
+    area, other = ((v[2] - v[0]) * (v[3] - v[1]) for v in (a, b))
+    return w * h / (area + other - w * h)
 
 
 def average_precision(found, truth, iou=0.25, points=None):
-    """Area under the precision-recall curve, precision made non-increasing, at all points, or its mean at `points` recalls
-    (11 as the first VOC challenges, 101 as COCO); None without true boxes.
+    """Area under the precision-recall curve, precision made non-increasing, at all points, or its
+    mean at `points` recalls (11: the first VOC challenges, 101: COCO); None without true boxes.
 
-    found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of boxes. Best score first, a
-    box is right when its best-overlapping true box reaches `iou` and has no partner yet.
+    found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of
+    boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
+    has no partner yet.
     """
     total = sum(map(len, truth))
     if not total:
         return None
     free, right = [[True] * len(boxes) for boxes in truth], []
-    for score, picture, box in sorted(((b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes),
-                                      key=lambda v: -v[0]):
+    boxes = [(b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes]
+    for score, picture, box in sorted(boxes, key=lambda v: -v[0]):
         overlap = [box_iou(box, other) for other in truth[picture]]
         best = int(np.argmax(overlap)) if overlap else -1
         hit = best >= 0 and overlap[best] >= iou and free[picture][best]
@@ -1271,23 +1476,35 @@ def average_precision(found, truth, iou=0.25, points=None):
 
 
 def recall_and_precision(right, total):
-    """Of detections (n,), best first, right or not: recall (n,), and precision made non-increasing (n + 1,), ending in 0."""
+    """Of detections (n,), best first, right or not: recall (n,), and precision made non-increasing
+    (n + 1,), ending in 0."""
     hits = np.cumsum(right)
     precision = hits / np.arange(1, len(hits) + 1)
     return hits / total, np.r_[np.maximum.accumulate(precision[::-1])[::-1], 0]
 
 
+def heat_strip(image, boxes, heats, side=150):
+    """A PIL image with its boxes (in shares of it) in red, beside heat maps (n, h, w) over it, as
+    HTML."""
+    image.thumbnail((side, side))
+    for box in boxes:
+        corners = [v * pixels for v, pixels in zip(box, image.size * 2)]
+        ImageDraw.Draw(image).rectangle(corners, outline="red", width=2)
+    over = [overlay(image, heat / max(heat.max(), 1e-9)) for heat in heats]
+    return strip(embedded(image), *map(embedded, over))
+
+
 def separation(means):
-    """How far apart two class means (2, L) lie (Mammo-SAE Fig. 4): distance, cosine, and the latent that differs most."""
+    """How far apart two class means (2, L) lie (Mammo-SAE Fig. 4): distance, cosine, and the latent
+    that differs most."""
     difference = means[1] - means[0]
-    length = np.linalg.norm(means, axis=1)
-    return {"distance": float(np.linalg.norm(difference)), "cosine": float(means[0] @ means[1] / max(length.prod(), 1e-30)),
-            "latent": int(np.abs(difference).argmax()), "difference": float(difference[np.abs(difference).argmax()])}
+    length, most = np.linalg.norm(means, axis=1).prod(), int(np.abs(difference).argmax())
+    return {"distance": float(np.linalg.norm(difference)),
+            "cosine": float(means[0] @ means[1] / max(length, 1e-30)),
+            "latent": most, "difference": float(difference[most])}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Few latents suffice (the TotalSegmentator study)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Few latents suffice, and words find them (the TotalSegmentator study) -------------------------
 
 def r2_both(x, x_hat):
     """R2 of a reconstruction (n, d): weighted by the dimensions' variances, and their plain mean.
@@ -1301,17 +1518,19 @@ def r2_both(x, x_hat):
 
 
 def select_latents(code, y, n):
-    """The n latents that tell the classes y (rows,) apart together: orthogonal matching pursuit, (n,) in order of choice.
+    """The n latents that tell the classes y (rows,) apart together, in order of choice (n,):
+    orthogonal matching pursuit. To be called with training rows only.
 
-    Each time the latent whose standardised column explains most of what is left of the classes' indicators is taken; of a
-    CSR code only among the 1,000 whose class means differ most, in standard deviations. To be called with training rows only.
+    Each time the latent whose standardised column explains most of what is left of the classes'
+    indicators is taken; of a CSR code only among the 1,000 whose class means differ most, in
+    standard deviations.
     """
     few = np.arange(code.shape[1])
     if sp.issparse(code):
         square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
         spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
-        means = np.stack([np.asarray(code[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)])
-        few = np.sort(np.argsort(-(means.std(0) / spread), kind="stable")[:1000])
+        differ = class_means(code, y).std(0) / spread
+        few = np.sort(np.argsort(-differ, kind="stable")[:1000])
         code = code[:, few].toarray()
     Z, R = _centred_unit(np.asarray(code, np.float64)), (y[:, None] == np.unique(y)).astype(float)
     R, chosen = R - R.mean(0), []
@@ -1326,88 +1545,111 @@ def select_latents(code, y, n):
 
 
 def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), seed=0, draws=3):
-    """Balanced accuracy of a linear probe on few latents, against all dense features and against controls.
+    """Balanced accuracy of a linear probe on few latents, against all dense features and controls.
 
-    dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of `select_latents` (chosen on
-    train), so many living latents drawn at random (mean of `draws`), so many principal components of the dense features.
-    `kept` is (score - chance) / (dense score - chance), None where the dense score is at or below
-    chance: there is nothing to keep. Returns {"dense", "chance", "rows": [{...}]}.
+    dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of
+    `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
+    many principal components of the dense features. `kept` is (score - chance) / (dense score -
+    chance), None where the dense score is at or below chance: there is nothing to keep.
+    Returns {"dense", "chance", "all latents", "rows": [{...}], "chosen"}.
     """
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
     def score(x):
+        x = x.toarray() if sp.issparse(x) else x
         return scores(y[test], logistic_probe(x[train], y[train], x[test], C))["balanced accuracy"]
     mean = dense[train].mean(0)
     axes = np.linalg.svd(dense[train] - mean, full_matrices=False)[2]
-    full, chance = score(dense), 1 / len(np.unique(y[test]))
-    chosen, alive = select_latents(code[train], y[train], max(sizes)), np.flatnonzero(code[train].getnnz(axis=0))
+    full, chance, rows = score(dense), 1 / len(np.unique(y[test])), []
+    chosen = select_latents(code[train], y[train], max(sizes))
+    alive = np.flatnonzero(code[train].getnnz(axis=0))
     small = code.shape[0] * len(alive) < 5e7                 # else it would not fit
-    out = {"dense": full, "chance": chance, "all latents": score(code[:, alive].toarray()) if small else None, "rows": []}
     for n in sizes:
-        ways = {"best latents": score(np.asarray(code[:, chosen[:n]].todense())),
-                "random latents": float(np.mean([score(np.asarray(code[:, rng.permutation(alive)[:n]].todense()))
-                                                 for _ in range(draws)])),
-                "principal components": score((dense - mean) @ axes[:n].T)}
-        kept = (ways["best latents"] - chance) / (full - chance) if full > chance + 1e-9 else None
-        out["rows"].append({"n": n, **ways, "kept": kept})
-    return {**out, "chosen": chosen.tolist()}
+        best = score(code[:, chosen[:n]])
+        drawn = [score(code[:, rng.permutation(alive)[:n]]) for _ in range(draws)]
+        rows.append({"n": n, "best latents": best, "random latents": float(np.mean(drawn)),
+                     "principal components": score((dense - mean) @ axes[:n].T),
+                     "kept": (best - chance) / (full - chance) if full > chance + 1e-9 else None})
+    return {"dense": full, "chance": chance, "rows": rows, "chosen": chosen.tolist(),
+            "all latents": score(code[:, alive]) if small else None}
 
 
-def neighbours(x, k, groups=None, chunk=1024):
-    """The k most similar other rows (cosine) of each row of x, dense or CSR, (n, k); rows of the same group are left out, and
-    -1 stands where there are no more others."""
-    unit = unit_rows(x)
-    out = []
-    for start in range(0, unit.shape[0], chunk):
-        s = unit[start:start + chunk] @ unit.T
-        s = np.asarray(s.todense()) if sp.issparse(s) else s
-        own = np.arange(start, start + len(s))
-        same = own[:, None] == np.arange(unit.shape[0]) if groups is None else groups[own][:, None] == groups
-        s = np.where(same, -np.inf, s)
-        s = np.pad(s, ((0, 0), (0, max(k - s.shape[1], 0))), constant_values=-np.inf)
-        best = np.argpartition(-s, k - 1, axis=1)[:, :k]
-        best = np.take_along_axis(best, np.argsort(-np.take_along_axis(s, best, 1), axis=1, kind="stable"), 1)
-        out.append(np.where(np.take_along_axis(s, best, 1) > -np.inf, best, -1))
-    return np.concatenate(out)
-
-
-def chance_share(y, groups=None):
-    """For each row the share of its candidates that have its label y (n,): what guessing finds.
-
-    Candidates are the rows of other groups, without groups all other rows."""
+def chance_share(y, groups):
+    """For each row the share of its candidates, the rows of other groups (n,), that have its label
+    y (n,): what guessing finds."""
     def alike(v):                                            # how many rows have the same
         _, number, count = np.unique(v, return_inverse=True, return_counts=True)
         return count[number]
-    group = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)[1]
+    group = np.unique(groups, return_inverse=True)[1]
     mates = alike(group * (y.max() + 1) + y)                 # of its group, with its label
     return (alike(y) - mates) / np.maximum(len(y) - alike(group), 1)
 
 
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
-    """Do sparse codes find the neighbours that dense features find? For each k: overlap of the two lists, and the share of
-    hits with the query's label (y (n,) int, 0 or more), sparse, dense, and by chance among the
-    same candidates."""
-    lists = {"sparse": neighbours(code, max(ks), groups), "dense": neighbours(dense, max(ks), groups)}
+    """Do sparse codes find the neighbours that dense features find? Rows of the same group are no
+    neighbours. A list with, for each k: the overlap of the two lists and, with labels y (n,) int,
+    0 or more, the share of hits with the query's: sparse, dense, by chance among the same
+    candidates."""
+    groups, rows = np.arange(len(dense)) if groups is None else groups, []
+    lists = {name: nearest(x, x, max(ks), (groups, groups))[0]
+             for name, x in (("sparse", code), ("dense", dense))}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
-    lists, y = {name: v[enough] for name, v in lists.items()}, (y, None if y is None else y[enough])
-    rows = []
+    lists = {name: v[enough] for name, v in lists.items()}
     for k in ks if enough.any() else ():
-        both = np.mean([len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())])
-        row = {"k": k, "overlap": float(both)}
-        if y[0] is not None:
-            row.update({f"precision, {name}": float((y[0][v[:, :k]] == y[1][:, None]).mean()) for name, v in lists.items()})
-            row["precision, chance"] = float(chance_share(y[0], groups)[enough].mean())
+        both = [len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())]
+        row = {"k": k, "overlap": float(np.mean(both))}
+        if y is not None:
+            row.update({f"precision, {name}": float((y[v[:, :k]] == y[enough][:, None]).mean())
+                        for name, v in lists.items()})
+            row["precision, chance"] = float(chance_share(y, groups)[enough].mean())
         rows.append(row)
     return rows
 
 
+def shown_samples(column, top, rng):
+    """Samples that show what a latent means, from its activations (n,): the `top` strongest, as
+    many from the middle of the active ones, as many inactive ones by lot: dict kind -> rows."""
+    order = np.argsort(-column, kind="stable")
+    active = order[:(column > 0).sum()]
+    silent = rng.permutation(order[len(active):])[:top]
+    middle = max(top, len(active) // 2 - top // 2)
+    return {"top": active[:top], "middling": active[middle:][:top], "inactive": silent}
+
+
 def name_weights(query, names):
-    """How well latents' names fit a query: dict latent -> weight, the Jaccard overlap of their words, those above 0."""
+    """How well latents' names fit a query: dict latent -> weight, the Jaccard overlap of their
+    words, those above 0."""
     def words(text):
         return set(re.findall(r"\w+", text.lower()))
     asked = words(query)
-    fit = {j: len(asked & words(name)) / max(len(asked | words(name)), 1) for j, name in names.items()}
-    return {j: w for j, w in fit.items() if w > 0}
+    found = {j: words(name) for j, name in names.items()}
+    return {j: len(asked & v) / len(asked | v) for j, v in found.items() if asked & v}
+
+
+def vector_weights(query, latents, vectors, most=10):
+    """The same by vectors of a text model: cosine of the query (e,) and the names (n, e) of latents
+    (n,), the `most` best, those above 0."""
+    fit = unit_rows(vectors) @ unit_rows(query[None])[0]
+    return {int(latents[i]): float(fit[i]) for i in np.argsort(-fit)[:most] if fit[i] > 0}
+
+
+def search(strength, weights, rows):
+    """Of codes (n, L) CSR the rows that latents {number: weight} point to, best first: by their
+    weighted sum, every latent as a share of its greatest value, so that they count alike."""
+    code = strength[:, list(weights)]
+    share = np.array(list(weights.values())) / np.maximum(code.max(axis=0).toarray()[0], 1e-12)
+    return rows[np.argsort(-(code[rows] @ share), kind="stable")]
+
+
+def search_precision(strength, weights, rows, y, named, top, seed=0, rounds=100):
+    """Share of the `top` rows found by `search` for which y (n,) bool is true, and the same
+    `rounds` times with the weights given to latents drawn from those `named`."""
+    rng, found = np.random.default_rng([seed, 11]), []
+    for _ in range(rounds + 1):
+        found.append(float(y[search(strength, weights, rows)[:top]].mean()))
+        drawn = rng.choice(list(named), len(weights), replace=False).tolist()
+        weights = dict(zip(drawn, weights.values()))
+    return found[0], found[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1509,30 +1751,29 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     return {**out, "mIoU": _mean([overlap.get(key, 0.) for key in truth])}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Do two codes share latents (thesis 4.2-4.3)?
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Do two codes share latents (thesis 4.2-4.3)? --------------------------------------------------
 
 def _centred_unit(x):
     """Columns of x (n, m) less their means, of length 1; what is constant but for rounding, 0."""
     c = x - x.mean(0)
     length = np.linalg.norm(c, axis=0)
-    return np.where(length > 1e-7 * np.linalg.norm(x, axis=0), c / np.maximum(length, 1e-30), 0)
+    varies = length > 1e-7 * np.linalg.norm(x, axis=0)
+    return np.where(varies, c / np.maximum(length, 1e-30), 0)
 
 
 def match_latents(a, b, least=5, most=4096):
-    """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the same samples (Hungarian).
+    """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the
+    same samples (Hungarian): (latents of a, latents of b, correlations), best first.
 
-    Latents active in fewer than `least` samples are left out, and of more than `most` the less frequent: the assignment takes
-    their cube. Returns (latents of a, latents of b, correlations), best first.
+    Latents active in fewer than `least` samples are left out, and of more than `most` the less
+    frequent: the assignment takes their cube.
     """
     unit, kept = [], []
     for code in (a, b):
         active = code.getnnz(axis=0)
-        kept.append(np.sort(np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]))
-        unit.append(_centred_unit(np.asarray(code[:, kept[-1]].todense(), np.float64)))
-    if not min(map(len, kept)):
-        return np.arange(0), np.arange(0), np.zeros(0)
+        often = np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]
+        kept.append(np.sort(often))
+        unit.append(_centred_unit(code[:, kept[-1]].toarray().astype(np.float64)))
     r = unit[0].T @ unit[1]
     i, j = scipy.optimize.linear_sum_assignment(-r)
     order = np.argsort(-r[i, j], kind="stable")
@@ -1540,43 +1781,50 @@ def match_latents(a, b, least=5, most=4096):
 
 
 def index_correlations(a, b, least=5):
-    """Correlation of latent j of one code with latent j of the other, for those active in `least` samples or more in both."""
+    """Correlation of latent j of one code with latent j of the other, for those active in `least`
+    samples or more in both."""
     both = (a.getnnz(axis=0) >= least) & (b.getnnz(axis=0) >= least)
-    x, y = (_centred_unit(np.asarray(code[:, both].todense(), np.float64)) for code in (a, b))
+    x, y = (_centred_unit(code[:, both].toarray().astype(np.float64)) for code in (a, b))
     return (x * y).sum(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Is one model better than another (thesis 3.3.2)?
-# ---------------------------------------------------------------------------------------------------------------------
+def latents_in_common(r):
+    """What correlations of pairs of latents (P,) say: how many reach .5, .7 and .9, the median."""
+    return {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
+            "median r": float(np.median(r)) if len(r) else None}
+
+
+# -- Is one model better than another (thesis 3.3.2)? ----------------------------------------------
 
 def mean_std(values):
-    """"0.893 ± 0.041" of several runs (standard deviation with n - 1), without None; a dash if nothing is left."""
+    """"0.893 ± 0.041" of several runs (standard deviation with n - 1), without None; a dash if
+    nothing is left."""
     values = [v for v in values if v is not None]
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}" if values else "-"
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0
+    return f"{np.mean(values):.3f} ± {spread:.3f}" if values else "-"
 
 
 def compare(runs):
-    """Every pair of models over the same runs. runs: dict model -> (R,) numbers, run r with the same split and seed for all.
+    """Every pair of models over the same runs: a list of {a, b, difference (mean of a - b), t_p
+    (paired t-test), holm_p (after Holm's correction for the number of pairs), wilcoxon_p (signed
+    ranks; with 5 runs never below 0.0625), d (mean difference / its standard deviation)}.
 
-    Returns a list of {a, b, difference (mean of a - b), t_p (paired t-test), holm_p (the same after Holm's correction for the
-    number of pairs), wilcoxon_p (signed ranks; with 5 runs never below 0.0625), d (mean difference / its standard deviation)},
-    all two-sided. p is None where all differences are alike, or a run has none: there is nothing to test.
+    runs: dict model -> (R,) numbers, run r with the same split and seed for all. Tests are
+    two-sided; p is None where all differences are alike, or a run has none: nothing to test.
     """
-    out, names = [], list(runs)
-    for i, a in enumerate(names):
-        for b in names[i + 1:]:
-            gap = np.asarray(runs[a], float) - np.asarray(runs[b], float)
-            spread = float(gap.std(ddof=1)) if len(gap) > 1 else 0.
-            mean = float(gap.mean()) if np.isfinite(gap).all() else None                    # NaN: a run without that number
-            pair = {"a": a, "b": b, "difference": mean, "t_p": None, "wilcoxon_p": None, "d": None}
-            if spread > 1e-12:
-                pair.update(t_p=float(scipy.stats.ttest_rel(runs[a], runs[b]).pvalue), d=float(gap.mean() / spread),
-                            wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue))
-            out.append(pair)
-    ordered, worst = sorted((p for p in out if p["t_p"] is not None), key=lambda p: p["t_p"]), 0.
-    for rank, pair in enumerate(ordered):                    # Holm 1979: the smallest p times the number of pairs, and so on
-        worst = max(worst, min(1., (len(ordered) - rank) * pair["t_p"]))
+    out = []
+    for a, b in itertools.combinations(runs, 2):
+        gap = np.asarray(runs[a], float) - np.asarray(runs[b], float)
+        spread = float(gap.std(ddof=1)) if len(gap) > 1 else 0.
+        mean = float(gap.mean()) if np.isfinite(gap).all() else None    # a run without that number
+        pair = {"a": a, "b": b, "difference": mean, "t_p": None, "wilcoxon_p": None, "d": None}
+        if spread > 1e-12:
+            pair.update(t_p=float(scipy.stats.ttest_rel(runs[a], runs[b]).pvalue),
+                        wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue), d=mean / spread)
+        out.append(pair)
+    tested, worst = sorted((p for p in out if p["t_p"] is not None), key=lambda p: p["t_p"]), 0.
+    for rank, pair in enumerate(tested):                     # Holm 1979, the smallest p first
+        worst = max(worst, min(1., (len(tested) - rank) * pair["t_p"]))
         pair["holm_p"] = worst
     return out
 
@@ -1586,8 +1834,8 @@ def beaten(pairs, level=0.05):
     wins = {}
     for pair in pairs:
         if pair["t_p"] is not None and pair["t_p"] < level:
-            winner, loser = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
-            wins.setdefault(winner, []).append(loser)
+            order = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
+            wins.setdefault(order[0], []).append(order[1])
     return wins
 
 
@@ -1668,83 +1916,3 @@ def embedded(image, width=480):
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def save_picture(path, image):
-    """A PNG, whole or not at all."""
-    write_whole(path, lambda f: image.save(f, "PNG"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Time and memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-def status_mb(name):
-    """A figure of this process's memory; raises OSError or StopIteration where the system does not keep it."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
-
-
-class PeakMemory:
-    """Highest anonymous memory (RssAnon, MB) of this process inside a `with`: mapped files are the system's, not ours."""
-
-    def __enter__(self):
-        self.mb, self._on = 0., True
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._on = False
-        self._thread.join()
-
-    def _watch(self):
-        while self._on:
-            try:
-                self.mb = max(self.mb, status_mb("RssAnon"))
-            except (OSError, StopIteration):
-                return                                       # not Linux: no figure rather than a wrong one
-            time.sleep(0.002)
-
-
-def in_child(function, *args):
-    """function(*args) in a fresh process, so that its memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
-
-
-def median_ms(run, device, rounds=15, patience=3.):
-    """Median milliseconds of run(), after a warm-up; what takes longer than `patience` seconds is run but once."""
-    spent = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - began)
-        if sum(spent) > patience:
-            break
-    return 1000 * statistics.median(spent[1:] or spent)
-
-
-def round_or_none(x):
-    """A whole number, or None as it is."""
-    return None if x is None else round(x)
-
-
-def peak_of(run, device):
-    """MB that run() needs on top of what was there; None where the system does not tell."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    try:
-        ctypes.CDLL(None).malloc_trim(0)                     # else what was freed before is used again, uncounted
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")                                     # start the high-water mark of memory anew
-        before = status_mb("VmHWM")
-        run()
-        return status_mb("VmHWM") - before
-    except (OSError, AttributeError, StopIteration):
-        return None

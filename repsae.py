@@ -87,7 +87,7 @@ DATA = {
 MODEL = {
     "preset": (None, ("thesis",), "thesis: its settings (5.3.2, A.1.2), for a million samples; what you type goes first"),
     "latents": ("auto", whole(1, 2 ** 24, auto=True), f"L, width of the sparse code; {AUTO}"),
-    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: a 16th of L, 8 to 64"),
+    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all streams "
              "together, each for itself, both ways with the losses added (ours), or one stream drawn anew "
              "each step (Universal SAE)"),
@@ -600,7 +600,8 @@ def collect(pieces):
 
 
 def codes_and_fit(model, features, rows, mode, device):
-    """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass."""
+    """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass;
+    "same_choice": the share of (sample, stream) whose latents are those of the sample's first stream."""
     pieces = []
 
     def reconstructions():
@@ -609,7 +610,10 @@ def codes_and_fit(model, features, rows, mode, device):
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
-    return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in collect(pieces).items()}, fit
+    pairs = collect(pieces)
+    chosen = [indices for indices, _ in pairs.values()]
+    fit["same_choice"] = float(np.mean([np.all(chosen[0] == c, 1) for c in chosen]))
+    return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in pairs.items()}, fit
 
 
 def measure(model, features, flags):
@@ -633,6 +637,7 @@ def measure(model, features, flags):
                 codes[mode], labels, features.label_names, features.parents, known)
         if tasks:
             out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
+        out[mode]["headline"] = judge.headline(out[mode])
     if labels is not None:
         out["positives"] = int(labels.sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
@@ -665,12 +670,12 @@ def run_sparc(flags, features, folder, saved=None, command="sparc"):
     owner = {"sparc": folder, "ablate": os.path.dirname(os.path.abspath(folder))}.get(command)          # sweep has no null
     metrics["verdict"] = judge.verdict(
         metrics, owner and f"add it with python repsae.py {command} --resume --null --out {shlex.quote(owner)}")
-    judge.write_json(out_path(folder, "metrics.json"), metrics)
-    title = f"repsae {command}: {os.path.basename(os.path.abspath(folder))}"
     settings = {**flags, "seconds to train": round(trained - began, 1),
                 "seconds to measure": round(time.time() - trained, 1)}
-    judge.sparc_report(out_path(folder, "report.html"), title, metrics, log.rows, settings, codes,
-                       features, rows)
+    page = judge.Page(f"repsae {command}: {os.path.basename(os.path.abspath(folder))}")
+    judge.tell_summary(page, metrics, quiet=True)
+    judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
+    page.write(functools.partial(out_path, folder), metrics)
     return metrics
 
 
@@ -983,14 +988,7 @@ def parse_over(over):
 
 def print_summary(metrics):
     """The end of a run: the table, joint and alone side by side, the planted concepts that were found, the verdict."""
-    header, rows = judge.summary(metrics)
-    print(f"\n{judge.text_table(header, rows)}\n\n{metrics['rows']} samples of the {metrics['split']} split")
-    for s, found in metrics.get("recovery", {}).items():
-        print(f"planted concepts recovered, {s}: {found['found']} of {found['of']}")
-    if "verdict" in metrics:
-        colour = f"\033[3{(2, 3, 1)[metrics['verdict']['level']]}m" if sys.stdout.isatty() else ""
-        lines = "\n".join(metrics["verdict"][part] for part in ("learned", "trust", "next"))
-        print(f"\n{colour}{lines}{colour and chr(27) + '[0m'}")
+    judge.tell_summary(judge.Page(""), metrics)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1038,14 +1036,6 @@ def needed(flags, name):
     return flags[name]
 
 
-def make_backbone(arch, **settings):
-    """A preset of ssm.py by name; settings that are None are left to it, and size and patch where it knows none (VMamba)."""
-    if arch not in ssm.PRESETS:
-        raise InputError(f"{arch} is no backbone - take one of {', '.join(ssm.PRESETS)}")
-    skip = ("size", "patch") if arch.startswith("vmamba") else ()
-    return ssm.PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
-
-
 def number_pair(flags, name):
     """"0.4,1" -> (0.4, 1.0), shares of an image's area; raises InputError when it is not two of them in order."""
     try:
@@ -1057,35 +1047,14 @@ def number_pair(flags, name):
     raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two shares of the area, for example 0.4,1")
 
 
-def dino_nets(flags):
-    """Student (in training), teacher (never), centre (K,) and optimiser of a run that has not begun."""
-    torch.manual_seed(flags.seed)
-
-    def net(drop_path):
-        backbone = make_backbone(flags.arch, size=flags.size, patch=flags.patch, drop_path=drop_path)
-        head = ssm.DINOHead(backbone.dim, flags.prototypes, flags.head_hidden, flags.bottleneck, flags.norm_last)
-        return ssm.MultiCrop(backbone, head).to(flags.device)
-    student, teacher = net(flags.drop_path).train(), net(0.).eval().requires_grad_(False)
-    teacher.load_state_dict(student.state_dict())
-    optimiser = torch.optim.AdamW(ssm.decay_groups(student, flags.decay_ssm))
-    return student, teacher, torch.zeros(flags.prototypes, device=flags.device), optimiser
-
-
-def dino_schedule(flags, step, epoch):
-    """What `ssm.dino_step` is to use in a step; `epoch` is the number of steps in one."""
-    n_steps = flags.epochs * epoch
-    return {"lr": ssm.cosine_schedule(step, n_steps, flags.lr * flags.batch / 256, flags.min_lr, flags.warmup * epoch),
-            "weight_decay": ssm.cosine_schedule(step, n_steps, flags.weight_decay, flags.weight_decay_end),
-            "momentum": ssm.cosine_schedule(step, n_steps, flags.momentum, 1.),
-            "teacher_temp": ssm.teacher_temperature(step // epoch, flags.teacher_temp_start, flags.teacher_temp,
-                                                    flags.teacher_warmup),
-            "clip": flags.clip, "freeze_last": step < flags.freeze_last * epoch}
-
-
 def train_dino(flags, images, rows, folder, saved):
     """Train, or go on training, the backbone of `flags` on the images `rows`, and report. Stops when it has collapsed."""
     torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
-    student, teacher, center, optimiser = dino_nets(flags)
+    torch.manual_seed(flags.seed)
+    student, teacher, optimiser = ssm.dino_nets(
+        flags.arch, flags.size, flags.patch, flags.prototypes, flags.head_hidden, flags.bottleneck, flags.norm_last,
+        flags.drop_path, flags.decay_ssm, flags.device)
+    center = torch.zeros(flags.prototypes, device=flags.device)
     if flags.standardise:
         for net in (student, teacher):
             ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
@@ -1116,21 +1085,24 @@ def train_dino(flags, images, rows, folder, saved):
     def save():
         judge.write_torch(checkpoint, {"student": student.state_dict(), "teacher": teacher.state_dict(), "most": most,
                                        "optimiser": optimiser.state_dict(), "center": center, "step": step})
+    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
+
+    def on_step(t, told):
+        nonlocal step, most
+        step, most, ended = t, max(most, told["information"]), t % epoch == 0
+        judged = ended and (t // epoch % flags.knn_every == 0 or t == n_steps)
+        knn = watch.knn() if judged else None
+        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": "" if knn is None else knn},
+             lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
+                     f"{'' if knn is None else f'  k-NN {knn:.3f}'}", ended)
+        if ended and most < COLLAPSED:
+            raise InputError(collapse_message(told["entropy"], flags, t // epoch))
+        most = 0. if ended else most
+    schedule = {k: flags[k] for k in ("epochs", "min_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
+                                      "teacher_temp", "teacher_temp_start", "teacher_warmup", "clip", "freeze_last")}
     with Keeper(flags, n_steps, step, log, save) as keep:
-        for views in data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers):
-            torch.manual_seed(flags.seed * 1_000_003 + step)                                # of drop path
-            found = ssm.dino_step(student, teacher, center, optimiser, [v.to(flags.device) for v in views],
-                                  **dino_schedule(flags, step, epoch))
-            step, most = step + 1, max(most, found["information"])
-            ended = step % epoch == 0
-            judged = ended and (step // epoch % flags.knn_every == 0 or step == n_steps)
-            knn = watch.knn() if judged else None
-            keep(step, lambda: {"epoch": round(step / epoch, 3), **found, "knn": "" if knn is None else knn},
-                 lambda: f"loss {found['loss']:.3f}  information {found['information']:.2f}"
-                         f"{'' if knn is None else f'  k-NN {knn:.3f}'}", ended)
-            if ended and most < COLLAPSED:
-                raise InputError(collapse_message(found["entropy"], flags, step // epoch))
-            most = 0. if ended else most
+        ssm.fit_dino((student, teacher, center, optimiser), lambda t: next(views), n_steps, lambda t: ssm.dino_schedule(
+            t, epoch, lr=flags.lr * flags.batch / 256, **schedule), on_step, step, flags.seed)
     finish_dino(flags, folder, log, watch)
 
 
@@ -1195,14 +1167,14 @@ def finish_dino(flags, folder, log, watch):
     sections = [("Training", "".join(charts))]
     if number["knn"]:
         pixels = watch.knn(raw=True)
-        found["knn_pixels"] = pixels
+        found.update(knn_pixels=pixels, knn_random=number["knn"][0][1])
         line = [(x, pixels) for x, _ in number["knn"]]
         chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", f"20-NN, {watch.measure}", zero=False)
         rows, labels = [], watch.images.labels[watch.test]
         labels = labels if labels.ndim == 1 else np.zeros(len(labels))                      # several at once: as they come
         for c in np.unique(labels):                          # the same number of each class
             rows.extend(watch.test[labels == c][:max(1, 12 // len(np.unique(labels)))])
-        near = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
+        near, _ = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
         charts.append(chart)
         pictures = [[watch.images.open(i) for i in (query, *watch.train[index])] for query, index in zip(rows, near)]
         judge.save_picture(out_path(folder, "neighbours.png"), judge.contact_sheet(
@@ -1247,7 +1219,7 @@ def cmd_extract(flags):
     pixels = images.pixels
     about = {"images": relative(images.paths, flags.out) if pixels is None else pixels}
     if flags.tokens:
-        about["grid"] = np.array(token_grid(loaded[0][1], size or loaded[0][2]))
+        about["grid"] = np.array(ssm.token_grid(loaded[0][1], size or loaded[0][2]))
         streams = {s: x.astype(np.float16) for s, x in streams.items()}
     if images.boxes is not None:
         about["coords"] = images.boxes
@@ -1261,12 +1233,6 @@ def cmd_extract(flags):
         about["split"] = images.split
     judge.write_npz(flags.out, {**streams, **about, **images.about})
     say(f"wrote {flags.out}")
-
-
-def token_grid(model, size):
-    """(rows, columns) of a backbone's patch tokens of a picture with `size` pixels a side."""
-    with torch.no_grad():
-        return model.features(torch.zeros(1, 3, size, size, device=next(model.parameters()).device), tokens=True)[1]
 
 
 def object_arrays(objects):
@@ -1315,11 +1281,11 @@ def load_backbone(spec, flags, n_classes=0, head=False):
         return name, model, size
     settings = {"size": made.get("size", size if path == "random" else None),
                 "patch": made.get("patch", getattr(flags, "patch", None))}
-    model = make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
+    model = ssm.make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
     if path != "random":
         ssm.load_weights(model, path)
     if n_classes:
-        bare, model = model, make_backbone(arch, **settings, n_classes=n_classes)
+        bare, model = model, ssm.make_backbone(arch, **settings, n_classes=n_classes)
         model.load_state_dict(bare.state_dict(), strict=False)                              # all but the head
     model.made = {"arch": arch, **settings, "n_classes": n_classes or made.get("n_classes")}
     return name, model.eval().to(flags.device), getattr(model, "size", 224)
@@ -1333,17 +1299,9 @@ def torchvision_model(name, path, n_classes):
     model = models.get_model(name, num_classes=n_classes)
     if path != "random":
         with unpacked(path, f"does not hold the weights of {name}", "give torchvision's file") as state:
-            own, last = model.state_dict(), last_linear(model)[0]
+            own, last = model.state_dict(), ssm.last_linear(model)[0]
             model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v for k, v in state.items()})
     return model
-
-
-def last_linear(model):
-    """(name, module) of a classifier's last linear layer; raises InputError when it has none."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    if not found:
-        raise InputError(f"{type(model).__name__} ends in no linear layer - take another model")
-    return found[-1]
 
 
 def cmd_probe(flags):
@@ -1592,7 +1550,7 @@ def barcode_sections(coded, table, flags):
     if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
         return None, [], None
     groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
-    names, codes = judge.barcodes(coded.count, groups)
+    names, codes, _ = judge.barcodes(coded.count, groups)
     of = [np.unique(y[rows][y[rows] >= 0]) for rows in np.split(np.argsort(groups, kind="stable"),
                                                   np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
     y = np.array([found[0] if len(found) == 1 else -1 for found in of])
@@ -1931,12 +1889,13 @@ def cmd_compare(flags):
     if len(both[0].features) != len(both[1].features):
         raise InputError(f"{flags.run} was trained on {len(both[0].features)} samples, {flags.other} on "
                          f"{len(both[1].features)} - compare runs on the same samples, or name their file with --data")
-    found, (_, rows) = [], both[0].split()
+    found, (_, rows) = {}, both[0].split()
 
     def add(name, a, b, pairing):
         r = judge.match_latents(a, b)[2] if pairing == "best" else judge.index_correlations(a, b)
-        found.append({"": name, "pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
-                      "median r": float(np.median(r)) if len(r) else None})
+        found[name] = {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
+                       "median r": float(np.median(r)) if len(r) else None,
+                       "shared, %": 100 * (r >= 0.5).mean() if len(r) else None}
     shuffled = np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
     kinds = [("the two runs, best pairing", "best", [c.strength[rows] for c in both])]
     if flags.sparc:
@@ -1954,8 +1913,9 @@ def cmd_compare(flags):
             kinds.append((f"SPARC {mode}, same latent", "same", [judge.pool_tokens(code, T)[0] for code in codes.values()]))
     for name, pairing, (a, b) in kinds:
         add(name, a, b, pairing)
-        add("  the same, samples shuffled", a, b[shuffled], pairing)
-    print(judge.text_table([f"{len(rows)} samples", *list(found[0])[1:]], [list(row.values()) for row in found]))
+        add(f"{name}, samples shuffled", a, b[shuffled], pairing)
+    columns = list(found[kinds[0][0]])
+    print(judge.text_table([f"{len(rows)} samples", *columns], [[name, *row.values()] for name, row in found.items()]))
     if flags.json:
         judge.write_json(flags.json, found)
 
@@ -1975,6 +1935,14 @@ def cmd_tissue(flags):
     for name, picture in zip(names, pixels):
         Image.fromarray(picture).save(out_path(flags.out, name))
     judge.write_npz(out_path(flags.out, "tissue.npz"), {**made, "images": names})
+    judge.write_npz(out_path(flags.out, "patients.npz"), {
+        "images": names, "labels": made["disease"], "label_names": made["disease_names"],
+        **{key: made[key] for key in ("groups", "split", "captions")}})
+    for group, slide in data.patient_slides(pixels, made["groups"]):
+        row = np.flatnonzero(made["groups"] == group)[0]
+        folder = os.path.join(flags.out, "slides", made["split"][row], made["disease_names"][made["disease"][row]])
+        os.makedirs(folder, exist_ok=True)
+        judge.save_picture(out_path(folder, f"{group:04d}.png"), Image.fromarray(slide))
     judge.write_json(out_path(flags.out, "taxonomy.json"), parents)
     kinds, sheet = len(data.CELLS) + 1, []
     for c in range(kinds):
@@ -2767,7 +2735,7 @@ def cmd_finetune(flags):
     rounds = [picture_parts(pictures, flags, flags.seed + r) for r in range(flags.runs)]
     make_run_folder(flags, {"pictures": len(pictures.labels), "data_hash": pictures.hash})
     log = Log(out_path(flags.out, "log.csv"))
-    found = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}
+    found, sizes = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}, {}
     progress = Progress(len(specs) * len(rounds))
     for name, spec in zip(names, specs):
         found[name] = []
@@ -2780,11 +2748,12 @@ def cmd_finetune(flags):
             log.write()
             progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
             if r == 0:
+                sizes[name] = sum(p.numel() for p in model.parameters())
                 judge.write_torch(out_path(flags.out, f"{name}.pt"), {"model": model.state_dict(), **model.made})
-    finish_finetune(found, pictures, rounds, flags)
+    finish_finetune(found, sizes, pictures, rounds, flags)
 
 
-def finish_finetune(found, pictures, rounds, flags):
+def finish_finetune(found, sizes, pictures, rounds, flags):
     """The tables of thesis 3.3.3, and who beats whom, in print, metrics.json and report.html."""
     header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
     rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
@@ -2792,9 +2761,10 @@ def finish_finetune(found, pictures, rounds, flags):
     tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in trained.items()})
              for key in ("AUC", "accuracy") if len(rounds) > 1}
     print("\n" + judge.text_table(header, rows))
-    sections = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))]
+    sections, beats = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))], {}
     for key, pairs in tests.items():
         wins = judge.beaten(pairs)
+        beats[key] = {a: {b: int(b in wins.get(a, ())) for b in trained if b != a} for a in trained}
         lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()] or ["no model beats another"]
         print(f"\n{key}, paired t-test at p < 0.05, {len(pairs)} pairs: {'; '.join(lines)}")
         columns = ["a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d"]
@@ -2807,7 +2777,8 @@ def finish_finetune(found, pictures, rounds, flags):
         "One run allows no test of which model is better."
     print(f"\n{note}")
     judge.write_json(out_path(flags.out, "metrics.json"),
-                     {"scores": found, "pairs": tests, "test pictures": len(rounds[0][2])})
+                     {"scores": found, "pairs": tests, "beats": beats, "parameters": sizes,
+                      "test pictures": len(rounds[0][2])})
     sections.append(("How far to trust it", f"<p>{note}</p>"))
     judge.write_report(out_path(flags.out, "report.html"), "repsae finetune", sections)
     say(f"wrote {out_path(flags.out, 'report.html')}")
@@ -2816,7 +2787,7 @@ def finish_finetune(found, pictures, rounds, flags):
 def try_classifier(spec, flags, n_classes):
     """Build a model and pass one picture of zeros through it: its name; raises InputError when it does not fit."""
     name, model, _ = load_backbone(spec, flags, n_classes)
-    last_linear(model)
+    ssm.last_linear(model)
     try:
         with torch.no_grad():
             out = model.eval()(torch.zeros(1, 3, flags.size, flags.size, device=flags.device))
@@ -2878,7 +2849,7 @@ def finetune_one(pictures, parts, model, flags):
     x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
     if flags.frozen:
         model.requires_grad_(False)
-        last_linear(model)[1].requires_grad_(True)           # the head
+        ssm.last_linear(model)[1].requires_grad_(True)           # the head
 
     def batches(epoch):
         for rows in torch.from_numpy(np.random.default_rng([flags.seed, epoch]).permutation(train)).split(flags.batch):
@@ -3217,9 +3188,8 @@ def same_choice(at, mode="joint"):
 
 def compare_verdict(at):
     """Two autoencoders trained apart, and one shared code: how many of their pairs of latents correlate at 0.5 or more?"""
-    rows = {row[""]: row for row in read_metrics(at("compare.json"))}
-    apart, shared = (100 * rows[name]["r >= 0.5"] / max(rows[name]["pairs"], 1)
-                     for name in ("the two runs, best pairing", "SPARC alone, same latent"))
+    rows = read_metrics(at("compare.json"))
+    apart, shared = (rows[name]["shared, %"] for name in ("the two runs, best pairing", "SPARC alone, same latent"))
     return ({("4.3", "pairs in common, %, trained apart"): apart, ("4.3", "pairs in common, %, one code, alone"): shared},
             {"one code has more in common than two trained apart, alone (4.3)": shared > apart})
 
@@ -3477,16 +3447,6 @@ def inlined(path):
 # Commands of the machine
 # ---------------------------------------------------------------------------------------------------------------------
 
-def cmd_build(flags):
-    """Compile the fast selective scan (csrc/); REPSAE_NATIVE=1 in the environment then makes every command use it."""
-    try:
-        built = ssm.build_native(verbose=True)
-    except Exception as e:                                   # the compiler's own words are above
-        raise InputError(f"the native scan cannot be built ({ssm.first_line(e)}) - it needs ninja and a C++ compiler; "
-                         "everything works without it")
-    print(f"built {built.__file__}; set REPSAE_NATIVE=1 to use it")
-
-
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
     for name in ("svg", "json"):
@@ -3653,7 +3613,6 @@ command("demo", cmd_demo, (), "demo", extra={
     "seeds": (1, whole(1, 1000), "how often, from --seed on, to give means and deviations"),
     "skip": (None, str, "numbers of chapters to leave out, separated by commas; name those that build on them, too"),
     "quick": (False, bool, "a size at which only the mechanics count: minutes instead of half an hour")})
-command("build", cmd_build, ())
 command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
 
 

@@ -16,14 +16,24 @@ Glossary     B batch . M streams . L latents . k latents kept per sample . d_s w
              joint    a code whose support was chosen from all given streams together (Eq. 7-8)
              alone    a code whose support was chosen from its own stream only
 
-Deviations   from the authors' code, where it differs from the papers or is wrong (all in the README):
-             the loss sums over streams as Eq. 14 does (`reduction="mean"` averages, as their code does);
-             AuxK is exactly 0 when no latent is dead, adds no bias, and sends gradient to dead latents only;
-             dictionary rows are renormalised after the optimiser step, so what is saved has unit norm;
-             dead latents are counted in training only; an all-zero sample is skipped;
+Deviations   from the authors' code, where it differs from the papers or is wrong:
+             the loss sums over streams as Eq. 14 does; theirs averages (`reduction="mean"`), so
+             that lambda_paper = lambda_code / (M - 1);
+             AuxK is exactly 0 when no latent is dead, adds no bias, sends gradient to dead latents
+             only, and divides by the residual's energy over the batch; theirs sample by sample;
+             latents are drawn anew `reinit_after` steps after they died, with their Adam moments;
+             theirs at once, which leaves AuxK nothing to do;
+             dictionary rows are renormalised after the optimiser step: saved ones have unit norm;
+             dead latents are counted per stream, in training only; a sample of zeros is skipped
+             in Eq. 13, where theirs divides by zero;
              a latent fires when its value exceeds a thousandth of the features' length, which is 1
              for l2 (theirs: a thousandth; thesis A.1.2 speaks of a frequency, but they count none).
-Ours         topk="both" (train on the joint and on the alone support) and the sparse arithmetic.
+             One stream: CytoSAE's code also divides the error by ||x||, which is not here;
+             resampling draws from the batch, not from 819,200 stored inputs; JumpReLU's threshold
+             has the gradient of its paper, which two public libraries miss by a factor.
+Ours         topk="both" (train on the joint and on the alone support), settings by the number of
+             samples, features standardised before they are scaled to length 1 (the authors' code
+             only scales, the papers say neither), and the sparse arithmetic.
 Not here     learning-rate decay, mixed precision, several GPUs.
 
 This file needs nothing but torch: copy it alone into your project.
@@ -865,7 +875,7 @@ def train_step(model, optimiser, x):
 def settings_for(n, latents=None, k=None, batch=None, epochs=None):
     """Settings that fit n training samples: dict of latents, k, batch, lr, epochs, steps, norm, dead_after; what is given stays.
 
-    A third as many latents as samples and a 16th of them kept, at least 1,000 steps of a tenth of the samples, every
+    A third as many latents as samples and an eighth of them kept (but 20: fewer rebuild even small files badly), at least 1,000 steps of a tenth of the samples, every
     dimension standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning rate falls with
     the root of L (Gao et al. 2024). One stream is served as well: more latents rebuild its training samples better, and
     held-out ones no better.
@@ -876,7 +886,7 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None):
     batch = batch or power_of_two(n / 10, 1, 256)
     epoch = -(-n // batch)                                   # steps in one
     epochs = epochs or max(50, -(-1000 // epoch))
-    return {"latents": L, "k": k or min(max(L // 16, 8), 64, L), "batch": batch, "lr": 2e-4 * (2 ** 14 / L) ** 0.5,
+    return {"latents": L, "k": k or min(max(L // 8, 20), 64, L), "batch": batch, "lr": 2e-4 * (2 ** 14 / L) ** 0.5,
             "epochs": epochs, "steps": epochs * epoch, "norm": "standard,l2",
             "dead_after": max(1, min(1000, epochs * epoch // 4))}
 

@@ -1,28 +1,39 @@
-"""The selective scan, and of thesis chapter 3 the backbones (ViT, Vision Mamba, VMamba), DINO and MIL, in plain PyTorch.
+"""Thesis chapter 3 in plain PyTorch: selective scan, ViT, Vim, VMamba; DINO, CLIP and MIL.
 
-Read first   thesis 3.2.1 (Vim in DINO) and 3.3.1 (Vim and VMamba). [1] Gu & Dao, Mamba, arXiv 2312.00752, sections 2-3
-             and Algorithm 2; [2] Zhu et al., Vision Mamba; [3] Liu et al., VMamba; Caron et al., DINO; Oquab et al., DINOv2.
-Read in      `_scan_reference` (the recurrence), `selective_scan`, then `_TorchScan` (the same, fast), `Mixer` and `Vim`,
-this order   `SS2D` and `VMamba`, `ViT`, `dino_step`, `MIL` and `fit`; the presets and `load_weights` come last.
+Read first   thesis 3.2.1 (Vim in DINO), 3.2.2 (MIL) and 3.3.1 (Vim and VMamba). [1] Gu & Dao,
+             Mamba, arXiv 2312.00752, sections 2-3 and Algorithm 2; [2] Zhu et al., Vision Mamba;
+             [3] Liu et al., VMamba; Caron et al., DINO; Oquab et al., DINOv2.
+Read in      `_scan_reference` (the recurrence), `selective_scan`, then `_TorchScan` (the same,
+this order   fast), `Mixer` and `Vim`, `SS2D` and `VMamba`, `ViT`; `train`, `dino_step`, `MIL`;
+             presets and released weights come last.
 
-Glossary     B batch . L tokens . D channels . N state size . G groups of channels that share B and C
-             u      (B, L, D)  the sequence        h      (B, D, N)  the state           y  (B, L, D)  the output
-             delta  (B, L, D)  step size           A      (D, N)     negative decay rates
-             B, C   (B, L, N) or (B, L, G, N)      input and output weights; they and delta depend on the token, which
-                    is what "selective" means      z      (B, L, D)  gate
-             d      width of a token . E = 2 d inner width of a Mamba block . r rank of delta's projection
+Glossary     B batch . L or T tokens . D channels . N state size . G groups of channels that share
+             the scan's B and C . d width of a token . E = 2 d inner width of a Mamba block
+             u      (B, L, D)   the sequence       y  (B, L, D)  the output
+             h      (B, D, N)   the state          z  (B, L, D)  gate
+             delta  (B, L, D)   step size          A  (D, N)     negative decay rates
+             B, C   (B, L, N) or (B, L, G, N)      input and output weights; they and delta
+                                depend on the token, which is what "selective" means
+             r      rank of delta's projection     K  DINO's prototypes
+             g_x    the gradient of x, in backward passes
 
-Deviations   exp(delta A) is exact (zero-order hold) but delta B is Euler's, as in the official code of [1] (its Eq. 4 has
-             the hold for both). Vim and VMamba keep the released parameter names, misnomers included, so that released
-             files load as they are. DINO's weight decay spares the state space's parameters (`decay_groups`).
-Not here     DINO's loop over epochs (repsae.py has it), inference token by token.
+Deviations   exp(delta A) is exact (zero-order hold) but delta B is Euler's, as in the official
+             code of [1]; its Eq. 4 has the hold for both. Vim and VMamba keep the released names
+             of parameters, misnomers included, so that released files load as they are. DINO's
+             weight decay spares the state space's parameters (`decay_groups`). CLAM's smooth SVM
+             stays smooth where the authors' turns into a hinge, and bags too small for 2 k
+             instances take fewer (`instance_loss`).
+Not here     Pictures, crops and bags (data.py), log files and checkpoints (repsae.py, which calls
+             `fit_dino` and its like), inference token by token, training on several machines.
 
-This file needs nothing but torch: copy it alone. `csrc/` beside it holds an optional compiled scan.
+This file needs nothing but torch: copy it alone. `csrc/` beside it holds an optional compiled
+scan, built when first used with REPSAE_NATIVE=1 in the environment, or by `python ssm.py build`.
 
     y = selective_scan(u, delta, A, B, C, D, z, delta_bias)
-    model = vim_small(); load_weights(model, "vim_s.pth"); x = model.features(images)         # (B, 384)
+    model = load_weights(vim_small(), "vim_s.pth"); x = model.features(images)         # (B, 384)
 """
 import argparse
+import contextlib
 import math
 import os
 import platform
@@ -39,40 +50,46 @@ class InputError(ValueError):
     """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The selective scan
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 CHUNK = 2 ** 20    # numbers in the states that the torch backend works on at a time
 
 
-def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=True, backend="auto", last_state=False):
-    """y_t = C_t h_t + D u_t with h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, gated by silu(z_t): [1] Algorithm 2.
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=True,
+                   backend="auto", last_state=False):
+    """y_t = C_t h_t + D u_t with h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t: [1] Algorithm 2.
 
-    u, delta, z (B, L, D); A (D, N); B, C (B, L, N), or (B, L, G, N) where channel i uses group i // (D / G); D and
-    delta_bias (D,). delta gets its bias, then softplus. Computed in float32 (float64 if u is), returned in u's dtype.
+    u, delta, z (B, L, D); A (D, N); D and delta_bias (D,); B, C (B, L, N), or (B, L, G, N) where
+    channel i uses group i // (D / G). delta gets its bias, then softplus; y is gated by silu(z).
+    Computed in float32 (float64 if u is), returned in u's dtype.
 
-    backend: "reference" (a loop to read), "torch" (chunked, its own backward), "native" (compiled, see `build_native`),
-    or "auto": native if the environment has REPSAE_NATIVE=1 and it can be built, else torch.
-    last_state: return (y, h_L (B, D, N)). All backends differentiate in every input; the memory that reference keeps for
-    that grows with B L D N, that of the others with B L D.
+    backend      "reference" (a loop to read), "torch" (chunked, its own backward), "native"
+                 (compiled, see `build_native`), or "auto": native if the environment has
+                 REPSAE_NATIVE=1 and it can be built, else torch
+    last_state   return (y, h_L (B, D, N))
+    All backends differentiate in every input; the memory that reference keeps for that grows with
+    B L D N, that of the others with B L D. Raises InputError for shapes that do not fit.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     kind, work = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
     with torch.autocast(u.device.type, enabled=False):
         if B.dim() == 3:
-            B, C = B.unsqueeze(2), C.unsqueeze(2)                                           # one group
+            B, C = B.unsqueeze(2), C.unsqueeze(2)            # one group
         nothing = u.new_zeros(u.shape[2])
-        inputs = u, delta, A, B, C, nothing if D is None else D, z, nothing if delta_bias is None else delta_bias
-        u, delta, A, B, C, D, z, bias = (v if v is None else v.to(work).contiguous() for v in inputs)
-        backend = _choose_backend(backend, u, A.shape[1])
+        D, bias = (nothing if v is None else v for v in (D, delta_bias))
+        given = u, delta, A, B, C, D, z, bias
+        inputs = [v if v is None else v.to(work).contiguous() for v in given]
+        backend = _choose_backend(backend, inputs[0], A.shape[1])
         if backend == "native":
-            keep = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in inputs)
-            y, h = _NativeScan.apply(u, delta, A, B, C, D, z, bias, softplus, keep)
+            learns = any(v is not None and v.requires_grad for v in given)
+            y, h = _NativeScan.apply(*inputs, softplus, torch.is_grad_enabled() and learns)
         elif backend == "torch":
             tokens = max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))
-            y, h = _TorchScan.apply(u, delta, A, B, C, D, z, bias, softplus, tokens)
+            y, h = _TorchScan.apply(*inputs, softplus, tokens)
         else:
+            u, delta, A, B, C, D, z, bias = inputs
             delta = delta + bias
             y, h = _scan_reference(u, F.softplus(delta) if softplus else delta, A, B, C)
             y = y + D * u
@@ -81,43 +98,50 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
 
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias):
+    """Raise InputError, naming the first tensor whose shape does not fit those of u and A."""
     if u.dim() != 3:
         raise InputError(f"u has shape {tuple(u.shape)} - give (batch, tokens, channels)")
-    b, L, channels = u.shape
-    N, G = A.shape[-1], B.shape[2] if B.dim() == 4 else 1
-    tokens, weights = (b, L, channels), (b, L, N) if B.dim() == 3 else (b, L, G, N)
-    wanted = {"delta": (delta, tokens), "z": (z, tokens), "A": (A, (channels, N)), "D": (D, (channels,)),
-              "delta_bias": (delta_bias, (channels,)), "B": (B, weights), "C": (C, weights)}
+    tokens, channels, N = tuple(u.shape), u.shape[2], A.shape[-1]
+    G = B.shape[2] if B.dim() == 4 else 1
+    weights = (*tokens[:2], N) if B.dim() == 3 else (*tokens[:2], G, N)
+    wanted = {"delta": (delta, tokens), "z": (z, tokens), "A": (A, (channels, N)),
+              "D": (D, (channels,)), "delta_bias": (delta_bias, (channels,)),
+              "B": (B, weights), "C": (C, weights)}
     for name, (v, shape) in wanted.items():
         if v is not None and tuple(v.shape) != shape:
-            raise InputError(f"{name} has shape {tuple(v.shape)} - with u {tuple(u.shape)} and A {tuple(A.shape)} "
-                             f"it must be {shape}")
+            raise InputError(f"{name} has shape {tuple(v.shape)} - with u {tokens} and A "
+                             f"{tuple(A.shape)} it must be {shape}")
     if channels % G:
-        raise InputError(f"{channels} channels do not divide into the {G} groups of B - give a multiple")
+        raise InputError(f"{channels} channels do not divide into the {G} groups of B - "
+                         "give a multiple")
 
 
 def _scan_reference(u, delta, A, B, C):
-    """The recurrence as [1] writes it (Eq. 2a, 2b), token by token. B, C (B, L, G, N). Returns y (B, L, D), h (B, D, N)."""
+    """The recurrence as [1] writes it (Eq. 2a, 2b), token by token; delta as it is used.
+
+    u, delta (B, L, D), A (D, N), B, C (B, L, G, N). Returns y (B, L, D) and the last h (B, D, N).
+    """
     per_group = u.shape[2] // B.shape[2]
-    B, C = (v.repeat_interleave(per_group, dim=2) for v in (B, C))                          # (B, L, D, N)
+    B, C = (v.repeat_interleave(per_group, dim=2) for v in (B, C))     # (B, L, D, N)
     h = u.new_zeros(u.shape[0], *A.shape)
     y = []
     for t in range(u.shape[1]):
-        A_bar = torch.exp(delta[:, t, :, None] * A)                                         # (B, D, N)
+        A_bar = torch.exp(delta[:, t, :, None] * A)                    # (B, D, N)
         B_bar = delta[:, t, :, None] * B[:, t]
-        h = A_bar * h + B_bar * u[:, t, :, None]
-        y.append((h * C[:, t]).sum(-1))                                                     # <C_t, h_t>
+        h = A_bar * h + B_bar * u[:, t, :, None]                       # Eq. 2a
+        y.append((h * C[:, t]).sum(-1))                                # Eq. 2b: <C_t, h_t>
     return torch.stack(y, 1), h
 
 
 class _TorchScan(torch.autograd.Function):
     """All of the scan chunk by chunk, with its analytic gradient.
 
-    Within a chunk time comes first, so that a step is contiguous memory: (T, B, G, E) with D = G E, and (T, B, G, E, N) with
-    states. The states of a chunk exist only while it is worked on; of each chunk only the state it starts from is kept, and
-    the backward pass makes the others again. With chunks of T >= N tokens that is no more memory than u. (Dividing by
-    running products of exp(delta A) would turn the loop over time into one cumulative sum, and underflow at the first long
-    decay.)
+    Within a chunk time comes first, so that a step is contiguous memory: (T, B, G, E) with
+    D = G E, and (T, B, G, E, N) with states. The states of a chunk exist only while it is worked
+    on; of each chunk only the state it starts from is kept, and the backward pass makes the others
+    again. With chunks of T >= N tokens that is no more memory than u. (Dividing by running
+    products of exp(delta A) would turn the loop over time into one cumulative sum, and underflow
+    at the first long decay.)
     """
 
     @staticmethod
@@ -128,12 +152,12 @@ class _TorchScan(torch.autograd.Function):
         for i in range(0, u.shape[1], T):
             now = slice(i, i + T)
             starts.append(h)
-            u_t, raw, B_t, C_t = (v[:, now].transpose(0, 1).contiguous() for v in (u, delta, B, C))
+            u_t, raw, B_t, C_t = _time_first(now, u, delta, B, C)
             u_t, raw = _grouped(u_t, -1, G), _grouped(raw + bias, -1, G)
             step = F.softplus(raw) if softplus else raw
             h = _states(u_t, step, _grouped(A, 0, G), B_t, h, a, x).clone()
-            out = (x[:len(u_t)] @ C_t.unsqueeze(-1)).squeeze(-1) + _grouped(D, 0, G) * u_t  # (T, B, G, E, N) (.., N, 1)
-            y[:, now] = out.flatten(2).transpose(0, 1)
+            out = _read(x[:len(u_t)], C_t) + _grouped(D, 0, G) * u_t   # (T, B, G, E)
+            y[:, now] = _batch_first(out)
             if z is not None:
                 y[:, now] *= F.silu(z[:, now])
         ctx.save_for_backward(u, delta, A, B, C, D, z, bias, *starts)
@@ -142,42 +166,45 @@ class _TorchScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dh):
-        """With g_t the gradient of h_t and a = exp(delta A): g_t = C_t dy_t + a_{t+1} g_{t+1}; the rest are products of it."""
+    def backward(ctx, g_y, g_last):
+        """With g_t the gradient of h_t and a_t = exp(delta_t A): g_t = C_t g_y_t + a_{t+1} g_{t+1};
+        the gradients of the inputs are products of g_t."""
         u, delta, A, B, C, D, z, bias, *starts = ctx.saved_tensors
         G = B.shape[2]
-        A, D, dh = _grouped(A, 0, G), _grouped(D, 0, G), _grouped(dh, 1, G)
-        du, ddelta, dB, dC = (torch.empty_like(v) for v in (u, delta, B, C))
-        dA, dD, dz = torch.zeros_like(A), torch.zeros_like(D), None if z is None else torch.empty_like(z)
-        a, x, g = (u.new_empty(min(ctx.T, u.shape[1]), *dh.shape) for _ in range(3))
+        A, D, g_h = _grouped(A, 0, G), _grouped(D, 0, G), _grouped(g_last, 1, G)
+        g_u, g_delta, g_B, g_C = (torch.empty_like(v) for v in (u, delta, B, C))
+        g_A, g_D = torch.zeros_like(A), torch.zeros_like(D)
+        g_z = None if z is None else torch.empty_like(z)
+        a, x, g = (u.new_empty(min(ctx.T, u.shape[1]), *g_h.shape) for _ in range(3))
         for i in reversed(range(0, u.shape[1], ctx.T)):
             now, h = slice(i, i + ctx.T), starts[i // ctx.T]
-            u_t, raw, dy_t, B_t, C_t = (v[:, now].transpose(0, 1).contiguous() for v in (u, delta, dy, B, C))
-            u_t, raw, dy_t = (_grouped(v, -1, G) for v in (u_t, raw + bias, dy_t))
+            u_t, raw, out, B_t, C_t = _time_first(now, u, delta, g_y, B, C)
+            u_t, raw, out = (_grouped(v, -1, G) for v in (u_t, raw + bias, out))
             step, n = F.softplus(raw) if ctx.softplus else raw, len(u_t)
             _states(u_t, step, A, B_t, h, a, x)
             if z is not None:
                 z_t = _grouped(z[:, now].transpose(0, 1), -1, G)
-                gate, out = torch.sigmoid(z_t), (x[:n] @ C_t.unsqueeze(-1)).squeeze(-1) + D * u_t
-                dz[:, now] = (dy_t * out * gate * (1 + z_t * (1 - gate))).flatten(2).transpose(0, 1)
-                dy_t = dy_t * z_t * gate                                                    # from here on, before the gate
-            torch.mul(dy_t.unsqueeze(-1), C_t.unsqueeze(-2), out=g[:n])
-            g[n - 1] += dh
+                gate, y_t = torch.sigmoid(z_t), _read(x[:n], C_t) + D * u_t
+                g_z[:, now] = _batch_first(out * y_t * gate * (1 + z_t * (1 - gate)))
+                out = out * z_t * gate                       # from here on the gradient before it
+            torch.mul(out.unsqueeze(-1), C_t.unsqueeze(-2), out=g[:n])
+            g[n - 1] += g_h
             for t in range(n - 2, -1, -1):
                 g[t].addcmul_(a[t + 1], g[t + 1])
-            dh = a[0] * g[0]                                                                # to the chunk before
-            gB = (g[:n] @ B_t.unsqueeze(-1)).squeeze(-1)                                    # (T, B, G, E)
-            dB[:, now] = (g[:n].transpose(-1, -2) @ (step * u_t).unsqueeze(-1)).squeeze(-1).transpose(0, 1)
-            dC[:, now] = (x[:n].transpose(-1, -2) @ dy_t.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
+            g_h = a[0] * g[0]                                # to the chunk before
+            g_B[:, now] = _spread(g[:n], step * u_t)
+            g_C[:, now] = _spread(x[:n], out)
+            gB = _read(g[:n], B_t)                           # (T, B, G, E)
             a[1:n] *= x[:n - 1]
             a[0] *= h
-            gah = a[:n].mul_(g[:n])                                                         # g_t a_t h_{t-1}, (T, B, G, E, N)
-            dstep = gB * u_t + torch.mul(gah, A, out=x[:n]).sum(-1)
-            dA += gah.mul_(step.unsqueeze(-1)).sum((0, 1))
-            dD += (dy_t * u_t).sum((0, 1))
-            du[:, now] = (step * gB + D * dy_t).flatten(2).transpose(0, 1)
-            ddelta[:, now] = (dstep * torch.sigmoid(raw) if ctx.softplus else dstep).flatten(2).transpose(0, 1)
-        return du, ddelta, dA.flatten(0, 1), dB, dC, dD.flatten(), dz, ddelta.sum((0, 1)), None, None
+            gah = a[:n].mul_(g[:n])                          # g_t a_t h_{t-1}, (T, B, G, E, N)
+            g_step = gB * u_t + torch.mul(gah, A, out=x[:n]).sum(-1)
+            g_A += gah.mul_(step.unsqueeze(-1)).sum((0, 1))
+            g_D += (out * u_t).sum((0, 1))
+            g_u[:, now] = _batch_first(step * gB + D * out)
+            g_delta[:, now] = _batch_first(g_step * torch.sigmoid(raw) if ctx.softplus else g_step)
+        g_bias = g_delta.sum((0, 1))                         # the bias is added to delta
+        return g_u, g_delta, g_A.flatten(0, 1), g_B, g_C, g_D.flatten(), g_z, g_bias, None, None
 
 
 def _grouped(v, dim, G):
@@ -185,18 +212,38 @@ def _grouped(v, dim, G):
     return v.unflatten(dim, (G, -1))
 
 
+def _time_first(now, *tensors):
+    """The tokens `now` of tensors (B, L, ...), as (T, B, ...)."""
+    return [v[:, now].transpose(0, 1).contiguous() for v in tensors]
+
+
+def _batch_first(v):
+    """(T, B, G, E) -> (B, T, D)."""
+    return v.flatten(2).transpose(0, 1)
+
+
+def _read(h, weight):
+    """<h, weight> over the states: (T, B, G, E, N) and (T, B, G, N) -> (T, B, G, E)."""
+    return (h @ weight.unsqueeze(-1)).squeeze(-1)
+
+
+def _spread(h, weight):
+    """The sum over the channels of a group: (T, B, G, E, N), (T, B, G, E) -> (B, T, G, N)."""
+    return (h.transpose(-1, -2) @ weight.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
+
+
 def _states(u, step, A, B, h, a, x):
-    """Fill a with exp(delta_t A) and x with h_t for one chunk, starting from the state h; returns the last h_t."""
+    """Fill a with exp(delta_t A) and x with h_t of one chunk, from the state h; the last h_t."""
     n = len(u)
     torch.mul(step.unsqueeze(-1), A, out=a[:n]).exp_()
     torch.mul((step * u).unsqueeze(-1), B.unsqueeze(-2), out=x[:n])
     for t in range(n):
-        h = x[t].addcmul_(a[t], h)                                                          # one call a token
+        h = x[t].addcmul_(a[t], h)                           # one call a token
     return h
 
 
 class _NativeScan(torch.autograd.Function):
-    """The compiled scan (csrc/), all of it in one pass: states in registers, chunk starts kept, the rest made again."""
+    """The compiled scan (csrc/) in one pass: states in registers, the start of each chunk kept."""
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, keep):
@@ -207,21 +254,26 @@ class _NativeScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dh):
+    def backward(ctx, g_y, g_last):
         *inputs, starts = ctx.saved_tensors
-        grads = native().backward(*inputs, ctx.softplus, starts, dy.contiguous(), dh.contiguous())
+        outer = g_y.contiguous(), g_last.contiguous()
+        grads = native().backward(*inputs, ctx.softplus, starts, *outer)
         return *grads, grads[1].sum((0, 1)), None, None      # the bias is added to delta
 
 
 def _choose_backend(backend, u, states):
+    """The name of the backend that serves u (B, L, D) with so many states; InputError if none."""
     if backend == "auto":
-        return "native" if os.environ.get("REPSAE_NATIVE") == "1" and native() and native().serves(u, states) else "torch"
+        wanted = os.environ.get("REPSAE_NATIVE") == "1" and native()
+        return "native" if wanted and native().serves(u, states) else "torch"
     if backend not in ("reference", "torch", "native"):
         raise InputError(f"backend={backend!r} - use auto, reference, torch, native")
     if backend == "native" and not native():
-        raise InputError(f"the native scan is not available ({_why_not_native}) - use backend='torch'")
+        raise InputError(f"the native scan is not available ({_why_not_native}) - "
+                         "use backend='torch'")
     if backend == "native" and not native().serves(u, states):
-        raise InputError(f"the native scan does not serve {u.dtype} on {u.device} with {states} states - use backend='torch'")
+        raise InputError(f"the native scan does not serve {u.dtype} on {u.device} with {states} "
+                         "states - use backend='torch'")
     return backend
 
 
@@ -230,47 +282,82 @@ _why_not_native = ""
 
 @lru_cache(None)
 def native():
-    """The compiled scan as a module with forward, backward and serves, built on first use and cached; None if it cannot be."""
+    """The compiled scan, a module with forward, backward and serves; None if it cannot be built."""
     global _why_not_native
     try:
         return build_native()
-    except Exception as e:                                   # no compiler, no ninja, no sources, a failed build: all the same
-        _why_not_native = first_line(e)
-        print(f"ssm: the native scan is not available ({_why_not_native}); the torch scan serves", file=sys.stderr)
+    except Exception as e:                                   # no compiler, no ninja, ...
+        _why_not_native = _first_line(e)
+        print(f"ssm: the native scan is not available ({_why_not_native}); the torch scan serves",
+              file=sys.stderr)
         return None
 
 
-def first_line(e):
-    """The first line of an exception's message, cut to 160 characters, or its kind if it has none."""
+def _first_line(e):
+    """The first line of an exception's message, cut to 160 characters; its kind if it has none."""
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
 
 
 def build_native(verbose=False):
-    """Compile csrc/ with torch.utils.cpp_extension (which needs ninja and a C++ compiler) and return the module."""
+    """Compile csrc/ with torch.utils.cpp_extension (ninja, a C++ compiler); returns the module."""
     from torch.utils import cpp_extension
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
-    sources = [os.path.join(folder, "selective_scan.cpp")]
+    csrc = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
+    sources = [os.path.join(csrc, "selective_scan.cpp")]
     if not os.path.exists(sources[0]):
         raise InputError(f"no {sources[0]}")
-    # Every flag is plain C++: errno and floating-point traps are given up, exact arithmetic is not (no fast-math).
+    # All plain C++: errno and floating-point traps are given up, exact arithmetic is not.
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
-    flags.append("-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp")               # Apple's has no threads: one there
+    flags.append("-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp")    # Apple: no threads
     if platform.machine() in ("x86_64", "AMD64"):
-        flags.append("-mprefer-vector-width=512")            # compilers else use half of each register
+        flags.append("-mprefer-vector-width=512")            # else half of each register is used
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
     if cuda:
-        sources.append(os.path.join(folder, "selective_scan.cu"))
+        sources.append(os.path.join(csrc, "selective_scan.cu"))
         flags.append("-DWITH_CUDA")
-    return cpp_extension.load("repsae_scan", sources, extra_cflags=flags, extra_cuda_cflags=["-O3"], with_cuda=cuda,
-                              verbose=verbose)
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = os.path.join(root, f"repsae_scan_{sys.implementation.cache_tag}_{torch.__version__}")
+    with _one_builder(folder):
+        return cpp_extension.load("repsae_scan", sources, extra_cflags=flags, with_cuda=cuda,
+                                  extra_cuda_cflags=["-O3"], build_directory=folder,
+                                  verbose=verbose)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _one_builder(folder):
+    """One process at a time: what lock of torch's is there then is of one that was killed.
+
+    Torch would wait for ever for that lock, a file, to go; ours goes with the process.
+    """
+    import fcntl                                             # Windows has no native scan
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "builder"), "w") as builder:
+        fcntl.flock(builder, fcntl.LOCK_EX)
+        stale = os.path.join(folder, "lock")
+        if os.path.exists(stale):
+            print(f"ssm: a build was killed and left {stale}; building anew", file=sys.stderr)
+            os.remove(stale)
+        yield
+
+
+def main(argv):
+    """`python ssm.py build`: compile the scan now and show the compiler's own words."""
+    if argv != ["build"]:
+        raise SystemExit("usage: python ssm.py build")
+    try:
+        built = build_native(verbose=True)
+    except Exception as e:
+        print(f"ssm: error: the native scan cannot be built ({_first_line(e)}) - it needs ninja "
+              "and a C++ compiler; everything works without it", file=sys.stderr)
+        raise SystemExit(2)
+    print(f"built {built.__file__}; set REPSAE_NATIVE=1 to use it")
+
+
+# --------------------------------------------------------------------------------------------------
 # Parts that several backbones use
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a sample's whole branch with probability p and scale the others by 1 / (1 - p)."""
+    """Stochastic depth: in training a sample's whole branch is dropped with probability p."""
 
     def __init__(self, p):
         super().__init__()
@@ -280,7 +367,7 @@ class DropPath(nn.Module):
         if not self.training or self.p == 0:
             return x
         keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.p
-        return x * keep / (1 - self.p)
+        return x * keep / (1 - self.p)                       # so that the mean stays
 
 
 class PatchEmbed(nn.Module):
@@ -308,7 +395,7 @@ class Mlp(nn.Module):
 def _grid(x, patch, name):
     """Rows and columns of patches of an image batch; refuses what does not divide."""
     if x.dim() != 4 or x.shape[1] != 3:
-        raise InputError(f"images have shape {tuple(x.shape)} - {name} wants (batch, 3, height, width)")
+        raise InputError(f"images have shape {tuple(x.shape)} - {name} wants (batch, 3, h, w)")
     h, w = x.shape[2:]
     if h % patch or w % patch or not h or not w:
         raise InputError(f"images are {h}x{w} - {name} wants multiples of {patch}")
@@ -316,16 +403,19 @@ def _grid(x, patch, name):
 
 
 def _interpolate(pos, grid, offset=0.1, antialias=False):
-    """Resize a square of position embeddings (1, n*n, d) to `grid`, bicubic: (1, rows*columns, d).
+    """Resize a square of position embeddings (1, n*n, d) to `grid`, bicubic: (1, T, d).
 
-    DINO passes scale factors with 0.1 added against rounding, and that factor, not the ratio of the sizes, places the
-    samples: the result differs visibly from asking for the size. DINOv2 with registers (offset 0) asks for the size.
+    DINO passes scale factors with 0.1 added against rounding, and that factor, not the ratio of
+    the sizes, places the samples: the result differs visibly from asking for the size. DINOv2
+    with registers (offset 0) asks for the size.
     """
     n = int(pos.shape[1] ** 0.5)
-    image = _float32_up(pos).reshape(1, n, n, -1).permute(0, 3, 1, 2)
-    target = {"scale_factor": tuple((g + offset) / n for g in grid)} if offset else {"size": tuple(grid)}
+    image = _float32_up(pos).reshape(1, n, n, -1).permute(0, 3, 1, 2)            # (1, d, n, n)
+    target = {"size": tuple(grid)}
+    if offset:
+        target = {"scale_factor": tuple((g + offset) / n for g in grid)}
     image = F.interpolate(image, mode="bicubic", antialias=antialias, **target)
-    return image.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(pos.dtype)
+    return image.flatten(2).transpose(1, 2).to(pos.dtype)
 
 
 def _float32_up(x):
@@ -338,13 +428,26 @@ def _trunc_normal(*tensors):
         nn.init.trunc_normal_(v, std=0.02)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def _init_linear(model):
+    """Every linear layer as timm and DINO begin: weights of deviation 0.02, biases 0."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            _trunc_normal(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+# --------------------------------------------------------------------------------------------------
 # ViT: DINO and DINOv2
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head self-attention. With `keep` set, the probabilities of the next passes stay in `kept` (B, heads, T, T), and
-    their gradient with them: heat maps need both. Otherwise torch's fused kernel, which never forms them."""
+    """Multi-head self-attention, (B, T, d) -> same.
+
+    With `keep` set, the probabilities of the next passes stay in `kept` (B, heads, T, T), and
+    their gradient with them: heat maps need both. Otherwise torch's fused kernel, which never
+    forms them.
+    """
     keep = False
 
     def __init__(self, dim, heads):
@@ -353,21 +456,23 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, T, d = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)      # (B, heads, T, d/heads)
-        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(B, T, d))
+        return self.proj(self.attend(self.qkv(x)))
 
-    def attend(self, q, k, v, causal=False):
-        """softmax(q k' / sqrt(d)) v of (B, heads, T, d / heads) each; causal: tokens see none that come later."""
-        if not self.keep:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-        self.kept = torch.softmax(scores, -1)
-        if self.kept.requires_grad:
-            self.kept.retain_grad()
-        return self.kept @ v
+    def attend(self, qkv, causal=False):
+        """softmax(q k' / sqrt(d)) v by heads, (B, T, 3 d) -> (B, T, d); causal: sees no later t."""
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, .)
+        if self.keep:
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            if causal:
+                later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(later, -torch.inf)
+            self.kept = torch.softmax(scores, -1)
+            if self.kept.requires_grad:
+                self.kept.retain_grad()
+            out = self.kept @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return out.transpose(1, 2).flatten(2)
 
 
 class SwiGLU(nn.Module):
@@ -395,13 +500,14 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block, (B, T, d) -> same."""
 
     def __init__(self, dim, heads, layer_scale, mlp, drop_path):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), mlp(dim, 4 * dim)
-        self.ls1, self.ls2 = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
@@ -412,15 +518,19 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer with a class token, as in DINO; with `v2` as in DINOv2.
 
-    size, patch   the trained image size and the patch size; any multiple of the patch can be given, see `_interpolate`
-    v2            DINOv2: LayerScale and a mask token (unused here); registers: its extra tokens, 0 or 4
-    Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when n_classes = 0.
+    size, patch   the trained image size and the patch size; any multiple of the patch can be
+                  given, see `_interpolate`
+    v2            DINOv2: LayerScale and a mask token (unused here)
+    registers     DINOv2's extra tokens, 0 or 4, between class token and patches
+    Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when
+    n_classes = 0.
     """
 
-    def __init__(self, dim, depth, heads, patch=16, size=224, n_classes=0, drop_path=0., v2=False, registers=0, swiglu=False):
+    def __init__(self, dim, depth, heads, patch=16, size=224, n_classes=0, drop_path=0., v2=False,
+                 registers=0, swiglu=False):
         super().__init__()
-        self.patch, self.size, self.registers = patch, size, registers
-        self.dim, self.offset, self.antialias = dim, 0. if registers else 0.1, bool(registers)
+        self.patch, self.size, self.registers, self.dim = patch, size, registers, dim
+        self.offset, self.antialias = 0. if registers else 0.1, bool(registers)
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
@@ -428,8 +538,9 @@ class ViT(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, dim))
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, 1. if v2 else None, SwiGLU if swiglu else Mlp, p)
-                                    for p in torch.linspace(0, drop_path, depth).tolist())
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, 1. if v2 else None, SwiGLU if swiglu else Mlp, p)
+            for p in torch.linspace(0, drop_path, depth).tolist())
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, n_classes) if n_classes else nn.Identity()
         _trunc_normal(self.pos_embed, *(() if v2 else (self.cls_token,)))
@@ -437,23 +548,25 @@ class ViT(nn.Module):
             nn.init.normal_(self.cls_token, std=1e-6)
         if registers:
             nn.init.normal_(self.register_tokens, std=1e-6)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                _trunc_normal(m.weight)
-                nn.init.zeros_(m.bias)
+        _init_linear(self)
 
     def position(self, grid, image):
-        """(1, 1 + T, d): the class token's row, then the patches', resized if the image is not the trained size."""
+        """(1, 1 + T, d): the class token's row, then the patches', resized if the image is not
+        the trained size."""
         if tuple(image) == (self.size, self.size):
             return self.pos_embed
-        return torch.cat([self.pos_embed[:, :1], _interpolate(self.pos_embed[:, 1:], grid, self.offset, self.antialias)], 1)
+        patches = _interpolate(self.pos_embed[:, 1:], grid, self.offset, self.antialias)
+        return torch.cat([self.pos_embed[:, :1], patches], 1)
 
     def blocks_out(self, x, last=1):
-        """The final norm of the last blocks' outputs, oldest first, a list of (B, 1 + registers + T, d); and the grid."""
+        """The final norm of the last blocks' outputs, oldest first, a list of
+        (B, 1 + registers + T, d); and the grid."""
         grid, image = _grid(x, self.patch, "this ViT"), x.shape[2:]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], 1) + self.position(grid, image)
-        if self.registers:                                   # after adding positions: registers have none
-            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
+        cls = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls, self.patch_embed(x)], 1) + self.position(grid, image)
+        if self.registers:                                   # added after positions: they have none
+            extra = self.register_tokens.expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], extra, x[:, 1:]], 1)
         out = []
         for i, block in enumerate(self.blocks):
             x = block(x)
@@ -462,7 +575,8 @@ class ViT(nn.Module):
         return out, grid
 
     def features(self, x, tokens=False, last=1):
-        """Class tokens of the last blocks side by side (B, last d); with `tokens` all patch tokens (B, T, d), their grid."""
+        """Class tokens of the last blocks side by side (B, last d); with `tokens` all patch tokens
+        (B, T, d) and their grid."""
         out, grid = self.blocks_out(x, last)
         if tokens:
             return out[-1][:, 1 + self.registers:], grid
@@ -472,14 +586,15 @@ class ViT(nn.Module):
         return self.head(self.features(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Vim: Vision Mamba
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Mixer(nn.Module):
-    """Vim's bidirectional Mamba block ("v2"): two scans with weights of their own between shared projections.
+    """Vim's bidirectional Mamba block ("v2"), (B, L, d) -> same: two scans with weights of their
+    own between shared projections.
 
-    (B, L, d) -> (B, L, d). The second direction runs over the reversed sequence, gate and convolution included. Names
+    The second direction runs over the reversed sequence, gate and convolution included. Names
     ending in _b belong to it; `D_b` is its skip, `A_b_log` its log(-A).
     """
     backend = "auto"
@@ -487,37 +602,44 @@ class Mixer(nn.Module):
     def __init__(self, dim, depth, d_state=16, d_conv=4):
         super().__init__()
         E, self.r, self.N = 2 * dim, math.ceil(dim / 16), d_state
-        self.in_proj, self.out_proj = nn.Linear(dim, 2 * E, bias=False), nn.Linear(E, dim, bias=False)
+        self.in_proj = nn.Linear(dim, 2 * E, bias=False)
+        self.out_proj = nn.Linear(E, dim, bias=False)
+        rates = torch.log(torch.arange(1., d_state + 1)).repeat(E, 1)            # (E, N)
         for end in ("", "_b"):
-            setattr(self, f"conv1d{end}", nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1))
+            conv = nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1)
+            setattr(self, f"conv1d{end}", conv)
             setattr(self, f"x_proj{end}", nn.Linear(E, self.r + 2 * d_state, bias=False))
             setattr(self, f"dt_proj{end}", nn.Linear(self.r, E))
-            setattr(self, f"A{end}_log", nn.Parameter(torch.log(torch.arange(1., d_state + 1)).repeat(E, 1)))
+            setattr(self, f"A{end}_log", nn.Parameter(rates.clone()))
             setattr(self, f"D{end}", nn.Parameter(torch.ones(E)))
         nn.init.kaiming_uniform_(self.out_proj.weight, a=5 ** 0.5)
         with torch.no_grad():
             self.out_proj.weight /= depth ** 0.5
             self.dt_proj.weight.uniform_(-self.r ** -0.5, self.r ** -0.5)
             self.dt_proj.bias.copy_(_delta_bias(E))
-            self.dt_proj_b.bias.zero_()                      # as released: only the forward direction starts with small steps
+            self.dt_proj_b.bias.zero_()                      # as released: not as small
 
     def _direction(self, xz, end):
-        x, z = xz.chunk(2, -1)                                                              # (B, L, E)
+        x, z = xz.chunk(2, -1)                               # (B, L, E) each
         conv, dt_proj = getattr(self, f"conv1d{end}"), getattr(self, f"dt_proj{end}")
-        x = F.silu(conv(x.transpose(1, 2))[..., :x.shape[1]].transpose(1, 2))               # causal: no later token
-        delta, B, C = getattr(self, f"x_proj{end}")(x).split([self.r, self.N, self.N], -1)
-        delta = F.linear(delta, dt_proj.weight)              # its bias is added inside the scan, before softplus
-        A, D = -torch.exp(_float32_up(getattr(self, f"A{end}_log"))), getattr(self, f"D{end}")
+        x = conv(x.transpose(1, 2))[..., :x.shape[1]]        # causal: no later token
+        x = F.silu(x.transpose(1, 2))
+        x_proj, A_log = getattr(self, f"x_proj{end}"), getattr(self, f"A{end}_log")
+        delta, B, C = x_proj(x).split([self.r, self.N, self.N], -1)
+        delta = F.linear(delta, dt_proj.weight)              # its bias is added inside the scan
+        A, D = -torch.exp(_float32_up(A_log)), getattr(self, f"D{end}")
         return selective_scan(x, delta, A, B, C, D, z, dt_proj.bias, backend=self.backend)
 
     def forward(self, x):
-        xz = self.in_proj(x)
-        return self.out_proj((self._direction(xz, "") + self._direction(xz.flip(1), "_b").flip(1)) / 2)
+        xz = self.in_proj(x)                                 # (B, L, 2 E)
+        backwards = self._direction(xz.flip(1), "_b").flip(1)
+        return self.out_proj((self._direction(xz, "") + backwards) / 2)
 
 
 def _delta_bias(n, low=1e-3, high=0.1, floor=1e-4):
-    """Mamba's initial bias of delta: softplus of it is log-uniform in low..high."""
-    delta = torch.exp(torch.rand(n) * (math.log(high) - math.log(low)) + math.log(low)).clamp_min(floor)
+    """Mamba's initial bias of delta (n,): softplus of it is log-uniform in low..high."""
+    log = torch.rand(n) * (math.log(high) - math.log(low)) + math.log(low)
+    delta = torch.exp(log).clamp_min(floor)
     return delta + torch.log(-torch.expm1(-delta))           # inverse softplus
 
 
@@ -531,16 +653,18 @@ class VimLayer(nn.Module):
 
 
 class Vim(nn.Module):
-    """Vision Mamba ([2], thesis 3.2.1): patches and a class token in their middle, bidirectional Mamba blocks.
+    """Vision Mamba ([2], thesis 3.2.1): patches with a class token in their middle, Mamba blocks.
 
-    double_cls    Vim4Path's variant, as its authors trained it: the class token stands at the front, with a position (whose
-                  row 0 is then the class token's, DINO's convention), and the same parameter once more in the middle,
-                  without one: 198 tokens at 224 px, 38 at 96. The middle one is the output in either variant.
-    Input and output as `ViT`. A layer's output is added to the residual only in the next layer ("delayed"), so layer i's
-    drop_path acts on the output of layer i - 1.
+    double_cls    Vim4Path's variant, as its authors trained it: the class token stands at the
+                  front, with a position (whose row 0 is then the class token's, DINO's
+                  convention), and the same parameter once more in the middle, without one: 198
+                  tokens at 224 px, 38 at 96. The middle one is the output in either variant.
+    Input and output as `ViT`. A layer's output is added to the residual only in the next layer
+    ("delayed"), so layer i's drop_path acts on the output of layer i - 1.
     """
 
-    def __init__(self, dim, depth, patch=16, size=224, n_classes=0, drop_path=0., double_cls=False, d_state=16):
+    def __init__(self, dim, depth, patch=16, size=224, n_classes=0, drop_path=0.,
+                 double_cls=False, d_state=16):
         super().__init__()
         self.patch, self.size, self.dim, self.double_cls = patch, size, dim, double_cls
         self.patch_embed = PatchEmbed(patch, dim)
@@ -552,21 +676,23 @@ class Vim(nn.Module):
         self.norm_f = nn.RMSNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, n_classes) if n_classes else nn.Identity()
         _trunc_normal(self.cls_token, self.pos_embed)
-        # LeCun's normal (variance 1 / fan_in), widened against a truncation that in the timm Vim pins cuts off nothing.
-        nn.init.normal_(self.patch_embed.proj.weight, std=(3 * patch * patch) ** -0.5 / 0.87962566)
+        # LeCun's normal (variance 1 / fan_in), widened against a truncation that in the timm which
+        # Vim pins cuts off nothing.
+        fan_in = 3 * patch * patch
+        nn.init.normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
         nn.init.zeros_(self.patch_embed.proj.bias)
-        if n_classes:
-            _trunc_normal(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        _init_linear(self.head)
 
     def position(self, grid, image):
-        """(1, 1 + T, d): rows in the order of the tokens, resized if the image is not the trained size."""
+        """(1, 1 + T, d): rows in the order of the tokens, resized as `ViT.position` does."""
         if tuple(image) == (self.size, self.size):
             return self.pos_embed
-        cls = 0 if self.double_cls else (self.pos_embed.shape[1] - 1) // 2                  # the class token's row
-        patches = _interpolate(torch.cat([self.pos_embed[:, :cls], self.pos_embed[:, cls + 1:]], 1), grid)
+        pos = self.pos_embed
+        row = 0 if self.double_cls else (pos.shape[1] - 1) // 2                  # the class token's
+        cls, rest = pos[:, row:row + 1], torch.cat([pos[:, :row], pos[:, row + 1:]], 1)
+        patches = _interpolate(rest, grid)
         at = 0 if self.double_cls else patches.shape[1] // 2
-        return torch.cat([patches[:, :at], self.pos_embed[:, cls:cls + 1], patches[:, at:]], 1)
+        return torch.cat([patches[:, :at], cls, patches[:, at:]], 1)
 
     def embed(self, x):
         """(B, 3, H, W) -> tokens (B, L, d), the index of the class token to read, and the grid."""
@@ -577,7 +703,8 @@ class Vim(nn.Module):
             x = torch.cat([cls, x], 1) + self.position(grid, image)
             middle = (T + 1) // 2
             return torch.cat([x[:, :middle], cls, x[:, middle:]], 1), middle, grid
-        return torch.cat([x[:, :T // 2], cls, x[:, T // 2:]], 1) + self.position(grid, image), T // 2, grid
+        x = torch.cat([x[:, :T // 2], cls, x[:, T // 2:]], 1)
+        return x + self.position(grid, image), T // 2, grid
 
     def run(self, x):
         """Tokens (B, L, d) -> the final norm of every token."""
@@ -588,7 +715,7 @@ class Vim(nn.Module):
         return self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
 
     def features(self, x, tokens=False):
-        """The middle class token (B, d); or with `tokens` all patch tokens (B, T, d) and their grid."""
+        """The middle class token (B, d); with `tokens` patch tokens (B, T, d) and their grid."""
         x, middle, grid = self.embed(x)
         x = self.run(x)
         if not tokens:
@@ -599,12 +726,12 @@ class Vim(nn.Module):
         return self.head(self.features(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # VMamba
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def cross_scan(x):
-    """(B, H, W, E) -> (B, L, 4, E): the four orders of VMamba: by rows, by columns, and both backwards."""
+    """(B, H, W, E) -> (B, L, 4, E): VMamba's four orders, by rows, by columns, both backwards."""
     rows, columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)
     return torch.stack([rows, columns, rows.flip(1), columns.flip(1)], 2)
 
@@ -616,19 +743,23 @@ def cross_merge(y, h, w):
 
 
 class SS2D(nn.Module):
-    """2D selective scan ([3]): depth-wise convolution, then four scans in four directions, summed. (B, H, W, d) -> same.
+    """2D selective scan ([3]), (B, H, W, d) -> same: depth-wise convolution, then four scans in
+    four directions, summed.
 
-    VMamba's "v05_noz": no gate, state size 1 in the released models; the four directions are the four groups of one scan.
+    VMamba's "v05_noz": no gate, state size 1 in the released models; the four directions are the
+    four groups of one scan.
     """
 
     def __init__(self, dim, d_state=1):
         super().__init__()
         E, r, self.N = 2 * dim, math.ceil(dim / 16), d_state
-        self.in_proj, self.out_proj = nn.Linear(dim, E, bias=False), nn.Linear(E, dim, bias=False)
+        self.in_proj = nn.Linear(dim, E, bias=False)
+        self.out_proj = nn.Linear(E, dim, bias=False)
         self.conv2d = nn.Conv2d(E, E, 3, padding=1, groups=E, bias=False)
         self.out_norm = nn.LayerNorm(E)
-        self.x_proj_weight = nn.Parameter(torch.empty(4, r + 2 * d_state, E).uniform_(-E ** -0.5, E ** -0.5))
-        self.dt_projs_weight = nn.Parameter(torch.empty(4, E, r).uniform_(-r ** -0.5, r ** -0.5))
+        x_proj = torch.empty(4, r + 2 * d_state, E).uniform_(-E ** -0.5, E ** -0.5)
+        dt_projs = torch.empty(4, E, r).uniform_(-r ** -0.5, r ** -0.5)
+        self.x_proj_weight, self.dt_projs_weight = nn.Parameter(x_proj), nn.Parameter(dt_projs)
         self.dt_projs_bias = nn.Parameter(torch.stack([_delta_bias(E) for _ in range(4)]))
         self.A_logs = nn.Parameter(torch.log(torch.arange(1., d_state + 1)).repeat(4 * E, 1))
         self.Ds = nn.Parameter(torch.ones(4 * E))
@@ -636,12 +767,13 @@ class SS2D(nn.Module):
 
     def forward(self, x):
         h, w = x.shape[1:3]
-        x = F.silu(self.conv2d(self.in_proj(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))    # (B, H, W, E)
-        u = cross_scan(x)                                                                   # (B, L, 4, E)
-        delta, B, C = torch.einsum("blke,kce->blkc", u, self.x_proj_weight).split(
-            [self.dt_projs_weight.shape[2], self.N, self.N], -1)
-        delta = torch.einsum("blkr,ker->blke", delta, self.dt_projs_weight)
-        A = -torch.exp(_float32_up(self.A_logs))
+        x = self.conv2d(self.in_proj(x).permute(0, 3, 1, 2))                     # (B, E, H, W)
+        u = cross_scan(F.silu(x.permute(0, 2, 3, 1)))                            # (B, L, 4, E)
+        weights = torch.einsum("blke,kce->blkc", u, self.x_proj_weight)
+        r = self.dt_projs_weight.shape[2]
+        delta, B, C = weights.split([r, self.N, self.N], -1)
+        delta = torch.einsum("blkr,ker->blke", delta, self.dt_projs_weight)      # (B, L, 4, E)
+        A = -torch.exp(_float32_up(self.A_logs))                                 # (4 E, N)
         y = selective_scan(u.flatten(2), delta.flatten(2), A, B, C, self.Ds, None,
                            self.dt_projs_bias.flatten())
         return self.out_proj(self.out_norm(cross_merge(y.unflatten(2, (4, -1)), h, w)))
@@ -672,10 +804,12 @@ class _Conv(nn.Conv2d):
 
 
 class VMamba(nn.Module):
-    """VMamba ([3], thesis 3.3.1), the v2 ("s2") releases: four stages of VSS blocks, halving the resolution in between.
+    """VMamba ([3], thesis 3.3.1), the v2 ("s2") releases: four stages of VSS blocks, halving the
+    resolution in between.
 
-    Input (B, 3, H, W), sides multiples of 32. `forward` gives logits, or pooled features (B, 8 dim) when n_classes = 0.
-    Indices into patch_embed and downsample are the released ones; the identities between stand for its permutations.
+    Input (B, 3, H, W), sides multiples of 32. `forward` gives logits, or pooled features
+    (B, 8 dim) when n_classes = 0. Indices into patch_embed and downsample are the released ones;
+    the identities between stand for its permutations.
     """
 
     def __init__(self, dim, depths, n_classes=0, drop_path=0., d_state=1):
@@ -683,26 +817,23 @@ class VMamba(nn.Module):
         dims = [dim * 2 ** i for i in range(len(depths))]
         self.dim, self.reduction = dims[-1], 4 * 2 ** (len(depths) - 1)
         gap = nn.Identity
-        self.patch_embed = nn.Sequential(_Conv(3, dim // 2), gap(), nn.LayerNorm(dim // 2), gap(), nn.GELU(),
-                                         _Conv(dim // 2, dim), gap(), nn.LayerNorm(dim))
+        self.patch_embed = nn.Sequential(
+            _Conv(3, dim // 2), gap(), nn.LayerNorm(dim // 2), gap(), nn.GELU(),
+            _Conv(dim // 2, dim), gap(), nn.LayerNorm(dim))
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
-            stage = nn.Module()
-            stage.blocks = nn.Sequential(*(VSSBlock(dims[i], d_state, next(rates)) for _ in range(depth)))
+            blocks = [VSSBlock(dims[i], d_state, next(rates)) for _ in range(depth)]
+            halve = gap()
             if i + 1 < len(depths):
-                stage.downsample = nn.Sequential(gap(), _Conv(dims[i], dims[i + 1]), gap(), nn.LayerNorm(dims[i + 1]))
-            else:
-                stage.downsample = nn.Identity()
-            self.layers.append(stage)
-        self.classifier = nn.Module()
-        self.classifier.norm = nn.LayerNorm(dims[-1])
-        self.classifier.head = nn.Linear(dims[-1], n_classes) if n_classes else nn.Identity()
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                _trunc_normal(m.weight)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+                norm = nn.LayerNorm(dims[i + 1])
+                halve = nn.Sequential(gap(), _Conv(dims[i], dims[i + 1]), gap(), norm)
+            parts = {"blocks": nn.Sequential(*blocks), "downsample": halve}
+            self.layers.append(nn.ModuleDict(parts))
+        self.classifier = nn.ModuleDict({
+            "norm": nn.LayerNorm(self.dim),
+            "head": nn.Linear(self.dim, n_classes) if n_classes else gap()})
+        _init_linear(self)
 
     def stages(self, x):
         """The output of each stage before it is downsampled: a list of (B, H_i, W_i, C_i)."""
@@ -714,12 +845,82 @@ class VMamba(nn.Module):
         return out
 
     def features(self, x, tokens=False):
-        """Pooled features (B, d); or with `tokens` the last stage's normed map as (B, T, d) and its grid."""
+        """Pooled features (B, d); with `tokens` the last stage's normed map (B, T, d), its grid."""
         x = self.classifier.norm(self.stages(x)[-1])
         return (x.flatten(1, 2), tuple(x.shape[1:3])) if tokens else x.mean((1, 2))
 
     def forward(self, x):
         return self.classifier.head(self.features(x))
+
+
+# --------------------------------------------------------------------------------------------------
+# Training: one loop for steps, one for epochs with early stopping
+# --------------------------------------------------------------------------------------------------
+
+def descend(optimiser, loss, mend=None):
+    """One step of the optimiser down the gradient of `loss`, a scalar tensor, returned as a float.
+
+    mend(): changes the gradients before they are used (clips them). Raises InputError when the
+    loss is no number any more.
+    """
+    if not torch.isfinite(loss):
+        raise InputError(f"the loss became {loss.item()} - lower the learning rate")
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    if mend:
+        mend()
+    optimiser.step()
+    return loss.item()
+
+
+def train(step, batch, n_steps, on_step=None, start=0):
+    """The loop that all training here goes through: batch -> step -> log -> checkpoint.
+
+    step(t, batch)    one update; returns what is worth telling, a dict of numbers
+    batch(t)          the data of step t, from 0; a pure function of t makes resuming exact
+    on_step(t, told)  after each step, t counting from 1: logs, saves, or raises to stop
+    """
+    for t in range(start, n_steps):
+        told = step(t, batch(t))
+        if on_step:
+            on_step(t + 1, told)
+
+
+def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.inf, least=0):
+    """Supervised training by epochs, with early stopping if asked for; bags and fine-tuning.
+
+    batches(epoch)    iterable of tuples, each the arguments of loss(model, ...), a scalar
+    validate(model)   a number, lower is better, of data neither trained on nor reported: training
+                      stops when it has not fallen for `patience` epochs, but never before `least`,
+                      and the best epoch's weights are put back
+    Without validate all epochs are trained. Returns [(mean loss, validation or None)] by epoch.
+    """
+    history, best, kept, since = [], math.inf, None, 0
+    for epoch in range(epochs):
+        model.train()
+        spent = [descend(optimiser, loss(model, *batch)) for batch in batches(epoch)]
+        model.eval()
+        with torch.no_grad():
+            value = validate(model) if validate else None
+        history.append((sum(spent) / len(spent), value))
+        if validate and (value < best or kept is None):
+            best, since = value, 0
+            kept = {k: v.clone() for k, v in model.state_dict().items()}
+        else:
+            since += 1
+        if since >= patience and epoch + 1 >= least:
+            break
+    if kept:
+        model.load_state_dict(kept)
+    return history
+
+
+def cosine_schedule(step, n_steps, base, final, warmup=0):
+    """From 0 to base in `warmup` steps (base is the last's), then half a cosine towards final."""
+    if step < warmup:
+        return base * step / max(warmup - 1, 1)
+    turn = math.pi * (step - warmup) / max(n_steps - warmup, 1)
+    return final + (base - final) / 2 * (1 + math.cos(turn))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,9 +938,8 @@ class CLIPAttention(Attention):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, T, d = x.shape
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.out_proj(self.attend(q, k, v, self.causal).transpose(1, 2).reshape(B, T, d))
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(self.attend(qkv, self.causal))
 
 
 class QuickGELU(nn.Module):
@@ -925,13 +1125,6 @@ def dino_loss(student, teacher, center, views, teacher_temp=0.04, student_temp=0
     return pairs.mean() / (2 * views - 2)
 
 
-def cosine_schedule(step, n_steps, base, final, warmup=0):
-    """Linear from 0 over `warmup` steps (reaching base on the last), then half a cosine from base towards final."""
-    if step < warmup:
-        return base * step / max(warmup - 1, 1)
-    return final + (base - final) / 2 * (1 + math.cos(math.pi * (step - warmup) / max(n_steps - warmup, 1)))
-
-
 def teacher_temperature(epoch, start=0.04, final=0.04, warmup=0):
     """Linear from start to final over `warmup` epochs, both ends included, then constant."""
     return final if epoch >= warmup else start + (final - start) * epoch / max(warmup - 1, 1)
@@ -971,19 +1164,19 @@ def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, mome
     with torch.no_grad():
         t = teacher(crops[:2])
     loss = dino_loss(student(crops), t, center, len(crops), teacher_temp)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    clip_each(student, clip)
-    if freeze_last:                                          # the first epoch: the prototypes stay where they are
-        for p in student.head.last_layer.parameters():
-            p.grad = None
-    optimiser.step()
+
+    def mend():
+        clip_each(student, clip)
+        if freeze_last:                                      # in the first epoch the prototypes stay where they are
+            for p in student.head.last_layer.parameters():
+                p.grad = None
+    value = descend(optimiser, loss, mend)
     with torch.no_grad():
         for mine, theirs in zip(teacher.parameters(), student.parameters()):
             mine.mul_(momentum).add_(theirs, alpha=1 - momentum)
     entropy, information = output_entropy(torch.softmax((t - center) / teacher_temp, -1))
     move_center(center, t)
-    return {"loss": loss.item(), "entropy": entropy, "information": information}
+    return {"loss": value, "entropy": entropy, "information": information}
 
 
 def move_center(center, teacher, momentum=0.9):
@@ -996,6 +1189,49 @@ def output_entropy(q):
     an output tells of its image; 0 means collapse, be it to the uniform output (entropy ln K) or to a constant one."""
     entropy = torch.special.entr(q).sum(-1).mean().item()
     return entropy, torch.special.entr(q.mean(0)).sum().item() - entropy
+
+
+def dino_nets(arch, size, patch=None, K=65536, hidden=2048, bottleneck=256, norm_last=True,
+              drop_path=0.1, decay_ssm=False, device="cpu"):
+    """Student (in training), teacher (the same weights, no gradient, no drop path), and AdamW."""
+    def net(p):
+        backbone = make_backbone(arch, size=size, patch=patch, drop_path=p)
+        head = DINOHead(backbone.dim, K, hidden, bottleneck, norm_last)
+        return MultiCrop(backbone, head).to(device)
+    student, teacher = net(drop_path).train(), net(0.).eval().requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher, torch.optim.AdamW(decay_groups(student, decay_ssm))
+
+
+def dino_schedule(step, epoch, epochs, lr, min_lr=1e-6, warmup=10, weight_decay=0.04,
+                  weight_decay_end=0.4, momentum=0.996, teacher_temp=0.04, teacher_temp_start=0.04,
+                  teacher_warmup=0, clip=3., freeze_last=1):
+    """The settings of `dino_step` in a step; `epoch` is the number of steps in one.
+
+    The defaults are those of DINO's code. warmup, teacher_warmup and freeze_last count epochs; lr
+    is reached after the warm-up and falls to min_lr.
+    """
+    n = epochs * epoch
+    temperature = teacher_temperature(step // epoch, teacher_temp_start, teacher_temp, teacher_warmup)
+    return {"lr": cosine_schedule(step, n, lr, min_lr, warmup * epoch),
+            "weight_decay": cosine_schedule(step, n, weight_decay, weight_decay_end),
+            "momentum": cosine_schedule(step, n, momentum, 1.), "teacher_temp": temperature,
+            "clip": clip, "freeze_last": step < freeze_last * epoch}
+
+
+def fit_dino(nets, batch, n_steps, schedule, on_step=None, start=0, seed=0):
+    """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
+
+    batch(t)      the views of step t: V tensors (B, 3, h, w), global ones first
+    schedule(t)   the settings of `dino_step`, as `dino_schedule` gives them
+    on_step(t, told)   see `train`; told: loss, entropy and information
+    """
+    device = nets[2].device
+
+    def step(t, views):
+        torch.manual_seed(seed * 1_000_003 + t)              # of drop path: resumed runs drop the same
+        return dino_step(*nets, [v.to(device) for v in views], **schedule(t))
+    train(step, batch, n_steps, on_step, start)
 
 
 def cam_layer(model, x):
@@ -1124,42 +1360,6 @@ def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smoot
     return bag_weight * bag + (1 - bag_weight) * instance_loss(model, scores, h, mask, y, k, subtyping, loss)
 
 
-def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.inf, least=0):
-    """Supervised training, with early stopping if asked for; for bags and for fine-tuning.
-
-    batches(epoch)    iterable of tuples, each the arguments of loss(model, ...), a scalar
-    validate(model)   a number, lower is better, of data that is neither trained on nor reported: training stops when it has
-                      not fallen for `patience` epochs, but never before `least`, and the best epoch's weights are put back
-    Without validate all epochs are trained. Raises InputError when the loss is no number any more. Returns [(mean loss,
-    validation or None) of each epoch].
-    """
-    history, best, kept, since = [], math.inf, None, 0
-    for epoch in range(epochs):
-        model.train()
-        spent = []
-        for batch in batches(epoch):
-            value = loss(model, *batch)
-            if not math.isfinite(value.item()):
-                raise InputError(f"the loss became {value.item()} in epoch {epoch + 1} - lower the learning rate")
-            optimiser.zero_grad(set_to_none=True)
-            value.backward()
-            optimiser.step()
-            spent.append(value.item())
-        model.eval()
-        with torch.no_grad():
-            value = validate(model) if validate else None
-        history.append((sum(spent) / len(spent), value))
-        if validate and (value < best or kept is None):
-            best, kept, since = value, {k: v.clone() for k, v in model.state_dict().items()}, 0
-        else:
-            since += 1
-        if since >= patience and epoch + 1 >= least:
-            break
-    if kept:
-        model.load_state_dict(kept)
-    return history
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets, and released weights
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1184,6 +1384,29 @@ vmamba_base = partial(VMamba, 128, (2, 2, 15, 2))
 vmamba_micro = partial(VMamba, 32, (1, 1, 1, 1))
 
 PRESETS = {name: value for name, value in list(globals().items()) if isinstance(value, partial)}
+
+
+def make_backbone(arch, **settings):
+    """A preset by name; settings that are None are left to it, and VMamba knows no size, no patch."""
+    if arch not in PRESETS:
+        raise InputError(f"{arch} is no backbone - take one of {', '.join(PRESETS)}")
+    skip = ("size", "patch") if arch.startswith("vmamba") else ()
+    return PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
+
+
+def token_grid(model, size):
+    """(rows, columns) of a backbone's patch tokens of a picture with `size` pixels a side."""
+    with torch.no_grad():
+        x = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+        return model.features(x, tokens=True)[1]
+
+
+def last_linear(model):
+    """(name, module) of a classifier's last linear layer; InputError when it has none."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not found:
+        raise InputError(f"{type(model).__name__} ends in no linear layer - take another model")
+    return found[-1]
 
 
 def load_weights(model, path):
@@ -1221,3 +1444,7 @@ def load_weights(model, path):
         raise InputError(f"{path} does not fit this model: {lists} - take the preset that these weights belong to")
     model.load_state_dict(state)
     return model
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,14 +1,21 @@
-"""Speed and memory: what `python repsae.py bench` runs. Contenders first, then what is measured of them, then the tables.
+"""Speed and memory: what `python repsae.py bench` runs.
 
-The slow contenders (the authors' dense step, loops and a parallel scan in plain PyTorch) compute what ours do: test_repsae.
+First the instruments, then contenders and what is measured of them: a `bench_*` yields tables, each
+(title, {contender: {figure: value}}). The slow contenders (the authors' dense step, loops and a
+parallel scan in plain PyTorch) compute what ours do: see test_repsae.
 """
 import argparse
+import contextlib
+import ctypes
 import functools
+import multiprocessing
 import pathlib
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,11 +29,83 @@ import sae
 import ssm
 
 
-def dense_step(model, optimiser, x):
-    """A training step as the authors' code does it: dense codes, M^2 dense decoders, renormalise, project, Adam.
+class PeakMemory:
+    """Highest anonymous memory (RssAnon, MB) of this process inside a `with`: mapped files are the
+    system's, not ours."""
 
-    Without AuxK, which their code computes in every step, dead latents or not: that is left out in their favour.
-    """
+    def __enter__(self):
+        self.mb, self._on = 0., True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._on = False
+        self._thread.join()
+
+    def _watch(self):
+        while self._on:
+            try:
+                self.mb = max(self.mb, status_mb("RssAnon"))
+            except (OSError, StopIteration):
+                return                                       # no Linux: no figure, not a wrong one
+            time.sleep(0.002)
+
+
+def status_mb(name):
+    """A figure of this process's memory; OSError or StopIteration where the system keeps none."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
+
+
+def peak_of(run, device):
+    """MB that run() needs on top of what was there; None where the system does not tell."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return round((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                     # else what was freed is used uncounted
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")                                     # start the high-water mark anew
+        before = status_mb("VmHWM")
+        run()
+        return round(status_mb("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def in_child(function, *args):
+    """function(*args) in a fresh process, so that its memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def apart(device, function, *args):
+    """On the CPU in a process of its own, whose memory is its own; a GPU counts by itself."""
+    return in_child(function, *args) if device == "cpu" else function(*args)
+
+
+def median_ms(run, device, rounds=15, patience=3.):
+    """Median milliseconds of run() after a warm-up; once if longer than `patience` seconds."""
+    spent = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - began)
+        if sum(spent) > patience:
+            break
+    return 1000 * statistics.median(spent[1:] or spent)
+
+
+# -- a training step, and large folders --------------------------------------------------------
+
+def dense_step(model, optimiser, x):
+    """A step as the authors' code does it: dense codes, M^2 dense decoders, renormalise, project,
+    Adam. Without AuxK, which their code computes in every step: left out in their favour."""
     optimiser.zero_grad()
     sae.dense_loss(model, x).backward()
     sae.renormalise(model)
@@ -34,16 +113,21 @@ def dense_step(model, optimiser, x):
     optimiser.step()
 
 
+OURS, AUTHORS = "sparse (ours)", "dense, Adam's defaults (the authors' way)"
+KINDS = (OURS, "sparse, --select bf16", AUTHORS, "dense, fused Adam")
+
+
 def contender(kind, dims, device, batch=256, latents=8192, k=64):
-    """A function that takes one training step of a `kind`, on one random batch of the thesis's size."""
+    """A function that takes a training step of a kind, on a random batch of the thesis's size."""
     g = torch.Generator().manual_seed(0)
-    x = {s: torch.nn.functional.normalize(torch.randn(batch, d, generator=g)).to(device) for s, d in dims.items()}
-    model = sae.SPARC(dims, latents, k, select="bf16" if kind == "bf16" else "fp32").to(device).train()
-    if kind == "dense":                                      # with its defaults, as the authors call it
+    x = {s: F.normalize(torch.randn(batch, d, generator=g)).to(device) for s, d in dims.items()}
+    select = "bf16" if "bf16" in kind else "fp32"
+    model = sae.SPARC(dims, latents, k, select=select).to(device).train()
+    if kind == AUTHORS:
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
     else:
         optimiser = sae.make_optimiser(model)
-    step = {"phases": phases, "dense": dense_step, "dense fused": dense_step}.get(kind, sae.train_step)
+    step = phases if kind == "phases" else dense_step if "dense" in kind else sae.train_step
 
     def run():
         result = step(model, optimiser, x)
@@ -53,98 +137,113 @@ def contender(kind, dims, device, batch=256, latents=8192, k=64):
     return run
 
 
+def timed(inner, spent, phase):
+    """The function `inner`, its seconds added up in spent[phase]."""
+    def run(*args, **kw):
+        began = time.perf_counter()
+        result = inner(*args, **kw)
+        spent[phase] = spent.get(phase, 0) + time.perf_counter() - began
+        return result
+    return run
+
+
 def phases(model, optimiser, x):
     """Take one training step with a stopwatch on its parts: dict phase -> seconds."""
-    spent = {}
-
-    def watch(owner, name, phase):
-        inner = getattr(owner, name)
-
-        def timed(*args, **kw):
-            began = time.perf_counter()
-            result = inner(*args, **kw)
-            spent[phase] = spent.get(phase, 0) + time.perf_counter() - began
-            return result
-        setattr(owner, name, timed)
-        return lambda: setattr(owner, name, inner)
-    undo = [watch(*where) for where in (
-        (model, "_support", "choose"), (model, "loss", "forward"), (torch.Tensor, "backward", "backward"),
-        (sae, "project_gradient", "project"), (optimiser, "step", "adam"), (sae, "renormalise", "renormalise"),
-        (sae, "_count_idle", "count dead"))]
-    sae.train_step(model, optimiser, x)
-    for restore in undo:
-        restore()
+    spent, watched = {}, (
+        (model, "_support", "choose"), (model, "loss", "forward"),
+        (torch.Tensor, "backward", "backward"), (sae, "project_gradient", "project"),
+        (optimiser, "step", "adam"), (sae, "renormalise", "renormalise"),
+        (sae, "_count_idle", "count dead"))
+    with contextlib.ExitStack() as patches:
+        for owner, name, phase in watched:
+            inner = timed(getattr(owner, name), spent, phase)
+            patches.enter_context(mock.patch.object(owner, name, inner))
+        sae.train_step(model, optimiser, x)
     spent["forward"] -= spent["choose"]                      # the loss does the choosing
     return spent
 
 
 def step_memory(kind, dims, device):
     """Peak memory (MB) of a process that does nothing but three training steps."""
-    with judge.PeakMemory() as peak:
+    with PeakMemory() as peak:
         step = contender(kind, dims, device)
         for _ in range(3):
             step()
     return round(peak.mb)
 
 
-def bench_sparc(dims, rounds, device):
-    """Time and memory of a training step, sparse against dense, steps of all kinds taking turns. Returns plain figures."""
-    steps = {kind: contender(kind, dims, device) for kind in ("sparse", "bf16", "dense", "dense fused")}
-    times = {kind: [] for kind in steps}
+def step_times(dims, rounds, device):
+    """dict kind -> median milliseconds of a training step, all kinds taking turns."""
+    steps = {kind: contender(kind, dims, device) for kind in KINDS}
+    times = {kind: [] for kind in KINDS}
     for i in range(rounds + 1):
         for kind, step in steps.items():
             began = time.perf_counter()
             step()
             if i:                                            # the first is a warm-up
                 times[kind].append(1000 * (time.perf_counter() - began))
-    ms = {kind: statistics.median(v) for kind, v in times.items()}
-    del steps, step
-    apart = contender("phases", dims, device)
-    apart = [apart() for _ in range(rounds + 2)][2:]
-    return {"streams": dims, "step_ms": round(ms["sparse"], 1), "bf16_step_ms": round(ms["bf16"], 1),
-            "dense_step_ms": round(ms["dense"], 1), "dense_fused_step_ms": round(ms["dense fused"], 1),
-            "ratio": round(ms["dense"] / ms["sparse"], 2), "fused_ratio": round(ms["dense fused"] / ms["sparse"], 2),
-            "phase_ms": {name: round(1000 * statistics.median(p[name] for p in apart), 1) for name in apart[0]},
-            "peak_mb": judge.in_child(step_memory, "sparse", dims, device),
-            "dense_peak_mb": judge.in_child(step_memory, "dense", dims, device)}
+    return {kind: statistics.median(v) for kind, v in times.items()}
 
 
-def bench_rows(rows):
-    """Peak memory of some hundred training steps and an evaluation on a memory-mapped folder of `rows` float16 rows."""
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        for s, d in (("dino", 1024), ("clip_img", 768), ("clip_txt", 768)):
-            out = np.lib.format.open_memmap(repsae.out_path(folder, f"{s}.npy"), "w+", np.float16, (rows, d))
-            for start in range(0, rows, 4096):
-                out[start:start + 4096] = rng.standard_normal((min(4096, rows - start), d), np.float32)
-            del out
-        np.save(repsae.out_path(folder, "labels.npy"), rng.integers(0, 20, rows))
-        split = np.full(rows, "train", "<U5")
-        split[rng.permutation(rows)[:rows // 5]] = "test"
-        np.save(repsae.out_path(folder, "split.npy"), split)
-        return judge.in_child(train_on_rows, folder)
+def bench_sparc(device):
+    """A training step of SPARC against the authors' dense one, for three streams and for ten."""
+    three = {"dino": 1024, "clip_img": 768, "clip_txt": 768}
+    for dims, rounds in ((three, 9), ({f"s{i}": 768 for i in range(10)}, 3)):
+        ms = step_times(dims, rounds, device)
+        ways = {kind: {"ms": ms[kind], "times ours": ms[kind] / ms[OURS]} for kind in KINDS}
+        for kind in (OURS, AUTHORS):
+            ways[kind]["peak MB"] = in_child(step_memory, kind, dims, device)
+        about = f"{len(dims)} streams, {sum(dims.values())} dimensions, batch 256, L 8192, k 64"
+        yield f"one training step: {about}, {torch.get_num_threads()} threads, {device}", ways
+        watched = contender("phases", dims, device)
+        parts = [watched() for _ in range(rounds + 2)][2:]
+        ms = {name: 1000 * statistics.median(p[name] for p in parts) for name in parts[0]}
+        yield f"ours by phase: {about}", {
+            name: {"ms": v, "%": 100 * v / sum(ms.values())} for name, v in ms.items()}
+
+
+def bench_rows(device):
+    """Peak memory of training and evaluating on memory-mapped folders of float16 rows."""
+    found = {}
+    for rows in (40_000, 400_000):
+        with tempfile.TemporaryDirectory() as folder:
+            rng = np.random.default_rng(0)
+            for s, d in (("dino", 1024), ("clip_img", 768), ("clip_txt", 768)):
+                file = pathlib.Path(folder, f"{s}.npy")
+                out = np.lib.format.open_memmap(file, "w+", np.float16, (rows, d))
+                for block in np.array_split(out, -(-rows // 4096)):
+                    block[:] = rng.standard_normal(block.shape, np.float32)
+                del out
+            np.save(pathlib.Path(folder, "labels.npy"), rng.integers(0, 20, rows))
+            split = np.full(rows, "train", "<U5")
+            split[rng.permutation(rows)[:rows // 5]] = "test"
+            np.save(pathlib.Path(folder, "split.npy"), split)
+            found[f"{rows:,} rows"] = in_child(train_on_rows, folder)
+    yield ("300 steps and an evaluation on a memory-mapped folder of float16, "
+           "widths 1024 + 768 + 768, L 8192, k 64; memory is RssAnon"), found
 
 
 def train_on_rows(folder, n_steps=300):
-    """Train and judge on a folder, in a process of its own: its rows, peak RssAnon in MB, and seconds by phase."""
-    with judge.PeakMemory() as peak:
-        marks = [time.time()]
+    """Train and judge on a folder: peak RssAnon in MB, and seconds by phase."""
+    seconds, began = {}, time.time()
+    with PeakMemory() as peak:
         features = data.read_features(folder)
-        marks.append(time.time())
-        model = sae.SPARC(features.dims, repsae.MODEL["latents"][0], repsae.MODEL["k"][0])
+        seconds["read s"], began = time.time() - began, time.time()
+        model = sae.SPARC(features.dims, 8192, 64)
         batches = data.Batches(features.rows("train"), 256, 0)
         sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps)
-        marks.append(time.time())
+        seconds["train s"], began = time.time() - began, time.time()
         flags = {k.replace("-", "_"): v[0] for k, v in repsae.RUN.items()}
         repsae.measure(model, features, repsae.Flags({**flags, "seed": 0}))
-        marks.append(time.time())
-    seconds = [round(b - a, 1) for a, b in zip(marks, marks[1:])]
-    return {"rows": len(features), "data_mb": round(sum(x.nbytes for x in features.streams.values()) / 2 ** 20),
-            "peak_mb": round(peak.mb), **dict(zip(("read_s", "train_s", "evaluate_s"), seconds))}
+        seconds["evaluate s"] = time.time() - began
+    size = sum(x.nbytes for x in features.streams.values())
+    return {"data MB": round(size / 2 ** 20), "peak MB": round(peak.mb), **seconds}
 
+
+# -- the selective scan -----------------------------------------------------------------------
 
 def loop_scan(u, delta, A, B, C):
-    """The recurrence over `unbind` and `stack`, its gradient left to autograd: the plain way to write it well."""
+    """The recurrence over `unbind` and `stack`, its gradient left to autograd: the plain way."""
     h, y = u.new_zeros(u.shape[0], *A.shape), []
     for u_t, d_t, B_t, C_t in zip(*(v.unbind(1) for v in (u, delta, B, C))):
         h = torch.exp(d_t.unsqueeze(-1) * A) * h + (d_t * u_t).unsqueeze(-1) * B_t.unsqueeze(1)
@@ -153,16 +252,18 @@ def loop_scan(u, delta, A, B, C):
 
 
 def parallel_scan(a, b):
-    """h_t = a_t h_{t-1} + b_t over dimension 1 of (B, L, D, N), by halves (Blelloch 1990): L/2 pairs at once, then L/4, ..."""
+    """h_t = a_t h_{t-1} + b_t over dimension 1 of (B, L, D, N), by halves (Blelloch 1990):
+    L/2 pairs at once, then L/4, ..."""
     if a.shape[1] == 1:
         return b
     even = a.shape[1] - a.shape[1] % 2
     a1, b1, a2, b2 = a[:, 0:even:2], b[:, 0:even:2], a[:, 1:even:2], b[:, 1:even:2]
-    odd_h = parallel_scan(a1 * a2, torch.addcmul(b2, a2, b1))                               # h_1, h_3, ...
+    odd_h = parallel_scan(a1 * a2, torch.addcmul(b2, a2, b1))  # h_1, h_3, ...
     h = torch.empty_like(b)
     h[:, 1:even:2] = odd_h
     h[:, 0] = b[:, 0]
-    h[:, 2::2] = torch.addcmul(b[:, 2::2], a[:, 2::2], odd_h[:, :h[:, 2::2].shape[1]])
+    later = slice(2, None, 2)
+    h[:, later] = torch.addcmul(b[:, later], a[:, later], odd_h[:, :h[:, later].shape[1]])
     return h
 
 
@@ -180,14 +281,15 @@ def textbook_scan(u, delta, A, B, C):
         def backward(ctx, g):
             a, h = ctx.saved_tensors
             later = torch.cat([torch.zeros_like(a[:, :1]), a[:, 1:].flip(1)], 1)
-            g = parallel_scan(later, g.flip(1)).flip(1)                                     # g_t + a_{t+1} g_{t+1}
+            g = parallel_scan(later, g.flip(1)).flip(1)  # g_t + a_{t+1} g_{t+1}
             return torch.cat([torch.zeros_like(h[:, :1]), g[:, 1:] * h[:, :-1]], 1), g
     h = Scan.apply(torch.exp(delta.unsqueeze(-1) * A), (delta * u).unsqueeze(-1) * B.unsqueeze(2))
     return (h @ C.unsqueeze(-1)).squeeze(-1)
 
 
 def scan_contenders(size, device):
-    """dict name -> (forward, forward and backward), functions of nothing, on random inputs of one size (B, L, D, N)."""
+    """dict name -> (forward, forward and backward): functions of nothing, on random inputs of one
+    size (B, L, D, N)."""
     b, L, D, N = size
     g = torch.Generator().manual_seed(0)
     u, z, gy, delta = (torch.randn(b, L, D, generator=g).to(device) for _ in range(4))
@@ -207,64 +309,57 @@ def scan_contenders(size, device):
             with torch.no_grad():
                 return scan(*inputs)
         return forward, lambda: torch.autograd.grad(scan(*inputs), inputs, gy)
-    backends = {name: functools.partial(ssm.selective_scan, backend=name) for name in ("reference", "torch", "native")}
-    found = {"loop over slices (reference)": both(backends["reference"]),
+
+    def ours(backend):
+        return both(functools.partial(ssm.selective_scan, backend=backend))
+    found = {"loop over slices (reference)": ours("reference"),
              "loop over unbind, autograd": both(whole(loop_scan)),
-             "parallel scan (Blelloch)": both(whole(textbook_scan)), "torch (ours)": both(backends["torch"])}
+             "parallel scan (Blelloch)": both(whole(textbook_scan)), "torch (ours)": ours("torch")}
     if ssm.native() and ssm.native().serves(u, N):
-        found["native (ours)"] = both(backends["native"])
+        found["native (ours)"] = ours("native")
     return found
-
-
-def apart(device, function, *args):
-    """On the CPU in a process of its own, whose memory is its own; a GPU counts by itself."""
-    return judge.in_child(function, *args) if device == "cpu" else function(*args)
 
 
 def scan_memory(size, device, name):
     """MB that one forward and backward of a contender needs."""
-    scan_contenders((1, 64, 8, 4), device)[name][1]()        # what is loaded and started but once is not the scan's
-    return judge.round_or_none(judge.peak_of(scan_contenders(size, device)[name][1], device))
+    scan_contenders((1, 64, 8, 4), device)[name][1]()        # what starts but once is not its own
+    return peak_of(scan_contenders(size, device)[name][1], device)
+
+
+def memory_speed(size, device):
+    """(milliseconds of exp of an array (B, L, D, N), GB/s of copying it): what no scan can beat."""
+    ready = -torch.rand(*size, device=device)
+    out = torch.empty_like(ready)
+    floor = median_ms(lambda: torch.exp(ready, out=out), device)
+    return floor, 2 * ready.nbytes / median_ms(lambda: out.copy_(ready), device) / 1e6
 
 
 def bench_scan(device):
-    """Ways to compute a selective scan, with softplus, skip and gate, against exp of a ready (B, L, D, N) array."""
-    results = []
+    """Ways to compute a selective scan, with softplus, skip and gate, beside exp of an array."""
     for size in ((8, 197, 384, 16), (2, 1024, 384, 16), (1, 4096, 384, 16)):
-        ready = -torch.rand(*size, device=device)
-        out = torch.empty_like(ready)
-        floor = judge.median_ms(lambda: torch.exp(ready, out=out), device)
-        rate = 2 * ready.nbytes / judge.median_ms(lambda: out.copy_(ready), device) / 1e6         # GB/s
-        del ready, out
-        r = {"B, L, D, N": size, "exp_ms": floor, "copy_gb_s": rate, "ways": {}}
-        moved = (4 * size[0] * size[1] * size[2] + 2 * size[0] * size[1] * size[3]) * 4     # bytes: u, delta, z, y, B, C
+        b, L, D, N = size
+        floor, rate = memory_speed(size, device)
+        ways = {"exp alone": {"forward ms": floor, "forward / exp": 1.}}
+        moved = 4 * (4 * b * L * D + 2 * b * L * N)          # bytes: u, delta, z, y, B, C
         for name, (forward, both) in scan_contenders(size, device).items():
-            ms = judge.median_ms(forward, device)
-            slow = "slices" in name and size[1] > 1024       # its gradient grows with L^2: minutes
-            full = None if slow else judge.median_ms(both, device)
-            memory = None if slow else apart(device, scan_memory, size, device, name)
-            r["ways"][name] = {"forward_ms": ms, "both_ms": full, "forward_ratio": ms / floor,
-                               "both_ratio": full and full / floor, "peak_mb": memory, "forward_gb_s": moved / ms / 1e6}
-        results.append(r)
-    return results
+            ms = median_ms(forward, device)
+            ways[name] = {"forward ms": ms, "forward / exp": ms / floor}
+            if device != "cpu":
+                ways[name]["forward GB/s"] = moved / ms / 1e6
+            if "slices" in name and L > 1024:                # its gradient grows with L^2: minutes
+                continue
+            full = median_ms(both, device)
+            ways[name] |= {"forward+backward ms": full, "f+b / exp": full / floor,
+                           "peak MB": apart(device, scan_memory, size, device, name)}
+        yield (f"selective scan: B {b}, L {L}, D {D}, N {N}, float32, {device}; "
+               f"copying memory: {rate:.0f} GB/s"), ways
 
 
-def print_scan(results, device):
-    """`bench_scan`'s figures as a table for each size; on a GPU with the rate of memory moved."""
-    for r in results:
-        b, L, D, N = r["B, L, D, N"]
-        print(f"\nB {b}, L {L}, D {D}, N {N}, float32, {device}; copying memory: {r['copy_gb_s']:.0f} GB/s")
-        gpu = [] if device == "cpu" else ["forward GB/s"]
-        header = ["selective scan", "forward ms", "forward+backward ms", "forward / exp", "f+b / exp", "peak MB", *gpu]
-        rows = [["exp alone", r["exp_ms"], None, 1., None, None, *[None for _ in gpu]]]
-        columns = ["forward_ms", "both_ms", "forward_ratio", "both_ratio", "peak_mb", *("forward_gb_s" for _ in gpu)]
-        rows += [[name, *(w[k] for k in columns)] for name, w in r["ways"].items()]
-        print(judge.text_table(header, rows))
-
+# -- backbones --------------------------------------------------------------------------------
 
 def backbone_contenders(device):
     """dict name -> function(side) -> (forward, forward and backward) of one image of that side."""
-    # The gradients of tokens far from the class token fall below the smallest normal number, which slows CPUs down.
+    # gradients of far tokens fall below the smallest normal number, which slows CPUs down
     torch.set_flush_denormal(True)
 
     def both(make, side, backend="torch", keep=False):
@@ -283,7 +378,7 @@ def backbone_contenders(device):
     found = {"ViT-tiny, fused attention": functools.partial(both, ssm.vit_tiny),
              "ViT-tiny, attention matrix": functools.partial(both, ssm.vit_tiny, keep=True)}
     compiled = ssm.native() and ssm.native().serves(torch.zeros(1, device=device), 16)
-    for backend in ("reference", "torch", "native") if compiled else ("reference", "torch"):
+    for backend in ("reference", "torch", *["native"] * bool(compiled)):
         found[f"Vim-tiny, {backend}"] = functools.partial(both, ssm.vim_tiny, backend=backend)
     return found
 
@@ -292,78 +387,51 @@ def backbone_memory(side, device, name, training):
     """MB that one forward, or with `training` forward and backward, needs beyond the model."""
     make = backbone_contenders(device)[name]
     make(64)[training]()
-    return judge.round_or_none(judge.peak_of(make(side)[training], device))
+    return peak_of(make(side)[training], device)
 
 
 def bench_backbones(device):
-    """ViT-tiny against Vim-tiny, one image of growing size: figures per number of tokens."""
-    results = []
+    """ViT-tiny against Vim-tiny, one image of growing size."""
     for side in (224, 384, 512, 768, 1024):
-        tokens = (side // 16) ** 2
-        r = {"tokens": tokens, "models": {}}
+        tokens, ways = (side // 16) ** 2, {}
         for name, make in backbone_contenders(device).items():
             repsae.say(f"{tokens} tokens: {name}")
-            forward, training = make(side)
-            r["models"][name] = found = {"forward_ms": judge.median_ms(forward, device, 5)}
-            slow = "reference" in name and tokens > 196      # gradients of slices grow with the square of the tokens
-            if not slow:
-                found["both_ms"] = judge.median_ms(training, device, 5)
-            for i, key in enumerate(("forward_mb", "both_mb")[:1 if slow else 2]):
-                found[key] = apart(device, backbone_memory, side, device, name, i)
-        results.append(r)
-    return results
+            slow = "reference" in name and tokens > 196      # its gradient grows with their square
+            ways[name] = {}
+            for i, (what, go) in enumerate(zip(("forward", "f+b")[:1 if slow else 2], make(side))):
+                ways[name][f"{what}, ms"] = median_ms(go, device, 5)
+                ways[name][f"{what}, MB"] = apart(device, backbone_memory, side, device, name, i)
+        yield f"{tokens} tokens, one image, float32, {device}", ways
 
 
-def print_backbones(results, device, svg):
-    """`bench_backbones`' figures as tables against tokens, and as charts in the file `svg`, if named."""
-    names, tokens, pictures = list(results[0]["models"]), [r["tokens"] for r in results], []
-    for key, title in (("forward_ms", "forward, ms"), ("both_ms", "forward + backward, ms"),
-                       ("forward_mb", "peak memory of forward, MB"), ("both_mb", "peak memory of forward + backward, MB")):
-        values = {name: [r["models"].get(name, {}).get(key) for r in results] for name in names}
-        print(f"\n{title}; one image, float32, {device}")
-        header, curves = list(map(str, tokens)), {name: list(enumerate(v)) for name, v in values.items()}
-        print(judge.text_table(["tokens", *header], [
-            [name, *(x and f"{x:,.{0 if x >= 100 else 1}f}" for x in v)] for name, v in values.items()]))
-        pictures.append(judge.svg_lines(curves, "tokens", title, header, log=True))
-    if svg:
-        judge.write_text(svg, judge.standalone_svg(*pictures))
-        repsae.say(f"wrote {svg}")
+def draw_backbones(found, svg):
+    """`bench_backbones`' figures as curves over the number of tokens, in the file `svg`."""
+    tokens, tables, charts = [title.split()[0] for title in found], list(found.values()), []
+    for key in ("forward, ms", "f+b, ms", "forward, MB", "f+b, MB"):
+        curves = {name: [(i, ways[name].get(key)) for i, ways in enumerate(tables)]
+                  for name in tables[0]}
+        title = key.replace("f+b", "forward + backward").replace("MB", "peak memory in MB")
+        charts.append(judge.svg_lines(curves, "tokens", title, tokens, log=True))
+    judge.write_text(svg, judge.standalone_svg(*charts))
+    repsae.say(f"wrote {svg}")
 
 
-def print_sparc(r, device, threads):
-    """One size of `bench_sparc`: the contenders as a table, and our step by phase."""
-    print(f"\nM = {len(r['streams'])} streams, {sum(r['streams'].values())} dimensions in all, batch 256, L 8192, k 64, "
-          f"{threads} threads, {device}")
-    print(judge.text_table(["one training step", "ms", "times ours", "peak MB"], [
-        ["sparse (ours)", r["step_ms"], 1., r["peak_mb"]],
-        ["sparse, --select bf16", r["bf16_step_ms"], r["bf16_step_ms"] / r["step_ms"], None],
-        ["dense, Adam's defaults (the authors' way)", r["dense_step_ms"], r["ratio"], r["dense_peak_mb"]],
-        ["dense, fused Adam", r["dense_fused_step_ms"], r["fused_ratio"], None]]))
-    total = sum(r["phase_ms"].values())
-    print("ours by phase: " + ", ".join(f"{name} {ms:.0f} ms ({100 * ms / total:.0f} %)"
-                                        for name, ms in r["phase_ms"].items()))
+BENCHES = {"sparc": bench_sparc, "rows": bench_rows, "scan": bench_scan,
+           "backbones": bench_backbones}
 
 
 def run(what, device, svg=None):
-    """Measure and print `what` ("all", "sparc", "rows", "scan" or "backbones"); returns every figure."""
-    found, everything = {"versions": repsae.versions()}, what == "all"
-    if everything or what == "sparc":
-        found["sparc"] = []
-        for dims, rounds in (({"dino": 1024, "clip_img": 768, "clip_txt": 768}, 9), ({f"s{i}": 768 for i in range(10)}, 3)):
-            found["sparc"].append(bench_sparc(dims, rounds, device))
-            print_sparc(found["sparc"][-1], device, found["versions"]["threads"])
-    if everything or what == "rows":
-        found["rows"] = [bench_rows(n) for n in (40_000, 400_000)]
-        print("\n300 steps and an evaluation on a memory-mapped folder of float16, widths 1024 + 768 + 768, L 8192, k 64")
-        columns = ["data_mb", "peak_mb", "read_s", "train_s", "evaluate_s"]
-        print(judge.text_table(["rows", "data MB", "peak MB (RssAnon)", "read s", "train s", "evaluate s"],
-                               [[f"{r['rows']:,}", *(r[c] for c in columns)] for r in found["rows"]]))
-    if everything or what == "scan":
-        found["scan"] = bench_scan(device)
-        print_scan(found["scan"], device)
-    if everything or what == "backbones":
-        found["backbones"] = bench_backbones(device)
-        print_backbones(found["backbones"], device, svg)
+    """Measure and print `what` ("all" or one of BENCHES); returns every figure by title."""
+    found = {"versions": repsae.versions()}
+    for bench in BENCHES if what == "all" else [what]:
+        found[bench] = {}
+        for title, ways in BENCHES[bench](device):
+            found[bench][title] = ways
+            columns = list(dict.fromkeys(key for figures in ways.values() for key in figures))
+            rows = [[name, *map(figures.get, columns)] for name, figures in ways.items()]
+            print(f"\n{title}\n{judge.text_table(['', *columns], rows)}")
+    if svg and "backbones" in found:
+        draw_backbones(found["backbones"], svg)
     return found
 
 

@@ -1,4 +1,5 @@
 """Claims about eval.py, held against slow loops, closed forms, scipy, and the authors' own figures."""
+import json
 import math
 import re
 import os
@@ -208,13 +209,12 @@ def test_the_solver_is_exact_where_scikit_learn_stops_short(golden):
 def test_many_problems_at_once_agree_with_scipy_on_each():
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((6, 80)) * rng.choice([0.1, 1, 30], (6, 1)), rng.random((6, 80)) < 0.4
-    weight = rng.integers(0, 4, (6, 80))
-    w, b = judge.logistic_1d(x, y, weight)
+    w, b = judge.logistic_1d(x, y)
     for i in range(6):
         def cost(p):
             u = p[0] * x[i] + p[1]
-            e = weight[i] * (1 / (1 + np.exp(-u)) - y[i])
-            loss = (weight[i] * (np.logaddexp(0, u) - y[i] * u)).sum()
+            e = 1 / (1 + np.exp(-u)) - y[i]
+            loss = (np.logaddexp(0, u) - y[i] * u).sum()
             return p[0] ** 2 / 2 + loss, np.array([p[0] + (e * x[i]).sum(), e.sum()])
         best = scipy.optimize.minimize(cost, np.zeros(2), jac=True, method="L-BFGS-B",
                                        options={"ftol": 1e-15, "gtol": 1e-10})
@@ -289,7 +289,7 @@ def test_ranks_and_recalls_are_the_authors(golden):
     for i in range(len(cfg["cases"])):
         q, r = z[f"in.case{i}.query"], z[f"in.case{i}.reference"]
         for a, b in ((q, r), (sp.csr_matrix(q), sp.csr_matrix(r))):
-            np.testing.assert_array_equal(judge.retrieval_ranks(a, b, chunk=31), z[f"out.case{i}.ranks"])
+            np.testing.assert_array_equal(judge.retrieval_ranks(a, b, block=31), z[f"out.case{i}.ranks"])
         found = judge.retrieval({"q": q, "r": r})["q -> r"]
         for name, value in found.items():
             assert value == pytest.approx(z[f"out.case{i}.{name}"].item(), abs=1e-6)
@@ -299,6 +299,20 @@ def test_a_tie_counts_against_the_query_and_a_zero_code_never_wins():
     x = np.array([[1., 0], [1, 0], [0, 1], [0, 0]])
     for form in (np.asarray, sp.csr_matrix):
         assert judge.retrieval_ranks(form(x), form(x)).tolist() == [2, 2, 1, 4]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_nearest_are_those_of_a_slow_loop_and_nothing_stands_where_no_other_is_left(sparse):
+    rng = np.random.default_rng(0)
+    query, reference = rng.standard_normal((7, 5)), rng.standard_normal((9, 5))
+    group, other = rng.integers(3, size=7), rng.integers(3, size=9)
+    given = (sp.csr_matrix(query), sp.csr_matrix(reference)) if sparse else (query, reference)
+    rows, similar = judge.nearest(*given, 6, (group, other), block=4)
+    for i in range(7):
+        cosine = [query[i] @ r / np.linalg.norm(query[i]) / np.linalg.norm(r) for r in reference]
+        best = sorted((j for j in range(9) if other[j] != group[i]), key=lambda j: -cosine[j])[:6]
+        assert rows[i].tolist() == best + [-1] * (6 - len(best))
+        np.testing.assert_allclose(similar[i], [cosine[j] for j in best] + [-np.inf] * (6 - len(best)))
 
 
 def test_only_streams_of_one_width_are_compared():
@@ -321,6 +335,31 @@ def test_recovery_counts_each_concept_and_each_latent_once():
 
 
 # -- tables and pictures -----------------------------------------------------------------------------------------------
+
+def test_a_page_tells_the_same_numbers_on_the_terminal_in_its_report_and_in_its_metrics(tmp_path, capsys):
+    page = judge.Page("a page")
+    page.text("three <numbers>")
+    page.table(["stream", "R2", "best"], [["a", np.float32(0.25), np.nan], ["b", 0.75, None]], "fit", key="fit")
+    page.table(["stream", "R2"], [["unseen", 0.5]], quiet=True)
+    page.picture("curve", "<svg></svg>")
+    page.write(lambda name: tmp_path / name, {"rows": 7})
+    told, report = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics == {"fit": {"a": {"R2": 0.25, "best": None}, "b": {"R2": 0.75, "best": None}}, "rows": 7}
+    assert "three <numbers>" in told and judge.text_table(["stream", "R2", "best"], [["a", .25, None], ["b", .75, None]]) in told
+    assert "unseen" not in told and "svg" not in told
+    parts = ["three &lt;numbers&gt;", "<h2>fit</h2>", "<td>0.750</td>", "unseen", "<h2>curve</h2><svg></svg>"]
+    assert sorted(parts, key=report.index) == parts
+
+
+def test_a_page_without_metrics_is_a_report_alone_and_needs_no_style_sheet(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "__file__", str(tmp_path / "eval.py"))                       # copied alone
+    page = judge.Page("alone")
+    page.text("words", quiet=True)
+    page.write(lambda name: tmp_path / name)
+    assert [f.name for f in tmp_path.iterdir()] == ["report.html"]
+    assert "<p>words</p>" in (tmp_path / "report.html").read_text()
+
 
 def test_every_string_in_a_report_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
@@ -352,7 +391,7 @@ def test_a_chart_of_one_point_or_none_is_drawn():
 def test_knn_is_the_slow_loop_over_neighbours():
     rng = np.random.default_rng(0)
     train, y, test = rng.standard_normal((40, 5)), rng.integers(0, 3, 40), rng.standard_normal((7, 5))
-    found = judge.knn(train, y, test, ks=(3, 10, 500), temperature=0.2, n_classes=3, chunk=4)
+    found = judge.knn(train, y, test, ks=(3, 10, 500), temperature=0.2, n_classes=3)
     for i, t in enumerate(test):
         similarity = np.array([t @ v / np.linalg.norm(t) / np.linalg.norm(v) for v in train])
         order = np.argsort(-similarity)
@@ -520,8 +559,10 @@ def test_the_scatter_has_a_dot_for_each_living_latent_and_is_whole_xml():
 
 def test_barcodes_are_means_over_a_patients_images_and_differential_latents_those_that_differ():
     count = codes_of([[4, 0, 1], [2, 0, 1], [0, 6, 1]])
-    names, codes = judge.barcodes(count, np.array(["p", "p", "q"]))
-    assert names.tolist() == ["p", "q"]
+    names, codes, label = judge.barcodes(count, np.array(["p", "p", "q"]), np.array([1, -1, 0]))
+    assert names.tolist() == ["p", "q"] and label.tolist() == [1, 0]
+    mixed, none = (judge.barcodes(count, np.array([0, 0, 1]), np.array(y))[2] for y in ([1, 0, 0], [-1, -1, -1]))
+    assert mixed.tolist() == [-1, 0] and none.tolist() == [-1, -1]
     np.testing.assert_allclose(codes.toarray(), [[3, 0, 1], [0, 6, 1]])
     first, second, difference = judge.differential(codes, np.array([0, 1]), 0, 1, top=2)
     assert first.tolist() == [0] and second.tolist() == [1] and difference.tolist() == [3, -6, 0]
@@ -679,23 +720,24 @@ def test_there_is_a_dash_where_there_is_nothing_to_measure():
     assert found == {"r2": {"a": {"a": None}}, "nmse": {"a": {"a": None}}}
     assert judge.fmt(float("nan")) == judge.fmt(None) == "-"
     assert judge.segmentation_scores({}, {})["mIoU"] is None
-    rows = judge.neighbours(np.eye(3), 5)
-    assert (np.sort(rows)[:, :3] == -1).all() and rows[0, :2].tolist() == [1, 2]
+    rows, _ = judge.nearest(np.eye(3), np.eye(3), 5, (np.arange(3), np.arange(3)))
+    assert (rows[:, 2] == -1).all() and rows[0, :2].tolist() == [1, 2]
     code = codes_of(np.eye(3))
     assert "label" not in judge.latent_table(code, code, np.zeros((3, 0), bool))
 
 
-def test_neighbours_leave_the_query_and_its_group_out_and_equal_a_slow_loop():
+def test_neighbours_leave_the_query_and_its_group_out_and_overlap_as_in_a_slow_loop():
     rng = np.random.default_rng(0)
-    x, groups = rng.standard_normal((30, 5)), np.repeat(np.arange(10), 3)
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    x, code, groups = rng.standard_normal((30, 5)), rng.random((30, 6)), np.repeat(np.arange(10), 3)
+
+    def near(v, i, g):
+        unit = v / np.linalg.norm(v, axis=1, keepdims=True)
+        allowed = [j for j in range(30) if (j != i if g is None else g[j] != g[i])]
+        return set(sorted(allowed, key=lambda j: -(unit[i] @ unit[j]))[:4])
     for g in (None, groups):
-        found = judge.neighbours(x, 4, g, chunk=7)
-        for i in range(30):
-            allowed = [j for j in range(30) if (j != i if g is None else g[j] != g[i])]
-            assert found[i].tolist() == sorted(allowed, key=lambda j: -(unit[i] @ unit[j]))[:4]
-        assert (judge.neighbours(sp.csr_matrix(x), 4, g) == found).all()
-    assert (judge.neighbours(x, 4, np.arange(30) < 28)[:2, 2:] == -1).all()                 # two others, four wanted
+        row, = judge.retrieval_fidelity(x, sp.csr_matrix(code), None, g, ks=(4,))
+        expected = np.mean([len(near(x, i, g) & near(code, i, g)) / 4 for i in range(30)])
+        assert row["overlap"] == pytest.approx(expected)
     alone = judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.arange(30) < 28, ks=(2, 4))
     assert alone[0]["overlap"] == 1 and judge.retrieval_fidelity(x, sp.csr_matrix(x), None, np.zeros(30)) == []
     same = judge.retrieval_fidelity(x, sp.csr_matrix(3 * x), groups % 2)
@@ -877,7 +919,7 @@ def test_half_a_character_in_a_page_and_charts_without_points_are_written_all_th
     judge.write_text(tmp_path / "f", "a\ud800")
     assert (tmp_path / "f").read_text() == "a\\ud800"
     empty, full = judge.svg_lines({"a": []}, "x", "y"), judge.svg_lines({"a": [(0, 1)]}, "x", "y")
-    assert judge.standalone_svg(empty, full).count("<svg") == 1 and "<svg" in judge.standalone_svg(empty, empty)
+    assert judge.standalone_svg(empty, full).count("<svg y=") == 1 and "<svg" in judge.standalone_svg(empty, empty)
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------------

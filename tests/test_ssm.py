@@ -2,6 +2,7 @@
 import argparse
 import copy
 import ctypes
+import os
 import pathlib
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import cpp_extension
 
 import ssm
 from ssm import InputError, selective_scan
@@ -192,6 +194,54 @@ def test_bfloat16_autocast_keeps_the_state_in_float32():
     y, h = selective_scan(**half, last_state=True)
     assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
     assert (y.float() - exact).norm() / exact.norm() < 3e-2
+
+
+def test_build_says_in_one_line_that_there_is_no_compiler(capsys, monkeypatch):
+    def absent(verbose):
+        raise OSError("Error compiling: no c++ here\nmore")
+    monkeypatch.setattr(ssm, "build_native", absent)
+    with pytest.raises(SystemExit) as e:
+        ssm.main(["build"])
+    said = capsys.readouterr().err
+    assert "cannot be built (Error compiling: no c++ here) - it needs ninja" in said
+    assert e.value.code == 2 and said.count("\n") == 1
+
+
+def test_the_lock_of_a_killed_build_is_removed_and_that_of_a_living_one_waited_for(
+        tmp_path, capsys, monkeypatch):
+    """A build is killed while it holds torch's lock; another lives for a while."""
+    program = """
+import os, sys, time; sys.path.insert(0, sys.argv[1])
+from torch.utils import cpp_extension
+import ssm
+def load(*args, build_directory, **kw):
+    open(os.path.join(build_directory, "lock"), "x")
+    print("building", flush=True)
+    time.sleep(float(sys.argv[2]))
+    os.remove(os.path.join(build_directory, "lock"))
+cpp_extension.load = load
+ssm.build_native()
+"""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    here, seen = str(pathlib.Path(ssm.__file__).parent), []
+
+    def begun(seconds):
+        builder = subprocess.Popen([sys.executable, "-c", program, here, str(seconds)],
+                                   stdout=subprocess.PIPE)
+        assert builder.stdout.readline() == b"building\n"
+        return builder
+
+    def load(*args, build_directory, **kw):
+        seen.append(sorted(os.listdir(build_directory)))
+    monkeypatch.setattr(cpp_extension, "load", load)
+    with begun(60) as killed:
+        killed.kill()
+    ssm.build_native()
+    assert "a build was killed and left" in capsys.readouterr().err
+    with begun(1) as living:
+        ssm.build_native()
+        assert living.wait() == 0
+    assert not capsys.readouterr().err and seen == [["builder"], ["builder"]]
 
 
 @pytest.mark.parametrize("change, message", [
