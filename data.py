@@ -543,9 +543,9 @@ def _scan(features, block_bytes=1 << 24):
             bad = ~(np.abs(block) <= LARGEST).all(1)         # so compared, NaN is bad too
             if bad.any():
                 finite = np.isfinite(block[bad.argmax()]).all()
-                what = "numbers beyond 1e15" if finite else "NaN or Inf"
+                what, do = ("numbers beyond 1e15", "scale") if finite else ("NaN or Inf", "mend")
                 raise InputError(f"stream '{s}' has {what} in {bad.sum()} or more rows, first row "
-                                 f"{start + bad.argmax()} - drop or mend them")
+                                 f"{start + bad.argmax()} - {do} them")
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:
@@ -1907,6 +1907,13 @@ class Bags:
         total = np.add.reduceat(self.X, self.offsets[:-1], dtype=float)
         return total / np.diff(self.offsets)[:, None]
 
+    def scale(self, rows):
+        """Mean and standard deviation (d,) of the instances of bags `rows`; 1 for a constant."""
+        X = self.instances(rows)
+        std = (X - X[0]).std(0)                              # of a constant exactly 0
+        std = np.where(std > 1.2e-7 * np.abs(X[0]), std, 1)
+        return torch.from_numpy(X.mean(0)), torch.from_numpy(std)
+
     def padded(self, rows):
         """x (B, N, d), zeros where a bag is shorter than the longest, mask (B, N), y (B,)."""
         rows = np.asarray(rows)
@@ -1915,6 +1922,24 @@ class Bags:
         x = torch.zeros(*mask.shape, self.X.shape[1])
         x[mask] = torch.from_numpy(self.instances(rows))
         return x, mask, torch.from_numpy(self.y[rows]).long()
+
+    def batches(self, rows, batch):
+        """Bags `rows` in their order, `padded`, `batch` at a time."""
+        return [self.padded(rows[i:i + batch]) for i in range(0, len(rows), batch)]
+
+    def drawn(self, rows, rng, weighted=False):
+        """The bags `rows` in random order; weighted: as many of each class, drawn with
+        replacement."""
+        y = self.y[rows]
+        weight = 1 / np.bincount(y)[y] if weighted else np.ones(len(y))
+        return rng.choice(rows, len(rows), replace=weighted, p=weight / weight.sum())
+
+    def held_out(self, rows, n, seed):
+        """n times (bags to learn from, an n-th of `rows` to stop by), each part in its turn; if n is
+        1, a fifth."""
+        groups = None if self.groups is None else self.groups[rows]
+        parts = stratified_parts(self.y[rows], [1] * (5 if n == 1 else n), seed, groups)
+        return [(np.delete(rows, part), rows[part]) for part in parts[:n]]
 
     def rounds(self, folds, seed, least, source):
         """[(rows to learn from, rows to stop by or None, rows to report)]: `folds` parts of which

@@ -199,8 +199,6 @@ MIL = {
     "dropout": (0.25, real(0., .99), "after the embedding; CLAM's heads have it in the attention too"),
     "squash": (0, whole(0, 1), "1: tanh of the standardised features, against outliers"),
     "k": (8, whole(1), "CLAM: instances called positive, and as many negative"),
-    "bag-weight": (0.7, real(0., 1.), "CLAM: weight of the bag's loss; the rest is the instances'"),
-    "inst-loss": ("svm", ("svm", "ce"), "CLAM: smooth top-1 SVM or cross-entropy of instances"),
     "subtyping": (False, bool, "CLAM: classes exclude each other"),
     "epochs": (200, whole(1), "at most"),
     "patience": (20, whole(1), "epochs without a better validation loss before training stops"),
@@ -210,6 +208,7 @@ MIL = {
     "cosine": (False, bool, "let it fall to 0 along half a cosine"),
     "weight-decay": (1e-5, real(), "L2 penalty in Adam, as CLAM has it"),
     "weighted": (False, bool, "draw bags so that classes are equally frequent"),
+    "folds": (0, whole(0, 1000), "report n parts of the bags in turn, instead of the file's folds or splits"),
     "inner": (1, whole(1, 1000), "models of a training part that comes without a validation part: 1 is stopped by a fifth of it, n "
               "vote, each stopped by an n-th"),
     "refit": (False, bool, "no early stopping: the held-out bags only choose from --grid, then --inner models learn from all"),
@@ -2469,72 +2468,69 @@ def given_query(model, stream, flags):
 # Slides and bags (thesis 3.2.2)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def cmd_cut(flags):
-    """Cut the annotated boxes of a Pascal VOC folder into small pictures, in class folders, by its official splits."""
-    if os.path.exists(flags.out):
-        raise InputError(f"{flags.out} exists - name a new folder with --out")
-    count = data.cut_boxes(needed(flags, "voc"), flags.out, flags.size, flags.margin,
-                           grey_window(flags))
-    print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
-
-
 def cmd_tile(flags):
-    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an overview picture."""
-    source = needed(flags, "images")
-    slides, notes = data.slide_files(source)
-    for note in notes:
+    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an overview picture. With
+    --voc, cut the annotated boxes of a Pascal VOC folder into small pictures, in class folders, by its official splits."""
+    window, size = grey_window(flags), flags.size or (64 if flags.voc else 224)
+    if flags.voc:
+        count = data.cut_boxes(flags.voc, flags.out, size, window=window)
+        print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
+        return
+    slides, side = data.read_slides(needed(flags, "images")), round(size * flags.downsample)
+    for note in slides.notes:
         say_once("note: " + note)
-    side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
-    if side < 1 or step < 1:
-        raise InputError(f"tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
+    if side < 1:
+        raise InputError(f"tiles of {side} pixels - give a larger --size or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    targets = [out_path(flags.out, os.path.splitext(os.path.basename(path))[0]) for path in slides]
+    targets = [out_path(flags.out, name) for name in slides.about["groups"]]
     for target in targets:
         if targets.count(target) > 1:
             raise InputError(f"two slides are called {os.path.basename(target)} - rename one, or tile them into two folders")
         if os.path.exists(f"{target}.npz") and not flags.overwrite:
             raise InputError(f"{target}.npz exists - use --overwrite or another --out")
     os.makedirs(flags.out, exist_ok=True)
-    for path, target in zip(slides, targets):
-        boxes, shown = data.tile_slide(path, side, step, least=flags.least, least_hole=flags.least_hole,
-                                       max_holes=flags.max_holes, window=grey_window(flags),
+    for i, target in enumerate(targets):
+        boxes, shown = data.tile_slide(slides.paths[i], side, least=flags.least, window=window,
                                        threshold=None if flags.otsu else flags.threshold)
-        arrays = {"coords": boxes, "images": relative([path] * len(boxes), f"{target}.npz")}
-        if regions is not None:
-            share = np.array([data.region_share(regions, box) for box in boxes])
-            arrays.update(labels=(share >= flags.roi_share).astype(int), label_names=np.array(["outside", "region"]))
+        arrays = data.tile_arrays(slides, i, boxes, f"{target}.npz", regions)
         judge.write_npz(f"{target}.npz", arrays)
         judge.save_picture(f"{target}.png", shown)
-        inside = "" if regions is None else f", {arrays['labels'].sum()} of them in the regions"
+        inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
         print(f"{target}.npz: {len(boxes)} tiles of {side} pixels{inside}")
 
 
 def cmd_mil(flags):
     """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not reported."""
-    heads = flags.head.split(",")
+    heads, settings = flags.head.split(","), mil_settings(flags)
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
-    settings, _ = parse_grid(flags), number_list(flags.widths)
     bags = data.read_bags(needed(flags, "data"), flags.stream)
-    rounds = mil_rounds(bags, flags)
+    rounds = bags.rounds(flags.folds, flags.seed, max(flags.inner, 5), flags.data)
     make_run_folder(flags, {"bags": len(bags), "rounds": len(rounds), "data_hash": bags.hash})
-    found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test) for train, _, test in rounds]}
-    log = Log(out_path(flags.out, "log.csv"))
+    means, C = bags.means(), len(bags.label_names)
+    found = {"mean of the bag, logistic": [
+        {"scores": judge.scores(bags.y[test], judge.logistic_probe(means[train], bags.y[train], means[test], C, 0.01))}
+        for train, _, test in rounds]}
+    log, sections = Log(out_path(flags.out, "log.csv")), []
     for head in heads:
-        jobs = [(head, settings, r, *parts) for r, parts in enumerate(rounds)]
+        jobs = [(head, settings, flags.inner, flags.refit, flags.seed, r, *parts, flags.device) for r, parts in enumerate(rounds)]
         if len(jobs) == 1:
-            done = [mil_round(bags, *jobs[0], keep=flags.out)]
+            result, models, setting = mil_round(bags, *jobs[0])
+            found[head] = [result]
+            judge.write_torch(out_path(flags.out, f"{head}.pt"), {
+                "models": [m.state_dict() for m in models], "head": head, "dim": bags.X.shape[1],
+                "label_names": bags.label_names, **setting["make"]})
+            if bags.coords:
+                sections.append((f"Attention of {head} over test slides", attention_maps(bags, head, models, rounds[0][2], flags)))
         else:
-            with futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), share_bags, [bags]) as pool:
-                progress, done = Progress(len(jobs)), []
-                for result in pool.map(mil_round_of_shared, *zip(*jobs)):
-                    done.append(result)
-                    progress(len(done), lambda: head)
-        found[head] = done
-        for r, result in enumerate(done, 1):                 # the error and loss on held-out bags that chose the setting
+            progress, found[head] = Progress(len(jobs)), []
+            for result, *_ in in_processes(mil_round, bags, jobs):
+                found[head].append(result)
+                progress(len(found[head]), lambda: head)
+        for r, result in enumerate(found[head], 1):          # the error and loss on held-out bags that chose the setting
             held, chosen = result["held_out"] or {"error": "", "loss": ""}, json.dumps(result["chosen"])
             log.add({"head": head, "round": r, "chosen": chosen, **{f"held-out {k}": v for k, v in held.items()},
                      **result["scores"]})
@@ -2545,171 +2541,114 @@ def cmd_mil(flags):
     print(f"\n{judge.text_table(header, rows)}\n\n{len(rounds)} test part{'s' * (len(rounds) > 1)} of about "
           f"{len(rounds[0][2])} bags; mean ± standard deviation over them")
     judge.write_json(out_path(flags.out, "metrics.json"), found)
-    sections = [("Result", judge.html_table(header, rows))]
-    for head in heads if bags.coords and len(rounds) == 1 else ():
-        sections.append((f"Attention of {head} over test slides", attention_maps(bags, head, rounds[0][2], flags)))
-    judge.write_report(out_path(flags.out, "report.html"), "repsae mil", sections)
+    judge.write_report(out_path(flags.out, "report.html"), "repsae mil", [("Result", judge.html_table(header, rows)), *sections])
     say(f"wrote {out_path(flags.out, 'report.html')}")
 
 
-SHARED = {}    # in a process among several: what all its jobs use
+MIL_MAKE = ("widths", "attention", "dropout", "squash")      # of ssm.MIL; ssm.fit_mil takes the others
+MIL_FIT = ("epochs", "lr", "weight_decay", "cosine", "patience", "least", "k", "subtyping")
 
 
-def share_bags(bags):
-    """Begin such a process: it has one thread, since they share the cores, and the bags."""
-    torch.set_num_threads(1)
-    SHARED["bags"] = bags
-
-
-def mil_round_of_shared(*job):
-    return mil_round(SHARED["bags"], *job)
-
-
-def parse_grid(flags):
-    """--grid "lr=1e-4,5e-4 dropout=0,0.5" -> a list of all combinations, each the flags with those values."""
+def mil_settings(flags):
+    """What --grid "lr=1e-4,5e-4 dropout=0,0.5" leaves to choose from: a list of dicts, of all combinations."""
     options = []
     for item in (flags.grid or "").split():
         name, _, values = item.partition("=")
         kind = MIL.get(name, (None, None))[1]
-        if not isinstance(kind, Number) or name in ("seed", "inner"):
+        if not isinstance(kind, Number) or name in ("seed", "inner", "folds"):
             raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
         try:
             options.append([(name.replace("-", "_"), kind(v)) for v in values.split(",")])
         except argparse.ArgumentTypeError as e:
             raise InputError(f"--grid {item}: {e}")
-    return [flags.replaced(dict(chosen)) for chosen in itertools.product(*options)]
+    out = []
+    for chosen in map(dict, itertools.product(*options)):
+        told = {**flags, "widths": data.number_list(flags.widths), "squash": bool(flags.squash), **chosen}
+        out.append({"chosen": chosen, "batch": told["batch"], "weighted": told["weighted"],
+                    "make": {k: told[k] for k in MIL_MAKE}, "fit": {k: told[k] for k in MIL_FIT}})
+    return out
 
 
-def mil_rounds(bags, flags):
-    """[(rows to learn from, rows of a given validation part or None, rows to report)]: the file's folds, or its splits, or
-    70 % / 15 % / 15 % with every class in proportion."""
-    everything = np.arange(len(bags))
-    if bags.folds is not None:
-        rounds = [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
-    elif bags.split is None:
-        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed, bags.groups)]
-    else:
-        rounds = [[np.flatnonzero(bags.split == name) for name in ("train", "val", "test")]]
-    least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
-    for train, val, test in rounds:
-        rarest = np.bincount(bags.y[train], minlength=bags.y.max() + 1)[np.unique(bags.y)].min()
-        given = val is not None and len(val)
-        if not len(test) or rarest < (2 if given else least):
-            raise InputError(f"{flags.data}: a part of {len(train)} bags to learn from, {rarest} of the rarest class, and "
-                             f"{len(test)} to test on is too small - add bags, or mend the folds or split folders")
-        groups = 0 if bags.groups is None else len(np.unique(bags.groups[train]))
-        if 0 < groups < least and not given:
-            raise InputError(f"{flags.data}: the bags to learn from are of {groups} groups, and "
-                             f"validation cuts them into {least} parts - add groups")
-    return [(train, val if val is not None and len(val) else None, test) for train, val, test in rounds]
-
-
-def mil_round(bags, head, settings, round_, train, val, test, keep=None):
+def mil_round(bags, head, settings, inner, refit, seed, round_, train, val, test, device="cpu"):
     """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`, and report its models'
-    mean vote on `test`.
+    mean vote on `test`: (what to tell of it, models, setting).
 
-    Without `val`, train is cut into parts, and --inner times a model learns from all but one of them. Its bags stop it early,
-    and these models vote; or, with --refit, all epochs are trained, and as many models on all of train vote. keep: a folder
-    for the weights.
+    Without `val`, train is cut into parts, and `inner` times a model learns from all but one of them. Its bags stop it early,
+    and these models vote; or, with refit, all epochs are trained, and as many models on all of train vote.
     """
-    flags, best = settings[0], None
-    if val is not None:
-        parts = [(train, val)]
-    else:
-        groups = None if bags.groups is None else bags.groups[train]
-        equal = [1] * max(flags.inner, 5 if flags.inner == 1 else 2)
-        cut = data.stratified_parts(bags.y[train], equal, flags.seed + round_, groups)
-        parts = [(np.delete(train, part), train[part]) for part in cut[:flags.inner]]
-    for setting in settings:
-        if flags.refit and len(settings) == 1:               # nothing to choose
-            best = None, (), setting
-            break
-        models, held = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i])
-                             for i, part in enumerate(parts)))
-        held = np.mean(held, 0).tolist()                     # error, loss
-        if best is None or held < best[0]:
-            best = held, models, setting
-    held, models, setting = best
-    if flags.refit:
-        models = [train_mil(bags, head, setting, train, None, seed=[setting.seed, round_, 99, i])[0]
-                  for i in range(flags.inner)]
+    def learn(setting, rows, stop, *number):
+        if refit:
+            setting = {**setting, "fit": {**setting["fit"], "patience": None}}
+        return train_mil(bags, head, setting, rows, stop, [seed, round_, *number], device)
+    parts = bags.held_out(train, inner, seed + round_) if val is None else [(train, val)]
+    tried = []
+    for setting in settings if len(settings) > 1 or not refit else ():
+        models, held = zip(*(learn(setting, *part, i) for i, part in enumerate(parts)))
+        tried.append((np.mean(held, 0).tolist(), models, setting))
+    held, models, setting = min(tried, key=lambda found: found[0], default=(None, (), settings[0]))
+    if refit:
+        models = [learn(setting, train, None, 99, i)[0] for i in range(inner)]
     with torch.no_grad():
-        votes = [np.concatenate([torch.softmax(m(x.to(flags.device), mask.to(flags.device))[0], 1).cpu().numpy()
-                                 for x, mask, _ in (bags.padded([i]) for i in test)]) for m in models]
-    if keep:
-        judge.write_torch(out_path(keep, f"{head}.pt"), {
-            "models": [m.state_dict() for m in models], "head": head, "dim": bags.X.shape[1],
-            "label_names": bags.label_names, **{k: setting[k] for k in ("widths", "attention", "dropout", "squash")}})
-    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)),
-            "held_out": held and {"error": held[0], "loss": held[1]},
-            "chosen": {k: setting[k] for k in setting if len({str(s[k]) for s in settings}) > 1}}
+        votes = [torch.cat([torch.softmax(m(x.to(device), mask.to(device))[0], 1).cpu() for x, mask, _ in bags.batches(test, 1)])
+                 for m in models]
+    scores = judge.scores(bags.y[test], np.mean([v.numpy() for v in votes], 0))
+    told = {"scores": scores, "held_out": held and dict(zip(("error", "loss"), held)), "chosen": setting["chosen"]}
+    return told, models, setting
 
 
-def train_mil(bags, head, flags, train, val, seed):
-    """One model, stopped by the loss on `val`: (model, (error rate, loss) of its bags)."""
+def train_mil(bags, head, setting, train, stop, seed, device="cpu"):
+    """One model, and (error rate, loss) of the bags `stop`."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(int(rng.integers(2 ** 62)))
-    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, number_list(flags.widths), flags.attention, flags.dropout,
-                    bool(flags.squash))
-    X = bags.instances(train)
-    model.mean.copy_(torch.from_numpy(X.mean(0)))
-    spread = (X - X[0]).std(0)                               # of a constant exactly 0
-    model.std.copy_(torch.from_numpy(np.where(spread > 1.2e-7 * np.abs(X[0]), spread, 1)))
-    model.to(flags.device)
-    y = bags.y[train]
-    weight = 1 / np.bincount(y)[y] if flags.weighted else np.ones(len(y))
-    how = {"k": flags.k, "bag_weight": flags.bag_weight, "subtyping": flags.subtyping,
-           "loss": {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[flags.inst_loss]}
+    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **setting["make"])
+    for buffer, value in zip((model.mean, model.std), bags.scale(train)):
+        buffer.copy_(value)
+    model.to(device)
 
-    def batches(epoch):
-        if flags.cosine:
-            optimiser.param_groups[0]["lr"] = ssm.cosine_schedule(epoch, flags.epochs, flags.lr, 0.)
-        order = rng.choice(train, len(train), replace=flags.weighted, p=weight / weight.sum())
-        for i in range(0, len(order), flags.batch):
-            yield [v.to(flags.device) for v in bags.padded(order[i:i + flags.batch])]
-    held = [] if val is None else [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])]
-                                   for i in range(0, len(val), flags.batch)]
-
-    def judged(model):                                       # by the bags' labels alone
-        logits, y = (torch.cat(v) for v in zip(*((model(x, mask)[0], y) for x, mask, y in held)))
-        return float((logits.argmax(1) != y).float().mean()), float(torch.nn.functional.cross_entropy(logits, y))
-    optimiser = torch.optim.Adam(model.parameters(), flags.lr, weight_decay=flags.weight_decay, fused=True)
-    early = {} if flags.refit else {"validate": lambda m: judged(m)[1], "patience": flags.patience, "least": flags.least}
-    ssm.fit(model, optimiser, batches, lambda m, *batch: ssm.mil_loss(m, *batch, **how), flags.epochs, **early)
-    with torch.no_grad():
-        return model, judged(model) if held else None
+    def batches(rows):
+        return ([v.to(device) for v in batch] for batch in bags.batches(rows, setting["batch"]))
+    held = [] if stop is None else list(batches(stop))
+    drawn = functools.partial(bags.drawn, train, rng, setting["weighted"])
+    return model, ssm.fit_mil(model, lambda epoch: batches(drawn()), held, **setting["fit"])
 
 
-def number_list(text):
-    """"256,64" -> (256, 64); raises InputError otherwise."""
-    try:
-        found = tuple(map(int, text.split(",")))
-        if min(found) > 0:
-            return found
-    except ValueError:
-        pass
-    raise InputError(f"{text} - give positive whole numbers, separated by commas")
+SHARED = {}    # in a process among several: what all its jobs use
 
 
-def pooled_baseline(bags, train, test):
-    """What no attention gets: logistic regression on the mean of a bag's instances."""
-    means = np.stack([bags.instances([i]).mean(0, dtype=np.float64) for i in range(len(bags))])
-    p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
-    return {"scores": judge.scores(bags.y[test], p)}
+def in_processes(work, shared, jobs):
+    """Yield work(shared, *job) of each job, in order, by as many processes as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process, [work, shared]) as pool:
+        try:
+            yield from pool.map(do_job, jobs)
+        except BaseException:                                # Ctrl-C: do not wait for what they are at
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
-def attention_maps(bags, head, rows, flags, most=6):
+def begin_process(work, shared):
+    """Begin one of several: it has one thread, since they share the cores, and ends with its parent, whatever ends that."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # which the parent answers for all
+    SHARED.update(work=work, shared=shared)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def do_job(job):
+    return SHARED["work"](SHARED["shared"], *job)
+
+
+def attention_maps(bags, head, models, rows, flags, most=6):
     """Test slides with each tile coloured by its share in the bag, as files heat_<label>_<slide>_<head>.png and as HTML."""
-    kept = torch.load(out_path(flags.out, f"{head}.pt"), weights_only=True)
     shown = []
     for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
-        heat = 0
-        for state in kept["models"]:
-            model = ssm.MIL(kept["dim"], len(bags.label_names), head, number_list(kept["widths"]), kept["attention"],
-                            squash=bool(kept["squash"])).eval()
-            model.load_state_dict(state)
-            with torch.no_grad():
-                heat = heat + torch.softmax(model(bags.padded([i])[0])[1], -1)[0].mean(0).numpy()
+        with torch.no_grad():
+            heat = sum(torch.softmax(m.cpu()(bags.padded([i])[0])[1], -1)[0].mean(0) for m in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
         judge.save_picture(out_path(flags.out, f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"), picture)
@@ -3343,7 +3282,7 @@ def cmd_demo(flags):
     """The whole thesis on a laptop, on made-up tissue: every stage is a command of its own, and the end is one report."""
     out, seeds = os.path.normpath(flags.out), range(flags.seed, flags.seed + flags.seeds)
     folders = [out if flags.seeds == 1 else os.path.join(out, f"seed{seed}") for seed in seeds]
-    skip = number_list(flags.skip) if flags.skip else ()
+    skip = data.number_list(flags.skip) if flags.skip else ()
     numbers, claims, sections = zip(*(run_demo(folder, flags.quick, seed, skip) for folder, seed in zip(folders, seeds)))
     values = {key: [one.get(key) for one in numbers] for key in numbers[0]}
     held = {claim: sum(one[claim] for one in claims) for claim in claims[0] if all(claim in one for one in claims)}
@@ -3582,20 +3521,15 @@ command("probe", cmd_probe, (DATA, SEED, BENCH),
                "strength": (1., real(TINY), "lbfgs: C of the linear probe, larger is less regular"),
                "only": (None, str, "labels to tell apart, or to find one by one where several hold at once, separated by "
                         "commas; all by default")})
-command("cut", cmd_cut, (WINDOW,), "cells", extra={
-    "voc": (None, str, "Pascal VOC folder: Annotations, ImageSets/Main, JPEGImages"),
-    "size": (64, whole(1, 2048), "side of a cut, pixels"),
-    "margin": (0.2, real(0., 100.), "how much longer than the box's longer side the square is that is cut")})
 command("tile", cmd_tile, (WINDOW, {"overwrite": RUN["overwrite"]},), "tiles", extra={
-    "images": (None, str, "a slide, or a folder of them"), "size": (224, whole(1, 8192), "side of a tile, pixels"),
-    "step": (None, whole(1), "pixels from tile to tile; the size by default"),
+    "images": (None, str, "a slide, or a folder of slides, perhaps in class and split folders"),
+    "voc": (None, str, "a Pascal VOC folder, whose annotated boxes are cut into pictures instead"),
+    "size": (None, whole(1, 8192), "side of a tile, pixels; 224 by default, 64 of --voc"),
     "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
     "threshold": (8, whole(0, 255), "saturation above which a pixel is tissue, 0..255"),
     "otsu": (False, bool, "find the threshold by Otsu's method"),
     "least": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels; CLAM: 1 for biopsies, 100 for resections"),
-    "least-hole": (0.2, real(), "smallest hole, in the same"), "max-holes": (8, whole(), "holes of a piece that count"),
-    "rois": (None, str, "ASAP annotations (XML): label the tiles by them"),
-    "roi-share": (0.5, real(1e-9, 1.), "share of a tile inside the regions that makes it one of them")})
+    "rois": (None, str, "ASAP annotations (XML): label the tiles that lie in them by half")})
 command("mil", cmd_mil, (MIL, {k: RUN[k] for k in ("device", "overwrite")}), "runs/mil", extra={
     "data": (None, str, "bags: an .npz with X, offsets, y and perhaps folds; or class folders of a feature file each"),
     "stream": (None, str, "the stream of the feature files, when they have several")})

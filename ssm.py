@@ -1360,6 +1360,35 @@ def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smoot
     return bag_weight * bag + (1 - bag_weight) * instance_loss(model, scores, h, mask, y, k, subtyping, loss)
 
 
+def fit_mil(model, batches, held, epochs, lr=2e-4, weight_decay=1e-5, cosine=False, patience=20,
+            least=50, **how):
+    """Train a `MIL` with Adam, the learning rate falling along a cosine if asked for.
+
+    batches(epoch)   iterable of (x, mask, y), see `mil_loss`, which takes `how` as well
+    held             list of the same, of bags that are not trained on; may be empty
+    patience, least  as in `fit`, by the loss on the held bags; without patience no early stopping
+    Returns (share of errors, mean loss) on the held bags, by the bags' labels alone, or None.
+    """
+    optimiser = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+
+    def judged():
+        logits = torch.cat([model(x, mask)[0] for x, mask, _ in held])
+        y = torch.cat([y for *_, y in held])
+        wrong = (logits.argmax(1) != y).float().mean()
+        return wrong.item(), F.cross_entropy(logits, y).item()
+
+    def scheduled(epoch):
+        if cosine:
+            optimiser.param_groups[0]["lr"] = cosine_schedule(epoch, epochs, lr, 0.)
+        return batches(epoch)
+    early = {}
+    if held and patience:
+        early = {"validate": lambda model: judged()[1], "patience": patience, "least": least}
+    fit(model, optimiser, scheduled, lambda *batch: mil_loss(*batch, **how), epochs, **early)
+    with torch.no_grad():
+        return judged() if held else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets, and released weights
 # ---------------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ CASES = [case.split() for case in [
     "extract --images tiles/slide.npz --weights v=tuned/v.pt --size 16 --out o.npz",
     "probe --data f.npz --json o.json",
     "probe --data feats.npz --solver sgd --only lymphocyte",
-    "cut --voc voc --size 8 --out o",
+    "tile --voc voc --size 8 --out o",
     "tile --images slide.png --size 16 --least 0.001 --rois rois.xml --out o",
     "tile --images slide.png --size 16 --least 0.001 --otsu --out o",
     f"mil --data bags.npz {SMALL_MIL} --out o",
