@@ -723,6 +723,30 @@ def test_tiles_of_several_slides_are_read_as_one_set(tmp_path):
     assert data.read_images(tmp_path / "small.png").boxes is None                           # hardly two tiles: one picture
 
 
+def test_tiles_know_the_class_and_split_and_name_of_their_slide(tmp_path):
+    path, *_ = drawn_slide(tmp_path)
+    for split, label, name in (("train", "ill", "a"), ("train", "well", "b"), ("test", "ill", "c")):
+        folder = tmp_path / "s" / split / label
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(path.read_bytes())
+    slides = data.read_slides(tmp_path / "s")
+    assert slides.about["groups"].tolist() == ["c", "a", "b"]
+    (tmp_path / "t").mkdir()
+    boxes = np.array([[200, 100, 100, 100], [300, 100, 100, 100]])
+    for i, name in enumerate(slides.about["groups"]):
+        out = str(tmp_path / "t" / f"{name}.npz")
+        np.savez(out, **data.tile_arrays(slides, i, boxes, out))
+    tiles = data.read_images(tmp_path / "t")
+    assert [tiles.label_names[y] for y in tiles.labels] == ["ill"] * 2 + ["well"] * 2 + ["ill"] * 2
+    assert tiles.split.tolist() == ["train"] * 4 + ["test"] * 2
+    assert tiles.about["groups"].tolist() == ["a", "a", "b", "b", "c", "c"]
+    assert tiles.open(4).size == (100, 100)
+    regions = [(np.array([[200., 100], [230, 100], [230, 200], [200, 200]]), True)]
+    for share, label in ((0.5, [0, 0]), (0.2, [1, 0])):
+        there = data.tile_arrays(slides, 0, boxes, out, regions, share)
+        assert there["labels"].tolist() == label and there["label_names"].tolist()[1] == "region"
+
+
 def bag_file(path, **change):
     rng = np.random.default_rng(0)
     arrays = {"X": rng.standard_normal((10, 3)), "offsets": np.array([0, 2, 3, 7, 10]), "y": np.array([0, 1, 0, 1]), **change}
@@ -768,6 +792,39 @@ def test_a_folder_of_bags_has_its_labels_and_pictures_and_one_width(tmp_path):
     np.savez(tmp_path / "normal" / "s2.npz", f=np.zeros((3, 5)), g=np.zeros((3, 5)))
     with pytest.raises(InputError, match="has the streams f, g - pick one"):
         data.read_bags(tmp_path)
+
+
+def test_each_group_of_a_feature_file_is_a_bag_with_its_one_label_and_split(tmp_path):
+    group = np.array([2, 0, 1, 2, 0, 2])
+    told = {"groups": np.array(["a", "b", "c"])[group], "labels": np.array(["ill", "well", "ill"])[group],
+            "split": np.array(["train", "test", "val"])[group], "coords": np.arange(24).reshape(6, 4),
+            "images": np.array(["s/a.png", "s/b.png", "s/c.png"])[group]}
+    x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", x=x, **told)
+    bags = data.read_bags(str(tmp_path / "f.npz"))
+    assert list(bags.names) == ["a", "b", "c"] and bags.label_names == ["ill", "well"]
+    assert bags.y.tolist() == [0, 1, 0] and bags.split.tolist() == ["train", "test", "val"]
+    for i in range(3):
+        assert np.array_equal(bags.instances([i]), x[group == i])
+        assert np.array_equal(bags.coords[i], told["coords"][group == i])
+        assert bags.images[i] == str(tmp_path / "s" / f"{'abc'[i]}.png")
+    np.testing.assert_allclose(bags.means(), [x[group == i].mean(0) for i in range(3)], rtol=1e-5)
+    for key, value in (("label", {"labels": np.arange(6) % 2}),
+                       ("split", {"split": np.array(["train", "val", "test"] * 2)})):
+        np.savez(tmp_path / "g.npz", x=x, **{**told, **value})
+        with pytest.raises(InputError, match=f"group . has several {key}s"):
+            data.read_bags(str(tmp_path / "g.npz"))
+
+
+def test_folds_report_every_bag_once_and_hold_every_class(tmp_path):
+    bags = data.Bags(np.zeros((60, 2)), np.arange(61), np.arange(60) % 3, ["a", "b", "c"], [])
+    rounds = bags.rounds(4, 0, 5, "b")
+    assert np.array_equal(np.sort(np.concatenate([test for *_, test in rounds])), np.arange(60))
+    for train, val, test in rounds:
+        assert val is None and not {*train} & {*test} and len(train) + len(test) == 60
+        assert np.bincount(bags.y[test]).tolist() == [5, 5, 5]
+        assert {len(held) for _, held in bags.held_out(train, 3, 0)} == {15}
+    assert any(not np.array_equal(a[2], b[2]) for a, b in zip(rounds, bags.rounds(4, 1, 5, "b")))
 
 
 def test_parts_are_disjoint_and_hold_every_class_in_proportion():
@@ -1163,12 +1220,42 @@ def test_annotations_in_an_unknown_encoding_are_refused(encoding, tmp_path):
             read(tmp_path / "a.xml")
 
 
-def test_a_voc_list_names_no_file_outside_its_folder(tmp_path):
-    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+def voc_folder(folder, stem="one", name="cell"):
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    Image.new("RGB", (100, 50)).save(folder / "JPEGImages" / "one.jpg")
+    (folder / "Annotations" / "one.xml").write_text(
+        f"<a><object><name>{name}</name><bndbox><xmin>10</xmin><ymin>5</ymin><xmax>60</xmax>"
+        "<ymax>30</ymax></bndbox></object></a>")
     for part in ("trainval", "test"):
-        (tmp_path / "ImageSets" / "Main" / f"{part}.txt").write_text("../../../evil\n")
-    with pytest.raises(InputError, match="lists a picture '../../../evil'"):
-        data.cut_boxes(tmp_path, tmp_path / "out")
+        (folder / "ImageSets" / "Main" / f"{part}.txt").write_text(stem + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("bad", ["../../../evil", "..", ".", "/tmp/evil", "a/b", "a\\b", "C:evil"])
+def test_no_name_in_a_voc_folder_leads_out_of_it(bad, tmp_path):
+    for i, (more, what) in enumerate((({"stem": bad}, "lists a picture"),
+                                      ({"name": bad}, "names an object"))):
+        folder = voc_folder(tmp_path / str(i) / "deep" / "voc", **more)
+        before = sorted(tmp_path.rglob("*"))
+        for read in (data.read_images, lambda folder: data.cut_boxes(folder, tmp_path / "out")):
+            with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
+                read(folder)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert data.plain_name("a cell, 2..3 um", "f.xml names") == "a cell, 2..3 um"
+
+
+def test_boxes_are_cut_into_a_new_folder_whole_or_not_at_all(tmp_path):
+    folder = voc_folder(tmp_path / "voc")
+    assert data.cut_boxes(folder, tmp_path / "out") == {("train", "cell"): 1, ("test", "cell"): 1}
+    with pytest.raises(InputError, match="out exists"):
+        data.cut_boxes(folder, tmp_path / "out")
+    (folder / "JPEGImages" / "two.jpg").write_bytes(b"no picture")
+    (folder / "Annotations" / "two.xml").write_text("<a/>")
+    (folder / "ImageSets" / "Main" / "test.txt").write_text("one\ntwo\n")
+    with pytest.raises(InputError, match="two.jpg is not a readable picture"):
+        data.cut_boxes(folder, tmp_path / "other")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "voc"]
 
 
 # -- what counts as labelled -------------------------------------------------------------------------------------------
@@ -1265,3 +1352,29 @@ def test_a_window_holds_for_the_pictures_of_a_medmnist_file(tmp_path):
     plain, wide = (data.read_pictures(str(tmp_path / "m.npz"), 5, window=window).pixels[:, 0] for window in (None, (0, 100)))
     assert np.array_equal(plain, pixels)
     np.testing.assert_allclose(wide, np.minimum(pixels * 2.55, 255), atol=0.51)
+
+
+def test_a_head_is_one_row_of_weights_or_two_whose_difference_counts(tmp_path):
+    w, b = np.arange(6.).reshape(2, 3), np.array([1., 4.])
+    for weight, bias, found in ((w, b, ([3, 3, 3], 3)), (w[0], b[0], ([0, 1, 2], 1)),
+                                (w[:1], b[:1], ([0, 1, 2], 1))):
+        np.savez(tmp_path / "h.npz", weight=weight, bias=bias)
+        weight, bias = data.read_head(str(tmp_path / "h.npz"), 3)
+        assert (weight.tolist(), bias) == found
+    for change, message in (({"bias": b * np.nan}, "something else than finite"), ({"weight": w.T}, "has weight"),
+                            ({"weight": None}, "lacks 'weight'")):
+        arrays = {"weight": w, "bias": b, **change}
+        np.savez(tmp_path / "h.npz", **{k: v for k, v in arrays.items() if v is not None})
+        with pytest.raises(InputError, match=message):
+            data.read_head(str(tmp_path / "h.npz"), 3)
+
+
+def test_names_of_latents_are_numbers_below_their_number(tmp_path):
+    path = tmp_path / "n.json"
+    path.write_text('{"3": "red", "7": "blue"}')
+    assert data.read_names(path, 8) == {3: "red", 7: "blue"}
+    for text, message in (('{"8": "x"}', "latent 8 is not among"), ("{}", "latent - is not"), ('{"a": "b"}', "is no file of names"),
+                          ("[1]", "is no file of names")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            data.read_names(path, 8)
