@@ -37,7 +37,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -1833,40 +1832,30 @@ def region_share(regions, box, grid=64):
     return float(np.asarray(raster).mean())
 
 
-def cut_boxes(folder, out, size=64, margin=0.2, window=None):
-    """Cut the annotated boxes of a Pascal VOC folder into pictures of `size` pixels, in a new
-    folder: out/<split>/<name>/<image>_<i>.png.
+def cut_boxes(folder, margin=0.2, window=None):
+    """The annotated boxes of a Pascal VOC folder as Images, parts of its pictures, whose `ids` are
+    <split>/<name of the object>/<name of the picture>_<i>.
 
-    A cut is the square around a box's centre, as long as the box's longer side and `margin` more,
-    so that shapes stay what they are, shifted inwards where it would reach over the image's edge.
-    Boxes with a side of 8 pixels or less are left out. `out` appears when it is complete. window:
-    see `as_rgb`. Returns Counter (split, name) -> count.
+    A part is the square around a box's centre, as long as the box's longer side and `margin` more,
+    so that shapes stay what they are, shifted inwards where it would reach over the picture's edge.
+    Boxes with a side of 8 pixels or less are left out. window: see `as_rgb`.
     """
-    count, found = Counter(), read_voc_folder(folder)
-    if os.path.exists(out):
-        raise InputError(f"{out} exists - name a new folder with --out")
-    above = os.path.dirname(os.path.abspath(out))
-    os.makedirs(above, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=above, prefix=".cut") as unfinished:
-        unfinished = os.path.join(unfinished, "cells")
-        for split, stem, path, objects in found:
-            image = open_image(path, window=window)
-            for i, (name, box) in enumerate(objects):
-                sides = box[2:] - box[:2]
-                if sides.min() <= 8:
-                    continue
-                half = min(sides.max() / 2 * (1 + margin), min(image.size) / 2)
-                middle = np.clip((box[:2] + box[2:]) / 2, half, np.array(image.size) - half)
-                square = tuple(map(round, (*(middle - half), *(middle + half))))
-                to = os.path.join(unfinished, split, name)
-                os.makedirs(to, exist_ok=True)
-                cut = image.crop(square).resize((size, size), Image.BICUBIC)
-                cut.save(os.path.join(to, f"{stem}_{i}.png"))
-                count[split, name] += 1
-        if not count:
-            raise InputError(f"{folder} has no box of more than 8 pixels - name another folder")
-        os.rename(unfinished, out)
-    return count
+    paths, squares, ids = [], [], []
+    for split, stem, path, objects in read_voc_folder(folder):
+        size = np.array(_slide(path, window).size)
+        for i, (name, box) in enumerate(objects):
+            sides, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
+            if sides.min() <= 8:
+                continue
+            half = min(sides.max() / 2 * (1 + margin), size.min() / 2)
+            middle = middle.clip(half, size - half)
+            corner = np.round(middle - half).astype(int)
+            squares.append([*corner, *np.round(middle + half).astype(int) - corner])
+            paths.append(path)
+            ids.append(f"{split}/{name}/{stem}_{i}")
+    if not paths:
+        raise InputError(f"{folder} has no box of more than 8 pixels - name another folder")
+    return Images(paths, boxes=np.array(squares), window=window, about={"ids": np.array(ids)})
 
 
 # ---- Bags of instances ---------------------------------------------------------------------------

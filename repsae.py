@@ -8,13 +8,15 @@ A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.
 What a user can mend ends as one line on stderr and exit code 2. torch is imported late, so that --help is quick.
 """
 import argparse
+import collections
 import contextlib
 import csv
+import fcntl
 import functools
+import glob
 import html
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -24,9 +26,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+import typing
 import warnings
 
 
@@ -47,10 +49,11 @@ futures, multiprocessing = Late("concurrent.futures"), Late("multiprocessing")
 
 
 class Number:
-    """The kind of a numeric flag: `kind(text)`, finite, from `least` to `most`; "auto" where the data may decide."""
+    """The kind of a numeric flag: `kind(text)`, finite, from `least` to `most`, or "auto"."""
 
     def __init__(self, kind, least, most, auto=False):
-        self.kind, self.least, self.most, self.auto, self.__name__ = kind, least, most, auto, kind.__name__
+        self.kind, self.least, self.most, self.auto = kind, least, most, auto
+        self.__name__ = "whole number" if kind is int else "number"
 
     def __call__(self, text):
         if self.auto and text == "auto":
@@ -60,8 +63,8 @@ class Number:
         except (ValueError, OverflowError):
             value = math.nan
         if not self.least <= value <= self.most:             # NaN is in no range
-            what = "whole number" if self.kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text} - give a {what} from {self.least} to {self.most}")
+            wanted = f"{self.__name__} from {self.least} to {self.most}"
+            raise argparse.ArgumentTypeError(f"{text} - give a {wanted}")
         return value
 
 
@@ -76,273 +79,507 @@ def real(least=0., most=1e6, auto=False):
 
 
 TINY = 1e-12
-AUTO = "auto: by the number of training rows, see `sae.settings_for`"
-# name: (default, kind: a Number, str, bool or a tuple of choices, help)
-DATA = {
-    "data": (None, str, "features: an .npz, or a folder of .npy; without it, made-up streams with a known truth"),
-    "streams": (None, str, "comma-separated names of the streams to use; all by default"),
-    "taxonomy": (None, str, 'JSON taxonomy of the labels: {"child": "parent", "root": null}, '
-                 'or nested as in Open Images'),
+SIDE = whole(1, 8192)
+PART = real(0., 1.)
+
+# ------------------------------------------------------------------------------------------------
+# Every flag, once: name: (default, kind, help); a kind is a Number, str, bool or a tuple of choices.
+# A command names those it takes, with its own default where it differs: "data lr=1e-3 images!".
+# ------------------------------------------------------------------------------------------------
+
+WHAT = {
+    "data": (None, str, "features: an .npz or a folder of .npy; by default a run's own data, or "
+             "made-up streams with a known truth. mil: bags"),
+    "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
+    "stream": (None, str, "the one stream to use, where there are several"),
+    "taxonomy": (None, str, 'JSON of the labels\' parents, {"child": "parent", "root": null} or '
+                 'nested as in Open Images'),
+    "images": (None, str, "pictures: a folder (of class, or of train, val and test folders), an "
+               ".npz of MedMNIST's kind, or tissue.npz. tile: a slide or a folder of them"),
+    "weights": (None, str, "models a,b,...: name=RUN of dino or clip, name=FILE.pt of finetune, "
+                "name=arch:FILE, name=arch:random or an arch alone; name=lsa:N reads captions by "
+                "runs of N words. clip: a file of released weights"),
+    "label": (None, str, "the label in question, by name or number"),
+    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400); else "
+               "what a picture of more than 8 bits states or fills"),
+    "mode": ("alone", ("alone", "joint"), "each stream chooses its latents, or all together"),
+    "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
+    "other": (None, str, "features of the same samples by another backbone, to set beside"),
+    "sparc": (None, str, "a run of sparc on both streams, to set beside"),
+    "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew each run, or the file's own"),
+    "only": (None, str, "labels a,b to tell apart, or to find one by one; all by default"),
+    "between": (None, str, "two labels a,b: which latents tell their groups apart?"),
+    "query": (None, str, "words to search by"),
+    "names": (None, str, 'JSON of names of latents, {"17": "round nucleus"}'),
+    "prompts": (None, str, "file to write: samples of every latent, and a prompt for naming it"),
+    "embeddings": (None, str, ".npz with latents (n,), vectors (n, e), query (e,) of a text model"),
+    "head-file": (None, str, ".npz with weight (d,) and bias () of a head; else one is fitted"),
+    "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
+    "from": (None, str, "its stream; the first by default"),
+    "to": (None, str, "the stream to search; the last by default"),
+    "features": (None, str, ".npy with a vector (d,) that asks, or a file whose row --sample asks"),
+    "encoder": (None, str, "run of clip whose text encoder reads --query"),
+    "latent": (None, str, "latents to show, 3,17; by default some of labels, alive everywhere"),
+    "merges": (None, str, "CLIP's merges file; else words of the captions are the tokens"),
+    "voc": (None, str, "Pascal VOC folder, whose boxes become the pictures"),
+    "rois": (None, str, "ASAP annotations (XML): label the tiles by them"),
+    "pictures": (4000, whole(8), "how many to draw"),
+    "most": (12, whole(1), "pictures at most"),
+    "least": (50, whole(), "training samples of a label a latent needs to be one of its own"),
+    "top": (10, whole(1), "samples that show what a latent is, or that a search finds"),
+    "seeds": (1, whole(1, 1000), "how often, from --seed on, for means and deviations"),
+    "runs": (5, whole(1, 1000), "seeds"),
+    "skip": (None, str, "numbers of chapters of the demo to leave out, a,b"),
+    "quick": (False, bool, "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
-    "preset": (None, ("thesis",), "thesis: its settings (5.3.2, A.1.2), for a million samples; what you type goes first"),
-    "latents": ("auto", whole(1, 2 ** 24, auto=True), f"L, width of the sparse code; {AUTO}"),
+    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings for a million "
+               "samples (5.3.2, A.1.2); sae: of thesis 4.1, Mammo-SAE or CytoSAE. What you type "
+               "goes first"),
+    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the sparse code; auto: by the "
+                "number of training rows, see `sae.settings_for`"),
     "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
-    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all streams "
-             "together, each for itself, both ways with the losses added (ours), or one stream drawn anew "
-             "each step (Universal SAE)"),
-    "lam": (1., real(), "weight of cross reconstruction (Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "sum over streams as Eq. 14, or mean as the authors' code: "
+    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
+             "streams together, each for itself, both ways with the losses added (ours), or one "
+             "stream drawn anew each step (Universal SAE)"),
+    "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
+    "loss": ("sum", ("sum", "mean"), "over streams, as Eq. 14, or mean as the authors' code: "
              "lam_paper = lam_code / (M - 1)"),
-    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "of the features: l2 per sample, standard "
-             "per dimension with the training split's statistics, or both in that order (auto)"),
-    "aux-k": (64, whole(), "dead latents that rebuild the residual (AuxK); 0 turns AuxK off"),
-    "aux-coef": (1 / 32, real(), "weight of AuxK"),
-    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "training steps without firing after which a latent is dead; "
-                   "auto: 1000, or a quarter of all steps if that is less"),
-    "reinit-after": (1000, whole(-1, 10 ** 9), "further steps after which a latent that AuxK could not revive is drawn anew; -1 for "
-                     "never (the authors' value of 0 leaves AuxK nothing to do)"),
-    "select": ("fp32", ("fp32", "bf16"), "precision of choosing the latents in training; bf16 halves its time"),
-    "kernels": ("auto", ("auto", "csr", "gather"), "sparse products by CSR kernels or by indexing; "
-                "auto: csr on a CPU that has them"),
-}
-SAE = {
-    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu"), "relu with an L1 penalty, k a sample, k a sample on "
-                   "average, or a learned threshold for each latent with an L0 penalty"),
-    "preset": (None, ("thesis", "mammo", "cyto"), "settings of thesis 4.1 (which gives no L, lambda, lr), of Mammo-SAE (its "
-               "lambda counts the error as a mean over d, as its code does) or CytoSAE (likewise; its code divides by "
-               "||x|| besides); what you type goes first"),
-    "latents": MODEL["latents"], "k": MODEL["k"],
-    "expansion": (None, whole(1), "L over the stream's width, instead of --latents"),
-    "sparsity": (None, real(), "lambda of the L1 (relu, 0.1) or L0 (jumprelu, 0.01) penalty, for features of length 1"),
-    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2 (topk, batchtopk), summed over d as the papers write "
-              "(relu, jumprelu), or its mean over d: lambda_paper = d * lambda_code"),
-    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents: auxk for topk and batchtopk, "
-               "resample for relu and jumprelu"),
-    "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias; median: geometric, of at most 32,768 rows"),
-    "warmup": (0, whole(), "steps over which the learning rate rises"),
-    "bandwidth": (0.1, real(TINY), "jumprelu: epsilon of the threshold's gradient"),
-    "threshold": (0.1, real(TINY), "jumprelu: the thresholds at the start"),
-    **{k: MODEL[k] for k in ("norm", "aux-k", "aux-coef", "dead-after", "reinit-after", "select", "kernels")},
-}
-BY_ACTIVATION = {"topk": {"error": "nmse", "revive": "auxk", "sparsity": 0.}, "batchtopk": {"error": "nmse", "revive": "auxk",
-                 "sparsity": 0.}, "relu": {"error": "sum", "revive": "resample", "sparsity": 0.1},
-                 "jumprelu": {"error": "sum", "revive": "resample", "sparsity": 0.01}}
-THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2", "shuffle": "blocks",
-          "dead_after": 1000}                                # of SPARC: 5.3.2, A.1.2
-PRESETS = {                                                  # of one stream
-    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
-    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none", "revive": "resample", "expansion": 8,
-              "lr": 3e-4, "batch": 4096, "epochs": 200},
-    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
-    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none", "revive": "ghost", "bias": "median",
-             "expansion": 64, "lr": 4e-4, "warmup": 500, "batch": 16448, "epochs": 24, "dead_after": 64},
-}
-TRAINING = {
-    "epochs": ("auto", whole(1, auto=True), "passes over the training split; auto: 50, or what makes 1,000 steps"),
-    "batch": ("auto", whole(1, auto=True), "samples per step; auto: a tenth of the rows, at most 256"),
-    "lr": ("auto", real(TINY, 1e30, auto=True), "Adam's learning rate; auto: 2e-4 sqrt(2^14 / L)"),
-    "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or contiguous blocks of a batch's size; "
-                "auto: blocks for memory-mapped folders, which they are fast on"),
-    "seed": (42, whole(0, 2 ** 32 - 1), "of the split, the initial weights and the order of the batches"),
-}
-RUN = {
-    "device": ("cpu", str, "torch device"),
-    "log-every": (20, whole(1), "steps between rows of log.csv"),
-    "save-every": (60., real(), "seconds between checkpoints"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged at the end, drawn from the test (else val) split; 0 for all. "
-                  "R@k depends on it"),
-    "overwrite": (False, bool, "replace what an earlier run left in the folder"),
-    "resume": (False, bool, "go on where the run in the folder stopped, or start it if it never began"),
-}
-DINO = {
-    "images": (None, str, "folder of pictures, or of class folders, or of train, val and test folders of either"),
+    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "of the features: length 1 "
+             "per sample, mean 0 and deviation 1 per dimension, or both in that order (auto)"),
+    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing after which a "
+                   "latent is dead; auto: 1000, or a quarter of all steps if that is less"),
+    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "relu with an L1 "
+                   "penalty, k a sample, k a sample on average, learned thresholds with an L0 "
+                   "penalty; all: every kind, in one table"),
+    "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
+    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2 (topk, batchtopk), summed "
+              "over d as the papers write, or its mean over d: lambda_paper = d * lambda_code"),
+    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents: auxk "
+               "for topk and batchtopk, resample for relu and jumprelu"),
+    "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias"),
+    "null": ("auto", bool, "train once more with rows of all streams but the first shuffled; auto: "
+             "where that takes under about a minute"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
     "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (224, whole(1, 2048), "side of the two global crops, pixels"),
-    "local-size": (96, whole(1, 2048), "side of the local crops"),
-    "local-crops": (8, whole(0, 100), "number of local crops"),
-    "global-scale": ("0.4,1", str, "share of the area that a global crop covers, from,to"),
-    "local-scale": ("0.05,0.4", str, "the same for local crops"),
-    "blur": (2., real(0., 100.), "largest radius of the blur in pixels; less for small pictures"),
-    "colour": (1., real(0., 2.), "strength of the colour changes; less where colour tells things apart"),
-    "pathology": (False, bool, "vertical flips, right-angle turns, mild stain jitter too (ours)"),
-    "standardise": (False, bool, "start as if pixels were normalised by these pictures' statistics instead of ImageNet's "
-                    "(ours); for pale pictures"),
-    "prototypes": (65536, whole(2), "K, outputs of the head"),
-    "head-hidden": (2048, whole(1, 10 ** 5), "width of the head"),
-    "bottleneck": (256, whole(1, 10 ** 5), "width of its last layer, where lengths become 1"),
-    "norm-last": (True, bool, "keep the prototypes at unit length"),
-    "teacher-temp": (0.04, real(1e-6), "temperature of the teacher"),
-    "teacher-temp-start": (0.04, real(1e-6), "the same in the first epoch"),
-    "teacher-warmup": (0, whole(), "epochs from the one to the other"),
-    "epochs": (100, whole(1), "passes over the pictures"),
-    "batch": (512, whole(1), "pictures per step"),
-    "lr": (5e-4, real(TINY), "learning rate at batch 256; scaled by batch / 256"),
-    "warmup": (10, whole(), "epochs of linear warm-up"),
-    "min-lr": (1e-6, real(), "learning rate at the end"),
-    "weight-decay": (0.04, real(), "at the start"),
-    "weight-decay-end": (0.4, real(), "at the end"),
-    "decay-ssm": (False, bool, "decay the state-space parameters too, as the authors' run did"),
-    "momentum": (0.996, real(0., 1.), "of the teacher at the start; 1 at the end"),
-    "clip": (3., real(1e-9), "largest gradient norm of each parameter"),
-    "freeze-last": (1, whole(), "epochs in which the prototypes stay fixed"),
-    "drop-path": (0.1, real(0., .99), "stochastic depth of the student"),
-    "knn-every": (1, whole(1), "epochs between k-NN evaluations, when there are labels"),
-    "workers": (2, whole(0, 256), "processes that make crops"),
-    "seed": (0, whole(0, 2 ** 32 - 1), "of the weights, the crops and the order"),
-}
-MIL = {
-    "head": ("gated", str, "max, mean, abmil, gated, clam_sb or clam_mb; several, separated by commas"),
-    "widths": ("512", str, "of the layers that embed an instance, separated by commas"),
+    "size": (224, whole(0, 8192), "side of the pictures, or of DINO's two global crops, in pixels; "
+             "0 for the one trained at"),
+    "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
+    "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
+    "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
+    "head": ("gated", str, "of a bag: max, mean, abmil, gated, clam_sb, clam_mb; several: a,b"),
+    "widths": ("512", str, "of the layers that embed an instance, a,b"),
     "attention": (256, whole(1, 10 ** 5), "hidden width of the attention"),
-    "dropout": (0.25, real(0., .99), "after the embedding; CLAM's heads have it in the attention too"),
-    "squash": (0, whole(0, 1), "1: tanh of the standardised features, against outliers"),
-    "k": (8, whole(1), "CLAM: instances called positive, and as many negative"),
-    "subtyping": (False, bool, "CLAM: classes exclude each other"),
-    "epochs": (200, whole(1), "at most"),
-    "patience": (20, whole(1), "epochs without a better validation loss before training stops"),
-    "least": (50, whole(), "epochs that are trained in any case"),
-    "batch": (1, whole(1), "bags per step"),
-    "lr": (2e-4, real(TINY), "Adam's learning rate"),
-    "cosine": (False, bool, "let it fall to 0 along half a cosine"),
-    "weight-decay": (1e-5, real(), "L2 penalty in Adam, as CLAM has it"),
-    "weighted": (False, bool, "draw bags so that classes are equally frequent"),
-    "folds": (0, whole(0, 1000), "report n parts of the bags in turn, instead of the file's folds or splits"),
-    "inner": (1, whole(1, 1000), "models of a training part that comes without a validation part: 1 is stopped by a fifth of it, n "
-              "vote, each stopped by an n-th"),
-    "refit": (False, bool, "no early stopping: the held-out bags only choose from --grid, then --inner models learn from all"),
-    "grid": (None, str, 'values to choose from by errors on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
-    "seed": (0, whole(0, 2 ** 32 - 1), "of the parts, the weights and the order"),
-}
-FINETUNE = {
-    "data": (None, str, "pictures: a folder of class folders, a MedMNIST .npz, or what `tissue` wrote"),
-    "label": (None, str, "the label to find, where several hold at once"),
-    "models": ("vit_micro,vim_micro,vmamba_micro,resnet18", str, "arch, name=arch:FILE, name=RUN of dino; presets of "
-               "ssm.py or torchvision's classifiers; separated by commas"),
-    "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew in each run, or the file's own"),
-    "runs": (5, whole(1, 1000), "seeds"),
-    "size": (224, whole(1, 2048), "side of the pictures, pixels"),
-    "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
+    "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
+    "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
     "frozen": (False, bool, "train the head alone"),
-    "epochs": (50, whole(1), "at most"),
-    "patience": (10, whole(1), "epochs without a better validation loss before training stops"),
-    "batch": (32, whole(1), "pictures per step"),
-    "lr": (1e-4, real(TINY), "AdamW's learning rate"),
-    "weight-decay": (0.05, real(), "AdamW's"),
-    "seed": (0, whole(0, 2 ** 32 - 1), "of the first run; the others follow"),
+    "standardise": (False, bool, "random weights start in the pictures' own units instead of "
+                    "ImageNet's (ours); for pale pictures"),
+    "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
+    "tokens": (False, bool, "patch tokens (N, T, d), in half precision, not the class token"),
+    "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out"),
+    "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; barcodes: 0.2)"),
+    "weighted": (False, bool, "entropy weighted by activation, as CytoSAE's code has it"),
+    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by its mean activation "
+             "(Mammo-SAE), by the difference to the rest, or inside its boxes (both ours)"),
+    "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
+    "solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
+    "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
+    "threshold": (8, whole(0, 255), "saturation above which a pixel is tissue"),
+    "otsu": (False, bool, "find that threshold by Otsu's method"),
+    "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
-WINDOW = {"window": (None, str, "low,high: grey values that are black and white, --window=-1000,400 if below 0; by default the "
-                     "range that a picture of more than 8 bits states or, without one, fills")}
-NULL = {"null": ("auto", bool, "train once more with the rows of all streams but the first shuffled, and show its "
-                 "numbers beside; auto: where that takes under about a minute")}
-BENCH = {"json": (None, str, "file for every figure")}
-SVG = {"svg": (None, str, "file for the picture that `bench backbones` draws")}
-FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}     # may differ from the run's own
-# What the number of rows cannot tell of the made-up streams: they have 48 concepts, three or four in a sample.
+TRAINING = {
+    "epochs": ("auto", whole(1, auto=True), "passes over the training split (auto: 50, or what "
+               "makes 1,000 steps); the most where training stops early"),
+    "batch": ("auto", whole(1, auto=True), "samples a step; auto: a tenth of the rows, up to 256"),
+    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate; auto: 2e-4 sqrt(2^14 / L). "
+           "dino: at batch 256"),
+    "warmup": (0, whole(), "over which the learning rate rises: steps; dino: epochs"),
+    "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
+    "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or blocks of a "
+                "batch's size; auto: blocks for memory-mapped folders"),
+    "patience": (20, whole(1), "epochs without a better validation loss before training stops"),
+    "min-epochs": (50, whole(), "epochs that are trained in any case"),
+    "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
+    "local-size": (96, SIDE, "side of DINO's local crops"),
+    "local-crops": (8, whole(0, 100), "their number"),
+    "local-scale": ("0.05,0.4", str, "share of the area that they cover, from,to"),
+    "global-scale": ("0.4,1", str, "the same of global crops"),
+    "blur": (2., real(0., 100.), "largest radius of the blur in pixels; less for small pictures"),
+    "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
+    "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
+    "balanced": (False, bool, "draw bags so that classes are equally frequent"),
+    "folds": (0, whole(0, 1000), "parts of all bags that are reported in turn; 0: the file's folds "
+              "or splits, or 70 / 15 / 15"),
+    "inner": (1, whole(1, 1000), "models of a training part without a validation part: 1 is "
+              "stopped by a fifth of it; n vote, each stopped by an n-th"),
+    "refit": (False, bool, "the held-out bags only choose from --grid; then all bags train"),
+    "grid": (None, str, 'values to choose from on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
+    "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
+}
+RUN = {
+    "out": (None, str, "where to write; a folder inside the run by default"),
+    "json": (None, str, "file for every figure"),
+    "svg": (None, str, "file for the picture that `bench backbones` draws"),
+    "device": ("cpu", str, "torch device"),
+    "workers": (2, whole(0, 256), "processes that make crops"),
+    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged at the end, of the test (else val) "
+                  "split; 0 for all. R@k depends on it"),
+    "log-every": (20, whole(1), "steps between rows of log.csv"),
+    "save-every": (60., real(), "seconds between checkpoints"),
+    "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
+    "resume": (False, bool, "go on where the run there stopped, or start it"),
+    "set": (None, str, 'settings that a reproduction needs, "name=value name=value": see below'),
+}
+# Constants of the papers, which --set alone reaches.
+SETTINGS = {
+    "aux-k": (64, whole(), "dead latents that rebuild the residual (AuxK); 0 for none"),
+    "aux-coef": (1 / 32, real(), "weight of AuxK"),
+    "reinit-after": (1000, whole(-1, 10 ** 9), "steps more until a dead latent is drawn anew; -1: "
+                     "never (the authors' 0 leaves AuxK nothing to do)"),
+    "select": ("fp32", ("fp32", "bf16"), "precision of choosing latents; bf16 halves its time"),
+    "kernels": ("auto", ("auto", "csr", "gather"), "of sparse products; auto: csr on a CPU"),
+    "expansion": (None, whole(1), "L over the stream's width, instead of --latents"),
+    "bandwidth": (0.1, real(TINY), "jumprelu: epsilon of the threshold's gradient"),
+    "theta": (0.1, real(TINY), "jumprelu: the thresholds at the start"),
+    "bottleneck": (256, whole(1, 10 ** 5), "DINO's head: width of its last layer"),
+    "norm-last": (True, bool, "DINO: prototypes keep unit length"),
+    "teacher-temp": (0.04, real(1e-6), "DINO: of the teacher"),
+    "teacher-temp-start": (0.04, real(1e-6), "DINO: the same in the first epoch"),
+    "teacher-warmup": (0, whole(), "DINO: epochs from the one to the other"),
+    "min-lr": (1e-6, real(), "DINO: learning rate at the end"),
+    "weight-decay-end": (0.4, real(), "DINO: weight decay at the end"),
+    "decay-ssm": (False, bool, "DINO: decay state-space parameters too, as the authors' run did"),
+    "clip": (3., real(1e-9), "DINO: largest gradient norm of each parameter"),
+    "freeze-last": (1, whole(), "DINO: epochs in which prototypes stay fixed"),
+    "drop-path": (0.1, real(0., .99), "DINO: stochastic depth of the student"),
+    "knn-every": (1, whole(1), "DINO: epochs between k-NN evaluations"),
+    "layers": (4, whole(1, 1000), "CLIP: of both transformers"),
+    "joint": (64, whole(1, 10 ** 5), "CLIP: width of the common space"),
+    "context": (32, whole(3, 10 ** 4), "CLIP: longest text, tokens"),
+    "squash": (0, whole(0, 1), "MIL: 1 for tanh of the standardised features, against outliers"),
+    "bag-weight": (0.7, PART, "CLAM: weight of the bag's loss; the rest is the instances'"),
+    "inst-loss": ("svm", ("svm", "ce"), "CLAM: smooth top-1 SVM or cross-entropy of instances"),
+    "subtyping": (False, bool, "CLAM: classes exclude each other"),
+    "cosine": (False, bool, "MIL: the learning rate falls to 0 along half a cosine"),
+    "percentile": (95., real(0., 100.), "of a heat map: what is at or above it is hot"),
+    "connectivity": ("8", ("8", "4"), "hot pixels that touch at corners are one box, or not"),
+    "strict": (False, bool, "hot: above the percentile, not at it"),
+    "box-score": ("box", ("box", "hot"), "of a box: mean activation in it, or of hot pixels"),
+    "ap-points": (0, whole(0, 10 ** 5), "recalls at which precision is averaged; 0: all"),
+    "start-layer": (0, whole(-1000, 1000), "first layer of relevancy maps; -1 for the last alone"),
+    "strength": (1., real(TINY), "probe: C of lbfgs, larger is less regular"),
+    "step": (None, whole(1), "pixels from tile to tile; the size by default"),
+    "least-hole": (0.2, real(), "smallest hole in tissue, in areas of 512 x 512 pixels"),
+    "max-holes": (8, whole(), "holes of a piece of tissue that count"),
+    "roi-share": (0.5, real(1e-9, 1.), "share of a tile inside the regions that makes it theirs"),
+    "margin": (0.2, real(0., 100.), "how much longer than a box's longer side its cut is"),
+}
+GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
+FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
+COMMANDS = {}
+
+
+class Command(typing.NamedTuple):
+    """A sub-command: its function, {flag: default}, the flags it needs, positional arguments."""
+    run: typing.Callable
+    flags: dict
+    needed: frozenset
+    positional: tuple
+
+
+def command(spec, *positional):
+    """Enter cmd_NAME in COMMANDS. spec: names of flags, `name=default`, or `name!` if needed."""
+    def enter(run):
+        defaults, needed = {}, set()
+        for word in spec.split():
+            name, equals, text = word.rstrip("!").partition("=")
+            default, kind, _ = FLAGS[name]
+            defaults[name] = value_of(kind, text) if equals else default
+            if word.endswith("!"):
+                needed.add(name)
+        COMMANDS[run.__name__[4:]] = Command(run, defaults, frozenset(needed), positional)
+        return run
+    return enter
+
+
+DATA = "data streams taxonomy"
+CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
+KINDS = "sparsity error bias expansion bandwidth theta warmup"
+STEPS = "epochs batch lr shuffle seed"
+FOLDER = "device log-every save-every eval-rows overwrite resume"
+ON_RUN = "data stream streams taxonomy seed device out overwrite"
+
+
+def value_of(kind, text):
+    """The value that a flag's kind reads from text; raises ArgumentTypeError."""
+    if kind is bool:
+        kind = ("no", "yes", "0", "1", "False", "True")
+    if isinstance(kind, tuple):
+        if text not in kind:
+            raise argparse.ArgumentTypeError(f"{text} - take one of {', '.join(kind)}")
+        return text in ("yes", "1", "True") if kind[0] == "no" else text
+    return kind(text)
+
+BY_ACTIVATION = {"topk": {"error": "nmse", "revive": "auxk", "sparsity": 0.},
+                 "batchtopk": {"error": "nmse", "revive": "auxk", "sparsity": 0.},
+                 "relu": {"error": "sum", "revive": "resample", "sparsity": 0.1},
+                 "jumprelu": {"error": "sum", "revive": "resample", "sparsity": 0.01}}
+THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
+          "shuffle": "blocks", "dead_after": 1000}           # of SPARC: 5.3.2, A.1.2
+PRESETS = {                                                  # of one stream
+    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
+    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
+              "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
+    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
+    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none",
+             "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
+             "batch": 16448, "epochs": 24, "dead_after": 64},
+}
+# What rows cannot tell of the made-up streams: they have 48 concepts, three or four in a sample.
 PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
-PLANTED_SAE = {"topk": {}, "relu": {}, "batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
+PLANTED_SAE = {"topk": {}, "relu": {}, "batchtopk": {"k": 3},
+               "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
 
 
 class InputError(ValueError):
-    """What the caller can mend. Each room raises an InputError of its own; `main` knows them by name."""
+    """What the caller can mend. Each room raises its own; `main` knows them by name."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run folders
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Runs: folders that a command owns while it writes
+# ------------------------------------------------------------------------------------------------
 
-def out_path(folder, name):
-    """The path of a file in a run folder."""
-    return os.path.join(folder, name)
+FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
 
 
-def check_folder(folder, flags):
-    """The flags to run with: those given, or on --resume those the run was started with. Touches nothing."""
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise InputError(f"{folder} is a file - name a folder with --out")
-    saved = None
-    if os.path.isdir(folder) and os.listdir(folder):
-        if flags.resume and os.path.exists(out_path(folder, "config.json")):
-            saved = read_config(folder, {})
-            if saved["flags"].get("command", flags.command) != flags.command:
-                raise InputError(f"{folder} holds a run of {saved['flags'].get('command')} - resume it with that command")
-            check_kinds(saved["flags"], COMMANDS[flags.command][1], out_path(folder, "config.json"))
-        elif not flags.resume and not flags.overwrite:
-            raise InputError(f"{folder} holds a run already - use --resume, --overwrite or another --out")
-    if saved is None:
-        return flags, None
-    for name in sorted(flags.given - FREE_ON_RESUME):
-        if flags[name] not in (saved["flags"].get(name), "auto"):
-            raise InputError(f"--{name.replace('_', '-')} {flags[name]} differs from the run in {folder}, which has "
-                             f"{saved['flags'].get(name)} - resume without it, or train anew with --overwrite")
-    typed = FREE_ON_RESUME & flags.given | {"out", "resume", "overwrite"}
-    return flags.replaced({k: v for k, v in saved["flags"].items() if k not in typed}), saved
+class Run:
+    """A folder that one command writes to.
+
+    flags    the settings: those typed or, on --resume, those that the run there was started with
+    saved    its config.json where it goes on, else None
+
+    config.json lists what a run wrote. Nothing else is ever replaced or removed, no link is
+    followed, and no second process gets in: its lock ends with the process, whatever ends that.
+    """
+
+    held = []                                                # (lock file, its path) of this process
+
+    def __init__(self, flags, folder=None, resume=None):
+        """`folder`: instead of --out; `resume`: instead of --resume. Changes nothing there yet."""
+        self.folder = flags.out if folder is None else folder
+        self.flags, self.saved, self.files, self.about = flags, None, [], {}
+        resume = flags.get("resume") if resume is None else resume
+        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
+            raise InputError(f"{self.folder} is a file - name a folder with --out")
+        if not os.path.isdir(self.folder) or not set(os.listdir(self.folder)) - {".lock"}:
+            return
+        if os.path.realpath(self.folder) in inputs_of(flags):
+            raise InputError(f"{self.folder} is read by this command - name another --out")
+        self._lock()
+        if not resume and not flags.get("overwrite"):
+            raise InputError(f"{self.folder} holds files already - use --overwrite" +
+                             ", --resume" * ("resume" in flags) + " or another --out")
+        if os.path.lexists(self.join("config.json")):
+            config = read_config(self.folder)
+            self.files = self._listed(config)
+            if resume:
+                self._go_on(config)
+
+    def join(self, *parts):
+        return os.path.join(self.folder, *parts)
+
+    def _listed(self, config):
+        files = config.get("files", [])
+        if not isinstance(files, list) or not all(isinstance(f, str) and plain(f) for f in files):
+            raise InputError(f"{self.join('config.json')} is damaged - restore it, or remove it")
+        return files
+
+    def _go_on(self, config):
+        """Take the settings that the run was started with; those typed now must be the same."""
+        theirs, flags, path = config["flags"], self.flags, self.join("config.json")
+        if theirs.get("command", flags.command) != flags.command:
+            raise InputError(f"{self.folder} holds a run of {theirs['command']} - resume it with "
+                             "that command")
+        check_kinds(theirs, COMMANDS[flags.command].flags, path)
+        for name in sorted(flags.given - FREE_ON_RESUME):
+            if flags[name] not in (theirs.get(name), "auto"):
+                raise InputError(
+                    f"--{name.replace('_', '-')} {flags[name]} differs from the run in "
+                    f"{self.folder}, which has {theirs.get(name)} - resume without it, or train "
+                    "anew with --overwrite")
+        typed = FREE_ON_RESUME & flags.given | {"out", "resume", "overwrite"}
+        self.flags = flags.replaced({k: v for k, v in theirs.items() if k not in typed})
+        self.saved = config
+        threads = config.get("versions", {}).get("threads")
+        if threads not in (None, torch.get_num_threads()):
+            say_once(f"note: the run had {threads} threads, now {torch.get_num_threads()}: sums may "
+                     "differ in their last digits")
+
+    def _lock(self):
+        path = self.join(".lock")
+        try:
+            lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"process {lock.read(20).strip()} is writing to {self.folder} - wait "
+                             "for it, or name another --out")
+        except OSError as e:
+            raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another --out")
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        self.held.append((lock, path))
+
+    @classmethod
+    def release(cls):
+        """Give up the locks of this process: at the end of every command."""
+        while cls.held:
+            lock, path = cls.held.pop()
+            os.unlink(path)
+            lock.close()
+
+    def begin(self, flags=None, **about):
+        """Make the folder, rid it of what its manifest lists unless the run goes on, and write
+        config.json: the resolved `flags` and what `about` tells."""
+        self.flags = self.flags if flags is None else flags
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another --out")
+        if self.join(".lock") not in [path for _, path in self.held]:
+            self._lock()
+        if not self.saved:
+            inputs = inputs_of(self.flags)
+            for name in self.files:
+                path = self.join(name)
+                if os.path.realpath(path) in inputs:
+                    raise InputError(f"{path} is read by this command - name another --out")
+                leftovers = glob.glob(glob.escape(path) + ".*.tmp")      # of a run that was killed
+                for left in [path, *leftovers] if inside(path, self.folder) else ():
+                    if os.path.isfile(left) and not os.path.islink(left):
+                        os.remove(left)
+            self.files = []
+        self.about = {"command": self.flags.command, "flags": self.flags, **about,
+                      "versions": versions()}
+        self._claim("config.json")
+        return self
+
+    def trained_on(self, data_hash, name):
+        """Raise InputError when the run goes on, but was started on other data."""
+        if self.saved and self.saved.get("data_hash") != data_hash:
+            raise InputError(f"{name} is not what the run in {self.folder} was trained on - "
+                             "restore it, or train anew")
+
+    def path(self, *parts):
+        """The path of an output, in the manifest before it is written."""
+        return self._claim("/".join(parts))
+
+    def paths(self, names):
+        """`path` of many at once."""
+        return self._claim(*names)
+
+    def _claim(self, *names):
+        for name in names:
+            path = self.join(name)
+            if not plain(name):
+                raise InputError(f"{name!r} cannot be the name of a file - rename it")
+            if name not in self.files and name != "config.json" and os.path.lexists(path) \
+                    or os.path.islink(path) or not inside(path, self.folder):
+                raise InputError(f"{path} was not written by this run - move it away, or name "
+                                 "another --out")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        new = [name for name in names if name not in self.files]
+        if new:
+            self.files += new
+            judge.write_json(self.join("config.json"), {**self.about, "files": self.files})
+        return self.join(names[0]) if len(names) == 1 else [self.join(name) for name in names]
+
+    def part(self, name, flags):
+        """A run within this one. It goes on only if it was started with these very flags: another
+        run, overwritten since, may have left a folder of that name."""
+        folder, resume = self.join(name), False
+        if self.saved and os.path.exists(os.path.join(folder, "config.json")):
+            theirs = read_config(folder)["flags"]
+            resume = all(theirs.get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
+        return Run(flags.replaced({"overwrite": True}), folder, resume)
 
 
-def read_config(folder, table):
-    """config.json of a run folder, a dict, whose "flags" have what the flag table `table` names, each of its kind."""
-    path = out_path(folder, "config.json")
+def plain(name):
+    """Whether a relative path with / stays where it is: no .., no empty or hidden part."""
+    return all(part and part[0] != "." and "\\" not in part and "\0" not in part
+               for part in name.split("/"))
+
+
+def inside(path, folder):
+    """Whether a path is in a folder when links are followed."""
+    folder = os.path.realpath(folder)
+    return os.path.commonpath([folder, os.path.realpath(os.path.dirname(path))]) == folder
+
+
+def inputs_of(flags):
+    """The real paths of what exists of all that the flags name, but for outputs."""
+    named = [piece for k, v in flags.items() if isinstance(v, str) and k not in OUTPUTS
+             for piece in {v, *re.split("[,=:]", v)}]
+    return {os.path.realpath(p) for p in named if p and os.path.exists(p)}
+
+
+OUTPUTS = ("out", "json", "svg", "prompts", "command", "device")
+
+
+def out_file(flags, name="out"):
+    """The path in flags[name], once it is clear that a file may be written there: no file of the
+    user's without --overwrite, no link, no input of this very command ever."""
+    path = flags[name]
+    real = os.path.realpath(path)
+    if any(real == p or os.path.isdir(p) and real.startswith(p + os.sep) for p in inputs_of(flags)) \
+            and os.path.exists(path):
+        raise InputError(f"{path} is read by this command - name another --{name}")
+    if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is no plain file - name another --{name}")
+    if os.path.exists(path) and not flags.overwrite:
+        raise InputError(f"{path} exists - use --overwrite, or another --{name}")
+    return path
+
+
+def read_config(folder, names=()):
+    """config.json of a run folder, a dict, whose "flags" have those of `names`, each of its kind."""
+    path = os.path.join(folder, "config.json")
     config = data.read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
-        raise InputError(f"{path} is no config of a run - restore it, or train anew")
-    check_kinds(config["flags"], table, path)
+        raise InputError(f"{path} is no config of a run - restore it, or train anew elsewhere")
+    check_kinds(config["flags"], {name: FLAGS[name][0] for name in names}, path)
     return config
 
 
-def check_kinds(values, table, path):
-    """Raise InputError unless the values by name that the file `path` holds are what could be typed for those flags."""
-    for flag, (default, kind, _) in table.items():
-        value = values.get(flag.replace("-", "_"), default)
+def check_kinds(values, defaults, path):
+    """Raise InputError unless what the file `path` holds could be typed for the flags in `defaults`."""
+    for name, default in defaults.items():
+        value, kind = values.get(name.replace("-", "_"), default), FLAGS[name][1]
         if type(value) is type(default) and value == default:
             continue
         try:
-            fits = isinstance(value, kind) if kind in (bool, str) else isinstance(value, (int, float, str)) and (
-                value in kind if isinstance(kind, tuple) else kind(str(value)) == value)
+            fits = isinstance(value, kind) if kind in (bool, str) else \
+                isinstance(value, (int, float, str)) and value_of(kind, str(value)) == value
         except (ValueError, OverflowError, argparse.ArgumentTypeError):
             fits = False
         if not fits:
-            raise InputError(f"{path} has {value!r} as {flag} - restore it, or train anew")
+            raise InputError(f"{path} has {value!r} as {name} - restore it, or train anew")
 
 
 @contextlib.contextmanager
 def unpacked(path, wrong, advice, device="cpu"):
-    """What a .pt file holds, for the lines that take it apart: whatever fails there ends as "`path` `wrong` - `advice`"."""
+    """What a .pt file holds, for the lines that take it apart: what fails there ends in one line."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # torch's own, of TorchScript; the advice says what to do
+            warnings.simplefilter("ignore")                  # torch's own, of TorchScript
             state = torch.load(data.plain_file(path), weights_only=True, map_location=device)
         yield state
-    except Exception as e:                                   # torch raises many kinds for broken files and pickles
+    except Exception as e:                                   # torch raises many kinds here
         if type(e).__name__ == "InputError":
             raise
         raise InputError(f"{path} {wrong} ({type(e).__name__}) - {advice}")
-
-
-def make_folder(folder, fresh):
-    """Create a run folder, or empty it of what a run writes (never of anything else) when `fresh`."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        found = os.listdir(folder)
-        weights = [name for name in found if name.endswith(".pt")] if "config.json" in found else []
-        heat = [name for name in found if name.startswith("heat_")]
-        ours = dict.fromkeys(("metrics.json", "report.html", "checkpoint.pt", "log.csv", "curves.svg", "neighbours.png",
-                              "sweep.svg", *weights, *heat, "config.json") if fresh else ())
-        for name in ours:                                    # .tmp: a run was killed while it wrote
-            for left in [f for f in found if re.fullmatch(re.escape(name) + r"(\.[0-9a-f]{16}\.tmp)?", f)]:
-                os.remove(out_path(folder, left))
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise InputError(f"cannot write to {folder} ({e.strerror}) - name another folder with --out")
-
-
-def fresh_folder(folder, pattern):
-    """Make a folder, or rid it of what an earlier run left: files whose names match `pattern`, and nothing else."""
-    os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(folder):
-        if re.fullmatch(pattern, name):
-            os.remove(out_path(folder, name))
 
 
 def versions():
@@ -410,25 +647,21 @@ class Interrupted(Exception):
     """Training was asked to stop, and has saved."""
 
 
-def train(flags, features, folder, saved=None, command="sparc"):
-    """Train, or go on training, the model of `flags` on `features` in `folder`. Returns (model, Log)."""
-    rows = features.rows("train")
+def train(run, features):
+    """Train, or go on training, the model of run.flags on `features`. Returns (model, Log)."""
+    flags, rows = run.flags, features.rows("train")
     model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
-    checkpoint = out_path(folder, "checkpoint.pt")
-    if saved and saved.get("data_hash") != features.hash:
-        raise InputError(f"{flags.data} is not what the run in {folder} was trained on - restore it, or train anew")
-    make_folder(folder, fresh=not saved)
-    if saved and os.path.exists(checkpoint):
+    run.trained_on(features.hash, flags.data)
+    run.begin(flags, dims=features.dims, data_hash=features.hash, train_rows=len(rows))
+    checkpoint = run.path("checkpoint.pt")
+    if run.saved and os.path.exists(checkpoint):
         model, optimiser, _ = sae.load(checkpoint, flags.device)
-    judge.write_json(out_path(folder, "config.json"), {
-        "command": command, "flags": flags, "dims": features.dims, "data_hash": features.hash,
-        "train_rows": len(rows), "versions": versions()})
     batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
     n_steps = flags.epochs * batches.epoch
-    log = Log(out_path(folder, "log.csv"), int(model.step), ("self", "cross"))
-    _fit(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps, batches.epoch, log,
-         checkpoint)
+    log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
+    _fit(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps,
+         batches.epoch, log, checkpoint)
     return model, log
 
 
@@ -482,12 +715,12 @@ def make_model(features, flags, rows):
     if "activation" not in flags:
         return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, **shared)
     stream = next(iter(features.dims))
-    how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth", "threshold")}
+    how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth")}
+    how["threshold"] = flags.theta
     model = sae.SAE(features.dims, flags.latents, **how, **shared)
     if flags.bias != "zeros":
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
-        x = model.normalise(features.batch(drawn)[stream], stream)
-        model.b_pre[stream].data.copy_(sae.geometric_median(x) if flags.bias == "median" else x.mean(0))
+        model.start_bias(features.batch(drawn)[stream], flags.bias)
     return model
 
 
@@ -584,20 +817,6 @@ def tasks_of(labels, *parts):
     return [y for y in labels.T.astype(int) if all(0 < y[rows].sum() < len(rows) for rows in parts)]
 
 
-def collect(pieces):
-    """A list of dicts stream -> Codes -> dict stream -> (indices (n, k) int32, values (n, k)), as numpy arrays. Where codes
-    have no fixed k, k is the largest, and index -1 with value 0 fills up: any real index would
-    hide that latent's value."""
-    out = {}
-    for s in pieces[0]:
-        k = max(c[s].indices.shape[1] for c in pieces)
-        parts = ([c[s].indices.int() for c in pieces], -1), ([c[s].values for c in pieces], 0)
-        out[s] = tuple(
-            torch.cat([torch.nn.functional.pad(v, (0, k - v.shape[1]), value=fill) for v in part]).cpu().numpy()
-            for part, fill in parts)
-    return out
-
-
 def codes_and_fit(model, features, rows, mode, device):
     """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass;
     "same_choice": the share of (sample, stream) whose latents are those of the sample's first stream."""
@@ -609,10 +828,15 @@ def codes_and_fit(model, features, rows, mode, device):
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
-    pairs = collect(pieces)
+    pairs = {s: arrays(code) for s, code in sae.joined(pieces).items()}
     chosen = [indices for indices, _ in pairs.values()]
     fit["same_choice"] = float(np.mean([np.all(chosen[0] == c, 1) for c in chosen]))
     return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in pairs.items()}, fit
+
+
+def arrays(code):
+    """sae.Codes -> (indices (N, k) int32, values (N, k)), as numpy arrays."""
+    return code.indices.int().numpy(), code.values.numpy()
 
 
 def measure(model, features, flags):
@@ -653,39 +877,29 @@ def measure(model, features, flags):
     return out, codes, rows
 
 
-def run_sparc(flags, features, folder, saved=None, command="sparc"):
-    """Train, measure, write metrics.json and report.html; with --null one more in `folder`/null. Returns metrics."""
+def run_sparc(run, features):
+    """Train, measure, write metrics.json and report.html; with --null one more within. Returns metrics."""
+    flags, command = run.flags, run.flags.command
     began = time.time()
-    model, log = train(flags, features, folder, saved, command)
+    model, log = train(run, features)
     trained = time.time()
     metrics, codes, rows = measure(model, features, flags)
     if flags.null:
-        null_folder = out_path(folder, "null")
         say("the null: the same again with every stream but the first shuffled")
-        again = flags.replaced({"null": False})
-        null, _, _ = measure(train(again, features.shuffled(flags.seed), null_folder, resumable(null_folder, saved, again))[0],
-                             features.shuffled(flags.seed), flags)
+        shuffled = features.shuffled(flags.seed)
+        null, _, _ = measure(train(run.part("null", flags.replaced({"null": False})), shuffled)[0],
+                             shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
-    owner = {"sparc": folder, "ablate": os.path.dirname(os.path.abspath(folder))}.get(command)          # sweep has no null
+    owner = {"sparc": run.folder, "ablate": os.path.dirname(os.path.abspath(run.folder))}.get(command)          # sweep has no null
     metrics["verdict"] = judge.verdict(
         metrics, owner and f"add it with python repsae.py {command} --resume --null --out {shlex.quote(owner)}")
     settings = {**flags, "seconds to train": round(trained - began, 1),
                 "seconds to measure": round(time.time() - trained, 1)}
-    page = judge.Page(f"repsae {command}: {os.path.basename(os.path.abspath(folder))}")
+    page = judge.Page(f"repsae {command}: {os.path.basename(os.path.abspath(run.folder))}")
     judge.tell_summary(page, metrics, quiet=True)
     judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
-    page.write(functools.partial(out_path, folder), metrics)
+    page.write(run.path, metrics)
     return metrics
-
-
-def resumable(folder, parent, flags):
-    """The saved config of a sub-run when its parent run is being resumed and it got that far, with these very flags: another
-    run, since overwritten, may have left a folder of that name."""
-    if not parent or not os.path.exists(out_path(folder, "config.json")):
-        return None
-    saved = read_config(folder, {})
-    same = all(saved["flags"].get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
-    return saved if same else None
 
 
 def read(flags):
@@ -720,25 +934,27 @@ def read_to_train(flags):
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
+@command(f"{DATA} {CODE} topk lam loss preset null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
-    flags, saved = check_folder(flags.out, flags)
-    features = read_to_train(flags)
+    run = Run(flags)
+    features = read_to_train(run.flags)
     if len(features.streams) < 2:
         raise InputError(f"{flags.data} has the one stream {list(features.streams)[0]} - "
                          "sparc shares a code among several; use sae for one")
-    flags = flags if saved else resolved(flags, features)
-    print_summary(run_sparc(flags, features, flags.out, saved))
-    say(f"wrote {out_path(flags.out, 'report.html')}")
+    run.flags = run.flags if run.saved else resolved(flags, features)
+    print_summary(run_sparc(run, features))
+    say(f"wrote {run.join('report.html')}")
 
 
+@command(f"{DATA} stream {CODE} {KINDS} activation revive preset {STEPS} {FOLDER} out=runs/sae")
 def cmd_sae(flags):
     """Train a sparse autoencoder on one stream: relu, topk, batchtopk or jumprelu (thesis 4.1 and its relatives)."""
-    flags, saved = check_folder(flags.out, flags)
-    features = one_stream(flags)
-    flags = flags if saved else resolved_sae(flags, features)
-    print_summary(run_sparc(flags, features, flags.out, saved, "sae"))
-    say(f"wrote {out_path(flags.out, 'report.html')}")
+    run = Run(flags)
+    features = one_stream(run.flags)
+    run.flags = run.flags if run.saved else resolved_sae(flags, features)
+    print_summary(run_sparc(run, features))
+    say(f"wrote {run.join('report.html')}")
 
 
 def resolved_sae(flags, features):
@@ -768,9 +984,11 @@ VARIANTS = ({"activation": "relu"}, {"activation": "relu", "revive": "none"}, {"
             {"activation": "topk"}, {"activation": "batchtopk"}, {"activation": "jumprelu"})
 
 
+@command(f"{DATA} stream {CODE} {KINDS} {STEPS} {FOLDER} out=runs/variants")
 def cmd_variants(flags):
     """Every kind of sparse autoencoder on one stream, in one table: R2, active and silent latents, planted concepts found."""
-    flags, saved = check_folder(flags.out, flags)
+    run = Run(flags)
+    flags, saved = run.flags, run.saved
     given = saved.get("given") if saved else []
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         raise InputError(f"{flags.out} has {given!r} as what was given in config.json - restore it, or train anew")
@@ -782,15 +1000,11 @@ def cmd_variants(flags):
         one.given = flags.given | variant.keys()
         one = resolved_sae(one, features)
         name = f"{one.activation}, {one.revive}"
-        sub = out_path(flags.out, name.replace(", ", "_"))
         if not results:
-            make_folder(flags.out, fresh=not saved)
-            judge.write_json(out_path(flags.out, "config.json"),
-                             {"command": "variants", "flags": flags, "given": sorted(flags.given - FREE_ON_RESUME),
-                              "data_hash": features.hash})
+            run.begin(flags, given=sorted(flags.given - FREE_ON_RESUME), data_hash=features.hash)
         say(f"-- {name}")
         began = time.time()
-        metrics = run_sparc(one, features, sub, resumable(sub, saved, one), "sae")
+        metrics = run_sparc(run.part(name.replace(", ", "_"), one), features)
         results[name] = {**metrics, "seconds": round(time.time() - began, 2)}
         stream = next(iter(features.streams))
         found = metrics.get("recovery", {}).get(stream)
@@ -799,17 +1013,17 @@ def cmd_variants(flags):
                      f"{found['found']} of {found['of']}" if found else None, results[name]["seconds"]])
     header = ["activation, revival of the dead", "R2", "L0", "silent %", "concepts found", "seconds"]
     print("\n" + judge.text_table(header, rows))
-    judge.write_json(out_path(flags.out, "metrics.json"), results)
-    judge.write_report(out_path(flags.out, "report.html"), "repsae variants", [("", judge.html_table(header, rows))])
-    say(f"wrote {out_path(flags.out, 'report.html')}")
+    judge.write_json(run.path("metrics.json"), results)
+    judge.write_report(run.path("report.html"), "repsae variants", [("", judge.html_table(header, rows))])
+    say(f"wrote {os.path.join(flags.out, 'report.html')}")
 
 
 def load_run(folder, device="cpu"):
     """(model, config) of a run folder."""
-    if not os.path.exists(out_path(folder, "config.json")):
+    if not os.path.exists(os.path.join(folder, "config.json")):
         raise InputError(f"{folder} is no run folder - name one that sparc, sae or ablate wrote")
-    config = read_config(folder, {**{k: DATA[k] for k in ("data", "taxonomy")}, **SEED})
-    return sae.load(out_path(folder, "checkpoint.pt"), device)[0], config
+    config = read_config(folder, ("data", "taxonomy", "seed"))
+    return sae.load(os.path.join(folder, "checkpoint.pt"), device)[0], config
 
 
 def features_for(model, config, flags):
@@ -831,6 +1045,7 @@ def features_for(model, config, flags):
     return features, flags
 
 
+@command(f"{DATA} seed device eval-rows json overwrite", "run")
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
     model, config = load_run(flags.run, flags.device)
@@ -841,26 +1056,26 @@ def cmd_eval(flags):
     metrics, _, _ = measure(model, features, flags)
     print_summary(metrics)
     if flags.json:
-        judge.write_json(flags.json, metrics)
+        judge.write_json(out_file(flags, "json"), metrics)
         say(f"wrote {flags.json}")
 
 
+@command(f"{DATA} seed device mode overwrite out=codes.npz", "run")
 def cmd_encode(flags):
     """Write the sparse codes of features: <stream>_indices and _values, (N, k), of tokens (N, T, k).
 
     Samples with fewer active latents may be filled up with index -1, value 0."""
-    if os.path.exists(flags.out) and not flags.overwrite:
-        raise InputError(f"{flags.out} exists - use --overwrite or another --out")
+    out_file(flags)
     model, config = load_run(flags.run, flags.device)
     features, _ = features_for(model, config, flags)
     flat = features.per_token()
-    codes = collect([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
-    if features.tokens:
-        codes = {s: tuple(v.reshape(len(features), features.tokens, -1) for v in pair) for s, pair in codes.items()}
-    arrays = {f"{s}_{name}": v for s, pair in codes.items() for name, v in zip(("indices", "values"), pair)}
+    codes = sae.joined([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
+    shape = (len(features), *([features.tokens] if features.tokens else []), -1)
+    kept = {f"{s}_{name}": v.reshape(shape) for s, code in codes.items()
+            for name, v in zip(("indices", "values"), arrays(code))}
     if "ids" in features.about:
-        arrays["ids"] = features.about["ids"]
-    judge.write_npz(flags.out, {**arrays, "n_latents": model.n_latents, "mode": flags.mode})
+        kept["ids"] = features.about["ids"]
+    judge.write_npz(out_file(flags), {**kept, "n_latents": model.n_latents, "mode": flags.mode})
     say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
@@ -871,33 +1086,31 @@ ABLATE_COLUMNS = (("mixed %", "mixed: alive in some, %"), ("Jaccard", "Jaccard o
                   ("probe", "1-D probe loss (chance 0.693)"))
 
 
+@command(f"{DATA} {CODE} loss preset null {STEPS} {FOLDER} out=runs/ablate")
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, in one table, each joint and alone, with its null."""
-    flags, saved = check_folder(flags.out, flags)
-    features = read_to_train(flags)
+    run = Run(flags)
+    flags, features = run.flags, read_to_train(run.flags)
     if len(features.streams) < 2:
         raise InputError("ablate compares ways of sharing a code - give at least two streams")
-    flags, results = flags if saved else resolved(flags, features), {}
+    flags, results = flags if run.saved else resolved(flags, features), {}
     for topk, lam in ABLATION:
         name = f"{topk}_lam{lam:g}"
-        sub = out_path(flags.out, name)
         say(f"-- {name}")
         if not results:
-            make_folder(flags.out, fresh=not saved)
-            judge.write_json(out_path(flags.out, "config.json"),
-                             {"command": "ablate", "flags": flags, "data_hash": features.hash})
+            run.begin(flags, data_hash=features.hash)
         one = flags.replaced({"topk": topk, "lam": lam})
-        results[name] = run_sparc(one, features, sub, resumable(sub, saved, one), "ablate")
+        results[name] = run_sparc(run.part(name, one), features)
     header, rows = ablation_table(results)
     print(f"\n{judge.text_table(header, rows)}\n")
     any_run = results["global_lam1"]
     print(f"linear baseline of cross R2: {judge.fmt(judge.mean_cell(any_run['linear_baseline']))}; "
           f"{any_run['rows']} samples of the {any_run['split']} split")
-    judge.write_json(out_path(flags.out, "metrics.json"), results)
+    judge.write_json(run.path("metrics.json"), results)
     table = judge.html_table(header, rows)
-    judge.write_report(out_path(flags.out, "report.html"), "repsae ablate", [
+    judge.write_report(run.path("report.html"), "repsae ablate", [
         ("Who chooses the latents, and how much of it survives alone", table + judge.WHY_BOTH_WAYS)])
-    say(f"wrote {out_path(flags.out, 'report.html')}; each configuration has its own report in a folder beside it")
+    say(f"wrote {os.path.join(flags.out, 'report.html')}; each configuration has its own report in a folder beside it")
 
 
 def ablation_table(results):
@@ -912,10 +1125,12 @@ def ablation_table(results):
     return header, rows
 
 
+@command(f"{DATA} over {CODE} lam loss preset {STEPS} {FOLDER} out=runs/sweep")
 def cmd_sweep(flags):
     """Self and cross NMSE over values of one setting, Global against Local TopK (thesis 5.4.8, sparc.txt 5 and B), or over
     sets of streams (sparc.txt C)."""
-    flags, saved = check_folder(flags.out, flags)
+    run = Run(flags)
+    flags, saved = run.flags, run.saved
     name, values = parse_over(flags.over)
     features, trials = read_to_train(flags), {}
     flags = flags if saved else resolved(flags, features)
@@ -926,17 +1141,14 @@ def cmd_sweep(flags):
             raise InputError(f"a cross error needs two streams, not {', '.join(mine.streams)} alone - give more")
         sae.SPARC(mine.dims, trial.latents, trial.k)
         trials[value.replace(",", "+") if name == "streams" else f"{value:g}"] = trial, mine
-    make_folder(flags.out, fresh=not saved)
-    judge.write_json(out_path(flags.out, "config.json"),
-                     {"command": "sweep", "flags": flags, "data_hash": features.hash})
+    run.begin(flags, data_hash=features.hash)
     rows, curves, grids = [], {}, {}
     for label, (trial, mine) in trials.items():
         found = {}
         for topk in ("global", "local"):
-            sub = out_path(flags.out, f"{name}_{label}_{topk}")
             say(f"-- {name} {label}, {topk}")
             one = trial.replaced({"topk": topk})
-            metrics = run_sparc(one, mine, sub, resumable(sub, saved, one), "sweep")
+            metrics = run_sparc(run.part(f"{name}_{label}_{topk}", one), mine)
             for mode in ("joint", "alone"):
                 head = judge.headline(metrics[mode])
                 grids.setdefault(label, {})[f"{topk}, {mode}"] = metrics[mode]["r2"]
@@ -954,18 +1166,18 @@ def cmd_sweep(flags):
     header = [name, "self global", "self local", "gap", "cross global", "cross local", "gap",
               "self global alone", "cross global alone"]
     print("\n" + judge.text_table(header, rows))
-    judge.write_json(out_path(flags.out, "metrics.json"), {"over": name, "header": header, "rows": rows})
+    judge.write_json(run.path("metrics.json"), {"over": name, "header": header, "rows": rows})
     if name == "streams":                                    # no axis to draw along, but sparc.txt's tables
         sections = [(f"R2 of every target from every source: {label}", judge.grid_row(
             {key: v for key, v in of.items() if key != "local, joint"})) for label, of in grids.items()]
         table = judge.html_table(header, rows)
     else:
         chart = judge.svg_lines(curves, name, "NMSE", [row[0] for row in rows])
-        judge.write_text(out_path(flags.out, "sweep.svg"), judge.standalone_svg(chart))
+        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
         sections, table = [], chart + judge.html_table(header, rows)
-    judge.write_report(out_path(flags.out, "report.html"), f"repsae sweep over {name}", [
+    judge.write_report(run.path("report.html"), f"repsae sweep over {name}", [
         ("NMSE, Global against Local TopK", table), *sections])
-    say(f"wrote {out_path(flags.out, 'report.html')}")
+    say(f"wrote {os.path.join(flags.out, 'report.html')}")
 
 
 def parse_over(over):
@@ -977,7 +1189,7 @@ def parse_over(over):
         if not all(v for one in values.split(",") for v in one.split("+")):
             raise InputError(f"--over {over} - write for example streams=a+b,a+b+c")
         return name, [v.replace("+", ",") for v in values.split(",")]
-    kind = {**MODEL, **TRAINING}[name][1]
+    kind = FLAGS[name][1]
     kind = Number(kind.kind, kind.least, kind.most)          # a value to compare is not "auto"
     try:
         return name, [kind(v) for v in values.split(",")]
@@ -994,21 +1206,25 @@ def print_summary(metrics):
 # Backbones: DINO, features, probes (thesis 3.2)
 # ---------------------------------------------------------------------------------------------------------------------
 
+@command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
+         "colour pathology standardise prototypes head-hidden bottleneck norm-last teacher-temp "
+         "teacher-temp-start teacher-warmup epochs=100 batch=512 lr=5e-4 warmup=10 min-lr "
+         "weight-decay=0.04 weight-decay-end decay-ssm momentum clip freeze-last drop-path knn-every "
+         "workers seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
     """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only watch over it (k-NN)."""
-    flags, saved = check_folder(flags.out, flags)
-    images = pictures_of(flags)
+    run = Run(flags)
+    flags, images = run.flags, pictures_of(run.flags)
     rows = images.rows("train") if images.split is not None else images.rows()
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
-    if saved and saved.get("data_hash") != images.hash:
-        raise InputError(f"{flags.images} is not what the run in {flags.out} was trained on - restore it, or train anew")
-    train_dino(flags, images, rows, flags.out, saved)
+    run.trained_on(images.hash, flags.images)
+    train_dino(run, images, rows)
 
 
 def pictures_of(flags):
     """The pictures that --images names, grey values as --window says."""
-    images = data.read_images(needed(flags, "images"))
+    images = data.read_images(flags.images)
     images.window = grey_window(flags)
     for note in images.notes:
         say_once("note: " + note)
@@ -1046,8 +1262,9 @@ def number_pair(flags, name):
     raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two shares of the area, for example 0.4,1")
 
 
-def train_dino(flags, images, rows, folder, saved):
+def train_dino(run, images, rows):
     """Train, or go on training, the backbone of `flags` on the images `rows`, and report. Stops when it has collapsed."""
+    flags = run.flags
     torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
     torch.manual_seed(flags.seed)
     student, teacher, optimiser = ssm.dino_nets(
@@ -1060,12 +1277,13 @@ def train_dino(flags, images, rows, folder, saved):
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, number_pair(flags, "global_scale"),
                        number_pair(flags, "local_scale"), flags.blur, flags.colour, flags.pathology)
     batches = data.Batches(rows, flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, step, most, checkpoint = batches.epoch, 0, 0., out_path(folder, "checkpoint.pt")
+    epoch, step, most, checkpoint = batches.epoch, 0, 0., run.join("checkpoint.pt")
     n_steps = flags.epochs * epoch
     with torch.no_grad():                                    # sizes that do not fit fail here, before anything is written
         teacher([torch.zeros(1, 3, side, side, device=flags.device) for side in (flags.size, flags.local_size)])
-    make_folder(folder, fresh=not saved)
-    if saved and os.path.exists(checkpoint):
+    run.begin(flags, data_hash=images.hash, pictures=len(images))
+    run.path("checkpoint.pt")
+    if run.saved and os.path.exists(checkpoint):
         with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite", flags.device) as kept:
             for thing, name in ((student, "student"), (teacher, "teacher"), (optimiser, "optimiser")):
                 thing.load_state_dict(kept[name])
@@ -1073,9 +1291,7 @@ def train_dino(flags, images, rows, folder, saved):
             if step < 0 or any(v.shape != weights.shape for weights, moments in optimiser.state.items()
                                for key, v in moments.items() if key != "step"):
                 raise ValueError("moments of other weights")
-    judge.write_json(out_path(folder, "config.json"), {"command": "dino", "flags": flags, "data_hash": images.hash,
-                                                       "pictures": len(images), "versions": versions()})
-    log = Log(out_path(folder, "log.csv"), step, *[("loss", "entropy", "information", "knn")] * 2)
+    log = Log(run.path("log.csv"), step, *[("loss", "entropy", "information", "knn")] * 2)
     watch = Watch(images, teacher.backbone, flags)
     if not step and len(watch.test):
         log.add({"step": 0, "epoch": 0, "loss": "", "entropy": "", "information": "", "knn": watch.knn()})
@@ -1102,7 +1318,7 @@ def train_dino(flags, images, rows, folder, saved):
     with Keeper(flags, n_steps, step, log, save) as keep:
         ssm.fit_dino((student, teacher, center, optimiser), lambda t: next(views), n_steps, lambda t: ssm.dino_schedule(
             t, epoch, lr=flags.lr * flags.batch / 256, **schedule), on_step, step, flags.seed)
-    finish_dino(flags, folder, log, watch)
+    finish_dino(run, log, watch)
 
 
 COLLAPSED = 1e-3    # nats that the teacher's outputs tell of their images, at most, all through an epoch
@@ -1156,7 +1372,7 @@ def image_features(images, rows, backbone, size, device, block=256, whole=False,
             yield out[0].cpu() if isinstance(out, tuple) else out.cpu()
 
 
-def finish_dino(flags, folder, log, watch):
+def finish_dino(run, log, watch):
     """metrics.json and report.html, with curves.svg and neighbours.png: what some pictures' nearest neighbours look like."""
     number = {k: [(float(r["step"]), float(r[k])) for r in log.rows if r[k]]
               for k in ("loss", "entropy", "information", "knn")}
@@ -1176,23 +1392,24 @@ def finish_dino(flags, folder, log, watch):
         near, _ = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
         charts.append(chart)
         pictures = [[watch.images.open(i) for i in (query, *watch.train[index])] for query, index in zip(rows, near)]
-        judge.save_picture(out_path(folder, "neighbours.png"), judge.contact_sheet(
+        judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(
             pictures, ["picture", *(f"neighbour {i + 1}" for i in range(len(pictures[0]) - 1))], 96))
         sections += [("k-NN on held-out pictures", chart), ("Nearest neighbours in the training pictures", "".join(
             judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))]
-    judge.write_json(out_path(folder, "metrics.json"), found)
-    judge.write_text(out_path(folder, "curves.svg"), judge.standalone_svg(*charts))
-    judge.write_report(out_path(folder, "report.html"), f"repsae dino: {flags.arch}", sections)
+    judge.write_json(run.path("metrics.json"), found)
+    judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
+    judge.write_report(run.path("report.html"), f"repsae dino: {run.flags.arch}", sections)
     print("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
-    say(f"wrote {out_path(folder, 'report.html')}")
+    say(f"wrote {run.join('report.html')}")
 
 
+@command("images! weights! window size=0 standardise last tokens whole seed=0 device overwrite "
+         "out=feats.npz")
 def cmd_extract(flags):
     """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe` read."""
     images, size = pictures_of(flags), flags.size
-    if os.path.exists(flags.out) and not flags.overwrite:
-        raise InputError(f"{flags.out} exists - use --overwrite, or another --out")
-    specs, streams = needed(flags, "weights").split(","), {}
+    out_file(flags)
+    specs, streams = flags.weights.split(","), {}
     known = images.rows("train") if images.split is not None else images.rows()
     for spec in [spec for spec in specs if "=lsa:" in spec]:
         name, longest = spec.split("=lsa:")
@@ -1260,18 +1477,19 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     if not where or os.path.basename(name) != name:          # it names files, too
         raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
     made, size = {}, getattr(flags, "size", None) or None
-    settings_of = {k: DINO[k] for k in ("arch", "size", "patch")}
     if not path and arch.endswith(".pt"):
         with unpacked(arch, "is no file of finetune", f"write {name}=arch:FILE for others") as kept:
             made, path = {k: kept[k] for k in ("arch", "size", "patch", "n_classes")}, arch
-        check_kinds(made, {**settings_of, "n_classes": DINO["patch"]}, arch)
+        check_kinds(made, {**dict.fromkeys(("size", "patch")), "arch": "vim_small"}, arch)
+        if type(made["n_classes"]) is not int and made["n_classes"] is not None:
+            raise InputError(f"{arch} has {made['n_classes']!r} as n_classes - train it anew")
     elif not path:
-        if os.path.exists(out_path(arch, "clip.pt")):
+        if os.path.exists(os.path.join(arch, "clip.pt")):
             return (name, *load_clip(arch, flags.device))
-        config = out_path(arch, "config.json")
+        config = os.path.join(arch, "config.json")
         if not os.path.exists(config):
             raise InputError(f"{arch} is no dino run - give its folder, or write {name}=arch:FILE")
-        made, path = read_config(arch, settings_of)["flags"], out_path(arch, "checkpoint.pt")
+        made, path = read_config(arch, ("arch", "size", "patch"))["flags"], os.path.join(arch, "checkpoint.pt")
     arch = made.get("arch", arch)
     torch.manual_seed(flags.seed)
     if arch not in ssm.PRESETS and n_classes:
@@ -1303,6 +1521,7 @@ def torchvision_model(name, path, n_classes):
     return model
 
 
+@command(f"{DATA} seed solver strength only json overwrite")
 def cmd_probe(flags):
     """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis 3.2.3)?"""
     features = read_to_train(flags)
@@ -1342,7 +1561,7 @@ def cmd_probe(flags):
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], rows))
     print(f"{len(train)} samples to learn from, {len(test)} to test on" + f"; mean over {len(tasks)} labels" * several)
     if flags.json:
-        judge.write_json(flags.json, found)
+        judge.write_json(out_file(flags, "json"), found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1446,9 +1665,10 @@ def label_number(features, label):
     raise InputError(f"no label '{label}' - take one of {known}")
 
 
+@command(f"{ON_RUN} tau top weighted between", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients (CytoSAE)."""
-    folder = analysis_folder(flags, "latents")
+    run = analysis_run(flags, "latents")
     coded = Coded(flags.run, flags, flags.tau)
     features, (train, _) = coded.features, coded.split()
     known = features.labelled[train]
@@ -1480,26 +1700,25 @@ def cmd_latents(flags):
               + judge.text_table(header, rows))
         sections.append(("The purest latents of each label", judge.html_table(header, rows)))
     found["barcodes"], more, codes = barcode_sections(coded, table, flags)
-    sections += more + [("Reference samples", reference_gallery(coded, table, train, shown[:flags.show]))]
-    make_folder(folder, fresh=False)
+    sections += more + [("Reference samples", reference_gallery(coded, table, train, shown[:24]))]
+    run.begin()
     if codes is not None:
-        judge.write_npz(out_path(folder, "barcodes.npz"), codes)
-    judge.write_text(out_path(folder, "scatter.svg"), judge.standalone_svg(scatter))
-    judge.write_json(out_path(folder, "latents.json"), [
+        judge.write_npz(run.path("barcodes.npz"), codes)
+    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
+    judge.write_json(run.path("latents.json"), [
         {"latent": int(j), **{k: none_if_nan(v[j]) for k, v in table.items() if k != "references"},
          "references": best_first(table["references"], j, train)} for j in np.flatnonzero(alive)])
-    judge.write_json(out_path(folder, "metrics.json"), found)
-    judge.write_report(out_path(folder, "report.html"), f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}",
+    judge.write_json(run.path("metrics.json"), found)
+    judge.write_report(run.path("report.html"), f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}",
                        sections)
-    say(f"wrote {out_path(folder, 'report.html')}")
+    say(f"wrote {run.join('report.html')}")
 
 
-def analysis_folder(flags, name):
-    """Where an analysis of a run writes: --out, or the folder `name` inside the run; never over a run."""
-    folder = flags.out or out_path(flags.run, name)
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.path.exists(out_path(folder, "config.json"))):
-        raise InputError(f"{folder} is {'a run' if os.path.isdir(folder) else 'a file'} - name another folder with --out")
-    return folder
+def analysis_run(flags, name):
+    """The Run that an analysis of a run writes: --out, or the folder `name` inside that run."""
+    if not plain(name) or "/" in name:
+        raise InputError(f"{name!r} cannot be the name of a folder - name one with --out")
+    return Run(flags, flags.out or os.path.join(flags.run, name))
 
 
 def percent(share):
@@ -1595,9 +1814,11 @@ def barcode_chart(arrays, of_label, most=80):
                            "mean count of active patches", [str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
 
 
+@command(f"{ON_RUN} label! head-file rank percentile iou connectivity strict box-score ap-points "
+         "other", "run")
 def cmd_intervene(flags):
     """What each latent does: keep or silence the top latents of a label and see what a linear head still tells (Mammo-SAE)."""
-    folder = analysis_folder(flags, f"intervene_{flags.label}")
+    run = analysis_run(flags, f"intervene_{flags.label}")
     coded = Coded(flags.run, flags)
     label = label_number(coded.features, flags.label)
     y, train, test = coded.told(flags.label)
@@ -1638,14 +1859,14 @@ def cmd_intervene(flags):
                        [[name, *judge.separation(v).values()] for name, v in pairs.items()]))
     for header, rows in tables:
         print(judge.text_table(header, rows) + "\n")
-    make_folder(folder, fresh=False)
-    judge.write_json(out_path(folder, "metrics.json"), found)
+    run.begin()
+    judge.write_json(run.path("metrics.json"), found)
     pictures = heat_gallery(coded, label, test, top)
-    judge.write_report(out_path(folder, "report.html"), f"repsae intervene: {flags.label}", [
+    judge.write_report(run.path("report.html"), f"repsae intervene: {flags.label}", [
         ("What the top latents tell", chart + "".join(judge.html_table(*table) for table in tables)),
         ("Class means of the latents", "".join(class_mean_chart(name, v) for name, v in pairs.items())),
         *([("The top latents over pictures with the label; true boxes in red", pictures)] if pictures else [])])
-    say(f"wrote {out_path(folder, 'report.html')}")
+    say(f"wrote {run.join('report.html')}")
 
 
 def class_mean_chart(name, means, most=100):
@@ -1660,21 +1881,21 @@ def class_mean_chart(name, means, most=100):
 def linear_head(coded, y, train, flags):
     """Weights (d,) and bias of a linear score on normalised features: of --head, or fitted to the training samples' labels."""
     model, s = coded.model, coded.stream
-    if not flags.head:
+    if not flags.head_file:
         W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
         return W[:, 1] - W[:, 0], float(b[1] - b[0])
-    arrays = data.read_arrays(flags.head)
+    arrays = data.read_arrays(flags.head_file)
     missing = [key for key in ("weight", "bias") if key not in arrays]
     if missing:
-        raise InputError(f"{flags.head} lacks '{missing[0]}' - give weight (d,) or (2, d) and bias () or (2,)")
+        raise InputError(f"{flags.head_file} lacks '{missing[0]}' - give weight (d,) or (2, d) and bias () or (2,)")
     numbers = [np.issubdtype(arrays[key].dtype, np.number) and np.isfinite(arrays[key]).all() for key in ("weight", "bias")]
     if not all(numbers):
-        raise InputError(f"{flags.head} holds something else than finite numbers - mend it")
+        raise InputError(f"{flags.head_file} holds something else than finite numbers - mend it")
     w, b = (np.asarray(arrays[key], np.float64) for key in ("weight", "bias"))
     if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
         w, b = w[1] - w[0], b[1] - b[0]
     if w.size != model.dims[s] or b.size != 1:
-        raise InputError(f"{flags.head} has weight {w.shape} and bias {b.shape} - give ({model.dims[s]},) and (), or two rows "
+        raise InputError(f"{flags.head_file} has weight {w.shape} and bias {b.shape} - give ({model.dims[s]},) and (), or two rows "
                          "of both: one label against the rest")
     if "l2" in model.norm:
         raise InputError(f"the run scales samples to length 1, which a head for raw features cannot follow - train it with "
@@ -1748,9 +1969,10 @@ def heat_gallery(coded, label, rows, latents, most=6):
     return f"<p>Latents {', '.join(map(str, latents))}.</p>" + "".join(parts)
 
 
+@command(f"{ON_RUN} label eval-rows=2000", "run")
 def cmd_fidelity(flags):
     """How much of the features a code keeps: R2, what few latents can tell, neighbours (the TotalSegmentator study)."""
-    folder = analysis_folder(flags, "fidelity")
+    run = analysis_run(flags, "fidelity")
     coded = Coded(flags.run, flags)
     y, (train, test) = coded.classes(), coded.split()
     if flags.label is not None:                              # one against the rest
@@ -1787,12 +2009,12 @@ def cmd_fidelity(flags):
                        [[str(row["k"]), *list(row.values())[1:]] for row in near]))
     for _, header, rows in tables:
         print("\n" + judge.text_table(header, rows))
-    make_folder(folder, fresh=False)
-    judge.write_json(out_path(folder, "metrics.json"), {"r2": r2, "kept": kept, "neighbours": near})
-    judge.write_report(out_path(folder, "report.html"), "repsae fidelity", [
+    run.begin()
+    judge.write_json(run.path("metrics.json"), {"r2": r2, "kept": kept, "neighbours": near})
+    judge.write_report(run.path("report.html"), "repsae fidelity", [
         ("Reconstruction", judge.html_table(["R2", ""], [[k, v] for k, v in r2.items()])),
         *((title, judge.html_table(header, rows)) for title, header, rows in tables)])
-    say(f"wrote {out_path(folder, 'report.html')}")
+    say(f"wrote {run.join('report.html')}")
 
 
 PROMPT = ("Below are samples that activate one latent of a sparse autoencoder strongly, samples that activate it moderately, "
@@ -1800,6 +2022,7 @@ PROMPT = ("Below are samples that activate one latent of a sparse autoencoder st
           "the name alone.")
 
 
+@command(f"{ON_RUN} top=8", "run")
 def cmd_describe(flags):
     """For every latent the samples that show what it means, as JSON with a prompt for any language model."""
     coded = Coded(flags.run, flags)
@@ -1820,7 +2043,7 @@ def cmd_describe(flags):
             ", ".join(f"{k} {v}" for k, v in one.items() if k not in untold) for one in rows)
             for name, rows in shown.items())
         out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
-    path = flags.out or out_path(flags.run, "describe.json")
+    path = out_file(flags)
     judge.write_json(path, out)
     say(f'wrote {path}: {len(out)} latents; collect the answers in a file like {{"17": "round nucleus"}} for search --names')
 
@@ -1837,6 +2060,7 @@ def read_names(path, n_latents):
     return names
 
 
+@command(f"{ON_RUN} names query embeddings label top", "run")
 def cmd_search(flags):
     """Find samples by words: query -> latents with fitting names -> samples, with a control of shuffled names."""
     coded = Coded(flags.run, flags)
@@ -1881,10 +2105,11 @@ def cmd_search(flags):
               f"{judge.mean_std(control)}; share of all samples {y.mean():.3f}")
 
 
+@command(f"{ON_RUN} sparc json", "run", "other")
 def cmd_compare(flags):
     """Do two runs have latents in common? Best pairing by activation, against shuffled samples and a shared code."""
     both = [Coded(run, flags.replaced({"stream": stream})) for run, stream in
-            ((flags.run, flags.stream), (flags.other, flags.stream_b))]
+            zip((flags.run, flags.other), (flags.streams or flags.stream or "").split(",") * 2)]
     if len(both[0].features) != len(both[1].features):
         raise InputError(f"{flags.run} was trained on {len(both[0].features)} samples, {flags.other} on "
                          f"{len(both[1].features)} - compare runs on the same samples, or name their file with --data")
@@ -1916,47 +2141,48 @@ def cmd_compare(flags):
     columns = list(found[kinds[0][0]])
     print(judge.text_table([f"{len(rows)} samples", *columns], [[name, *row.values()] for name, row in found.items()]))
     if flags.json:
-        judge.write_json(flags.json, found)
+        judge.write_json(out_file(flags, "json"), found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images and words: a made-up tissue, a small CLIP, heat maps, segmentation, retrieval (thesis 5.3-5.4, A.3-A.4)
 # ---------------------------------------------------------------------------------------------------------------------
 
+@command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
     """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
-    if os.path.exists(out_path(flags.out, "tissue.npz")) and not flags.overwrite:
-        raise InputError(f"{flags.out} holds a tissue already - use --overwrite or another --out")
+    run = Run(flags)
     made = data.tissue(flags.pictures, flags.size, flags.seed)
     pixels, parents = made.pop("pixels"), made.pop("parents")
-    os.makedirs(out_path(flags.out, "images"), exist_ok=True)
+    run.begin()
     names = np.array([f"images/{i:05d}.png" for i in range(len(pixels))])
-    for name, picture in zip(names, pixels):
-        Image.fromarray(picture).save(out_path(flags.out, name))
-    judge.write_npz(out_path(flags.out, "tissue.npz"), {**made, "images": names})
-    judge.write_npz(out_path(flags.out, "patients.npz"), {
+    for path, picture in zip(run.paths(names.tolist()), pixels):
+        Image.fromarray(picture).save(path)
+    judge.write_npz(run.path("tissue.npz"), {**made, "images": names})
+    judge.write_npz(run.path("patients.npz"), {
         "images": names, "labels": made["disease"], "label_names": made["disease_names"],
         **{key: made[key] for key in ("groups", "split", "captions")}})
     for group, slide in data.patient_slides(pixels, made["groups"]):
         row = np.flatnonzero(made["groups"] == group)[0]
-        folder = os.path.join(flags.out, "slides", made["split"][row], made["disease_names"][made["disease"][row]])
-        os.makedirs(folder, exist_ok=True)
-        judge.save_picture(out_path(folder, f"{group:04d}.png"), Image.fromarray(slide))
-    judge.write_json(out_path(flags.out, "taxonomy.json"), parents)
+        place = "slides", str(made["split"][row]), str(made["disease_names"][made["disease"][row]])
+        judge.save_picture(run.path(*place, f"{group:04d}.png"), Image.fromarray(slide))
+    judge.write_json(run.path("taxonomy.json"), parents)
     kinds, sheet = len(data.CELLS) + 1, []
     for c in range(kinds):
         rows = np.flatnonzero(made["labels"][:, c])[:8]
         sheet.append([Image.fromarray(pixels[i]) for i in rows])
-    judge.save_picture(out_path(flags.out, "sheet.png"), judge.contact_sheet(
+    judge.save_picture(run.path("sheet.png"), judge.contact_sheet(
         sheet, [""] * 8, 96, [str(v) for v in made["label_names"][:kinds]]))
     print("\n".join(f"{name}: in {n} pictures" for name, n in zip(made["label_names"], made["labels"].sum(0))))
     for c, name in enumerate(made["disease_names"]):
         mine = made["disease"] == c
         parts = ", ".join(f"{(made['split'][mine] == part).sum()} {part}" for part in ("train", "val", "test"))
         print(f"{name}: {len(np.unique(made['groups'][mine]))} patients, pictures: {parts}")
-    say(f"wrote {out_path(flags.out, 'tissue.npz')}, {len(pixels)} pictures, and sheet.png")
+    say(f"wrote {run.join('tissue.npz')}, {len(pixels)} pictures, and sheet.png")
 
 
+@command("images window weights merges size=64 patch=8 width layers joint context epochs=20 batch=128 "
+         "lr=1e-3 seed=0 device overwrite out=runs/clip")
 def cmd_clip(flags):
     """Train a small CLIP on pictures and their captions: image and text encoders into one space (thesis 5.3.1)."""
     if flags.weights:
@@ -1974,7 +2200,7 @@ def cmd_clip(flags):
         raise InputError(f"--patch {flags.patch}, --size {flags.size}, --width {flags.width} - a patch must fit the picture, "
                          "and the width be a multiple of 32")
     words = data.Merges(data.read_merges(flags.merges)) if flags.merges else data.Words(captions[train])
-    make_run_folder(flags, {"pictures": len(images), "data_hash": images.hash})
+    run = Run(flags).begin(pictures=len(images), data_hash=images.hash)
     torch.manual_seed(flags.seed)
     size, rng = flags.size, np.random.default_rng(flags.seed)
     layers = (flags.width, flags.layers, max(flags.width // 32, 1))
@@ -1984,10 +2210,11 @@ def cmd_clip(flags):
     tokens = words(captions, flags.context, strict=False)
     optimiser = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.1, fused=True)
     n_steps = flags.epochs * (len(train) // flags.batch)
-    progress, log = Progress(n_steps), Log(out_path(flags.out, "log.csv"))
+    progress, log = Progress(n_steps), Log(run.path("log.csv"))
     for step in range(n_steps):
         place = step % (len(train) // flags.batch)
-        order = rng.permutation(train) if not place else order
+        if not place:
+            order = rng.permutation(train)
         rows = order[place * flags.batch:(place + 1) * flags.batch]
         turn, flip = rng.integers(4), rng.integers(2)        # a field has no upright side
         x = torch.rot90(pixels[rows], int(turn), (2, 3))
@@ -2004,12 +2231,12 @@ def cmd_clip(flags):
         progress(step + 1, lambda: f"loss {loss.item():.3f}")
     log.write()
     model.eval()
-    write_clip(flags.out, model, words)
+    write_clip(run, model, words)
     with torch.no_grad():
         x = {"image": torch.cat([model.encode_image(p.to(flags.device)) for p in pixels[test].split(256)]).cpu().numpy(),
              "text": text_features(model, words, captions[test], flags.device)}
     found = {"loss": loss.item(), "test": judge.retrieval(x)}
-    judge.write_json(out_path(flags.out, "metrics.json"), found)
+    judge.write_json(run.path("metrics.json"), found)
     header = [f"{len(test)} {('training', 'test')[images.split is not None]} pictures", "R@1", "R@5", "R@10", "MedR", "MRR"]
     print(judge.text_table(header, [[pair, *v.values()] for pair, v in found["test"].items()]))
 
@@ -2024,13 +2251,13 @@ def import_clip(flags):
         raise InputError(f"{flags.merges} makes {words.size} tokens, {flags.weights} knows {model.config['vocab']} - give "
                          "CLIP's bpe_simple_vocab_16e6.txt.gz")
     ssm.standardise_pixels(model.visual, *data.CLIP_PIXELS, data.IMAGENET)
-    make_run_folder(flags, {})
-    write_clip(flags.out, model, words)
-    say(f"wrote {out_path(flags.out, 'clip.pt')}")
+    run = Run(flags).begin()
+    write_clip(run, model, words)
+    say(f"wrote {run.join('clip.pt')}")
 
 
-def write_clip(folder, model, words):
-    judge.write_torch(out_path(folder, "clip.pt"), {
+def write_clip(run, model, words):
+    judge.write_torch(run.path("clip.pt"), {
         "model": model.state_dict(), "config": model.config,
         "merges" if isinstance(words, data.Merges) else "words": words.words})
 
@@ -2038,7 +2265,7 @@ def write_clip(folder, model, words):
 def load_clip(folder, device):
     """(image encoder, the side it was trained at) of a run of clip; the encoder's .clip and .words are the whole model and its
     tokenizer."""
-    with unpacked(out_path(folder, "clip.pt"), "is no readable clip.pt", "train it again") as kept:
+    with unpacked(os.path.join(folder, "clip.pt"), "is no readable clip.pt", "train it again") as kept:
         model = ssm.CLIP(**kept["config"])
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
@@ -2128,9 +2355,10 @@ def pictures_with_masks(model, features, flags):
     return images, arrays
 
 
+@command(f"{ON_RUN} window images! weights! start-layer latent least most=400", "run")
 def cmd_attribute(flags):
     """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment (thesis 5.4.4, A.3-A.4)."""
-    folder = analysis_folder(flags, "attribute")
+    run = analysis_run(flags, "attribute")
     model, config = load_run(flags.run, flags.device)
     features, flags = features_for(model, config, flags)
     images, arrays = pictures_with_masks(model, features, flags)
@@ -2172,11 +2400,11 @@ def cmd_attribute(flags):
     single, said = latent_maps(model, sees, clip, chosen, features, test, images, flags)
     whole, told = caption_maps(model, sees, clip, features, test, images, flags)
     gallery, drawn = attribution_gallery(maps, truth, images, names)
-    make_folder(folder, fresh=False)
-    judge.write_json(out_path(folder, "metrics.json"), {"segmentation": found, "words": words, "latents": said,
+    run.begin()
+    judge.write_json(run.path("metrics.json"), {"segmentation": found, "words": words, "latents": said,
                                                         "captions": told})
-    write_maps(folder, maps, truth, drawn)
-    judge.write_report(out_path(folder, "report.html"), "repsae attribute", [
+    write_maps(run, maps, truth, drawn)
+    judge.write_report(run.path("report.html"), "repsae attribute", [
         ("Segmentation by heat maps: of the labels that are there, as published, and when all labels are asked for",
          judge.html_table([""] + columns, rows)), ("Maps", gallery), ("Words", word_table(words)),
         ("Single latents, in the test pictures and captions that they are most active in",
@@ -2184,25 +2412,24 @@ def cmd_attribute(flags):
          + word_table(said) or "<p>No latent of a label is alive in every stream; --latent names others.</p>"),
         ("Pictures with their captions: similarity of the two", attribution_gallery(
             whole, next(iter(whole.values())), images, [e["caption"] for e in told])[0] + word_table(told))])
-    say(f"wrote {out_path(folder, 'report.html')}")
+    say(f"wrote {run.join('report.html')}")
 
 
-def write_maps(folder, maps, truth, drawn):
+def write_maps(run, maps, truth, drawn):
     """maps.npz: `keys` (n, 2), picture and label, and for each method its maps (n, h, w), NaN where there is none; and the
     overlays {name: PIL image} as PNG."""
     arrays = {what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
               for what, of in maps.items() if of}
-    judge.write_npz(out_path(folder, "maps.npz"), {"keys": np.array(list(truth)), **arrays})
-    fresh_folder(out_path(folder, "overlays"), r"\d+_\w+\.png")
+    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(truth)), **arrays})
     for name, picture in drawn.items():
-        judge.save_picture(os.path.join(folder, "overlays", f"{name}.png"), picture)
+        judge.save_picture(run.path("overlays", f"{name}.png"), picture)
 
 
 def attributed_streams(model, flags):
     """({name: (backbone, stream)} of --weights, (text stream, CLIP's image encoder)); raises InputError for misfits. The
     relevancy maps of all start at the same layer; those without attention are named as what they are."""
     sees, clip = {}, None
-    for spec in needed(flags, "weights").split(","):
+    for spec in flags.weights.split(","):
         name, backbone, _ = load_backbone(spec, flags)
         depth = len(kept_attention(backbone))
         if hasattr(backbone, "clip"):
@@ -2394,6 +2621,7 @@ def attribution_gallery(maps, keys, images, names, most=2):
     return "".join(parts), drawn
 
 
+@command(f"{ON_RUN} sample from to query features encoder", "run")
 def cmd_retrieve(flags):
     """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint and alone."""
     model, config = load_run(flags.run, flags.device)
@@ -2406,9 +2634,9 @@ def cmd_retrieve(flags):
     missing = [s for s in (source, target) if s not in features.streams]
     if missing:
         raise InputError(f"the data lacks the stream '{missing[0]}' - it has {', '.join(features.streams)}")
-    outside = flags.text is not None or flags.features is not None                          # a query that is no sample
-    if not outside and flags.query >= len(rows):
-        raise InputError(f"--query {flags.query} - give one of the {len(rows)} {features.split[rows[0]]} samples, from 0")
+    outside = flags.query is not None or flags.features is not None                          # a query that is no sample
+    if not outside and flags.sample >= len(rows):
+        raise InputError(f"--sample {flags.sample} - give one of the {len(rows)} {features.split[rows[0]]} samples, from 0")
     labels, sections = features.label_matrix(rows), []
     given, shown_query = given_query(model, source, flags) if outside else (None, None)
 
@@ -2418,42 +2646,42 @@ def cmd_retrieve(flags):
         return judge.describe_sample(features, rows[i], labels[i] if labels is not None else ())
     for mode in ("alone",) if outside else ("joint", "alone"):
         codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
-        query = given if outside else codes[source][[flags.query]]
+        query = given if outside else codes[source][[flags.sample]]
         if not query.nnz:
             print(f"{mode}: no latent is active in the query, so that nothing is near it")
             continue
         similarity = (judge.unit_rows(query) @ judge.unit_rows(codes[target]).T).toarray()[0]
         best = np.argsort(-similarity, kind="stable")[:10]
-        sheet = [f'<span style="outline:3px solid #2f855a">{shown(i, target)}</span>' if not outside and i == flags.query
+        sheet = [f'<span style="outline:3px solid #2f855a">{shown(i, target)}</span>' if not outside and i == flags.sample
                  else shown(i, target) for i in best]
-        first = shown_query or shown(flags.query, source)
+        first = shown_query or shown(flags.sample, source)
         sections.append((f"{source} to {target}, {mode}", judge.strip(first, *sheet)))
-        rank = None if outside else int((similarity >= similarity[flags.query]).sum())
+        rank = None if outside else int((similarity >= similarity[flags.sample]).sum())
         partner = "" if outside else f"the true partner has rank {rank} of {len(rows)}; "
         print(f"{mode}: {partner}nearest samples {rows[best].tolist()}")
-    path = flags.out or out_path(flags.run, f"retrieve_{source}_{target}_{'given' if outside else flags.query}.html")
-    judge.write_report(path, "repsae retrieve", sections)
-    say(f"wrote {path}")
+    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if outside else flags.sample}")
+    judge.write_report(run.begin().path("report.html"), "repsae retrieve", sections)
+    say(f"wrote {run.join('report.html')}")
 
 
 def given_query(model, stream, flags):
-    """The code (1, L) in `stream` of --text, read by the text encoder of --encoder, of the vector in --features, or of the row
-    --query of a feature file there; and how to show it, HTML."""
-    if flags.text is not None:
+    """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector in --features, or of the row
+    --sample of a feature file there; and how to show it, HTML."""
+    if flags.query is not None:
         if not stream.endswith("_txt"):
-            raise InputError(f"--text cannot ask in '{stream}' - name the text stream with --from")
+            raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
         encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
-        if not encoder.words.pieces(flags.text):
-            raise InputError("--text has no words - give some")
+        if not encoder.words.pieces(flags.query):
+            raise InputError("--query has no words - give some")
         with torch.no_grad():
-            x = encoder.clip.encode_text(encoder.words([flags.text], encoder.clip.config["context"]).to(flags.device))
-        shown = html.escape(flags.text)
+            x = encoder.clip.encode_text(encoder.words([flags.query], encoder.clip.config["context"]).to(flags.device))
+        shown = html.escape(flags.query)
     elif flags.features.endswith(".npz"):
         others = data.read_features(flags.features, [stream])
-        if flags.query >= len(others):
-            raise InputError(f"--query {flags.query}, but {flags.features} has {len(others)} samples - count from 0")
-        x = others.batch([flags.query])[stream]
-        shown = judge.describe_sample(others, flags.query, ())
+        if flags.sample >= len(others):
+            raise InputError(f"--sample {flags.sample}, but {flags.features} has {len(others)} samples - count from 0")
+        x = others.batch([flags.sample])[stream]
+        shown = judge.describe_sample(others, flags.sample, ())
     else:
         x, shown = data.read_vector(flags.features)[None], html.escape(flags.features)
     if x.shape[1] != model.dims[stream]:
@@ -2464,140 +2692,171 @@ def given_query(model, stream, flags):
     return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), model.n_latents), shown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Slides and bags (thesis 3.2.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
+@command("images voc window size=0 step downsample threshold otsu smallest least-hole max-holes rois "
+         "roi-share margin overwrite out=tiles")
 def cmd_tile(flags):
-    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an overview picture. With
-    --voc, cut the annotated boxes of a Pascal VOC folder into small pictures, in class folders, by its official splits."""
+    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
+    overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
+    """
     window, size = grey_window(flags), flags.size or (64 if flags.voc else 224)
     if flags.voc:
-        count = data.cut_boxes(flags.voc, flags.out, size, window=window)
-        print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
+        cuts = data.cut_boxes(flags.voc, flags.margin, window)
+        run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
+        run.paths(names)
+        for i, name in enumerate(names):
+            judge.save_picture(run.join(name), cuts.open(i).resize((size, size), Image.BICUBIC))
+        count = collections.Counter(map(os.path.dirname, names))
+        print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
         return
-    slides, side = data.read_slides(needed(flags, "images")), round(size * flags.downsample)
+    if not flags.images:
+        raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
+    slides = data.read_slides(flags.images)
     for note in slides.notes:
         say_once("note: " + note)
-    if side < 1:
-        raise InputError(f"tiles of {side} pixels - give a larger --size or --downsample")
+    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
+    if side < 1 or step < 1:
+        raise InputError(f"--downsample {flags.downsample}: tiles of {side} pixels every {step} - "
+                         "give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    targets = [out_path(flags.out, name) for name in slides.about["groups"]]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise InputError(f"two slides are called {os.path.basename(target)} - rename one, or tile them into two folders")
-        if os.path.exists(f"{target}.npz") and not flags.overwrite:
-            raise InputError(f"{target}.npz exists - use --overwrite or another --out")
-    os.makedirs(flags.out, exist_ok=True)
-    for i, target in enumerate(targets):
-        boxes, shown = data.tile_slide(slides.paths[i], side, least=flags.least, window=window,
-                                       threshold=None if flags.otsu else flags.threshold)
-        arrays = data.tile_arrays(slides, i, boxes, f"{target}.npz", regions)
-        judge.write_npz(f"{target}.npz", arrays)
-        judge.save_picture(f"{target}.png", shown)
+    names = slides.about["groups"].tolist()
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two slides are called {name} - rename one, or tile them into two "
+                             "folders")
+    run = Run(flags)
+    how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
+           "threshold": None if flags.otsu else flags.threshold, "window": window}
+    for i, name in enumerate(names):
+        boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
+        if not run.about:                                    # an unreadable slide leaves nothing
+            run.begin()
+        out = run.path(f"{name}.npz")
+        arrays = data.tile_arrays(slides, i, boxes, out, regions, flags.roi_share)
+        judge.write_npz(out, arrays)
+        judge.save_picture(run.path(f"{name}.png"), shown)
         inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
-        print(f"{target}.npz: {len(boxes)} tiles of {side} pixels{inside}")
+        print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
+@command("data! stream head widths attention dropout squash instances bag-weight inst-loss subtyping "
+         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds "
+         "inner refit grid seed=0 device overwrite out=runs/mil")
 def cmd_mil(flags):
-    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not reported."""
+    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not
+    reported."""
     heads, settings = flags.head.split(","), mil_settings(flags)
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
-    bags = data.read_bags(needed(flags, "data"), flags.stream)
+    bags = data.read_bags(flags.data, flags.stream)
     rounds = bags.rounds(flags.folds, flags.seed, max(flags.inner, 5), flags.data)
-    make_run_folder(flags, {"bags": len(bags), "rounds": len(rounds), "data_hash": bags.hash})
-    means, C = bags.means(), len(bags.label_names)
+    run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
+    page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
+    means, y, C = bags.means(), bags.y, len(bags.label_names)
     found = {"mean of the bag, logistic": [
-        {"scores": judge.scores(bags.y[test], judge.logistic_probe(means[train], bags.y[train], means[test], C, 0.01))}
+        {"scores": judge.scores(y[test], judge.logistic_probe(means[train], y[train], means[test], C,
+                                                              strength=0.01))}
         for train, _, test in rounds]}
-    log, sections = Log(out_path(flags.out, "log.csv")), []
     for head in heads:
-        jobs = [(head, settings, flags.inner, flags.refit, flags.seed, r, *parts, flags.device) for r, parts in enumerate(rounds)]
+        jobs = [(head, settings, flags.inner, flags.refit, [flags.seed, r], *parts, flags.device)
+                for r, parts in enumerate(rounds)]
+        found[head] = []
         if len(jobs) == 1:
-            result, models, setting = mil_round(bags, *jobs[0])
-            found[head] = [result]
-            judge.write_torch(out_path(flags.out, f"{head}.pt"), {
-                "models": [m.state_dict() for m in models], "head": head, "dim": bags.X.shape[1],
-                "label_names": bags.label_names, **setting["make"]})
+            told, models, setting = mil_round(bags, *jobs[0])
+            found[head] = [told]
+            judge.write_torch(run.path(f"{head}.pt"), {
+                "models": [model.state_dict() for model in models], "head": head,
+                "dim": bags.X.shape[1], "label_names": bags.label_names, **setting["make"]})
             if bags.coords:
-                sections.append((f"Attention of {head} over test slides", attention_maps(bags, head, models, rounds[0][2], flags)))
+                page.picture(f"Attention of {head} over test slides",
+                             attention_maps(bags, models, rounds[0][2], head, run))
         else:
-            progress, found[head] = Progress(len(jobs)), []
-            for result, *_ in in_processes(mil_round, bags, jobs):
-                found[head].append(result)
+            progress = Progress(len(jobs))
+            for told, *_ in in_processes(mil_round, bags, jobs):
+                found[head].append(told)
                 progress(len(found[head]), lambda: head)
-        for r, result in enumerate(found[head], 1):          # the error and loss on held-out bags that chose the setting
-            held, chosen = result["held_out"] or {"error": "", "loss": ""}, json.dumps(result["chosen"])
-            log.add({"head": head, "round": r, "chosen": chosen, **{f"held-out {k}": v for k, v in held.items()},
-                     **result["scores"]})
+        for r, told in enumerate(found[head], 1):
+            held = {f"held-out {k}": v for k, v in (told["held_out"] or {}).items()}
+            log.add({"head": head, "round": r, "chosen": json.dumps(told["chosen"]),
+                     "held-out error": "", "held-out loss": "", **held, **told["scores"]})
         log.write()
     names = ("AUC", "accuracy", "F1")
-    header = ["head", *names]
-    rows = [[head, *(judge.mean_std([r["scores"][name] for r in runs]) for name in names)] for head, runs in found.items()]
-    print(f"\n{judge.text_table(header, rows)}\n\n{len(rounds)} test part{'s' * (len(rounds) > 1)} of about "
-          f"{len(rounds[0][2])} bags; mean ± standard deviation over them")
-    judge.write_json(out_path(flags.out, "metrics.json"), found)
-    judge.write_report(out_path(flags.out, "report.html"), "repsae mil", [("Result", judge.html_table(header, rows)), *sections])
-    say(f"wrote {out_path(flags.out, 'report.html')}")
-
-
-MIL_MAKE = ("widths", "attention", "dropout", "squash")      # of ssm.MIL; ssm.fit_mil takes the others
-MIL_FIT = ("epochs", "lr", "weight_decay", "cosine", "patience", "least", "k", "subtyping")
+    rows = [[head, *(judge.mean_std([told["scores"][name] for told in all_rounds])
+                     for name in names)] for head, all_rounds in found.items()]
+    page.table(["head", *names], rows, "Result")
+    page.text(f"{len(rounds)} test part{'s' * (len(rounds) > 1)} of about {len(rounds[0][2])} bags; "
+              "mean ± standard deviation over them")
+    page.write(run.path, found)
+    say(f"wrote {run.join('report.html')}")
 
 
 def mil_settings(flags):
-    """What --grid "lr=1e-4,5e-4 dropout=0,0.5" leaves to choose from: a list of dicts, of all combinations."""
-    options = []
+    """What --grid "lr=1e-4,5e-4 dropout=0,0.5" leaves to choose from, all combinations: dicts of
+    what is chosen, how a model is made (`ssm.MIL`), and how it is trained (`ssm.fit_mil`)."""
+    settings = [{}]
     for item in (flags.grid or "").split():
         name, _, values = item.partition("=")
-        kind = MIL.get(name, (None, None))[1]
+        kind = FLAGS[name][1] if name in COMMANDS["mil"].flags else None
         if not isinstance(kind, Number) or name in ("seed", "inner", "folds"):
             raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
         try:
-            options.append([(name.replace("-", "_"), kind(v)) for v in values.split(",")])
+            values = [kind(v) for v in values.split(",")]
         except argparse.ArgumentTypeError as e:
             raise InputError(f"--grid {item}: {e}")
-    out = []
-    for chosen in map(dict, itertools.product(*options)):
-        told = {**flags, "widths": data.number_list(flags.widths), "squash": bool(flags.squash), **chosen}
-        out.append({"chosen": chosen, "batch": told["batch"], "weighted": told["weighted"],
-                    "make": {k: told[k] for k in MIL_MAKE}, "fit": {k: told[k] for k in MIL_FIT}})
+        key = name.replace("-", "_")
+        settings = [{**chosen, key: value} for chosen in settings for value in values]
+    out, widths = [], data.number_list(flags.widths)
+    for chosen in settings:
+        new = flags.replaced(chosen)
+        loss = {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[new.inst_loss]
+        early = {"patience": new.patience, "least": new.min_epochs}
+        out.append({
+            "chosen": chosen, "batch": new.batch, "balanced": new.balanced,
+            "make": {"widths": widths, "attention": new.attention, "dropout": new.dropout,
+                     "squash": bool(new.squash)},
+            "fit": {"epochs": new.epochs, "lr": new.lr, "weight_decay": new.weight_decay,
+                    "cosine": new.cosine, "early": None if new.refit else early,
+                    "k": new.instances, "bag_weight": new.bag_weight, "subtyping": new.subtyping,
+                    "loss": loss}})
     return out
 
 
-def mil_round(bags, head, settings, inner, refit, seed, round_, train, val, test, device="cpu"):
-    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`, and report its models'
-    mean vote on `test`: (what to tell of it, models, setting).
+def mil_round(bags, head, settings, inner, refit, seed, train, val, test, device="cpu"):
+    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`,
+    and report its models' mean vote on `test`: (what to tell of it, models, setting).
 
-    Without `val`, train is cut into parts, and `inner` times a model learns from all but one of them. Its bags stop it early,
-    and these models vote; or, with refit, all epochs are trained, and as many models on all of train vote.
+    Without `val`, train is cut into parts, and `inner` times a model learns from all but one of
+    them. Its bags stop it early, and these models vote; or, with refit, all epochs are trained, and
+    as many models on all of train vote.
     """
-    def learn(setting, rows, stop, *number):
-        if refit:
-            setting = {**setting, "fit": {**setting["fit"], "patience": None}}
-        return train_mil(bags, head, setting, rows, stop, [seed, round_, *number], device)
-    parts = bags.held_out(train, inner, seed + round_) if val is None else [(train, val)]
+    def learn(setting, rows, held, *number):
+        return train_mil(bags, head, setting, rows, held, [*seed, *number], device)
+    parts = bags.held_out(train, inner, sum(seed)) if val is None else [(train, val)]
     tried = []
     for setting in settings if len(settings) > 1 or not refit else ():
-        models, held = zip(*(learn(setting, *part, i) for i, part in enumerate(parts)))
-        tried.append((np.mean(held, 0).tolist(), models, setting))
-    held, models, setting = min(tried, key=lambda found: found[0], default=(None, (), settings[0]))
+        models, judged = zip(*(learn(setting, *part, i) for i, part in enumerate(parts)))
+        tried.append((np.mean(judged, 0).tolist(), models, setting))
+    held, models, setting = min(tried, key=lambda t: t[0], default=(None, (), settings[0]))
     if refit:
         models = [learn(setting, train, None, 99, i)[0] for i in range(inner)]
+    votes = 0
     with torch.no_grad():
-        votes = [torch.cat([torch.softmax(m(x.to(device), mask.to(device))[0], 1).cpu() for x, mask, _ in bags.batches(test, 1)])
-                 for m in models]
-    scores = judge.scores(bags.y[test], np.mean([v.numpy() for v in votes], 0))
-    told = {"scores": scores, "held_out": held and dict(zip(("error", "loss"), held)), "chosen": setting["chosen"]}
+        for model in models:
+            logits = [model(x.to(device), mask.to(device))[0] for x, mask, _ in bags.batches(test, 1)]
+            votes = votes + torch.cat(logits).softmax(1).cpu().numpy() / len(models)
+    told = {"scores": judge.scores(bags.y[test], votes), "chosen": setting["chosen"],
+            "held_out": held and dict(zip(("error", "loss"), held))}
     return told, models, setting
 
 
-def train_mil(bags, head, setting, train, stop, seed, device="cpu"):
-    """One model, and (error rate, loss) of the bags `stop`."""
+def train_mil(bags, head, setting, train, held, seed, device="cpu"):
+    """One model, and (error rate, loss) of the bags `held`."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(int(rng.integers(2 ** 62)))
     model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **setting["make"])
@@ -2606,10 +2865,11 @@ def train_mil(bags, head, setting, train, stop, seed, device="cpu"):
     model.to(device)
 
     def batches(rows):
-        return ([v.to(device) for v in batch] for batch in bags.batches(rows, setting["batch"]))
-    held = [] if stop is None else list(batches(stop))
-    drawn = functools.partial(bags.drawn, train, rng, setting["weighted"])
-    return model, ssm.fit_mil(model, lambda epoch: batches(drawn()), held, **setting["fit"])
+        return [[v.to(device) for v in batch] for batch in bags.batches(rows, setting["batch"])]
+
+    def epoch(number):
+        return batches(bags.drawn(train, rng, setting["balanced"]))
+    return model, ssm.fit_mil(model, epoch, [] if held is None else batches(held), **setting["fit"])
 
 
 SHARED = {}    # in a process among several: what all its jobs use
@@ -2621,14 +2881,15 @@ def in_processes(work, shared, jobs):
     with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process, [work, shared]) as pool:
         try:
             yield from pool.map(do_job, jobs)
-        except BaseException:                                # Ctrl-C: do not wait for what they are at
+        except BaseException:                                # Ctrl-C: do not wait for them
             for process in multiprocessing.active_children():
                 process.kill()
             raise
 
 
 def begin_process(work, shared):
-    """Begin one of several: it has one thread, since they share the cores, and ends with its parent, whatever ends that."""
+    """Begin one of several: it has one thread, since they share the cores, and ends with its
+    parent, whatever ends that."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)             # which the parent answers for all
     SHARED.update(work=work, shared=shared)
@@ -2643,16 +2904,19 @@ def do_job(job):
     return SHARED["work"](SHARED["shared"], *job)
 
 
-def attention_maps(bags, head, models, rows, flags, most=6):
-    """Test slides with each tile coloured by its share in the bag, as files heat_<label>_<slide>_<head>.png and as HTML."""
+def attention_maps(bags, models, rows, head, run, most=6):
+    """Test slides with each tile coloured by its share in the bag, as files
+    heat_<label>_<slide>_<head>.png and as HTML."""
     shown = []
     for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
+        x, title = bags.padded([i])[0], f"{bags.names[i]}: {bags.label_names[bags.y[i]]}"
         with torch.no_grad():
-            heat = sum(torch.softmax(m.cpu()(bags.padded([i])[0])[1], -1)[0].mean(0) for m in models).numpy()
+            heat = sum(model.cpu()(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        judge.save_picture(out_path(flags.out, f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"), picture)
-        shown.append(f"<h3>{html.escape(f'{bags.names[i]}: {bags.label_names[bags.y[i]]}')}</h3>"
+        name = f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"
+        judge.save_picture(run.path(name), picture)
+        shown.append(f"<h3>{html.escape(title)}</h3>"
                      + judge.strip(judge.embedded(image), judge.embedded(picture)))
     return "".join(shown) or "<p>The bags name no pictures.</p>"
 
@@ -2661,19 +2925,22 @@ def attention_maps(bags, head, models, rows, flags, most=6):
 # Transfer learning (thesis 3.3), heat maps (3.2.4)
 # ---------------------------------------------------------------------------------------------------------------------
 
+@command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 patch "
+         "frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
+         "overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    pictures = data.read_pictures(needed(flags, "data"), flags.size, flags.label,
+    pictures = data.read_pictures(flags.images, flags.size, flags.label,
                                   grey_window(flags))
     for note in pictures.notes:
         say_once("note: " + note)
-    specs, C = flags.models.split(","), len(pictures.label_names)
+    specs, C = flags.weights.split(","), len(pictures.label_names)
     names = [try_classifier(spec, flags, C) for spec in specs]                              # before anything is written
     if len(set(names)) < len(names):
-        raise InputError(f"--models {flags.models} names a model twice - write a=vit_micro:random,b=vit_micro:random")
+        raise InputError(f"--weights {flags.weights} names a model twice - write a=vit_micro:random,b=vit_micro:random")
     rounds = [picture_parts(pictures, flags, flags.seed + r) for r in range(flags.runs)]
-    make_run_folder(flags, {"pictures": len(pictures.labels), "data_hash": pictures.hash})
-    log = Log(out_path(flags.out, "log.csv"))
+    run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
+    log = Log(run.path("log.csv"))
     found, sizes = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}, {}
     progress = Progress(len(specs) * len(rounds))
     for name, spec in zip(names, specs):
@@ -2688,11 +2955,11 @@ def cmd_finetune(flags):
             progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
             if r == 0:
                 sizes[name] = sum(p.numel() for p in model.parameters())
-                judge.write_torch(out_path(flags.out, f"{name}.pt"), {"model": model.state_dict(), **model.made})
-    finish_finetune(found, sizes, pictures, rounds, flags)
+                judge.write_torch(run.path(f"{name}.pt"), {"model": model.state_dict(), **model.made})
+    finish_finetune(run, found, sizes, pictures, rounds)
 
 
-def finish_finetune(found, sizes, pictures, rounds, flags):
+def finish_finetune(run, found, sizes, pictures, rounds):
     """The tables of thesis 3.3.3, and who beats whom, in print, metrics.json and report.html."""
     header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
     rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
@@ -2715,12 +2982,12 @@ def finish_finetune(found, sizes, pictures, rounds, flags):
             "test parts overlap, so that the t-test takes them for more independent than they are.") if tests else \
         "One run allows no test of which model is better."
     print(f"\n{note}")
-    judge.write_json(out_path(flags.out, "metrics.json"),
+    judge.write_json(run.path("metrics.json"),
                      {"scores": found, "pairs": tests, "beats": beats, "parameters": sizes,
                       "test pictures": len(rounds[0][2])})
     sections.append(("How far to trust it", f"<p>{note}</p>"))
-    judge.write_report(out_path(flags.out, "report.html"), "repsae finetune", sections)
-    say(f"wrote {out_path(flags.out, 'report.html')}")
+    judge.write_report(run.path("report.html"), "repsae finetune", sections)
+    say(f"wrote {run.join('report.html')}")
 
 
 def try_classifier(spec, flags, n_classes):
@@ -2745,7 +3012,7 @@ def picture_parts(pictures, flags, seed):
     if flags.split == "random":
         parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed, groups)
     elif pictures.split is None:
-        raise InputError(f"{flags.data} gives no split - use --split random")
+        raise InputError(f"{flags.images} gives no split - use --split random")
     else:
         train, val, test = (np.flatnonzero(pictures.split == name) for name in ("train", "val", "test"))
         if not len(val):                                     # none given: cut off the training part
@@ -2754,7 +3021,7 @@ def picture_parts(pictures, flags, seed):
             train, val = (train[rows] for rows in halves)
         parts = train, val, test
     if not all(map(len, parts)) or len(np.unique(pictures.labels[parts[0]])) < 2:
-        raise InputError(f"{flags.data}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
+        raise InputError(f"{flags.images}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
                          "add pictures, or use --split random")
     tested = np.unique(pictures.labels[parts[2]])
     unseen = np.setdiff1d(tested, pictures.labels[parts[0]])
@@ -2762,7 +3029,7 @@ def picture_parts(pictures, flags, seed):
         c, what = tested[0], "and no other"
         if len(unseen):
             c, what = unseen[0], "which no training picture has"
-        raise InputError(f"{flags.data}: the test part has the class '{pictures.label_names[c]}', "
+        raise InputError(f"{flags.images}: the test part has the class '{pictures.label_names[c]}', "
                          f"{what} - add pictures, or split them otherwise")
     return parts
 
@@ -2810,10 +3077,11 @@ def finetune_one(pictures, parts, model, flags):
     return judge.scores(pictures.labels[test], p), model, history
 
 
+@command("images! weights! window size=0 most label seed=0 device overwrite out=runs/cam")
 def cmd_explain(flags):
     """Heat maps of what a backbone looks at: `cam`, Grad-CAM from the class token (thesis 3.2.4)."""
     images = pictures_of(flags)
-    loaded = [load_backbone(spec, flags, head=True) for spec in needed(flags, "weights").split(",")]
+    loaded = [load_backbone(spec, flags, head=True) for spec in flags.weights.split(",")]
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
     columns = [pictures]
@@ -2823,28 +3091,19 @@ def cmd_explain(flags):
         x = torch.stack([view(p) for p in pictures]).to(flags.device)
         with torch.no_grad():
             outputs = model(x[:1]).shape[1]
-        if flags.label >= outputs:
+        if flags.label is not None and not (flags.label.isdigit() and int(flags.label) < outputs):
             raise InputError(f"--label {flags.label}, but {name} has {outputs} outputs - give 0 to {outputs - 1}")
-        score = None if flags.label < 0 else lambda out: out[:, flags.label]
+        score = None if flags.label is None else lambda out: out[:, int(flags.label)]
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         columns.append([judge.overlay(p, h) for p, h in zip(pictures, heat)])
-    make_run_folder(flags, {"data_hash": images.hash})
+    run = Run(flags).begin(data_hash=images.hash)
     for (name, _, _), column in zip(loaded, columns[1:]):
         for i, picture in zip(rows, column):
             stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
-            judge.save_picture(out_path(flags.out, f"{name}_{i}_{stem}.png"), picture)
+            judge.save_picture(run.path(f"{name}_{i}_{stem}.png"), picture)
     sheet = judge.contact_sheet(list(zip(*columns)), ["picture", *(name for name, _, _ in loaded)])
-    judge.save_picture(out_path(flags.out, "sheet.png"), sheet)
-    print(f"wrote {len(rows) * len(loaded)} heat maps and {out_path(flags.out, 'sheet.png')}")
-
-
-def make_run_folder(flags, about):
-    """A run folder with its config.json; raises InputError when it holds a run and --overwrite was not given."""
-    if os.path.isdir(flags.out) and os.listdir(flags.out) and not flags.overwrite:
-        raise InputError(f"{flags.out} holds a run already - use --overwrite or another --out")
-    make_folder(flags.out, fresh=True)
-    judge.write_json(out_path(flags.out, "config.json"),
-                     {"command": flags.command, "flags": flags, **about, "versions": versions()})
+    judge.save_picture(run.path("sheet.png"), sheet)
+    print(f"wrote {len(rows) * len(loaded)} heat maps and {run.join('sheet.png')}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2862,7 +3121,7 @@ def demo_stages(out, quick, seed=0):
               *demo_bags(at, quick, "19. Patients as bags, half size", "Thesis Table 3.7: as 6, at half the magnification.",
                          "half_"),
               ("20. What a head attends to", "Thesis 3.2.2: the pictures of a patient side by side, as a slide.",
-               ["mil", "--data", at("slides"), "--head", "abmil", "--epochs", "5" if quick else "50", "--least", "5",
+               ["mil", "--data", at("slides"), "--head", "abmil", "--epochs", "5" if quick else "50", "--min-epochs", "5",
                 "--widths", "64", "--attention", "32", "--inner", "3", "--out", at("mil_slides")],
                at("mil_slides", "report.html"), [], None)]
     return [(heading, about, argv if "--seed" in argv else [*argv, "--seed", str(seed)], *rest)
@@ -2876,7 +3135,7 @@ def demo_backbones(at, quick):
     # pixels in units of their own: by ImageNet's all these pale pictures are nearly alike, and DINO collapses
     dino = ["--patch", "8", "--size", "64", "--local-size", "32", "--local-crops", "4", "--local-scale", "0.2,0.6",
             "--global-scale", "0.5,1", "--standardise", "--colour", "0.2", "--blur", "0.5", "--prototypes", "1024",
-            "--head-hidden", "512", "--bottleneck", "64", "--batch", "64", "--epochs", epochs, "--warmup", "1",
+            "--head-hidden", "512", "--set", "bottleneck=64", "--batch", "64", "--epochs", epochs, "--warmup", "1",
             "--lr", "2e-3", "--momentum", "0.99", "--workers", "1"]
     stages = [("1. A tissue", "Pictures whose truth is known: cells, captions, masks, patients, diseases; thesis Tables "
                "3.1-3.3 tell what data there is.",
@@ -2909,12 +3168,12 @@ def demo_labels(at, quick):
     return [
         *demo_bags(at, quick, "6. Patients as bags", "Thesis Table 3.5: the disease from features of pictures.", ""),
         ("7. Transfer", "Thesis Tables 3.9-3.11: classifiers trained on labels, and which is better than which.",
-         ["finetune", "--data", tissue, "--label", "tumour cell", "--split", "given", "--models",
+         ["finetune", "--images", tissue, "--label", "tumour cell", "--split", "given", "--weights",
           f"vit_micro,vim_micro,vmamba_micro,resnet18,dino_vit={at('dino_vit')}", "--size", "32", "--lr", "5e-4", "--runs",
           "2" if quick else "3", "--epochs", "1" if quick else "5", "--out", at("finetune")],
          at("finetune", "report.html"), [], functools.partial(transfer_verdict, at)),
         ("8. Where backbones look", "Thesis 3.2.4: Grad-CAM, Vim beside ViT.",
-         ["explain", "cam", "--images", tissue, "--weights", f"vit={at('dino_vit')},vim={at('dino_vim')}", "--most", "6",
+         ["explain", "--images", tissue, "--weights", f"vit={at('dino_vit')},vim={at('dino_vim')}", "--most", "6",
           "--out", at("cam")], at("cam", "sheet.png"), [at("cam", "sheet.png")], None)]
 
 
@@ -2922,7 +3181,7 @@ def demo_bags(at, quick, heading, about, views):
     """Multiple-instance learning on each backbone's features of some views of the pictures."""
     return [(f"{heading}, {arch}", about,
              ["mil", "--data", at(f"bags_{views}{arch}.npz"), "--head", "abmil,clam_sb", "--epochs", "5" if quick else "50",
-              "--least", "5", "--widths", "64", "--attention", "32", "--inner", "3", "--out", at(f"mil_{views}{arch}")],
+              "--min-epochs", "5", "--widths", "64", "--attention", "32", "--inner", "3", "--out", at(f"mil_{views}{arch}")],
              at(f"mil_{views}{arch}", "report.html"), [], functools.partial(mil_verdict, at, views) if arch == "vim" else None)
             for arch in ("vit", "vim")]
 
@@ -2952,7 +3211,7 @@ def demo_codes(at, quick, seed):
     small, both = at("small_clip"), f"dino_vit={at('dino_vit')},dino_vim={at('dino_vim')}"
     return stages + [
         ("13. Other sets of models: a second CLIP", "A smaller one, so that there are two text encoders.",
-         ["clip", "--images", at("tissue", "tissue.npz"), "--width", "64", "--layers", "3", "--joint", "48", "--epochs",
+         ["clip", "--images", at("tissue", "tissue.npz"), "--width", "64", "--set", "layers=3 joint=48", "--epochs",
           "1" if quick else "20", "--out", small], os.path.join(small, "metrics.json"), [], None),
         ("13. Other sets of models: features", "Eight streams (as sparc.txt Table 6): two encoders of words alone among them.",
          ["extract", "--images", at("tissue", "tissue.npz"), "--weights",
@@ -2971,10 +3230,10 @@ def demo_codes(at, quick, seed):
           "--most", "40" if quick else "200", "--out", at("attribute_local")],
          at("attribute_local", "report.html"), [], functools.partial(attribute_verdict, at)),
         *((f"15. Retrieval, {run}", "Thesis Tables 5.6, 5.7, A.1-A.10: a vision-only backbone finds captions.",
-           ["retrieve", at("ablate", f"{run}_lam1"), "--query", "3", "--from", "dino_vit", "--to", "clip_txt", "--out",
+           ["retrieve", at("ablate", f"{run}_lam1"), "--sample", "3", "--from", "dino_vit", "--to", "clip_txt", "--out",
             at(f"retrieve_{run}.html")], at(f"retrieve_{run}.html"), [], None) for run in ("global", "local")),
         ("15. Retrieval by words", "Thesis Fig. A.24-A.26: words that are no caption find pictures in that backbone.",
-         ["retrieve", shared, "--text", "several tumour cells and a mitosis", "--encoder", at("clip"), "--from", "clip_txt",
+         ["retrieve", shared, "--query", "several tumour cells and a mitosis", "--encoder", at("clip"), "--from", "clip_txt",
           "--to", "dino_vit", "--out", at("words.html")], at("words.html"), [], None),
         ("15. Pictures from elsewhere", "Another tissue: other patients, slides and stains.",
          ["tissue", "--pictures", "40", "--out", at("elsewhere"), "--seed", str(seed + 1000)],
@@ -2983,7 +3242,7 @@ def demo_codes(at, quick, seed):
          ["extract", "--images", at("elsewhere", "tissue.npz"), "--weights", f"dino_vit={at('dino_vit')}", "--last", "1",
           "--out", at("elsewhere.npz")], at("elsewhere.npz"), [], None),
         ("15. Retrieval from elsewhere", "Thesis Tables A.11-A.17: captions for a picture that is not in the data set.",
-         ["retrieve", shared, "--features", at("elsewhere.npz"), "--query", "3", "--from", "dino_vit", "--to", "clip_txt",
+         ["retrieve", shared, "--features", at("elsewhere.npz"), "--sample", "3", "--from", "dino_vit", "--to", "clip_txt",
           "--out", at("retrieve_elsewhere.html")], at("retrieve_elsewhere.html"), [], None)]
 
 
@@ -3240,9 +3499,9 @@ def fidelity_verdict(at):
 
 def demo_files(out, seed):
     """Files that tie stages together: patients as bags and as slides; features with the disease as label."""
-    views = {views: data.read_arrays(out_path(out, name)) for views, name in (("", "feats.npz"), ("half_", "half.npz"))
-             if not views or os.path.exists(out_path(out, name))}
-    feats, made = views[""], data.read_arrays(out_path(out, "tissue/tissue.npz"))
+    views = {views: data.read_arrays(os.path.join(out, name)) for views, name in (("", "feats.npz"), ("half_", "half.npz"))
+             if not views or os.path.exists(os.path.join(out, name))}
+    feats, made = views[""], data.read_arrays(os.path.join(out, "tissue/tissue.npz"))
     order = np.argsort(made["groups"], kind="stable")
     _, first, count = np.unique(made["groups"], return_index=True, return_counts=True)
     y = made["disease"][first]
@@ -3253,16 +3512,16 @@ def demo_files(out, seed):
     for arch in ("vit", "vim"):
         for name, x in views.items():
             x = x[f"dino_{arch}"][order].astype(np.float32)
-            judge.write_npz(out_path(out, f"bags_{name}{arch}.npz"), {"X": x, **about})
+            judge.write_npz(os.path.join(out, f"bags_{name}{arch}.npz"), {"X": x, **about})
     demo_slides(out, feats["dino_vim"], made)
     keep = {k: v for k, v in feats.items() if k not in ("labels", "label_names", "boxes")}
-    judge.write_npz(out_path(out, "disease.npz"), {**keep, "labels": made["disease"], "label_names": made["disease_names"]})
+    judge.write_npz(os.path.join(out, "disease.npz"), {**keep, "labels": made["disease"], "label_names": made["disease_names"]})
 
 
 def demo_slides(out, x, made):
     """A patient's pictures in rows of four as a slide, and a file of their features beside it, in a folder of each disease."""
     for disease in made["disease_names"]:
-        fresh_folder(os.path.join(out, "slides", str(disease)), r"\d+\.(png|npz)")
+        os.makedirs(os.path.join(out, "slides", str(disease)), exist_ok=True)
     for group in np.unique(made["groups"]):
         rows = np.flatnonzero(made["groups"] == group)
         folder = os.path.join(out, "slides", str(made["disease_names"][made["disease"][rows[0]]]))
@@ -3272,12 +3531,13 @@ def demo_slides(out, x, made):
         slide = Image.new("RGB", (4 * side, places[-1][1] + side), "white")
         for tile, place in zip(tiles, places):
             slide.paste(tile, place)
-        judge.save_picture(out_path(folder, f"{group}.png"), slide)
-        judge.write_npz(out_path(folder, f"{group}.npz"), {
+        judge.save_picture(os.path.join(folder, f"{group}.png"), slide)
+        judge.write_npz(os.path.join(folder, f"{group}.npz"), {
             "dino_vim": x[rows], "images": np.array([f"{group}.png"] * len(rows)),
             "coords": np.array([(*place, side, side) for place in places])})
 
 
+@command("seed=0 seeds skip quick out=demo")
 def cmd_demo(flags):
     """The whole thesis on a laptop, on made-up tissue: every stage is a command of its own, and the end is one report."""
     out, seeds = os.path.normpath(flags.out), range(flags.seed, flags.seed + flags.seeds)
@@ -3352,7 +3612,7 @@ def read_text(path):
 def run_stage(argv, command, told):
     """Run one command; what it printed goes to the file `told`. One that was begun and stopped is resumed, if it can be."""
     begun, printed = f"{told}.begun", io.StringIO()
-    _, table, *_ = COMMANDS[argv[0]]
+    table = COMMANDS[argv[0]].flags
     again = ["--resume"] if "resume" in table and read_text(begun) == command else ["--overwrite"] * ("overwrite" in table)
     judge.write_text(begun, command)
     try:
@@ -3386,6 +3646,7 @@ def inlined(path):
 # Commands of the machine
 # ---------------------------------------------------------------------------------------------------------------------
 
+@command("json svg device", "what")
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
     for name in ("svg", "json"):
@@ -3425,158 +3686,73 @@ class Parser(argparse.ArgumentParser):
         fail(message + hint * (" - " not in message))
 
 
-COMMANDS = {}
-SEED = {"seed": TRAINING["seed"]}
-
-
-def command(name, run, groups, out=None, positional=(), extra=None, defaults=None):
-    """Enter a command in COMMANDS: the function, its flags (tables merged), its positional arguments, its own defaults."""
-    table = {k: v for group in groups for k, v in group.items()}
-    if out:
-        table["out"] = (out, str, "where to write")
-    table.update(extra or {})
-    COMMANDS[name] = (run, table, positional, defaults or {})
-
-
-command("sparc", cmd_sparc, (DATA, MODEL, TRAINING, NULL, RUN), "runs/sparc")
-STREAM = {"stream": (None, str, "the stream to use; needed when there are several")}
-command("sae", cmd_sae, (DATA, SAE, TRAINING, RUN), "runs/sae", extra=STREAM)
-command("variants", cmd_variants, (DATA, {k: v for k, v in SAE.items() if k not in ("activation", "revive", "preset")},
-                                   TRAINING, RUN), "runs/variants", extra=STREAM)
-command("eval", cmd_eval, (DATA, SEED, {k: RUN[k] for k in ("device", "eval-rows")}, BENCH), positional=("run",))
-command("encode", cmd_encode, (DATA, SEED, {"device": RUN["device"], "overwrite": RUN["overwrite"]}), "codes.npz",
-        positional=("run",),
-        extra={"mode": ("alone", ("joint", "alone"), "the given streams choose the latents together, or each its own")})
-command("ablate", cmd_ablate, (DATA, {k: v for k, v in MODEL.items() if k not in ("topk", "lam")}, TRAINING, NULL, RUN),
-        "runs/ablate")
-command("sweep", cmd_sweep, (DATA, {k: v for k, v in MODEL.items() if k != "topk"}, TRAINING, RUN), "runs/sweep",
-        extra={"over": (None, str, "setting and values: latents=256,512,1024, or k=, lam=, lr=; or sets of streams: "
-                        "streams=a+b,a+b+c")})
-ON_RUN = {**DATA, **STREAM, **SEED, "device": RUN["device"]}
-OUT = {"out": (None, str, "where to write; a folder inside the run by default")}
-command("latents", cmd_latents, (ON_RUN, OUT), positional=("run",), extra={
-    "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; its barcodes use 0.2)"),
-    "top": (10, whole(1), "reference samples of a latent"), "show": (24, whole(), "latents in the gallery"),
-    "weighted": (False, bool, "entropy of the reference samples weighted by activation, as CytoSAE's code has it"),
-    "between": (None, str, "two labels, separated by a comma: which latents tell their groups apart")})
-command("intervene", cmd_intervene, (ON_RUN, OUT), positional=("run",), extra={
-    "label": (None, str, "the label to look for, by name or number"),
-    "head": (None, str, ".npz with weight (d,) and bias () of a linear head on the mean of the tokens; else one is fitted"),
-    "rank": ("mean", ("mean", "difference", "boxes"), "which latents belong to the label: by its mean activation (the "
-             "paper's), by the difference to the other class, or by activity inside its boxes on training pictures (ours)"),
-    "percentile": (95., real(0., 100.), "of each heat map: what is at or above it counts as hot"),
-    "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
-    "connectivity": ("8", ("8", "4"), "hot pixels that touch at corners are one box, or not"),
-    "strict": (False, bool, "hot: above the percentile, not at it"),
-    "box-score": ("box", ("box", "hot"), "a box's score: mean activation in it, or of its hot pixels"),
-    "ap-points": (0, whole(0, 10 ** 5), "recalls at which precision is averaged, 11 or 101; 0 for the area under the whole curve"),
-    "other": (None, str, "features of the same samples by another backbone: are the class means further apart there?")})
-command("fidelity", cmd_fidelity, (ON_RUN, OUT, {"eval-rows": (2000, whole(0, 10 ** 9), "test samples whose neighbours are compared")}),
-        positional=("run",), extra={"label": (None, str, "tell this label from the rest; needed where several hold at once")})
-command("describe", cmd_describe, (ON_RUN, OUT), positional=("run",), extra={"top": (8, whole(1), "samples of each sort")})
-command("search", cmd_search, (ON_RUN,), positional=("run",), extra={
-    "names": (None, str, 'JSON of the latents\' names: {"17": "round nucleus"}'), "query": (None, str, "words"),
-    "embeddings": (None, str, ".npz with latents (n,), vectors (n, e) and query (e,) of any text model, instead of words"),
-    "label": (None, str, "label that the query asks for, to measure precision"), "top": (10, whole(1), "samples to show")})
-command("compare", cmd_compare, (ON_RUN, BENCH), positional=("run", "other"), extra={
-    "stream-b": (None, str, "the stream of the second run, if it has several"),
-    "sparc": (None, str, "a run of sparc on both streams, to set beside")})
-command("tissue", cmd_tissue, ({"overwrite": RUN["overwrite"]},), "tissue", extra={
-    "pictures": (4000, whole(8), "how many"), "size": (64, whole(1, 2048), "their side, pixels"), "seed": (0, whole(0, 2 ** 32 - 1), "of everything drawn")})
-command("clip", cmd_clip, (WINDOW, {k: RUN[k] for k in ("device", "overwrite")},), "runs/clip", extra={
-    "images": (None, str, ".npz with `images` and `captions`, as `tissue` writes it"),
-    "merges": (None, str, "CLIP's own merges file, bpe_simple_vocab_16e6.txt.gz; else words of the captions are the tokens"),
-    "weights": (None, str, "state_dict of a released CLIP with a ViT: nothing is trained, it becomes a run; needs --merges"),
-    "size": (64, whole(1, 2048), "side of the pictures"), "patch": (8, whole(1, 2048), "patch size"), "width": (96, whole(1, 10 ** 5), "of both transformers"),
-    "layers": (4, whole(1, 1000), "of both"), "joint": (64, whole(1, 10 ** 5), "width of the common space"),
-    "context": (32, whole(3, 10 ** 4), "longest text, tokens"), "epochs": (20, whole(1), "passes"), "batch": (128, whole(1), "pairs a step"),
-    "lr": (1e-3, real(TINY), "AdamW's"), "seed": (0, whole(0, 2 ** 32 - 1), "of weights and order")})
-command("attribute", cmd_attribute, (ON_RUN, WINDOW, OUT), positional=("run",), extra={
-    "images": (None, str, "what `tissue` wrote: pictures with `instances` and `boxes`"),
-    "weights": (None, str, "name=RUN of dino or clip, names as the run's streams have them"),
-    "start-layer": (0, whole(-1000, 1000), "first layer of the relevancy maps; -1 for the last alone"),
-    "latent": (None, str, "single latents to show, separated by commas; by default some of labels, alive in every stream"),
-    "least": (50, whole(), "training samples of a label that a latent is active in, to count as one of the concept's"),
-    "most": (400, whole(1), "test pictures")})
-command("retrieve", cmd_retrieve, (ON_RUN, OUT), positional=("run",), extra={
-    "query": (0, whole(0, 10 ** 9), "number of the test sample that asks"), "from": (None, str, "its stream; the first by default"),
-    "to": (None, str, "the stream to search; the last by default"), "text": (None, str, "words that ask instead"),
-    "features": (None, str, ".npy with one vector (d,) of the stream --from, that asks instead; or a feature file, whose row "
-                 "--query asks"),
-    "encoder": (None, str, "run of clip whose text encoder reads --text")})
-command("dino", cmd_dino, (DINO, WINDOW, {k: v for k, v in RUN.items() if k != "eval-rows"}),
-        "runs/dino")
-command("extract", cmd_extract, ({k: DINO[k] for k in ("images", "seed")}, WINDOW,
-                                {k: RUN[k] for k in ("device", "overwrite")}),
-        "feats.npz", extra={"weights": (None, str, "name=RUN of dino or clip, name=arch:FILE or name=arch:random; several, "
-                                        "separated by commas; name=lsa:N encodes captions by runs of up to N words"),
-                            "size": (0, whole(0, 2048), "side to judge at; 0 for the one trained at"),
-                            "standardise": (False, bool, "random weights start in the pictures' own units, as dino's may"),
-                            "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
-                            "tokens": (False, bool, "patch tokens (N, T, d), in half precision, instead of the class token"),
-                            "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out; always "
-                                      "so for clip, and where there are boxes")})
-command("probe", cmd_probe, (DATA, SEED, BENCH),
-        extra={"solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
-               "strength": (1., real(TINY), "lbfgs: C of the linear probe, larger is less regular"),
-               "only": (None, str, "labels to tell apart, or to find one by one where several hold at once, separated by "
-                        "commas; all by default")})
-command("tile", cmd_tile, (WINDOW, {"overwrite": RUN["overwrite"]},), "tiles", extra={
-    "images": (None, str, "a slide, or a folder of slides, perhaps in class and split folders"),
-    "voc": (None, str, "a Pascal VOC folder, whose annotated boxes are cut into pictures instead"),
-    "size": (None, whole(1, 8192), "side of a tile, pixels; 224 by default, 64 of --voc"),
-    "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
-    "threshold": (8, whole(0, 255), "saturation above which a pixel is tissue, 0..255"),
-    "otsu": (False, bool, "find the threshold by Otsu's method"),
-    "least": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels; CLAM: 1 for biopsies, 100 for resections"),
-    "rois": (None, str, "ASAP annotations (XML): label the tiles that lie in them by half")})
-command("mil", cmd_mil, (MIL, {k: RUN[k] for k in ("device", "overwrite")}), "runs/mil", extra={
-    "data": (None, str, "bags: an .npz with X, offsets, y and perhaps folds; or class folders of a feature file each"),
-    "stream": (None, str, "the stream of the feature files, when they have several")})
-command("finetune", cmd_finetune, (FINETUNE, WINDOW, {k: RUN[k] for k in ("device", "overwrite")}),
-        "runs/finetune")
-command("explain", cmd_explain, ({k: DINO[k] for k in ("images", "seed")}, WINDOW,
-                                {k: RUN[k] for k in ("device", "overwrite")}),
-        "runs/cam", positional=("what",), extra={
-            "weights": (None, str, "name=RUN of dino, name=FILE.pt of finetune, name=arch:FILE; several, separated by commas"),
-            "size": (0, whole(0, 2048), "side of the pictures; 0 for the one trained at"),
-            "most": (12, whole(1), "pictures, spread over the folder"),
-            "label": (-1, whole(-1), "output to explain: a class, or a feature where there is no head; -1 for the largest")})
-command("demo", cmd_demo, (), "demo", extra={
-    "seed": (0, whole(0, 2 ** 32 - 1), "of everything: pictures, weights, order"),
-    "seeds": (1, whole(1, 1000), "how often, from --seed on, to give means and deviations"),
-    "skip": (None, str, "numbers of chapters to leave out, separated by commas; name those that build on them, too"),
-    "quick": (False, bool, "a size at which only the mechanics count: minutes instead of half an hour")})
-command("bench", cmd_bench, (BENCH, SVG, {"device": RUN["device"]}), positional=("what",))
-
-
 def parse(argv):
-    """argv -> (command function, Flags). Only what the user typed comes out of argparse; defaults are added here."""
-    parser = Parser(prog="repsae", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subs = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=Parser)
-    for name, (run, table, positional, defaults) in COMMANDS.items():
-        sub = subs.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__)
-        for what in positional:
-            if what == "what":
-                choices = {"bench": ("all", "sparc", "rows", "scan", "backbones"), "explain": ("cam",)}[name]
-                sub.add_argument(what, nargs="?", choices=choices, default=choices[0])
-            else:
-                sub.add_argument(what, help="a run folder")
-        for flag, (default, kind, text) in table.items():
-            default = defaults.get(flag, default)
-            made_up = f"; made-up data: {PLANTED[flag]}" if flag in PLANTED and "taxonomy" in table else ""
-            note = f"(default: {default}{made_up})"
-            option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-                {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
-            sub.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=f"{text} {note}", **option)
+    """argv -> (command function, Flags). Only what was typed comes out of argparse, not defaults."""
+    parser = Parser(prog="repsae", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    subs = parser.add_subparsers(dest="command", metavar="command", required=True,
+                                 parser_class=Parser)
+    for name, each in COMMANDS.items():
+        add_command(subs, name, each)
     if any("\0" in word for word in argv or ()):
         fail("a NUL character on the command line - leave it out")
     given = vars(parser.parse_args(argv))
-    run, table, positional, defaults = COMMANDS[given["command"]]
-    values = {k.replace("-", "_"): defaults.get(k, v[0]) for k, v in table.items()}
+    each = COMMANDS[given["command"]]
+    given |= typed_settings(" ".join(given.pop("set", [])), each.flags)
+    values = {name.replace("-", "_"): default for name, default in each.flags.items()}
     flags = Flags({**values, **given})
     flags.given = frozenset(given) & frozenset(values)
-    return run, flags
+    for name in sorted(each.needed):
+        if not flags[name.replace("-", "_")] and not flags.get("resume"):
+            fail(f"--{name} is missing - see python repsae.py {flags.command} --help")
+    return each.run, flags
+
+
+def add_command(subs, name, each):
+    """A sub-command's parser, its help in groups."""
+    settings = [f"{flag}={default}  {SETTINGS[flag][2]}"
+                for flag, default in each.flags.items() if flag in SETTINGS]
+    sub = subs.add_parser(
+        name, help=each.run.__doc__.split("\n")[0], description=each.run.__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
+    for what in each.positional:
+        if what == "what":
+            sub.add_argument(what, nargs="?", choices=BENCHES, default="all")
+        else:
+            sub.add_argument(what, help="a run folder")
+    for title, table in GROUPS.items():
+        group = sub.add_argument_group(title)
+        names = [flag for flag in table if flag in each.flags or flag == "set" and settings]
+        for flag in names:
+            default, kind, text = each.flags.get(flag), *FLAGS[flag][1:]
+            note = " (needed)" if flag in each.needed else \
+                "" if default in (None, "auto") or kind is bool else f" (default: {default})"
+            option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
+                {"choices": kind, "metavar": "|".join(kind)} if isinstance(kind, tuple) else \
+                {"type": kind, "metavar": kind.__name__.split()[-1].upper(),
+                 **({"action": "append"} if flag == "set" else {})}
+            group.add_argument(f"--{flag}", default=argparse.SUPPRESS,
+                               help=text.replace("%", "%%") + note, **option)
+
+
+BENCHES = ("all", "sparc", "rows", "scan", "backbones")
+
+
+def typed_settings(text, known):
+    """--set "aux-k=32 clip=1" -> {"aux_k": 32, "clip": 1.}; fails on what the command does not have."""
+    found = {}
+    for word in text.split():
+        name, _, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name not in known or name not in SETTINGS:
+            mine = ", ".join(n for n in known if n in SETTINGS) or "none"
+            fail(f"--set {word}: no such setting - this command has {mine}")
+        try:
+            found[name.replace("-", "_")] = value_of(SETTINGS[name][1], value)
+        except argparse.ArgumentTypeError as e:
+            fail(f"--set {name}: {e}")
+    return found
 
 
 def check_device(flags):
@@ -3628,6 +3804,8 @@ def main(argv=None):
         if type(e).__name__ != "InputError":
             raise
         fail(e)
+    finally:
+        Run.release()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Sparse autoencoders: SPARC, which gives many models one shared sparse code, and the family for one model alone.
+"""Sparse autoencoders: SPARC, one sparse code shared by many models, and the family for one model.
 
-Read first   thesis 5.2 (Eq. 6-14) and A.1.2; the paper "SPARC" sections 3.2-3.3. Gao et al., "Scaling and
-             evaluating sparse autoencoders", for TopK and AuxK. For `SAE`: thesis 4.1 (Eq. 1-5).
-Read in      `dense_loss` (the equations as the thesis writes them), then `SPARC`, then the sparse products that
-this order   make it fast, then `SAE`, then `train_step` and `fit`.
+Read first   thesis 5.2 (Eq. 6-14) and A.1.2; the paper "SPARC" sections 3.2-3.3. For TopK and AuxK
+             Gao et al. 2024, "Scaling and evaluating sparse autoencoders"; for `SAE` thesis 4.1.
+Read in      `dense_loss` (the equations as the thesis writes them), then `SPARC`, then the sparse
+this order   products that make it fast, then `SAE`, then `train_step` and `fit`.
 
 Glossary     B batch . M streams . L latents . k latents kept per sample . d_s width of stream s
-             s, t     source and target stream
-             x^s      (B, d_s) features, normalised          h^s  (B, L) logits           thesis Eq. 6
-             z^s      (B, L) code, k-sparse, never stored dense: `Codes(indices (B, k), values (B, k))`
-             W_enc[s] (L, d_s)  encoder, W_E^s in the thesis      b_lat[s] (L,)   latent bias
-             W_dec[s] (L, d_s)  decoder; row j is the unit dictionary vector of latent j, so it is the thesis's W_D^s
-                      transposed                                  b_pre[s] (d_s,) pre-bias
-             lambda   weight of cross reconstruction, `lam`
-             joint    a code whose support was chosen from all given streams together (Eq. 7-8)
-             alone    a code whose support was chosen from its own stream only
+             s, t      source and target stream
+             x^s       (B, d_s) features, normalised         h^s  (B, L) logits       thesis Eq. 6
+             z^s       (B, L) code, k-sparse, never stored dense: `Codes(indices, values)`, (B, k)
+             W_enc[s]  (L, d_s) encoder, W_E^s in the thesis
+             W_dec[s]  (L, d_s) decoder; row j is the unit dictionary vector of latent j, so it is
+                       the thesis's W_D^s transposed
+             b_lat[s]  (L,) latent bias                      b_pre[s]  (d_s,) pre-bias
+             lambda    weight of cross reconstruction, `lam`
+             joint     a code whose support was chosen from all given streams together (Eq. 7-8)
+             alone     a code whose support was chosen from its own stream only
 
 Deviations   from the authors' code, where it differs from the papers or is wrong:
              the loss sums over streams as Eq. 14 does; theirs averages (`reduction="mean"`), so
@@ -39,19 +40,17 @@ Not here     learning-rate decay, mixed precision, several GPUs.
 This file needs nothing but torch: copy it alone into your project.
 
     model = SPARC({"clip": 512, "dino": 768}, n_latents=4096, k=32, topk="both", norm="l2")
-    def told(step, result):                                  # `fit` alone says nothing
-        if step % 500 == 0:
-            print(step, float(result["loss"]))
-    fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4, on_step=told)
     # next_batch() -> {"clip": (B, 512), "dino": (B, 768)}, any float type
-    codes = model.encode({"clip": x_clip}, mode="alone")                  # raw features in, {"clip": Codes} out
-    dino_hat = model.decode(codes["clip"], "dino")                        # Eq. 12: one model read from another
-    single = SAE({"clip": 512}, n_latents=4096, activation="relu", sparsity=0.05)           # thesis 4.1; fits, encodes alike
+    fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4,
+        on_step=lambda step, result: step % 500 or print(step, float(result["loss"])))
+    codes = model.encode({"clip": x_clip}, mode="alone")     # raw features in, {"clip": Codes} out
+    dino_hat = model.decode(codes["clip"], "dino")           # Eq. 12: one model read from another
+    single = SAE({"clip": 512}, n_latents=4096, activation="relu", sparsity=0.05)  # thesis 4.1
 """
 import os
 import warnings
 from functools import lru_cache, wraps
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,10 +59,10 @@ from torch.autograd.function import once_differentiable
 
 TOPK = ("global", "local", "both", "random")
 NORMS = ("l2", "standard", "standard,l2", "none")
-ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
 ERRORS = ("nmse", "sum", "mean")
 REVIVE = ("none", "auxk", "ghost", "resample")
 FIRES = 1e-3  # a latent fires above this share of the features' length (authors: auxk_threshold)
+FORMAT = "repsae-sparc-1"
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
@@ -71,11 +70,17 @@ class InputError(ValueError):
     """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
 
 
-class Codes(NamedTuple):
-    """A k-sparse code: `indices` (B, k) int64 in 0..L-1, distinct in a row, and `values` (B, k), never negative.
+def one_of(name, value, allowed):
+    """Raise InputError unless the setting `name` has one of the values allowed."""
+    if value not in allowed:
+        raise InputError(f"{name}={value!r} - use one of {', '.join(allowed)}")
 
-    A value may be 0: TopK chose the latent, ReLU silenced it (Eq. 9). Such a latent is not active.
-    Codes without a fixed k, of batches put together, are filled up with index -1, value 0.
+
+class Codes(NamedTuple):
+    """A k-sparse code: indices (B, k) int64 in 0..L-1, distinct in a row, and values (B, k) >= 0.
+
+    A value may be 0: TopK chose the latent, ReLU silenced it (Eq. 9); such a latent is not active.
+    Without a fixed k, codes of batches put together are filled up with index -1, value 0.
     """
     indices: torch.Tensor
     values: torch.Tensor
@@ -86,93 +91,102 @@ class Codes(NamedTuple):
         return dense.scatter_add(1, self.indices.clamp(min=0), self.values)      # adds 0 for -1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The equations, as the thesis writes them
-# ---------------------------------------------------------------------------------------------------------------------
+def joined(pieces):
+    """Codes of many batches, a list of dicts stream -> Codes, as one such dict, on the CPU. The
+    largest k is taken, and index -1 fills up: any real index would hide that latent's value."""
+    out = {}
+    for s in pieces[0]:
+        k = max(codes[s].indices.shape[1] for codes in pieces)
+        out[s] = Codes(*(torch.cat([F.pad(codes[s][i], (0, k - codes[s][i].shape[1]), value=fill)
+                                    for codes in pieces]).cpu() for i, fill in ((0, -1), (1, 0))))
+    return out
+
+
+# ---- The equations, as the thesis writes them ---------------------------------------------------
 
 def nmse(x, x_hat):
-    """Normalised mean squared error, thesis Eq. 13, averaged over samples. x, x_hat (B, d) -> scalar.
-
-    A sample of zeros has no scale to normalise by: it is left out of the mean (the authors' code gives inf).
-    """
+    """Normalised mean squared error, thesis Eq. 13, over the samples of x, x_hat (B, d). Those of
+    zeros have no scale to normalise by and are left out (the authors' code gives inf)."""
     return ((x - x_hat).square().sum(1) * _nmse_weight(x)).sum()
 
 
 def _nmse_weight(x):
-    """(B, d) -> (B,): 1 / ||x||^2 over the number of samples that are not all zero; 0 for those that are."""
+    """(B, d) -> (B,): 1 / ||x||^2 over the number of samples that are not all zero; 0 for those."""
     energy = x.square().sum(1)
-    return torch.where(energy > 0, 1 / energy.clamp_min(1e-30), 0) / (energy > 0).sum().clamp_min(1)
+    weight = torch.where(energy > 0, 1 / energy.clamp_min(1e-30), 0)
+    return weight / (energy > 0).sum().clamp_min(1)
 
 
 def dense_loss(model, x):
-    """SPARC's loss with dense codes and M^2 dense decoders: slow, and the text to read beside thesis 5.2.
+    """SPARC's loss with dense codes and M^2 dense decoders: slow, to be read beside thesis 5.2.
 
-    x: dict stream -> (B, d_s), raw. Returns the scalar of Eq. 14 (without AuxK). `SPARC.loss` computes the same number
-    and the same gradients; the tests hold it to that, and `bench` times it against this.
+    x: dict stream -> (B, d_s), raw. Returns the scalar of Eq. 14 (without AuxK). `SPARC.loss`
+    computes the same number and the same gradients; the tests hold it to that.
     """
     x = {s: model.normalise(x[s], s) for s in x}
-    h = {s: (x[s] - model.b_pre[s]) @ model.W_enc[s].T + model.b_lat[s] for s in x}         # Eq. 6, (B, L)
-    h_agg = sum(h.values())                                                                 # Eq. 7
-    deciders = {"global": [dict.fromkeys(x, h_agg)], "local": [h], "both": [dict.fromkeys(x, h_agg), h],
+    h = {s: (x[s] - model.b_pre[s]) @ model.W_enc[s].T + model.b_lat[s] for s in x}  # Eq. 6, (B, L)
+    h_agg = sum(h.values())                                                          # Eq. 7
+    together = dict.fromkeys(x, h_agg)
+    deciders = {"global": [together], "local": [h], "both": [together, h],
                 "random": [dict.fromkeys(x, h[model.drawn_stream()])]}[model.topk]
     total = 0.
     for decider in deciders:
         z = {}
         for s in x:
-            kept = decider[s].topk(model.k).indices                                         # Eq. 8, (B, k)
-            z[s] = torch.relu(h[s] * torch.zeros_like(h[s]).scatter(1, kept, 1.))           # Eq. 9, (B, L)
-        self_terms, cross_terms = [], []
+            kept = decider[s].topk(model.k).indices                                  # Eq. 8, (B, k)
+            on = torch.zeros_like(h[s]).scatter(1, kept, 1.)
+            z[s] = torch.relu(h[s] * on)                                             # Eq. 9, (B, L)
+        own, cross = [], []
         for s in x:
             for t in x:
                 if s != t and not model.lam:
                     continue
-                x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                              # Eq. 11 (s = t), Eq. 12
-                (self_terms if s == t else cross_terms).append(nmse(x[t], x_hat))           # Eq. 13
-        total = total + model.reduce(self_terms) + model.lam * model.reduce(cross_terms)    # Eq. 14
+                x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                       # Eq. 11, 12
+                (own if s == t else cross).append(nmse(x[t], x_hat))                 # Eq. 13
+        total = total + model.reduce(own) + model.lam * model.reduce(cross)          # Eq. 14
     return total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sparse products: after the k latents are chosen nothing may cost B*L*d
-# ---------------------------------------------------------------------------------------------------------------------
-# Three products are all there is, and they are each other's gradients. With S the (B, L) matrix that holds `values` at
-# `indices`:
+# ---- Sparse products: after the k latents are chosen nothing may cost B*L*d ---------------------
+# Three products are all there is, and they are each other's gradients. With S the (B, L) matrix
+# that holds `values` at `indices`:
 #     sample   values_bi = x_b . W[indices_bi]          k logits of a sample, of the L there are
 #     combine  out = S W                                a weighted sum of k dictionary rows
 #     scatter  out = S^T x                              the gradient of either with respect to W
-# On a CPU, CSR kernels do them fastest; `kernels="gather"` uses only indexing and batched products, for torch builds
-# without CSR kernels and for GPUs.
+# On a CPU, CSR kernels do them fastest; `kernels="gather"` uses only indexing and batched products,
+# for torch builds without CSR kernels and for GPUs.
 
 class Pattern:
-    """Where a batch of codes is non-zero: indices (B, k) of L latents, prepared for products by row and by column."""
+    """Where a batch of codes is non-zero: indices (B, k) of L latents, for products with S, S^T."""
 
     def __init__(self, indices, n_latents, kernels, spare=None):
         self.indices, self.n_latents, self.csr = indices, n_latents, kernels == "csr"
-        self.spare = {} if spare is None else spare          # (L, d) -> memory that a gradient may be written to
+        self.spare = {} if spare is None else spare          # (L, d) -> memory for such gradients
         self._columns = None
 
     def rows(self, values):
-        """S as a CSR matrix (B, L). int32 indices: MKL's own width, anything else is converted in each product."""
+        """S as a CSR matrix (B, L). Indices of int32: others MKL would convert in each product."""
         B, k = self.indices.shape
         starts = torch.arange(0, B * k + 1, k, dtype=torch.int32, device=values.device)
         return torch.sparse_csr_tensor(starts, self.indices.reshape(-1).int(), values.reshape(-1),
                                        (B, self.n_latents), check_invariants=False)
 
     def columns(self, values):
-        """S^T as a CSR matrix (L, B): explicit, because CSR^T @ dense is three times slower than CSR @ dense."""
+        """S^T as a CSR matrix (L, B): explicit, as CSR^T @ dense takes three times CSR @ dense."""
         B, k = self.indices.shape
         if self._columns is None:
             flat = self.indices.reshape(-1).int()
             order = flat.argsort(stable=True)
             starts = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=flat.device)
-            torch.cumsum(torch.bincount(flat, minlength=self.n_latents), 0, dtype=torch.int32, out=starts[1:])
+            counts = torch.bincount(flat, minlength=self.n_latents)
+            torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
             self._columns = starts, (order // k).int(), order
         starts, sample, order = self._columns
-        return torch.sparse_csr_tensor(starts, sample, values.reshape(-1)[order], (self.n_latents, B),
-                                       check_invariants=False)
+        return torch.sparse_csr_tensor(starts, sample, values.reshape(-1)[order],
+                                       (self.n_latents, B), check_invariants=False)
 
 
-def _sample(x, W, p):                                                                       # (B, d), (L, d) -> (B, k)
+def _sample(x, W, p):                                                  # (B, d), (L, d) -> (B, k)
     if p.csr:
         pattern = p.rows(x.new_zeros(p.indices.shape))
         return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0).values().view_as(p.indices)
@@ -180,77 +194,48 @@ def _sample(x, W, p):                                                           
 
 
 def _times(S, x, spare=()):
-    """CSR (m, n) @ dense (n, d). In place with beta=0, as `S @ x` first copies a matrix of zeros into its result."""
+    """CSR (m, n) @ dense (n, d). In place with beta=0: `S @ x` first copies zeros to its result."""
     out = spare.pop() if spare else x.new_empty(S.shape[0], x.shape[1])
     return out.addmm_(S, x, beta=0)
 
 
-def _combine(values, W, p):                                                                 # (B, k), (L, d) -> (B, d)
+def _combine(values, W, p):                                            # (B, k), (L, d) -> (B, d)
     if p.csr:
         return _times(p.rows(values), W)
     return torch.bmm(values.unsqueeze(1), W[p.indices]).squeeze(1)
 
 
-def _scatter(values, x, p):                                                                 # (B, k), (B, d) -> (L, d)
+def _scatter(values, x, p):                                            # (B, k), (B, d) -> (L, d)
     if p.csr:
         return _times(p.columns(values), x, p.spare.get((p.n_latents, x.shape[1])))
-    rows = (values.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1)                             # (B*k, d)
+    rows = (values.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1)        # (B*k, d)
     return x.new_zeros(p.n_latents, x.shape[1]).index_add_(0, p.indices.reshape(-1), rows)
 
 
-class _SampledLogits(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """`product` _sample of x (B, d), or _combine of values (B, k), with W (L, d)."""
     @staticmethod
-    def forward(ctx, x, W, pattern):
-        ctx.save_for_backward(x, W)
-        ctx.pattern = pattern
-        return _sample(x, W, pattern)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        x, W = ctx.saved_tensors
-        return (_combine(g, W, ctx.pattern) if ctx.needs_input_grad[0] else None,
-                _scatter(g, x, ctx.pattern) if ctx.needs_input_grad[1] else None, None)
-
-
-class _SparseDecode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, W, pattern):
-        ctx.save_for_backward(values, W)
-        ctx.pattern = pattern
-        return _combine(values, W, pattern)
+    def forward(ctx, a, W, pattern, product):
+        ctx.save_for_backward(a, W)
+        ctx.pattern, ctx.product = pattern, product
+        return product(a, W, pattern)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        values, W = ctx.saved_tensors
-        return (_sample(g, W, ctx.pattern) if ctx.needs_input_grad[0] else None,
-                _scatter(values, g, ctx.pattern) if ctx.needs_input_grad[1] else None, None)
-
-
-class _PickBias(torch.autograd.Function):
-    """b (L,) at indices (B, k). Its own Function because the gradient of indexing is a slow serial loop."""
-    @staticmethod
-    def forward(ctx, b, indices):
-        ctx.save_for_backward(indices)
-        ctx.n = len(b)
-        return b[indices]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        indices, = ctx.saved_tensors
-        return g.new_zeros(ctx.n).index_add_(0, indices.reshape(-1), g.reshape(-1)), None
+        a, W = ctx.saved_tensors
+        sampled = ctx.product is _sample
+        other, values, x = (_combine, g, a) if sampled else (_sample, a, g)
+        return (other(g, W, ctx.pattern) if ctx.needs_input_grad[0] else None,
+                _scatter(values, x, ctx.pattern) if ctx.needs_input_grad[1] else None, None, None)
 
 
 @lru_cache(None)
 def _has_csr():
     """Whether this torch build has the CSR kernels (builds without MKL may not)."""
     try:
-        p = Pattern(torch.tensor([[0, 1]]), 2, "csr")
-        W = torch.eye(2)
-        sampled, scattered = _sample(torch.ones(1, 2), W, p), _scatter(torch.ones(1, 2), torch.ones(1, 2), p)
-        return bool(_combine(sampled, scattered, p).sum() == 4)
+        p, W, x = Pattern(torch.tensor([[0, 1]]), 2, "csr"), torch.eye(2), torch.ones(1, 2)
+        return bool(_combine(_sample(x, W, p), _scatter(x, x, p), p).sum() == 4)
     except RuntimeError:
         return False
 
@@ -265,45 +250,48 @@ def _no_autocast(function):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The model ----------------------------------------------------------------------------------
 
 class SPARC(nn.Module):
-    """Sparse Autoencoders for Aligned Representation of Concepts (thesis 5.2). With one stream: a TopK autoencoder.
+    """Sparse Autoencoders for Aligned Representation of Concepts (thesis 5.2).
 
-    dims        dict stream -> d_s; its order is the order of every result. Names go into parameter names: no dots.
+    dims        dict stream -> d_s; its order is that of every result; of one stream: a TopK SAE
     n_latents   L          k   latents kept per sample, at most L
     topk        who chooses the k latents in training:
-                "global"  all streams together: TopK of the summed logits               (Eq. 7-9)
-                "local"   each stream for itself                                        (thesis 5.3.4)
-                "both"    one loss with the global and one with the local support, added; ours: a model trained on the
-                          joint support only is poor when it later sees one stream alone
-                "random"  one stream, drawn anew each step, for all (Universal SAE; sparc.txt section 1)
+                "global"  all streams together: TopK of the summed logits (Eq. 7-9)
+                "local"   each stream for itself (thesis 5.3.4)
+                "both"    the losses of both supports, added; ours: a model trained on the joint
+                          support only is poor when it later sees one stream alone
+                "random"  one stream, drawn anew each step, for all (Universal SAE; sparc.txt 1)
     lam         weight of cross reconstruction (Eq. 14)
-    reduction   "sum" as Eq. 14, or "mean" of each sum as the authors' code: lambda_paper = lambda_code / (M - 1)
-    norm        how raw features are normalised, one of NORMS: "l2" per sample (the authors' code; no paper says so),
-                "standard" per dimension with `stats`, "standard,l2" both in that order, "none"
+    reduction   "sum" as Eq. 14, or "mean" of each sum as the authors' code:
+                lambda_paper = lambda_code / (M - 1)
+    norm        how raw features are normalised, one of NORMS: "l2" per sample (the authors' code;
+                no paper says so), "standard" per dimension with `stats`, "standard,l2", "none"
     stats       dict stream -> (mean (d_s,), std (d_s,)) of the training samples, for "standard"
     aux_k, aux_coef, dead_after, reinit_after
-                AuxK (thesis A.1.2): a latent that has not fired for `dead_after` training steps is dead; the `aux_k`
-                best dead latents rebuild the residual, weighted `aux_coef`. One still dead `reinit_after` steps later
-                is drawn anew. (The authors' value of 0 for the latter leaves AuxK nothing to do.)
-    select      "fp32", or "bf16" to choose the support in bfloat16 while training: faster, now and then another latent
+                AuxK (thesis A.1.2): a latent that has not fired for `dead_after` training steps is
+                dead; the `aux_k` best dead latents rebuild the residual, weighted `aux_coef`. One
+                still dead `reinit_after` steps later is drawn anew. (The authors' value of 0 for
+                the latter leaves AuxK nothing to do.)
+    select      "fp32", or "bf16" to choose in bfloat16 while training: faster, nearly the same
     kernels     "auto", "csr" or "gather": see the sparse products above
     seed        of the initial weights and of every later draw
 
-    Parameters live in dicts by stream: W_enc, W_dec (L, d_s), b_pre (d_s,), b_lat (L,). Normalisation statistics, the
-    dead-latent counters and the step count are buffers, so one state_dict holds all that a run needs to go on.
-    Raises InputError for settings that cannot be.
+    Parameters live in dicts by stream: W_enc, W_dec (L, d_s), b_pre (d_s,), b_lat (L,). Statistics,
+    the dead-latent counters and the step count are buffers, so one state_dict holds all that a run
+    needs to go on. Raises InputError for what cannot be.
     """
+    activation, revive = "topk", "auxk"                      # `SAE` has others
 
-    def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2", stats=None, aux_k=64,
-                 aux_coef=1 / 32, dead_after=1000, reinit_after=1000, select="fp32", kernels="auto", seed=42):
+    def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2",
+                 stats=None, aux_k=64, aux_coef=1 / 32, dead_after=1000, reinit_after=1000,
+                 select="fp32", kernels="auto", seed=42):
         super().__init__()
-        self.config = dict(dims=dict(dims), n_latents=n_latents, k=k, topk=topk, lam=lam, reduction=reduction,
-                           norm=norm, aux_k=aux_k, aux_coef=aux_coef, dead_after=dead_after,
-                           reinit_after=reinit_after, select=select, kernels=kernels, seed=seed)
+        self.config = dict(dims=dict(dims), n_latents=n_latents, k=k, topk=topk, lam=lam,
+                           reduction=reduction, norm=norm, aux_k=aux_k, aux_coef=aux_coef,
+                           dead_after=dead_after, reinit_after=reinit_after, select=select,
+                           kernels=kernels, seed=seed)
         self._check()
         for name, value in self.config.items():
             setattr(self, name, value)
@@ -311,18 +299,19 @@ class SPARC(nn.Module):
         g = torch.Generator().manual_seed(seed)
         W = {s: (torch.rand(n_latents, d, generator=g) * 2 - 1) / d ** 0.5 for s, d in dims.items()}
         self.W_enc = nn.ParameterDict(W)
-        self.W_dec = nn.ParameterDict({s: F.normalize(w) for s, w in W.items()})            # tied at the start
+        self.W_dec = nn.ParameterDict({s: F.normalize(w) for s, w in W.items()})     # tied at first
         self.b_pre = nn.ParameterDict({s: torch.zeros(d) for s, d in dims.items()})
         self.b_lat = nn.ParameterDict({s: torch.zeros(n_latents) for s in dims})
         for s, d in dims.items():
-            mean, std = (torch.as_tensor(v, dtype=torch.float32) for v in
-                         (stats or {}).get(s, (torch.zeros(d), torch.ones(d))))
-            self.register_buffer(f"mean_{s}", mean.clone())
+            mean, std = (torch.as_tensor(v, dtype=torch.float32).clone()
+                         for v in (stats or {}).get(s, (torch.zeros(d), torch.ones(d))))
             # a dimension that is constant but for rounding is not blown up
-            self.register_buffer(f"std_{s}", torch.where(std > 1.2e-7 * mean.abs(), std, 1))
-            self.register_buffer(f"idle_{s}", torch.zeros(n_latents, dtype=torch.long))     # steps since it last fired
-        self._spare = {}                                     # gradient memory, handed from step to step: see `_recycle`
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))                     # training steps taken
+            std = torch.where(std > 1.2e-7 * mean.abs(), std, 1)
+            idle = torch.zeros(n_latents, dtype=torch.long)  # training steps since a latent fired
+            for name, value in (("mean", mean), ("std", std), ("idle", idle)):
+                self.register_buffer(f"{name}_{s}", value)
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))              # steps taken
+        self._spare = {}                                     # memory of gradients: see `_recycle`
 
     def _check(self):
         c = self.config
@@ -335,17 +324,16 @@ class SPARC(nn.Module):
             if d < 1:
                 raise InputError(f"stream '{s}' has width {d} - give it at least one column")
         if not 1 <= c["k"] <= c["n_latents"]:
-            raise InputError(f"k={c['k']} must lie in 1..latents={c['n_latents']} - lower k or raise latents")
+            raise InputError(f"k={c['k']} must lie in 1..latents={c['n_latents']} - "
+                             "lower k or raise latents")
         for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")),
                               ("select", ("fp32", "bf16")), ("kernels", ("auto", "csr", "gather"))):
-            if c[name] not in allowed:
-                raise InputError(f"{name}={c[name]!r} - use one of {', '.join(allowed)}")
+            one_of(name, c[name], allowed)
 
-    # -- features in --------------------------------------------------------------------------------------------------
+    # -- features in -----------------------------------------------------------------------------
 
     def normalise(self, x, stream):
-        """Raw features (B, d_s) of any type -> what the model sees, in the weights' type:
-        standardised and/or of unit length. Zero rows stay zero."""
+        """Raw features (B, d_s) of any type -> what the model sees, in the weights' type."""
         x = x.to(self.b_pre[stream].dtype)
         if "standard" in self.norm:
             x = (x - getattr(self, f"mean_{stream}")) / getattr(self, f"std_{stream}")
@@ -354,7 +342,7 @@ class SPARC(nn.Module):
         return x
 
     def dictionary(self, stream):
-        """The (L, d_s) dictionary in units of the raw features: what one unit of a latent adds to them."""
+        """The (L, d_s) dictionary in units of the raw features: what one unit of a latent adds."""
         W = self.W_dec[stream].detach()
         return W * getattr(self, f"std_{stream}") if "standard" in self.norm else W
 
@@ -368,53 +356,55 @@ class SPARC(nn.Module):
         return {self.streams[0]: x}
 
     def _features(self, x):
+        """Checked and normalised, in the model's order of streams, whatever order was given."""
         x = self._named(x)
+        if not x:
+            raise InputError("no streams given - give at least one of " + ", ".join(self.streams))
+        first = next(iter(x))
         for s, v in x.items():
             if s not in self.dims:
-                raise InputError(f"stream '{s}' is unknown to the model - it has {', '.join(self.streams)}")
+                raise InputError(f"stream '{s}' is unknown to the model - "
+                                 f"it has {', '.join(self.streams)}")
             if v.dim() != 2 or v.shape[1] != self.dims[s]:
-                raise InputError(f"stream '{s}' has shape {tuple(v.shape)} - the model wants (B, {self.dims[s]})")
-            first = next(iter(x))
+                raise InputError(f"stream '{s}' has shape {tuple(v.shape)} - "
+                                 f"the model wants (B, {self.dims[s]})")
             if len(v) != len(x[first]):
                 raise InputError(f"stream '{s}' has {len(v)} rows but '{first}' has "
                                  f"{len(x[first])} - rows must be the same samples")
-        if not x:
-            raise InputError("no streams given - give at least one of " + ", ".join(self.streams))
-        # one order, whatever was given
         return {s: self.normalise(x[s], s) for s in self.streams if s in x}
 
-    # -- choosing -----------------------------------------------------------------------------------------------------
-    # `c` is a dict of centred features x^s - b_pre^s, (B, d_s). Dense logits live only here, and without gradients.
+    # -- choosing --------------------------------------------------------------------------------
+    # `c` is a dict of centred features x^s - b_pre^s, (B, d_s). Dense logits live only here, and
+    # without gradients.
 
     def _logits(self, c, streams):
         """All L logits, Eq. 6, summed over `streams`, (B, L)."""
-        h = sum(self.b_lat[s] for s in streams)                                             # (L,)
+        h = sum(self.b_lat[s] for s in streams)                                      # (L,)
         for s in streams:
             if self.select == "bf16" and self.training:
                 h = (c[s].bfloat16() @ self.W_enc[s].bfloat16().T).float().add_(h)
-            else:
-                h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)  # Eq. 7, in place
+            else:                                                                    # Eq. 7
+                h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)
         return h
 
     @torch.no_grad()
     def _support(self, c, mode):
-        """Which k latents are kept, stream -> (B, k): chosen "joint"ly, "alone", or by the one stream named `mode`."""
+        """Kept latents, stream -> (B, k): chosen "joint"ly, "alone", or by the stream `mode`."""
         def top(streams):
-            return self._logits(c, streams).topk(self.k, sorted=False).indices              # Eq. 8
+            return self._logits(c, streams).topk(self.k, sorted=False).indices       # Eq. 8
         if mode == "alone":
             return {s: top([s]) for s in c}
         return dict.fromkeys(c, top(list(c) if mode == "joint" else [mode]))
 
     def drawn_stream(self):
-        """The stream that chooses for all in a step of topk="random": by seed and step alone, so resuming is exact."""
-        g = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
-        return self.streams[int(torch.randint(len(self.streams), (), generator=g))]
+        """The stream that chooses for all in this step of topk="random"."""
+        return self.streams[int(torch.randint(len(self.streams), (), generator=self._generator()))]
 
-    def _training_modes(self):
-        return {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"],
-                "random": [self.drawn_stream()]}[self.topk]
+    def _generator(self):
+        """Of what a step draws: by seed and step alone, so that resuming is exact."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
 
-    # -- encoding and decoding ----------------------------------------------------------------------------------------
+    # -- encoding and decoding -------------------------------------------------------------------
 
     def _pattern(self, indices):
         kernels = self.kernels
@@ -423,36 +413,41 @@ class SPARC(nn.Module):
         return Pattern(indices, self.n_latents, kernels, self._spare)
 
     def _codes(self, c, support):
-        """ReLU of the chosen logits, Eq. 9: dicts of c (B, d_s) and support (B, k) -> dict of Codes."""
+        """ReLU of the chosen logits, Eq. 9: c (B, d_s) and support (B, k) by stream -> Codes."""
         codes, pattern = {}, None
         for s, indices in support.items():
-            if pattern is None or pattern.indices is not indices:                           # one for all when joint
+            if pattern is None or pattern.indices is not indices:                    # one if joint
                 pattern = self._pattern(indices)
-            h = _SampledLogits.apply(c[s], self.W_enc[s], pattern) + _PickBias.apply(self.b_lat[s], indices)
+            # not b_lat[indices]: the gradient of indexing is a slow serial loop
+            bias = self.b_lat[s].index_select(0, indices.reshape(-1)).view_as(indices)
+            h = _Product.apply(c[s], self.W_enc[s], pattern, _sample) + bias
             codes[s] = Codes(indices, torch.relu(h))
         return codes
 
     @_no_autocast
     def encode(self, x, mode=None):
-        """Codes of raw features. x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample.
+        """Codes of raw features, differentiable in x and the weights: dict stream -> Codes.
 
-        mode: "joint", the given streams choose the support together; "alone", each chooses its own. By default the
-        way of training ("alone" for topk="local"). Returns dict stream -> Codes; differentiable in x and the weights.
+        x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample.
+        mode: "joint", the given streams choose the support together; "alone", each chooses its
+        own. By default the way of training ("alone" for topk="local").
         A model of one stream takes a bare tensor (B, d) too, and returns the bare Codes.
         """
         if isinstance(x, torch.Tensor):
             return self.encode(self._named(x), mode)[self.streams[0]]
         mode = mode or ("alone" if self.topk == "local" else "joint")
-        if mode not in ("joint", "alone"):
-            raise InputError(f"mode={mode!r} - use joint or alone")
-        c = {s: v - self.b_pre[s] for s, v in self._features(x).items()}
+        one_of("mode", mode, ("joint", "alone"))
+        return self._encode({s: v - self.b_pre[s] for s, v in self._features(x).items()}, mode)
+
+    def _encode(self, c, mode):
         return self._codes(c, self._support(c, mode))
 
     @_no_autocast
     def decode(self, codes, stream):
-        """Any stream's Codes -> (B, d) reconstruction of `stream`, in normalised units: D_t(z^s), Eq. 10-12."""
+        """Any stream's Codes -> (B, d) reconstruction of `stream`, in normalised units: D_t(z^s),
+        Eq. 10-12."""
         pattern, W = self._pattern(codes.indices.clamp(min=0)), self.W_dec[stream]
-        return _SparseDecode.apply(codes.values.to(W.dtype), W, pattern) + self.b_pre[stream]
+        return _Product.apply(codes.values.to(W.dtype), W, pattern, _combine) + self.b_pre[stream]
 
     def forward(self, x, mode=None):
         """x and mode as `encode` has them -> every given stream rebuilt from its own code, in
@@ -462,7 +457,7 @@ class SPARC(nn.Module):
             return self.decode(codes, self.streams[0])
         return {s: self.decode(code, s) for s, code in codes.items()}
 
-    # -- the loss -----------------------------------------------------------------------------------------------------
+    # -- the loss --------------------------------------------------------------------------------
 
     def reduce(self, terms):
         """Sum of a list of loss terms as Eq. 14 has it, or their mean as the authors' code does."""
@@ -470,47 +465,50 @@ class SPARC(nn.Module):
 
     @_no_autocast
     def loss(self, x):
-        """Eq. 14 plus AuxK for one batch of raw features, dict stream -> (B, d_s) of all streams.
+        """Eq. 14 plus AuxK for one batch of raw features of all streams, x as `encode` has it.
 
-        Of a model of one stream x may be the bare tensor.
-        Returns (total, parts): parts holds detached scalars `self` and `cross` (mean NMSE over streams and over ordered
-        pairs), `aux`, and `codes`, a list with one dict stream -> Codes for each support used.
+        Returns (total, parts): detached scalars `self` and `cross` (mean NMSE over streams and over
+        ordered pairs), `aux`, and `codes`: for each support used a dict stream -> Codes.
         """
         x = self._features(x)
         if len(x) < len(self.streams):
-            raise InputError("training needs every stream - missing " + ", ".join(set(self.streams) - set(x)))
+            missing = set(self.streams) - set(x)
+            raise InputError("training needs every stream - missing " + ", ".join(missing))
         c = {s: v - self.b_pre[s] for s, v in x.items()}
-        weight = {s: _nmse_weight(v) for s, v in x.items()}                                 # (B,)
-        total, parts = 0., {"self": [], "cross": [], "aux": [], "codes": []}
-        for mode in self._training_modes():
+        weight = {s: _nmse_weight(v) for s, v in x.items()}                          # (B,)
+        modes = {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"],
+                 "random": [self.drawn_stream()]}[self.topk]
+        total, terms, used = 0., {"self": [], "cross": [], "aux": []}, []
+        for mode in modes:
             codes = self._codes(c, self._support(c, mode))
             own, cross, aux = self._terms(c, weight, codes)
-            total = total + self.reduce(own) + self.lam * self.reduce(cross) + self.aux_coef * self.reduce(aux)
-            for name, terms in (("self", own), ("cross", cross), ("aux", aux)):
-                parts[name] += [v.detach() for v in terms]
-            parts["codes"].append(codes)
-        for name in ("self", "cross", "aux"):
-            parts[name] = torch.stack(parts[name]).mean() if parts[name] else torch.zeros(())
-        return total, parts
+            total = total + self.reduce(own) + self.lam * self.reduce(cross)         # Eq. 14
+            total = total + self.aux_coef * self.reduce(aux)
+            for name, new in (("self", own), ("cross", cross), ("aux", aux)):
+                terms[name] += [v.detach() for v in new]
+            used.append(codes)
+        means = {name: torch.stack(v).mean() if v else torch.zeros(()) for name, v in terms.items()}
+        return total, {**means, "codes": used}
 
     def _terms(self, c, weight, codes):
-        """NMSE of every reconstruction and AuxK of every stream, as lists: own (M), cross (M*(M-1)), aux.
+        """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M*(M-1)), aux.
 
-        x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources go through one product,
-        the codes of one sample in neighbouring rows: their supports overlap, and the dictionary rows that one needs are
-        still in the cache when the next does. That is twice as fast as one stream after the other.
+        x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources go
+        through one product, the codes of one sample in neighbouring rows: their supports overlap,
+        and the dictionary rows that one needs are still in the cache when the next does. It halves
+        the time.
         """
-        own, cross, aux = [], [], []
-        pattern = None
+        own, cross, aux, pattern = [], [], [], None
         for t in c:
             sources = list(c) if self.lam else [t]
             if pattern is None or not self.lam:
-                indices, values = (torch.stack([codes[s][i] for s in sources], 1).flatten(0, 1) for i in (0, 1))
-                pattern = self._pattern(indices)                                            # (B*M, k)
-            y = _SparseDecode.apply(values, self.W_dec[t], pattern).unflatten(0, (-1, len(sources)))
-            e = y - c[t].unsqueeze(1)                                                       # (B, M, d_t), x_hat - x
+                indices, values = (torch.stack([codes[s][i] for s in sources], 1).flatten(0, 1)
+                                   for i in (0, 1))
+                pattern = self._pattern(indices)                                     # (B*M, k)
+            y = _Product.apply(values, self.W_dec[t], pattern, _combine)
+            e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)               # (B, M, d_t)
             energy = torch.linalg.vector_norm(e, dim=2).square()
-            for s, term in zip(sources, weight[t] @ energy):                                # Eq. 13
+            for s, term in zip(sources, weight[t] @ energy):                         # Eq. 13
                 (own if s == t else cross).append(term)
             if self.aux_coef and self.dead(t).any():
                 aux.append(self._auxk(c[t].detach(), -e[:, sources.index(t)].detach(), t))
@@ -521,169 +519,56 @@ class SPARC(nn.Module):
         return getattr(self, f"idle_{stream}") >= self.dead_after
 
     def _auxk(self, c, e, stream):
-        """AuxK (Gao et al.): the residual e = x - x_hat (B, d), rebuilt by the best dead latents, over its energy.
+        """AuxK (Gao et al.): how the best dead latents rebuild e = x - x_hat (B, d).
 
-        c, e detached: gradient reaches the dead latents' rows and biases only. (The authors' code adds b_pre to both
-        sides and masks with 0 instead of -inf, so it pulls at the bias, and is about 1 when nothing is dead.)
+        c, e detached: gradient reaches the dead latents' rows and biases only. (The authors' code
+        adds b_pre to both sides and masks with 0 instead of -inf, so it pulls at the bias, and is
+        about 1 when nothing is dead.)
         """
         dead = self.dead(stream).nonzero().squeeze(1)
         with torch.no_grad():
-            h = c @ self.W_enc[stream][dead].T + self.b_lat[stream][dead]                   # (B, number of dead)
+            h = c @ self.W_enc[stream][dead].T + self.b_lat[stream][dead]            # (B, n dead)
             indices = dead[h.topk(min(self.aux_k, len(dead)), sorted=False).indices]
         z = self._codes({stream: c}, {stream: indices})[stream].values
-        e_hat = _SparseDecode.apply(z, self.W_dec[stream], self._pattern(indices))          # thesis A.1.2, no bias
+        # thesis A.1.2: without a bias
+        e_hat = _Product.apply(z, self.W_dec[stream], self._pattern(indices), _combine)
         return (e - e_hat).square().sum() / e.square().sum().clamp_min(1e-30)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One stream: the family of sparse autoencoders
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- One stream: the family of sparse autoencoders ----------------------------------------------
+# An activation is a function (model, logits h (B, L), batch) -> (code z (B, L), penalty): what it
+# keeps of the logits. With `batch` it may choose among the whole batch, as batchtopk does to train.
 
-class SAE(SPARC):
-    """A sparse autoencoder of one stream, x_hat = W_d z + b_pre with z = f(W_e (x - b_pre) + b_lat): thesis Eq. 1-4.
+def _relu(model, h, batch):
+    z = torch.relu(h)
+    return z, z.sum(1).mean()                                # the L1 norm: z is not negative
 
-    dims        {stream: d}                  n_latents   L
-    activation  f.  "relu"       sparse by the penalty: thesis Eq. 5, Mammo-SAE Eq. 1, CytoSAE Eq. 2
-                    "topk"       the k largest logits of a sample (Gao et al. 2024); no penalty
-                    "batchtopk"  the B*k largest logits of a batch (Bussmann et al. 2024); afterwards every logit above a
-                                 threshold, the mean over steps of the smallest value that was kept
-                    "jumprelu"   logits above a threshold learned for each latent (Rajamanoharan et al. 2024)
-    k           latents kept per sample (topk), on average (batchtopk)
-    sparsity    lambda: weight of the mean over samples of ||z||_1 (relu) or of ||z||_0 (jumprelu)
-    error       "sum"   ||x - x_hat||^2, averaged over samples: thesis Eq. 5, as in all papers
-                "mean"  the same over d, as Mammo-SAE's and CytoSAE's code: lambda_paper = d * lambda_code
-                "nmse"  each sample's over ||x||^2: thesis Eq. 13
-    revive      what is done about dead latents, silent for `dead_after` training steps
-                "auxk"      they rebuild the residual (see SPARC)
-                "ghost"     they are trained as if exp(logit) were their activation (CytoSAE section 2): see `ghost_error`
-                "resample"  they become samples that are badly rebuilt (Bricken et al. 2023): see `_resample`
-    start       (d,) first value of b_pre, in normalised units: zeros, or a mean, or a `geometric_median`
-    bandwidth   epsilon of the straight-through gradients of the JumpReLU threshold; it starts at `threshold`
-    The others, and the parameters' names, are SPARC's. Raises InputError for settings that cannot be.
-    """
 
-    def __init__(self, dims, n_latents, activation="topk", k=64, sparsity=0., error="nmse", revive="auxk", norm="l2",
-                 stats=None, start=None, aux_k=64, aux_coef=1 / 32, dead_after=1000, reinit_after=1000, bandwidth=0.05,
-                 threshold=0.05, select="fp32", kernels="auto", seed=42):
-        for name, value, allowed in (("activation", activation, ACTIVATIONS), ("error", error, ERRORS),
-                                     ("revive", revive, REVIVE)):
-            if value not in allowed:
-                raise InputError(f"{name}={value!r} - use one of {', '.join(allowed)}")
-        if len(dims) != 1:
-            raise InputError(f"SAE takes one stream, not {len(dims)} - use SPARC for several")
-        if not (sparsity >= 0 and bandwidth > 0 and threshold > 0):
-            raise InputError(f"sparsity={sparsity}, bandwidth={bandwidth}, threshold={threshold} - give numbers above 0, or "
-                             "sparsity 0")
-        k = k if "topk" in activation else min(k, n_latents)
-        super().__init__(dims, n_latents, k, "local", 0., "sum", norm, stats, aux_k, aux_coef, dead_after, reinit_after,
-                         select, kernels, seed)
-        own = dict(activation=activation, sparsity=sparsity, error=error, revive=revive, bandwidth=bandwidth,
-                   threshold=threshold)
-        for name in ("topk", "lam", "reduction"):
-            del self.config[name]
-        self.config.update(own)
-        for name, value in own.items():
-            if name != "threshold":
-                setattr(self, name, value)
-        self.stream = self.streams[0]
-        if start is not None:
-            self.b_pre[self.stream].data.copy_(start)
-        if activation == "jumprelu":
-            self.log_threshold = nn.Parameter(torch.full((n_latents,), float(threshold)).log())
-        self.register_buffer("kept_above", torch.tensor(float("nan")))                      # batchtopk's threshold, unset
+def _batchtopk(model, h, batch):
+    if batch:
+        kept = h.detach().flatten().topk(len(h) * model.k, sorted=False).indices
+        on = torch.zeros(h.numel(), dtype=torch.bool, device=h.device)
+        z = torch.relu(h) * on.index_fill_(0, kept, True).view_as(h)
+        model.learn_threshold(z.detach())
+    elif model.kept_above.isnan():
+        raise InputError("the threshold of batchtopk is not set - "
+                         "train for a step at least before encoding")
+    else:
+        z = torch.relu(h) * (h > model.kept_above)
+    return z, h.new_zeros(())
 
-    def logits(self, c):
-        """(B, d) centred features -> (B, L), thesis Eq. 2 before its ReLU."""
-        return torch.addmm(self.b_lat[self.stream], c, self.W_enc[self.stream].T)
 
-    def activate(self, h, batch=False):
-        """Logits (B, L) -> (code z (B, L), penalty). batch=True: choose among the whole batch, as batchtopk trains."""
-        if self.activation == "relu":
-            z = torch.relu(h)
-            return z, z.sum(1).mean()
-        if self.activation == "jumprelu":
-            theta = self.log_threshold.exp()
-            on = _Step.apply(h, theta, self.bandwidth)
-            # the gradients of on arrive at theta as those of z = h 1[h > theta] do: -theta/epsilon near the threshold
-            return h * on.detach() + theta.detach() * (on - on.detach()), on.sum(1).mean()
-        if batch:
-            kept = h.detach().flatten().topk(len(h) * self.k, sorted=False).indices
-            on = torch.zeros(h.numel(), dtype=torch.bool, device=h.device).index_fill_(0, kept, True).view_as(h)
-        else:
-            if self.kept_above.isnan():
-                raise InputError("the threshold of batchtopk is not set - train for a step at least before encoding")
-            on = h > self.kept_above
-        return torch.relu(h) * on, h.new_zeros(())
-
-    @_no_autocast
-    def encode(self, x, mode=None):
-        """Raw features {stream: (B, d)} -> {stream: Codes}, of the width of the sample with most active latents.
-
-        A bare tensor (B, d) gives bare Codes.
-        mode is there for the likeness with SPARC and changes nothing: a single stream is always alone.
-        """
-        if isinstance(x, torch.Tensor):
-            return self.encode(self._named(x))[self.stream]
-        if self.activation == "topk":
-            return super().encode(x, "alone")
-        c = self._features(x)[self.stream] - self.b_pre[self.stream]
-        z, _ = self.activate(self.logits(c))
-        width = max(1, int((z > 0).sum(1).max())) if len(z) else 1
-        values, indices = z.topk(width, sorted=False)
-        return {self.stream: Codes(indices, values)}
-
-    def decode(self, codes, stream=None):
-        """Codes -> (B, d) reconstruction in normalised units, thesis Eq. 3-4."""
-        return super().decode(codes, stream or self.stream)
-
-    @_no_autocast
-    def loss(self, x):
-        """Thesis Eq. 5, or its relatives, for a batch of raw features, {stream: (B, d)} or (B, d).
-
-        Returns (total, parts): detached scalars `self` (the error), `sparsity` (the penalty before its weight), `aux` (what
-        revives the dead), `cross` (0), and `codes` as SPARC has them.
-        """
-        s = self.stream
-        v = self._features(x)[s]
-        c = v - self.b_pre[s]
-        if self.activation == "topk":
-            codes = self._codes({s: c}, self._support({s: c}, "alone"))[s]
-            y, penalty = _SparseDecode.apply(codes.values, self.W_dec[s], self._pattern(codes.indices)), c.new_zeros(())
-        else:
-            z, penalty = self.activate(self.logits(c), batch=self.training)
-            y = z @ self.W_dec[s]
-            codes = Codes(torch.arange(self.n_latents, device=z.device).expand_as(z), z)
-        weight = {"nmse": _nmse_weight, "sum": lambda v: v.new_full((len(v),), 1 / len(v)),
-                  "mean": lambda v: v.new_full((len(v),), 1 / v.numel())}[self.error](v)    # (B,)
-        error = (y - c).square() * weight.unsqueeze(1)                                      # (B, d), sums to the mean error
-        aux = self._revival(c, (c - y).detach(), error.detach())
-        if self.training and self.activation == "batchtopk":
-            self._learn_threshold(codes.values.detach())
-        parts = {"self": error.sum(), "sparsity": penalty, "aux": aux, "cross": c.new_zeros(())}
-        total = parts["self"] + self.sparsity * penalty + (self.aux_coef if self.revive == "auxk" else 1) * aux
-        return total, {**{name: part.detach() for name, part in parts.items()}, "codes": [{s: codes}]}
-
-    def _revival(self, c, residual, error):
-        """The term of the loss that dead latents get, not yet weighted; 0 when there are none."""
-        dead = self.dead(self.stream)
-        if not dead.any() or self.revive not in ("auxk", "ghost") or self.revive == "auxk" and not self.aux_coef:
-            return c.new_zeros(())
-        if self.revive == "auxk":
-            return self._auxk(c.detach(), residual, self.stream)
-        h = torch.addmm(self.b_lat[self.stream][dead], c, self.W_enc[self.stream][dead].T)
-        return ghost_error(residual, h, self.W_dec[self.stream][dead], error).sum()
-
-    @torch.no_grad()
-    def _learn_threshold(self, z, rate=0.01):
-        """Running mean over steps of the smallest positive value that was kept (Bussmann et al.; the first step sets it)."""
-        least = torch.where(z > 0, z, torch.inf).min()
-        if least.isfinite():
-            self.kept_above.copy_(least if self.kept_above.isnan() else self.kept_above.lerp(least, rate))
+def _jumprelu(model, h, batch):
+    theta = model.log_threshold.exp()
+    on = _Step.apply(h, theta, model.bandwidth)
+    # the gradients of `on` reach theta as those of z = h 1[h > theta] do: -theta/epsilon near it
+    return h * on.detach() + theta.detach() * (on - on.detach()), on.sum(1).mean()
 
 
 class _Step(torch.autograd.Function):
-    """1[h > theta] for h (B, L), theta (L,), with the gradient at theta of Rajamanoharan et al. (2024): -1/epsilon for logits
-    within epsilon/2 of the threshold, whose mean over samples estimates minus their density there. None reaches h."""
+    """1[h > theta] for h (B, L), theta (L,), with the gradient of Rajamanoharan et al. (2024) at
+    theta: -1/epsilon for logits within epsilon/2 of it, whose mean over samples estimates minus
+    their density there. None reaches h."""
     @staticmethod
     def forward(ctx, h, theta, epsilon):
         ctx.save_for_backward(h, theta)
@@ -698,34 +583,176 @@ class _Step(torch.autograd.Function):
         return None, -(g * near).sum(0) / ctx.epsilon, None
 
 
-def ghost_error(residual, h, W, error):
-    """What dead latents would rebuild of the residual, were exp(h) their activation (ghost gradients, CytoSAE's code).
+class Activation(NamedTuple):
+    """An activation (None: TopK, sparse throughout) and the settings that suit features of length
+    1; sparsity 0 if it has no penalty."""
+    code: Callable
+    error: str
+    revive: str
+    sparsity: float
 
-    residual (B, d) = x - x_hat, error (B, d) of the reconstruction, both without gradient; h (B, D) logits of the D dead
-    latents, W (D, d) their dictionary rows. Returns (B, d): it has `error`'s value, and gradients to h and W alone.
+
+ACTIVATIONS = {                                              # a new one needs a line here, no more
+    "relu": Activation(_relu, "sum", "resample", 0.1),
+    "topk": Activation(None, "nmse", "auxk", 0.),
+    "batchtopk": Activation(_batchtopk, "nmse", "auxk", 0.),
+    "jumprelu": Activation(_jumprelu, "sum", "resample", 0.01),
+}
+
+
+class SAE(SPARC):
+    """One stream: x_hat = W_d z + b_pre, z = f(W_e (x - b_pre) + b_lat), thesis Eq. 1-4.
+
+    dims        {stream: d}                  n_latents   L
+    activation  f.  "relu"       sparse by the penalty: thesis Eq. 5, Mammo-SAE Eq. 1, CytoSAE Eq. 2
+                    "topk"       the k largest logits of a sample (Gao et al. 2024); no penalty
+                    "batchtopk"  the B*k largest logits of a batch (Bussmann et al. 2024); later
+                                 all above the mean over steps of the smallest value kept
+                    "jumprelu"   those above a learned threshold (Rajamanoharan et al. 2024)
+    k           latents kept per sample (topk), on average (batchtopk)
+    sparsity    lambda: weight of the mean over samples of ||z||_1 (relu) or of ||z||_0 (jumprelu)
+    error       "sum"   ||x - x_hat||^2, averaged over samples: thesis Eq. 5, as in all papers
+                "mean"  that over d, as Mammo-SAE's, CytoSAE's code: lambda_paper = d lambda_code
+                "nmse"  each sample's over ||x||^2: thesis Eq. 13
+    revive      what is done about dead latents, silent for `dead_after` training steps
+                "auxk"      they rebuild the residual (see SPARC)
+                "ghost"     exp(logit) counts as their activation (CytoSAE 2), see `ghost_error`
+                "resample"  they become badly rebuilt samples (Bricken et al. 2023), see `_resample`
+    bandwidth   epsilon of the gradients of the JumpReLU threshold; it starts at `threshold`
+    The others, and the parameters' names, are SPARC's. Raises InputError for what cannot be.
     """
-    excess = (h.detach().amax(-1, keepdim=True) - 20).clamp(min=0)                          # only the direction counts, and
-    ghost = (h - excess).exp() @ W                                                          # exp must not overflow
+
+    def __init__(self, dims, n_latents, activation="topk", k=64, sparsity=0., error="nmse",
+                 revive="auxk", bandwidth=0.05, threshold=0.05, **shared):
+        one_of("activation", activation, ACTIVATIONS)
+        one_of("error", error, ERRORS)
+        one_of("revive", revive, REVIVE)
+        if len(dims) != 1:
+            raise InputError(f"SAE takes one stream, not {len(dims)} - use SPARC for several")
+        if not (sparsity >= 0 and bandwidth > 0 and threshold > 0):
+            raise InputError(f"sparsity={sparsity}, bandwidth={bandwidth}, threshold={threshold} - "
+                             "give numbers above 0, or sparsity 0")
+        k = k if "topk" in activation else min(k, n_latents)
+        super().__init__(dims, n_latents, k, "local", 0., **shared)
+        for name in ("topk", "lam", "reduction"):
+            del self.config[name]
+        self.config |= dict(activation=activation, sparsity=sparsity, error=error, revive=revive,
+                            bandwidth=bandwidth, threshold=threshold)
+        self.activation, self.sparsity, self.error = activation, sparsity, error
+        self.revive, self.bandwidth, self.stream = revive, bandwidth, self.streams[0]
+        if activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.full((n_latents,), float(threshold)).log())
+        self.register_buffer("kept_above", torch.tensor(float("nan")))   # batchtopk's threshold
+
+    @torch.no_grad()
+    def start_bias(self, x, how):
+        """Begin b_pre at the "mean" or the geometric "median" of raw samples x (n, d)."""
+        v = self.normalise(x, self.stream)
+        self.b_pre[self.stream].copy_(geometric_median(v) if how == "median" else v.mean(0))
+
+    def logits(self, c):
+        """(B, d) centred features -> (B, L), thesis Eq. 2 before its ReLU."""
+        return torch.addmm(self.b_lat[self.stream], c, self.W_enc[self.stream].T)
+
+    def activate(self, h, batch=False):
+        """Logits (B, L) -> (code z (B, L), penalty), of activations other than topk."""
+        return ACTIVATIONS[self.activation].code(self, h, batch)
+
+    def _encode(self, c, mode):
+        """Codes as wide as the sample with most active latents; a single stream is always alone."""
+        if self.activation == "topk":
+            return super()._encode(c, mode)
+        z, _ = self.activate(self.logits(c[self.stream]))
+        width = max(1, int((z > 0).sum(1).max())) if len(z) else 1
+        values, indices = z.topk(width, sorted=False)
+        return {self.stream: Codes(indices, values)}
+
+    def decode(self, codes, stream=None):
+        """Codes -> (B, d) reconstruction in normalised units, thesis Eq. 3-4."""
+        return super().decode(codes, stream or self.stream)
+
+    @_no_autocast
+    def loss(self, x):
+        """Thesis Eq. 5, or its relatives, for a batch of raw features.
+
+        Returns (total, parts): detached scalars `self` (the error), `sparsity` (the penalty before
+        its weight), `aux` (what revives the dead), `cross` (0), and `codes` as SPARC has them.
+        """
+        s = self.stream
+        v = self._features(x)[s]
+        c = v - self.b_pre[s]
+        if self.activation == "topk":
+            codes, penalty = self._codes({s: c}, self._support({s: c}, "alone"))[s], c.new_zeros(())
+            y = _Product.apply(codes.values, self.W_dec[s], self._pattern(codes.indices), _combine)
+        else:
+            z, penalty = self.activate(self.logits(c), batch=self.training)
+            y = z @ self.W_dec[s]
+            codes = Codes(torch.arange(self.n_latents, device=z.device).expand_as(z), z)
+        error = (y - c).square() * self._error_weight(v).unsqueeze(1)    # (B, d), sums to the mean
+        aux = self._revival(c, (c - y).detach(), error.detach())
+        parts = {"self": error.sum(), "sparsity": penalty, "aux": aux, "cross": c.new_zeros(())}
+        aux_coef = self.aux_coef if self.revive == "auxk" else 1
+        total = parts["self"] + self.sparsity * penalty + aux_coef * aux
+        return total, {**{name: v.detach() for name, v in parts.items()}, "codes": [{s: codes}]}
+
+    def _error_weight(self, x):
+        """(B, d) -> (B,): what the squared error of each sample counts, see `error`."""
+        if self.error == "nmse":
+            return _nmse_weight(x)
+        return x.new_full((len(x),), 1 / (len(x) if self.error == "sum" else x.numel()))
+
+    def _revival(self, c, residual, error):
+        """The term of the loss that dead latents get, not yet weighted; 0 when there are none."""
+        dead = self.dead(self.stream)
+        if dead.any() and self.revive == "auxk" and self.aux_coef:
+            return self._auxk(c.detach(), residual, self.stream)
+        if dead.any() and self.revive == "ghost":
+            h = torch.addmm(self.b_lat[self.stream][dead], c, self.W_enc[self.stream][dead].T)
+            return ghost_error(residual, h, self.W_dec[self.stream][dead], error).sum()
+        return c.new_zeros(())
+
+    @torch.no_grad()
+    def learn_threshold(self, z, rate=0.01):
+        """Running mean over steps of the least positive value of z; the first step sets it."""
+        least = torch.where(z > 0, z, torch.inf).min()
+        if least.isfinite():
+            old = self.kept_above
+            old.copy_(least if old.isnan() else old.lerp(least, rate))
+
+
+def ghost_error(residual, h, W, error):
+    """Ghost gradients (CytoSAE's code): how the dead would rebuild the residual, were exp(h) their
+    activation.
+
+    residual (B, d) = x - x_hat and error (B, d) of the reconstruction, without gradient; h (B, D)
+    logits and W (D, d) dictionary rows of the D dead latents. Returns (B, d): `error`'s value, and
+    gradients to h and W alone.
+    """
+    # only the direction counts, and exp must not overflow
+    excess = (h.detach().amax(-1, keepdim=True) - 20).clamp(min=0)
+    ghost = (h - excess).exp() @ W
     length = residual.norm(dim=-1, keepdim=True)
-    ghost = ghost * (length / (1e-6 + 2 * ghost.norm(dim=-1, keepdim=True))).detach()       # half as long as the residual
+    # half as long as the residual
+    ghost = ghost * (length / (1e-6 + 2 * ghost.norm(dim=-1, keepdim=True))).detach()
     e = (ghost - residual).square() / length.clamp_min(1e-30)
     return e * (error / (e + 1e-6)).detach()
 
 
 def geometric_median(x, iterations=1000, tolerance=1e-9):
-    """The point with the least sum of distances to the rows of x (n, d), by Weiszfeld's iteration: (d,).
+    """The point (d,) with the least sum of distances to the rows of x (n, d), by Weiszfeld's
+    iteration.
 
-    A row that the iteration comes to lie on would divide by 0 or hold it there for ever; the step of Vardi and Zhang (2000)
-    leaves it, unless it is the median.
+    A row that the iteration comes to lie on would divide by 0 or hold it there for ever; the step
+    of Vardi and Zhang (2000) leaves it, unless it is the median.
     """
     x = x.double()
     y = x.mean(0)
     for _ in range(iterations):
         distance = (x - y).norm(dim=1)
         here = distance <= 1e-12 * distance.max()
-        weight = torch.where(here, 0, 1 / distance.clamp_min(1e-300))
         if here.all():
             break
+        weight = torch.where(here, 0, 1 / distance.clamp_min(1e-300))
         toward = (weight @ x) / weight.sum()
         pull = (weight @ (x - y)).norm()
         stay = (here.sum() / pull.clamp_min(1e-300)).clamp(max=1)
@@ -736,15 +763,14 @@ def geometric_median(x, iterations=1000, tolerance=1e-9):
     return y.float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def project_gradient(model, rows=256):
-    """Remove from each dictionary row's gradient its part along the row (thesis A.1.2): length is not to be learned."""
+    """Rid each dictionary row's gradient of its part along the row (thesis A.1.2), in blocks that
+    fit the cache: length is not to be learned."""
     for W in model.W_dec.values():
-        for g, w in zip(W.grad.split(rows), W.split(rows)):                                 # blocks that fit the cache
+        for g, w in zip(W.grad.split(rows), W.split(rows)):
             g.addcmul_(w, (g * w).sum(1, keepdim=True), value=-1)
 
 
@@ -769,7 +795,7 @@ def _count_idle(model, x, codes):
         idle += 1
         for support in codes:
             fired = support[s].values > least
-            if getattr(model, "activation", "topk") == "topk":
+            if model.activation == "topk":
                 idle[support[s].indices[fired]] = 0
             else:                                            # dense codes: latent j is column j
                 idle[fired.any(0)] = 0
@@ -777,17 +803,17 @@ def _count_idle(model, x, codes):
 
 @torch.no_grad()
 def _reinitialise(model, optimiser):
-    """Draw anew the encoder rows that AuxK could not revive: N(0, 0.01^2), bias and Adam moments 0 (thesis A.1.2)."""
-    if getattr(model, "revive", "auxk") != "auxk":
+    """Draw anew encoder rows that AuxK could not revive: N(0, 0.01^2), rest 0 (thesis A.1.2)."""
+    if model.revive != "auxk":
         return
     for s in model.streams:
         idle = getattr(model, f"idle_{s}")
         rows = (idle >= model.dead_after + model.reinit_after).nonzero().squeeze(1)
         if not len(rows):
             continue
-        g = torch.Generator().manual_seed(model.seed * 1_000_003 + int(model.step))
         W, b = model.W_enc[s], model.b_lat[s]
-        W[rows] = 0.01 * torch.randn(len(rows), W.shape[1], generator=g).to(W)
+        drawn = torch.randn(len(rows), W.shape[1], generator=model._generator())
+        W[rows] = 0.01 * drawn.to(W)
         b[rows] = 0
         _forget(optimiser, rows, W, b)
         idle[rows] = 0
@@ -802,23 +828,23 @@ def _forget(optimiser, rows, *parameters):
 
 @torch.no_grad()
 def _resample(model, optimiser, x):
-    """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023), for revive="resample".
+    """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023).
 
-    Samples of this batch (the published code keeps 819,200), drawn with probability proportional to the square of their
-    loss, become the directions; encoder rows get a fifth of the mean length of the living; bias and Adam moments 0.
+    Samples of this batch (the published code keeps 819,200), drawn with probability proportional to
+    the square of their loss, become the directions; encoder rows get a fifth of the mean length of
+    the living; bias and Adam moments 0.
     """
-    s = model.stream
-    rows = model.dead(s).nonzero().squeeze(1)[:len(x[s])]
-    if model.revive != "resample" or not len(rows) or (model.activation == "batchtopk" and model.kept_above.isnan()):
+    s = model.streams[0]
+    unset = model.activation == "batchtopk" and model.kept_above.isnan()
+    if model.revive != "resample" or unset or not model.dead(s).any():
         return
     v = model.normalise(x[s], s)
-    loss = (model.decode(model.encode(x)[s]) - v).square().sum(1)
-    found = int((loss > 0).sum())
-    rows = rows[:found]
+    loss = (model.decode(model.encode(x)[s], s) - v).square().sum(1)
+    rows = model.dead(s).nonzero().squeeze(1)[:int((loss > 0).sum())]
     if not len(rows):
         return
-    g = torch.Generator().manual_seed(model.seed * 1_000_003 + int(model.step))
-    drawn = torch.multinomial(loss.square().cpu(), len(rows), generator=g).to(v.device)
+    weight = loss.square().cpu()
+    drawn = torch.multinomial(weight, len(rows), generator=model._generator()).to(v.device)
     model.W_dec[s][rows], model.W_enc[s][rows] = resampled_rows(
         v[drawn] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
     model.b_lat[s][rows] = 0
@@ -827,21 +853,21 @@ def _resample(model, optimiser, x):
 
 
 def resampled_rows(c, alive):
-    """Centred samples (n, d) and the encoder rows of living latents -> new dictionary rows, new encoder rows, both (n, d)."""
+    """Centred samples (n, d), encoder rows of the living -> new dictionary, encoder rows (n, d)."""
     unit = F.normalize(c)
     return unit, 0.2 * (alive.norm(dim=1).mean() if len(alive) else 1) * unit
 
 
 def make_optimiser(model, lr=1e-4):
-    """Adam with the thesis's settings (A.1.2), in torch's fused form: the same numbers in a quarter of the time."""
+    """Adam with the thesis's settings (A.1.2), fused: the same numbers in a quarter of the time."""
     return torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def _recycle(model):
     """Forget the gradients but keep their memory for the next ones.
 
-    Fresh memory costs more than the product written into it: the system hands it out page by page. A tensor in `_spare`
-    has no other owner, so autograd may keep whatever a backward pass takes from there.
+    Fresh memory, which comes page by page, costs more than the product written into it. A tensor
+    in `_spare` has no other owner, so autograd may keep whatever a backward pass takes from there.
     """
     model._spare.clear()
     for W in [*model.W_enc.values(), *model.W_dec.values()]:
@@ -852,10 +878,10 @@ def _recycle(model):
 
 @_no_autocast
 def train_step(model, optimiser, x):
-    """One step on one batch, dict stream -> (B, d_s) raw. Returns `loss`, `self`, `cross`, `aux` (scalars) and `codes`.
+    """One step on one batch x of raw features. Returns a dict: `loss` and the parts of the loss.
 
-    The order matters: gradient projected, optimiser step, rows renormalised. The authors renormalise before the step,
-    which leaves what they save off unit norm.
+    The order matters: gradient projected, optimiser step, rows renormalised. The authors
+    renormalise before the step, which leaves what they save off unit norm.
     """
     _recycle(model)
     x = model._named(x)
@@ -867,18 +893,19 @@ def train_step(model, optimiser, x):
     _count_idle(model, x, parts["codes"])
     model.step += 1
     _reinitialise(model, optimiser)
-    if isinstance(model, SAE):
-        _resample(model, optimiser, x)
+    _resample(model, optimiser, x)
     return {"loss": total.detach(), **parts}
 
 
 def settings_for(n, latents=None, k=None, batch=None, epochs=None):
-    """Settings that fit n training samples: dict of latents, k, batch, lr, epochs, steps, norm, dead_after; what is given stays.
+    """Settings that fit n training samples; what is given stays. Returns a dict of latents, k,
+    batch, lr, epochs, steps, norm, dead_after.
 
-    A third as many latents as samples and an eighth of them kept (but 20: fewer rebuild even small files badly), at least 1,000 steps of a tenth of the samples, every
-    dimension standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning rate falls with
-    the root of L (Gao et al. 2024). One stream is served as well: more latents rebuild its training samples better, and
-    held-out ones no better.
+    A third as many latents as samples and an eighth of them kept (but 20: with fewer even small
+    files are rebuilt badly), at least 1,000 steps of a tenth of the samples, every dimension
+    standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning
+    rate falls with the root of L (Gao et al. 2024). One stream is served as well: more latents
+    rebuild its training samples better, and held-out ones no better.
     """
     def power_of_two(most, least, limit):
         return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
@@ -886,18 +913,18 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None):
     batch = batch or power_of_two(n / 10, 1, 256)
     epoch = -(-n // batch)                                   # steps in one
     epochs = epochs or max(50, -(-1000 // epoch))
-    return {"latents": L, "k": k or min(max(L // 8, 20), 64, L), "batch": batch, "lr": 2e-4 * (2 ** 14 / L) ** 0.5,
-            "epochs": epochs, "steps": epochs * epoch, "norm": "standard,l2",
-            "dead_after": max(1, min(1000, epochs * epoch // 4))}
+    steps = epochs * epoch
+    return {"latents": L, "k": k or min(max(L // 8, 20), 64, L), "batch": batch,
+            "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
+            "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4))}
 
 
 def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
-    """Train until the model has taken `n_steps` steps in all (a resumed model goes on where it stopped).
+    """Train until the model has taken `n_steps` steps in all, and return the optimiser.
 
-    batch: callable step -> dict stream -> (B, d_s) raw tensor. A pure function of the step makes resuming exact.
+    batch: step -> dict stream -> (B, d_s) raw; a pure function of the step makes resuming exact.
     warmup: steps over which the learning rate rises to lr (CytoSAE; SPARC has none).
-    on_step(step, result): called after each step with what `train_step` returned; step counts from 1.
-    Returns the optimiser.
+    on_step(step, result): called after each step, from 1, with what `train_step` returned.
     """
     optimiser = optimiser or make_optimiser(model, lr)
     model.train()
@@ -907,51 +934,51 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
         result = train_step(model, optimiser, batch(step))
         if on_step:
             on_step(step + 1, result)
-    model.zero_grad(set_to_none=True)                        # they take as much memory as the weights
+    model.zero_grad(set_to_none=True)                        # they take the memory of the weights
     model._spare.clear()
     model.eval()
     return optimiser
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Files --------------------------------------------------------------------------------------
 
 def save(path, model, optimiser=None, **extra):
-    """Write model, optimiser and plain `extra` to `path`, whole or not at all (a temporary name, then a rename)."""
-    state = {"format": "repsae-sparc-1", "config": model.config, "model": model.state_dict(), "extra": extra,
+    """Write model, optimiser and plain `extra` to `path`, whole or not at all."""
+    state = {"format": FORMAT, "config": model.config, "model": model.state_dict(), "extra": extra,
              "optimiser": optimiser.state_dict() if optimiser else None}
-    temporary = f"{path}.{os.urandom(8).hex()}.tmp"                  # fresh: no file and no link of others is written to
+    temporary = f"{path}.{os.urandom(8).hex()}.tmp"          # fresh: no file, no link of others
     f = open(temporary, "xb")
     try:
-        with f:                                              # a handle, not a name: the name would go into the bytes
+        with f:                                              # a name would go into the bytes
             torch.save(state, f)
         os.replace(temporary, path)
     except BaseException as e:
         os.remove(temporary)
-        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):              # a full disk, in torch's words
-            raise e.__context__
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
+            raise e.__context__                              # a full disk, in torch's words
         raise
 
 
 def load(path, device="cpu"):
-    """Read what `save` wrote: (model, optimiser or None, extra). Raises InputError for a file that is none of ours."""
-    if not os.path.isfile(path):                             # nothing is there, or a pipe that would be waited for
+    """Read what `save` wrote: (model, optimiser or None, extra). InputError if it did not."""
+    if not os.path.isfile(path):                             # or a pipe, that would be waited for
         raise InputError(f"no checkpoint at {path} - name the folder of a finished or saved run")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        if state["format"] != "repsae-sparc-1":
-            raise InputError(f"{path} has format {state['format']!r} - this version reads repsae-sparc-1")
+        if state["format"] != FORMAT:
+            raise InputError(f"{path} has format {state['format']!r} - this version reads {FORMAT}")
         return _unpacked(state, device)
     except InputError:
         raise
-    except Exception as e:                                   # torch raises many kinds for broken files and pickles
-        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - train again or restore the file")
+    except Exception as e:                                   # torch raises many kinds
+        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - "
+                         "train again or restore the file")
 
 
 def _unpacked(state, device):
-    """(model, optimiser or None, extra) of what `save` packed; raises anything for what is not that."""
-    model = (SAE if "activation" in state["config"] else SPARC)(**state["config"]).to(device)
+    """(model, optimiser or None, extra) of what `save` packed; raises anything for other things."""
+    kind = SAE if "activation" in state["config"] else SPARC
+    model = kind(**state["config"]).to(device)
     model.load_state_dict(state["model"])
     if model.step < 0:
         raise ValueError("a step before the first")
@@ -959,7 +986,8 @@ def _unpacked(state, device):
     if state["optimiser"]:
         optimiser = make_optimiser(model)
         optimiser.load_state_dict(state["optimiser"])
-        for weights, moments in optimiser.state.items():     # which torch itself would miss in the next step only
-            if not weights.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape or moments["step"].dim():
+        for weights, moments in optimiser.state.items():     # torch would miss it until a step
+            shapes = {weights.shape, moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
+            if len(shapes) > 1 or moments["step"].dim():
                 raise ValueError("moments of other weights")
     return model.eval(), optimiser, state["extra"]

@@ -38,7 +38,9 @@ import math
 import os
 import platform
 import sys
+from collections import OrderedDict
 from functools import lru_cache, partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -854,7 +856,7 @@ class VMamba(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Training: one loop for steps, one for epochs with early stopping
+# Training: one update, one loop over steps, one over epochs with early stopping
 # --------------------------------------------------------------------------------------------------
 
 def descend(optimiser, loss, mend=None):
@@ -874,7 +876,7 @@ def descend(optimiser, loss, mend=None):
 
 
 def train(step, batch, n_steps, on_step=None, start=0):
-    """The loop that all training here goes through: batch -> step -> log -> checkpoint.
+    """The loop that DINO and CLIP go through: batch -> step -> log -> checkpoint.
 
     step(t, batch)    one update; returns what is worth telling, a dict of numbers
     batch(t)          the data of step t, from 0; a pure function of t makes resuming exact
@@ -903,16 +905,37 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
         with torch.no_grad():
             value = validate(model) if validate else None
         history.append((sum(spent) / len(spent), value))
+        since += 1
         if validate and (value < best or kept is None):
             best, since = value, 0
             kept = {k: v.clone() for k, v in model.state_dict().items()}
-        else:
-            since += 1
         if since >= patience and epoch + 1 >= least:
             break
     if kept:
         model.load_state_dict(kept)
     return history
+
+
+def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience, frozen=False):
+    """Fine-tune a classifier of pictures (thesis 3.3) with AdamW; returns what `fit` returns.
+
+    batches(epoch) and held() yield x (B, 3, H, W) and y (B,); training stops by the cross-entropy
+    of what is held out. frozen: the last linear layer alone learns.
+    """
+    if frozen:
+        model.requires_grad_(False)
+        last_linear(model)[1].requires_grad_(True)
+
+    def loss(model, x, y):
+        model.train(not frozen)                              # frozen: batch statistics stay, too
+        return F.cross_entropy(model(x), y)
+
+    def validate(model):
+        logits, y = zip(*((model(x), y) for x, y in held()))
+        return F.cross_entropy(torch.cat(logits), torch.cat(y)).item()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learning, lr, weight_decay=weight_decay)
+    return fit(model, optimiser, batches, loss, epochs, validate, patience)
 
 
 def cosine_schedule(step, n_steps, base, final, warmup=0):
@@ -923,22 +946,22 @@ def cosine_schedule(step, n_steps, base, final, warmup=0):
     return final + (base - final) / 2 * (1 + math.cos(turn))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A small CLIP: image and text encoders trained to agree (thesis 5.3.1; Radford et al. 2021)
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class CLIPAttention(Attention):
-    """`Attention` under the names of torch's nn.MultiheadAttention, which OpenAI's files have; text sees no later tokens."""
+    """`Attention` under the names of torch's nn.MultiheadAttention, which OpenAI's files have."""
 
     def __init__(self, dim, heads, causal):
         nn.Module.__init__(self)
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal = heads, causal              # text sees no later tokens
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim).normal_(std=dim ** -0.5))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                # (B, T, 3 d)
         return self.out_proj(self.attend(qkv, self.causal))
 
 
@@ -954,49 +977,45 @@ class CLIPBlock(nn.Module):
 
     def __init__(self, dim, heads, causal):
         super().__init__()
-        self.attn, self.ln_1, self.ln_2 = CLIPAttention(dim, heads, causal), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(dim, 4 * dim), "gelu": QuickGELU(), "c_proj": nn.Linear(4 * dim, dim)})
+        self.attn = CLIPAttention(dim, heads, causal)
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(dim, 4 * dim), gelu=QuickGELU(), c_proj=nn.Linear(4 * dim, dim)))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        h = self.ln_2(x)
-        for step in self.mlp.values():
-            h = step(h)
-        return x + h
+        return x + self.mlp(self.ln_2(x))
 
 
-class CLIPTransformer(nn.Module):
-    def __init__(self, dim, layers, heads, causal):
-        super().__init__()
-        self.resblocks = nn.Sequential(*(CLIPBlock(dim, heads, causal) for _ in range(layers)))
-
-    def forward(self, x):
-        return self.resblocks(x)
+def _clip_blocks(dim, layers, heads, causal):
+    blocks = nn.Sequential(*(CLIPBlock(dim, heads, causal) for _ in range(layers)))
+    return nn.Sequential(OrderedDict(resblocks=blocks))      # the name between is OpenAI's
 
 
 class CLIPVision(nn.Module):
-    """CLIP's ViT: images (B, 3, size, size) -> class tokens (B, out); with `tokens` patch tokens (B, T, dim), their grid."""
+    """CLIP's ViT: images (B, 3, size, size) -> class tokens (B, out)."""
 
     def __init__(self, dim, layers, heads, patch, size, out):
         super().__init__()
-        self.dim, self.patch, self.size = out, patch, size
+        self.dim, self.patch, self.size, T = out, patch, size, (size // patch) ** 2
         self.conv1 = nn.Conv2d(3, dim, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(dim ** -0.5 * torch.randn(dim))
-        self.positional_embedding = nn.Parameter(dim ** -0.5 * torch.randn((size // patch) ** 2 + 1, dim))
+        self.positional_embedding = nn.Parameter(dim ** -0.5 * torch.randn(T + 1, dim))
         self.ln_pre, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.transformer = CLIPTransformer(dim, layers, heads, causal=False)
+        self.transformer = _clip_blocks(dim, layers, heads, causal=False)
         self.proj = nn.Parameter(dim ** -0.5 * torch.randn(dim, out))
 
     def features(self, x, tokens=False):
+        """Class tokens (B, out); with `tokens` patch tokens (B, T, dim) and their grid."""
         if tuple(x.shape[2:]) != (self.size, self.size):
-            raise InputError(f"images are {x.shape[2]}x{x.shape[3]} - this CLIP was trained at {self.size}x{self.size}")
-        x = self.conv1(x)
-        grid, x = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)                          # (B, T, dim)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x))
-        if tokens:
-            return self.ln_post(x[:, 1:]), grid
-        return self.ln_post(x[:, 0]) @ self.proj
+            raise InputError(f"images are {x.shape[2]}x{x.shape[3]} - this CLIP was trained at "
+                             f"{self.size}x{self.size}")
+        x = self.conv1(x)                                    # (B, dim, rows, columns)
+        grid, x = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)               # (B, T, dim)
+        cls = self.class_embedding.expand(len(x), 1, -1)
+        x = torch.cat([cls, x], 1) + self.positional_embedding                   # (B, 1 + T, dim)
+        x = self.ln_post(self.transformer(self.ln_pre(x)))
+        return (x[:, 1:], grid) if tokens else x[:, 0] @ self.proj
 
     forward = features
 
@@ -1004,19 +1023,23 @@ class CLIPVision(nn.Module):
 class CLIP(nn.Module):
     """Image and text encoders into one space, under OpenAI's parameter names.
 
-    out: width of that space; vision, text: (dim, layers, heads); vocab: number of tokens; context: longest text. Text ends in
-    the token of the highest number, whose output is the text's feature.
+    out            width of that space
+    vision, text   (dim, layers, heads) of each transformer
+    vocab          number of tokens; context: the longest text
+    Text ends in the token of the highest number, whose output is the text's feature.
     """
 
     def __init__(self, out, vision, text, vocab, context, patch, size):
         super().__init__()
-        self.config = dict(out=out, vision=vision, text=text, vocab=vocab, context=context, patch=patch, size=size)
+        self.config = dict(out=out, vision=vision, text=text, vocab=vocab, context=context,
+                           patch=patch, size=size)
+        dim = text[0]
         self.visual = CLIPVision(*vision, patch, size, out)
-        self.token_embedding = nn.Embedding(vocab, text[0])
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, text[0]))
-        self.transformer = CLIPTransformer(*text, causal=True)
-        self.ln_final = nn.LayerNorm(text[0])
-        self.text_projection = nn.Parameter(text[0] ** -0.5 * torch.randn(text[0], out))
+        self.token_embedding = nn.Embedding(vocab, dim)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, dim))
+        self.transformer = _clip_blocks(*text, causal=True)
+        self.ln_final = nn.LayerNorm(dim)
+        self.text_projection = nn.Parameter(dim ** -0.5 * torch.randn(dim, out))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
@@ -1027,78 +1050,107 @@ class CLIP(nn.Module):
     def encode_text(self, tokens):
         """(B, T) token numbers, T up to the context, zeros after the end -> (B, out)."""
         x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
-        x = self.ln_final(self.transformer(x))
+        x = self.ln_final(self.transformer(x))               # (B, T, dim)
         return x[torch.arange(len(x)), tokens.argmax(1)] @ self.text_projection
 
     def loss(self, images, tokens):
-        """Symmetric cross-entropy of telling which text belongs to which image in a batch (Radford et al. 2021, Fig. 3)."""
-        a, b = (F.normalize(v, dim=1) for v in (self.encode_image(images), self.encode_text(tokens)))
-        logits = self.logit_scale.exp().clamp(max=100) * a @ b.T                            # (B, B)
+        """Symmetric cross-entropy of telling which text belongs to which image in a batch
+        (Radford et al. 2021, Fig. 3)."""
+        a, b = F.normalize(self.visual(images)), F.normalize(self.encode_text(tokens))
+        logits = self.logit_scale.exp().clamp(max=100) * a @ b.T                 # (B, B)
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def fit_clip(model, batch, n_steps, lr, on_step=None):
+    """Train a CLIP with AdamW along a cosine. batch(t): images and tokens; on_step: see `train`."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, fused=True)
+    device = model.logit_scale.device
+
+    def mend():
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+
+    def step(t, pair):
+        now = cosine_schedule(t, n_steps, lr, 0., min(100, n_steps // 10))
+        optimiser.param_groups[0]["lr"] = now
+        images, tokens = (v.to(device) for v in pair)
+        return {"loss": descend(optimiser, model.loss(images, tokens), mend)}
+    model.train()
+    train(step, batch, n_steps, on_step)
+    model.eval()
+
+
 @torch.no_grad()
 def standardise_pixels(model, mean, std, assumed):
-    """Change a model's first convolution: it is to answer to pictures normalised by `assumed`, (mean, std) of R, G, B, as it
-    did to pictures normalised by `mean` and `std` (3,). Exact where it does not pad (not VMamba)."""
+    """Change a model's first convolution: it is to answer to pictures normalised by `assumed`,
+    (mean, std) of R, G, B, as it did to pictures normalised by `mean` and `std` (3,). Exact where
+    it does not pad (not VMamba)."""
     conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    mean, std, was_mean, was_std = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
-    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))                       # x was_std + was_mean = pixel
-    target = model.positional_embedding[1:] if conv.bias is None else conv.bias             # CLIP's has no bias
+    numbers = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
+    mean, std, was_mean, was_std = numbers
+    # A pixel is x was_std + was_mean.
+    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))
+    target = conv.bias
+    if target is None:                                       # CLIP's has none
+        target = model.positional_embedding[1:]
     target += offset
     conv.weight *= was_std / std
 
 
 def clip_from_state(state):
-    """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those weights."""
+    """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those
+    weights. Raises InputError for any other."""
+    def tower(side, dim):
+        blocks = [k for k in state if k.startswith(f"{side}transformer.resblocks.")]
+        layers = sum(k.endswith("ln_1.bias") for k in blocks)
+        return dim, layers, max(dim // 64, 1)
+    plain = ("input_resolution", "context_length", "vocab_size")        # no weights
     try:
-        state = {k: v.float() for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-        v, t = state["visual.conv1.weight"], state["token_embedding.weight"]
-        layers = {side: len({k.split(".")[where] for k in state if k.startswith(f"{side}resblocks.")})
-                  for side, where in (("visual.transformer.", 3), ("transformer.", 2))}
-        side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5) * v.shape[2]
-        model = CLIP(state["text_projection"].shape[1], (len(v), layers["visual.transformer."], max(len(v) // 64, 1)),
-                     (t.shape[1], layers["transformer."], max(t.shape[1] // 64, 1)), len(t),
-                     len(state["positional_embedding"]), v.shape[2], side)
+        state = {k: v.float() for k, v in state.items() if k not in plain}
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        vocab, dim = state["token_embedding.weight"].shape
+        T = len(state["visual.positional_embedding"]) - 1
+        model = CLIP(state["text_projection"].shape[1], tower("visual.", width), tower("", dim),
+                     vocab, len(state["positional_embedding"]), patch, round(T ** 0.5) * patch)
         model.load_state_dict(state)
-    except (KeyError, RuntimeError, IndexError, AttributeError) as e:
-        why = str(e).splitlines()[0][:80]
-        raise InputError(f"these are not the weights of a CLIP with a ViT ({why}) - give OpenAI's state_dict")
+    except (KeyError, ValueError, RuntimeError, IndexError, AttributeError) as e:
+        raise InputError(f"these are not the weights of a CLIP with a ViT ({_first_line(e)[:80]}) "
+                         "- give OpenAI's state_dict")
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DINO: self-distillation without labels (Caron et al. 2021, Algorithm 1; thesis 3.2.1)
-# ---------------------------------------------------------------------------------------------------------------------
-# Letters: V views (crops) of an image, the first 2 global; K prototypes; student and teacher are the same architecture.
+# --------------------------------------------------------------------------------------------------
+# Letters: V views (crops) of an image, the first 2 global; K prototypes; student and teacher are
+# the same architecture.
 
 class DINOHead(nn.Module):
     """Features (B, d) -> logits (B, K): three layers, then the cosine with each of K prototypes.
 
-    norm_last keeps the prototypes' length (`weight_g`) at 1; DINO's switch for stability, on by default.
+    norm_last keeps the prototypes' length (`weight_g`) at 1; DINO's switch for stability.
     """
 
     def __init__(self, dim, K=65536, hidden=2048, bottleneck=256, norm_last=True):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
-        for layer in self.mlp[::2]:
-            _trunc_normal(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden),
+                                 nn.GELU(), nn.Linear(hidden, bottleneck))
+        _init_linear(self.mlp)
         self.last_layer = nn.Module()
         self.last_layer.weight_g = nn.Parameter(torch.ones(K, 1), requires_grad=not norm_last)
-        self.last_layer.weight_v = nn.Parameter(nn.Linear(bottleneck, K, bias=False).weight.detach())
+        directions = nn.Linear(bottleneck, K, bias=False).weight.detach()        # (K, bottleneck)
+        self.last_layer.weight_v = nn.Parameter(directions)
 
     def forward(self, x):
-        prototypes = self.last_layer.weight_g * F.normalize(self.last_layer.weight_v, dim=1)
+        last = self.last_layer
+        prototypes = last.weight_g * F.normalize(last.weight_v, dim=1)
         return F.linear(F.normalize(self.mlp(x), dim=-1), prototypes)
 
 
 class MultiCrop(nn.Module):
     """A backbone and a head: a list of crops, each (B, 3, h, w), -> logits (V B, K), view by view.
 
-    Neighbours of the same size go through the backbone together, all features through the head together.
+    Neighbours of the same size go through the backbone together, all features through the head.
     """
 
     def __init__(self, backbone, head):
@@ -1106,77 +1158,88 @@ class MultiCrop(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, crops):
-        features, start = [], 0
-        for i in range(1, len(crops) + 1):
-            if i == len(crops) or crops[i].shape[-2:] != crops[start].shape[-2:]:
-                features.append(self.backbone.features(torch.cat(crops[start:i])))
-                start = i
+        features = []
+        for _, same in groupby(crops, lambda x: x.shape[-2:]):
+            features.append(self.backbone.features(torch.cat(list(same))))
         return self.head(torch.cat(features))
 
 
 def dino_loss(student, teacher, center, views, teacher_temp=0.04, student_temp=0.1):
-    """Cross-entropy of every student view against every *other* global teacher view, averaged over pairs and images.
+    """Cross-entropy of every student view against every *other* global teacher view, averaged over
+    pairs and images.
 
-    student (V B, K) and teacher (2 B, K) logits, view by view; center (K,). No gradient reaches the teacher.
+    student (V B, K) and teacher (2 B, K) logits, view by view; center (K,). No gradient reaches the
+    teacher.
     """
-    q = torch.softmax((teacher.detach() - center) / teacher_temp, -1).view(2, -1, teacher.shape[-1])
-    s = torch.log_softmax(student / student_temp, -1).view(views, -1, student.shape[-1])
-    pairs = -(q.sum(0) * s.sum(0)).sum(-1) + (q * s[:2]).sum((0, -1))                       # (B,): all pairs but v = v
+    q = torch.softmax((teacher.detach() - center) / teacher_temp, -1)
+    s = torch.log_softmax(student / student_temp, -1)
+    q, s = q.unflatten(0, (2, -1)), s.unflatten(0, (views, -1))                  # (views, B, K)
+    own = (q * s[:2]).sum((0, -1))                           # v = v: not to be told
+    pairs = own - (q.sum(0) * s.sum(0)).sum(-1)              # (B,)
     return pairs.mean() / (2 * views - 2)
 
 
 def teacher_temperature(epoch, start=0.04, final=0.04, warmup=0):
     """Linear from start to final over `warmup` epochs, both ends included, then constant."""
-    return final if epoch >= warmup else start + (final - start) * epoch / max(warmup - 1, 1)
+    if epoch >= warmup:
+        return final
+    return start + (final - start) * epoch / max(warmup - 1, 1)
 
 
-STATE_SPACE = ("A_log", "A_b_log", "A_logs", "Ds", "dt_projs_bias")      # D, D_b and dt_proj.bias are vectors anyway
+# D, D_b and dt_proj.bias are vectors anyway
+STATE_SPACE = ("A_log", "A_b_log", "A_logs", "Ds", "dt_projs_bias")
 
 
 def decay_groups(model, decay_ssm=False):
-    """AdamW's two groups: matrices, which are decayed, and vectors, which are not. Without `decay_ssm` neither are the
-    state space's decay rates, skips and step sizes, though matrices: to decay log(-A) is to pull every rate to 1. (The
-    published runs did; Mamba's own code marks them as exempt.)"""
+    """AdamW's two groups: matrices, which are decayed, and vectors, which are not.
+
+    Without `decay_ssm` neither are the state space's decay rates, skips and step sizes, though
+    matrices: to decay log(-A) is to pull every rate to 1. (The published runs did; Mamba's own
+    code marks them as exempt.)
+    """
     decayed, spared = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            spare = p.dim() < 2 or name.endswith(".bias") or (not decay_ssm and name.endswith(STATE_SPACE))
+            vector = p.dim() < 2 or name.endswith(".bias")
+            spare = vector or (not decay_ssm and name.endswith(STATE_SPACE))
             (spared if spare else decayed).append(p)
     return [{"params": decayed}, {"params": spared, "weight_decay": 0.}]
 
 
 def clip_each(model, most):
-    """Shrink every parameter's gradient to an L2 norm of at most `most`, each by itself (DINO's way)."""
+    """Shrink every parameter's gradient to an L2 norm of at most `most`, each by itself (DINO)."""
     for p in model.parameters():
         if p.grad is not None:
             p.grad.mul_((most / (p.grad.norm() + 1e-6)).clamp(max=1))
 
 
-def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, momentum, teacher_temp=0.04, clip=3.,
-              freeze_last=False):
-    """One step: loss, gradient, optimiser, then teacher <- momentum * teacher + (1 - momentum) * student, then the centre.
+def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, momentum,
+              teacher_temp=0.04, clip=3., freeze_last=False):
+    """One step: the student's update, then teacher <- momentum teacher + (1 - momentum) student,
+    then the centre.
 
-    crops: V tensors (B, 3, h, w), global ones first. Returns floats: loss, entropy and information of the teacher's output.
+    crops: V tensors (B, 3, h, w), global ones first. Returns floats: the loss; entropy and
+    information of the teacher's output.
     """
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.param_groups[0]["weight_decay"] = weight_decay
     with torch.no_grad():
-        t = teacher(crops[:2])
-    loss = dino_loss(student(crops), t, center, len(crops), teacher_temp)
+        logits = teacher(crops[:2])                          # (2 B, K)
 
     def mend():
         clip_each(student, clip)
-        if freeze_last:                                      # in the first epoch the prototypes stay where they are
-            for p in student.head.last_layer.parameters():
-                p.grad = None
-    value = descend(optimiser, loss, mend)
+        if freeze_last:                                      # in the first epoch prototypes stay
+            student.head.last_layer.zero_grad(set_to_none=True)
+    loss = dino_loss(student(crops), logits, center, len(crops), teacher_temp)
+    told = {"loss": descend(optimiser, loss, mend)}
     with torch.no_grad():
         for mine, theirs in zip(teacher.parameters(), student.parameters()):
             mine.mul_(momentum).add_(theirs, alpha=1 - momentum)
-    entropy, information = output_entropy(torch.softmax((t - center) / teacher_temp, -1))
-    move_center(center, t)
-    return {"loss": value, "entropy": entropy, "information": information}
+    q = torch.softmax((logits - center) / teacher_temp, -1)
+    told["entropy"], told["information"] = output_entropy(q)
+    move_center(center, logits)
+    return told
 
 
 def move_center(center, teacher, momentum=0.9):
@@ -1185,8 +1248,11 @@ def move_center(center, teacher, momentum=0.9):
 
 
 def output_entropy(q):
-    """Of distributions (n, K), in nats: their mean entropy, and the entropy of their mean less that. The second is how much
-    an output tells of its image; 0 means collapse, be it to the uniform output (entropy ln K) or to a constant one."""
+    """Of distributions (n, K), in nats: mean entropy, and the entropy of their mean less that.
+
+    The second is how much an output tells of its image; 0 means collapse, be it to the uniform
+    output (entropy ln K) or to a constant one.
+    """
     entropy = torch.special.entr(q).sum(-1).mean().item()
     return entropy, torch.special.entr(q.mean(0)).sum().item() - entropy
 
@@ -1211,34 +1277,37 @@ def dino_schedule(step, epoch, epochs, lr, min_lr=1e-6, warmup=10, weight_decay=
     The defaults are those of DINO's code. warmup, teacher_warmup and freeze_last count epochs; lr
     is reached after the warm-up and falls to min_lr.
     """
-    n = epochs * epoch
-    temperature = teacher_temperature(step // epoch, teacher_temp_start, teacher_temp, teacher_warmup)
+    n, at = epochs * epoch, step // epoch
     return {"lr": cosine_schedule(step, n, lr, min_lr, warmup * epoch),
             "weight_decay": cosine_schedule(step, n, weight_decay, weight_decay_end),
-            "momentum": cosine_schedule(step, n, momentum, 1.), "teacher_temp": temperature,
-            "clip": clip, "freeze_last": step < freeze_last * epoch}
+            "momentum": cosine_schedule(step, n, momentum, 1.),
+            "teacher_temp": teacher_temperature(at, teacher_temp_start, teacher_temp,
+                                                teacher_warmup),
+            "clip": clip, "freeze_last": at < freeze_last}
 
 
 def fit_dino(nets, batch, n_steps, schedule, on_step=None, start=0, seed=0):
     """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
 
-    batch(t)      the views of step t: V tensors (B, 3, h, w), global ones first
-    schedule(t)   the settings of `dino_step`, as `dino_schedule` gives them
+    batch(t)           the views of step t: V tensors (B, 3, h, w), global ones first
+    schedule(t)        the settings of `dino_step`, as `dino_schedule` gives them
     on_step(t, told)   see `train`; told: loss, entropy and information
     """
     device = nets[2].device
 
     def step(t, views):
-        torch.manual_seed(seed * 1_000_003 + t)              # of drop path: resumed runs drop the same
+        torch.manual_seed(seed * 1_000_003 + t)              # drop path: the same after resuming
         return dino_step(*nets, [v.to(device) for v in views], **schedule(t))
     train(step, batch, n_steps, on_step, start)
 
 
 def cam_layer(model, x):
-    """Where Grad-CAM looks in a backbone, and how that layer's output becomes a map: (module, function -> (B, h, w, d)).
+    """Where Grad-CAM looks in a backbone, and how that layer's output becomes a map: (module,
+    function -> (B, h, w, d)).
 
-    ViT and CLIP's: the first norm of the last block; Vim: what enters its last layer, the class tokens left out (as
-    Vim4Path); VMamba: the output of the last stage. x (B, 3, H, W) gives the grid.
+    ViT and CLIP's: the first norm of the last block; Vim: what enters its last layer, the class
+    tokens left out (as Vim4Path); VMamba: the output of the last stage. x (B, 3, H, W) gives the
+    grid.
     """
     if isinstance(model, VMamba):
         return model.layers[-1].blocks, lambda out: out
@@ -1246,7 +1315,8 @@ def cam_layer(model, x):
     if isinstance(model, CLIPVision):
         return model.transformer.resblocks[-1].ln_1, lambda out: out[:, 1:].unflatten(1, grid)
     if isinstance(model, ViT):
-        return model.blocks[-1].norm1, lambda out: out[:, 1 + model.registers:].unflatten(1, grid)
+        first = 1 + model.registers
+        return model.blocks[-1].norm1, lambda out: out[:, first:].unflatten(1, grid)
 
     def patches(out):
         first, middle = int(model.double_cls), (grid[0] * grid[1] + model.double_cls) // 2
@@ -1254,10 +1324,11 @@ def cam_layer(model, x):
     return model.layers[-1].drop_path, patches
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bags of instances: multiple-instance learning (thesis 3.2.2; Ilse et al. 2018; CLAM, Lu et al. 2021)
-# ---------------------------------------------------------------------------------------------------------------------
-# Letters: B bags, N instances in the longest, E width of an embedding, C classes, A attentions (C for clam_mb, else 1).
+# --------------------------------------------------------------------------------------------------
+# Bags of instances (thesis 3.2.2; attention: Ilse et al. 2018; CLAM: Lu et al. 2021)
+# --------------------------------------------------------------------------------------------------
+# Letters: B bags, N instances in the longest, d width of an instance, E of its embedding,
+# C classes, A attentions (C for clam_mb, else 1).
 
 HEADS = ("max", "mean", "abmil", "gated", "clam_sb", "clam_mb")
 
@@ -1265,145 +1336,158 @@ HEADS = ("max", "mean", "abmil", "gated", "clam_sb", "clam_mb")
 class MIL(nn.Module):
     """A bag of instances -> class logits. One class for all heads:
 
-    max       the largest value of each embedding channel           mean     the mean of all embeddings
-    abmil     mean weighted by softmax(w tanh(V h)), Ilse et al.    gated    by softmax(w (tanh(V h) * sigmoid(U h)))
+    max       the largest value of each embedding channel
+    mean      the mean of all embeddings
+    abmil     their mean weighted by softmax(w tanh(V h)), Ilse et al.
+    gated     the same by softmax(w (tanh(V h) * sigmoid(U h)))
     clam_sb   gated, with a classifier of instances for each class beside it: `instance_loss`
     clam_mb   the same with an attention for each class
 
-    Input x (B, N, d) and mask (B, N), False where a bag is padded (all True by default). Returns logits (B, C), scores
-    (B, A, N), whose softmax is each instance's share in its bag, and embeddings h (B, N, E). The instances are first
-    standardised by the buffers `mean` and `std`, and with `squash` bent by tanh, against outliers.
+    Input x (B, N, d) and mask (B, N), False where a bag is padded (all True by default). Returns
+    logits (B, C), scores (B, A, N), whose softmax is each instance's share in its bag, and
+    embeddings h (B, N, E). The instances are first standardised by the buffers `mean` and `std`,
+    and with `squash` bent by tanh, against outliers.
     """
 
-    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25, squash=False):
+    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25,
+                 squash=False):
         super().__init__()
         self.head, self.squash, E = head, squash, widths[-1]
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
-        layers = [f(i, o) for i, o in zip((dim, *widths), widths) for f in (nn.Linear, lambda i, o: nn.ReLU())]
+        layers = []
+        for i, o in zip((dim, *widths), widths):
+            layers += [nn.Linear(i, o), nn.ReLU()]
         self.embed = nn.Sequential(*layers, nn.Dropout(dropout))
-        self.inner_dropout = nn.Dropout(dropout if head.startswith("clam") else 0.)
+        clam = head.startswith("clam")
+        self.inner_dropout = nn.Dropout(dropout if clam else 0.)
         if head not in ("max", "mean"):
             self.V = nn.Linear(E, attention)
             self.U = nn.Linear(E, attention) if head != "abmil" else None
             self.w = nn.Linear(attention, n_classes if head == "clam_mb" else 1)
-        self.classifier = nn.Linear(E, n_classes)            # clam_mb: row c reads the pooled embedding of attention c
-        if head.startswith("clam"):
+        self.classifier = nn.Linear(E, n_classes)            # clam_mb: row c reads attention c's
+        if clam:
             self.instance_classifiers = nn.ModuleList(nn.Linear(E, 2) for _ in range(n_classes))
 
     def scores(self, h, mask):
         """(B, A, N), -inf where there is no instance."""
         if self.head == "mean":
             scores = h.new_zeros(len(h), 1, h.shape[1])
-        elif self.head == "max":                             # share: of each channel, to those who have its largest value
+        elif self.head == "max":                             # shares of those who have the largest
             h = h.masked_fill(~mask[..., None], -1.)         # ReLU made them >= 0
-            top = (h == h.amax(1, keepdim=True)).float()                                    # (B, N, E)
+            top = (h == h.amax(1, keepdim=True)).float()     # (B, N, E)
             scores = (top / top.sum(1, keepdim=True)).mean(-1)[:, None].log()
         else:
-            a = self.inner_dropout(torch.tanh(self.V(h)))
+            a = self.inner_dropout(torch.tanh(self.V(h)))    # (B, N, attention)
             if self.U is not None:
                 a = a * self.inner_dropout(torch.sigmoid(self.U(h)))
             scores = self.w(a).transpose(1, 2)
         return scores.masked_fill(~mask[:, None], -math.inf)
 
     def forward(self, x, mask=None):
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        real = (x[mask] - self.mean) / self.std              # bags differ much in size: padding is not worth embedding
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        real = (x[mask] - self.mean) / self.std              # (n, d): without the padding
         real = self.embed(torch.tanh(real) if self.squash else real)
-        h = real.new_zeros(*mask.shape, real.shape[-1]).masked_scatter(mask[..., None], real)                # (B, N, E)
+        h = real.new_zeros(*mask.shape, real.shape[-1])
+        h = h.masked_scatter(mask[..., None], real)          # (B, N, E)
         scores = self.scores(h, mask)
         if self.head == "max":
             pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)
         else:
-            pooled = torch.softmax(scores, -1) @ h                                          # (B, A, E)
+            pooled = torch.softmax(scores, -1) @ h           # (B, A, E)
         if self.head == "clam_mb":
-            return (pooled * self.classifier.weight).sum(-1) + self.classifier.bias, scores, h
-        return self.classifier(pooled[:, 0]), scores, h
+            logits = (pooled * self.classifier.weight).sum(-1) + self.classifier.bias
+        else:
+            logits = self.classifier(pooled[:, 0])
+        return logits, scores, h
 
 
 def smooth_top1_svm(s, y):
-    """log sum_j exp(s_j + [j != y] - s_y), the mean over rows of s (n, C): CLAM's instance loss "svm" (Berrada et al. 2018
-    with alpha = tau = 1). Their code takes the hard hinge where scores differ by 6.9 or more; we stay with the formula."""
+    """log sum_j exp(s_j + [j != y] - s_y), the mean over rows of s (n, C): CLAM's instance loss.
+
+    "svm" of Berrada et al. 2018 with alpha = tau = 1. Their code takes the hard hinge where scores
+    differ by 6.9 or more; we stay with the formula.
+    """
     margin = 1 - F.one_hot(y, s.shape[1])
     return (torch.logsumexp(s + margin, 1) - s.gather(1, y[:, None])[:, 0]).mean()
 
 
 def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_top1_svm):
-    """CLAM's clustering: the k instances that its own class attends to most should be told from the k it attends to least;
-    with `subtyping` other classes' favourites should be told to be none of theirs. Averaged over bags.
+    """CLAM's clustering: the k instances that its own class attends to most should be told from the
+    k it attends to least; with `subtyping` other classes' favourites should be told to be none of
+    theirs. Averaged over bags.
 
-    scores (B, A, N), h (B, N, E), mask (B, N) as `MIL` gives them, y (B,) labels. The choice has no gradient, h has. In bags
-    of fewer than 2k instances k is halved to fit, so that none is called both (the authors' code fails, or calls it both).
+    scores (B, A, N), h (B, N, E), mask (B, N) as `MIL` gives them, y (B,) labels. The choice has no
+    gradient, h has. In bags of fewer than 2k instances k is halved to fit, so that none is called
+    both (the authors' code fails, or calls it both).
     """
-    total = h.new_zeros(())
+    total, C = h.new_zeros(()), len(model.instance_classifiers)
     for b in range(len(h)):
         n = int(mask[b].sum())
         few = min(k, n // 2)
         for c, classifier in enumerate(model.instance_classifiers):
-            if few == 0 or (c != y[b] and not subtyping):
+            own = c == y[b]
+            if few == 0 or not (own or subtyping):
                 continue
-            order = scores[b, c if scores.shape[1] > 1 else 0, :n].argsort(descending=True)
-            chosen = torch.cat([order[:few], order[-few:]]) if c == y[b] else order[:few]
+            attention = scores[b, c if scores.shape[1] > 1 else 0, :n]
+            order = attention.argsort(descending=True)
+            chosen = torch.cat([order[:few], order[-few:]]) if own else order[:few]
             target = torch.zeros_like(chosen)
-            if c == y[b]:
-                target[:few] = 1
-            total = total + loss(classifier(h[b, chosen]), target) / (len(model.instance_classifiers) if subtyping else 1)
+            target[:few] = int(own)
+            total = total + loss(classifier(h[b, chosen]), target) / (C if subtyping else 1)
     return total / len(h)
 
 
 def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smooth_top1_svm):
-    """Cross-entropy of the bags; for CLAM's heads bag_weight of it and the rest of `instance_loss`."""
+    """Cross-entropy of the bags; for CLAM's heads bag_weight of it, the rest `instance_loss`."""
     logits, scores, h = model(x, mask)
     bag = F.cross_entropy(logits, y)
     if not model.head.startswith("clam"):
         return bag
-    return bag_weight * bag + (1 - bag_weight) * instance_loss(model, scores, h, mask, y, k, subtyping, loss)
+    of_instances = instance_loss(model, scores, h, mask, y, k, subtyping, loss)
+    return bag_weight * bag + (1 - bag_weight) * of_instances
 
 
-def fit_mil(model, batches, held, epochs, lr=2e-4, weight_decay=1e-5, cosine=False, patience=20,
-            least=50, **how):
-    """Train a `MIL` with Adam, the learning rate falling along a cosine if asked for.
+def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, early=None, **how):
+    """Train a `MIL` with Adam. Returns (error rate, cross-entropy) of the bags held out, or None.
 
-    batches(epoch)   iterable of (x, mask, y), see `mil_loss`, which takes `how` as well
-    held             list of the same, of bags that are not trained on; may be empty
-    patience, least  as in `fit`, by the loss on the held bags; without patience no early stopping
-    Returns (share of errors, mean loss) on the held bags, by the bags' labels alone, or None.
+    batches(epoch)   yields (x, mask, y); held: a list of such, empty if there are none
+    early            {"patience": .., "least": ..} to stop by held bags, see `fit`; None: all epochs
+    how              settings of `mil_loss`; cosine: lr falls to 0 along half a cosine
     """
     optimiser = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-
-    def judged():
-        logits = torch.cat([model(x, mask)[0] for x, mask, _ in held])
-        y = torch.cat([y for *_, y in held])
-        wrong = (logits.argmax(1) != y).float().mean()
-        return wrong.item(), F.cross_entropy(logits, y).item()
 
     def scheduled(epoch):
         if cosine:
             optimiser.param_groups[0]["lr"] = cosine_schedule(epoch, epochs, lr, 0.)
         return batches(epoch)
-    early = {}
-    if held and patience:
-        early = {"validate": lambda model: judged()[1], "patience": patience, "least": least}
-    fit(model, optimiser, scheduled, lambda *batch: mil_loss(*batch, **how), epochs, **early)
+
+    def judged(model):                                       # by the bags' labels alone
+        logits, y = zip(*((model(x, mask)[0], y) for x, mask, y in held))
+        logits, y = torch.cat(logits), torch.cat(y)
+        return (logits.argmax(1) != y).float().mean().item(), F.cross_entropy(logits, y).item()
+    stop = {"validate": lambda m: judged(m)[1], **early} if early else {}
+    fit(model, optimiser, scheduled, partial(mil_loss, **how), epochs, **stop)
     with torch.no_grad():
-        return judged() if held else None
+        return judged(model) if held else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Presets, and released weights
-# ---------------------------------------------------------------------------------------------------------------------
-# Every preset takes keyword arguments of its class: n_classes, drop_path, size, patch, double_cls, ...
+# --------------------------------------------------------------------------------------------------
+# Every preset takes keyword arguments of its class: n_classes, drop_path, size, patch, ...
 
 vit_tiny = partial(ViT, 192, 12, 3)
 vit_small = partial(ViT, 384, 12, 6)
 vit_base = partial(ViT, 768, 12, 12)
-vit_micro = partial(ViT, 96, 4, 3, patch=8, size=32)                                        # ours: for teaching and tests
+vit_micro = partial(ViT, 96, 4, 3, patch=8, size=32)         # ours: for teaching and tests
 dinov2_small = partial(ViT, 384, 12, 6, patch=14, size=518, v2=True)
 dinov2_base = partial(ViT, 768, 12, 12, patch=14, size=518, v2=True)
 dinov2_large = partial(ViT, 1024, 24, 16, patch=14, size=518, v2=True)
 dinov2_giant = partial(ViT, 1536, 40, 24, patch=14, size=518, v2=True, swiglu=True)
 vim_tiny = partial(Vim, 192, 24)
-vim_tiny_plus = partial(Vim, 384, 12)                                                       # Vim4Path's, not Vim's "tiny+"
+vim_tiny_plus = partial(Vim, 384, 12)                        # Vim4Path's, not Vim's "tiny+"
 vim_small = partial(Vim, 384, 24)
 vim_base = partial(Vim, 768, 24)
 vim_micro = partial(Vim, 96, 4, patch=8, size=32, d_state=8)
@@ -1412,11 +1496,11 @@ vmamba_small = partial(VMamba, 96, (2, 2, 15, 2))
 vmamba_base = partial(VMamba, 128, (2, 2, 15, 2))
 vmamba_micro = partial(VMamba, 32, (1, 1, 1, 1))
 
-PRESETS = {name: value for name, value in list(globals().items()) if isinstance(value, partial)}
+PRESETS = {name: f for name, f in list(globals().items()) if isinstance(f, partial)}
 
 
 def make_backbone(arch, **settings):
-    """A preset by name; settings that are None are left to it, and VMamba knows no size, no patch."""
+    """A preset by name; settings that are None are left to it (VMamba has no size, no patch)."""
     if arch not in PRESETS:
         raise InputError(f"{arch} is no backbone - take one of {', '.join(PRESETS)}")
     skip = ("size", "patch") if arch.startswith("vmamba") else ()
@@ -1439,40 +1523,51 @@ def last_linear(model):
 
 
 def load_weights(model, path):
-    """Load a released or own checkpoint into a backbone: weights only, nothing resized, nothing left out silently.
+    """Load a released or own checkpoint into a backbone: weights only, nothing resized, nothing
+    left out silently.
 
-    Finds the state under teacher, student, model or state_dict, and strips module. and backbone.; of a DINO checkpoint
-    (keys with backbone.) the projection head is not the backbone's and is left out, and so is a classifier when the model
-    has none. Raises InputError listing every missing, unexpected and mis-shaped key.
+    Finds the state under teacher, student, model or state_dict, and strips module. and backbone.;
+    of a DINO checkpoint (keys with backbone.) the projection head is not the backbone's and is left
+    out, and so is a classifier when the model has none. Raises InputError listing every missing,
+    unexpected and mis-shaped key.
     """
-    if not os.path.isfile(path):                             # nothing is there, or a pipe that would be waited for
-        raise InputError(f"no weights at {path} - check the path")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):                        # released files hold their flags
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:                                   # torch raises many kinds for broken files and pickles
-        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - download or save it again")
-    for key in ("teacher", "student", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or under teacher, student, "
-                         "model, state_dict")
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
     if any(k.startswith("backbone.") for k in state):
-        state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    own = model.state_dict()
+        state = {k.removeprefix("backbone."): v for k, v in state.items()
+                 if k.startswith("backbone.")}
     for head in ("head.", "classifier.head."):
         if not any(k.startswith(head) for k in own):
             state = {k: v for k, v in state.items() if not k.startswith(head)}
-    wrong = {"missing": sorted(own.keys() - state.keys()), "unexpected": sorted(state.keys() - own.keys()),
-             "mis-shaped": [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
-                            if k in state and state[k].shape != v.shape]}
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
+              if k in state and state[k].shape != v.shape]
+    wrong = {"missing": sorted(own.keys() - state.keys()),
+             "unexpected": sorted(state.keys() - own.keys()), "mis-shaped": shapes}
     if any(wrong.values()):
         lists = "; ".join(f"{len(v)} {name}: {', '.join(v)}" for name, v in wrong.items() if v)
-        raise InputError(f"{path} does not fit this model: {lists} - take the preset that these weights belong to")
+        raise InputError(f"{path} does not fit this model: {lists} - take the preset that these "
+                         "weights belong to")
     model.load_state_dict(state)
     return model
+
+
+def _state(path):
+    """The tensors by name that a checkpoint holds, at its top or under one of the usual names."""
+    if not os.path.isfile(path):                             # nothing, or a pipe to wait for
+        raise InputError(f"no weights at {path} - check the path")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):             # of their flags
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:                                   # torch raises many kinds
+        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - download or "
+                         "save it again")
+    for key in ("teacher", "student", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = isinstance(state, dict) and all(map(torch.is_tensor, state.values()))
+    if not tensors:
+        raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or "
+                         "under teacher, student, model, state_dict")
+    return state
 
 
 if __name__ == "__main__":

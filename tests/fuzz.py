@@ -63,7 +63,7 @@ MAKE = [
     f"sae --data tok.npz --norm none {FIT} --out tokens",
     f"sparc --data feats.npz {FIT} --out world",
     f"finetune --data pics {SMALL_TUNE.replace('vit_micro', 'v=vit_micro:random')} --out tuned",
-    "tile --images slide.png --size 16 --least 0.001 --out tiles",
+    "tile --images slide.png --size 16 --smallest 0.001 --out tiles",
 ]
 # Command lines that work, of which each input damages one; "o" is where they write.
 CASES = [case.split() for case in [
@@ -106,8 +106,8 @@ CASES = [case.split() for case in [
     "probe --data f.npz --json o.json",
     "probe --data feats.npz --solver sgd --only lymphocyte",
     "tile --voc voc --size 8 --out o",
-    "tile --images slide.png --size 16 --least 0.001 --rois rois.xml --out o",
-    "tile --images slide.png --size 16 --least 0.001 --otsu --out o",
+    "tile --images slide.png --size 16 --smallest 0.001 --rois rois.xml --out o",
+    "tile --images slide.png --size 16 --smallest 0.001 --otsu --out o",
     f"mil --data bags.npz {SMALL_MIL} --out o",
     f"mil --data bags {SMALL_MIL} --grid lr=0.01 --out o",
     f"finetune --data pics {SMALL_TUNE} --out o",

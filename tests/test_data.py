@@ -688,15 +688,20 @@ def test_boxes_are_cut_as_squares_around_them_by_the_official_splits(tmp_path):
             "<object><name>rim</name><bndbox><xmin>280</xmin><ymin>100</ymin><xmax>300</xmax><ymax>140</ymax></bndbox></object></annotation>")
     (tmp_path / "voc" / "ImageSets" / "Main" / "trainval.txt").write_text("one\n")
     with pytest.raises(InputError, match="test.txt - expected a Pascal VOC folder"):
-        data.cut_boxes(tmp_path / "voc", tmp_path / "cells", 32)
+        data.cut_boxes(tmp_path / "voc")
     (tmp_path / "voc" / "ImageSets" / "Main" / "test.txt").write_text("two\n")
-    assert data.cut_boxes(tmp_path / "voc", tmp_path / "cells", 96, 0.2) == {(s, n): 1 for s in ("train", "test") for n in ("cell", "rim")}
-    cut = np.asarray(Image.open(tmp_path / "cells" / "test" / "cell" / "two_0.png").convert("L")) > 128
+    cuts = data.cut_boxes(tmp_path / "voc", 0.2)
+    assert cuts.about["ids"].tolist() == [
+        f"{split}/{name}" for split, stem in (("train", "one"), ("test", "two"))
+        for name in (f"cell/{stem}_0", f"rim/{stem}_2")]
+    assert (cuts.boxes[:, 2] == cuts.boxes[:, 3]).all()
+    cut = np.asarray(cuts.open(2).resize((96, 96), Image.BICUBIC).convert("L")) > 128
     rows, columns = np.flatnonzero(cut.any(1)), np.flatnonzero(cut.any(0))
-    assert (abs(np.array([rows[0], rows[-1], columns[0], columns[-1]]) - (8, 87, 28, 67)) <= 1).all()            # 80 and 40 of 96
-    with Image.open(tmp_path / "voc" / "JPEGImages" / "one.jpg") as whole:                  # moved inwards, not filled up
-        expected = whole.crop((252, 96, 300, 144)).resize((96, 96), Image.BICUBIC)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "cells" / "train" / "rim" / "one_2.png")), np.asarray(expected))
+    edges = np.array([rows[0], rows[-1], columns[0], columns[-1]])
+    assert (abs(edges - (8, 87, 28, 67)) <= 1).all()         # 80 and 40 of 96
+    with Image.open(tmp_path / "voc" / "JPEGImages" / "one.jpg") as whole:
+        expected = whole.crop((252, 96, 300, 144))           # moved inwards, not filled up
+    assert np.array_equal(np.asarray(cuts.open(1)), np.asarray(expected))
 
 
 def test_a_broken_annotation_and_a_name_that_is_a_path_are_refused(tmp_path):
@@ -1237,25 +1242,10 @@ def test_no_name_in_a_voc_folder_leads_out_of_it(bad, tmp_path):
     for i, (more, what) in enumerate((({"stem": bad}, "lists a picture"),
                                       ({"name": bad}, "names an object"))):
         folder = voc_folder(tmp_path / str(i) / "deep" / "voc", **more)
-        before = sorted(tmp_path.rglob("*"))
-        for read in (data.read_images, lambda folder: data.cut_boxes(folder, tmp_path / "out")):
+        for read in (data.read_images, data.cut_boxes):
             with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
                 read(folder)
-        assert sorted(tmp_path.rglob("*")) == before
     assert data.plain_name("a cell, 2..3 um", "f.xml names") == "a cell, 2..3 um"
-
-
-def test_boxes_are_cut_into_a_new_folder_whole_or_not_at_all(tmp_path):
-    folder = voc_folder(tmp_path / "voc")
-    assert data.cut_boxes(folder, tmp_path / "out") == {("train", "cell"): 1, ("test", "cell"): 1}
-    with pytest.raises(InputError, match="out exists"):
-        data.cut_boxes(folder, tmp_path / "out")
-    (folder / "JPEGImages" / "two.jpg").write_bytes(b"no picture")
-    (folder / "Annotations" / "two.xml").write_text("<a/>")
-    (folder / "ImageSets" / "Main" / "test.txt").write_text("one\ntwo\n")
-    with pytest.raises(InputError, match="two.jpg is not a readable picture"):
-        data.cut_boxes(folder, tmp_path / "other")
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "voc"]
 
 
 # -- what counts as labelled -------------------------------------------------------------------------------------------

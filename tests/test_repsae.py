@@ -27,7 +27,12 @@ SMALL = ["--latents", "40", "--k", "4", "--batch", "64", "--lr", "3e-3", "--epoc
 
 
 def run(*argv):
-    repsae.main([str(a) for a in argv])
+    """A command, which may replace what an earlier one left where it writes."""
+    argv = [str(a) for a in argv]
+    for flag in {"--out", "--json"} & set(argv) if "--resume" not in argv else ():
+        if os.path.exists(argv[argv.index(flag) + 1]):
+            argv.append("--overwrite")
+    repsae.main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +222,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(features, tmp_p
 
 
 LONG = ["--latents", "300", "--k", "4", "--batch", "16", "--epochs", "15", "--topk", "both", "--dead-after", "40",
-        "--reinit-after", "20", "--save-every", "0.05", "--log-every", "7"]
+        "--set", "reinit-after=20", "--save-every", "0.05", "--log-every", "7"]
 
 
 def start(features, out, *more):
@@ -281,7 +286,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(features, uninterrupted, tmp_path):
 
 def error(capsys, *argv):
     with pytest.raises(SystemExit) as caught:
-        run(*argv)
+        repsae.main([str(a) for a in argv])
     err = capsys.readouterr().err.strip().split("\n")[-1]
     assert caught.value.code == 2 and err.startswith("repsae: error: ") and " - " in err
     return err
@@ -316,7 +321,7 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
 
 def test_a_run_folder_is_not_overwritten_unasked(finished, features, tmp_path, capsys):
     refused = error(capsys, "sparc", "--data", features, *SMALL, "--out", finished)
-    assert "holds a run already - use --resume, --overwrite or another --out" in refused
+    assert "holds files already - use --overwrite, --resume or another --out" in refused
     assert "--k 5 differs from the run" in error(capsys, "sparc", "--resume", "--out", finished, "--k", 5)
     (tmp_path / "mine.txt").write_text("keep")
     run("sparc", "--data", features, *SMALL, "--out", tmp_path, "--overwrite")
@@ -358,15 +363,17 @@ def test_a_run_and_data_that_do_not_fit_are_refused(finished, features, tmp_path
     assert "is not a readable checkpoint" in error(capsys, "eval", tmp_path / "cut")
 
 
-def test_help_shows_every_default_and_needs_no_torch():
-    program = "import sys, repsae\ntry: repsae.main(sys.argv[1:])\nexcept SystemExit: print('torch' in sys.modules)"
-    for name, (_, table, _, _) in repsae.COMMANDS.items():
+def test_help_shows_every_flag_and_setting_and_needs_no_torch():
+    program = ("import sys, repsae\ntry: repsae.main(sys.argv[1:])\n"
+               "except SystemExit: print('torch' in sys.modules)")
+    for name, each in repsae.COMMANDS.items():
         command = [sys.executable, "-c", program, name, "--help"]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
         assert out.strip().endswith("False")
-        for flag, (default, _, _) in table.items():
-            assert f"--{flag}" in out
-        assert out.count("(default:") == len(table)
+        for flag, default in each.flags.items():
+            assert (f"{flag}={default}  " if flag in repsae.SETTINGS else f"--{flag}") in out
+            if type(default) in (int, float) and flag not in repsae.SETTINGS:
+                assert f"(default: {default})" in " ".join(out.split())
 
 
 def test_the_scans_that_bench_compares_compute_the_same():
@@ -542,7 +549,7 @@ def bags(tmp_path_factory):
     return path
 
 
-QUICK_MIL = ["--widths", "8", "--attention", 4, "--epochs", 25, "--least", 1, "--batch", 8, "--lr", 0.01]
+QUICK_MIL = ["--widths", "8", "--attention", 4, "--epochs", 25, "--min-epochs", 1, "--batch", 8, "--lr", 0.01]
 
 
 def test_mil_reports_every_head_over_all_folds_beside_the_mean_of_the_bag(bags, tmp_path, capsys):
@@ -600,7 +607,7 @@ def test_the_test_fold_never_reaches_training(bags):
     for i in test:
         turned.X[turned.offsets[i]:turned.offsets[i + 1]] *= -3
     (a, models, _), (b, others, _) = (
-        repsae.mil_round(v, "abmil", mil_settings(bags), 1, False, 0, 0, train, None, test)
+        repsae.mil_round(v, "abmil", mil_settings(bags), 1, False, [0, 0], train, None, test)
         for v in (whole, turned))
     assert a["held_out"] == b["held_out"] and a["held_out"]["loss"] > 0
     assert same_tensors(models[0].state_dict(), others[0].state_dict())
@@ -622,16 +629,16 @@ def test_mil_keeps_the_bags_of_a_patient_in_one_part(bags, tmp_path):
 def test_the_grid_is_decided_by_held_out_bags_and_refit_learns_from_all_of_them(bags, monkeypatch):
     """Of a learning rate that learns and one that does not the first is taken; with --refit, models of the whole part vote."""
     import data
-    settings, whole = mil_settings(bags, "--grid", "lr=1e-9,0.01", "--cosine", "--weighted"), data.read_bags(bags)
+    settings, whole = mil_settings(bags, "--grid", "lr=1e-9,0.01", "--refit", "--set", "cosine=yes", "--balanced"), data.read_bags(bags)
     true, seen = repsae.train_mil, []
 
     def spy(*a):
         seen.append((len(a[3]), a[4] is None, a[2]["fit"]["lr"]))
-        assert a[2]["fit"]["patience"] is None               # no early stopping
+        assert a[2]["fit"]["early"] is None               # no early stopping
         return true(*a)
     monkeypatch.setattr(repsae, "train_mil", spy)
     train, test = np.flatnonzero(whole.folds[0, 0]), np.flatnonzero(~whole.folds[0, 0])
-    result, models, _ = repsae.mil_round(whole, "gated", settings, 3, True, 0, 0, train, None, test)
+    result, models, _ = repsae.mil_round(whole, "gated", settings, 3, True, [0, 0], train, None, test)
     assert result["chosen"] == {"lr": 0.01} and result["held_out"]["error"] < 0.3
     assert result["scores"]["accuracy"] > 0.8 and len(models) == 3
     assert len(seen) == 9 and seen[6:] == [(len(train), True, 0.01)] * 3
@@ -692,7 +699,7 @@ def slides(tmp_path_factory):
             x, y = rng.integers(40, 160), rng.integers(30, 120)
             image[y:y + 40, x:x + 40] = (90, 40, 130)
         Image.fromarray(image.astype(np.uint8)).save(root / "slides" / f"s{i}.png")
-    run("tile", "--images", root / "slides", "--size", 32, "--least", 0.01, "--out", root / "tiles")
+    run("tile", "--images", root / "slides", "--size", 32, "--smallest", 0.01, "--out", root / "tiles")
     for i in range(12):
         out = root / "bags" / ("tumour" if i % 2 else "normal")
         out.mkdir(parents=True, exist_ok=True)
@@ -704,7 +711,7 @@ def slides(tmp_path_factory):
 def test_slides_become_tiles_features_bags_and_attention_maps(slides, tmp_path, capsys):
     tiles = np.load(slides / "tiles" / "s3.npz")
     assert len(tiles["coords"]) > 20 and (slides / "tiles" / "s3.png").exists()
-    run("mil", "--data", slides / "bags", "--head", "clam_sb", "--k", 2, "--widths", 16, "--attention", 8, "--epochs", 5, "--least", 1,
+    run("mil", "--data", slides / "bags", "--head", "clam_sb", "--instances", 2, "--widths", 16, "--attention", 8, "--epochs", 5, "--min-epochs", 1,
         "--out", tmp_path / "r")
     maps = [f for f in os.listdir(tmp_path / "r") if f.startswith("heat_")]
     assert len(maps) == 2 and maps[0].startswith(("heat_normal_s", "heat_tumour_s")) and Image.open(tmp_path / "r" / maps[0]).size == (260, 200)
@@ -717,9 +724,9 @@ def test_otsu_finds_pale_tissue_that_the_fixed_threshold_misses(tmp_path, capsys
     image = np.full((200, 260, 3), 250, np.uint8)
     image[20:180, 30:220, 1] = 245
     Image.fromarray(image).save(tmp_path / "pale.png")
-    said = error(capsys, "tile", "--images", tmp_path / "pale.png", "--size", 32, "--least", 0.01, "--out", tmp_path / "t")
+    said = error(capsys, "tile", "--images", tmp_path / "pale.png", "--size", 32, "--smallest", 0.01, "--out", tmp_path / "t")
     assert "tissue" in said
-    run("tile", "--images", tmp_path / "pale.png", "--size", 32, "--least", 0.01, "--otsu", "--out", tmp_path / "t")
+    run("tile", "--images", tmp_path / "pale.png", "--size", 32, "--smallest", 0.01, "--otsu", "--out", tmp_path / "t")
     assert len(np.load(tmp_path / "t" / "pale.npz")["coords"]) > 20
 
 
@@ -727,8 +734,8 @@ def test_subtyping_changes_what_clam_learns(bags):
     """The same seed with and without it: other weights, and both learn."""
     import data
     whole, states = data.read_bags(bags), []
-    for extra in ((), ("--subtyping",)):
-        setting, = mil_settings(bags, "--k", "1", *extra)
+    for extra in ((), ("--set", "subtyping=yes")):
+        setting, = mil_settings(bags, "--instances", "1", *extra)
         model, (error, _) = repsae.train_mil(whole, "clam_sb", setting, np.arange(40), np.arange(40, 60), [0])
         states.append(model.state_dict())
         assert error <= 0.2
@@ -748,19 +755,19 @@ def test_rois_label_the_tiles_that_they_cover_by_half(slides, tmp_path):
     (tmp_path / "a.xml").write_text("<A><Annotation><Coordinates>" + "".join(
         f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate(((0, 0), (130, 0), (130, 200), (0, 200))))
         + "</Coordinates></Annotation></A>")
-    run("tile", "--images", slides / "slides" / "s0.png", "--size", 32, "--least", 0.01, "--rois", tmp_path / "a.xml", "--out", tmp_path / "t")
+    run("tile", "--images", slides / "slides" / "s0.png", "--size", 32, "--smallest", 0.01, "--rois", tmp_path / "a.xml", "--out", tmp_path / "t")
     z = np.load(tmp_path / "t" / "s0.npz")
     assert np.array_equal(z["labels"] == 1, 130 - z["coords"][:, 0] >= 16) and 0 < z["labels"].mean() < 1
 
 
 def test_finetune_compares_models_over_seeds_and_its_models_are_explained(pictures, trained, tmp_path, capsys):
-    run("finetune", "--data", pictures, "--models", f"vit_micro,ours={trained},resnet18", "--size", 16, "--runs", 3, "--epochs", 2,
+    run("finetune", "--images", pictures, "--weights", f"vit_micro,ours={trained},resnet18", "--size", 16, "--runs", 3, "--epochs", 2,
         "--batch", 8, "--out", tmp_path / "r")
     out, found = capsys.readouterr().out, json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert list(found["scores"]) == ["pixels, logistic", "vit_micro", "ours", "resnet18"] and len(found["pairs"]["AUC"]) == 3
     assert all(len(v) == 3 for v in found["scores"].values()) and found["test pictures"] == 6
     assert "Wilcoxon p cannot fall below 0.2500" in out and (tmp_path / "r" / "report.html").exists()
-    run("explain", "cam", "--images", pictures, "--weights", f"tuned={tmp_path / 'r' / 'ours.pt'},dino={trained}", "--most", 5, "--label", 1,
+    run("explain", "--images", pictures, "--weights", f"tuned={tmp_path / 'r' / 'ours.pt'},dino={trained}", "--most", 5, "--label", 1,
         "--out", tmp_path / "c")
     assert sum(f.endswith(".png") for f in os.listdir(tmp_path / "c")) == 11
     assert Image.open(tmp_path / "c" / "sheet.png").size == (3 * 168 + 8, 5 * 168 + 28)
@@ -770,7 +777,7 @@ def test_finetune_compares_models_over_seeds_and_its_models_are_explained(pictur
 
 def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path):
     import ssm
-    run("finetune", "--data", pictures, "--models", f"ours={trained}", "--size", 16, "--runs", 1, "--epochs", 2, "--lr", 0.01,
+    run("finetune", "--images", pictures, "--weights", f"ours={trained}", "--size", 16, "--runs", 1, "--epochs", 2, "--lr", 0.01,
         "--frozen", "--out", tmp_path / "r")
     tuned = torch.load(tmp_path / "r" / "ours.pt", weights_only=True)["model"]
     before = ssm.load_weights(ssm.vim_micro(size=16), trained / "checkpoint.pt").state_dict()
@@ -780,7 +787,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     assert not torch.equal(tuned["head.weight"], fresh.state_dict()["head.weight"])         # the head has moved
     rows = list(csv.DictReader(open(tmp_path / "r" / "log.csv")))
     assert [(r["model"], r["run"], r["epoch"]) for r in rows] == [("ours", "1", "1"), ("ours", "1", "2")]
-    run("finetune", "--data", pictures, "--models", f"again={tmp_path / 'r' / 'ours.pt'}", "--size", 16, "--runs", 1, "--epochs", 1,
+    run("finetune", "--images", pictures, "--weights", f"again={tmp_path / 'r' / 'ours.pt'}", "--size", 16, "--runs", 1, "--epochs", 1,
         "--split", "given", "--batch", 1, "--out", tmp_path / "s")
     again = torch.load(tmp_path / "s" / "again.pt", weights_only=True)
     assert again["arch"] == "vim_micro" and json.loads((tmp_path / "s" / "metrics.json").read_text())["test pictures"] == 10
@@ -794,18 +801,18 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["mil", "--data", "{b}", "--grid", "head=max"], "--grid head=max - write for example"),
     (["mil", "--data", "{b}", "--widths", "8,x"], "8,x - give positive whole numbers"),
     (["mil", "--data", "{p}"], "no feature files in"), (["mil", "--data", "{f}"], "lacks 'X'"),
-    (["finetune", "--data", "{f}"], "lacks train_images"),
-    (["finetune", "--data", "{p}", "--models", "vgg1"], "vgg1 is neither a preset"),
-    (["finetune", "--data", "{p}", "--label", "disc"], "has one label a picture - leave out --label"),
-    (["finetune", "--data", "{p}", "--models", "../a=vit_micro:random"], "../a=vit_micro:random - write name=RUN"),
-    (["finetune", "--data", "{p}", "--models", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
-    (["finetune", "--data", "{p}", "--size", "20", "--models", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
-    (["finetune", "--data", "{p}", "--size", "32", "--models", "squeezenet1_0"], "SqueezeNet ends in no linear layer"),
-    (["tile", "--images", "{p}", "--size", "0"], "--size 0 - give a whole number from 1"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
+    (["finetune", "--images", "{f}"], "lacks train_images"),
+    (["finetune", "--images", "{p}", "--weights", "vgg1"], "vgg1 is neither a preset"),
+    (["finetune", "--images", "{p}", "--label", "disc"], "has one label a picture - leave out --label"),
+    (["finetune", "--images", "{p}", "--weights", "../a=vit_micro:random"], "../a=vit_micro:random - write name=RUN"),
+    (["finetune", "--images", "{p}", "--weights", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
+    (["finetune", "--images", "{p}", "--size", "20", "--weights", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
+    (["finetune", "--images", "{p}", "--size", "32", "--weights", "squeezenet1_0"], "SqueezeNet ends in no linear layer"),
+    (["tile", "--images", "{p}", "--downsample", "0.001"], "tiles of 0 pixels every 0"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
     (["mil", "--data", "{b}", "--inner", "30"], "bags to learn from"), (["tile", "--images", "{p}"], "two slides are called 0 - rename"),
-    (["explain", "cam", "--images", "{p}", "--weights", "a=vit_micro:random", "--size", "16", "--label", "999"], "--label 999, but a has 96 outputs"),
-    (["explain", "cam", "--images", "{p}"], "--weights is missing"),
-    (["explain", "cam", "--images", "{p}", "--weights", "a=/no.pt"], "/no.pt is no file of finetune")])
+    (["explain", "--images", "{p}", "--weights", "a=vit_micro:random", "--size", "16", "--label", "999"], "--label 999, but a has 96 outputs"),
+    (["explain", "--images", "{p}"], "--weights is missing"),
+    (["explain", "--images", "{p}", "--weights", "a=/no.pt"], "/no.pt is no file of finetune")])
 def test_bad_input_of_chapter_three_is_one_line(pictures, features, bags, tmp_path, capsys, argv, message):
     argv = [a.format(p=pictures, f=features, b=bags) for a in argv]
     assert message in error(capsys, *argv, "--out", tmp_path / "o")
@@ -817,12 +824,12 @@ def test_finetune_draws_and_judges_by_patients_it_has_not_seen(tmp_path, capsys)
     arrays = {"images": rng.integers(0, 256, (80, 16, 16), np.uint8), "groups": groups,
               "labels": (groups % 2).astype(np.uint8)[:, None]}
     path = tmp_path / "f.npz"
-    ask = ["--data", path, "--models", "vit_micro", "--size", 16, "--split", "given",
+    ask = ["--images", path, "--weights", "vit_micro", "--size", 16, "--split", "given",
            "--out", tmp_path / "o"]
     for split in (None, np.where(np.arange(80) < 60, "train", "test")):      # val is cut off train
         np.savez(path, **arrays, **({} if split is None else {"split": split}))
         how = ["random", "given"][split is not None]
-        flags = repsae.parse(["finetune", "--data", str(path), "--split", how])[1]
+        flags = repsae.parse(["finetune", "--images", str(path), "--split", how])[1]
         for seed in range(3):
             parts = repsae.picture_parts(data.read_pictures(str(path), 16), flags, seed)
             of = [{*groups[part].tolist()} for part in parts]
@@ -1031,7 +1038,7 @@ def test_latents_tell_what_a_planted_latent_is(tokens, token_run, tmp_path, caps
 
 @pytest.mark.parametrize("rank", ["mean", "difference", "boxes"])
 def test_interventions_find_the_planted_latent_and_its_boxes(rank, tokens, token_run, tmp_path, capsys):
-    run("intervene", token_run, "--label", "sick", "--rank", rank, "--percentile", 90, "--other", tokens, "--out", tmp_path / "i")
+    run("intervene", token_run, "--label", "sick", "--rank", rank, "--set", "percentile=90", "--other", tokens, "--out", tmp_path / "i")
     found = json.loads((tmp_path / "i" / "metrics.json").read_text())
     assert found["auc"]["original features"][0] == found["auc"]["reconstructed"][0] == 1
     curve = {c["k"]: c for c in found["curve"]}
@@ -1057,7 +1064,7 @@ def test_a_given_head_is_used_as_it_is(tokens, token_run, tmp_path):
         x, y = z["x"].mean(1), z["labels"]
     W, b = judge.logistic_fit(x[:40], y[:40], 2)
     np.savez(tmp_path / "h.npz", weight=W.T, bias=b)
-    for argv in ((), ("--head", tmp_path / "h.npz")):
+    for argv in ((), ("--head-file", tmp_path / "h.npz")):
         run("intervene", token_run, "--label", 1, *argv, "--out", tmp_path / "i")
         found = json.loads((tmp_path / "i" / "metrics.json").read_text())
         if argv:
@@ -1154,9 +1161,9 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", token_run, "--data", without("groups"), "--between", "sick,well"), "has no groups"),
             (("latents", token_run, "--between", "sick"), "give two labels"),
             (("latents", token_run, "--data", without(groups=np.zeros(60, int)), "--between", "sick,well"), "labels that groups have"),
-            (("latents", token_run, "--out", token_run), "is a run - name another folder"),
-            (("fidelity", token_run, "--out", tokens), "is a file - name another folder"),
-            (("intervene", token_run, "--label", "sick", "--percentile", 150), "--percentile 150 - give a number from 0.0 to 100.0"),
+            (("latents", token_run, "--out", token_run), "is read by this command - name another"),
+            (("fidelity", token_run, "--out", tokens), "is a file - name a folder"),
+            (("intervene", token_run, "--label", "sick", "--set", "percentile=150"), "--set percentile: 150 - give a number from 0.0 to 100.0"),
             (("describe", token_run, "--top", 0), "--top 0 - give a whole number from 1"),
             (("sae", "--data", features, "--stream", "x", "--sparsity", 5, "--out", tmp_path / "s"), "has no effect on topk"),
             (("sae", "--data", features, "--stream", "x", *SMALL, "--lr", 1e20, "--epochs", 9, "--out", tmp_path / "s"),
@@ -1164,7 +1171,7 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", finished), "pick one with --stream"),
             (("latents", tmp_path), "is no run folder"),
             (("intervene", token_run, "--label", "ill"), "no label 'ill' - take one of well, sick"),
-            (("intervene", token_run), "no label 'None' - take one of"),
+            (("intervene", token_run), "--label is missing"),
             (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
             (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "some, not all, must"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("grid")), "has no 'grid'"),
@@ -1176,9 +1183,9 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
     np.savez(tmp_path / "wide.npz", weight=np.ones(5), bias=0.)
     np.savez(tmp_path / "head.npz", weight=np.ones(12), bias=0.)
     np.savez(tmp_path / "bare.npz", weight=np.ones(12))
-    assert "give (12,) and ()" in error(capsys, "intervene", token_run, "--label", 1, "--head", tmp_path / "wide.npz")
-    assert "lacks 'bias'" in error(capsys, "intervene", token_run, "--label", 1, "--head", tmp_path / "bare.npz")
-    assert "--norm none or standard" in error(capsys, "intervene", tmp_path / "l2", "--label", 1, "--head", tmp_path / "head.npz")
+    assert "give (12,) and ()" in error(capsys, "intervene", token_run, "--label", 1, "--head-file", tmp_path / "wide.npz")
+    assert "lacks 'bias'" in error(capsys, "intervene", token_run, "--label", 1, "--head-file", tmp_path / "bare.npz")
+    assert "--norm none or standard" in error(capsys, "intervene", tmp_path / "l2", "--label", 1, "--head-file", tmp_path / "head.npz")
     (tmp_path / "n.json").write_text('{"99": "far"}')
     assert "latent 99 is not among" in error(capsys, "search", token_run, "--query", "far", "--names", tmp_path / "n.json")
     (tmp_path / "n.json").write_text('{"3": "near"}')
@@ -1200,7 +1207,7 @@ def world(tmp_path_factory):
     """A small tissue, a CLIP and a random ViT of it, their features, and a SPARC run on these three streams."""
     at = tmp_path_factory.mktemp("world")
     run("tissue", "--pictures", 240, "--size", 32, "--out", at / "tissue")
-    run("clip", "--images", at / "tissue" / "tissue.npz", "--size", 32, "--width", 32, "--layers", 2, "--joint", 16, "--epochs", 25,
+    run("clip", "--images", at / "tissue" / "tissue.npz", "--size", 32, "--width", 32, "--set", "layers=2", "--set", "joint=16", "--epochs", 25,
         "--batch", 32, "--lr", 2e-3, "--out", at / "clip")
     run("extract", "--images", at / "tissue" / "tissue.npz", "--weights", f"vit=vit_micro:random,clip={at / 'clip'}", "--last", 1,
         "--size", 32, "--out", at / "feats.npz")
@@ -1228,7 +1235,7 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
     a, b, both = found.values()
     assert a != b and all(both[key] == pytest.approx((a[key] + b[key]) / 2) for key in both)
     images = data.read_images(world / "tissue" / "tissue.npz")
-    watch = repsae.Watch(images, None, repsae.parse(["dino", "--size", "32"])[1])
+    watch = repsae.Watch(images, None, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
     x, areas = watch.features(np.arange(240), raw=True).double(), []
     x = (x / x.norm(dim=1, keepdim=True)).numpy()
     train, test = images.split == "train", images.split != "train"
@@ -1278,7 +1285,7 @@ def test_unlabelled_pictures_neither_vote_nor_are_judged(several, pictures):
         images.mask = np.arange(len(images)) % 5 > 0
     else:
         images.labels[::5] = -1
-    watch = repsae.Watch(images, None, repsae.parse(["dino", "--size", "16"])[1])
+    watch = repsae.Watch(images, None, repsae.parse(["dino", "--images", "x", "--size", "16"])[1])
     assert not set(np.arange(0, len(images), 5)) & {*watch.train, *watch.test} and watch.knn(raw=True) > 0
 
 
@@ -1444,9 +1451,9 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
     for stream in "xy":
         run("sae", "--data", features, "--stream", stream, *SMALL, "--epochs", 1, "--out", tmp_path / stream)
     run("compare", tmp_path / "x", tmp_path / "y", "--sparc", finished, "--json", at("compare.json"))
-    run("finetune", "--data", tissue, "--label", "fibroblast", "--models", "vim_micro,resnet18", "--size", 32, "--epochs", 1, "--runs", 2,
+    run("finetune", "--images", tissue, "--label", "fibroblast", "--weights", "vim_micro,resnet18", "--size", 32, "--epochs", 1, "--runs", 2,
         "--out", at("finetune"))
-    run("mil", "--data", bags, "--head", "clam_sb", *QUICK_MIL, "--epochs", 1, "--k", 1, "--out", at("mil"))
+    run("mil", "--data", bags, "--head", "clam_sb", *QUICK_MIL, "--epochs", 1, "--instances", 1, "--out", at("mil"))
     for arch in ("vit", "vim"):
         (tmp_path / f"mil_{arch}").symlink_to("mil")
         (tmp_path / f"mil_half_{arch}").symlink_to("mil")
@@ -1574,10 +1581,10 @@ def test_pixels_of_a_file_are_shown_and_never_printed(features, finished, tmp_pa
     np.savez(tmp_path / "p.npz", **arrays)
     on_run = [finished, "--data", tmp_path / "p.npz"]
     run("retrieve", *on_run, "--out", tmp_path / "r.html")
-    assert (tmp_path / "r.html").read_text().count("data:image/jpeg") == 22
+    assert (tmp_path / "r.html" / "report.html").read_text().count("data:image/jpeg") == 22
     run("describe", *on_run, "--stream", "x", "--top", 1, "--out", tmp_path / "d.json")
     assert '"image"' not in (tmp_path / "d.json").read_text()
-    run("latents", *on_run, "--stream", "x", "--show", 2, "--out", tmp_path / "l")
+    run("latents", *on_run, "--stream", "x", "--out", tmp_path / "l")
     assert (tmp_path / "l" / "report.html").read_text().count("data:image/jpeg") > 6
     run("extract", "--images", tmp_path / "p.npz", "--weights", "v=vit_micro:random", "--size", 16,
         "--out", tmp_path / "f.npz")
@@ -1587,8 +1594,8 @@ def test_pixels_of_a_file_are_shown_and_never_printed(features, finished, tmp_pa
 
 
 def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsys):
-    run("retrieve", world / "run", "--query", 3, "--from", "vit", "--to", "clip_txt", "--out", tmp_path / "r.html")
-    out, page = capsys.readouterr().out, (tmp_path / "r.html").read_text()
+    run("retrieve", world / "run", "--sample", 3, "--from", "vit", "--to", "clip_txt", "--out", tmp_path / "r.html")
+    out, page = capsys.readouterr().out, (tmp_path / "r.html" / "report.html").read_text()
     features = data.read_features(world / "feats.npz")
     rows = features.rows("test", "val")
     for mode in ("joint", "alone"):
@@ -1600,15 +1607,15 @@ def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsy
     np.save(tmp_path / "q.npy", features.batch(rows[3:4])["vit"][0].numpy())
     run("retrieve", world / "run", "--features", tmp_path / "q.npy", "--from", "vit", "--to", "clip_img", "--out", tmp_path / "q.html")
     nearest = capsys.readouterr().out
-    run("retrieve", world / "run", "--query", 3, "--from", "vit", "--to", "clip_img", "--out", tmp_path / "s.html")
+    run("retrieve", world / "run", "--sample", 3, "--from", "vit", "--to", "clip_img", "--out", tmp_path / "s.html")
     assert nearest.split("nearest")[1] == capsys.readouterr().out.split("alone:")[1].split("nearest")[1]
     np.savez(tmp_path / "q.npz", vit=features.batch(rows[:5])["vit"].numpy())                # a file of features asks the same
-    run("retrieve", world / "run", "--features", tmp_path / "q.npz", "--query", 3, "--from", "vit", "--to", "clip_img", "--out",
+    run("retrieve", world / "run", "--features", tmp_path / "q.npz", "--sample", 3, "--from", "vit", "--to", "clip_img", "--out",
         tmp_path / "q.html")
     assert nearest.split("nearest")[1] == capsys.readouterr().out.split("nearest")[1]
-    run("retrieve", world / "run", "--text", "two eosinophils", "--encoder", world / "clip", "--from", "clip_txt", "--to", "clip_img",
+    run("retrieve", world / "run", "--query", "two eosinophils", "--encoder", world / "clip", "--from", "clip_txt", "--to", "clip_img",
         "--out", tmp_path / "t.html")
-    assert "two eosinophils" in (tmp_path / "t.html").read_text()
+    assert "two eosinophils" in (tmp_path / "t.html" / "report.html").read_text()
 
 
 def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tmp_path, capsys):
@@ -1631,8 +1638,8 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             model.W_enc[s][3], model.b_lat[s][3] = 0, -1
     sae.save(world / "dead" / "checkpoint.pt", model, optimiser, **extra)
     for argv, message in (
-            (("tissue", "--out", world / "tissue"), "holds a tissue already"),
-            (("finetune", "--data", tissue, "--size", 32), "no label 'None' - name one with --label: lymphocyte"),
+            (("tissue", "--out", world / "tissue"), "holds files already"),
+            (("finetune", "--images", tissue, "--size", 32), "no label 'None' - name one with --label: lymphocyte"),
             (("clip", "--images", world / "tissue" / "bare.npz", "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", pictures, "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", tissue, "--batch", 5000, "--out", tmp_path / "c"), "--batch 5000 of the first are needed"),
@@ -1645,21 +1652,21 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("attribute", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "latent 3 is silent in every stream"),
             (("attribute", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
             (("attribute", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "has no 'instances'"),
-            (("retrieve", world / "run", "--query", 9999), "--query 9999 - give one of"),
+            (("retrieve", world / "run", "--sample", 9999), "--sample 9999 - give one of"),
             (("retrieve", world / "run", "--from", "dino"), "no stream 'dino'"),
-            (("retrieve", world / "run", "--text", "aardvark", "--encoder", world / "clip", "--from", "clip_txt"), "'aardvark' is in no"),
-            (("retrieve", world / "run", "--text", "mucin", "--encoder", world / "clip", "--from", "vit"), "name the text stream"),
-            (("retrieve", world / "run", "--text", "?", "--encoder", world / "clip", "--from", "clip_txt"), "has no words"),
+            (("retrieve", world / "run", "--query", "aardvark", "--encoder", world / "clip", "--from", "clip_txt"), "'aardvark' is in no"),
+            (("retrieve", world / "run", "--query", "mucin", "--encoder", world / "clip", "--from", "vit"), "name the text stream"),
+            (("retrieve", world / "run", "--query", "?", "--encoder", world / "clip", "--from", "clip_txt"), "has no words"),
             (("retrieve", world / "run", "--features", world / "tissue" / "tissue.npz"), "no stream 'vit'"),
-            (("retrieve", world / "run", "--features", world / "feats.npz", "--query", 240), "--query 240, but"),
+            (("retrieve", world / "run", "--features", world / "feats.npz", "--sample", 240), "--sample 240, but"),
             (("retrieve", world / "run", "--features", world / "tissue" / "0.png"), "tissue/0.png"),
             (("tissue", "--pictures", 0, "--out", tmp_path / "t"), "--pictures 0 - give a whole number from 8"),
             (("clip", "--images", tissue, "--width", 100, "--out", tmp_path / "c"), "multiple of 32"),
             (("clip", "--images", tissue, "--patch", 99, "--out", tmp_path / "c"), "a patch must fit"),
-            (("attribute", world / "run", "--images", tissue, "--weights", weights, "--start-layer", 9), "has 4 layers"),
+            (("attribute", world / "run", "--images", tissue, "--weights", weights, "--set", "start-layer=9"), "has 4 layers"),
             (("attribute", world / "run", "--images", tissue, "--weights", weights, "--streams", "clip_txt,clip_img"), "stream 'vit'"),
-            (("retrieve", world / "run", "--text", "mucin", "--encoder", world, "--from", "clip_txt"), "no readable clip.pt"),
-            (("retrieve", world / "run", "--text", "mucin", "--from", "clip_txt"), "--encoder is missing")):
+            (("retrieve", world / "run", "--query", "mucin", "--encoder", world, "--from", "clip_txt"), "no readable clip.pt"),
+            (("retrieve", world / "run", "--query", "mucin", "--from", "clip_txt"), "--encoder is missing")):
         assert message in error(capsys, *argv), argv
 
 
@@ -1729,7 +1736,7 @@ def test_a_stage_that_was_begun_is_resumed_and_any_other_overwritten(tmp_path, m
             repsae.run_stage(["dino", "--lr", "1"], "command", told)
         assert ran[-1] == ["dino", "--lr", "1", expected]
     repsae.run_stage(["probe"], "another", told)
-    assert ran[-1] == ["probe"] and os.listdir(tmp_path) == ["told.txt"]
+    assert ran[-1] == ["probe", "--overwrite"] and os.listdir(tmp_path) == ["told.txt"]
 
 
 
@@ -1938,8 +1945,10 @@ def caught(monkeypatch, module, name, *argv):
 
 
 def as_flags(said):
-    """{"aux_k": 7} -> ["--aux-k", 7]"""
-    return [word for name, v in said.items() for word in (f"--{name.replace('_', '-')}", v)]
+    """{"aux_k": 7} -> ["--set", "aux-k=7"]"""
+    names = [name.replace("_", "-") for name in said]
+    return [word for name, v in zip(names, said.values()) for word in (
+        ("--set", f"{name}={v}") if name in repsae.SETTINGS else (f"--{name}", v))]
 
 
 def same_tensors(a, b):
@@ -2009,23 +2018,24 @@ def test_every_setting_of_sparc_reaches_the_model_the_optimiser_and_the_batches(
         expected = known.batch(data.Batches(rows, 32, 5, "samples").rows(step))
         assert same_tensors(found["batch"](step), expected)
     np.testing.assert_allclose(model.std_y, known.streams["y"][rows].std(0), rtol=1e-4)
-    found = caught(monkeypatch, sae, "fit", *common, "--k", 3, "--lr", 0.02, "--aux-k", 0,
-                   "--reinit-after", -1, "--out", tmp_path / "s")
+    found = caught(monkeypatch, sae, "fit", *common, "--k", 3, "--lr", 0.02, "--set", "aux-k=0",
+                   "--set", "reinit-after=-1", "--out", tmp_path / "s")
     assert found["model"].aux_coef == 0 and found["model"].reinit_after > 10 ** 9
 
 
 @pytest.mark.parametrize("said", [
     {"activation": "jumprelu", "sparsity": 0.3, "error": "mean", "revive": "resample",
-     "bandwidth": 0.2, "threshold": 0.4},
+     "bandwidth": 0.2, "theta": 0.4},
     {"activation": "batchtopk", "k": 5, "error": "sum", "revive": "none"},
     {"activation": "topk", "k": 5, "revive": "auxk", "aux_k": 9, "aux_coef": 0.5, "dead_after": 3,
      "reinit_after": 4}])
 def test_every_setting_of_sae_reaches_the_model_and_its_warm_up_the_training(
         said, features, tmp_path, monkeypatch):
     found = caught(monkeypatch, sae, "fit", "sae", "--data", features, "--stream", "y",
-                   *as_flags(said), "--expansion", 2, "--seed", 3, "--warmup", 9, "--batch", 64,
+                   *as_flags(said), "--set", "expansion=2", "--seed", 3, "--warmup", 9, "--batch", 64,
                    "--lr", 0.01, "--norm", "none", "--out", tmp_path / "r")
     config = found["model"].config
+    config["theta"] = config["threshold"]
     assert {k: config[k] for k in said} == said and found["warmup"] == 9
     assert config["seed"] == 3 and config["n_latents"] == 2 * 12
 
@@ -2070,7 +2080,7 @@ def test_every_setting_of_dino_reaches_its_step(pictures, tmp_path, monkeypatch)
             "weight_decay_end": 0.7, "momentum": 0.9, "teacher_temp_start": 0.05,
             "teacher_temp": 0.09, "teacher_warmup": 3, "clip": 0.5, "freeze_last": 2,
             "bottleneck": 12, "drop_path": 0.3, "local_crops": 3, "out": tmp_path / "r"}
-    run("dino", "--images", pictures, *TINY_DINO, *as_flags(said), "--no-norm-last", "--decay-ssm")
+    run("dino", "--images", pictures, *TINY_DINO, *as_flags(said), "--set", "norm-last=no", "--set", "decay-ssm=yes")
     t, peak = np.arange(12), 0.064 * 8 / 256
 
     def cosine(first, last, warm=0):
@@ -2117,8 +2127,8 @@ def noisy(tmp_path_factory):
 
 def finetune(noisy, out, name="whole", **said):
     """The command line of a small fine-tuning; what is said replaces its settings."""
-    usual = {"models": "vit_micro", "size": 16, "split": "given", "runs": 1, "lr": 1e-3,
-             "batch": 20, "epochs": 1, "data": noisy / f"{name}.npz", "out": out}
+    usual = {"weights": "vit_micro", "size": 16, "split": "given", "runs": 1, "lr": 1e-3,
+             "batch": 20, "epochs": 1, "images": noisy / f"{name}.npz", "out": out}
     return ["finetune", *as_flags({**usual, **said})]
 
 
@@ -2173,7 +2183,7 @@ def test_explain_shows_the_output_that_was_asked_for(pictures, tmp_path):
     x = data.plain_view(16, whole=True)(picture)[None]
     for label in (3, 5):
         out = tmp_path / str(label)
-        run("explain", "cam", "--images", pictures, "--weights", spec, "--size", 16, "--most", 1,
+        run("explain", "--images", pictures, "--weights", spec, "--size", 16, "--most", 1,
             "--label", label, "--out", out)
         name, = (f for f in os.listdir(out) if f.startswith("a_0_"))
         maps.append(np.asarray(Image.open(out / name)))
@@ -2207,8 +2217,8 @@ def test_with_the_test_labels_swapped_the_same_probes_are_exactly_wrong(argv, ha
 def test_the_strength_and_the_seed_of_a_probe_count(halves, tmp_path):
     folder, x, y = halves
     parts = x[:80], y[:80], x[80:], 2
-    cases = ((("--strength", 1.), judge.logistic_probe(*parts, 1.)),
-             (("--strength", 1e-4), judge.logistic_probe(*parts, 1e-4)),
+    cases = ((("--set", "strength=1."), judge.logistic_probe(*parts, 1.)),
+             (("--set", "strength=1e-4"), judge.logistic_probe(*parts, 1e-4)),
              (("--solver", "sgd", "--seed", 3), judge.sgd_probe(*parts, seed=3)),
              (("--solver", "sgd", "--seed", 4), judge.sgd_probe(*parts, seed=4)))
     found = []
@@ -2248,11 +2258,11 @@ def test_with_the_labels_of_the_test_bags_swapped_heads_and_baseline_are_exactly
 
 def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch):
     import ssm
-    said = {"head": "clam_sb", "widths": "7,6", "attention": 3, "dropout": 0.4, "squash": 1, "k": 2,
-            "epochs": 10, "patience": 4, "least": 6,
+    said = {"head": "clam_sb", "widths": "7,6", "attention": 3, "dropout": 0.4, "squash": 1, "instances": 2,
+            "bag_weight": 0.2, "inst_loss": "ce", "epochs": 10, "patience": 4, "min_epochs": 6,
             "batch": 5, "lr": 0.02, "weight_decay": 0.03, "out": tmp_path / "r"}
     found = caught(monkeypatch, ssm, "fit", "mil", "--data", uneven / "whole.npz", *as_flags(said),
-                   "--subtyping", "--cosine")
+                   "--set", "subtyping=yes", "--set", "cosine=yes")
     model, group = found["model"], found["optimiser"].param_groups[0]
     assert [found[name] for name in ("epochs", "patience", "least")] == [10, 4, 6]
     linear = [m.out_features for m in model.embed if isinstance(m, torch.nn.Linear)]
@@ -2261,11 +2271,11 @@ def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch
     x, mask, y = next(iter(found["batches"](5)))
     assert len(y) == 5 and group["weight_decay"] == 0.03
     assert group["lr"] == pytest.approx(0.02 / 2)            # half of the way down the cosine
-    monkeypatch.setattr(ssm, "mil_loss", lambda *batch, **how: how)
-    assert found["loss"](model, x, mask, y) == {"k": 2, "subtyping": True}
+    assert found["loss"].keywords == {"k": 2, "bag_weight": 0.2, "subtyping": True,
+                                      "loss": torch.nn.functional.cross_entropy}
 
 
-@pytest.mark.parametrize("argv, low, high", [((), 0.2, 0.3), (("--weighted",), 0.4, 0.6)])
+@pytest.mark.parametrize("argv, low, high", [((), 0.2, 0.3), (("--balanced",), 0.4, 0.6)])
 def test_weighted_bags_are_drawn_as_if_classes_were_equally_frequent(
         argv, low, high, uneven, tmp_path, monkeypatch):
     import ssm
@@ -2276,17 +2286,52 @@ def test_weighted_bags_are_drawn_as_if_classes_were_equally_frequent(
 
 
 def test_every_setting_of_tile_reaches_the_tiles(tmp_path, monkeypatch):
-    said = {"size": 16, "downsample": 2, "threshold": 12, "least": 0.1}
+    said = {"size": 16, "step": 8, "downsample": 2, "threshold": 12, "smallest": 0.1,
+            "least_hole": 0.3, "max_holes": 3}
     image = np.full((200, 260, 3), 245, np.uint8)
     image[20:180, 30:220] = (220, 150, 180)
     Image.fromarray(image).save(tmp_path / "s.png")
     tile = ["tile", "--images", tmp_path / "s.png", "--out", tmp_path / "t"]
     found = caught(monkeypatch, data, "tile_slide", *tile, *as_flags(said))
-    assert found["how"] == {"threshold": 12}
-    assert [found[k] for k in ("side", "least")] == [32, 0.1]
-    found = caught(monkeypatch, data, "cut_boxes", "tile", "--voc", tmp_path, "--size", 40,
+    assert found["how"] == {"threshold": 12, "max_holes": 3}
+    assert [found[k] for k in ("side", "step", "least", "least_hole")] == [32, 16, 0.1, 0.3]
+    left_half = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate(
+        ((0, 0), (130, 0), (130, 200), (0, 200))))
+    (tmp_path / "a.xml").write_text(
+        f"<A><Annotation><Coordinates>{left_half}</Coordinates></Annotation></A>")
+    run(*tile, "--size", 32, "--smallest", 0.01, "--rois", tmp_path / "a.xml", "--set", "roi-share=0.1")
+    with np.load(tmp_path / "t" / "s.npz") as z:
+        covered = (130 - z["coords"][:, 0]) / 32
+        assert np.array_equal(z["labels"] == 1, covered >= 0.1)
+        assert ((0.1 <= covered) & (covered < 0.5)).any()
+    found = caught(monkeypatch, data, "cut_boxes", "tile", "--voc", tmp_path, "--set", "margin=0.7",
                    "--out", tmp_path / "c")
-    assert found["size"] == 40
+    assert found["margin"] == 0.7
+
+
+def test_boxes_are_cut_into_class_folders_by_the_official_splits_or_nothing_is(tmp_path, capsys):
+    voc = tmp_path / "voc"
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (voc / part).mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    for stem, part in (("one", "trainval"), ("two", "test")):
+        Image.fromarray(pixels).save(voc / "JPEGImages" / f"{stem}.jpg")
+        (voc / "ImageSets" / "Main" / f"{part}.txt").write_text(stem)
+        (voc / "Annotations" / f"{stem}.xml").write_text(
+            "<a><object><name>cell</name><bndbox><xmin>10</xmin><ymin>10</ymin><xmax>40</xmax>"
+            "<ymax>50</ymax></bndbox></object></a>")
+    argv = ["tile", "--voc", voc, "--size", 24, "--out", tmp_path / "c"]
+    run(*argv)
+    assert capsys.readouterr().out.split("\n")[:2] == ["test/cell: 1", "train/cell: 1"]
+    found = data.read_images(str(tmp_path / "c"))
+    assert found.split.tolist() == ["test", "train"] and found.open(0).size == (24, 24)
+    assert "holds files already" in error(capsys, *argv)
+    run(*argv, "--overwrite")
+    (voc / "JPEGImages" / "three.jpg").write_bytes(b"no")
+    (voc / "Annotations" / "three.xml").write_text("<a/>")
+    (voc / "ImageSets" / "Main" / "test.txt").write_text("two three")
+    said = error(capsys, *argv[:-1], tmp_path / "d")
+    assert "three.jpg is not a readable picture" in said and not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize("rank", ["mean", "difference", "boxes"])
@@ -2310,8 +2355,8 @@ def test_with_the_test_labels_swapped_the_same_head_and_latents_are_exactly_wron
 
 
 def test_every_setting_of_a_detector_of_boxes_reaches_it(token_run, tmp_path, monkeypatch):
-    argv = ["intervene", token_run, "--label", "sick", "--percentile", 80, "--connectivity", 4,
-            "--strict", "--box-score", "hot", "--ap-points", 11, "--iou", 0.4,
+    argv = ["intervene", token_run, "--label", "sick", "--set", "percentile=80", "--set", "connectivity=4",
+            "--set", "strict=yes", "--set", "box-score=hot", "--set", "ap-points=11", "--iou", 0.4,
             "--out", tmp_path / "i"]
     found = caught(monkeypatch, judge, "heat_boxes", *argv)
     names = ("percentile", "connectivity", "strict", "score")
@@ -2372,7 +2417,7 @@ def test_clip_its_words_and_text_axes_are_the_same_whatever_is_in_the_test_pictu
         np.savez(tmp_path / f"{name}.npz", images=np.array(images), captions=np.array(captions),
                  split=np.repeat(["train", "test"], [12, 6]))
         run("clip", "--images", tmp_path / f"{name}.npz", "--size", 16, "--patch", 8, "--width", 32,
-            "--layers", 1, "--joint", 8, "--context", 8, "--epochs", 2, "--batch", 4,
+            "--set", "layers=1", "--set", "joint=8", "--set", "context=8", "--epochs", 2, "--batch", 4,
             "--out", tmp_path / name)
         run("extract", "--images", tmp_path / f"{name}.npz", "--weights", "t=lsa:1",
             "--out", tmp_path / f"{name}_t.npz")
@@ -2440,6 +2485,6 @@ def test_the_verdict_names_the_run_that_can_be_given_its_null(features, tmp_path
 
 def test_settings_that_contradict_each_other_are_refused(features, tmp_path, capsys):
     out = ("--data", features, "--out", tmp_path / "r")
-    assert "give one of the two" in error(capsys, "sae", "--stream", "x", "--latents", 9, "--expansion", 2, *out)
+    assert "give one of the two" in error(capsys, "sae", "--stream", "x", "--latents", 9, "--set", "expansion=2", *out)
     assert "--over latents=auto,9: auto - give a whole number" in error(capsys, "sweep", "--over", "latents=auto,9", *out)
     assert not (tmp_path / "r").exists()

@@ -75,8 +75,8 @@ def test_sparse_products_pass_gradcheck(kernels):
     g = torch.Generator().manual_seed(0)
     x, W, v = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((5, 6), (12, 6), (5, 3)))
     pattern = sae.Pattern(torch.rand(5, 12, generator=g).topk(3)[1], 12, kernels)
-    assert torch.autograd.gradcheck(lambda x, W: sae._SampledLogits.apply(x, W, pattern), (x, W))
-    assert torch.autograd.gradcheck(lambda v, W: sae._SparseDecode.apply(v, W, pattern), (v, W))
+    assert torch.autograd.gradcheck(lambda x, W: sae._Product.apply(x, W, pattern, sae._sample), (x, W))
+    assert torch.autograd.gradcheck(lambda v, W: sae._Product.apply(v, W, pattern, sae._combine), (v, W))
 
 
 def test_gradient_reaches_the_raw_features():
