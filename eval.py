@@ -831,7 +831,7 @@ def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, kno
     return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
 
 
-def describe_sample(features, row, labels, size=96):
+def describe_sample(features, row, size=96):
     """HTML of one sample: its picture, or the name of one that cannot be read, if the file has any;
     else its caption, else its labels, else its number."""
     about, picture = features.about, features.picture(row)
@@ -841,8 +841,9 @@ def describe_sample(features, row, labels, size=96):
         return html.escape(os.path.basename(str(about["images"][row])))
     if "captions" in about:
         return html.escape(str(about["captions"][row]))
-    named = ", ".join(name for name, on in zip(features.label_names, labels) if on)
-    return html.escape(named or f"sample {row}")
+    labels = features.label_matrix([row])
+    on = [] if labels is None else zip(features.label_names, labels[0])
+    return html.escape(", ".join(name for name, here in on if here) or f"sample {row}")
 
 
 # -- The page: one self-contained HTML file ------------------------------------------------------
@@ -960,7 +961,7 @@ def tell_run(page, metrics, log, settings, codes, features, rows):
     if features.labelled[rows].any():
         page.picture("Concepts that have the same name in every stream, alone codes", gallery(
             codes["alone"], labels, features.label_names,
-            lambda i: describe_sample(features, rows[i], labels[i]),
+            lambda i: describe_sample(features, rows[i]),
             known=features.labelled[rows]))
     page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
                quiet=True)
@@ -1652,17 +1653,17 @@ def search_precision(strength, weights, rows, y, named, top, seed=0, rounds=100)
     return found[0], found[1:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Back to pixels and words: relevancy maps (thesis 5.4.4, A.3-A.4), and what they segment
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Back to pixels and words: relevancy maps (thesis 5.4.4, A.3-A.4) -----------------------------
 
 def relevancy(attention, target, start_layer=0):
-    """Relevancy of every token for every other (Chefer et al. 2021): R = 1, then R <- R + A R from layer `start_layer` on,
-    with A the gradient times the attention, negative entries of each head cut to 0, averaged over heads.
+    """Relevancy of every token for every other (Chefer et al. 2021): R = 1, then R <- R + A R from
+    layer `start_layer` on, with A the gradient times the attention, negative entries of each head
+    cut to 0, averaged over heads.
 
-    attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar a sample, was computed
-    from. Returns (B, T, T); row 0 without its first column is what a class token saw. A target that nothing moves, such as the
-    latents of a concept that is absent, leaves exactly 0 there.
+    attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
+    a sample, was computed from. Returns (B, T, T); row 0 without its first column is what a class
+    token saw. A target that nothing moves, such as the latents of a concept that is absent, leaves
+    exactly 0 there.
     """
     used = list(attention)[start_layer:]
     if target.requires_grad:
@@ -1682,9 +1683,80 @@ def roll_out(attention, gradient):
     return R
 
 
+def grad_cam(model, layer, to_map, x, score=None):
+    """Grad-CAM (Selvaraju et al. 2017; thesis 3.2.4): where the output of `layer` raises the score.
+    (B, h, w) in 0..1, one map an image.
+
+    to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output (B, C)) -> (B,),
+    by default the largest: a class with a head, a feature dimension without one (as Vim4Path did).
+    A channel weighs as much as its mean gradient; negative sums are cut to 0, then each map is
+    scaled to 0..1. A map without any positive value is all 0.
+    """
+    kept = []
+    hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    try:
+        with torch.enable_grad():
+            out = model(x.requires_grad_())                  # so that frozen weights do not matter
+            total = (out.max(1).values if score is None else score(out)).sum()
+            gradient, = torch.autograd.grad(total, kept[0])
+    finally:
+        hook.remove()
+    with torch.no_grad():
+        a, g = to_map(kept[0]), to_map(gradient)
+        cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)                       # (B, h, w)
+        low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
+        return ((cam - low) / (high - low).clamp(min=1e-12)).cpu().numpy()
+
+
+def kept_attention(model):
+    """The attention modules of a transformer (those with `keep`), told to keep their probabilities
+    in `kept`; none in Vim and VMamba."""
+    found = [m for m in model.modules() if hasattr(m, "keep")]
+    for m in found:
+        m.keep = True
+    return found
+
+
+def heat_maps(backbone, x, score, cam_layer, start_layer=0):
+    """What in pictures x (B, 3, H, W) raises score(features (B, d)) -> (B,): relevancy of their
+    patches (B, rows, columns), Grad-CAM where there is no attention; and the scores.
+
+    backbone.features(x) -> (B, d), backbone.patch: pixels of a patch's side; cam_layer(x) -> (layer,
+    to_map) of `grad_cam`. A picture whose score nothing moves, as without the concept, gets all 0.
+    """
+    layers, told = kept_attention(backbone), []
+
+    def heard(features):
+        told.append(score(features))
+        return told[-1]
+    if layers:
+        target = heard(backbone.features(x)).sum()
+        R = relevancy([m.kept for m in layers], target, start_layer)
+        rows, columns = (side // backbone.patch for side in x.shape[2:])
+        heat = R[:, 0, -rows * columns:].unflatten(1, (rows, columns)).cpu().numpy()
+    else:
+        heat = grad_cam(backbone.features, *cam_layer(x), x, heard)
+    return heat, told[0].detach().cpu().numpy()
+
+
+def word_heat(clip, words, text, score, start_layer=0):
+    """[(word, relevance)] of a text for score(its feature (1, d)), as `heat_maps` for pictures.
+
+    clip: encode_text(tokens), its `transformer` and `config`; words, its tokenizer: pieces(text),
+    words([text], context) -> (1, T) tokens. Words that it does not know are left out."""
+    layers, context = kept_attention(clip.transformer), clip.config["context"]
+    known = words.pieces(text, strict=False)[:context - 2]   # without start and end
+    tokens = words([text], context, strict=False).to(clip.logit_scale.device)
+    target = score(clip.encode_text(tokens)).sum()
+    R = relevancy([m.kept for m in layers], target, start_layer)
+    pieces = [None, *(word for _, word in known), *[None] * (tokens.shape[1] - 1 - len(known))]
+    return word_scores(R[0, len(known) + 1].tolist(), pieces)
+
+
 def word_scores(relevance, pieces, least=0.1):
-    """Relevance (T,) of the pieces of a text -> [(word, score)]: special pieces (None) dropped, the pieces of a word added up,
-    divided by the largest, those below `least` set to 0 (thesis Fig. A.6 hides them). All 0 when nothing is relevant.
+    """Relevance (T,) of the pieces of a text -> [(word, score)]: special pieces (None) dropped, the
+    pieces of a word added up, divided by the largest, those below `least` set to 0 (thesis Fig. A.6
+    hides them). All 0 when nothing is relevant.
 
     pieces: for each token the word it belongs to, as (number, text), or None.
     """
@@ -1698,47 +1770,100 @@ def word_scores(relevance, pieces, least=0.1):
     return [(words[i], share[i] if share[i] >= least else 0.) for i in words]
 
 
-def heat_mask(heat, size, otsu):
-    """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold on the enlarged map; None for a constant map: no prediction.
+# -- What maps of concepts segment (thesis Table 5.4) --------------------------------------------
 
-    Enlarged bilinearly to 224, scaled to 0..1, then to size: the thesis leaves this open, the authors' code does so. otsu:
-    uint8 values -> threshold.
+def concept_latents(codes, labels, least=50, known=slice(None)):
+    """The latents J of each label (thesis 5.4.4, A.3): those active with it in `least` training
+    samples or more, counted over all streams together. codes: {stream: CSR (n, L)}, labels (n, C)
+    bool -> list of C arrays. known (n,) bool: the samples whose labels are known, which alone count.
+
+    Of those only the ones that the label makes likelier: at least half of a latent's samples have
+    it, or the 10 with the largest share when there are none (ours: the count alone picks latents
+    that fire for everything).
+    """
+    on = [code[known].astype(bool).astype(np.float64) for code in codes.values()]
+    with_label = sum(np.asarray(one.T @ labels[known].astype(float)) for one in on)
+    total, out = np.maximum(sum(np.asarray(one.sum(0)).ravel() for one in on), 1), []
+    for c in range(labels.shape[1]):
+        often = np.flatnonzero(with_label[:, c] >= least)
+        share = with_label[often, c] / total[often]
+        mostly = often[share >= 0.5]
+        out.append(mostly if len(mostly) else often[np.argsort(-share, kind="stable")[:10]])
+    return out
+
+
+def concept_scores(code, names, J, alive, together=None, seed=0):
+    """What a map of a label may be a map of (thesis Table 5.4), of one stream: {target:
+    (score(features (B, d), label) -> (B,), the labels that it can be asked for)}; beside them as
+    many random others of its living latents.
+
+    code(features) -> (B, L) of the stream alone; names (C, L): the codes of the labels' names; J:
+    of `concept_latents`; alive: numbers of the latents active in training; together(features,
+    label): the codes (B, L) of pictures and of the name that chose their support together.
+    """
+    rng, every = np.random.default_rng(seed), range(len(J))
+    chance = [rng.permutation(np.setdiff1d(alive, own))[:len(own)] for own in J]
+    some = [c for c in every if len(J[c])]
+    out = {"sum of concept latents": (lambda f, c: code(f)[:, J[c]].sum(1), some),
+           "similarity to the name": (lambda f, c: code(f) @ names[c], every),
+           "random latents": (lambda f, c: code(f)[:, chance[c]].sum(1), some)}
+    if together is not None:
+        out["similarity to the name, joint"] = (
+            lambda f, c: math.prod(together(f, c)).sum(1), every)
+    return out
+
+
+def centre_prior(n=16):
+    """(n, n) heat that falls from the middle."""
+    y, x = np.mgrid[:n, :n] / (n - 1) - 0.5
+    return np.exp(-8 * (x * x + y * y))
+
+
+def heat_mask(heat, size, otsu):
+    """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold on the enlarged map; None for a
+    constant map: no prediction.
+
+    Enlarged bilinearly to 224, scaled to 0..1, then to size: the thesis leaves this open, the
+    authors' code does so. otsu: uint8 values -> threshold.
     """
     def enlarged(x, size):
-        return torch.nn.functional.interpolate(x[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+        x = torch.nn.functional.interpolate(x[None, None], size, mode="bilinear")
+        return x[0, 0]
     h = enlarged(torch.as_tensor(np.asarray(heat), dtype=torch.float32), (224, 224))
     if not float(h.max()) > float(h.min()):
         return None
-    h = enlarged((h - h.min()) / (h.max() - h.min()), size).numpy()
-    low, high = float(h.min()), float(h.max())
-    t = otsu(np.minimum((h.astype(np.float64) - low) / (high - low) * 256, 255).astype(np.uint8))
-    return h >= low + (t + 0.5) / 256 * (high - low)         # the centre of the bin, as scikit-image has it
+    h = enlarged((h - h.min()) / (h.max() - h.min()), size).numpy().astype(np.float64)
+    low, span = h.min(), np.ptp(h)
+    t = otsu(np.minimum((h - low) / span * 256, 255).astype(np.uint8))
+    return h >= low + (t + 0.5) / 256 * span                 # the bin's centre, as scikit-image
 
 
-SIZES = {"": (0, np.inf), " small": (0, 32 ** 2), " medium": (32 ** 2, 96 ** 2), " large": (96 ** 2, np.inf)}
+SIZES = {"": (0, np.inf), " small": (0, 32 ** 2), " medium": (32 ** 2, 96 ** 2),
+         " large": (96 ** 2, np.inf)}                        # areas in pixels, as COCO's
 
 
 def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
-    """AP and AR of masks at one IoU, by size, and mIoU (thesis Table 5.4), as COCO's evaluator computes them.
+    """AP and AR of masks at one IoU, by size, and mIoU (thesis Table 5.4), as COCO's evaluator
+    computes them.
 
-    found, truth: dict (image, label) -> bool mask (H, W); one mask an image and label; found may lack some, or hold labels the
-    image does not have, which count against it. score: dict like found, 1 for all by default. Precision is interpolated at 101
-    recalls and averaged over labels that have true masks of the size; sizes are areas of masks (`area` of a found one; the
-    published figures took its box's). None where a size has no true mask.
+    found, truth: (image, label) -> bool mask (H, W); one mask an image and label; found may lack
+    some, or hold labels the image does not have, which count against it. score: dict like found, 1
+    for all by default. Precision is interpolated at 101 recalls and averaged over labels that have
+    true masks of the size; sizes are areas of masks (`area` of a found one; the published figures
+    took its box's). None where a size has no true mask.
     """
     labels, out = sorted({label for _, label in truth}), {}
-    overlap = {key: np.logical_and(m, truth[key]).sum() / np.logical_or(m, truth[key]).sum() for key, m in found.items()
-               if key in truth}
+    overlap = {key: np.logical_and(m, truth[key]).sum() / np.logical_or(m, truth[key]).sum()
+               for key, m in found.items() if key in truth}
+    ranked = sorted(found, key=lambda key: (-(score[key] if score else 1), key[0]))
     for name, (low, high) in SIZES.items():
         precisions, recalls = [], []
         for label in labels:
             counted = {key for key, m in truth.items() if key[1] == label and low <= m.sum() <= high}
             if not counted:
                 continue
-            keys = sorted((key for key in found if key[1] == label), key=lambda key: key[0])
-            keys.sort(key=lambda key: -(score[key] if score else 1))                        # stable, as COCO sorts
             hits = []
-            for key in keys:
+            for key in (key for key in ranked if key[1] == label):
                 if overlap.get(key, 0) >= iou:
                     if key in counted:
                         hits.append(1)
@@ -1749,6 +1874,60 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
             recalls.append(recall[-1] if len(recall) else 0.)
         out[f"AP{name}"], out[f"AR{name}"] = _mean(precisions), _mean(recalls)
     return {**out, "mIoU": _mean([overlap.get(key, 0.) for key in truth])}
+
+
+def map_scores(maps, asked, truth, otsu):
+    """What heat maps (picture, label) -> (h, w) segment of the true masks: of the labels that are
+    there, as published, and of all pairs `asked`, there or not."""
+    size = next(iter(truth.values())).shape
+    masks = {key: heat_mask(heat, size, otsu) for key, heat in maps.items()}
+    masks = {key: mask for key, mask in masks.items() if mask is not None}
+    there = segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth)
+    absent = [key in masks for key in asked if key not in truth]
+    return {**there, "AP, all asked": segmentation_scores(masks, truth)["AP"],
+            "drawn though absent, %": 100. * sum(absent) / max(len(absent), 1)}
+
+
+def map_gallery(maps, there, names, picture, most=2):
+    """Heat maps {method: {(picture, label): (h, w)}} as HTML, for each label a table of some
+    pictures that have it (`there`: pairs) and one that has not; and their overlays, {(picture,
+    label, method): PIL image}. picture(i) -> PIL image.
+
+    A map of zeros is not drawn: the concept is absent, or where it is there the score is silent.
+    """
+    asked, drawn, parts = max(maps.values(), key=len, default={}), {}, []
+
+    def cell(method, key):
+        heat = maps[method].get(key)
+        if heat is None or not heat.max() > 0:
+            return "no latents" if heat is None else "silent" if key in there else "absent"
+        image = picture(key[0]).resize((112, 112))
+        drawn[(*key, method)] = overlay(image, heat / heat.max())
+        return embedded(drawn[(*key, method)])
+    for c in sorted({c for _, c in there}):
+        keys = [key for key in there if key[1] == c][:most]
+        keys += [key for key in asked if key[1] == c and key not in there][:1]
+        rows = [["", *(embedded(picture(key[0]), 112) + "without it" * (key not in there)
+                       for key in keys)]]
+        rows += [[html.escape(method), *(cell(method, key) for key in keys)] for method in maps]
+        lines = ["".join(f"<td>{v}</td>" for v in row) for row in rows]
+        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        parts.append(f'<h3>{html.escape(names[c])}</h3><table class="maps">{table}</table>')
+    return "".join(parts), drawn
+
+
+def word_table(examples):
+    """Captions with each word as dark as its relevance, HTML, from dicts of `concept`, `caption`,
+    `here` (is it?) and `words`; a concept that moves nothing is absent, or its latents silent."""
+    parts = []
+    for e in examples:
+        shown = " ".join(f'<span style="background:rgba(197,48,48,{score:.2f})">{html.escape(word)}'
+                         "</span>" + f"<sub>{score:.2f}</sub>" * (score > 0)
+                         for word, score in e["words"])
+        moved = any(score for _, score in e["words"])
+        told = "" if moved else f" <b>{'silent' if e['here'] else 'absent'}</b>"
+        parts.append(f"<p><b>{html.escape(e['concept'])}</b>: {shown}{told}</p>")
+    return "".join(parts)
 
 
 # -- Do two codes share latents (thesis 4.2-4.3)? --------------------------------------------------
@@ -1839,34 +2018,10 @@ def beaten(pairs, level=0.05):
     return wins
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Heat maps (thesis 3.2.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Pictures with heat over them -----------------------------------------------------------------
 
-def grad_cam(model, layer, to_map, x, score=None):
-    """Grad-CAM (Selvaraju et al. 2017): where the output of `layer` raises the score. (B, h, w) in 0..1, one map an image.
-
-    to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output (B, C)) -> (B,), by default the largest: a
-    class with a head, a feature dimension without one (as Vim4Path did). A channel weighs as much as its mean gradient;
-    negative sums are cut to 0, then each map is scaled to 0..1. A map without any positive value is all 0.
-    """
-    kept = []
-    hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    try:
-        with torch.enable_grad():
-            out = model(x.requires_grad_())                  # of the input, so that frozen weights do not matter
-            total = (out.max(1).values if score is None else score(out)).sum()
-            gradient, = torch.autograd.grad(total, kept[0])
-    finally:
-        hook.remove()
-    with torch.no_grad():
-        a, g = to_map(kept[0]), to_map(gradient)
-        cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)                       # (B, h, w)
-        low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
-        return ((cam - low) / (high - low).clamp(min=1e-12)).cpu().numpy()
-
-
-HEAT = np.array([[48, 18, 120], [44, 120, 200], [60, 190, 110], [250, 200, 50], [200, 30, 20]], float)      # low to high
+HEAT = np.array([[48, 18, 120], [44, 120, 200], [60, 190, 110], [250, 200, 50], [200, 30, 20]],
+                float)                                       # R, G, B, low to high
 
 
 def heat_colours(heat):
@@ -1880,32 +2035,37 @@ def heat_colours(heat):
 def overlay(image, heat, alpha=0.5):
     """A PIL image with a heat map (h, w) in 0..1 over it, enlarged smoothly to its size."""
     heat = Image.fromarray(np.asarray(heat, np.float32)).resize(image.size, Image.BICUBIC)
-    return Image.blend(image.convert("RGB"), Image.fromarray(heat_colours(np.asarray(heat))), alpha)
+    colours = Image.fromarray(heat_colours(np.asarray(heat)))
+    return Image.blend(image.convert("RGB"), colours, alpha)
 
 
 def box_overlay(image, boxes, heat, scale, alpha=0.6):
-    """A PIL image of which a pixel spans `scale` of the slide's, with the boxes (n, 4) of the slide coloured by heat (n,)."""
-    heat = scipy.stats.rankdata(heat) / len(heat)            # ranks, as CLAM's maps: a softmax is mostly near 0
+    """A PIL image of which a pixel spans `scale` of the slide's, with the boxes (n, 4) of the slide
+    coloured by heat (n,)."""
+    heat = scipy.stats.rankdata(heat) / len(heat)            # as CLAM: a softmax is mostly near 0
     out, colours = image.convert("RGB"), heat_colours(heat[None])[0]
     for (x, y, w, h), colour in zip(np.asarray(boxes) / scale, colours):
         place = tuple(map(round, (x, y, x + w, y + h)))
         part = out.crop(place)
-        out.paste(Image.blend(part, Image.new("RGB", part.size, tuple(map(int, colour))), alpha), place)
+        ink = Image.new("RGB", part.size, tuple(map(int, colour)))
+        out.paste(Image.blend(part, ink, alpha), place)
     return out
 
 
 def contact_sheet(rows, titles, side=160, names=()):
-    """Rows of PIL images as one picture, columns under `titles`, rows after `names`; an image becomes `side` pixels wide."""
-    left = 90 if names else 8
-    sheet = Image.new("RGB", (left + (side + 8) * len(titles), (side + 8) * len(rows) + 28), "white")
+    """Rows of PIL images as one picture, columns under `titles`, rows after `names`; an image
+    becomes `side` pixels wide."""
+    left, step = 90 if names else 8, side + 8
+    sheet = Image.new("RGB", (left + step * len(titles), step * len(rows) + 28), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        draw.text((left + 4 + column * (side + 8), 8), title, "black")
+        draw.text((left + 4 + column * step, 8), title, "black")
     for r, row in enumerate(rows):
         if names:
-            draw.text((6, 28 + r * (side + 8) + side // 2), names[r], "black")
+            draw.text((6, 28 + r * step + side // 2), names[r], "black")
         for column, image in enumerate(row):
-            sheet.paste(image.resize((side, side), Image.BICUBIC), (left + column * (side + 8), 28 + r * (side + 8)))
+            small = image.resize((side, side), Image.BICUBIC)
+            sheet.paste(small, (left + column * step, 28 + r * step))
     return sheet
 
 

@@ -500,6 +500,9 @@ class Run:
         """A run within this one. It goes on only if it was started with these very flags: another
         run, overwritten since, may have left a folder of that name."""
         folder, resume = self.join(name), False
+        if os.path.islink(folder) or not plain(name):
+            raise InputError(f"{folder} was not made by this run - move it away, or name another "
+                             "--out")
         if self.saved and os.path.exists(os.path.join(folder, "config.json")):
             theirs = read_config(folder)["flags"]
             resume = all(theirs.get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
@@ -588,12 +591,12 @@ def versions():
             "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Progress:
-    """A line that rewrites itself on a terminal, or a plain line every tenth of the way elsewhere. Goes to stderr."""
+    """A line on stderr that rewrites itself on a terminal; elsewhere one every tenth of the way."""
 
     def __init__(self, total, start=0):
         self.total, self.began, self.first = total, time.time(), start
@@ -606,32 +609,37 @@ class Progress:
         self.next = step + (1 if self.live else max(1, self.total // 10))
         left = (time.time() - self.began) / max(step - self.first, 1) * (self.total - step)
         line = f"step {step}/{self.total}  {text()}  {left:.0f} s left"
-        print(f"\r{line:<100}" if self.live else line, end="\n" if step >= self.total or not self.live else "",
-              file=sys.stderr, flush=True)
+        stays = step >= self.total or not self.live
+        print(f"\r{line:<100}" if self.live else line, end="\n" * stays, file=sys.stderr,
+              flush=True)
 
 
 class Log:
     """The rows of log.csv: text, so that a resumed run keeps them to the byte.
 
-    Those up to step `upto` are read, and must have the `columns` that reports draw; only cells of `gaps` may be empty.
+    Those up to step `upto` are read; they need the `columns` that are drawn, and may be empty in
+    `gaps` alone.
     """
 
     def __init__(self, path, upto=0, columns=(), gaps=()):
         self.path, self.rows = path, []
-        if upto and os.path.exists(path):
-            data.plain_file(path)
-            try:
-                with open(path, newline="") as f:
-                    self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
-                numbers = [float(v) for row in self.rows for k, v in row.items() if k != "revive" and (v or k not in gaps)]
-            except (KeyError, TypeError, ValueError, csv.Error):
-                numbers = [math.nan]
-            if not all(map(math.isfinite, numbers)) or self.rows and not self.rows[0].keys() >= {*columns}:
-                raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves so far")
+        if not upto or not os.path.exists(path):
+            return
+        data.plain_file(path)
+        try:
+            with open(path, newline="") as f:
+                self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
+            whole = all(math.isfinite(float(v)) for row in self.rows for k, v in row.items()
+                        if k != "revive" and (v or k not in gaps))
+            whole = whole and all(row.keys() >= {*columns} for row in self.rows[:1])
+        except (KeyError, TypeError, ValueError, csv.Error):
+            whole = False
+        if not whole:
+            raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves")
 
     def add(self, row):
         if self.rows and self.rows[0].keys() != row.keys():
-            raise InputError(f"{self.path} has other columns than this run - restore it, or remove it")
+            raise InputError(f"{self.path} has other columns than this run - restore or remove it")
         self.rows.append({k: str(v) for k, v in row.items()})
 
     def write(self):
@@ -647,6 +655,43 @@ class Interrupted(Exception):
     """Training was asked to stop, and has saved."""
 
 
+class Keeper:
+    """Logs, shows progress, saves by save(), and obeys signals between two steps, never inside."""
+
+    def __init__(self, flags, n_steps, start, log, save):
+        self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
+        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
+
+    def __enter__(self):
+        obeyed = signal.SIGINT, signal.SIGTERM
+        if threading.current_thread() is not threading.main_thread():
+            obeyed = ()                                      # Python allows handlers there alone
+        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
+        return self
+
+    def __exit__(self, *_):
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+
+    def on_signal(self, number, frame):
+        if self.stop:
+            raise KeyboardInterrupt                          # the second time at once, unsaved
+        self.stop.append(number)
+
+    def __call__(self, step, row, text, log=False):
+        """After each step. row() gives the row of log.csv, text() the words of progress."""
+        last = step == self.n_steps
+        if log or step % self.flags.log_every == 0 or last:
+            self.log.add({"step": step, **row()})
+        self.progress(step, text)
+        if self.stop or last or time.time() - self.last_save >= self.flags.save_every:
+            self.log.write()                                 # first: resuming cuts a longer log
+            self.save()
+            self.last_save = time.time()
+        if self.stop:
+            raise Interrupted(f"stopped at step {step} of {self.n_steps}")
+
+
 def train(run, features):
     """Train, or go on training, the model of run.flags on `features`. Returns (model, Log)."""
     flags, rows = run.flags, features.rows("train")
@@ -660,39 +705,63 @@ def train(run, features):
     batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
     n_steps = flags.epochs * batches.epoch
     log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
-    _fit(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps,
-         batches.epoch, log, checkpoint)
+
+    def batch(step):
+        return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
+
+    def on_step(step, result):
+        def row():
+            told = {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)}
+            return {**told, "revive": flags.revive} if "revive" in flags else told
+
+        loss = float(result["loss"]) if step % flags.log_every == 0 else 0.
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {step} - lower --lr, or scale the "
+                             "features with --norm")
+        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead "
+             + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
+    with Keeper(flags, n_steps, int(model.step), log,
+                lambda: sae.save(checkpoint, model, optimiser)) as keep:
+        sae.fit(model, batch, n_steps, lr=flags.lr, optimiser=optimiser, on_step=on_step,
+                warmup=flags.get("warmup", 0))
     return model, log
 
 
 def resolved(flags, features, layers=()):
-    """The flags with all that was left open filled in: what was typed, else `layers` or the preset, else what made-up data
-    want, else by the number of training rows. Says in a line what was chosen; `null`: whether it takes under a minute."""
-    n, layers = len(features.rows("train")), {**(PLANTED if flags.data is None else {}), **dict(layers),
-                                              **(THESIS if "activation" not in flags and flags.preset else {})}
+    """The flags with all that was left open filled in: what was typed, else `layers` or the preset,
+    else what made-up data want, else by the number of training rows; tells what was chosen."""
+    n, layers = len(features.rows("train")), dict(layers)
+    if "activation" not in flags and flags.preset:
+        if flags.preset != "thesis":
+            raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
+        layers |= THESIS
+    layers = {**(PLANTED if flags.data is None else {}), **layers}
     if {"expansion", "latents"} <= flags.given:
-        raise InputError(f"--expansion {flags.expansion} and --latents {flags.latents} - give one of the two")
-    if flags.get("expansion") or "expansion" in layers:
-        layers["latents"] = (flags.get("expansion") or layers["expansion"]) * max(features.dims.values())
+        raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
+                         "one of the two")
+    expansion = flags.get("expansion") or layers.get("expansion")
+    if expansion:
+        layers["latents"] = expansion * max(features.dims.values())
     flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
-    auto = {**sae.settings_for(n, **typed), "shuffle": "blocks" if features.mapped else "samples"}
+    auto = sae.settings_for(n, **typed)
+    auto["shuffle"] = "blocks" if features.mapped else "samples"
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
         flags["null"] = planned_seconds(flags, features.dims, auto["steps"]) < 60
     if chosen:
-        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else f"{k.replace('_', '-')} {v}"
-                          for k, v in chosen.items())
+        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else
+                          f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
         say_once(f"chosen by the number of training rows, {n}: {shown}; {auto['steps']} steps")
     if flags.shuffle == "blocks" and features.sorted_rows():
-        say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - shuffle the file, or use "
-                 "--shuffle samples")
+        say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - "
+                 "shuffle the file, or use --shuffle samples")
     return flags
 
 
 def planned_seconds(flags, dims, steps):
-    """About how long training takes on two cores: all logits of a batch, and M times the sparse products."""
+    """About how long training takes on two cores: all logits of a batch, M times the products."""
     logits, products = flags.batch * flags.latents, len(dims) * flags.batch * flags.k
     each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
     return steps * each * (2 if flags.get("topk") == "both" else 1)
@@ -704,89 +773,29 @@ def memory():
 
 
 def make_model(features, flags, rows):
-    """The SAE or the SPARC of `flags`, untrained; statistics and the bias it starts from are those of the training rows."""
+    """The untrained SAE or SPARC of `flags`; its statistics and bias are of the training rows."""
     needs = 32 * flags.latents * sum(features.dims.values())
     if needs > memory():
-        raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the weights alone - lower it")
-    shared = {"stats": features.statistics(rows) if "standard" in flags.norm else None, "seed": flags.seed,
-              "reinit_after": flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12,
-              "aux_coef": flags.aux_coef if flags.aux_k else 0.,
-              **{k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels")}}
+        raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the "
+                         "weights alone - lower it")
+    shared = {k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels", "seed")}
+    shared["stats"] = features.statistics(rows) if "standard" in flags.norm else None
+    shared["reinit_after"] = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
+    shared["aux_coef"] = flags.aux_coef if flags.aux_k else 0.
     if "activation" not in flags:
-        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, **shared)
-    stream = next(iter(features.dims))
+        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss,
+                         **shared)
     how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth")}
-    how["threshold"] = flags.theta
-    model = sae.SAE(features.dims, flags.latents, **how, **shared)
+    model = sae.SAE(features.dims, flags.latents, threshold=flags.theta, **how, **shared)
     if flags.bias != "zeros":
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
-        model.start_bias(features.batch(drawn)[stream], flags.bias)
+        model.start_bias(features.batch(drawn)[model.streams[0]], flags.bias)
     return model
 
 
-class Keeper:
-    """Watches over training: logs, shows progress, saves, and obeys signals between two steps, never inside one.
-
-    save()    writes the checkpoint
-    """
-
-    def __init__(self, flags, n_steps, start, log, save):
-        self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
-        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
-
-    def __enter__(self):
-        main_thread = threading.current_thread() is threading.main_thread()
-        obeyed = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
-        return self
-
-    def __exit__(self, *_):
-        for n, handler in self.before.items():
-            signal.signal(n, handler)
-
-    def on_signal(self, number, frame):
-        if self.stop:
-            raise KeyboardInterrupt                          # the second time at once, without saving
-        self.stop.append(number)
-
-    def __call__(self, step, row, text, log=False):
-        """After each step. row() gives the row of log.csv, text() the words of the progress line."""
-        if log or step % self.flags.log_every == 0 or step == self.n_steps:
-            self.log.add({"step": step, **row()})
-        self.progress(step, text)
-        if self.stop or step == self.n_steps or time.time() - self.last_save >= self.flags.save_every:
-            self.log.write()                                 # first: a log that runs ahead is cut when resuming
-            self.save()
-            self.last_save = time.time()
-        if self.stop:
-            raise Interrupted(f"stopped at step {step} of {self.n_steps}")
-
-
-def _fit(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
-    """sae.fit under a Keeper."""
-
-    def on_step(step, result):
-        def dead():
-            return {s: int(model.dead(s).sum()) for s in model.streams}
-
-        def row():
-            active = [(c.values > 0).sum(1).float().mean() for support in result["codes"] for c in support.values()]
-            parts = ["loss", "self", "cross", "aux", *(["sparsity"] if "sparsity" in result else [])]
-            return {"epoch": round(step / epoch, 3), **{k: float(result[k]) for k in parts},
-                    "active": float(sum(active) / len(active)), **{f"dead_{s}": n for s, n in dead().items()},
-                    **({"revive": flags.revive} if "revive" in flags else {})}
-        if step % flags.log_every == 0 and not math.isfinite(float(result["loss"])):
-            raise InputError(f"the loss is {float(result['loss'])} at step {step} - lower --lr, or scale the features with "
-                             "--norm")
-        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead {'/'.join(map(str, dead().values()))}")
-    with Keeper(flags, n_steps, int(model.step), log, lambda: sae.save(checkpoint, model, optimiser)) as keep:
-        sae.fit(model, lambda step: {s: x.to(flags.device) for s, x in batch(step).items()}, n_steps,
-                lr=flags.lr, optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Measuring
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def evaluation_rows(features, flags, *splits):
     """Rows of the first split that has any, at most --eval-rows of them, drawn with the seed."""
@@ -930,9 +939,9 @@ def read_to_train(flags):
     return features.per_token()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Commands
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command(f"{DATA} {CODE} topk lam loss preset null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
@@ -1202,9 +1211,9 @@ def print_summary(metrics):
     judge.tell_summary(judge.Page(""), metrics)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Backbones: DINO, features, probes (thesis 3.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
          "colour pathology standardise prototypes head-hidden bottleneck norm-last teacher-temp "
@@ -1425,7 +1434,8 @@ def cmd_extract(flags):
     for name, model, trained in loaded:
         if hasattr(model, "clip"):                           # one run, two encoders
             if "captions" in images.about and not flags.tokens:
-                streams[f"{name}_txt"] = text_features(model.clip, model.words, images.about["captions"], flags.device)
+                streams[f"{name}_txt"] = ssm.text_features(
+                    model.clip, model.words, images.about["captions"]).cpu().numpy()
             name = f"{name}_img"
         how = {"tokens": True} if flags.tokens else {"last": flags.last} if hasattr(model, "blocks") else {}
         whole, block = flags.whole or hasattr(model, "clip"), 16 if flags.tokens else 256  # clip learns from whole pictures
@@ -1564,9 +1574,9 @@ def cmd_probe(flags):
         judge.write_json(out_file(flags, "json"), found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Coded:
     """A run, the features it is used on, and the codes of every sample of one stream, computed alone.
@@ -2144,9 +2154,9 @@ def cmd_compare(flags):
         judge.write_json(out_file(flags, "json"), found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images and words: a made-up tissue, a small CLIP, heat maps, segmentation, retrieval (thesis 5.3-5.4, A.3-A.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Images and words (thesis 5.3-5.4, A.3-A.4): tissue, a small CLIP, heat maps, retrieval
+# ------------------------------------------------------------------------------------------------
 
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
@@ -2167,89 +2177,94 @@ def cmd_tissue(flags):
         place = "slides", str(made["split"][row]), str(made["disease_names"][made["disease"][row]])
         judge.save_picture(run.path(*place, f"{group:04d}.png"), Image.fromarray(slide))
     judge.write_json(run.path("taxonomy.json"), parents)
-    kinds, sheet = len(data.CELLS) + 1, []
-    for c in range(kinds):
-        rows = np.flatnonzero(made["labels"][:, c])[:8]
-        sheet.append([Image.fromarray(pixels[i]) for i in rows])
-    judge.save_picture(run.path("sheet.png"), judge.contact_sheet(
-        sheet, [""] * 8, 96, [str(v) for v in made["label_names"][:kinds]]))
-    print("\n".join(f"{name}: in {n} pictures" for name, n in zip(made["label_names"], made["labels"].sum(0))))
+    kinds = made["label_names"][:len(data.CELLS) + 1].tolist()
+    rows = [np.flatnonzero(made["labels"][:, c])[:8] for c in range(len(kinds))]
+    sheet = [[Image.fromarray(pixels[i]) for i in some] for some in rows]
+    judge.save_picture(run.path("sheet.png"), judge.contact_sheet(sheet, [""] * 8, 96, kinds))
+    for name, n in zip(made["label_names"], made["labels"].sum(0)):
+        print(f"{name}: in {n} pictures")
     for c, name in enumerate(made["disease_names"]):
         mine = made["disease"] == c
-        parts = ", ".join(f"{(made['split'][mine] == part).sum()} {part}" for part in ("train", "val", "test"))
+        parts = ", ".join(f"{(made['split'][mine] == part).sum()} {part}"
+                          for part in ("train", "val", "test"))
         print(f"{name}: {len(np.unique(made['groups'][mine]))} patients, pictures: {parts}")
     say(f"wrote {run.join('tissue.npz')}, {len(pixels)} pictures, and sheet.png")
 
 
-@command("images window weights merges size=64 patch=8 width layers joint context epochs=20 batch=128 "
-         "lr=1e-3 seed=0 device overwrite out=runs/clip")
+@command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
+         "batch=128 lr=1e-3 seed=0 device overwrite out=runs/clip")
 def cmd_clip(flags):
-    """Train a small CLIP on pictures and their captions: image and text encoders into one space (thesis 5.3.1)."""
+    """Train a small CLIP on pictures and their captions: image and text encoders into one space
+    (thesis 5.3.1)."""
     if flags.weights:
         return import_clip(flags)
-    images = pictures_of(flags)
-    if "captions" not in images.about:
-        raise InputError(f"{flags.images} has no captions - give an .npz with `images` and `captions`")
-    captions = np.array([str(c) for c in images.about["captions"]])
-    train = images.rows("train") if images.split is not None else images.rows()
-    test = images.rows("test", "val") if images.split is not None else images.rows()
-    if len(train) < flags.batch or len(test) < 2:
-        raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch {flags.batch} of the first are "
-                         "needed, and two of the second")
-    if flags.patch > flags.size or flags.width % max(flags.width // 32, 1):
-        raise InputError(f"--patch {flags.patch}, --size {flags.size}, --width {flags.width} - a patch must fit the picture, "
-                         "and the width be a multiple of 32")
-    words = data.Merges(data.read_merges(flags.merges)) if flags.merges else data.Words(captions[train])
+    images, captions, train, test = captioned(flags)
+    words = data.Words(captions[train])
+    if flags.merges:
+        words = data.Merges(data.read_merges(flags.merges))
     run = Run(flags).begin(pictures=len(images), data_hash=images.hash)
     torch.manual_seed(flags.seed)
-    size, rng = flags.size, np.random.default_rng(flags.seed)
-    layers = (flags.width, flags.layers, max(flags.width // 32, 1))
-    model = ssm.CLIP(flags.joint, layers, layers, words.size, flags.context, flags.patch, size).to(flags.device)
-    view = data.plain_view(size, whole=True)
+    rng, each = np.random.default_rng(flags.seed), len(train) // flags.batch
+    layers = flags.width, flags.layers, max(flags.width // 32, 1)
+    model = ssm.CLIP(flags.joint, layers, layers, words.size, flags.context, flags.patch,
+                     flags.size).to(flags.device)
+    view, n_steps = data.plain_view(flags.size, whole=True), flags.epochs * each
     pixels = torch.stack([view(images.open(i)) for i in range(len(images))])
     tokens = words(captions, flags.context, strict=False)
-    optimiser = torch.optim.AdamW(model.parameters(), flags.lr, weight_decay=0.1, fused=True)
-    n_steps = flags.epochs * (len(train) // flags.batch)
+    order = np.stack([rng.permutation(train)[:each * flags.batch] for _ in range(flags.epochs)])
+    rows, turns = order.reshape(n_steps, -1), rng.integers((4, 2), size=(n_steps, 2))
     progress, log = Progress(n_steps), Log(run.path("log.csv"))
-    for step in range(n_steps):
-        place = step % (len(train) // flags.batch)
-        if not place:
-            order = rng.permutation(train)
-        rows = order[place * flags.batch:(place + 1) * flags.batch]
-        turn, flip = rng.integers(4), rng.integers(2)        # a field has no upright side
-        x = torch.rot90(pixels[rows], int(turn), (2, 3))
-        optimiser.param_groups[0]["lr"] = ssm.cosine_schedule(step, n_steps, flags.lr, 0., min(100, n_steps // 10))
-        optimiser.zero_grad()
-        loss = model.loss((x.flip(3) if flip else x).to(flags.device), tokens[rows].to(flags.device))
-        if not torch.isfinite(loss):
-            raise InputError(f"the loss is {loss.item()} at step {step + 1} - lower --lr")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimiser.step()
-        if (step + 1) % 20 == 0 or step + 1 == n_steps:
-            log.add({"step": step + 1, "loss": loss.item()})
-        progress(step + 1, lambda: f"loss {loss.item():.3f}")
+
+    def batch(step):                                         # a field has no upright side
+        x = torch.rot90(pixels[rows[step]], int(turns[step, 0]), (2, 3))
+        return x.flip(3) if turns[step, 1] else x, tokens[rows[step]]
+
+    def on_step(step, told):
+        if step % 20 == 0 or step == n_steps:
+            log.add({"step": step, **told})
+        progress(step, lambda: f"loss {told['loss']:.3f}")
+    ssm.fit_clip(model, batch, n_steps, flags.lr, on_step)
     log.write()
-    model.eval()
     write_clip(run, model, words)
     with torch.no_grad():
-        x = {"image": torch.cat([model.encode_image(p.to(flags.device)) for p in pixels[test].split(256)]).cpu().numpy(),
-             "text": text_features(model, words, captions[test], flags.device)}
-    found = {"loss": loss.item(), "test": judge.retrieval(x)}
-    judge.write_json(run.path("metrics.json"), found)
-    header = [f"{len(test)} {('training', 'test')[images.split is not None]} pictures", "R@1", "R@5", "R@10", "MedR", "MRR"]
-    print(judge.text_table(header, [[pair, *v.values()] for pair, v in found["test"].items()]))
+        seen = torch.cat([model.encode_image(x.to(flags.device)) for x in pixels[test].split(256)])
+    said = ssm.text_features(model, words, captions[test])
+    found = judge.retrieval({"image": seen.cpu().numpy(), "text": said.cpu().numpy()})
+    page, part = judge.Page("repsae clip"), "test" if images.split is not None else "training"
+    page.table([f"{len(test)} {part} pictures", *found["image -> text"]],
+               [[pair, *v.values()] for pair, v in found.items()], key="test")
+    page.metrics["loss"] = float(log.rows[-1]["loss"])
+    page.write(run.path)
+
+
+def captioned(flags):
+    """(pictures, captions, rows to train on, rows to test on) of --images; raises InputError where
+    `clip` cannot be trained on them."""
+    images = pictures_of(flags)
+    if "captions" not in images.about:
+        raise InputError(f"{flags.images} has no captions - give an .npz with `images` and "
+                         "`captions`")
+    parts = (("train",), ("test", "val")) if images.split is not None else ((), ())
+    train, test = (images.rows(*part) for part in parts)
+    if len(train) < flags.batch or len(test) < 2:
+        raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch "
+                         f"{flags.batch} of the first are needed, and two of the second")
+    if flags.patch > flags.size or flags.width % max(flags.width // 32, 1):
+        raise InputError(f"--patch {flags.patch}, --size {flags.size}, --width {flags.width} - a "
+                         "patch must fit the picture, and the width be a multiple of 32")
+    return images, np.array([str(c) for c in images.about["captions"]]), train, test
 
 
 def import_clip(flags):
-    """A released CLIP as a run like our own: its weights, its tokenizer, and its first layer in our units of pixels."""
+    """A released CLIP as a run like our own: its weights, its tokenizer, and its first layer in our
+    units of pixels."""
     words = data.Merges(data.read_merges(needed(flags, "merges")))
-    with unpacked(flags.weights, "is no state_dict of a CLIP", "of OpenAI's files save torch.jit.load(FILE).state_dict()"
-                  ) as state:
+    with unpacked(flags.weights, "is no state_dict of a CLIP",
+                  "of OpenAI's files save torch.jit.load(FILE).state_dict()") as state:
         model = ssm.clip_from_state(state)
     if words.size != model.config["vocab"]:
-        raise InputError(f"{flags.merges} makes {words.size} tokens, {flags.weights} knows {model.config['vocab']} - give "
-                         "CLIP's bpe_simple_vocab_16e6.txt.gz")
+        raise InputError(f"{flags.merges} makes {words.size} tokens, {flags.weights} knows "
+                         f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
     ssm.standardise_pixels(model.visual, *data.CLIP_PIXELS, data.IMAGENET)
     run = Run(flags).begin()
     write_clip(run, model, words)
@@ -2257,238 +2272,212 @@ def import_clip(flags):
 
 
 def write_clip(run, model, words):
-    judge.write_torch(run.path("clip.pt"), {
-        "model": model.state_dict(), "config": model.config,
-        "merges" if isinstance(words, data.Merges) else "words": words.words})
+    kind = "merges" if isinstance(words, data.Merges) else "words"
+    judge.write_torch(run.path("clip.pt"), {"model": model.state_dict(), "config": model.config,
+                                            kind: words.words})
 
 
 def load_clip(folder, device):
-    """(image encoder, the side it was trained at) of a run of clip; the encoder's .clip and .words are the whole model and its
-    tokenizer."""
-    with unpacked(os.path.join(folder, "clip.pt"), "is no readable clip.pt", "train it again") as kept:
+    """(image encoder, the side it was trained at) of a run of clip; the encoder's .clip and .words
+    are the whole model and its tokenizer."""
+    with unpacked(os.path.join(folder, "clip.pt"), "is no readable clip.pt",
+                  "train it again") as kept:
         model = ssm.CLIP(**kept["config"])
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
     model = model.eval().to(device)
-    object.__setattr__(model.visual, "clip", model)          # not as a submodule: it is the other way round
+    object.__setattr__(model.visual, "clip", model)          # no submodule: it is the other way round
     model.visual.words = words
     return model.visual, model.visual.size
 
 
-def text_features(clip, words, captions, device):
-    """Features (n, out) of captions; words that the tokenizer does not know are left out."""
-    tokens = words(captions, clip.config["context"], strict=False)
-    with torch.no_grad():
-        return torch.cat([clip.encode_text(part.to(device)) for part in tokens.split(512)]).cpu().numpy()
+@command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
+         "run?")
+def cmd_explain(flags):
+    """Heat maps of what backbones look at (Grad-CAM of an output, thesis 3.2.4); given a run of
+    sparc, of its concepts in pixels and words, and what they segment (5.4.4, A.3-A.4; --most is
+    then 400)."""
+    if flags.run is not None:
+        return explain_concepts(flags)
+    images = pictures_of(flags)
+    rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
+    pictures = [images.open(i) for i in rows]
+    columns = {}
+    for spec in flags.weights.split(","):
+        name, model, trained = load_backbone(spec, flags, head=True)
+        view = data.plain_view(flags.size or trained, whole=True)
+        x = torch.stack([view(p) for p in pictures]).to(flags.device)
+        with torch.no_grad():
+            outputs = model(x[:1]).shape[1]
+        wanted = flags.label
+        if wanted is not None and not (wanted.isdigit() and int(wanted) < outputs):
+            raise InputError(f"--label {wanted}, but {name} has {outputs} outputs - give 0 to "
+                             f"{outputs - 1}")
+        score = None if wanted is None else lambda out: out[:, int(wanted)]
+        heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
+        columns[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
+    run = Run(flags, flags.out or "runs/cam").begin(data_hash=images.hash)
+    for name, column in columns.items():
+        for i, picture in zip(rows, column):
+            stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
+            judge.save_picture(run.path(f"{name}_{i}_{stem}.png"), picture)
+    sheet = judge.contact_sheet(list(zip(pictures, *columns.values())), ["picture", *columns])
+    judge.save_picture(run.path("sheet.png"), sheet)
+    print(f"wrote {len(rows) * len(columns)} heat maps and {run.join('sheet.png')}")
 
 
-def kept_attention(model):
-    """The attention modules of a transformer, told to keep their probabilities; none in Vim and VMamba."""
-    found = [m for m in model.modules() if hasattr(m, "keep")]
-    for m in found:
-        m.keep = True
-    return found
-
-
-def heat_maps(backbone, x, score, start_layer):
-    """Relevancy of the patches of pictures x (B, 3, H, W) for score(features (B, d)) -> (B,): (B, rows, columns), and the
-    scores; Grad-CAM where there is no attention. A picture whose score nothing moves, such as one without the concept, gets
-    all 0."""
-    layers, told = kept_attention(backbone), []
-
-    def heard(features):
-        told.append(score(features))
-        return told[-1]
-    if layers:
-        target = heard(backbone.features(x)).sum()
-        R = judge.relevancy([m.kept for m in layers], target, start_layer)
-        rows = x.shape[2] // backbone.patch
-        heat = R[:, 0, -(rows * (x.shape[3] // backbone.patch)):].unflatten(1, (rows, -1)).cpu().numpy()
-    else:
-        heat = judge.grad_cam(backbone.features, *ssm.cam_layer(backbone, x), x, heard)
-    return heat, told[0].detach().cpu().numpy()
-
-
-def word_heat(clip, words, sparc, stream, text, target, start_layer):
-    """[(word, score)] of a text for target(z), as `heat_maps` for pictures."""
-    layers = kept_attention(clip.transformer)
-    known = words.pieces(text, strict=False)[:clip.config["context"] - 2]
-    tokens = words([text], clip.config["context"], strict=False).to(clip.logit_scale.device)
-    codes = sparc.encode({stream: clip.encode_text(tokens)}, "alone")[stream]
-    R = judge.relevancy([m.kept for m in layers], target(codes.dense(sparc.n_latents)).sum(), start_layer)
-    pieces = [None, *(word for _, word in known), *[None] * (tokens.shape[1] - 1 - len(known))]
-    return judge.word_scores(R[0, len(known) + 1].tolist(), pieces)
-
-
-def concept_latents(codes, labels, least=50, known=slice(None)):
-    """The latents J of each label (thesis 5.4.4, A.3): those that are active with it in `least` training samples or more,
-    counted over all streams together. codes: {stream: CSR (n, L)}, labels (n, C) bool -> list of C arrays.
-    known (n,) bool: the samples whose labels are known, which alone count; all by default.
-
-    Of those only the ones that the label makes likelier: at least half of a latent's samples have it, or the 10 with the
-    largest share when there are none (ours: the count alone picks latents that fire for everything).
-    """
-    on = [code[known].astype(bool).astype(np.float64) for code in codes.values()]
-    with_label = sum(np.asarray(one.T @ labels[known].astype(float)) for one in on)
-    total, out = np.maximum(sum(np.asarray(one.sum(0)).ravel() for one in on), 1), []
-    for c in range(labels.shape[1]):
-        often = np.flatnonzero(with_label[:, c] >= least)
-        share = with_label[often, c] / total[often]
-        out.append(often[share >= 0.5] if (share >= 0.5).any() else often[np.argsort(-share, kind="stable")[:10]])
-    return out
-
-
-def pictures_with_masks(model, features, flags):
-    """The pictures of --images and their file's arrays; raises InputError where they do not fit the features or the run."""
-    images, arrays = pictures_of(flags), data.read_arrays(flags.images)
-    shape = arrays["instances"].shape if "instances" in arrays and "boxes" in arrays else ()
-    if len(shape) != 3 or shape[0] != len(features):
-        raise InputError(f"{flags.images} has no 'instances' and 'boxes' of these {len(features)} pictures - give what "
-                         "`tissue` wrote")
-    lacking = [k for k in ("captions", "labels") if k not in (*features.about, *(["labels"] if features.label_names else []))]
-    lacking += [f"stream '{s}'" for s in model.streams if s not in features.streams]
-    if lacking:
-        raise InputError(f"{flags.data} has no {lacking[0]} - attribute needs captions, labels and all streams of the run")
-    if shape[1:] != images.open(0).size[::-1]:
-        raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
-                         f"{'x'.join(map(str, images.open(0).size[::-1]))} - give masks of the pictures' size")
-    return images, arrays
-
-
-@command(f"{ON_RUN} window images! weights! start-layer latent least most=400", "run")
-def cmd_attribute(flags):
-    """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment (thesis 5.4.4, A.3-A.4)."""
-    run = analysis_run(flags, "attribute")
-    model, config = load_run(flags.run, flags.device)
-    features, flags = features_for(model, config, flags)
-    images, arrays = pictures_with_masks(model, features, flags)
-    sees, clip = attributed_streams(model, flags)
-    truth, labels, train = true_masks(arrays), features.label_matrix(np.arange(len(features))), features.rows("train")
-    codes, _ = codes_and_fit(model, features, train, "alone" if model.topk == "local" else "joint", flags.device)
-    J = concept_latents(codes, labels[train], flags.least, features.labelled[train])
-    test = [i for i in features.rows("test", "val") if any(key[0] == i for key in truth)][:flags.most]
-    truth = {key: m for key, m in truth.items() if key[0] in set(test)}
-    if not truth:
-        raise InputError(f"no test picture of {flags.images} has an object - there is nothing to segment")
-    pairs = [(i, c) for i in test for c in sorted({c for _, c in truth})]                   # there or not
-    alone, _ = codes_and_fit(model, features, train, "alone", flags.device)
-    alive = {s: np.flatnonzero(code.getnnz(axis=0)) for s, code in alone.items()}
-    chosen = chosen_latents(flags.latent, J, alive, model.n_latents)
-    names, found, maps = features.label_names, {}, {}
-    without = [c for c in sorted({c for _, c in truth}) if not len(J[c])]
-    if without:
-        say(f"note: no latent of {', '.join(names[c] for c in without)} - lower --least")
-    for what, (backbone, score) in attribution_scores(model, sees, clip, J, alive, names, truth, flags).items():
-        asked = [key for key in pairs if key[1] not in without or not what.endswith("latents")]
-        maps[what], silent = concept_maps(backbone, score, asked, images, flags)
-        masks = {key: judge.heat_mask(heat, arrays["instances"].shape[1:], data.otsu) for key, heat in maps[what].items()}
-        masks = {key: m for key, m in masks.items() if m is not None}
-        found[what] = {**judge.segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth),
-                       "AP, all asked": judge.segmentation_scores(masks, truth)["AP"],
-                       "drawn though absent, %": 100. * sum(key in masks for key in asked if key not in truth)
-                       / max(sum(key not in truth for key in asked), 1),
-                       "absent": len(silent),
-                       "maps of absent that are not 0": sum(bool(maps[what][key].any()) for key in silent)}
-    middle = judge.heat_mask(centre_prior(), arrays["instances"].shape[1:], data.otsu)
-    found["centre of the picture"] = {**judge.segmentation_scores(dict.fromkeys(truth, middle), truth), "AP, all asked":
-                                      judge.segmentation_scores(dict.fromkeys(pairs, middle), truth)["AP"],
-                                      "drawn though absent, %": 100.}
-    columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked", "drawn though absent, %"]
-    rows = [[name, *(v[c] for c in columns)] for name, v in found.items()]
-    print(judge.text_table([f"{len(test)} pictures, {len(truth)} masks", *columns], rows))
-    words = word_examples(model, *clip, J, features, labels, test, sorted({c for _, c in truth} - {*without}), flags)
-    single, said = latent_maps(model, sees, clip, chosen, features, test, images, flags)
-    whole, told = caption_maps(model, sees, clip, features, test, images, flags)
-    gallery, drawn = attribution_gallery(maps, truth, images, names)
+def explain_concepts(flags):
+    """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment."""
+    run, seen = analysis_run(flags, "explain"), Concepts(flags)
+    page = judge.Page("repsae explain: concepts in pixels and words")
+    names, picture = seen.features.label_names, seen.images.open
+    maps = measured_maps(seen, page)
+    gallery, drawn = judge.map_gallery(maps, seen.truth, names, picture)
+    page.picture("Maps", gallery)
+    page.metrics["words"] = label_words(seen)
+    page.picture("Words", judge.word_table(page.metrics["words"]))
+    for key, title, (shown, asked, called, said) in (
+            ("latents", "Single latents, where in the test pictures and captions they are most active",
+             latent_maps(seen)),
+            ("captions", "Pictures with their captions: similarity of the two", caption_maps(seen))):
+        found = judge.map_gallery(shown, asked, called, picture, 4)[0] + judge.word_table(said)
+        page.picture(title, found or "<p>No latent of a label is alive in every stream; --latent "
+                     "names others.</p>")
+        page.metrics[key] = said
     run.begin()
-    judge.write_json(run.path("metrics.json"), {"segmentation": found, "words": words, "latents": said,
-                                                        "captions": told})
-    write_maps(run, maps, truth, drawn)
-    judge.write_report(run.path("report.html"), "repsae attribute", [
-        ("Segmentation by heat maps: of the labels that are there, as published, and when all labels are asked for",
-         judge.html_table([""] + columns, rows)), ("Maps", gallery), ("Words", word_table(words)),
-        ("Single latents, in the test pictures and captions that they are most active in",
-         attribution_gallery(single, next(iter(single.values())), images, {j: f"latent {j}" for j in chosen}, 4)[0]
-         + word_table(said) or "<p>No latent of a label is alive in every stream; --latent names others.</p>"),
-        ("Pictures with their captions: similarity of the two", attribution_gallery(
-            whole, next(iter(whole.values())), images, [e["caption"] for e in told])[0] + word_table(told))])
+    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **{
+        method: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan))
+                          for key in seen.truth]) for method, of in maps.items() if of}})
+    for (i, c, method), image in drawn.items():
+        name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
+        judge.save_picture(run.path("overlays", f"{name}.png"), image)
+    page.write(run.path)
     say(f"wrote {run.join('report.html')}")
 
 
-def write_maps(run, maps, truth, drawn):
-    """maps.npz: `keys` (n, 2), picture and label, and for each method its maps (n, h, w), NaN where there is none; and the
-    overlays {name: PIL image} as PNG."""
-    arrays = {what: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan)) for key in truth])
-              for what, of in maps.items() if of}
-    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(truth)), **arrays})
-    for name, picture in drawn.items():
-        judge.save_picture(run.path("overlays", f"{name}.png"), picture)
+class Concepts:
+    """A run of sparc with the backbones that made its streams, and pictures with true masks.
 
+    sees         {name: (backbone, its stream)} of --weights; `encoder`, CLIP's image encoder, with
+                 its .clip and .words; `pictured` and `text`, its streams of pictures and captions
+    J, alive     each label's latents (`judge.concept_latents`); each stream's, active in training
+    truth        {(picture, label): bool mask} of the pictures `test`; `chosen`: --latent
+    """
 
-def attributed_streams(model, flags):
-    """({name: (backbone, stream)} of --weights, (text stream, CLIP's image encoder)); raises InputError for misfits. The
-    relevancy maps of all start at the same layer; those without attention are named as what they are."""
-    sees, clip = {}, None
-    for spec in flags.weights.split(","):
-        name, backbone, _ = load_backbone(spec, flags)
-        depth = len(kept_attention(backbone))
+    def __init__(self, flags):
+        self.model, config = load_run(flags.run, flags.device)
+        self.features, self.flags = features_for(self.model, config, flags)
+        self.images, arrays = self._pictures()
+        self.sees, self.encoder, self.pictured, self.text = {}, None, None, None
+        for spec in flags.weights.split(","):
+            self._see(*load_backbone(spec, self.flags)[:2])
+        if self.text not in self.model.dims:
+            raise InputError("no text encoder - name a run of clip in --weights, and have its text "
+                             "stream in the sparc run")
+        features, train = self.features, self.features.rows("train")
+        labels, known = features.label_matrix(train), features.labelled[train]
+        chose = self.codes(train, "alone" if self.model.topk == "local" else "joint")
+        self.J = judge.concept_latents(chose, labels, flags.least, known)
+        self.alive = {s: np.flatnonzero(code.getnnz(axis=0))
+                      for s, code in self.codes(train, "alone").items()}
+        self.chosen = chosen_latents(flags.latent, self.J, self.alive, self.model.n_latents)
+        truth, most = true_masks(arrays), flags.most if "most" in flags.given else 400
+        there = {i for i, _ in truth}
+        self.test = [i for i in features.rows("test", "val") if i in there][:most]
+        self.truth = {key: m for key, m in truth.items() if key[0] in set(self.test)}
+        if not self.truth:
+            raise InputError(f"no test picture of {flags.images} has an object - there is nothing "
+                             "to segment")
+
+    def _pictures(self):
+        """The pictures of --images and their file's arrays, once they fit the features and run."""
+        flags, features = self.flags, self.features
+        images, arrays = pictures_of(flags), data.read_arrays(flags.images)
+        shape = arrays["instances"].shape if {"instances", "boxes"} <= set(arrays) else ()
+        if len(shape) != 3 or shape[0] != len(features):
+            raise InputError(f"{flags.images} has no 'instances' and 'boxes' of these "
+                             f"{len(features)} pictures - give what `tissue` wrote")
+        lacking = [f"stream '{s}'" for s in self.model.streams if s not in features.streams]
+        lacking += ["captions"] * ("captions" not in features.about)
+        lacking += ["labels"] * (not features.label_names)
+        if lacking:
+            raise InputError(f"{flags.data} has no {lacking[0]} - explain needs captions, labels "
+                             "and all streams of the run")
+        width, height = images.open(0).size
+        if shape[1:] != (height, width):
+            raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
+                             f"{height}x{width} - give masks of the pictures' size")
+        return images, arrays
+
+    def _see(self, name, backbone):
+        """Enter a backbone; one without attention under the name of what it gets instead."""
+        depth, stream = len(judge.kept_attention(backbone)), name
         if hasattr(backbone, "clip"):
-            if clip:
+            if self.encoder is not None:
                 raise InputError("two runs of clip in --weights - name one, whose words are meant")
-            clip, depth = (f"{name}_txt", backbone), min(depth, len(kept_attention(backbone.clip.transformer)))
-        if depth and not -depth <= flags.start_layer < depth:
-            raise InputError(f"--start-layer {flags.start_layer} - {name} has {depth} layers")
-        stream = f"{name}_img" if hasattr(backbone, "clip") else name
-        if stream not in model.dims:
-            raise InputError(f"the run has no stream '{stream}' - it has {', '.join(model.streams)}")
-        sees[name if depth else f"{name} (Grad-CAM)"] = backbone, stream
-    if clip is None or clip[0] not in model.dims:
-        raise InputError("no text encoder - name a run of clip in --weights, and have its text stream in the sparc run")
-    return sees, clip
+            self.encoder, self.pictured, self.text = backbone, f"{name}_img", f"{name}_txt"
+            stream = self.pictured
+            depth = min(depth, len(judge.kept_attention(backbone.clip.transformer)))
+        start = self.flags.start_layer
+        if depth and not -depth <= start < depth:
+            raise InputError(f"--set start-layer={start} - {name} has {depth} layers")
+        if stream not in self.model.dims:
+            raise InputError(f"the run has no stream '{stream}' - it has "
+                             f"{', '.join(self.model.streams)}")
+        self.sees[name if depth else f"{name} (Grad-CAM)"] = backbone, stream
+
+    def codes(self, rows, mode):
+        """{stream: CSR (n, L)} of samples."""
+        return codes_and_fit(self.model, self.features, rows, mode, self.flags.device)[0]
+
+    def code(self, stream, x):
+        """Features (B, d) -> dense codes (B, L) of a stream alone."""
+        return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
+
+    def captions(self, rows):
+        return [str(self.features.about["captions"][i]) for i in rows]
+
+    def said(self, captions):
+        """Features (n, d) of captions."""
+        return ssm.text_features(self.encoder.clip, self.encoder.words, captions)
+
+    def words(self, concept, caption, here, score):
+        """A caption with what each word adds to score(codes (1, L)), for `judge.word_table`."""
+        heat = judge.word_heat(self.encoder.clip, self.encoder.words, caption,
+                               lambda f: score(self.code(self.text, f)), self.flags.start_layer)
+        return {"concept": concept, "caption": caption, "here": bool(here), "words": heat}
+
+    def maps(self, backbone, score, asked, block=64):
+        """{(picture, label): heat map} of score(features, label) for pairs `asked`, and those of
+        them whose score is 0."""
+        view, out, silent = data.plain_view(getattr(backbone, "size", 224), True), {}, []
+        for c in sorted({c for _, c in asked}):
+            rows = [i for i, k in asked if k == c]
+            for part in (rows[at:at + block] for at in range(0, len(rows), block)):
+                x = torch.stack([view(self.images.open(i)) for i in part]).to(self.flags.device)
+                heats, values = judge.heat_maps(
+                    backbone, x, lambda f: score(f, c),
+                    functools.partial(ssm.cam_layer, backbone), self.flags.start_layer)
+                out.update({(i, c): heat for i, heat in zip(part, heats)})
+                silent += [(i, c) for i, value in zip(part, values) if value == 0]
+        return out, silent
 
 
-def attribution_scores(model, sees, clip, J, alive, names, truth, flags):
-    """{name of a method: (backbone, score(features, label) -> (B,))}: the targets of Table 5.4 for each backbone, beside them
-    as many random others of the latents that are alive there, and CLIP's own similarity. A label's text is its name."""
-    text, encoder = clip
-    for c in {c for _, c in truth}:
-        encoder.words.pieces(names[c])                       # raises InputError for an unknown word
-    prompts = torch.from_numpy(text_features(encoder.clip, encoder.words, names, flags.device)).to(flags.device)
-    with torch.no_grad():
-        z_text = model.encode({text: prompts}, "alone")[text].dense(model.n_latents)
-    rng, out = np.random.default_rng(flags.seed), {}
-    chance = {(s, c): rng.permutation(np.setdiff1d(alive[s], J[c])) for s in alive for c in range(len(names))}
-
-    def targets(s):
-        def z(f):
-            return model.encode({s: f}, "alone")[s].dense(model.n_latents)
-
-        def together(f, c):                                  # the support is chosen by picture and name
-            both = model.encode({s: f, text: prompts[c].expand(len(f), -1)}, "joint")
-            return (both[s].dense(model.n_latents) * both[text].dense(model.n_latents)).sum(1)
-        found = {"sum of concept latents": lambda f, c: z(f)[:, J[c]].sum(1),
-                 "similarity to the name": lambda f, c: z(f) @ z_text[c], "similarity to the name, joint": together,
-                 "random latents": lambda f, c: z(f)[:, chance[s, c][:len(J[c])]].sum(1)}
-        if model.topk == "local":                            # which never chose together
-            del found["similarity to the name, joint"]
-        return found
-    for name, (backbone, s) in sees.items():
-        out.update({f"{name}, {what}": (backbone, target) for what, target in targets(s).items()})
-    return {**out, f"{text[:-4]}, raw similarity": (encoder, lambda f, c: torch.nn.functional.normalize(f, dim=1) @ torch.nn.functional.normalize(prompts[c], dim=0))}
-
-
-def concept_maps(backbone, score, pairs, images, flags, block=64):
-    """{(picture, label): heat map} of a method, and the keys where the score itself is 0."""
-    view, out, silent = data.plain_view(getattr(backbone, "size", 224), True), {}, []
-    for c in sorted({c for _, c in pairs}):
-        rows = [i for i, k in pairs if k == c]
-        for start in range(0, len(rows), block):
-            part = rows[start:start + block]
-            x = torch.stack([view(images.open(i)) for i in part]).to(flags.device)
-            heats, values = heat_maps(backbone, x, lambda f: score(f, c), flags.start_layer)
-            out.update({(i, c): heat for i, heat in zip(part, heats)})
-            silent += [(i, c) for i, value in zip(part, values) if value == 0]
-    return out, silent
+def chosen_latents(text, J, alive, n_latents):
+    """The latents of --latent; without it, of each label the first that is alive in every stream,
+    three at most."""
+    if text is None:
+        shared = [functools.reduce(np.intersect1d, [mine, *alive.values()]) for mine in J]
+        return sorted({int(v[0]) for v in shared if len(v)})[:3]
+    try:
+        chosen = [int(v) for v in text.split(",")]
+    except ValueError:
+        raise InputError(f"--latent {text} - give numbers, separated by commas")
+    for j in chosen:
+        if not any(j in v for v in alive.values()):
+            wrong = "silent in every stream" if 0 <= j < n_latents else f"not one of {n_latents}"
+            raise InputError(f"latent {j} is {wrong} - pick another")
+    return chosen
 
 
 def true_masks(arrays):
@@ -2504,197 +2493,182 @@ def true_masks(arrays):
     return out
 
 
-def centre_prior(n=16):
-    """(n, n) heat that falls from the middle."""
-    y, x = np.mgrid[:n, :n] / (n - 1) - 0.5
-    return np.exp(-8 * (x * x + y * y))
-
-
-def chosen_latents(text, J, alive, n_latents):
-    """The latents of --latent; without it, of each label the first that is alive in every stream, three at most."""
-    if text is None:
-        shared = [functools.reduce(np.intersect1d, [of_label, *alive.values()]) for of_label in J]
-        return sorted({int(v[0]) for v in shared if len(v)})[:3]
-    try:
-        chosen = [int(v) for v in text.split(",")]
-    except ValueError:
-        raise InputError(f"--latent {text} - give numbers, separated by commas")
-    for j in chosen:
-        if not any(j in v for v in alive.values()):
-            raise InputError(f"latent {j} is " + ("silent in every stream" if 0 <= j < n_latents else f"not one of {n_latents}")
-                             + " - pick another")
-    return chosen
-
-
-def latent_maps(model, sees, clip, chosen, features, test, images, flags, most=4):
-    """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all streams:
-    {"z, backbone": {(picture, j): heat map}}, and as `word_examples` has it the words of those samples' captions."""
-    codes, _ = codes_and_fit(model, features, np.array(test), "alone", flags.device)
-    text, encoder = clip
-    pairs, said = [], []
-    for j in chosen:
-        strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0] for code in codes.values()))
-        for n in np.argsort(-strength, kind="stable")[:most]:
-            caption = str(features.about["captions"][test[n]])
-            words = word_heat(encoder.clip, encoder.words, model, text, caption, lambda z: z[:, j], flags.start_layer)
-            pairs.append((test[n], j))
-            said.append({"concept": f"latent {j}", "caption": caption, "here": bool(codes[text][n, j]), "words": words})
-
-    def active(s):
-        return lambda f, j: model.encode({s: f}, "alone")[s].dense(model.n_latents)[:, j]
-    return {f"z, {name}": concept_maps(backbone, active(s), pairs, images, flags)[0]
-            for name, (backbone, s) in sees.items()}, said
-
-
-def caption_maps(model, sees, clip, features, test, images, flags, most=4):
-    """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP itself: as `latent_maps`."""
-    text, encoder = clip
-    captions = [str(features.about["captions"][i]) for i in test[:most]]
-    f_text = torch.from_numpy(text_features(encoder.clip, encoder.words, captions, flags.device)).to(flags.device)
-
-    def z(s, f):
-        return model.encode({s: f}, "alone")[s].dense(model.n_latents)
+def methods(seen):
+    """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
+    targets of Table 5.4 for each backbone, and CLIP's own similarity. A label's text is its name."""
+    names, out, unit = seen.features.label_names, {}, torch.nn.functional.normalize
+    for c in {c for _, c in seen.truth}:
+        seen.encoder.words.pieces(names[c])                  # raises InputError for an unknown word
+    prompts = seen.said(names)
     with torch.no_grad():
-        sees_too = f"{text[:-4]}_img"
-        z_text, z_image = z(text, f_text), z(sees_too, features.batch(test[:most])[sees_too].to(flags.device))
-    scores = {f"z z', {name}": (backbone, lambda f, n, s=s: z(s, f) @ z_text[n]) for name, (backbone, s) in sees.items()}
-    scores["cosine, CLIP itself"] = encoder, lambda f, n: torch.nn.functional.normalize(f, dim=1) @ torch.nn.functional.normalize(f_text[n], dim=0)
-    pairs = [(i, n) for n, i in enumerate(test[:most])]
-    said = [{"concept": "caption", "caption": caption, "here": True, "words": word_heat(
-        encoder.clip, encoder.words, model, text, caption, lambda code: code @ z_image[n], flags.start_layer)}
-        for n, caption in enumerate(captions)]
-    return {what: concept_maps(*score, pairs, images, flags)[0] for what, score in scores.items()}, said
+        z_names = seen.code(seen.text, prompts)
 
-
-def word_examples(model, text, clip, J, features, labels, test, kinds, flags, most=2):
-    """For some labels, captions that name the concept and one that does not: [{concept, caption, here, words}]."""
-    out = []
-    for c in kinds:
-        captions = [(str(features.about["captions"][i]), bool(labels[i, c])) for i in test
-                    if features.labelled[i]]
-        name = features.label_names[c]
-        shown = [v for v in captions if v[1] and name in v[0]][:most] + [v for v in captions if not v[1]][:1]
-        for caption, here in shown:
-            words = word_heat(clip.clip, clip.words, model, text, caption, lambda z: z[:, J[c]].sum(1), flags.start_layer)
-            out.append({"concept": name, "caption": caption, "here": here, "words": words})
+    def together(stream, f, c):                              # picture and name choose the support
+        both = seen.model.encode({stream: f, seen.text: prompts[c].expand(len(f), -1)}, "joint")
+        return [both[s].dense(seen.model.n_latents) for s in (stream, seen.text)]
+    for name, (backbone, s) in seen.sees.items():
+        both = functools.partial(together, s) if seen.model.topk != "local" else None
+        targets = judge.concept_scores(functools.partial(seen.code, s), z_names, seen.J,
+                                       seen.alive[s], both, seen.flags.seed)
+        out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
+    out[f"{seen.text[:-4]}, raw similarity"] = (
+        seen.encoder, lambda f, c: unit(f, dim=1) @ unit(prompts[c], dim=0), range(len(names)))
     return out
 
 
-def word_table(examples):
-    """Captions with each word as dark as its relevance; a concept that moves nothing is absent, or its latents are silent."""
-    parts = []
-    for e in examples:
-        shown = " ".join(f'<span style="background:rgba(197,48,48,{score:.2f})">{html.escape(word)}</span>'
-                         + f"<sub>{score:.2f}</sub>" * (score > 0) for word, score in e["words"])
-        absent = "" if any(score for _, score in e["words"]) else f" <b>{'silent' if e['here'] else 'absent'}</b>"
-        parts.append(f"<p><b>{html.escape(e['concept'])}</b>: {shown}{absent}</p>")
-    return "".join(parts)
+def measured_maps(seen, page):
+    """The maps of every method, {name: {(picture, label): (h, w)}}, and what they segment."""
+    labels, maps, found = sorted({c for _, c in seen.truth}), {}, {}
+    pairs = [(i, c) for i in seen.test for c in labels]      # there or not
+    without = [seen.features.label_names[c] for c in labels if not len(seen.J[c])]
+    if without:
+        say(f"note: no latent of {', '.join(without)} - lower --least")
+    for name, (backbone, score, possible) in methods(seen).items():
+        asked = [pair for pair in pairs if pair[1] in possible]
+        maps[name], silent = seen.maps(backbone, score, asked)
+        found[name] = {**judge.map_scores(maps[name], asked, seen.truth, data.otsu),
+                       "absent": len(silent), "maps of absent that are not 0":
+                       sum(bool(maps[name][key].any()) for key in silent)}
+    middle = dict.fromkeys(pairs, judge.centre_prior())
+    found["centre of the picture"] = judge.map_scores(middle, pairs, seen.truth, data.otsu)
+    columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked",
+               "drawn though absent, %"]
+    page.table([f"{len(seen.test)} pictures, {len(seen.truth)} masks", *columns],
+               [[name, *(v[c] for c in columns)] for name, v in found.items()],
+               "Segmentation by heat maps: of the labels that are there, as published, and of all")
+    page.metrics["segmentation"] = found
+    return maps
 
 
-def attribution_gallery(maps, keys, images, names, most=2):
-    """For some pictures of each concept (keys: picture, label), and one without it, a table of the maps {"backbone, target":
-    {key: map}}, as HTML; and their overlays by themselves: {name of a file: PIL image}. A map of zeros is not drawn: the
-    concept is absent, or where it is there the score is silent."""
-    lines, parts, drawn = {}, [], {}
-    for what in maps:
-        backbone, _, target = what.partition(", ")
-        lines.setdefault(backbone, {})[target] = what
-    targets = list(dict.fromkeys(target for line in lines.values() for target in line))
+def label_words(seen, most=2):
+    """For labels with latents, captions that name the concept and one without it, by words."""
+    out, labels = [], seen.features.label_matrix(seen.test)
+    known = seen.features.labelled[seen.test]
+    for c in sorted({c for _, c in seen.truth if len(seen.J[c])}):
+        name = seen.features.label_names[c]
+        said = [(caption, labels[n, c]) for n, caption in enumerate(seen.captions(seen.test))
+                if known[n]]
+        shown = [v for v in said if v[1] and name in v[0]][:most] + [v for v in said if not v[1]][:1]
+        out += [seen.words(name, caption, here, lambda z: z[:, seen.J[c]].sum(1))
+                for caption, here in shown]
+    return out
 
-    def cell(image, what, key):
-        heat = maps[what].get(key)
-        if heat is None or not heat.max() > 0:
-            return "no latents" if heat is None else "silent" if key in keys else "absent"
-        picture = judge.overlay(image, heat / heat.max())
-        drawn[re.sub(r"[^\w-]+", "_", f"{key[0]}_{names[key[1]]}_{what}")] = picture
-        return judge.embedded(picture)
-    for c in sorted({c for _, c in keys}):
-        parts.append(f"<h3>{html.escape(names[c])}</h3>")
-        without = [i for i, k in max(maps.values(), key=len) if k == c and (i, c) not in keys]
-        for i in [i for i, k in keys if k == c][:most] + without[:1]:
-            image = images.open(i).resize((112, 112))
-            rows = [[judge.embedded(image) + "without it" * ((i, c) not in keys), *map(html.escape, targets)]]
-            for backbone, line in lines.items():
-                rows.append([html.escape(backbone), *(cell(image, line[v], (i, c)) if v in line else "" for v in targets)])
-            parts.append('<table class="maps">' + "".join(
-                "<tr>" + "".join(f"<td>{v}</td>" for v in row) + "</tr>" for row in rows) + "</table>")
-    return "".join(parts), drawn
+
+def latent_maps(seen, most=4):
+    """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all
+    streams: maps, their pairs (picture, j), names of j, and words of those samples' captions."""
+    codes, pairs, said = seen.codes(np.array(seen.test), "alone"), [], []
+    for j in seen.chosen:
+        columns = {s: code[:, [j]].toarray()[:, 0] for s, code in codes.items()}
+        strength = sum(z / max(z.max(), 1e-12) for z in columns.values())
+        for n in np.argsort(-strength, kind="stable")[:most]:
+            pairs.append((seen.test[n], j))
+            said.append(seen.words(f"latent {j}", *seen.captions([seen.test[n]]),
+                                   columns[seen.text][n], lambda z: z[:, j]))
+    maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], pairs)[0]
+            for name, (backbone, s) in seen.sees.items()}
+    return maps, pairs, {j: f"latent {j}" for j in seen.chosen}, said
+
+
+def caption_maps(seen, most=4):
+    """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
+    itself: as `latent_maps`."""
+    test, unit = seen.test[:most], torch.nn.functional.normalize
+    captions, pictured = seen.captions(test), seen.pictured
+    f_text = seen.said(captions)
+    with torch.no_grad():
+        z_text = seen.code(seen.text, f_text)
+        own = seen.features.batch(test)[pictured].to(seen.flags.device)
+        z_image = seen.code(pictured, own)
+    pairs, maps = [(i, n) for n, i in enumerate(test)], {}
+    for name, (backbone, s) in seen.sees.items():
+        maps[f"z z', {name}"], _ = seen.maps(
+            backbone, lambda f, n: seen.code(s, f) @ z_text[n], pairs)
+    maps["cosine, CLIP itself"], _ = seen.maps(
+        seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), pairs)
+    said = [seen.words("caption", caption, True, lambda z: z @ z_image[n])
+            for n, caption in enumerate(captions)]
+    return maps, pairs, captions, said
 
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
 def cmd_retrieve(flags):
-    """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint and alone."""
+    """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint
+    and alone."""
     model, config = load_run(flags.run, flags.device)
     features, flags = features_for(model, config, flags)
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
     for s in (source, target):
-        if s not in model.dims:
-            raise InputError(f"the run has no stream '{s}' - it has {', '.join(model.streams)}")
-    rows = features.rows("test", "val")
-    missing = [s for s in (source, target) if s not in features.streams]
-    if missing:
-        raise InputError(f"the data lacks the stream '{missing[0]}' - it has {', '.join(features.streams)}")
-    outside = flags.query is not None or flags.features is not None                          # a query that is no sample
+        if s not in model.dims or s not in features.streams:
+            has = [name for name in model.streams if name in features.streams]
+            raise InputError(f"there is no stream '{s}' - the run and the data have "
+                             f"{', '.join(has)}")
+    rows, page = features.rows("test", "val"), judge.Page("repsae retrieve")
+    outside = flags.query is not None or flags.features is not None      # a query that is no sample
     if not outside and flags.sample >= len(rows):
-        raise InputError(f"--sample {flags.sample} - give one of the {len(rows)} {features.split[rows[0]]} samples, from 0")
-    labels, sections = features.label_matrix(rows), []
-    given, shown_query = given_query(model, source, flags) if outside else (None, None)
+        raise InputError(f"--sample {flags.sample} - give one of the {len(rows)} "
+                         f"{features.split[rows[0]]} samples, from 0")
 
     def shown(i, stream):
+        own = not outside and i == flags.sample and stream == target
+        frame = '<span style="outline:3px solid #2f855a">' if own else "<span>"
         if stream.endswith("_txt") and "captions" in features.about:
-            return html.escape(str(features.about["captions"][rows[i]]))
-        return judge.describe_sample(features, rows[i], labels[i] if labels is not None else ())
+            return f"{frame}{html.escape(str(features.about['captions'][rows[i]]))}</span>"
+        return f"{frame}{judge.describe_sample(features, rows[i])}</span>"
+    given, first = given_query(model, source, flags) if outside else \
+        (None, shown(flags.sample, source))
     for mode in ("alone",) if outside else ("joint", "alone"):
         codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
         query = given if outside else codes[source][[flags.sample]]
         if not query.nnz:
-            print(f"{mode}: no latent is active in the query, so that nothing is near it")
+            page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
             continue
-        similarity = (judge.unit_rows(query) @ judge.unit_rows(codes[target]).T).toarray()[0]
-        best = np.argsort(-similarity, kind="stable")[:10]
-        sheet = [f'<span style="outline:3px solid #2f855a">{shown(i, target)}</span>' if not outside and i == flags.sample
-                 else shown(i, target) for i in best]
-        first = shown_query or shown(flags.sample, source)
-        sections.append((f"{source} to {target}, {mode}", judge.strip(first, *sheet)))
-        rank = None if outside else int((similarity >= similarity[flags.sample]).sum())
-        partner = "" if outside else f"the true partner has rank {rank} of {len(rows)}; "
-        print(f"{mode}: {partner}nearest samples {rows[best].tolist()}")
+        (near,), (similar,) = judge.nearest(query, codes[target], len(rows))
+        partner = ""
+        if not outside:
+            rank = (similar >= similar[near == flags.sample]).sum()
+            partner = f"the true partner has rank {rank} of {len(rows)}; "
+        page.text(f"{mode}: {partner}nearest samples {rows[near[:10]].tolist()}")
+        page.picture(f"{source} to {target}, {mode}",
+                     judge.strip(first, *(shown(i, target) for i in near[:10])))
     run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if outside else flags.sample}")
-    judge.write_report(run.begin().path("report.html"), "repsae retrieve", sections)
+    run.begin()
+    page.write(run.path)
     say(f"wrote {run.join('report.html')}")
 
 
 def given_query(model, stream, flags):
-    """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector in --features, or of the row
-    --sample of a feature file there; and how to show it, HTML."""
+    """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector
+    in --features, or of the row --sample of a feature file there; and how to show it, HTML."""
     if flags.query is not None:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
         encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
         if not encoder.words.pieces(flags.query):
             raise InputError("--query has no words - give some")
-        with torch.no_grad():
-            x = encoder.clip.encode_text(encoder.words([flags.query], encoder.clip.config["context"]).to(flags.device))
+        x = ssm.text_features(encoder.clip, encoder.words, [flags.query])
         shown = html.escape(flags.query)
     elif flags.features.endswith(".npz"):
         others = data.read_features(flags.features, [stream])
         if flags.sample >= len(others):
-            raise InputError(f"--sample {flags.sample}, but {flags.features} has {len(others)} samples - count from 0")
+            raise InputError(f"--sample {flags.sample}, but {flags.features} has {len(others)} "
+                             "samples - count from 0")
         x = others.batch([flags.sample])[stream]
-        shown = judge.describe_sample(others, flags.sample, ())
+        shown = judge.describe_sample(others, flags.sample)
     else:
         x, shown = data.read_vector(flags.features)[None], html.escape(flags.features)
     if x.shape[1] != model.dims[stream]:
-        raise InputError(f"the query has {x.shape[1]} numbers, stream '{stream}' has {model.dims[stream]} - name its stream "
-                         "with --from")
+        raise InputError(f"the query has {x.shape[1]} numbers, stream '{stream}' has "
+                         f"{model.dims[stream]} - name its stream with --from")
     with torch.no_grad():
         codes = model.encode({stream: x.to(flags.device)}, "alone")[stream]
-    return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), model.n_latents), shown
+    return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(),
+                             model.n_latents), shown
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Slides and bags (thesis 3.2.2)
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command("images voc window size=0 step downsample threshold otsu smallest least-hole max-holes rois "
          "roi-share margin overwrite out=tiles")
@@ -2921,9 +2895,9 @@ def attention_maps(bags, models, rows, head, run, most=6):
     return "".join(shown) or "<p>The bags name no pictures.</p>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Transfer learning (thesis 3.3), heat maps (3.2.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 patch "
          "frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
@@ -3077,38 +3051,9 @@ def finetune_one(pictures, parts, model, flags):
     return judge.scores(pictures.labels[test], p), model, history
 
 
-@command("images! weights! window size=0 most label seed=0 device overwrite out=runs/cam")
-def cmd_explain(flags):
-    """Heat maps of what a backbone looks at: `cam`, Grad-CAM from the class token (thesis 3.2.4)."""
-    images = pictures_of(flags)
-    loaded = [load_backbone(spec, flags, head=True) for spec in flags.weights.split(",")]
-    rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
-    pictures = [images.open(i) for i in rows]
-    columns = [pictures]
-    for name, model, trained in loaded:
-        size = flags.size or trained
-        view = data.plain_view(size, whole=True)
-        x = torch.stack([view(p) for p in pictures]).to(flags.device)
-        with torch.no_grad():
-            outputs = model(x[:1]).shape[1]
-        if flags.label is not None and not (flags.label.isdigit() and int(flags.label) < outputs):
-            raise InputError(f"--label {flags.label}, but {name} has {outputs} outputs - give 0 to {outputs - 1}")
-        score = None if flags.label is None else lambda out: out[:, int(flags.label)]
-        heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
-        columns.append([judge.overlay(p, h) for p, h in zip(pictures, heat)])
-    run = Run(flags).begin(data_hash=images.hash)
-    for (name, _, _), column in zip(loaded, columns[1:]):
-        for i, picture in zip(rows, column):
-            stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
-            judge.save_picture(run.path(f"{name}_{i}_{stem}.png"), picture)
-    sheet = judge.contact_sheet(list(zip(*columns)), ["picture", *(name for name, _, _ in loaded)])
-    judge.save_picture(run.path("sheet.png"), sheet)
-    print(f"wrote {len(rows) * len(loaded)} heat maps and {run.join('sheet.png')}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The whole thesis on made-up tissue, in one command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def demo_stages(out, quick, seed=0):
     """[(heading, what it stands for, command line, the file that shows it was done, pictures, verdict)] in order.
@@ -3221,11 +3166,11 @@ def demo_codes(at, quick, seed):
          ["sweep", "--over", "streams=" + ",".join(v for _, v in DEMO_SETS.values()), "--data", at("eight.npz"), *code,
           "--out", at("sweep_streams")], at("sweep_streams", "report.html"), [], functools.partial(sets_verdict, at)),
         ("14. Back to pixels and words", "Thesis 5.4.4, Table 5.4, A.3, A.4: heat maps of concepts, and what they segment.",
-         ["attribute", shared, "--images", at("tissue", "tissue.npz"), "--weights", f"{both},clip={at('clip')}",
+         ["explain", shared, "--images", at("tissue", "tissue.npz"), "--weights", f"{both},clip={at('clip')}",
           "--least", "20" if quick else "50", "--most", "40" if quick else "200", "--out", at("attribute")],
          at("attribute", "report.html"), [], None),
         ("14. The same under Local TopK", "Thesis Table 5.4: Local beside Global, the same pictures.",
-         ["attribute", at("ablate", "local_lam1"), "--images", at("tissue", "tissue.npz"), "--weights",
+         ["explain", at("ablate", "local_lam1"), "--images", at("tissue", "tissue.npz"), "--weights",
           f"dino_vit={at('dino_vit')},clip={at('clip')}", "--least", "20" if quick else "50",
           "--most", "40" if quick else "200", "--out", at("attribute_local")],
          at("attribute_local", "report.html"), [], functools.partial(attribute_verdict, at)),
@@ -3642,9 +3587,9 @@ def inlined(path):
         return judge.embedded(image, 900)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Commands of the machine
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @command("json svg device", "what")
 def cmd_bench(flags):
@@ -3657,9 +3602,9 @@ def cmd_bench(flags):
     raise SystemExit(subprocess.run([sys.executable, script, flags.what, f"--device={flags.device}", *files]).returncode)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Flags(dict):
     """The settings of a command by name, readable as attributes. `given` holds those that the user typed."""
@@ -3717,7 +3662,9 @@ def add_command(subs, name, each):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:
-        if what == "what":
+        if what == "run?":
+            sub.add_argument("run", nargs="?", help="a run folder")
+        elif what == "what":
             sub.add_argument(what, nargs="?", choices=BENCHES, default="all")
         else:
             sub.add_argument(what, help="a run folder")

@@ -940,6 +940,15 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     return optimiser
 
 
+def told(model, result):
+    """A step as numbers: its losses, active latents per sample, dead latents of each stream."""
+    parts = [k for k in ("loss", "self", "cross", "aux", "sparsity") if k in result]
+    active = [(c.values > 0).sum(1).float().mean()
+              for codes in result["codes"] for c in codes.values()]
+    return {**{k: float(result[k]) for k in parts}, "active": float(sum(active) / len(active)),
+            **{f"dead_{s}": int(model.dead(s).sum()) for s in model.streams}}
+
+
 # ---- Files --------------------------------------------------------------------------------------
 
 def save(path, model, optimiser=None, **extra):

@@ -33,7 +33,6 @@ scan, built when first used with REPSAE_NATIVE=1 in the environment, or by `pyth
     model = load_weights(vim_small(), "vim_s.pth"); x = model.features(images)         # (B, 384)
 """
 import argparse
-import contextlib
 import math
 import os
 import platform
@@ -52,9 +51,7 @@ class InputError(ValueError):
     """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
 
 
-# --------------------------------------------------------------------------------------------------
-# The selective scan
-# --------------------------------------------------------------------------------------------------
+# -- The selective scan ----------------------------------------------------------------------------
 
 CHUNK = 2 ** 20    # numbers in the states that the torch backend works on at a time
 
@@ -88,8 +85,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
             learns = any(v is not None and v.requires_grad for v in given)
             y, h = _NativeScan.apply(*inputs, softplus, torch.is_grad_enabled() and learns)
         elif backend == "torch":
-            tokens = max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))
-            y, h = _TorchScan.apply(*inputs, softplus, tokens)
+            y, h = _torch_scan(*inputs, softplus)
         else:
             u, delta, A, B, C, D, z, bias = inputs
             delta = delta + bias
@@ -135,45 +131,50 @@ def _scan_reference(u, delta, A, B, C):
     return torch.stack(y, 1), h
 
 
+def _torch_scan(u, delta, A, B, C, D, z, bias, softplus):
+    """`_TorchScan` with the D channels split into G groups of E."""
+    G, T = B.shape[2], max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))        # tokens a chunk
+    u, delta, z = (v if v is None else v.unflatten(2, (G, -1)) for v in (u, delta, z))
+    A, D, bias = (v.unflatten(0, (G, -1)) for v in (A, D, bias))
+    y, h = _TorchScan.apply(u, delta, A, B, C, D, z, bias, softplus, T)
+    return y.flatten(2), h.flatten(1, 2)                     # (B, L, D), (B, D, N)
+
+
 class _TorchScan(torch.autograd.Function):
     """All of the scan chunk by chunk, with its analytic gradient.
 
-    Within a chunk time comes first, so that a step is contiguous memory: (T, B, G, E) with
-    D = G E, and (T, B, G, E, N) with states. The states of a chunk exist only while it is worked
-    on; of each chunk only the state it starts from is kept, and the backward pass makes the others
-    again. With chunks of T >= N tokens that is no more memory than u. (Dividing by running
-    products of exp(delta A) would turn the loop over time into one cumulative sum, and underflow
-    at the first long decay.)
+    u, delta, z (B, L, G, E); B, C (B, L, G, N); A (G, E, N); D, bias (G, E). Within a chunk time
+    comes first, so that a step is contiguous memory: (T, B, G, E), and (T, B, G, E, N) with states.
+    The states of a chunk exist only while it is worked on; of each chunk only the state it starts
+    from is kept, and the backward pass makes the others again. With chunks of T >= N tokens that
+    is no more memory than u. (Dividing by running products of exp(delta A) would turn the loop
+    over time into one cumulative sum, and underflow at the first long decay.)
     """
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, T):
-        G = B.shape[2]
-        y, starts, h = torch.empty_like(u), [], u.new_zeros(len(u), *_grouped(A, 0, G).shape)
+        y, starts, h = torch.empty_like(u), [], u.new_zeros(len(u), *A.shape)
         a, x = (u.new_empty(min(T, u.shape[1]), *h.shape) for _ in range(2))
         for i in range(0, u.shape[1], T):
             now = slice(i, i + T)
-            starts.append(h)
+            starts.append(h)                                 # (B, G, E, N)
             u_t, raw, B_t, C_t = _time_first(now, u, delta, B, C)
-            u_t, raw = _grouped(u_t, -1, G), _grouped(raw + bias, -1, G)
-            step = F.softplus(raw) if softplus else raw
-            h = _states(u_t, step, _grouped(A, 0, G), B_t, h, a, x).clone()
-            out = _read(x[:len(u_t)], C_t) + _grouped(D, 0, G) * u_t   # (T, B, G, E)
-            y[:, now] = _batch_first(out)
+            step = F.softplus(raw + bias) if softplus else raw + bias
+            h = _states(u_t, step, A, B_t, h, a, x).clone()
+            y_t = torch.einsum("tbgen,tbgn->tbge", x[:len(u_t)], C_t) + D * u_t
+            y[:, now] = y_t.transpose(0, 1)
             if z is not None:
                 y[:, now] *= F.silu(z[:, now])
         ctx.save_for_backward(u, delta, A, B, C, D, z, bias, *starts)
         ctx.softplus, ctx.T = softplus, T
-        return y, h.flatten(1, 2)
+        return y, h
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_y, g_last):
+    def backward(ctx, g_y, g_h):
         """With g_t the gradient of h_t and a_t = exp(delta_t A): g_t = C_t g_y_t + a_{t+1} g_{t+1};
         the gradients of the inputs are products of g_t."""
         u, delta, A, B, C, D, z, bias, *starts = ctx.saved_tensors
-        G = B.shape[2]
-        A, D, g_h = _grouped(A, 0, G), _grouped(D, 0, G), _grouped(g_last, 1, G)
         g_u, g_delta, g_B, g_C = (torch.empty_like(v) for v in (u, delta, B, C))
         g_A, g_D = torch.zeros_like(A), torch.zeros_like(D)
         g_z = None if z is None else torch.empty_like(z)
@@ -181,57 +182,39 @@ class _TorchScan(torch.autograd.Function):
         for i in reversed(range(0, u.shape[1], ctx.T)):
             now, h = slice(i, i + ctx.T), starts[i // ctx.T]
             u_t, raw, out, B_t, C_t = _time_first(now, u, delta, g_y, B, C)
-            u_t, raw, out = (_grouped(v, -1, G) for v in (u_t, raw + bias, out))
-            step, n = F.softplus(raw) if ctx.softplus else raw, len(u_t)
+            raw, n = raw + bias, len(u_t)
+            step = F.softplus(raw) if ctx.softplus else raw  # (T, B, G, E)
             _states(u_t, step, A, B_t, h, a, x)
             if z is not None:
-                z_t = _grouped(z[:, now].transpose(0, 1), -1, G)
-                gate, y_t = torch.sigmoid(z_t), _read(x[:n], C_t) + D * u_t
-                g_z[:, now] = _batch_first(out * y_t * gate * (1 + z_t * (1 - gate)))
+                z_t, = _time_first(now, z)
+                gate = torch.sigmoid(z_t)
+                y_t = torch.einsum("tbgen,tbgn->tbge", x[:n], C_t) + D * u_t
+                g_z[:, now] = (out * y_t * gate * (1 + z_t * (1 - gate))).transpose(0, 1)
                 out = out * z_t * gate                       # from here on the gradient before it
-            torch.mul(out.unsqueeze(-1), C_t.unsqueeze(-2), out=g[:n])
+            torch.mul(out.unsqueeze(-1), C_t.unsqueeze(-2), out=g[:n])           # (T, B, G, E, N)
             g[n - 1] += g_h
             for t in range(n - 2, -1, -1):
                 g[t].addcmul_(a[t + 1], g[t + 1])
             g_h = a[0] * g[0]                                # to the chunk before
-            g_B[:, now] = _spread(g[:n], step * u_t)
-            g_C[:, now] = _spread(x[:n], out)
-            gB = _read(g[:n], B_t)                           # (T, B, G, E)
+            g_B[:, now] = torch.einsum("tbgen,tbge->btgn", g[:n], step * u_t)
+            g_C[:, now] = torch.einsum("tbgen,tbge->btgn", x[:n], out)
+            gB = torch.einsum("tbgen,tbgn->tbge", g[:n], B_t)
             a[1:n] *= x[:n - 1]
             a[0] *= h
             gah = a[:n].mul_(g[:n])                          # g_t a_t h_{t-1}, (T, B, G, E, N)
             g_step = gB * u_t + torch.mul(gah, A, out=x[:n]).sum(-1)
-            g_A += gah.mul_(step.unsqueeze(-1)).sum((0, 1))
-            g_D += (out * u_t).sum((0, 1))
-            g_u[:, now] = _batch_first(step * gB + D * out)
-            g_delta[:, now] = _batch_first(g_step * torch.sigmoid(raw) if ctx.softplus else g_step)
+            g_step = g_step * torch.sigmoid(raw) if ctx.softplus else g_step     # softplus' slope
+            g_A += gah.mul_(step.unsqueeze(-1)).sum((0, 1))  # (G, E, N)
+            g_D += (out * u_t).sum((0, 1))                   # (G, E)
+            g_u[:, now] = (step * gB + D * out).transpose(0, 1)
+            g_delta[:, now] = g_step.transpose(0, 1)         # (B, T, G, E)
         g_bias = g_delta.sum((0, 1))                         # the bias is added to delta
-        return g_u, g_delta, g_A.flatten(0, 1), g_B, g_C, g_D.flatten(), g_z, g_bias, None, None
-
-
-def _grouped(v, dim, G):
-    """Split the channels, dimension `dim`, into (G, E)."""
-    return v.unflatten(dim, (G, -1))
+        return g_u, g_delta, g_A, g_B, g_C, g_D, g_z, g_bias, None, None
 
 
 def _time_first(now, *tensors):
     """The tokens `now` of tensors (B, L, ...), as (T, B, ...)."""
     return [v[:, now].transpose(0, 1).contiguous() for v in tensors]
-
-
-def _batch_first(v):
-    """(T, B, G, E) -> (B, T, D)."""
-    return v.flatten(2).transpose(0, 1)
-
-
-def _read(h, weight):
-    """<h, weight> over the states: (T, B, G, E, N) and (T, B, G, N) -> (T, B, G, E)."""
-    return (h @ weight.unsqueeze(-1)).squeeze(-1)
-
-
-def _spread(h, weight):
-    """The sum over the channels of a group: (T, B, G, E, N), (T, B, G, E) -> (B, T, G, N)."""
-    return (h.transpose(-1, -2) @ weight.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
 
 
 def _states(u, step, A, B, h, a, x):
@@ -270,12 +253,9 @@ def _choose_backend(backend, u, states):
         return "native" if wanted and native().serves(u, states) else "torch"
     if backend not in ("reference", "torch", "native"):
         raise InputError(f"backend={backend!r} - use auto, reference, torch, native")
-    if backend == "native" and not native():
-        raise InputError(f"the native scan is not available ({_why_not_native}) - "
-                         "use backend='torch'")
-    if backend == "native" and not native().serves(u, states):
-        raise InputError(f"the native scan does not serve {u.dtype} on {u.device} with {states} "
-                         "states - use backend='torch'")
+    if backend == "native" and not (native() and native().serves(u, states)):
+        why = _why_not_native or f"it does not serve {u.dtype} on {u.device} with {states} states"
+        raise InputError(f"no native scan here ({why}) - use backend='torch'")
     return backend
 
 
@@ -283,15 +263,15 @@ _why_not_native = ""
 
 
 @lru_cache(None)
-def native():
+def native(verbose=False):
     """The compiled scan, a module with forward, backward and serves; None if it cannot be built."""
     global _why_not_native
     try:
-        return build_native()
+        return build_native(verbose)
     except Exception as e:                                   # no compiler, no ninja, ...
         _why_not_native = _first_line(e)
-        print(f"ssm: the native scan is not available ({_why_not_native}); the torch scan serves",
-              file=sys.stderr)
+        print(f"ssm: the native scan cannot be built ({_why_not_native}) - it needs ninja and a "
+              "C++ compiler; the torch scan serves", file=sys.stderr)
         return None
 
 
@@ -302,6 +282,7 @@ def _first_line(e):
 
 def build_native(verbose=False):
     """Compile csrc/ with torch.utils.cpp_extension (ninja, a C++ compiler); returns the module."""
+    import fcntl                                             # late: Windows has none, and no scan
     from torch.utils import cpp_extension
     csrc = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
     sources = [os.path.join(csrc, "selective_scan.cpp")]
@@ -318,45 +299,19 @@ def build_native(verbose=False):
         flags.append("-DWITH_CUDA")
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = os.path.join(root, f"repsae_scan_{sys.implementation.cache_tag}_{torch.__version__}")
-    with _one_builder(folder):
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "builder"), "w") as builder:
+        fcntl.flock(builder, fcntl.LOCK_EX)                  # one builder; goes with its process
+        stale = os.path.join(folder, "lock")                 # torch's, left when one is killed
+        if os.path.exists(stale):
+            print(f"ssm: a build was killed and left {stale}; building anew", file=sys.stderr)
+            os.remove(stale)                                 # torch would wait for ever for that
         return cpp_extension.load("repsae_scan", sources, extra_cflags=flags, with_cuda=cuda,
                                   extra_cuda_cflags=["-O3"], build_directory=folder,
                                   verbose=verbose)
 
 
-@contextlib.contextmanager
-def _one_builder(folder):
-    """One process at a time: what lock of torch's is there then is of one that was killed.
-
-    Torch would wait for ever for that lock, a file, to go; ours goes with the process.
-    """
-    import fcntl                                             # Windows has no native scan
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "builder"), "w") as builder:
-        fcntl.flock(builder, fcntl.LOCK_EX)
-        stale = os.path.join(folder, "lock")
-        if os.path.exists(stale):
-            print(f"ssm: a build was killed and left {stale}; building anew", file=sys.stderr)
-            os.remove(stale)
-        yield
-
-
-def main(argv):
-    """`python ssm.py build`: compile the scan now and show the compiler's own words."""
-    if argv != ["build"]:
-        raise SystemExit("usage: python ssm.py build")
-    try:
-        built = build_native(verbose=True)
-    except Exception as e:
-        print(f"ssm: error: the native scan cannot be built ({_first_line(e)}) - it needs ninja "
-              "and a C++ compiler; everything works without it", file=sys.stderr)
-        raise SystemExit(2)
-    print(f"built {built.__file__}; set REPSAE_NATIVE=1 to use it")
-
-
-# --------------------------------------------------------------------------------------------------
-# Parts that several backbones use
-# --------------------------------------------------------------------------------------------------
+# -- Parts that several backbones use --------------------------------------------------------------
 
 class DropPath(nn.Module):
     """Stochastic depth: in training a sample's whole branch is dropped with probability p."""
@@ -383,15 +338,12 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Sequential):
     """Two layers with GELU between, (..., d) -> (..., d)."""
 
     def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        layers = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, dim)}
+        super().__init__(OrderedDict(layers))
 
 
 def _grid(x, patch, name):
@@ -439,9 +391,38 @@ def _init_linear(model):
                 nn.init.zeros_(m.bias)
 
 
-# --------------------------------------------------------------------------------------------------
-# ViT: DINO and DINOv2
-# --------------------------------------------------------------------------------------------------
+class PatchTokens(nn.Module):
+    """What ViT and Vim share: patches as tokens, a class token, positions, a head.
+
+    size, patch   the trained image size and the patch size; any multiple of the patch can be given
+    Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when
+    n_classes = 0.
+    """
+    middle, resize = False, {}    # is the class token's row in the middle; see `_interpolate`
+
+    def __init__(self, dim, patch, size):
+        super().__init__()
+        self.dim, self.patch, self.size = dim, patch, size
+        self.patch_embed = PatchEmbed(patch, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+
+    def position(self, x, grid):
+        """(1, 1 + T, d), in the order of the tokens; resized to the grid of images x if those have
+        not the trained size."""
+        pos = self.pos_embed
+        if tuple(x.shape[2:]) == (self.size, self.size):
+            return pos
+        row = (pos.shape[1] - 1) // 2 if self.middle else 0
+        patches = _interpolate(torch.cat([pos[:, :row], pos[:, row + 1:]], 1), grid, **self.resize)
+        now = patches.shape[1] // 2 if self.middle else 0
+        return torch.cat([patches[:, :now], pos[:, row:row + 1], patches[:, now:]], 1)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+# -- ViT: DINO and DINOv2 --------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, d) -> same.
@@ -517,28 +498,21 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-class ViT(nn.Module):
+class ViT(PatchTokens):
     """Vision transformer with a class token, as in DINO; with `v2` as in DINOv2.
 
-    size, patch   the trained image size and the patch size; any multiple of the patch can be
-                  given, see `_interpolate`
-    v2            DINOv2: LayerScale and a mask token (unused here)
-    registers     DINOv2's extra tokens, 0 or 4, between class token and patches
-    Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when
-    n_classes = 0.
+    v2          DINOv2: LayerScale and a mask token (unused here)
+    registers   DINOv2's extra tokens, 0 or 4, between class token and patches
     """
 
     def __init__(self, dim, depth, heads, patch=16, size=224, n_classes=0, drop_path=0., v2=False,
                  registers=0, swiglu=False):
-        super().__init__()
-        self.patch, self.size, self.registers, self.dim = patch, size, registers, dim
-        self.offset, self.antialias = 0. if registers else 0.1, bool(registers)
-        self.patch_embed = PatchEmbed(patch, dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+        super().__init__(dim, patch, size)
+        self.registers = registers
         if v2:
             self.mask_token = nn.Parameter(torch.zeros(1, dim))
         if registers:
+            self.resize = {"offset": 0., "antialias": True}
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
         self.blocks = nn.ModuleList(
             Block(dim, heads, 1. if v2 else None, SwiGLU if swiglu else Mlp, p)
@@ -552,20 +526,11 @@ class ViT(nn.Module):
             nn.init.normal_(self.register_tokens, std=1e-6)
         _init_linear(self)
 
-    def position(self, grid, image):
-        """(1, 1 + T, d): the class token's row, then the patches', resized if the image is not
-        the trained size."""
-        if tuple(image) == (self.size, self.size):
-            return self.pos_embed
-        patches = _interpolate(self.pos_embed[:, 1:], grid, self.offset, self.antialias)
-        return torch.cat([self.pos_embed[:, :1], patches], 1)
-
     def blocks_out(self, x, last=1):
         """The final norm of the last blocks' outputs, oldest first, a list of
         (B, 1 + registers + T, d); and the grid."""
-        grid, image = _grid(x, self.patch, "this ViT"), x.shape[2:]
-        cls = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls, self.patch_embed(x)], 1) + self.position(grid, image)
+        grid, cls = _grid(x, self.patch, "this ViT"), self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([cls, self.patch_embed(x)], 1) + self.position(x, grid)
         if self.registers:                                   # added after positions: they have none
             extra = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], extra, x[:, 1:]], 1)
@@ -576,21 +541,18 @@ class ViT(nn.Module):
                 out.append(self.norm(x))
         return out, grid
 
+    def patches(self, x):
+        """All tokens -> those of patches (B, T, d)."""
+        return x[:, 1 + self.registers:]
+
     def features(self, x, tokens=False, last=1):
         """Class tokens of the last blocks side by side (B, last d); with `tokens` all patch tokens
         (B, T, d) and their grid."""
         out, grid = self.blocks_out(x, last)
-        if tokens:
-            return out[-1][:, 1 + self.registers:], grid
-        return torch.cat([v[:, 0] for v in out], -1)
-
-    def forward(self, x):
-        return self.head(self.features(x))
+        return (self.patches(out[-1]), grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Vim: Vision Mamba
-# --------------------------------------------------------------------------------------------------
+# -- Vim: Vision Mamba -----------------------------------------------------------------------------
 
 class Mixer(nn.Module):
     """Vim's bidirectional Mamba block ("v2"), (B, L, d) -> same: two scans with weights of their
@@ -645,35 +607,26 @@ def _delta_bias(n, low=1e-3, high=0.1, floor=1e-4):
     return delta + torch.log(-torch.expm1(-delta))           # inverse softplus
 
 
-class VimLayer(nn.Module):
-    """The parts of one layer under their released names; `Vim.run` puts them together."""
-
-    def __init__(self, dim, depth, d_state, drop_path):
-        super().__init__()
-        self.mixer, self.norm = Mixer(dim, depth, d_state), nn.RMSNorm(dim, eps=1e-5)
-        self.drop_path = DropPath(drop_path)
-
-
-class Vim(nn.Module):
+class Vim(PatchTokens):
     """Vision Mamba ([2], thesis 3.2.1): patches with a class token in their middle, Mamba blocks.
 
     double_cls    Vim4Path's variant, as its authors trained it: the class token stands at the
                   front, with a position (whose row 0 is then the class token's, DINO's
                   convention), and the same parameter once more in the middle, without one: 198
                   tokens at 224 px, 38 at 96. The middle one is the output in either variant.
-    Input and output as `ViT`. A layer's output is added to the residual only in the next layer
+    A layer's output is added to the residual only in the next layer
     ("delayed"), so layer i's drop_path acts on the output of layer i - 1.
     """
 
     def __init__(self, dim, depth, patch=16, size=224, n_classes=0, drop_path=0.,
                  double_cls=False, d_state=16):
-        super().__init__()
-        self.patch, self.size, self.dim, self.double_cls = patch, size, dim, double_cls
-        self.patch_embed = PatchEmbed(patch, dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
-        rates = [0.] + torch.linspace(0, drop_path, depth).tolist()
-        self.layers = nn.ModuleList(VimLayer(dim, depth, d_state, p) for p in rates[:depth])
+        super().__init__(dim, patch, size)
+        self.double_cls, self.middle = double_cls, not double_cls
+        rates, self.layers = torch.linspace(0, drop_path, depth).tolist(), nn.ModuleList()
+        for p in [0., *rates[:-1]]:
+            self.layers.append(nn.ModuleDict({
+                "mixer": Mixer(dim, depth, d_state), "norm": nn.RMSNorm(dim, eps=1e-5),
+                "drop_path": DropPath(p)}))
         self.drop_path = DropPath(drop_path)
         self.norm_f = nn.RMSNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, n_classes) if n_classes else nn.Identity()
@@ -685,28 +638,15 @@ class Vim(nn.Module):
         nn.init.zeros_(self.patch_embed.proj.bias)
         _init_linear(self.head)
 
-    def position(self, grid, image):
-        """(1, 1 + T, d): rows in the order of the tokens, resized as `ViT.position` does."""
-        if tuple(image) == (self.size, self.size):
-            return self.pos_embed
-        pos = self.pos_embed
-        row = 0 if self.double_cls else (pos.shape[1] - 1) // 2                  # the class token's
-        cls, rest = pos[:, row:row + 1], torch.cat([pos[:, :row], pos[:, row + 1:]], 1)
-        patches = _interpolate(rest, grid)
-        at = 0 if self.double_cls else patches.shape[1] // 2
-        return torch.cat([patches[:, :at], cls, patches[:, at:]], 1)
-
     def embed(self, x):
-        """(B, 3, H, W) -> tokens (B, L, d), the index of the class token to read, and the grid."""
-        grid, image = _grid(x, self.patch, "this Vim"), x.shape[2:]
-        x = self.patch_embed(x)
-        cls, T = self.cls_token.expand(len(x), -1, -1), x.shape[1]
+        """(B, 3, H, W) -> tokens (B, L, d), and the grid of patches."""
+        grid = _grid(x, self.patch, "this Vim")
+        pos, x = self.position(x, grid), self.patch_embed(x)                     # (B, T, d)
+        cls, middle = self.cls_token.expand(len(x), -1, -1), (x.shape[1] + self.double_cls) // 2
         if self.double_cls:
-            x = torch.cat([cls, x], 1) + self.position(grid, image)
-            middle = (T + 1) // 2
-            return torch.cat([x[:, :middle], cls, x[:, middle:]], 1), middle, grid
-        x = torch.cat([x[:, :T // 2], cls, x[:, T // 2:]], 1)
-        return x + self.position(grid, image), T // 2, grid
+            x = torch.cat([cls, x], 1) + pos                 # the one in the middle has no position
+            return torch.cat([x[:, :middle], cls, x[:, middle:]], 1), grid
+        return torch.cat([x[:, :middle], cls, x[:, middle:]], 1) + pos, grid
 
     def run(self, x):
         """Tokens (B, L, d) -> the final norm of every token."""
@@ -716,21 +656,19 @@ class Vim(nn.Module):
             x = layer.mixer(layer.norm(residual.to(layer.norm.weight.dtype)))
         return self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
 
+    def patches(self, x):
+        """All tokens -> those of patches (B, T, d)."""
+        middle = (x.shape[1] - 1) // 2
+        return torch.cat([x[:, int(self.double_cls):middle], x[:, middle + 1:]], 1)
+
     def features(self, x, tokens=False):
         """The middle class token (B, d); with `tokens` patch tokens (B, T, d) and their grid."""
-        x, middle, grid = self.embed(x)
-        x = self.run(x)
-        if not tokens:
-            return x[:, middle]
-        return torch.cat([x[:, int(self.double_cls):middle], x[:, middle + 1:]], 1), grid
-
-    def forward(self, x):
-        return self.head(self.features(x))
+        x, grid = self.embed(x)
+        x = self.run(x)                                      # (B, L, d)
+        return (self.patches(x), grid) if tokens else x[:, (x.shape[1] - 1) // 2]
 
 
-# --------------------------------------------------------------------------------------------------
-# VMamba
-# --------------------------------------------------------------------------------------------------
+# -- VMamba ----------------------------------------------------------------------------------------
 
 def cross_scan(x):
     """(B, H, W, E) -> (B, L, 4, E): VMamba's four orders, by rows, by columns, both backwards."""
@@ -855,9 +793,7 @@ class VMamba(nn.Module):
         return self.classifier.head(self.features(x))
 
 
-# --------------------------------------------------------------------------------------------------
-# Training: one update, one loop over steps, one over epochs with early stopping
-# --------------------------------------------------------------------------------------------------
+# -- Training: one update, one loop over steps, one over epochs with early stopping ----------------
 
 def descend(optimiser, loss, mend=None):
     """One step of the optimiser down the gradient of `loss`, a scalar tensor, returned as a float.
@@ -946,9 +882,7 @@ def cosine_schedule(step, n_steps, base, final, warmup=0):
     return final + (base - final) / 2 * (1 + math.cos(turn))
 
 
-# --------------------------------------------------------------------------------------------------
-# A small CLIP: image and text encoders trained to agree (thesis 5.3.1; Radford et al. 2021)
-# --------------------------------------------------------------------------------------------------
+# -- A small CLIP: image and text encoders trained to agree (thesis 5.3.1; Radford et al. 2021) ----
 
 class CLIPAttention(Attention):
     """`Attention` under the names of torch's nn.MultiheadAttention, which OpenAI's files have."""
@@ -1015,7 +949,11 @@ class CLIPVision(nn.Module):
         cls = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([cls, x], 1) + self.positional_embedding                   # (B, 1 + T, dim)
         x = self.ln_post(self.transformer(self.ln_pre(x)))
-        return (x[:, 1:], grid) if tokens else x[:, 0] @ self.proj
+        return (self.patches(x), grid) if tokens else x[:, 0] @ self.proj
+
+    def patches(self, x):
+        """All tokens -> those of patches (B, T, dim)."""
+        return x[:, 1:]
 
     forward = features
 
@@ -1081,6 +1019,15 @@ def fit_clip(model, batch, n_steps, lr, on_step=None):
 
 
 @torch.no_grad()
+def text_features(clip, words, captions, block=512):
+    """Features (n, out) of captions; words that the tokenizer `words` does not know are left out:
+    words(captions, context, strict=False) -> (n, context) tokens."""
+    tokens = words(captions, clip.config["context"], strict=False)
+    device = clip.logit_scale.device
+    return torch.cat([clip.encode_text(part.to(device)) for part in tokens.split(block)])
+
+
+@torch.no_grad()
 def standardise_pixels(model, mean, std, assumed):
     """Change a model's first convolution: it is to answer to pictures normalised by `assumed`,
     (mean, std) of R, G, B, as it did to pictures normalised by `mean` and `std` (3,). Exact where
@@ -1090,10 +1037,8 @@ def standardise_pixels(model, mean, std, assumed):
     mean, std, was_mean, was_std = numbers
     # A pixel is x was_std + was_mean.
     offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))
-    target = conv.bias
-    if target is None:                                       # CLIP's has none
-        target = model.positional_embedding[1:]
-    target += offset
+    bias = model.positional_embedding[1:] if conv.bias is None else conv.bias    # CLIP's has none
+    bias += offset
     conv.weight *= was_std / std
 
 
@@ -1119,9 +1064,7 @@ def clip_from_state(state):
     return model
 
 
-# --------------------------------------------------------------------------------------------------
-# DINO: self-distillation without labels (Caron et al. 2021, Algorithm 1; thesis 3.2.1)
-# --------------------------------------------------------------------------------------------------
+# -- DINO: self-distillation without labels (Caron et al. 2021, Algorithm 1; thesis 3.2.1) ---------
 # Letters: V views (crops) of an image, the first 2 global; K prototypes; student and teacher are
 # the same architecture.
 
@@ -1136,10 +1079,10 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden),
                                  nn.GELU(), nn.Linear(hidden, bottleneck))
         _init_linear(self.mlp)
-        self.last_layer = nn.Module()
-        self.last_layer.weight_g = nn.Parameter(torch.ones(K, 1), requires_grad=not norm_last)
         directions = nn.Linear(bottleneck, K, bias=False).weight.detach()        # (K, bottleneck)
-        self.last_layer.weight_v = nn.Parameter(directions)
+        self.last_layer = nn.ParameterDict({
+            "weight_g": nn.Parameter(torch.ones(K, 1), requires_grad=not norm_last),
+            "weight_v": nn.Parameter(directions)})
 
     def forward(self, x):
         last = self.last_layer
@@ -1311,22 +1254,15 @@ def cam_layer(model, x):
     """
     if isinstance(model, VMamba):
         return model.layers[-1].blocks, lambda out: out
-    grid = _grid(x, model.patch, "this backbone")
     if isinstance(model, CLIPVision):
-        return model.transformer.resblocks[-1].ln_1, lambda out: out[:, 1:].unflatten(1, grid)
-    if isinstance(model, ViT):
-        first = 1 + model.registers
-        return model.blocks[-1].norm1, lambda out: out[:, first:].unflatten(1, grid)
-
-    def patches(out):
-        first, middle = int(model.double_cls), (grid[0] * grid[1] + model.double_cls) // 2
-        return torch.cat([out[:, first:middle], out[:, middle + 1:]], 1).unflatten(1, grid)
-    return model.layers[-1].drop_path, patches
+        layer = model.transformer.resblocks[-1].ln_1
+    else:
+        layer = model.blocks[-1].norm1 if isinstance(model, ViT) else model.layers[-1].drop_path
+    grid = _grid(x, model.patch, "this backbone")
+    return layer, lambda out: model.patches(out).unflatten(1, grid)
 
 
-# --------------------------------------------------------------------------------------------------
-# Bags of instances (thesis 3.2.2; attention: Ilse et al. 2018; CLAM: Lu et al. 2021)
-# --------------------------------------------------------------------------------------------------
+# -- Bags of instances (thesis 3.2.2; attention: Ilse et al. 2018; CLAM: Lu et al. 2021) -----------
 # Letters: B bags, N instances in the longest, d width of an instance, E of its embedding,
 # C classes, A attentions (C for clam_mb, else 1).
 
@@ -1473,9 +1409,7 @@ def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, e
         return judged(model) if held else None
 
 
-# --------------------------------------------------------------------------------------------------
-# Presets, and released weights
-# --------------------------------------------------------------------------------------------------
+# -- Presets, and released weights -----------------------------------------------------------------
 # Every preset takes keyword arguments of its class: n_classes, drop_path, size, patch, ...
 
 vit_tiny = partial(ViT, 192, 12, 3)
@@ -1532,9 +1466,9 @@ def load_weights(model, path):
     unexpected and mis-shaped key.
     """
     own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
-    if any(k.startswith("backbone.") for k in state):
-        state = {k.removeprefix("backbone."): v for k, v in state.items()
-                 if k.startswith("backbone.")}
+    prefix = "backbone."
+    if any(k.startswith(prefix) for k in state):
+        state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
     for head in ("head.", "classifier.head."):
         if not any(k.startswith(head) for k in own):
             state = {k: v for k, v in state.items() if not k.startswith(head)}
@@ -1571,4 +1505,8 @@ def _state(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:] != ["build"]:
+        raise SystemExit("usage: python ssm.py build")
+    if not native(verbose=True):                             # shows the compiler's own words
+        raise SystemExit(2)
+    print(f"built {native(verbose=True).__file__}; set REPSAE_NATIVE=1 to use it")

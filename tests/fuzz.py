@@ -48,7 +48,7 @@ FIT = "--latents 12 --k 2 --batch 16 --epochs 1"
 SMALL_DINO = ("--arch vit_micro --patch 8 --size 16 --local-size 8 --local-crops 1 --prototypes 8 "
               "--head-hidden 8 --bottleneck 4 --batch 4 --epochs 1 --warmup 0 --workers 0")
 SMALL_CLIP = "--size 16 --patch 8 --width 8 --layers 1 --joint 4 --context 8 --epochs 1 --batch 8"
-SMALL_MIL = "--head gated --widths 4 --attention 2 --epochs 2 --least 1 --batch 4 --inner 1"
+SMALL_MIL = "--head gated --widths 4 --attention 2 --epochs 2 --min-epochs 1 --batch 4 --inner 1"
 SMALL_TUNE = "--models vit_micro --size 16 --patch 8 --runs 1 --epochs 1"
 WEIGHTS = "--weights vit=vit_micro:random,clip=clip"
 
@@ -93,7 +93,7 @@ CASES = [case.split() for case in [
     "tissue --pictures 8 --size 16 --out o",
     f"clip --images tissue/tissue.npz {SMALL_CLIP} --out o",
     f"clip --images tissue/tissue.npz {SMALL_CLIP} --merges merges.txt --out o",
-    f"attribute world --images tissue/tissue.npz {WEIGHTS} --least 1 --most 2 --out o",
+    f"explain world --images tissue/tissue.npz {WEIGHTS} --least 1 --most 2 --out o",
     "retrieve world --query 1 --from vit --to clip_txt --out o.html",
     "retrieve world --text mucin --encoder clip --from clip_txt --to clip_img --out o.html",
     "retrieve world --features q.npy --from clip_img --to vit --out o.html",
@@ -113,7 +113,7 @@ CASES = [case.split() for case in [
     f"finetune --data pics {SMALL_TUNE} --out o",
     f"finetune --data med.npz {SMALL_TUNE} --split given --out o",
     f"finetune --data tissue/tissue.npz --label mucin {SMALL_TUNE} --frozen --out o",
-    "explain cam --images pics --weights d=dino,t=tuned/v.pt --most 1 --size 16 --out o",
+    "explain --images pics --weights d=dino,t=tuned/v.pt --most 1 --size 16 --out o",
     "demo --quick --skip 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20 --out o",
     "bench sparc --json o.json",
 ]]

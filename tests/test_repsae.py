@@ -1,6 +1,7 @@
 """Claims about the command line: what a run leaves, that it repeats and resumes to the byte, and every user error."""
 import csv
 import inspect
+import functools
 import json
 import os
 import random
@@ -326,6 +327,104 @@ def test_a_run_folder_is_not_overwritten_unasked(finished, features, tmp_path, c
     (tmp_path / "mine.txt").write_text("keep")
     run("sparc", "--data", features, *SMALL, "--out", tmp_path, "--overwrite")
     assert (tmp_path / "mine.txt").read_text() == "keep" and (tmp_path / "metrics.json").exists()
+
+
+def test_overwriting_removes_what_the_manifest_lists_and_nothing_else(features, tmp_path, capsys):
+    train = ["sparc", "--data", features, *SMALL, "--epochs", 1, "--null", "--out", tmp_path / "r"]
+    run(*train)
+    mine = ["heat_wave.csv", "neighbours.png", "model.pt", "sweep.svg", "null/notes.txt", "x.tmp"]
+    for name in mine:
+        (tmp_path / "r" / name).write_text("keep")
+    listed = json.loads((tmp_path / "r" / "config.json").read_text())["files"]
+    left = tmp_path / "r" / "checkpoint.pt.0123456789abcdef.tmp"
+    left.write_text("of a run that was killed")
+    run("sae", *train[1:3], "--stream", "x", *SMALL, "--epochs", 1, "--out", tmp_path / "r")
+    assert all((tmp_path / "r" / name).read_text() == "keep" for name in mine)
+    assert not left.exists() and {"checkpoint.pt", "log.csv"} < set(listed)
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "log.csv").write_text("keep")
+    refused = error(capsys, *train[:-1], tmp_path / "n", "--overwrite")
+    assert "log.csv was not written by this run" in refused
+    assert (tmp_path / "n" / "log.csv").read_text() == "keep"
+
+
+def test_no_link_is_followed_and_no_name_leaves_the_folder(features, tmp_path, capsys):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("keep")
+    train = ["sparc", "--data", features, *SMALL, "--epochs", 1, "--null", "--overwrite"]
+    for name, target in (("metrics.json", outside / "file"), ("null", outside)):
+        folder = tmp_path / name
+        folder.mkdir()
+        os.symlink(target, folder / name)
+        assert "move it away" in error(capsys, *train, "--out", folder)
+    assert os.listdir(outside) == ["file"] and (outside / "file").read_text() == "keep"
+    one = repsae.Run(repsae.Flags(out=str(tmp_path / "one"), command="sparc")).begin()
+    for name in ("../evil", "a/../../evil", "/evil", ".hidden", "", "a//b"):
+        with pytest.raises(repsae.InputError, match="cannot be the name"):
+            one.path(name)
+    repsae.Run.release()
+
+
+def test_no_output_takes_the_place_of_an_input(finished, features, tmp_path, capsys):
+    before = features.read_bytes()
+    pictures = tmp_path / "p"
+    pictures.mkdir()
+    Image.new("RGB", (60, 60), "white").save(pictures / "s.png")
+    Image.new("RGB", (60, 60), "white").save(tmp_path / "s.npz", "PNG")
+    for argv in (("eval", finished, "--data", features, "--json", features),
+                 ("eval", finished, "--json", finished / "checkpoint.pt"),
+                 ("encode", finished, "--data", features, "--out", features),
+                 ("tile", "--images", pictures, "--out", pictures),
+                 ("latents", finished, "--stream", "x", "--out", finished)):
+        assert "is read by this command" in error(capsys, *argv, "--overwrite")
+    (tmp_path / "taken.json").write_text("keep")
+    said = error(capsys, "eval", finished, "--json", tmp_path / "taken.json")
+    assert "exists - use --overwrite" in said
+    assert features.read_bytes() == before and (tmp_path / "taken.json").read_text() == "keep"
+
+
+def test_a_second_process_is_kept_out_and_a_dead_one_is_not(features, tmp_path, capsys):
+    train = ["sparc", "--data", features, *SMALL, "--epochs", 1, "--no-null", "--out", tmp_path]
+    hold = ("import fcntl, os, sys\nf = open(sys.argv[1], 'w')\nfcntl.flock(f, fcntl.LOCK_EX)\n"
+            "print(os.getpid(), file=f, flush=True)\nprint(flush=True)\ninput()")
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    assert f"process {other.pid} is writing to" in error(capsys, *train, "--overwrite")
+    other.kill()
+    other.communicate()
+    assert (tmp_path / ".lock").exists() and not (tmp_path / "config.json").exists()
+    run(*train)                                              # the lock of a dead process holds nobody
+    assert not (tmp_path / ".lock").exists() and (tmp_path / "metrics.json").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole_and_one_line(features, tmp_path):
+    train = ["sparc", "--data", features, *SMALL, "--epochs", 2, "--no-null", "--out", tmp_path]
+    run(*train)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["flags"]["epochs"] = 4                            # there is more to do
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    full = ("import resource, sys, repsae\nresource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+            "repsae.main(sys.argv[1:])")
+    told = subprocess.run([sys.executable, "-c", full, "sparc", "--resume", "--out", tmp_path],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 2 and "repsae: error: " in told.stderr
+    assert "Traceback" not in told.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_resuming_with_another_number_of_threads_is_noted(features, tmp_path, capsys):
+    run("sparc", "--data", features, *SMALL, "--epochs", 1, "--no-null", "--out", tmp_path)
+    threads = torch.get_num_threads()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["versions"]["threads"] == threads
+    config["versions"]["threads"] = threads + 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    repsae.main(["sparc", "--resume", "--out", str(tmp_path)])
+    assert f"the run had {threads + 5} threads, now {threads}" in capsys.readouterr().err
 
 
 def test_resuming_on_changed_data_is_refused(features, tmp_path, capsys):
@@ -1324,7 +1423,7 @@ def test_a_released_clip_becomes_a_run_in_our_units_of_pixels(world, tmp_path, c
 
 
 def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tmp_path, capsys):
-    run("attribute", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
+    run("explain", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
         f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5, "--most", 30, "--out", tmp_path / "a")
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
     names = list(found["segmentation"])
@@ -1337,8 +1436,8 @@ def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tm
     assert sum(v.get("absent", 0) for v in found["segmentation"].values()) > 0
     assert not any(v.get("maps of absent that are not 0") for v in found["segmentation"].values())
     assert "without it" in (tmp_path / "a" / "report.html").read_text()
-    assert "silent" in repsae.word_table([{"concept": "x", "caption": "", "here": True, "words": [("a", 0.)]}])
-    assert "absent" in repsae.word_table([{"concept": "x", "caption": "", "here": False, "words": [("a", 0.)]}])
+    assert "silent" in judge.word_table([{"concept": "x", "caption": "", "here": True, "words": [("a", 0.)]}])
+    assert "absent" in judge.word_table([{"concept": "x", "caption": "", "here": False, "words": [("a", 0.)]}])
     features = data.read_features(world / "feats.npz")
     first = features.rows("test", "val")[0]
     assert found["captions"][0]["caption"] == features.about["captions"][first] and len(found["captions"]) == 4
@@ -1350,15 +1449,18 @@ def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tm
     model, _, _ = sae.load(world / "run" / "checkpoint.pt")
     backbone, _ = repsae.load_clip(world / "clip", "cpu")
     x = torch.randn(2, 3, 32, 32)
-    codes = model.encode({"clip_img": backbone.features(x)}, "alone")["clip_img"].dense(48)
+    def code(f):
+        return model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)
+
+    def heat(x, score):
+        return judge.heat_maps(backbone, x, score, None)[0]
+    codes = code(backbone.features(x))
     absent = (codes == 0).all(0).nonzero().squeeze(1)
     present = (codes > 0).any(0).nonzero().squeeze(1)
-    heat, _ = repsae.heat_maps(backbone, x, lambda f: model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)[:, absent].sum(1), 0)
-    assert len(absent) and (heat == 0).all()
-    heat, _ = repsae.heat_maps(backbone, x, lambda f: model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)[:, present].sum(1), 0)
-    assert heat.shape == (2, 4, 4) and heat.max() > 0
-    only, _ = repsae.heat_maps(backbone, x[:1], lambda f: f[:, 0], 0)
-    both, _ = repsae.heat_maps(backbone, x, lambda f: f[:, 0], 0)
+    assert len(absent) and (heat(x, lambda f: code(f)[:, absent].sum(1)) == 0).all()
+    found = heat(x, lambda f: code(f)[:, present].sum(1))
+    assert found.shape == (2, 4, 4) and found.max() > 0
+    only, both = heat(x[:1], lambda f: f[:, 0]), heat(x, lambda f: f[:, 0])
     np.testing.assert_allclose(only[0], both[0], rtol=1e-4, atol=1e-7)                      # a picture does not see its batch
 
 
@@ -1370,7 +1472,7 @@ def test_single_latents_are_drawn_where_they_are_most_active_and_by_grad_cam_wit
     rows = features.rows("test", "val")[:30]
     codes, _ = repsae.codes_and_fit(model, features, rows, "alone", "cpu")
     j = int(sum(np.asarray((code > 0).sum(0)).ravel() for code in codes.values()).argmax())
-    run("attribute", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
+    run("explain", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
         f"vit=vim_micro:random,clip={world / 'clip'}", "--least", 5, "--most", 30, "--latent", j, "--out", tmp_path / "a")
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert "vit (Grad-CAM), sum of concept latents" in found["segmentation"] and "clip, raw similarity" in found["segmentation"]
@@ -1378,19 +1480,18 @@ def test_single_latents_are_drawn_where_they_are_most_active_and_by_grad_cam_wit
     best = features.about["captions"][rows[np.argsort(-strength, kind="stable")[:4]]]
     assert [said["caption"] for said in found["latents"]] == best.tolist() and found["latents"][0]["concept"] == f"latent {j}"
     assert f"latent {j}</h3>" in (tmp_path / "a" / "report.html").read_text()
-    run("attribute", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",                # of no label any latents
+    run("explain", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",                # of no label any latents
         f"vit=vim_micro:random,clip={world / 'clip'}", "--least", 9999, "--most", 2, "--out", tmp_path / "a", "--latent", j)
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert found["segmentation"]["clip, sum of concept latents"]["mIoU"] == 0 and not found["words"] and len(found["captions"]) == 2
     assert "clip, sum of concept latents" not in np.load(tmp_path / "a" / "maps.npz")
-    (features_of, _), x = (repsae.concept_maps(ssm.vmamba_micro().eval(), lambda f, c: f[:, c], [(0, 5)], data.read_images(
-        world / "tissue" / "tissue.npz"), repsae.Flags({"device": "cpu", "start_layer": 0})), None)
-    assert features_of[0, 5].shape == (7, 7)                 # VMamba's last map of 224 pixels
-    vim = ssm.vim_micro().eval()
-    x = torch.randn(2, 3, 32, 32)
-    heat, _ = repsae.heat_maps(vim, x, lambda f: f[:, 5], 0)
-    np.testing.assert_array_equal(heat, judge.grad_cam(vim.features, *ssm.cam_layer(vim, x), x, lambda out: out[:, 5]))
-    assert heat.shape == (2, 4, 4) and heat.max() == 1 and (repsae.heat_maps(vim, x, lambda f: 0 * f[:, 5], 0)[0] == 0).all()
+    for model, size, side in ((ssm.vmamba_micro(), 224, 7), (ssm.vim_micro(), 32, 4)):      # VMamba's last map of 224 pixels
+        model, x = model.eval(), torch.randn(2, 3, size, size)
+        cam_layer = functools.partial(ssm.cam_layer, model)
+        heat, _ = judge.heat_maps(model, x, lambda f: f[:, 5], cam_layer)
+        np.testing.assert_array_equal(heat, judge.grad_cam(model.features, *cam_layer(x), x, lambda out: out[:, 5]))
+        silent, zero = judge.heat_maps(model, x, lambda f: 0 * f[:, 5], cam_layer)
+        assert heat.shape == (2, side, side) and heat.max() == 1 and not silent.any() and not zero.any()
 
 
 def test_words_alone_are_a_stream_of_their_own(world, tmp_path, capsys):
@@ -1423,7 +1524,7 @@ def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones():
     found = repsae.true_masks({"instances": instances, "boxes": boxes})
     assert set(found) == {(0, 5), (1, 7)}
     assert (found[0, 5] == (instances[0] > 0)).all() and (found[1, 7] == (instances[1] == 1)).all()
-    assert repsae.centre_prior(5).argmax() == 12
+    assert judge.centre_prior(5).argmax() == 12
 
 
 def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run, features, finished, bags, tmp_path, capsys):
@@ -1439,7 +1540,7 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
                 pair = "y+x" if table == "sparc 13" else "x+y"
                 (tmp_path / "sweep_streams" / f"streams_{streams}_{topk}").symlink_to(f"streams_{pair}_{topk}")
     (tmp_path / "feats.npz").write_bytes(open(features, "rb").read())
-    run("attribute", world / "run", "--images", tissue, "--weights", f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5,
+    run("explain", world / "run", "--images", tissue, "--weights", f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5,
         "--most", 1, "--out", at("attribute"))
     found = json.loads((tmp_path / "attribute" / "metrics.json").read_text().replace('"vit, ', '"dino_vit, '))
     (tmp_path / "attribute" / "metrics.json").write_text(json.dumps(found))
@@ -1565,13 +1666,13 @@ def test_concept_latents_fire_with_their_label_often_and_mostly():
     import scipy.sparse as sp
     code = sp.csr_matrix(np.array([[1, 1, 0, 1]] * 6 + [[0, 1, 1, 0]] * 14, float))
     labels = np.array([[1, 0]] * 6 + [[0, 1]] * 14, bool)
-    found = repsae.concept_latents({"a": code}, labels, least=5)
+    found = judge.concept_latents({"a": code}, labels, least=5)
     assert found[0].tolist() == [0, 3] and found[1].tolist() == [1, 2]
     hidden = np.ones(20, bool)
     hidden[[6, 7]] = False                                   # without these it fires for the first
-    found = repsae.concept_latents({"a": code[:8]}, labels[:8], least=5, known=hidden[:8])
+    found = judge.concept_latents({"a": code[:8]}, labels[:8], least=5, known=hidden[:8])
     assert found[0].tolist() == [0, 1, 3] and found[1].tolist() == []
-    found = repsae.concept_latents({"a": code, "b": code[::-1]}, labels, least=9)           # counted over both: 6 + 6 of 2 x 14
+    found = judge.concept_latents({"a": code, "b": code[::-1]}, labels, least=9)           # counted over both: 6 + 6 of 2 x 14
     assert found[0].tolist() == [1] and found[1].tolist() == [1, 2]
 
 
@@ -1643,15 +1744,15 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("clip", "--images", world / "tissue" / "bare.npz", "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", pictures, "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", tissue, "--batch", 5000, "--out", tmp_path / "c"), "--batch 5000 of the first are needed"),
-            (("attribute", world / "run", "--images", tissue, "--weights", "vit=vit_micro:random"), "no text encoder"),
-            (("attribute", world / "run", "--images", tissue, "--weights", weights, "--latent", "48"), "latent 48 is not one of 48"),
-            (("attribute", world / "run", "--images", tissue, "--weights", weights, "--latent", "1,two"), "--latent 1,two - give numbers"),
-            (("attribute", world / "run", "--images", world / "tissue" / "small.npz", "--weights", weights), "masks of 16x16 and pictures"),
-            (("attribute", world / "named", "--images", tissue, "--weights", weights), "the word 'aardvark' is in no caption"),
-            (("attribute", world / "run", "--images", tissue, "--weights", f"{weights},clip={world / 'clip'}"), "two runs of clip"),
-            (("attribute", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "latent 3 is silent in every stream"),
-            (("attribute", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
-            (("attribute", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "has no 'instances'"),
+            (("explain", world / "run", "--images", tissue, "--weights", "vit=vit_micro:random"), "no text encoder"),
+            (("explain", world / "run", "--images", tissue, "--weights", weights, "--latent", "48"), "latent 48 is not one of 48"),
+            (("explain", world / "run", "--images", tissue, "--weights", weights, "--latent", "1,two"), "--latent 1,two - give numbers"),
+            (("explain", world / "run", "--images", world / "tissue" / "small.npz", "--weights", weights), "masks of 16x16 and pictures"),
+            (("explain", world / "named", "--images", tissue, "--weights", weights), "the word 'aardvark' is in no caption"),
+            (("explain", world / "run", "--images", tissue, "--weights", f"{weights},clip={world / 'clip'}"), "two runs of clip"),
+            (("explain", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "latent 3 is silent in every stream"),
+            (("explain", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
+            (("explain", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "has no 'instances'"),
             (("retrieve", world / "run", "--sample", 9999), "--sample 9999 - give one of"),
             (("retrieve", world / "run", "--from", "dino"), "no stream 'dino'"),
             (("retrieve", world / "run", "--query", "aardvark", "--encoder", world / "clip", "--from", "clip_txt"), "'aardvark' is in no"),
@@ -1663,8 +1764,8 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("tissue", "--pictures", 0, "--out", tmp_path / "t"), "--pictures 0 - give a whole number from 8"),
             (("clip", "--images", tissue, "--width", 100, "--out", tmp_path / "c"), "multiple of 32"),
             (("clip", "--images", tissue, "--patch", 99, "--out", tmp_path / "c"), "a patch must fit"),
-            (("attribute", world / "run", "--images", tissue, "--weights", weights, "--set", "start-layer=9"), "has 4 layers"),
-            (("attribute", world / "run", "--images", tissue, "--weights", weights, "--streams", "clip_txt,clip_img"), "stream 'vit'"),
+            (("explain", world / "run", "--images", tissue, "--weights", weights, "--set", "start-layer=9"), "has 4 layers"),
+            (("explain", world / "run", "--images", tissue, "--weights", weights, "--streams", "clip_txt,clip_img"), "stream 'vit'"),
             (("retrieve", world / "run", "--query", "mucin", "--encoder", world, "--from", "clip_txt"), "no readable clip.pt"),
             (("retrieve", world / "run", "--query", "mucin", "--from", "clip_txt"), "--encoder is missing")):
         assert message in error(capsys, *argv), argv
@@ -2429,7 +2530,7 @@ def test_clip_its_words_and_text_axes_are_the_same_whatever_is_in_the_test_pictu
     assert (b[12:] == 0).all()
 
 
-def test_concepts_of_attribute_are_those_of_the_training_rows(world, tmp_path, monkeypatch):
+def test_concepts_of_explain_are_those_of_the_training_rows(world, tmp_path, monkeypatch):
     """Other features and labels in the test rows: the same latents are named, and are alive."""
     with np.load(world / "feats.npz") as z:
         turned, test = dict(z), (z["split"] != "train")[:, None]
@@ -2437,7 +2538,7 @@ def test_concepts_of_attribute_are_those_of_the_training_rows(world, tmp_path, m
         turned[s] = np.where(test, -3 * turned[s], turned[s])
     turned["labels"] = turned["labels"] ^ test
     np.savez(tmp_path / "turned.npz", **turned)
-    common = ["attribute", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
+    common = ["explain", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights",
               f"vit=vit_micro:random,clip={world / 'clip'}", "--least", 5, "--out", tmp_path / "a"]
     a, b = (caught(monkeypatch, repsae, "chosen_latents", *common, "--data", path)
             for path in (world / "feats.npz", tmp_path / "turned.npz"))
@@ -2446,19 +2547,14 @@ def test_concepts_of_attribute_are_those_of_the_training_rows(world, tmp_path, m
     assert all(np.array_equal(v, b["alive"][s]) for s, v in a["alive"].items())
 
 
-def test_random_latents_of_attribute_are_living_ones_that_the_concept_lacks(world):
-    model = sae.load(world / "run" / "checkpoint.pt")[0]
-    known = data.read_features(world / "feats.npz")
-    clip, _ = repsae.load_clip(world / "clip", "cpu")
-    f = known.batch(known.rows("train"))["vit"]
-    z = model.encode({"vit": f}, "alone")["vit"].dense(48)
-    concept, other = (z > 0).sum(0).argsort(descending=True)[:2].tolist()
-    alive = {s: np.sort([concept, other]) for s in model.streams}
-    scores = repsae.attribution_scores(
-        model, {"vit": (None, "vit")}, ("clip_txt", clip), [np.array([concept])], alive,
-        ["fibroblast"], {(0, 0): None}, repsae.Flags(seed=0, device="cpu"))
-    assert torch.equal(scores["vit, random latents"][1](f, 0), z[:, other]) and z[:, other].any()
-    assert torch.equal(scores["vit, sum of concept latents"][1](f, 0), z[:, concept])
+def test_random_latents_of_explain_are_living_ones_that_the_concept_lacks():
+    z = torch.rand(30, 48)
+    scores = judge.concept_scores(lambda f: z, z[:2], [np.array([5]), np.array([], int)], np.array([5, 9]))
+    assert torch.equal(scores["random latents"][0](None, 0), z[:, 9])
+    assert torch.equal(scores["sum of concept latents"][0](None, 0), z[:, 5])
+    assert torch.equal(scores["similarity to the name"][0](None, 1), z @ z[1])
+    asked = {name: list(labels) for name, (_, labels) in scores.items()}
+    assert asked == {"sum of concept latents": [0], "random latents": [0], "similarity to the name": [0, 1]}
 
 
 def test_a_sub_run_that_an_overwritten_run_left_is_not_taken_for_the_new_one_s(features, tmp_path):
