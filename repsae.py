@@ -2329,25 +2329,16 @@ def cmd_explain(flags):
 def explain_concepts(flags):
     """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment."""
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
-    page = judge.Page("repsae explain: concepts in pixels and words")
-    names, picture = seen.features.label_names, seen.images.open
+    page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
     maps = measured_maps(seen, page)
-    gallery, drawn = judge.map_gallery(maps, seen.truth, names, picture)
-    page.picture("Maps", gallery)
-    page.metrics["words"] = label_words(seen)
-    page.picture("Words", judge.word_table(page.metrics["words"]))
-    for key, title, (shown, asked, called, said) in (
-            ("latents", "Single latents, where in the test pictures and captions they are most active",
-             latent_maps(seen)),
-            ("captions", "Pictures with their captions: similarity of the two", caption_maps(seen))):
-        found = judge.map_gallery(shown, asked, called, picture, 4)[0] + judge.word_table(said)
-        page.picture(title, found or "<p>No latent of a label is alive in every stream; --latent "
-                     "names others.</p>")
-        page.metrics[key] = said
+    drawn = seen.tell(page, "words", "Concepts of the labels", maps, seen.truth, names, 2,
+                      seen.words(label_captions(seen), names, lambda z, c: z[:, seen.J[c]].sum(1)))
+    tell_latents(seen, page)
+    tell_captions(seen, page)
     run.begin()
-    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **{
-        method: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan))
-                          for key in seen.truth]) for method, of in maps.items() if of}})
+    arrays = {name: np.stack([found.get(key, np.full_like(next(iter(found.values())), np.nan))
+                              for key in seen.truth]) for name, found in maps.items() if found}
+    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **arrays})
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
         judge.save_picture(run.path("overlays", f"{name}.png"), image)
@@ -2361,36 +2352,35 @@ class Concepts:
     sees         {name: (backbone, its stream)} of --weights; `encoder`, CLIP's image encoder, with
                  its .clip and .words; `pictured` and `text`, its streams of pictures and captions
     J, alive     each label's latents (`judge.concept_latents`); each stream's, active in training
-    truth        {(picture, label): bool mask} of the pictures `test`; `chosen`: --latent
+    truth        {(picture, label): bool mask} of the pictures `test`
     """
 
     def __init__(self, flags):
         self.model, config = load_run(flags.run, flags.device)
         self.features, self.flags = features_for(self.model, config, flags)
-        self.images, arrays = self._pictures()
+        self.images, truth = self._pictures()
         self.sees, self.encoder, self.pictured, self.text = {}, None, None, None
         for spec in flags.weights.split(","):
             self._see(*load_backbone(spec, self.flags)[:2])
         if self.text not in self.model.dims:
             raise InputError("no text encoder - name a run of clip in --weights, and have its text "
                              "stream in the sparc run")
-        features, train = self.features, self.features.rows("train")
-        labels, known = features.label_matrix(train), features.labelled[train]
+        self.label_names, train = self.features.label_names, self.features.rows("train")
+        labels, known = self.features.label_matrix(train), self.features.labelled[train]
         chose = self.codes(train, "alone" if self.model.topk == "local" else "joint")
         self.J = judge.concept_latents(chose, labels, flags.least, known)
         self.alive = {s: np.flatnonzero(code.getnnz(axis=0))
                       for s, code in self.codes(train, "alone").items()}
         self.chosen = chosen_latents(flags.latent, self.J, self.alive, self.model.n_latents)
-        truth, most = true_masks(arrays), flags.most if "most" in flags.given else 400
-        there = {i for i, _ in truth}
-        self.test = [i for i in features.rows("test", "val") if i in there][:most]
+        there, most = {i for i, _ in truth}, flags.most if "most" in flags.given else 400
+        self.test = [i for i in self.features.rows("test", "val") if i in there][:most]
         self.truth = {key: m for key, m in truth.items() if key[0] in set(self.test)}
         if not self.truth:
             raise InputError(f"no test picture of {flags.images} has an object - there is nothing "
                              "to segment")
 
     def _pictures(self):
-        """The pictures of --images and their file's arrays, once they fit the features and run."""
+        """The pictures of --images and their true masks, once they fit the features and the run."""
         flags, features = self.flags, self.features
         images, arrays = pictures_of(flags), data.read_arrays(flags.images)
         shape = arrays["instances"].shape if {"instances", "boxes"} <= set(arrays) else ()
@@ -2407,7 +2397,7 @@ class Concepts:
         if shape[1:] != (height, width):
             raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
                              f"{height}x{width} - give masks of the pictures' size")
-        return images, arrays
+        return images, true_masks(arrays)
 
     def _see(self, name, backbone):
         """Enter a backbone; one without attention under the name of what it gets instead."""
@@ -2416,8 +2406,8 @@ class Concepts:
             if self.encoder is not None:
                 raise InputError("two runs of clip in --weights - name one, whose words are meant")
             self.encoder, self.pictured, self.text = backbone, f"{name}_img", f"{name}_txt"
-            stream = self.pictured
             depth = min(depth, len(judge.kept_attention(backbone.clip.transformer)))
+            stream = self.pictured
         start = self.flags.start_layer
         if depth and not -depth <= start < depth:
             raise InputError(f"--set start-layer={start} - {name} has {depth} layers")
@@ -2434,33 +2424,44 @@ class Concepts:
         """Features (B, d) -> dense codes (B, L) of a stream alone."""
         return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
 
-    def captions(self, rows):
-        return [str(self.features.about["captions"][i]) for i in rows]
+    def caption(self, i):
+        return str(self.features.about["captions"][i])
 
-    def said(self, captions):
+    def read(self, captions):
         """Features (n, d) of captions."""
         return ssm.text_features(self.encoder.clip, self.encoder.words, captions)
-
-    def words(self, concept, caption, here, score):
-        """A caption with what each word adds to score(codes (1, L)), for `judge.word_table`."""
-        heat = judge.word_heat(self.encoder.clip, self.encoder.words, caption,
-                               lambda f: score(self.code(self.text, f)), self.flags.start_layer)
-        return {"concept": concept, "caption": caption, "here": bool(here), "words": heat}
 
     def maps(self, backbone, score, asked, block=64):
         """{(picture, label): heat map} of score(features, label) for pairs `asked`, and those of
         them whose score is 0."""
         view, out, silent = data.plain_view(getattr(backbone, "size", 224), True), {}, []
+        cam_layer = functools.partial(ssm.cam_layer, backbone)
         for c in sorted({c for _, c in asked}):
             rows = [i for i, k in asked if k == c]
             for part in (rows[at:at + block] for at in range(0, len(rows), block)):
                 x = torch.stack([view(self.images.open(i)) for i in part]).to(self.flags.device)
-                heats, values = judge.heat_maps(
-                    backbone, x, lambda f: score(f, c),
-                    functools.partial(ssm.cam_layer, backbone), self.flags.start_layer)
+                heats, values = judge.heat_maps(backbone, x, lambda f: score(f, c), cam_layer,
+                                                self.flags.start_layer)
                 out.update({(i, c): heat for i, heat in zip(part, heats)})
                 silent += [(i, c) for i, value in zip(part, values) if value == 0]
         return out, silent
+
+    def words(self, asked, names, score):
+        """Of {(picture, label): is it there?}, what each word of the picture's caption adds to
+        score(codes (1, L), label): as `judge.word_table` takes it."""
+        return [{"concept": names[c], "caption": self.caption(i), "here": bool(here),
+                 "words": judge.word_heat(self.encoder.clip, self.encoder.words, self.caption(i),
+                                          lambda f: score(self.code(self.text, f), c),
+                                          self.flags.start_layer)}
+                for (i, c), here in asked.items()]
+
+    def tell(self, page, key, title, maps, there, names, most, words):
+        """Maps and words on the page; returns the overlays that it shows."""
+        gallery, drawn = judge.map_gallery(maps, there, names, self.images.open, most)
+        page.picture(title, gallery + judge.word_table(words) or "<p>No latent of a label is alive "
+                     "in every stream; --latent names others.</p>")
+        page.metrics[key] = words
+        return drawn
 
 
 def chosen_latents(text, J, alive, n_latents):
@@ -2496,10 +2497,10 @@ def true_masks(arrays):
 def methods(seen):
     """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
     targets of Table 5.4 for each backbone, and CLIP's own similarity. A label's text is its name."""
-    names, out, unit = seen.features.label_names, {}, torch.nn.functional.normalize
+    out, unit = {}, torch.nn.functional.normalize
     for c in {c for _, c in seen.truth}:
-        seen.encoder.words.pieces(names[c])                  # raises InputError for an unknown word
-    prompts = seen.said(names)
+        seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
+    prompts = seen.read(seen.label_names)
     with torch.no_grad():
         z_names = seen.code(seen.text, prompts)
 
@@ -2512,7 +2513,7 @@ def methods(seen):
                                        seen.alive[s], both, seen.flags.seed)
         out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
     out[f"{seen.text[:-4]}, raw similarity"] = (
-        seen.encoder, lambda f, c: unit(f, dim=1) @ unit(prompts[c], dim=0), range(len(names)))
+        seen.encoder, lambda f, c: unit(f, dim=1) @ unit(prompts[c], dim=0), range(len(prompts)))
     return out
 
 
@@ -2520,15 +2521,15 @@ def measured_maps(seen, page):
     """The maps of every method, {name: {(picture, label): (h, w)}}, and what they segment."""
     labels, maps, found = sorted({c for _, c in seen.truth}), {}, {}
     pairs = [(i, c) for i in seen.test for c in labels]      # there or not
-    without = [seen.features.label_names[c] for c in labels if not len(seen.J[c])]
+    without = [seen.label_names[c] for c in labels if not len(seen.J[c])]
     if without:
         say(f"note: no latent of {', '.join(without)} - lower --least")
     for name, (backbone, score, possible) in methods(seen).items():
         asked = [pair for pair in pairs if pair[1] in possible]
         maps[name], silent = seen.maps(backbone, score, asked)
+        drawn = [key for key in silent if maps[name][key].any()]
         found[name] = {**judge.map_scores(maps[name], asked, seen.truth, data.otsu),
-                       "absent": len(silent), "maps of absent that are not 0":
-                       sum(bool(maps[name][key].any()) for key in silent)}
+                       "absent": len(silent), "maps of absent that are not 0": len(drawn)}
     middle = dict.fromkeys(pairs, judge.centre_prior())
     found["centre of the picture"] = judge.map_scores(middle, pairs, seen.truth, data.otsu)
     columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked",
@@ -2540,55 +2541,51 @@ def measured_maps(seen, page):
     return maps
 
 
-def label_words(seen, most=2):
-    """For labels with latents, captions that name the concept and one without it, by words."""
-    out, labels = [], seen.features.label_matrix(seen.test)
-    known = seen.features.labelled[seen.test]
+def label_captions(seen, most=2):
+    """{(picture, label): is it there?}: for labels with latents, captions that name it, and one of
+    a picture without it."""
+    out, labels = {}, seen.features.label_matrix(seen.test)
     for c in sorted({c for _, c in seen.truth if len(seen.J[c])}):
-        name = seen.features.label_names[c]
-        said = [(caption, labels[n, c]) for n, caption in enumerate(seen.captions(seen.test))
-                if known[n]]
-        shown = [v for v in said if v[1] and name in v[0]][:most] + [v for v in said if not v[1]][:1]
-        out += [seen.words(name, caption, here, lambda z: z[:, seen.J[c]].sum(1))
-                for caption, here in shown]
+        known = {(i, c): here for i, here in zip(seen.test, labels[:, c])
+                 if seen.features.labelled[i]}
+        named = [key for key in known if known[key] and seen.label_names[c] in seen.caption(key[0])]
+        without = [key for key in known if not known[key]]
+        out.update({key: known[key] for key in named[:most] + without[:1]})
     return out
 
 
-def latent_maps(seen, most=4):
+def tell_latents(seen, page, most=4):
     """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all
-    streams: maps, their pairs (picture, j), names of j, and words of those samples' captions."""
-    codes, pairs, said = seen.codes(np.array(seen.test), "alone"), [], []
+    streams."""
+    codes, asked = seen.codes(np.array(seen.test), "alone"), {}
     for j in seen.chosen:
-        columns = {s: code[:, [j]].toarray()[:, 0] for s, code in codes.items()}
-        strength = sum(z / max(z.max(), 1e-12) for z in columns.values())
-        for n in np.argsort(-strength, kind="stable")[:most]:
-            pairs.append((seen.test[n], j))
-            said.append(seen.words(f"latent {j}", *seen.captions([seen.test[n]]),
-                                   columns[seen.text][n], lambda z: z[:, j]))
-    maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], pairs)[0]
+        z = {s: code[:, [j]].toarray()[:, 0] for s, code in codes.items()}
+        strength = sum(v / max(v.max(), 1e-12) for v in z.values())
+        best = np.argsort(-strength, kind="stable")[:most]
+        asked.update({(seen.test[n], j): z[seen.text][n] > 0 for n in best})
+    names = {j: f"latent {j}" for j in seen.chosen}
+    maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], asked)[0]
             for name, (backbone, s) in seen.sees.items()}
-    return maps, pairs, {j: f"latent {j}" for j in seen.chosen}, said
+    seen.tell(page, "latents", "Single latents, where they are most active", maps, asked, names,
+              most, seen.words(asked, names, lambda z, j: z[:, j]))
 
 
-def caption_maps(seen, most=4):
+def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
-    itself: as `latent_maps`."""
+    itself."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
-    captions, pictured = seen.captions(test), seen.pictured
-    f_text = seen.said(captions)
+    captions, asked = [seen.caption(i) for i in test], {(i, n): True for n, i in enumerate(test)}
     with torch.no_grad():
-        z_text = seen.code(seen.text, f_text)
-        own = seen.features.batch(test)[pictured].to(seen.flags.device)
-        z_image = seen.code(pictured, own)
-    pairs, maps = [(i, n) for n, i in enumerate(test)], {}
-    for name, (backbone, s) in seen.sees.items():
-        maps[f"z z', {name}"], _ = seen.maps(
-            backbone, lambda f, n: seen.code(s, f) @ z_text[n], pairs)
+        f_text = seen.read(captions)
+        f_image = seen.features.batch(test)[seen.pictured].to(f_text.device)
+        z_text, z_image = seen.code(seen.text, f_text), seen.code(seen.pictured, f_image)
+    maps = {f"z z', {name}": seen.maps(backbone, lambda f, n: seen.code(s, f) @ z_text[n], asked)[0]
+            for name, (backbone, s) in seen.sees.items()}
     maps["cosine, CLIP itself"], _ = seen.maps(
-        seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), pairs)
-    said = [seen.words("caption", caption, True, lambda z: z @ z_image[n])
-            for n, caption in enumerate(captions)]
-    return maps, pairs, captions, said
+        seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), asked)
+    words = seen.words(asked, ["caption"] * most, lambda z, n: z @ z_image[n])
+    seen.tell(page, "captions", "Pictures with their captions: similarity of the two", maps, asked,
+              captions, most, words)
 
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
@@ -2598,49 +2595,45 @@ def cmd_retrieve(flags):
     model, config = load_run(flags.run, flags.device)
     features, flags = features_for(model, config, flags)
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
+    known = [s for s in model.streams if s in features.streams]
     for s in (source, target):
-        if s not in model.dims or s not in features.streams:
-            has = [name for name in model.streams if name in features.streams]
-            raise InputError(f"there is no stream '{s}' - the run and the data have "
-                             f"{', '.join(has)}")
+        if s not in known:
+            raise InputError(f"no stream '{s}' - the run and its data have {', '.join(known)}")
     rows, page = features.rows("test", "val"), judge.Page("repsae retrieve")
-    outside = flags.query is not None or flags.features is not None      # a query that is no sample
-    if not outside and flags.sample >= len(rows):
-        raise InputError(f"--sample {flags.sample} - give one of the {len(rows)} "
+    own = None if flags.query or flags.features else flags.sample        # else a query from outside
+    if own is not None and own >= len(rows):
+        raise InputError(f"--sample {own} - give one of the {len(rows)} "
                          f"{features.split[rows[0]]} samples, from 0")
+    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if own is None else own}")
 
     def shown(i, stream):
-        own = not outside and i == flags.sample and stream == target
-        frame = '<span style="outline:3px solid #2f855a">' if own else "<span>"
         if stream.endswith("_txt") and "captions" in features.about:
-            return f"{frame}{html.escape(str(features.about['captions'][rows[i]]))}</span>"
-        return f"{frame}{judge.describe_sample(features, rows[i])}</span>"
-    given, first = given_query(model, source, flags) if outside else \
-        (None, shown(flags.sample, source))
-    for mode in ("alone",) if outside else ("joint", "alone"):
+            return html.escape(str(features.about["captions"][rows[i]]))
+        return judge.describe_sample(features, rows[i])
+    given, first = (None, shown(own, source)) if own is not None else \
+        given_query(model, source, flags)
+    for mode in ("joint", "alone") if own is not None else ("alone",):
         codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
-        query = given if outside else codes[source][[flags.sample]]
+        query, partner = given if own is None else codes[source][[own]], ""
         if not query.nnz:
             page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
             continue
         (near,), (similar,) = judge.nearest(query, codes[target], len(rows))
-        partner = ""
-        if not outside:
-            rank = (similar >= similar[near == flags.sample]).sum()
+        if own is not None:
+            rank = (similar >= similar[near == own]).sum()
             partner = f"the true partner has rank {rank} of {len(rows)}; "
         page.text(f"{mode}: {partner}nearest samples {rows[near[:10]].tolist()}")
-        page.picture(f"{source} to {target}, {mode}",
-                     judge.strip(first, *(shown(i, target) for i in near[:10])))
-    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if outside else flags.sample}")
-    run.begin()
-    page.write(run.path)
+        sheet = [f'<span style="outline:{3 * (i == own)}px solid #2f855a">{shown(i, target)}</span>'
+                 for i in near[:10]]
+        page.picture(f"{source} to {target}, {mode}", judge.strip(first, *sheet))
+    page.write(run.begin().path)
     say(f"wrote {run.join('report.html')}")
 
 
 def given_query(model, stream, flags):
     """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector
     in --features, or of the row --sample of a feature file there; and how to show it, HTML."""
-    if flags.query is not None:
+    if flags.query:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
         encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
