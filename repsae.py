@@ -8,6 +8,7 @@ A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.
 What a user can mend ends as one line on stderr and exit code 2. torch is imported late, so that --help is quick.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import fcntl
@@ -16,7 +17,6 @@ import glob
 import html
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -210,6 +210,8 @@ TRAINING = {
     "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
+    "folds": (0, whole(0, 1000), "parts of all bags that are reported in turn; 0: the file's folds "
+              "or splits, or 70 / 15 / 15"),
     "inner": (1, whole(1, 1000), "models of a training part without a validation part: 1 is "
               "stopped by a fifth of it; n vote, each stopped by an n-th"),
     "refit": (False, bool, "the held-out bags only choose from --grid; then all bags train"),
@@ -2661,256 +2663,227 @@ def given_query(model, stream, flags):
 # Slides and bags (thesis 3.2.2)
 # ------------------------------------------------------------------------------------------------
 
-@command("window voc! size=64 margin overwrite out=cells")
-def cmd_cut(flags):
-    """Cut the annotated boxes of a Pascal VOC folder into small pictures, in class folders, by its official splits."""
-    if os.path.exists(flags.out):                            # until it cuts through a Run
-        raise InputError(f"{flags.out} exists - name a new folder with --out")
-    count = data.cut_boxes(flags.voc, flags.out, flags.size, flags.margin, grey_window(flags))
-    print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
-
-
-@command("images! window size=224 step downsample threshold otsu smallest least-hole max-holes rois "
-         "roi-share overwrite out=tiles")
+@command("images voc window size=0 step downsample threshold otsu smallest least-hole max-holes rois "
+         "roi-share margin overwrite out=tiles")
 def cmd_tile(flags):
-    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an overview picture."""
-    source = flags.images
-    slides, notes = data.slide_files(source)
-    for note in notes:
+    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
+    overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
+    """
+    window, size = grey_window(flags), flags.size or (64 if flags.voc else 224)
+    if flags.voc:
+        cuts = data.cut_boxes(flags.voc, flags.margin, window)
+        run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
+        run.paths(names)
+        for i, name in enumerate(names):
+            judge.save_picture(run.join(name), cuts.open(i).resize((size, size), Image.BICUBIC))
+        count = collections.Counter(map(os.path.dirname, names))
+        print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
+        return
+    if not flags.images:
+        raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
+    slides = data.read_slides(flags.images)
+    for note in slides.notes:
         say_once("note: " + note)
-    side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
+    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
     if side < 1 or step < 1:
-        raise InputError(f"--size {flags.size}: tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
+        raise InputError(f"--downsample {flags.downsample}: tiles of {side} pixels every {step} - "
+                         "give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    targets = [os.path.splitext(os.path.basename(path))[0] for path in slides]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise InputError(f"two slides are called {target} - rename one, or tile them into two folders")
+    names = slides.about["groups"].tolist()
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two slides are called {name} - rename one, or tile them into two "
+                             "folders")
     run = Run(flags)
-    for path, target in zip(slides, targets):
-        boxes, shown = data.tile_slide(path, side, step, least=flags.smallest, least_hole=flags.least_hole,
-                                       max_holes=flags.max_holes, window=grey_window(flags),
-                                       threshold=None if flags.otsu else flags.threshold)
-        if not run.about:                                    # a slide that cannot be read leaves nothing
+    how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
+           "threshold": None if flags.otsu else flags.threshold, "window": window}
+    for i, name in enumerate(names):
+        boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
+        if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
-        arrays = {"coords": boxes, "images": relative([path] * len(boxes), run.join(f"{target}.npz"))}
-        if regions is not None:
-            share = np.array([data.region_share(regions, box) for box in boxes])
-            arrays.update(labels=(share >= flags.roi_share).astype(int), label_names=np.array(["outside", "region"]))
-        judge.write_npz(run.path(f"{target}.npz"), arrays)
-        judge.save_picture(run.path(f"{target}.png"), shown)
-        inside = "" if regions is None else f", {arrays['labels'].sum()} of them in the regions"
-        print(f"{run.join(target)}.npz: {len(boxes)} tiles of {side} pixels{inside}")
+        out = run.path(f"{name}.npz")
+        arrays = data.tile_arrays(slides, i, boxes, out, regions, flags.roi_share)
+        judge.write_npz(out, arrays)
+        judge.save_picture(run.path(f"{name}.png"), shown)
+        inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
+        print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
 @command("data! stream head widths attention dropout squash instances bag-weight inst-loss subtyping "
-         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced inner "
-         "refit grid seed=0 device overwrite out=runs/mil")
+         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds "
+         "inner refit grid seed=0 device overwrite out=runs/mil")
 def cmd_mil(flags):
-    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not reported."""
-    heads = flags.head.split(",")
+    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not
+    reported."""
+    heads, settings = flags.head.split(","), mil_settings(flags)
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
-    settings, _ = parse_grid(flags), number_list(flags.widths)
     bags = data.read_bags(flags.data, flags.stream)
-    rounds = mil_rounds(bags, flags)
+    rounds = bags.rounds(flags.folds, flags.seed, max(flags.inner, 5), flags.data)
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
-    found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test) for train, _, test in rounds]}
-    log = Log(run.path("log.csv"))
+    page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
+    means, y, C = bags.means(), bags.y, len(bags.label_names)
+    found = {"mean of the bag, logistic": [
+        {"scores": judge.scores(y[test], judge.logistic_probe(means[train], y[train], means[test], C,
+                                                              strength=0.01))}
+        for train, _, test in rounds]}
     for head in heads:
-        jobs = [(head, settings, r, *parts) for r, parts in enumerate(rounds)]
+        jobs = [(head, settings, flags.inner, flags.refit, [flags.seed, r], *parts, flags.device)
+                for r, parts in enumerate(rounds)]
+        found[head] = []
         if len(jobs) == 1:
-            done = [mil_round(bags, *jobs[0], keep=run)]
+            told, models, setting = mil_round(bags, *jobs[0])
+            found[head] = [told]
+            judge.write_torch(run.path(f"{head}.pt"), {
+                "models": [model.state_dict() for model in models], "head": head,
+                "dim": bags.X.shape[1], "label_names": bags.label_names, **setting["make"]})
+            if bags.coords:
+                page.picture(f"Attention of {head} over test slides",
+                             attention_maps(bags, models, rounds[0][2], head, run))
         else:
-            with futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), share_bags, [bags]) as pool:
-                progress, done = Progress(len(jobs)), []
-                for result in pool.map(mil_round_of_shared, *zip(*jobs)):
-                    done.append(result)
-                    progress(len(done), lambda: head)
-        found[head] = done
-        for r, result in enumerate(done, 1):                 # the error and loss on held-out bags that chose the setting
-            held, chosen = result["held_out"] or {"error": "", "loss": ""}, json.dumps(result["chosen"])
-            log.add({"head": head, "round": r, "chosen": chosen, **{f"held-out {k}": v for k, v in held.items()},
-                     **result["scores"]})
+            progress = Progress(len(jobs))
+            for told, *_ in in_processes(mil_round, bags, jobs):
+                found[head].append(told)
+                progress(len(found[head]), lambda: head)
+        for r, told in enumerate(found[head], 1):
+            held = {f"held-out {k}": v for k, v in (told["held_out"] or {}).items()}
+            log.add({"head": head, "round": r, "chosen": json.dumps(told["chosen"]),
+                     "held-out error": "", "held-out loss": "", **held, **told["scores"]})
         log.write()
     names = ("AUC", "accuracy", "F1")
-    header = ["head", *names]
-    rows = [[head, *(judge.mean_std([r["scores"][name] for r in runs]) for name in names)] for head, runs in found.items()]
-    print(f"\n{judge.text_table(header, rows)}\n\n{len(rounds)} test part{'s' * (len(rounds) > 1)} of about "
-          f"{len(rounds[0][2])} bags; mean ± standard deviation over them")
-    judge.write_json(run.path("metrics.json"), found)
-    sections = [("Result", judge.html_table(header, rows))]
-    for head in heads if bags.coords and len(rounds) == 1 else ():
-        sections.append((f"Attention of {head} over test slides", attention_maps(bags, head, rounds[0][2], run)))
-    judge.write_report(run.path("report.html"), "repsae mil", sections)
+    rows = [[head, *(judge.mean_std([told["scores"][name] for told in all_rounds])
+                     for name in names)] for head, all_rounds in found.items()]
+    page.table(["head", *names], rows, "Result")
+    page.text(f"{len(rounds)} test part{'s' * (len(rounds) > 1)} of about {len(rounds[0][2])} bags; "
+              "mean ± standard deviation over them")
+    page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
+
+
+def mil_settings(flags):
+    """What --grid "lr=1e-4,5e-4 dropout=0,0.5" leaves to choose from, all combinations: dicts of
+    what is chosen, how a model is made (`ssm.MIL`), and how it is trained (`ssm.fit_mil`)."""
+    settings = [{}]
+    for item in (flags.grid or "").split():
+        name, _, values = item.partition("=")
+        kind = FLAGS[name][1] if name in COMMANDS["mil"].flags else None
+        if not isinstance(kind, Number) or name in ("seed", "inner", "folds"):
+            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
+        try:
+            values = [kind(v) for v in values.split(",")]
+        except argparse.ArgumentTypeError as e:
+            raise InputError(f"--grid {item}: {e}")
+        key = name.replace("-", "_")
+        settings = [{**chosen, key: value} for chosen in settings for value in values]
+    out, widths = [], data.number_list(flags.widths)
+    for chosen in settings:
+        new = flags.replaced(chosen)
+        loss = {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[new.inst_loss]
+        early = {"patience": new.patience, "least": new.min_epochs}
+        out.append({
+            "chosen": chosen, "batch": new.batch, "balanced": new.balanced,
+            "make": {"widths": widths, "attention": new.attention, "dropout": new.dropout,
+                     "squash": bool(new.squash)},
+            "fit": {"epochs": new.epochs, "lr": new.lr, "weight_decay": new.weight_decay,
+                    "cosine": new.cosine, "early": None if new.refit else early,
+                    "k": new.instances, "bag_weight": new.bag_weight, "subtyping": new.subtyping,
+                    "loss": loss}})
+    return out
+
+
+def mil_round(bags, head, settings, inner, refit, seed, train, val, test, device="cpu"):
+    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`,
+    and report its models' mean vote on `test`: (what to tell of it, models, setting).
+
+    Without `val`, train is cut into parts, and `inner` times a model learns from all but one of
+    them. Its bags stop it early, and these models vote; or, with refit, all epochs are trained, and
+    as many models on all of train vote.
+    """
+    def learn(setting, rows, held, *number):
+        return train_mil(bags, head, setting, rows, held, [*seed, *number], device)
+    parts = bags.held_out(train, inner, sum(seed)) if val is None else [(train, val)]
+    tried = []
+    for setting in settings if len(settings) > 1 or not refit else ():
+        models, judged = zip(*(learn(setting, *part, i) for i, part in enumerate(parts)))
+        tried.append((np.mean(judged, 0).tolist(), models, setting))
+    held, models, setting = min(tried, key=lambda t: t[0], default=(None, (), settings[0]))
+    if refit:
+        models = [learn(setting, train, None, 99, i)[0] for i in range(inner)]
+    votes = 0
+    with torch.no_grad():
+        for model in models:
+            logits = [model(x.to(device), mask.to(device))[0] for x, mask, _ in bags.batches(test, 1)]
+            votes = votes + torch.cat(logits).softmax(1).cpu().numpy() / len(models)
+    told = {"scores": judge.scores(bags.y[test], votes), "chosen": setting["chosen"],
+            "held_out": held and dict(zip(("error", "loss"), held))}
+    return told, models, setting
+
+
+def train_mil(bags, head, setting, train, held, seed, device="cpu"):
+    """One model, and (error rate, loss) of the bags `held`."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(int(rng.integers(2 ** 62)))
+    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **setting["make"])
+    for buffer, value in zip((model.mean, model.std), bags.scale(train)):
+        buffer.copy_(value)
+    model.to(device)
+
+    def batches(rows):
+        return [[v.to(device) for v in batch] for batch in bags.batches(rows, setting["batch"])]
+
+    def epoch(number):
+        return batches(bags.drawn(train, rng, setting["balanced"]))
+    return model, ssm.fit_mil(model, epoch, [] if held is None else batches(held), **setting["fit"])
 
 
 SHARED = {}    # in a process among several: what all its jobs use
 
 
-def share_bags(bags):
-    """Begin such a process: it has one thread, since they share the cores, and the bags."""
-    torch.set_num_threads(1)
-    SHARED["bags"] = bags
-
-
-def mil_round_of_shared(*job):
-    return mil_round(SHARED["bags"], *job)
-
-
-def parse_grid(flags):
-    """--grid "lr=1e-4,5e-4 dropout=0,0.5" -> a list of all combinations, each the flags with those values."""
-    options = []
-    for item in (flags.grid or "").split():
-        name, _, values = item.partition("=")
-        kind = FLAGS.get(name, (None, None))[1] if name in COMMANDS["mil"].flags else None
-        if not isinstance(kind, Number) or name in ("seed", "inner"):
-            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
+def in_processes(work, shared, jobs):
+    """Yield work(shared, *job) of each job, in order, by as many processes as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process, [work, shared]) as pool:
         try:
-            options.append([(name.replace("-", "_"), kind(v)) for v in values.split(",")])
-        except argparse.ArgumentTypeError as e:
-            raise InputError(f"--grid {item}: {e}")
-    return [flags.replaced(dict(chosen)) for chosen in itertools.product(*options)]
+            yield from pool.map(do_job, jobs)
+        except BaseException:                                # Ctrl-C: do not wait for them
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
-def mil_rounds(bags, flags):
-    """[(rows to learn from, rows of a given validation part or None, rows to report)]: the file's folds, or its splits, or
-    70 % / 15 % / 15 % with every class in proportion."""
-    everything = np.arange(len(bags))
-    if bags.folds is not None:
-        rounds = [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
-    elif bags.split is None:
-        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed, bags.groups)]
-    else:
-        rounds = [[np.flatnonzero(bags.split == name) for name in ("train", "val", "test")]]
-    least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
-    for train, val, test in rounds:
-        rarest = np.bincount(bags.y[train], minlength=bags.y.max() + 1)[np.unique(bags.y)].min()
-        given = val is not None and len(val)
-        if not len(test) or rarest < (2 if given else least):
-            raise InputError(f"{flags.data}: a part of {len(train)} bags to learn from, {rarest} of the rarest class, and "
-                             f"{len(test)} to test on is too small - add bags, or mend the folds or split folders")
-        groups = 0 if bags.groups is None else len(np.unique(bags.groups[train]))
-        if 0 < groups < least and not given:
-            raise InputError(f"{flags.data}: the bags to learn from are of {groups} groups, and "
-                             f"validation cuts them into {least} parts - add groups")
-    return [(train, val if val is not None and len(val) else None, test) for train, val, test in rounds]
+def begin_process(work, shared):
+    """Begin one of several: it has one thread, since they share the cores, and ends with its
+    parent, whatever ends that."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # which the parent answers for all
+    SHARED.update(work=work, shared=shared)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def mil_round(bags, head, settings, round_, train, val, test, keep=None):
-    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`, and report its models'
-    mean vote on `test`.
-
-    Without `val`, train is cut into parts, and --inner times a model learns from all but one of them. Its bags stop it early,
-    and these models vote; or, with --refit, all epochs are trained, and as many models on all of train vote. keep: a folder
-    for the weights.
-    """
-    flags, best = settings[0], None
-    if val is not None:
-        parts = [(train, val)]
-    else:
-        groups = None if bags.groups is None else bags.groups[train]
-        equal = [1] * max(flags.inner, 5 if flags.inner == 1 else 2)
-        cut = data.stratified_parts(bags.y[train], equal, flags.seed + round_, groups)
-        parts = [(np.delete(train, part), train[part]) for part in cut[:flags.inner]]
-    for setting in settings:
-        if flags.refit and len(settings) == 1:               # nothing to choose
-            best = None, (), setting
-            break
-        models, held = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i])
-                             for i, part in enumerate(parts)))
-        held = np.mean(held, 0).tolist()                     # error, loss
-        if best is None or held < best[0]:
-            best = held, models, setting
-    held, models, setting = best
-    if flags.refit:
-        models = [train_mil(bags, head, setting, train, None, seed=[setting.seed, round_, 99, i])[0]
-                  for i in range(flags.inner)]
-    with torch.no_grad():
-        votes = [np.concatenate([torch.softmax(m(x.to(flags.device), mask.to(flags.device))[0], 1).cpu().numpy()
-                                 for x, mask, _ in (bags.padded([i]) for i in test)]) for m in models]
-    if keep:
-        judge.write_torch(keep.path(f"{head}.pt"), {
-            "models": [m.state_dict() for m in models], "head": head, "dim": bags.X.shape[1],
-            "label_names": bags.label_names, **{k: setting[k] for k in ("widths", "attention", "dropout", "squash")}})
-    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)),
-            "held_out": held and {"error": held[0], "loss": held[1]},
-            "chosen": {k: setting[k] for k in setting if len({str(s[k]) for s in settings}) > 1}}
+def do_job(job):
+    return SHARED["work"](SHARED["shared"], *job)
 
 
-def train_mil(bags, head, flags, train, val, seed):
-    """One model, stopped by the loss on `val`: (model, (error rate, loss) of its bags)."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(int(rng.integers(2 ** 62)))
-    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, number_list(flags.widths), flags.attention, flags.dropout,
-                    bool(flags.squash))
-    X = bags.instances(train)
-    model.mean.copy_(torch.from_numpy(X.mean(0)))
-    spread = (X - X[0]).std(0)                               # of a constant exactly 0
-    model.std.copy_(torch.from_numpy(np.where(spread > 1.2e-7 * np.abs(X[0]), spread, 1)))
-    model.to(flags.device)
-    y = bags.y[train]
-    weight = 1 / np.bincount(y)[y] if flags.balanced else np.ones(len(y))
-    how = {"k": flags.instances, "bag_weight": flags.bag_weight, "subtyping": flags.subtyping,
-           "loss": {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[flags.inst_loss]}
-
-    def batches(epoch):
-        if flags.cosine:
-            optimiser.param_groups[0]["lr"] = ssm.cosine_schedule(epoch, flags.epochs, flags.lr, 0.)
-        order = rng.choice(train, len(train), replace=flags.balanced, p=weight / weight.sum())
-        for i in range(0, len(order), flags.batch):
-            yield [v.to(flags.device) for v in bags.padded(order[i:i + flags.batch])]
-    held = [] if val is None else [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])]
-                                   for i in range(0, len(val), flags.batch)]
-
-    def judged(model):                                       # by the bags' labels alone
-        logits, y = (torch.cat(v) for v in zip(*((model(x, mask)[0], y) for x, mask, y in held)))
-        return float((logits.argmax(1) != y).float().mean()), float(torch.nn.functional.cross_entropy(logits, y))
-    optimiser = torch.optim.Adam(model.parameters(), flags.lr, weight_decay=flags.weight_decay, fused=True)
-    early = {} if flags.refit else {"validate": lambda m: judged(m)[1], "patience": flags.patience, "least": flags.min_epochs}
-    ssm.fit(model, optimiser, batches, lambda m, *batch: ssm.mil_loss(m, *batch, **how), flags.epochs, **early)
-    with torch.no_grad():
-        return model, judged(model) if held else None
-
-
-def number_list(text):
-    """"256,64" -> (256, 64); raises InputError otherwise."""
-    try:
-        found = tuple(map(int, text.split(",")))
-        if min(found) > 0:
-            return found
-    except ValueError:
-        pass
-    raise InputError(f"{text} - give positive whole numbers, separated by commas")
-
-
-def pooled_baseline(bags, train, test):
-    """What no attention gets: logistic regression on the mean of a bag's instances."""
-    means = np.stack([bags.instances([i]).mean(0, dtype=np.float64) for i in range(len(bags))])
-    p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
-    return {"scores": judge.scores(bags.y[test], p)}
-
-
-def attention_maps(bags, head, rows, run, most=6):
-    """Test slides with each tile coloured by its share in the bag, as files heat_<label>_<slide>_<head>.png and as HTML."""
-    kept = torch.load(run.join(f"{head}.pt"), weights_only=True)
+def attention_maps(bags, models, rows, head, run, most=6):
+    """Test slides with each tile coloured by its share in the bag, as files
+    heat_<label>_<slide>_<head>.png and as HTML."""
     shown = []
     for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
-        heat = 0
-        for state in kept["models"]:
-            model = ssm.MIL(kept["dim"], len(bags.label_names), head, number_list(kept["widths"]), kept["attention"],
-                            squash=bool(kept["squash"])).eval()
-            model.load_state_dict(state)
-            with torch.no_grad():
-                heat = heat + torch.softmax(model(bags.padded([i])[0])[1], -1)[0].mean(0).numpy()
+        x, title = bags.padded([i])[0], f"{bags.names[i]}: {bags.label_names[bags.y[i]]}"
+        with torch.no_grad():
+            heat = sum(model.cpu()(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        judge.save_picture(run.path(f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"), picture)
-        shown.append(f"<h3>{html.escape(f'{bags.names[i]}: {bags.label_names[bags.y[i]]}')}</h3>"
+        name = f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"
+        judge.save_picture(run.path(name), picture)
+        shown.append(f"<h3>{html.escape(title)}</h3>"
                      + judge.strip(judge.embedded(image), judge.embedded(picture)))
     return "".join(shown) or "<p>The bags name no pictures.</p>"
 
@@ -3507,7 +3480,7 @@ def cmd_demo(flags):
     """The whole thesis on a laptop, on made-up tissue: every stage is a command of its own, and the end is one report."""
     out, seeds = os.path.normpath(flags.out), range(flags.seed, flags.seed + flags.seeds)
     folders = [out if flags.seeds == 1 else os.path.join(out, f"seed{seed}") for seed in seeds]
-    skip = number_list(flags.skip) if flags.skip else ()
+    skip = data.number_list(flags.skip) if flags.skip else ()
     numbers, claims, sections = zip(*(run_demo(folder, flags.quick, seed, skip) for folder, seed in zip(folders, seeds)))
     values = {key: [one.get(key) for one in numbers] for key in numbers[0]}
     held = {claim: sum(one[claim] for one in claims) for claim in claims[0] if all(claim in one for one in claims)}
