@@ -8,6 +8,7 @@ A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.
 What a user can mend ends as one line on stderr and exit code 2. torch is imported late, so that --help is quick.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import fcntl
@@ -16,7 +17,6 @@ import glob
 import html
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -210,6 +210,8 @@ TRAINING = {
     "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
+    "folds": (0, whole(0, 1000), "parts of all bags that are reported in turn; 0: the file's folds "
+              "or splits, or 70 / 15 / 15"),
     "inner": (1, whole(1, 1000), "models of a training part without a validation part: 1 is "
               "stopped by a fifth of it; n vote, each stopped by an n-th"),
     "refit": (False, bool, "the held-out bags only choose from --grid; then all bags train"),
@@ -1681,7 +1683,7 @@ def cmd_latents(flags):
     (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
     prompts = flags.prompts and out_file(flags, "prompts")
     coded = Coded(flags.run, flags).pool(flags.tau)
-    names = read_names(flags.names, coded.model.n_latents) if flags.names else {}
+    names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
     if prompts:
         return write_prompts(coded, prompts, flags.top)
     if flags.query or flags.embeddings:
@@ -1898,7 +1900,7 @@ def linear_head(coded, y, path, train):
     if not path:
         return judge.linear_score(coded.dense[train], y[train])
     model, s = coded.model, coded.stream
-    w, bias = read_head(path, model.dims[s])
+    w, bias = data.read_head(path, model.dims[s])
     if "l2" in model.norm:
         raise InputError("the run scales samples to length 1, which a head for raw features cannot "
                          "follow - train it with --norm none or standard, or let intervene fit a "
@@ -2019,35 +2021,6 @@ def cmd_compare(flags):
     page.table(*judge.columns(found), key="shared")
     if flags.json:
         judge.write_json(out_file(flags, "json"), page.metrics["shared"])
-
-
-def read_names(path, n_latents):
-    """names.json: dict latent -> name."""
-    found = data.read_json(path)
-    if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
-        raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
-    names = {int(k): str(v) for k, v in found.items()}
-    wrong = [j for j in names if not 0 <= j < n_latents]
-    if wrong or not names:
-        raise InputError(f"{path}: latent {wrong[0] if wrong else '-'} is not among the run's {n_latents} - mend the names")
-    return names
-
-
-def read_head(path, d):
-    arrays = data.read_arrays(path)
-    missing = [key for key in ("weight", "bias") if key not in arrays]
-    if missing:
-        raise InputError(f"{path} lacks '{missing[0]}' - give weight (d,) or (2, d) and bias () or (2,)")
-    numbers = [np.issubdtype(arrays[key].dtype, np.number) and np.isfinite(arrays[key]).all() for key in ("weight", "bias")]
-    if not all(numbers):
-        raise InputError(f"{path} holds something else than finite numbers - mend it")
-    w, b = (np.asarray(arrays[key], np.float64) for key in ("weight", "bias"))
-    if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
-        w, b = w[1] - w[0], b[1] - b[0]
-    if w.size != d or b.size != 1:
-        raise InputError(f"{path} has weight {w.shape} and bias {b.shape} - give ({d},) and (), or two rows "
-                         "of both: one label against the rest")
-    return w.reshape(-1), float(b.reshape(-1)[0])
 
 
 def read_embeddings(path, names):
@@ -2237,25 +2210,16 @@ def cmd_explain(flags):
 def explain_concepts(flags):
     """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment."""
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
-    page = judge.Page("repsae explain: concepts in pixels and words")
-    names, picture = seen.features.label_names, seen.images.open
+    page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
     maps = measured_maps(seen, page)
-    gallery, drawn = judge.map_gallery(maps, seen.truth, names, picture)
-    page.picture("Maps", gallery)
-    page.metrics["words"] = label_words(seen)
-    page.picture("Words", judge.word_table(page.metrics["words"]))
-    for key, title, (shown, asked, called, said) in (
-            ("latents", "Single latents, where in the test pictures and captions they are most active",
-             latent_maps(seen)),
-            ("captions", "Pictures with their captions: similarity of the two", caption_maps(seen))):
-        found = judge.map_gallery(shown, asked, called, picture, 4)[0] + judge.word_table(said)
-        page.picture(title, found or "<p>No latent of a label is alive in every stream; --latent "
-                     "names others.</p>")
-        page.metrics[key] = said
+    drawn = seen.tell(page, "words", "Concepts of the labels", maps, seen.truth, names, 2,
+                      seen.words(label_captions(seen), names, lambda z, c: z[:, seen.J[c]].sum(1)))
+    tell_latents(seen, page)
+    tell_captions(seen, page)
     run.begin()
-    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **{
-        method: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan))
-                          for key in seen.truth]) for method, of in maps.items() if of}})
+    arrays = {name: np.stack([found.get(key, np.full_like(next(iter(found.values())), np.nan))
+                              for key in seen.truth]) for name, found in maps.items() if found}
+    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **arrays})
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
         judge.save_picture(run.path("overlays", f"{name}.png"), image)
@@ -2269,35 +2233,34 @@ class Concepts(Coded):
     sees         {name: (backbone, its stream)} of --weights; `encoder`, CLIP's image encoder, with
                  its .clip and .words; `pictured` and `text`, its streams of pictures and captions
     J, alive     each label's latents (`judge.concept_latents`); each stream's, active in training
-    truth        {(picture, label): bool mask} of the pictures `test`; `chosen`: --latent
+    truth        {(picture, label): bool mask} of the pictures `test`
     """
 
     def __init__(self, flags):
         super().__init__(flags.run, flags)
-        self.images, arrays = self._pictures()
+        self.images, truth = self._pictures()
         self.sees, self.encoder, self.pictured, self.text = {}, None, None, None
         for spec in flags.weights.split(","):
             self._see(*load_backbone(spec, self.flags)[:2])
         if self.text not in self.model.dims:
             raise InputError("no text encoder - name a run of clip in --weights, and have its text "
                              "stream in the sparc run")
-        features, train = self.features, self.features.rows("train")
-        labels, known = features.label_matrix(train), features.labelled[train]
+        self.label_names, train = self.features.label_names, self.features.rows("train")
+        labels, known = self.features.label_matrix(train), self.features.labelled[train]
         chose = self.codes(train, "alone" if self.model.topk == "local" else "joint")
         self.J = judge.concept_latents(chose, labels, flags.least, known)
         self.alive = {s: np.flatnonzero(code.getnnz(axis=0))
                       for s, code in self.codes(train, "alone").items()}
         self.chosen = chosen_latents(flags.latent, self.J, self.alive, self.model.n_latents)
-        truth, most = true_masks(arrays), flags.most if "most" in flags.given else 400
-        there = {i for i, _ in truth}
-        self.test = [i for i in features.rows("test", "val") if i in there][:most]
+        there, most = {i for i, _ in truth}, flags.most if "most" in flags.given else 400
+        self.test = [i for i in self.features.rows("test", "val") if i in there][:most]
         self.truth = {key: m for key, m in truth.items() if key[0] in set(self.test)}
         if not self.truth:
             raise InputError(f"no test picture of {flags.images} has an object - there is nothing "
                              "to segment")
 
     def _pictures(self):
-        """The pictures of --images and their file's arrays, once they fit the features and run."""
+        """The pictures of --images and their true masks, once they fit the features and the run."""
         flags, features = self.flags, self.features
         images, arrays = pictures_of(flags), data.read_arrays(flags.images)
         shape = arrays["instances"].shape if {"instances", "boxes"} <= set(arrays) else ()
@@ -2314,7 +2277,7 @@ class Concepts(Coded):
         if shape[1:] != (height, width):
             raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
                              f"{height}x{width} - give masks of the pictures' size")
-        return images, arrays
+        return images, true_masks(arrays)
 
     def _see(self, name, backbone):
         """Enter a backbone; one without attention under the name of what it gets instead."""
@@ -2323,8 +2286,8 @@ class Concepts(Coded):
             if self.encoder is not None:
                 raise InputError("two runs of clip in --weights - name one, whose words are meant")
             self.encoder, self.pictured, self.text = backbone, f"{name}_img", f"{name}_txt"
-            stream = self.pictured
             depth = min(depth, len(judge.kept_attention(backbone.clip.transformer)))
+            stream = self.pictured
         start = self.flags.start_layer
         if depth and not -depth <= start < depth:
             raise InputError(f"--set start-layer={start} - {name} has {depth} layers")
@@ -2337,33 +2300,44 @@ class Concepts(Coded):
         """Features (B, d) -> dense codes (B, L) of a stream alone."""
         return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
 
-    def captions(self, rows):
-        return [str(self.features.about["captions"][i]) for i in rows]
+    def caption(self, i):
+        return str(self.features.about["captions"][i])
 
-    def said(self, captions):
+    def read(self, captions):
         """Features (n, d) of captions."""
         return ssm.text_features(self.encoder.clip, self.encoder.words, captions)
-
-    def words(self, concept, caption, here, score):
-        """A caption with what each word adds to score(codes (1, L)), for `judge.word_table`."""
-        heat = judge.word_heat(self.encoder.clip, self.encoder.words, caption,
-                               lambda f: score(self.code(self.text, f)), self.flags.start_layer)
-        return {"concept": concept, "caption": caption, "here": bool(here), "words": heat}
 
     def maps(self, backbone, score, asked, block=64):
         """{(picture, label): heat map} of score(features, label) for pairs `asked`, and those of
         them whose score is 0."""
         view, out, silent = data.plain_view(getattr(backbone, "size", 224), True), {}, []
+        cam_layer = functools.partial(ssm.cam_layer, backbone)
         for c in sorted({c for _, c in asked}):
             rows = [i for i, k in asked if k == c]
             for part in (rows[at:at + block] for at in range(0, len(rows), block)):
                 x = torch.stack([view(self.images.open(i)) for i in part]).to(self.flags.device)
-                heats, values = judge.heat_maps(
-                    backbone, x, lambda f: score(f, c),
-                    functools.partial(ssm.cam_layer, backbone), self.flags.start_layer)
+                heats, values = judge.heat_maps(backbone, x, lambda f: score(f, c), cam_layer,
+                                                self.flags.start_layer)
                 out.update({(i, c): heat for i, heat in zip(part, heats)})
                 silent += [(i, c) for i, value in zip(part, values) if value == 0]
         return out, silent
+
+    def words(self, asked, names, score):
+        """Of {(picture, label): is it there?}, what each word of the picture's caption adds to
+        score(codes (1, L), label): as `judge.word_table` takes it."""
+        return [{"concept": names[c], "caption": self.caption(i), "here": bool(here),
+                 "words": judge.word_heat(self.encoder.clip, self.encoder.words, self.caption(i),
+                                          lambda f: score(self.code(self.text, f), c),
+                                          self.flags.start_layer)}
+                for (i, c), here in asked.items()]
+
+    def tell(self, page, key, title, maps, there, names, most, words):
+        """Maps and words on the page; returns the overlays that it shows."""
+        gallery, drawn = judge.map_gallery(maps, there, names, self.images.open, most)
+        page.picture(title, gallery + judge.word_table(words) or "<p>No latent of a label is alive "
+                     "in every stream; --latent names others.</p>")
+        page.metrics[key] = words
+        return drawn
 
 
 def chosen_latents(text, J, alive, n_latents):
@@ -2399,10 +2373,10 @@ def true_masks(arrays):
 def methods(seen):
     """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
     targets of Table 5.4 for each backbone, and CLIP's own similarity. A label's text is its name."""
-    names, out, unit = seen.features.label_names, {}, torch.nn.functional.normalize
+    out, unit = {}, torch.nn.functional.normalize
     for c in {c for _, c in seen.truth}:
-        seen.encoder.words.pieces(names[c])                  # raises InputError for an unknown word
-    prompts = seen.said(names)
+        seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
+    prompts = seen.read(seen.label_names)
     with torch.no_grad():
         z_names = seen.code(seen.text, prompts)
 
@@ -2415,7 +2389,7 @@ def methods(seen):
                                        seen.alive[s], both, seen.flags.seed)
         out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
     out[f"{seen.text[:-4]}, raw similarity"] = (
-        seen.encoder, lambda f, c: unit(f, dim=1) @ unit(prompts[c], dim=0), range(len(names)))
+        seen.encoder, lambda f, c: unit(f, dim=1) @ unit(prompts[c], dim=0), range(len(prompts)))
     return out
 
 
@@ -2423,15 +2397,15 @@ def measured_maps(seen, page):
     """The maps of every method, {name: {(picture, label): (h, w)}}, and what they segment."""
     labels, maps, found = sorted({c for _, c in seen.truth}), {}, {}
     pairs = [(i, c) for i in seen.test for c in labels]      # there or not
-    without = [seen.features.label_names[c] for c in labels if not len(seen.J[c])]
+    without = [seen.label_names[c] for c in labels if not len(seen.J[c])]
     if without:
         say(f"note: no latent of {', '.join(without)} - lower --least")
     for name, (backbone, score, possible) in methods(seen).items():
         asked = [pair for pair in pairs if pair[1] in possible]
         maps[name], silent = seen.maps(backbone, score, asked)
+        drawn = [key for key in silent if maps[name][key].any()]
         found[name] = {**judge.map_scores(maps[name], asked, seen.truth, data.otsu),
-                       "absent": len(silent), "maps of absent that are not 0":
-                       sum(bool(maps[name][key].any()) for key in silent)}
+                       "absent": len(silent), "maps of absent that are not 0": len(drawn)}
     middle = dict.fromkeys(pairs, judge.centre_prior())
     found["centre of the picture"] = judge.map_scores(middle, pairs, seen.truth, data.otsu)
     columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked",
@@ -2443,55 +2417,51 @@ def measured_maps(seen, page):
     return maps
 
 
-def label_words(seen, most=2):
-    """For labels with latents, captions that name the concept and one without it, by words."""
-    out, labels = [], seen.features.label_matrix(seen.test)
-    known = seen.features.labelled[seen.test]
+def label_captions(seen, most=2):
+    """{(picture, label): is it there?}: for labels with latents, captions that name it, and one of
+    a picture without it."""
+    out, labels = {}, seen.features.label_matrix(seen.test)
     for c in sorted({c for _, c in seen.truth if len(seen.J[c])}):
-        name = seen.features.label_names[c]
-        said = [(caption, labels[n, c]) for n, caption in enumerate(seen.captions(seen.test))
-                if known[n]]
-        shown = [v for v in said if v[1] and name in v[0]][:most] + [v for v in said if not v[1]][:1]
-        out += [seen.words(name, caption, here, lambda z: z[:, seen.J[c]].sum(1))
-                for caption, here in shown]
+        known = {(i, c): here for i, here in zip(seen.test, labels[:, c])
+                 if seen.features.labelled[i]}
+        named = [key for key in known if known[key] and seen.label_names[c] in seen.caption(key[0])]
+        without = [key for key in known if not known[key]]
+        out.update({key: known[key] for key in named[:most] + without[:1]})
     return out
 
 
-def latent_maps(seen, most=4):
+def tell_latents(seen, page, most=4):
     """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all
-    streams: maps, their pairs (picture, j), names of j, and words of those samples' captions."""
-    codes, pairs, said = seen.codes(np.array(seen.test), "alone"), [], []
+    streams."""
+    codes, asked = seen.codes(np.array(seen.test), "alone"), {}
     for j in seen.chosen:
-        columns = {s: code[:, [j]].toarray()[:, 0] for s, code in codes.items()}
-        strength = sum(z / max(z.max(), 1e-12) for z in columns.values())
-        for n in np.argsort(-strength, kind="stable")[:most]:
-            pairs.append((seen.test[n], j))
-            said.append(seen.words(f"latent {j}", *seen.captions([seen.test[n]]),
-                                   columns[seen.text][n], lambda z: z[:, j]))
-    maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], pairs)[0]
+        z = {s: code[:, [j]].toarray()[:, 0] for s, code in codes.items()}
+        strength = sum(v / max(v.max(), 1e-12) for v in z.values())
+        best = np.argsort(-strength, kind="stable")[:most]
+        asked.update({(seen.test[n], j): z[seen.text][n] > 0 for n in best})
+    names = {j: f"latent {j}" for j in seen.chosen}
+    maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], asked)[0]
             for name, (backbone, s) in seen.sees.items()}
-    return maps, pairs, {j: f"latent {j}" for j in seen.chosen}, said
+    seen.tell(page, "latents", "Single latents, where they are most active", maps, asked, names,
+              most, seen.words(asked, names, lambda z, j: z[:, j]))
 
 
-def caption_maps(seen, most=4):
+def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
-    itself: as `latent_maps`."""
+    itself."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
-    captions, pictured = seen.captions(test), seen.pictured
-    f_text = seen.said(captions)
+    captions, asked = [seen.caption(i) for i in test], {(i, n): True for n, i in enumerate(test)}
     with torch.no_grad():
-        z_text = seen.code(seen.text, f_text)
-        own = seen.features.batch(test)[pictured].to(seen.flags.device)
-        z_image = seen.code(pictured, own)
-    pairs, maps = [(i, n) for n, i in enumerate(test)], {}
-    for name, (backbone, s) in seen.sees.items():
-        maps[f"z z', {name}"], _ = seen.maps(
-            backbone, lambda f, n: seen.code(s, f) @ z_text[n], pairs)
+        f_text = seen.read(captions)
+        f_image = seen.features.batch(test)[seen.pictured].to(f_text.device)
+        z_text, z_image = seen.code(seen.text, f_text), seen.code(seen.pictured, f_image)
+    maps = {f"z z', {name}": seen.maps(backbone, lambda f, n: seen.code(s, f) @ z_text[n], asked)[0]
+            for name, (backbone, s) in seen.sees.items()}
     maps["cosine, CLIP itself"], _ = seen.maps(
-        seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), pairs)
-    said = [seen.words("caption", caption, True, lambda z: z @ z_image[n])
-            for n, caption in enumerate(captions)]
-    return maps, pairs, captions, said
+        seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), asked)
+    words = seen.words(asked, ["caption"] * most, lambda z, n: z @ z_image[n])
+    seen.tell(page, "captions", "Pictures with their captions: similarity of the two", maps, asked,
+              captions, most, words)
 
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
@@ -2501,49 +2471,45 @@ def cmd_retrieve(flags):
     coded = Coded(flags.run, flags)
     model, features, flags = coded.model, coded.features, coded.flags
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
+    known = [s for s in model.streams if s in features.streams]
     for s in (source, target):
-        if s not in model.dims or s not in features.streams:
-            has = [name for name in model.streams if name in features.streams]
-            raise InputError(f"there is no stream '{s}' - the run and the data have "
-                             f"{', '.join(has)}")
+        if s not in known:
+            raise InputError(f"no stream '{s}' - the run and its data have {', '.join(known)}")
     rows, page = features.rows("test", "val"), judge.Page("repsae retrieve")
-    outside = flags.query is not None or flags.features is not None      # a query that is no sample
-    if not outside and flags.sample >= len(rows):
-        raise InputError(f"--sample {flags.sample} - give one of the {len(rows)} "
+    own = None if flags.query or flags.features else flags.sample        # else a query from outside
+    if own is not None and own >= len(rows):
+        raise InputError(f"--sample {own} - give one of the {len(rows)} "
                          f"{features.split[rows[0]]} samples, from 0")
+    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if own is None else own}")
 
     def shown(i, stream):
-        own = not outside and i == flags.sample and stream == target
-        frame = '<span style="outline:3px solid #2f855a">' if own else "<span>"
         if stream.endswith("_txt") and "captions" in features.about:
-            return f"{frame}{html.escape(str(features.about['captions'][rows[i]]))}</span>"
-        return f"{frame}{judge.describe_sample(features, rows[i])}</span>"
-    given, first = given_query(model, source, flags) if outside else \
-        (None, shown(flags.sample, source))
-    for mode in ("alone",) if outside else ("joint", "alone"):
+            return html.escape(str(features.about["captions"][rows[i]]))
+        return judge.describe_sample(features, rows[i])
+    given, first = (None, shown(own, source)) if own is not None else \
+        given_query(model, source, flags)
+    for mode in ("joint", "alone") if own is not None else ("alone",):
         codes = coded.codes(rows, mode)
-        query = given if outside else codes[source][[flags.sample]]
+        query, partner = given if own is None else codes[source][[own]], ""
         if not query.nnz:
             page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
             continue
         (near,), (similar,) = judge.nearest(query, codes[target], len(rows))
-        partner = ""
-        if not outside:
-            rank = (similar >= similar[near == flags.sample]).sum()
+        if own is not None:
+            rank = (similar >= similar[near == own]).sum()
             partner = f"the true partner has rank {rank} of {len(rows)}; "
         page.text(f"{mode}: {partner}nearest samples {rows[near[:10]].tolist()}")
-        page.picture(f"{source} to {target}, {mode}",
-                     judge.strip(first, *(shown(i, target) for i in near[:10])))
-    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if outside else flags.sample}")
-    run.begin()
-    page.write(run.path)
+        sheet = [f'<span style="outline:{3 * (i == own)}px solid #2f855a">{shown(i, target)}</span>'
+                 for i in near[:10]]
+        page.picture(f"{source} to {target}, {mode}", judge.strip(first, *sheet))
+    page.write(run.begin().path)
     say(f"wrote {run.join('report.html')}")
 
 
 def given_query(model, stream, flags):
     """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector
     in --features, or of the row --sample of a feature file there; and how to show it, HTML."""
-    if flags.query is not None:
+    if flags.query:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
         encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
@@ -2573,256 +2539,227 @@ def given_query(model, stream, flags):
 # Slides and bags (thesis 3.2.2)
 # ------------------------------------------------------------------------------------------------
 
-@command("window voc! size=64 margin overwrite out=cells")
-def cmd_cut(flags):
-    """Cut the annotated boxes of a Pascal VOC folder into small pictures, in class folders, by its official splits."""
-    if os.path.exists(flags.out):                            # until it cuts through a Run
-        raise InputError(f"{flags.out} exists - name a new folder with --out")
-    count = data.cut_boxes(flags.voc, flags.out, flags.size, flags.margin, grey_window(flags))
-    print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
-
-
-@command("images! window size=224 step downsample threshold otsu smallest least-hole max-holes rois "
-         "roi-share overwrite out=tiles")
+@command("images voc window size=0 step downsample threshold otsu smallest least-hole max-holes rois "
+         "roi-share margin overwrite out=tiles")
 def cmd_tile(flags):
-    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an overview picture."""
-    source = flags.images
-    slides, notes = data.slide_files(source)
-    for note in notes:
+    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
+    overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
+    """
+    window, size = grey_window(flags), flags.size or (64 if flags.voc else 224)
+    if flags.voc:
+        cuts = data.cut_boxes(flags.voc, flags.margin, window)
+        run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
+        run.paths(names)
+        for i, name in enumerate(names):
+            judge.save_picture(run.join(name), cuts.open(i).resize((size, size), Image.BICUBIC))
+        count = collections.Counter(map(os.path.dirname, names))
+        print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
+        return
+    if not flags.images:
+        raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
+    slides = data.read_slides(flags.images)
+    for note in slides.notes:
         say_once("note: " + note)
-    side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
+    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
     if side < 1 or step < 1:
-        raise InputError(f"--size {flags.size}: tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
+        raise InputError(f"--downsample {flags.downsample}: tiles of {side} pixels every {step} - "
+                         "give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    targets = [os.path.splitext(os.path.basename(path))[0] for path in slides]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise InputError(f"two slides are called {target} - rename one, or tile them into two folders")
+    names = slides.about["groups"].tolist()
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two slides are called {name} - rename one, or tile them into two "
+                             "folders")
     run = Run(flags)
-    for path, target in zip(slides, targets):
-        boxes, shown = data.tile_slide(path, side, step, least=flags.smallest, least_hole=flags.least_hole,
-                                       max_holes=flags.max_holes, window=grey_window(flags),
-                                       threshold=None if flags.otsu else flags.threshold)
-        if not run.about:                                    # a slide that cannot be read leaves nothing
+    how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
+           "threshold": None if flags.otsu else flags.threshold, "window": window}
+    for i, name in enumerate(names):
+        boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
+        if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
-        arrays = {"coords": boxes, "images": relative([path] * len(boxes), run.join(f"{target}.npz"))}
-        if regions is not None:
-            share = np.array([data.region_share(regions, box) for box in boxes])
-            arrays.update(labels=(share >= flags.roi_share).astype(int), label_names=np.array(["outside", "region"]))
-        judge.write_npz(run.path(f"{target}.npz"), arrays)
-        judge.save_picture(run.path(f"{target}.png"), shown)
-        inside = "" if regions is None else f", {arrays['labels'].sum()} of them in the regions"
-        print(f"{run.join(target)}.npz: {len(boxes)} tiles of {side} pixels{inside}")
+        out = run.path(f"{name}.npz")
+        arrays = data.tile_arrays(slides, i, boxes, out, regions, flags.roi_share)
+        judge.write_npz(out, arrays)
+        judge.save_picture(run.path(f"{name}.png"), shown)
+        inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
+        print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
 @command("data! stream head widths attention dropout squash instances bag-weight inst-loss subtyping "
-         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced inner "
-         "refit grid seed=0 device overwrite out=runs/mil")
+         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds "
+         "inner refit grid seed=0 device overwrite out=runs/mil")
 def cmd_mil(flags):
-    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not reported."""
-    heads = flags.head.split(",")
+    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not
+    reported."""
+    heads, settings = flags.head.split(","), mil_settings(flags)
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
-    settings, _ = parse_grid(flags), number_list(flags.widths)
     bags = data.read_bags(flags.data, flags.stream)
-    rounds = mil_rounds(bags, flags)
+    rounds = bags.rounds(flags.folds, flags.seed, max(flags.inner, 5), flags.data)
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
-    found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test) for train, _, test in rounds]}
-    log = Log(run.path("log.csv"))
+    page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
+    means, y, C = bags.means(), bags.y, len(bags.label_names)
+    found = {"mean of the bag, logistic": [
+        {"scores": judge.scores(y[test], judge.logistic_probe(means[train], y[train], means[test], C,
+                                                              strength=0.01))}
+        for train, _, test in rounds]}
     for head in heads:
-        jobs = [(head, settings, r, *parts) for r, parts in enumerate(rounds)]
+        jobs = [(head, settings, flags.inner, flags.refit, [flags.seed, r], *parts, flags.device)
+                for r, parts in enumerate(rounds)]
+        found[head] = []
         if len(jobs) == 1:
-            done = [mil_round(bags, *jobs[0], keep=run)]
+            told, models, setting = mil_round(bags, *jobs[0])
+            found[head] = [told]
+            judge.write_torch(run.path(f"{head}.pt"), {
+                "models": [model.state_dict() for model in models], "head": head,
+                "dim": bags.X.shape[1], "label_names": bags.label_names, **setting["make"]})
+            if bags.coords:
+                page.picture(f"Attention of {head} over test slides",
+                             attention_maps(bags, models, rounds[0][2], head, run))
         else:
-            with futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), share_bags, [bags]) as pool:
-                progress, done = Progress(len(jobs)), []
-                for result in pool.map(mil_round_of_shared, *zip(*jobs)):
-                    done.append(result)
-                    progress(len(done), lambda: head)
-        found[head] = done
-        for r, result in enumerate(done, 1):                 # the error and loss on held-out bags that chose the setting
-            held, chosen = result["held_out"] or {"error": "", "loss": ""}, json.dumps(result["chosen"])
-            log.add({"head": head, "round": r, "chosen": chosen, **{f"held-out {k}": v for k, v in held.items()},
-                     **result["scores"]})
+            progress = Progress(len(jobs))
+            for told, *_ in in_processes(mil_round, bags, jobs):
+                found[head].append(told)
+                progress(len(found[head]), lambda: head)
+        for r, told in enumerate(found[head], 1):
+            held = {f"held-out {k}": v for k, v in (told["held_out"] or {}).items()}
+            log.add({"head": head, "round": r, "chosen": json.dumps(told["chosen"]),
+                     "held-out error": "", "held-out loss": "", **held, **told["scores"]})
         log.write()
     names = ("AUC", "accuracy", "F1")
-    header = ["head", *names]
-    rows = [[head, *(judge.mean_std([r["scores"][name] for r in runs]) for name in names)] for head, runs in found.items()]
-    print(f"\n{judge.text_table(header, rows)}\n\n{len(rounds)} test part{'s' * (len(rounds) > 1)} of about "
-          f"{len(rounds[0][2])} bags; mean ± standard deviation over them")
-    judge.write_json(run.path("metrics.json"), found)
-    sections = [("Result", judge.html_table(header, rows))]
-    for head in heads if bags.coords and len(rounds) == 1 else ():
-        sections.append((f"Attention of {head} over test slides", attention_maps(bags, head, rounds[0][2], run)))
-    judge.write_report(run.path("report.html"), "repsae mil", sections)
+    rows = [[head, *(judge.mean_std([told["scores"][name] for told in all_rounds])
+                     for name in names)] for head, all_rounds in found.items()]
+    page.table(["head", *names], rows, "Result")
+    page.text(f"{len(rounds)} test part{'s' * (len(rounds) > 1)} of about {len(rounds[0][2])} bags; "
+              "mean ± standard deviation over them")
+    page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
+
+
+def mil_settings(flags):
+    """What --grid "lr=1e-4,5e-4 dropout=0,0.5" leaves to choose from, all combinations: dicts of
+    what is chosen, how a model is made (`ssm.MIL`), and how it is trained (`ssm.fit_mil`)."""
+    settings = [{}]
+    for item in (flags.grid or "").split():
+        name, _, values = item.partition("=")
+        kind = FLAGS[name][1] if name in COMMANDS["mil"].flags else None
+        if not isinstance(kind, Number) or name in ("seed", "inner", "folds"):
+            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
+        try:
+            values = [kind(v) for v in values.split(",")]
+        except argparse.ArgumentTypeError as e:
+            raise InputError(f"--grid {item}: {e}")
+        key = name.replace("-", "_")
+        settings = [{**chosen, key: value} for chosen in settings for value in values]
+    out, widths = [], data.number_list(flags.widths)
+    for chosen in settings:
+        new = flags.replaced(chosen)
+        loss = {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[new.inst_loss]
+        early = {"patience": new.patience, "least": new.min_epochs}
+        out.append({
+            "chosen": chosen, "batch": new.batch, "balanced": new.balanced,
+            "make": {"widths": widths, "attention": new.attention, "dropout": new.dropout,
+                     "squash": bool(new.squash)},
+            "fit": {"epochs": new.epochs, "lr": new.lr, "weight_decay": new.weight_decay,
+                    "cosine": new.cosine, "early": None if new.refit else early,
+                    "k": new.instances, "bag_weight": new.bag_weight, "subtyping": new.subtyping,
+                    "loss": loss}})
+    return out
+
+
+def mil_round(bags, head, settings, inner, refit, seed, train, val, test, device="cpu"):
+    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`,
+    and report its models' mean vote on `test`: (what to tell of it, models, setting).
+
+    Without `val`, train is cut into parts, and `inner` times a model learns from all but one of
+    them. Its bags stop it early, and these models vote; or, with refit, all epochs are trained, and
+    as many models on all of train vote.
+    """
+    def learn(setting, rows, held, *number):
+        return train_mil(bags, head, setting, rows, held, [*seed, *number], device)
+    parts = bags.held_out(train, inner, sum(seed)) if val is None else [(train, val)]
+    tried = []
+    for setting in settings if len(settings) > 1 or not refit else ():
+        models, judged = zip(*(learn(setting, *part, i) for i, part in enumerate(parts)))
+        tried.append((np.mean(judged, 0).tolist(), models, setting))
+    held, models, setting = min(tried, key=lambda t: t[0], default=(None, (), settings[0]))
+    if refit:
+        models = [learn(setting, train, None, 99, i)[0] for i in range(inner)]
+    votes = 0
+    with torch.no_grad():
+        for model in models:
+            logits = [model(x.to(device), mask.to(device))[0] for x, mask, _ in bags.batches(test, 1)]
+            votes = votes + torch.cat(logits).softmax(1).cpu().numpy() / len(models)
+    told = {"scores": judge.scores(bags.y[test], votes), "chosen": setting["chosen"],
+            "held_out": held and dict(zip(("error", "loss"), held))}
+    return told, models, setting
+
+
+def train_mil(bags, head, setting, train, held, seed, device="cpu"):
+    """One model, and (error rate, loss) of the bags `held`."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(int(rng.integers(2 ** 62)))
+    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **setting["make"])
+    for buffer, value in zip((model.mean, model.std), bags.scale(train)):
+        buffer.copy_(value)
+    model.to(device)
+
+    def batches(rows):
+        return [[v.to(device) for v in batch] for batch in bags.batches(rows, setting["batch"])]
+
+    def epoch(number):
+        return batches(bags.drawn(train, rng, setting["balanced"]))
+    return model, ssm.fit_mil(model, epoch, [] if held is None else batches(held), **setting["fit"])
 
 
 SHARED = {}    # in a process among several: what all its jobs use
 
 
-def share_bags(bags):
-    """Begin such a process: it has one thread, since they share the cores, and the bags."""
-    torch.set_num_threads(1)
-    SHARED["bags"] = bags
-
-
-def mil_round_of_shared(*job):
-    return mil_round(SHARED["bags"], *job)
-
-
-def parse_grid(flags):
-    """--grid "lr=1e-4,5e-4 dropout=0,0.5" -> a list of all combinations, each the flags with those values."""
-    options = []
-    for item in (flags.grid or "").split():
-        name, _, values = item.partition("=")
-        kind = FLAGS.get(name, (None, None))[1] if name in COMMANDS["mil"].flags else None
-        if not isinstance(kind, Number) or name in ("seed", "inner"):
-            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
+def in_processes(work, shared, jobs):
+    """Yield work(shared, *job) of each job, in order, by as many processes as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process, [work, shared]) as pool:
         try:
-            options.append([(name.replace("-", "_"), kind(v)) for v in values.split(",")])
-        except argparse.ArgumentTypeError as e:
-            raise InputError(f"--grid {item}: {e}")
-    return [flags.replaced(dict(chosen)) for chosen in itertools.product(*options)]
+            yield from pool.map(do_job, jobs)
+        except BaseException:                                # Ctrl-C: do not wait for them
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
-def mil_rounds(bags, flags):
-    """[(rows to learn from, rows of a given validation part or None, rows to report)]: the file's folds, or its splits, or
-    70 % / 15 % / 15 % with every class in proportion."""
-    everything = np.arange(len(bags))
-    if bags.folds is not None:
-        rounds = [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
-    elif bags.split is None:
-        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed, bags.groups)]
-    else:
-        rounds = [[np.flatnonzero(bags.split == name) for name in ("train", "val", "test")]]
-    least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
-    for train, val, test in rounds:
-        rarest = np.bincount(bags.y[train], minlength=bags.y.max() + 1)[np.unique(bags.y)].min()
-        given = val is not None and len(val)
-        if not len(test) or rarest < (2 if given else least):
-            raise InputError(f"{flags.data}: a part of {len(train)} bags to learn from, {rarest} of the rarest class, and "
-                             f"{len(test)} to test on is too small - add bags, or mend the folds or split folders")
-        groups = 0 if bags.groups is None else len(np.unique(bags.groups[train]))
-        if 0 < groups < least and not given:
-            raise InputError(f"{flags.data}: the bags to learn from are of {groups} groups, and "
-                             f"validation cuts them into {least} parts - add groups")
-    return [(train, val if val is not None and len(val) else None, test) for train, val, test in rounds]
+def begin_process(work, shared):
+    """Begin one of several: it has one thread, since they share the cores, and ends with its
+    parent, whatever ends that."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # which the parent answers for all
+    SHARED.update(work=work, shared=shared)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def mil_round(bags, head, settings, round_, train, val, test, keep=None):
-    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`, and report its models'
-    mean vote on `test`.
-
-    Without `val`, train is cut into parts, and --inner times a model learns from all but one of them. Its bags stop it early,
-    and these models vote; or, with --refit, all epochs are trained, and as many models on all of train vote. keep: a folder
-    for the weights.
-    """
-    flags, best = settings[0], None
-    if val is not None:
-        parts = [(train, val)]
-    else:
-        groups = None if bags.groups is None else bags.groups[train]
-        equal = [1] * max(flags.inner, 5 if flags.inner == 1 else 2)
-        cut = data.stratified_parts(bags.y[train], equal, flags.seed + round_, groups)
-        parts = [(np.delete(train, part), train[part]) for part in cut[:flags.inner]]
-    for setting in settings:
-        if flags.refit and len(settings) == 1:               # nothing to choose
-            best = None, (), setting
-            break
-        models, held = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i])
-                             for i, part in enumerate(parts)))
-        held = np.mean(held, 0).tolist()                     # error, loss
-        if best is None or held < best[0]:
-            best = held, models, setting
-    held, models, setting = best
-    if flags.refit:
-        models = [train_mil(bags, head, setting, train, None, seed=[setting.seed, round_, 99, i])[0]
-                  for i in range(flags.inner)]
-    with torch.no_grad():
-        votes = [np.concatenate([torch.softmax(m(x.to(flags.device), mask.to(flags.device))[0], 1).cpu().numpy()
-                                 for x, mask, _ in (bags.padded([i]) for i in test)]) for m in models]
-    if keep:
-        judge.write_torch(keep.path(f"{head}.pt"), {
-            "models": [m.state_dict() for m in models], "head": head, "dim": bags.X.shape[1],
-            "label_names": bags.label_names, **{k: setting[k] for k in ("widths", "attention", "dropout", "squash")}})
-    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)),
-            "held_out": held and {"error": held[0], "loss": held[1]},
-            "chosen": {k: setting[k] for k in setting if len({str(s[k]) for s in settings}) > 1}}
+def do_job(job):
+    return SHARED["work"](SHARED["shared"], *job)
 
 
-def train_mil(bags, head, flags, train, val, seed):
-    """One model, stopped by the loss on `val`: (model, (error rate, loss) of its bags)."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(int(rng.integers(2 ** 62)))
-    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, number_list(flags.widths), flags.attention, flags.dropout,
-                    bool(flags.squash))
-    X = bags.instances(train)
-    model.mean.copy_(torch.from_numpy(X.mean(0)))
-    spread = (X - X[0]).std(0)                               # of a constant exactly 0
-    model.std.copy_(torch.from_numpy(np.where(spread > 1.2e-7 * np.abs(X[0]), spread, 1)))
-    model.to(flags.device)
-    y = bags.y[train]
-    weight = 1 / np.bincount(y)[y] if flags.balanced else np.ones(len(y))
-    how = {"k": flags.instances, "bag_weight": flags.bag_weight, "subtyping": flags.subtyping,
-           "loss": {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[flags.inst_loss]}
-
-    def batches(epoch):
-        if flags.cosine:
-            optimiser.param_groups[0]["lr"] = ssm.cosine_schedule(epoch, flags.epochs, flags.lr, 0.)
-        order = rng.choice(train, len(train), replace=flags.balanced, p=weight / weight.sum())
-        for i in range(0, len(order), flags.batch):
-            yield [v.to(flags.device) for v in bags.padded(order[i:i + flags.batch])]
-    held = [] if val is None else [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])]
-                                   for i in range(0, len(val), flags.batch)]
-
-    def judged(model):                                       # by the bags' labels alone
-        logits, y = (torch.cat(v) for v in zip(*((model(x, mask)[0], y) for x, mask, y in held)))
-        return float((logits.argmax(1) != y).float().mean()), float(torch.nn.functional.cross_entropy(logits, y))
-    optimiser = torch.optim.Adam(model.parameters(), flags.lr, weight_decay=flags.weight_decay, fused=True)
-    early = {} if flags.refit else {"validate": lambda m: judged(m)[1], "patience": flags.patience, "least": flags.min_epochs}
-    ssm.fit(model, optimiser, batches, lambda m, *batch: ssm.mil_loss(m, *batch, **how), flags.epochs, **early)
-    with torch.no_grad():
-        return model, judged(model) if held else None
-
-
-def number_list(text):
-    """"256,64" -> (256, 64); raises InputError otherwise."""
-    try:
-        found = tuple(map(int, text.split(",")))
-        if min(found) > 0:
-            return found
-    except ValueError:
-        pass
-    raise InputError(f"{text} - give positive whole numbers, separated by commas")
-
-
-def pooled_baseline(bags, train, test):
-    """What no attention gets: logistic regression on the mean of a bag's instances."""
-    means = np.stack([bags.instances([i]).mean(0, dtype=np.float64) for i in range(len(bags))])
-    p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
-    return {"scores": judge.scores(bags.y[test], p)}
-
-
-def attention_maps(bags, head, rows, run, most=6):
-    """Test slides with each tile coloured by its share in the bag, as files heat_<label>_<slide>_<head>.png and as HTML."""
-    kept = torch.load(run.join(f"{head}.pt"), weights_only=True)
+def attention_maps(bags, models, rows, head, run, most=6):
+    """Test slides with each tile coloured by its share in the bag, as files
+    heat_<label>_<slide>_<head>.png and as HTML."""
     shown = []
     for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
-        heat = 0
-        for state in kept["models"]:
-            model = ssm.MIL(kept["dim"], len(bags.label_names), head, number_list(kept["widths"]), kept["attention"],
-                            squash=bool(kept["squash"])).eval()
-            model.load_state_dict(state)
-            with torch.no_grad():
-                heat = heat + torch.softmax(model(bags.padded([i])[0])[1], -1)[0].mean(0).numpy()
+        x, title = bags.padded([i])[0], f"{bags.names[i]}: {bags.label_names[bags.y[i]]}"
+        with torch.no_grad():
+            heat = sum(model.cpu()(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        judge.save_picture(run.path(f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"), picture)
-        shown.append(f"<h3>{html.escape(f'{bags.names[i]}: {bags.label_names[bags.y[i]]}')}</h3>"
+        name = f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"
+        judge.save_picture(run.path(name), picture)
+        shown.append(f"<h3>{html.escape(title)}</h3>"
                      + judge.strip(judge.embedded(image), judge.embedded(picture)))
     return "".join(shown) or "<p>The bags name no pictures.</p>"
 
@@ -3419,7 +3356,7 @@ def cmd_demo(flags):
     """The whole thesis on a laptop, on made-up tissue: every stage is a command of its own, and the end is one report."""
     out, seeds = os.path.normpath(flags.out), range(flags.seed, flags.seed + flags.seeds)
     folders = [out if flags.seeds == 1 else os.path.join(out, f"seed{seed}") for seed in seeds]
-    skip = number_list(flags.skip) if flags.skip else ()
+    skip = data.number_list(flags.skip) if flags.skip else ()
     numbers, claims, sections = zip(*(run_demo(folder, flags.quick, seed, skip) for folder, seed in zip(folders, seeds)))
     values = {key: [one.get(key) for one in numbers] for key in numbers[0]}
     held = {claim: sum(one[claim] for one in claims) for claim in claims[0] if all(claim in one for one in claims)}

@@ -376,7 +376,7 @@ def test_a_picture_that_cannot_be_read_leaves_its_name(tmp_path):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "x.png")
     np.savez(tmp_path / "f.npz", a=np.ones((2, 3)), images=np.array(["x.png", "none<.png"]))
     found = data.read_features(tmp_path / "f.npz")
-    shown, missing = (judge.describe_sample(found, row, ()) for row in (0, 1))
+    shown, missing = (judge.describe_sample(found, row) for row in (0, 1))
     assert shown.startswith('<img alt="" src="data:image/jpeg;base64,')
     assert missing == "none&lt;.png"
 

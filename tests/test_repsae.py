@@ -693,55 +693,97 @@ def test_mil_needs_a_group_for_each_validation_part(tmp_path, capsys):
         assert "the bags to learn from are of 4 groups, and validation cuts them into 5" in said
 
 
-def test_the_test_fold_never_reaches_training(bags, tmp_path, monkeypatch):
+def mil_settings(path, *more):
+    return repsae.mil_settings(repsae.parse(["mil", "--data", str(path), *map(str, QUICK_MIL), *more])[1])
+
+
+def test_the_test_fold_never_reaches_training(bags):
     """With the labels of the test rows turned over, the models are the same."""
     import data
-    settings = repsae.parse_grid(repsae.parse(["mil", "--data", str(bags), *map(str, QUICK_MIL)])[1])
     whole, turned = data.read_bags(bags), data.read_bags(bags)
-    test = np.flatnonzero(~whole.folds[0, 0])
+    train, test = np.flatnonzero(whole.folds[0, 0]), np.flatnonzero(~whole.folds[0, 0])
     turned.y[test] = 1 - turned.y[test]
-    turned.X[np.concatenate([np.arange(turned.offsets[i], turned.offsets[i + 1]) for i in test])] *= -3
-    a, b = (repsae.mil_round(v, "abmil", settings, 0, np.flatnonzero(whole.folds[0, 0]), None, test,
-                             keep=repsae.Run(settings[0], str(tmp_path / name)).begin())
-            for v, name in ((whole, "a"), (turned, "b")))
-    repsae.Run.release()
+    for i in test:
+        turned.X[turned.offsets[i]:turned.offsets[i + 1]] *= -3
+    (a, models, _), (b, others, _) = (
+        repsae.mil_round(v, "abmil", mil_settings(bags), 1, False, [0, 0], train, None, test)
+        for v in (whole, turned))
     assert a["held_out"] == b["held_out"] and a["held_out"]["loss"] > 0
-    states = [torch.load(tmp_path / name / "abmil.pt", weights_only=True)["models"][0] for name in "ab"]
-    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    assert same_tensors(models[0].state_dict(), others[0].state_dict())
 
 
-def test_mil_keeps_the_bags_of_a_patient_in_one_part(bags, tmp_path, monkeypatch):
+def test_mil_keeps_the_bags_of_a_patient_in_one_part(bags, tmp_path):
     groups, arrays = np.arange(60) // 5, {k: v for k, v in np.load(bags).items() if k != "folds"}
     np.savez(tmp_path / "g.npz", **arrays, groups=groups)
-    flags = repsae.parse(["mil", "--data", str(tmp_path / "g.npz")])[1]
     found = data.read_bags(tmp_path / "g.npz")
     for seed in range(4):
-        (train, val, test), = repsae.mil_rounds(found, flags.replaced({"seed": seed}))
-        of = [{*groups[part].tolist()} for part in (train, val, test)]
-        assert sum(map(len, of)) == 12 == len(set.union(*of))
-    seen = []
-
-    def learn(bags, head, flags, train, val, seed):
-        seen.append((train, val))
-        raise KeyError                                       # what it is given is all we ask
-    monkeypatch.setattr(repsae, "train_mil", learn)
-    with pytest.raises(KeyError):
-        repsae.mil_round(found, "mean", [flags], 0, np.arange(60), None, np.arange(60))
-    learned, held = ({*groups[part]} for part in seen[0])
-    assert not learned & held and len(held) in (2, 3)        # a fifth of twelve
+        for folds in (0, 3):
+            for parts in found.rounds(folds, seed, 5, "g"):
+                of = [{*groups[part].tolist()} for part in parts if part is not None]
+                assert sum(map(len, of)) == 12 == len(set.union(*of))
+        (learned, held), = found.held_out(np.arange(60), 1, seed)
+        assert not {*groups[learned]} & {*groups[held]} and len({*groups[held]}) in (2, 3)
 
 
 def test_the_grid_is_decided_by_held_out_bags_and_refit_learns_from_all_of_them(bags, monkeypatch):
     """Of a learning rate that learns and one that does not the first is taken; with --refit, models of the whole part vote."""
     import data
-    found, whole, seen = repsae.parse(["mil", "--data", str(bags), *map(str, QUICK_MIL), "--grid", "lr=1e-9,0.01", "--refit",
-                                       "--inner", "3", "--set", "cosine=yes", "--balanced"])[1], data.read_bags(bags), []
-    true = repsae.train_mil
-    monkeypatch.setattr(repsae, "train_mil", lambda *a, **kw: (seen.append((len(a[3]), a[4] is None, a[2].lr)), true(*a, **kw))[1])
+    settings, whole = mil_settings(bags, "--grid", "lr=1e-9,0.01", "--refit", "--set", "cosine=yes", "--balanced"), data.read_bags(bags)
+    true, seen = repsae.train_mil, []
+
+    def spy(*a):
+        seen.append((len(a[3]), a[4] is None, a[2]["fit"]["lr"]))
+        assert a[2]["fit"]["early"] is None               # no early stopping
+        return true(*a)
+    monkeypatch.setattr(repsae, "train_mil", spy)
     train, test = np.flatnonzero(whole.folds[0, 0]), np.flatnonzero(~whole.folds[0, 0])
-    result = repsae.mil_round(whole, "gated", repsae.parse_grid(found), 0, train, None, test)
-    assert result["chosen"] == {"lr": 0.01} and result["held_out"]["error"] < 0.3 and result["scores"]["accuracy"] > 0.8
-    assert len(seen) == 9 and seen[6:] == [(len(train), True, 0.01)] * 3 and all(n < len(train) and not alone for n, alone, _ in seen[:6])
+    result, models, _ = repsae.mil_round(whole, "gated", settings, 3, True, [0, 0], train, None, test)
+    assert result["chosen"] == {"lr": 0.01} and result["held_out"]["error"] < 0.3
+    assert result["scores"]["accuracy"] > 0.8 and len(models) == 3
+    assert len(seen) == 9 and seen[6:] == [(len(train), True, 0.01)] * 3
+    assert all(n < len(train) and not alone for n, alone, _ in seen[:6])
+
+
+WORKERS = """
+import sys, time
+sys.path.insert(0, {root!r})
+import repsae
+
+def work(shared, i):
+    import os
+    open(os.path.join(shared, str(os.getpid())), "w").close()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    list(repsae.in_processes(work, {folder!r}, [(i,) for i in range(4)]))
+"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent_whatever_ends_it(ending, tmp_path):
+    (tmp_path / "pids").mkdir()
+    root = os.path.dirname(os.path.abspath(repsae.__file__))
+    (tmp_path / "w.py").write_text(WORKERS.format(root=root, folder=str(tmp_path / "pids")))
+    parent = subprocess.Popen([sys.executable, tmp_path / "w.py"], stderr=subprocess.DEVNULL)
+    until(lambda: os.listdir(tmp_path / "pids"), 60)
+    parent.send_signal(ending)
+    parent.wait(20)
+    until(lambda: not any(map(running, os.listdir(tmp_path / "pids"))), 20)
+
+
+def running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(happened, seconds):
+    end = time.time() + seconds
+    while not happened():
+        assert time.time() < end
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -787,13 +829,13 @@ def test_otsu_finds_pale_tissue_that_the_fixed_threshold_misses(tmp_path, capsys
     assert len(np.load(tmp_path / "t" / "pale.npz")["coords"]) > 20
 
 
-def test_subtyping_changes_what_clam_learns(bags, tmp_path):
+def test_subtyping_changes_what_clam_learns(bags):
     """The same seed with and without it: other weights, and both learn."""
     import data
     whole, states = data.read_bags(bags), []
-    for extra in ((), ("--set", "subtyping=yes",)):
-        flags = repsae.parse(["mil", "--data", str(bags), *map(str, QUICK_MIL), "--instances", "1", *extra])[1]
-        model, (error, _) = repsae.train_mil(whole, "clam_sb", flags, np.arange(40), np.arange(40, 60), [0])
+    for extra in ((), ("--set", "subtyping=yes")):
+        setting, = mil_settings(bags, "--instances", "1", *extra)
+        model, (error, _) = repsae.train_mil(whole, "clam_sb", setting, np.arange(40), np.arange(40, 60), [0])
         states.append(model.state_dict())
         assert error <= 0.2
     assert not torch.equal(*(state["instance_classifiers.0.weight"] for state in states))
@@ -851,7 +893,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["cut"], "--voc is missing"), (["cut", "--voc", "{p}"], "expected a Pascal VOC folder"),
+    (["tile", "--voc", "{p}"], "expected a Pascal VOC folder"),
     (["tile"], "--images is missing"), (["tile", "--images", "/no/such.png"], "such.png is not a readable picture"),
     (["mil"], "--data is missing"), (["mil", "--data", "{b}", "--head", "clam"], "--head clam - take one or more of max, mean"),
     (["mil", "--data", "{b}", "--grid", "lr=a"], "--grid lr=a: a - give a number"),
@@ -865,7 +907,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["finetune", "--images", "{p}", "--weights", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
     (["finetune", "--images", "{p}", "--size", "20", "--weights", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
     (["finetune", "--images", "{p}", "--size", "32", "--weights", "squeezenet1_0"], "SqueezeNet ends in no linear layer"),
-    (["tile", "--images", "{p}", "--size", "0"], "--size 0: tiles of 0 pixels"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
+    (["tile", "--images", "{p}", "--downsample", "0.001"], "tiles of 0 pixels every 0"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
     (["mil", "--data", "{b}", "--inner", "30"], "bags to learn from"), (["tile", "--images", "{p}"], "two slides are called 0 - rename"),
     (["explain", "--images", "{p}", "--weights", "a=vit_micro:random", "--size", "16", "--label", "999"], "--label 999, but a has 96 outputs"),
     (["explain", "--images", "{p}"], "--weights is missing"),
@@ -1024,7 +1066,7 @@ def test_a_stream_of_zeros_trains_and_is_judged_by_a_dash(tmp_path):
 def test_presets_hold_the_papers_figures_and_what_is_typed_goes_first():
     def resolved(*argv):
         return repsae.resolved_sae(repsae.parse(["sae", "--data", "f.npz", *argv])[1], made)
-    made = data.Features({"x": np.zeros((40, 3), np.float32)}, np.repeat(["train", "val"], 20))
+    made = data.Features({"x": np.zeros((40, 3), np.float32)}, split=np.repeat(["train", "val"], 20))
     mammo = resolved("--preset", "mammo")
     assert (mammo.latents, mammo.sparsity, mammo.lr, mammo.batch, mammo.epochs) == (24, 3e-5, 3e-4, 4096, 200)
     cyto = resolved("--preset", "cyto", "--lr", "1e-3")
@@ -2332,9 +2374,8 @@ def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch
     x, mask, y = next(iter(found["batches"](5)))
     assert len(y) == 5 and group["weight_decay"] == 0.03
     assert group["lr"] == pytest.approx(0.02 / 2)            # half of the way down the cosine
-    monkeypatch.setattr(ssm, "mil_loss", lambda *batch, **how: how)
-    assert found["loss"](model, x, mask, y) == {"k": 2, "bag_weight": 0.2, "subtyping": True,
-                                                "loss": torch.nn.functional.cross_entropy}
+    assert found["loss"].keywords == {"k": 2, "bag_weight": 0.2, "subtyping": True,
+                                      "loss": torch.nn.functional.cross_entropy}
 
 
 @pytest.mark.parametrize("argv, low, high", [((), 0.2, 0.3), (("--balanced",), 0.4, 0.6)])
@@ -2347,7 +2388,7 @@ def test_weighted_bags_are_drawn_as_if_classes_were_equally_frequent(
     assert low < drawn.float().mean() < high
 
 
-def test_every_setting_of_tile_and_cut_reaches_the_tiles(tmp_path, monkeypatch):
+def test_every_setting_of_tile_reaches_the_tiles(tmp_path, monkeypatch):
     said = {"size": 16, "step": 8, "downsample": 2, "threshold": 12, "smallest": 0.1,
             "least_hole": 0.3, "max_holes": 3}
     image = np.full((200, 260, 3), 245, np.uint8)
@@ -2366,9 +2407,34 @@ def test_every_setting_of_tile_and_cut_reaches_the_tiles(tmp_path, monkeypatch):
         covered = (130 - z["coords"][:, 0]) / 32
         assert np.array_equal(z["labels"] == 1, covered >= 0.1)
         assert ((0.1 <= covered) & (covered < 0.5)).any()
-    found = caught(monkeypatch, data, "cut_boxes", "cut", "--voc", tmp_path, "--size", 40,
-                   "--set", "margin=0.7", "--out", tmp_path / "c")
-    assert (found["size"], found["margin"]) == (40, 0.7)
+    found = caught(monkeypatch, data, "cut_boxes", "tile", "--voc", tmp_path, "--set", "margin=0.7",
+                   "--out", tmp_path / "c")
+    assert found["margin"] == 0.7
+
+
+def test_boxes_are_cut_into_class_folders_by_the_official_splits_or_nothing_is(tmp_path, capsys):
+    voc = tmp_path / "voc"
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (voc / part).mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    for stem, part in (("one", "trainval"), ("two", "test")):
+        Image.fromarray(pixels).save(voc / "JPEGImages" / f"{stem}.jpg")
+        (voc / "ImageSets" / "Main" / f"{part}.txt").write_text(stem)
+        (voc / "Annotations" / f"{stem}.xml").write_text(
+            "<a><object><name>cell</name><bndbox><xmin>10</xmin><ymin>10</ymin><xmax>40</xmax>"
+            "<ymax>50</ymax></bndbox></object></a>")
+    argv = ["tile", "--voc", voc, "--size", 24, "--out", tmp_path / "c"]
+    run(*argv)
+    assert capsys.readouterr().out.split("\n")[:2] == ["test/cell: 1", "train/cell: 1"]
+    found = data.read_images(str(tmp_path / "c"))
+    assert found.split.tolist() == ["test", "train"] and found.open(0).size == (24, 24)
+    assert "holds files already" in error(capsys, *argv)
+    run(*argv, "--overwrite")
+    (voc / "JPEGImages" / "three.jpg").write_bytes(b"no")
+    (voc / "Annotations" / "three.xml").write_text("<a/>")
+    (voc / "ImageSets" / "Main" / "test.txt").write_text("two three")
+    said = error(capsys, *argv[:-1], tmp_path / "d")
+    assert "three.jpg is not a readable picture" in said and not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize("rank", ["mean", "difference", "boxes"])
