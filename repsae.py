@@ -1695,7 +1695,7 @@ def cmd_latents(flags):
                                features.label_matrix(train) if known.any() else None, flags.top,
                                flags.weighted, known)
     scatter, references = judge.latent_scatter(table), table.pop("references")
-    shown = tell_latents(page, table, features.label_names, len(train), names)
+    shown = tell_table(page, table, features.label_names, len(train), names)
     page.picture("Latents by frequency and mean activation", scatter)
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
     best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
@@ -1714,7 +1714,7 @@ def cmd_latents(flags):
     say(f"wrote {run.join('report.html')}")
 
 
-def tell_latents(page, table, labels, n, names):
+def tell_table(page, table, labels, n, names):
     """Tell how many latents live, how strong they are, and the purest of each label; returns those
     to show, best first."""
     alive = np.flatnonzero(table["frequency"])
