@@ -671,6 +671,11 @@ def text_table(header, rows):
     return "\n".join(lines)
 
 
+def columns(found):
+    """A list of dicts of the same keys as (header, rows)."""
+    return list(found[0]), [list(one.values()) for one in found]
+
+
 def html_table(header, rows, colours=False):
     """Rows of cells as an HTML table. With `colours` every number is shaded, 1 dark blue, 0 white,
     negative red."""
@@ -770,6 +775,13 @@ def strip(first, *others):
     return f'<div class="strip"><span>{first}</span>&rarr;{shown}</div>'
 
 
+def strips(found):
+    """{heading: pieces of HTML}: the pieces of each in a row below it."""
+    shown = ("".join(f"<span>{v}</span>" for v in pieces) for pieces in found.values())
+    return "".join(f'<h3>{html.escape(name)}</h3><div class="strip">{row}</div>'
+                   for name, row in zip(found, shown))
+
+
 def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
     """The clearest concepts, HTML: latents with the same name in every stream, purest first, with
     their top samples. codes: {stream: code}; describe(row) -> HTML; known: see `label_counts`."""
@@ -788,8 +800,7 @@ def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, kno
         parts.append(f"<section><h3>latent {j}: {html.escape(names[0][j])} "
                      f"<small>purity {purity[j]:.2f}</small></h3>")
         for s in codes:
-            rows = best[s][j].indices[np.argsort(best[s][j].data)]
-            shown = "".join(f"<span>{describe(i)}</span>" for i in rows)
+            shown = "".join(f"<span>{describe(i)}</span>" for i in best_first(best[s], j))
             parts.append(f'<div class="strip"><b>{html.escape(s)}</b>{shown}</div>')
         parts.append("</section>")
     return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
@@ -1187,9 +1198,9 @@ def latent_scatter(table, most=4000, size=(640, 420)):
     parts = [f'<svg viewBox="0 0 {w} {h}" role="img" '
              'aria-label="latents by frequency and mean activation">']
     parts += [f'<path d="M{at_x(v):.1f} {bottom}V{top}" class="grid"/>'
-              f'<text x="{at_x(v):.1f}" y="{bottom + 16}" class="mid">{v}</text>' for v in x_ticks]
+              + _text(at_x(v), bottom + 16, str(v), "mid") for v in x_ticks]
     parts += [f'<path d="M{left} {at_y(v):.1f}H{right}" class="grid"/>'
-              f'<text x="{left - 6}" y="{at_y(v) + 4:.1f}" class="end">{v}</text>' for v in y_ticks]
+              + _text(left - 6, at_y(v) + 4, str(v), "end") for v in y_ticks]
     for i in np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int):
         parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" '
                      f'fill="rgb{tuple(map(int, colours[i]))}" fill-opacity=".6"/>')
@@ -1197,10 +1208,10 @@ def latent_scatter(table, most=4000, size=(640, 420)):
     bars += [(right + 6, a, n, width) for a, width, n in y_bars]
     parts += [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
               'fill="#a0aec0"/>' for x, y, width, height in bars]
-    return "".join(parts) + (
-        f'<text x="{w / 2}" y="{h - 24}" class="mid">log10 of the share of samples in which a '
-        f'latent is active</text><text x="{left}" y="14">log10 of its mean activation there; '
-        f'colour: label entropy, 0 (dark) to {entropy.max():.2f} nats (red)</text></svg>')
+    where = "log10 of the share of samples in which a latent is active"
+    parts += [_text(w / 2, h - 24, where, "mid"), _text(left, 14, "log10 of its mean activation there; "
+              f"colour: label entropy, 0 (dark) to {entropy.max():.2f} nats (red)")]
+    return "".join(parts) + "</svg>"
 
 
 def _log_axis(v, low, high, tallest=50, bins=40):
@@ -1245,11 +1256,11 @@ def barcodes(count, groups, y=None):
 def differential(codes, y, a, b, top=50):
     """The `top` latents more active in class a than in b and the reverse, by class means a_d of
     barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
-    first, second = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == b)
+    second, first = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == a)
     difference = first - second
     order = np.argsort(-difference, kind="stable")
-    return (order[:top][difference[order[:top]] > 0],
-            order[::-1][:top][difference[order[::-1][:top]] < 0], difference)
+    most, least = order[:top], order[::-1][:top]
+    return most[difference[most] > 0], least[difference[least] < 0], difference
 
 
 def weighted_f1(truth, guess):
@@ -1291,8 +1302,8 @@ def weighted_patches(image, heat):
 
 def class_means(strength, y):
     """Mammo-SAE Eq. 2: mean activation over the samples (and positions) of each class, (C, L)."""
-    return np.stack([np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel()
-                     for c in np.unique(y)])
+    means = [np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)]
+    return np.reshape(means, (-1, strength.shape[1]))
 
 
 def intervention(strength, effect, base, y, means, ks):
@@ -1359,7 +1370,7 @@ def box_contrast(pictures):
 
 def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
-    list of {"latent", "ap", "ap_present": on pictures that have boxes alone}.
+    list of {"latent", "AP", "AP, pictures with boxes": on those alone}.
 
     heats: of each picture (len(latents), h, w); truth: of each picture its true boxes; detector:
     settings of `heat_boxes`.
@@ -1369,8 +1380,8 @@ def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
         mine = [f[i] for f in found]
         there = [(f, t) for f, t in zip(mine, truth) if t]
         present = average_precision(*zip(*there), iou, points) if there else None
-        out.append({"latent": int(j), "ap": average_precision(mine, truth, iou, points),
-                    "ap_present": present})
+        out.append({"latent": int(j), "AP": average_precision(mine, truth, iou, points),
+                    "AP, pictures with boxes": present})
     return out
 
 
@@ -1480,18 +1491,14 @@ def select_latents(code, y, n):
     orthogonal matching pursuit. To be called with training rows only.
 
     Each time the latent whose standardised column explains most of what is left of the classes'
-    indicators is taken; of a CSR code only among the 1,000 whose class means differ most, in
-    standard deviations.
+    indicators is taken, among the 1,000 whose class means differ most, in standard deviations.
     """
-    few = np.arange(code.shape[1])
-    if sp.issparse(code):
-        square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
-        spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
-        differ = class_means(code, y).std(0) / spread
-        few = np.sort(np.argsort(-differ, kind="stable")[:1000])
-        code = code[:, few].toarray()
-    Z, R = _centred_unit(np.asarray(code, np.float64)), (y[:, None] == np.unique(y)).astype(float)
-    R, chosen = R - R.mean(0), []
+    square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
+    spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
+    few = np.sort(np.argsort(-class_means(code, y).std(0) / spread, kind="stable")[:1000])
+    Z = _centred_unit(code[:, few].toarray().astype(np.float64))
+    R, chosen = (y[:, None] == np.unique(y)).astype(float), []
+    R -= R.mean(0)
     for _ in range(min(n, int(Z.any(0).sum()), len(y) - 1)):
         gain = ((Z.T @ R) ** 2).sum(1) / np.maximum((Z ** 2).sum(0), 1e-12)
         gain[chosen] = -1
@@ -1507,7 +1514,7 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
     dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of
     `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
-    many principal components of the dense features. `kept` is (score - chance) / (dense score -
+    many principal components of the dense features. "kept, %" is (score - chance) / (dense score -
     chance), None where the dense score is at or below chance: there is nothing to keep.
     Returns {"dense", "chance", "all latents", "rows": [{...}], "chosen"}.
     """
@@ -1527,7 +1534,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
         drawn = [score(code[:, rng.permutation(alive)[:n]]) for _ in range(draws)]
         rows.append({"n": n, "best latents": best, "random latents": float(np.mean(drawn)),
                      "principal components": score((dense - mean) @ axes[:n].T),
-                     "kept": (best - chance) / (full - chance) if full > chance + 1e-9 else None})
+                     "kept, %": 100 * (best - chance) / (full - chance)
+                     if full > chance + 1e-9 else None})
     return {"dense": full, "chance": chance, "rows": rows, "chosen": chosen.tolist(),
             "all latents": score(code[:, alive]) if small else None}
 
@@ -1916,7 +1924,8 @@ def index_correlations(a, b, least=5):
 def latents_in_common(r):
     """What correlations of pairs of latents (P,) say: how many reach .5, .7 and .9, the median."""
     return {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
-            "median r": float(np.median(r)) if len(r) else None}
+            "median r": float(np.median(r)) if len(r) else None,
+            "shared, %": 100 * float((r >= 0.5).mean()) if len(r) else None}
 
 
 # -- Is one model better than another (thesis 3.3.2)? ----------------------------------------------

@@ -8,6 +8,7 @@ A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.
 What a user can mend ends as one line on stderr and exit code 2. torch is imported late, so that --help is quick.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import fcntl
@@ -16,7 +17,6 @@ import glob
 import html
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -210,6 +210,8 @@ TRAINING = {
     "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
+    "folds": (0, whole(0, 1000), "parts of all bags that are reported in turn; 0: the file's folds "
+              "or splits, or 70 / 15 / 15"),
     "inner": (1, whole(1, 1000), "models of a training part without a validation part: 1 is "
               "stopped by a fifth of it; n vote, each stopped by an n-th"),
     "refit": (False, bool, "the held-out bags only choose from --grid; then all bags train"),
@@ -1025,38 +1027,11 @@ def cmd_variants(flags):
     say(f"wrote {os.path.join(flags.out, 'report.html')}")
 
 
-def load_run(folder, device="cpu"):
-    """(model, config) of a run folder."""
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        raise InputError(f"{folder} is no run folder - name one that sparc, sae or ablate wrote")
-    config = read_config(folder, ("data", "taxonomy", "seed"))
-    return sae.load(os.path.join(folder, "checkpoint.pt"), device)[0], config
-
-
-def features_for(model, config, flags):
-    """The features to use a run on: those of --data, else the run's own. Only streams that the model knows are read."""
-    flags = flags.replaced({k: config["flags"].get(k, flags.get(k)) for k in ("data", "taxonomy", "seed")
-                            if k not in flags.given})
-    if not flags.streams:
-        there = data.stream_names(flags.data) if flags.data else model.streams
-        known = [s for s in model.streams if s in there]
-        if not known:
-            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
-                             f"{', '.join(model.streams)} - check the keys")
-        flags = flags.replaced({"streams": ",".join(known)})
-    features = read(flags)
-    for s, d in features.dims.items():
-        if model.dims.get(s) != d:
-            raise InputError(f"the run was trained on {model.dims}, the data has {features.dims} - "
-                             "take streams that it knows")
-    return features, flags
-
-
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
-    model, config = load_run(flags.run, flags.device)
-    features, flags = features_for(model, config, flags)
+    coded = Coded(flags.run, flags)
+    model, features, flags = coded.model, coded.features, coded.flags
     missing = [s for s in model.streams if s not in features.streams]
     if missing:
         raise InputError(f"the data lacks the run's stream '{missing[0]}' - eval needs {', '.join(model.streams)}")
@@ -1073,9 +1048,8 @@ def cmd_encode(flags):
 
     Samples with fewer active latents may be filled up with index -1, value 0."""
     out_file(flags)
-    model, config = load_run(flags.run, flags.device)
-    features, _ = features_for(model, config, flags)
-    flat = features.per_token()
+    coded = Coded(flags.run, flags)
+    model, features, flat = coded.model, coded.features, coded.flat
     codes = sae.joined([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
     kept = {f"{s}_{name}": v.reshape(shape) for s, code in codes.items()
@@ -1576,89 +1550,112 @@ def cmd_probe(flags):
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
 
-class Coded:
-    """A run, the features it is used on, and the codes of every sample of one stream, computed alone.
 
-    strength, count   CSR (N, L): mean activation over a sample's tokens, and number of its tokens above tau
-    dense             (N, d): normalised features, the mean over tokens where there are any
+class Coded:
+    """A run's model with features, its own or those of --data, and the codes of their streams.
+
+    flags   the command's, with the run's own data and seed where none were typed
+    T       tokens of a sample, 1 where it is one vector
     """
 
-    def __init__(self, run, flags, tau=0.):
-        self.model, config = load_run(run, flags.device)
-        flags = flags.replaced({"streams": flags.get("stream") or flags.get("streams"), "taxonomy": None})
-        flags.given |= {"taxonomy"}                          # not the run's: the labels may be others
-        self.features, self.flags = features_for(self.model, config, flags)
+    def __init__(self, run, flags, streams=None):
+        if not os.path.exists(os.path.join(run, "config.json")):
+            raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
+        own, asked = read_config(run, ("data", "taxonomy", "seed"))["flags"], flags.keys() - flags.given
+        own = {k: own[k] for k in ("data", "taxonomy", "seed") if k in own.keys() & asked}
+        flags = flags.replaced({"taxonomy": None, **flags, **own})
+        self.run, self.device = run, flags.device
+        self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
+        there = data.stream_names(flags.data) if flags.data else self.model.streams
+        known = [s for s in self.model.streams if s in there]
+        streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
+        if not known:
+            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
+                             f"{', '.join(self.model.streams)} - check the keys")
+        self.flags = flags.replaced({"streams": streams})
+        self.features = read(self.flags)
+        for s, d in self.features.dims.items():
+            if self.model.dims.get(s) != d:
+                raise InputError(f"the run was trained on {self.model.dims}, the data has "
+                                 f"{self.features.dims} - take streams that it knows")
+        self.T, self.flat = self.features.tokens or 1, self.features.per_token()
+
+    def codes(self, rows, mode="alone"):
+        """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
+        tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
+        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
+        found = sae.joined([codes for _, codes in blocks])
+        return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
+
+    def pool(self, tau=0.):
+        """Of the one stream's codes, alone, `strength` and `count`, CSR (N, L), of
+        `judge.pool_tokens`; and `dense` (N, d), normalised features, the mean over tokens."""
         if len(self.features.streams) > 1:
-            raise InputError(f"{run} has the streams {', '.join(self.features.streams)} - pick one with --stream")
-        self.run, self.stream, self.T = run, next(iter(self.features.streams)), self.features.tokens or 1
-        strength, count, dense, block = [], [], [], max(1, 4096 // self.T)
-        for start in range(0, len(self.features), block):
-            x = self.tokens(np.arange(start, min(start + block, len(self.features))))
-            s, c = judge.pool_tokens(self.code(x), self.T, tau)
-            strength.append(s)
-            count.append(c)
+            raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
+                             "pick one with --stream")
+        self.stream, = self.features.streams
+        pooled, dense, block = [], [], max(1, 4096 // self.T)
+        for rows in np.split(np.arange(len(self.features)), range(block, len(self.features), block)):
+            pooled.append(judge.pool_tokens(self.codes(rows)[self.stream], self.T, tau))
+            x = self.features.batch(rows)[self.stream].to(self.device).reshape(len(rows) * self.T, -1)
             with torch.no_grad():
-                dense.append(self.model.normalise(x, self.stream).unflatten(0, (-1, self.T)).mean(1).cpu().numpy())
-        self.strength, self.count = sp.vstack(strength).tocsr(), sp.vstack(count).tocsr()
+                x = self.model.normalise(x, self.stream).unflatten(0, (-1, self.T)).mean(1)
+            dense.append(x.cpu().numpy())
+        self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
         self.dense = np.concatenate(dense)
         if not np.isfinite(self.strength.data).all():
-            raise InputError(f"the codes of {run} are not finite - its training went wrong: lower --lr")
+            raise InputError(f"the codes of {self.run} are not finite - its training went wrong: "
+                             "lower --lr")
         if not self.strength.nnz:
-            raise InputError(f"no latent of {run} is active on any sample - train it longer, or with less sparsity")
+            raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
+                             "or with less sparsity")
+        self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
+        return self
 
-    def tokens(self, rows):
-        """Raw vectors of samples (n,): (n * T, d)."""
-        x = self.features.batch(rows)[self.stream].to(self.flags.device)
-        return x.flatten(0, 1) if x.dim() == 3 else x
-
-    def code(self, x):
-        """Codes of raw vectors (n, d): CSR (n, L)."""
-        with torch.no_grad():
-            codes = self.model.encode({self.stream: x}, "alone")[self.stream]
-        return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), self.model.n_latents)
+    def decoder(self):
+        """Dictionary (L, d) and bias (d,) of the one stream."""
+        return (v[self.stream].detach().cpu().double().numpy()
+                for v in (self.model.W_dec, self.model.b_pre))
 
     def heat(self, row, latents):
         """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
-        grid = self.features.grid
-        return self.code(self.tokens([row]))[:, latents].toarray().T.reshape(len(latents), *grid)
+        code = self.codes([row])[self.stream][:, latents]
+        return code.toarray().T.reshape(-1, *self.features.grid)
 
-    def split(self):
-        """(rows to learn from, rows to judge by)."""
-        return self.features.rows("train"), self.features.rows("test", "val")
-
-    def labels(self):
-        """(N, C) bool; raises InputError when the file has no labels."""
-        labels = self.features.label_matrix(np.arange(len(self.features)))
-        if labels is None:
-            raise InputError(f"{self.flags.data} has no labels - add them as `labels`")
-        return labels
+    def boxes(self, row, label):
+        """The boxes x0, y0, x1, y1 of a label in a sample, in shares of the picture."""
+        known = self.features.boxes
+        return () if known is None else [
+            tuple(b[2:]) for b in known[(known[:, 0] == row) & (known[:, 1] == label)]]
 
     def told(self, name):
-        """(y (N,) bool: has a sample the label, rows to learn from, rows to judge by): labelled rows, both kinds in both."""
-        y, label = self.labels(), label_number(self.features, name)
-        known = self.features.labelled
-        y, parts = y[:, label], [rows[known[rows]] for rows in self.split()]
+        """For a label: (y (N,) bool: has a sample the label, rows to learn from, rows to judge by),
+        labelled rows alone, both kinds in both."""
+        features, label = self.features, label_number(self.features, name)
+        y = features.label_matrix(np.arange(len(features)))[:, label]
+        parts = [rows[features.labelled[rows]] for rows in (self.train, self.test)]
         for part, rows in zip(("training", "test"), parts):
             if not 0 < y[rows].sum() < len(rows):
-                raise InputError(f"{y[rows].sum()} of {len(rows)} labelled {part} samples have the label {name} - some, not "
-                                 "all, must")
+                raise InputError(f"{y[rows].sum()} of {len(rows)} labelled {part} samples have the "
+                                 f"label {name} - some, not all, must")
         return y, *parts
 
     def classes(self):
-        """(N,) int, negative where unlabelled, or None where samples have no or several labels."""
-        y = self.features.labels
-        return y if y is not None and y.ndim == 1 and len(set(y[y >= 0].tolist())) > 1 else None
-
-    def picture(self, row):
-        """A sample's picture, or None when the file gives none or it cannot be read."""
-        return self.features.picture(row)
+        """(y (N,) int or None where samples have no or several labels, rows to learn from, rows to
+        judge by), labelled rows alone."""
+        y, train, test = self.features.labels, self.train, self.test
+        if y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
+            return None, train, test
+        train, test = train[y[train] >= 0], test[y[test] >= 0]
+        return y, train, test
 
     def about(self, row):
         """What the file tells of a sample, as a dict of text; no label where it is not known."""
-        found = {key[:-1]: str(v[row]) for key, v in self.features.about.items() if v.ndim == 1}
-        if self.features.labelled[row]:
-            on = self.features.label_matrix([row])[0]
-            names = [name for name, here in zip(self.features.label_names, on) if here]
+        features = self.features
+        found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
+        if features.labelled[row]:
+            on = features.label_matrix([row])[0]
+            names = [name for name, here in zip(features.label_names, on) if here]
             found["label"] = ", ".join(names) or "none"
         return {"sample": int(row), **found}
 
@@ -1673,483 +1670,369 @@ def label_number(features, label):
     raise InputError(f"no label '{label}' - take one of {known}")
 
 
-@command(f"{ON_RUN} tau top weighted between", "run")
-def cmd_latents(flags):
-    """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients (CytoSAE)."""
-    run = analysis_run(flags, "latents")
-    coded = Coded(flags.run, flags, flags.tau)
-    features, (train, _) = coded.features, coded.split()
-    known = features.labelled[train]
-    labels = features.label_matrix(train) if known.any() else None
-    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top,
-                               flags.weighted, known)
-    counts = judge.threshold_counts(table["mean"])
-    alive = table["frequency"] > 0
-    found = {"latents": len(alive), "alive": int(alive.sum()), "mean at least 10^t": counts}
-    print(f"{alive.sum()} of {len(alive)} latents are active on the {len(train)} training samples\n")
-    print(judge.text_table(["mean activation at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))
-    scatter = judge.latent_scatter(table)
-    sections = [("Latents by frequency and mean activation", scatter), ("Latents above a threshold of mean activation",
-                judge.html_table(["at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))]
-    shown = np.flatnonzero(alive)[np.argsort(-table["frequency"][alive], kind="stable")]
-    if labels is not None:
-        there = table["entropy"][alive & np.isfinite(table["entropy"])]
-        found["mean entropy"] = float(there.mean()) if len(there) else None
-        clear = np.flatnonzero(table["frequency"] * len(train) >= 5)
-        order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
-        each = max(1, 20 // max(len(features.label_names), 1))
-        shown = [j for c in range(len(features.label_names)) for j in order[table["label"][order] == c][:each]][:20]
-        columns = ["purity", "entropy", "frequency", "mean"]
-        rows = [[f"{j}", features.label_names[table["label"][j]], *(table[c][j] for c in columns)] for j in shown]
-        header = ["latent", "label", *columns]
-        print(f"\nmean label entropy {judge.fmt(found['mean entropy'])} nats "
-              f"of ln {len(features.label_names)} = "
-              f"{math.log(len(features.label_names)):.3f}; the purest of each label, active in 5 samples or more:\n"
-              + judge.text_table(header, rows))
-        sections.append(("The purest latents of each label", judge.html_table(header, rows)))
-    found["barcodes"], more, codes = barcode_sections(coded, table, flags)
-    sections += more + [("Reference samples", reference_gallery(coded, table, train, shown[:24]))]
-    run.begin()
-    if codes is not None:
-        judge.write_npz(run.path("barcodes.npz"), codes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
-    judge.write_json(run.path("latents.json"), [
-        {"latent": int(j), **{k: none_if_nan(v[j]) for k, v in table.items() if k != "references"},
-         "references": best_first(table["references"], j, train)} for j in np.flatnonzero(alive)])
-    judge.write_json(run.path("metrics.json"), found)
-    judge.write_report(run.path("report.html"), f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}",
-                       sections)
-    say(f"wrote {run.join('report.html')}")
-
-
 def analysis_run(flags, name):
     """The Run that an analysis of a run writes: --out, or the folder `name` inside that run."""
-    if not plain(name) or "/" in name:
+    if not flags.out and (not plain(name) or "/" in name):
         raise InputError(f"{name!r} cannot be the name of a folder - name one with --out")
     return Run(flags, flags.out or os.path.join(flags.run, name))
 
 
-def percent(share):
-    """A share as a percentage, None as it is."""
-    return None if share is None else 100 * share
+@command(f"{ON_RUN} tau top weighted between names query embeddings label prompts", "run")
+def cmd_latents(flags):
+    """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
+    (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
+    prompts = flags.prompts and out_file(flags, "prompts")
+    coded = Coded(flags.run, flags).pool(flags.tau)
+    names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
+    if prompts:
+        return write_prompts(coded, prompts, flags.top)
+    if flags.query or flags.embeddings:
+        return search(coded, names, flags)
+    run, features, train = analysis_run(flags, "latents"), coded.features, coded.train
+    page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
+    known = features.labelled[train]
+    table = judge.latent_table(coded.strength[train], coded.count[train],
+                               features.label_matrix(train) if known.any() else None, flags.top,
+                               flags.weighted, known)
+    scatter, references = judge.latent_scatter(table), table.pop("references")
+    shown = tell_table(page, table, features.label_names, len(train), names)
+    page.picture("Latents by frequency and mean activation", scatter)
+    barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
+    best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
+    page.picture("Reference samples", judge.strips({
+        f"latent {j} {names.get(j, '')}": [reference(coded, row, j) for row in rows[:6]]
+        for j, rows in best.items()}))
+    run.begin()
+    if barcodes:
+        judge.write_npz(run.path("barcodes.npz"), barcodes)
+    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
+    judge.write_json(run.path("latents.json"), [
+        {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
+         "references": train[judge.best_first(references, j)].tolist()}
+        for j in np.flatnonzero(table["frequency"])])
+    page.write(run.path)
+    say(f"wrote {run.join('report.html')}")
 
 
-def none_if_nan(v):
-    """A number for JSON."""
-    return None if v != v else v.item()
+def tell_table(page, table, labels, n, names):
+    """Tell how many latents live, how strong they are, and the purest of each label; returns those
+    to show, best first."""
+    alive = np.flatnonzero(table["frequency"])
+    counts = judge.threshold_counts(table["mean"])
+    page.metrics.update(latents=len(table["mean"]), alive=len(alive))
+    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on the {n} training samples")
+    page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
+               [["latents", *counts.values()]], key="mean at least 10^t")
+    if "entropy" not in table:
+        return alive[np.argsort(-table["frequency"][alive], kind="stable")]
+    entropy = table["entropy"][alive][np.isfinite(table["entropy"][alive])]
+    page.metrics["mean entropy"] = float(entropy.mean()) if len(entropy) else None
+    shown, columns = judge.purest(table, n, len(labels)), ("purity", "entropy", "frequency", "mean")
+    page.text(f"mean label entropy {judge.fmt(page.metrics['mean entropy'])} nats of ln "
+              f"{len(labels)} = {math.log(len(labels)):.3f}")
+    page.table(["latent", "label", *columns],
+               [[f"{j} {names.get(j, '')}", labels[table["label"][j]],
+                 *(table[c][j] for c in columns)] for j in shown],
+               "The purest latents of each label, active in 5 samples or more")
+    return shown
 
 
-def best_first(ranks, latent, rows):
-    """Samples that rank 1, 2, ... for a latent, from CSR ranks (L, n) over `rows`."""
-    row = ranks[latent]
-    return rows[row.indices[row.data.argsort()]].tolist()
+def reference(coded, row, latent):
+    """A sample that shows a latent, as HTML: its picture, with the patches where it is active."""
+    image = coded.features.picture(row)
+    if image is None:
+        return html.escape(", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
+    if not coded.features.grid:
+        return judge.embedded(image, 120)
+    patches = judge.weighted_patches(image, coded.heat(row, [latent])[0])
+    return judge.embedded(image, 240) + judge.embedded(patches, 240)
 
 
-def reference_gallery(coded, table, train, latents, most=6):
-    """The reference samples of latents in HTML, with the patches where they are active, if there are pictures and a grid."""
-    parts = []
-    for j in latents:
-        parts.append(f"<h3>latent {j}</h3>")
-        shown = []
-        for row in best_first(table["references"], j, train)[:most]:
-            image = coded.picture(row)
-            if image is None:
-                shown.append(html.escape(", ".join(f"{k} {v}" for k, v in coded.about(row).items())))
-            elif coded.features.grid:
-                image.thumbnail((240, 240))
-                shown.append(judge.embedded(image) + judge.embedded(judge.weighted_patches(image, coded.heat(row, [j])[0])))
-            else:
-                shown.append(judge.embedded(image, 120))
-        parts.append('<div class="strip">' + "".join(f"<span>{v}</span>" for v in shown) + "</div>")
-    return "".join(parts) or "<p>No latent is active in five samples.</p>"
-
-
-def barcode_sections(coded, table, flags):
-    """Barcodes of groups and of their labels (CytoSAE Eq. 4), what tells two labels apart, and how well barcodes classify:
-    (figures or None, sections of the report, arrays for a file or None). Without groups each of some 20,000 samples at most is
-    one, if it has tokens; groups whose labelled samples differ count for none of the labels."""
-    features, y = coded.features, coded.classes()
-    groups = features.about.get("groups")
-    if flags.between and (groups is None or y is None):
+def tell_barcodes(page, coded, mean, between):
+    """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
+    latents differ; returns the arrays for a file. Without groups each sample is one, if it has
+    tokens and there are some 20,000 at most; None where there is nothing to tell."""
+    features, y, seed = coded.features, coded.classes()[0], coded.flags.seed
+    groups, unit = features.about.get("groups"), "groups"
+    if between and (groups is None or y is None):
         lacking = "groups" if y is not None else "single label a sample"
-        raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add `groups` and `labels`")
+        raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
+                         "`groups` and `labels`")
     if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
-        return None, [], None
-    groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
-    names, codes, _ = judge.barcodes(coded.count, groups)
-    of = [np.unique(y[rows][y[rows] >= 0]) for rows in np.split(np.argsort(groups, kind="stable"),
-                                                  np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
-    y = np.array([found[0] if len(found) == 1 else -1 for found in of])
-    known = np.flatnonzero(y >= 0)
-    if len(known) < len(y):
-        say(f"note: {len(y) - len(known)} of {len(y)} groups have no label, or several, and are left out")
-    of_label = [c for c in np.unique(y[known])]
-    arrays = {"groups": names, "labels": y, "barcodes": codes.toarray(), "label_names": np.array(features.label_names),
-              "diseases": np.stack([np.asarray(codes[np.flatnonzero(y == c)].mean(0)).ravel() for c in of_label])
-              if of_label else np.zeros((0, codes.shape[1]))}                               # a_p and a_d of Eq. 4
-    out, sections = {"groups": len(names)}, [("Barcodes", barcode_chart(arrays, of_label))] if of_label else []
-    codes, y = codes[known], y[known]
-    rarest = np.bincount(y)[np.unique(y)].min() if len(y) else 0
-    if rarest >= 2 and len(of_label) > 1:
-        folds = data.stratified_parts(y, [1] * min(5, rarest), coded.flags.seed)
-        f1 = judge.barcode_f1(codes, y, table["mean"], folds)
-        header = ["mean activation at least", "latents", "weighted F1"]
-        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in f1.items()]
-        unit = "groups" if "groups" in features.about else "samples"
-        print(f"\n{len(y)} {unit}, {len(folds)} stratified folds, logistic regression on barcodes:\n"
-              + judge.text_table(header, rows))
-        out["f1"] = f1
-        sections.append((f"Labels of {unit} from their barcodes", judge.html_table(header, rows)))
-    if flags.between:
-        pair = [label_number(features, name) for name in flags.between.split(",")]
-        if len(pair) != 2 or not np.isin(pair, y).all():
-            raise InputError(f"--between {flags.between} - give two labels that groups have, separated by a comma")
-        first, second, difference = judge.differential(codes, y, *pair)
-        rows = [[" ".join(f"{j} ({difference[j]:+.2f})" for j in chosen[:10])] for chosen in (first, second)]
-        rows = [[features.label_names[c], *row] for c, row in zip(pair, rows)]
-        print("\n" + judge.text_table(["more active in", "latents (difference of the mean count)"], rows))
-        out["differential"] = {features.label_names[c]: chosen.tolist() for c, chosen in zip(pair, (first, second))}
-        sections.append(("Latents that differ", judge.html_table(["more active in", "latents"], rows)))
-    return out, sections, arrays
+        return None
+    if groups is None:
+        groups, unit = np.arange(len(features)), "samples"
+    groups, codes, label = judge.barcodes(coded.count, groups, y)
+    known, names = label >= 0, np.array(features.label_names)
+    if not known.all():
+        say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
+            "left out")
+    arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
+    codes, label = codes[known], label[known]                # a_p of Eq. 4
+    there, n = np.unique(label, return_counts=True)
+    arrays["diseases"] = judge.class_means(codes, label)     # a_d
+    page.metrics["barcodes"] = {"groups": len(groups)}
+    if len(there):
+        lines = dict(zip(names[there], arrays["diseases"]))
+        page.picture("Barcodes", judge.latent_chart(lines, arrays["diseases"].std(0),
+                                                    "mean count of active patches", 80))
+    if len(there) > 1 and n.min() > 1:
+        folds = data.stratified_parts(label, [1] * min(5, n.min()), seed)
+        f1 = judge.barcode_f1(codes, label, mean, folds)
+        page.metrics["barcodes"]["f1"] = f1
+        page.table(["mean activation at least", "latents", "weighted F1"],
+                   [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in f1.items()],
+                   f"Logistic regression on barcodes: {len(label)} {unit}, {len(folds)} stratified "
+                   "folds")
+    if between:
+        pair = [label_number(features, name) for name in between.split(",")]
+        if len(pair) != 2 or not np.isin(pair, there).all():
+            raise InputError(f"--between {between} - give two labels that groups have, a,b")
+        *chosen, difference = judge.differential(codes, label, *pair)
+        page.metrics["barcodes"]["differential"] = {
+            names[c]: v.tolist() for c, v in zip(pair, chosen)}
+        page.table(["more active in", "latents (difference of the mean count)"], [
+            [names[c], " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
+            for c, v in zip(pair, chosen)])
+    return arrays
 
 
-def barcode_chart(arrays, of_label, most=80):
-    """The barcodes of the labels, a_d, over the latents in which they differ most, as a chart."""
-    codes = arrays["diseases"]
-    shown = np.sort(np.argsort(-codes.std(0), kind="stable")[:most])
-    return judge.svg_lines({str(arrays["label_names"][c]): [(i, code[j]) for i, j in enumerate(shown)]
-                            for c, code in zip(of_label, codes)}, f"the {len(shown)} latents that differ most, by number",
-                           "mean count of active patches", [str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
+PROMPT = """Below are samples that activate one latent of a sparse autoencoder strongly, samples \
+that activate it moderately, and samples that do not. Name in at most five words what the first \
+have in common and the last lack. Answer with the name alone."""
 
 
-@command(f"{ON_RUN} label! head-file rank percentile iou connectivity strict box-score ap-points "
-         "other", "run")
-def cmd_intervene(flags):
-    """What each latent does: keep or silence the top latents of a label and see what a linear head still tells (Mammo-SAE)."""
-    run = analysis_run(flags, f"intervene_{flags.label}")
-    coded = Coded(flags.run, flags)
-    label = label_number(coded.features, flags.label)
-    y, train, test = coded.told(flags.label)
-    w, bias = linear_head(coded, y, train, flags)
-    W, b = (v.detach().cpu().double().numpy() for v in (coded.model.W_dec[coded.stream], coded.model.b_pre[coded.stream]))
-    effect, base, means = W @ w, float(b @ w) + bias, judge.class_means(coded.strength[train], y[train])
-    groups = coded.features.about.get("groups")
-    groups = None if groups is None else groups[test]
-    intervals = {"original features": judge.bootstrap_auc(y[test], coded.dense[test] @ w + bias, groups,
-                                                         seed=coded.flags.seed),
-                 "reconstructed": judge.bootstrap_auc(y[test], coded.strength[test] @ effect + base, groups,
-                                                      seed=coded.flags.seed)}
-    ks = sorted({min(k, len(effect)) for k in (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect))})
-    curve = judge.intervention(coded.strength[test], effect, base, y[test], means, ks)
-    tables = [(["AUC, 95 in 100 bootstrap draws", "", "from", "to"], [[name, *v] for name, v in intervals.items()]),
-              (["k of each class", "latents", "AUC, only these kept", "AUC, these silenced"],
-               [[str(c["k"]), c["latents"], c["keep"], c["silence"]] for c in curve])]
-    top = top_latents(coded, label, train, means, flags.rank)
-    found = {"auc": intervals, "curve": curve, "top latents": top.tolist(), "separation": judge.separation(means)}
-    chart = judge.svg_lines({what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
-                            "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False)
-    if coded.features.boxes is not None and not coded.features.grid:
-        say("note: boxes but no token grid, so that no latent is localised - extract with --tokens")
-    if coded.features.boxes is not None and coded.features.grid:
-        rows = localisation(coded, label, test, top, flags)
-        found["localisation"] = rows
-        tables.append((["latent", f"AP at IoU {flags.iou:g}", "by pictures with the label alone"],
-                       [[f"{i + 1}: latent {row['latent']}", row["ap"], row["ap_present"]] for i, row in enumerate(rows)]))
-    pairs = {"--data": means}
-    if flags.other:
-        second = flags.replaced({"data": flags.other})
-        second.given = flags.given | {"data"}
-        again = Coded(flags.run, second)
-        z, rows, _ = again.told(flags.label)
-        pairs["--other"] = judge.class_means(again.strength[rows], z[rows])
-        found["separation of --other"] = judge.separation(pairs["--other"])
-        tables.append((["class means", "distance", "cosine", "latent that differs most", "by"],
-                       [[name, *judge.separation(v).values()] for name, v in pairs.items()]))
-    for header, rows in tables:
-        print(judge.text_table(header, rows) + "\n")
-    run.begin()
-    judge.write_json(run.path("metrics.json"), found)
-    pictures = heat_gallery(coded, label, test, top)
-    judge.write_report(run.path("report.html"), f"repsae intervene: {flags.label}", [
-        ("What the top latents tell", chart + "".join(judge.html_table(*table) for table in tables)),
-        ("Class means of the latents", "".join(class_mean_chart(name, v) for name, v in pairs.items())),
-        *([("The top latents over pictures with the label; true boxes in red", pictures)] if pictures else [])])
-    say(f"wrote {run.join('report.html')}")
-
-
-def class_mean_chart(name, means, most=100):
-    """Mammo-SAE Fig. 4: mean activation of the latents that are most active in either class, by latent, as a chart."""
-    shown = np.sort(np.argsort(-means.max(0), kind="stable")[:most])
-    return judge.svg_lines({f"{name}, {what}": [(i, means[c][j]) for i, j in enumerate(shown)]
-                            for c, what in ((0, "without the label"), (1, "with it"))},
-                           f"the {len(shown)} most active latents, by number", "mean activation", [
-        str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
-
-
-def linear_head(coded, y, train, flags):
-    """Weights (d,) and bias of a linear score on normalised features: of --head, or fitted to the training samples' labels."""
-    model, s = coded.model, coded.stream
-    if not flags.head_file:
-        W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
-        return W[:, 1] - W[:, 0], float(b[1] - b[0])
-    arrays = data.read_arrays(flags.head_file)
-    missing = [key for key in ("weight", "bias") if key not in arrays]
-    if missing:
-        raise InputError(f"{flags.head_file} lacks '{missing[0]}' - give weight (d,) or (2, d) and bias () or (2,)")
-    numbers = [np.issubdtype(arrays[key].dtype, np.number) and np.isfinite(arrays[key]).all() for key in ("weight", "bias")]
-    if not all(numbers):
-        raise InputError(f"{flags.head_file} holds something else than finite numbers - mend it")
-    w, b = (np.asarray(arrays[key], np.float64) for key in ("weight", "bias"))
-    if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
-        w, b = w[1] - w[0], b[1] - b[0]
-    if w.size != model.dims[s] or b.size != 1:
-        raise InputError(f"{flags.head_file} has weight {w.shape} and bias {b.shape} - give ({model.dims[s]},) and (), or two rows "
-                         "of both: one label against the rest")
-    if "l2" in model.norm:
-        raise InputError(f"the run scales samples to length 1, which a head for raw features cannot follow - train it with "
-                         "--norm none or standard, or let intervene fit a head")
-    mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
-    w = w.reshape(-1)
-    return w * std, float(b.reshape(-1)[0] + mean @ w)
-
-
-def top_latents(coded, label, train, means, rank, most=10):
-    """The latents of a label, best first: by its class mean (Mammo-SAE section 2.2), by how much that exceeds the other
-    class's, or by how much more active they are inside its boxes on training pictures, in standard deviations (both ours)."""
-    if rank != "boxes":
-        return np.argsort(means[0] * (rank == "difference") - means[1], kind="stable")[:most]
-    boxes, (rows, columns) = coded.features.boxes, grid_of(coded)
-    y, x = ((np.arange(n) + 0.5) / n for n in (rows, columns))
-    sums = np.zeros((3, coded.model.n_latents))              # of activations inside, outside, of squares
-    n = np.zeros(2)
-    for row in train:
-        inside = np.zeros((rows, columns), bool)
-        for _, _, x0, y0, x1, y1 in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]:
-            inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
-        code, inside = coded.code(coded.tokens([row])), inside.ravel()
-        for i, part in enumerate((inside, ~inside)):
-            sums[i] += np.asarray(code[np.flatnonzero(part)].sum(0)).ravel()
-            n[i] += part.sum()
-        sums[2] += np.asarray(code.multiply(code).sum(0)).ravel()
-    spread = np.sqrt(np.maximum(sums[2] / n.sum() - ((sums[0] + sums[1]) / n.sum()) ** 2, 0))
-    return np.argsort(-(sums[0] / max(n[0], 1) - sums[1] / max(n[1], 1)) / np.maximum(spread, 1e-12), kind="stable")[:most]
-
-
-def grid_of(coded):
-    """(rows, columns) of the tokens; raises InputError when the features have none, or no boxes."""
-    if coded.features.grid is None or coded.features.boxes is None:
-        lacking = "boxes" if coded.features.grid else "grid"
-        raise InputError(f"{coded.flags.data} has no '{lacking}' - write it with extract --tokens from a Pascal VOC folder")
-    return coded.features.grid
-
-
-def localisation(coded, label, rows, latents, flags):
-    """Average precision of each latent's heat maps as a detector of a label's boxes (Mammo-SAE Table 2)."""
-    boxes = coded.features.boxes
-    truth = [[tuple(b[2:]) for b in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]] for row in rows]
-    how = {"percentile": flags.percentile, "connectivity": int(flags.connectivity), "strict": flags.strict,
-           "score": flags.box_score}
-    found = [[judge.heat_boxes(heat, **how) for heat in coded.heat(row, latents)] for row in rows]
-    out, iou = [], (flags.iou, flags.ap_points or None)
-    for i, j in enumerate(latents):
-        mine = [f[i] for f in found]
-        there = [(f, t) for f, t in zip(mine, truth) if t]
-        out.append({"latent": int(j), "ap": judge.average_precision(mine, truth, *iou),
-                    "ap_present": judge.average_precision(*zip(*there), *iou) if there else None})
-    return out
-
-
-def heat_gallery(coded, label, rows, latents, most=6):
-    """Pictures with a label, true boxes in red, beside the heat maps of latents, as HTML."""
-    y, parts = coded.labels()[:, label], []
-    for row in [row for row in rows if y[row]][:most]:
-        image = coded.picture(row)
-        if image is None or not coded.features.grid:
-            return ""
-        image.thumbnail((150, 150))
-        draw = ImageDraw.Draw(image)
-        boxes = coded.features.boxes if coded.features.boxes is not None else ()
-        for b in [b for b in boxes if b[0] == row and b[1] == label]:
-            draw.rectangle([v * side for v, side in zip(b[2:], image.size * 2)], outline="red", width=2)
-        heats = coded.heat(row, latents)
-        parts.append(judge.strip(judge.embedded(image), *(
-            judge.embedded(judge.overlay(image, h / max(h.max(), 1e-9))) for h in heats)))
-    return f"<p>Latents {', '.join(map(str, latents))}.</p>" + "".join(parts)
-
-
-@command(f"{ON_RUN} label eval-rows=2000", "run")
-def cmd_fidelity(flags):
-    """How much of the features a code keeps: R2, what few latents can tell, neighbours (the TotalSegmentator study)."""
-    run = analysis_run(flags, "fidelity")
-    coded = Coded(flags.run, flags)
-    y, (train, test) = coded.classes(), coded.split()
-    if flags.label is not None:                              # one against the rest
-        y, train, test = coded.told(flags.label)
-        y = y.astype(int)
-    elif y is not None:                                      # what has no label is left out
-        train, test = train[y[train] >= 0], test[y[test] >= 0]
-        if len(np.unique(y[train])) < 2 or not np.isin(np.unique(y[test]), y[train]).all():
-            raise InputError("the training split has fewer than two classes, or a test class is not in it - mend `split`")
-    model, s = coded.model, coded.stream
-    W, b = (v.detach().cpu().numpy() for v in (model.W_dec[s], model.b_pre[s]))
-    r2 = judge.r2_both(coded.dense[test].astype(np.float64), coded.strength[test] @ W + b)
-    kept = None
-    if y is not None:
-        kept = judge.kept_performance(coded.dense.astype(np.float64), coded.strength, y, train, test, seed=coded.flags.seed)
-    groups = coded.features.about.get("groups")
-    some = np.sort(np.random.default_rng([coded.flags.seed, 4]).permutation(test)[:flags.eval_rows or None])
-    if len(some) <= 10:
-        raise InputError(f"{len(some)} test samples - neighbours at 10 need more than ten")
-    near = judge.retrieval_fidelity(coded.dense[some], coded.strength[some], None if y is None else y[some],
-                                    None if groups is None else groups[some])
-    print("R2 of the features" + (", averaged over tokens" if coded.T > 1 else "") + ": "
-          + ", ".join(f"{k} {judge.fmt(v)}" for k, v in r2.items()))
-    tables = []
-    if kept:
-        tables.append(("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
-                                                 "principal components", "kept, %"],
-                       [[f"{row['n']}", row["best latents"], row["random latents"], row["principal components"],
-                         percent(row["kept"])] for row in kept["rows"]]
-                       + [["all latents", kept["all latents"], None, None, None],
-                          [f"all {coded.dense.shape[1]} features", kept["dense"], None, None, None]]))
-    if near:
-        tables.append(("Neighbours, samples of the same group left out", list(near[0]),
-                       [[str(row["k"]), *list(row.values())[1:]] for row in near]))
-    for _, header, rows in tables:
-        print("\n" + judge.text_table(header, rows))
-    run.begin()
-    judge.write_json(run.path("metrics.json"), {"r2": r2, "kept": kept, "neighbours": near})
-    judge.write_report(run.path("report.html"), "repsae fidelity", [
-        ("Reconstruction", judge.html_table(["R2", ""], [[k, v] for k, v in r2.items()])),
-        *((title, judge.html_table(header, rows)) for title, header, rows in tables)])
-    say(f"wrote {run.join('report.html')}")
-
-
-PROMPT = ("Below are samples that activate one latent of a sparse autoencoder strongly, samples that activate it moderately, "
-          "and samples that do not. Name in at most five words what the first have in common and the last lack. Answer with "
-          "the name alone.")
-
-
-@command(f"{ON_RUN} top=8", "run")
-def cmd_describe(flags):
-    """For every latent the samples that show what it means, as JSON with a prompt for any language model."""
-    coded = Coded(flags.run, flags)
-    train, _ = coded.split()
-    code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
-    untold = ("sample", "label", "image")                    # a name must not copy its judge; a path may hold the label
+def write_prompts(coded, path, top):
+    """For every latent the samples that show what it means, as JSON with a prompt for any language
+    model. The prompt tells no label: a name must not copy its judge; a path may hold the label."""
+    train, rng, out = coded.train, np.random.default_rng([coded.flags.seed, 10]), []
+    code = coded.strength[train].tocsc()
     for j in np.flatnonzero(code.getnnz(axis=0)):
-        column = slice(code.indptr[j], code.indptr[j + 1])
-        active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]
-        middle = len(active) // 2
-        drawn = rng.choice(train, min(len(train), 50 * flags.top), replace=False)
-        silent = drawn[~np.isin(drawn, active)][:flags.top]
-        groups = {"top": active[:flags.top], "middling": active[max(flags.top, middle - flags.top // 2):][:flags.top],
-                  "inactive": silent}
-        shown = {name: [{**coded.about(row), "activation": float(coded.strength[row, j])} for row in rows]
-                 for name, rows in groups.items()}
-        told = "\n".join(f"{name}: " + "; ".join(
-            ", ".join(f"{k} {v}" for k, v in one.items() if k not in untold) for one in rows)
-            for name, rows in shown.items())
-        out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
-    path = out_file(flags)
+        column, told = code[:, [j]].toarray().ravel(), [PROMPT]
+        shown = {kind: [{**coded.about(train[i]), "activation": float(column[i])} for i in rows]
+                 for kind, rows in judge.shown_samples(column, top, rng).items()}
+        for kind, samples in shown.items():
+            words = [", ".join(f"{k} {v}" for k, v in one.items()
+                               if k not in ("sample", "label", "image")) for one in samples]
+            told.append(f"{kind}: {'; '.join(words)}")
+        out.append({"latent": int(j), **shown, "prompt": "\n".join(told)})
     judge.write_json(path, out)
-    say(f'wrote {path}: {len(out)} latents; collect the answers in a file like {{"17": "round nucleus"}} for search --names')
+    say(f'wrote {path}: {len(out)} latents; collect the answers in a file like '
+        '{"17": "round nucleus"} for --names')
 
 
-def read_names(path, n_latents):
-    """names.json: dict latent -> name."""
-    found = data.read_json(path)
-    if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
-        raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
-    names = {int(k): str(v) for k, v in found.items()}
-    wrong = [j for j in names if not 0 <= j < n_latents]
-    if wrong or not names:
-        raise InputError(f"{path}: latent {wrong[0] if wrong else '-'} is not among the run's {n_latents} - mend the names")
-    return names
-
-
-@command(f"{ON_RUN} names query embeddings label top", "run")
-def cmd_search(flags):
-    """Find samples by words: query -> latents with fitting names -> samples, with a control of shuffled names."""
-    coded = Coded(flags.run, flags)
-    names = read_names(needed(flags, "names"), coded.model.n_latents)
+def search(coded, names, flags):
+    """Tell the samples that latents of fitting names find, and with --label how many are right,
+    beside names shuffled."""
+    if not names:
+        raise InputError("--names is missing - a search needs the latents' names")
     if flags.embeddings:
-        arrays = data.read_arrays(flags.embeddings)
-        fits = {"latents", "vectors", "query"} <= arrays.keys() and arrays["vectors"].shape == (
-            len(arrays["latents"]), *arrays["query"].shape) and all(
-            np.issubdtype(arrays[key].dtype, np.number) for key in ("latents", "vectors", "query"))
-        if not fits or not np.isin(arrays["latents"], list(names)).all():
-            raise InputError(f"{flags.embeddings} - give latents (n,) that --names names, vectors (n, e) of the names, and "
-                             "query (e,), all of them numbers")
-        unit = arrays["vectors"] / np.maximum(np.linalg.norm(arrays["vectors"], axis=1, keepdims=True), 1e-12)
-        fit = unit @ arrays["query"] / max(np.linalg.norm(arrays["query"]), 1e-12)
-        weights = {int(arrays["latents"][i]): float(fit[i]) for i in np.argsort(-fit)[:10] if fit[i] > 0}
+        weights = judge.vector_weights(**read_embeddings(flags.embeddings, names))
     else:
-        weights = judge.name_weights(needed(flags, "query"), names)
+        weights = judge.name_weights(flags.query, names)
     if not weights:
         raise InputError(f"no name fits '{flags.query}' - try other words, or --embeddings")
-    _, rows = coded.split()
-    scale = np.asarray(coded.strength.max(axis=0).todense()).ravel()                        # latents count alike
-
-    def ranking(weights):
-        latents = list(weights)
-        return np.argsort(-(coded.strength[rows][:, latents] @ (np.array(list(weights.values()))
-                                                               / np.maximum(scale[latents], 1e-12))), kind="stable")
-    order = ranking(weights)
-    print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in
-                                  sorted(weights.items(), key=lambda v: -v[1])[:10]))
-    for row in rows[order[:flags.top]]:
+    found = judge.search(coded.strength, weights, coded.test)[:flags.top]
+    best = sorted(weights.items(), key=lambda v: -v[1])[:10]
+    print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in best))
+    for row in found:
         print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
     if flags.label is not None:
-        y, _, known = coded.told(flags.label)
-        if len(known) < len(rows):
-            rows = known
-            order = ranking(weights)
-        y = y[rows]
-        rng = np.random.default_rng([coded.flags.seed, 11])
-        control = [y[ranking(dict(zip(rng.choice(list(names), len(weights), replace=False).tolist(), weights.values())))
-                     [:flags.top]].mean() for _ in range(100)]
-        print(f"precision at {flags.top} for '{flags.label}': {y[order[:flags.top]].mean():.3f}; with names shuffled "
-              f"{judge.mean_std(control)}; share of all samples {y.mean():.3f}")
+        y, _, rows = coded.told(flags.label)
+        right, control = judge.search_precision(coded.strength, weights, rows, y, names, flags.top,
+                                                coded.flags.seed)
+        print(f"precision at {flags.top} for '{flags.label}': {right:.3f}; with names shuffled "
+              f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
-@command(f"{ON_RUN} sparc json", "run", "other")
+@command(f"{ON_RUN} label head-file rank iou other percentile connectivity strict box-score "
+         "ap-points eval-rows=2000", "run")
+def cmd_intervene(flags):
+    """What latents do: with --label, keep or silence its top latents and see what a linear head
+    still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
+    coded = Coded(flags.run, flags).pool()
+    name, page = "intervene", judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
+    if flags.label is not None:
+        y, train, test = coded.told(flags.label)
+        label = label_number(coded.features, flags.label)
+        name += f"_{coded.features.label_names[label]}"
+    run = analysis_run(flags, name)
+    if flags.label is not None:
+        means = tell_interventions(page, coded, y, train, test, flags)
+        tell_places(page, coded, label, train, test, means, flags)
+        tell_class_means(page, means, flags)
+        y = y.astype(int)
+    else:
+        y, train, test = coded.classes()
+    tell_fidelity(page, coded, y, train, test, flags.eval_rows)
+    page.write(run.begin().path)
+    say(f"wrote {run.join('report.html')}")
+
+
+def tell_interventions(page, coded, y, train, test, flags):
+    """Tell what a linear head makes of features, of codes, and of their top latents alone or
+    silenced (Mammo-SAE Eq. 3-4); returns the class means (2, L)."""
+    w, bias = linear_head(coded, y, flags.head_file, train)
+    W, b = coded.decoder()
+    effect, base = W @ w, float(b @ w) + bias
+    groups = coded.features.about.get("groups")
+    scores = {"original features": coded.dense[test] @ w + bias,
+              "reconstructed": coded.strength[test] @ effect + base}
+    page.table(["AUC, 95 in 100 bootstrap draws", "AUC", "from", "to"], [
+        [name, *judge.bootstrap_auc(y[test], score, None if groups is None else groups[test],
+                                    seed=coded.flags.seed)] for name, score in scores.items()],
+        key="auc")
+    means = judge.class_means(coded.strength[train], y[train])
+    ks = {0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect)}
+    curve = judge.intervention(coded.strength[test], effect, base, y[test], means,
+                               sorted(k for k in ks if k <= len(effect)))
+    page.table(*judge.columns(curve), "AUC with only the k top latents of each class kept, or "
+               "with these silenced", key="curve")
+    page.picture("", judge.svg_lines(
+        {what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
+        "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False))
+    return means
+
+
+def linear_head(coded, y, path, train):
+    """Weights (d,) and bias of a linear score on normalised features: of a file, or fitted to the
+    training samples' labels."""
+    if not path:
+        return judge.linear_score(coded.dense[train], y[train])
+    model, s = coded.model, coded.stream
+    w, bias = data.read_head(path, model.dims[s])
+    if "l2" in model.norm:
+        raise InputError("the run scales samples to length 1, which a head for raw features cannot "
+                         "follow - train it with --norm none or standard, or let intervene fit a "
+                         "head")
+    mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
+    return w * std, bias + float(mean @ w)
+
+
+def tell_places(page, coded, label, train, test, means, flags):
+    """Tell where the top latents of a label fire: average precision of their heat maps as detectors
+    of its boxes (Mammo-SAE Table 2), and the maps of six pictures."""
+    features = coded.features
+    top = np.argsort(-rank_of(coded, label, train, means, flags.rank), kind="stable")[:10]
+    page.metrics["top latents"] = top.tolist()
+    if features.boxes is not None and features.grid:
+        found = judge.localisation(
+            top, (coded.heat(row, top) for row in test), [coded.boxes(row, label) for row in test],
+            flags.iou, flags.ap_points or None, percentile=flags.percentile, strict=flags.strict,
+            connectivity=int(flags.connectivity), score=flags.box_score)
+        page.table(*judge.columns(found), f"Average precision at IoU {flags.iou:g}",
+                   key="localisation")
+    elif features.boxes is not None:
+        say("note: boxes but no token grid, so that no latent is localised - extract with --tokens")
+    shown = [row for row in test if features.label_matrix([row])[0, label]][:6]
+    images = {row: features.picture(row) for row in shown}
+    if features.grid and None not in images.values():
+        page.picture("The top latents over pictures with the label; true boxes in red", "".join(
+            judge.heat_strip(image, coded.boxes(row, label), coded.heat(row, top))
+            for row, image in images.items()))
+
+
+def rank_of(coded, label, train, means, rank):
+    """How much each latent belongs to a label (L,): by its class mean (Mammo-SAE section 2.2), by
+    what that exceeds the other class's, or by its activity inside boxes (both ours)."""
+    if rank != "boxes":
+        return means[1] - means[0] * (rank == "difference")
+    grid = coded.features.grid
+    if grid is None or coded.features.boxes is None:
+        raise InputError(f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - write it "
+                         "with extract --tokens from a Pascal VOC folder")
+    return judge.box_contrast((coded.codes([row])[coded.stream], judge.in_boxes(
+        coded.boxes(row, label), grid)) for row in train)
+
+
+def tell_class_means(page, means, flags):
+    """Tell how far the class means of the latents are apart, here and in --other (Mammo-SAE
+    Fig. 4)."""
+    pairs = {"--data": means}
+    if flags.other:
+        theirs = flags.replaced({"data": flags.other})
+        theirs.given = flags.given | {"data"}
+        other = Coded(flags.run, theirs).pool()
+        y, train, _ = other.told(flags.label)
+        pairs["--other"] = judge.class_means(other.strength[train], y[train])
+    page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
+                               for name, v in pairs.items()]), key="separation")
+    for name, v in pairs.items():
+        lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
+        page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))
+
+
+def tell_fidelity(page, coded, y, train, test, eval_rows):
+    """Tell how well codes rebuild features, what few latents tell of classes y (N,), if there are
+    any, and whether codes find the neighbours that features find."""
+    groups, seed = coded.features.about.get("groups"), coded.flags.seed
+    dense, (W, b) = coded.dense.astype(np.float64), coded.decoder()
+    r2 = judge.r2_both(dense[test], coded.strength[test] @ W + b)
+    page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
+               list(r2.items()), "Reconstruction", key="r2")
+    if y is not None:
+        if len(np.unique(y[train])) < 2 or not np.isin(np.unique(y[test]), y[train]).all():
+            raise InputError("the training split has fewer than two classes, or a test class is "
+                             "not in it - mend `split`")
+        kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
+        page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
+                   key="few")
+        page.table(["all", "balanced accuracy"], [["features", kept["dense"]], [
+            "latents", kept["all latents"]], ["chance", kept["chance"]]], key="probe")
+    some = np.sort(np.random.default_rng([seed, 4]).permutation(test)[:eval_rows or None])
+    near = judge.retrieval_fidelity(dense[some], coded.strength[some], None if y is None else y[some],
+                                    None if groups is None else groups[some])
+    if near:
+        page.table(*judge.columns(near), "Neighbours, samples of the same group left out",
+                   key="neighbours")
+    else:
+        say(f"note: too few of the {len(some)} test samples for ten neighbours each")
+
+
+@command("data streams seed device json overwrite sparc", "run", "other")
 def cmd_compare(flags):
-    """Do two runs have latents in common? Best pairing by activation, against shuffled samples and a shared code."""
-    both = [Coded(run, flags.replaced({"stream": stream})) for run, stream in
-            zip((flags.run, flags.other), (flags.streams or flags.stream or "").split(",") * 2)]
-    if len(both[0].features) != len(both[1].features):
-        raise InputError(f"{flags.run} was trained on {len(both[0].features)} samples, {flags.other} on "
-                         f"{len(both[1].features)} - compare runs on the same samples, or name their file with --data")
-    found, (_, rows) = {}, both[0].split()
-
-    def add(name, a, b, pairing):
-        r = judge.match_latents(a, b)[2] if pairing == "best" else judge.index_correlations(a, b)
-        found[name] = {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
-                       "median r": float(np.median(r)) if len(r) else None,
-                       "shared, %": 100 * (r >= 0.5).mean() if len(r) else None}
-    shuffled = np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
-    kinds = [("the two runs, best pairing", "best", [c.strength[rows] for c in both])]
+    """Do two runs have latents in common? Best pairing by activation, against shuffled samples and
+    a shared code."""
+    streams = (flags.streams or ",").split(",")
+    if len(streams) != 2:
+        raise InputError(f"--streams {flags.streams} - name the stream of each run, a,b")
+    both = [Coded(run, flags, stream).pool() for run, stream in zip((flags.run, flags.other), streams)]
+    n, rows, page = len(both[0].features), both[0].test, judge.Page("repsae compare")
+    codes = {"the two runs, best pairing": [one.strength[rows] for one in both]}
+    sizes = {flags.other: len(both[1].features)}
     if flags.sparc:
-        model, config = load_run(flags.sparc, flags.device)
         if both[0].stream == both[1].stream:
             raise InputError(f"both runs are on '{both[0].stream}' - --sparc wants two streams")
-        features, _ = features_for(model, config, flags.replaced({"streams": ",".join(c.stream for c in both)}))
-        if len(features) != len(both[0].features):
-            raise InputError(f"{flags.sparc} was trained on {len(features)} samples, the others on {len(both[0].features)} - "
-                             "name their file with --data")
-        T = features.tokens or 1
-        tokens = (rows[:, None] * T + np.arange(T)).ravel()
+        shared = Coded(flags.sparc, flags, ",".join(one.stream for one in both))
+        sizes[flags.sparc] = len(shared.features)
         for mode in ("joint", "alone"):
-            codes, _ = codes_and_fit(model, features.per_token(), tokens, mode, flags.device)
-            kinds.append((f"SPARC {mode}, same latent", "same", [judge.pool_tokens(code, T)[0] for code in codes.values()]))
-    for name, pairing, (a, b) in kinds:
-        add(name, a, b, pairing)
-        add(f"{name}, samples shuffled", a, b[shuffled], pairing)
-    columns = list(found[kinds[0][0]])
-    print(judge.text_table([f"{len(rows)} samples", *columns], [[name, *row.values()] for name, row in found.items()]))
+            codes[f"SPARC {mode}, same latent"] = [
+                judge.pool_tokens(code, shared.T)[0] for code in shared.codes(rows, mode).values()]
+    for name, size in sizes.items():
+        if size != n:
+            raise InputError(f"{flags.run} has {n} samples, {name} {size} - compare runs on the "
+                             "same samples, or name their file with --data")
+    found, shuffled = [], np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
+    for name, (a, b) in codes.items():
+        for what, other in ((name, b), (f"{name}, samples shuffled", b[shuffled])):
+            r = judge.index_correlations(a, other) if "same" in name else \
+                judge.match_latents(a, other)[2]
+            found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
+    page.table(*judge.columns(found), key="shared")
     if flags.json:
-        judge.write_json(out_file(flags, "json"), found)
+        judge.write_json(out_file(flags, "json"), page.metrics["shared"])
+
+
+def read_embeddings(path, names):
+    """Vectors of latents' names by any text model: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
+    found = data.read_arrays(path)
+    keys = ("query", "latents", "vectors")
+    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys) and \
+        found["vectors"].shape == (len(found["latents"]), *found["query"].shape)
+    if not fits or not np.isin(found["latents"], list(names)).all():
+        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of the names, "
+                         "and query (e,), all of them numbers")
+    return {k: found[k] for k in keys}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2344,7 +2227,7 @@ def explain_concepts(flags):
     say(f"wrote {run.join('report.html')}")
 
 
-class Concepts:
+class Concepts(Coded):
     """A run of sparc with the backbones that made its streams, and pictures with true masks.
 
     sees         {name: (backbone, its stream)} of --weights; `encoder`, CLIP's image encoder, with
@@ -2354,8 +2237,7 @@ class Concepts:
     """
 
     def __init__(self, flags):
-        self.model, config = load_run(flags.run, flags.device)
-        self.features, self.flags = features_for(self.model, config, flags)
+        super().__init__(flags.run, flags)
         self.images, truth = self._pictures()
         self.sees, self.encoder, self.pictured, self.text = {}, None, None, None
         for spec in flags.weights.split(","):
@@ -2413,10 +2295,6 @@ class Concepts:
             raise InputError(f"the run has no stream '{stream}' - it has "
                              f"{', '.join(self.model.streams)}")
         self.sees[name if depth else f"{name} (Grad-CAM)"] = backbone, stream
-
-    def codes(self, rows, mode):
-        """{stream: CSR (n, L)} of samples."""
-        return codes_and_fit(self.model, self.features, rows, mode, self.flags.device)[0]
 
     def code(self, stream, x):
         """Features (B, d) -> dense codes (B, L) of a stream alone."""
@@ -2590,8 +2468,8 @@ def tell_captions(seen, page, most=4):
 def cmd_retrieve(flags):
     """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint
     and alone."""
-    model, config = load_run(flags.run, flags.device)
-    features, flags = features_for(model, config, flags)
+    coded = Coded(flags.run, flags)
+    model, features, flags = coded.model, coded.features, coded.flags
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
     known = [s for s in model.streams if s in features.streams]
     for s in (source, target):
@@ -2611,7 +2489,7 @@ def cmd_retrieve(flags):
     given, first = (None, shown(own, source)) if own is not None else \
         given_query(model, source, flags)
     for mode in ("joint", "alone") if own is not None else ("alone",):
-        codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
+        codes = coded.codes(rows, mode)
         query, partner = given if own is None else codes[source][[own]], ""
         if not query.nnz:
             page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
@@ -2661,256 +2539,227 @@ def given_query(model, stream, flags):
 # Slides and bags (thesis 3.2.2)
 # ------------------------------------------------------------------------------------------------
 
-@command("window voc! size=64 margin overwrite out=cells")
-def cmd_cut(flags):
-    """Cut the annotated boxes of a Pascal VOC folder into small pictures, in class folders, by its official splits."""
-    if os.path.exists(flags.out):                            # until it cuts through a Run
-        raise InputError(f"{flags.out} exists - name a new folder with --out")
-    count = data.cut_boxes(flags.voc, flags.out, flags.size, flags.margin, grey_window(flags))
-    print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
-
-
-@command("images! window size=224 step downsample threshold otsu smallest least-hole max-holes rois "
-         "roi-share overwrite out=tiles")
+@command("images voc window size=0 step downsample threshold otsu smallest least-hole max-holes rois "
+         "roi-share margin overwrite out=tiles")
 def cmd_tile(flags):
-    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an overview picture."""
-    source = flags.images
-    slides, notes = data.slide_files(source)
-    for note in notes:
+    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
+    overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
+    """
+    window, size = grey_window(flags), flags.size or (64 if flags.voc else 224)
+    if flags.voc:
+        cuts = data.cut_boxes(flags.voc, flags.margin, window)
+        run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
+        run.paths(names)
+        for i, name in enumerate(names):
+            judge.save_picture(run.join(name), cuts.open(i).resize((size, size), Image.BICUBIC))
+        count = collections.Counter(map(os.path.dirname, names))
+        print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
+        return
+    if not flags.images:
+        raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
+    slides = data.read_slides(flags.images)
+    for note in slides.notes:
         say_once("note: " + note)
-    side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
+    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
     if side < 1 or step < 1:
-        raise InputError(f"--size {flags.size}: tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
+        raise InputError(f"--downsample {flags.downsample}: tiles of {side} pixels every {step} - "
+                         "give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    targets = [os.path.splitext(os.path.basename(path))[0] for path in slides]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise InputError(f"two slides are called {target} - rename one, or tile them into two folders")
+    names = slides.about["groups"].tolist()
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two slides are called {name} - rename one, or tile them into two "
+                             "folders")
     run = Run(flags)
-    for path, target in zip(slides, targets):
-        boxes, shown = data.tile_slide(path, side, step, least=flags.smallest, least_hole=flags.least_hole,
-                                       max_holes=flags.max_holes, window=grey_window(flags),
-                                       threshold=None if flags.otsu else flags.threshold)
-        if not run.about:                                    # a slide that cannot be read leaves nothing
+    how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
+           "threshold": None if flags.otsu else flags.threshold, "window": window}
+    for i, name in enumerate(names):
+        boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
+        if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
-        arrays = {"coords": boxes, "images": relative([path] * len(boxes), run.join(f"{target}.npz"))}
-        if regions is not None:
-            share = np.array([data.region_share(regions, box) for box in boxes])
-            arrays.update(labels=(share >= flags.roi_share).astype(int), label_names=np.array(["outside", "region"]))
-        judge.write_npz(run.path(f"{target}.npz"), arrays)
-        judge.save_picture(run.path(f"{target}.png"), shown)
-        inside = "" if regions is None else f", {arrays['labels'].sum()} of them in the regions"
-        print(f"{run.join(target)}.npz: {len(boxes)} tiles of {side} pixels{inside}")
+        out = run.path(f"{name}.npz")
+        arrays = data.tile_arrays(slides, i, boxes, out, regions, flags.roi_share)
+        judge.write_npz(out, arrays)
+        judge.save_picture(run.path(f"{name}.png"), shown)
+        inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
+        print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
 @command("data! stream head widths attention dropout squash instances bag-weight inst-loss subtyping "
-         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced inner "
-         "refit grid seed=0 device overwrite out=runs/mil")
+         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds "
+         "inner refit grid seed=0 device overwrite out=runs/mil")
 def cmd_mil(flags):
-    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not reported."""
-    heads = flags.head.split(",")
+    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not
+    reported."""
+    heads, settings = flags.head.split(","), mil_settings(flags)
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
-    settings, _ = parse_grid(flags), number_list(flags.widths)
     bags = data.read_bags(flags.data, flags.stream)
-    rounds = mil_rounds(bags, flags)
+    rounds = bags.rounds(flags.folds, flags.seed, max(flags.inner, 5), flags.data)
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
-    found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test) for train, _, test in rounds]}
-    log = Log(run.path("log.csv"))
+    page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
+    means, y, C = bags.means(), bags.y, len(bags.label_names)
+    found = {"mean of the bag, logistic": [
+        {"scores": judge.scores(y[test], judge.logistic_probe(means[train], y[train], means[test], C,
+                                                              strength=0.01))}
+        for train, _, test in rounds]}
     for head in heads:
-        jobs = [(head, settings, r, *parts) for r, parts in enumerate(rounds)]
+        jobs = [(head, settings, flags.inner, flags.refit, [flags.seed, r], *parts, flags.device)
+                for r, parts in enumerate(rounds)]
+        found[head] = []
         if len(jobs) == 1:
-            done = [mil_round(bags, *jobs[0], keep=run)]
+            told, models, setting = mil_round(bags, *jobs[0])
+            found[head] = [told]
+            judge.write_torch(run.path(f"{head}.pt"), {
+                "models": [model.state_dict() for model in models], "head": head,
+                "dim": bags.X.shape[1], "label_names": bags.label_names, **setting["make"]})
+            if bags.coords:
+                page.picture(f"Attention of {head} over test slides",
+                             attention_maps(bags, models, rounds[0][2], head, run))
         else:
-            with futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), share_bags, [bags]) as pool:
-                progress, done = Progress(len(jobs)), []
-                for result in pool.map(mil_round_of_shared, *zip(*jobs)):
-                    done.append(result)
-                    progress(len(done), lambda: head)
-        found[head] = done
-        for r, result in enumerate(done, 1):                 # the error and loss on held-out bags that chose the setting
-            held, chosen = result["held_out"] or {"error": "", "loss": ""}, json.dumps(result["chosen"])
-            log.add({"head": head, "round": r, "chosen": chosen, **{f"held-out {k}": v for k, v in held.items()},
-                     **result["scores"]})
+            progress = Progress(len(jobs))
+            for told, *_ in in_processes(mil_round, bags, jobs):
+                found[head].append(told)
+                progress(len(found[head]), lambda: head)
+        for r, told in enumerate(found[head], 1):
+            held = {f"held-out {k}": v for k, v in (told["held_out"] or {}).items()}
+            log.add({"head": head, "round": r, "chosen": json.dumps(told["chosen"]),
+                     "held-out error": "", "held-out loss": "", **held, **told["scores"]})
         log.write()
     names = ("AUC", "accuracy", "F1")
-    header = ["head", *names]
-    rows = [[head, *(judge.mean_std([r["scores"][name] for r in runs]) for name in names)] for head, runs in found.items()]
-    print(f"\n{judge.text_table(header, rows)}\n\n{len(rounds)} test part{'s' * (len(rounds) > 1)} of about "
-          f"{len(rounds[0][2])} bags; mean ± standard deviation over them")
-    judge.write_json(run.path("metrics.json"), found)
-    sections = [("Result", judge.html_table(header, rows))]
-    for head in heads if bags.coords and len(rounds) == 1 else ():
-        sections.append((f"Attention of {head} over test slides", attention_maps(bags, head, rounds[0][2], run)))
-    judge.write_report(run.path("report.html"), "repsae mil", sections)
+    rows = [[head, *(judge.mean_std([told["scores"][name] for told in all_rounds])
+                     for name in names)] for head, all_rounds in found.items()]
+    page.table(["head", *names], rows, "Result")
+    page.text(f"{len(rounds)} test part{'s' * (len(rounds) > 1)} of about {len(rounds[0][2])} bags; "
+              "mean ± standard deviation over them")
+    page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
+
+
+def mil_settings(flags):
+    """What --grid "lr=1e-4,5e-4 dropout=0,0.5" leaves to choose from, all combinations: dicts of
+    what is chosen, how a model is made (`ssm.MIL`), and how it is trained (`ssm.fit_mil`)."""
+    settings = [{}]
+    for item in (flags.grid or "").split():
+        name, _, values = item.partition("=")
+        kind = FLAGS[name][1] if name in COMMANDS["mil"].flags else None
+        if not isinstance(kind, Number) or name in ("seed", "inner", "folds"):
+            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
+        try:
+            values = [kind(v) for v in values.split(",")]
+        except argparse.ArgumentTypeError as e:
+            raise InputError(f"--grid {item}: {e}")
+        key = name.replace("-", "_")
+        settings = [{**chosen, key: value} for chosen in settings for value in values]
+    out, widths = [], data.number_list(flags.widths)
+    for chosen in settings:
+        new = flags.replaced(chosen)
+        loss = {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[new.inst_loss]
+        early = {"patience": new.patience, "least": new.min_epochs}
+        out.append({
+            "chosen": chosen, "batch": new.batch, "balanced": new.balanced,
+            "make": {"widths": widths, "attention": new.attention, "dropout": new.dropout,
+                     "squash": bool(new.squash)},
+            "fit": {"epochs": new.epochs, "lr": new.lr, "weight_decay": new.weight_decay,
+                    "cosine": new.cosine, "early": None if new.refit else early,
+                    "k": new.instances, "bag_weight": new.bag_weight, "subtyping": new.subtyping,
+                    "loss": loss}})
+    return out
+
+
+def mil_round(bags, head, settings, inner, refit, seed, train, val, test, device="cpu"):
+    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`,
+    and report its models' mean vote on `test`: (what to tell of it, models, setting).
+
+    Without `val`, train is cut into parts, and `inner` times a model learns from all but one of
+    them. Its bags stop it early, and these models vote; or, with refit, all epochs are trained, and
+    as many models on all of train vote.
+    """
+    def learn(setting, rows, held, *number):
+        return train_mil(bags, head, setting, rows, held, [*seed, *number], device)
+    parts = bags.held_out(train, inner, sum(seed)) if val is None else [(train, val)]
+    tried = []
+    for setting in settings if len(settings) > 1 or not refit else ():
+        models, judged = zip(*(learn(setting, *part, i) for i, part in enumerate(parts)))
+        tried.append((np.mean(judged, 0).tolist(), models, setting))
+    held, models, setting = min(tried, key=lambda t: t[0], default=(None, (), settings[0]))
+    if refit:
+        models = [learn(setting, train, None, 99, i)[0] for i in range(inner)]
+    votes = 0
+    with torch.no_grad():
+        for model in models:
+            logits = [model(x.to(device), mask.to(device))[0] for x, mask, _ in bags.batches(test, 1)]
+            votes = votes + torch.cat(logits).softmax(1).cpu().numpy() / len(models)
+    told = {"scores": judge.scores(bags.y[test], votes), "chosen": setting["chosen"],
+            "held_out": held and dict(zip(("error", "loss"), held))}
+    return told, models, setting
+
+
+def train_mil(bags, head, setting, train, held, seed, device="cpu"):
+    """One model, and (error rate, loss) of the bags `held`."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(int(rng.integers(2 ** 62)))
+    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **setting["make"])
+    for buffer, value in zip((model.mean, model.std), bags.scale(train)):
+        buffer.copy_(value)
+    model.to(device)
+
+    def batches(rows):
+        return [[v.to(device) for v in batch] for batch in bags.batches(rows, setting["batch"])]
+
+    def epoch(number):
+        return batches(bags.drawn(train, rng, setting["balanced"]))
+    return model, ssm.fit_mil(model, epoch, [] if held is None else batches(held), **setting["fit"])
 
 
 SHARED = {}    # in a process among several: what all its jobs use
 
 
-def share_bags(bags):
-    """Begin such a process: it has one thread, since they share the cores, and the bags."""
-    torch.set_num_threads(1)
-    SHARED["bags"] = bags
-
-
-def mil_round_of_shared(*job):
-    return mil_round(SHARED["bags"], *job)
-
-
-def parse_grid(flags):
-    """--grid "lr=1e-4,5e-4 dropout=0,0.5" -> a list of all combinations, each the flags with those values."""
-    options = []
-    for item in (flags.grid or "").split():
-        name, _, values = item.partition("=")
-        kind = FLAGS.get(name, (None, None))[1] if name in COMMANDS["mil"].flags else None
-        if not isinstance(kind, Number) or name in ("seed", "inner"):
-            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
+def in_processes(work, shared, jobs):
+    """Yield work(shared, *job) of each job, in order, by as many processes as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process, [work, shared]) as pool:
         try:
-            options.append([(name.replace("-", "_"), kind(v)) for v in values.split(",")])
-        except argparse.ArgumentTypeError as e:
-            raise InputError(f"--grid {item}: {e}")
-    return [flags.replaced(dict(chosen)) for chosen in itertools.product(*options)]
+            yield from pool.map(do_job, jobs)
+        except BaseException:                                # Ctrl-C: do not wait for them
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
-def mil_rounds(bags, flags):
-    """[(rows to learn from, rows of a given validation part or None, rows to report)]: the file's folds, or its splits, or
-    70 % / 15 % / 15 % with every class in proportion."""
-    everything = np.arange(len(bags))
-    if bags.folds is not None:
-        rounds = [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
-    elif bags.split is None:
-        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed, bags.groups)]
-    else:
-        rounds = [[np.flatnonzero(bags.split == name) for name in ("train", "val", "test")]]
-    least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
-    for train, val, test in rounds:
-        rarest = np.bincount(bags.y[train], minlength=bags.y.max() + 1)[np.unique(bags.y)].min()
-        given = val is not None and len(val)
-        if not len(test) or rarest < (2 if given else least):
-            raise InputError(f"{flags.data}: a part of {len(train)} bags to learn from, {rarest} of the rarest class, and "
-                             f"{len(test)} to test on is too small - add bags, or mend the folds or split folders")
-        groups = 0 if bags.groups is None else len(np.unique(bags.groups[train]))
-        if 0 < groups < least and not given:
-            raise InputError(f"{flags.data}: the bags to learn from are of {groups} groups, and "
-                             f"validation cuts them into {least} parts - add groups")
-    return [(train, val if val is not None and len(val) else None, test) for train, val, test in rounds]
+def begin_process(work, shared):
+    """Begin one of several: it has one thread, since they share the cores, and ends with its
+    parent, whatever ends that."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # which the parent answers for all
+    SHARED.update(work=work, shared=shared)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def mil_round(bags, head, settings, round_, train, val, test, keep=None):
-    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`, and report its models'
-    mean vote on `test`.
-
-    Without `val`, train is cut into parts, and --inner times a model learns from all but one of them. Its bags stop it early,
-    and these models vote; or, with --refit, all epochs are trained, and as many models on all of train vote. keep: a folder
-    for the weights.
-    """
-    flags, best = settings[0], None
-    if val is not None:
-        parts = [(train, val)]
-    else:
-        groups = None if bags.groups is None else bags.groups[train]
-        equal = [1] * max(flags.inner, 5 if flags.inner == 1 else 2)
-        cut = data.stratified_parts(bags.y[train], equal, flags.seed + round_, groups)
-        parts = [(np.delete(train, part), train[part]) for part in cut[:flags.inner]]
-    for setting in settings:
-        if flags.refit and len(settings) == 1:               # nothing to choose
-            best = None, (), setting
-            break
-        models, held = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i])
-                             for i, part in enumerate(parts)))
-        held = np.mean(held, 0).tolist()                     # error, loss
-        if best is None or held < best[0]:
-            best = held, models, setting
-    held, models, setting = best
-    if flags.refit:
-        models = [train_mil(bags, head, setting, train, None, seed=[setting.seed, round_, 99, i])[0]
-                  for i in range(flags.inner)]
-    with torch.no_grad():
-        votes = [np.concatenate([torch.softmax(m(x.to(flags.device), mask.to(flags.device))[0], 1).cpu().numpy()
-                                 for x, mask, _ in (bags.padded([i]) for i in test)]) for m in models]
-    if keep:
-        judge.write_torch(keep.path(f"{head}.pt"), {
-            "models": [m.state_dict() for m in models], "head": head, "dim": bags.X.shape[1],
-            "label_names": bags.label_names, **{k: setting[k] for k in ("widths", "attention", "dropout", "squash")}})
-    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)),
-            "held_out": held and {"error": held[0], "loss": held[1]},
-            "chosen": {k: setting[k] for k in setting if len({str(s[k]) for s in settings}) > 1}}
+def do_job(job):
+    return SHARED["work"](SHARED["shared"], *job)
 
 
-def train_mil(bags, head, flags, train, val, seed):
-    """One model, stopped by the loss on `val`: (model, (error rate, loss) of its bags)."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(int(rng.integers(2 ** 62)))
-    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, number_list(flags.widths), flags.attention, flags.dropout,
-                    bool(flags.squash))
-    X = bags.instances(train)
-    model.mean.copy_(torch.from_numpy(X.mean(0)))
-    spread = (X - X[0]).std(0)                               # of a constant exactly 0
-    model.std.copy_(torch.from_numpy(np.where(spread > 1.2e-7 * np.abs(X[0]), spread, 1)))
-    model.to(flags.device)
-    y = bags.y[train]
-    weight = 1 / np.bincount(y)[y] if flags.balanced else np.ones(len(y))
-    how = {"k": flags.instances, "bag_weight": flags.bag_weight, "subtyping": flags.subtyping,
-           "loss": {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[flags.inst_loss]}
-
-    def batches(epoch):
-        if flags.cosine:
-            optimiser.param_groups[0]["lr"] = ssm.cosine_schedule(epoch, flags.epochs, flags.lr, 0.)
-        order = rng.choice(train, len(train), replace=flags.balanced, p=weight / weight.sum())
-        for i in range(0, len(order), flags.batch):
-            yield [v.to(flags.device) for v in bags.padded(order[i:i + flags.batch])]
-    held = [] if val is None else [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])]
-                                   for i in range(0, len(val), flags.batch)]
-
-    def judged(model):                                       # by the bags' labels alone
-        logits, y = (torch.cat(v) for v in zip(*((model(x, mask)[0], y) for x, mask, y in held)))
-        return float((logits.argmax(1) != y).float().mean()), float(torch.nn.functional.cross_entropy(logits, y))
-    optimiser = torch.optim.Adam(model.parameters(), flags.lr, weight_decay=flags.weight_decay, fused=True)
-    early = {} if flags.refit else {"validate": lambda m: judged(m)[1], "patience": flags.patience, "least": flags.min_epochs}
-    ssm.fit(model, optimiser, batches, lambda m, *batch: ssm.mil_loss(m, *batch, **how), flags.epochs, **early)
-    with torch.no_grad():
-        return model, judged(model) if held else None
-
-
-def number_list(text):
-    """"256,64" -> (256, 64); raises InputError otherwise."""
-    try:
-        found = tuple(map(int, text.split(",")))
-        if min(found) > 0:
-            return found
-    except ValueError:
-        pass
-    raise InputError(f"{text} - give positive whole numbers, separated by commas")
-
-
-def pooled_baseline(bags, train, test):
-    """What no attention gets: logistic regression on the mean of a bag's instances."""
-    means = np.stack([bags.instances([i]).mean(0, dtype=np.float64) for i in range(len(bags))])
-    p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
-    return {"scores": judge.scores(bags.y[test], p)}
-
-
-def attention_maps(bags, head, rows, run, most=6):
-    """Test slides with each tile coloured by its share in the bag, as files heat_<label>_<slide>_<head>.png and as HTML."""
-    kept = torch.load(run.join(f"{head}.pt"), weights_only=True)
+def attention_maps(bags, models, rows, head, run, most=6):
+    """Test slides with each tile coloured by its share in the bag, as files
+    heat_<label>_<slide>_<head>.png and as HTML."""
     shown = []
     for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
-        heat = 0
-        for state in kept["models"]:
-            model = ssm.MIL(kept["dim"], len(bags.label_names), head, number_list(kept["widths"]), kept["attention"],
-                            squash=bool(kept["squash"])).eval()
-            model.load_state_dict(state)
-            with torch.no_grad():
-                heat = heat + torch.softmax(model(bags.padded([i])[0])[1], -1)[0].mean(0).numpy()
+        x, title = bags.padded([i])[0], f"{bags.names[i]}: {bags.label_names[bags.y[i]]}"
+        with torch.no_grad():
+            heat = sum(model.cpu()(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        judge.save_picture(run.path(f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"), picture)
-        shown.append(f"<h3>{html.escape(f'{bags.names[i]}: {bags.label_names[bags.y[i]]}')}</h3>"
+        name = f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"
+        judge.save_picture(run.path(name), picture)
+        shown.append(f"<h3>{html.escape(title)}</h3>"
                      + judge.strip(judge.embedded(image), judge.embedded(picture)))
     return "".join(shown) or "<p>The bags name no pictures.</p>"
 
@@ -3246,7 +3095,7 @@ def demo_latents(at, quick):
          ["intervene", at("sae_tokens"), "--label", "tumour cell", "--other", at("tokens_before.npz"), "--out",
           at("mammo_tuned")], at("mammo_tuned", "report.html"), [], functools.partial(mammo_verdict, at)),
         ("18. A few latents suffice", "The TotalSegmentator study, for the vacuoles.",
-         ["fidelity", at("sae_dino_vit"), "--label", "vacuoles", "--out", at("fidelity")],
+         ["intervene", at("sae_dino_vit"), "--label", "vacuoles", "--out", at("fidelity")],
          at("fidelity", "report.html"), [], functools.partial(fidelity_verdict, at))]
 
 
@@ -3423,17 +3272,17 @@ def mammo_verdict(at):
     union of both classes' top latents; class means on training samples; single latents as detectors of boxes."""
     runs = {when: read_metrics(at(f"mammo_{when}", "metrics.json")) for when in ("tuned", "before")}
     tuned = runs["tuned"]
-    ten = max((c for c in tuned["curve"] if c["k"] <= 10), key=lambda c: c["k"])
-    auc = {when: [m["auc"][name][0] for name in ("original features", "reconstructed")] for when, m in runs.items()}
-    ap = {when: mean_of(m["localisation"], "ap") for when, m in runs.items()}
-    near = [tuned[key]["cosine"] for key in ("separation", "separation of --other")]
+    ten = tuned["curve"].get("10") or [*tuned["curve"].values()][-1]
+    auc = {when: [m["auc"][name]["AUC"] for name in ("original features", "reconstructed")] for when, m in runs.items()}
+    ap = {when: mean_of([*m["localisation"].values()], "AP") for when, m in runs.items()}
+    near = [tuned["separation"][key]["cosine"] for key in ("--data", "--other")]
     more = auc["tuned"][1] - 0.5                             # than chance
     return ({**{("Mammo 1", f"AUC, {what}, {when}"): v for when, both in auc.items()
                 for what, v in zip(("features", "reconstructed"), both)},
              ("Mammo Fig. 2", "AUC, top ten of each class kept"): ten["keep"],
              ("Mammo Fig. 2", "AUC, top ten silenced"): ten["silence"],
              **{("Mammo 2", f"AP, mean of the top ten latents, {when}"): v for when, v in ap.items()},
-             **{("Mammo 2", f"AP, the best of them on test pictures, {when}"): max(row["ap"] for row in m["localisation"])
+             **{("Mammo 2", f"AP, the best of them on test pictures, {when}"): max(row["AP"] for row in m["localisation"].values())
                 for when, m in runs.items()},
              ("Mammo Fig. 4", "cosine of class means, tuned"): near[0],
              ("Mammo Fig. 4", "cosine of class means, before"): near[1]},
@@ -3450,15 +3299,15 @@ def mammo_verdict(at):
 def fidelity_verdict(at):
     """How much ten latents keep, beside ten principal components."""
     m = read_metrics(at("fidelity", "metrics.json"))
-    ten = next(row for row in m["kept"]["rows"] if row["n"] == 10)
-    near = next(row for row in m["neighbours"] if row["k"] == 10)
+    ten, near, full, chance = m["few"]["10"], m["neighbours"]["10"], *(
+        m["probe"][k]["balanced accuracy"] for k in ("features", "chance"))
     return ({("TotalSegmentator", what): v for what, v in (
-                ("R2", m["r2"]["variance-weighted"]), ("probe, ten latents", ten["best latents"]),
-                ("probe, ten components", ten["principal components"]), ("probe, all features", m["kept"]["dense"]),
-                ("kept by ten latents, %", percent(ten["kept"])),
+                ("R2", m["r2"]["variance-weighted"]["R2"]), ("probe, ten latents", ten["best latents"]),
+                ("probe, ten components", ten["principal components"]), ("probe, all features", full),
+                ("kept by ten latents, %", ten["kept, %"]),
                 ("overlap of 10 neighbours", near["overlap"]))},
             {"ten latents keep 87.8 % of the probe, beyond chance (TotalSegmentator)":
-             m["kept"]["dense"] - m["kept"]["chance"] > 0.05 and ten["kept"] >= 0.878,
+             full - chance > 0.05 and ten["kept, %"] >= 87.8,
              "ten latents keep more than ten principal components (ours)": ten["best latents"] > ten["principal components"]})
 
 
@@ -3507,7 +3356,7 @@ def cmd_demo(flags):
     """The whole thesis on a laptop, on made-up tissue: every stage is a command of its own, and the end is one report."""
     out, seeds = os.path.normpath(flags.out), range(flags.seed, flags.seed + flags.seeds)
     folders = [out if flags.seeds == 1 else os.path.join(out, f"seed{seed}") for seed in seeds]
-    skip = number_list(flags.skip) if flags.skip else ()
+    skip = data.number_list(flags.skip) if flags.skip else ()
     numbers, claims, sections = zip(*(run_demo(folder, flags.quick, seed, skip) for folder, seed in zip(folders, seeds)))
     values = {key: [one.get(key) for one in numbers] for key in numbers[0]}
     held = {claim: sum(one[claim] for one in claims) for claim in claims[0] if all(claim in one for one in claims)}

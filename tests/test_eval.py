@@ -670,7 +670,7 @@ def test_latents_are_selected_for_what_they_add_not_for_what_another_says_alread
             A = code[:, [*chosen, j]] - code[:, [*chosen, j]].mean(0)
             return ((Y - A @ np.linalg.lstsq(A, Y, rcond=None)[0]) ** 2).sum()
         chosen.append(min((j for j in range(4) if j not in chosen), key=left))
-    assert judge.select_latents(code, y, 3).tolist() == chosen
+    assert judge.select_latents(codes_of(code), y, 3).tolist() == chosen
 
 
 def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_not():
@@ -689,7 +689,7 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     assert 64 not in judge.kept_performance(dense, tempting, y, train, test, sizes=(1, 4))["chosen"]
     four = found["rows"][1]
     assert four["best latents"] == 1 and four["random latents"] < 0.6
-    np.testing.assert_allclose(four["kept"], (1 - 0.25) / (found["dense"] - 0.25))
+    np.testing.assert_allclose(four["kept, %"], 100 * (1 - 0.25) / (found["dense"] - 0.25))
 
 
 def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
@@ -765,10 +765,10 @@ def test_nothing_is_kept_of_a_probe_at_chance():
     train, test = np.arange(40), np.arange(40, 60)
     found = judge.kept_performance(np.ones((60, 3)), code, y, train, test, sizes=(1, 5))
     assert found["dense"] == found["chance"] == 0.5
-    assert [row["kept"] for row in found["rows"]] == [None, None]
+    assert [row["kept, %"] for row in found["rows"]] == [None, None]
     dense = np.r_[y[:40], 1 - y[40:]][:, None] + 0.          # worse than chance
     found = judge.kept_performance(dense, code, y, train, test, sizes=(1,))
-    assert found["dense"] == 0 and found["rows"][0]["kept"] is None
+    assert found["dense"] == 0 and found["rows"][0]["kept, %"] is None
 
 
 def test_names_fit_a_query_by_the_words_they_share():
