@@ -1673,7 +1673,7 @@ def cmd_latents(flags):
                                features.label_matrix(train) if known.any() else None, flags.top,
                                flags.weighted, known)
     scatter, references = judge.latent_scatter(table), table.pop("references")
-    shown = tell_latents(page, table, features.label_names, len(train), names)
+    shown = tell_table(page, table, features.label_names, len(train), names)
     page.picture("Latents by frequency and mean activation", scatter)
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
     best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
@@ -1692,7 +1692,7 @@ def cmd_latents(flags):
     say(f"wrote {run.join('report.html')}")
 
 
-def tell_latents(page, table, labels, n, names):
+def tell_table(page, table, labels, n, names):
     """Tell how many latents live, how strong they are, and the purest of each label; returns those
     to show, best first."""
     alive = np.flatnonzero(table["frequency"])
@@ -2020,25 +2020,15 @@ def read_embeddings(path, names):
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
     """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
-    run = Run(flags)
-    made = data.tissue(flags.pictures, flags.size, flags.seed)
-    pixels, parents = made.pop("pixels"), made.pop("parents")
-    run.begin()
-    names = np.array([f"images/{i:05d}.png" for i in range(len(pixels))])
-    for path, picture in zip(run.paths(names.tolist()), pixels):
-        Image.fromarray(picture).save(path)
-    judge.write_npz(run.path("tissue.npz"), {**made, "images": names})
-    judge.write_npz(run.path("patients.npz"), {
-        "images": names, "labels": made["disease"], "label_names": made["disease_names"],
-        **{key: made[key] for key in ("groups", "split", "captions")}})
-    for group, slide in data.patient_slides(pixels, made["groups"]):
-        row = np.flatnonzero(made["groups"] == group)[0]
-        place = "slides", str(made["split"][row]), str(made["disease_names"][made["disease"][row]])
-        judge.save_picture(run.path(*place, f"{group:04d}.png"), Image.fromarray(slide))
-    judge.write_json(run.path("taxonomy.json"), parents)
+    run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
+    files = data.tissue_files(made)
+    write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
+             "npz": judge.write_npz, "json": judge.write_json}
+    for path, content in zip(run.begin().paths(list(files)), files.values()):
+        write[path.rpartition(".")[2]](path, content)
     kinds = made["label_names"][:len(data.CELLS) + 1].tolist()
     rows = [np.flatnonzero(made["labels"][:, c])[:8] for c in range(len(kinds))]
-    sheet = [[Image.fromarray(pixels[i]) for i in some] for some in rows]
+    sheet = [[Image.fromarray(made["pixels"][i]) for i in some] for some in rows]
     judge.save_picture(run.path("sheet.png"), judge.contact_sheet(sheet, [""] * 8, 96, kinds))
     for name, n in zip(made["label_names"], made["labels"].sum(0)):
         print(f"{name}: in {n} pictures")
@@ -2047,7 +2037,7 @@ def cmd_tissue(flags):
         parts = ", ".join(f"{(made['split'][mine] == part).sum()} {part}"
                           for part in ("train", "val", "test"))
         print(f"{name}: {len(np.unique(made['groups'][mine]))} patients, pictures: {parts}")
-    say(f"wrote {run.join('tissue.npz')}, {len(pixels)} pictures, and sheet.png")
+    say(f"wrote {run.join('tissue.npz')}, {flags.pictures} pictures, and sheet.png")
 
 
 @command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
@@ -2255,7 +2245,7 @@ class Concepts(Coded):
         if shape[1:] != (height, width):
             raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
                              f"{height}x{width} - give masks of the pictures' size")
-        return images, true_masks(arrays)
+        return images, data.true_masks(arrays)
 
     def _see(self, name, backbone):
         """Enter a backbone; one without attention under the name of what it gets instead."""
@@ -2333,19 +2323,6 @@ def chosen_latents(text, J, alive, n_latents):
             wrong = "silent in every stream" if 0 <= j < n_latents else f"not one of {n_latents}"
             raise InputError(f"latent {j} is {wrong} - pick another")
     return chosen
-
-
-def true_masks(arrays):
-    """{(image, label): bool mask} of the objects of each label together, from `instances` and `boxes`; hidden objects have
-    no box."""
-    out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
-    for i in np.unique(boxes[:, 0].astype(int)):
-        here = boxes[boxes[:, 0] == i]
-        numbers = [n for n in np.unique(instances[i]) if n]
-        for n, box in zip(numbers, here):
-            key = int(i), int(box[1])
-            out[key] = out.get(key, False) | (instances[i] == n)
-    return out
 
 
 def methods(seen):

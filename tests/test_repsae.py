@@ -1521,7 +1521,7 @@ def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones():
     instances = np.zeros((2, 4, 4), int)
     instances[0, 0, :2], instances[0, 3, 3], instances[1, 1, 1] = 1, 3, 1                   # object 2 of the first is hidden
     boxes = np.array([[0, 5, 0, 0, .5, .25], [0, 5, .75, .75, 1, 1], [1, 7, .25, .25, .5, .5]])
-    found = repsae.true_masks({"instances": instances, "boxes": boxes})
+    found = data.true_masks({"instances": instances, "boxes": boxes})
     assert set(found) == {(0, 5), (1, 7)}
     assert (found[0, 5] == (instances[0] > 0)).all() and (found[1, 7] == (instances[1] == 1)).all()
     assert judge.centre_prior(5).argmax() == 12
