@@ -1149,17 +1149,14 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     if labels is None or not labels.shape[1]:
         return out
     known = np.ones(n, bool) if known is None else known
-    told = (np.c_[labels, ~labels.any(1)] & known[:, None]).astype(float)     # (n, C + 1)
-    on = strength.astype(bool).astype(np.float64)
-    weight = np.asarray(on.T @ told)
-    seen, used = weight[:, :-1], np.asarray(on.T @ known.astype(float)).ravel()
+    told = np.c_[labels, ~labels.any(1)] & known[:, None]                     # (n, C + 1)
+    weight, used = label_counts(strength, told, None, known)
+    seen = weight[:, :-1]
     if weighted:
-        best = references.astype(bool).astype(float)
-        weight = np.asarray(best.multiply(strength.T).tocsr() @ told)
-        weight[np.diff(best.indptr) < top] = 0
-    label = np.where(seen.any(1), seen.argmax(1), -1)
-    return {**out, "entropy": label_entropy(weight), "label": label,
-            "purity": seen.max(1) / np.maximum(used, 1)}
+        weight = np.asarray(references.astype(bool).multiply(strength.T).tocsr() @ told.astype(float))
+        weight[np.diff(references.indptr) < top] = 0
+    return {**out, "entropy": label_entropy(weight), "purity": seen.max(1) / np.maximum(used, 1),
+            "label": np.where(seen.any(1), seen.argmax(1), -1)}
 
 
 def best_first(ranks, latent):
@@ -1516,7 +1513,7 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
     `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
     many principal components of the dense features. "kept, %" is (score - chance) / (dense score -
     chance), None where the dense score is at or below chance: there is nothing to keep.
-    Returns {"dense", "chance", "all latents", "rows": [{...}], "chosen"}.
+    Returns {"rows": [{...}], "all": {"features", "latents", "chance"}, "chosen"}.
     """
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
@@ -1536,8 +1533,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
                      "principal components": score((dense - mean) @ axes[:n].T),
                      "kept, %": 100 * (best - chance) / (full - chance)
                      if full > chance + 1e-9 else None})
-    return {"dense": full, "chance": chance, "rows": rows, "chosen": chosen.tolist(),
-            "all latents": score(code[:, alive]) if small else None}
+    return {"rows": rows, "chosen": chosen.tolist(), "all": {
+        "features": full, "latents": score(code[:, alive]) if small else None, "chance": chance}}
 
 
 def chance_share(y, groups):

@@ -1550,7 +1550,6 @@ def cmd_probe(flags):
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
 
-
 class Coded:
     """A run's model with features, its own or those of --data, and the codes of their streams.
 
@@ -1561,8 +1560,9 @@ class Coded:
     def __init__(self, run, flags, streams=None):
         if not os.path.exists(os.path.join(run, "config.json")):
             raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
-        own, asked = read_config(run, ("data", "taxonomy", "seed"))["flags"], flags.keys() - flags.given
-        own = {k: own[k] for k in ("data", "taxonomy", "seed") if k in own.keys() & asked}
+        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
+        own = {k: own[k] for k in ("data", "taxonomy", "seed")
+               if k in own and k in flags and k not in flags.given}
         flags = flags.replaced({"taxonomy": None, **flags, **own})
         self.run, self.device = run, flags.device
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
@@ -1588,27 +1588,25 @@ class Coded:
         return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
 
     def pool(self, tau=0.):
-        """Of the one stream's codes, alone, `strength` and `count`, CSR (N, L), of
-        `judge.pool_tokens`; and `dense` (N, d), normalised features, the mean over tokens."""
+        """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
+        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
         if len(self.features.streams) > 1:
             raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
                              "pick one with --stream")
-        self.stream, = self.features.streams
-        pooled, dense, block = [], [], max(1, 4096 // self.T)
-        for rows in np.split(np.arange(len(self.features)), range(block, len(self.features), block)):
-            pooled.append(judge.pool_tokens(self.codes(rows)[self.stream], self.T, tau))
-            x = self.features.batch(rows)[self.stream].to(self.device).reshape(len(rows) * self.T, -1)
-            with torch.no_grad():
-                x = self.model.normalise(x, self.stream).unflatten(0, (-1, self.T)).mean(1)
-            dense.append(x.cpu().numpy())
+        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
+        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
+                                T * max(1, 4096 // T)):
+            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
+            pooled.append(judge.pool_tokens(code, T, tau))
+            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
         self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
-        self.dense = np.concatenate(dense)
+        self.stream, self.dense = s, np.concatenate(dense)
         if not np.isfinite(self.strength.data).all():
-            raise InputError(f"the codes of {self.run} are not finite - its training went wrong: "
-                             "lower --lr")
+            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
         if not self.strength.nnz:
             raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
                              "or with less sparsity")
+        self.groups = self.features.about.get("groups", np.arange(N))
         self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
         return self
 
@@ -1651,11 +1649,10 @@ class Coded:
 
     def about(self, row):
         """What the file tells of a sample, as a dict of text; no label where it is not known."""
-        features = self.features
+        features, labels = self.features, self.features.label_matrix([row])
         found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
         if features.labelled[row]:
-            on = features.label_matrix([row])[0]
-            names = [name for name, here in zip(features.label_names, on) if here]
+            names = [name for name, here in zip(features.label_names, labels[0]) if here]
             found["label"] = ", ".join(names) or "none"
         return {"sample": int(row), **found}
 
@@ -1720,7 +1717,7 @@ def tell_table(page, table, labels, n, names):
     alive = np.flatnonzero(table["frequency"])
     counts = judge.threshold_counts(table["mean"])
     page.metrics.update(latents=len(table["mean"]), alive=len(alive))
-    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on the {n} training samples")
+    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
     page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
                [["latents", *counts.values()]], key="mean at least 10^t")
     if "entropy" not in table:
@@ -1740,10 +1737,8 @@ def tell_table(page, table, labels, n, names):
 def reference(coded, row, latent):
     """A sample that shows a latent, as HTML: its picture, with the patches where it is active."""
     image = coded.features.picture(row)
-    if image is None:
-        return html.escape(", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
-    if not coded.features.grid:
-        return judge.embedded(image, 120)
+    if image is None or not coded.features.grid:
+        return judge.describe_sample(coded.features, row, 120)
     patches = judge.weighted_patches(image, coded.heat(row, [latent])[0])
     return judge.embedded(image, 240) + judge.embedded(patches, 240)
 
@@ -1752,17 +1747,15 @@ def tell_barcodes(page, coded, mean, between):
     """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
     latents differ; returns the arrays for a file. Without groups each sample is one, if it has
     tokens and there are some 20,000 at most; None where there is nothing to tell."""
-    features, y, seed = coded.features, coded.classes()[0], coded.flags.seed
-    groups, unit = features.about.get("groups"), "groups"
-    if between and (groups is None or y is None):
+    features, (y, _, _) = coded.features, coded.classes()
+    grouped = "groups" in features.about
+    if between and (y is None or not grouped):
         lacking = "groups" if y is not None else "single label a sample"
         raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
                          "`groups` and `labels`")
-    if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
+    if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
         return None
-    if groups is None:
-        groups, unit = np.arange(len(features)), "samples"
-    groups, codes, label = judge.barcodes(coded.count, groups, y)
+    groups, codes, label = judge.barcodes(coded.count, coded.groups, y)
     known, names = label >= 0, np.array(features.label_names)
     if not known.all():
         say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
@@ -1770,27 +1763,24 @@ def tell_barcodes(page, coded, mean, between):
     arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
     codes, label = codes[known], label[known]                # a_p of Eq. 4
     there, n = np.unique(label, return_counts=True)
-    arrays["diseases"] = judge.class_means(codes, label)     # a_d
-    page.metrics["barcodes"] = {"groups": len(groups)}
+    arrays["diseases"] = means = judge.class_means(codes, label)           # a_d
+    page.metrics["barcodes"] = found = {"groups": len(groups)}
     if len(there):
-        lines = dict(zip(names[there], arrays["diseases"]))
-        page.picture("Barcodes", judge.latent_chart(lines, arrays["diseases"].std(0),
-                                                    "mean count of active patches", 80))
+        page.picture("Barcodes", judge.latent_chart(
+            dict(zip(names[there], means)), means.std(0), "mean count of active patches", 80))
     if len(there) > 1 and n.min() > 1:
-        folds = data.stratified_parts(label, [1] * min(5, n.min()), seed)
-        f1 = judge.barcode_f1(codes, label, mean, folds)
-        page.metrics["barcodes"]["f1"] = f1
-        page.table(["mean activation at least", "latents", "weighted F1"],
-                   [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in f1.items()],
-                   f"Logistic regression on barcodes: {len(label)} {unit}, {len(folds)} stratified "
-                   "folds")
+        folds = data.stratified_parts(label, [1] * min(5, n.min()), coded.flags.seed)
+        found["f1"] = judge.barcode_f1(codes, label, mean, folds)
+        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in found["f1"].items()]
+        page.table(["mean activation at least", "latents", "weighted F1"], rows, "Logistic "
+                   f"regression on barcodes: {len(label)} {'groups' if grouped else 'samples'}, "
+                   f"{len(folds)} stratified folds")
     if between:
         pair = [label_number(features, name) for name in between.split(",")]
         if len(pair) != 2 or not np.isin(pair, there).all():
             raise InputError(f"--between {between} - give two labels that groups have, a,b")
         *chosen, difference = judge.differential(codes, label, *pair)
-        page.metrics["barcodes"]["differential"] = {
-            names[c]: v.tolist() for c, v in zip(pair, chosen)}
+        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
         page.table(["more active in", "latents (difference of the mean count)"], [
             [names[c], " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
             for c, v in zip(pair, chosen)])
@@ -1875,13 +1865,11 @@ def tell_interventions(page, coded, y, train, test, flags):
     w, bias = linear_head(coded, y, flags.head_file, train)
     W, b = coded.decoder()
     effect, base = W @ w, float(b @ w) + bias
-    groups = coded.features.about.get("groups")
     scores = {"original features": coded.dense[test] @ w + bias,
               "reconstructed": coded.strength[test] @ effect + base}
-    page.table(["AUC, 95 in 100 bootstrap draws", "AUC", "from", "to"], [
-        [name, *judge.bootstrap_auc(y[test], score, None if groups is None else groups[test],
-                                    seed=coded.flags.seed)] for name, score in scores.items()],
-        key="auc")
+    rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
+            for name, score in scores.items()]
+    page.table(["95 in 100 bootstrap draws", "AUC", "from", "to"], rows, key="auc")
     means = judge.class_means(coded.strength[train], y[train])
     ks = {0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect)}
     curve = judge.intervention(coded.strength[test], effect, base, y[test], means,
@@ -1965,8 +1953,7 @@ def tell_class_means(page, means, flags):
 def tell_fidelity(page, coded, y, train, test, eval_rows):
     """Tell how well codes rebuild features, what few latents tell of classes y (N,), if there are
     any, and whether codes find the neighbours that features find."""
-    groups, seed = coded.features.about.get("groups"), coded.flags.seed
-    dense, (W, b) = coded.dense.astype(np.float64), coded.decoder()
+    seed, dense, (W, b) = coded.flags.seed, coded.dense.astype(np.float64), coded.decoder()
     r2 = judge.r2_both(dense[test], coded.strength[test] @ W + b)
     page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
                list(r2.items()), "Reconstruction", key="r2")
@@ -1977,61 +1964,52 @@ def tell_fidelity(page, coded, y, train, test, eval_rows):
         kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
         page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
                    key="few")
-        page.table(["all", "balanced accuracy"], [["features", kept["dense"]], [
-            "latents", kept["all latents"]], ["chance", kept["chance"]]], key="probe")
+        page.table(["all", "balanced accuracy"], list(kept["all"].items()), key="probe")
     some = np.sort(np.random.default_rng([seed, 4]).permutation(test)[:eval_rows or None])
-    near = judge.retrieval_fidelity(dense[some], coded.strength[some], None if y is None else y[some],
-                                    None if groups is None else groups[some])
-    if near:
-        page.table(*judge.columns(near), "Neighbours, samples of the same group left out",
-                   key="neighbours")
-    else:
-        say(f"note: too few of the {len(some)} test samples for ten neighbours each")
+    near = judge.retrieval_fidelity(dense[some], coded.strength[some], y if y is None else y[some],
+                                    coded.groups[some])
+    if not near:
+        return say(f"note: {len(some)} test samples have no ten neighbours of other groups")
+    page.table(*judge.columns(near), "Neighbours of other groups", key="neighbours")
 
 
 @command("data streams seed device json overwrite sparc", "run", "other")
 def cmd_compare(flags):
     """Do two runs have latents in common? Best pairing by activation, against shuffled samples and
     a shared code."""
-    streams = (flags.streams or ",").split(",")
-    if len(streams) != 2:
-        raise InputError(f"--streams {flags.streams} - name the stream of each run, a,b")
-    both = [Coded(run, flags, stream).pool() for run, stream in zip((flags.run, flags.other), streams)]
-    n, rows, page = len(both[0].features), both[0].test, judge.Page("repsae compare")
-    codes = {"the two runs, best pairing": [one.strength[rows] for one in both]}
-    sizes = {flags.other: len(both[1].features)}
+    path, streams = flags.json and out_file(flags, "json"), (flags.streams or "").split(",") * 2
+    a, b = (Coded(run, flags, s).pool() for run, s in zip((flags.run, flags.other), streams))
+    runs, rows, page = [a, b], a.test, judge.Page("repsae compare")
     if flags.sparc:
-        if both[0].stream == both[1].stream:
-            raise InputError(f"both runs are on '{both[0].stream}' - --sparc wants two streams")
-        shared = Coded(flags.sparc, flags, ",".join(one.stream for one in both))
-        sizes[flags.sparc] = len(shared.features)
-        for mode in ("joint", "alone"):
-            codes[f"SPARC {mode}, same latent"] = [
-                judge.pool_tokens(code, shared.T)[0] for code in shared.codes(rows, mode).values()]
-    for name, size in sizes.items():
-        if size != n:
-            raise InputError(f"{flags.run} has {n} samples, {name} {size} - compare runs on the "
-                             "same samples, or name their file with --data")
-    found, shuffled = [], np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
-    for name, (a, b) in codes.items():
-        for what, other in ((name, b), (f"{name}, samples shuffled", b[shuffled])):
-            r = judge.index_correlations(a, other) if "same" in name else \
-                judge.match_latents(a, other)[2]
+        if a.stream == b.stream:
+            raise InputError(f"both runs are on '{a.stream}' - --sparc wants two streams")
+        runs.append(Coded(flags.sparc, flags, f"{a.stream},{b.stream}"))
+    for one in runs:
+        if len(one.features) != len(a.features):
+            raise InputError(f"{a.run} has {len(a.features)} samples, {one.run} has "
+                             f"{len(one.features)} - compare runs on the same, or name a --data")
+    codes = {"the two runs, best pairing": (a.strength[rows], b.strength[rows])}
+    for mode in ("joint", "alone") if flags.sparc else ():
+        codes[f"SPARC {mode}, same latent"] = [
+            judge.pool_tokens(code, runs[2].T)[0] for code in runs[2].codes(rows, mode).values()]
+    found, shuffled = [], np.random.default_rng([a.flags.seed, 12]).permutation(len(rows))
+    for name, (x, y) in codes.items():
+        for what, z in ((name, y), (f"{name}, samples shuffled", y[shuffled])):
+            r = judge.index_correlations(x, z) if "same" in name else judge.match_latents(x, z)[2]
             found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
     page.table(*judge.columns(found), key="shared")
-    if flags.json:
-        judge.write_json(out_file(flags, "json"), page.metrics["shared"])
+    if path:
+        judge.write_json(path, page.metrics["shared"])
 
 
 def read_embeddings(path, names):
-    """Vectors of latents' names by any text model: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
-    found = data.read_arrays(path)
-    keys = ("query", "latents", "vectors")
-    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys) and \
-        found["vectors"].shape == (len(found["latents"]), *found["query"].shape)
-    if not fits or not np.isin(found["latents"], list(names)).all():
-        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of the names, "
-                         "and query (e,), all of them numbers")
+    """What any text model makes of names: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
+    found, keys = data.read_arrays(path), ("query", "latents", "vectors")
+    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys)
+    if not fits or found["vectors"].shape != (len(found["latents"]), *found["query"].shape) \
+            or not np.isin(found["latents"], list(names)).all():
+        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of their "
+                         "names, and query (e,), all of them numbers")
     return {k: found[k] for k in keys}
 
 
