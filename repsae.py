@@ -1671,7 +1671,7 @@ def cmd_latents(flags):
                                flags.weighted, known)
     scatter, references = judge.latent_scatter(table), table.pop("references")
     shown = tell_table(page, table, features.label_names, len(train), names)
-    page.picture("Latents by frequency and mean activation", scatter)
+    page.picture("Latents by frequency and mean activation", "".join(scatter))
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
     best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
     page.picture("Reference samples", judge.strips({
@@ -1680,7 +1680,7 @@ def cmd_latents(flags):
     run.begin()
     if barcodes:
         judge.write_npz(run.path("barcodes.npz"), barcodes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
+    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(*scatter))
     judge.write_json(run.path("latents.json"), [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": train[judge.best_first(references, j)].tolist()}
