@@ -2065,8 +2065,7 @@ def cmd_tissue(flags):
 @command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
          "batch=128 lr=1e-3 seed=0 device overwrite out=runs/clip")
 def cmd_clip(flags):
-    """Train a small CLIP on pictures and their captions: image and text encoders into one space
-    (thesis 5.3.1)."""
+    """Train a small CLIP on pictures and their captions (thesis 5.3.1); or take in a released one."""
     if flags.weights:
         return import_clip(flags)
     images, captions, train, test = captioned(flags)
@@ -2165,9 +2164,9 @@ def load_clip(folder, device):
 @command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
          "run?")
 def cmd_explain(flags):
-    """Heat maps of what backbones look at (Grad-CAM of an output, thesis 3.2.4); given a run of
-    sparc, of its concepts in pixels and words, and what they segment (5.4.4, A.3-A.4; --most is
-    then 400)."""
+    """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
+
+    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
     images = pictures_of(flags)
@@ -2443,8 +2442,7 @@ def tell_captions(seen, page, most=4):
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
 def cmd_retrieve(flags):
-    """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint
-    and alone."""
+    """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
     coded = Coded(flags.run, flags)
     model, features, flags = coded.model, coded.features, coded.flags
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
