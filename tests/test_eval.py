@@ -683,7 +683,7 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     code = np.c_[np.eye(4)[y] * (1 + rng.random((400, 4))), rng.random((400, 60))]
     dense = code @ rng.standard_normal((64, 30))
     found = judge.kept_performance(dense, codes_of(code), y, np.arange(300), np.arange(300, 400), sizes=(1, 4))
-    assert found["chance"] == 0.25 and sorted(found["chosen"]) == [0, 1, 2, 3]
+    assert found["all"]["chance"] == 0.25 and sorted(found["chosen"]) == [0, 1, 2, 3]
     train, test = np.arange(300), np.arange(300, 400)
     axes = np.linalg.eigh(np.cov(dense[train].T))[1][:, ::-1][:, :4]
     p = judge.logistic_probe(dense[train] @ axes, y[train], dense[test] @ axes, 4)
@@ -693,7 +693,7 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     assert 64 not in judge.kept_performance(dense, tempting, y, train, test, sizes=(1, 4))["chosen"]
     four = found["rows"][1]
     assert four["best latents"] == 1 and four["random latents"] < 0.6
-    np.testing.assert_allclose(four["kept, %"], 100 * (1 - 0.25) / (found["dense"] - 0.25))
+    np.testing.assert_allclose(four["kept, %"], 100 * (1 - 0.25) / (found["all"]["features"] - 0.25))
 
 
 def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
@@ -768,11 +768,11 @@ def test_nothing_is_kept_of_a_probe_at_chance():
     y, code = np.arange(60) % 2, random_code(rng, 60)
     train, test = np.arange(40), np.arange(40, 60)
     found = judge.kept_performance(np.ones((60, 3)), code, y, train, test, sizes=(1, 5))
-    assert found["dense"] == found["chance"] == 0.5
+    assert found["all"]["features"] == found["all"]["chance"] == 0.5
     assert [row["kept, %"] for row in found["rows"]] == [None, None]
     dense = np.r_[y[:40], 1 - y[40:]][:, None] + 0.          # worse than chance
     found = judge.kept_performance(dense, code, y, train, test, sizes=(1,))
-    assert found["dense"] == 0 and found["rows"][0]["kept, %"] is None
+    assert found["all"]["features"] == 0 and found["rows"][0]["kept, %"] is None
 
 
 def test_names_fit_a_query_by_the_words_they_share():
