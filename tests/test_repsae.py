@@ -1741,7 +1741,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
     sae.save(world / "dead" / "checkpoint.pt", model, optimiser, **extra)
     for argv, message in (
             (("tissue", "--out", world / "tissue"), "holds files already"),
-            (("finetune", "--images", tissue, "--size", 32), "no label 'None' - name one with --label: lymphocyte"),
+            (("finetune", "--images", tissue, "--size", 32), "no label 'None' - use --label: lymphocyte"),
             (("clip", "--images", world / "tissue" / "bare.npz", "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", pictures, "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", tissue, "--batch", 5000, "--out", tmp_path / "c"), "--batch 5000 of the first are needed"),
