@@ -244,8 +244,8 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     n, *tokens = x[names[0]].shape[:-1]
     for s, a in x.items():
         if len(a) != n:
-            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - give equally "
-                             "many")
+            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - give as many "
+                             "in each")
         if [*a.shape[1:-1]] != tokens:
             raise InputError(f"{path}: tokens per sample differ between streams '{names[0]}' and "
                              f"'{s}' - pick streams alike with --streams")
@@ -482,7 +482,8 @@ def _numbers(labels, names):
     if whole and labels.ndim == 1:
         most = int(labels.max()) if labels.size else -1
         if most >= MOST_LABELS:
-            raise InputError(f"'labels' row {labels.argmax()} is {most} - number classes from 0")
+            row = labels.argmax()
+            raise InputError(f"'labels' row {row} is {most} - number the classes from 0")
         return labels.astype(np.int64), max(most + 1, 0)
     flags = labels.dtype == bool or whole and labels.size and 0 <= labels.min() <= labels.max() <= 1
     if labels.ndim == 2 and labels.size and flags:
@@ -1922,8 +1923,8 @@ class Bags:
         return rng.choice(rows, len(rows), replace=weighted, p=weight / weight.sum())
 
     def held_out(self, rows, n, seed):
-        """n times (bags to learn from, an n-th of `rows` to stop by), each part in its turn; a fifth
-        if n is 1."""
+        """n times (bags to learn from, an n-th of `rows` to stop by), each part in its turn; of one
+        part it is a fifth."""
         groups = None if self.groups is None else self.groups[rows]
         parts = stratified_parts(self.y[rows], [1] * (5 if n == 1 else n), seed, groups)
         return [(np.delete(rows, part), rows[part]) for part in parts[:n]]
@@ -1931,8 +1932,8 @@ class Bags:
     def rounds(self, folds, seed, least, source):
         """[(rows to learn from, rows to stop by or None, rows to report)]: `folds` parts of which
         each is reported in turn; if that is 0, the file's own folds, else its splits, else
-        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. least: into how many the rows
-        to learn from are cut where none are to stop by. source: the file, for messages."""
+        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. least: into how
+        many the rows to learn from are cut where none are to stop by. source: for messages."""
         everything = np.arange(len(self))
         if folds:
             parts = stratified_parts(self.y, [1] * folds, seed, self.groups)
@@ -1961,9 +1962,9 @@ class Bags:
 
 def read_bags(path, stream=None):
     """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags) and
-    groups (bags,); a feature file with labels and groups, each of which is a bag; or a folder with a
-    feature file for each bag, as `extract` writes them, in class folders, perhaps inside train, val
-    and test folders. stream: of feature files that have several.
+    groups (bags,); a feature file with labels and groups, each of which is a bag; or a folder with
+    a feature file for each bag, as `extract` writes them, in class folders, perhaps inside train,
+    val and test folders. stream: of feature files that have several.
     """
     if os.path.isdir(path):
         bags = _bags_of_folder(path, stream)
@@ -2050,8 +2051,8 @@ def _bags_of_file(path, arrays):
     folds = arrays.checked("folds", (None, None, n), np.bool_,
                            f"(repeats, folds, bags) bool for {n} bags, True = train")
     if offsets[0] != 0 or offsets[-1] != len(X):
-        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - begin at 0, end at the "
-                         f"number of instances, {len(X)}")
+        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - go from 0 to the number "
+                         f"of instances, {len(X)}")
     if not n or not 0 <= y.min() <= y.max() <= MOST_LABELS:
         raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
     return Bags(X, offsets.astype(np.int64), y, [], [str(i) for i in range(n)], folds,
