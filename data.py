@@ -244,8 +244,8 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     n, *tokens = x[names[0]].shape[:-1]
     for s, a in x.items():
         if len(a) != n:
-            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - give as many "
-                             "in each")
+            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - give each "
+                             "as many")
         if [*a.shape[1:-1]] != tokens:
             raise InputError(f"{path}: tokens per sample differ between streams '{names[0]}' and "
                              f"'{s}' - pick streams alike with --streams")
@@ -1660,7 +1660,11 @@ def read_slides(path):
     """A slide, or a folder of slides, class and split folders included, as Images whose `groups`
     are the slides' names. None of them is opened."""
     out = _walk(path, SLIDES, "slides") if os.path.isdir(path) else Images([path])
-    out.about["groups"] = np.array([pathlib.Path(p).stem for p in out.paths])
+    names = [pathlib.Path(p).stem for p in out.paths]
+    for name, n in Counter(names).items():
+        if n > 1:
+            raise InputError(f"two slides are called {name} - rename one, or tile them apart")
+    out.about["groups"] = np.array(names)
     return out
 
 
@@ -1738,6 +1742,8 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
     as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections; ours is about a tile of
     224. window: see `as_rgb`.
     """
+    if side < 1 or step is not None and step < 1:
+        raise InputError(f"tiles of {side} pixels every {step} - give a larger --size")
     slide = _slide(path, window)
     image, scale = slide.overview(overview)
     area = 512 ** 2 / scale ** 2
@@ -2051,8 +2057,8 @@ def _bags_of_file(path, arrays):
     folds = arrays.checked("folds", (None, None, n), np.bool_,
                            f"(repeats, folds, bags) bool for {n} bags, True = train")
     if offsets[0] != 0 or offsets[-1] != len(X):
-        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - go from 0 to the number "
-                         f"of instances, {len(X)}")
+        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(X)}, the "
+                         "number of instances")
     if not n or not 0 <= y.min() <= y.max() <= MOST_LABELS:
         raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
     return Bags(X, offsets.astype(np.int64), y, [], [str(i) for i in range(n)], folds,
