@@ -1159,7 +1159,21 @@ class Images(Samples):
         return self.boxes is not None or self.objects is not None or "boxes" in self.about
 
     def rows(self, *splits):
-        return np.flatnonzero(np.isin(self.split, splits)) if splits else np.arange(len(self))
+        """All, or those of the splits where there is one."""
+        everything = np.arange(len(self))
+        if self.split is None or not splits:
+            return everything
+        return everything[np.isin(self.split, splits)]
+
+    def arrays(self, out):
+        """What is known about the pictures, as the feature file `out` has it."""
+        found = {"images": relative(self.paths, out) if self.pixels is None else self.pixels,
+                 "coords": self.boxes, "mask": self.mask, "split": self.split, **self.about}
+        if self.labels is not None:
+            found.update(labels=self.labels, label_names=np.array(self.label_names))
+        if self.objects is not None:
+            found.update(object_arrays(self.objects))
+        return {key: a for key, a in found.items() if a is not None}
 
     def knn_rows(self, seed, most):
         """Pictures that vote and pictures that are judged, some, if many: train against the other

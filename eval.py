@@ -1080,6 +1080,19 @@ def linear_score(x, y):
     return W[:, 1] - W[:, 0], float(b[1] - b[0])
 
 
+def pixel_probe(pixels, y, parts, n_classes):
+    """`scores` of logistic regression on pixels (N, 3, S, S) uint8, at 32 x 32 at most, its strength
+    chosen on the validation part. parts: rows to learn from, choose by and test on."""
+    side, (train, val, test) = min(32, pixels.shape[-1]), parts
+    small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
+             for part in torch.from_numpy(pixels).split(256)]
+    x, held = torch.cat(small).flatten(1).numpy() / 255, np.concatenate([val, test])
+    tried = [logistic_probe(x[train], y[train], x[held], n_classes, strength)
+             for strength in 10. ** np.arange(-6, 1)]
+    best = max(tried, key=lambda p: scores(y[val], p[:len(val)])["AUC"] or 0.)
+    return scores(y[test], best[len(val):])
+
+
 def sgd_probe(train, labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3, seed=0):
     """DINO's linear evaluation on fixed features (thesis 3.2.3): probabilities (n, C) of `test`.
 
@@ -1102,6 +1115,31 @@ def sgd_probe(train, labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3,
         schedule.step()
     with torch.no_grad():
         return torch.softmax(layer(torch.as_tensor(test, dtype=torch.float32)), 1).numpy()
+
+
+def label_tasks(labels, *parts):
+    """What features are judged by, a list of (N,) int: the labels (N,) as they are; of labels
+    (N, C) that hold at once each that every part (rows) both has and lacks."""
+    if labels.ndim == 1:
+        return [labels]
+    return [y for y in labels.T.astype(int)
+            if all(0 < y[rows].sum() < len(rows) for rows in parts)]
+
+
+def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10, 20, 100, 200)):
+    """How well features tell labels apart: {"linear", "20-NN", ...: `scores`, means over tasks}.
+
+    tasks: from `label_tasks`; rows: those of x_train and of x_test; linear: a probe, called with
+    (features to learn from, their labels, features to test on, n_classes), or None.
+    """
+    each = []
+    for y in tasks:
+        given = x_train, y[rows[0]], x_test
+        ways = {"linear": linear(*given, n_classes)} if linear else {}
+        ways.update({f"{k}-NN": p for k, p in knn(*given, ks, n_classes=n_classes).items()})
+        each.append({way: scores(y[rows[1]], p) for way, p in ways.items()})
+    return {way: {key: _mean([one[way][key] for one in each if one[way][key] is not None])
+                  for key in each[0][way]} for way in each[0]}
 
 
 # -- What a latent is (CytoSAE section 2) ----------------------------------------------------------
@@ -1149,17 +1187,14 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     if labels is None or not labels.shape[1]:
         return out
     known = np.ones(n, bool) if known is None else known
-    told = (np.c_[labels, ~labels.any(1)] & known[:, None]).astype(float)     # (n, C + 1)
-    on = strength.astype(bool).astype(np.float64)
-    weight = np.asarray(on.T @ told)
-    seen, used = weight[:, :-1], np.asarray(on.T @ known.astype(float)).ravel()
+    told = np.c_[labels, ~labels.any(1)] & known[:, None]                     # (n, C + 1)
+    weight, used = label_counts(strength, told, None, known)
+    seen = weight[:, :-1]
     if weighted:
-        best = references.astype(bool).astype(float)
-        weight = np.asarray(best.multiply(strength.T).tocsr() @ told)
-        weight[np.diff(best.indptr) < top] = 0
-    label = np.where(seen.any(1), seen.argmax(1), -1)
-    return {**out, "entropy": label_entropy(weight), "label": label,
-            "purity": seen.max(1) / np.maximum(used, 1)}
+        weight = np.asarray(references.astype(bool).multiply(strength.T).tocsr() @ told.astype(float))
+        weight[np.diff(references.indptr) < top] = 0
+    return {**out, "entropy": label_entropy(weight), "purity": seen.max(1) / np.maximum(used, 1),
+            "label": np.where(seen.any(1), seen.argmax(1), -1)}
 
 
 def best_first(ranks, latent):
@@ -1516,7 +1551,7 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
     `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
     many principal components of the dense features. "kept, %" is (score - chance) / (dense score -
     chance), None where the dense score is at or below chance: there is nothing to keep.
-    Returns {"dense", "chance", "all latents", "rows": [{...}], "chosen"}.
+    Returns {"rows": [{...}], "all": {"features", "latents", "chance"}, "chosen"}.
     """
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
@@ -1536,8 +1571,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
                      "principal components": score((dense - mean) @ axes[:n].T),
                      "kept, %": 100 * (best - chance) / (full - chance)
                      if full > chance + 1e-9 else None})
-    return {"dense": full, "chance": chance, "rows": rows, "chosen": chosen.tolist(),
-            "all latents": score(code[:, alive]) if small else None}
+    return {"rows": rows, "chosen": chosen.tolist(), "all": {
+        "features": full, "latents": score(code[:, alive]) if small else None, "chance": chance}}
 
 
 def chance_share(y, groups):
@@ -1971,6 +2006,32 @@ def beaten(pairs, level=0.05):
             order = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
             wins.setdefault(order[0], []).append(order[1])
     return wins
+
+
+def tell_models(page, found, tested):
+    """The table of thesis 3.3.3, and who beats whom. found: model -> list of `scores`, one a run;
+    tested: the models among them that are compared in pairs."""
+    names, n = ["AUC", "accuracy", "balanced accuracy", "F1"], len(found[tested[0]])
+    rows = [[model, *(mean_std([run[name] for run in runs]) for name in names)]
+            for model, runs in found.items()]
+    page.table(["model", *names], rows, f"{n} runs, mean ± standard deviation")
+    page.metrics.update(scores=found, pairs={}, beats={})
+    for name in names[:2] if n > 1 else ():
+        pairs = compare({model: [run[name] for run in found[model]] for model in tested})
+        wins = beaten(pairs)
+        page.metrics["pairs"][name] = pairs
+        page.metrics["beats"][name] = {a: {b: int(b in wins.get(a, ())) for b in tested if b != a}
+                                       for a in tested}
+        rows = [[f"{p['a']} - {p['b']}", p["difference"], p["t_p"], p.get("holm_p"),
+                 p["wilcoxon_p"], p["d"]] for p in pairs]
+        page.table(["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)",
+                    "effect size d"], rows, f"{name}: pairs of models")
+        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()]
+        page.text(f"{name}, paired t-test at p < 0.05, {len(pairs)} pairs: "
+                  f"{'; '.join(lines) or 'no model beats another'}.")
+    page.text(f"{n} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** n:.4f}, and "
+              "the runs' test parts overlap, so that the t-test takes them for more independent "
+              "than they are." if n > 1 else "One run allows no test of which model is better.")
 
 
 # -- Pictures with heat over them -----------------------------------------------------------------

@@ -88,20 +88,18 @@ PART = real(0., 1.)
 # ------------------------------------------------------------------------------------------------
 
 WHAT = {
-    "data": (None, str, "features: an .npz or a folder of .npy; by default a run's own data, or "
-             "made-up streams with a known truth. mil: bags"),
+    "data": (None, str, "features, an .npz or a folder of .npy (mil: bags); else a run's own, or "
+             "made-up streams"),
     "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
     "stream": (None, str, "the one stream to use, where there are several"),
-    "taxonomy": (None, str, 'JSON of the labels\' parents, {"child": "parent", "root": null} or '
-                 'nested as in Open Images'),
-    "images": (None, str, "pictures: a folder (of class, or of train, val and test folders), an "
-               ".npz of MedMNIST's kind, or tissue.npz. tile: a slide or a folder of them"),
-    "weights": (None, str, "models a,b,...: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random or an arch alone; name=lsa:N reads captions by "
-                "runs of N words. clip: a file of released weights"),
+    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or nested as in Open Images'),
+    "images": (None, str, "pictures: a folder (of class, or of train, val, test folders), an .npz "
+               "of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
+    "weights": (None, str, "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
+                "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
+                "runs of N words; clip: a file of released weights"),
     "label": (None, str, "the label in question, by name or number"),
-    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400); else "
-               "what a picture of more than 8 bits states or fills"),
+    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400)"),
     "mode": ("alone", ("alone", "joint"), "each stream chooses its latents, or all together"),
     "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
     "other": (None, str, "features of the same samples by another backbone, to set beside"),
@@ -112,8 +110,8 @@ WHAT = {
     "query": (None, str, "words to search by"),
     "names": (None, str, 'JSON of names of latents, {"17": "round nucleus"}'),
     "prompts": (None, str, "file to write: samples of every latent, and a prompt for naming it"),
-    "embeddings": (None, str, ".npz with latents (n,), vectors (n, e), query (e,) of a text model"),
-    "head-file": (None, str, ".npz with weight (d,) and bias () of a head; else one is fitted"),
+    "embeddings": (None, str, ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
+    "head-file": (None, str, ".npz of a linear head, weight (d,), bias (); else one is fitted"),
     "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
     "from": (None, str, "its stream; the first by default"),
     "to": (None, str, "the stream to search; the last by default"),
@@ -133,37 +131,32 @@ WHAT = {
     "quick": (False, bool, "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
-    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings for a million "
-               "samples (5.3.2, A.1.2); sae: of thesis 4.1, Mammo-SAE or CytoSAE. What you type "
-               "goes first"),
-    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the sparse code; auto: by the "
-                "number of training rows, see `sae.settings_for`"),
+    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
+               "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
+    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
     "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
-             "streams together, each for itself, both ways with the losses added (ours), or one "
-             "stream drawn anew each step (Universal SAE)"),
+             "streams together, each for itself, both with the losses added (ours), or one stream "
+             "drawn each step (Universal SAE)"),
     "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "over streams, as Eq. 14, or mean as the authors' code: "
+    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or the authors' code, where "
              "lam_paper = lam_code / (M - 1)"),
-    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "of the features: length 1 "
-             "per sample, mean 0 and deviation 1 per dimension, or both in that order (auto)"),
-    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing after which a "
-                   "latent is dead; auto: 1000, or a quarter of all steps if that is less"),
-    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "relu with an L1 "
-                   "penalty, k a sample, k a sample on average, learned thresholds with an L0 "
-                   "penalty; all: every kind, in one table"),
+    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "length 1 per sample, mean "
+             "0 and deviation 1 per dimension, or both in that order (auto)"),
+    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
+                   "dead; auto: 1000, or a quarter of all"),
+    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "k a sample, an L1 "
+                   "penalty, k on average, thresholds with an L0 penalty, or a table of all"),
     "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
-    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2 (topk, batchtopk), summed "
-              "over d as the papers write, or its mean over d: lambda_paper = d * lambda_code"),
-    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents: auxk "
-               "for topk and batchtopk, resample for relu and jumprelu"),
+    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
+              "write, or its mean: lambda_paper = d * lambda_code"),
+    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents"),
     "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias"),
-    "null": ("auto", bool, "train once more with rows of all streams but the first shuffled; auto: "
-             "where that takes under about a minute"),
+    "null": ("auto", bool, "once more with rows of all streams but the first shuffled; auto: where "
+             "that takes under about a minute"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
     "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (224, whole(0, 8192), "side of the pictures, or of DINO's two global crops, in pixels; "
-             "0 for the one trained at"),
+    "size": (224, whole(0, 8192), "side of pictures or DINO's global crops, pixels; 0: its own"),
     "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
     "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
     "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
@@ -173,15 +166,14 @@ MODEL = {
     "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
     "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
     "frozen": (False, bool, "train the head alone"),
-    "standardise": (False, bool, "random weights start in the pictures' own units instead of "
-                    "ImageNet's (ours); for pale pictures"),
+    "standardise": (False, bool, "random weights start in the pictures' own units (ours)"),
     "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
     "tokens": (False, bool, "patch tokens (N, T, d), in half precision, not the class token"),
     "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out"),
     "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; barcodes: 0.2)"),
     "weighted": (False, bool, "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by its mean activation "
-             "(Mammo-SAE), by the difference to the rest, or inside its boxes (both ours)"),
+    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by mean activation "
+             "(Mammo-SAE), by the difference to the rest or inside its boxes (ours)"),
     "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
     "solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
     "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
@@ -190,31 +182,29 @@ MODEL = {
     "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
 TRAINING = {
-    "epochs": ("auto", whole(1, auto=True), "passes over the training split (auto: 50, or what "
-               "makes 1,000 steps); the most where training stops early"),
+    "epochs": ("auto", whole(1, auto=True), "passes at most; auto: 50, or what makes 1,000 steps"),
     "batch": ("auto", whole(1, auto=True), "samples a step; auto: a tenth of the rows, up to 256"),
-    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate; auto: 2e-4 sqrt(2^14 / L). "
-           "dino: at batch 256"),
-    "warmup": (0, whole(), "over which the learning rate rises: steps; dino: epochs"),
+    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate (auto: 2e-4 sqrt(2^14 / L)); dino: "
+           "at batch 256"),
+    "warmup": (0, whole(), "steps over which the learning rate rises; dino: epochs"),
     "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
-    "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or blocks of a "
-                "batch's size; auto: blocks for memory-mapped folders"),
-    "patience": (20, whole(1), "epochs without a better validation loss before training stops"),
+    "shuffle": ("auto", ("auto", "blocks", "samples"), "single samples, or blocks of a batch's "
+                "size (auto: for memory-mapped folders)"),
+    "patience": (20, whole(1), "epochs without a better validation loss that end training"),
     "min-epochs": (50, whole(), "epochs that are trained in any case"),
     "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
     "local-size": (96, SIDE, "side of DINO's local crops"),
     "local-crops": (8, whole(0, 100), "their number"),
     "local-scale": ("0.05,0.4", str, "share of the area that they cover, from,to"),
     "global-scale": ("0.4,1", str, "the same of global crops"),
-    "blur": (2., real(0., 100.), "largest radius of the blur in pixels; less for small pictures"),
+    "blur": (2., real(0., 100.), "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
-    "folds": (0, whole(0, 1000), "parts of all bags that are reported in turn; 0: the file's folds "
-              "or splits, or 70 / 15 / 15"),
-    "inner": (1, whole(1, 1000), "models of a training part without a validation part: 1 is "
-              "stopped by a fifth of it; n vote, each stopped by an n-th"),
-    "refit": (False, bool, "the held-out bags only choose from --grid; then all bags train"),
+    "folds": (0, whole(0, 1000), "parts of all bags, reported in turn; 0: the file's, or 70/15/15"),
+    "inner": (1, whole(1, 1000), "models of a training part without validation bags: 1 is stopped "
+              "by a fifth of it; n vote, each stopped by an n-th"),
+    "refit": (False, bool, "held-out bags only choose from --grid; then all bags train"),
     "grid": (None, str, 'values to choose from on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
     "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
 }
@@ -224,13 +214,12 @@ RUN = {
     "svg": (None, str, "file for the picture that `bench backbones` draws"),
     "device": ("cpu", str, "torch device"),
     "workers": (2, whole(0, 256), "processes that make crops"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged at the end, of the test (else val) "
-                  "split; 0 for all. R@k depends on it"),
+    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of the test (else val) split; 0: all"),
     "log-every": (20, whole(1), "steps between rows of log.csv"),
     "save-every": (60., real(), "seconds between checkpoints"),
     "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
     "resume": (False, bool, "go on where the run there stopped, or start it"),
-    "set": (None, str, 'settings that a reproduction needs, "name=value name=value": see below'),
+    "set": (None, str, 'settings of a reproduction, "name=value name=value": see below'),
 }
 # Constants of the papers, which --set alone reaches.
 SETTINGS = {
@@ -819,13 +808,6 @@ def mean_of(values, key=None):
     return sum(values) / len(values) if values else None
 
 
-def tasks_of(labels, *parts):
-    """Labels (N,) as they are; of labels that hold at once each that every part (rows) has and lacks: list of (N,) int."""
-    if labels.ndim == 1:
-        return [labels]
-    return [y for y in labels.T.astype(int) if all(0 < y[rows].sum() < len(rows) for rows in parts)]
-
-
 def codes_and_fit(model, features, rows, mode, device):
     """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass;
     "same_choice": the share of (sample, stream) whose latents are those of the sample's first stream."""
@@ -1190,17 +1172,34 @@ def print_summary(metrics):
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
          "colour pathology standardise prototypes head-hidden bottleneck norm-last teacher-temp "
          "teacher-temp-start teacher-warmup epochs=100 batch=512 lr=5e-4 warmup=10 min-lr "
-         "weight-decay=0.04 weight-decay-end decay-ssm momentum clip freeze-last drop-path knn-every "
-         "workers seed=0 device log-every save-every overwrite resume out=runs/dino")
+         "weight-decay=0.04 weight-decay-end decay-ssm momentum clip freeze-last drop-path "
+         "knn-every workers seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
-    """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only watch over it (k-NN)."""
+    """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only
+    watch over it (k-NN)."""
     run = Run(flags)
     flags, images = run.flags, pictures_of(run.flags)
-    rows = images.rows("train") if images.split is not None else images.rows()
+    rows = images.rows("train")
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
     run.trained_on(images.hash, flags.images)
-    train_dino(run, images, rows)
+    torch.set_flush_denormal(True)                           # far tokens' gradients get that small
+    torch.manual_seed(flags.seed)
+    nets = ssm.dino_nets(flags.arch, flags.size, flags.patch, flags.prototypes, flags.head_hidden,
+                         flags.bottleneck, flags.norm_last, flags.drop_path, flags.decay_ssm,
+                         flags.device)
+    if flags.standardise:
+        for net in nets[:2]:
+            ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
+    with torch.no_grad():                                    # sizes that do not fit fail here
+        nets[1]([torch.zeros(1, 3, side, side, device=flags.device)
+                 for side in (flags.size, flags.local_size)])
+    areas = [two_numbers(flags, name, 0, 1) for name in ("global_scale", "local_scale")]
+    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
+                       flags.colour, flags.pathology)
+    run.begin(flags, data_hash=images.hash, pictures=len(images))
+    watch = Watch(images, nets[1].backbone, flags)
+    tell_dino(run, train_dino(run, nets, images, crops, watch), watch)
 
 
 def pictures_of(flags):
@@ -1213,16 +1212,22 @@ def pictures_of(flags):
 
 
 def grey_window(flags):
-    """--window "0,4095" -> (0.0, 4095.0), or None; raises InputError when it is no range."""
-    if flags.window is None:
+    """The two grey values of --window, or None."""
+    return two_numbers(flags, "window", -sys.float_info.max, sys.float_info.max, "0,4095")
+
+
+def two_numbers(flags, name, least, most, example="0.4,1"):
+    """"0.4,1" -> (0.4, 1.0), in order, above `least`, at most `most`; None if not given."""
+    if flags[name] is None:
         return None
     try:
-        low, high = map(float, flags.window.split(","))
-        if -math.inf < low < high < math.inf:
+        low, high = map(float, flags[name].split(","))
+        if least < low <= high <= most and (low < high or name != "window"):
             return low, high
     except ValueError:
         pass
-    raise InputError(f"--window {flags.window} - give two grey values in order, for example 0,4095")
+    raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two numbers in order, for "
+                     f"example {example}")
 
 
 def needed(flags, name):
@@ -1232,316 +1237,278 @@ def needed(flags, name):
     return flags[name]
 
 
-def number_pair(flags, name):
-    """"0.4,1" -> (0.4, 1.0), shares of an image's area; raises InputError when it is not two of them in order."""
-    try:
-        low, high = map(float, flags[name].split(","))
-        if 0 < low <= high <= 1:
-            return low, high
-    except ValueError:
-        pass
-    raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two shares of the area, for example 0.4,1")
-
-
-def train_dino(run, images, rows):
-    """Train, or go on training, the backbone of `flags` on the images `rows`, and report. Stops when it has collapsed."""
-    flags = run.flags
-    torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
-    torch.manual_seed(flags.seed)
-    student, teacher, optimiser = ssm.dino_nets(
-        flags.arch, flags.size, flags.patch, flags.prototypes, flags.head_hidden, flags.bottleneck, flags.norm_last,
-        flags.drop_path, flags.decay_ssm, flags.device)
-    center = torch.zeros(flags.prototypes, device=flags.device)
-    if flags.standardise:
-        for net in (student, teacher):
-            ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
-    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, number_pair(flags, "global_scale"),
-                       number_pair(flags, "local_scale"), flags.blur, flags.colour, flags.pathology)
-    batches = data.Batches(rows, flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, step, most, checkpoint = batches.epoch, 0, 0., run.join("checkpoint.pt")
-    n_steps = flags.epochs * epoch
-    with torch.no_grad():                                    # sizes that do not fit fail here, before anything is written
-        teacher([torch.zeros(1, 3, side, side, device=flags.device) for side in (flags.size, flags.local_size)])
-    run.begin(flags, data_hash=images.hash, pictures=len(images))
-    run.path("checkpoint.pt")
+def train_dino(run, nets, images, crops, watch):
+    """Train the `nets`, or go on training them; returns the Log. Stops when they have collapsed."""
+    flags, checkpoint, step = run.flags, run.path("checkpoint.pt"), 0
     if run.saved and os.path.exists(checkpoint):
-        with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite", flags.device) as kept:
-            for thing, name in ((student, "student"), (teacher, "teacher"), (optimiser, "optimiser")):
-                thing.load_state_dict(kept[name])
-            center, step, most = kept["center"].float().reshape(center.shape), int(kept["step"]), float(kept["most"])
-            if step < 0 or any(v.shape != weights.shape for weights, moments in optimiser.state.items()
-                               for key, v in moments.items() if key != "step"):
-                raise ValueError("moments of other weights")
-    log = Log(run.path("log.csv"), step, *[("loss", "entropy", "information", "knn")] * 2)
-    watch = Watch(images, teacher.backbone, flags)
-    if not step and len(watch.test):
-        log.add({"step": 0, "epoch": 0, "loss": "", "entropy": "", "information": "", "knn": watch.knn()})
-        say(f"before training: k-NN {float(log.rows[0]['knn']):.3f} ({watch.measure}), raw pixels {watch.knn(raw=True):.3f}")
-
-    def save():
-        judge.write_torch(checkpoint, {"student": student.state_dict(), "teacher": teacher.state_dict(), "most": most,
-                                       "optimiser": optimiser.state_dict(), "center": center, "step": step})
-    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
+        with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
+                      flags.device) as kept:
+            step = ssm.restore_dino(nets, kept)
+    batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
+    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch
+    columns = ("loss", "entropy", "information", "knn")
+    log = Log(run.path("log.csv"), step, columns, gaps=columns)
+    if not step and watch.tasks:
+        log.add({"step": 0, "epoch": 0, **dict.fromkeys(columns, ""), "knn": watch.knn()})
+        say(f"before training: k-NN {float(log.rows[0]['knn']):.3f} ({watch.measure}), raw pixels "
+            f"{watch.knn(raw=True):.3f}")
 
     def on_step(t, told):
-        nonlocal step, most
-        step, most, ended = t, max(most, told["information"]), t % epoch == 0
-        judged = ended and (t // epoch % flags.knn_every == 0 or t == n_steps)
-        knn = watch.knn() if judged else None
-        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": "" if knn is None else knn},
-             lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
-                     f"{'' if knn is None else f'  k-NN {knn:.3f}'}", ended)
-        if ended and most < COLLAPSED:
-            raise InputError(collapse_message(told["entropy"], flags, t // epoch))
-        most = 0. if ended else most
-    schedule = {k: flags[k] for k in ("epochs", "min_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
-                                      "teacher_temp", "teacher_temp_start", "teacher_warmup", "clip", "freeze_last")}
-    with Keeper(flags, n_steps, step, log, save) as keep:
-        ssm.fit_dino((student, teacher, center, optimiser), lambda t: next(views), n_steps, lambda t: ssm.dino_schedule(
-            t, epoch, lr=flags.lr * flags.batch / 256, **schedule), on_step, step, flags.seed)
-    finish_dino(run, log, watch)
+        nonlocal step
+        step, ended, knn = t, t % epoch == 0, ""
+        if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
+            knn = watch.knn()
+        words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
+        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
+             lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
+        if ended:
+            refuse_collapse([r for r in log.rows if int(r["step"]) > t - epoch], flags.prototypes)
+    names = ("epochs", "min_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
+             "teacher_temp", "teacher_temp_start", "teacher_warmup", "clip", "freeze_last")
+    schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
+                                 **{name: flags[name] for name in names})
+    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
+    with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
+            checkpoint, ssm.dino_state(nets, step))) as keep:
+        ssm.fit_dino(nets, lambda t: next(views), n_steps, schedule, on_step, step, flags.seed)
+    return log
 
 
-COLLAPSED = 1e-3    # nats that the teacher's outputs tell of their images, at most, all through an epoch
-
-
-def collapse_message(entropy, flags, epoch):
-    """Which of the two collapses it was, by the entropy of the teacher's output, and what may help."""
-    kind = "uniform" if entropy > 0.9 * math.log(flags.prototypes) else "constant"
-    return (f"collapse: the teacher's output was {kind} for every picture all through epoch {epoch} (entropy {entropy:.3f} of "
-            f"ln K = {math.log(flags.prototypes):.3f}) - lower --lr or --teacher-temp, or raise --batch or --warmup")
+def refuse_collapse(rows, K, least=1e-3):
+    """Raise InputError if nowhere in an epoch, `rows` of log.csv, the teacher's output tells
+    `least` nats of its picture; by its entropy the collapse was to one output or to all."""
+    if max(float(row["information"]) for row in rows) < least:
+        entropy, epoch = float(rows[-1]["entropy"]), round(float(rows[-1]["epoch"]))
+        kind = "uniform" if entropy > 0.9 * math.log(K) else "constant"
+        raise InputError(f"collapse: the teacher's output was {kind} for every picture all through "
+                         f"epoch {epoch} (entropy {entropy:.3f} of ln K = {math.log(K):.3f}) - "
+                         "lower --lr or the teacher's temperature, or raise --batch or --warmup")
 
 
 class Watch:
-    """Looks at a backbone from outside: its features of the pictures, and their k-NN accuracy where there are labels."""
+    """Looks at a backbone from outside: the features of pictures, and how well the nearest
+    neighbours among them know the labels (`tasks`, empty if there are none)."""
 
     def __init__(self, images, backbone, flags, most=4000):
-        self.images, self.backbone, self.flags = images, backbone, flags
-        self.train, self.test = np.arange(0), np.arange(0)
-        labels = images.labels
-        if labels is not None:
-            self.train, self.test = (rows[images.labelled[rows]]
-                                     for rows in images.knn_rows(flags.seed, most))
-            self.tasks = tasks_of(labels, self.train, self.test)
-            self.measure = "balanced accuracy" if labels.ndim == 1 else "mean AUC of the labels"
-            if not self.tasks or not len(self.train):
-                self.test = np.arange(0)
+        self.images, self.backbone, self.flags, self.tasks = images, backbone, flags, []
+        self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
+        if all(map(len, self.rows)):
+            self.tasks = judge.label_tasks(images.labels, *self.rows)
+            self.several = images.labels.ndim == 2           # labels that hold at once
+            self.measure = "mean AUC of the labels" if self.several else "balanced accuracy"
 
     def features(self, rows, raw=False):
         backbone = None if raw else self.backbone
-        return torch.cat(list(image_features(self.images, rows, backbone, self.flags.size, self.flags.device)))
+        return image_features(self.images, rows, backbone, self.flags.size, self.flags.device)
 
     def knn(self, raw=False):
-        """Of the 20 nearest neighbours the balanced accuracy, or, where several labels hold at once, their mean AUC; None
-        without labels."""
-        if not len(self.test):
-            return None
-        train, test = (self.features(rows, raw) for rows in (self.train, self.test))
-        one = self.images.labels.ndim == 1
-        C = len(self.images.label_names) if one else 2
-        return mean_of([judge.scores(y[self.test], judge.knn(train, y[self.train], test, (20,), n_classes=C)[20])
-                        for y in self.tasks], "balanced accuracy" if one else "AUC")
+        """`measure` of the 20 nearest neighbours, by features or by raw pixels."""
+        x = [self.features(rows, raw) for rows in self.rows]
+        C = 2 if self.several else len(self.images.label_names)
+        found = judge.judged_features(*x, self.tasks, self.rows, C, ks=(20,))["20-NN"]
+        return found["AUC" if self.several else "balanced accuracy"]
+
+    def neighbours(self):
+        """Twelve held-out pictures, each class as often, each before its seven nearest in training:
+        a list of rows of pictures."""
+        train, test = self.rows
+        labels = np.zeros(len(test)) if self.several else self.images.labels[test]
+        kinds = np.unique(labels)
+        asked = np.concatenate([test[labels == c][:max(1, 12 // len(kinds))] for c in kinds])
+        near, _ = judge.nearest(self.features(asked), self.features(train), 7)
+        return [[self.images.open(i) for i in (row, *train[found])]
+                for row, found in zip(asked, near)]
 
 
 def image_features(images, rows, backbone, size, device, block=256, whole=False, **how):
-    """Yield features (b, d) of pictures block by block; without a backbone the pixels themselves. how: see `features`."""
-    view, images.side = data.plain_view(size, whole or images.whole), max(size, images.side)
+    """Features (n, d) of pictures, tokens (n, T, d) in half precision; without a backbone the
+    pixels themselves. how: see `features` of the backbone."""
+    view, found = data.plain_view(size, whole or images.whole), []
+    images.side = max(size, images.side)
     for start in range(0, len(rows), block):
         x = torch.stack([view(images.open(i)) for i in rows[start:start + block]]).to(device)
         with torch.no_grad():
             out = x.flatten(1) if backbone is None else backbone.features(x, **how)
-            yield out[0].cpu() if isinstance(out, tuple) else out.cpu()
+        found.append((out[0].half() if isinstance(out, tuple) else out).cpu().numpy())
+    return np.concatenate(found)
 
 
-def finish_dino(run, log, watch):
-    """metrics.json and report.html, with curves.svg and neighbours.png: what some pictures' nearest neighbours look like."""
-    number = {k: [(float(r["step"]), float(r[k])) for r in log.rows if r[k]]
+def tell_dino(run, log, watch):
+    """metrics.json and report.html, with curves.svg and neighbours.png."""
+    page, found = judge.Page(f"repsae dino: {run.flags.arch}"), {}
+    curves = {k: [(int(row["step"]), float(row[k])) for row in log.rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
-    found = {k: v[-1][1] for k, v in number.items() if v}
-    charts = [judge.svg_lines({"loss": number["loss"]}, "step", "loss"),
-              judge.svg_lines({k: number[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
-    sections = [("Training", "".join(charts))]
-    if number["knn"]:
+    charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
+        {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
+    found = {k: line[-1][1] for k, line in curves.items() if line}
+    page.picture("Training", "".join(charts))
+    if watch.tasks:
         pixels = watch.knn(raw=True)
-        found.update(knn_pixels=pixels, knn_random=number["knn"][0][1])
-        line = [(x, pixels) for x, _ in number["knn"]]
-        chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", f"20-NN, {watch.measure}", zero=False)
-        rows, labels = [], watch.images.labels[watch.test]
-        labels = labels if labels.ndim == 1 else np.zeros(len(labels))                      # several at once: as they come
-        for c in np.unique(labels):                          # the same number of each class
-            rows.extend(watch.test[labels == c][:max(1, 12 // len(np.unique(labels)))])
-        near, _ = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
-        charts.append(chart)
-        pictures = [[watch.images.open(i) for i in (query, *watch.train[index])] for query, index in zip(rows, near)]
-        judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(
-            pictures, ["picture", *(f"neighbour {i + 1}" for i in range(len(pictures[0]) - 1))], 96))
-        sections += [("k-NN on held-out pictures", chart), ("Nearest neighbours in the training pictures", "".join(
-            judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))]
-    judge.write_json(run.path("metrics.json"), found)
+        found.update(knn_pixels=pixels, knn_random=curves["knn"][0][1])
+        lines = {"teacher": curves["knn"], "raw pixels": [(x, pixels) for x, _ in curves["knn"]]}
+        charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
+        page.picture("k-NN on held-out pictures", charts[-1])
+        pictures = watch.neighbours()
+        titles = ["picture", *(f"neighbour {i}" for i in range(1, len(pictures[0])))]
+        sheet = judge.contact_sheet(pictures, titles, 96)
+        judge.save_picture(run.path("neighbours.png"), sheet)
+        page.picture("Nearest neighbours in the training pictures", "".join(
+            judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))
     judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
-    judge.write_report(run.path("report.html"), f"repsae dino: {run.flags.arch}", sections)
-    print("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
 
 
 @command("images! weights! window size=0 standardise last tokens whole seed=0 device overwrite "
          "out=feats.npz")
 def cmd_extract(flags):
-    """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe` read."""
-    images, size = pictures_of(flags), flags.size
-    out_file(flags)
-    specs, streams = flags.weights.split(","), {}
-    known = images.rows("train") if images.split is not None else images.rows()
+    """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe`
+    read."""
+    images, out, streams = pictures_of(flags), out_file(flags), {}
+    captions, known = images.about.get("captions"), images.rows("train")
+    specs = flags.weights.split(",")
     for spec in [spec for spec in specs if "=lsa:" in spec]:
         name, longest = spec.split("=lsa:")
-        if "captions" not in images.about or flags.tokens or longest not in ("1", "2", "3"):
-            raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
-        streams[name] = data.latent_semantics(images.about["captions"], known, int(longest))
-        say(f"{name}: {streams[name].shape}")
+        if captions is None or flags.tokens or longest not in ("1", "2", "3"):
+            raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and "
+                             "have no tokens")
+        streams[name] = data.latent_semantics(captions, known, int(longest))
         specs.remove(spec)
-    loaded = [load_backbone(spec, flags) for spec in specs]
-    for spec, (_, model, _) in zip(specs, loaded):
-        if flags.standardise and (spec.endswith(":random") or "=" not in spec):
+    for name, model, side in [load_backbone(spec, flags) for spec in specs]:
+        if flags.standardise and model.random:
             ssm.standardise_pixels(model, *data.pixel_statistics(images, known), data.IMAGENET)
-    for name, model, trained in loaded:
-        if hasattr(model, "clip"):                           # one run, two encoders
-            if "captions" in images.about and not flags.tokens:
-                streams[f"{name}_txt"] = ssm.text_features(
-                    model.clip, model.words, images.about["captions"]).cpu().numpy()
-            name = f"{name}_img"
-        how = {"tokens": True} if flags.tokens else {"last": flags.last} if hasattr(model, "blocks") else {}
-        whole, block = flags.whole or hasattr(model, "clip"), 16 if flags.tokens else 256  # clip learns from whole pictures
-        parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, block, whole, **how))
-        streams[name] = np.concatenate([p.numpy() for p in parts])
-        say(f"{name}: {streams[name].shape}")
-    pixels = images.pixels
-    about = {"images": relative(images.paths, flags.out) if pixels is None else pixels}
+        clip = getattr(model, "clip", None)                  # one run, two encoders
+        if clip and captions is not None and not flags.tokens:
+            texts = ssm.text_features(clip, model.words, captions)
+            streams[f"{name}_txt"] = texts.cpu().numpy()
+        how = {"block": 16, "tokens": True} if flags.tokens else {}
+        if hasattr(model, "blocks") and not flags.tokens:
+            how["last"] = flags.last
+        streams[name + "_img" * bool(clip)] = image_features(
+            images, range(len(images)), model, flags.size or side, flags.device,
+            whole=flags.whole or bool(clip), **how)          # clip learns from whole pictures
+    for name, x in streams.items():
+        say(f"{name}: {x.shape}")
+    about = images.arrays(out)
     if flags.tokens:
-        about["grid"] = np.array(ssm.token_grid(loaded[0][1], size or loaded[0][2]))
-        streams = {s: x.astype(np.float16) for s, x in streams.items()}
-    if images.boxes is not None:
-        about["coords"] = images.boxes
-    if images.objects is not None:
-        about.update(object_arrays(images.objects))
-    if images.labels is not None:
-        about.update(labels=images.labels, label_names=np.array(images.label_names))
-    if images.mask is not None:
-        about["mask"] = images.mask
-    if images.split is not None:
-        about["split"] = images.split
-    judge.write_npz(flags.out, {**streams, **about, **images.about})
-    say(f"wrote {flags.out}")
+        about["grid"] = np.repeat(math.isqrt(x.shape[1]), 2)                     # views are square
+    judge.write_npz(out, {**streams, **about})
+    say(f"wrote {out}")
 
 
-def object_arrays(objects):
-    """The annotated objects of pictures as a feature file has them: labels (N, C) bool, label_names, boxes (n, 6)."""
-    names = sorted({name for found in objects for name, _ in found})
-    boxes = np.array([(i, names.index(name), *box) for i, found in enumerate(objects) for name, box in found
-                      if box[0] < box[2] and box[1] < box[3]])
-    labels = np.zeros((len(objects), len(names)), bool)
-    labels[boxes[:, 0].astype(int), boxes[:, 1].astype(int)] = True
-    return {"labels": labels, "label_names": np.array(names), "boxes": boxes}
+def source_of(spec, flags):
+    """(name, what builds the backbone, the file of its weights or None) of a spec in --weights:
 
-
-def relative(paths, out):
-    """Paths (N,) as they are seen from the folder of the file `out`."""
-    return np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(out))) for p in paths])
+    name=RUN        a run of dino, or of clip (which is built from its own file)
+    name=FILE.pt    what finetune wrote
+    name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
+    name=arch:random, or an arch alone: weights drawn with --seed
+    """
+    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
+    arch, _, weights = where.partition(":")
+    if not where or not plain(name) or "/" in name:          # it names files, too
+        raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated "
+                         "by commas")
+    made = {"arch": arch, "size": None, "patch": flags.get("patch"), "n_classes": None}
+    if weights == "random":
+        return name, {**made, "size": flags.get("size") or None}, None
+    if weights:
+        return name, made, weights
+    if where.endswith(".pt"):
+        advice = f"write {name}=arch:FILE for others"
+        with unpacked(where, "is no file of finetune", advice) as kept:
+            made = {key: kept[key] for key in made}
+        check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, where)
+        if made["n_classes"] is not None and type(made["n_classes"]) is not int:
+            raise InputError(f"{where} has {made['n_classes']!r} as n_classes - train it anew")
+        return name, made, where
+    if os.path.exists(os.path.join(where, "clip.pt")):
+        return name, {"arch": "clip"}, where
+    if not os.path.exists(os.path.join(where, "config.json")):
+        raise InputError(f"{where} is no dino run - give its folder, or write {name}=arch:FILE")
+    theirs = read_config(where, ("arch", "size", "patch"))["flags"]
+    made.update({key: theirs[key] for key in ("arch", "size", "patch")})
+    return name, made, os.path.join(where, "checkpoint.pt")
 
 
 def load_backbone(spec, flags, n_classes=0, head=False):
-    """name=RUN (of dino), name=FILE.pt (of finetune), name=arch:FILE, name=arch:random, or an arch alone, which is random.
-
-    Returns (name, model, the side it was trained at); model.made tells how to build it again. With n_classes it gets a new
-    head of so many classes, and arch may be one of torchvision's classifiers too; with `head` it keeps its file's.
-    """
-    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
-    arch, _, path = where.partition(":")
-    if not where or os.path.basename(name) != name:          # it names files, too
-        raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
-    made, size = {}, getattr(flags, "size", None) or None
-    if not path and arch.endswith(".pt"):
-        with unpacked(arch, "is no file of finetune", f"write {name}=arch:FILE for others") as kept:
-            made, path = {k: kept[k] for k in ("arch", "size", "patch", "n_classes")}, arch
-        check_kinds(made, {**dict.fromkeys(("size", "patch")), "arch": "vim_small"}, arch)
-        if type(made["n_classes"]) is not int and made["n_classes"] is not None:
-            raise InputError(f"{arch} has {made['n_classes']!r} as n_classes - train it anew")
-    elif not path:
-        if os.path.exists(os.path.join(arch, "clip.pt")):
-            return (name, *load_clip(arch, flags.device))
-        config = os.path.join(arch, "config.json")
-        if not os.path.exists(config):
-            raise InputError(f"{arch} is no dino run - give its folder, or write {name}=arch:FILE")
-        made, path = read_config(arch, ("arch", "size", "patch"))["flags"], os.path.join(arch, "checkpoint.pt")
-    arch = made.get("arch", arch)
+    """(name, model, the side it was trained at) of a spec, see `source_of`. With n_classes it gets
+    a new head of so many; with `head` it keeps its file's. `made` of the model builds it again;
+    `random` says whether its weights are."""
+    name, made, weights = source_of(spec, flags)
+    if made["arch"] == "clip":
+        model, side = load_clip(weights, flags.device)
+        model.random = False
+        return name, model, side
     torch.manual_seed(flags.seed)
-    if arch not in ssm.PRESETS and n_classes:
-        model = torchvision_model(arch, path, n_classes).to(flags.device)
-        model.made = {"arch": arch, "size": size, "patch": None, "n_classes": n_classes}
-        return name, model, size
-    settings = {"size": made.get("size", size if path == "random" else None),
-                "patch": made.get("patch", getattr(flags, "patch", None))}
-    model = ssm.make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
-    if path != "random":
-        ssm.load_weights(model, path)
-    if n_classes:
-        bare, model = model, ssm.make_backbone(arch, **settings, n_classes=n_classes)
-        model.load_state_dict(bare.state_dict(), strict=False)                              # all but the head
-    model.made = {"arch": arch, **settings, "n_classes": n_classes or made.get("n_classes")}
-    return name, model.eval().to(flags.device), getattr(model, "size", 224)
+    if made["arch"] not in ssm.PRESETS and n_classes:
+        model = torchvision_model(made["arch"], weights, n_classes)
+        made.update(size=flags.size, patch=None)
+    else:
+        built = {**made, "n_classes": made["n_classes"] if head else None}
+        model = ssm.make_backbone(**built)
+        if weights:
+            ssm.load_weights(model, weights)
+        if n_classes:                                        # all weights but the head's
+            bare, model = model, ssm.make_backbone(**{**made, "n_classes": n_classes})
+            model.load_state_dict(bare.state_dict(), strict=False)
+    model.made, model.random = {**made, "n_classes": n_classes or made["n_classes"]}, not weights
+    return name, model.eval().to(flags.device), getattr(model, "size", made["size"] or 224)
 
 
 def torchvision_model(name, path, n_classes):
-    """A classifier of torchvision by name, its last layer new; path: a state_dict of the released shape, or "random"."""
+    """A classifier of torchvision by name, its last layer new. path: a released state_dict or
+    None."""
     models = data.vision().models
     if name not in models.list_models(module=models):
-        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
+        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - "
+                         "try vit_micro, resnet18")
     model = models.get_model(name, num_classes=n_classes)
-    if path != "random":
-        with unpacked(path, f"does not hold the weights of {name}", "give torchvision's file") as state:
+    if path:
+        advice = "give torchvision's file"
+        with unpacked(path, f"does not hold the weights of {name}", advice) as state:
             own, last = model.state_dict(), ssm.last_linear(model)[0]
-            model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v for k, v in state.items()})
+            model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v
+                                   for k, v in state.items()})
     return model
 
 
 @command(f"{DATA} seed solver strength only json overwrite")
 def cmd_probe(flags):
-    """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis 3.2.3)?"""
+    """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis
+    3.2.3)?"""
     features = read_to_train(flags)
-    labels = features.labels
-    if labels is None:                                       # tokens have none
-        raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample - add them as `labels`")
-    chosen = list(range(len(features.label_names)))
-    if flags.only:
-        chosen = sorted({label_number(features, name) for name in flags.only.split(",")})
-    several = labels.ndim == 2                               # may hold at once: each is found by itself
-    known = np.flatnonzero(features.labelled & (several or np.isin(labels, chosen)))
-    train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
-    tasks = tasks_of(labels[:, chosen] if several else np.searchsorted(chosen, labels), train, test)
+    y, names = features.labels, features.label_names
+    if y is None:                                            # tokens have none
+        raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample "
+                         "- add them as `labels`")
+    wanted = flags.only.split(",") if flags.only else names
+    chosen = sorted({label_number(features, name) for name in wanted})
+    several = y.ndim == 2                                    # may hold at once: one by one
+    known = np.flatnonzero(features.labelled & (several or np.isin(y, chosen)))
+    rows = [np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val"))]
+    train, test = rows
+    tasks = judge.label_tasks(y[:, chosen] if several else np.searchsorted(chosen, y), *rows)
     if not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2:
-        raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` "
-                         "or `labels`")
-    unseen = [] if several else np.setdiff1d(labels[test], labels[train])
-    for c in unseen[:1]:
-        raise InputError(f"no training sample has the label '{features.label_names[c]}' of test "
-                         "samples - mend `split`, or name the others with --only")
+        raise InputError("the training split has fewer than two classes, or nothing is left to "
+                         "test on - mend `split` or `labels`")
+    for c in [] if several else np.setdiff1d(y[test], y[train])[:1]:
+        raise InputError(f"no training sample has the label '{names[c]}' of test samples - mend "
+                         "`split`, or name the others with --only")
     if several and len(tasks) < len(chosen):
-        say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in test, are left out")
-    found, rows, C = {}, [], 2 if several else len(chosen)
-    for s in features.streams:
-        x = {part: features.batch(r)[s].numpy() for part, r in (("train", train), ("test", test))}
-        each = []
-        for y in tasks:
-            if flags.solver == "lbfgs":
-                linear = judge.logistic_probe(x["train"], y[train], x["test"], C, flags.strength)
-            else:
-                linear = judge.sgd_probe(x["train"], y[train], x["test"], C, seed=flags.seed)
-            near = judge.knn(x["train"], y[train], x["test"], n_classes=C)
-            ways = {"linear": linear, **{f"{k}-NN": v for k, v in near.items()}}
-            each.append({way: judge.scores(y[test], p) for way, p in ways.items()})
-        found[s] = {way: {key: mean_of([one[way] for one in each], key) for key in each[0][way]} for way in each[0]}
-        rows += [[f"{s}, {way}", *v.values()] for way, v in found[s].items()]
-    print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], rows))
-    print(f"{len(train)} samples to learn from, {len(test)} to test on" + f"; mean over {len(tasks)} labels" * several)
+        say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in "
+            "test, are left out")
+    linear = functools.partial(judge.sgd_probe, seed=flags.seed)
+    if flags.solver == "lbfgs":
+        linear = functools.partial(judge.logistic_probe, strength=flags.strength)
+    found = {s: judge.judged_features(*(features.batch(part)[s].numpy() for part in rows), tasks,
+                                      rows, 2 if several else len(chosen), linear)
+             for s in features.streams}
+    cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
+    print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
+    print(f"{len(train)} samples to learn from, {len(test)} to test on"
+          + f"; mean over {len(tasks)} labels" * several)
     if flags.json:
         judge.write_json(out_file(flags, "json"), found)
 
@@ -1549,7 +1516,6 @@ def cmd_probe(flags):
 # ------------------------------------------------------------------------------------------------
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
-
 
 class Coded:
     """A run's model with features, its own or those of --data, and the codes of their streams.
@@ -1561,8 +1527,9 @@ class Coded:
     def __init__(self, run, flags, streams=None):
         if not os.path.exists(os.path.join(run, "config.json")):
             raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
-        own, asked = read_config(run, ("data", "taxonomy", "seed"))["flags"], flags.keys() - flags.given
-        own = {k: own[k] for k in ("data", "taxonomy", "seed") if k in own.keys() & asked}
+        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
+        own = {k: own[k] for k in ("data", "taxonomy", "seed")
+               if k in own and k in flags and k not in flags.given}
         flags = flags.replaced({"taxonomy": None, **flags, **own})
         self.run, self.device = run, flags.device
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
@@ -1588,27 +1555,25 @@ class Coded:
         return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
 
     def pool(self, tau=0.):
-        """Of the one stream's codes, alone, `strength` and `count`, CSR (N, L), of
-        `judge.pool_tokens`; and `dense` (N, d), normalised features, the mean over tokens."""
+        """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
+        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
         if len(self.features.streams) > 1:
             raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
                              "pick one with --stream")
-        self.stream, = self.features.streams
-        pooled, dense, block = [], [], max(1, 4096 // self.T)
-        for rows in np.split(np.arange(len(self.features)), range(block, len(self.features), block)):
-            pooled.append(judge.pool_tokens(self.codes(rows)[self.stream], self.T, tau))
-            x = self.features.batch(rows)[self.stream].to(self.device).reshape(len(rows) * self.T, -1)
-            with torch.no_grad():
-                x = self.model.normalise(x, self.stream).unflatten(0, (-1, self.T)).mean(1)
-            dense.append(x.cpu().numpy())
+        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
+        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
+                                T * max(1, 4096 // T)):
+            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
+            pooled.append(judge.pool_tokens(code, T, tau))
+            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
         self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
-        self.dense = np.concatenate(dense)
+        self.stream, self.dense = s, np.concatenate(dense)
         if not np.isfinite(self.strength.data).all():
-            raise InputError(f"the codes of {self.run} are not finite - its training went wrong: "
-                             "lower --lr")
+            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
         if not self.strength.nnz:
             raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
                              "or with less sparsity")
+        self.groups = self.features.about.get("groups", np.arange(N))
         self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
         return self
 
@@ -1651,11 +1616,10 @@ class Coded:
 
     def about(self, row):
         """What the file tells of a sample, as a dict of text; no label where it is not known."""
-        features = self.features
+        features, labels = self.features, self.features.label_matrix([row])
         found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
         if features.labelled[row]:
-            on = features.label_matrix([row])[0]
-            names = [name for name, here in zip(features.label_names, on) if here]
+            names = [name for name, here in zip(features.label_names, labels[0]) if here]
             found["label"] = ", ".join(names) or "none"
         return {"sample": int(row), **found}
 
@@ -1720,7 +1684,7 @@ def tell_table(page, table, labels, n, names):
     alive = np.flatnonzero(table["frequency"])
     counts = judge.threshold_counts(table["mean"])
     page.metrics.update(latents=len(table["mean"]), alive=len(alive))
-    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on the {n} training samples")
+    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
     page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
                [["latents", *counts.values()]], key="mean at least 10^t")
     if "entropy" not in table:
@@ -1740,10 +1704,8 @@ def tell_table(page, table, labels, n, names):
 def reference(coded, row, latent):
     """A sample that shows a latent, as HTML: its picture, with the patches where it is active."""
     image = coded.features.picture(row)
-    if image is None:
-        return html.escape(", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
-    if not coded.features.grid:
-        return judge.embedded(image, 120)
+    if image is None or not coded.features.grid:
+        return judge.describe_sample(coded.features, row, 120)
     patches = judge.weighted_patches(image, coded.heat(row, [latent])[0])
     return judge.embedded(image, 240) + judge.embedded(patches, 240)
 
@@ -1752,17 +1714,15 @@ def tell_barcodes(page, coded, mean, between):
     """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
     latents differ; returns the arrays for a file. Without groups each sample is one, if it has
     tokens and there are some 20,000 at most; None where there is nothing to tell."""
-    features, y, seed = coded.features, coded.classes()[0], coded.flags.seed
-    groups, unit = features.about.get("groups"), "groups"
-    if between and (groups is None or y is None):
+    features, (y, _, _) = coded.features, coded.classes()
+    grouped = "groups" in features.about
+    if between and (y is None or not grouped):
         lacking = "groups" if y is not None else "single label a sample"
         raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
                          "`groups` and `labels`")
-    if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
+    if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
         return None
-    if groups is None:
-        groups, unit = np.arange(len(features)), "samples"
-    groups, codes, label = judge.barcodes(coded.count, groups, y)
+    groups, codes, label = judge.barcodes(coded.count, coded.groups, y)
     known, names = label >= 0, np.array(features.label_names)
     if not known.all():
         say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
@@ -1770,27 +1730,24 @@ def tell_barcodes(page, coded, mean, between):
     arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
     codes, label = codes[known], label[known]                # a_p of Eq. 4
     there, n = np.unique(label, return_counts=True)
-    arrays["diseases"] = judge.class_means(codes, label)     # a_d
-    page.metrics["barcodes"] = {"groups": len(groups)}
+    arrays["diseases"] = means = judge.class_means(codes, label)           # a_d
+    page.metrics["barcodes"] = found = {"groups": len(groups)}
     if len(there):
-        lines = dict(zip(names[there], arrays["diseases"]))
-        page.picture("Barcodes", judge.latent_chart(lines, arrays["diseases"].std(0),
-                                                    "mean count of active patches", 80))
+        page.picture("Barcodes", judge.latent_chart(
+            dict(zip(names[there], means)), means.std(0), "mean count of active patches", 80))
     if len(there) > 1 and n.min() > 1:
-        folds = data.stratified_parts(label, [1] * min(5, n.min()), seed)
-        f1 = judge.barcode_f1(codes, label, mean, folds)
-        page.metrics["barcodes"]["f1"] = f1
-        page.table(["mean activation at least", "latents", "weighted F1"],
-                   [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in f1.items()],
-                   f"Logistic regression on barcodes: {len(label)} {unit}, {len(folds)} stratified "
-                   "folds")
+        folds = data.stratified_parts(label, [1] * min(5, n.min()), coded.flags.seed)
+        found["f1"] = judge.barcode_f1(codes, label, mean, folds)
+        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in found["f1"].items()]
+        page.table(["mean activation at least", "latents", "weighted F1"], rows, "Logistic "
+                   f"regression on barcodes: {len(label)} {'groups' if grouped else 'samples'}, "
+                   f"{len(folds)} stratified folds")
     if between:
         pair = [label_number(features, name) for name in between.split(",")]
         if len(pair) != 2 or not np.isin(pair, there).all():
             raise InputError(f"--between {between} - give two labels that groups have, a,b")
         *chosen, difference = judge.differential(codes, label, *pair)
-        page.metrics["barcodes"]["differential"] = {
-            names[c]: v.tolist() for c, v in zip(pair, chosen)}
+        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
         page.table(["more active in", "latents (difference of the mean count)"], [
             [names[c], " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
             for c, v in zip(pair, chosen)])
@@ -1875,13 +1832,11 @@ def tell_interventions(page, coded, y, train, test, flags):
     w, bias = linear_head(coded, y, flags.head_file, train)
     W, b = coded.decoder()
     effect, base = W @ w, float(b @ w) + bias
-    groups = coded.features.about.get("groups")
     scores = {"original features": coded.dense[test] @ w + bias,
               "reconstructed": coded.strength[test] @ effect + base}
-    page.table(["AUC, 95 in 100 bootstrap draws", "AUC", "from", "to"], [
-        [name, *judge.bootstrap_auc(y[test], score, None if groups is None else groups[test],
-                                    seed=coded.flags.seed)] for name, score in scores.items()],
-        key="auc")
+    rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
+            for name, score in scores.items()]
+    page.table(["95 in 100 bootstrap draws", "AUC", "from", "to"], rows, key="auc")
     means = judge.class_means(coded.strength[train], y[train])
     ks = {0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect)}
     curve = judge.intervention(coded.strength[test], effect, base, y[test], means,
@@ -1965,8 +1920,7 @@ def tell_class_means(page, means, flags):
 def tell_fidelity(page, coded, y, train, test, eval_rows):
     """Tell how well codes rebuild features, what few latents tell of classes y (N,), if there are
     any, and whether codes find the neighbours that features find."""
-    groups, seed = coded.features.about.get("groups"), coded.flags.seed
-    dense, (W, b) = coded.dense.astype(np.float64), coded.decoder()
+    seed, dense, (W, b) = coded.flags.seed, coded.dense.astype(np.float64), coded.decoder()
     r2 = judge.r2_both(dense[test], coded.strength[test] @ W + b)
     page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
                list(r2.items()), "Reconstruction", key="r2")
@@ -1977,61 +1931,52 @@ def tell_fidelity(page, coded, y, train, test, eval_rows):
         kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
         page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
                    key="few")
-        page.table(["all", "balanced accuracy"], [["features", kept["dense"]], [
-            "latents", kept["all latents"]], ["chance", kept["chance"]]], key="probe")
+        page.table(["all", "balanced accuracy"], list(kept["all"].items()), key="probe")
     some = np.sort(np.random.default_rng([seed, 4]).permutation(test)[:eval_rows or None])
-    near = judge.retrieval_fidelity(dense[some], coded.strength[some], None if y is None else y[some],
-                                    None if groups is None else groups[some])
-    if near:
-        page.table(*judge.columns(near), "Neighbours, samples of the same group left out",
-                   key="neighbours")
-    else:
-        say(f"note: too few of the {len(some)} test samples for ten neighbours each")
+    near = judge.retrieval_fidelity(dense[some], coded.strength[some], y if y is None else y[some],
+                                    coded.groups[some])
+    if not near:
+        return say(f"note: {len(some)} test samples have no ten neighbours of other groups")
+    page.table(*judge.columns(near), "Neighbours of other groups", key="neighbours")
 
 
 @command("data streams seed device json overwrite sparc", "run", "other")
 def cmd_compare(flags):
     """Do two runs have latents in common? Best pairing by activation, against shuffled samples and
     a shared code."""
-    streams = (flags.streams or ",").split(",")
-    if len(streams) != 2:
-        raise InputError(f"--streams {flags.streams} - name the stream of each run, a,b")
-    both = [Coded(run, flags, stream).pool() for run, stream in zip((flags.run, flags.other), streams)]
-    n, rows, page = len(both[0].features), both[0].test, judge.Page("repsae compare")
-    codes = {"the two runs, best pairing": [one.strength[rows] for one in both]}
-    sizes = {flags.other: len(both[1].features)}
+    path, streams = flags.json and out_file(flags, "json"), (flags.streams or "").split(",") * 2
+    a, b = (Coded(run, flags, s).pool() for run, s in zip((flags.run, flags.other), streams))
+    runs, rows, page = [a, b], a.test, judge.Page("repsae compare")
     if flags.sparc:
-        if both[0].stream == both[1].stream:
-            raise InputError(f"both runs are on '{both[0].stream}' - --sparc wants two streams")
-        shared = Coded(flags.sparc, flags, ",".join(one.stream for one in both))
-        sizes[flags.sparc] = len(shared.features)
-        for mode in ("joint", "alone"):
-            codes[f"SPARC {mode}, same latent"] = [
-                judge.pool_tokens(code, shared.T)[0] for code in shared.codes(rows, mode).values()]
-    for name, size in sizes.items():
-        if size != n:
-            raise InputError(f"{flags.run} has {n} samples, {name} {size} - compare runs on the "
-                             "same samples, or name their file with --data")
-    found, shuffled = [], np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
-    for name, (a, b) in codes.items():
-        for what, other in ((name, b), (f"{name}, samples shuffled", b[shuffled])):
-            r = judge.index_correlations(a, other) if "same" in name else \
-                judge.match_latents(a, other)[2]
+        if a.stream == b.stream:
+            raise InputError(f"both runs are on '{a.stream}' - --sparc wants two streams")
+        runs.append(Coded(flags.sparc, flags, f"{a.stream},{b.stream}"))
+    for one in runs:
+        if len(one.features) != len(a.features):
+            raise InputError(f"{a.run} has {len(a.features)} samples, {one.run} has "
+                             f"{len(one.features)} - compare runs on the same, or name a --data")
+    codes = {"the two runs, best pairing": (a.strength[rows], b.strength[rows])}
+    for mode in ("joint", "alone") if flags.sparc else ():
+        codes[f"SPARC {mode}, same latent"] = [
+            judge.pool_tokens(code, runs[2].T)[0] for code in runs[2].codes(rows, mode).values()]
+    found, shuffled = [], np.random.default_rng([a.flags.seed, 12]).permutation(len(rows))
+    for name, (x, y) in codes.items():
+        for what, z in ((name, y), (f"{name}, samples shuffled", y[shuffled])):
+            r = judge.index_correlations(x, z) if "same" in name else judge.match_latents(x, z)[2]
             found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
     page.table(*judge.columns(found), key="shared")
-    if flags.json:
-        judge.write_json(out_file(flags, "json"), page.metrics["shared"])
+    if path:
+        judge.write_json(path, page.metrics["shared"])
 
 
 def read_embeddings(path, names):
-    """Vectors of latents' names by any text model: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
-    found = data.read_arrays(path)
-    keys = ("query", "latents", "vectors")
-    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys) and \
-        found["vectors"].shape == (len(found["latents"]), *found["query"].shape)
-    if not fits or not np.isin(found["latents"], list(names)).all():
-        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of the names, "
-                         "and query (e,), all of them numbers")
+    """What any text model makes of names: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
+    found, keys = data.read_arrays(path), ("query", "latents", "vectors")
+    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys)
+    if not fits or found["vectors"].shape != (len(found["latents"]), *found["query"].shape) \
+            or not np.isin(found["latents"], list(names)).all():
+        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of their "
+                         "names, and query (e,), all of them numbers")
     return {k: found[k] for k in keys}
 
 
@@ -2041,7 +1986,7 @@ def read_embeddings(path, names):
 
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
-    """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
+    """Draw microscope-like pictures whose cells, captions, masks and patients' diseases are known."""
     run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
     files = data.tissue_files(made)
     write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
@@ -2065,8 +2010,7 @@ def cmd_tissue(flags):
 @command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
          "batch=128 lr=1e-3 seed=0 device overwrite out=runs/clip")
 def cmd_clip(flags):
-    """Train a small CLIP on pictures and their captions: image and text encoders into one space
-    (thesis 5.3.1)."""
+    """Train a small CLIP on pictures and their captions (thesis 5.3.1), or import a released one."""
     if flags.weights:
         return import_clip(flags)
     images, captions, train, test = captioned(flags)
@@ -2157,7 +2101,7 @@ def load_clip(folder, device):
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
     model = model.eval().to(device)
-    object.__setattr__(model.visual, "clip", model)          # no submodule: it is the other way round
+    object.__setattr__(model.visual, "clip", model)          # no submodule: the other way round
     model.visual.words = words
     return model.visual, model.visual.size
 
@@ -2165,9 +2109,9 @@ def load_clip(folder, device):
 @command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
          "run?")
 def cmd_explain(flags):
-    """Heat maps of what backbones look at (Grad-CAM of an output, thesis 3.2.4); given a run of
-    sparc, of its concepts in pixels and words, and what they segment (5.4.4, A.3-A.4; --most is
-    then 400)."""
+    """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
+
+    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
     images = pictures_of(flags)
@@ -2349,7 +2293,7 @@ def chosen_latents(text, J, alive, n_latents):
 
 def methods(seen):
     """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
-    targets of Table 5.4 for each backbone, and CLIP's own similarity. A label's text is its name."""
+    targets of Table 5.4 for each backbone, and CLIP's own similarity to a label's name."""
     out, unit = {}, torch.nn.functional.normalize
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
@@ -2443,8 +2387,7 @@ def tell_captions(seen, page, most=4):
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
 def cmd_retrieve(flags):
-    """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint
-    and alone."""
+    """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
     coded = Coded(flags.run, flags)
     model, features, flags = coded.model, coded.features, coded.flags
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
@@ -2733,159 +2676,83 @@ def attention_maps(bags, models, rows, head, run, most=6):
 
 
 # ------------------------------------------------------------------------------------------------
-# Transfer learning (thesis 3.3), heat maps (3.2.4)
+# Transfer learning (thesis 3.3)
 # ------------------------------------------------------------------------------------------------
 
-@command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 patch "
-         "frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
+@command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 "
+         "patch frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
          "overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    pictures = data.read_pictures(flags.images, flags.size, flags.label,
-                                  grey_window(flags))
+    pictures = data.read_pictures(flags.images, flags.size, flags.label, grey_window(flags))
     for note in pictures.notes:
         say_once("note: " + note)
-    specs, C = flags.weights.split(","), len(pictures.label_names)
-    names = [try_classifier(spec, flags, C) for spec in specs]                              # before anything is written
-    if len(set(names)) < len(names):
-        raise InputError(f"--weights {flags.weights} names a model twice - write a=vit_micro:random,b=vit_micro:random")
-    rounds = [picture_parts(pictures, flags, flags.seed + r) for r in range(flags.runs)]
+    C, n = len(pictures.label_names), flags.runs
+    specs = {try_classifier(spec, flags, C): spec for spec in flags.weights.split(",")}
+    if len(specs) < len(flags.weights.split(",")):
+        raise InputError(f"--weights {flags.weights} names a model twice - write "
+                         "a=vit_micro:random,b=vit_micro:random")
+    rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
+              for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
-    log = Log(run.path("log.csv"))
-    found, sizes = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}, {}
-    progress = Progress(len(specs) * len(rounds))
-    for name, spec in zip(names, specs):
-        found[name] = []
-        for r, parts in enumerate(rounds):
-            one = flags.replaced({"seed": flags.seed + r})
-            scores, model, history = finetune_one(pictures, parts, load_backbone(spec, one, C)[1], one)
-            found[name].append(scores)
-            for epoch, (loss, validation) in enumerate(history, 1):
-                log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss, "validation": validation})
-            log.write()
-            progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
-            if r == 0:
-                sizes[name] = sum(p.numel() for p in model.parameters())
-                judge.write_torch(run.path(f"{name}.pt"), {"model": model.state_dict(), **model.made})
-    finish_finetune(run, found, sizes, pictures, rounds)
-
-
-def finish_finetune(run, found, sizes, pictures, rounds):
-    """The tables of thesis 3.3.3, and who beats whom, in print, metrics.json and report.html."""
-    header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
-    rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
-    trained = {name: runs for name, runs in found.items() if not name.startswith("pixels")}
-    tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in trained.items()})
-             for key in ("AUC", "accuracy") if len(rounds) > 1}
-    print("\n" + judge.text_table(header, rows))
-    sections, beats = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))], {}
-    for key, pairs in tests.items():
-        wins = judge.beaten(pairs)
-        beats[key] = {a: {b: int(b in wins.get(a, ())) for b in trained if b != a} for a in trained}
-        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()] or ["no model beats another"]
-        print(f"\n{key}, paired t-test at p < 0.05, {len(pairs)} pairs: {'; '.join(lines)}")
-        columns = ["a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d"]
-        cells = [[f"{p['a']} - {p['b']}", *(p.get(c) for c in columns[2:])] for p in pairs]
-        head = ["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)", "effect size d"]
-        print(judge.text_table(head, cells))
-        sections.append((f"{key}: pairs of models", judge.html_table(head, cells) + f"<p>{'; '.join(lines)}.</p>"))
-    note = (f"{len(rounds)} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** len(rounds):.4f}, and the runs' "
-            "test parts overlap, so that the t-test takes them for more independent than they are.") if tests else \
-        "One run allows no test of which model is better."
-    print(f"\n{note}")
-    judge.write_json(run.path("metrics.json"),
-                     {"scores": found, "pairs": tests, "beats": beats, "parameters": sizes,
-                      "test pictures": len(rounds[0][2])})
-    sections.append(("How far to trust it", f"<p>{note}</p>"))
-    judge.write_report(run.path("report.html"), "repsae finetune", sections)
+    log, progress, sizes = Log(run.path("log.csv")), Progress(len(specs) * n), {}
+    baseline = [judge.pixel_probe(pictures.pixels, pictures.labels, parts, C) for parts in rounds]
+    found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
+    for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
+        one = flags.replaced({"seed": flags.seed + r})
+        model = load_backbone(specs[name], one, C)[1]
+        scores, history = finetune_one(pictures, rounds[r], model, one)
+        found[name].append(scores)
+        for epoch, (loss, validation) in enumerate(history, 1):
+            log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss,
+                     "validation": validation})
+        log.write()
+        progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
+        if r == 0:
+            sizes[name] = sum(p.numel() for p in model.parameters())
+            state = {"model": model.state_dict(), **model.made}
+            judge.write_torch(run.path(f"{name}.pt"), state)
+    page = judge.Page("repsae finetune")
+    judge.tell_models(page, found, list(specs))
+    page.write(run.path, {"parameters": sizes, "test pictures": len(rounds[0][2])})
     say(f"wrote {run.join('report.html')}")
 
 
 def try_classifier(spec, flags, n_classes):
-    """Build a model and pass one picture of zeros through it: its name; raises InputError when it does not fit."""
+    """The name of a model; InputError if it does not classify a picture of zeros."""
     name, model, _ = load_backbone(spec, flags, n_classes)
     ssm.last_linear(model)
-    try:
-        with torch.no_grad():
-            out = model.eval()(torch.zeros(1, 3, flags.size, flags.size, device=flags.device))
-        fits = isinstance(out, torch.Tensor) and out.shape == (1, n_classes)
-    except (RuntimeError, AssertionError):
-        fits = False
-    if not fits:
-        raise InputError(f"{name} does not classify pictures of {flags.size} pixels - choose another --size, or another model")
-    return name
-
-
-def picture_parts(pictures, flags, seed):
-    """Rows to train on, to stop by and to report: the file's own split, or 70 / 15 / 15 as
-    `stratified_parts` draws them: classes in proportion, no group in two parts."""
-    groups = pictures.groups
-    if flags.split == "random":
-        parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed, groups)
-    elif pictures.split is None:
-        raise InputError(f"{flags.images} gives no split - use --split random")
-    else:
-        train, val, test = (np.flatnonzero(pictures.split == name) for name in ("train", "val", "test"))
-        if not len(val):                                     # none given: cut off the training part
-            of = None if groups is None else groups[train]
-            halves = data.stratified_parts(pictures.labels[train], (85, 15), seed, of)
-            train, val = (train[rows] for rows in halves)
-        parts = train, val, test
-    if not all(map(len, parts)) or len(np.unique(pictures.labels[parts[0]])) < 2:
-        raise InputError(f"{flags.images}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
-                         "add pictures, or use --split random")
-    tested = np.unique(pictures.labels[parts[2]])
-    unseen = np.setdiff1d(tested, pictures.labels[parts[0]])
-    if len(tested) < 2 or len(unseen):
-        c, what = tested[0], "and no other"
-        if len(unseen):
-            c, what = unseen[0], "which no training picture has"
-        raise InputError(f"{flags.images}: the test part has the class '{pictures.label_names[c]}', "
-                         f"{what} - add pictures, or split them otherwise")
-    return parts
-
-
-def pixel_baseline(pictures, parts, n_classes):
-    """Logistic regression on pixels, at 32 x 32 at most, its strength chosen on the validation part."""
-    side, y = min(32, pictures.pixels.shape[-1]), pictures.labels
-    small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
-             for part in torch.from_numpy(pictures.pixels).split(256)]
-    x = torch.cat(small).flatten(1).numpy() / 255
-    train, val, test = parts
-    tried = [judge.logistic_probe(x[train], y[train], np.concatenate([x[val], x[test]]), n_classes, strength)
-             for strength in 10. ** np.arange(-6, 1)]
-    best = max(tried, key=lambda p: judge.scores(y[val], p[:len(val)])["AUC"] or 0.)
-    return judge.scores(y[test], best[len(val):])
+    x = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
+    with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
+        out = model(x)
+        if isinstance(out, torch.Tensor) and out.shape == (1, n_classes):
+            return name
+    raise InputError(f"{name} does not classify pictures of {flags.size} pixels - choose another "
+                     "--size, or another model")
 
 
 def finetune_one(pictures, parts, model, flags):
-    """Train a classifier, stop by the validation loss, and judge the best epoch on the test rows: (scores, model, history)."""
+    """Train a classifier, stop by the validation loss, judge the best epoch on the test rows:
+    (scores, history)."""
     torch.set_flush_denormal(True)
     torch.manual_seed(flags.seed)
     train, val, test = parts
     x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
-    if flags.frozen:
-        model.requires_grad_(False)
-        ssm.last_linear(model)[1].requires_grad_(True)           # the head
 
     def batches(epoch):
-        for rows in torch.from_numpy(np.random.default_rng([flags.seed, epoch]).permutation(train)).split(flags.batch):
+        order = np.random.default_rng([flags.seed, epoch]).permutation(train)
+        for rows in torch.from_numpy(order).split(flags.batch):
             if len(rows) > 1 or flags.batch == 1:            # batch normalisation needs two
                 yield data.jittered(x[rows]).to(flags.device), y[rows].to(flags.device)
 
-    def loss(model, x, y):
-        model.train(not flags.frozen)                        # frozen: batch statistics stay, too
-        return torch.nn.functional.cross_entropy(model(x), y)
-
-    def outputs(model, rows):
-        return torch.cat([model(x[part].to(flags.device)).cpu() for part in torch.from_numpy(rows).split(256)])
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, flags.lr, weight_decay=flags.weight_decay)
-    history = ssm.fit(model, optimiser, batches, loss, flags.epochs,
-                      lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])), flags.patience)
+    def plainly(rows):
+        for part in torch.from_numpy(rows).split(256):
+            yield x[part].to(flags.device), y[part].to(flags.device)
+    history = ssm.fit_classifier(model, batches, lambda: plainly(val), flags.epochs, flags.lr,
+                                 flags.weight_decay, flags.patience, flags.frozen)
     with torch.no_grad():
-        p = torch.softmax(outputs(model.eval(), test), 1).numpy()
-    return judge.scores(pictures.labels[test], p), model, history
+        p = torch.cat([torch.softmax(model(x), 1) for x, _ in plainly(test)])
+    return judge.scores(pictures.labels[test], p.cpu().numpy()), history
 
 
 # ------------------------------------------------------------------------------------------------

@@ -618,7 +618,7 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
 @pytest.mark.parametrize("argv, message", [
     (["dino"], "--images is missing"), (["dino", "--images", "/no/such"], "no folder /no/such"),
     (["dino", "--images", "{p}", "--arch", "vgg"], "vgg is no backbone - take one of vit_tiny"),
-    (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two shares"),
+    (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two numbers in order"),
     (["dino", "--images", "{p}", "--size", "30"], "images are 30x30"),
     (["extract", "--images", "{p}"], "--weights is missing"),
     (["extract", "--images", "{p}", "--weights", "a="], "a= - write name=RUN"),
@@ -928,9 +928,8 @@ def test_finetune_draws_and_judges_by_patients_it_has_not_seen(tmp_path, capsys)
     for split in (None, np.where(np.arange(80) < 60, "train", "test")):      # val is cut off train
         np.savez(path, **arrays, **({} if split is None else {"split": split}))
         how = ["random", "given"][split is not None]
-        flags = repsae.parse(["finetune", "--images", str(path), "--split", how])[1]
         for seed in range(3):
-            parts = repsae.picture_parts(data.read_pictures(str(path), 16), flags, seed)
+            parts = data.picture_parts(data.read_pictures(str(path), 16), how, seed, path)
             of = [{*groups[part].tolist()} for part in parts]
             assert sum(map(len, of)) == 20 == len(set.union(*of))
     for c in (0, 1):
@@ -1373,7 +1372,7 @@ def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys
     assert np.abs(found["dark"] - found["default"]).max() > 1e-3
     for window in ("5", "4,4", "a,b", "0,nan", "0,inf"):
         asked = ["--images", tmp_path / "p", "--weights", "vit_micro", "--window", window]
-        assert f"--window {window} - give two grey values" in error(capsys, "extract", *asked)
+        assert f"--window {window} - give two numbers in order" in error(capsys, "extract", *asked)
 
 
 @pytest.mark.parametrize("several", [False, True])
