@@ -2465,37 +2465,28 @@ def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
-    window, size = grey_window(flags), flags.size or (64 if flags.voc else 224)
+    window = grey_window(flags)
     if flags.voc:
-        cuts = data.cut_boxes(flags.voc, flags.margin, window)
+        cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
         run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
         run.paths(names)
         for i, name in enumerate(names):
-            judge.save_picture(run.join(name), cuts.open(i).resize((size, size), Image.BICUBIC))
+            judge.save_picture(run.join(name), cuts.open(i).resize((side, side), Image.BICUBIC))
         count = collections.Counter(map(os.path.dirname, names))
         print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
         return
     if not flags.images:
         raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
-    slides = data.read_slides(flags.images)
+    slides, run, size = data.read_slides(flags.images), Run(flags), flags.size or 224
     for note in slides.notes:
         say_once("note: " + note)
-    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
-    if side < 1 or step < 1:
-        raise InputError(f"--downsample {flags.downsample}: tiles of {side} pixels every {step} - "
-                         "give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    names = slides.about["groups"].tolist()
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two slides are called {name} - rename one, or tile them into two "
-                             "folders")
-    run = Run(flags)
+    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
     how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
            "threshold": None if flags.otsu else flags.threshold, "window": window}
-    for i, name in enumerate(names):
+    for i, name in enumerate(slides.about["groups"]):
         boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
