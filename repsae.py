@@ -88,20 +88,18 @@ PART = real(0., 1.)
 # ------------------------------------------------------------------------------------------------
 
 WHAT = {
-    "data": (None, str, "features: an .npz or a folder of .npy; by default a run's own data, or "
-             "made-up streams with a known truth. mil: bags"),
+    "data": (None, str, "features, an .npz or a folder of .npy (mil: bags); else a run's own, or "
+             "made-up streams"),
     "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
     "stream": (None, str, "the one stream to use, where there are several"),
-    "taxonomy": (None, str, 'JSON of the labels\' parents, {"child": "parent", "root": null} or '
-                 'nested as in Open Images'),
-    "images": (None, str, "pictures: a folder (of class, or of train, val and test folders), an "
-               ".npz of MedMNIST's kind, or tissue.npz. tile: a slide or a folder of them"),
-    "weights": (None, str, "models a,b,...: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random or an arch alone; name=lsa:N reads captions by "
-                "runs of N words. clip: a file of released weights"),
+    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or nested as in Open Images'),
+    "images": (None, str, "pictures: a folder (of class, or of train, val, test folders), an .npz "
+               "of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
+    "weights": (None, str, "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
+                "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
+                "runs of N words; clip: a file of released weights"),
     "label": (None, str, "the label in question, by name or number"),
-    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400); else "
-               "what a picture of more than 8 bits states or fills"),
+    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400)"),
     "mode": ("alone", ("alone", "joint"), "each stream chooses its latents, or all together"),
     "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
     "other": (None, str, "features of the same samples by another backbone, to set beside"),
@@ -112,8 +110,8 @@ WHAT = {
     "query": (None, str, "words to search by"),
     "names": (None, str, 'JSON of names of latents, {"17": "round nucleus"}'),
     "prompts": (None, str, "file to write: samples of every latent, and a prompt for naming it"),
-    "embeddings": (None, str, ".npz with latents (n,), vectors (n, e), query (e,) of a text model"),
-    "head-file": (None, str, ".npz with weight (d,) and bias () of a head; else one is fitted"),
+    "embeddings": (None, str, ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
+    "head-file": (None, str, ".npz of a linear head, weight (d,), bias (); else one is fitted"),
     "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
     "from": (None, str, "its stream; the first by default"),
     "to": (None, str, "the stream to search; the last by default"),
@@ -133,37 +131,32 @@ WHAT = {
     "quick": (False, bool, "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
-    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings for a million "
-               "samples (5.3.2, A.1.2); sae: of thesis 4.1, Mammo-SAE or CytoSAE. What you type "
-               "goes first"),
-    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the sparse code; auto: by the "
-                "number of training rows, see `sae.settings_for`"),
+    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
+               "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
+    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
     "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
-             "streams together, each for itself, both ways with the losses added (ours), or one "
-             "stream drawn anew each step (Universal SAE)"),
+             "streams together, each for itself, both with the losses added (ours), or one stream "
+             "drawn each step (Universal SAE)"),
     "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "over streams, as Eq. 14, or mean as the authors' code: "
+    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or the authors' code, where "
              "lam_paper = lam_code / (M - 1)"),
-    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "of the features: length 1 "
-             "per sample, mean 0 and deviation 1 per dimension, or both in that order (auto)"),
-    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing after which a "
-                   "latent is dead; auto: 1000, or a quarter of all steps if that is less"),
-    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "relu with an L1 "
-                   "penalty, k a sample, k a sample on average, learned thresholds with an L0 "
-                   "penalty; all: every kind, in one table"),
+    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "length 1 per sample, mean "
+             "0 and deviation 1 per dimension, or both in that order (auto)"),
+    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
+                   "dead; auto: 1000, or a quarter of all"),
+    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "k a sample, an L1 "
+                   "penalty, k on average, thresholds with an L0 penalty, or a table of all"),
     "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
-    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2 (topk, batchtopk), summed "
-              "over d as the papers write, or its mean over d: lambda_paper = d * lambda_code"),
-    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents: auxk "
-               "for topk and batchtopk, resample for relu and jumprelu"),
+    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
+              "write, or its mean: lambda_paper = d * lambda_code"),
+    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents"),
     "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias"),
-    "null": ("auto", bool, "train once more with rows of all streams but the first shuffled; auto: "
-             "where that takes under about a minute"),
+    "null": ("auto", bool, "once more with rows of all streams but the first shuffled; auto: where "
+             "that takes under about a minute"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
     "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (224, whole(0, 8192), "side of the pictures, or of DINO's two global crops, in pixels; "
-             "0 for the one trained at"),
+    "size": (224, whole(0, 8192), "side of pictures or DINO's global crops, pixels; 0: its own"),
     "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
     "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
     "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
@@ -173,15 +166,14 @@ MODEL = {
     "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
     "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
     "frozen": (False, bool, "train the head alone"),
-    "standardise": (False, bool, "random weights start in the pictures' own units instead of "
-                    "ImageNet's (ours); for pale pictures"),
+    "standardise": (False, bool, "random weights start in the pictures' own units (ours)"),
     "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
     "tokens": (False, bool, "patch tokens (N, T, d), in half precision, not the class token"),
     "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out"),
     "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; barcodes: 0.2)"),
     "weighted": (False, bool, "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by its mean activation "
-             "(Mammo-SAE), by the difference to the rest, or inside its boxes (both ours)"),
+    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by mean activation "
+             "(Mammo-SAE), by the difference to the rest or inside its boxes (ours)"),
     "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
     "solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
     "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
@@ -190,31 +182,29 @@ MODEL = {
     "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
 TRAINING = {
-    "epochs": ("auto", whole(1, auto=True), "passes over the training split (auto: 50, or what "
-               "makes 1,000 steps); the most where training stops early"),
+    "epochs": ("auto", whole(1, auto=True), "passes at most; auto: 50, or what makes 1,000 steps"),
     "batch": ("auto", whole(1, auto=True), "samples a step; auto: a tenth of the rows, up to 256"),
-    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate; auto: 2e-4 sqrt(2^14 / L). "
-           "dino: at batch 256"),
-    "warmup": (0, whole(), "over which the learning rate rises: steps; dino: epochs"),
+    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate (auto: 2e-4 sqrt(2^14 / L)); dino: "
+           "at batch 256"),
+    "warmup": (0, whole(), "steps over which the learning rate rises; dino: epochs"),
     "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
-    "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or blocks of a "
-                "batch's size; auto: blocks for memory-mapped folders"),
-    "patience": (20, whole(1), "epochs without a better validation loss before training stops"),
+    "shuffle": ("auto", ("auto", "blocks", "samples"), "single samples, or blocks of a batch's "
+                "size (auto: for memory-mapped folders)"),
+    "patience": (20, whole(1), "epochs without a better validation loss that end training"),
     "min-epochs": (50, whole(), "epochs that are trained in any case"),
     "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
     "local-size": (96, SIDE, "side of DINO's local crops"),
     "local-crops": (8, whole(0, 100), "their number"),
     "local-scale": ("0.05,0.4", str, "share of the area that they cover, from,to"),
     "global-scale": ("0.4,1", str, "the same of global crops"),
-    "blur": (2., real(0., 100.), "largest radius of the blur in pixels; less for small pictures"),
+    "blur": (2., real(0., 100.), "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
-    "folds": (0, whole(0, 1000), "parts of all bags that are reported in turn; 0: the file's folds "
-              "or splits, or 70 / 15 / 15"),
-    "inner": (1, whole(1, 1000), "models of a training part without a validation part: 1 is "
-              "stopped by a fifth of it; n vote, each stopped by an n-th"),
-    "refit": (False, bool, "the held-out bags only choose from --grid; then all bags train"),
+    "folds": (0, whole(0, 1000), "parts of all bags, reported in turn; 0: the file's, or 70/15/15"),
+    "inner": (1, whole(1, 1000), "models of a training part without validation bags: 1 is stopped "
+              "by a fifth of it; n vote, each stopped by an n-th"),
+    "refit": (False, bool, "held-out bags only choose from --grid; then all bags train"),
     "grid": (None, str, 'values to choose from on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
     "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
 }
@@ -224,13 +214,12 @@ RUN = {
     "svg": (None, str, "file for the picture that `bench backbones` draws"),
     "device": ("cpu", str, "torch device"),
     "workers": (2, whole(0, 256), "processes that make crops"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged at the end, of the test (else val) "
-                  "split; 0 for all. R@k depends on it"),
+    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of the test (else val) split; 0: all"),
     "log-every": (20, whole(1), "steps between rows of log.csv"),
     "save-every": (60., real(), "seconds between checkpoints"),
     "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
     "resume": (False, bool, "go on where the run there stopped, or start it"),
-    "set": (None, str, 'settings that a reproduction needs, "name=value name=value": see below'),
+    "set": (None, str, 'settings of a reproduction, "name=value name=value": see below'),
 }
 # Constants of the papers, which --set alone reaches.
 SETTINGS = {
@@ -1997,7 +1986,7 @@ def read_embeddings(path, names):
 
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
-    """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
+    """Draw microscope-like pictures whose cells, captions, masks and patients' diseases are known."""
     run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
     files = data.tissue_files(made)
     write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
@@ -2021,8 +2010,7 @@ def cmd_tissue(flags):
 @command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
          "batch=128 lr=1e-3 seed=0 device overwrite out=runs/clip")
 def cmd_clip(flags):
-    """Train a small CLIP on pictures and their captions: image and text encoders into one space
-    (thesis 5.3.1)."""
+    """Train a small CLIP on pictures and their captions (thesis 5.3.1), or import a released one."""
     if flags.weights:
         return import_clip(flags)
     images, captions, train, test = captioned(flags)
@@ -2113,7 +2101,7 @@ def load_clip(folder, device):
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
     model = model.eval().to(device)
-    object.__setattr__(model.visual, "clip", model)          # no submodule: it is the other way round
+    object.__setattr__(model.visual, "clip", model)          # no submodule: the other way round
     model.visual.words = words
     return model.visual, model.visual.size
 
@@ -2121,9 +2109,9 @@ def load_clip(folder, device):
 @command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
          "run?")
 def cmd_explain(flags):
-    """Heat maps of what backbones look at (Grad-CAM of an output, thesis 3.2.4); given a run of
-    sparc, of its concepts in pixels and words, and what they segment (5.4.4, A.3-A.4; --most is
-    then 400)."""
+    """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
+
+    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
     images = pictures_of(flags)
@@ -2305,7 +2293,7 @@ def chosen_latents(text, J, alive, n_latents):
 
 def methods(seen):
     """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
-    targets of Table 5.4 for each backbone, and CLIP's own similarity. A label's text is its name."""
+    targets of Table 5.4 for each backbone, and CLIP's own similarity to a label's name."""
     out, unit = {}, torch.nn.functional.normalize
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
@@ -2399,8 +2387,7 @@ def tell_captions(seen, page, most=4):
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
 def cmd_retrieve(flags):
-    """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint
-    and alone."""
+    """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
     coded = Coded(flags.run, flags)
     model, features, flags = coded.model, coded.features, coded.flags
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
@@ -2478,37 +2465,28 @@ def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
-    window, size = grey_window(flags), flags.size or (64 if flags.voc else 224)
+    window = grey_window(flags)
     if flags.voc:
-        cuts = data.cut_boxes(flags.voc, flags.margin, window)
+        cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
         run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
         run.paths(names)
         for i, name in enumerate(names):
-            judge.save_picture(run.join(name), cuts.open(i).resize((size, size), Image.BICUBIC))
+            judge.save_picture(run.join(name), cuts.open(i).resize((side, side), Image.BICUBIC))
         count = collections.Counter(map(os.path.dirname, names))
         print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
         return
     if not flags.images:
         raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
-    slides = data.read_slides(flags.images)
+    slides, run, size = data.read_slides(flags.images), Run(flags), flags.size or 224
     for note in slides.notes:
         say_once("note: " + note)
-    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
-    if side < 1 or step < 1:
-        raise InputError(f"--downsample {flags.downsample}: tiles of {side} pixels every {step} - "
-                         "give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    names = slides.about["groups"].tolist()
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two slides are called {name} - rename one, or tile them into two "
-                             "folders")
-    run = Run(flags)
+    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
     how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
            "threshold": None if flags.otsu else flags.threshold, "window": window}
-    for i, name in enumerate(names):
+    for i, name in enumerate(slides.about["groups"]):
         boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
