@@ -88,20 +88,18 @@ PART = real(0., 1.)
 # ------------------------------------------------------------------------------------------------
 
 WHAT = {
-    "data": (None, str, "features: an .npz or a folder of .npy; by default a run's own data, or "
-             "made-up streams with a known truth. mil: bags"),
+    "data": (None, str, "features, an .npz or a folder of .npy (mil: bags); else a run's own, or "
+             "made-up streams"),
     "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
     "stream": (None, str, "the one stream to use, where there are several"),
-    "taxonomy": (None, str, 'JSON of the labels\' parents, {"child": "parent", "root": null} or '
-                 'nested as in Open Images'),
-    "images": (None, str, "pictures: a folder (of class, or of train, val and test folders), an "
-               ".npz of MedMNIST's kind, or tissue.npz. tile: a slide or a folder of them"),
-    "weights": (None, str, "models a,b,...: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random or an arch alone; name=lsa:N reads captions by "
-                "runs of N words. clip: a file of released weights"),
+    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or nested as in Open Images'),
+    "images": (None, str, "pictures: a folder (of class, or of train, val, test folders), an .npz "
+               "of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
+    "weights": (None, str, "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
+                "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
+                "runs of N words; clip: a file of released weights"),
     "label": (None, str, "the label in question, by name or number"),
-    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400); else "
-               "what a picture of more than 8 bits states or fills"),
+    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400)"),
     "mode": ("alone", ("alone", "joint"), "each stream chooses its latents, or all together"),
     "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
     "other": (None, str, "features of the same samples by another backbone, to set beside"),
@@ -112,8 +110,8 @@ WHAT = {
     "query": (None, str, "words to search by"),
     "names": (None, str, 'JSON of names of latents, {"17": "round nucleus"}'),
     "prompts": (None, str, "file to write: samples of every latent, and a prompt for naming it"),
-    "embeddings": (None, str, ".npz with latents (n,), vectors (n, e), query (e,) of a text model"),
-    "head-file": (None, str, ".npz with weight (d,) and bias () of a head; else one is fitted"),
+    "embeddings": (None, str, ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
+    "head-file": (None, str, ".npz of a linear head, weight (d,), bias (); else one is fitted"),
     "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
     "from": (None, str, "its stream; the first by default"),
     "to": (None, str, "the stream to search; the last by default"),
@@ -133,37 +131,32 @@ WHAT = {
     "quick": (False, bool, "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
-    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings for a million "
-               "samples (5.3.2, A.1.2); sae: of thesis 4.1, Mammo-SAE or CytoSAE. What you type "
-               "goes first"),
-    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the sparse code; auto: by the "
-                "number of training rows, see `sae.settings_for`"),
+    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
+               "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
+    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
     "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
-             "streams together, each for itself, both ways with the losses added (ours), or one "
-             "stream drawn anew each step (Universal SAE)"),
+             "streams together, each for itself, both with the losses added (ours), or one stream "
+             "drawn each step (Universal SAE)"),
     "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "over streams, as Eq. 14, or mean as the authors' code: "
+    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or the authors' code, where "
              "lam_paper = lam_code / (M - 1)"),
-    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "of the features: length 1 "
-             "per sample, mean 0 and deviation 1 per dimension, or both in that order (auto)"),
-    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing after which a "
-                   "latent is dead; auto: 1000, or a quarter of all steps if that is less"),
-    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "relu with an L1 "
-                   "penalty, k a sample, k a sample on average, learned thresholds with an L0 "
-                   "penalty; all: every kind, in one table"),
+    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "length 1 per sample, mean "
+             "0 and deviation 1 per dimension, or both in that order (auto)"),
+    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
+                   "dead; auto: 1000, or a quarter of all"),
+    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "k a sample, an L1 "
+                   "penalty, k on average, thresholds with an L0 penalty, or a table of all"),
     "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
-    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2 (topk, batchtopk), summed "
-              "over d as the papers write, or its mean over d: lambda_paper = d * lambda_code"),
-    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents: auxk "
-               "for topk and batchtopk, resample for relu and jumprelu"),
+    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
+              "write, or its mean: lambda_paper = d * lambda_code"),
+    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents"),
     "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias"),
-    "null": ("auto", bool, "train once more with rows of all streams but the first shuffled; auto: "
-             "where that takes under about a minute"),
+    "null": ("auto", bool, "once more with rows of all streams but the first shuffled; auto: where "
+             "that takes under about a minute"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
     "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (224, whole(0, 8192), "side of the pictures, or of DINO's two global crops, in pixels; "
-             "0 for the one trained at"),
+    "size": (224, whole(0, 8192), "side of pictures or DINO's global crops, pixels; 0: its own"),
     "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
     "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
     "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
@@ -173,15 +166,14 @@ MODEL = {
     "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
     "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
     "frozen": (False, bool, "train the head alone"),
-    "standardise": (False, bool, "random weights start in the pictures' own units instead of "
-                    "ImageNet's (ours); for pale pictures"),
+    "standardise": (False, bool, "random weights start in the pictures' own units (ours)"),
     "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
     "tokens": (False, bool, "patch tokens (N, T, d), in half precision, not the class token"),
     "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out"),
     "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; barcodes: 0.2)"),
     "weighted": (False, bool, "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by its mean activation "
-             "(Mammo-SAE), by the difference to the rest, or inside its boxes (both ours)"),
+    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by mean activation "
+             "(Mammo-SAE), by the difference to the rest or inside its boxes (ours)"),
     "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
     "solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
     "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
@@ -190,31 +182,29 @@ MODEL = {
     "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
 TRAINING = {
-    "epochs": ("auto", whole(1, auto=True), "passes over the training split (auto: 50, or what "
-               "makes 1,000 steps); the most where training stops early"),
+    "epochs": ("auto", whole(1, auto=True), "passes at most; auto: 50, or what makes 1,000 steps"),
     "batch": ("auto", whole(1, auto=True), "samples a step; auto: a tenth of the rows, up to 256"),
-    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate; auto: 2e-4 sqrt(2^14 / L). "
-           "dino: at batch 256"),
-    "warmup": (0, whole(), "over which the learning rate rises: steps; dino: epochs"),
+    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate (auto: 2e-4 sqrt(2^14 / L)); dino: "
+           "at batch 256"),
+    "warmup": (0, whole(), "steps over which the learning rate rises; dino: epochs"),
     "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
-    "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or blocks of a "
-                "batch's size; auto: blocks for memory-mapped folders"),
-    "patience": (20, whole(1), "epochs without a better validation loss before training stops"),
+    "shuffle": ("auto", ("auto", "blocks", "samples"), "single samples, or blocks of a batch's "
+                "size (auto: for memory-mapped folders)"),
+    "patience": (20, whole(1), "epochs without a better validation loss that end training"),
     "min-epochs": (50, whole(), "epochs that are trained in any case"),
     "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
     "local-size": (96, SIDE, "side of DINO's local crops"),
     "local-crops": (8, whole(0, 100), "their number"),
     "local-scale": ("0.05,0.4", str, "share of the area that they cover, from,to"),
     "global-scale": ("0.4,1", str, "the same of global crops"),
-    "blur": (2., real(0., 100.), "largest radius of the blur in pixels; less for small pictures"),
+    "blur": (2., real(0., 100.), "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
-    "folds": (0, whole(0, 1000), "parts of all bags that are reported in turn; 0: the file's folds "
-              "or splits, or 70 / 15 / 15"),
-    "inner": (1, whole(1, 1000), "models of a training part without a validation part: 1 is "
-              "stopped by a fifth of it; n vote, each stopped by an n-th"),
-    "refit": (False, bool, "the held-out bags only choose from --grid; then all bags train"),
+    "folds": (0, whole(0, 1000), "parts of all bags, reported in turn; 0: the file's, or 70/15/15"),
+    "inner": (1, whole(1, 1000), "models of a training part without validation bags: 1 is stopped "
+              "by a fifth of it; n vote, each stopped by an n-th"),
+    "refit": (False, bool, "held-out bags only choose from --grid; then all bags train"),
     "grid": (None, str, 'values to choose from on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
     "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
 }
@@ -224,13 +214,12 @@ RUN = {
     "svg": (None, str, "file for the picture that `bench backbones` draws"),
     "device": ("cpu", str, "torch device"),
     "workers": (2, whole(0, 256), "processes that make crops"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged at the end, of the test (else val) "
-                  "split; 0 for all. R@k depends on it"),
+    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of the test (else val) split; 0: all"),
     "log-every": (20, whole(1), "steps between rows of log.csv"),
     "save-every": (60., real(), "seconds between checkpoints"),
     "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
     "resume": (False, bool, "go on where the run there stopped, or start it"),
-    "set": (None, str, 'settings that a reproduction needs, "name=value name=value": see below'),
+    "set": (None, str, 'settings of a reproduction, "name=value name=value": see below'),
 }
 # Constants of the papers, which --set alone reaches.
 SETTINGS = {
@@ -1528,7 +1517,6 @@ def cmd_probe(flags):
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
 
-
 class Coded:
     """A run's model with features, its own or those of --data, and the codes of their streams.
 
@@ -1539,8 +1527,9 @@ class Coded:
     def __init__(self, run, flags, streams=None):
         if not os.path.exists(os.path.join(run, "config.json")):
             raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
-        own, asked = read_config(run, ("data", "taxonomy", "seed"))["flags"], flags.keys() - flags.given
-        own = {k: own[k] for k in ("data", "taxonomy", "seed") if k in own.keys() & asked}
+        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
+        own = {k: own[k] for k in ("data", "taxonomy", "seed")
+               if k in own and k in flags and k not in flags.given}
         flags = flags.replaced({"taxonomy": None, **flags, **own})
         self.run, self.device = run, flags.device
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
@@ -1566,27 +1555,25 @@ class Coded:
         return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
 
     def pool(self, tau=0.):
-        """Of the one stream's codes, alone, `strength` and `count`, CSR (N, L), of
-        `judge.pool_tokens`; and `dense` (N, d), normalised features, the mean over tokens."""
+        """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
+        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
         if len(self.features.streams) > 1:
             raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
                              "pick one with --stream")
-        self.stream, = self.features.streams
-        pooled, dense, block = [], [], max(1, 4096 // self.T)
-        for rows in np.split(np.arange(len(self.features)), range(block, len(self.features), block)):
-            pooled.append(judge.pool_tokens(self.codes(rows)[self.stream], self.T, tau))
-            x = self.features.batch(rows)[self.stream].to(self.device).reshape(len(rows) * self.T, -1)
-            with torch.no_grad():
-                x = self.model.normalise(x, self.stream).unflatten(0, (-1, self.T)).mean(1)
-            dense.append(x.cpu().numpy())
+        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
+        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
+                                T * max(1, 4096 // T)):
+            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
+            pooled.append(judge.pool_tokens(code, T, tau))
+            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
         self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
-        self.dense = np.concatenate(dense)
+        self.stream, self.dense = s, np.concatenate(dense)
         if not np.isfinite(self.strength.data).all():
-            raise InputError(f"the codes of {self.run} are not finite - its training went wrong: "
-                             "lower --lr")
+            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
         if not self.strength.nnz:
             raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
                              "or with less sparsity")
+        self.groups = self.features.about.get("groups", np.arange(N))
         self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
         return self
 
@@ -1629,11 +1616,10 @@ class Coded:
 
     def about(self, row):
         """What the file tells of a sample, as a dict of text; no label where it is not known."""
-        features = self.features
+        features, labels = self.features, self.features.label_matrix([row])
         found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
         if features.labelled[row]:
-            on = features.label_matrix([row])[0]
-            names = [name for name, here in zip(features.label_names, on) if here]
+            names = [name for name, here in zip(features.label_names, labels[0]) if here]
             found["label"] = ", ".join(names) or "none"
         return {"sample": int(row), **found}
 
@@ -1674,7 +1660,7 @@ def cmd_latents(flags):
                                flags.weighted, known)
     scatter, references = judge.latent_scatter(table), table.pop("references")
     shown = tell_table(page, table, features.label_names, len(train), names)
-    page.picture("Latents by frequency and mean activation", scatter)
+    page.picture("Latents by frequency and mean activation", "".join(scatter))
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
     best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
     page.picture("Reference samples", judge.strips({
@@ -1683,7 +1669,7 @@ def cmd_latents(flags):
     run.begin()
     if barcodes:
         judge.write_npz(run.path("barcodes.npz"), barcodes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
+    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(*scatter))
     judge.write_json(run.path("latents.json"), [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": train[judge.best_first(references, j)].tolist()}
@@ -1698,7 +1684,7 @@ def tell_table(page, table, labels, n, names):
     alive = np.flatnonzero(table["frequency"])
     counts = judge.threshold_counts(table["mean"])
     page.metrics.update(latents=len(table["mean"]), alive=len(alive))
-    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on the {n} training samples")
+    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
     page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
                [["latents", *counts.values()]], key="mean at least 10^t")
     if "entropy" not in table:
@@ -1718,10 +1704,8 @@ def tell_table(page, table, labels, n, names):
 def reference(coded, row, latent):
     """A sample that shows a latent, as HTML: its picture, with the patches where it is active."""
     image = coded.features.picture(row)
-    if image is None:
-        return html.escape(", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
-    if not coded.features.grid:
-        return judge.embedded(image, 120)
+    if image is None or not coded.features.grid:
+        return judge.describe_sample(coded.features, row, 120)
     patches = judge.weighted_patches(image, coded.heat(row, [latent])[0])
     return judge.embedded(image, 240) + judge.embedded(patches, 240)
 
@@ -1730,17 +1714,15 @@ def tell_barcodes(page, coded, mean, between):
     """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
     latents differ; returns the arrays for a file. Without groups each sample is one, if it has
     tokens and there are some 20,000 at most; None where there is nothing to tell."""
-    features, y, seed = coded.features, coded.classes()[0], coded.flags.seed
-    groups, unit = features.about.get("groups"), "groups"
-    if between and (groups is None or y is None):
+    features, (y, _, _) = coded.features, coded.classes()
+    grouped = "groups" in features.about
+    if between and (y is None or not grouped):
         lacking = "groups" if y is not None else "single label a sample"
         raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
                          "`groups` and `labels`")
-    if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
+    if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
         return None
-    if groups is None:
-        groups, unit = np.arange(len(features)), "samples"
-    groups, codes, label = judge.barcodes(coded.count, groups, y)
+    groups, codes, label = judge.barcodes(coded.count, coded.groups, y)
     known, names = label >= 0, np.array(features.label_names)
     if not known.all():
         say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
@@ -1748,27 +1730,24 @@ def tell_barcodes(page, coded, mean, between):
     arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
     codes, label = codes[known], label[known]                # a_p of Eq. 4
     there, n = np.unique(label, return_counts=True)
-    arrays["diseases"] = judge.class_means(codes, label)     # a_d
-    page.metrics["barcodes"] = {"groups": len(groups)}
+    arrays["diseases"] = means = judge.class_means(codes, label)           # a_d
+    page.metrics["barcodes"] = found = {"groups": len(groups)}
     if len(there):
-        lines = dict(zip(names[there], arrays["diseases"]))
-        page.picture("Barcodes", judge.latent_chart(lines, arrays["diseases"].std(0),
-                                                    "mean count of active patches", 80))
+        page.picture("Barcodes", judge.latent_chart(
+            dict(zip(names[there], means)), means.std(0), "mean count of active patches", 80))
     if len(there) > 1 and n.min() > 1:
-        folds = data.stratified_parts(label, [1] * min(5, n.min()), seed)
-        f1 = judge.barcode_f1(codes, label, mean, folds)
-        page.metrics["barcodes"]["f1"] = f1
-        page.table(["mean activation at least", "latents", "weighted F1"],
-                   [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in f1.items()],
-                   f"Logistic regression on barcodes: {len(label)} {unit}, {len(folds)} stratified "
-                   "folds")
+        folds = data.stratified_parts(label, [1] * min(5, n.min()), coded.flags.seed)
+        found["f1"] = judge.barcode_f1(codes, label, mean, folds)
+        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in found["f1"].items()]
+        page.table(["mean activation at least", "latents", "weighted F1"], rows, "Logistic "
+                   f"regression on barcodes: {len(label)} {'groups' if grouped else 'samples'}, "
+                   f"{len(folds)} stratified folds")
     if between:
         pair = [label_number(features, name) for name in between.split(",")]
         if len(pair) != 2 or not np.isin(pair, there).all():
             raise InputError(f"--between {between} - give two labels that groups have, a,b")
         *chosen, difference = judge.differential(codes, label, *pair)
-        page.metrics["barcodes"]["differential"] = {
-            names[c]: v.tolist() for c, v in zip(pair, chosen)}
+        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
         page.table(["more active in", "latents (difference of the mean count)"], [
             [names[c], " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
             for c, v in zip(pair, chosen)])
@@ -1853,13 +1832,11 @@ def tell_interventions(page, coded, y, train, test, flags):
     w, bias = linear_head(coded, y, flags.head_file, train)
     W, b = coded.decoder()
     effect, base = W @ w, float(b @ w) + bias
-    groups = coded.features.about.get("groups")
     scores = {"original features": coded.dense[test] @ w + bias,
               "reconstructed": coded.strength[test] @ effect + base}
-    page.table(["AUC, 95 in 100 bootstrap draws", "AUC", "from", "to"], [
-        [name, *judge.bootstrap_auc(y[test], score, None if groups is None else groups[test],
-                                    seed=coded.flags.seed)] for name, score in scores.items()],
-        key="auc")
+    rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
+            for name, score in scores.items()]
+    page.table(["95 in 100 bootstrap draws", "AUC", "from", "to"], rows, key="auc")
     means = judge.class_means(coded.strength[train], y[train])
     ks = {0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect)}
     curve = judge.intervention(coded.strength[test], effect, base, y[test], means,
@@ -1943,8 +1920,7 @@ def tell_class_means(page, means, flags):
 def tell_fidelity(page, coded, y, train, test, eval_rows):
     """Tell how well codes rebuild features, what few latents tell of classes y (N,), if there are
     any, and whether codes find the neighbours that features find."""
-    groups, seed = coded.features.about.get("groups"), coded.flags.seed
-    dense, (W, b) = coded.dense.astype(np.float64), coded.decoder()
+    seed, dense, (W, b) = coded.flags.seed, coded.dense.astype(np.float64), coded.decoder()
     r2 = judge.r2_both(dense[test], coded.strength[test] @ W + b)
     page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
                list(r2.items()), "Reconstruction", key="r2")
@@ -1955,61 +1931,52 @@ def tell_fidelity(page, coded, y, train, test, eval_rows):
         kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
         page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
                    key="few")
-        page.table(["all", "balanced accuracy"], [["features", kept["dense"]], [
-            "latents", kept["all latents"]], ["chance", kept["chance"]]], key="probe")
+        page.table(["all", "balanced accuracy"], list(kept["all"].items()), key="probe")
     some = np.sort(np.random.default_rng([seed, 4]).permutation(test)[:eval_rows or None])
-    near = judge.retrieval_fidelity(dense[some], coded.strength[some], None if y is None else y[some],
-                                    None if groups is None else groups[some])
-    if near:
-        page.table(*judge.columns(near), "Neighbours, samples of the same group left out",
-                   key="neighbours")
-    else:
-        say(f"note: too few of the {len(some)} test samples for ten neighbours each")
+    near = judge.retrieval_fidelity(dense[some], coded.strength[some], y if y is None else y[some],
+                                    coded.groups[some])
+    if not near:
+        return say(f"note: {len(some)} test samples have no ten neighbours of other groups")
+    page.table(*judge.columns(near), "Neighbours of other groups", key="neighbours")
 
 
 @command("data streams seed device json overwrite sparc", "run", "other")
 def cmd_compare(flags):
     """Do two runs have latents in common? Best pairing by activation, against shuffled samples and
     a shared code."""
-    streams = (flags.streams or ",").split(",")
-    if len(streams) != 2:
-        raise InputError(f"--streams {flags.streams} - name the stream of each run, a,b")
-    both = [Coded(run, flags, stream).pool() for run, stream in zip((flags.run, flags.other), streams)]
-    n, rows, page = len(both[0].features), both[0].test, judge.Page("repsae compare")
-    codes = {"the two runs, best pairing": [one.strength[rows] for one in both]}
-    sizes = {flags.other: len(both[1].features)}
+    path, streams = flags.json and out_file(flags, "json"), (flags.streams or "").split(",") * 2
+    a, b = (Coded(run, flags, s).pool() for run, s in zip((flags.run, flags.other), streams))
+    runs, rows, page = [a, b], a.test, judge.Page("repsae compare")
     if flags.sparc:
-        if both[0].stream == both[1].stream:
-            raise InputError(f"both runs are on '{both[0].stream}' - --sparc wants two streams")
-        shared = Coded(flags.sparc, flags, ",".join(one.stream for one in both))
-        sizes[flags.sparc] = len(shared.features)
-        for mode in ("joint", "alone"):
-            codes[f"SPARC {mode}, same latent"] = [
-                judge.pool_tokens(code, shared.T)[0] for code in shared.codes(rows, mode).values()]
-    for name, size in sizes.items():
-        if size != n:
-            raise InputError(f"{flags.run} has {n} samples, {name} {size} - compare runs on the "
-                             "same samples, or name their file with --data")
-    found, shuffled = [], np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
-    for name, (a, b) in codes.items():
-        for what, other in ((name, b), (f"{name}, samples shuffled", b[shuffled])):
-            r = judge.index_correlations(a, other) if "same" in name else \
-                judge.match_latents(a, other)[2]
+        if a.stream == b.stream:
+            raise InputError(f"both runs are on '{a.stream}' - --sparc wants two streams")
+        runs.append(Coded(flags.sparc, flags, f"{a.stream},{b.stream}"))
+    for one in runs:
+        if len(one.features) != len(a.features):
+            raise InputError(f"{a.run} has {len(a.features)} samples, {one.run} has "
+                             f"{len(one.features)} - compare runs on the same, or name a --data")
+    codes = {"the two runs, best pairing": (a.strength[rows], b.strength[rows])}
+    for mode in ("joint", "alone") if flags.sparc else ():
+        codes[f"SPARC {mode}, same latent"] = [
+            judge.pool_tokens(code, runs[2].T)[0] for code in runs[2].codes(rows, mode).values()]
+    found, shuffled = [], np.random.default_rng([a.flags.seed, 12]).permutation(len(rows))
+    for name, (x, y) in codes.items():
+        for what, z in ((name, y), (f"{name}, samples shuffled", y[shuffled])):
+            r = judge.index_correlations(x, z) if "same" in name else judge.match_latents(x, z)[2]
             found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
     page.table(*judge.columns(found), key="shared")
-    if flags.json:
-        judge.write_json(out_file(flags, "json"), page.metrics["shared"])
+    if path:
+        judge.write_json(path, page.metrics["shared"])
 
 
 def read_embeddings(path, names):
-    """Vectors of latents' names by any text model: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
-    found = data.read_arrays(path)
-    keys = ("query", "latents", "vectors")
-    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys) and \
-        found["vectors"].shape == (len(found["latents"]), *found["query"].shape)
-    if not fits or not np.isin(found["latents"], list(names)).all():
-        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of the names, "
-                         "and query (e,), all of them numbers")
+    """What any text model makes of names: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
+    found, keys = data.read_arrays(path), ("query", "latents", "vectors")
+    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys)
+    if not fits or found["vectors"].shape != (len(found["latents"]), *found["query"].shape) \
+            or not np.isin(found["latents"], list(names)).all():
+        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of their "
+                         "names, and query (e,), all of them numbers")
     return {k: found[k] for k in keys}
 
 
@@ -2019,7 +1986,7 @@ def read_embeddings(path, names):
 
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
-    """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
+    """Draw microscope-like pictures whose cells, captions, masks and patients' diseases are known."""
     run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
     files = data.tissue_files(made)
     write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
@@ -2043,8 +2010,7 @@ def cmd_tissue(flags):
 @command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
          "batch=128 lr=1e-3 seed=0 device overwrite out=runs/clip")
 def cmd_clip(flags):
-    """Train a small CLIP on pictures and their captions: image and text encoders into one space
-    (thesis 5.3.1)."""
+    """Train a small CLIP on pictures and their captions (thesis 5.3.1), or import a released one."""
     if flags.weights:
         return import_clip(flags)
     images, captions, train, test = captioned(flags)
@@ -2135,7 +2101,7 @@ def load_clip(folder, device):
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
     model = model.eval().to(device)
-    object.__setattr__(model.visual, "clip", model)          # no submodule: it is the other way round
+    object.__setattr__(model.visual, "clip", model)          # no submodule: the other way round
     model.visual.words = words
     return model.visual, model.visual.size
 
@@ -2143,9 +2109,9 @@ def load_clip(folder, device):
 @command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
          "run?")
 def cmd_explain(flags):
-    """Heat maps of what backbones look at (Grad-CAM of an output, thesis 3.2.4); given a run of
-    sparc, of its concepts in pixels and words, and what they segment (5.4.4, A.3-A.4; --most is
-    then 400)."""
+    """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
+
+    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
     images = pictures_of(flags)
@@ -2327,7 +2293,7 @@ def chosen_latents(text, J, alive, n_latents):
 
 def methods(seen):
     """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
-    targets of Table 5.4 for each backbone, and CLIP's own similarity. A label's text is its name."""
+    targets of Table 5.4 for each backbone, and CLIP's own similarity to a label's name."""
     out, unit = {}, torch.nn.functional.normalize
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
@@ -2421,8 +2387,7 @@ def tell_captions(seen, page, most=4):
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
 def cmd_retrieve(flags):
-    """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint
-    and alone."""
+    """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
     coded = Coded(flags.run, flags)
     model, features, flags = coded.model, coded.features, coded.flags
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
@@ -2500,37 +2465,28 @@ def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
-    window, size = grey_window(flags), flags.size or (64 if flags.voc else 224)
+    window = grey_window(flags)
     if flags.voc:
-        cuts = data.cut_boxes(flags.voc, flags.margin, window)
+        cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
         run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
         run.paths(names)
         for i, name in enumerate(names):
-            judge.save_picture(run.join(name), cuts.open(i).resize((size, size), Image.BICUBIC))
+            judge.save_picture(run.join(name), cuts.open(i).resize((side, side), Image.BICUBIC))
         count = collections.Counter(map(os.path.dirname, names))
         print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
         return
     if not flags.images:
         raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
-    slides = data.read_slides(flags.images)
+    slides, run, size = data.read_slides(flags.images), Run(flags), flags.size or 224
     for note in slides.notes:
         say_once("note: " + note)
-    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
-    if side < 1 or step < 1:
-        raise InputError(f"--downsample {flags.downsample}: tiles of {side} pixels every {step} - "
-                         "give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    names = slides.about["groups"].tolist()
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two slides are called {name} - rename one, or tile them into two "
-                             "folders")
-    run = Run(flags)
+    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
     how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
            "threshold": None if flags.otsu else flags.threshold, "window": window}
-    for i, name in enumerate(names):
+    for i, name in enumerate(slides.about["groups"]):
         boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
