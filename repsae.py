@@ -298,7 +298,7 @@ CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
 KINDS = "sparsity error bias expansion bandwidth theta warmup"
 STEPS = "epochs batch lr shuffle seed"
 FOLDER = "device log-every save-every eval-rows overwrite resume"
-ON_RUN = "data stream streams taxonomy seed device out overwrite"
+ON_RUN = "data stream streams seed device out overwrite"
 
 
 def value_of(kind, text):
@@ -1520,7 +1520,8 @@ def cmd_probe(flags):
 class Coded:
     """A run's model with features, its own or those of --data, and the codes of their streams.
 
-    flags   the command's, with the run's own data and seed where none were typed
+    flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
+            were typed
     T       tokens of a sample, 1 where it is one vector
     """
 

@@ -1195,6 +1195,15 @@ def test_a_patient_has_the_label_of_those_of_its_samples_that_have_one(tokens, t
     assert found[0] == found[1] == [0, 1] * 6 and found[2] == [-1, 1] + [0, 1] * 5
 
 
+def test_labels_of_another_file_need_no_place_in_the_runs_taxonomy(tokens, token_run, tmp_path):
+    shutil.copytree(token_run, tmp_path / "r")
+    config = told(tmp_path / "r" / "config.json")
+    (tmp_path / "t.json").write_text('{"root": null}')
+    config["flags"]["taxonomy"] = str(tmp_path / "t.json")
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config))
+    run("latents", tmp_path / "r", "--data", tokens, "--out", tmp_path / "l")
+
+
 def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
     run("intervene", token_run, "--out", tmp_path / "f")
     found = json.loads((tmp_path / "f" / "metrics.json").read_text())
