@@ -122,8 +122,8 @@ def test_labels_that_the_mask_hides_change_nothing(features, finished, tmp_path)
         run("probe", "--data", tmp_path / "m.npz", "--streams", "x",
             "--json", out.with_suffix(".probe"))
         run("latents", *on_run, "--stream", "x", "--out", out)
-        run("describe", *on_run, "--stream", "x", "--top", 2, "--out", out.with_suffix(".describe"))
-        run("fidelity", *on_run, "--stream", "x", "--label", "A", "--out", out / "f")
+        run("latents", *on_run, "--stream", "x", "--top", 2, "--prompts", out.with_suffix(".describe"))
+        run("intervene", *on_run, "--stream", "x", "--label", "A", "--out", out / "f")
         kept = [out.with_suffix(f".{name}") for name in ("eval", "probe", "describe")]
         kept += [out / "latents.json", out / "metrics.json", out / "f" / "metrics.json"]
         found.append([p.read_text() for p in kept])
@@ -143,7 +143,7 @@ def test_unlabelled_samples_count_as_little_for_labels_as_if_they_were_not_there
         on_run = [finished, "--data", tmp_path / "m.npz"]
         run("eval", *on_run, "--json", tmp_path / "e.json")
         run("latents", *on_run, "--stream", "x", "--out", tmp_path / name)
-        run("describe", *on_run, "--stream", "x", "--top", 3, "--out", tmp_path / f"{name}.json")
+        run("latents", *on_run, "--stream", "x", "--top", 3, "--prompts", tmp_path / f"{name}.json")
         alone = json.loads((tmp_path / "e.json").read_text())["alone"]
         latents = json.loads((tmp_path / name / "latents.json").read_text())
         told = {one["latent"]: (one["label"], one["purity"], one["entropy"]) for one in latents
@@ -642,7 +642,7 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
 @pytest.mark.parametrize("argv, message", [
     (["dino"], "--images is missing"), (["dino", "--images", "/no/such"], "no folder /no/such"),
     (["dino", "--images", "{p}", "--arch", "vgg"], "vgg is no backbone - take one of vit_tiny"),
-    (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two shares"),
+    (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two numbers in order"),
     (["dino", "--images", "{p}", "--size", "30"], "images are 30x30"),
     (["extract", "--images", "{p}"], "--weights is missing"),
     (["extract", "--images", "{p}", "--weights", "a="], "a= - write name=RUN"),
@@ -717,55 +717,97 @@ def test_mil_needs_a_group_for_each_validation_part(tmp_path, capsys):
         assert "the bags to learn from are of 4 groups, and validation cuts them into 5" in said
 
 
-def test_the_test_fold_never_reaches_training(bags, tmp_path, monkeypatch):
+def mil_settings(path, *more):
+    return repsae.mil_settings(repsae.parse(["mil", "--data", str(path), *map(str, QUICK_MIL), *more])[1])
+
+
+def test_the_test_fold_never_reaches_training(bags):
     """With the labels of the test rows turned over, the models are the same."""
     import data
-    settings = repsae.parse_grid(repsae.parse(["mil", "--data", str(bags), *map(str, QUICK_MIL)])[1])
     whole, turned = data.read_bags(bags), data.read_bags(bags)
-    test = np.flatnonzero(~whole.folds[0, 0])
+    train, test = np.flatnonzero(whole.folds[0, 0]), np.flatnonzero(~whole.folds[0, 0])
     turned.y[test] = 1 - turned.y[test]
-    turned.X[np.concatenate([np.arange(turned.offsets[i], turned.offsets[i + 1]) for i in test])] *= -3
-    a, b = (repsae.mil_round(v, "abmil", settings, 0, np.flatnonzero(whole.folds[0, 0]), None, test,
-                             keep=repsae.Run(settings[0], str(tmp_path / name)).begin())
-            for v, name in ((whole, "a"), (turned, "b")))
-    repsae.Run.release()
+    for i in test:
+        turned.X[turned.offsets[i]:turned.offsets[i + 1]] *= -3
+    (a, models, _), (b, others, _) = (
+        repsae.mil_round(v, "abmil", mil_settings(bags), 1, False, [0, 0], train, None, test)
+        for v in (whole, turned))
     assert a["held_out"] == b["held_out"] and a["held_out"]["loss"] > 0
-    states = [torch.load(tmp_path / name / "abmil.pt", weights_only=True)["models"][0] for name in "ab"]
-    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    assert same_tensors(models[0].state_dict(), others[0].state_dict())
 
 
-def test_mil_keeps_the_bags_of_a_patient_in_one_part(bags, tmp_path, monkeypatch):
+def test_mil_keeps_the_bags_of_a_patient_in_one_part(bags, tmp_path):
     groups, arrays = np.arange(60) // 5, {k: v for k, v in np.load(bags).items() if k != "folds"}
     np.savez(tmp_path / "g.npz", **arrays, groups=groups)
-    flags = repsae.parse(["mil", "--data", str(tmp_path / "g.npz")])[1]
     found = data.read_bags(tmp_path / "g.npz")
     for seed in range(4):
-        (train, val, test), = repsae.mil_rounds(found, flags.replaced({"seed": seed}))
-        of = [{*groups[part].tolist()} for part in (train, val, test)]
-        assert sum(map(len, of)) == 12 == len(set.union(*of))
-    seen = []
-
-    def learn(bags, head, flags, train, val, seed):
-        seen.append((train, val))
-        raise KeyError                                       # what it is given is all we ask
-    monkeypatch.setattr(repsae, "train_mil", learn)
-    with pytest.raises(KeyError):
-        repsae.mil_round(found, "mean", [flags], 0, np.arange(60), None, np.arange(60))
-    learned, held = ({*groups[part]} for part in seen[0])
-    assert not learned & held and len(held) in (2, 3)        # a fifth of twelve
+        for folds in (0, 3):
+            for parts in found.rounds(folds, seed, 5, "g"):
+                of = [{*groups[part].tolist()} for part in parts if part is not None]
+                assert sum(map(len, of)) == 12 == len(set.union(*of))
+        (learned, held), = found.held_out(np.arange(60), 1, seed)
+        assert not {*groups[learned]} & {*groups[held]} and len({*groups[held]}) in (2, 3)
 
 
 def test_the_grid_is_decided_by_held_out_bags_and_refit_learns_from_all_of_them(bags, monkeypatch):
     """Of a learning rate that learns and one that does not the first is taken; with --refit, models of the whole part vote."""
     import data
-    found, whole, seen = repsae.parse(["mil", "--data", str(bags), *map(str, QUICK_MIL), "--grid", "lr=1e-9,0.01", "--refit",
-                                       "--inner", "3", "--set", "cosine=yes", "--balanced"])[1], data.read_bags(bags), []
-    true = repsae.train_mil
-    monkeypatch.setattr(repsae, "train_mil", lambda *a, **kw: (seen.append((len(a[3]), a[4] is None, a[2].lr)), true(*a, **kw))[1])
+    settings, whole = mil_settings(bags, "--grid", "lr=1e-9,0.01", "--refit", "--set", "cosine=yes", "--balanced"), data.read_bags(bags)
+    true, seen = repsae.train_mil, []
+
+    def spy(*a):
+        seen.append((len(a[3]), a[4] is None, a[2]["fit"]["lr"]))
+        assert a[2]["fit"]["early"] is None               # no early stopping
+        return true(*a)
+    monkeypatch.setattr(repsae, "train_mil", spy)
     train, test = np.flatnonzero(whole.folds[0, 0]), np.flatnonzero(~whole.folds[0, 0])
-    result = repsae.mil_round(whole, "gated", repsae.parse_grid(found), 0, train, None, test)
-    assert result["chosen"] == {"lr": 0.01} and result["held_out"]["error"] < 0.3 and result["scores"]["accuracy"] > 0.8
-    assert len(seen) == 9 and seen[6:] == [(len(train), True, 0.01)] * 3 and all(n < len(train) and not alone for n, alone, _ in seen[:6])
+    result, models, _ = repsae.mil_round(whole, "gated", settings, 3, True, [0, 0], train, None, test)
+    assert result["chosen"] == {"lr": 0.01} and result["held_out"]["error"] < 0.3
+    assert result["scores"]["accuracy"] > 0.8 and len(models) == 3
+    assert len(seen) == 9 and seen[6:] == [(len(train), True, 0.01)] * 3
+    assert all(n < len(train) and not alone for n, alone, _ in seen[:6])
+
+
+WORKERS = """
+import sys, time
+sys.path.insert(0, {root!r})
+import repsae
+
+def work(shared, i):
+    import os
+    open(os.path.join(shared, str(os.getpid())), "w").close()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    list(repsae.in_processes(work, {folder!r}, [(i,) for i in range(4)]))
+"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_workers_end_with_their_parent_whatever_ends_it(ending, tmp_path):
+    (tmp_path / "pids").mkdir()
+    root = os.path.dirname(os.path.abspath(repsae.__file__))
+    (tmp_path / "w.py").write_text(WORKERS.format(root=root, folder=str(tmp_path / "pids")))
+    parent = subprocess.Popen([sys.executable, tmp_path / "w.py"], stderr=subprocess.DEVNULL)
+    until(lambda: os.listdir(tmp_path / "pids"), 60)
+    parent.send_signal(ending)
+    parent.wait(20)
+    until(lambda: not any(map(running, os.listdir(tmp_path / "pids"))), 20)
+
+
+def running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(happened, seconds):
+    end = time.time() + seconds
+    while not happened():
+        assert time.time() < end
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -811,13 +853,13 @@ def test_otsu_finds_pale_tissue_that_the_fixed_threshold_misses(tmp_path, capsys
     assert len(np.load(tmp_path / "t" / "pale.npz")["coords"]) > 20
 
 
-def test_subtyping_changes_what_clam_learns(bags, tmp_path):
+def test_subtyping_changes_what_clam_learns(bags):
     """The same seed with and without it: other weights, and both learn."""
     import data
     whole, states = data.read_bags(bags), []
-    for extra in ((), ("--set", "subtyping=yes",)):
-        flags = repsae.parse(["mil", "--data", str(bags), *map(str, QUICK_MIL), "--instances", "1", *extra])[1]
-        model, (error, _) = repsae.train_mil(whole, "clam_sb", flags, np.arange(40), np.arange(40, 60), [0])
+    for extra in ((), ("--set", "subtyping=yes")):
+        setting, = mil_settings(bags, "--instances", "1", *extra)
+        model, (error, _) = repsae.train_mil(whole, "clam_sb", setting, np.arange(40), np.arange(40, 60), [0])
         states.append(model.state_dict())
         assert error <= 0.2
     assert not torch.equal(*(state["instance_classifiers.0.weight"] for state in states))
@@ -875,7 +917,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["cut"], "--voc is missing"), (["cut", "--voc", "{p}"], "expected a Pascal VOC folder"),
+    (["tile", "--voc", "{p}"], "expected a Pascal VOC folder"),
     (["tile"], "--images is missing"), (["tile", "--images", "/no/such.png"], "such.png is not a readable picture"),
     (["mil"], "--data is missing"), (["mil", "--data", "{b}", "--head", "clam"], "--head clam - take one or more of max, mean"),
     (["mil", "--data", "{b}", "--grid", "lr=a"], "--grid lr=a: a - give a number"),
@@ -889,7 +931,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["finetune", "--images", "{p}", "--weights", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
     (["finetune", "--images", "{p}", "--size", "20", "--weights", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
     (["finetune", "--images", "{p}", "--size", "32", "--weights", "squeezenet1_0"], "SqueezeNet ends in no linear layer"),
-    (["tile", "--images", "{p}", "--size", "0"], "--size 0: tiles of 0 pixels"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
+    (["tile", "--images", "{p}", "--downsample", "0.001"], "tiles of 0 pixels every 0"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
     (["mil", "--data", "{b}", "--inner", "30"], "bags to learn from"), (["tile", "--images", "{p}"], "two slides are called 0 - rename"),
     (["explain", "--images", "{p}", "--weights", "a=vit_micro:random", "--size", "16", "--label", "999"], "--label 999, but a has 96 outputs"),
     (["explain", "--images", "{p}"], "--weights is missing"),
@@ -910,9 +952,8 @@ def test_finetune_draws_and_judges_by_patients_it_has_not_seen(tmp_path, capsys)
     for split in (None, np.where(np.arange(80) < 60, "train", "test")):      # val is cut off train
         np.savez(path, **arrays, **({} if split is None else {"split": split}))
         how = ["random", "given"][split is not None]
-        flags = repsae.parse(["finetune", "--images", str(path), "--split", how])[1]
         for seed in range(3):
-            parts = repsae.picture_parts(data.read_pictures(str(path), 16), flags, seed)
+            parts = data.picture_parts(data.read_pictures(str(path), 16), how, seed, path)
             of = [{*groups[part].tolist()} for part in parts]
             assert sum(map(len, of)) == 20 == len(set.union(*of))
     for c in (0, 1):
@@ -1048,7 +1089,7 @@ def test_a_stream_of_zeros_trains_and_is_judged_by_a_dash(tmp_path):
 def test_presets_hold_the_papers_figures_and_what_is_typed_goes_first():
     def resolved(*argv):
         return repsae.resolved_sae(repsae.parse(["sae", "--data", "f.npz", *argv])[1], made)
-    made = data.Features({"x": np.zeros((40, 3), np.float32)}, np.repeat(["train", "val"], 20))
+    made = data.Features({"x": np.zeros((40, 3), np.float32)}, split=np.repeat(["train", "val"], 20))
     mammo = resolved("--preset", "mammo")
     assert (mammo.latents, mammo.sparsity, mammo.lr, mammo.batch, mammo.epochs) == (24, 3e-5, 3e-4, 4096, 200)
     cyto = resolved("--preset", "cyto", "--lr", "1e-3")
@@ -1121,22 +1162,23 @@ def test_latents_tell_what_a_planted_latent_is(tokens, token_run, tmp_path, caps
 def test_interventions_find_the_planted_latent_and_its_boxes(rank, tokens, token_run, tmp_path, capsys):
     run("intervene", token_run, "--label", "sick", "--rank", rank, "--set", "percentile=90", "--other", tokens, "--out", tmp_path / "i")
     found = json.loads((tmp_path / "i" / "metrics.json").read_text())
-    assert found["auc"]["original features"][0] == found["auc"]["reconstructed"][0] == 1
-    curve = {c["k"]: c for c in found["curve"]}
-    assert curve[0]["keep"] == 0.5 and curve[1]["keep"] == curve[8]["keep"] == 1 and curve[8]["silence"] == 0.5
-    assert max(row["ap"] for row in found["localisation"]) > 0.9
+    assert found["auc"]["original features"]["AUC"] == found["auc"]["reconstructed"]["AUC"] == 1
+    curve = found["curve"]
+    assert curve["0"]["keep"] == 0.5 and curve["1"]["keep"] == curve["8"]["keep"] == 1 and curve["8"]["silence"] == 0.5
+    assert max(row["AP"] for row in found["localisation"].values()) > 0.9
+    assert [*found["localisation"]] == list(map(str, found["top latents"]))
     if rank != "mean":
-        assert found["localisation"][0]["ap"] > 0.9
-    assert found["separation"] == found["separation of --other"]
+        assert found["localisation"][str(found["top latents"][0])]["AP"] > 0.9
+    assert found["separation"]["--data"] == found["separation"]["--other"]
     with np.load(tokens) as z:                               # the same labels in another order, features of class sick doubled
         x = z["x"] * np.where(z["labels"] == 1, 2, 1)[:, None, None]
         np.savez(tmp_path / "o.npz", **{**z, "x": x.astype(np.float32), "labels": 1 - z["labels"],
                                         "label_names": np.array(["sick", "well"])})
     run("intervene", token_run, "--label", "sick", "--other", tmp_path / "o.npz", "--iou", 0.95, "--out", tmp_path / "i")
     later = json.loads((tmp_path / "i" / "metrics.json").read_text())
-    assert later["separation of --other"]["distance"] > 1.5 * later["separation"]["distance"]
-    assert later["separation of --other"]["difference"] * later["separation"]["difference"] > 0
-    assert max(row["ap"] for row in later["localisation"]) < 0.5
+    here, other = (later["separation"][name] for name in ("--data", "--other"))
+    assert other["distance"] > 1.5 * here["distance"] and other["difference"] * here["difference"] > 0
+    assert max(row["AP"] for row in later["localisation"].values()) < 0.5
     assert (tmp_path / "i" / "report.html").read_text().count("<img") >= 6
 
 
@@ -1149,8 +1191,8 @@ def test_a_given_head_is_used_as_it_is(tokens, token_run, tmp_path):
         run("intervene", token_run, "--label", 1, *argv, "--out", tmp_path / "i")
         found = json.loads((tmp_path / "i" / "metrics.json").read_text())
         if argv:
-            for a, c in zip(before["curve"], found["curve"]):
-                assert abs(a["keep"] - c["keep"]) < 1e-6
+            for k, c in found["curve"].items():
+                assert abs(before["curve"][k]["keep"] - c["keep"]) < 1e-6
         before = found
 
 
@@ -1160,8 +1202,8 @@ def test_samples_without_a_label_count_for_neither_class(tokens, token_run, tmp_
         np.savez(tmp_path / "u.npz", **{**z, "labels": hidden})
     run("intervene", token_run, "--label", "sick", "--data", tmp_path / "u.npz", "--out", tmp_path / "i")
     found = json.loads((tmp_path / "i" / "metrics.json").read_text())
-    assert found["auc"]["original features"][0] == 1 and found["curve"][-1]["keep"] == 1
-    run("fidelity", token_run, "--data", tmp_path / "u.npz", "--out", tmp_path / "f")
+    assert found["auc"]["original features"]["AUC"] == 1 and found["curve"]["8"]["keep"] == 1
+    run("intervene", token_run, "--data", tmp_path / "u.npz", "--out", tmp_path / "f")
     run("latents", token_run, "--data", tmp_path / "u.npz", "--out", tmp_path / "l")
     assert "out of" not in capsys.readouterr().err
 
@@ -1178,19 +1220,20 @@ def test_a_patient_has_the_label_of_those_of_its_samples_that_have_one(tokens, t
 
 
 def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
-    run("fidelity", token_run, "--out", tmp_path / "f")
+    run("intervene", token_run, "--out", tmp_path / "f")
     found = json.loads((tmp_path / "f" / "metrics.json").read_text())
-    assert found["r2"]["variance-weighted"] > 0.8 and found["kept"]["rows"][0]["best latents"] == 1
-    assert [row["k"] for row in found["neighbours"]] == [1, 5, 10]
+    assert found["r2"]["variance-weighted"]["R2"] > 0.8 and found["few"]["1"]["best latents"] == 1
+    assert [*found["neighbours"]] == ["1", "5", "10"] and "curve" not in found
     with np.load(tokens) as z:                               # the same as one of several labels that may hold at once
         np.savez(tmp_path / "m.npz", **{**z, "labels": z["labels"][:, None] == np.arange(2)})
-    run("fidelity", token_run, "--data", tmp_path / "m.npz", "--label", "sick", "--out", tmp_path / "f")
-    assert json.loads((tmp_path / "f" / "metrics.json").read_text()) == found
-    assert "label 'mad'" in error(capsys, "fidelity", token_run, "--label", "mad", "--out", tmp_path / "g")
+    run("intervene", token_run, "--data", tmp_path / "m.npz", "--label", "sick", "--out", tmp_path / "f")
+    of_label = json.loads((tmp_path / "f" / "metrics.json").read_text())
+    assert {k: of_label[k] for k in found} == found and of_label["curve"]
+    assert "label 'mad'" in error(capsys, "intervene", token_run, "--label", "mad", "--out", tmp_path / "g")
 
 
 def test_described_latents_come_back_as_names_that_find_samples(tokens, token_run, tmp_path, capsys):
-    run("describe", token_run, "--out", tmp_path / "d.json")
+    run("latents", token_run, "--top", 8, "--prompts", tmp_path / "d.json")
     described = json.loads((tmp_path / "d.json").read_text())
     sick = [one for one in described if all("sick" == s["label"] for s in one["top"]) and len(one["top"]) == 8]
     assert sick and not re.search("sick|well|label", "".join(one["prompt"] for one in described))
@@ -1202,13 +1245,13 @@ def test_described_latents_come_back_as_names_that_find_samples(tokens, token_ru
     strongest = max(sick, key=lambda one: one["top"][0]["activation"])["latent"]
     names = {str(one["latent"]): "dark granules" if one["latent"] == strongest else "stroma" for one in described}
     (tmp_path / "names.json").write_text(json.dumps(names))
-    run("search", token_run, "--names", tmp_path / "names.json", "--query", "granules", "--label", "sick", "--top", 8)
+    run("latents", token_run, "--names", tmp_path / "names.json", "--query", "granules", "--label", "sick", "--top", 8)
     out = capsys.readouterr().out
     assert "precision at 8 for 'sick': 1.000" in out and f"{strongest} 'dark granules'" in out
     vectors = np.eye(len(names))
     np.savez(tmp_path / "e.npz", latents=np.array(list(map(int, names))), vectors=vectors,
              query=vectors[list(names).index(str(strongest))])
-    run("search", token_run, "--names", tmp_path / "names.json", "--embeddings", tmp_path / "e.npz", "--label", "sick", "--top", 8)
+    run("latents", token_run, "--names", tmp_path / "names.json", "--embeddings", tmp_path / "e.npz", "--label", "sick", "--top", 8)
     assert "precision at 8 for 'sick': 1.000" in capsys.readouterr().out
 
 
@@ -1243,22 +1286,21 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", token_run, "--between", "sick"), "give two labels"),
             (("latents", token_run, "--data", without(groups=np.zeros(60, int)), "--between", "sick,well"), "labels that groups have"),
             (("latents", token_run, "--out", token_run), "is read by this command - name another"),
-            (("fidelity", token_run, "--out", tokens), "is a file - name a folder"),
+            (("intervene", token_run, "--out", tokens), "is a file - name a folder"),
             (("intervene", token_run, "--label", "sick", "--set", "percentile=150"), "--set percentile: 150 - give a number from 0.0 to 100.0"),
-            (("describe", token_run, "--top", 0), "--top 0 - give a whole number from 1"),
+            (("latents", token_run, "--top", 0), "--top 0 - give a whole number from 1"),
             (("sae", "--data", features, "--stream", "x", "--sparsity", 5, "--out", tmp_path / "s"), "has no effect on topk"),
             (("sae", "--data", features, "--stream", "x", *SMALL, "--lr", 1e20, "--epochs", 9, "--out", tmp_path / "s"),
              "lower --lr"),
             (("latents", finished), "pick one with --stream"),
             (("latents", tmp_path), "is no run folder"),
             (("intervene", token_run, "--label", "ill"), "no label 'ill' - take one of well, sick"),
-            (("intervene", token_run), "--label is missing"),
             (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
             (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "some, not all, must"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("grid")), "has no 'grid'"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("boxes")), "has no 'boxes'"),
-            (("fidelity", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "a test class is not in it"),
-            (("search", token_run, "--query", "x"), "--names is missing"),
+            (("intervene", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "a test class is not in it"),
+            (("latents", token_run, "--query", "x"), "--names is missing"),
             (("compare", token_run, token_run, "--data", without(x=everything["x"][:, :, :5])), "the run was trained on")):
         assert message in error(capsys, *argv), argv
     np.savez(tmp_path / "wide.npz", weight=np.ones(5), bias=0.)
@@ -1268,9 +1310,9 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
     assert "lacks 'bias'" in error(capsys, "intervene", token_run, "--label", 1, "--head-file", tmp_path / "bare.npz")
     assert "--norm none or standard" in error(capsys, "intervene", tmp_path / "l2", "--label", 1, "--head-file", tmp_path / "head.npz")
     (tmp_path / "n.json").write_text('{"99": "far"}')
-    assert "latent 99 is not among" in error(capsys, "search", token_run, "--query", "far", "--names", tmp_path / "n.json")
+    assert "latent 99 is not among" in error(capsys, "latents", token_run, "--query", "far", "--names", tmp_path / "n.json")
     (tmp_path / "n.json").write_text('{"3": "near"}')
-    assert "no name fits 'far'" in error(capsys, "search", token_run, "--query", "far", "--names", tmp_path / "n.json")
+    assert "no name fits 'far'" in error(capsys, "latents", token_run, "--query", "far", "--names", tmp_path / "n.json")
     model, _, _ = sae.load(token_run / "checkpoint.pt")
     with torch.no_grad():
         model.b_lat["x"].fill_(-1e6)                         # all latents dead
@@ -1354,7 +1396,7 @@ def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys
     assert np.abs(found["dark"] - found["default"]).max() > 1e-3
     for window in ("5", "4,4", "a,b", "0,nan", "0,inf"):
         asked = ["--images", tmp_path / "p", "--weights", "vit_micro", "--window", window]
-        assert f"--window {window} - give two grey values" in error(capsys, "extract", *asked)
+        assert f"--window {window} - give two numbers in order" in error(capsys, "extract", *asked)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -1503,7 +1545,7 @@ def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones():
     instances = np.zeros((2, 4, 4), int)
     instances[0, 0, :2], instances[0, 3, 3], instances[1, 1, 1] = 1, 3, 1                   # object 2 of the first is hidden
     boxes = np.array([[0, 5, 0, 0, .5, .25], [0, 5, .75, .75, 1, 1], [1, 7, .25, .25, .5, .5]])
-    found = repsae.true_masks({"instances": instances, "boxes": boxes})
+    found = data.true_masks({"instances": instances, "boxes": boxes})
     assert set(found) == {(0, 5), (1, 7)}
     assert (found[0, 5] == (instances[0] > 0)).all() and (found[1, 7] == (instances[1] == 1)).all()
     assert judge.centre_prior(5).argmax() == 12
@@ -1529,7 +1571,7 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
     (tmp_path / "attribute_local").symlink_to("attribute")
     run("intervene", token_run, "--label", "sick", "--other", tokens, "--out", at("mammo_tuned"))
     (tmp_path / "mammo_before").symlink_to("mammo_tuned")
-    run("fidelity", token_run, "--out", at("fidelity"))
+    run("intervene", token_run, "--out", at("fidelity"))
     run("latents", token_run, "--out", at("latents"))
     for stream in "xy":
         run("sae", "--data", features, "--stream", stream, *SMALL, "--epochs", 1, "--out", tmp_path / stream)
@@ -1601,12 +1643,13 @@ def test_claims_of_the_demo_follow_the_figures(sign, tmp_path, monkeypatch):
         write(f"mil_{arch}/metrics.json", {"clam_sb": [{"scores": {"AUC": v + .01}}, {"scores": {"AUC": v - .01}}]})
         write(f"mil_half_{arch}/metrics.json", {"clam_sb": [{"scores": {"AUC": v - s}}, {"scores": {"AUC": None}}]})
     for name, more in (("before", 0), ("tuned", s)):
-        write(f"mammo_{name}/metrics.json", {"localisation": [{"ap": .2 + more}, {"ap": .4 + more}], "auc": {
-            "original features": [.75 + more], "reconstructed": [.75 + more - (sign < 0) * .1]}, "curve": [
-            {"k": 10, "keep": .82 if sign > 0 else .5, "silence": .6 - s}, {"k": 20, "keep": .8, "silence": .5}],
-            "separation": {"cosine": .5}, "separation of --other": {"cosine": .5 + s}})
-    write("fidelity/metrics.json", {"r2": {"variance-weighted": .9}, "neighbours": [{"k": 10, "overlap": .5}], "kept": {"dense": .9, "chance": .5, "rows": [
-        {"n": 10, "best latents": .8, "principal components": .8 - s, "kept": .878 + s}]}})
+        write(f"mammo_{name}/metrics.json", {"localisation": {"1": {"AP": .2 + more}, "2": {"AP": .4 + more}}, "auc": {
+            "original features": {"AUC": .75 + more}, "reconstructed": {"AUC": .75 + more - (sign < 0) * .1}}, "curve": {
+            "10": {"keep": .82 if sign > 0 else .5, "silence": .6 - s}, "20": {"keep": .8, "silence": .5}},
+            "separation": {"--data": {"cosine": .5}, "--other": {"cosine": .5 + s}}})
+    write("fidelity/metrics.json", {"r2": {"variance-weighted": {"R2": .9}}, "neighbours": {"10": {"overlap": .5}}, "few": {
+        "10": {"best latents": .8, "principal components": .8 - s, "kept, %": 87.8 + 100 * s}}, "probe": {
+        "features": {"balanced accuracy": .9}, "chance": {"balanced accuracy": .5}}})
     write("finetune/metrics.json", {"scores": {k: [{"AUC": .8}] for k in ("vit_micro", "vim_micro", "resnet18", "dino_vit")}, "pairs": {"AUC": [
         {"a": "resnet18", "b": "vim_micro", "difference": -s, "t_p": 0.}, {"a": "dino_vit", "b": "vim_micro", "difference": 1, "t_p": .01}]}})
     write("compare.json", {"the two runs, best pairing": {"shared, %": 50},
@@ -1665,7 +1708,7 @@ def test_pixels_of_a_file_are_shown_and_never_printed(features, finished, tmp_pa
     on_run = [finished, "--data", tmp_path / "p.npz"]
     run("retrieve", *on_run, "--out", tmp_path / "r.html")
     assert (tmp_path / "r.html" / "report.html").read_text().count("data:image/jpeg") == 22
-    run("describe", *on_run, "--stream", "x", "--top", 1, "--out", tmp_path / "d.json")
+    run("latents", *on_run, "--stream", "x", "--top", 1, "--prompts", tmp_path / "d.json")
     assert '"image"' not in (tmp_path / "d.json").read_text()
     run("latents", *on_run, "--stream", "x", "--out", tmp_path / "l")
     assert (tmp_path / "l" / "report.html").read_text().count("data:image/jpeg") > 6
@@ -2343,9 +2386,8 @@ def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch
     x, mask, y = next(iter(found["batches"](5)))
     assert len(y) == 5 and group["weight_decay"] == 0.03
     assert group["lr"] == pytest.approx(0.02 / 2)            # half of the way down the cosine
-    monkeypatch.setattr(ssm, "mil_loss", lambda *batch, **how: how)
-    assert found["loss"](model, x, mask, y) == {"k": 2, "bag_weight": 0.2, "subtyping": True,
-                                                "loss": torch.nn.functional.cross_entropy}
+    assert found["loss"].keywords == {"k": 2, "bag_weight": 0.2, "subtyping": True,
+                                      "loss": torch.nn.functional.cross_entropy}
 
 
 @pytest.mark.parametrize("argv, low, high", [((), 0.2, 0.3), (("--balanced",), 0.4, 0.6)])
@@ -2358,7 +2400,7 @@ def test_weighted_bags_are_drawn_as_if_classes_were_equally_frequent(
     assert low < drawn.float().mean() < high
 
 
-def test_every_setting_of_tile_and_cut_reaches_the_tiles(tmp_path, monkeypatch):
+def test_every_setting_of_tile_reaches_the_tiles(tmp_path, monkeypatch):
     said = {"size": 16, "step": 8, "downsample": 2, "threshold": 12, "smallest": 0.1,
             "least_hole": 0.3, "max_holes": 3}
     image = np.full((200, 260, 3), 245, np.uint8)
@@ -2377,9 +2419,34 @@ def test_every_setting_of_tile_and_cut_reaches_the_tiles(tmp_path, monkeypatch):
         covered = (130 - z["coords"][:, 0]) / 32
         assert np.array_equal(z["labels"] == 1, covered >= 0.1)
         assert ((0.1 <= covered) & (covered < 0.5)).any()
-    found = caught(monkeypatch, data, "cut_boxes", "cut", "--voc", tmp_path, "--size", 40,
-                   "--set", "margin=0.7", "--out", tmp_path / "c")
-    assert (found["size"], found["margin"]) == (40, 0.7)
+    found = caught(monkeypatch, data, "cut_boxes", "tile", "--voc", tmp_path, "--set", "margin=0.7",
+                   "--out", tmp_path / "c")
+    assert found["margin"] == 0.7
+
+
+def test_boxes_are_cut_into_class_folders_by_the_official_splits_or_nothing_is(tmp_path, capsys):
+    voc = tmp_path / "voc"
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (voc / part).mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    for stem, part in (("one", "trainval"), ("two", "test")):
+        Image.fromarray(pixels).save(voc / "JPEGImages" / f"{stem}.jpg")
+        (voc / "ImageSets" / "Main" / f"{part}.txt").write_text(stem)
+        (voc / "Annotations" / f"{stem}.xml").write_text(
+            "<a><object><name>cell</name><bndbox><xmin>10</xmin><ymin>10</ymin><xmax>40</xmax>"
+            "<ymax>50</ymax></bndbox></object></a>")
+    argv = ["tile", "--voc", voc, "--size", 24, "--out", tmp_path / "c"]
+    run(*argv)
+    assert capsys.readouterr().out.split("\n")[:2] == ["test/cell: 1", "train/cell: 1"]
+    found = data.read_images(str(tmp_path / "c"))
+    assert found.split.tolist() == ["test", "train"] and found.open(0).size == (24, 24)
+    assert "holds files already" in error(capsys, *argv)
+    run(*argv, "--overwrite")
+    (voc / "JPEGImages" / "three.jpg").write_bytes(b"no")
+    (voc / "Annotations" / "three.xml").write_text("<a/>")
+    (voc / "ImageSets" / "Main" / "test.txt").write_text("two three")
+    said = error(capsys, *argv[:-1], tmp_path / "d")
+    assert "three.jpg is not a readable picture" in said and not (tmp_path / "d").exists()
 
 
 @pytest.mark.parametrize("rank", ["mean", "difference", "boxes"])
@@ -2396,10 +2463,10 @@ def test_with_the_test_labels_swapped_the_same_head_and_latents_are_exactly_wron
     right, wrong = (told(tmp_path / name / "metrics.json") for name in ("right", "wrong"))
     assert right["top latents"] == wrong["top latents"]
     assert right["separation"] == wrong["separation"]
-    for name, (area, *_) in right["auc"].items():
-        assert area + wrong["auc"][name][0] == pytest.approx(1) and area > 0.9
-    for a, b in zip(right["curve"], wrong["curve"], strict=True):
-        assert [a[k] + b[k] for k in ("keep", "silence")] == pytest.approx([1, 1])
+    for name, one in right["auc"].items():
+        assert one["AUC"] + wrong["auc"][name]["AUC"] == pytest.approx(1) and one["AUC"] > 0.9
+    for k, one in right["curve"].items():
+        assert [v + wrong["curve"][k][name] for name, v in one.items() if name != "latents"] == pytest.approx([1, 1])
 
 
 def test_every_setting_of_a_detector_of_boxes_reaches_it(token_run, tmp_path, monkeypatch):
@@ -2419,7 +2486,7 @@ def test_the_table_of_latents_and_their_descriptions_are_of_training_samples(
                    "--weighted", "--out", tmp_path / "l")
     assert [len(found[k].toarray()) for k in ("strength", "count")] == [40, 40]
     assert len(found["labels"]) == 40 and found["top"] == 3 and found["weighted"] is True
-    run("describe", token_run, "--top", 3, "--out", tmp_path / "d.json")
+    run("latents", token_run, "--top", 3, "--prompts", tmp_path / "d.json")
     shown = [[s["sample"] for s in one[group]] for one in told(tmp_path / "d.json")
              for group in ("top", "middling", "inactive")]
     assert max(map(len, shown)) == 3 and max(map(max, filter(None, shown))) < 40
@@ -2427,14 +2494,14 @@ def test_the_table_of_latents_and_their_descriptions_are_of_training_samples(
 
 def test_shuffled_names_find_what_chance_finds(token_run, tmp_path, capsys):
     """One latent is named after the sick; others find about the share of them all, a half."""
-    run("describe", token_run, "--out", tmp_path / "d.json")
+    run("latents", token_run, "--prompts", tmp_path / "d.json")
     amount = {one["latent"]: sum(s["activation"] for s in one["top"] if s["label"] == "sick")
               for one in told(tmp_path / "d.json")}
     best = max(amount, key=amount.get)
     names = {j: "granules" if j == best else "fibre" for j in amount}
     (tmp_path / "n.json").write_text(json.dumps(names))
     capsys.readouterr()
-    run("search", token_run, "--names", tmp_path / "n.json", "--query", "granules",
+    run("latents", token_run, "--names", tmp_path / "n.json", "--query", "granules",
         "--label", "sick", "--top", 8)
     found = re.search(r"'sick': ([\d.]+); with names shuffled ([\d.]+)", capsys.readouterr().out)
     assert float(found[1]) == 1 and 0.3 < float(found[2]) < 0.8
@@ -2443,7 +2510,7 @@ def test_shuffled_names_find_what_chance_finds(token_run, tmp_path, capsys):
 def test_the_samples_and_draws_of_fidelity_follow_its_seed(token_run, tmp_path, monkeypatch):
     seen = []
     for seed in (1, 1, 2):
-        argv = ["fidelity", token_run, "--eval-rows", 12, "--seed", seed, "--out", tmp_path / "f"]
+        argv = ["intervene", token_run, "--eval-rows", 12, "--seed", seed, "--out", tmp_path / "f"]
         assert caught(monkeypatch, judge, "kept_performance", *argv)["seed"] == seed
         seen.append(caught(monkeypatch, judge, "retrieval_fidelity", *argv)["dense"])
     assert np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[0], seen[2])
