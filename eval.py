@@ -1029,7 +1029,7 @@ def _sweep_chart(page, heads, axes):
             for what in ("self", "cross"):
                 line = ", ".join(map(str, [what, *one.values(), mode]))
                 curves.setdefault(line, []).append((x, head[f"NMSE {what}"]))
-    chart = svg_lines(curves, along, "NMSE", axes[along])
+    chart = svg_lines(curves, along, "NMSE", [f"{v:g}" for v in axes[along]])
     page.picture("", chart)
     return chart
 

@@ -17,8 +17,8 @@ import glob
 import html
 import importlib
 import io
-import json
 import itertools
+import json
 import math
 import os
 import platform
@@ -1037,7 +1037,7 @@ def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
     run = Run(flags)
-    axes = parse_axes("over", run.flags, "topk=global,local lam=0,1 (or streams=a+b,a+b+c)")
+    axes = parse_axes("over", run.flags, '"topk=global,local lam=0,1" or "streams=a+b,a+b+c"')
     results = swept(run, axes)
     page = judge.Page(f"repsae sweep over {' and '.join(axes)}")
     chart = judge.tell_sweep(page, results, axes)
@@ -1082,9 +1082,10 @@ def swept(run, axes, only=None, whole=None):
     return judged_parts(run, trials, whole)
 
 
-def parse_axes(option, flags, example):
+def parse_axes(option, flags, example, without=()):
     """The flag --over or --grid, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
-    axes, known = {}, {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags}
+    known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags} - {*without}
+    axes = {}
     for word in (flags[option] or "").split():
         name, _, values = word.partition("=")
         kind = FLAGS[name][1] if name in known else None
@@ -2500,20 +2501,10 @@ def cmd_mil(flags):
 def mil_settings(flags):
     """What --grid "lr=1e-4,5e-4 dropout=0,0.5" leaves to choose from, all combinations: dicts of
     what is chosen, how a model is made (`ssm.MIL`), and how it is trained (`ssm.fit_mil`)."""
-    settings = [{}]
-    for item in (flags.grid or "").split():
-        name, _, values = item.partition("=")
-        kind = FLAGS[name][1] if name in COMMANDS["mil"].flags else None
-        if not isinstance(kind, Number) or name in ("seed", "inner", "folds"):
-            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
-        try:
-            values = [kind(v) for v in values.split(",")]
-        except argparse.ArgumentTypeError as e:
-            raise InputError(f"--grid {item}: {e}")
-        key = name.replace("-", "_")
-        settings = [{**chosen, key: value} for chosen in settings for value in values]
+    axes = parse_axes("grid", flags, '"lr=1e-4,5e-4 dropout=0,0.5"', ("seed", "inner", "folds"))
     out, widths = [], data.number_list(flags.widths)
-    for chosen in settings:
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values))
         new = flags.replaced(chosen)
         loss = {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[new.inst_loss]
         early = {"patience": new.patience, "least": new.min_epochs}

@@ -340,7 +340,7 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
     assert "needs two streams, not y alone" in error(capsys, *sweep, *SMALL, "--over", "streams=x+y,y")
     assert "no stream 'q'" in error(capsys, *sweep, *SMALL, "--over", "streams=x+y,y+q")
     for over in ("streams=x+y,", "streams=", "streams=x+"):
-        assert f"--over {over} - write for example topk=global,local" in error(capsys, *sweep, *SMALL, "--over", over)
+        assert f"--over {over} - write for example \"topk=global,local" in error(capsys, *sweep, *SMALL, "--over", over)
     assert not out.exists()
 
 
