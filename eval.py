@@ -716,11 +716,12 @@ def grid_row(grids):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True):
+def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True,
+              dots=False):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
 
     x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
-    0. zero: the y axis starts at 0 or below.
+    0. zero: the y axis starts at 0 or below. dots: circles instead of a line through the points.
     """
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
@@ -745,10 +746,13 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
     for i, (name, line) in enumerate(series.items()):
         dashed = i >= len(COLOURS) or "null" in name or "global" in name
         ink = f'stroke="{COLOURS[i % len(COLOURS)]}"' + ' stroke-dasharray="6 4"' * dashed
-        points = " ".join("{:.1f},{:.1f}".format(*at(*p)) for p in line)
+        places = ["{:.1f},{:.1f}".format(*at(*p)) for p in line]
+        marks = f'<polyline points="{" ".join(places)}" {ink}/>'
+        if dots:
+            marks = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="none" {}/>'.format(
+                *at(*p), ink) for p in line)
         x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
-        parts.append(f'<polyline points="{points}" {ink}/><path d="M{x:.1f} {y - 4}h18" {ink}/>'
-                     + _text(x + 24, y, name))
+        parts.append(f'{marks}<path d="M{x:.1f} {y - 4}h18" {ink}/>' + _text(x + 24, y, name))
     return "".join(parts) + "</svg>"
 
 
@@ -1300,7 +1304,8 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     weight, used = label_counts(strength, told, None, known)
     seen = weight[:, :-1]
     if weighted:
-        weight = np.asarray(references.astype(bool).multiply(strength.T).tocsr() @ told.astype(float))
+        best = references.astype(bool).multiply(strength.T).tocsr()
+        weight = np.asarray(best @ told.astype(float))
         weight[np.diff(references.indptr) < top] = 0
     return {**out, "entropy": label_entropy(weight), "purity": seen.max(1) / np.maximum(used, 1),
             "label": np.where(seen.any(1), seen.argmax(1), -1)}
@@ -1326,51 +1331,24 @@ def threshold_counts(mean, exponents=range(-6, 1)):
     return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
 
 
-def latent_scatter(table, most=4000, size=(640, 420)):
-    """CytoSAE Fig. 2A as inline SVG: log10 frequency against log10 mean of at most `most` latents,
-    coloured by label entropy, with histograms."""
+def latent_scatter(table, most=4000):
+    """CytoSAE Fig. 2A as inline SVG: log10 frequency against mean of at most `most` latents, in
+    five colours of label entropy, and histograms of both; a list of charts."""
     alive = np.flatnonzero(table["frequency"] > 0)
-    if not len(alive):
-        return "<p>no latent is active</p>"
-    x, y = np.log10(table["frequency"][alive]), np.log10(table["mean"][alive])
-    entropy = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"])))[alive])
-    colours = heat_colours(entropy[None] / max(entropy.max(), 1e-9))[0]
-    (w, h), left = size, 60
-    right, top, bottom = w - 80, 80, h - 60
-    x_ticks, at_x, x_bars = _log_axis(x, left, right)
-    y_ticks, at_y, y_bars = _log_axis(y, bottom, top)
-    parts = [f'<svg viewBox="0 0 {w} {h}" role="img" '
-             'aria-label="latents by frequency and mean activation">']
-    parts += [f'<path d="M{at_x(v):.1f} {bottom}V{top}" class="grid"/>'
-              + _text(at_x(v), bottom + 16, str(v), "mid") for v in x_ticks]
-    parts += [f'<path d="M{left} {at_y(v):.1f}H{right}" class="grid"/>'
-              + _text(left - 6, at_y(v) + 4, str(v), "end") for v in y_ticks]
-    for i in np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int):
-        parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" '
-                     f'fill="rgb{tuple(map(int, colours[i]))}" fill-opacity=".6"/>')
-    bars = [(a, top - 6 - n, width, n) for a, width, n in x_bars]
-    bars += [(right + 6, a, n, width) for a, width, n in y_bars]
-    parts += [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
-              'fill="#a0aec0"/>' for x, y, width, height in bars]
+    few = alive[np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int)]
+    entropy, series = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"]))))[few], {}
+    x, mean = np.log10(table["frequency"][few]), table["mean"][few]
+    edges = np.linspace(0, entropy.max(initial=1e-9), 6)[1:]
+    for level in np.unique(np.searchsorted(edges, entropy)):
+        here = np.searchsorted(edges, entropy) == level
+        series[f"entropy up to {edges[level]:.2f}"] = list(zip(x[here], mean[here]))
     where = "log10 of the share of samples in which a latent is active"
-    parts += [_text(w / 2, h - 24, where, "mid"), _text(left, 14, "log10 of its mean activation there; "
-              f"colour: label entropy, 0 (dark) to {entropy.max():.2f} nats (red)")]
-    return "".join(parts) + "</svg>"
-
-
-def _log_axis(v, low, high, tallest=50, bins=40):
-    """Whole numbers around the values v, what maps numbers to pixels from low to high, and a
-    histogram there: (start, width, height) of each bar in pixels."""
-    first = math.floor(v.min())
-    last = max(math.ceil(v.max()), first + 1)
-
-    def at(u):
-        return low + (np.asarray(u, float) - first) / (last - first) * (high - low)
-    n, edges = np.histogram(v, bins, (first, last))
-    width = abs(high - low) / bins
-    starts = np.minimum(at(edges[:-1]), at(edges[1:]))
-    bars = [(a, width, tallest * m / n.max()) for a, m in zip(starts, n)]
-    return range(first, last + 1), at, bars
+    charts = [svg_lines(series, where, "its mean activation there", log=True, dots=True)]
+    for label, values in ((where, x), ("log10 of the mean activation", np.log10(mean))):
+        n, at = np.histogram(values, 40)
+        line = list(zip((at[1:] + at[:-1]) / 2, n.tolist())) if len(few) else []
+        charts.append(svg_lines({"latents": line}, label, "latents", size=(640, 160)))
+    return charts
 
 
 def latent_chart(lines, interest, unit, most=100):
@@ -1476,11 +1454,9 @@ def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
     with all their samples."""
     rng, found = np.random.default_rng([seed, 6]), []
     _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
-    ends = np.cumsum(np.bincount(member))[:-1]
-    rows_of = np.split(np.argsort(member, kind="stable"), ends)
     for _ in range(rounds):
-        drawn = rng.integers(len(rows_of), size=len(rows_of))
-        rows = np.concatenate([rows_of[g] for g in drawn])
+        drawn = rng.integers(member.max() + 1, size=member.max() + 1)
+        rows = np.repeat(np.arange(len(y)), np.bincount(drawn, minlength=len(drawn))[member])
         if 0 < y[rows].sum() < len(rows):
             found.append(auc(y[rows], score[rows]))
     interval = map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None)

@@ -1597,7 +1597,7 @@ def cmd_latents(flags):
                                flags.weighted, known)
     scatter, references = judge.latent_scatter(table), table.pop("references")
     shown = tell_table(page, table, features.label_names, len(train), names)
-    page.picture("Latents by frequency and mean activation", scatter)
+    page.picture("Latents by frequency and mean activation", "".join(scatter))
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
     best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
     page.picture("Reference samples", judge.strips({
@@ -1606,7 +1606,7 @@ def cmd_latents(flags):
     run.begin()
     if barcodes:
         judge.write_npz(run.path("barcodes.npz"), barcodes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
+    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(*scatter))
     judge.write_json(run.path("latents.json"), [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": train[judge.best_first(references, j)].tolist()}
@@ -1923,7 +1923,7 @@ def read_embeddings(path, names):
 
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
-    """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
+    """Draw microscope-like pictures whose cells, captions, masks and patients' diseases are known."""
     run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
     files = data.tissue_files(made)
     write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
@@ -1947,8 +1947,7 @@ def cmd_tissue(flags):
 @command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
          "batch=128 lr=1e-3 seed=0 device overwrite out=runs/clip")
 def cmd_clip(flags):
-    """Train a small CLIP on pictures and their captions: image and text encoders into one space
-    (thesis 5.3.1)."""
+    """Train a small CLIP on pictures and their captions (thesis 5.3.1), or import a released one."""
     if flags.weights:
         return import_clip(flags)
     images, captions, train, test = captioned(flags)
@@ -2039,7 +2038,7 @@ def load_clip(folder, device):
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
     model = model.eval().to(device)
-    object.__setattr__(model.visual, "clip", model)          # no submodule: it is the other way round
+    object.__setattr__(model.visual, "clip", model)          # no submodule: the other way round
     model.visual.words = words
     return model.visual, model.visual.size
 
@@ -2047,9 +2046,9 @@ def load_clip(folder, device):
 @command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
          "run?")
 def cmd_explain(flags):
-    """Heat maps of what backbones look at (Grad-CAM of an output, thesis 3.2.4); given a run of
-    sparc, of its concepts in pixels and words, and what they segment (5.4.4, A.3-A.4; --most is
-    then 400)."""
+    """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
+
+    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
     images = pictures_of(flags)
@@ -2231,7 +2230,7 @@ def chosen_latents(text, J, alive, n_latents):
 
 def methods(seen):
     """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
-    targets of Table 5.4 for each backbone, and CLIP's own similarity. A label's text is its name."""
+    targets of Table 5.4 for each backbone, and CLIP's own similarity to a label's name."""
     out, unit = {}, torch.nn.functional.normalize
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
@@ -2325,8 +2324,7 @@ def tell_captions(seen, page, most=4):
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
 def cmd_retrieve(flags):
-    """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint
-    and alone."""
+    """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
     coded = Coded(flags.run, flags)
     model, features, flags = coded.model, coded.features, coded.flags
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
@@ -2404,37 +2402,28 @@ def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
-    window, size = grey_window(flags), flags.size or (64 if flags.voc else 224)
+    window = grey_window(flags)
     if flags.voc:
-        cuts = data.cut_boxes(flags.voc, flags.margin, window)
+        cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
         run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
         run.paths(names)
         for i, name in enumerate(names):
-            judge.save_picture(run.join(name), cuts.open(i).resize((size, size), Image.BICUBIC))
+            judge.save_picture(run.join(name), cuts.open(i).resize((side, side), Image.BICUBIC))
         count = collections.Counter(map(os.path.dirname, names))
         print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
         return
     if not flags.images:
         raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
-    slides = data.read_slides(flags.images)
+    slides, run, size = data.read_slides(flags.images), Run(flags), flags.size or 224
     for note in slides.notes:
         say_once("note: " + note)
-    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
-    if side < 1 or step < 1:
-        raise InputError(f"--downsample {flags.downsample}: tiles of {side} pixels every {step} - "
-                         "give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    names = slides.about["groups"].tolist()
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two slides are called {name} - rename one, or tile them into two "
-                             "folders")
-    run = Run(flags)
+    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
     how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
            "threshold": None if flags.otsu else flags.threshold, "window": window}
-    for i, name in enumerate(names):
+    for i, name in enumerate(slides.about["groups"]):
         boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()

@@ -931,7 +931,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["finetune", "--images", "{p}", "--weights", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
     (["finetune", "--images", "{p}", "--size", "20", "--weights", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
     (["finetune", "--images", "{p}", "--size", "32", "--weights", "squeezenet1_0"], "SqueezeNet ends in no linear layer"),
-    (["tile", "--images", "{p}", "--downsample", "0.001"], "tiles of 0 pixels every 0"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
+    (["tile", "--images", "{p}/test/disc/0.png", "--downsample", "0.001"], "tiles of 0 pixels every 0"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0.0 to 0.99"),
     (["mil", "--data", "{b}", "--inner", "30"], "bags to learn from"), (["tile", "--images", "{p}"], "two slides are called 0 - rename"),
     (["explain", "--images", "{p}", "--weights", "a=vit_micro:random", "--size", "16", "--label", "999"], "--label 999, but a has 96 outputs"),
     (["explain", "--images", "{p}"], "--weights is missing"),
@@ -1765,7 +1765,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
     sae.save(world / "dead" / "checkpoint.pt", model, optimiser, **extra)
     for argv, message in (
             (("tissue", "--out", world / "tissue"), "holds files already"),
-            (("finetune", "--images", tissue, "--size", 32), "no label 'None' - name one with --label: lymphocyte"),
+            (("finetune", "--images", tissue, "--size", 32), "no label 'None' - use --label: lymphocyte"),
             (("clip", "--images", world / "tissue" / "bare.npz", "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", pictures, "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", tissue, "--batch", 5000, "--out", tmp_path / "c"), "--batch 5000 of the first are needed"),
