@@ -781,6 +781,23 @@ def patient_slides(pixels, groups, across=4):
         yield group, sheet.reshape(rows * h, across * w, 3)
 
 
+def tissue_files(made):
+    """What `tissue` made by the name of the file that it becomes: pictures (h, w, 3) as .png, those
+    of a patient also as a slide in folders of split and disease, dicts of arrays as .npz, of which
+    patients.npz has the diseases as labels, and the taxonomy as .json."""
+    names = np.array([f"images/{i:05d}.png" for i in range(len(made["pixels"]))])
+    files = dict(zip(names.tolist(), made["pixels"]))
+    for group, slide in patient_slides(made["pixels"], made["groups"]):
+        row = np.flatnonzero(made["groups"] == group)[0]
+        disease = made["disease_names"][made["disease"][row]]
+        files[f"slides/{made['split'][row]}/{disease}/{group:04d}.png"] = slide
+    kept = {key: v for key, v in made.items() if key not in ("pixels", "parents")}
+    about = {key: made[key] for key in ("groups", "split", "captions")}
+    return {**files, "tissue.npz": {**kept, "images": names}, "taxonomy.json": made["parents"],
+            "patients.npz": {"images": names, "labels": made["disease"],
+                             "label_names": made["disease_names"], **about}}
+
+
 def _boxes_of(instances, kinds):
     """(m, 6) boxes of the numbered objects in `instances`, whose kinds are a list for each image;
     those that others hide have none."""
@@ -1151,7 +1168,21 @@ class Images(Samples):
         return self.boxes is not None or self.objects is not None or "boxes" in self.about
 
     def rows(self, *splits):
-        return np.flatnonzero(np.isin(self.split, splits)) if splits else np.arange(len(self))
+        """All, or those of the splits where there is one."""
+        everything = np.arange(len(self))
+        if self.split is None or not splits:
+            return everything
+        return everything[np.isin(self.split, splits)]
+
+    def arrays(self, out):
+        """What is known about the pictures, as the feature file `out` has it."""
+        found = {"images": relative(self.paths, out) if self.pixels is None else self.pixels,
+                 "coords": self.boxes, "mask": self.mask, "split": self.split, **self.about}
+        if self.labels is not None:
+            found.update(labels=self.labels, label_names=np.array(self.label_names))
+        if self.objects is not None:
+            found.update(object_arrays(self.objects))
+        return {key: a for key, a in found.items() if a is not None}
 
     def knn_rows(self, seed, most):
         """Pictures that vote and pictures that are judged, some, if many: train against the other

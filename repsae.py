@@ -88,20 +88,18 @@ PART = real(0., 1.)
 # ------------------------------------------------------------------------------------------------
 
 WHAT = {
-    "data": (None, str, "features: an .npz or a folder of .npy; by default a run's own data, or "
-             "made-up streams with a known truth. mil: bags"),
+    "data": (None, str, "features, an .npz or a folder of .npy (mil: bags); else a run's own, or "
+             "made-up streams"),
     "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
     "stream": (None, str, "the one stream to use, where there are several"),
-    "taxonomy": (None, str, 'JSON of the labels\' parents, {"child": "parent", "root": null} or '
-                 'nested as in Open Images'),
-    "images": (None, str, "pictures: a folder (of class, or of train, val and test folders), an "
-               ".npz of MedMNIST's kind, or tissue.npz. tile: a slide or a folder of them"),
-    "weights": (None, str, "models a,b,...: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random or an arch alone; name=lsa:N reads captions by "
-                "runs of N words. clip: a file of released weights"),
+    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or nested as in Open Images'),
+    "images": (None, str, "pictures: a folder (of class, or of train, val, test folders), an .npz "
+               "of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
+    "weights": (None, str, "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
+                "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
+                "runs of N words; clip: a file of released weights"),
     "label": (None, str, "the label in question, by name or number"),
-    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400); else "
-               "what a picture of more than 8 bits states or fills"),
+    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400)"),
     "mode": ("alone", ("alone", "joint"), "each stream chooses its latents, or all together"),
     "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
     "other": (None, str, "features of the same samples by another backbone, to set beside"),
@@ -112,8 +110,8 @@ WHAT = {
     "query": (None, str, "words to search by"),
     "names": (None, str, 'JSON of names of latents, {"17": "round nucleus"}'),
     "prompts": (None, str, "file to write: samples of every latent, and a prompt for naming it"),
-    "embeddings": (None, str, ".npz with latents (n,), vectors (n, e), query (e,) of a text model"),
-    "head-file": (None, str, ".npz with weight (d,) and bias () of a head; else one is fitted"),
+    "embeddings": (None, str, ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
+    "head-file": (None, str, ".npz of a linear head, weight (d,), bias (); else one is fitted"),
     "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
     "from": (None, str, "its stream; the first by default"),
     "to": (None, str, "the stream to search; the last by default"),
@@ -133,37 +131,32 @@ WHAT = {
     "quick": (False, bool, "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
-    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings for a million "
-               "samples (5.3.2, A.1.2); sae: of thesis 4.1, Mammo-SAE or CytoSAE. What you type "
-               "goes first"),
-    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the sparse code; auto: by the "
-                "number of training rows, see `sae.settings_for`"),
+    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
+               "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
+    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
     "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
-             "streams together, each for itself, both ways with the losses added (ours), or one "
-             "stream drawn anew each step (Universal SAE)"),
+             "streams together, each for itself, both with the losses added (ours), or one stream "
+             "drawn each step (Universal SAE)"),
     "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "over streams, as Eq. 14, or mean as the authors' code: "
+    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or the authors' code, where "
              "lam_paper = lam_code / (M - 1)"),
-    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "of the features: length 1 "
-             "per sample, mean 0 and deviation 1 per dimension, or both in that order (auto)"),
-    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing after which a "
-                   "latent is dead; auto: 1000, or a quarter of all steps if that is less"),
-    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "relu with an L1 "
-                   "penalty, k a sample, k a sample on average, learned thresholds with an L0 "
-                   "penalty; all: every kind, in one table"),
+    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "length 1 per sample, mean "
+             "0 and deviation 1 per dimension, or both in that order (auto)"),
+    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
+                   "dead; auto: 1000, or a quarter of all"),
+    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "k a sample, an L1 "
+                   "penalty, k on average, thresholds with an L0 penalty, or a table of all"),
     "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
-    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2 (topk, batchtopk), summed "
-              "over d as the papers write, or its mean over d: lambda_paper = d * lambda_code"),
-    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents: auxk "
-               "for topk and batchtopk, resample for relu and jumprelu"),
+    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
+              "write, or its mean: lambda_paper = d * lambda_code"),
+    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents"),
     "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias"),
-    "null": ("auto", bool, "train once more with rows of all streams but the first shuffled; auto: "
-             "where that takes under about a minute"),
+    "null": ("auto", bool, "once more with rows of all streams but the first shuffled; auto: where "
+             "that takes under about a minute"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
     "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (224, whole(0, 8192), "side of the pictures, or of DINO's two global crops, in pixels; "
-             "0 for the one trained at"),
+    "size": (224, whole(0, 8192), "side of pictures or DINO's global crops, pixels; 0: its own"),
     "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
     "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
     "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
@@ -173,15 +166,14 @@ MODEL = {
     "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
     "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
     "frozen": (False, bool, "train the head alone"),
-    "standardise": (False, bool, "random weights start in the pictures' own units instead of "
-                    "ImageNet's (ours); for pale pictures"),
+    "standardise": (False, bool, "random weights start in the pictures' own units (ours)"),
     "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
     "tokens": (False, bool, "patch tokens (N, T, d), in half precision, not the class token"),
     "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out"),
     "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; barcodes: 0.2)"),
     "weighted": (False, bool, "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by its mean activation "
-             "(Mammo-SAE), by the difference to the rest, or inside its boxes (both ours)"),
+    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by mean activation "
+             "(Mammo-SAE), by the difference to the rest or inside its boxes (ours)"),
     "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
     "solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
     "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
@@ -190,31 +182,29 @@ MODEL = {
     "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
 TRAINING = {
-    "epochs": ("auto", whole(1, auto=True), "passes over the training split (auto: 50, or what "
-               "makes 1,000 steps); the most where training stops early"),
+    "epochs": ("auto", whole(1, auto=True), "passes at most; auto: 50, or what makes 1,000 steps"),
     "batch": ("auto", whole(1, auto=True), "samples a step; auto: a tenth of the rows, up to 256"),
-    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate; auto: 2e-4 sqrt(2^14 / L). "
-           "dino: at batch 256"),
-    "warmup": (0, whole(), "over which the learning rate rises: steps; dino: epochs"),
+    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate (auto: 2e-4 sqrt(2^14 / L)); dino: "
+           "at batch 256"),
+    "warmup": (0, whole(), "steps over which the learning rate rises; dino: epochs"),
     "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
-    "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or blocks of a "
-                "batch's size; auto: blocks for memory-mapped folders"),
-    "patience": (20, whole(1), "epochs without a better validation loss before training stops"),
+    "shuffle": ("auto", ("auto", "blocks", "samples"), "single samples, or blocks of a batch's "
+                "size (auto: for memory-mapped folders)"),
+    "patience": (20, whole(1), "epochs without a better validation loss that end training"),
     "min-epochs": (50, whole(), "epochs that are trained in any case"),
     "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
     "local-size": (96, SIDE, "side of DINO's local crops"),
     "local-crops": (8, whole(0, 100), "their number"),
     "local-scale": ("0.05,0.4", str, "share of the area that they cover, from,to"),
     "global-scale": ("0.4,1", str, "the same of global crops"),
-    "blur": (2., real(0., 100.), "largest radius of the blur in pixels; less for small pictures"),
+    "blur": (2., real(0., 100.), "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
-    "folds": (0, whole(0, 1000), "parts of all bags that are reported in turn; 0: the file's folds "
-              "or splits, or 70 / 15 / 15"),
-    "inner": (1, whole(1, 1000), "models of a training part without a validation part: 1 is "
-              "stopped by a fifth of it; n vote, each stopped by an n-th"),
-    "refit": (False, bool, "the held-out bags only choose from --grid; then all bags train"),
+    "folds": (0, whole(0, 1000), "parts of all bags, reported in turn; 0: the file's, or 70/15/15"),
+    "inner": (1, whole(1, 1000), "models of a training part without validation bags: 1 is stopped "
+              "by a fifth of it; n vote, each stopped by an n-th"),
+    "refit": (False, bool, "held-out bags only choose from --grid; then all bags train"),
     "grid": (None, str, 'values to choose from on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
     "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
 }
@@ -224,13 +214,12 @@ RUN = {
     "svg": (None, str, "file for the picture that `bench backbones` draws"),
     "device": ("cpu", str, "torch device"),
     "workers": (2, whole(0, 256), "processes that make crops"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged at the end, of the test (else val) "
-                  "split; 0 for all. R@k depends on it"),
+    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of the test (else val) split; 0: all"),
     "log-every": (20, whole(1), "steps between rows of log.csv"),
     "save-every": (60., real(), "seconds between checkpoints"),
     "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
     "resume": (False, bool, "go on where the run there stopped, or start it"),
-    "set": (None, str, 'settings that a reproduction needs, "name=value name=value": see below'),
+    "set": (None, str, 'settings of a reproduction, "name=value name=value": see below'),
 }
 # Constants of the papers, which --set alone reaches.
 SETTINGS = {
@@ -819,13 +808,6 @@ def mean_of(values, key=None):
     return sum(values) / len(values) if values else None
 
 
-def tasks_of(labels, *parts):
-    """Labels (N,) as they are; of labels that hold at once each that every part (rows) has and lacks: list of (N,) int."""
-    if labels.ndim == 1:
-        return [labels]
-    return [y for y in labels.T.astype(int) if all(0 < y[rows].sum() < len(rows) for rows in parts)]
-
-
 def codes_and_fit(model, features, rows, mode, device):
     """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass;
     "same_choice": the share of (sample, stream) whose latents are those of the sample's first stream."""
@@ -1027,38 +1009,11 @@ def cmd_variants(flags):
     say(f"wrote {os.path.join(flags.out, 'report.html')}")
 
 
-def load_run(folder, device="cpu"):
-    """(model, config) of a run folder."""
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        raise InputError(f"{folder} is no run folder - name one that sparc, sae or ablate wrote")
-    config = read_config(folder, ("data", "taxonomy", "seed"))
-    return sae.load(os.path.join(folder, "checkpoint.pt"), device)[0], config
-
-
-def features_for(model, config, flags):
-    """The features to use a run on: those of --data, else the run's own. Only streams that the model knows are read."""
-    flags = flags.replaced({k: config["flags"].get(k, flags.get(k)) for k in ("data", "taxonomy", "seed")
-                            if k not in flags.given})
-    if not flags.streams:
-        there = data.stream_names(flags.data) if flags.data else model.streams
-        known = [s for s in model.streams if s in there]
-        if not known:
-            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
-                             f"{', '.join(model.streams)} - check the keys")
-        flags = flags.replaced({"streams": ",".join(known)})
-    features = read(flags)
-    for s, d in features.dims.items():
-        if model.dims.get(s) != d:
-            raise InputError(f"the run was trained on {model.dims}, the data has {features.dims} - "
-                             "take streams that it knows")
-    return features, flags
-
-
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
-    model, config = load_run(flags.run, flags.device)
-    features, flags = features_for(model, config, flags)
+    coded = Coded(flags.run, flags)
+    model, features, flags = coded.model, coded.features, coded.flags
     missing = [s for s in model.streams if s not in features.streams]
     if missing:
         raise InputError(f"the data lacks the run's stream '{missing[0]}' - eval needs {', '.join(model.streams)}")
@@ -1075,9 +1030,8 @@ def cmd_encode(flags):
 
     Samples with fewer active latents may be filled up with index -1, value 0."""
     out_file(flags)
-    model, config = load_run(flags.run, flags.device)
-    features, _ = features_for(model, config, flags)
-    flat = features.per_token()
+    coded = Coded(flags.run, flags)
+    model, features, flat = coded.model, coded.features, coded.flat
     codes = sae.joined([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
     kept = {f"{s}_{name}": v.reshape(shape) for s, code in codes.items()
@@ -1218,17 +1172,34 @@ def print_summary(metrics):
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
          "colour pathology standardise prototypes head-hidden bottleneck norm-last teacher-temp "
          "teacher-temp-start teacher-warmup epochs=100 batch=512 lr=5e-4 warmup=10 min-lr "
-         "weight-decay=0.04 weight-decay-end decay-ssm momentum clip freeze-last drop-path knn-every "
-         "workers seed=0 device log-every save-every overwrite resume out=runs/dino")
+         "weight-decay=0.04 weight-decay-end decay-ssm momentum clip freeze-last drop-path "
+         "knn-every workers seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
-    """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only watch over it (k-NN)."""
+    """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only
+    watch over it (k-NN)."""
     run = Run(flags)
     flags, images = run.flags, pictures_of(run.flags)
-    rows = images.rows("train") if images.split is not None else images.rows()
+    rows = images.rows("train")
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
     run.trained_on(images.hash, flags.images)
-    train_dino(run, images, rows)
+    torch.set_flush_denormal(True)                           # far tokens' gradients get that small
+    torch.manual_seed(flags.seed)
+    nets = ssm.dino_nets(flags.arch, flags.size, flags.patch, flags.prototypes, flags.head_hidden,
+                         flags.bottleneck, flags.norm_last, flags.drop_path, flags.decay_ssm,
+                         flags.device)
+    if flags.standardise:
+        for net in nets[:2]:
+            ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
+    with torch.no_grad():                                    # sizes that do not fit fail here
+        nets[1]([torch.zeros(1, 3, side, side, device=flags.device)
+                 for side in (flags.size, flags.local_size)])
+    areas = [two_numbers(flags, name, 0, 1) for name in ("global_scale", "local_scale")]
+    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
+                       flags.colour, flags.pathology)
+    run.begin(flags, data_hash=images.hash, pictures=len(images))
+    watch = Watch(images, nets[1].backbone, flags)
+    tell_dino(run, train_dino(run, nets, images, crops, watch), watch)
 
 
 def pictures_of(flags):
@@ -1241,16 +1212,22 @@ def pictures_of(flags):
 
 
 def grey_window(flags):
-    """--window "0,4095" -> (0.0, 4095.0), or None; raises InputError when it is no range."""
-    if flags.window is None:
+    """The two grey values of --window, or None."""
+    return two_numbers(flags, "window", -sys.float_info.max, sys.float_info.max, "0,4095")
+
+
+def two_numbers(flags, name, least, most, example="0.4,1"):
+    """"0.4,1" -> (0.4, 1.0), in order, above `least`, at most `most`; None if not given."""
+    if flags[name] is None:
         return None
     try:
-        low, high = map(float, flags.window.split(","))
-        if -math.inf < low < high < math.inf:
+        low, high = map(float, flags[name].split(","))
+        if least < low <= high <= most and (low < high or name != "window"):
             return low, high
     except ValueError:
         pass
-    raise InputError(f"--window {flags.window} - give two grey values in order, for example 0,4095")
+    raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two numbers in order, for "
+                     f"example {example}")
 
 
 def needed(flags, name):
@@ -1260,316 +1237,278 @@ def needed(flags, name):
     return flags[name]
 
 
-def number_pair(flags, name):
-    """"0.4,1" -> (0.4, 1.0), shares of an image's area; raises InputError when it is not two of them in order."""
-    try:
-        low, high = map(float, flags[name].split(","))
-        if 0 < low <= high <= 1:
-            return low, high
-    except ValueError:
-        pass
-    raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two shares of the area, for example 0.4,1")
-
-
-def train_dino(run, images, rows):
-    """Train, or go on training, the backbone of `flags` on the images `rows`, and report. Stops when it has collapsed."""
-    flags = run.flags
-    torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
-    torch.manual_seed(flags.seed)
-    student, teacher, optimiser = ssm.dino_nets(
-        flags.arch, flags.size, flags.patch, flags.prototypes, flags.head_hidden, flags.bottleneck, flags.norm_last,
-        flags.drop_path, flags.decay_ssm, flags.device)
-    center = torch.zeros(flags.prototypes, device=flags.device)
-    if flags.standardise:
-        for net in (student, teacher):
-            ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
-    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, number_pair(flags, "global_scale"),
-                       number_pair(flags, "local_scale"), flags.blur, flags.colour, flags.pathology)
-    batches = data.Batches(rows, flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, step, most, checkpoint = batches.epoch, 0, 0., run.join("checkpoint.pt")
-    n_steps = flags.epochs * epoch
-    with torch.no_grad():                                    # sizes that do not fit fail here, before anything is written
-        teacher([torch.zeros(1, 3, side, side, device=flags.device) for side in (flags.size, flags.local_size)])
-    run.begin(flags, data_hash=images.hash, pictures=len(images))
-    run.path("checkpoint.pt")
+def train_dino(run, nets, images, crops, watch):
+    """Train the `nets`, or go on training them; returns the Log. Stops when they have collapsed."""
+    flags, checkpoint, step = run.flags, run.path("checkpoint.pt"), 0
     if run.saved and os.path.exists(checkpoint):
-        with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite", flags.device) as kept:
-            for thing, name in ((student, "student"), (teacher, "teacher"), (optimiser, "optimiser")):
-                thing.load_state_dict(kept[name])
-            center, step, most = kept["center"].float().reshape(center.shape), int(kept["step"]), float(kept["most"])
-            if step < 0 or any(v.shape != weights.shape for weights, moments in optimiser.state.items()
-                               for key, v in moments.items() if key != "step"):
-                raise ValueError("moments of other weights")
-    log = Log(run.path("log.csv"), step, *[("loss", "entropy", "information", "knn")] * 2)
-    watch = Watch(images, teacher.backbone, flags)
-    if not step and len(watch.test):
-        log.add({"step": 0, "epoch": 0, "loss": "", "entropy": "", "information": "", "knn": watch.knn()})
-        say(f"before training: k-NN {float(log.rows[0]['knn']):.3f} ({watch.measure}), raw pixels {watch.knn(raw=True):.3f}")
-
-    def save():
-        judge.write_torch(checkpoint, {"student": student.state_dict(), "teacher": teacher.state_dict(), "most": most,
-                                       "optimiser": optimiser.state_dict(), "center": center, "step": step})
-    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
+        with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
+                      flags.device) as kept:
+            step = ssm.restore_dino(nets, kept)
+    batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
+    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch
+    columns = ("loss", "entropy", "information", "knn")
+    log = Log(run.path("log.csv"), step, columns, gaps=columns)
+    if not step and watch.tasks:
+        log.add({"step": 0, "epoch": 0, **dict.fromkeys(columns, ""), "knn": watch.knn()})
+        say(f"before training: k-NN {float(log.rows[0]['knn']):.3f} ({watch.measure}), raw pixels "
+            f"{watch.knn(raw=True):.3f}")
 
     def on_step(t, told):
-        nonlocal step, most
-        step, most, ended = t, max(most, told["information"]), t % epoch == 0
-        judged = ended and (t // epoch % flags.knn_every == 0 or t == n_steps)
-        knn = watch.knn() if judged else None
-        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": "" if knn is None else knn},
-             lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
-                     f"{'' if knn is None else f'  k-NN {knn:.3f}'}", ended)
-        if ended and most < COLLAPSED:
-            raise InputError(collapse_message(told["entropy"], flags, t // epoch))
-        most = 0. if ended else most
-    schedule = {k: flags[k] for k in ("epochs", "min_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
-                                      "teacher_temp", "teacher_temp_start", "teacher_warmup", "clip", "freeze_last")}
-    with Keeper(flags, n_steps, step, log, save) as keep:
-        ssm.fit_dino((student, teacher, center, optimiser), lambda t: next(views), n_steps, lambda t: ssm.dino_schedule(
-            t, epoch, lr=flags.lr * flags.batch / 256, **schedule), on_step, step, flags.seed)
-    finish_dino(run, log, watch)
+        nonlocal step
+        step, ended, knn = t, t % epoch == 0, ""
+        if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
+            knn = watch.knn()
+        words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
+        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
+             lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
+        if ended:
+            refuse_collapse([r for r in log.rows if int(r["step"]) > t - epoch], flags.prototypes)
+    names = ("epochs", "min_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
+             "teacher_temp", "teacher_temp_start", "teacher_warmup", "clip", "freeze_last")
+    schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
+                                 **{name: flags[name] for name in names})
+    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
+    with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
+            checkpoint, ssm.dino_state(nets, step))) as keep:
+        ssm.fit_dino(nets, lambda t: next(views), n_steps, schedule, on_step, step, flags.seed)
+    return log
 
 
-COLLAPSED = 1e-3    # nats that the teacher's outputs tell of their images, at most, all through an epoch
-
-
-def collapse_message(entropy, flags, epoch):
-    """Which of the two collapses it was, by the entropy of the teacher's output, and what may help."""
-    kind = "uniform" if entropy > 0.9 * math.log(flags.prototypes) else "constant"
-    return (f"collapse: the teacher's output was {kind} for every picture all through epoch {epoch} (entropy {entropy:.3f} of "
-            f"ln K = {math.log(flags.prototypes):.3f}) - lower --lr or --teacher-temp, or raise --batch or --warmup")
+def refuse_collapse(rows, K, least=1e-3):
+    """Raise InputError if nowhere in an epoch, `rows` of log.csv, the teacher's output tells
+    `least` nats of its picture; by its entropy the collapse was to one output or to all."""
+    if max(float(row["information"]) for row in rows) < least:
+        entropy, epoch = float(rows[-1]["entropy"]), round(float(rows[-1]["epoch"]))
+        kind = "uniform" if entropy > 0.9 * math.log(K) else "constant"
+        raise InputError(f"collapse: the teacher's output was {kind} for every picture all through "
+                         f"epoch {epoch} (entropy {entropy:.3f} of ln K = {math.log(K):.3f}) - "
+                         "lower --lr or the teacher's temperature, or raise --batch or --warmup")
 
 
 class Watch:
-    """Looks at a backbone from outside: its features of the pictures, and their k-NN accuracy where there are labels."""
+    """Looks at a backbone from outside: the features of pictures, and how well the nearest
+    neighbours among them know the labels (`tasks`, empty if there are none)."""
 
     def __init__(self, images, backbone, flags, most=4000):
-        self.images, self.backbone, self.flags = images, backbone, flags
-        self.train, self.test = np.arange(0), np.arange(0)
-        labels = images.labels
-        if labels is not None:
-            self.train, self.test = (rows[images.labelled[rows]]
-                                     for rows in images.knn_rows(flags.seed, most))
-            self.tasks = tasks_of(labels, self.train, self.test)
-            self.measure = "balanced accuracy" if labels.ndim == 1 else "mean AUC of the labels"
-            if not self.tasks or not len(self.train):
-                self.test = np.arange(0)
+        self.images, self.backbone, self.flags, self.tasks = images, backbone, flags, []
+        self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
+        if all(map(len, self.rows)):
+            self.tasks = judge.label_tasks(images.labels, *self.rows)
+            self.several = images.labels.ndim == 2           # labels that hold at once
+            self.measure = "mean AUC of the labels" if self.several else "balanced accuracy"
 
     def features(self, rows, raw=False):
         backbone = None if raw else self.backbone
-        return torch.cat(list(image_features(self.images, rows, backbone, self.flags.size, self.flags.device)))
+        return image_features(self.images, rows, backbone, self.flags.size, self.flags.device)
 
     def knn(self, raw=False):
-        """Of the 20 nearest neighbours the balanced accuracy, or, where several labels hold at once, their mean AUC; None
-        without labels."""
-        if not len(self.test):
-            return None
-        train, test = (self.features(rows, raw) for rows in (self.train, self.test))
-        one = self.images.labels.ndim == 1
-        C = len(self.images.label_names) if one else 2
-        return mean_of([judge.scores(y[self.test], judge.knn(train, y[self.train], test, (20,), n_classes=C)[20])
-                        for y in self.tasks], "balanced accuracy" if one else "AUC")
+        """`measure` of the 20 nearest neighbours, by features or by raw pixels."""
+        x = [self.features(rows, raw) for rows in self.rows]
+        C = 2 if self.several else len(self.images.label_names)
+        found = judge.judged_features(*x, self.tasks, self.rows, C, ks=(20,))["20-NN"]
+        return found["AUC" if self.several else "balanced accuracy"]
+
+    def neighbours(self):
+        """Twelve held-out pictures, each class as often, each before its seven nearest in training:
+        a list of rows of pictures."""
+        train, test = self.rows
+        labels = np.zeros(len(test)) if self.several else self.images.labels[test]
+        kinds = np.unique(labels)
+        asked = np.concatenate([test[labels == c][:max(1, 12 // len(kinds))] for c in kinds])
+        near, _ = judge.nearest(self.features(asked), self.features(train), 7)
+        return [[self.images.open(i) for i in (row, *train[found])]
+                for row, found in zip(asked, near)]
 
 
 def image_features(images, rows, backbone, size, device, block=256, whole=False, **how):
-    """Yield features (b, d) of pictures block by block; without a backbone the pixels themselves. how: see `features`."""
-    view, images.side = data.plain_view(size, whole or images.whole), max(size, images.side)
+    """Features (n, d) of pictures, tokens (n, T, d) in half precision; without a backbone the
+    pixels themselves. how: see `features` of the backbone."""
+    view, found = data.plain_view(size, whole or images.whole), []
+    images.side = max(size, images.side)
     for start in range(0, len(rows), block):
         x = torch.stack([view(images.open(i)) for i in rows[start:start + block]]).to(device)
         with torch.no_grad():
             out = x.flatten(1) if backbone is None else backbone.features(x, **how)
-            yield out[0].cpu() if isinstance(out, tuple) else out.cpu()
+        found.append((out[0].half() if isinstance(out, tuple) else out).cpu().numpy())
+    return np.concatenate(found)
 
 
-def finish_dino(run, log, watch):
-    """metrics.json and report.html, with curves.svg and neighbours.png: what some pictures' nearest neighbours look like."""
-    number = {k: [(float(r["step"]), float(r[k])) for r in log.rows if r[k]]
+def tell_dino(run, log, watch):
+    """metrics.json and report.html, with curves.svg and neighbours.png."""
+    page, found = judge.Page(f"repsae dino: {run.flags.arch}"), {}
+    curves = {k: [(int(row["step"]), float(row[k])) for row in log.rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
-    found = {k: v[-1][1] for k, v in number.items() if v}
-    charts = [judge.svg_lines({"loss": number["loss"]}, "step", "loss"),
-              judge.svg_lines({k: number[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
-    sections = [("Training", "".join(charts))]
-    if number["knn"]:
+    charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
+        {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
+    found = {k: line[-1][1] for k, line in curves.items() if line}
+    page.picture("Training", "".join(charts))
+    if watch.tasks:
         pixels = watch.knn(raw=True)
-        found.update(knn_pixels=pixels, knn_random=number["knn"][0][1])
-        line = [(x, pixels) for x, _ in number["knn"]]
-        chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", f"20-NN, {watch.measure}", zero=False)
-        rows, labels = [], watch.images.labels[watch.test]
-        labels = labels if labels.ndim == 1 else np.zeros(len(labels))                      # several at once: as they come
-        for c in np.unique(labels):                          # the same number of each class
-            rows.extend(watch.test[labels == c][:max(1, 12 // len(np.unique(labels)))])
-        near, _ = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
-        charts.append(chart)
-        pictures = [[watch.images.open(i) for i in (query, *watch.train[index])] for query, index in zip(rows, near)]
-        judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(
-            pictures, ["picture", *(f"neighbour {i + 1}" for i in range(len(pictures[0]) - 1))], 96))
-        sections += [("k-NN on held-out pictures", chart), ("Nearest neighbours in the training pictures", "".join(
-            judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))]
-    judge.write_json(run.path("metrics.json"), found)
+        found.update(knn_pixels=pixels, knn_random=curves["knn"][0][1])
+        lines = {"teacher": curves["knn"], "raw pixels": [(x, pixels) for x, _ in curves["knn"]]}
+        charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
+        page.picture("k-NN on held-out pictures", charts[-1])
+        pictures = watch.neighbours()
+        titles = ["picture", *(f"neighbour {i}" for i in range(1, len(pictures[0])))]
+        sheet = judge.contact_sheet(pictures, titles, 96)
+        judge.save_picture(run.path("neighbours.png"), sheet)
+        page.picture("Nearest neighbours in the training pictures", "".join(
+            judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))
     judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
-    judge.write_report(run.path("report.html"), f"repsae dino: {run.flags.arch}", sections)
-    print("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
 
 
 @command("images! weights! window size=0 standardise last tokens whole seed=0 device overwrite "
          "out=feats.npz")
 def cmd_extract(flags):
-    """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe` read."""
-    images, size = pictures_of(flags), flags.size
-    out_file(flags)
-    specs, streams = flags.weights.split(","), {}
-    known = images.rows("train") if images.split is not None else images.rows()
+    """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe`
+    read."""
+    images, out, streams = pictures_of(flags), out_file(flags), {}
+    captions, known = images.about.get("captions"), images.rows("train")
+    specs = flags.weights.split(",")
     for spec in [spec for spec in specs if "=lsa:" in spec]:
         name, longest = spec.split("=lsa:")
-        if "captions" not in images.about or flags.tokens or longest not in ("1", "2", "3"):
-            raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
-        streams[name] = data.latent_semantics(images.about["captions"], known, int(longest))
-        say(f"{name}: {streams[name].shape}")
+        if captions is None or flags.tokens or longest not in ("1", "2", "3"):
+            raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and "
+                             "have no tokens")
+        streams[name] = data.latent_semantics(captions, known, int(longest))
         specs.remove(spec)
-    loaded = [load_backbone(spec, flags) for spec in specs]
-    for spec, (_, model, _) in zip(specs, loaded):
-        if flags.standardise and (spec.endswith(":random") or "=" not in spec):
+    for name, model, side in [load_backbone(spec, flags) for spec in specs]:
+        if flags.standardise and model.random:
             ssm.standardise_pixels(model, *data.pixel_statistics(images, known), data.IMAGENET)
-    for name, model, trained in loaded:
-        if hasattr(model, "clip"):                           # one run, two encoders
-            if "captions" in images.about and not flags.tokens:
-                streams[f"{name}_txt"] = ssm.text_features(
-                    model.clip, model.words, images.about["captions"]).cpu().numpy()
-            name = f"{name}_img"
-        how = {"tokens": True} if flags.tokens else {"last": flags.last} if hasattr(model, "blocks") else {}
-        whole, block = flags.whole or hasattr(model, "clip"), 16 if flags.tokens else 256  # clip learns from whole pictures
-        parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, block, whole, **how))
-        streams[name] = np.concatenate([p.numpy() for p in parts])
-        say(f"{name}: {streams[name].shape}")
-    pixels = images.pixels
-    about = {"images": relative(images.paths, flags.out) if pixels is None else pixels}
+        clip = getattr(model, "clip", None)                  # one run, two encoders
+        if clip and captions is not None and not flags.tokens:
+            texts = ssm.text_features(clip, model.words, captions)
+            streams[f"{name}_txt"] = texts.cpu().numpy()
+        how = {"block": 16, "tokens": True} if flags.tokens else {}
+        if hasattr(model, "blocks") and not flags.tokens:
+            how["last"] = flags.last
+        streams[name + "_img" * bool(clip)] = image_features(
+            images, range(len(images)), model, flags.size or side, flags.device,
+            whole=flags.whole or bool(clip), **how)          # clip learns from whole pictures
+    for name, x in streams.items():
+        say(f"{name}: {x.shape}")
+    about = images.arrays(out)
     if flags.tokens:
-        about["grid"] = np.array(ssm.token_grid(loaded[0][1], size or loaded[0][2]))
-        streams = {s: x.astype(np.float16) for s, x in streams.items()}
-    if images.boxes is not None:
-        about["coords"] = images.boxes
-    if images.objects is not None:
-        about.update(object_arrays(images.objects))
-    if images.labels is not None:
-        about.update(labels=images.labels, label_names=np.array(images.label_names))
-    if images.mask is not None:
-        about["mask"] = images.mask
-    if images.split is not None:
-        about["split"] = images.split
-    judge.write_npz(flags.out, {**streams, **about, **images.about})
-    say(f"wrote {flags.out}")
+        about["grid"] = np.repeat(math.isqrt(x.shape[1]), 2)                     # views are square
+    judge.write_npz(out, {**streams, **about})
+    say(f"wrote {out}")
 
 
-def object_arrays(objects):
-    """The annotated objects of pictures as a feature file has them: labels (N, C) bool, label_names, boxes (n, 6)."""
-    names = sorted({name for found in objects for name, _ in found})
-    boxes = np.array([(i, names.index(name), *box) for i, found in enumerate(objects) for name, box in found
-                      if box[0] < box[2] and box[1] < box[3]])
-    labels = np.zeros((len(objects), len(names)), bool)
-    labels[boxes[:, 0].astype(int), boxes[:, 1].astype(int)] = True
-    return {"labels": labels, "label_names": np.array(names), "boxes": boxes}
+def source_of(spec, flags):
+    """(name, what builds the backbone, the file of its weights or None) of a spec in --weights:
 
-
-def relative(paths, out):
-    """Paths (N,) as they are seen from the folder of the file `out`."""
-    return np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(out))) for p in paths])
+    name=RUN        a run of dino, or of clip (which is built from its own file)
+    name=FILE.pt    what finetune wrote
+    name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
+    name=arch:random, or an arch alone: weights drawn with --seed
+    """
+    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
+    arch, _, weights = where.partition(":")
+    if not where or not plain(name) or "/" in name:          # it names files, too
+        raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated "
+                         "by commas")
+    made = {"arch": arch, "size": None, "patch": flags.get("patch"), "n_classes": None}
+    if weights == "random":
+        return name, {**made, "size": flags.get("size") or None}, None
+    if weights:
+        return name, made, weights
+    if where.endswith(".pt"):
+        advice = f"write {name}=arch:FILE for others"
+        with unpacked(where, "is no file of finetune", advice) as kept:
+            made = {key: kept[key] for key in made}
+        check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, where)
+        if made["n_classes"] is not None and type(made["n_classes"]) is not int:
+            raise InputError(f"{where} has {made['n_classes']!r} as n_classes - train it anew")
+        return name, made, where
+    if os.path.exists(os.path.join(where, "clip.pt")):
+        return name, {"arch": "clip"}, where
+    if not os.path.exists(os.path.join(where, "config.json")):
+        raise InputError(f"{where} is no dino run - give its folder, or write {name}=arch:FILE")
+    theirs = read_config(where, ("arch", "size", "patch"))["flags"]
+    made.update({key: theirs[key] for key in ("arch", "size", "patch")})
+    return name, made, os.path.join(where, "checkpoint.pt")
 
 
 def load_backbone(spec, flags, n_classes=0, head=False):
-    """name=RUN (of dino), name=FILE.pt (of finetune), name=arch:FILE, name=arch:random, or an arch alone, which is random.
-
-    Returns (name, model, the side it was trained at); model.made tells how to build it again. With n_classes it gets a new
-    head of so many classes, and arch may be one of torchvision's classifiers too; with `head` it keeps its file's.
-    """
-    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
-    arch, _, path = where.partition(":")
-    if not where or os.path.basename(name) != name:          # it names files, too
-        raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
-    made, size = {}, getattr(flags, "size", None) or None
-    if not path and arch.endswith(".pt"):
-        with unpacked(arch, "is no file of finetune", f"write {name}=arch:FILE for others") as kept:
-            made, path = {k: kept[k] for k in ("arch", "size", "patch", "n_classes")}, arch
-        check_kinds(made, {**dict.fromkeys(("size", "patch")), "arch": "vim_small"}, arch)
-        if type(made["n_classes"]) is not int and made["n_classes"] is not None:
-            raise InputError(f"{arch} has {made['n_classes']!r} as n_classes - train it anew")
-    elif not path:
-        if os.path.exists(os.path.join(arch, "clip.pt")):
-            return (name, *load_clip(arch, flags.device))
-        config = os.path.join(arch, "config.json")
-        if not os.path.exists(config):
-            raise InputError(f"{arch} is no dino run - give its folder, or write {name}=arch:FILE")
-        made, path = read_config(arch, ("arch", "size", "patch"))["flags"], os.path.join(arch, "checkpoint.pt")
-    arch = made.get("arch", arch)
+    """(name, model, the side it was trained at) of a spec, see `source_of`. With n_classes it gets
+    a new head of so many; with `head` it keeps its file's. `made` of the model builds it again;
+    `random` says whether its weights are."""
+    name, made, weights = source_of(spec, flags)
+    if made["arch"] == "clip":
+        model, side = load_clip(weights, flags.device)
+        model.random = False
+        return name, model, side
     torch.manual_seed(flags.seed)
-    if arch not in ssm.PRESETS and n_classes:
-        model = torchvision_model(arch, path, n_classes).to(flags.device)
-        model.made = {"arch": arch, "size": size, "patch": None, "n_classes": n_classes}
-        return name, model, size
-    settings = {"size": made.get("size", size if path == "random" else None),
-                "patch": made.get("patch", getattr(flags, "patch", None))}
-    model = ssm.make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
-    if path != "random":
-        ssm.load_weights(model, path)
-    if n_classes:
-        bare, model = model, ssm.make_backbone(arch, **settings, n_classes=n_classes)
-        model.load_state_dict(bare.state_dict(), strict=False)                              # all but the head
-    model.made = {"arch": arch, **settings, "n_classes": n_classes or made.get("n_classes")}
-    return name, model.eval().to(flags.device), getattr(model, "size", 224)
+    if made["arch"] not in ssm.PRESETS and n_classes:
+        model = torchvision_model(made["arch"], weights, n_classes)
+        made.update(size=flags.size, patch=None)
+    else:
+        built = {**made, "n_classes": made["n_classes"] if head else None}
+        model = ssm.make_backbone(**built)
+        if weights:
+            ssm.load_weights(model, weights)
+        if n_classes:                                        # all weights but the head's
+            bare, model = model, ssm.make_backbone(**{**made, "n_classes": n_classes})
+            model.load_state_dict(bare.state_dict(), strict=False)
+    model.made, model.random = {**made, "n_classes": n_classes or made["n_classes"]}, not weights
+    return name, model.eval().to(flags.device), getattr(model, "size", made["size"] or 224)
 
 
 def torchvision_model(name, path, n_classes):
-    """A classifier of torchvision by name, its last layer new; path: a state_dict of the released shape, or "random"."""
+    """A classifier of torchvision by name, its last layer new. path: a released state_dict or
+    None."""
     models = data.vision().models
     if name not in models.list_models(module=models):
-        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
+        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - "
+                         "try vit_micro, resnet18")
     model = models.get_model(name, num_classes=n_classes)
-    if path != "random":
-        with unpacked(path, f"does not hold the weights of {name}", "give torchvision's file") as state:
+    if path:
+        advice = "give torchvision's file"
+        with unpacked(path, f"does not hold the weights of {name}", advice) as state:
             own, last = model.state_dict(), ssm.last_linear(model)[0]
-            model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v for k, v in state.items()})
+            model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v
+                                   for k, v in state.items()})
     return model
 
 
 @command(f"{DATA} seed solver strength only json overwrite")
 def cmd_probe(flags):
-    """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis 3.2.3)?"""
+    """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis
+    3.2.3)?"""
     features = read_to_train(flags)
-    labels = features.labels
-    if labels is None:                                       # tokens have none
-        raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample - add them as `labels`")
-    chosen = list(range(len(features.label_names)))
-    if flags.only:
-        chosen = sorted({label_number(features, name) for name in flags.only.split(",")})
-    several = labels.ndim == 2                               # may hold at once: each is found by itself
-    known = np.flatnonzero(features.labelled & (several or np.isin(labels, chosen)))
-    train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
-    tasks = tasks_of(labels[:, chosen] if several else np.searchsorted(chosen, labels), train, test)
+    y, names = features.labels, features.label_names
+    if y is None:                                            # tokens have none
+        raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample "
+                         "- add them as `labels`")
+    wanted = flags.only.split(",") if flags.only else names
+    chosen = sorted({label_number(features, name) for name in wanted})
+    several = y.ndim == 2                                    # may hold at once: one by one
+    known = np.flatnonzero(features.labelled & (several or np.isin(y, chosen)))
+    rows = [np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val"))]
+    train, test = rows
+    tasks = judge.label_tasks(y[:, chosen] if several else np.searchsorted(chosen, y), *rows)
     if not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2:
-        raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` "
-                         "or `labels`")
-    unseen = [] if several else np.setdiff1d(labels[test], labels[train])
-    for c in unseen[:1]:
-        raise InputError(f"no training sample has the label '{features.label_names[c]}' of test "
-                         "samples - mend `split`, or name the others with --only")
+        raise InputError("the training split has fewer than two classes, or nothing is left to "
+                         "test on - mend `split` or `labels`")
+    for c in [] if several else np.setdiff1d(y[test], y[train])[:1]:
+        raise InputError(f"no training sample has the label '{names[c]}' of test samples - mend "
+                         "`split`, or name the others with --only")
     if several and len(tasks) < len(chosen):
-        say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in test, are left out")
-    found, rows, C = {}, [], 2 if several else len(chosen)
-    for s in features.streams:
-        x = {part: features.batch(r)[s].numpy() for part, r in (("train", train), ("test", test))}
-        each = []
-        for y in tasks:
-            if flags.solver == "lbfgs":
-                linear = judge.logistic_probe(x["train"], y[train], x["test"], C, flags.strength)
-            else:
-                linear = judge.sgd_probe(x["train"], y[train], x["test"], C, seed=flags.seed)
-            near = judge.knn(x["train"], y[train], x["test"], n_classes=C)
-            ways = {"linear": linear, **{f"{k}-NN": v for k, v in near.items()}}
-            each.append({way: judge.scores(y[test], p) for way, p in ways.items()})
-        found[s] = {way: {key: mean_of([one[way] for one in each], key) for key in each[0][way]} for way in each[0]}
-        rows += [[f"{s}, {way}", *v.values()] for way, v in found[s].items()]
-    print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], rows))
-    print(f"{len(train)} samples to learn from, {len(test)} to test on" + f"; mean over {len(tasks)} labels" * several)
+        say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in "
+            "test, are left out")
+    linear = functools.partial(judge.sgd_probe, seed=flags.seed)
+    if flags.solver == "lbfgs":
+        linear = functools.partial(judge.logistic_probe, strength=flags.strength)
+    found = {s: judge.judged_features(*(features.batch(part)[s].numpy() for part in rows), tasks,
+                                      rows, 2 if several else len(chosen), linear)
+             for s in features.streams}
+    cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
+    print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
+    print(f"{len(train)} samples to learn from, {len(test)} to test on"
+          + f"; mean over {len(tasks)} labels" * several)
     if flags.json:
         judge.write_json(out_file(flags, "json"), found)
 
@@ -1579,88 +1518,108 @@ def cmd_probe(flags):
 # ------------------------------------------------------------------------------------------------
 
 class Coded:
-    """A run, the features it is used on, and the codes of every sample of one stream, computed alone.
+    """A run's model with features, its own or those of --data, and the codes of their streams.
 
-    strength, count   CSR (N, L): mean activation over a sample's tokens, and number of its tokens above tau
-    dense             (N, d): normalised features, the mean over tokens where there are any
+    flags   the command's, with the run's own data and seed where none were typed
+    T       tokens of a sample, 1 where it is one vector
     """
 
-    def __init__(self, run, flags, tau=0.):
-        self.model, config = load_run(run, flags.device)
-        flags = flags.replaced({"streams": flags.get("stream") or flags.get("streams"), "taxonomy": None})
-        flags.given |= {"taxonomy"}                          # not the run's: the labels may be others
-        self.features, self.flags = features_for(self.model, config, flags)
+    def __init__(self, run, flags, streams=None):
+        if not os.path.exists(os.path.join(run, "config.json")):
+            raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
+        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
+        own = {k: own[k] for k in ("data", "taxonomy", "seed")
+               if k in own and k in flags and k not in flags.given}
+        flags = flags.replaced({"taxonomy": None, **flags, **own})
+        self.run, self.device = run, flags.device
+        self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
+        there = data.stream_names(flags.data) if flags.data else self.model.streams
+        known = [s for s in self.model.streams if s in there]
+        streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
+        if not known:
+            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
+                             f"{', '.join(self.model.streams)} - check the keys")
+        self.flags = flags.replaced({"streams": streams})
+        self.features = read(self.flags)
+        for s, d in self.features.dims.items():
+            if self.model.dims.get(s) != d:
+                raise InputError(f"the run was trained on {self.model.dims}, the data has "
+                                 f"{self.features.dims} - take streams that it knows")
+        self.T, self.flat = self.features.tokens or 1, self.features.per_token()
+
+    def codes(self, rows, mode="alone"):
+        """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
+        tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
+        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
+        found = sae.joined([codes for _, codes in blocks])
+        return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
+
+    def pool(self, tau=0.):
+        """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
+        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
         if len(self.features.streams) > 1:
-            raise InputError(f"{run} has the streams {', '.join(self.features.streams)} - pick one with --stream")
-        self.run, self.stream, self.T = run, next(iter(self.features.streams)), self.features.tokens or 1
-        strength, count, dense, block = [], [], [], max(1, 4096 // self.T)
-        for start in range(0, len(self.features), block):
-            x = self.tokens(np.arange(start, min(start + block, len(self.features))))
-            s, c = judge.pool_tokens(self.code(x), self.T, tau)
-            strength.append(s)
-            count.append(c)
-            with torch.no_grad():
-                dense.append(self.model.normalise(x, self.stream).unflatten(0, (-1, self.T)).mean(1).cpu().numpy())
-        self.strength, self.count = sp.vstack(strength).tocsr(), sp.vstack(count).tocsr()
-        self.dense = np.concatenate(dense)
+            raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
+                             "pick one with --stream")
+        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
+        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
+                                T * max(1, 4096 // T)):
+            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
+            pooled.append(judge.pool_tokens(code, T, tau))
+            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
+        self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
+        self.stream, self.dense = s, np.concatenate(dense)
         if not np.isfinite(self.strength.data).all():
-            raise InputError(f"the codes of {run} are not finite - its training went wrong: lower --lr")
+            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
         if not self.strength.nnz:
-            raise InputError(f"no latent of {run} is active on any sample - train it longer, or with less sparsity")
+            raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
+                             "or with less sparsity")
+        self.groups = self.features.about.get("groups", np.arange(N))
+        self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
+        return self
 
-    def tokens(self, rows):
-        """Raw vectors of samples (n,): (n * T, d)."""
-        x = self.features.batch(rows)[self.stream].to(self.flags.device)
-        return x.flatten(0, 1) if x.dim() == 3 else x
-
-    def code(self, x):
-        """Codes of raw vectors (n, d): CSR (n, L)."""
-        with torch.no_grad():
-            codes = self.model.encode({self.stream: x}, "alone")[self.stream]
-        return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), self.model.n_latents)
+    def decoder(self):
+        """Dictionary (L, d) and bias (d,) of the one stream."""
+        return (v[self.stream].detach().cpu().double().numpy()
+                for v in (self.model.W_dec, self.model.b_pre))
 
     def heat(self, row, latents):
         """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
-        grid = self.features.grid
-        return self.code(self.tokens([row]))[:, latents].toarray().T.reshape(len(latents), *grid)
+        code = self.codes([row])[self.stream][:, latents]
+        return code.toarray().T.reshape(-1, *self.features.grid)
 
-    def split(self):
-        """(rows to learn from, rows to judge by)."""
-        return self.features.rows("train"), self.features.rows("test", "val")
-
-    def labels(self):
-        """(N, C) bool; raises InputError when the file has no labels."""
-        labels = self.features.label_matrix(np.arange(len(self.features)))
-        if labels is None:
-            raise InputError(f"{self.flags.data} has no labels - add them as `labels`")
-        return labels
+    def boxes(self, row, label):
+        """The boxes x0, y0, x1, y1 of a label in a sample, in shares of the picture."""
+        known = self.features.boxes
+        return () if known is None else [
+            tuple(b[2:]) for b in known[(known[:, 0] == row) & (known[:, 1] == label)]]
 
     def told(self, name):
-        """(y (N,) bool: has a sample the label, rows to learn from, rows to judge by): labelled rows, both kinds in both."""
-        y, label = self.labels(), label_number(self.features, name)
-        known = self.features.labelled
-        y, parts = y[:, label], [rows[known[rows]] for rows in self.split()]
+        """For a label: (y (N,) bool: has a sample the label, rows to learn from, rows to judge by),
+        labelled rows alone, both kinds in both."""
+        features, label = self.features, label_number(self.features, name)
+        y = features.label_matrix(np.arange(len(features)))[:, label]
+        parts = [rows[features.labelled[rows]] for rows in (self.train, self.test)]
         for part, rows in zip(("training", "test"), parts):
             if not 0 < y[rows].sum() < len(rows):
-                raise InputError(f"{y[rows].sum()} of {len(rows)} labelled {part} samples have the label {name} - some, not "
-                                 "all, must")
+                raise InputError(f"{y[rows].sum()} of {len(rows)} labelled {part} samples have the "
+                                 f"label {name} - some, not all, must")
         return y, *parts
 
     def classes(self):
-        """(N,) int, negative where unlabelled, or None where samples have no or several labels."""
-        y = self.features.labels
-        return y if y is not None and y.ndim == 1 and len(set(y[y >= 0].tolist())) > 1 else None
-
-    def picture(self, row):
-        """A sample's picture, or None when the file gives none or it cannot be read."""
-        return self.features.picture(row)
+        """(y (N,) int or None where samples have no or several labels, rows to learn from, rows to
+        judge by), labelled rows alone."""
+        y, train, test = self.features.labels, self.train, self.test
+        if y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
+            return None, train, test
+        train, test = train[y[train] >= 0], test[y[test] >= 0]
+        return y, train, test
 
     def about(self, row):
         """What the file tells of a sample, as a dict of text; no label where it is not known."""
-        found = {key[:-1]: str(v[row]) for key, v in self.features.about.items() if v.ndim == 1}
-        if self.features.labelled[row]:
-            on = self.features.label_matrix([row])[0]
-            names = [name for name, here in zip(self.features.label_names, on) if here]
+        features, labels = self.features, self.features.label_matrix([row])
+        found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
+        if features.labelled[row]:
+            names = [name for name, here in zip(features.label_names, labels[0]) if here]
             found["label"] = ", ".join(names) or "none"
         return {"sample": int(row), **found}
 
@@ -1675,483 +1634,350 @@ def label_number(features, label):
     raise InputError(f"no label '{label}' - take one of {known}")
 
 
-@command(f"{ON_RUN} tau top weighted between", "run")
-def cmd_latents(flags):
-    """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients (CytoSAE)."""
-    run = analysis_run(flags, "latents")
-    coded = Coded(flags.run, flags, flags.tau)
-    features, (train, _) = coded.features, coded.split()
-    known = features.labelled[train]
-    labels = features.label_matrix(train) if known.any() else None
-    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top,
-                               flags.weighted, known)
-    counts = judge.threshold_counts(table["mean"])
-    alive = table["frequency"] > 0
-    found = {"latents": len(alive), "alive": int(alive.sum()), "mean at least 10^t": counts}
-    print(f"{alive.sum()} of {len(alive)} latents are active on the {len(train)} training samples\n")
-    print(judge.text_table(["mean activation at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))
-    scatter = judge.latent_scatter(table)
-    sections = [("Latents by frequency and mean activation", scatter), ("Latents above a threshold of mean activation",
-                judge.html_table(["at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))]
-    shown = np.flatnonzero(alive)[np.argsort(-table["frequency"][alive], kind="stable")]
-    if labels is not None:
-        there = table["entropy"][alive & np.isfinite(table["entropy"])]
-        found["mean entropy"] = float(there.mean()) if len(there) else None
-        clear = np.flatnonzero(table["frequency"] * len(train) >= 5)
-        order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
-        each = max(1, 20 // max(len(features.label_names), 1))
-        shown = [j for c in range(len(features.label_names)) for j in order[table["label"][order] == c][:each]][:20]
-        columns = ["purity", "entropy", "frequency", "mean"]
-        rows = [[f"{j}", features.label_names[table["label"][j]], *(table[c][j] for c in columns)] for j in shown]
-        header = ["latent", "label", *columns]
-        print(f"\nmean label entropy {judge.fmt(found['mean entropy'])} nats "
-              f"of ln {len(features.label_names)} = "
-              f"{math.log(len(features.label_names)):.3f}; the purest of each label, active in 5 samples or more:\n"
-              + judge.text_table(header, rows))
-        sections.append(("The purest latents of each label", judge.html_table(header, rows)))
-    found["barcodes"], more, codes = barcode_sections(coded, table, flags)
-    sections += more + [("Reference samples", reference_gallery(coded, table, train, shown[:24]))]
-    run.begin()
-    if codes is not None:
-        judge.write_npz(run.path("barcodes.npz"), codes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
-    judge.write_json(run.path("latents.json"), [
-        {"latent": int(j), **{k: none_if_nan(v[j]) for k, v in table.items() if k != "references"},
-         "references": best_first(table["references"], j, train)} for j in np.flatnonzero(alive)])
-    judge.write_json(run.path("metrics.json"), found)
-    judge.write_report(run.path("report.html"), f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}",
-                       sections)
-    say(f"wrote {run.join('report.html')}")
-
-
 def analysis_run(flags, name):
     """The Run that an analysis of a run writes: --out, or the folder `name` inside that run."""
-    if not plain(name) or "/" in name:
+    if not flags.out and (not plain(name) or "/" in name):
         raise InputError(f"{name!r} cannot be the name of a folder - name one with --out")
     return Run(flags, flags.out or os.path.join(flags.run, name))
 
 
-def percent(share):
-    """A share as a percentage, None as it is."""
-    return None if share is None else 100 * share
+@command(f"{ON_RUN} tau top weighted between names query embeddings label prompts", "run")
+def cmd_latents(flags):
+    """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
+    (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
+    prompts = flags.prompts and out_file(flags, "prompts")
+    coded = Coded(flags.run, flags).pool(flags.tau)
+    names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
+    if prompts:
+        return write_prompts(coded, prompts, flags.top)
+    if flags.query or flags.embeddings:
+        return search(coded, names, flags)
+    run, features, train = analysis_run(flags, "latents"), coded.features, coded.train
+    page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
+    known = features.labelled[train]
+    table = judge.latent_table(coded.strength[train], coded.count[train],
+                               features.label_matrix(train) if known.any() else None, flags.top,
+                               flags.weighted, known)
+    scatter, references = judge.latent_scatter(table), table.pop("references")
+    shown = tell_table(page, table, features.label_names, len(train), names)
+    page.picture("Latents by frequency and mean activation", scatter)
+    barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
+    best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
+    page.picture("Reference samples", judge.strips({
+        f"latent {j} {names.get(j, '')}": [reference(coded, row, j) for row in rows[:6]]
+        for j, rows in best.items()}))
+    run.begin()
+    if barcodes:
+        judge.write_npz(run.path("barcodes.npz"), barcodes)
+    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
+    judge.write_json(run.path("latents.json"), [
+        {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
+         "references": train[judge.best_first(references, j)].tolist()}
+        for j in np.flatnonzero(table["frequency"])])
+    page.write(run.path)
+    say(f"wrote {run.join('report.html')}")
 
 
-def none_if_nan(v):
-    """A number for JSON."""
-    return None if v != v else v.item()
+def tell_table(page, table, labels, n, names):
+    """Tell how many latents live, how strong they are, and the purest of each label; returns those
+    to show, best first."""
+    alive = np.flatnonzero(table["frequency"])
+    counts = judge.threshold_counts(table["mean"])
+    page.metrics.update(latents=len(table["mean"]), alive=len(alive))
+    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
+    page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
+               [["latents", *counts.values()]], key="mean at least 10^t")
+    if "entropy" not in table:
+        return alive[np.argsort(-table["frequency"][alive], kind="stable")]
+    entropy = table["entropy"][alive][np.isfinite(table["entropy"][alive])]
+    page.metrics["mean entropy"] = float(entropy.mean()) if len(entropy) else None
+    shown, columns = judge.purest(table, n, len(labels)), ("purity", "entropy", "frequency", "mean")
+    page.text(f"mean label entropy {judge.fmt(page.metrics['mean entropy'])} nats of ln "
+              f"{len(labels)} = {math.log(len(labels)):.3f}")
+    page.table(["latent", "label", *columns],
+               [[f"{j} {names.get(j, '')}", labels[table["label"][j]],
+                 *(table[c][j] for c in columns)] for j in shown],
+               "The purest latents of each label, active in 5 samples or more")
+    return shown
 
 
-def best_first(ranks, latent, rows):
-    """Samples that rank 1, 2, ... for a latent, from CSR ranks (L, n) over `rows`."""
-    row = ranks[latent]
-    return rows[row.indices[row.data.argsort()]].tolist()
+def reference(coded, row, latent):
+    """A sample that shows a latent, as HTML: its picture, with the patches where it is active."""
+    image = coded.features.picture(row)
+    if image is None or not coded.features.grid:
+        return judge.describe_sample(coded.features, row, 120)
+    patches = judge.weighted_patches(image, coded.heat(row, [latent])[0])
+    return judge.embedded(image, 240) + judge.embedded(patches, 240)
 
 
-def reference_gallery(coded, table, train, latents, most=6):
-    """The reference samples of latents in HTML, with the patches where they are active, if there are pictures and a grid."""
-    parts = []
-    for j in latents:
-        parts.append(f"<h3>latent {j}</h3>")
-        shown = []
-        for row in best_first(table["references"], j, train)[:most]:
-            image = coded.picture(row)
-            if image is None:
-                shown.append(html.escape(", ".join(f"{k} {v}" for k, v in coded.about(row).items())))
-            elif coded.features.grid:
-                image.thumbnail((240, 240))
-                shown.append(judge.embedded(image) + judge.embedded(judge.weighted_patches(image, coded.heat(row, [j])[0])))
-            else:
-                shown.append(judge.embedded(image, 120))
-        parts.append('<div class="strip">' + "".join(f"<span>{v}</span>" for v in shown) + "</div>")
-    return "".join(parts) or "<p>No latent is active in five samples.</p>"
-
-
-def barcode_sections(coded, table, flags):
-    """Barcodes of groups and of their labels (CytoSAE Eq. 4), what tells two labels apart, and how well barcodes classify:
-    (figures or None, sections of the report, arrays for a file or None). Without groups each of some 20,000 samples at most is
-    one, if it has tokens; groups whose labelled samples differ count for none of the labels."""
-    features, y = coded.features, coded.classes()
-    groups = features.about.get("groups")
-    if flags.between and (groups is None or y is None):
+def tell_barcodes(page, coded, mean, between):
+    """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
+    latents differ; returns the arrays for a file. Without groups each sample is one, if it has
+    tokens and there are some 20,000 at most; None where there is nothing to tell."""
+    features, (y, _, _) = coded.features, coded.classes()
+    grouped = "groups" in features.about
+    if between and (y is None or not grouped):
         lacking = "groups" if y is not None else "single label a sample"
-        raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add `groups` and `labels`")
-    if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
-        return None, [], None
-    groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
-    names, codes, _ = judge.barcodes(coded.count, groups)
-    of = [np.unique(y[rows][y[rows] >= 0]) for rows in np.split(np.argsort(groups, kind="stable"),
-                                                  np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
-    y = np.array([found[0] if len(found) == 1 else -1 for found in of])
-    known = np.flatnonzero(y >= 0)
-    if len(known) < len(y):
-        say(f"note: {len(y) - len(known)} of {len(y)} groups have no label, or several, and are left out")
-    of_label = [c for c in np.unique(y[known])]
-    arrays = {"groups": names, "labels": y, "barcodes": codes.toarray(), "label_names": np.array(features.label_names),
-              "diseases": np.stack([np.asarray(codes[np.flatnonzero(y == c)].mean(0)).ravel() for c in of_label])
-              if of_label else np.zeros((0, codes.shape[1]))}                               # a_p and a_d of Eq. 4
-    out, sections = {"groups": len(names)}, [("Barcodes", barcode_chart(arrays, of_label))] if of_label else []
-    codes, y = codes[known], y[known]
-    rarest = np.bincount(y)[np.unique(y)].min() if len(y) else 0
-    if rarest >= 2 and len(of_label) > 1:
-        folds = data.stratified_parts(y, [1] * min(5, rarest), coded.flags.seed)
-        f1 = judge.barcode_f1(codes, y, table["mean"], folds)
-        header = ["mean activation at least", "latents", "weighted F1"]
-        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in f1.items()]
-        unit = "groups" if "groups" in features.about else "samples"
-        print(f"\n{len(y)} {unit}, {len(folds)} stratified folds, logistic regression on barcodes:\n"
-              + judge.text_table(header, rows))
-        out["f1"] = f1
-        sections.append((f"Labels of {unit} from their barcodes", judge.html_table(header, rows)))
-    if flags.between:
-        pair = [label_number(features, name) for name in flags.between.split(",")]
-        if len(pair) != 2 or not np.isin(pair, y).all():
-            raise InputError(f"--between {flags.between} - give two labels that groups have, separated by a comma")
-        first, second, difference = judge.differential(codes, y, *pair)
-        rows = [[" ".join(f"{j} ({difference[j]:+.2f})" for j in chosen[:10])] for chosen in (first, second)]
-        rows = [[features.label_names[c], *row] for c, row in zip(pair, rows)]
-        print("\n" + judge.text_table(["more active in", "latents (difference of the mean count)"], rows))
-        out["differential"] = {features.label_names[c]: chosen.tolist() for c, chosen in zip(pair, (first, second))}
-        sections.append(("Latents that differ", judge.html_table(["more active in", "latents"], rows)))
-    return out, sections, arrays
+        raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
+                         "`groups` and `labels`")
+    if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
+        return None
+    groups, codes, label = judge.barcodes(coded.count, coded.groups, y)
+    known, names = label >= 0, np.array(features.label_names)
+    if not known.all():
+        say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
+            "left out")
+    arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
+    codes, label = codes[known], label[known]                # a_p of Eq. 4
+    there, n = np.unique(label, return_counts=True)
+    arrays["diseases"] = means = judge.class_means(codes, label)           # a_d
+    page.metrics["barcodes"] = found = {"groups": len(groups)}
+    if len(there):
+        page.picture("Barcodes", judge.latent_chart(
+            dict(zip(names[there], means)), means.std(0), "mean count of active patches", 80))
+    if len(there) > 1 and n.min() > 1:
+        folds = data.stratified_parts(label, [1] * min(5, n.min()), coded.flags.seed)
+        found["f1"] = judge.barcode_f1(codes, label, mean, folds)
+        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in found["f1"].items()]
+        page.table(["mean activation at least", "latents", "weighted F1"], rows, "Logistic "
+                   f"regression on barcodes: {len(label)} {'groups' if grouped else 'samples'}, "
+                   f"{len(folds)} stratified folds")
+    if between:
+        pair = [label_number(features, name) for name in between.split(",")]
+        if len(pair) != 2 or not np.isin(pair, there).all():
+            raise InputError(f"--between {between} - give two labels that groups have, a,b")
+        *chosen, difference = judge.differential(codes, label, *pair)
+        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
+        page.table(["more active in", "latents (difference of the mean count)"], [
+            [names[c], " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
+            for c, v in zip(pair, chosen)])
+    return arrays
 
 
-def barcode_chart(arrays, of_label, most=80):
-    """The barcodes of the labels, a_d, over the latents in which they differ most, as a chart."""
-    codes = arrays["diseases"]
-    shown = np.sort(np.argsort(-codes.std(0), kind="stable")[:most])
-    return judge.svg_lines({str(arrays["label_names"][c]): [(i, code[j]) for i, j in enumerate(shown)]
-                            for c, code in zip(of_label, codes)}, f"the {len(shown)} latents that differ most, by number",
-                           "mean count of active patches", [str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
+PROMPT = """Below are samples that activate one latent of a sparse autoencoder strongly, samples \
+that activate it moderately, and samples that do not. Name in at most five words what the first \
+have in common and the last lack. Answer with the name alone."""
 
 
-@command(f"{ON_RUN} label! head-file rank percentile iou connectivity strict box-score ap-points "
-         "other", "run")
-def cmd_intervene(flags):
-    """What each latent does: keep or silence the top latents of a label and see what a linear head still tells (Mammo-SAE)."""
-    run = analysis_run(flags, f"intervene_{flags.label}")
-    coded = Coded(flags.run, flags)
-    label = label_number(coded.features, flags.label)
-    y, train, test = coded.told(flags.label)
-    w, bias = linear_head(coded, y, train, flags)
-    W, b = (v.detach().cpu().double().numpy() for v in (coded.model.W_dec[coded.stream], coded.model.b_pre[coded.stream]))
-    effect, base, means = W @ w, float(b @ w) + bias, judge.class_means(coded.strength[train], y[train])
-    groups = coded.features.about.get("groups")
-    groups = None if groups is None else groups[test]
-    intervals = {"original features": judge.bootstrap_auc(y[test], coded.dense[test] @ w + bias, groups,
-                                                         seed=coded.flags.seed),
-                 "reconstructed": judge.bootstrap_auc(y[test], coded.strength[test] @ effect + base, groups,
-                                                      seed=coded.flags.seed)}
-    ks = sorted({min(k, len(effect)) for k in (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect))})
-    curve = judge.intervention(coded.strength[test], effect, base, y[test], means, ks)
-    tables = [(["AUC, 95 in 100 bootstrap draws", "", "from", "to"], [[name, *v] for name, v in intervals.items()]),
-              (["k of each class", "latents", "AUC, only these kept", "AUC, these silenced"],
-               [[str(c["k"]), c["latents"], c["keep"], c["silence"]] for c in curve])]
-    top = top_latents(coded, label, train, means, flags.rank)
-    found = {"auc": intervals, "curve": curve, "top latents": top.tolist(), "separation": judge.separation(means)}
-    chart = judge.svg_lines({what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
-                            "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False)
-    if coded.features.boxes is not None and not coded.features.grid:
-        say("note: boxes but no token grid, so that no latent is localised - extract with --tokens")
-    if coded.features.boxes is not None and coded.features.grid:
-        rows = localisation(coded, label, test, top, flags)
-        found["localisation"] = rows
-        tables.append((["latent", f"AP at IoU {flags.iou:g}", "by pictures with the label alone"],
-                       [[f"{i + 1}: latent {row['latent']}", row["ap"], row["ap_present"]] for i, row in enumerate(rows)]))
-    pairs = {"--data": means}
-    if flags.other:
-        second = flags.replaced({"data": flags.other})
-        second.given = flags.given | {"data"}
-        again = Coded(flags.run, second)
-        z, rows, _ = again.told(flags.label)
-        pairs["--other"] = judge.class_means(again.strength[rows], z[rows])
-        found["separation of --other"] = judge.separation(pairs["--other"])
-        tables.append((["class means", "distance", "cosine", "latent that differs most", "by"],
-                       [[name, *judge.separation(v).values()] for name, v in pairs.items()]))
-    for header, rows in tables:
-        print(judge.text_table(header, rows) + "\n")
-    run.begin()
-    judge.write_json(run.path("metrics.json"), found)
-    pictures = heat_gallery(coded, label, test, top)
-    judge.write_report(run.path("report.html"), f"repsae intervene: {flags.label}", [
-        ("What the top latents tell", chart + "".join(judge.html_table(*table) for table in tables)),
-        ("Class means of the latents", "".join(class_mean_chart(name, v) for name, v in pairs.items())),
-        *([("The top latents over pictures with the label; true boxes in red", pictures)] if pictures else [])])
-    say(f"wrote {run.join('report.html')}")
-
-
-def class_mean_chart(name, means, most=100):
-    """Mammo-SAE Fig. 4: mean activation of the latents that are most active in either class, by latent, as a chart."""
-    shown = np.sort(np.argsort(-means.max(0), kind="stable")[:most])
-    return judge.svg_lines({f"{name}, {what}": [(i, means[c][j]) for i, j in enumerate(shown)]
-                            for c, what in ((0, "without the label"), (1, "with it"))},
-                           f"the {len(shown)} most active latents, by number", "mean activation", [
-        str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
-
-
-def linear_head(coded, y, train, flags):
-    """Weights (d,) and bias of a linear score on normalised features: of --head, or fitted to the training samples' labels."""
-    model, s = coded.model, coded.stream
-    if not flags.head_file:
-        W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
-        return W[:, 1] - W[:, 0], float(b[1] - b[0])
-    arrays = data.read_arrays(flags.head_file)
-    missing = [key for key in ("weight", "bias") if key not in arrays]
-    if missing:
-        raise InputError(f"{flags.head_file} lacks '{missing[0]}' - give weight (d,) or (2, d) and bias () or (2,)")
-    numbers = [np.issubdtype(arrays[key].dtype, np.number) and np.isfinite(arrays[key]).all() for key in ("weight", "bias")]
-    if not all(numbers):
-        raise InputError(f"{flags.head_file} holds something else than finite numbers - mend it")
-    w, b = (np.asarray(arrays[key], np.float64) for key in ("weight", "bias"))
-    if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
-        w, b = w[1] - w[0], b[1] - b[0]
-    if w.size != model.dims[s] or b.size != 1:
-        raise InputError(f"{flags.head_file} has weight {w.shape} and bias {b.shape} - give ({model.dims[s]},) and (), or two rows "
-                         "of both: one label against the rest")
-    if "l2" in model.norm:
-        raise InputError(f"the run scales samples to length 1, which a head for raw features cannot follow - train it with "
-                         "--norm none or standard, or let intervene fit a head")
-    mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
-    w = w.reshape(-1)
-    return w * std, float(b.reshape(-1)[0] + mean @ w)
-
-
-def top_latents(coded, label, train, means, rank, most=10):
-    """The latents of a label, best first: by its class mean (Mammo-SAE section 2.2), by how much that exceeds the other
-    class's, or by how much more active they are inside its boxes on training pictures, in standard deviations (both ours)."""
-    if rank != "boxes":
-        return np.argsort(means[0] * (rank == "difference") - means[1], kind="stable")[:most]
-    boxes, (rows, columns) = coded.features.boxes, grid_of(coded)
-    y, x = ((np.arange(n) + 0.5) / n for n in (rows, columns))
-    sums = np.zeros((3, coded.model.n_latents))              # of activations inside, outside, of squares
-    n = np.zeros(2)
-    for row in train:
-        inside = np.zeros((rows, columns), bool)
-        for _, _, x0, y0, x1, y1 in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]:
-            inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
-        code, inside = coded.code(coded.tokens([row])), inside.ravel()
-        for i, part in enumerate((inside, ~inside)):
-            sums[i] += np.asarray(code[np.flatnonzero(part)].sum(0)).ravel()
-            n[i] += part.sum()
-        sums[2] += np.asarray(code.multiply(code).sum(0)).ravel()
-    spread = np.sqrt(np.maximum(sums[2] / n.sum() - ((sums[0] + sums[1]) / n.sum()) ** 2, 0))
-    return np.argsort(-(sums[0] / max(n[0], 1) - sums[1] / max(n[1], 1)) / np.maximum(spread, 1e-12), kind="stable")[:most]
-
-
-def grid_of(coded):
-    """(rows, columns) of the tokens; raises InputError when the features have none, or no boxes."""
-    if coded.features.grid is None or coded.features.boxes is None:
-        lacking = "boxes" if coded.features.grid else "grid"
-        raise InputError(f"{coded.flags.data} has no '{lacking}' - write it with extract --tokens from a Pascal VOC folder")
-    return coded.features.grid
-
-
-def localisation(coded, label, rows, latents, flags):
-    """Average precision of each latent's heat maps as a detector of a label's boxes (Mammo-SAE Table 2)."""
-    boxes = coded.features.boxes
-    truth = [[tuple(b[2:]) for b in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]] for row in rows]
-    how = {"percentile": flags.percentile, "connectivity": int(flags.connectivity), "strict": flags.strict,
-           "score": flags.box_score}
-    found = [[judge.heat_boxes(heat, **how) for heat in coded.heat(row, latents)] for row in rows]
-    out, iou = [], (flags.iou, flags.ap_points or None)
-    for i, j in enumerate(latents):
-        mine = [f[i] for f in found]
-        there = [(f, t) for f, t in zip(mine, truth) if t]
-        out.append({"latent": int(j), "ap": judge.average_precision(mine, truth, *iou),
-                    "ap_present": judge.average_precision(*zip(*there), *iou) if there else None})
-    return out
-
-
-def heat_gallery(coded, label, rows, latents, most=6):
-    """Pictures with a label, true boxes in red, beside the heat maps of latents, as HTML."""
-    y, parts = coded.labels()[:, label], []
-    for row in [row for row in rows if y[row]][:most]:
-        image = coded.picture(row)
-        if image is None or not coded.features.grid:
-            return ""
-        image.thumbnail((150, 150))
-        draw = ImageDraw.Draw(image)
-        boxes = coded.features.boxes if coded.features.boxes is not None else ()
-        for b in [b for b in boxes if b[0] == row and b[1] == label]:
-            draw.rectangle([v * side for v, side in zip(b[2:], image.size * 2)], outline="red", width=2)
-        heats = coded.heat(row, latents)
-        parts.append(judge.strip(judge.embedded(image), *(
-            judge.embedded(judge.overlay(image, h / max(h.max(), 1e-9))) for h in heats)))
-    return f"<p>Latents {', '.join(map(str, latents))}.</p>" + "".join(parts)
-
-
-@command(f"{ON_RUN} label eval-rows=2000", "run")
-def cmd_fidelity(flags):
-    """How much of the features a code keeps: R2, what few latents can tell, neighbours (the TotalSegmentator study)."""
-    run = analysis_run(flags, "fidelity")
-    coded = Coded(flags.run, flags)
-    y, (train, test) = coded.classes(), coded.split()
-    if flags.label is not None:                              # one against the rest
-        y, train, test = coded.told(flags.label)
-        y = y.astype(int)
-    elif y is not None:                                      # what has no label is left out
-        train, test = train[y[train] >= 0], test[y[test] >= 0]
-        if len(np.unique(y[train])) < 2 or not np.isin(np.unique(y[test]), y[train]).all():
-            raise InputError("the training split has fewer than two classes, or a test class is not in it - mend `split`")
-    model, s = coded.model, coded.stream
-    W, b = (v.detach().cpu().numpy() for v in (model.W_dec[s], model.b_pre[s]))
-    r2 = judge.r2_both(coded.dense[test].astype(np.float64), coded.strength[test] @ W + b)
-    kept = None
-    if y is not None:
-        kept = judge.kept_performance(coded.dense.astype(np.float64), coded.strength, y, train, test, seed=coded.flags.seed)
-    groups = coded.features.about.get("groups")
-    some = np.sort(np.random.default_rng([coded.flags.seed, 4]).permutation(test)[:flags.eval_rows or None])
-    if len(some) <= 10:
-        raise InputError(f"{len(some)} test samples - neighbours at 10 need more than ten")
-    near = judge.retrieval_fidelity(coded.dense[some], coded.strength[some], None if y is None else y[some],
-                                    None if groups is None else groups[some])
-    print("R2 of the features" + (", averaged over tokens" if coded.T > 1 else "") + ": "
-          + ", ".join(f"{k} {judge.fmt(v)}" for k, v in r2.items()))
-    tables = []
-    if kept:
-        tables.append(("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
-                                                 "principal components", "kept, %"],
-                       [[f"{row['n']}", row["best latents"], row["random latents"], row["principal components"],
-                         percent(row["kept"])] for row in kept["rows"]]
-                       + [["all latents", kept["all latents"], None, None, None],
-                          [f"all {coded.dense.shape[1]} features", kept["dense"], None, None, None]]))
-    if near:
-        tables.append(("Neighbours, samples of the same group left out", list(near[0]),
-                       [[str(row["k"]), *list(row.values())[1:]] for row in near]))
-    for _, header, rows in tables:
-        print("\n" + judge.text_table(header, rows))
-    run.begin()
-    judge.write_json(run.path("metrics.json"), {"r2": r2, "kept": kept, "neighbours": near})
-    judge.write_report(run.path("report.html"), "repsae fidelity", [
-        ("Reconstruction", judge.html_table(["R2", ""], [[k, v] for k, v in r2.items()])),
-        *((title, judge.html_table(header, rows)) for title, header, rows in tables)])
-    say(f"wrote {run.join('report.html')}")
-
-
-PROMPT = ("Below are samples that activate one latent of a sparse autoencoder strongly, samples that activate it moderately, "
-          "and samples that do not. Name in at most five words what the first have in common and the last lack. Answer with "
-          "the name alone.")
-
-
-@command(f"{ON_RUN} top=8", "run")
-def cmd_describe(flags):
-    """For every latent the samples that show what it means, as JSON with a prompt for any language model."""
-    coded = Coded(flags.run, flags)
-    train, _ = coded.split()
-    code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
-    untold = ("sample", "label", "image")                    # a name must not copy its judge; a path may hold the label
+def write_prompts(coded, path, top):
+    """For every latent the samples that show what it means, as JSON with a prompt for any language
+    model. The prompt tells no label: a name must not copy its judge; a path may hold the label."""
+    train, rng, out = coded.train, np.random.default_rng([coded.flags.seed, 10]), []
+    code = coded.strength[train].tocsc()
     for j in np.flatnonzero(code.getnnz(axis=0)):
-        column = slice(code.indptr[j], code.indptr[j + 1])
-        active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]
-        middle = len(active) // 2
-        drawn = rng.choice(train, min(len(train), 50 * flags.top), replace=False)
-        silent = drawn[~np.isin(drawn, active)][:flags.top]
-        groups = {"top": active[:flags.top], "middling": active[max(flags.top, middle - flags.top // 2):][:flags.top],
-                  "inactive": silent}
-        shown = {name: [{**coded.about(row), "activation": float(coded.strength[row, j])} for row in rows]
-                 for name, rows in groups.items()}
-        told = "\n".join(f"{name}: " + "; ".join(
-            ", ".join(f"{k} {v}" for k, v in one.items() if k not in untold) for one in rows)
-            for name, rows in shown.items())
-        out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
-    path = out_file(flags)
+        column, told = code[:, [j]].toarray().ravel(), [PROMPT]
+        shown = {kind: [{**coded.about(train[i]), "activation": float(column[i])} for i in rows]
+                 for kind, rows in judge.shown_samples(column, top, rng).items()}
+        for kind, samples in shown.items():
+            words = [", ".join(f"{k} {v}" for k, v in one.items()
+                               if k not in ("sample", "label", "image")) for one in samples]
+            told.append(f"{kind}: {'; '.join(words)}")
+        out.append({"latent": int(j), **shown, "prompt": "\n".join(told)})
     judge.write_json(path, out)
-    say(f'wrote {path}: {len(out)} latents; collect the answers in a file like {{"17": "round nucleus"}} for search --names')
+    say(f'wrote {path}: {len(out)} latents; collect the answers in a file like '
+        '{"17": "round nucleus"} for --names')
 
 
-def read_names(path, n_latents):
-    """names.json: dict latent -> name."""
-    found = data.read_json(path)
-    if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
-        raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
-    names = {int(k): str(v) for k, v in found.items()}
-    wrong = [j for j in names if not 0 <= j < n_latents]
-    if wrong or not names:
-        raise InputError(f"{path}: latent {wrong[0] if wrong else '-'} is not among the run's {n_latents} - mend the names")
-    return names
-
-
-@command(f"{ON_RUN} names query embeddings label top", "run")
-def cmd_search(flags):
-    """Find samples by words: query -> latents with fitting names -> samples, with a control of shuffled names."""
-    coded = Coded(flags.run, flags)
-    names = read_names(needed(flags, "names"), coded.model.n_latents)
+def search(coded, names, flags):
+    """Tell the samples that latents of fitting names find, and with --label how many are right,
+    beside names shuffled."""
+    if not names:
+        raise InputError("--names is missing - a search needs the latents' names")
     if flags.embeddings:
-        arrays = data.read_arrays(flags.embeddings)
-        fits = {"latents", "vectors", "query"} <= arrays.keys() and arrays["vectors"].shape == (
-            len(arrays["latents"]), *arrays["query"].shape) and all(
-            np.issubdtype(arrays[key].dtype, np.number) for key in ("latents", "vectors", "query"))
-        if not fits or not np.isin(arrays["latents"], list(names)).all():
-            raise InputError(f"{flags.embeddings} - give latents (n,) that --names names, vectors (n, e) of the names, and "
-                             "query (e,), all of them numbers")
-        unit = arrays["vectors"] / np.maximum(np.linalg.norm(arrays["vectors"], axis=1, keepdims=True), 1e-12)
-        fit = unit @ arrays["query"] / max(np.linalg.norm(arrays["query"]), 1e-12)
-        weights = {int(arrays["latents"][i]): float(fit[i]) for i in np.argsort(-fit)[:10] if fit[i] > 0}
+        weights = judge.vector_weights(**read_embeddings(flags.embeddings, names))
     else:
-        weights = judge.name_weights(needed(flags, "query"), names)
+        weights = judge.name_weights(flags.query, names)
     if not weights:
         raise InputError(f"no name fits '{flags.query}' - try other words, or --embeddings")
-    _, rows = coded.split()
-    scale = np.asarray(coded.strength.max(axis=0).todense()).ravel()                        # latents count alike
-
-    def ranking(weights):
-        latents = list(weights)
-        return np.argsort(-(coded.strength[rows][:, latents] @ (np.array(list(weights.values()))
-                                                               / np.maximum(scale[latents], 1e-12))), kind="stable")
-    order = ranking(weights)
-    print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in
-                                  sorted(weights.items(), key=lambda v: -v[1])[:10]))
-    for row in rows[order[:flags.top]]:
+    found = judge.search(coded.strength, weights, coded.test)[:flags.top]
+    best = sorted(weights.items(), key=lambda v: -v[1])[:10]
+    print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in best))
+    for row in found:
         print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
     if flags.label is not None:
-        y, _, known = coded.told(flags.label)
-        if len(known) < len(rows):
-            rows = known
-            order = ranking(weights)
-        y = y[rows]
-        rng = np.random.default_rng([coded.flags.seed, 11])
-        control = [y[ranking(dict(zip(rng.choice(list(names), len(weights), replace=False).tolist(), weights.values())))
-                     [:flags.top]].mean() for _ in range(100)]
-        print(f"precision at {flags.top} for '{flags.label}': {y[order[:flags.top]].mean():.3f}; with names shuffled "
-              f"{judge.mean_std(control)}; share of all samples {y.mean():.3f}")
+        y, _, rows = coded.told(flags.label)
+        right, control = judge.search_precision(coded.strength, weights, rows, y, names, flags.top,
+                                                coded.flags.seed)
+        print(f"precision at {flags.top} for '{flags.label}': {right:.3f}; with names shuffled "
+              f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
-@command(f"{ON_RUN} sparc json", "run", "other")
+@command(f"{ON_RUN} label head-file rank iou other percentile connectivity strict box-score "
+         "ap-points eval-rows=2000", "run")
+def cmd_intervene(flags):
+    """What latents do: with --label, keep or silence its top latents and see what a linear head
+    still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
+    coded = Coded(flags.run, flags).pool()
+    name, page = "intervene", judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
+    if flags.label is not None:
+        y, train, test = coded.told(flags.label)
+        label = label_number(coded.features, flags.label)
+        name += f"_{coded.features.label_names[label]}"
+    run = analysis_run(flags, name)
+    if flags.label is not None:
+        means = tell_interventions(page, coded, y, train, test, flags)
+        tell_places(page, coded, label, train, test, means, flags)
+        tell_class_means(page, means, flags)
+        y = y.astype(int)
+    else:
+        y, train, test = coded.classes()
+    tell_fidelity(page, coded, y, train, test, flags.eval_rows)
+    page.write(run.begin().path)
+    say(f"wrote {run.join('report.html')}")
+
+
+def tell_interventions(page, coded, y, train, test, flags):
+    """Tell what a linear head makes of features, of codes, and of their top latents alone or
+    silenced (Mammo-SAE Eq. 3-4); returns the class means (2, L)."""
+    w, bias = linear_head(coded, y, flags.head_file, train)
+    W, b = coded.decoder()
+    effect, base = W @ w, float(b @ w) + bias
+    scores = {"original features": coded.dense[test] @ w + bias,
+              "reconstructed": coded.strength[test] @ effect + base}
+    rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
+            for name, score in scores.items()]
+    page.table(["95 in 100 bootstrap draws", "AUC", "from", "to"], rows, key="auc")
+    means = judge.class_means(coded.strength[train], y[train])
+    ks = {0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect)}
+    curve = judge.intervention(coded.strength[test], effect, base, y[test], means,
+                               sorted(k for k in ks if k <= len(effect)))
+    page.table(*judge.columns(curve), "AUC with only the k top latents of each class kept, or "
+               "with these silenced", key="curve")
+    page.picture("", judge.svg_lines(
+        {what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
+        "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False))
+    return means
+
+
+def linear_head(coded, y, path, train):
+    """Weights (d,) and bias of a linear score on normalised features: of a file, or fitted to the
+    training samples' labels."""
+    if not path:
+        return judge.linear_score(coded.dense[train], y[train])
+    model, s = coded.model, coded.stream
+    w, bias = data.read_head(path, model.dims[s])
+    if "l2" in model.norm:
+        raise InputError("the run scales samples to length 1, which a head for raw features cannot "
+                         "follow - train it with --norm none or standard, or let intervene fit a "
+                         "head")
+    mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
+    return w * std, bias + float(mean @ w)
+
+
+def tell_places(page, coded, label, train, test, means, flags):
+    """Tell where the top latents of a label fire: average precision of their heat maps as detectors
+    of its boxes (Mammo-SAE Table 2), and the maps of six pictures."""
+    features = coded.features
+    top = np.argsort(-rank_of(coded, label, train, means, flags.rank), kind="stable")[:10]
+    page.metrics["top latents"] = top.tolist()
+    if features.boxes is not None and features.grid:
+        found = judge.localisation(
+            top, (coded.heat(row, top) for row in test), [coded.boxes(row, label) for row in test],
+            flags.iou, flags.ap_points or None, percentile=flags.percentile, strict=flags.strict,
+            connectivity=int(flags.connectivity), score=flags.box_score)
+        page.table(*judge.columns(found), f"Average precision at IoU {flags.iou:g}",
+                   key="localisation")
+    elif features.boxes is not None:
+        say("note: boxes but no token grid, so that no latent is localised - extract with --tokens")
+    shown = [row for row in test if features.label_matrix([row])[0, label]][:6]
+    images = {row: features.picture(row) for row in shown}
+    if features.grid and None not in images.values():
+        page.picture("The top latents over pictures with the label; true boxes in red", "".join(
+            judge.heat_strip(image, coded.boxes(row, label), coded.heat(row, top))
+            for row, image in images.items()))
+
+
+def rank_of(coded, label, train, means, rank):
+    """How much each latent belongs to a label (L,): by its class mean (Mammo-SAE section 2.2), by
+    what that exceeds the other class's, or by its activity inside boxes (both ours)."""
+    if rank != "boxes":
+        return means[1] - means[0] * (rank == "difference")
+    grid = coded.features.grid
+    if grid is None or coded.features.boxes is None:
+        raise InputError(f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - write it "
+                         "with extract --tokens from a Pascal VOC folder")
+    return judge.box_contrast((coded.codes([row])[coded.stream], judge.in_boxes(
+        coded.boxes(row, label), grid)) for row in train)
+
+
+def tell_class_means(page, means, flags):
+    """Tell how far the class means of the latents are apart, here and in --other (Mammo-SAE
+    Fig. 4)."""
+    pairs = {"--data": means}
+    if flags.other:
+        theirs = flags.replaced({"data": flags.other})
+        theirs.given = flags.given | {"data"}
+        other = Coded(flags.run, theirs).pool()
+        y, train, _ = other.told(flags.label)
+        pairs["--other"] = judge.class_means(other.strength[train], y[train])
+    page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
+                               for name, v in pairs.items()]), key="separation")
+    for name, v in pairs.items():
+        lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
+        page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))
+
+
+def tell_fidelity(page, coded, y, train, test, eval_rows):
+    """Tell how well codes rebuild features, what few latents tell of classes y (N,), if there are
+    any, and whether codes find the neighbours that features find."""
+    seed, dense, (W, b) = coded.flags.seed, coded.dense.astype(np.float64), coded.decoder()
+    r2 = judge.r2_both(dense[test], coded.strength[test] @ W + b)
+    page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
+               list(r2.items()), "Reconstruction", key="r2")
+    if y is not None:
+        if len(np.unique(y[train])) < 2 or not np.isin(np.unique(y[test]), y[train]).all():
+            raise InputError("the training split has fewer than two classes, or a test class is "
+                             "not in it - mend `split`")
+        kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
+        page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
+                   key="few")
+        page.table(["all", "balanced accuracy"], list(kept["all"].items()), key="probe")
+    some = np.sort(np.random.default_rng([seed, 4]).permutation(test)[:eval_rows or None])
+    near = judge.retrieval_fidelity(dense[some], coded.strength[some], y if y is None else y[some],
+                                    coded.groups[some])
+    if not near:
+        return say(f"note: {len(some)} test samples have no ten neighbours of other groups")
+    page.table(*judge.columns(near), "Neighbours of other groups", key="neighbours")
+
+
+@command("data streams seed device json overwrite sparc", "run", "other")
 def cmd_compare(flags):
-    """Do two runs have latents in common? Best pairing by activation, against shuffled samples and a shared code."""
-    both = [Coded(run, flags.replaced({"stream": stream})) for run, stream in
-            zip((flags.run, flags.other), (flags.streams or flags.stream or "").split(",") * 2)]
-    if len(both[0].features) != len(both[1].features):
-        raise InputError(f"{flags.run} was trained on {len(both[0].features)} samples, {flags.other} on "
-                         f"{len(both[1].features)} - compare runs on the same samples, or name their file with --data")
-    found, (_, rows) = {}, both[0].split()
-
-    def add(name, a, b, pairing):
-        r = judge.match_latents(a, b)[2] if pairing == "best" else judge.index_correlations(a, b)
-        found[name] = {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
-                       "median r": float(np.median(r)) if len(r) else None,
-                       "shared, %": 100 * (r >= 0.5).mean() if len(r) else None}
-    shuffled = np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
-    kinds = [("the two runs, best pairing", "best", [c.strength[rows] for c in both])]
+    """Do two runs have latents in common? Best pairing by activation, against shuffled samples and
+    a shared code."""
+    path, streams = flags.json and out_file(flags, "json"), (flags.streams or "").split(",") * 2
+    a, b = (Coded(run, flags, s).pool() for run, s in zip((flags.run, flags.other), streams))
+    runs, rows, page = [a, b], a.test, judge.Page("repsae compare")
     if flags.sparc:
-        model, config = load_run(flags.sparc, flags.device)
-        if both[0].stream == both[1].stream:
-            raise InputError(f"both runs are on '{both[0].stream}' - --sparc wants two streams")
-        features, _ = features_for(model, config, flags.replaced({"streams": ",".join(c.stream for c in both)}))
-        if len(features) != len(both[0].features):
-            raise InputError(f"{flags.sparc} was trained on {len(features)} samples, the others on {len(both[0].features)} - "
-                             "name their file with --data")
-        T = features.tokens or 1
-        tokens = (rows[:, None] * T + np.arange(T)).ravel()
-        for mode in ("joint", "alone"):
-            codes, _ = codes_and_fit(model, features.per_token(), tokens, mode, flags.device)
-            kinds.append((f"SPARC {mode}, same latent", "same", [judge.pool_tokens(code, T)[0] for code in codes.values()]))
-    for name, pairing, (a, b) in kinds:
-        add(name, a, b, pairing)
-        add(f"{name}, samples shuffled", a, b[shuffled], pairing)
-    columns = list(found[kinds[0][0]])
-    print(judge.text_table([f"{len(rows)} samples", *columns], [[name, *row.values()] for name, row in found.items()]))
-    if flags.json:
-        judge.write_json(out_file(flags, "json"), found)
+        if a.stream == b.stream:
+            raise InputError(f"both runs are on '{a.stream}' - --sparc wants two streams")
+        runs.append(Coded(flags.sparc, flags, f"{a.stream},{b.stream}"))
+    for one in runs:
+        if len(one.features) != len(a.features):
+            raise InputError(f"{a.run} has {len(a.features)} samples, {one.run} has "
+                             f"{len(one.features)} - compare runs on the same, or name a --data")
+    codes = {"the two runs, best pairing": (a.strength[rows], b.strength[rows])}
+    for mode in ("joint", "alone") if flags.sparc else ():
+        codes[f"SPARC {mode}, same latent"] = [
+            judge.pool_tokens(code, runs[2].T)[0] for code in runs[2].codes(rows, mode).values()]
+    found, shuffled = [], np.random.default_rng([a.flags.seed, 12]).permutation(len(rows))
+    for name, (x, y) in codes.items():
+        for what, z in ((name, y), (f"{name}, samples shuffled", y[shuffled])):
+            r = judge.index_correlations(x, z) if "same" in name else judge.match_latents(x, z)[2]
+            found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
+    page.table(*judge.columns(found), key="shared")
+    if path:
+        judge.write_json(path, page.metrics["shared"])
+
+
+def read_embeddings(path, names):
+    """What any text model makes of names: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
+    found, keys = data.read_arrays(path), ("query", "latents", "vectors")
+    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys)
+    if not fits or found["vectors"].shape != (len(found["latents"]), *found["query"].shape) \
+            or not np.isin(found["latents"], list(names)).all():
+        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of their "
+                         "names, and query (e,), all of them numbers")
+    return {k: found[k] for k in keys}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2161,25 +1987,15 @@ def cmd_compare(flags):
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
     """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
-    run = Run(flags)
-    made = data.tissue(flags.pictures, flags.size, flags.seed)
-    pixels, parents = made.pop("pixels"), made.pop("parents")
-    run.begin()
-    names = np.array([f"images/{i:05d}.png" for i in range(len(pixels))])
-    for path, picture in zip(run.paths(names.tolist()), pixels):
-        Image.fromarray(picture).save(path)
-    judge.write_npz(run.path("tissue.npz"), {**made, "images": names})
-    judge.write_npz(run.path("patients.npz"), {
-        "images": names, "labels": made["disease"], "label_names": made["disease_names"],
-        **{key: made[key] for key in ("groups", "split", "captions")}})
-    for group, slide in data.patient_slides(pixels, made["groups"]):
-        row = np.flatnonzero(made["groups"] == group)[0]
-        place = "slides", str(made["split"][row]), str(made["disease_names"][made["disease"][row]])
-        judge.save_picture(run.path(*place, f"{group:04d}.png"), Image.fromarray(slide))
-    judge.write_json(run.path("taxonomy.json"), parents)
+    run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
+    files = data.tissue_files(made)
+    write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
+             "npz": judge.write_npz, "json": judge.write_json}
+    for path, content in zip(run.begin().paths(list(files)), files.values()):
+        write[path.rpartition(".")[2]](path, content)
     kinds = made["label_names"][:len(data.CELLS) + 1].tolist()
     rows = [np.flatnonzero(made["labels"][:, c])[:8] for c in range(len(kinds))]
-    sheet = [[Image.fromarray(pixels[i]) for i in some] for some in rows]
+    sheet = [[Image.fromarray(made["pixels"][i]) for i in some] for some in rows]
     judge.save_picture(run.path("sheet.png"), judge.contact_sheet(sheet, [""] * 8, 96, kinds))
     for name, n in zip(made["label_names"], made["labels"].sum(0)):
         print(f"{name}: in {n} pictures")
@@ -2188,7 +2004,7 @@ def cmd_tissue(flags):
         parts = ", ".join(f"{(made['split'][mine] == part).sum()} {part}"
                           for part in ("train", "val", "test"))
         print(f"{name}: {len(np.unique(made['groups'][mine]))} patients, pictures: {parts}")
-    say(f"wrote {run.join('tissue.npz')}, {len(pixels)} pictures, and sheet.png")
+    say(f"wrote {run.join('tissue.npz')}, {flags.pictures} pictures, and sheet.png")
 
 
 @command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
@@ -2346,7 +2162,7 @@ def explain_concepts(flags):
     say(f"wrote {run.join('report.html')}")
 
 
-class Concepts:
+class Concepts(Coded):
     """A run of sparc with the backbones that made its streams, and pictures with true masks.
 
     sees         {name: (backbone, its stream)} of --weights; `encoder`, CLIP's image encoder, with
@@ -2356,8 +2172,7 @@ class Concepts:
     """
 
     def __init__(self, flags):
-        self.model, config = load_run(flags.run, flags.device)
-        self.features, self.flags = features_for(self.model, config, flags)
+        super().__init__(flags.run, flags)
         self.images, truth = self._pictures()
         self.sees, self.encoder, self.pictured, self.text = {}, None, None, None
         for spec in flags.weights.split(","):
@@ -2397,7 +2212,7 @@ class Concepts:
         if shape[1:] != (height, width):
             raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
                              f"{height}x{width} - give masks of the pictures' size")
-        return images, true_masks(arrays)
+        return images, data.true_masks(arrays)
 
     def _see(self, name, backbone):
         """Enter a backbone; one without attention under the name of what it gets instead."""
@@ -2415,10 +2230,6 @@ class Concepts:
             raise InputError(f"the run has no stream '{stream}' - it has "
                              f"{', '.join(self.model.streams)}")
         self.sees[name if depth else f"{name} (Grad-CAM)"] = backbone, stream
-
-    def codes(self, rows, mode):
-        """{stream: CSR (n, L)} of samples."""
-        return codes_and_fit(self.model, self.features, rows, mode, self.flags.device)[0]
 
     def code(self, stream, x):
         """Features (B, d) -> dense codes (B, L) of a stream alone."""
@@ -2479,19 +2290,6 @@ def chosen_latents(text, J, alive, n_latents):
             wrong = "silent in every stream" if 0 <= j < n_latents else f"not one of {n_latents}"
             raise InputError(f"latent {j} is {wrong} - pick another")
     return chosen
-
-
-def true_masks(arrays):
-    """{(image, label): bool mask} of the objects of each label together, from `instances` and `boxes`; hidden objects have
-    no box."""
-    out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
-    for i in np.unique(boxes[:, 0].astype(int)):
-        here = boxes[boxes[:, 0] == i]
-        numbers = [n for n in np.unique(instances[i]) if n]
-        for n, box in zip(numbers, here):
-            key = int(i), int(box[1])
-            out[key] = out.get(key, False) | (instances[i] == n)
-    return out
 
 
 def methods(seen):
@@ -2592,8 +2390,8 @@ def tell_captions(seen, page, most=4):
 def cmd_retrieve(flags):
     """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint
     and alone."""
-    model, config = load_run(flags.run, flags.device)
-    features, flags = features_for(model, config, flags)
+    coded = Coded(flags.run, flags)
+    model, features, flags = coded.model, coded.features, coded.flags
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
     known = [s for s in model.streams if s in features.streams]
     for s in (source, target):
@@ -2613,7 +2411,7 @@ def cmd_retrieve(flags):
     given, first = (None, shown(own, source)) if own is not None else \
         given_query(model, source, flags)
     for mode in ("joint", "alone") if own is not None else ("alone",):
-        codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
+        codes = coded.codes(rows, mode)
         query, partner = given if own is None else codes[source][[own]], ""
         if not query.nnz:
             page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
@@ -2889,159 +2687,83 @@ def attention_maps(bags, models, rows, head, run, most=6):
 
 
 # ------------------------------------------------------------------------------------------------
-# Transfer learning (thesis 3.3), heat maps (3.2.4)
+# Transfer learning (thesis 3.3)
 # ------------------------------------------------------------------------------------------------
 
-@command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 patch "
-         "frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
+@command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 "
+         "patch frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
          "overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    pictures = data.read_pictures(flags.images, flags.size, flags.label,
-                                  grey_window(flags))
+    pictures = data.read_pictures(flags.images, flags.size, flags.label, grey_window(flags))
     for note in pictures.notes:
         say_once("note: " + note)
-    specs, C = flags.weights.split(","), len(pictures.label_names)
-    names = [try_classifier(spec, flags, C) for spec in specs]                              # before anything is written
-    if len(set(names)) < len(names):
-        raise InputError(f"--weights {flags.weights} names a model twice - write a=vit_micro:random,b=vit_micro:random")
-    rounds = [picture_parts(pictures, flags, flags.seed + r) for r in range(flags.runs)]
+    C, n = len(pictures.label_names), flags.runs
+    specs = {try_classifier(spec, flags, C): spec for spec in flags.weights.split(",")}
+    if len(specs) < len(flags.weights.split(",")):
+        raise InputError(f"--weights {flags.weights} names a model twice - write "
+                         "a=vit_micro:random,b=vit_micro:random")
+    rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
+              for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
-    log = Log(run.path("log.csv"))
-    found, sizes = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}, {}
-    progress = Progress(len(specs) * len(rounds))
-    for name, spec in zip(names, specs):
-        found[name] = []
-        for r, parts in enumerate(rounds):
-            one = flags.replaced({"seed": flags.seed + r})
-            scores, model, history = finetune_one(pictures, parts, load_backbone(spec, one, C)[1], one)
-            found[name].append(scores)
-            for epoch, (loss, validation) in enumerate(history, 1):
-                log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss, "validation": validation})
-            log.write()
-            progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
-            if r == 0:
-                sizes[name] = sum(p.numel() for p in model.parameters())
-                judge.write_torch(run.path(f"{name}.pt"), {"model": model.state_dict(), **model.made})
-    finish_finetune(run, found, sizes, pictures, rounds)
-
-
-def finish_finetune(run, found, sizes, pictures, rounds):
-    """The tables of thesis 3.3.3, and who beats whom, in print, metrics.json and report.html."""
-    header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
-    rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
-    trained = {name: runs for name, runs in found.items() if not name.startswith("pixels")}
-    tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in trained.items()})
-             for key in ("AUC", "accuracy") if len(rounds) > 1}
-    print("\n" + judge.text_table(header, rows))
-    sections, beats = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))], {}
-    for key, pairs in tests.items():
-        wins = judge.beaten(pairs)
-        beats[key] = {a: {b: int(b in wins.get(a, ())) for b in trained if b != a} for a in trained}
-        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()] or ["no model beats another"]
-        print(f"\n{key}, paired t-test at p < 0.05, {len(pairs)} pairs: {'; '.join(lines)}")
-        columns = ["a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d"]
-        cells = [[f"{p['a']} - {p['b']}", *(p.get(c) for c in columns[2:])] for p in pairs]
-        head = ["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)", "effect size d"]
-        print(judge.text_table(head, cells))
-        sections.append((f"{key}: pairs of models", judge.html_table(head, cells) + f"<p>{'; '.join(lines)}.</p>"))
-    note = (f"{len(rounds)} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** len(rounds):.4f}, and the runs' "
-            "test parts overlap, so that the t-test takes them for more independent than they are.") if tests else \
-        "One run allows no test of which model is better."
-    print(f"\n{note}")
-    judge.write_json(run.path("metrics.json"),
-                     {"scores": found, "pairs": tests, "beats": beats, "parameters": sizes,
-                      "test pictures": len(rounds[0][2])})
-    sections.append(("How far to trust it", f"<p>{note}</p>"))
-    judge.write_report(run.path("report.html"), "repsae finetune", sections)
+    log, progress, sizes = Log(run.path("log.csv")), Progress(len(specs) * n), {}
+    baseline = [judge.pixel_probe(pictures.pixels, pictures.labels, parts, C) for parts in rounds]
+    found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
+    for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
+        one = flags.replaced({"seed": flags.seed + r})
+        model = load_backbone(specs[name], one, C)[1]
+        scores, history = finetune_one(pictures, rounds[r], model, one)
+        found[name].append(scores)
+        for epoch, (loss, validation) in enumerate(history, 1):
+            log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss,
+                     "validation": validation})
+        log.write()
+        progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
+        if r == 0:
+            sizes[name] = sum(p.numel() for p in model.parameters())
+            state = {"model": model.state_dict(), **model.made}
+            judge.write_torch(run.path(f"{name}.pt"), state)
+    page = judge.Page("repsae finetune")
+    judge.tell_models(page, found, list(specs))
+    page.write(run.path, {"parameters": sizes, "test pictures": len(rounds[0][2])})
     say(f"wrote {run.join('report.html')}")
 
 
 def try_classifier(spec, flags, n_classes):
-    """Build a model and pass one picture of zeros through it: its name; raises InputError when it does not fit."""
+    """The name of a model; InputError if it does not classify a picture of zeros."""
     name, model, _ = load_backbone(spec, flags, n_classes)
     ssm.last_linear(model)
-    try:
-        with torch.no_grad():
-            out = model.eval()(torch.zeros(1, 3, flags.size, flags.size, device=flags.device))
-        fits = isinstance(out, torch.Tensor) and out.shape == (1, n_classes)
-    except (RuntimeError, AssertionError):
-        fits = False
-    if not fits:
-        raise InputError(f"{name} does not classify pictures of {flags.size} pixels - choose another --size, or another model")
-    return name
-
-
-def picture_parts(pictures, flags, seed):
-    """Rows to train on, to stop by and to report: the file's own split, or 70 / 15 / 15 as
-    `stratified_parts` draws them: classes in proportion, no group in two parts."""
-    groups = pictures.groups
-    if flags.split == "random":
-        parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed, groups)
-    elif pictures.split is None:
-        raise InputError(f"{flags.images} gives no split - use --split random")
-    else:
-        train, val, test = (np.flatnonzero(pictures.split == name) for name in ("train", "val", "test"))
-        if not len(val):                                     # none given: cut off the training part
-            of = None if groups is None else groups[train]
-            halves = data.stratified_parts(pictures.labels[train], (85, 15), seed, of)
-            train, val = (train[rows] for rows in halves)
-        parts = train, val, test
-    if not all(map(len, parts)) or len(np.unique(pictures.labels[parts[0]])) < 2:
-        raise InputError(f"{flags.images}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
-                         "add pictures, or use --split random")
-    tested = np.unique(pictures.labels[parts[2]])
-    unseen = np.setdiff1d(tested, pictures.labels[parts[0]])
-    if len(tested) < 2 or len(unseen):
-        c, what = tested[0], "and no other"
-        if len(unseen):
-            c, what = unseen[0], "which no training picture has"
-        raise InputError(f"{flags.images}: the test part has the class '{pictures.label_names[c]}', "
-                         f"{what} - add pictures, or split them otherwise")
-    return parts
-
-
-def pixel_baseline(pictures, parts, n_classes):
-    """Logistic regression on pixels, at 32 x 32 at most, its strength chosen on the validation part."""
-    side, y = min(32, pictures.pixels.shape[-1]), pictures.labels
-    small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
-             for part in torch.from_numpy(pictures.pixels).split(256)]
-    x = torch.cat(small).flatten(1).numpy() / 255
-    train, val, test = parts
-    tried = [judge.logistic_probe(x[train], y[train], np.concatenate([x[val], x[test]]), n_classes, strength)
-             for strength in 10. ** np.arange(-6, 1)]
-    best = max(tried, key=lambda p: judge.scores(y[val], p[:len(val)])["AUC"] or 0.)
-    return judge.scores(y[test], best[len(val):])
+    x = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
+    with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
+        out = model(x)
+        if isinstance(out, torch.Tensor) and out.shape == (1, n_classes):
+            return name
+    raise InputError(f"{name} does not classify pictures of {flags.size} pixels - choose another "
+                     "--size, or another model")
 
 
 def finetune_one(pictures, parts, model, flags):
-    """Train a classifier, stop by the validation loss, and judge the best epoch on the test rows: (scores, model, history)."""
+    """Train a classifier, stop by the validation loss, judge the best epoch on the test rows:
+    (scores, history)."""
     torch.set_flush_denormal(True)
     torch.manual_seed(flags.seed)
     train, val, test = parts
     x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
-    if flags.frozen:
-        model.requires_grad_(False)
-        ssm.last_linear(model)[1].requires_grad_(True)           # the head
 
     def batches(epoch):
-        for rows in torch.from_numpy(np.random.default_rng([flags.seed, epoch]).permutation(train)).split(flags.batch):
+        order = np.random.default_rng([flags.seed, epoch]).permutation(train)
+        for rows in torch.from_numpy(order).split(flags.batch):
             if len(rows) > 1 or flags.batch == 1:            # batch normalisation needs two
                 yield data.jittered(x[rows]).to(flags.device), y[rows].to(flags.device)
 
-    def loss(model, x, y):
-        model.train(not flags.frozen)                        # frozen: batch statistics stay, too
-        return torch.nn.functional.cross_entropy(model(x), y)
-
-    def outputs(model, rows):
-        return torch.cat([model(x[part].to(flags.device)).cpu() for part in torch.from_numpy(rows).split(256)])
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, flags.lr, weight_decay=flags.weight_decay)
-    history = ssm.fit(model, optimiser, batches, loss, flags.epochs,
-                      lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])), flags.patience)
+    def plainly(rows):
+        for part in torch.from_numpy(rows).split(256):
+            yield x[part].to(flags.device), y[part].to(flags.device)
+    history = ssm.fit_classifier(model, batches, lambda: plainly(val), flags.epochs, flags.lr,
+                                 flags.weight_decay, flags.patience, flags.frozen)
     with torch.no_grad():
-        p = torch.softmax(outputs(model.eval(), test), 1).numpy()
-    return judge.scores(pictures.labels[test], p), model, history
+        p = torch.cat([torch.softmax(model(x), 1) for x, _ in plainly(test)])
+    return judge.scores(pictures.labels[test], p.cpu().numpy()), history
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3219,7 +2941,7 @@ def demo_latents(at, quick):
          ["intervene", at("sae_tokens"), "--label", "tumour cell", "--other", at("tokens_before.npz"), "--out",
           at("mammo_tuned")], at("mammo_tuned", "report.html"), [], functools.partial(mammo_verdict, at)),
         ("18. A few latents suffice", "The TotalSegmentator study, for the vacuoles.",
-         ["fidelity", at("sae_dino_vit"), "--label", "vacuoles", "--out", at("fidelity")],
+         ["intervene", at("sae_dino_vit"), "--label", "vacuoles", "--out", at("fidelity")],
          at("fidelity", "report.html"), [], functools.partial(fidelity_verdict, at))]
 
 
@@ -3396,17 +3118,17 @@ def mammo_verdict(at):
     union of both classes' top latents; class means on training samples; single latents as detectors of boxes."""
     runs = {when: read_metrics(at(f"mammo_{when}", "metrics.json")) for when in ("tuned", "before")}
     tuned = runs["tuned"]
-    ten = max((c for c in tuned["curve"] if c["k"] <= 10), key=lambda c: c["k"])
-    auc = {when: [m["auc"][name][0] for name in ("original features", "reconstructed")] for when, m in runs.items()}
-    ap = {when: mean_of(m["localisation"], "ap") for when, m in runs.items()}
-    near = [tuned[key]["cosine"] for key in ("separation", "separation of --other")]
+    ten = tuned["curve"].get("10") or [*tuned["curve"].values()][-1]
+    auc = {when: [m["auc"][name]["AUC"] for name in ("original features", "reconstructed")] for when, m in runs.items()}
+    ap = {when: mean_of([*m["localisation"].values()], "AP") for when, m in runs.items()}
+    near = [tuned["separation"][key]["cosine"] for key in ("--data", "--other")]
     more = auc["tuned"][1] - 0.5                             # than chance
     return ({**{("Mammo 1", f"AUC, {what}, {when}"): v for when, both in auc.items()
                 for what, v in zip(("features", "reconstructed"), both)},
              ("Mammo Fig. 2", "AUC, top ten of each class kept"): ten["keep"],
              ("Mammo Fig. 2", "AUC, top ten silenced"): ten["silence"],
              **{("Mammo 2", f"AP, mean of the top ten latents, {when}"): v for when, v in ap.items()},
-             **{("Mammo 2", f"AP, the best of them on test pictures, {when}"): max(row["ap"] for row in m["localisation"])
+             **{("Mammo 2", f"AP, the best of them on test pictures, {when}"): max(row["AP"] for row in m["localisation"].values())
                 for when, m in runs.items()},
              ("Mammo Fig. 4", "cosine of class means, tuned"): near[0],
              ("Mammo Fig. 4", "cosine of class means, before"): near[1]},
@@ -3423,15 +3145,15 @@ def mammo_verdict(at):
 def fidelity_verdict(at):
     """How much ten latents keep, beside ten principal components."""
     m = read_metrics(at("fidelity", "metrics.json"))
-    ten = next(row for row in m["kept"]["rows"] if row["n"] == 10)
-    near = next(row for row in m["neighbours"] if row["k"] == 10)
+    ten, near, full, chance = m["few"]["10"], m["neighbours"]["10"], *(
+        m["probe"][k]["balanced accuracy"] for k in ("features", "chance"))
     return ({("TotalSegmentator", what): v for what, v in (
-                ("R2", m["r2"]["variance-weighted"]), ("probe, ten latents", ten["best latents"]),
-                ("probe, ten components", ten["principal components"]), ("probe, all features", m["kept"]["dense"]),
-                ("kept by ten latents, %", percent(ten["kept"])),
+                ("R2", m["r2"]["variance-weighted"]["R2"]), ("probe, ten latents", ten["best latents"]),
+                ("probe, ten components", ten["principal components"]), ("probe, all features", full),
+                ("kept by ten latents, %", ten["kept, %"]),
                 ("overlap of 10 neighbours", near["overlap"]))},
             {"ten latents keep 87.8 % of the probe, beyond chance (TotalSegmentator)":
-             m["kept"]["dense"] - m["kept"]["chance"] > 0.05 and ten["kept"] >= 0.878,
+             full - chance > 0.05 and ten["kept, %"] >= 87.8,
              "ten latents keep more than ten principal components (ours)": ten["best latents"] > ten["principal components"]})
 
 

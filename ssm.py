@@ -1202,14 +1202,38 @@ def output_entropy(q):
 
 def dino_nets(arch, size, patch=None, K=65536, hidden=2048, bottleneck=256, norm_last=True,
               drop_path=0.1, decay_ssm=False, device="cpu"):
-    """Student (in training), teacher (the same weights, no gradient, no drop path), and AdamW."""
+    """Student (in training), teacher (the same weights; no gradient, no drop path), centre (K,)
+    and AdamW."""
     def net(p):
         backbone = make_backbone(arch, size=size, patch=patch, drop_path=p)
         head = DINOHead(backbone.dim, K, hidden, bottleneck, norm_last)
         return MultiCrop(backbone, head).to(device)
     student, teacher = net(drop_path).train(), net(0.).eval().requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
-    return student, teacher, torch.optim.AdamW(decay_groups(student, decay_ssm))
+    optimiser = torch.optim.AdamW(decay_groups(student, decay_ssm))
+    return student, teacher, torch.zeros(K, device=device), optimiser
+
+
+def dino_state(nets, step):
+    """What `restore_dino` needs to go on after `step` steps."""
+    student, teacher, center, optimiser = nets
+    return {"student": student.state_dict(), "teacher": teacher.state_dict(), "center": center,
+            "optimiser": optimiser.state_dict(), "step": step}
+
+
+def restore_dino(nets, kept):
+    """Put a `dino_state` into new `dino_nets`; returns the step. Raises for what is none."""
+    student, teacher, center, optimiser = nets
+    student.load_state_dict(kept["student"])
+    teacher.load_state_dict(kept["teacher"])
+    optimiser.load_state_dict(kept["optimiser"])
+    center.copy_(kept["center"].reshape(center.shape))
+    for weights, moments in optimiser.state.items():         # torch itself would miss it
+        if any(v.shape != weights.shape for key, v in moments.items() if key != "step"):
+            raise ValueError("moments of other weights")
+    if kept["step"] < 0:
+        raise ValueError("a step before the first")
+    return int(kept["step"])
 
 
 def dino_schedule(step, epoch, epochs, lr, min_lr=1e-6, warmup=10, weight_decay=0.04,
@@ -1439,13 +1463,6 @@ def make_backbone(arch, **settings):
         raise InputError(f"{arch} is no backbone - take one of {', '.join(PRESETS)}")
     skip = ("size", "patch") if arch.startswith("vmamba") else ()
     return PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
-
-
-def token_grid(model, size):
-    """(rows, columns) of a backbone's patch tokens of a picture with `size` pixels a side."""
-    with torch.no_grad():
-        x = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
-        return model.features(x, tokens=True)[1]
 
 
 def last_linear(model):

@@ -376,7 +376,7 @@ def test_a_picture_that_cannot_be_read_leaves_its_name(tmp_path):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "x.png")
     np.savez(tmp_path / "f.npz", a=np.ones((2, 3)), images=np.array(["x.png", "none<.png"]))
     found = data.read_features(tmp_path / "f.npz")
-    shown, missing = (judge.describe_sample(found, row, ()) for row in (0, 1))
+    shown, missing = (judge.describe_sample(found, row) for row in (0, 1))
     assert shown.startswith('<img alt="" src="data:image/jpeg;base64,')
     assert missing == "none&lt;.png"
 
@@ -670,7 +670,7 @@ def test_latents_are_selected_for_what_they_add_not_for_what_another_says_alread
             A = code[:, [*chosen, j]] - code[:, [*chosen, j]].mean(0)
             return ((Y - A @ np.linalg.lstsq(A, Y, rcond=None)[0]) ** 2).sum()
         chosen.append(min((j for j in range(4) if j not in chosen), key=left))
-    assert judge.select_latents(code, y, 3).tolist() == chosen
+    assert judge.select_latents(codes_of(code), y, 3).tolist() == chosen
 
 
 def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_not():
@@ -679,7 +679,7 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     code = np.c_[np.eye(4)[y] * (1 + rng.random((400, 4))), rng.random((400, 60))]
     dense = code @ rng.standard_normal((64, 30))
     found = judge.kept_performance(dense, codes_of(code), y, np.arange(300), np.arange(300, 400), sizes=(1, 4))
-    assert found["chance"] == 0.25 and sorted(found["chosen"]) == [0, 1, 2, 3]
+    assert found["all"]["chance"] == 0.25 and sorted(found["chosen"]) == [0, 1, 2, 3]
     train, test = np.arange(300), np.arange(300, 400)
     axes = np.linalg.eigh(np.cov(dense[train].T))[1][:, ::-1][:, :4]
     p = judge.logistic_probe(dense[train] @ axes, y[train], dense[test] @ axes, 4)
@@ -689,7 +689,7 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     assert 64 not in judge.kept_performance(dense, tempting, y, train, test, sizes=(1, 4))["chosen"]
     four = found["rows"][1]
     assert four["best latents"] == 1 and four["random latents"] < 0.6
-    np.testing.assert_allclose(four["kept"], (1 - 0.25) / (found["dense"] - 0.25))
+    np.testing.assert_allclose(four["kept, %"], 100 * (1 - 0.25) / (found["all"]["features"] - 0.25))
 
 
 def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
@@ -764,11 +764,11 @@ def test_nothing_is_kept_of_a_probe_at_chance():
     y, code = np.arange(60) % 2, random_code(rng, 60)
     train, test = np.arange(40), np.arange(40, 60)
     found = judge.kept_performance(np.ones((60, 3)), code, y, train, test, sizes=(1, 5))
-    assert found["dense"] == found["chance"] == 0.5
-    assert [row["kept"] for row in found["rows"]] == [None, None]
+    assert found["all"]["features"] == found["all"]["chance"] == 0.5
+    assert [row["kept, %"] for row in found["rows"]] == [None, None]
     dense = np.r_[y[:40], 1 - y[40:]][:, None] + 0.          # worse than chance
     found = judge.kept_performance(dense, code, y, train, test, sizes=(1,))
-    assert found["dense"] == 0 and found["rows"][0]["kept"] is None
+    assert found["all"]["features"] == 0 and found["rows"][0]["kept, %"] is None
 
 
 def test_names_fit_a_query_by_the_words_they_share():
@@ -1015,8 +1015,10 @@ def test_every_row_of_the_table_has_its_meaning_and_says_which_way_is_better():
     assert set(names) == set(judge.MEANING) - {"mixed: alive in some, %"} | {"mixed: alive in some, %"}
     neutral = {"its linear baseline"}
     assert all("better" in judge.MEANING[name] for name in names if name not in neutral)
-    page = judge.html_table(*judge.summary(metrics)) + judge.legend(names)
-    assert page.count(judge.html.escape(judge.MEANING["R2 self"])) == 2
+    page = judge.Page("")
+    judge.tell_summary(page, {**metrics, "split": "test"}, quiet=True)
+    told = "".join(content for _, content in page.sections)
+    assert all(told.count(f"<dd>{judge.html.escape(judge.MEANING[name])}</dd>") == 1 for name in names)
 
 
 # -- unlabelled is not negative ----------------------------------------------------------------------------------------

@@ -122,8 +122,8 @@ def test_labels_that_the_mask_hides_change_nothing(features, finished, tmp_path)
         run("probe", "--data", tmp_path / "m.npz", "--streams", "x",
             "--json", out.with_suffix(".probe"))
         run("latents", *on_run, "--stream", "x", "--out", out)
-        run("describe", *on_run, "--stream", "x", "--top", 2, "--out", out.with_suffix(".describe"))
-        run("fidelity", *on_run, "--stream", "x", "--label", "A", "--out", out / "f")
+        run("latents", *on_run, "--stream", "x", "--top", 2, "--prompts", out.with_suffix(".describe"))
+        run("intervene", *on_run, "--stream", "x", "--label", "A", "--out", out / "f")
         kept = [out.with_suffix(f".{name}") for name in ("eval", "probe", "describe")]
         kept += [out / "latents.json", out / "metrics.json", out / "f" / "metrics.json"]
         found.append([p.read_text() for p in kept])
@@ -143,7 +143,7 @@ def test_unlabelled_samples_count_as_little_for_labels_as_if_they_were_not_there
         on_run = [finished, "--data", tmp_path / "m.npz"]
         run("eval", *on_run, "--json", tmp_path / "e.json")
         run("latents", *on_run, "--stream", "x", "--out", tmp_path / name)
-        run("describe", *on_run, "--stream", "x", "--top", 3, "--out", tmp_path / f"{name}.json")
+        run("latents", *on_run, "--stream", "x", "--top", 3, "--prompts", tmp_path / f"{name}.json")
         alone = json.loads((tmp_path / "e.json").read_text())["alone"]
         latents = json.loads((tmp_path / name / "latents.json").read_text())
         told = {one["latent"]: (one["label"], one["purity"], one["entropy"]) for one in latents
@@ -618,7 +618,7 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
 @pytest.mark.parametrize("argv, message", [
     (["dino"], "--images is missing"), (["dino", "--images", "/no/such"], "no folder /no/such"),
     (["dino", "--images", "{p}", "--arch", "vgg"], "vgg is no backbone - take one of vit_tiny"),
-    (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two shares"),
+    (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two numbers in order"),
     (["dino", "--images", "{p}", "--size", "30"], "images are 30x30"),
     (["extract", "--images", "{p}"], "--weights is missing"),
     (["extract", "--images", "{p}", "--weights", "a="], "a= - write name=RUN"),
@@ -928,9 +928,8 @@ def test_finetune_draws_and_judges_by_patients_it_has_not_seen(tmp_path, capsys)
     for split in (None, np.where(np.arange(80) < 60, "train", "test")):      # val is cut off train
         np.savez(path, **arrays, **({} if split is None else {"split": split}))
         how = ["random", "given"][split is not None]
-        flags = repsae.parse(["finetune", "--images", str(path), "--split", how])[1]
         for seed in range(3):
-            parts = repsae.picture_parts(data.read_pictures(str(path), 16), flags, seed)
+            parts = data.picture_parts(data.read_pictures(str(path), 16), how, seed, path)
             of = [{*groups[part].tolist()} for part in parts]
             assert sum(map(len, of)) == 20 == len(set.union(*of))
     for c in (0, 1):
@@ -1139,22 +1138,23 @@ def test_latents_tell_what_a_planted_latent_is(tokens, token_run, tmp_path, caps
 def test_interventions_find_the_planted_latent_and_its_boxes(rank, tokens, token_run, tmp_path, capsys):
     run("intervene", token_run, "--label", "sick", "--rank", rank, "--set", "percentile=90", "--other", tokens, "--out", tmp_path / "i")
     found = json.loads((tmp_path / "i" / "metrics.json").read_text())
-    assert found["auc"]["original features"][0] == found["auc"]["reconstructed"][0] == 1
-    curve = {c["k"]: c for c in found["curve"]}
-    assert curve[0]["keep"] == 0.5 and curve[1]["keep"] == curve[8]["keep"] == 1 and curve[8]["silence"] == 0.5
-    assert max(row["ap"] for row in found["localisation"]) > 0.9
+    assert found["auc"]["original features"]["AUC"] == found["auc"]["reconstructed"]["AUC"] == 1
+    curve = found["curve"]
+    assert curve["0"]["keep"] == 0.5 and curve["1"]["keep"] == curve["8"]["keep"] == 1 and curve["8"]["silence"] == 0.5
+    assert max(row["AP"] for row in found["localisation"].values()) > 0.9
+    assert [*found["localisation"]] == list(map(str, found["top latents"]))
     if rank != "mean":
-        assert found["localisation"][0]["ap"] > 0.9
-    assert found["separation"] == found["separation of --other"]
+        assert found["localisation"][str(found["top latents"][0])]["AP"] > 0.9
+    assert found["separation"]["--data"] == found["separation"]["--other"]
     with np.load(tokens) as z:                               # the same labels in another order, features of class sick doubled
         x = z["x"] * np.where(z["labels"] == 1, 2, 1)[:, None, None]
         np.savez(tmp_path / "o.npz", **{**z, "x": x.astype(np.float32), "labels": 1 - z["labels"],
                                         "label_names": np.array(["sick", "well"])})
     run("intervene", token_run, "--label", "sick", "--other", tmp_path / "o.npz", "--iou", 0.95, "--out", tmp_path / "i")
     later = json.loads((tmp_path / "i" / "metrics.json").read_text())
-    assert later["separation of --other"]["distance"] > 1.5 * later["separation"]["distance"]
-    assert later["separation of --other"]["difference"] * later["separation"]["difference"] > 0
-    assert max(row["ap"] for row in later["localisation"]) < 0.5
+    here, other = (later["separation"][name] for name in ("--data", "--other"))
+    assert other["distance"] > 1.5 * here["distance"] and other["difference"] * here["difference"] > 0
+    assert max(row["AP"] for row in later["localisation"].values()) < 0.5
     assert (tmp_path / "i" / "report.html").read_text().count("<img") >= 6
 
 
@@ -1167,8 +1167,8 @@ def test_a_given_head_is_used_as_it_is(tokens, token_run, tmp_path):
         run("intervene", token_run, "--label", 1, *argv, "--out", tmp_path / "i")
         found = json.loads((tmp_path / "i" / "metrics.json").read_text())
         if argv:
-            for a, c in zip(before["curve"], found["curve"]):
-                assert abs(a["keep"] - c["keep"]) < 1e-6
+            for k, c in found["curve"].items():
+                assert abs(before["curve"][k]["keep"] - c["keep"]) < 1e-6
         before = found
 
 
@@ -1178,8 +1178,8 @@ def test_samples_without_a_label_count_for_neither_class(tokens, token_run, tmp_
         np.savez(tmp_path / "u.npz", **{**z, "labels": hidden})
     run("intervene", token_run, "--label", "sick", "--data", tmp_path / "u.npz", "--out", tmp_path / "i")
     found = json.loads((tmp_path / "i" / "metrics.json").read_text())
-    assert found["auc"]["original features"][0] == 1 and found["curve"][-1]["keep"] == 1
-    run("fidelity", token_run, "--data", tmp_path / "u.npz", "--out", tmp_path / "f")
+    assert found["auc"]["original features"]["AUC"] == 1 and found["curve"]["8"]["keep"] == 1
+    run("intervene", token_run, "--data", tmp_path / "u.npz", "--out", tmp_path / "f")
     run("latents", token_run, "--data", tmp_path / "u.npz", "--out", tmp_path / "l")
     assert "out of" not in capsys.readouterr().err
 
@@ -1196,19 +1196,20 @@ def test_a_patient_has_the_label_of_those_of_its_samples_that_have_one(tokens, t
 
 
 def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
-    run("fidelity", token_run, "--out", tmp_path / "f")
+    run("intervene", token_run, "--out", tmp_path / "f")
     found = json.loads((tmp_path / "f" / "metrics.json").read_text())
-    assert found["r2"]["variance-weighted"] > 0.8 and found["kept"]["rows"][0]["best latents"] == 1
-    assert [row["k"] for row in found["neighbours"]] == [1, 5, 10]
+    assert found["r2"]["variance-weighted"]["R2"] > 0.8 and found["few"]["1"]["best latents"] == 1
+    assert [*found["neighbours"]] == ["1", "5", "10"] and "curve" not in found
     with np.load(tokens) as z:                               # the same as one of several labels that may hold at once
         np.savez(tmp_path / "m.npz", **{**z, "labels": z["labels"][:, None] == np.arange(2)})
-    run("fidelity", token_run, "--data", tmp_path / "m.npz", "--label", "sick", "--out", tmp_path / "f")
-    assert json.loads((tmp_path / "f" / "metrics.json").read_text()) == found
-    assert "label 'mad'" in error(capsys, "fidelity", token_run, "--label", "mad", "--out", tmp_path / "g")
+    run("intervene", token_run, "--data", tmp_path / "m.npz", "--label", "sick", "--out", tmp_path / "f")
+    of_label = json.loads((tmp_path / "f" / "metrics.json").read_text())
+    assert {k: of_label[k] for k in found} == found and of_label["curve"]
+    assert "label 'mad'" in error(capsys, "intervene", token_run, "--label", "mad", "--out", tmp_path / "g")
 
 
 def test_described_latents_come_back_as_names_that_find_samples(tokens, token_run, tmp_path, capsys):
-    run("describe", token_run, "--out", tmp_path / "d.json")
+    run("latents", token_run, "--top", 8, "--prompts", tmp_path / "d.json")
     described = json.loads((tmp_path / "d.json").read_text())
     sick = [one for one in described if all("sick" == s["label"] for s in one["top"]) and len(one["top"]) == 8]
     assert sick and not re.search("sick|well|label", "".join(one["prompt"] for one in described))
@@ -1220,13 +1221,13 @@ def test_described_latents_come_back_as_names_that_find_samples(tokens, token_ru
     strongest = max(sick, key=lambda one: one["top"][0]["activation"])["latent"]
     names = {str(one["latent"]): "dark granules" if one["latent"] == strongest else "stroma" for one in described}
     (tmp_path / "names.json").write_text(json.dumps(names))
-    run("search", token_run, "--names", tmp_path / "names.json", "--query", "granules", "--label", "sick", "--top", 8)
+    run("latents", token_run, "--names", tmp_path / "names.json", "--query", "granules", "--label", "sick", "--top", 8)
     out = capsys.readouterr().out
     assert "precision at 8 for 'sick': 1.000" in out and f"{strongest} 'dark granules'" in out
     vectors = np.eye(len(names))
     np.savez(tmp_path / "e.npz", latents=np.array(list(map(int, names))), vectors=vectors,
              query=vectors[list(names).index(str(strongest))])
-    run("search", token_run, "--names", tmp_path / "names.json", "--embeddings", tmp_path / "e.npz", "--label", "sick", "--top", 8)
+    run("latents", token_run, "--names", tmp_path / "names.json", "--embeddings", tmp_path / "e.npz", "--label", "sick", "--top", 8)
     assert "precision at 8 for 'sick': 1.000" in capsys.readouterr().out
 
 
@@ -1261,22 +1262,21 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", token_run, "--between", "sick"), "give two labels"),
             (("latents", token_run, "--data", without(groups=np.zeros(60, int)), "--between", "sick,well"), "labels that groups have"),
             (("latents", token_run, "--out", token_run), "is read by this command - name another"),
-            (("fidelity", token_run, "--out", tokens), "is a file - name a folder"),
+            (("intervene", token_run, "--out", tokens), "is a file - name a folder"),
             (("intervene", token_run, "--label", "sick", "--set", "percentile=150"), "--set percentile: 150 - give a number from 0.0 to 100.0"),
-            (("describe", token_run, "--top", 0), "--top 0 - give a whole number from 1"),
+            (("latents", token_run, "--top", 0), "--top 0 - give a whole number from 1"),
             (("sae", "--data", features, "--stream", "x", "--sparsity", 5, "--out", tmp_path / "s"), "has no effect on topk"),
             (("sae", "--data", features, "--stream", "x", *SMALL, "--lr", 1e20, "--epochs", 9, "--out", tmp_path / "s"),
              "lower --lr"),
             (("latents", finished), "pick one with --stream"),
             (("latents", tmp_path), "is no run folder"),
             (("intervene", token_run, "--label", "ill"), "no label 'ill' - take one of well, sick"),
-            (("intervene", token_run), "--label is missing"),
             (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
             (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "some, not all, must"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("grid")), "has no 'grid'"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("boxes")), "has no 'boxes'"),
-            (("fidelity", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "a test class is not in it"),
-            (("search", token_run, "--query", "x"), "--names is missing"),
+            (("intervene", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "a test class is not in it"),
+            (("latents", token_run, "--query", "x"), "--names is missing"),
             (("compare", token_run, token_run, "--data", without(x=everything["x"][:, :, :5])), "the run was trained on")):
         assert message in error(capsys, *argv), argv
     np.savez(tmp_path / "wide.npz", weight=np.ones(5), bias=0.)
@@ -1286,9 +1286,9 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
     assert "lacks 'bias'" in error(capsys, "intervene", token_run, "--label", 1, "--head-file", tmp_path / "bare.npz")
     assert "--norm none or standard" in error(capsys, "intervene", tmp_path / "l2", "--label", 1, "--head-file", tmp_path / "head.npz")
     (tmp_path / "n.json").write_text('{"99": "far"}')
-    assert "latent 99 is not among" in error(capsys, "search", token_run, "--query", "far", "--names", tmp_path / "n.json")
+    assert "latent 99 is not among" in error(capsys, "latents", token_run, "--query", "far", "--names", tmp_path / "n.json")
     (tmp_path / "n.json").write_text('{"3": "near"}')
-    assert "no name fits 'far'" in error(capsys, "search", token_run, "--query", "far", "--names", tmp_path / "n.json")
+    assert "no name fits 'far'" in error(capsys, "latents", token_run, "--query", "far", "--names", tmp_path / "n.json")
     model, _, _ = sae.load(token_run / "checkpoint.pt")
     with torch.no_grad():
         model.b_lat["x"].fill_(-1e6)                         # all latents dead
@@ -1372,7 +1372,7 @@ def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys
     assert np.abs(found["dark"] - found["default"]).max() > 1e-3
     for window in ("5", "4,4", "a,b", "0,nan", "0,inf"):
         asked = ["--images", tmp_path / "p", "--weights", "vit_micro", "--window", window]
-        assert f"--window {window} - give two grey values" in error(capsys, "extract", *asked)
+        assert f"--window {window} - give two numbers in order" in error(capsys, "extract", *asked)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -1521,7 +1521,7 @@ def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones():
     instances = np.zeros((2, 4, 4), int)
     instances[0, 0, :2], instances[0, 3, 3], instances[1, 1, 1] = 1, 3, 1                   # object 2 of the first is hidden
     boxes = np.array([[0, 5, 0, 0, .5, .25], [0, 5, .75, .75, 1, 1], [1, 7, .25, .25, .5, .5]])
-    found = repsae.true_masks({"instances": instances, "boxes": boxes})
+    found = data.true_masks({"instances": instances, "boxes": boxes})
     assert set(found) == {(0, 5), (1, 7)}
     assert (found[0, 5] == (instances[0] > 0)).all() and (found[1, 7] == (instances[1] == 1)).all()
     assert judge.centre_prior(5).argmax() == 12
@@ -1547,7 +1547,7 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
     (tmp_path / "attribute_local").symlink_to("attribute")
     run("intervene", token_run, "--label", "sick", "--other", tokens, "--out", at("mammo_tuned"))
     (tmp_path / "mammo_before").symlink_to("mammo_tuned")
-    run("fidelity", token_run, "--out", at("fidelity"))
+    run("intervene", token_run, "--out", at("fidelity"))
     run("latents", token_run, "--out", at("latents"))
     for stream in "xy":
         run("sae", "--data", features, "--stream", stream, *SMALL, "--epochs", 1, "--out", tmp_path / stream)
@@ -1619,12 +1619,13 @@ def test_claims_of_the_demo_follow_the_figures(sign, tmp_path, monkeypatch):
         write(f"mil_{arch}/metrics.json", {"clam_sb": [{"scores": {"AUC": v + .01}}, {"scores": {"AUC": v - .01}}]})
         write(f"mil_half_{arch}/metrics.json", {"clam_sb": [{"scores": {"AUC": v - s}}, {"scores": {"AUC": None}}]})
     for name, more in (("before", 0), ("tuned", s)):
-        write(f"mammo_{name}/metrics.json", {"localisation": [{"ap": .2 + more}, {"ap": .4 + more}], "auc": {
-            "original features": [.75 + more], "reconstructed": [.75 + more - (sign < 0) * .1]}, "curve": [
-            {"k": 10, "keep": .82 if sign > 0 else .5, "silence": .6 - s}, {"k": 20, "keep": .8, "silence": .5}],
-            "separation": {"cosine": .5}, "separation of --other": {"cosine": .5 + s}})
-    write("fidelity/metrics.json", {"r2": {"variance-weighted": .9}, "neighbours": [{"k": 10, "overlap": .5}], "kept": {"dense": .9, "chance": .5, "rows": [
-        {"n": 10, "best latents": .8, "principal components": .8 - s, "kept": .878 + s}]}})
+        write(f"mammo_{name}/metrics.json", {"localisation": {"1": {"AP": .2 + more}, "2": {"AP": .4 + more}}, "auc": {
+            "original features": {"AUC": .75 + more}, "reconstructed": {"AUC": .75 + more - (sign < 0) * .1}}, "curve": {
+            "10": {"keep": .82 if sign > 0 else .5, "silence": .6 - s}, "20": {"keep": .8, "silence": .5}},
+            "separation": {"--data": {"cosine": .5}, "--other": {"cosine": .5 + s}}})
+    write("fidelity/metrics.json", {"r2": {"variance-weighted": {"R2": .9}}, "neighbours": {"10": {"overlap": .5}}, "few": {
+        "10": {"best latents": .8, "principal components": .8 - s, "kept, %": 87.8 + 100 * s}}, "probe": {
+        "features": {"balanced accuracy": .9}, "chance": {"balanced accuracy": .5}}})
     write("finetune/metrics.json", {"scores": {k: [{"AUC": .8}] for k in ("vit_micro", "vim_micro", "resnet18", "dino_vit")}, "pairs": {"AUC": [
         {"a": "resnet18", "b": "vim_micro", "difference": -s, "t_p": 0.}, {"a": "dino_vit", "b": "vim_micro", "difference": 1, "t_p": .01}]}})
     write("compare.json", {"the two runs, best pairing": {"shared, %": 50},
@@ -1683,7 +1684,7 @@ def test_pixels_of_a_file_are_shown_and_never_printed(features, finished, tmp_pa
     on_run = [finished, "--data", tmp_path / "p.npz"]
     run("retrieve", *on_run, "--out", tmp_path / "r.html")
     assert (tmp_path / "r.html" / "report.html").read_text().count("data:image/jpeg") == 22
-    run("describe", *on_run, "--stream", "x", "--top", 1, "--out", tmp_path / "d.json")
+    run("latents", *on_run, "--stream", "x", "--top", 1, "--prompts", tmp_path / "d.json")
     assert '"image"' not in (tmp_path / "d.json").read_text()
     run("latents", *on_run, "--stream", "x", "--out", tmp_path / "l")
     assert (tmp_path / "l" / "report.html").read_text().count("data:image/jpeg") > 6
@@ -2449,10 +2450,10 @@ def test_with_the_test_labels_swapped_the_same_head_and_latents_are_exactly_wron
     right, wrong = (told(tmp_path / name / "metrics.json") for name in ("right", "wrong"))
     assert right["top latents"] == wrong["top latents"]
     assert right["separation"] == wrong["separation"]
-    for name, (area, *_) in right["auc"].items():
-        assert area + wrong["auc"][name][0] == pytest.approx(1) and area > 0.9
-    for a, b in zip(right["curve"], wrong["curve"], strict=True):
-        assert [a[k] + b[k] for k in ("keep", "silence")] == pytest.approx([1, 1])
+    for name, one in right["auc"].items():
+        assert one["AUC"] + wrong["auc"][name]["AUC"] == pytest.approx(1) and one["AUC"] > 0.9
+    for k, one in right["curve"].items():
+        assert [v + wrong["curve"][k][name] for name, v in one.items() if name != "latents"] == pytest.approx([1, 1])
 
 
 def test_every_setting_of_a_detector_of_boxes_reaches_it(token_run, tmp_path, monkeypatch):
@@ -2472,7 +2473,7 @@ def test_the_table_of_latents_and_their_descriptions_are_of_training_samples(
                    "--weighted", "--out", tmp_path / "l")
     assert [len(found[k].toarray()) for k in ("strength", "count")] == [40, 40]
     assert len(found["labels"]) == 40 and found["top"] == 3 and found["weighted"] is True
-    run("describe", token_run, "--top", 3, "--out", tmp_path / "d.json")
+    run("latents", token_run, "--top", 3, "--prompts", tmp_path / "d.json")
     shown = [[s["sample"] for s in one[group]] for one in told(tmp_path / "d.json")
              for group in ("top", "middling", "inactive")]
     assert max(map(len, shown)) == 3 and max(map(max, filter(None, shown))) < 40
@@ -2480,14 +2481,14 @@ def test_the_table_of_latents_and_their_descriptions_are_of_training_samples(
 
 def test_shuffled_names_find_what_chance_finds(token_run, tmp_path, capsys):
     """One latent is named after the sick; others find about the share of them all, a half."""
-    run("describe", token_run, "--out", tmp_path / "d.json")
+    run("latents", token_run, "--prompts", tmp_path / "d.json")
     amount = {one["latent"]: sum(s["activation"] for s in one["top"] if s["label"] == "sick")
               for one in told(tmp_path / "d.json")}
     best = max(amount, key=amount.get)
     names = {j: "granules" if j == best else "fibre" for j in amount}
     (tmp_path / "n.json").write_text(json.dumps(names))
     capsys.readouterr()
-    run("search", token_run, "--names", tmp_path / "n.json", "--query", "granules",
+    run("latents", token_run, "--names", tmp_path / "n.json", "--query", "granules",
         "--label", "sick", "--top", 8)
     found = re.search(r"'sick': ([\d.]+); with names shuffled ([\d.]+)", capsys.readouterr().out)
     assert float(found[1]) == 1 and 0.3 < float(found[2]) < 0.8
@@ -2496,7 +2497,7 @@ def test_shuffled_names_find_what_chance_finds(token_run, tmp_path, capsys):
 def test_the_samples_and_draws_of_fidelity_follow_its_seed(token_run, tmp_path, monkeypatch):
     seen = []
     for seed in (1, 1, 2):
-        argv = ["fidelity", token_run, "--eval-rows", 12, "--seed", seed, "--out", tmp_path / "f"]
+        argv = ["intervene", token_run, "--eval-rows", 12, "--seed", seed, "--out", tmp_path / "f"]
         assert caught(monkeypatch, judge, "kept_performance", *argv)["seed"] == seed
         seen.append(caught(monkeypatch, judge, "retrieval_fidelity", *argv)["dense"])
     assert np.array_equal(seen[0], seen[1]) and not np.array_equal(seen[0], seen[2])
