@@ -35,6 +35,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import sys
 import zlib
@@ -174,7 +175,7 @@ class Features(Samples):
     def statistics(self, rows, block=4096):
         """Mean and standard deviation (d_s,) over `rows`, read block by block: dict of stream."""
         total, square = ({s: 0. for s in self.streams} for _ in range(2))
-        shift = {s: x[0].double() for s, x in self.batch(rows[:1]).items()}    # against cancellation
+        shift = {s: x[0].double() for s, x in self.batch(rows[:1]).items()}    # not to cancel
         for start in range(0, len(rows), block):
             for s, x in self.batch(rows[start:start + block]).items():
                 x = (x.double() - shift[s]).numpy()
@@ -243,15 +244,20 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     n, *tokens = x[names[0]].shape[:-1]
     for s, a in x.items():
         if len(a) != n:
-            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - give the same "
-                             "samples")
+            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - give each "
+                             "as many")
         if [*a.shape[1:-1]] != tokens:
             raise InputError(f"{path}: tokens per sample differ between streams '{names[0]}' and "
                              f"'{s}' - pick streams alike with --streams")
     told = _told(arrays, n, seed)
-    out = Features(x, **told, grid=_read_grid(arrays, tokens),
-                   boxes=_read_boxes(arrays, n, len(told["label_names"])),
+    out = Features(x, **told, boxes=_read_boxes(arrays, n, len(told["label_names"])),
                    folder=os.path.dirname(os.path.abspath(path)))
+    if tokens and "grid" in arrays:
+        grid = arrays.checked("grid", (2,), np.number, "two numbers: rows and columns")
+        if not (grid > 0).all() or grid.prod() != tokens[0]:
+            raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give their rows "
+                             "and columns")
+        out.grid = int(grid[0]), int(grid[1])
     if taxonomy:
         out.parents = read_taxonomy(taxonomy, out.label_names)
     _scan(out)
@@ -449,7 +455,13 @@ def _read_labels(arrays, n):
         raise InputError(f"'labels' has {len(labels)} entries for {n} samples - give one each")
     names = None if names is None else _texts(np.atleast_1d(names)).ravel().tolist()
     if labels.ndim == 1 and labels.dtype.kind in "US":
-        labels, names = _named_labels(_texts(labels), names)
+        words = _texts(labels).tolist()
+        names = sorted({*words} - {""}) if names is None else names
+        number = {"": -1, **{name: i for i, name in enumerate(names)}}
+        for row, word in enumerate(words):
+            if word not in number:
+                raise InputError(f"'labels' row {row} is {word[:40]!r}, no 'label_names' - add it")
+        labels = np.array([number[word] for word in words])
     labels, count = _numbers(labels, names)
     if names is None:
         if count > max(n, 1000):                             # each takes memory
@@ -470,35 +482,14 @@ def _numbers(labels, names):
     if whole and labels.ndim == 1:
         most = int(labels.max()) if labels.size else -1
         if most >= MOST_LABELS:
-            raise InputError(f"'labels' row {labels.argmax()} is {most} - number the classes from 0")
+            row = labels.argmax()
+            raise InputError(f"'labels' row {row} is {most} - number the classes from 0")
         return labels.astype(np.int64), max(most + 1, 0)
     flags = labels.dtype == bool or whole and labels.size and 0 <= labels.min() <= labels.max() <= 1
     if labels.ndim == 2 and labels.size and flags:
         return labels.astype(bool, copy=False), labels.shape[1]
-    raise InputError(f"'labels' has shape {labels.shape} and type {labels.dtype} - give (N,) numbers "
-                     "or text, or (N, C) booleans")
-
-
-def _named_labels(labels, names):
-    """Labels as text (N,) -> numbers (N,) of `names`, or of their own sorted values; "" is -1."""
-    labels = labels.tolist()
-    names = sorted({*labels} - {""}) if names is None else names
-    number = {"": -1, **{name: i for i, name in enumerate(names)}}
-    for row, label in enumerate(labels):
-        if label not in number:
-            raise InputError(f"'labels' row {row} is {label[:40]!r}, no 'label_names' - add it")
-    return np.array([number[label] for label in labels], np.int64), names
-
-
-def _read_grid(arrays, tokens):
-    """(rows, columns) of the tokens, [T] or [], or None."""
-    if "grid" not in arrays or not tokens:
-        return None
-    grid = arrays["grid"]
-    if grid.shape != (2,) or grid.dtype.kind not in "iuf" or not (grid > 0).all() \
-            or grid.prod() != tokens[0]:
-        raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give rows and columns")
-    return int(grid[0]), int(grid[1])
+    raise InputError(f"'labels' has shape {labels.shape} and type {labels.dtype} - give (N,) whole "
+                     "numbers or text, or (N, C) booleans")
 
 
 def _read_boxes(arrays, n, labels):
@@ -592,8 +583,8 @@ def _nested_taxonomy(path, tree):
     for node, parent in queue:
         below = node.get("Subcategory", []) if isinstance(node, dict) else None
         if not isinstance(below, list) or not isinstance(node.get("LabelName"), str):
-            raise InputError(f"{path}: a node below {parent} has no LabelName of text, or a Subcategory "
-                             "that is no list - mend it")
+            raise InputError(f"{path}: a node below {parent} has no LabelName, a text, or a "
+                             "Subcategory that is no list - mend it")
         parents[node["LabelName"]] = parent
         queue += [(child, node["LabelName"]) for child in below]
     return parents
@@ -770,7 +761,7 @@ def tissue(n, size=64, seed=0):
 
 
 def patient_slides(pixels, groups, across=4):
-    """Yield (group, (H, W, 3) uint8): a patient's pictures (n, h, w, 3) in rows, as if one slide."""
+    """Yield (group, (H, W, 3) uint8): a patient's pictures (n, h, w, 3) in rows, as one slide."""
     for group in np.unique(groups):
         mine = pixels[groups == group]
         n, h, w, _ = mine.shape
@@ -1072,7 +1063,7 @@ def read_merges(path):
             return f.read().splitlines()[1:48895]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         why = type(e).__name__
-        raise InputError(f"{path} is not a readable merges file ({why}) - give CLIP's bpe_simple_vocab")
+        raise InputError(f"{path} is not a readable merges file ({why}) - give CLIP's")
 
 
 def latent_semantics(captions, known, longest=1, width=32):
@@ -1235,11 +1226,12 @@ def read_images(path):
     if tiles:
         return _read_tiles([os.path.join(path, f) for f in tiles])
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
-        return _read_voc_images(path)
-    images = _walk(path, PICTURES, "pictures")
-    for p in images.paths:
-        open_image(p, decode=False)
-    return images
+        split, _, paths, things = map(list, zip(*read_voc_folder(path)))
+        sides = [np.array(open_image(p).size * 2) for p in paths]
+        objects = [[(name, tuple(np.clip(box / side, 0, 1))) for name, box in found]
+                   for found, side in zip(things, sides)]
+        return Images(paths, split=np.array(split), objects=objects)
+    return _looked_at(_walk(path, PICTURES, "pictures"))
 
 
 def _read_listed(path, arrays):
@@ -1253,10 +1245,14 @@ def _read_listed(path, arrays):
     told["about"].update({k: arrays[k] for k in ("boxes", "grid") if k in arrays})
     if images.ndim > 1:
         return Images([path] * n, images, **told)
-    paths = [os.path.join(os.path.dirname(os.path.abspath(path)), p) for p in images]
-    for p in paths:
-        open_image(p, decode=False)
-    return Images(paths, **told)
+    here = os.path.dirname(os.path.abspath(path))
+    return _looked_at(Images([os.path.join(here, p) for p in images], **told))
+
+
+def _looked_at(images):
+    for path in images.paths:
+        open_image(path, decode=False)
+    return images
 
 
 def _read_medmnist(path, arrays):
@@ -1278,17 +1274,6 @@ def _read_medmnist(path, arrays):
     return Images([path] * len(labels), np.concatenate(pixels), labels=labels,
                   label_names=[str(c) for c in range(labels.max() + 1)],
                   split=np.repeat(there, [len(x) for x in pixels]))
-
-
-def _read_voc_images(folder):
-    """The pictures of a Pascal VOC folder with their objects."""
-    out = Images([], split=[], objects=[])
-    for split, _, path, things in read_voc_folder(folder):
-        sides = np.array(open_image(path).size * 2)
-        out.paths.append(path)
-        out.split.append(split)
-        out.objects.append([(name, tuple(np.clip(box / sides, 0, 1))) for name, box in things])
-    return replace(out, split=np.array(out.split))
 
 
 # Of XML: broken, in an unknown encoding, without what is looked for
@@ -1585,8 +1570,9 @@ def read_pictures(path, size, label=None, window=None):
     views = (images.open(i).resize((size, size), Image.BICUBIC) for i in known)
     pixels = np.stack([np.asarray(view).transpose(2, 0, 1) for view in views])
     about = {k: a[known] for k, a in images.about.items() if k == "groups"}
-    return Pictures(pixels, labels=labels[known], label_names=names, about=about, notes=images.notes,
-                    split=None if images.split is None else images.split[known])
+    split = None if images.split is None else images.split[known]
+    return Pictures(pixels, labels=labels[known], label_names=names, split=split, about=about,
+                    notes=images.notes)
 
 
 def picture_parts(pictures, split, seed, source):
@@ -1688,12 +1674,12 @@ def read_slides(path):
     """A slide, or a folder of slides, class and split folders included, as Images whose `groups`
     are the slides' names. None of them is opened."""
     out = _walk(path, SLIDES, "slides") if os.path.isdir(path) else Images([path])
-    out.about["groups"] = np.array([_stem(p) for p in out.paths])
+    names = [pathlib.Path(p).stem for p in out.paths]
+    for name, n in Counter(names).items():
+        if n > 1:
+            raise InputError(f"two slides are called {name} - rename one, or tile them apart")
+    out.about["groups"] = np.array(names)
     return out
-
-
-def _stem(path):
-    return os.path.splitext(os.path.basename(path))[0]
 
 
 def otsu(values):
@@ -1770,6 +1756,8 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
     as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections; ours is about a tile of
     224. window: see `as_rgb`.
     """
+    if side < 1 or step is not None and step < 1:
+        raise InputError(f"tiles of {side} pixels every {step} - give a larger --size")
     slide = _slide(path, window)
     image, scale = slide.overview(overview)
     area = 512 ** 2 / scale ** 2
@@ -1788,7 +1776,7 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
 
 
 def tile_arrays(slides, i, boxes, out, regions=None, share=0.5):
-    """What the file `out` says of the tiles `boxes` of slide i of `read_slides`: where they are, and
+    """What the file `out` says of the tiles `boxes` of slide i of `read_slides`: where they are and
     the slide's label and split. With regions (`read_polygons`), tiles that lie in them by at least
     `share` have the label "region" instead (thesis 3.2.2: half of the patch)."""
     n, label, label_names = len(boxes), None, slides.label_names
@@ -1955,17 +1943,17 @@ class Bags:
         return rng.choice(rows, len(rows), replace=weighted, p=weight / weight.sum())
 
     def held_out(self, rows, n, seed):
-        """n times (bags to learn from, an n-th of `rows` to stop by), each part in its turn; if n is
-        1, a fifth."""
+        """n times (bags to learn from, an n-th of `rows` to stop by), each part in its turn; of one
+        part it is a fifth."""
         groups = None if self.groups is None else self.groups[rows]
         parts = stratified_parts(self.y[rows], [1] * (5 if n == 1 else n), seed, groups)
         return [(np.delete(rows, part), rows[part]) for part in parts[:n]]
 
     def rounds(self, folds, seed, least, source):
         """[(rows to learn from, rows to stop by or None, rows to report)]: `folds` parts of which
-        each is reported in turn; if that is 0, the file's own folds, else its splits, else 70 / 15 /
-        15 %. Parts hold every class in proportion and no group twice. least: into how many the rows
-        to learn from are cut where none are to stop by. source: the file, for messages."""
+        each is reported in turn; if that is 0, the file's own folds, else its splits, else
+        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. least: into how
+        many the rows to learn from are cut where none are to stop by. source: for messages."""
         everything = np.arange(len(self))
         if folds:
             parts = stratified_parts(self.y, [1] * folds, seed, self.groups)
@@ -1983,8 +1971,8 @@ class Bags:
             number = np.bincount(self.y[train], minlength=self.y.max() + 1)
             rarest = number[np.unique(self.y)].min()
             if not len(test) or rarest < (least if val is None else 2):
-                raise InputError(f"{source}: {len(train)} bags to learn from, {rarest} of the rarest "
-                                 f"class, and {len(test)} to test on are too few - add bags")
+                raise InputError(f"{source}: {len(train)} bags to learn from, {rarest} of a class, "
+                                 f"and {len(test)} to test on are too few - add bags")
             groups = None if self.groups is None else len(np.unique(self.groups[train]))
             if groups is not None and groups < least and val is None:
                 raise InputError(f"{source}: the bags to learn from are of {groups} groups, and "
@@ -1993,10 +1981,10 @@ class Bags:
 
 
 def read_bags(path, stream=None):
-    """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags) and groups
-    (bags,); a feature file with labels and groups, each of which is a bag; or a folder with a
-    feature file for each bag, as `extract` writes them, in class folders, perhaps inside train, val
-    and test folders. stream: of feature files that have several.
+    """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags) and
+    groups (bags,); a feature file with labels and groups, each of which is a bag; or a folder with
+    a feature file for each bag, as `extract` writes them, in class folders, perhaps inside train,
+    val and test folders. stream: of feature files that have several.
     """
     if os.path.isdir(path):
         bags = _bags_of_folder(path, stream)
@@ -2034,7 +2022,7 @@ def _bags_of_folder(path, stream):
     if len(widths) > 1:
         raise InputError(f"the bags in {path} have widths {sorted(widths)} - take one backbone")
     return Bags(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), files.labels,
-                files.label_names, [_stem(p) for p in files.paths], split=files.split,
+                files.label_names, [pathlib.Path(p).stem for p in files.paths], split=files.split,
                 coords=coords, images=pictures, groups=None if None in groups else np.array(groups))
 
 
@@ -2043,11 +2031,11 @@ def _bags_of_groups(path, arrays, stream):
     X, told, coords, pictures = _instances(path, arrays, stream)
     labels, split = told["labels"], told["split"]
     if labels.ndim != 1 or labels.min() < 0:
-        raise InputError(f"{path}: 'labels' of shape {labels.shape} leave rows out - give each bag one")
+        raise InputError(f"{path}: 'labels' of shape {labels.shape} leave rows out - give all one")
     names, first, bag, size = np.unique(told["about"]["groups"], True, True, True)
     for key, a in (("label", labels), ("split", split)):
         for row in [] if a is None else np.flatnonzero(a != a[first][bag])[:1]:
-            raise InputError(f"{path}: group {names[bag[row]]} has several {key}s - give each bag one")
+            raise InputError(f"{path}: group {names[bag[row]]} has several {key}s - give it one")
     order, ends = np.argsort(bag, kind="stable"), np.cumsum(size)
     return Bags(X[order], np.r_[0, ends], labels[first], told["label_names"], names.astype(str),
                 split=None if split is None else split[first],
@@ -2083,8 +2071,8 @@ def _bags_of_file(path, arrays):
     folds = arrays.checked("folds", (None, None, n), np.bool_,
                            f"(repeats, folds, bags) bool for {n} bags, True = train")
     if offsets[0] != 0 or offsets[-1] != len(X):
-        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - begin at 0, and end at "
-                         f"the number of instances, {len(X)}")
+        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(X)}, the "
+                         "number of instances")
     if not n or not 0 <= y.min() <= y.max() <= MOST_LABELS:
         raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
     return Bags(X, offsets.astype(np.int64), y, [], [str(i) for i in range(n)], folds,
