@@ -981,7 +981,8 @@ def every_activation(run, features):
         flags.given |= {k for k, v in flags.items()
                         if v != COMMANDS["sae"].flags.get(k.replace("_", "-"), v)}
     kinds = [{"activation": name} for name in sae.ACTIVATIONS]
-    kinds[1:1] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
+    after = kinds.index({"activation": "relu"}) + 1
+    kinds[after:after] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
     for kind in kinds:
         one = flags.replaced(kind)
         one.given = flags.given | kind.keys()
@@ -1069,7 +1070,7 @@ def swept(run, axes, only=None, whole=None):
     flags = run.flags if run.saved else resolved(run.flags, features)
     for values in itertools.product(*axes.values()):
         one = dict(zip(axes, values))
-        name = "_".join(v if isinstance(v, str) else f"{key}{v:g}" for key, v in one.items())
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in one.items())
         if only and name not in only:
             continue
         trial, mine = flags.replaced(one), features
@@ -1085,8 +1086,8 @@ def swept(run, axes, only=None, whole=None):
 def parse_axes(option, flags, example, without=()):
     """The flag --over or --grid, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
     known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags} - {*without}
-    axes = {}
-    for word in (flags[option] or "").split():
+    text, axes = flags[option], {}
+    for word in [] if text is None else text.split() or [text]:
         name, _, values = word.partition("=")
         kind = FLAGS[name][1] if name in known else None
         if isinstance(kind, Number):                         # a value to compare is not "auto"
@@ -1096,7 +1097,8 @@ def parse_axes(option, flags, example, without=()):
         elif not isinstance(kind, tuple):
             raise InputError(f"--{option} {word} - write for example {example}")
         try:
-            axes[name.replace("-", "_")] = [value_of(kind, v) for v in values.split(",")]
+            values = dict.fromkeys(value_of(kind, v) for v in values.split(","))
+            axes[name.replace("-", "_")] = [*values]
         except argparse.ArgumentTypeError as e:
             raise InputError(f"--{option} {word}: {e}")
     return axes

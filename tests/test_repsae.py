@@ -333,7 +333,8 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
     assert "pick one with --stream" in error(capsys, "sae", "--data", features, "--out", out)
     sweep = ("sweep", "--data", features, "--out", out)
     assert "--over is missing" in error(capsys, *sweep)
-    assert "--over seed - write for example" in error(capsys, *sweep, "--over", "k=2,4 seed")
+    for over in ("seed", " ", "k"):
+        assert f"--over {over.strip()}" in error(capsys, *sweep, "--over", f"k=2,4 {over}" if over != " " else over)
     assert "--over json=a - write for example" in error(capsys, *sweep, "--over", "json=a")
     assert "--over k=a: a - give a whole number" in error(capsys, *sweep, "--over", "k=a")
     assert "k=80 must lie in 1..latents=40" in error(capsys, *sweep, *SMALL, "--over", "k=2,80")
