@@ -1140,14 +1140,18 @@ def scores(truth, probability):
     probabilities. A class that the truth lacks counts in none of them; AUC is None when only one
     class is there."""
     guess, there = probability.argmax(1), np.unique(truth)
-    hit = {c: ((guess == c) & (truth == c)).sum() for c in there}
-    recall = [hit[c] / (truth == c).sum() for c in there]
-    f1 = [2 * hit[c] / ((truth == c).sum() + (guess == c).sum()) for c in there]
+    recall = [(guess[truth == c] == c).mean() for c in there]
     areas = [auc(truth == c, probability[:, c]) for c in there] if len(there) > 1 else []
     if probability.shape[1] == 2:
         areas = areas[1:]                                    # two classes share one curve
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
-            "F1": float(np.mean(f1)), "AUC": _mean(areas)}
+            "F1": _mean(_f1(truth, guess)), "AUC": _mean(areas)}
+
+
+def _f1(truth, guess):
+    """F1 of each class of the truth."""
+    return [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
+            for c in np.unique(truth)]
 
 
 def auc(positive, score):
@@ -1378,8 +1382,7 @@ def barcodes(count, groups, y=None):
 def differential(codes, y, a, b, top=50):
     """The `top` latents more active in class a than in b and the reverse, by class means a_d of
     barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
-    second, first = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == a)
-    difference = first - second
+    difference = class_means(codes, y == a)[-1] - class_means(codes, y == b)[-1]
     order = np.argsort(-difference, kind="stable")
     most, least = order[:top], order[::-1][:top]
     return most[difference[most] > 0], least[difference[least] < 0], difference
@@ -1387,9 +1390,7 @@ def differential(codes, y, a, b, top=50):
 
 def weighted_f1(truth, guess):
     """F1 of each class, averaged with the classes' frequencies as weights."""
-    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
-          for c in np.unique(truth)]
-    return float(np.average(f1, weights=np.unique(truth, return_counts=True)[1]))
+    return float(np.average(_f1(truth, guess), weights=np.unique(truth, return_counts=True)[1]))
 
 
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
