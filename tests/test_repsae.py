@@ -324,7 +324,7 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
                           (["--topk", "all"], "--topk invalid choice: 'all'"),
                           (["--bogus"], "unrecognized arguments: --bogus"),
                           (["--streams", "x,q"], "has no stream 'q' - it has x, y"),
-                          (["--streams", "x"], "has the one stream x"),
+                          (["--streams", "x"], "needs two streams, not x alone"),
                           (["--lam", "nan"], "--lam nan - give a number from 0"),
                           (["--taxonomy", tmp_path / "t.json"], "no taxonomy at"),
                           (["--device", "abacus"], "device 'abacus'")):
