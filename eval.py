@@ -453,6 +453,12 @@ def recovery(dictionaries, truth, threshold=0.9):
             for s, v in near.items()}
 
 
+def mean_of(values, key=None):
+    """The mean of what is not None, or None; with `key` of that entry of each dict."""
+    values = [v for v in (values if key is None else [v[key] for v in values]) if v is not None]
+    return sum(values) / len(values) if values else None
+
+
 def _mean(values):
     return float(np.mean(values)) if len(values) else None
 
@@ -916,6 +922,109 @@ def tell_run(page, metrics, log, settings, codes, features, rows):
                quiet=True)
 
 
+def code_metrics(codes, features, rows):
+    """What thesis 5.4.1-5.4.5 measure of the codes {stream: CSR (n, L)} of one mode: "activation";
+    "retrieval" of several streams; "concepts" and "probe" where the rows have labels."""
+    out = {"activation": activation_patterns(codes)}
+    if len(codes) > 1:
+        out["retrieval"] = retrieval(codes)
+    labels, known = features.label_matrix(rows), features.labelled[rows]
+    if labels is None or not known.any():
+        return out
+    out["concepts"] = concept_alignment(codes, labels, features.label_names, features.parents, known)
+    groups = features.about.get("groups")
+    tasks = probe_tasks(labels, known=known, groups=None if groups is None else groups[rows])
+    if tasks:
+        out["probe"] = {s: probe(code, tasks) for s, code in codes.items()}
+    return out
+
+
+# -- Many runs beside each other -----------------------------------------------------------------
+
+SHOWN = {"mixed %": "mixed: alive in some, %", "Jaccard": "Jaccard of top-50 labels",
+         "control": "  its control: another latent", "R@1": "retrieval R@1", "cross R2": "R2 cross",
+         "self R2": "R2 self", "probe": "1-D probe loss (chance 0.693)"}
+
+
+def runs_table(results, columns):
+    """{name: metrics} -> (header, rows): a row for each run and one for its null, cells "joint /
+    alone". columns: {heading: name in `headline`}."""
+    rows = []
+    for name, metrics in results.items():
+        for label, block in ((name, metrics), ("  its null", metrics.get("null"))):
+            if block:
+                heads = [headline(block[mode]) for mode in ("joint", "alone")]
+                rows.append([label, *(" / ".join(fmt(head.get(key), key) for head in heads)
+                                      for key in columns.values())])
+    return ["joint / alone", *columns], rows
+
+
+def tell_ablation(page, results):
+    """The table of thesis 5.3.4; results {name: metrics}."""
+    page.table(*runs_table(results, SHOWN),
+               "Who chooses the latents, and how much of it survives alone")
+    one = next(iter(results.values()))
+    page.text(f"linear baseline of cross R2: {fmt(mean_cell(one['linear_baseline']))}; "
+              f"{one['rows']} samples of the {one['split']} split")
+    page.picture("", WHY_BOTH_WAYS)
+
+
+def tell_sweep(page, results, axes):
+    """A grid of runs, {name: metrics}, in the order of the product of axes {setting: values}: their
+    table, Global against Local TopK, and R2 for sets of streams. Returns the chart along the first
+    setting that is a number, or None."""
+    page.table(*runs_table(results, {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}))
+    ways = {name: "alone" if m["topk"] == "local" else "joint" for name, m in results.items()}
+    heads = {name: {mode: headline(m[mode]) for mode in dict.fromkeys((ways[name], "alone"))}
+             for name, m in results.items()}
+    rows = []
+    for name, metrics in results.items():
+        other = name.replace("global", "local", 1)
+        if metrics["topk"] == "global" and other in results:
+            pairs = [(heads[name]["joint"][key], heads[other]["alone"][key])
+                     for key in ("NMSE self", "NMSE cross")]
+            rows.append([name, *(v for a, b in pairs
+                                 for v in (a, b, None if None in (a, b) else a - b))])
+    if rows:
+        page.table(["NMSE, each as trained", "self global", "self local", "gap", "cross global",
+                    "cross local", "gap"], rows)
+    for name, metrics in results.items() if "streams" in axes else ():
+        page.picture(f"R2 of every target from every source: {name}",
+                     grid_row({mode: metrics[mode]["r2"] for mode in heads[name]}))
+    return _sweep_chart(page, heads, axes)
+
+
+def _sweep_chart(page, heads, axes):
+    """NMSE along the first setting of numbers; heads {name: {mode: headline}}."""
+    along = next((k for k, v in axes.items() if len(v) > 1 and not isinstance(v[0], str)), None)
+    if along is None:
+        return None
+    curves = {}
+    for modes, values in zip(heads.values(), itertools.product(*axes.values())):
+        one = dict(zip(axes, values))
+        x = axes[along].index(one.pop(along))
+        for mode, head in modes.items():
+            for what in ("self", "cross"):
+                line = ", ".join(map(str, [what, *one.values(), mode]))
+                curves.setdefault(line, []).append((x, head[f"NMSE {what}"]))
+    chart = svg_lines(curves, along, "NMSE", [f"{v:g}" for v in axes[along]])
+    page.picture("", chart)
+    return chart
+
+
+def tell_activations(page, results):
+    """Kinds of sparse autoencoder of one stream; results {activation_revival: metrics}."""
+    rows = []
+    for name, metrics in results.items():
+        stream, = metrics["alone"]["r2"]
+        head, found = headline(metrics["alone"]), metrics.get("recovery", {}).get(stream)
+        rows.append([name.replace("_", ", "), head["R2 self"], metrics["l0"],
+                     head["silent in all, %"], found and f"{found['found']} of {found['of']}",
+                     metrics["seconds"]])
+    page.table(["activation, revival of the dead", "R2", "L0", "silent %", "concepts found",
+                "seconds"], rows)
+
+
 def _training_charts(log):
     def curves(names):
         return {k: [(int(row["step"]), float(row[k])) for row in log] for k in names}
@@ -1005,14 +1114,18 @@ def scores(truth, probability):
     probabilities. A class that the truth lacks counts in none of them; AUC is None when only one
     class is there."""
     guess, there = probability.argmax(1), np.unique(truth)
-    hit = {c: ((guess == c) & (truth == c)).sum() for c in there}
-    recall = [hit[c] / (truth == c).sum() for c in there]
-    f1 = [2 * hit[c] / ((truth == c).sum() + (guess == c).sum()) for c in there]
+    recall = [(guess[truth == c] == c).mean() for c in there]
     areas = [auc(truth == c, probability[:, c]) for c in there] if len(there) > 1 else []
     if probability.shape[1] == 2:
         areas = areas[1:]                                    # two classes share one curve
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
-            "F1": float(np.mean(f1)), "AUC": _mean(areas)}
+            "F1": _mean(_f1(truth, guess)), "AUC": _mean(areas)}
+
+
+def _f1(truth, guess):
+    """F1 of each class of the truth."""
+    return [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
+            for c in np.unique(truth)]
 
 
 def auc(positive, score):
@@ -1243,8 +1356,7 @@ def barcodes(count, groups, y=None):
 def differential(codes, y, a, b, top=50):
     """The `top` latents more active in class a than in b and the reverse, by class means a_d of
     barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
-    second, first = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == a)
-    difference = first - second
+    difference = class_means(codes, y == a)[-1] - class_means(codes, y == b)[-1]
     order = np.argsort(-difference, kind="stable")
     most, least = order[:top], order[::-1][:top]
     return most[difference[most] > 0], least[difference[least] < 0], difference
@@ -1252,9 +1364,7 @@ def differential(codes, y, a, b, top=50):
 
 def weighted_f1(truth, guess):
     """F1 of each class, averaged with the classes' frequencies as weights."""
-    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
-          for c in np.unique(truth)]
-    return float(np.average(f1, weights=np.unique(truth, return_counts=True)[1]))
+    return float(np.average(_f1(truth, guess), weights=np.unique(truth, return_counts=True)[1]))
 
 
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
