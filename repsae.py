@@ -1122,9 +1122,8 @@ def cmd_dino(flags):
     run.trained_on(images.hash, flags.images)
     torch.set_flush_denormal(True)                           # far tokens' gradients get that small
     torch.manual_seed(flags.seed)
-    nets = ssm.dino_nets(flags.arch, flags.size, flags.patch, flags.prototypes, flags.head_hidden,
-                         flags.bottleneck, flags.norm_last, flags.drop_path, flags.decay_ssm,
-                         flags.device)
+    nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck norm_last "
+                                      "drop_path decay_ssm device"))
     if flags.standardise:
         for net in nets[:2]:
             ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
@@ -1135,8 +1134,8 @@ def cmd_dino(flags):
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
                        flags.colour, flags.pathology)
     run.begin(flags, data_hash=images.hash, pictures=len(images))
-    watch = Watch(images, nets[1].backbone, flags)
-    tell_dino(run, train_dino(run, nets, images, crops, watch), watch)
+    watch = Watch(images, flags)
+    tell_dino(run, nets[1].backbone, train_dino(run, nets, images, crops, watch), watch)
 
 
 def pictures_of(flags):
@@ -1186,24 +1185,24 @@ def train_dino(run, nets, images, crops, watch):
     columns = ("loss", "entropy", "information", "knn")
     log = Log(run.path("log.csv"), step, columns, gaps=columns)
     if not step and watch.tasks:
-        log.add({"step": 0, "epoch": 0, **dict.fromkeys(columns, ""), "knn": watch.knn()})
-        say(f"before training: k-NN {float(log.rows[0]['knn']):.3f} ({watch.measure}), raw pixels "
-            f"{watch.knn(raw=True):.3f}")
+        knn = watch.knn(nets[1].backbone)
+        log.add({"step": 0, "epoch": 0, **dict.fromkeys(columns, ""), "knn": knn})
+        say(f"before training: k-NN {knn:.3f} ({watch.measure}), raw pixels {watch.knn():.3f}")
 
     def on_step(t, told):
         nonlocal step
         step, ended, knn = t, t % epoch == 0, ""
         if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
-            knn = watch.knn()
+            knn = watch.knn(nets[1].backbone)
         words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
         keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
              lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
         if ended:
             refuse_collapse([r for r in log.rows if int(r["step"]) > t - epoch], flags.prototypes)
-    names = ("epochs", "min_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
-             "teacher_temp", "teacher_temp_start", "teacher_warmup", "clip", "freeze_last")
+    settings = flags.pick("epochs min_lr warmup weight_decay weight_decay_end momentum teacher_temp "
+                          "teacher_temp_start teacher_warmup clip freeze_last")
     schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
-                                 **{name: flags[name] for name in names})
+                                 **settings)
     views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
     with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
             checkpoint, ssm.dino_state(nets, step))) as keep:
@@ -1223,36 +1222,35 @@ def refuse_collapse(rows, K, least=1e-3):
 
 
 class Watch:
-    """Looks at a backbone from outside: the features of pictures, and how well the nearest
-    neighbours among them know the labels (`tasks`, empty if there are none)."""
+    """Looks at a backbone from outside: what the nearest neighbours of pictures know of their
+    labels, where they have any (`tasks`)."""
 
-    def __init__(self, images, backbone, flags, most=4000):
-        self.images, self.backbone, self.flags, self.tasks = images, backbone, flags, []
+    def __init__(self, images, flags, most=4000):
+        self.images, self.flags, self.tasks = images, flags, []
         self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
         if all(map(len, self.rows)):
             self.tasks = judge.label_tasks(images.labels, *self.rows)
-            self.several = images.labels.ndim == 2           # labels that hold at once
-            self.measure = "mean AUC of the labels" if self.several else "balanced accuracy"
+            several = images.labels.ndim == 2                # labels that hold at once
+            self.measure = "AUC" if several else "balanced accuracy"
+            self.classes = 2 if several else len(images.label_names)
 
-    def features(self, rows, raw=False):
-        backbone = None if raw else self.backbone
+    def features(self, rows, backbone):
         return image_features(self.images, rows, backbone, self.flags.size, self.flags.device)
 
-    def knn(self, raw=False):
-        """`measure` of the 20 nearest neighbours, by features or by raw pixels."""
-        x = [self.features(rows, raw) for rows in self.rows]
-        C = 2 if self.several else len(self.images.label_names)
-        found = judge.judged_features(*x, self.tasks, self.rows, C, ks=(20,))["20-NN"]
-        return found["AUC" if self.several else "balanced accuracy"]
+    def knn(self, backbone=None):
+        """`measure` of the 20 nearest neighbours by features; without a backbone by raw pixels."""
+        x = [self.features(rows, backbone) for rows in self.rows]
+        found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
+        return found["20-NN"][self.measure]
 
-    def neighbours(self):
+    def neighbours(self, backbone):
         """Twelve held-out pictures, each class as often, each before its seven nearest in training:
         a list of rows of pictures."""
         train, test = self.rows
-        labels = np.zeros(len(test)) if self.several else self.images.labels[test]
+        labels = self.images.labels[test] if self.measure != "AUC" else np.zeros(len(test))
         kinds = np.unique(labels)
         asked = np.concatenate([test[labels == c][:max(1, 12 // len(kinds))] for c in kinds])
-        near, _ = judge.nearest(self.features(asked), self.features(train), 7)
+        near, _ = judge.nearest(*(self.features(rows, backbone) for rows in (asked, train)), 7)
         return [[self.images.open(i) for i in (row, *train[found])]
                 for row, found in zip(asked, near)]
 
@@ -1270,9 +1268,9 @@ def image_features(images, rows, backbone, size, device, block=256, whole=False,
     return np.concatenate(found)
 
 
-def tell_dino(run, log, watch):
+def tell_dino(run, backbone, log, watch):
     """metrics.json and report.html, with curves.svg and neighbours.png."""
-    page, found = judge.Page(f"repsae dino: {run.flags.arch}"), {}
+    page = judge.Page(f"repsae dino: {run.flags.arch}")
     curves = {k: [(int(row["step"]), float(row[k])) for row in log.rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
     charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
@@ -1280,15 +1278,13 @@ def tell_dino(run, log, watch):
     found = {k: line[-1][1] for k, line in curves.items() if line}
     page.picture("Training", "".join(charts))
     if watch.tasks:
-        pixels = watch.knn(raw=True)
+        pixels, pictures = watch.knn(), watch.neighbours(backbone)
         found.update(knn_pixels=pixels, knn_random=curves["knn"][0][1])
         lines = {"teacher": curves["knn"], "raw pixels": [(x, pixels) for x, _ in curves["knn"]]}
         charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
         page.picture("k-NN on held-out pictures", charts[-1])
-        pictures = watch.neighbours()
         titles = ["picture", *(f"neighbour {i}" for i in range(1, len(pictures[0])))]
-        sheet = judge.contact_sheet(pictures, titles, 96)
-        judge.save_picture(run.path("neighbours.png"), sheet)
+        judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(pictures, titles, 96))
         page.picture("Nearest neighbours in the training pictures", "".join(
             judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))
     judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
@@ -1365,7 +1361,7 @@ def source_of(spec, flags):
     if not os.path.exists(os.path.join(where, "config.json")):
         raise InputError(f"{where} is no dino run - give its folder, or write {name}=arch:FILE")
     theirs = read_config(where, ("arch", "size", "patch"))["flags"]
-    made.update({key: theirs[key] for key in ("arch", "size", "patch")})
+    made.update({key: theirs.get(key, FLAGS[key][0]) for key in ("arch", "size", "patch")})
     return name, made, os.path.join(where, "checkpoint.pt")
 
 
@@ -1436,12 +1432,13 @@ def cmd_probe(flags):
     if several and len(tasks) < len(chosen):
         say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in "
             "test, are left out")
-    linear = functools.partial(judge.sgd_probe, seed=flags.seed)
-    if flags.solver == "lbfgs":
-        linear = functools.partial(judge.logistic_probe, strength=flags.strength)
-    found = {s: judge.judged_features(*(features.batch(part)[s].numpy() for part in rows), tasks,
-                                      rows, 2 if several else len(chosen), linear)
-             for s in features.streams}
+    linear = functools.partial(judge.sgd_probe, seed=flags.seed) if flags.solver == "sgd" else \
+        functools.partial(judge.logistic_probe, strength=flags.strength)
+    found = {}
+    for s in features.streams:
+        x = (features.batch(part)[s].numpy() for part in rows)
+        C = 2 if several else len(chosen)
+        found[s] = judge.judged_features(*x, tasks, rows, C, linear)
     cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
     print(f"{len(train)} samples to learn from, {len(test)} to test on"
@@ -3247,6 +3244,10 @@ class Flags(dict):
             return self[name]
         except KeyError:
             raise AttributeError(name)
+
+    def pick(self, names):
+        """Those of `names`, "lr batch", as keyword arguments."""
+        return {name: self[name] for name in names.split()}
 
     def replaced(self, changes):
         new = Flags({**self, **changes})

@@ -397,6 +397,8 @@ class PatchTokens(nn.Module):
 
     def __init__(self, dim, patch, size):
         super().__init__()
+        if not 0 < patch <= size:
+            raise InputError(f"patches of {patch} pixels in pictures of {size} - give smaller ones")
         self.dim, self.patch, self.size = dim, patch, size
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -536,7 +538,7 @@ class ViT(PatchTokens):
         return x[:, 1 + self.registers:]
 
     def features(self, x, tokens=False, last=1):
-        """Class tokens of the last blocks (B, last d); `tokens`: those of patches and their grid."""
+        """Class tokens of the last blocks (B, last d); `tokens`: those of patches, their grid."""
         out, grid = self.blocks_out(x, last)
         return (self.patches(out[-1]), grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
 
@@ -1171,18 +1173,18 @@ def output_entropy(q):
     return entropy, torch.special.entr(q.mean(0)).sum().item() - entropy
 
 
-def dino_nets(arch, size, patch=None, K=65536, hidden=2048, bottleneck=256, norm_last=True,
-              drop_path=0.1, decay_ssm=False, device="cpu"):
+def dino_nets(arch, size, patch=None, prototypes=65536, head_hidden=2048, bottleneck=256,
+              norm_last=True, drop_path=0.1, decay_ssm=False, device="cpu"):
     """Student (in training), teacher (the same weights; no gradient, no drop path), centre (K,)
     and AdamW."""
     def net(p):
         backbone = make_backbone(arch, size=size, patch=patch, drop_path=p)
-        head = DINOHead(backbone.dim, K, hidden, bottleneck, norm_last)
+        head = DINOHead(backbone.dim, prototypes, head_hidden, bottleneck, norm_last)
         return MultiCrop(backbone, head).to(device)
     student, teacher = net(drop_path).train(), net(0.).eval().requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     optimiser = torch.optim.AdamW(decay_groups(student, decay_ssm))
-    return student, teacher, torch.zeros(K, device=device), optimiser
+    return student, teacher, torch.zeros(prototypes, device=device), optimiser
 
 
 def dino_state(nets, step):

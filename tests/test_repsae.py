@@ -644,6 +644,7 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
     (["dino", "--images", "{p}", "--arch", "vgg"], "vgg is no backbone - take one of vit_tiny"),
     (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two numbers in order"),
     (["dino", "--images", "{p}", "--size", "30"], "images are 30x30"),
+    (["dino", "--images", "{p}", "--size", "8", "--patch", "16"], "patches of 16 pixels in pictures of 8"),
     (["extract", "--images", "{p}"], "--weights is missing"),
     (["extract", "--images", "{p}", "--weights", "a="], "a= - write name=RUN"),
     (["extract", "--images", "{p}", "--weights", "a=/no"], "/no is no dino run"),
@@ -1367,11 +1368,11 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
     a, b, both = found.values()
     assert a != b and all(both[key] == pytest.approx((a[key] + b[key]) / 2) for key in both)
     images = data.read_images(world / "tissue" / "tissue.npz")
-    watch = repsae.Watch(images, None, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
-    x, areas = watch.features(np.arange(240), raw=True).double(), []
-    x = (x / x.norm(dim=1, keepdim=True)).numpy()
+    watch = repsae.Watch(images, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
+    x, areas = watch.features(np.arange(240), None).astype(float), []
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
     train, test = images.split == "train", images.split != "train"
-    assert watch.train.tolist() == np.flatnonzero(train).tolist() and watch.measure == "mean AUC of the labels"
+    assert watch.rows[0].tolist() == np.flatnonzero(train).tolist() and watch.measure == "AUC"
     for y in images.labels.T:
         votes = []
         for i in np.flatnonzero(test):
@@ -1380,10 +1381,10 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
             votes.append(sum(w for w, (_, v) in zip(weight, near) if v) / sum(weight))
         pairs = [(p > q) + (p == q) / 2 for p, v in zip(votes, y[test]) if v for q, u in zip(votes, y[test]) if not u]
         areas.append(np.mean(pairs))
-    assert watch.knn(raw=True) == pytest.approx(np.mean(areas), abs=2e-3)
+    assert watch.knn() == pytest.approx(np.mean(areas), abs=2e-3)
     images.labels[:, 0], images.labels[test, 1] = True, False                               # not in both parts with and without
-    watch = repsae.Watch(images, None, watch.flags)
-    assert len(watch.tasks) == 11 and watch.knn(raw=True) == pytest.approx(np.mean(areas[2:]), abs=2e-3)
+    watch = repsae.Watch(images, watch.flags)
+    assert len(watch.tasks) == 11 and watch.knn() == pytest.approx(np.mean(areas[2:]), abs=2e-3)
 
 
 def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys):
@@ -1417,8 +1418,9 @@ def test_unlabelled_pictures_neither_vote_nor_are_judged(several, pictures):
         images.mask = np.arange(len(images)) % 5 > 0
     else:
         images.labels[::5] = -1
-    watch = repsae.Watch(images, None, repsae.parse(["dino", "--images", "x", "--size", "16"])[1])
-    assert not set(np.arange(0, len(images), 5)) & {*watch.train, *watch.test} and watch.knn(raw=True) > 0
+    watch = repsae.Watch(images, repsae.parse(["dino", "--images", "x", "--size", "16"])[1])
+    assert not set(np.arange(0, len(images), 5)) & {*watch.rows[0], *watch.rows[1]}
+    assert watch.knn() > 0
 
 
 def test_clip_learns_which_caption_belongs_to_which_picture(world):
