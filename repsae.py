@@ -1996,8 +1996,7 @@ def captioned(flags):
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and "
                          "`captions`")
-    parts = (("train",), ("test", "val")) if images.split is not None else ((), ())
-    train, test = (images.rows(*part) for part in parts)
+    train, test = images.rows("train"), images.rows("test", "val")       # all, where none is split
     if len(train) < flags.batch or len(test) < 2:
         raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch "
                          f"{flags.batch} of the first are needed, and two of the second")
@@ -2051,7 +2050,7 @@ def cmd_explain(flags):
     With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
-    images = pictures_of(flags)
+    run, images = Run(flags, flags.out or "runs/cam"), pictures_of(flags)
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
     columns = {}
@@ -2068,7 +2067,7 @@ def cmd_explain(flags):
         score = None if wanted is None else lambda out: out[:, int(wanted)]
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         columns[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
-    run = Run(flags, flags.out or "runs/cam").begin(data_hash=images.hash)
+    run.begin(data_hash=images.hash)
     for name, column in columns.items():
         for i, picture in zip(rows, column):
             stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
