@@ -217,51 +217,32 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
     """
     out = {t: {} for t in train}
     for s in train if len(train) > 1 else ():
-        targets = [t for t in train if t != s]
-        held = {t: x[::10] for t, x in train.items()}
-        all_rows, held_rows = (_moments(part, s, targets) for part in (train, held))
-        trial, full = _ridge([a - h for a, h in zip(all_rows, held_rows)]), _ridge(all_rows)
-        trials = [_squared_error(held, s, targets, trial(a)) for a in strengths]
-        ends = np.cumsum([0] + [train[t].shape[1] for t in targets])
-        for t, a, b in zip(targets, ends, ends[1:]):
-            strength = strengths[np.argmin([e[a:b].sum() for e in trials])]
-            spread = ((test[t] - test[t].mean(0, dtype=np.float64)) ** 2).sum()
-            error = _squared_error(test, s, [t], [part[..., a:b] for part in full(strength)])
-            varies = spread > 1e-12 * (test[t] ** 2).sum(dtype=np.float64)
-            out[t][s] = float(1 - error.sum() / spread) if varies else None
+        X, held = train[s].astype(np.float64), np.arange(len(train[s])) % 10 == 0
+        trial, full = _ridge(X[~held]), _ridge(X)
+        for t in (t for t in train if t != s):
+            Y, truth = train[t].astype(np.float64), test[t].astype(np.float64)
+            errors = [((X[held] @ W + b - Y[held]) ** 2).sum()
+                      for W, b in trial(Y[~held], strengths)]
+            (W, b), = full(Y, strengths[[np.argmin(errors)]])
+            error = ((test[s] @ W + b - truth) ** 2).sum()
+            spread = ((truth - truth.mean(0)) ** 2).sum()
+            varies = spread > 1e-12 * (truth ** 2).sum()
+            out[t][s] = float(1 - error / spread) if varies else None
     return out
 
 
-def _blocks(x, s, targets, block=2048):
-    """(X, Y) float64, X of stream s, Y of all targets side by side, so many rows at a time."""
-    for i in range(0, len(x[s]), block):
-        yield (x[s][i:i + block].astype(np.float64),
-               np.concatenate([x[t][i:i + block] for t in targets], 1, dtype=np.float64))
+def _ridge(X):
+    """solve(Y, strengths), which yields (W, intercept) of ridge regression on X (n, d)."""
+    mean = X.mean(0)
+    values, V = np.linalg.eigh((X - mean).T @ (X - mean))
+    values, scale = np.maximum(values, 0), max(values.mean(), 1e-30)
 
-
-def _moments(x, s, targets):
-    """[n, sum X, sum Y, X^T X, X^T Y]: all that least squares needs."""
-    by_block = ((len(X), X.sum(0), Y.sum(0), X.T @ X, X.T @ Y) for X, Y in _blocks(x, s, targets))
-    return [sum(parts) for parts in zip(*by_block)]
-
-
-def _ridge(moments):
-    """solve(strength) -> [W, intercept] of ridge regression."""
-    n, mx, my, XtX, XtY = moments
-    mx, my = mx / n, my / n
-    values, V = np.linalg.eigh(XtX - n * np.outer(mx, mx))
-    VtY, scale = V.T @ (XtY - n * np.outer(mx, my)), max(values.mean(), 1e-30)
-
-    def solve(strength):
-        W = V @ (VtY / (np.maximum(values, 0) + strength * scale)[:, None])
-        return [W, my - mx @ W]
+    def solve(Y, strengths):
+        VtY = V.T @ ((X - mean).T @ (Y - Y.mean(0)))
+        for strength in strengths:
+            W = V @ (VtY / (values + strength * scale)[:, None])
+            yield W, Y.mean(0) - mean @ W
     return solve
-
-
-def _squared_error(x, s, targets, solution):
-    """Squared error of X W + intercept, summed over rows: one number for each target column."""
-    W, intercept = solution
-    return sum(((X @ W + intercept - Y) ** 2).sum(0) for X, Y in _blocks(x, s, targets))
 
 
 # -- 1-D logistic probes -------------------------------------------------------------------------
@@ -513,35 +494,28 @@ def headline(block):
     return out
 
 
-# What each row of `headline` means, and which way is better.
-MEANING = {
-    "latents alive in all streams, %":
-        "latents that some judged sample activates in every stream; higher is better",
-    "mixed: alive in some, %":
-        "active in some streams and never in the others: not shared; lower is better",
-    "silent in all, %": "latents that no judged sample activates; lower is better",
+HIGHER = {                                                   # rows of `headline`, by what is better
+    "latents alive in all streams, %": "latents that some judged sample activates in every stream",
     "Jaccard of top-50 labels": "overlap of a latent's labels between two streams, of its 50 top "
-        "samples in each; higher is better, but only as far as it is above its control",
-    "its control: another latent":
-        "each latent paired with another: what labels share by chance; lower is better",
-    "Jaccard, other latents as 0":
-        "the same, latents not alive in two streams as 0, as published; higher is better",
+    "samples in each; means what it has beyond its control",
+    "Jaccard, other latents as 0": "the same, latents not alive in two streams as 0, as published",
     "latents named alike in all streams": "latents whose most frequent label is the same in every "
-        "stream, and holds for 30 % of their top samples; higher is better",
-    "retrieval R@1":
-        "share of samples whose own code in the other stream is the nearest; higher is better",
-    "retrieval MRR":
-        "mean of 1 / rank of a sample's own code in the other stream; higher is better",
-    "R2 self": "share of a stream's variance that its own code rebuilds; 0 is its mean, below 0 is "
-        "worse than that; higher is better",
-    "R2 cross": "the same from another stream's code; higher is better",
-    "its linear baseline":
-        "the same by ridge regression from the other stream's raw features; a code may pass it",
-    "NMSE self":
-        "squared error over the sample's squared length, own code (Eq. 13); lower is better",
-    "NMSE cross": "the same from another stream's code; lower is better",
-    "1-D probe loss (chance 0.693)":
-        "log-loss in nats of the best single latent of each label; lower is better"}
+    "stream, and holds for 30 % of their top samples",
+    "retrieval R@1": "share of samples whose own code in the other stream is the nearest",
+    "retrieval MRR": "mean of 1 / rank of a sample's own code in the other stream",
+    "R2 self": "share of a stream's variance that its own code rebuilds; 0 is its mean",
+    "R2 cross": "the same from another stream's code",
+    "its linear baseline": "the same by ridge regression from the other stream's raw features, "
+    "which a code may pass"}
+LOWER = {
+    "mixed: alive in some, %": "active in some streams and never in the others: not shared",
+    "silent in all, %": "latents that no judged sample activates",
+    "its control: another latent": "each latent paired with another: what labels share by chance",
+    "NMSE self": "squared error over the sample's squared length, from its own code (Eq. 13)",
+    "NMSE cross": "the same from another stream's code",
+    "1-D probe loss (chance 0.693)": "log-loss in nats of the best single latent of each label"}
+MEANING = {name: f"{told}; {way} is better" for way, table in (("higher", HIGHER), ("lower", LOWER))
+           for name, told in table.items()}
 
 
 def verdict(metrics, again=None):

@@ -981,7 +981,8 @@ def every_activation(run, features):
         flags.given |= {k for k, v in flags.items()
                         if v != COMMANDS["sae"].flags.get(k.replace("_", "-"), v)}
     kinds = [{"activation": name} for name in sae.ACTIVATIONS]
-    kinds[1:1] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
+    after = kinds.index({"activation": "relu"}) + 1
+    kinds[after:after] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
     for kind in kinds:
         one = flags.replaced(kind)
         one.given = flags.given | kind.keys()
@@ -1069,7 +1070,7 @@ def swept(run, axes, only=None, whole=None):
     flags = run.flags if run.saved else resolved(run.flags, features)
     for values in itertools.product(*axes.values()):
         one = dict(zip(axes, values))
-        name = "_".join(v if isinstance(v, str) else f"{key}{v:g}" for key, v in one.items())
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in one.items())
         if only and name not in only:
             continue
         trial, mine = flags.replaced(one), features
@@ -1085,8 +1086,8 @@ def swept(run, axes, only=None, whole=None):
 def parse_axes(option, flags, example, without=()):
     """The flag --over or --grid, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
     known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags} - {*without}
-    axes = {}
-    for word in (flags[option] or "").split():
+    text, axes = flags[option], {}
+    for word in [] if text is None else text.split() or [text]:
         name, _, values = word.partition("=")
         kind = FLAGS[name][1] if name in known else None
         if isinstance(kind, Number):                         # a value to compare is not "auto"
@@ -1096,7 +1097,8 @@ def parse_axes(option, flags, example, without=()):
         elif not isinstance(kind, tuple):
             raise InputError(f"--{option} {word} - write for example {example}")
         try:
-            axes[name.replace("-", "_")] = [value_of(kind, v) for v in values.split(",")]
+            values = dict.fromkeys(value_of(kind, v) for v in values.split(","))
+            axes[name.replace("-", "_")] = [*values]
         except argparse.ArgumentTypeError as e:
             raise InputError(f"--{option} {word}: {e}")
     return axes
@@ -1994,8 +1996,7 @@ def captioned(flags):
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and "
                          "`captions`")
-    parts = (("train",), ("test", "val")) if images.split is not None else ((), ())
-    train, test = (images.rows(*part) for part in parts)
+    train, test = images.rows("train"), images.rows("test", "val")       # all, where none is split
     if len(train) < flags.batch or len(test) < 2:
         raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch "
                          f"{flags.batch} of the first are needed, and two of the second")
@@ -2049,7 +2050,7 @@ def cmd_explain(flags):
     With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
-    images = pictures_of(flags)
+    run, images = Run(flags, flags.out or "runs/cam"), pictures_of(flags)
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
     columns = {}
@@ -2066,7 +2067,7 @@ def cmd_explain(flags):
         score = None if wanted is None else lambda out: out[:, int(wanted)]
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         columns[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
-    run = Run(flags, flags.out or "runs/cam").begin(data_hash=images.hash)
+    run.begin(data_hash=images.hash)
     for name, column in columns.items():
         for i, picture in zip(rows, column):
             stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
