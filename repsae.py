@@ -874,17 +874,20 @@ def judged(run, features, whole=None, quiet=False):
     return metrics
 
 
-def judged_parts(run, trials, whole=None):
-    """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run.
-
-    Returns {name: metrics}, with the seconds that each took."""
-    results = {}
+def judged_parts(run, trials, tell, whole=None):
+    """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run, and put
+    them beside each other: tell(page, {name: metrics}) may return a chart."""
+    results, page = {}, judge.Page(f"repsae {run.flags.command}: {os.path.basename(run.folder)}")
     for name, (flags, features) in trials.items():
         say(f"-- {name}")
         began = time.time()
         results[name] = judged(run.part(name, flags), features, whole, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    return results
+    chart = tell(page, results)
+    if chart:
+        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
+    page.write(run.path, results)
+    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
 
 
 def read(flags):
@@ -990,11 +993,7 @@ def every_activation(run, features):
         trials[f"{one.activation}_{one.revive}"] = one, features
     sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what it loads is in no row's seconds
     run.begin(flags, data_hash=features.hash)
-    results = judged_parts(run, trials)
-    page = judge.Page("repsae sae: every activation")
-    judge.tell_activations(page, results)
-    page.write(run.path, results)
-    say(f"wrote {run.join('report.html')}")
+    judged_parts(run, trials, judge.tell_activations)
 
 
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
@@ -1039,13 +1038,7 @@ def cmd_sweep(flags):
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
     run = Run(flags)
     axes = parse_axes("over", run.flags, '"topk=global,local lam=0,1" or "streams=a+b,a+b+c"')
-    results = swept(run, axes)
-    page = judge.Page(f"repsae sweep over {' and '.join(axes)}")
-    chart = judge.tell_sweep(page, results, axes)
-    if chart:
-        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
-    page.write(run.path, results)
-    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
+    sweep(run, axes, functools.partial(judge.tell_sweep, axes=axes))
 
 
 ABLATION = {"global_lam1", "global_lam0", "local_lam1", "local_lam0", "both_lam1", "random_lam1"}
@@ -1056,16 +1049,12 @@ def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
     run = Run(flags)
     axes = {"topk": ["global", "local", "both", "random"], "lam": [1., 0.]}
-    results = swept(run, axes, ABLATION, run)
-    page = judge.Page("repsae ablate")
-    judge.tell_ablation(page, results)
-    page.write(run.path, results)
-    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
+    sweep(run, axes, judge.tell_ablation, ABLATION, run)
 
 
-def swept(run, axes, only=None, whole=None):
-    """Train and judge every combination of the values in `axes`, or those named `only`. A name is
-    made of the values: global_lam1. Returns {name: metrics}."""
+def sweep(run, axes, tell, only=None, whole=None):
+    """`judged_parts` of all combinations of the values in `axes`, or of those named `only`. A name
+    is made of the values: global_lam1."""
     features, trials = read_to_train(run.flags, 2), {}
     flags = run.flags if run.saved else resolved(run.flags, features)
     for values in itertools.product(*axes.values()):
@@ -1080,7 +1069,7 @@ def swept(run, axes, only=None, whole=None):
         sae.SPARC(mine.dims, trial.latents, trial.k)         # before anything is written
         trials[name] = trial, mine
     run.begin(flags, data_hash=features.hash)
-    return judged_parts(run, trials, whole)
+    judged_parts(run, trials, tell, whole)
 
 
 def parse_axes(option, flags, example, without=()):
