@@ -2060,8 +2060,8 @@ def explain_concepts(flags):
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
     page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
     maps = measured_maps(seen, page)
-    drawn = seen.tell(page, "words", "Concepts of the labels", maps, seen.truth, names, 2,
-                      seen.words(label_captions(seen), names, lambda z, c: z[:, seen.J[c]].sum(1)))
+    drawn = seen.tell(page, "words", "Concepts of the labels", names, maps, seen.truth,
+                      label_captions(seen), lambda z, c: z[:, seen.J[c]].sum(1), most=2)
     tell_latents(seen, page)
     tell_captions(seen, page)
     run.begin()
@@ -2170,17 +2170,14 @@ class Concepts(Coded):
                 silent += [(i, c) for i, value in zip(part, values) if value == 0]
         return out, silent
 
-    def words(self, asked, names, score):
-        """Of {(picture, label): is it there?}, what each word of the picture's caption adds to
-        score(codes (1, L), label): as `judge.word_table` takes it."""
-        return [{"concept": names[c], "caption": self.caption(i), "here": bool(here),
-                 "words": judge.word_heat(self.encoder.clip, self.encoder.words, self.caption(i),
-                                          lambda f: score(self.code(self.text, f), c),
-                                          self.flags.start_layer)}
-                for (i, c), here in asked.items()]
-
-    def tell(self, page, key, title, maps, there, names, most, words):
-        """Maps and words on the page; returns the overlays that it shows."""
+    def tell(self, page, key, title, names, maps, there, asked, score, most=4):
+        """On the page the maps of pairs `there`; and for {(picture, label): is it there?} what each
+        word of the picture's caption adds to score(codes (1, L), label). Returns the overlays."""
+        words = [{"concept": names[c], "caption": self.caption(i), "here": bool(here),
+                  "words": judge.word_heat(self.encoder.clip, self.encoder.words, self.caption(i),
+                                           lambda f: score(self.code(self.text, f), c),
+                                           self.flags.start_layer)}
+                 for (i, c), here in asked.items()]
         gallery, drawn = judge.map_gallery(maps, there, names, self.images.open, most)
         page.picture(title, gallery + judge.word_table(words) or "<p>No latent of a label is alive "
                      "in every stream; --latent names others.</p>")
@@ -2277,26 +2274,25 @@ def tell_latents(seen, page, most=4):
     names = {j: f"latent {j}" for j in seen.chosen}
     maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], asked)[0]
             for name, (backbone, s) in seen.sees.items()}
-    seen.tell(page, "latents", "Single latents, where they are most active", maps, asked, names,
-              most, seen.words(asked, names, lambda z, j: z[:, j]))
+    seen.tell(page, "latents", "Single latents, where they are most active", names, maps, asked,
+              asked, lambda z, j: z[:, j])
 
 
 def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
     itself."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
-    captions, asked = [seen.caption(i) for i in test], {(i, n): True for n, i in enumerate(test)}
+    asked = {(i, n): True for n, i in enumerate(test)}
     with torch.no_grad():
-        f_text = seen.read(captions)
+        f_text = seen.read([seen.caption(i) for i in test])
         f_image = seen.features.batch(test)[seen.pictured].to(f_text.device)
         z_text, z_image = seen.code(seen.text, f_text), seen.code(seen.pictured, f_image)
     maps = {f"z z', {name}": seen.maps(backbone, lambda f, n: seen.code(s, f) @ z_text[n], asked)[0]
             for name, (backbone, s) in seen.sees.items()}
     maps["cosine, CLIP itself"], _ = seen.maps(
         seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), asked)
-    words = seen.words(asked, ["caption"] * most, lambda z, n: z @ z_image[n])
-    seen.tell(page, "captions", "Pictures with their captions: similarity of the two", maps, asked,
-              captions, most, words)
+    seen.tell(page, "captions", "Pictures with their captions: similarity of the two",
+              [f"picture {i}" for i in test], maps, asked, asked, lambda z, n: z @ z_image[n])
 
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
