@@ -47,7 +47,7 @@ import scipy.optimize
 import scipy.sparse as sp
 import scipy.stats
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
@@ -931,8 +931,8 @@ def code_metrics(codes, features, rows):
     labels, known = features.label_matrix(rows), features.labelled[rows]
     if labels is None or not known.any():
         return out
-    out["concepts"] = concept_alignment(codes, labels, features.label_names, features.parents, known)
-    groups = features.about.get("groups")
+    names, groups = features.label_names, features.about.get("groups")
+    out["concepts"] = concept_alignment(codes, labels, names, features.parents, known)
     tasks = probe_tasks(labels, known=known, groups=None if groups is None else groups[rows])
     if tasks:
         out["probe"] = {s: probe(code, tasks) for s, code in codes.items()}
@@ -973,7 +973,8 @@ def tell_sweep(page, results, axes):
     """A grid of runs, {name: metrics}, in the order of the product of axes {setting: values}: their
     table, Global against Local TopK, and R2 for sets of streams. Returns the chart along the first
     setting that is a number, or None."""
-    page.table(*runs_table(results, {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}))
+    columns = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}
+    page.table(*runs_table(results, columns))
     ways = {name: "alone" if m["topk"] == "local" else "joint" for name, m in results.items()}
     heads = {name: {mode: headline(m[mode]) for mode in dict.fromkeys((ways[name], "alone"))}
              for name, m in results.items()}
@@ -1172,8 +1173,8 @@ def linear_score(x, y):
 
 
 def pixel_probe(pixels, y, parts, n_classes):
-    """`scores` of logistic regression on pixels (N, 3, S, S) uint8, at 32 x 32 at most, its strength
-    chosen on the validation part. parts: rows to learn from, choose by and test on."""
+    """`scores` of logistic regression on pixels (N, 3, S, S) uint8, at 32 x 32 at most, of the
+    strength that the validation part chooses. parts: rows to learn from, choose by and test on."""
     side, (train, val, test) = min(32, pixels.shape[-1]), parts
     small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
              for part in torch.from_numpy(pixels).split(256)]
@@ -2096,16 +2097,10 @@ def tell_models(page, found, tested):
 
 # -- Pictures with heat over them -----------------------------------------------------------------
 
-HEAT = np.array([[48, 18, 120], [44, 120, 200], [60, 190, 110], [250, 200, 50], [200, 30, 20]],
-                float)                                       # R, G, B, low to high
-
-
 def heat_colours(heat):
     """(h, w) in 0..1 -> (h, w, 3) uint8, dark blue over green to red."""
-    at = np.clip(heat, 0, 1) * (len(HEAT) - 1)
-    low = np.minimum(at.astype(int), len(HEAT) - 2)
-    share = (at - low)[..., None]
-    return (HEAT[low] * (1 - share) + HEAT[low + 1] * share).round().astype(np.uint8)
+    grey = Image.fromarray((255 * np.clip(heat, 0, 1)).round().astype(np.uint8))
+    return np.asarray(ImageOps.colorize(grey, (48, 18, 120), (200, 30, 20), (60, 190, 110)))
 
 
 def overlay(image, heat, alpha=0.5):
