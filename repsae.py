@@ -1519,26 +1519,21 @@ class Coded:
         return () if known is None else [
             tuple(b[2:]) for b in known[(known[:, 0] == row) & (known[:, 1] == label)]]
 
-    def told(self, name):
-        """For a label: (y (N,) bool: has a sample the label, rows to learn from, rows to judge by),
-        labelled rows alone, both kinds in both."""
-        features, label = self.features, label_number(self.features, name)
-        y = features.label_matrix(np.arange(len(features)))[:, label]
-        parts = [rows[features.labelled[rows]] for rows in (self.train, self.test)]
-        for part, rows in zip(("training", "test"), parts):
-            if not 0 < y[rows].sum() < len(rows):
-                raise InputError(f"{y[rows].sum()} of {len(rows)} labelled {part} samples have the "
-                                 f"label {name} - some, not all, must")
+    def told(self, name=None):
+        """(y (N,) int, rows to learn from, rows to judge by), labelled rows alone: has a sample the
+        label? Without a name, its class; y is None where samples have no or several labels."""
+        features, y, parts = self.features, self.features.labels, (self.train, self.test)
+        if name is not None:
+            label = label_number(features, name)
+            y = features.label_matrix(np.arange(len(features)))[:, label].astype(int)
+        elif y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
+            return None, *parts
+        parts = [rows[features.labelled[rows]] for rows in parts]
+        train, test = (np.unique(y[rows]) for rows in parts)
+        if min(len(train), len(test)) < 2 or not np.isin(test, train).all():
+            raise InputError(f"{name or 'the labels'}: {len(train)} kinds of training samples, "
+                             f"{len(test)} of test samples - both need two, the same; mend `split`")
         return y, *parts
-
-    def classes(self):
-        """(y (N,) int or None where samples have no or several labels, rows to learn from, rows to
-        judge by), labelled rows alone."""
-        y, train, test = self.features.labels, self.train, self.test
-        if y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
-            return None, train, test
-        train, test = train[y[train] >= 0], test[y[test] >= 0]
-        return y, train, test
 
     def about(self, row):
         """What the file tells of a sample, as a dict of text; no label where it is not known."""
@@ -1640,8 +1635,8 @@ def tell_barcodes(page, coded, mean, between):
     """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
     latents differ; returns the arrays for a file. Without groups each sample is one, if it has
     tokens and there are some 20,000 at most; None where there is nothing to tell."""
-    features, (y, _, _) = coded.features, coded.classes()
-    grouped = "groups" in features.about
+    features, y = coded.features, coded.features.labels
+    y, grouped = y if y is None or y.ndim == 1 else None, "groups" in features.about
     if between and (y is None or not grouped):
         lacking = "groups" if y is not None else "single label a sample"
         raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
@@ -1734,19 +1729,16 @@ def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
     coded = Coded(flags.run, flags).pool()
-    name, page = "intervene", judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
-    if flags.label is not None:
-        y, train, test = coded.told(flags.label)
+    page = judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
+    y, train, test = coded.told(flags.label)
+    if flags.label is None:
+        run = analysis_run(flags, "intervene")
+    else:
         label = label_number(coded.features, flags.label)
-        name += f"_{coded.features.label_names[label]}"
-    run = analysis_run(flags, name)
-    if flags.label is not None:
-        means = tell_interventions(page, coded, y, train, test, flags)
+        run = analysis_run(flags, f"intervene_{coded.features.label_names[label]}")
+        means = tell_interventions(page, coded, y > 0, train, test, flags)
         tell_places(page, coded, label, train, test, means, flags)
         tell_class_means(page, means, flags)
-        y = y.astype(int)
-    else:
-        y, train, test = coded.classes()
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
     page.write(run.begin().path)
     say(f"wrote {run.join('report.html')}")
@@ -1851,9 +1843,6 @@ def tell_fidelity(page, coded, y, train, test, eval_rows):
     page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
                list(r2.items()), "Reconstruction", key="r2")
     if y is not None:
-        if len(np.unique(y[train])) < 2 or not np.isin(np.unique(y[test]), y[train]).all():
-            raise InputError("the training split has fewer than two classes, or a test class is "
-                             "not in it - mend `split`")
         kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
         page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
                    key="few")

@@ -1307,10 +1307,10 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", tmp_path), "is no run folder"),
             (("intervene", token_run, "--label", "ill"), "no label 'ill' - take one of well, sick"),
             (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
-            (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "some, not all, must"),
+            (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "sick: 1 kinds of training samples, 1 of test samples"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("grid")), "has no 'grid'"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("boxes")), "has no 'boxes'"),
-            (("intervene", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "a test class is not in it"),
+            (("intervene", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "the labels: 1 kinds of training samples, 2 of test samples - both need two, the same"),
             (("latents", token_run, "--query", "x"), "--names is missing"),
             (("compare", token_run, token_run, "--data", without(x=everything["x"][:, :, :5])), "the run was trained on")):
         assert message in error(capsys, *argv), argv
