@@ -1535,24 +1535,10 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
         worker_init_fn=_forget_slides))
 
 
-@dataclass
-class Pictures(Samples):
-    """Small pictures in memory: pixels (N, 3, S, S) uint8, all with one label (N,)."""
-    pixels: np.ndarray
-
-    @property
-    def groups(self):
-        return self.about.get("groups")
-
-    @property
-    def hash(self):
-        return _digest(self.pixels, self.labels)
-
-
 def read_pictures(path, size, label=None, window=None):
-    """Labelled pictures at size x size, of whatever `read_images` reads; those without a label are
-    left out. Where several labels hold at once, `label` is the name of the one to find. window: see
-    `as_rgb`."""
+    """Labelled pictures in memory, Images with `pixels` (N, size, size, 3), of whatever
+    `read_images` reads; those without a label are left out. Where several labels hold at once,
+    `label` is the name of the one to find. window: see `as_rgb`."""
     images = replace(read_images(path), window=window)
     labels, names, known = images.labels, images.label_names, np.flatnonzero(images.labelled)
     if labels is None:
@@ -1568,17 +1554,17 @@ def read_pictures(path, size, label=None, window=None):
         found = "".join(names[c] for c in there) or "none"
         raise InputError(f"{path} has the one class {found} - there is nothing to tell apart")
     views = (images.open(i).resize((size, size), Image.BICUBIC) for i in known)
-    pixels = np.stack([np.asarray(view).transpose(2, 0, 1) for view in views])
-    about = {k: a[known] for k, a in images.about.items() if k == "groups"}
-    split = None if images.split is None else images.split[known]
-    return Pictures(pixels, labels=labels[known], label_names=names, split=split, about=about,
-                    notes=images.notes)
+    split, groups = (None if a is None else a[known]
+                     for a in (images.split, images.about.get("groups")))
+    return Images([images.paths[i] for i in known], np.stack([np.asarray(view) for view in views]),
+                  labels=labels[known], label_names=names, split=split, notes=images.notes,
+                  about={} if groups is None else {"groups": groups})
 
 
 def picture_parts(pictures, split, seed, source):
     """Rows to train on, to stop by and to report: the file's own split ("given"), or 70 / 15 / 15
     ("random") as `stratified_parts` draws them. source: the file, for messages."""
-    y, groups = pictures.labels, pictures.groups
+    y, groups = pictures.labels, pictures.about.get("groups")
     if split == "random":
         parts = stratified_parts(y, (70, 15, 15), seed, groups)
     elif pictures.split is None:
@@ -1603,9 +1589,9 @@ def picture_parts(pictures, split, seed, source):
 
 
 def normalised(pixels):
-    """(N, 3, S, S) uint8 -> float tensor, normalised as ImageNet."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
-    return (torch.from_numpy(pixels).float() / 255 - mean) / std
+    """(N, S, S, 3) uint8 -> float tensor (N, 3, S, S), normalised as ImageNet."""
+    mean, std = map(torch.tensor, IMAGENET)
+    return ((torch.from_numpy(pixels).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def jittered(x):

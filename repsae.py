@@ -2696,7 +2696,8 @@ def cmd_finetune(flags):
               for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
     log, progress, sizes = Log(run.path("log.csv")), Progress(len(specs) * n), {}
-    baseline = [judge.pixel_probe(pictures.pixels, pictures.labels, parts, C) for parts in rounds]
+    pixels = pictures.pixels.transpose(0, 3, 1, 2)
+    baseline = [judge.pixel_probe(pixels, pictures.labels, parts, C) for parts in rounds]
     found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
     for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
         one = flags.replaced({"seed": flags.seed + r})
