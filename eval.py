@@ -472,6 +472,12 @@ def recovery(dictionaries, truth, threshold=0.9):
             for s, v in near.items()}
 
 
+def mean_of(values, key=None):
+    """The mean of what is not None, or None; with `key` of that entry of each dict."""
+    values = [v for v in (values if key is None else [v[key] for v in values]) if v is not None]
+    return sum(values) / len(values) if values else None
+
+
 def _mean(values):
     return float(np.mean(values)) if len(values) else None
 
@@ -710,11 +716,12 @@ def grid_row(grids):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True):
+def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True,
+              dots=False):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
 
     x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
-    0. zero: the y axis starts at 0 or below.
+    0. zero: the y axis starts at 0 or below. dots: circles instead of a line through the points.
     """
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
@@ -739,10 +746,13 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
     for i, (name, line) in enumerate(series.items()):
         dashed = i >= len(COLOURS) or "null" in name or "global" in name
         ink = f'stroke="{COLOURS[i % len(COLOURS)]}"' + ' stroke-dasharray="6 4"' * dashed
-        points = " ".join("{:.1f},{:.1f}".format(*at(*p)) for p in line)
+        places = ["{:.1f},{:.1f}".format(*at(*p)) for p in line]
+        marks = f'<polyline points="{" ".join(places)}" {ink}/>'
+        if dots:
+            marks = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="none" {}/>'.format(
+                *at(*p), ink) for p in line)
         x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
-        parts.append(f'<polyline points="{points}" {ink}/><path d="M{x:.1f} {y - 4}h18" {ink}/>'
-                     + _text(x + 24, y, name))
+        parts.append(f'{marks}<path d="M{x:.1f} {y - 4}h18" {ink}/>' + _text(x + 24, y, name))
     return "".join(parts) + "</svg>"
 
 
@@ -938,6 +948,109 @@ def tell_run(page, metrics, log, settings, codes, features, rows):
                quiet=True)
 
 
+def code_metrics(codes, features, rows):
+    """What thesis 5.4.1-5.4.5 measure of the codes {stream: CSR (n, L)} of one mode: "activation";
+    "retrieval" of several streams; "concepts" and "probe" where the rows have labels."""
+    out = {"activation": activation_patterns(codes)}
+    if len(codes) > 1:
+        out["retrieval"] = retrieval(codes)
+    labels, known = features.label_matrix(rows), features.labelled[rows]
+    if labels is None or not known.any():
+        return out
+    out["concepts"] = concept_alignment(codes, labels, features.label_names, features.parents, known)
+    groups = features.about.get("groups")
+    tasks = probe_tasks(labels, known=known, groups=None if groups is None else groups[rows])
+    if tasks:
+        out["probe"] = {s: probe(code, tasks) for s, code in codes.items()}
+    return out
+
+
+# -- Many runs beside each other -----------------------------------------------------------------
+
+SHOWN = {"mixed %": "mixed: alive in some, %", "Jaccard": "Jaccard of top-50 labels",
+         "control": "  its control: another latent", "R@1": "retrieval R@1", "cross R2": "R2 cross",
+         "self R2": "R2 self", "probe": "1-D probe loss (chance 0.693)"}
+
+
+def runs_table(results, columns):
+    """{name: metrics} -> (header, rows): a row for each run and one for its null, cells "joint /
+    alone". columns: {heading: name in `headline`}."""
+    rows = []
+    for name, metrics in results.items():
+        for label, block in ((name, metrics), ("  its null", metrics.get("null"))):
+            if block:
+                heads = [headline(block[mode]) for mode in ("joint", "alone")]
+                rows.append([label, *(" / ".join(fmt(head.get(key), key) for head in heads)
+                                      for key in columns.values())])
+    return ["joint / alone", *columns], rows
+
+
+def tell_ablation(page, results):
+    """The table of thesis 5.3.4; results {name: metrics}."""
+    page.table(*runs_table(results, SHOWN),
+               "Who chooses the latents, and how much of it survives alone")
+    one = next(iter(results.values()))
+    page.text(f"linear baseline of cross R2: {fmt(mean_cell(one['linear_baseline']))}; "
+              f"{one['rows']} samples of the {one['split']} split")
+    page.picture("", WHY_BOTH_WAYS)
+
+
+def tell_sweep(page, results, axes):
+    """A grid of runs, {name: metrics}, in the order of the product of axes {setting: values}: their
+    table, Global against Local TopK, and R2 for sets of streams. Returns the chart along the first
+    setting that is a number, or None."""
+    page.table(*runs_table(results, {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}))
+    ways = {name: "alone" if m["topk"] == "local" else "joint" for name, m in results.items()}
+    heads = {name: {mode: headline(m[mode]) for mode in dict.fromkeys((ways[name], "alone"))}
+             for name, m in results.items()}
+    rows = []
+    for name, metrics in results.items():
+        other = name.replace("global", "local", 1)
+        if metrics["topk"] == "global" and other in results:
+            pairs = [(heads[name]["joint"][key], heads[other]["alone"][key])
+                     for key in ("NMSE self", "NMSE cross")]
+            rows.append([name, *(v for a, b in pairs
+                                 for v in (a, b, None if None in (a, b) else a - b))])
+    if rows:
+        page.table(["NMSE, each as trained", "self global", "self local", "gap", "cross global",
+                    "cross local", "gap"], rows)
+    for name, metrics in results.items() if "streams" in axes else ():
+        page.picture(f"R2 of every target from every source: {name}",
+                     grid_row({mode: metrics[mode]["r2"] for mode in heads[name]}))
+    return _sweep_chart(page, heads, axes)
+
+
+def _sweep_chart(page, heads, axes):
+    """NMSE along the first setting of numbers; heads {name: {mode: headline}}."""
+    along = next((k for k, v in axes.items() if len(v) > 1 and not isinstance(v[0], str)), None)
+    if along is None:
+        return None
+    curves = {}
+    for modes, values in zip(heads.values(), itertools.product(*axes.values())):
+        one = dict(zip(axes, values))
+        x = axes[along].index(one.pop(along))
+        for mode, head in modes.items():
+            for what in ("self", "cross"):
+                line = ", ".join(map(str, [what, *one.values(), mode]))
+                curves.setdefault(line, []).append((x, head[f"NMSE {what}"]))
+    chart = svg_lines(curves, along, "NMSE", [f"{v:g}" for v in axes[along]])
+    page.picture("", chart)
+    return chart
+
+
+def tell_activations(page, results):
+    """Kinds of sparse autoencoder of one stream; results {activation_revival: metrics}."""
+    rows = []
+    for name, metrics in results.items():
+        stream, = metrics["alone"]["r2"]
+        head, found = headline(metrics["alone"]), metrics.get("recovery", {}).get(stream)
+        rows.append([name.replace("_", ", "), head["R2 self"], metrics["l0"],
+                     head["silent in all, %"], found and f"{found['found']} of {found['of']}",
+                     metrics["seconds"]])
+    page.table(["activation, revival of the dead", "R2", "L0", "silent %", "concepts found",
+                "seconds"], rows)
+
+
 def _training_charts(log):
     def curves(names):
         return {k: [(int(row["step"]), float(row[k])) for row in log] for k in names}
@@ -1027,14 +1140,18 @@ def scores(truth, probability):
     probabilities. A class that the truth lacks counts in none of them; AUC is None when only one
     class is there."""
     guess, there = probability.argmax(1), np.unique(truth)
-    hit = {c: ((guess == c) & (truth == c)).sum() for c in there}
-    recall = [hit[c] / (truth == c).sum() for c in there]
-    f1 = [2 * hit[c] / ((truth == c).sum() + (guess == c).sum()) for c in there]
+    recall = [(guess[truth == c] == c).mean() for c in there]
     areas = [auc(truth == c, probability[:, c]) for c in there] if len(there) > 1 else []
     if probability.shape[1] == 2:
         areas = areas[1:]                                    # two classes share one curve
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
-            "F1": float(np.mean(f1)), "AUC": _mean(areas)}
+            "F1": _mean(_f1(truth, guess)), "AUC": _mean(areas)}
+
+
+def _f1(truth, guess):
+    """F1 of each class of the truth."""
+    return [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
+            for c in np.unique(truth)]
 
 
 def auc(positive, score):
@@ -1191,7 +1308,8 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     weight, used = label_counts(strength, told, None, known)
     seen = weight[:, :-1]
     if weighted:
-        weight = np.asarray(references.astype(bool).multiply(strength.T).tocsr() @ told.astype(float))
+        best = references.astype(bool).multiply(strength.T).tocsr()
+        weight = np.asarray(best @ told.astype(float))
         weight[np.diff(references.indptr) < top] = 0
     return {**out, "entropy": label_entropy(weight), "purity": seen.max(1) / np.maximum(used, 1),
             "label": np.where(seen.any(1), seen.argmax(1), -1)}
@@ -1217,51 +1335,24 @@ def threshold_counts(mean, exponents=range(-6, 1)):
     return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
 
 
-def latent_scatter(table, most=4000, size=(640, 420)):
-    """CytoSAE Fig. 2A as inline SVG: log10 frequency against log10 mean of at most `most` latents,
-    coloured by label entropy, with histograms."""
+def latent_scatter(table, most=4000):
+    """CytoSAE Fig. 2A as inline SVG: log10 frequency against mean of at most `most` latents, in
+    five colours of label entropy, and histograms of both; a list of charts."""
     alive = np.flatnonzero(table["frequency"] > 0)
-    if not len(alive):
-        return "<p>no latent is active</p>"
-    x, y = np.log10(table["frequency"][alive]), np.log10(table["mean"][alive])
-    entropy = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"])))[alive])
-    colours = heat_colours(entropy[None] / max(entropy.max(), 1e-9))[0]
-    (w, h), left = size, 60
-    right, top, bottom = w - 80, 80, h - 60
-    x_ticks, at_x, x_bars = _log_axis(x, left, right)
-    y_ticks, at_y, y_bars = _log_axis(y, bottom, top)
-    parts = [f'<svg viewBox="0 0 {w} {h}" role="img" '
-             'aria-label="latents by frequency and mean activation">']
-    parts += [f'<path d="M{at_x(v):.1f} {bottom}V{top}" class="grid"/>'
-              + _text(at_x(v), bottom + 16, str(v), "mid") for v in x_ticks]
-    parts += [f'<path d="M{left} {at_y(v):.1f}H{right}" class="grid"/>'
-              + _text(left - 6, at_y(v) + 4, str(v), "end") for v in y_ticks]
-    for i in np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int):
-        parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" '
-                     f'fill="rgb{tuple(map(int, colours[i]))}" fill-opacity=".6"/>')
-    bars = [(a, top - 6 - n, width, n) for a, width, n in x_bars]
-    bars += [(right + 6, a, n, width) for a, width, n in y_bars]
-    parts += [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
-              'fill="#a0aec0"/>' for x, y, width, height in bars]
+    few = alive[np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int)]
+    entropy, series = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"]))))[few], {}
+    x, mean = np.log10(table["frequency"][few]), table["mean"][few]
+    edges = np.linspace(0, entropy.max(initial=1e-9), 6)[1:]
+    for level in np.unique(np.searchsorted(edges, entropy)):
+        here = np.searchsorted(edges, entropy) == level
+        series[f"entropy up to {edges[level]:.2f}"] = list(zip(x[here], mean[here]))
     where = "log10 of the share of samples in which a latent is active"
-    parts += [_text(w / 2, h - 24, where, "mid"), _text(left, 14, "log10 of its mean activation there; "
-              f"colour: label entropy, 0 (dark) to {entropy.max():.2f} nats (red)")]
-    return "".join(parts) + "</svg>"
-
-
-def _log_axis(v, low, high, tallest=50, bins=40):
-    """Whole numbers around the values v, what maps numbers to pixels from low to high, and a
-    histogram there: (start, width, height) of each bar in pixels."""
-    first = math.floor(v.min())
-    last = max(math.ceil(v.max()), first + 1)
-
-    def at(u):
-        return low + (np.asarray(u, float) - first) / (last - first) * (high - low)
-    n, edges = np.histogram(v, bins, (first, last))
-    width = abs(high - low) / bins
-    starts = np.minimum(at(edges[:-1]), at(edges[1:]))
-    bars = [(a, width, tallest * m / n.max()) for a, m in zip(starts, n)]
-    return range(first, last + 1), at, bars
+    charts = [svg_lines(series, where, "its mean activation there", log=True, dots=True)]
+    for label, values in ((where, x), ("log10 of the mean activation", np.log10(mean))):
+        n, at = np.histogram(values, 40)
+        line = list(zip((at[1:] + at[:-1]) / 2, n.tolist())) if len(few) else []
+        charts.append(svg_lines({"latents": line}, label, "latents", size=(640, 160)))
+    return charts
 
 
 def latent_chart(lines, interest, unit, most=100):
@@ -1291,8 +1382,7 @@ def barcodes(count, groups, y=None):
 def differential(codes, y, a, b, top=50):
     """The `top` latents more active in class a than in b and the reverse, by class means a_d of
     barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
-    second, first = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == a)
-    difference = first - second
+    difference = class_means(codes, y == a)[-1] - class_means(codes, y == b)[-1]
     order = np.argsort(-difference, kind="stable")
     most, least = order[:top], order[::-1][:top]
     return most[difference[most] > 0], least[difference[least] < 0], difference
@@ -1300,9 +1390,7 @@ def differential(codes, y, a, b, top=50):
 
 def weighted_f1(truth, guess):
     """F1 of each class, averaged with the classes' frequencies as weights."""
-    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
-          for c in np.unique(truth)]
-    return float(np.average(f1, weights=np.unique(truth, return_counts=True)[1]))
+    return float(np.average(_f1(truth, guess), weights=np.unique(truth, return_counts=True)[1]))
 
 
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
@@ -1367,11 +1455,9 @@ def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
     with all their samples."""
     rng, found = np.random.default_rng([seed, 6]), []
     _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
-    ends = np.cumsum(np.bincount(member))[:-1]
-    rows_of = np.split(np.argsort(member, kind="stable"), ends)
     for _ in range(rounds):
-        drawn = rng.integers(len(rows_of), size=len(rows_of))
-        rows = np.concatenate([rows_of[g] for g in drawn])
+        drawn = rng.integers(member.max() + 1, size=member.max() + 1)
+        rows = np.repeat(np.arange(len(y)), np.bincount(drawn, minlength=len(drawn))[member])
         if 0 < y[rows].sum() < len(rows):
             found.append(auc(y[rows], score[rows]))
     interval = map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None)

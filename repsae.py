@@ -17,6 +17,7 @@ import glob
 import html
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -145,8 +146,8 @@ MODEL = {
              "0 and deviation 1 per dimension, or both in that order (auto)"),
     "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
                    "dead; auto: 1000, or a quarter of all"),
-    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "k a sample, an L1 "
-                   "penalty, k on average, thresholds with an L0 penalty, or a table of all"),
+    "activation": ("topk", str, "topk, relu with an L1 penalty, batchtopk, "
+                   "jumprelu with an L0 penalty, or all: every kind, in one table"),
     "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
     "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
               "write, or its mean: lambda_paper = d * lambda_code"),
@@ -298,7 +299,7 @@ CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
 KINDS = "sparsity error bias expansion bandwidth theta warmup"
 STEPS = "epochs batch lr shuffle seed"
 FOLDER = "device log-every save-every eval-rows overwrite resume"
-ON_RUN = "data stream streams taxonomy seed device out overwrite"
+ON_RUN = "data stream streams seed device out overwrite"
 
 
 def value_of(kind, text):
@@ -311,10 +312,6 @@ def value_of(kind, text):
         return text in ("yes", "1", "True") if kind[0] == "no" else text
     return kind(text)
 
-BY_ACTIVATION = {"topk": {"error": "nmse", "revive": "auxk", "sparsity": 0.},
-                 "batchtopk": {"error": "nmse", "revive": "auxk", "sparsity": 0.},
-                 "relu": {"error": "sum", "revive": "resample", "sparsity": 0.1},
-                 "jumprelu": {"error": "sum", "revive": "resample", "sparsity": 0.01}}
 THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
           "shuffle": "blocks", "dead_after": 1000}           # of SPARC: 5.3.2, A.1.2
 PRESETS = {                                                  # of one stream
@@ -790,27 +787,23 @@ def evaluation_rows(features, flags, *splits):
     """Rows of the first split that has any, at most --eval-rows of them, drawn with the seed."""
     rows = features.rows(*splits)
     if 0 < flags.eval_rows < len(rows):
-        rows = np.sort(np.random.default_rng([flags.seed, 4]).choice(rows, flags.eval_rows, replace=False))
+        rng = np.random.default_rng([flags.seed, 4])
+        rows = np.sort(rng.choice(rows, flags.eval_rows, replace=False))
     return rows
 
 
 def encoded(model, features, rows, mode, device, block=1024):
-    """Yield (x, codes) for `rows`, block by block: dicts stream -> raw features (b, d_s) and -> Codes."""
+    """Yield (x, codes) of `rows`, block by block: dicts stream -> raw (b, d_s) and -> Codes."""
     with torch.no_grad():
         for start in range(0, len(rows), block):
-            x = {s: v.to(device) for s, v in features.batch(rows[start:start + block]).items()}
+            x = features.batch(rows[start:start + block])
+            x = {s: v.to(device) for s, v in x.items()}
             yield x, model.encode(x, mode)
 
 
-def mean_of(values, key=None):
-    """The mean of what is not None, or None; with `key` of that entry of each dict."""
-    values = [v for v in (values if key is None else [one[key] for one in values]) if v is not None]
-    return sum(values) / len(values) if values else None
-
-
 def codes_and_fit(model, features, rows, mode, device):
-    """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass;
-    "same_choice": the share of (sample, stream) whose latents are those of the sample's first stream."""
+    """In one pass the codes of `rows`, {stream: CSR (n, L)}, and how they rebuild each stream: a
+    dict of r2, nmse and the share of (sample, stream) with its first stream's latents."""
     pieces = []
 
     def reconstructions():
@@ -819,90 +812,92 @@ def codes_and_fit(model, features, rows, mode, device):
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
-    pairs = {s: arrays(code) for s, code in sae.joined(pieces).items()}
-    chosen = [indices for indices, _ in pairs.values()]
-    fit["same_choice"] = float(np.mean([np.all(chosen[0] == c, 1) for c in chosen]))
-    return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in pairs.items()}, fit
-
-
-def arrays(code):
-    """sae.Codes -> (indices (N, k) int32, values (N, k)), as numpy arrays."""
-    return code.indices.int().numpy(), code.values.numpy()
+    codes = sae.joined(pieces)
+    first = next(iter(codes.values())).indices
+    fit["same_choice"] = float(np.mean([np.all(first == c.indices, 1) for c in codes.values()]))
+    return {s: judge.sparse_code(*code, model.n_latents) for s, code in codes.items()}, fit
 
 
 def measure(model, features, flags):
-    """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone. Returns (metrics, codes by mode, rows)."""
-    features = features.per_token()
+    """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone.
+
+    Returns (metrics, codes {mode: {stream: CSR}}, rows judged)."""
+    features, several = features.per_token(), len(model.streams) > 1
     rows = evaluation_rows(features, flags, "test", "val")
-    labels, known = features.label_matrix(rows), features.labelled[rows]
-    groups = features.about.get("groups")
-    tasks = [] if labels is None else judge.probe_tasks(
-        labels, known=known, groups=None if groups is None else groups[rows])
-    out = {"split": str(features.split[rows[0]]), "rows": len(rows), "steps": int(model.step), "latents": model.n_latents,
-           "of": len(features.rows("test", "val")), "topk": getattr(model, "topk", None)}
-    codes = {}
-    for mode in ("joint", "alone") if len(model.streams) > 1 else ("alone",):
+    codes, out = {}, {"split": str(features.split[rows[0]]), "rows": len(rows),
+                      "of": len(features.rows("test", "val")), "steps": int(model.step),
+                      "latents": model.n_latents, "topk": model.topk}
+    for mode in ("joint", "alone") if several else ("alone",):
         codes[mode], fit = codes_and_fit(model, features, rows, mode, flags.device)
-        out[mode] = {"activation": judge.activation_patterns(codes[mode]), **fit}
-        if len(model.streams) > 1:
-            out[mode]["retrieval"] = judge.retrieval(codes[mode])
-        if known.any():
-            out[mode]["concepts"] = judge.concept_alignment(
-                codes[mode], labels, features.label_names, features.parents, known)
-        if tasks:
-            out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
+        out[mode] = {**judge.code_metrics(codes[mode], features, rows), **fit}
         out[mode]["headline"] = judge.headline(out[mode])
-    if labels is not None:
-        out["positives"] = int(labels.sum(0).max(initial=0))
+    if features.labels is not None:
+        out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
-    if len(model.streams) > 1:
+    if several:
         with torch.no_grad():
-            seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy() for s, x in features.batch(r).items()}
-                    for r in (evaluation_rows(features, flags, "train"), rows)]
+            seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy()
+                     for s, x in features.batch(part).items()}
+                    for part in (evaluation_rows(features, flags, "train"), rows)]
+        raw = {s: x.numpy() for s, x in features.batch(rows).items()}
         out["linear_baseline"] = judge.linear_baseline(*seen)
-        raw = judge.retrieval({s: x.numpy() for s, x in features.batch(rows).items()})
-        if raw:
-            out["raw_retrieval"] = raw
+        out["raw_retrieval"] = judge.retrieval(raw)
     if features.truth:
-        out["recovery"] = judge.recovery({s: model.dictionary(s).cpu().numpy() for s in model.streams}, features.truth)
+        found = {s: model.dictionary(s).cpu().numpy() for s in model.streams}
+        out["recovery"] = judge.recovery(found, features.truth)
     return out, codes, rows
 
 
-def run_sparc(run, features):
-    """Train, measure, write metrics.json and report.html; with --null one more within. Returns metrics."""
-    flags, command = run.flags, run.flags.command
-    began = time.time()
+def judged(run, features, whole=None, quiet=False):
+    """Train, with --null once more on shuffled streams, and measure; write metrics.json and
+    report.html. whole: the run that --null would be added to. Returns metrics."""
+    flags, began = run.flags, time.time()
     model, log = train(run, features)
     trained = time.time()
     metrics, codes, rows = measure(model, features, flags)
-    if flags.null:
+    if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
-        shuffled = features.shuffled(flags.seed)
-        null, _, _ = measure(train(run.part("null", flags.replaced({"null": False})), shuffled)[0],
-                             shuffled, flags)
+        shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
+        null, _, _ = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
-    owner = {"sparc": run.folder, "ablate": os.path.dirname(os.path.abspath(run.folder))}.get(command)          # sweep has no null
     metrics["verdict"] = judge.verdict(
-        metrics, owner and f"add it with python repsae.py {command} --resume --null --out {shlex.quote(owner)}")
+        metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
+                           f"{shlex.quote(whole.folder)}")
     settings = {**flags, "seconds to train": round(trained - began, 1),
                 "seconds to measure": round(time.time() - trained, 1)}
-    page = judge.Page(f"repsae {command}: {os.path.basename(os.path.abspath(run.folder))}")
-    judge.tell_summary(page, metrics, quiet=True)
+    page = judge.Page(f"repsae {flags.command}: {os.path.basename(os.path.abspath(run.folder))}")
+    judge.tell_summary(page, metrics, quiet)
     judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
     page.write(run.path, metrics)
+    if not quiet:
+        say(f"wrote {run.join('report.html')}")
     return metrics
 
 
+def judged_parts(run, trials, whole=None):
+    """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run.
+
+    Returns {name: metrics}, with the seconds that each took."""
+    results = {}
+    for name, (flags, features) in trials.items():
+        say(f"-- {name}")
+        began = time.time()
+        results[name] = judged(run.part(name, flags), features, whole, quiet=True)
+        results[name]["seconds"] = round(time.time() - began, 2)
+    return results
+
+
 def read(flags):
-    """The features that the flags name, or the made-up ones; prints what the user should know about them."""
+    """The features that the flags name, or the made-up ones; says what is to be known of them."""
     names = flags.streams.split(",") if flags.streams else None
     if flags.data is not None:
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
     else:
         features = data.planted_streams(seed=flags.seed)
-        unknown = [s for s in names or () if s not in features.streams]
-        if unknown:
-            raise InputError(f"the made-up data has no stream '{unknown[0]}' - it has {', '.join(features.streams)}")
+        for s in names or ():
+            if s not in features.streams:
+                raise InputError(f"the made-up data has no stream '{s}' - "
+                                 f"it has {', '.join(features.streams)}")
         features.streams = {s: features.streams[s] for s in names or features.streams}
         features.truth = {s: features.truth[s] for s in features.streams}
     for note in features.notes:
@@ -910,103 +905,95 @@ def read(flags):
     return features
 
 
-def read_to_train(flags):
-    """`read`, and make sure that there is something to train on and something to judge by."""
+def read_to_train(flags, least=1):
+    """`read`, once there is something to train on, something to judge by, and `least` streams."""
     features = read(flags)
     features.rows("test", "val")
+    if len(features.streams) < least:
+        raise InputError(f"{flags.command} shares a code among streams and needs two streams, not "
+                         f"{list(features.streams)[0]} alone - give more, or use sae for one")
     if len(features.per_token().rows("train")) < 2:
         raise InputError("the train split has 1 sample - give at least two to learn from")
     if features.tokens:
-        say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token counts as a sample")
+        say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token "
+                 "counts as a sample")
     return features.per_token()
 
 
 # ------------------------------------------------------------------------------------------------
-# Commands
+# Sparse codes: training and using them (thesis 4.1, 5)
 # ------------------------------------------------------------------------------------------------
 
 @command(f"{DATA} {CODE} topk lam loss preset null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
     run = Run(flags)
-    features = read_to_train(run.flags)
-    if len(features.streams) < 2:
-        raise InputError(f"{flags.data} has the one stream {list(features.streams)[0]} - "
-                         "sparc shares a code among several; use sae for one")
+    features = read_to_train(run.flags, 2)
     run.flags = run.flags if run.saved else resolved(flags, features)
-    print_summary(run_sparc(run, features))
-    say(f"wrote {run.join('report.html')}")
+    judged(run, features, run)
 
 
 @command(f"{DATA} stream {CODE} {KINDS} activation revive preset {STEPS} {FOLDER} out=runs/sae")
 def cmd_sae(flags):
-    """Train a sparse autoencoder on one stream: relu, topk, batchtopk or jumprelu (thesis 4.1 and its relatives)."""
+    """Train a sparse autoencoder on one stream (thesis 4.1 and its relatives), or every kind."""
     run = Run(flags)
     features = one_stream(run.flags)
+    if run.flags.activation == "all":
+        return every_activation(run, features)
     run.flags = run.flags if run.saved else resolved_sae(flags, features)
-    print_summary(run_sparc(run, features))
-    say(f"wrote {run.join('report.html')}")
+    judged(run, features)
 
 
 def resolved_sae(flags, features):
-    """`resolved` for one stream, where the activation and the preset have settings of their own."""
-    preset = PRESETS.get(flags.get("preset"), {})
-    activation = flags.activation if "activation" in flags.given else preset.get("activation", flags.activation)
-    layers = {**BY_ACTIVATION[activation], **(PLANTED_SAE[activation] if flags.data is None else {}), **preset,
-              "activation": activation}
+    """`resolved` for one stream: the activation and the preset have settings of their own."""
+    preset = PRESETS.get(flags.preset, {})
+    typed = "activation" in flags.given
+    activation = flags.activation if typed else preset.get("activation", flags.activation)
+    sae.one_of("activation", activation, sae.ACTIVATIONS)
+    own = sae.ACTIVATIONS[activation]
+    planted = PLANTED_SAE.get(activation, {}) if flags.data is None else {}
+    layers = {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, **planted,
+              **preset, "activation": activation}
     flags = resolved(flags.replaced({"null": False}), features, layers)
-    if flags.sparsity and "topk" in activation:
-        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no penalty - leave it out, or "
-                         "set --k")
-    say_once(f"note: what is done about latents that have not fired for {flags.dead_after} steps: {flags.revive}")
+    if flags.sparsity and not own.sparsity:
+        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no "
+                         "penalty - leave it out, or set --k")
+    say_once(f"note: what is done about latents that have not fired for {flags.dead_after} steps: "
+             f"{flags.revive}")
     return flags
 
 
 def one_stream(flags):
-    """The features of --stream, every token a sample; raises InputError when there are several streams to pick from."""
+    """The features of --stream, every token a sample."""
     stream = flags.stream or ("vision" if flags.data is None else None)
-    features = read_to_train(flags.replaced({"streams": stream or flags.get("streams")}))
+    features = read_to_train(flags.replaced({"streams": stream or flags.streams}))
     if len(features.streams) > 1:
-        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
+        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
+                         "pick one with --stream")
     return features
 
 
-VARIANTS = ({"activation": "relu"}, {"activation": "relu", "revive": "none"}, {"activation": "relu", "revive": "ghost"},
-            {"activation": "topk"}, {"activation": "batchtopk"}, {"activation": "jumprelu"})
-
-
-@command(f"{DATA} stream {CODE} {KINDS} {STEPS} {FOLDER} out=runs/variants")
-def cmd_variants(flags):
-    """Every kind of sparse autoencoder on one stream, in one table: R2, active and silent latents, planted concepts found."""
-    run = Run(flags)
-    flags, saved = run.flags, run.saved
-    given = saved.get("given") if saved else []
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise InputError(f"{flags.out} has {given!r} as what was given in config.json - restore it, or train anew")
-    flags.given |= frozenset(given)
-    features, rows, results = one_stream(flags), [], {}
-    sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what its first use loads is not the first row's time
-    for variant in VARIANTS:
-        one = flags.replaced(variant)
-        one.given = flags.given | variant.keys()
+def every_activation(run, features):
+    """Each activation with what revives its dead latents, and relu with others, in one table: R2,
+    active and silent latents, planted concepts found."""
+    flags, trials = run.flags, {}
+    if run.saved:                                            # what was typed then
+        flags.given |= {k for k, v in flags.items()
+                        if v != COMMANDS["sae"].flags.get(k.replace("_", "-"), v)}
+    kinds = [{"activation": name} for name in sae.ACTIVATIONS]
+    kinds[1:1] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
+    for kind in kinds:
+        one = flags.replaced(kind)
+        one.given = flags.given | kind.keys()
         one = resolved_sae(one, features)
-        name = f"{one.activation}, {one.revive}"
-        if not results:
-            run.begin(flags, given=sorted(flags.given - FREE_ON_RESUME), data_hash=features.hash)
-        say(f"-- {name}")
-        began = time.time()
-        metrics = run_sparc(run.part(name.replace(", ", "_"), one), features)
-        results[name] = {**metrics, "seconds": round(time.time() - began, 2)}
-        stream = next(iter(features.streams))
-        found = metrics.get("recovery", {}).get(stream)
-        rows.append([name, metrics["alone"]["r2"][stream][stream], metrics["l0"], 100 * metrics["alone"]["activation"]
-                     ["alive_in"][0] / metrics["alone"]["activation"]["latents"],
-                     f"{found['found']} of {found['of']}" if found else None, results[name]["seconds"]])
-    header = ["activation, revival of the dead", "R2", "L0", "silent %", "concepts found", "seconds"]
-    print("\n" + judge.text_table(header, rows))
-    judge.write_json(run.path("metrics.json"), results)
-    judge.write_report(run.path("report.html"), "repsae variants", [("", judge.html_table(header, rows))])
-    say(f"wrote {os.path.join(flags.out, 'report.html')}")
+        trials[f"{one.activation}_{one.revive}"] = one, features
+    sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what it loads is in no row's seconds
+    run.begin(flags, data_hash=features.hash)
+    results = judged_parts(run, trials)
+    page = judge.Page("repsae sae: every activation")
+    judge.tell_activations(page, results)
+    page.write(run.path, results)
+    say(f"wrote {run.join('report.html')}")
 
 
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
@@ -1014,11 +1001,12 @@ def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
     coded = Coded(flags.run, flags)
     model, features, flags = coded.model, coded.features, coded.flags
-    missing = [s for s in model.streams if s not in features.streams]
-    if missing:
-        raise InputError(f"the data lacks the run's stream '{missing[0]}' - eval needs {', '.join(model.streams)}")
+    for s in model.streams:
+        if s not in features.streams:
+            raise InputError(f"the data lacks the run's stream '{s}' - "
+                             f"eval needs {', '.join(model.streams)}")
     metrics, _, _ = measure(model, features, flags)
-    print_summary(metrics)
+    judge.tell_summary(judge.Page(""), metrics)
     if flags.json:
         judge.write_json(out_file(flags, "json"), metrics)
         say(f"wrote {flags.json}")
@@ -1026,143 +1014,92 @@ def cmd_eval(flags):
 
 @command(f"{DATA} seed device mode overwrite out=codes.npz", "run")
 def cmd_encode(flags):
-    """Write the sparse codes of features: <stream>_indices and _values, (N, k), of tokens (N, T, k).
+    """Write the sparse codes of features: <stream>_indices and _values, (N, k), or (N, T, k).
 
     Samples with fewer active latents may be filled up with index -1, value 0."""
     out_file(flags)
     coded = Coded(flags.run, flags)
     model, features, flat = coded.model, coded.features, coded.flat
-    codes = sae.joined([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
+    pieces = encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    kept = {f"{s}_{name}": v.reshape(shape) for s, code in codes.items()
-            for name, v in zip(("indices", "values"), arrays(code))}
+    kept = {"n_latents": model.n_latents, "mode": flags.mode}
+    for s, code in sae.joined([codes for _, codes in pieces]).items():
+        for name, v in code._asdict().items():
+            kept[f"{s}_{name}"] = v.reshape(shape)
     if "ids" in features.about:
         kept["ids"] = features.about["ids"]
-    judge.write_npz(out_file(flags), {**kept, "n_latents": model.n_latents, "mode": flags.mode})
+    judge.write_npz(out_file(flags), kept)
     say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
-ABLATION = (("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))
-ABLATE_COLUMNS = (("mixed %", "mixed: alive in some, %"), ("Jaccard", "Jaccard of top-50 labels"),
-                  ("control", "  its control: another latent"),
-                  ("R@1", "retrieval R@1"), ("cross R2", "R2 cross"), ("self R2", "R2 self"),
-                  ("probe", "1-D probe loss (chance 0.693)"))
+@command(f"{DATA} over! {CODE} topk lam loss preset {STEPS} {FOLDER} out=runs/sweep")
+def cmd_sweep(flags):
+    """A run for every combination of settings, or of sets of streams, beside each other (thesis
+    5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
+    run = Run(flags)
+    axes = parse_axes("over", run.flags, '"topk=global,local lam=0,1" or "streams=a+b,a+b+c"')
+    results = swept(run, axes)
+    page = judge.Page(f"repsae sweep over {' and '.join(axes)}")
+    chart = judge.tell_sweep(page, results, axes)
+    if chart:
+        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
+    page.write(run.path, results)
+    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
+
+
+ABLATION = {"global_lam1", "global_lam0", "local_lam1", "local_lam0", "both_lam1", "random_lam1"}
 
 
 @command(f"{DATA} {CODE} loss preset null {STEPS} {FOLDER} out=runs/ablate")
 def cmd_ablate(flags):
-    """The 2x2 of thesis 5.3.4 plus `both` and `random`, in one table, each joint and alone, with its null."""
+    """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
     run = Run(flags)
-    flags, features = run.flags, read_to_train(run.flags)
-    if len(features.streams) < 2:
-        raise InputError("ablate compares ways of sharing a code - give at least two streams")
-    flags, results = flags if run.saved else resolved(flags, features), {}
-    for topk, lam in ABLATION:
-        name = f"{topk}_lam{lam:g}"
-        say(f"-- {name}")
-        if not results:
-            run.begin(flags, data_hash=features.hash)
-        one = flags.replaced({"topk": topk, "lam": lam})
-        results[name] = run_sparc(run.part(name, one), features)
-    header, rows = ablation_table(results)
-    print(f"\n{judge.text_table(header, rows)}\n")
-    any_run = results["global_lam1"]
-    print(f"linear baseline of cross R2: {judge.fmt(judge.mean_cell(any_run['linear_baseline']))}; "
-          f"{any_run['rows']} samples of the {any_run['split']} split")
-    judge.write_json(run.path("metrics.json"), results)
-    table = judge.html_table(header, rows)
-    judge.write_report(run.path("report.html"), "repsae ablate", [
-        ("Who chooses the latents, and how much of it survives alone", table + judge.WHY_BOTH_WAYS)])
-    say(f"wrote {os.path.join(flags.out, 'report.html')}; each configuration has its own report in a folder beside it")
+    axes = {"topk": ["global", "local", "both", "random"], "lam": [1., 0.]}
+    results = swept(run, axes, ABLATION, run)
+    page = judge.Page("repsae ablate")
+    judge.tell_ablation(page, results)
+    page.write(run.path, results)
+    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
 
 
-def ablation_table(results):
-    """{name: metrics} -> (header, rows): a line for each configuration and one for its null; cells "joint / alone"."""
-    header, rows = ["joint / alone", *(name for name, _ in ABLATE_COLUMNS)], []
-    for name, metrics in results.items():
-        for label, block in ((name, metrics), ("  its null", metrics.get("null"))):
-            if block:
-                heads = {mode: judge.headline(block[mode]) for mode in ("joint", "alone")}
-                cells = [[judge.fmt(heads[mode].get(key), key) for mode in heads] for _, key in ABLATE_COLUMNS]
-                rows.append([label, *map(" / ".join, cells)])
-    return header, rows
-
-
-@command(f"{DATA} over {CODE} lam loss preset {STEPS} {FOLDER} out=runs/sweep")
-def cmd_sweep(flags):
-    """Self and cross NMSE over values of one setting, Global against Local TopK (thesis 5.4.8, sparc.txt 5 and B), or over
-    sets of streams (sparc.txt C)."""
-    run = Run(flags)
-    flags, saved = run.flags, run.saved
-    name, values = parse_over(flags.over)
-    features, trials = read_to_train(flags), {}
-    flags = flags if saved else resolved(flags, features)
-    for value in values:                                     # before anything is written
-        trial = flags.replaced({name: value, "null": False})
-        mine = read_to_train(trial) if name == "streams" else features
-        if len(mine.streams) < 2:
-            raise InputError(f"a cross error needs two streams, not {', '.join(mine.streams)} alone - give more")
-        sae.SPARC(mine.dims, trial.latents, trial.k)
-        trials[value.replace(",", "+") if name == "streams" else f"{value:g}"] = trial, mine
+def swept(run, axes, only=None, whole=None):
+    """Train and judge every combination of the values in `axes`, or those named `only`. A name is
+    made of the values: global_lam1. Returns {name: metrics}."""
+    features, trials = read_to_train(run.flags, 2), {}
+    flags = run.flags if run.saved else resolved(run.flags, features)
+    for values in itertools.product(*axes.values()):
+        one = dict(zip(axes, values))
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:g}" for key, v in one.items())
+        if only and name not in only:
+            continue
+        trial, mine = flags.replaced(one), features
+        if {"streams", "seed"} & one.keys():                 # the seed draws the split too
+            trial["streams"] = (trial.streams or "").replace("+", ",")
+            mine = read_to_train(trial, 2)
+        sae.SPARC(mine.dims, trial.latents, trial.k)         # before anything is written
+        trials[name] = trial, mine
     run.begin(flags, data_hash=features.hash)
-    rows, curves, grids = [], {}, {}
-    for label, (trial, mine) in trials.items():
-        found = {}
-        for topk in ("global", "local"):
-            say(f"-- {name} {label}, {topk}")
-            one = trial.replaced({"topk": topk})
-            metrics = run_sparc(run.part(f"{name}_{label}_{topk}", one), mine)
-            for mode in ("joint", "alone"):
-                head = judge.headline(metrics[mode])
-                grids.setdefault(label, {})[f"{topk}, {mode}"] = metrics[mode]["r2"]
-                for what in ("self", "cross"):
-                    found[what, topk, mode] = head[f"NMSE {what}"]
-        # each as it was trained: that is what the thesis plots
-        cells = {what: (found[what, "global", "joint"], found[what, "local", "alone"]) for what in ("self", "cross")}
-        gap = {what: None if None in pair else pair[0] - pair[1] for what, pair in cells.items()}
-        rows.append([label, *cells["self"], gap["self"], *cells["cross"], gap["cross"],
-                     found["self", "global", "alone"], found["cross", "global", "alone"]])
-        for what in cells:
-            lines = f"{what}, global", f"{what}, local", f"{what}, global alone"
-            for line, y in zip(lines, (*cells[what], found[what, "global", "alone"])):
-                curves.setdefault(line, []).append((len(rows) - 1, y))
-    header = [name, "self global", "self local", "gap", "cross global", "cross local", "gap",
-              "self global alone", "cross global alone"]
-    print("\n" + judge.text_table(header, rows))
-    judge.write_json(run.path("metrics.json"), {"over": name, "header": header, "rows": rows})
-    if name == "streams":                                    # no axis to draw along, but sparc.txt's tables
-        sections = [(f"R2 of every target from every source: {label}", judge.grid_row(
-            {key: v for key, v in of.items() if key != "local, joint"})) for label, of in grids.items()]
-        table = judge.html_table(header, rows)
-    else:
-        chart = judge.svg_lines(curves, name, "NMSE", [row[0] for row in rows])
-        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
-        sections, table = [], chart + judge.html_table(header, rows)
-    judge.write_report(run.path("report.html"), f"repsae sweep over {name}", [
-        ("NMSE, Global against Local TopK", table), *sections])
-    say(f"wrote {os.path.join(flags.out, 'report.html')}")
+    return judged_parts(run, trials, whole)
 
 
-def parse_over(over):
-    """"latents=256,512" -> ("latents", [256, 512]); "streams=a+b,b+c" -> ("streams", ["a,b", "b,c"])."""
-    name, _, values = (over or "").partition("=")
-    if name not in ("latents", "k", "lam", "lr", "streams"):
-        raise InputError(f"--over {over} - write for example latents=256,512,1024 (or k=, lam=, lr=, streams=a+b,a+b+c)")
-    if name == "streams":
-        if not all(v for one in values.split(",") for v in one.split("+")):
-            raise InputError(f"--over {over} - write for example streams=a+b,a+b+c")
-        return name, [v.replace("+", ",") for v in values.split(",")]
-    kind = FLAGS[name][1]
-    kind = Number(kind.kind, kind.least, kind.most)          # a value to compare is not "auto"
-    try:
-        return name, [kind(v) for v in values.split(",")]
-    except argparse.ArgumentTypeError as e:
-        raise InputError(f"--over {over}: {e}")
-
-
-def print_summary(metrics):
-    """The end of a run: the table, joint and alone side by side, the planted concepts that were found, the verdict."""
-    judge.tell_summary(judge.Page(""), metrics)
+def parse_axes(option, flags, example, without=()):
+    """The flag --over or --grid, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
+    known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags} - {*without}
+    axes = {}
+    for word in (flags[option] or "").split():
+        name, _, values = word.partition("=")
+        kind = FLAGS[name][1] if name in known else None
+        if isinstance(kind, Number):                         # a value to compare is not "auto"
+            kind = Number(kind.kind, kind.least, kind.most)
+        elif name == "streams" and all(s for v in values.split(",") for s in v.split("+")):
+            kind = str
+        elif not isinstance(kind, tuple):
+            raise InputError(f"--{option} {word} - write for example {example}")
+        try:
+            axes[name.replace("-", "_")] = [value_of(kind, v) for v in values.split(",")]
+        except argparse.ArgumentTypeError as e:
+            raise InputError(f"--{option} {word}: {e}")
+    return axes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1185,9 +1122,8 @@ def cmd_dino(flags):
     run.trained_on(images.hash, flags.images)
     torch.set_flush_denormal(True)                           # far tokens' gradients get that small
     torch.manual_seed(flags.seed)
-    nets = ssm.dino_nets(flags.arch, flags.size, flags.patch, flags.prototypes, flags.head_hidden,
-                         flags.bottleneck, flags.norm_last, flags.drop_path, flags.decay_ssm,
-                         flags.device)
+    nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck norm_last "
+                                      "drop_path decay_ssm device"))
     if flags.standardise:
         for net in nets[:2]:
             ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
@@ -1198,8 +1134,8 @@ def cmd_dino(flags):
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
                        flags.colour, flags.pathology)
     run.begin(flags, data_hash=images.hash, pictures=len(images))
-    watch = Watch(images, nets[1].backbone, flags)
-    tell_dino(run, train_dino(run, nets, images, crops, watch), watch)
+    watch = Watch(images, flags)
+    tell_dino(run, nets[1].backbone, train_dino(run, nets, images, crops, watch), watch)
 
 
 def pictures_of(flags):
@@ -1249,24 +1185,24 @@ def train_dino(run, nets, images, crops, watch):
     columns = ("loss", "entropy", "information", "knn")
     log = Log(run.path("log.csv"), step, columns, gaps=columns)
     if not step and watch.tasks:
-        log.add({"step": 0, "epoch": 0, **dict.fromkeys(columns, ""), "knn": watch.knn()})
-        say(f"before training: k-NN {float(log.rows[0]['knn']):.3f} ({watch.measure}), raw pixels "
-            f"{watch.knn(raw=True):.3f}")
+        knn = watch.knn(nets[1].backbone)
+        log.add({"step": 0, "epoch": 0, **dict.fromkeys(columns, ""), "knn": knn})
+        say(f"before training: k-NN {knn:.3f} ({watch.measure}), raw pixels {watch.knn():.3f}")
 
     def on_step(t, told):
         nonlocal step
         step, ended, knn = t, t % epoch == 0, ""
         if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
-            knn = watch.knn()
+            knn = watch.knn(nets[1].backbone)
         words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
         keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
              lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
         if ended:
             refuse_collapse([r for r in log.rows if int(r["step"]) > t - epoch], flags.prototypes)
-    names = ("epochs", "min_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
-             "teacher_temp", "teacher_temp_start", "teacher_warmup", "clip", "freeze_last")
+    settings = flags.pick("epochs min_lr warmup weight_decay weight_decay_end momentum teacher_temp "
+                          "teacher_temp_start teacher_warmup clip freeze_last")
     schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
-                                 **{name: flags[name] for name in names})
+                                 **settings)
     views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
     with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
             checkpoint, ssm.dino_state(nets, step))) as keep:
@@ -1286,36 +1222,35 @@ def refuse_collapse(rows, K, least=1e-3):
 
 
 class Watch:
-    """Looks at a backbone from outside: the features of pictures, and how well the nearest
-    neighbours among them know the labels (`tasks`, empty if there are none)."""
+    """Looks at a backbone from outside: what the nearest neighbours of pictures know of their
+    labels, where they have any (`tasks`)."""
 
-    def __init__(self, images, backbone, flags, most=4000):
-        self.images, self.backbone, self.flags, self.tasks = images, backbone, flags, []
+    def __init__(self, images, flags, most=4000):
+        self.images, self.flags, self.tasks = images, flags, []
         self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
         if all(map(len, self.rows)):
             self.tasks = judge.label_tasks(images.labels, *self.rows)
-            self.several = images.labels.ndim == 2           # labels that hold at once
-            self.measure = "mean AUC of the labels" if self.several else "balanced accuracy"
+            several = images.labels.ndim == 2                # labels that hold at once
+            self.measure = "AUC" if several else "balanced accuracy"
+            self.classes = 2 if several else len(images.label_names)
 
-    def features(self, rows, raw=False):
-        backbone = None if raw else self.backbone
+    def features(self, rows, backbone):
         return image_features(self.images, rows, backbone, self.flags.size, self.flags.device)
 
-    def knn(self, raw=False):
-        """`measure` of the 20 nearest neighbours, by features or by raw pixels."""
-        x = [self.features(rows, raw) for rows in self.rows]
-        C = 2 if self.several else len(self.images.label_names)
-        found = judge.judged_features(*x, self.tasks, self.rows, C, ks=(20,))["20-NN"]
-        return found["AUC" if self.several else "balanced accuracy"]
+    def knn(self, backbone=None):
+        """`measure` of the 20 nearest neighbours by features; without a backbone by raw pixels."""
+        x = [self.features(rows, backbone) for rows in self.rows]
+        found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
+        return found["20-NN"][self.measure]
 
-    def neighbours(self):
+    def neighbours(self, backbone):
         """Twelve held-out pictures, each class as often, each before its seven nearest in training:
         a list of rows of pictures."""
         train, test = self.rows
-        labels = np.zeros(len(test)) if self.several else self.images.labels[test]
+        labels = self.images.labels[test] if self.measure != "AUC" else np.zeros(len(test))
         kinds = np.unique(labels)
         asked = np.concatenate([test[labels == c][:max(1, 12 // len(kinds))] for c in kinds])
-        near, _ = judge.nearest(self.features(asked), self.features(train), 7)
+        near, _ = judge.nearest(*(self.features(rows, backbone) for rows in (asked, train)), 7)
         return [[self.images.open(i) for i in (row, *train[found])]
                 for row, found in zip(asked, near)]
 
@@ -1333,9 +1268,9 @@ def image_features(images, rows, backbone, size, device, block=256, whole=False,
     return np.concatenate(found)
 
 
-def tell_dino(run, log, watch):
+def tell_dino(run, backbone, log, watch):
     """metrics.json and report.html, with curves.svg and neighbours.png."""
-    page, found = judge.Page(f"repsae dino: {run.flags.arch}"), {}
+    page = judge.Page(f"repsae dino: {run.flags.arch}")
     curves = {k: [(int(row["step"]), float(row[k])) for row in log.rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
     charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
@@ -1343,15 +1278,13 @@ def tell_dino(run, log, watch):
     found = {k: line[-1][1] for k, line in curves.items() if line}
     page.picture("Training", "".join(charts))
     if watch.tasks:
-        pixels = watch.knn(raw=True)
+        pixels, pictures = watch.knn(), watch.neighbours(backbone)
         found.update(knn_pixels=pixels, knn_random=curves["knn"][0][1])
         lines = {"teacher": curves["knn"], "raw pixels": [(x, pixels) for x, _ in curves["knn"]]}
         charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
         page.picture("k-NN on held-out pictures", charts[-1])
-        pictures = watch.neighbours()
         titles = ["picture", *(f"neighbour {i}" for i in range(1, len(pictures[0])))]
-        sheet = judge.contact_sheet(pictures, titles, 96)
-        judge.save_picture(run.path("neighbours.png"), sheet)
+        judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(pictures, titles, 96))
         page.picture("Nearest neighbours in the training pictures", "".join(
             judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))
     judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
@@ -1428,7 +1361,7 @@ def source_of(spec, flags):
     if not os.path.exists(os.path.join(where, "config.json")):
         raise InputError(f"{where} is no dino run - give its folder, or write {name}=arch:FILE")
     theirs = read_config(where, ("arch", "size", "patch"))["flags"]
-    made.update({key: theirs[key] for key in ("arch", "size", "patch")})
+    made.update({key: theirs.get(key, FLAGS[key][0]) for key in ("arch", "size", "patch")})
     return name, made, os.path.join(where, "checkpoint.pt")
 
 
@@ -1499,12 +1432,13 @@ def cmd_probe(flags):
     if several and len(tasks) < len(chosen):
         say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in "
             "test, are left out")
-    linear = functools.partial(judge.sgd_probe, seed=flags.seed)
-    if flags.solver == "lbfgs":
-        linear = functools.partial(judge.logistic_probe, strength=flags.strength)
-    found = {s: judge.judged_features(*(features.batch(part)[s].numpy() for part in rows), tasks,
-                                      rows, 2 if several else len(chosen), linear)
-             for s in features.streams}
+    linear = functools.partial(judge.sgd_probe, seed=flags.seed) if flags.solver == "sgd" else \
+        functools.partial(judge.logistic_probe, strength=flags.strength)
+    found = {}
+    for s in features.streams:
+        x = (features.batch(part)[s].numpy() for part in rows)
+        C = 2 if several else len(chosen)
+        found[s] = judge.judged_features(*x, tasks, rows, C, linear)
     cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
     print(f"{len(train)} samples to learn from, {len(test)} to test on"
@@ -1520,7 +1454,8 @@ def cmd_probe(flags):
 class Coded:
     """A run's model with features, its own or those of --data, and the codes of their streams.
 
-    flags   the command's, with the run's own data and seed where none were typed
+    flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
+            were typed
     T       tokens of a sample, 1 where it is one vector
     """
 
@@ -1660,7 +1595,7 @@ def cmd_latents(flags):
                                flags.weighted, known)
     scatter, references = judge.latent_scatter(table), table.pop("references")
     shown = tell_table(page, table, features.label_names, len(train), names)
-    page.picture("Latents by frequency and mean activation", scatter)
+    page.picture("Latents by frequency and mean activation", "".join(scatter))
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
     best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
     page.picture("Reference samples", judge.strips({
@@ -1669,7 +1604,7 @@ def cmd_latents(flags):
     run.begin()
     if barcodes:
         judge.write_npz(run.path("barcodes.npz"), barcodes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
+    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(*scatter))
     judge.write_json(run.path("latents.json"), [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": train[judge.best_first(references, j)].tolist()}
@@ -2553,20 +2488,10 @@ def cmd_mil(flags):
 def mil_settings(flags):
     """What --grid "lr=1e-4,5e-4 dropout=0,0.5" leaves to choose from, all combinations: dicts of
     what is chosen, how a model is made (`ssm.MIL`), and how it is trained (`ssm.fit_mil`)."""
-    settings = [{}]
-    for item in (flags.grid or "").split():
-        name, _, values = item.partition("=")
-        kind = FLAGS[name][1] if name in COMMANDS["mil"].flags else None
-        if not isinstance(kind, Number) or name in ("seed", "inner", "folds"):
-            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
-        try:
-            values = [kind(v) for v in values.split(",")]
-        except argparse.ArgumentTypeError as e:
-            raise InputError(f"--grid {item}: {e}")
-        key = name.replace("-", "_")
-        settings = [{**chosen, key: value} for chosen in settings for value in values]
+    axes = parse_axes("grid", flags, '"lr=1e-4,5e-4 dropout=0,0.5"', ("seed", "inner", "folds"))
     out, widths = [], data.number_list(flags.widths)
-    for chosen in settings:
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values))
         new = flags.replaced(chosen)
         loss = {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[new.inst_loss]
         early = {"patience": new.patience, "least": new.min_epochs}
@@ -2965,7 +2890,7 @@ def probe_verdict(at):
 
 def mil_verdict(at, views):
     """Bags of Vim's features beside bags of ViT's; at half the magnification, beside the same weights at the full one."""
-    found = {v: {f"{head}, {arch}": mean_of([run["scores"] for run in runs], "AUC") for arch in ("vit", "vim")
+    found = {v: {f"{head}, {arch}": judge.mean_of([run["scores"] for run in runs], "AUC") for arch in ("vit", "vim")
                  for head, runs in read_metrics(at(f"mil_{v}{arch}", "metrics.json")).items()} for v in {"", views}}
     if not views:
         return ({("3.5", f"bags, AUC, {name}"): v for name, v in found[""].items()},
@@ -2978,7 +2903,7 @@ def mil_verdict(at, views):
 def transfer_verdict(at):
     """Classifiers by their AUC and their size. The ViT that was pre-trained here is left out of the claim."""
     m, mambas = read_metrics(at("finetune", "metrics.json")), {"vim_micro", "vmamba_micro"}
-    numbers = {("3.9-3.11", f"transfer, AUC, {name}"): mean_of(runs, "AUC") for name, runs in m["scores"].items()}
+    numbers = {("3.9-3.11", f"transfer, AUC, {name}"): judge.mean_of(runs, "AUC") for name, runs in m["scores"].items()}
     for name in m["scores"]:
         if os.path.exists(at("finetune", f"{name}.pt")):
             state = torch.load(at("finetune", f"{name}.pt"), weights_only=True)["model"]
@@ -3098,7 +3023,7 @@ def attribute_verdict(at):
 
 def cyto_verdict(at):
     """Diseases from barcodes of the latents with a mean activation of 0.001 or more, as in the paper."""
-    f1 = mean_of(read_metrics(at("latents", "metrics.json"))["barcodes"].get("f1", {}).get("-3", {"f1": []})["f1"])
+    f1 = judge.mean_of(read_metrics(at("latents", "metrics.json"))["barcodes"].get("f1", {}).get("-3", {"f1": []})["f1"])
     return ({("CytoSAE 4", "barcodes, weighted F1"): f1},
             {"barcodes tell diseases better than guessing (ours, of CytoSAE 4)": above(f1, 1 / len(data.DISEASES))})
 
@@ -3110,7 +3035,7 @@ def mammo_verdict(at):
     tuned = runs["tuned"]
     ten = tuned["curve"].get("10") or [*tuned["curve"].values()][-1]
     auc = {when: [m["auc"][name]["AUC"] for name in ("original features", "reconstructed")] for when, m in runs.items()}
-    ap = {when: mean_of([*m["localisation"].values()], "AP") for when, m in runs.items()}
+    ap = {when: judge.mean_of([*m["localisation"].values()], "AP") for when, m in runs.items()}
     near = [tuned["separation"][key]["cosine"] for key in ("--data", "--other")]
     more = auc["tuned"][1] - 0.5                             # than chance
     return ({**{("Mammo 1", f"AUC, {what}, {when}"): v for when, both in auc.items()
@@ -3320,6 +3245,10 @@ class Flags(dict):
             return self[name]
         except KeyError:
             raise AttributeError(name)
+
+    def pick(self, names):
+        """Those of `names`, "lr batch", as keyword arguments."""
+        return {name: self[name] for name in names.split()}
 
     def replaced(self, changes):
         new = Flags({**self, **changes})

@@ -92,13 +92,15 @@ class Codes(NamedTuple):
 
 
 def joined(pieces):
-    """Codes of many batches, a list of dicts stream -> Codes, as one such dict, on the CPU. The
+    """Codes of many batches, a list of dicts stream -> Codes, as one such dict of numpy arrays. The
     largest k is taken, and index -1 fills up: any real index would hide that latent's value."""
     out = {}
     for s in pieces[0]:
         k = max(codes[s].indices.shape[1] for codes in pieces)
-        out[s] = Codes(*(torch.cat([F.pad(codes[s][i], (0, k - codes[s][i].shape[1]), value=fill)
-                                    for codes in pieces]).cpu() for i, fill in ((0, -1), (1, 0))))
+        indices, values = (
+            torch.cat([F.pad(codes[s][i], (0, k - codes[s][i].shape[1]), value=fill)
+                       for codes in pieces]).cpu() for i, fill in ((0, -1), (1, 0)))
+        out[s] = Codes(indices.int().numpy(), values.numpy())
     return out
 
 

@@ -187,30 +187,52 @@ def test_ablate_trains_six_configurations_each_with_its_null(features, tmp_path,
     assert list(metrics) == ["global_lam1", "global_lam0", "local_lam1", "local_lam0", "both_lam1", "random_lam1"]
     assert all("null" in m for m in metrics.values()) and capsys.readouterr().out.count("its null") == 6
     configs = [json.loads((tmp_path / "r" / name / "config.json").read_text())["flags"] for name in metrics]
-    assert [(c["topk"], c["lam"]) for c in configs] == list(repsae.ABLATION)
+    assert {f"{c['topk']}_lam{c['lam']:g}" for c in configs} == repsae.ABLATION
     run("ablate", "--data", features, *SMALL, "--epochs", 1, "--no-null", "--out", tmp_path / "r", "--overwrite")
     assert "null" not in json.loads((tmp_path / "r" / "metrics.json").read_text())["both_lam1"]
 
 
 @pytest.mark.parametrize("over", ["k=2,4", "lam=0.5,1", "latents=20,30", "lr=1e-3,1e-2"])
 def test_sweep_gives_a_table_and_a_chart(over, features, tmp_path, capsys):
-    run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", over, "--out", tmp_path / "r")
-    found = json.loads((tmp_path / "r" / "metrics.json").read_text())
-    assert len(found["rows"]) == 2 and all(isinstance(v, float) for row in found["rows"] for v in row[1:])
+    run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", f"topk=global,local {over}",
+        "--out", tmp_path / "r")
+    found, name = told(tmp_path / "r" / "metrics.json"), over.split("=")[0]
+    values = [f"{float(v):g}" for v in over.split("=")[1].split(",")]
+    assert list(found) == [f"{topk}_{name}{v}" for topk in ("global", "local") for v in values]
+    out = capsys.readouterr().out
+    for v in values:                                         # each as it was trained, and the gap
+        own, other = (found[f"{topk}_{name}{v}"][mode]["headline"]["NMSE cross"]
+                      for topk, mode in (("global", "joint"), ("local", "alone")))
+        line, = (line.split() for line in out.splitlines() if line.startswith(f"global_{name}{v} ")
+                 and "/" not in line)
+        assert line[-3:] == [judge.fmt(x) for x in (own, other, own - other)]
     import xml.etree.ElementTree as ET
-    assert len(ET.parse(tmp_path / "r" / "sweep.svg").getroot().findall(".//{*}polyline")) == 6
+    chart = ET.parse(tmp_path / "r" / "sweep.svg").getroot()
+    assert len(chart.findall(".//{*}polyline")) == 6
+
+
+def test_sweep_takes_any_grid_and_every_setting_of_it_reaches_its_run(features, tmp_path):
+    run("sweep", "--data", features, *SMALL, "--epochs", 1, "--eval-rows", 40, "--over",
+        "topk=global,both lam=0,4 seed=1,2", "--out", tmp_path / "r")
+    found = told(tmp_path / "r" / "metrics.json")
+    assert len(found) == 8 and len({m["joint"]["headline"]["NMSE cross"] for m in found.values()}) == 8
+    for name in found:
+        topk, lam, seed = name.split("_")
+        model = sae.load(tmp_path / "r" / name / "checkpoint.pt")[0]
+        assert (model.topk, f"lam{model.lam:g}", f"seed{model.seed}") == (topk, lam, seed)
 
 
 def test_sweep_over_sets_of_streams_gives_the_matrix_of_each(tmp_path):
     x = np.random.default_rng(0).normal(size=(3, 120, 6)).astype(np.float32)
     np.savez(tmp_path / "f.npz", a=x[0], b=x[1], c=x[2])
-    run("sweep", "--data", tmp_path / "f.npz", *SMALL, "--epochs", 1, "--over", "streams=a+b,c+b+a", "--out", tmp_path / "r")
-    found, page = json.loads((tmp_path / "r" / "metrics.json").read_text()), (tmp_path / "r" / "report.html").read_text()
-    assert [row[0] for row in found["rows"]] == ["a+b", "c+b+a"] and page.count("target \\ source") == 2 * 3
-    for row in found["rows"]:
-        one = json.loads((tmp_path / "r" / f"streams_{row[0]}_global" / "metrics.json").read_text())
-        assert set(one["joint"]["r2"]) == set(row[0].split("+"))
-        assert row[4] == pytest.approx(judge.headline(one["joint"])["NMSE cross"])
+    run("sweep", "--data", tmp_path / "f.npz", *SMALL, "--epochs", 1, "--over",
+        "topk=global,local streams=a+b,c+b+a", "--out", tmp_path / "r")
+    found, page = told(tmp_path / "r" / "metrics.json"), (tmp_path / "r" / "report.html").read_text()
+    assert list(found) == ["global_a+b", "global_c+b+a", "local_a+b", "local_c+b+a"]
+    assert page.count("target \\ source") == 2 * 3
+    for name, one in found.items():
+        assert set(one["joint"]["r2"]) == set(name.split("_")[1].split("+"))
+        assert one == {**told(tmp_path / "r" / name / "metrics.json"), "seconds": one["seconds"]}
 
 
 # -- repeating and resuming --------------------------------------------------------------------------------------------
@@ -310,13 +332,15 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
     assert "no file or folder" in error(capsys, "sparc", "--data", tmp_path / "none.npz", "--out", out)
     assert "pick one with --stream" in error(capsys, "sae", "--data", features, "--out", out)
     sweep = ("sweep", "--data", features, "--out", out)
-    assert "--over None - write for example" in error(capsys, *sweep)
+    assert "--over is missing" in error(capsys, *sweep)
+    assert "--over seed - write for example" in error(capsys, *sweep, "--over", "k=2,4 seed")
+    assert "--over json=a - write for example" in error(capsys, *sweep, "--over", "json=a")
     assert "--over k=a: a - give a whole number" in error(capsys, *sweep, "--over", "k=a")
     assert "k=80 must lie in 1..latents=40" in error(capsys, *sweep, *SMALL, "--over", "k=2,80")
     assert "needs two streams, not y alone" in error(capsys, *sweep, *SMALL, "--over", "streams=x+y,y")
     assert "no stream 'q'" in error(capsys, *sweep, *SMALL, "--over", "streams=x+y,y+q")
     for over in ("streams=x+y,", "streams=", "streams=x+"):
-        assert f"--over {over} - write for example streams=a+b" in error(capsys, *sweep, *SMALL, "--over", over)
+        assert f"--over {over} - write for example \"topk=global,local" in error(capsys, *sweep, *SMALL, "--over", over)
     assert not out.exists()
 
 
@@ -620,6 +644,7 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
     (["dino", "--images", "{p}", "--arch", "vgg"], "vgg is no backbone - take one of vit_tiny"),
     (["dino", "--images", "{p}", "--global-scale", "1,0.4"], "--global-scale 1,0.4 - give two numbers in order"),
     (["dino", "--images", "{p}", "--size", "30"], "images are 30x30"),
+    (["dino", "--images", "{p}", "--size", "8", "--patch", "16"], "patches of 16 pixels in pictures of 8"),
     (["extract", "--images", "{p}"], "--weights is missing"),
     (["extract", "--images", "{p}", "--weights", "a="], "a= - write name=RUN"),
     (["extract", "--images", "{p}", "--weights", "a=/no"], "/no is no dino run"),
@@ -995,7 +1020,7 @@ def test_every_activation_trains_resumes_evaluates_and_encodes(activation, featu
     flags = ["sae", "--data", features, "--stream", "y", "--activation", activation, *SMALL]
     run(*flags, "--bias", "median", "--out", tmp_path / "r")
     config = json.loads((tmp_path / "r" / "config.json").read_text())["flags"]
-    assert config["error"] == repsae.BY_ACTIVATION[activation]["error"] and config["sparsity"] is not None
+    assert config["error"] == sae.ACTIVATIONS[activation].error and config["sparsity"] is not None
     run("eval", tmp_path / "r", "--json", tmp_path / "again.json")
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     del metrics["verdict"]                                   # it is the run's
@@ -1075,21 +1100,21 @@ def test_presets_hold_the_papers_figures_and_what_is_typed_goes_first():
 
 
 def test_variants_are_compared_in_one_table(features, tmp_path, capsys):
-    run("variants", "--data", features, "--stream", "x", "--latents", 24, "--k", 3, "--epochs", 1, "--batch", 64, "--lr", 1e-3,
+    run("sae", "--activation", "all", "--data", features, "--stream", "x", "--latents", 24, "--k", 3, "--epochs", 1, "--batch", 64, "--lr", 1e-3,
         "--out", tmp_path / "r")
     found = json.loads((tmp_path / "r" / "metrics.json").read_text())
-    assert len(found) == len(repsae.VARIANTS) and all(v["seconds"] > 0 for v in found.values())
+    assert len(found) == len(sae.ACTIVATIONS) + 2 and all(v["seconds"] > 0 for v in found.values())
     out = capsys.readouterr().out
     assert all(name in out for name in ("relu, ghost", "relu, resample", "topk, auxk", "batchtopk, auxk", "jumprelu, resample"))
 
 
 def test_resumed_variants_keep_the_settings_they_were_started_with(features, tmp_path):
     import shutil
-    run("variants", "--data", features, "--stream", "x", "--latents", 24, "--k", 3, "--epochs", 1, "--batch", 64, "--lr", 1e-3,
+    run("sae", "--activation", "all", "--data", features, "--stream", "x", "--latents", 24, "--k", 3, "--epochs", 1, "--batch", 64, "--lr", 1e-3,
         "--error", "mean", "--out", tmp_path / "r")
     before = (tmp_path / "r" / "jumprelu_resample" / "config.json").read_bytes()
     shutil.rmtree(tmp_path / "r" / "jumprelu_resample")
-    run("variants", "--resume", "--out", tmp_path / "r")
+    run("sae", "--resume", "--out", tmp_path / "r")
     after = json.loads((tmp_path / "r" / "jumprelu_resample" / "config.json").read_bytes())["flags"]
     assert after["error"] == "mean" and {k: v for k, v in after.items() if k != "resume"} == {
         k: v for k, v in json.loads(before)["flags"].items() if k != "resume"}
@@ -1193,6 +1218,15 @@ def test_a_patient_has_the_label_of_those_of_its_samples_that_have_one(tokens, t
         run("latents", token_run, "--data", tmp_path / "m.npz", "--out", tmp_path / "l")
         found.append(np.load(tmp_path / "l" / "barcodes.npz")["labels"].tolist())
     assert found[0] == found[1] == [0, 1] * 6 and found[2] == [-1, 1] + [0, 1] * 5
+
+
+def test_labels_of_another_file_need_no_place_in_the_runs_taxonomy(tokens, token_run, tmp_path):
+    shutil.copytree(token_run, tmp_path / "r")
+    config = told(tmp_path / "r" / "config.json")
+    (tmp_path / "t.json").write_text('{"root": null}')
+    config["flags"]["taxonomy"] = str(tmp_path / "t.json")
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config))
+    run("latents", tmp_path / "r", "--data", tokens, "--out", tmp_path / "l")
 
 
 def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
@@ -1334,11 +1368,11 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
     a, b, both = found.values()
     assert a != b and all(both[key] == pytest.approx((a[key] + b[key]) / 2) for key in both)
     images = data.read_images(world / "tissue" / "tissue.npz")
-    watch = repsae.Watch(images, None, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
-    x, areas = watch.features(np.arange(240), raw=True).double(), []
-    x = (x / x.norm(dim=1, keepdim=True)).numpy()
+    watch = repsae.Watch(images, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
+    x, areas = watch.features(np.arange(240), None).astype(float), []
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
     train, test = images.split == "train", images.split != "train"
-    assert watch.train.tolist() == np.flatnonzero(train).tolist() and watch.measure == "mean AUC of the labels"
+    assert watch.rows[0].tolist() == np.flatnonzero(train).tolist() and watch.measure == "AUC"
     for y in images.labels.T:
         votes = []
         for i in np.flatnonzero(test):
@@ -1347,10 +1381,10 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
             votes.append(sum(w for w, (_, v) in zip(weight, near) if v) / sum(weight))
         pairs = [(p > q) + (p == q) / 2 for p, v in zip(votes, y[test]) if v for q, u in zip(votes, y[test]) if not u]
         areas.append(np.mean(pairs))
-    assert watch.knn(raw=True) == pytest.approx(np.mean(areas), abs=2e-3)
+    assert watch.knn() == pytest.approx(np.mean(areas), abs=2e-3)
     images.labels[:, 0], images.labels[test, 1] = True, False                               # not in both parts with and without
-    watch = repsae.Watch(images, None, watch.flags)
-    assert len(watch.tasks) == 11 and watch.knn(raw=True) == pytest.approx(np.mean(areas[2:]), abs=2e-3)
+    watch = repsae.Watch(images, watch.flags)
+    assert len(watch.tasks) == 11 and watch.knn() == pytest.approx(np.mean(areas[2:]), abs=2e-3)
 
 
 def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys):
@@ -1384,8 +1418,9 @@ def test_unlabelled_pictures_neither_vote_nor_are_judged(several, pictures):
         images.mask = np.arange(len(images)) % 5 > 0
     else:
         images.labels[::5] = -1
-    watch = repsae.Watch(images, None, repsae.parse(["dino", "--images", "x", "--size", "16"])[1])
-    assert not set(np.arange(0, len(images), 5)) & {*watch.train, *watch.test} and watch.knn(raw=True) > 0
+    watch = repsae.Watch(images, repsae.parse(["dino", "--images", "x", "--size", "16"])[1])
+    assert not set(np.arange(0, len(images), 5)) & {*watch.rows[0], *watch.rows[1]}
+    assert watch.knn() > 0
 
 
 def test_clip_learns_which_caption_belongs_to_which_picture(world):
@@ -1532,7 +1567,7 @@ def test_the_demos_verdicts_read_what_the_stages_write(world, tokens, token_run,
     import functools
     at, tissue, feats = functools.partial(os.path.join, tmp_path), world / "tissue" / "tissue.npz", world / "feats.npz"
     run("ablate", "--data", features, *SMALL, "--epochs", 1, "--out", at("ablate"))
-    run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", "k=2,4", "--out", at("sweep_k"))
+    run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", "topk=global,local k=2,4", "--out", at("sweep_k"))
     run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", "streams=x+y,y+x", "--out", at("sweep_streams"))
     for table, (_, streams) in repsae.DEMO_SETS.items():
         for topk in ("global", "local"):
@@ -1741,7 +1776,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
     sae.save(world / "dead" / "checkpoint.pt", model, optimiser, **extra)
     for argv, message in (
             (("tissue", "--out", world / "tissue"), "holds files already"),
-            (("finetune", "--images", tissue, "--size", 32), "no label 'None' - name one with --label: lymphocyte"),
+            (("finetune", "--images", tissue, "--size", 32), "no label 'None' - use --label: lymphocyte"),
             (("clip", "--images", world / "tissue" / "bare.npz", "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", pictures, "--out", tmp_path / "c"), "has no captions"),
             (("clip", "--images", tissue, "--batch", 5000, "--out", tmp_path / "c"), "--batch 5000 of the first are needed"),
@@ -2006,12 +2041,12 @@ def test_a_run_ends_and_its_report_begins_with_the_verdict_in_colour_on_a_termin
     metrics = json.loads((finished / "metrics.json").read_text())
     page = (finished / "report.html").read_text()
     assert page.index("Learned: ") < page.index("Trust it") < page.index("Next: ") < page.index("<table")
-    repsae.print_summary(metrics)
+    judge.tell_summary(judge.Page(""), metrics)
     plain = capsys.readouterr().out
     assert plain.rstrip().endswith("\n".join(metrics["verdict"][part] for part in ("learned", "trust", "next")))
     assert "\033" not in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    repsae.print_summary(metrics)
+    judge.tell_summary(judge.Page(""), metrics)
     assert "\033[3" in capsys.readouterr().out
 
 
@@ -2154,17 +2189,6 @@ def test_the_rows_that_are_judged_are_drawn_by_the_seed_from_the_split_alone(
     assert set(drawn[0] + drawn[2]) <= set(known.rows("val").tolist())
     assert found[0] == found[1] and found[2]["rows"] == 60
     assert found[0]["alone"]["r2"] != found[2]["alone"]["r2"]
-
-
-def test_the_lambda_of_a_sweep_reaches_the_loss(features, tmp_path):
-    run("sweep", "--data", features, *SMALL, "--epochs", 1, "--eval-rows", 40, "--over", "lam=0,4",
-        "--out", tmp_path / "r")
-    for lam in (0, 4):
-        for topk in ("global", "local"):
-            model = sae.load(tmp_path / "r" / f"lam_{lam}_{topk}" / "checkpoint.pt")[0]
-            assert (model.lam, model.topk) == (lam, topk)
-    first, second = told(tmp_path / "r" / "metrics.json")["rows"]
-    assert first[1:] != second[1:]
 
 
 # -- the same for backbones and classifiers
@@ -2572,7 +2596,7 @@ def test_the_verdict_names_the_run_that_can_be_given_its_null(features, tmp_path
     run("ablate", *common, "--no-null", "--out", tmp_path / "a")
     run("sweep", *common, "--over", "k=2", "--out", tmp_path / "s")
     told = [json.loads((tmp_path / name / "metrics.json").read_text())["verdict"]["next"]
-            for name in ("a/global_lam1", "s/k_2_global")]
+            for name in ("a/global_lam1", "s/k2")]
     assert f"ablate --resume --null --out {tmp_path / 'a'}" in told[0] and "--null" not in told[1]
     before = (tmp_path / "a" / "both_lam1" / "checkpoint.pt").stat().st_mtime_ns
     run("ablate", "--resume", "--null", "--out", tmp_path / "a")
