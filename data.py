@@ -1928,41 +1928,27 @@ class Bags:
         weight = 1 / np.bincount(y)[y] if weighted else np.ones(len(y))
         return rng.choice(rows, len(rows), replace=weighted, p=weight / weight.sum())
 
-    def held_out(self, rows, n, seed):
-        """n times (bags to learn from, an n-th of `rows` to stop by), each part in its turn; of one
-        part it is a fifth."""
-        groups = None if self.groups is None else self.groups[rows]
-        parts = stratified_parts(self.y[rows], [1] * (5 if n == 1 else n), seed, groups)
-        return [(np.delete(rows, part), rows[part]) for part in parts[:n]]
-
-    def rounds(self, folds, seed, least, source):
-        """[(rows to learn from, rows to stop by or None, rows to report)]: `folds` parts of which
-        each is reported in turn; if that is 0, the file's own folds, else its splits, else
-        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. least: into how
-        many the rows to learn from are cut where none are to stop by. source: for messages."""
-        everything = np.arange(len(self))
+    def rounds(self, folds, seed, source):
+        """[(rows to learn from, rows to stop by, perhaps none, rows to report)]: `folds` parts of
+        which each is reported in turn; if that is 0, the file's own folds, else its splits, else
+        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. source: for
+        messages."""
+        everything, none = np.arange(len(self)), np.arange(0)
         if folds:
             parts = stratified_parts(self.y, [1] * folds, seed, self.groups)
-            rounds = [(np.delete(everything, part), None, part) for part in parts]
+            rounds = [(np.delete(everything, part), none, part) for part in parts]
         elif self.folds is not None:
-            rounds = [(everything[fold], None, everything[~fold])
+            rounds = [(everything[fold], none, everything[~fold])
                       for fold in self.folds.reshape(-1, len(self))]
         elif self.split is None:
             rounds = [stratified_parts(self.y, (70, 15, 15), seed, self.groups)]
         else:
             rounds = [[np.flatnonzero(self.split == name) for name in SPLITS]]
-        rounds = [(train, val if val is not None and len(val) else None, test)
-                  for train, val, test in rounds]
-        for train, val, test in rounds:
-            number = np.bincount(self.y[train], minlength=self.y.max() + 1)
-            rarest = number[np.unique(self.y)].min()
-            if not len(test) or rarest < (least if val is None else 2):
+        for train, _, test in rounds:
+            rarest = min((self.y[train] == c).sum() for c in np.unique(self.y))
+            if not len(test) or rarest < 2:
                 raise InputError(f"{source}: {len(train)} bags to learn from, {rarest} of a class, "
                                  f"and {len(test)} to test on are too few - add bags")
-            groups = None if self.groups is None else len(np.unique(self.groups[train]))
-            if groups is not None and groups < least and val is None:
-                raise InputError(f"{source}: the bags to learn from are of {groups} groups, and "
-                                 f"validation cuts them into {least} parts - add groups")
         return rounds
 
 
