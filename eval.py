@@ -47,7 +47,7 @@ import scipy.optimize
 import scipy.sparse as sp
 import scipy.stats
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
@@ -217,51 +217,32 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
     """
     out = {t: {} for t in train}
     for s in train if len(train) > 1 else ():
-        targets = [t for t in train if t != s]
-        held = {t: x[::10] for t, x in train.items()}
-        all_rows, held_rows = (_moments(part, s, targets) for part in (train, held))
-        trial, full = _ridge([a - h for a, h in zip(all_rows, held_rows)]), _ridge(all_rows)
-        trials = [_squared_error(held, s, targets, trial(a)) for a in strengths]
-        ends = np.cumsum([0] + [train[t].shape[1] for t in targets])
-        for t, a, b in zip(targets, ends, ends[1:]):
-            strength = strengths[np.argmin([e[a:b].sum() for e in trials])]
-            spread = ((test[t] - test[t].mean(0, dtype=np.float64)) ** 2).sum()
-            error = _squared_error(test, s, [t], [part[..., a:b] for part in full(strength)])
-            varies = spread > 1e-12 * (test[t] ** 2).sum(dtype=np.float64)
-            out[t][s] = float(1 - error.sum() / spread) if varies else None
+        X, held = train[s].astype(np.float64), np.arange(len(train[s])) % 10 == 0
+        trial, full = _ridge(X[~held]), _ridge(X)
+        for t in (t for t in train if t != s):
+            Y, truth = train[t].astype(np.float64), test[t].astype(np.float64)
+            errors = [((X[held] @ W + b - Y[held]) ** 2).sum()
+                      for W, b in trial(Y[~held], strengths)]
+            (W, b), = full(Y, strengths[[np.argmin(errors)]])
+            error = ((test[s] @ W + b - truth) ** 2).sum()
+            spread = ((truth - truth.mean(0)) ** 2).sum()
+            varies = spread > 1e-12 * (truth ** 2).sum()
+            out[t][s] = float(1 - error / spread) if varies else None
     return out
 
 
-def _blocks(x, s, targets, block=2048):
-    """(X, Y) float64, X of stream s, Y of all targets side by side, so many rows at a time."""
-    for i in range(0, len(x[s]), block):
-        yield (x[s][i:i + block].astype(np.float64),
-               np.concatenate([x[t][i:i + block] for t in targets], 1, dtype=np.float64))
+def _ridge(X):
+    """solve(Y, strengths), which yields (W, intercept) of ridge regression on X (n, d)."""
+    mean = X.mean(0)
+    values, V = np.linalg.eigh((X - mean).T @ (X - mean))
+    values, scale = np.maximum(values, 0), max(values.mean(), 1e-30)
 
-
-def _moments(x, s, targets):
-    """[n, sum X, sum Y, X^T X, X^T Y]: all that least squares needs."""
-    by_block = ((len(X), X.sum(0), Y.sum(0), X.T @ X, X.T @ Y) for X, Y in _blocks(x, s, targets))
-    return [sum(parts) for parts in zip(*by_block)]
-
-
-def _ridge(moments):
-    """solve(strength) -> [W, intercept] of ridge regression."""
-    n, mx, my, XtX, XtY = moments
-    mx, my = mx / n, my / n
-    values, V = np.linalg.eigh(XtX - n * np.outer(mx, mx))
-    VtY, scale = V.T @ (XtY - n * np.outer(mx, my)), max(values.mean(), 1e-30)
-
-    def solve(strength):
-        W = V @ (VtY / (np.maximum(values, 0) + strength * scale)[:, None])
-        return [W, my - mx @ W]
+    def solve(Y, strengths):
+        VtY = V.T @ ((X - mean).T @ (Y - Y.mean(0)))
+        for strength in strengths:
+            W = V @ (VtY / (values + strength * scale)[:, None])
+            yield W, Y.mean(0) - mean @ W
     return solve
-
-
-def _squared_error(x, s, targets, solution):
-    """Squared error of X W + intercept, summed over rows: one number for each target column."""
-    W, intercept = solution
-    return sum(((X @ W + intercept - Y) ** 2).sum(0) for X, Y in _blocks(x, s, targets))
 
 
 # -- 1-D logistic probes -------------------------------------------------------------------------
@@ -513,35 +494,28 @@ def headline(block):
     return out
 
 
-# What each row of `headline` means, and which way is better.
-MEANING = {
-    "latents alive in all streams, %":
-        "latents that some judged sample activates in every stream; higher is better",
-    "mixed: alive in some, %":
-        "active in some streams and never in the others: not shared; lower is better",
-    "silent in all, %": "latents that no judged sample activates; lower is better",
+HIGHER = {                                                   # rows of `headline`, by what is better
+    "latents alive in all streams, %": "latents that some judged sample activates in every stream",
     "Jaccard of top-50 labels": "overlap of a latent's labels between two streams, of its 50 top "
-        "samples in each; higher is better, but only as far as it is above its control",
-    "its control: another latent":
-        "each latent paired with another: what labels share by chance; lower is better",
-    "Jaccard, other latents as 0":
-        "the same, latents not alive in two streams as 0, as published; higher is better",
+    "samples in each; means what it has beyond its control",
+    "Jaccard, other latents as 0": "the same, latents not alive in two streams as 0, as published",
     "latents named alike in all streams": "latents whose most frequent label is the same in every "
-        "stream, and holds for 30 % of their top samples; higher is better",
-    "retrieval R@1":
-        "share of samples whose own code in the other stream is the nearest; higher is better",
-    "retrieval MRR":
-        "mean of 1 / rank of a sample's own code in the other stream; higher is better",
-    "R2 self": "share of a stream's variance that its own code rebuilds; 0 is its mean, below 0 is "
-        "worse than that; higher is better",
-    "R2 cross": "the same from another stream's code; higher is better",
-    "its linear baseline":
-        "the same by ridge regression from the other stream's raw features; a code may pass it",
-    "NMSE self":
-        "squared error over the sample's squared length, own code (Eq. 13); lower is better",
-    "NMSE cross": "the same from another stream's code; lower is better",
-    "1-D probe loss (chance 0.693)":
-        "log-loss in nats of the best single latent of each label; lower is better"}
+    "stream, and holds for 30 % of their top samples",
+    "retrieval R@1": "share of samples whose own code in the other stream is the nearest",
+    "retrieval MRR": "mean of 1 / rank of a sample's own code in the other stream",
+    "R2 self": "share of a stream's variance that its own code rebuilds; 0 is its mean",
+    "R2 cross": "the same from another stream's code",
+    "its linear baseline": "the same by ridge regression from the other stream's raw features, "
+    "which a code may pass"}
+LOWER = {
+    "mixed: alive in some, %": "active in some streams and never in the others: not shared",
+    "silent in all, %": "latents that no judged sample activates",
+    "its control: another latent": "each latent paired with another: what labels share by chance",
+    "NMSE self": "squared error over the sample's squared length, from its own code (Eq. 13)",
+    "NMSE cross": "the same from another stream's code",
+    "1-D probe loss (chance 0.693)": "log-loss in nats of the best single latent of each label"}
+MEANING = {name: f"{told}; {way} is better" for way, table in (("higher", HIGHER), ("lower", LOWER))
+           for name, told in table.items()}
 
 
 def verdict(metrics, again=None):
@@ -957,8 +931,8 @@ def code_metrics(codes, features, rows):
     labels, known = features.label_matrix(rows), features.labelled[rows]
     if labels is None or not known.any():
         return out
-    out["concepts"] = concept_alignment(codes, labels, features.label_names, features.parents, known)
-    groups = features.about.get("groups")
+    names, groups = features.label_names, features.about.get("groups")
+    out["concepts"] = concept_alignment(codes, labels, names, features.parents, known)
     tasks = probe_tasks(labels, known=known, groups=None if groups is None else groups[rows])
     if tasks:
         out["probe"] = {s: probe(code, tasks) for s, code in codes.items()}
@@ -999,7 +973,8 @@ def tell_sweep(page, results, axes):
     """A grid of runs, {name: metrics}, in the order of the product of axes {setting: values}: their
     table, Global against Local TopK, and R2 for sets of streams. Returns the chart along the first
     setting that is a number, or None."""
-    page.table(*runs_table(results, {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}))
+    columns = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}
+    page.table(*runs_table(results, columns))
     ways = {name: "alone" if m["topk"] == "local" else "joint" for name, m in results.items()}
     heads = {name: {mode: headline(m[mode]) for mode in dict.fromkeys((ways[name], "alone"))}
              for name, m in results.items()}
@@ -1198,8 +1173,8 @@ def linear_score(x, y):
 
 
 def pixel_probe(pixels, y, parts, n_classes):
-    """`scores` of logistic regression on pixels (N, 3, S, S) uint8, at 32 x 32 at most, its strength
-    chosen on the validation part. parts: rows to learn from, choose by and test on."""
+    """`scores` of logistic regression on pixels (N, 3, S, S) uint8, at 32 x 32 at most, of the
+    strength that the validation part chooses. parts: rows to learn from, choose by and test on."""
     side, (train, val, test) = min(32, pixels.shape[-1]), parts
     small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
              for part in torch.from_numpy(pixels).split(256)]
@@ -2122,16 +2097,10 @@ def tell_models(page, found, tested):
 
 # -- Pictures with heat over them -----------------------------------------------------------------
 
-HEAT = np.array([[48, 18, 120], [44, 120, 200], [60, 190, 110], [250, 200, 50], [200, 30, 20]],
-                float)                                       # R, G, B, low to high
-
-
 def heat_colours(heat):
     """(h, w) in 0..1 -> (h, w, 3) uint8, dark blue over green to red."""
-    at = np.clip(heat, 0, 1) * (len(HEAT) - 1)
-    low = np.minimum(at.astype(int), len(HEAT) - 2)
-    share = (at - low)[..., None]
-    return (HEAT[low] * (1 - share) + HEAT[low + 1] * share).round().astype(np.uint8)
+    grey = Image.fromarray((255 * np.clip(heat, 0, 1)).round().astype(np.uint8))
+    return np.asarray(ImageOps.colorize(grey, (48, 18, 120), (200, 30, 20), (60, 190, 110)))
 
 
 def overlay(image, heat, alpha=0.5):

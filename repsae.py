@@ -870,17 +870,20 @@ def judged(run, features, whole=None, quiet=False):
     return metrics
 
 
-def judged_parts(run, trials, whole=None):
-    """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run.
-
-    Returns {name: metrics}, with the seconds that each took."""
-    results = {}
+def judged_parts(run, trials, tell, whole=None):
+    """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run, and put
+    them beside each other: tell(page, {name: metrics}) may return a chart."""
+    results, page = {}, judge.Page(f"repsae {run.flags.command}: {os.path.basename(run.folder)}")
     for name, (flags, features) in trials.items():
         say(f"-- {name}")
         began = time.time()
         results[name] = judged(run.part(name, flags), features, whole, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    return results
+    chart = tell(page, results)
+    if chart:
+        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
+    page.write(run.path, results)
+    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
 
 
 def read(flags):
@@ -977,7 +980,8 @@ def every_activation(run, features):
         flags.given |= {k for k, v in flags.items()
                         if v != COMMANDS["sae"].flags.get(k.replace("_", "-"), v)}
     kinds = [{"activation": name} for name in sae.ACTIVATIONS]
-    kinds[1:1] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
+    after = kinds.index({"activation": "relu"}) + 1
+    kinds[after:after] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
     for kind in kinds:
         one = flags.replaced(kind)
         one.given = flags.given | kind.keys()
@@ -985,11 +989,7 @@ def every_activation(run, features):
         trials[f"{one.activation}_{one.revive}"] = one, features
     sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what it loads is in no row's seconds
     run.begin(flags, data_hash=features.hash)
-    results = judged_parts(run, trials)
-    page = judge.Page("repsae sae: every activation")
-    judge.tell_activations(page, results)
-    page.write(run.path, results)
-    say(f"wrote {run.join('report.html')}")
+    judged_parts(run, trials, judge.tell_activations)
 
 
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
@@ -1034,13 +1034,7 @@ def cmd_sweep(flags):
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
     run = Run(flags)
     axes = parse_axes(run.flags)
-    results = swept(run, axes)
-    page = judge.Page(f"repsae sweep over {' and '.join(axes)}")
-    chart = judge.tell_sweep(page, results, axes)
-    if chart:
-        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
-    page.write(run.path, results)
-    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
+    sweep(run, axes, functools.partial(judge.tell_sweep, axes=axes))
 
 
 ABLATION = {"global_lam1", "global_lam0", "local_lam1", "local_lam0", "both_lam1", "random_lam1"}
@@ -1051,21 +1045,17 @@ def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
     run = Run(flags)
     axes = {"topk": ["global", "local", "both", "random"], "lam": [1., 0.]}
-    results = swept(run, axes, ABLATION, run)
-    page = judge.Page("repsae ablate")
-    judge.tell_ablation(page, results)
-    page.write(run.path, results)
-    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
+    sweep(run, axes, judge.tell_ablation, ABLATION, run)
 
 
-def swept(run, axes, only=None, whole=None):
-    """Train and judge every combination of the values in `axes`, or those named `only`. A name is
-    made of the values: global_lam1. Returns {name: metrics}."""
+def sweep(run, axes, tell, only=None, whole=None):
+    """`judged_parts` of all combinations of the values in `axes`, or of those named `only`. A name
+    is made of the values: global_lam1."""
     features, trials = read_to_train(run.flags, 2), {}
     flags = run.flags if run.saved else resolved(run.flags, features)
     for values in itertools.product(*axes.values()):
         one = dict(zip(axes, values))
-        name = "_".join(v if isinstance(v, str) else f"{key}{v:g}" for key, v in one.items())
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in one.items())
         if only and name not in only:
             continue
         trial, mine = flags.replaced(one), features
@@ -1075,14 +1065,14 @@ def swept(run, axes, only=None, whole=None):
         sae.SPARC(mine.dims, trial.latents, trial.k)         # before anything is written
         trials[name] = trial, mine
     run.begin(flags, data_hash=features.hash)
-    return judged_parts(run, trials, whole)
+    judged_parts(run, trials, tell, whole)
 
 
 def parse_axes(flags):
     """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
     known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags}
-    axes = {}
-    for word in (flags.over or "").split():
+    text, axes = flags.over, {}
+    for word in [] if text is None else text.split() or [text]:
         name, _, values = word.partition("=")
         kind = FLAGS[name][1] if name in known else None
         if isinstance(kind, Number):                         # a value to compare is not "auto"
@@ -1093,7 +1083,8 @@ def parse_axes(flags):
             raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
                              '"streams=a+b,a+b+c"')
         try:
-            axes[name.replace("-", "_")] = [value_of(kind, v) for v in values.split(",")]
+            values = dict.fromkeys(value_of(kind, v) for v in values.split(","))
+            axes[name.replace("-", "_")] = [*values]
         except argparse.ArgumentTypeError as e:
             raise InputError(f"--over {word}: {e}")
     return axes
@@ -1525,26 +1516,21 @@ class Coded:
         return () if known is None else [
             tuple(b[2:]) for b in known[(known[:, 0] == row) & (known[:, 1] == label)]]
 
-    def told(self, name):
-        """For a label: (y (N,) bool: has a sample the label, rows to learn from, rows to judge by),
-        labelled rows alone, both kinds in both."""
-        features, label = self.features, label_number(self.features, name)
-        y = features.label_matrix(np.arange(len(features)))[:, label]
-        parts = [rows[features.labelled[rows]] for rows in (self.train, self.test)]
-        for part, rows in zip(("training", "test"), parts):
-            if not 0 < y[rows].sum() < len(rows):
-                raise InputError(f"{y[rows].sum()} of {len(rows)} labelled {part} samples have the "
-                                 f"label {name} - some, not all, must")
+    def told(self, name=None):
+        """(y (N,) int, rows to learn from, rows to judge by), labelled rows alone: has a sample the
+        label? Without a name, its class; y is None where samples have no or several labels."""
+        features, y, parts = self.features, self.features.labels, (self.train, self.test)
+        if name is not None:
+            label = label_number(features, name)
+            y = features.label_matrix(np.arange(len(features)))[:, label].astype(int)
+        elif y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
+            return None, *parts
+        parts = [rows[features.labelled[rows]] for rows in parts]
+        train, test = (np.unique(y[rows]) for rows in parts)
+        if min(len(train), len(test)) < 2 or not np.isin(test, train).all():
+            raise InputError(f"{name or 'the labels'}: {len(train)} kinds of training samples, "
+                             f"{len(test)} of test samples - both need two, the same; mend `split`")
         return y, *parts
-
-    def classes(self):
-        """(y (N,) int or None where samples have no or several labels, rows to learn from, rows to
-        judge by), labelled rows alone."""
-        y, train, test = self.features.labels, self.train, self.test
-        if y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
-            return None, train, test
-        train, test = train[y[train] >= 0], test[y[test] >= 0]
-        return y, train, test
 
     def about(self, row):
         """What the file tells of a sample, as a dict of text; no label where it is not known."""
@@ -1646,8 +1632,8 @@ def tell_barcodes(page, coded, mean, between):
     """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
     latents differ; returns the arrays for a file. Without groups each sample is one, if it has
     tokens and there are some 20,000 at most; None where there is nothing to tell."""
-    features, (y, _, _) = coded.features, coded.classes()
-    grouped = "groups" in features.about
+    features, y = coded.features, coded.features.labels
+    y, grouped = y if y is None or y.ndim == 1 else None, "groups" in features.about
     if between and (y is None or not grouped):
         lacking = "groups" if y is not None else "single label a sample"
         raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
@@ -1740,19 +1726,16 @@ def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
     coded = Coded(flags.run, flags).pool()
-    name, page = "intervene", judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
-    if flags.label is not None:
-        y, train, test = coded.told(flags.label)
+    page = judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
+    y, train, test = coded.told(flags.label)
+    if flags.label is None:
+        run = analysis_run(flags, "intervene")
+    else:
         label = label_number(coded.features, flags.label)
-        name += f"_{coded.features.label_names[label]}"
-    run = analysis_run(flags, name)
-    if flags.label is not None:
-        means = tell_interventions(page, coded, y, train, test, flags)
+        run = analysis_run(flags, f"intervene_{coded.features.label_names[label]}")
+        means = tell_interventions(page, coded, y > 0, train, test, flags)
         tell_places(page, coded, label, train, test, means, flags)
         tell_class_means(page, means, flags)
-        y = y.astype(int)
-    else:
-        y, train, test = coded.classes()
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
     page.write(run.begin().path)
     say(f"wrote {run.join('report.html')}")
@@ -1857,9 +1840,6 @@ def tell_fidelity(page, coded, y, train, test, eval_rows):
     page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
                list(r2.items()), "Reconstruction", key="r2")
     if y is not None:
-        if len(np.unique(y[train])) < 2 or not np.isin(np.unique(y[test]), y[train]).all():
-            raise InputError("the training split has fewer than two classes, or a test class is "
-                             "not in it - mend `split`")
         kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
         page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
                    key="few")
@@ -1991,8 +1971,7 @@ def captioned(flags):
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and "
                          "`captions`")
-    parts = (("train",), ("test", "val")) if images.split is not None else ((), ())
-    train, test = (images.rows(*part) for part in parts)
+    train, test = images.rows("train"), images.rows("test", "val")       # all, where none is split
     if len(train) < flags.batch or len(test) < 2:
         raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch "
                          f"{flags.batch} of the first are needed, and two of the second")
@@ -2046,7 +2025,7 @@ def cmd_explain(flags):
     With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
-    images = pictures_of(flags)
+    run, images = Run(flags, flags.out or "runs/cam"), pictures_of(flags)
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
     columns = {}
@@ -2063,7 +2042,7 @@ def cmd_explain(flags):
         score = None if wanted is None else lambda out: out[:, int(wanted)]
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         columns[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
-    run = Run(flags, flags.out or "runs/cam").begin(data_hash=images.hash)
+    run.begin(data_hash=images.hash)
     for name, column in columns.items():
         for i, picture in zip(rows, column):
             stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
@@ -2078,8 +2057,8 @@ def explain_concepts(flags):
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
     page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
     maps = measured_maps(seen, page)
-    drawn = seen.tell(page, "words", "Concepts of the labels", maps, seen.truth, names, 2,
-                      seen.words(label_captions(seen), names, lambda z, c: z[:, seen.J[c]].sum(1)))
+    drawn = seen.tell(page, "words", "Concepts of the labels", names, maps, seen.truth,
+                      label_captions(seen), lambda z, c: z[:, seen.J[c]].sum(1), most=2)
     tell_latents(seen, page)
     tell_captions(seen, page)
     run.begin()
@@ -2188,17 +2167,14 @@ class Concepts(Coded):
                 silent += [(i, c) for i, value in zip(part, values) if value == 0]
         return out, silent
 
-    def words(self, asked, names, score):
-        """Of {(picture, label): is it there?}, what each word of the picture's caption adds to
-        score(codes (1, L), label): as `judge.word_table` takes it."""
-        return [{"concept": names[c], "caption": self.caption(i), "here": bool(here),
-                 "words": judge.word_heat(self.encoder.clip, self.encoder.words, self.caption(i),
-                                          lambda f: score(self.code(self.text, f), c),
-                                          self.flags.start_layer)}
-                for (i, c), here in asked.items()]
-
-    def tell(self, page, key, title, maps, there, names, most, words):
-        """Maps and words on the page; returns the overlays that it shows."""
+    def tell(self, page, key, title, names, maps, there, asked, score, most=4):
+        """On the page the maps of pairs `there`; and for {(picture, label): is it there?} what each
+        word of the picture's caption adds to score(codes (1, L), label). Returns the overlays."""
+        words = [{"concept": names[c], "caption": self.caption(i), "here": bool(here),
+                  "words": judge.word_heat(self.encoder.clip, self.encoder.words, self.caption(i),
+                                           lambda f: score(self.code(self.text, f), c),
+                                           self.flags.start_layer)}
+                 for (i, c), here in asked.items()]
         gallery, drawn = judge.map_gallery(maps, there, names, self.images.open, most)
         page.picture(title, gallery + judge.word_table(words) or "<p>No latent of a label is alive "
                      "in every stream; --latent names others.</p>")
@@ -2295,26 +2271,25 @@ def tell_latents(seen, page, most=4):
     names = {j: f"latent {j}" for j in seen.chosen}
     maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], asked)[0]
             for name, (backbone, s) in seen.sees.items()}
-    seen.tell(page, "latents", "Single latents, where they are most active", maps, asked, names,
-              most, seen.words(asked, names, lambda z, j: z[:, j]))
+    seen.tell(page, "latents", "Single latents, where they are most active", names, maps, asked,
+              asked, lambda z, j: z[:, j])
 
 
 def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
     itself."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
-    captions, asked = [seen.caption(i) for i in test], {(i, n): True for n, i in enumerate(test)}
+    asked = {(i, n): True for n, i in enumerate(test)}
     with torch.no_grad():
-        f_text = seen.read(captions)
+        f_text = seen.read([seen.caption(i) for i in test])
         f_image = seen.features.batch(test)[seen.pictured].to(f_text.device)
         z_text, z_image = seen.code(seen.text, f_text), seen.code(seen.pictured, f_image)
     maps = {f"z z', {name}": seen.maps(backbone, lambda f, n: seen.code(s, f) @ z_text[n], asked)[0]
             for name, (backbone, s) in seen.sees.items()}
     maps["cosine, CLIP itself"], _ = seen.maps(
         seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), asked)
-    words = seen.words(asked, ["caption"] * most, lambda z, n: z @ z_image[n])
-    seen.tell(page, "captions", "Pictures with their captions: similarity of the two", maps, asked,
-              captions, most, words)
+    seen.tell(page, "captions", "Pictures with their captions: similarity of the two",
+              [f"picture {i}" for i in test], maps, asked, asked, lambda z, n: z @ z_image[n])
 
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")

@@ -322,17 +322,6 @@ class DropPath(nn.Module):
         return x * keep / (1 - self.p)                       # so that the mean stays
 
 
-class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> (B, T, d): a convolution as wide as its stride."""
-
-    def __init__(self, patch, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)       # (B, d, h, w) -> (B, T, d)
-
-
 class Mlp(nn.Sequential):
     """Two layers with GELU between, (..., d) -> (..., d)."""
 
@@ -400,7 +389,7 @@ class PatchTokens(nn.Module):
         if not 0 < patch <= size:
             raise InputError(f"patches of {patch} pixels in pictures of {size} - give smaller ones")
         self.dim, self.patch, self.size = dim, patch, size
-        self.patch_embed = PatchEmbed(patch, dim)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
 
@@ -522,7 +511,8 @@ class ViT(PatchTokens):
         """The final norm of the last blocks' outputs, oldest first, a list of
         (B, 1 + registers + T, d); and the grid."""
         grid, cls = _grid(x, self.patch, "this ViT"), self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls, self.patch_embed(x)], 1) + self.position(x, grid)
+        patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2)            # (B, T, d)
+        x = torch.cat([cls, patches], 1) + self.position(x, grid)
         if self.registers:                                   # added after positions: they have none
             extra = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], extra, x[:, 1:]], 1)    # (B, 1 + registers + T, d)
@@ -632,7 +622,8 @@ class Vim(PatchTokens):
     def embed(self, x):
         """(B, 3, H, W) -> tokens (B, L, d), and the grid of patches."""
         grid = _grid(x, self.patch, "this Vim")
-        pos, x = self.position(x, grid), self.patch_embed(x)                     # (B, T, d)
+        pos = self.position(x, grid)
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)                  # (B, T, d)
         cls, middle = self.cls_token.expand(len(x), -1, -1), (x.shape[1] + self.double_cls) // 2
         if self.double_cls:
             x = torch.cat([cls, x], 1) + pos                 # the one in the middle has no position
@@ -723,14 +714,15 @@ class VSSBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class _Conv(nn.Conv2d):
-    """3x3 convolution with stride 2 on (B, H, W, C)."""
+class _Permute(nn.Module):
+    """Between (B, C, H, W) and (B, H, W, C); a module, since released files count it."""
 
-    def __init__(self, i, o):
-        super().__init__(i, o, 3, stride=2, padding=1)
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
 
     def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x.permute(self.order)
 
 
 class VMamba(nn.Module):
@@ -738,36 +730,37 @@ class VMamba(nn.Module):
     resolution in between.
 
     Input (B, 3, H, W), sides multiples of 32. `forward` gives logits, or pooled features
-    (B, 8 dim) when n_classes = 0. Identities stand where the released files count permutations.
+    (B, 8 dim) when n_classes = 0.
     """
 
     def __init__(self, dim, depths, n_classes=0, drop_path=0., d_state=1):
         super().__init__()
         dims = [dim * 2 ** i for i in range(len(depths))]
         self.dim, self.reduction = dims[-1], 4 * 2 ** (len(depths) - 1)
-        gap = nn.Identity                                    # keeps the released indices
+        first, last = partial(_Permute, 0, 3, 1, 2), partial(_Permute, 0, 2, 3, 1)    # channels
+        conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
         self.patch_embed = nn.Sequential(
-            _Conv(3, dim // 2), gap(), nn.LayerNorm(dim // 2), gap(), nn.GELU(),
-            _Conv(dim // 2, dim), gap(), nn.LayerNorm(dim))
+            conv(3, dim // 2), last(), nn.LayerNorm(dim // 2), first(), nn.GELU(),
+            conv(dim // 2, dim), last(), nn.LayerNorm(dim))
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
             blocks = [VSSBlock(dims[i], d_state, next(rates)) for _ in range(depth)]
-            halve = gap()
+            halve = nn.Identity()
             if i + 1 < len(depths):
                 norm = nn.LayerNorm(dims[i + 1])
-                halve = nn.Sequential(gap(), _Conv(dims[i], dims[i + 1]), gap(), norm)
+                halve = nn.Sequential(first(), conv(dims[i], dims[i + 1]), last(), norm)
             parts = {"blocks": nn.Sequential(*blocks), "downsample": halve}
             self.layers.append(nn.ModuleDict(parts))
         self.classifier = nn.ModuleDict({
             "norm": nn.LayerNorm(self.dim),
-            "head": nn.Linear(self.dim, n_classes) if n_classes else gap()})
+            "head": nn.Linear(self.dim, n_classes) if n_classes else nn.Identity()})
         _init_linear(self)
 
     def stages(self, x):
         """The output of each stage before it is downsampled: a list of (B, H_i, W_i, C_i)."""
         _grid(x, self.reduction, "this VMamba")
-        x, out = self.patch_embed(x.permute(0, 2, 3, 1)), []
+        x, out = self.patch_embed(x), []                     # (B, H / 4, W / 4, dim)
         for stage in self.layers:
             out.append(stage.blocks(x))
             x = stage.downsample(out[-1])
@@ -885,13 +878,6 @@ class CLIPAttention(Attention):
         return self.out_proj(self.attend(qkv, self.causal))
 
 
-class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), OpenAI's approximation of GELU."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
 class CLIPBlock(nn.Module):
     """Pre-norm transformer block under OpenAI's names."""
 
@@ -899,12 +885,13 @@ class CLIPBlock(nn.Module):
         super().__init__()
         self.attn = CLIPAttention(dim, heads, causal)
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(dim, 4 * dim), gelu=QuickGELU(), c_proj=nn.Linear(4 * dim, dim)))
+        wide, narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.ModuleDict({"c_fc": wide, "c_proj": narrow})
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        h = self.mlp.c_fc(self.ln_2(x))
+        return x + self.mlp.c_proj(h * torch.sigmoid(1.702 * h))        # OpenAI's QuickGELU
 
 
 def _clip_blocks(dim, layers, heads, causal):

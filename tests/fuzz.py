@@ -72,7 +72,7 @@ CASES = [case.split() for case in [
     "sparc --data f.npz --resume --out sparc",
     f"sae --data f.npz --stream y --activation relu {FIT} --out o",
     "sae --data tok.npz --resume --out tokens",
-    f"variants --data f.npz --stream x {FIT} --out o",
+    f"sae --activation all --data f.npz --stream x {FIT} --out o",
     "eval sparc --json o.json",
     "eval sparc --data folder --json o.json",
     "encode sparc --data f.npz --out o.npz",

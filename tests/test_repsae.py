@@ -324,7 +324,7 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
                           (["--topk", "all"], "--topk invalid choice: 'all'"),
                           (["--bogus"], "unrecognized arguments: --bogus"),
                           (["--streams", "x,q"], "has no stream 'q' - it has x, y"),
-                          (["--streams", "x"], "has the one stream x"),
+                          (["--streams", "x"], "needs two streams, not x alone"),
                           (["--lam", "nan"], "--lam nan - give a number from 0"),
                           (["--taxonomy", tmp_path / "t.json"], "no taxonomy at"),
                           (["--device", "abacus"], "device 'abacus'")):
@@ -333,7 +333,8 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
     assert "pick one with --stream" in error(capsys, "sae", "--data", features, "--out", out)
     sweep = ("sweep", "--data", features, "--out", out)
     assert "--over is missing" in error(capsys, *sweep)
-    assert "--over seed - write for example" in error(capsys, *sweep, "--over", "k=2,4 seed")
+    for over in ("seed", " ", "k"):
+        assert f"--over {over.strip()}" in error(capsys, *sweep, "--over", f"k=2,4 {over}" if over != " " else over)
     assert "--over json=a - write for example" in error(capsys, *sweep, "--over", "json=a")
     assert "--over k=a: a - give a whole number" in error(capsys, *sweep, "--over", "k=a")
     assert "k=80 must lie in 1..latents=40" in error(capsys, *sweep, *SMALL, "--over", "k=2,80")
@@ -1285,10 +1286,10 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", tmp_path), "is no run folder"),
             (("intervene", token_run, "--label", "ill"), "no label 'ill' - take one of well, sick"),
             (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
-            (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "some, not all, must"),
+            (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "sick: 1 kinds of training samples, 1 of test samples"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("grid")), "has no 'grid'"),
             (("intervene", token_run, "--label", "sick", "--rank", "boxes", "--data", without("boxes")), "has no 'boxes'"),
-            (("intervene", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "a test class is not in it"),
+            (("intervene", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "the labels: 1 kinds of training samples, 2 of test samples - both need two, the same"),
             (("latents", token_run, "--query", "x"), "--names is missing"),
             (("compare", token_run, token_run, "--data", without(x=everything["x"][:, :, :5])), "the run was trained on")):
         assert message in error(capsys, *argv), argv
