@@ -360,7 +360,7 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
             line = logistic_1d(z[rows][:, best].toarray().T, y)             # of (candidates, rows)
             val, test = (log_loss(*line, z[held][:, best].toarray().T, truth).mean(1)
                          for held, truth in (parts["val"], parts["test"]))
-            j = int(np.argmin(val))
+            j = int(np.argmin(val.round(9)))                 # of equals the first
             results[-1].update(latent=int(best[j]), val=float(val[j]), test=float(test[j]))
     return {"loss": _mean([r["test"] for r in results]), "tasks": results}
 

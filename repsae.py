@@ -1214,16 +1214,14 @@ class Watch:
     labels, where they have any (`tasks`)."""
 
     def __init__(self, images, flags, most=4000):
-        self.images, self.flags, self.tasks = images, flags, []
+        self.images, self.tasks = images, []
+        self.features = functools.partial(image_features, images, size=flags.size)
         self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
         if all(map(len, self.rows)):
             self.tasks = judge.label_tasks(images.labels, *self.rows)
             several = images.labels.ndim == 2                # labels that hold at once
             self.measure = "AUC" if several else "balanced accuracy"
             self.classes = 2 if several else len(images.label_names)
-
-    def features(self, rows, backbone):
-        return image_features(self.images, rows, backbone, self.flags.size, self.flags.device)
 
     def knn(self, backbone=None):
         """`measure` of the 20 nearest neighbours by features; without a backbone by raw pixels."""
@@ -1232,27 +1230,27 @@ class Watch:
         return found["20-NN"][self.measure]
 
     def neighbours(self, backbone):
-        """Twelve held-out pictures, each class as often, each before its seven nearest in training:
-        a list of rows of pictures."""
+        """Twelve held-out pictures, spread evenly, each before its seven nearest in training: a
+        list of rows of pictures."""
         train, test = self.rows
-        labels = self.images.labels[test] if self.measure != "AUC" else np.zeros(len(test))
-        kinds = np.unique(labels)
-        asked = np.concatenate([test[labels == c][:max(1, 12 // len(kinds))] for c in kinds])
+        asked = test[np.linspace(0, len(test) - 1, min(12, len(test))).astype(int)]
         near, _ = judge.nearest(*(self.features(rows, backbone) for rows in (asked, train)), 7)
         return [[self.images.open(i) for i in (row, *train[found])]
                 for row, found in zip(asked, near)]
 
 
-def image_features(images, rows, backbone, size, device, block=256, whole=False, **how):
+def image_features(images, rows, backbone, size, block=256, whole=False, **how):
     """Features (n, d) of pictures, tokens (n, T, d) in half precision; without a backbone the
     pixels themselves. how: see `features` of the backbone."""
     view, found = data.plain_view(size, whole or images.whole), []
     images.side = max(size, images.side)
     for start in range(0, len(rows), block):
-        x = torch.stack([view(images.open(i)) for i in rows[start:start + block]]).to(device)
-        with torch.no_grad():
-            out = x.flatten(1) if backbone is None else backbone.features(x, **how)
-        found.append((out[0].half() if isinstance(out, tuple) else out).cpu().numpy())
+        out = torch.stack([view(images.open(i)) for i in rows[start:start + block]])
+        if backbone is not None:
+            with torch.no_grad():
+                out = backbone.features(out.to(next(backbone.parameters()).device), **how)
+        out = out[0].half() if isinstance(out, tuple) else out.flatten(1)
+        found.append(out.cpu().numpy())
     return np.concatenate(found)
 
 
@@ -1307,7 +1305,7 @@ def cmd_extract(flags):
         if hasattr(model, "blocks") and not flags.tokens:
             how["last"] = flags.last
         streams[name + "_img" * bool(clip)] = image_features(
-            images, range(len(images)), model, flags.size or side, flags.device,
+            images, range(len(images)), model, flags.size or side,
             whole=flags.whole or bool(clip), **how)          # clip learns from whole pictures
     for name, x in streams.items():
         say(f"{name}: {x.shape}")

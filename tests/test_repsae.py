@@ -1363,7 +1363,7 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
         areas.append(np.mean(pairs))
     assert watch.knn() == pytest.approx(np.mean(areas), abs=2e-3)
     images.labels[:, 0], images.labels[test, 1] = True, False                               # not in both parts with and without
-    watch = repsae.Watch(images, watch.flags)
+    watch = repsae.Watch(images, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
     assert len(watch.tasks) == 11 and watch.knn() == pytest.approx(np.mean(areas[2:]), abs=2e-3)
 
 
