@@ -1535,24 +1535,10 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
         worker_init_fn=_forget_slides))
 
 
-@dataclass
-class Pictures(Samples):
-    """Small pictures in memory: pixels (N, 3, S, S) uint8, all with one label (N,)."""
-    pixels: np.ndarray
-
-    @property
-    def groups(self):
-        return self.about.get("groups")
-
-    @property
-    def hash(self):
-        return _digest(self.pixels, self.labels)
-
-
 def read_pictures(path, size, label=None, window=None):
-    """Labelled pictures at size x size, of whatever `read_images` reads; those without a label are
-    left out. Where several labels hold at once, `label` is the name of the one to find. window: see
-    `as_rgb`."""
+    """Labelled pictures in memory, Images with `pixels` (N, size, size, 3), of whatever
+    `read_images` reads; those without a label are left out. Where several labels hold at once,
+    `label` is the name of the one to find. window: see `as_rgb`."""
     images = replace(read_images(path), window=window)
     labels, names, known = images.labels, images.label_names, np.flatnonzero(images.labelled)
     if labels is None:
@@ -1568,17 +1554,17 @@ def read_pictures(path, size, label=None, window=None):
         found = "".join(names[c] for c in there) or "none"
         raise InputError(f"{path} has the one class {found} - there is nothing to tell apart")
     views = (images.open(i).resize((size, size), Image.BICUBIC) for i in known)
-    pixels = np.stack([np.asarray(view).transpose(2, 0, 1) for view in views])
-    about = {k: a[known] for k, a in images.about.items() if k == "groups"}
-    split = None if images.split is None else images.split[known]
-    return Pictures(pixels, labels=labels[known], label_names=names, split=split, about=about,
-                    notes=images.notes)
+    split, groups = (None if a is None else a[known]
+                     for a in (images.split, images.about.get("groups")))
+    return Images([images.paths[i] for i in known], np.stack([np.asarray(view) for view in views]),
+                  labels=labels[known], label_names=names, split=split, notes=images.notes,
+                  about={} if groups is None else {"groups": groups})
 
 
 def picture_parts(pictures, split, seed, source):
     """Rows to train on, to stop by and to report: the file's own split ("given"), or 70 / 15 / 15
     ("random") as `stratified_parts` draws them. source: the file, for messages."""
-    y, groups = pictures.labels, pictures.groups
+    y, groups = pictures.labels, pictures.about.get("groups")
     if split == "random":
         parts = stratified_parts(y, (70, 15, 15), seed, groups)
     elif pictures.split is None:
@@ -1603,9 +1589,9 @@ def picture_parts(pictures, split, seed, source):
 
 
 def normalised(pixels):
-    """(N, 3, S, S) uint8 -> float tensor, normalised as ImageNet."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
-    return (torch.from_numpy(pixels).float() / 255 - mean) / std
+    """(N, S, S, 3) uint8 -> float tensor (N, 3, S, S), normalised as ImageNet."""
+    mean, std = map(torch.tensor, IMAGENET)
+    return ((torch.from_numpy(pixels).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def jittered(x):
@@ -1942,41 +1928,27 @@ class Bags:
         weight = 1 / np.bincount(y)[y] if weighted else np.ones(len(y))
         return rng.choice(rows, len(rows), replace=weighted, p=weight / weight.sum())
 
-    def held_out(self, rows, n, seed):
-        """n times (bags to learn from, an n-th of `rows` to stop by), each part in its turn; of one
-        part it is a fifth."""
-        groups = None if self.groups is None else self.groups[rows]
-        parts = stratified_parts(self.y[rows], [1] * (5 if n == 1 else n), seed, groups)
-        return [(np.delete(rows, part), rows[part]) for part in parts[:n]]
-
-    def rounds(self, folds, seed, least, source):
-        """[(rows to learn from, rows to stop by or None, rows to report)]: `folds` parts of which
-        each is reported in turn; if that is 0, the file's own folds, else its splits, else
-        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. least: into how
-        many the rows to learn from are cut where none are to stop by. source: for messages."""
-        everything = np.arange(len(self))
+    def rounds(self, folds, seed, source):
+        """[(rows to learn from, rows to stop by, perhaps none, rows to report)]: `folds` parts of
+        which each is reported in turn; if that is 0, the file's own folds, else its splits, else
+        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. source: for
+        messages."""
+        everything, none = np.arange(len(self)), np.arange(0)
         if folds:
             parts = stratified_parts(self.y, [1] * folds, seed, self.groups)
-            rounds = [(np.delete(everything, part), None, part) for part in parts]
+            rounds = [(np.delete(everything, part), none, part) for part in parts]
         elif self.folds is not None:
-            rounds = [(everything[fold], None, everything[~fold])
+            rounds = [(everything[fold], none, everything[~fold])
                       for fold in self.folds.reshape(-1, len(self))]
         elif self.split is None:
             rounds = [stratified_parts(self.y, (70, 15, 15), seed, self.groups)]
         else:
             rounds = [[np.flatnonzero(self.split == name) for name in SPLITS]]
-        rounds = [(train, val if val is not None and len(val) else None, test)
-                  for train, val, test in rounds]
-        for train, val, test in rounds:
-            number = np.bincount(self.y[train], minlength=self.y.max() + 1)
-            rarest = number[np.unique(self.y)].min()
-            if not len(test) or rarest < (least if val is None else 2):
+        for train, _, test in rounds:
+            rarest = min((self.y[train] == c).sum() for c in np.unique(self.y))
+            if not len(test) or rarest < 2:
                 raise InputError(f"{source}: {len(train)} bags to learn from, {rarest} of a class, "
                                  f"and {len(test)} to test on are too few - add bags")
-            groups = None if self.groups is None else len(np.unique(self.groups[train]))
-            if groups is not None and groups < least and val is None:
-                raise InputError(f"{source}: the bags to learn from are of {groups} groups, and "
-                                 f"validation cuts them into {least} parts - add groups")
         return rounds
 
 

@@ -23,7 +23,6 @@ import html
 import importlib
 import io
 import itertools
-import json
 import math
 import os
 import platform
@@ -208,10 +207,7 @@ TRAINING = {
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
     "folds": (0, whole(0, 1000), "parts of all bags, reported in turn; 0: the file's, or 70/15/15"),
-    "inner": (1, whole(1, 1000), "models of a training part without validation bags: 1 is stopped "
-              "by a fifth of it; n vote, each stopped by an n-th"),
-    "refit": (False, bool, "held-out bags only choose from --grid; then all bags train"),
-    "grid": (None, str, 'values to choose from on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
+    "votes": (1, whole(1, 1000), "models that vote on a bag, each from its own weights"),
     "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
 }
 RUN = {
@@ -1043,7 +1039,7 @@ def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
     run = Run(flags)
-    axes = parse_axes("over", run.flags, '"topk=global,local lam=0,1" or "streams=a+b,a+b+c"')
+    axes = parse_axes(run.flags)
     sweep(run, axes, functools.partial(judge.tell_sweep, axes=axes))
 
 
@@ -1078,10 +1074,10 @@ def sweep(run, axes, tell, only=None, whole=None):
     judged_parts(run, trials, tell, whole)
 
 
-def parse_axes(option, flags, example, without=()):
-    """The flag --over or --grid, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
-    known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags} - {*without}
-    text, axes = flags[option], {}
+def parse_axes(flags):
+    """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
+    known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags}
+    text, axes = flags.over, {}
     for word in [] if text is None else text.split() or [text]:
         name, _, values = word.partition("=")
         kind = FLAGS[name][1] if name in known else None
@@ -1090,12 +1086,13 @@ def parse_axes(option, flags, example, without=()):
         elif name == "streams" and all(s for v in values.split(",") for s in v.split("+")):
             kind = str
         elif not isinstance(kind, tuple):
-            raise InputError(f"--{option} {word} - write for example {example}")
+            raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
+                             '"streams=a+b,a+b+c"')
         try:
             values = dict.fromkeys(value_of(kind, v) for v in values.split(","))
             axes[name.replace("-", "_")] = [*values]
         except argparse.ArgumentTypeError as e:
-            raise InputError(f"--{option} {word}: {e}")
+            raise InputError(f"--over {word}: {e}")
     return axes
 
 
@@ -2414,127 +2411,87 @@ def cmd_tile(flags):
 
 @command("data! stream head widths attention dropout squash instances bag-weight inst-loss subtyping "
          "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds "
-         "inner refit grid seed=0 device overwrite out=runs/mil")
+         "votes seed=0 device overwrite out=runs/mil")
 def cmd_mil(flags):
-    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not
-    reported."""
-    heads, settings = flags.head.split(","), mil_settings(flags)
+    """Multiple-instance learning: bags of instances to labels. Bags of a validation part stop the
+    training early; where there is none, as in folds, all epochs are trained."""
+    heads = flags.head.split(",")
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
+    make = {**flags.pick("attention dropout"), "widths": data.number_list(flags.widths),
+            "squash": bool(flags.squash)}
+    how = {**flags.pick("epochs lr weight_decay cosine bag_weight subtyping"), "k": flags.instances,
+           "early": {"patience": flags.patience, "least": flags.min_epochs},
+           "loss": torch.nn.functional.cross_entropy if flags.inst_loss == "ce"
+           else ssm.smooth_top1_svm}
     bags = data.read_bags(flags.data, flags.stream)
-    rounds = bags.rounds(flags.folds, flags.seed, max(flags.inner, 5), flags.data)
+    rounds = bags.rounds(flags.folds, flags.seed, flags.data)
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
-    page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
-    means, y, C = bags.means(), bags.y, len(bags.label_names)
+    page, log, means, y = judge.Page("repsae mil"), Log(run.path("log.csv")), bags.means(), bags.y
     found = {"mean of the bag, logistic": [
-        {"scores": judge.scores(y[test], judge.logistic_probe(means[train], y[train], means[test], C,
-                                                              strength=0.01))}
+        judge.scores(y[test], judge.logistic_probe(means[train], y[train], means[test],
+                                                   len(bags.label_names), strength=0.01))
         for train, _, test in rounds]}
+    progress = Progress(len(heads) * len(rounds))
     for head in heads:
-        jobs = [(head, settings, flags.inner, flags.refit, [flags.seed, r], *parts, flags.device)
-                for r, parts in enumerate(rounds)]
+        jobs = [(head, make, how, flags.batch, flags.balanced, [flags.seed, r], flags.votes, *parts,
+                 flags.device) for r, parts in enumerate(rounds)]
         found[head] = []
-        if len(jobs) == 1:
-            told, models, setting = mil_round(bags, *jobs[0])
-            found[head] = [told]
+        for scores, models in in_processes(mil_round, bags, jobs):
+            found[head].append(scores)
+            log.add({"head": head, "round": len(found[head]), **scores})
+            progress(sum(map(len, found.values())) - len(rounds), lambda: head)
+        log.write()
+        if len(rounds) == 1:
             judge.write_torch(run.path(f"{head}.pt"), {
                 "models": [model.state_dict() for model in models], "head": head,
-                "dim": bags.X.shape[1], "label_names": bags.label_names, **setting["make"]})
+                "dim": bags.X.shape[1], "label_names": bags.label_names, **make})
             if bags.coords:
                 page.picture(f"Attention of {head} over test slides",
                              attention_maps(bags, models, rounds[0][2], head, run))
-        else:
-            progress = Progress(len(jobs))
-            for told, *_ in in_processes(mil_round, bags, jobs):
-                found[head].append(told)
-                progress(len(found[head]), lambda: head)
-        for r, told in enumerate(found[head], 1):
-            held = {f"held-out {k}": v for k, v in (told["held_out"] or {}).items()}
-            log.add({"head": head, "round": r, "chosen": json.dumps(told["chosen"]),
-                     "held-out error": "", "held-out loss": "", **held, **told["scores"]})
-        log.write()
     names = ("AUC", "accuracy", "F1")
-    rows = [[head, *(judge.mean_std([told["scores"][name] for told in all_rounds])
-                     for name in names)] for head, all_rounds in found.items()]
-    page.table(["head", *names], rows, "Result")
+    page.table(["head", *names], [[head, *(judge.mean_std([v[name] for v in scores])
+                                           for name in names)] for head, scores in found.items()])
     page.text(f"{len(rounds)} test part{'s' * (len(rounds) > 1)} of about {len(rounds[0][2])} bags; "
               "mean ± standard deviation over them")
     page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
 
 
-def mil_settings(flags):
-    """What --grid "lr=1e-4,5e-4 dropout=0,0.5" leaves to choose from, all combinations: dicts of
-    what is chosen, how a model is made (`ssm.MIL`), and how it is trained (`ssm.fit_mil`)."""
-    axes = parse_axes("grid", flags, '"lr=1e-4,5e-4 dropout=0,0.5"', ("seed", "inner", "folds"))
-    out, widths = [], data.number_list(flags.widths)
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values))
-        new = flags.replaced(chosen)
-        loss = {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[new.inst_loss]
-        early = {"patience": new.patience, "least": new.min_epochs}
-        out.append({
-            "chosen": chosen, "batch": new.batch, "balanced": new.balanced,
-            "make": {"widths": widths, "attention": new.attention, "dropout": new.dropout,
-                     "squash": bool(new.squash)},
-            "fit": {"epochs": new.epochs, "lr": new.lr, "weight_decay": new.weight_decay,
-                    "cosine": new.cosine, "early": None if new.refit else early,
-                    "k": new.instances, "bag_weight": new.bag_weight, "subtyping": new.subtyping,
-                    "loss": loss}})
-    return out
+def mil_round(bags, head, make, how, batch, balanced, seed, votes, train, val, test, device="cpu"):
+    """Scores, on bags `test`, of the mean vote of models that learn from bags `train`, each from its
+    own weights, stopped by bags `val` if there are any; and the models. make: arguments of
+    `ssm.MIL`; how: of `ssm.fit_mil`."""
+    if not len(val):
+        how = {**how, "early": None}
+    models, p = [], 0
 
-
-def mil_round(bags, head, settings, inner, refit, seed, train, val, test, device="cpu"):
-    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`,
-    and report its models' mean vote on `test`: (what to tell of it, models, setting).
-
-    Without `val`, train is cut into parts, and `inner` times a model learns from all but one of
-    them. Its bags stop it early, and these models vote; or, with refit, all epochs are trained, and
-    as many models on all of train vote.
-    """
-    def learn(setting, rows, held, *number):
-        return train_mil(bags, head, setting, rows, held, [*seed, *number], device)
-    parts = bags.held_out(train, inner, sum(seed)) if val is None else [(train, val)]
-    tried = []
-    for setting in settings if len(settings) > 1 or not refit else ():
-        models, judged = zip(*(learn(setting, *part, i) for i, part in enumerate(parts)))
-        tried.append((np.mean(judged, 0).tolist(), models, setting))
-    held, models, setting = min(tried, key=lambda t: t[0], default=(None, (), settings[0]))
-    if refit:
-        models = [learn(setting, train, None, 99, i)[0] for i in range(inner)]
-    votes = 0
-    with torch.no_grad():
-        for model in models:
-            logits = [model(x.to(device), mask.to(device))[0] for x, mask, _ in bags.batches(test, 1)]
-            votes = votes + torch.cat(logits).softmax(1).cpu().numpy() / len(models)
-    told = {"scores": judge.scores(bags.y[test], votes), "chosen": setting["chosen"],
-            "held_out": held and dict(zip(("error", "loss"), held))}
-    return told, models, setting
-
-
-def train_mil(bags, head, setting, train, held, seed, device="cpu"):
-    """One model, and (error rate, loss) of the bags `held`."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(int(rng.integers(2 ** 62)))
-    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **setting["make"])
-    for buffer, value in zip((model.mean, model.std), bags.scale(train)):
-        buffer.copy_(value)
-    model.to(device)
-
-    def batches(rows):
-        return [[v.to(device) for v in batch] for batch in bags.batches(rows, setting["batch"])]
-
-    def epoch(number):
-        return batches(bags.drawn(train, rng, setting["balanced"]))
-    return model, ssm.fit_mil(model, epoch, [] if held is None else batches(held), **setting["fit"])
+    def batches(rows, size=batch):
+        return [[v.to(device) for v in part] for part in bags.batches(rows, size)]
+    for i in range(votes):
+        rng = np.random.default_rng([*seed, i])
+        torch.manual_seed(int(rng.integers(2 ** 62)))
+        model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **make)
+        for buffer, value in zip((model.mean, model.std), bags.scale(train)):
+            buffer.copy_(value)
+        ssm.fit_mil(model.to(device), lambda epoch: batches(bags.drawn(train, rng, balanced)),
+                    batches(val), **how)
+        with torch.no_grad():
+            logits = torch.cat([model(x, mask)[0] for x, mask, _ in batches(test, 1)])
+        p = p + logits.softmax(1).cpu().numpy() / votes
+        models.append(model.cpu())
+    return judge.scores(bags.y[test], p), models
 
 
 SHARED = {}    # in a process among several: what all its jobs use
 
 
 def in_processes(work, shared, jobs):
-    """Yield work(shared, *job) of each job, in order, by as many processes as there are cores."""
+    """Yield work(shared, *job) of each job, in order; several by as many processes as cores."""
+    if len(jobs) == 1:
+        yield work(shared, *jobs[0])
+        return
     context = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process, [work, shared]) as pool:
         try:
@@ -2600,7 +2557,8 @@ def cmd_finetune(flags):
               for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
     log, progress, sizes = Log(run.path("log.csv")), Progress(len(specs) * n), {}
-    baseline = [judge.pixel_probe(pictures.pixels, pictures.labels, parts, C) for parts in rounds]
+    pixels = pictures.pixels.transpose(0, 3, 1, 2)
+    baseline = [judge.pixel_probe(pixels, pictures.labels, parts, C) for parts in rounds]
     found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
     for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
         one = flags.replaced({"seed": flags.seed + r})
@@ -2675,7 +2633,7 @@ def demo_stages(out, quick, seed=0):
                          "half_"),
               ("20. What a head attends to", "Thesis 3.2.2: the pictures of a patient side by side, as a slide.",
                ["mil", "--data", at("slides"), "--head", "abmil", "--epochs", "5" if quick else "50", "--min-epochs", "5",
-                "--widths", "64", "--attention", "32", "--inner", "3", "--out", at("mil_slides")],
+                "--widths", "64", "--attention", "32", "--votes", "3", "--out", at("mil_slides")],
                at("mil_slides", "report.html"), [], None)]
     return [(heading, about, argv if "--seed" in argv else [*argv, "--seed", str(seed)], *rest)
             for heading, about, argv, *rest in stages]
@@ -2734,7 +2692,7 @@ def demo_bags(at, quick, heading, about, views):
     """Multiple-instance learning on each backbone's features of some views of the pictures."""
     return [(f"{heading}, {arch}", about,
              ["mil", "--data", at(f"bags_{views}{arch}.npz"), "--head", "abmil,clam_sb", "--epochs", "5" if quick else "50",
-              "--min-epochs", "5", "--widths", "64", "--attention", "32", "--inner", "3", "--out", at(f"mil_{views}{arch}")],
+              "--min-epochs", "5", "--widths", "64", "--attention", "32", "--votes", "3", "--out", at(f"mil_{views}{arch}")],
              at(f"mil_{views}{arch}", "report.html"), [], functools.partial(mil_verdict, at, views) if arch == "vim" else None)
             for arch in ("vit", "vim")]
 
@@ -2868,7 +2826,7 @@ def probe_verdict(at):
 
 def mil_verdict(at, views):
     """Bags of Vim's features beside bags of ViT's; at half the magnification, beside the same weights at the full one."""
-    found = {v: {f"{head}, {arch}": judge.mean_of([run["scores"] for run in runs], "AUC") for arch in ("vit", "vim")
+    found = {v: {f"{head}, {arch}": judge.mean_of(runs, "AUC") for arch in ("vit", "vim")
                  for head, runs in read_metrics(at(f"mil_{v}{arch}", "metrics.json")).items()} for v in {"", views}}
     if not views:
         return ({("3.5", f"bags, AUC, {name}"): v for name, v in found[""].items()},

@@ -48,7 +48,7 @@ SMALL_DINO = ("--arch vit_micro --patch 8 --size 16 --local-size 8 --local-crops
               "--head-hidden 8 --set bottleneck=4 --batch 4 --epochs 1 --warmup 0 --workers 0")
 SMALL_CLIP = ("--size 16 --patch 8 --width 8 --set layers=1 --set joint=4 --set context=8 --epochs 1 "
               "--batch 8")
-SMALL_MIL = "--head gated --widths 4 --attention 2 --epochs 2 --min-epochs 1 --batch 4 --inner 1"
+SMALL_MIL = "--head gated --widths 4 --attention 2 --epochs 2 --min-epochs 1 --batch 4 --votes 1"
 SMALL_TUNE = "--weights vit_micro --size 16 --patch 8 --runs 1 --epochs 1"
 WEIGHTS = "--weights vit=vit_micro:random,clip=clip"
 
@@ -109,7 +109,7 @@ CASES = [case.split() for case in [
     "tile --images slide.png --size 16 --smallest 0.001 --rois rois.xml --out o",
     "tile --images slide.png --size 16 --smallest 0.001 --otsu --out o",
     f"mil --data bags.npz {SMALL_MIL} --out o",
-    f"mil --data bags {SMALL_MIL} --grid lr=0.01 --out o",
+    f"mil --data bags {SMALL_MIL} --lr 0.01 --out o",
     f"finetune --images pics {SMALL_TUNE} --out o",
     f"finetune --images med.npz {SMALL_TUNE} --split given --out o",
     f"finetune --images tissue/tissue.npz --label mucin {SMALL_TUNE} --frozen --out o",
