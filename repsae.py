@@ -1110,7 +1110,7 @@ def cmd_dino(flags):
     watch over it (k-NN)."""
     run = Run(flags)
     flags, images = run.flags, pictures_of(run.flags)
-    rows = images.rows("train")
+    rows = images.rows("train")                              # all, where there is no split
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
     run.trained_on(images.hash, flags.images)
@@ -1128,7 +1128,7 @@ def cmd_dino(flags):
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
                        flags.colour, flags.pathology)
     run.begin(flags, data_hash=images.hash, pictures=len(images))
-    watch = Watch(images, flags)
+    watch = Watch(images, flags)                             # labels serve this alone
     tell_dino(run, nets[1].backbone, train_dino(run, nets, images, crops, watch), watch)
 
 
@@ -1173,10 +1173,10 @@ def train_dino(run, nets, images, crops, watch):
     if run.saved and os.path.exists(checkpoint):
         with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
                       flags.device) as kept:
-            step = ssm.restore_dino(nets, kept)
+            step = ssm.restore_dino(nets, kept)              # of a run that was stopped
     batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch
-    columns = ("loss", "entropy", "information", "knn")
+    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch  # epoch: steps in one
+    columns = ("loss", "entropy", "information", "knn")      # may be empty, in step 0
     log = Log(run.path("log.csv"), step, columns, gaps=columns)
     if not step and watch.tasks:
         knn = watch.knn(nets[1].backbone)
@@ -1185,9 +1185,9 @@ def train_dino(run, nets, images, crops, watch):
 
     def on_step(t, told):
         nonlocal step
-        step, ended, knn = t, t % epoch == 0, ""
+        step, ended, knn = t, t % epoch == 0, ""             # step: for the checkpoint
         if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
-            knn = watch.knn(nets[1].backbone)
+            knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
         words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
         keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
              lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
@@ -1196,7 +1196,7 @@ def train_dino(run, nets, images, crops, watch):
     settings = flags.pick("epochs min_lr warmup weight_decay weight_decay_end momentum teacher_temp "
                           "teacher_temp_start teacher_warmup clip freeze_last")
     schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
-                                 **settings)
+                                 **settings)                 # lr grows with the batch, as DINO's
     views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
     with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
             checkpoint, ssm.dino_state(nets, step))) as keep:
@@ -1231,7 +1231,7 @@ class Watch:
 
     def knn(self, backbone=None):
         """`measure` of the 20 nearest neighbours by features; without a backbone by raw pixels."""
-        x = [self.features(rows, backbone) for rows in self.rows]
+        x = [self.features(rows, backbone) for rows in self.rows]  # to vote, to be judged
         found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
         return found["20-NN"][self.measure]
 
@@ -1249,13 +1249,13 @@ def image_features(images, rows, backbone, size, block=256, whole=False, **how):
     """Features (n, d) of pictures, tokens (n, T, d) in half precision; without a backbone the
     pixels themselves. how: see `features` of the backbone."""
     view, found = data.plain_view(size, whole or images.whole), []
-    images.side = max(size, images.side)
+    images.side = max(size, images.side)                     # slides are read at that level
     for start in range(0, len(rows), block):
         out = torch.stack([view(images.open(i)) for i in rows[start:start + block]])
         if backbone is not None:
             with torch.no_grad():
                 out = backbone.features(out.to(next(backbone.parameters()).device), **how)
-        out = out[0].half() if isinstance(out, tuple) else out.flatten(1)
+        out = out[0].half() if isinstance(out, tuple) else out.flatten(1)        # tokens, grid
         found.append(out.cpu().numpy())
     return np.concatenate(found)
 
@@ -1267,7 +1267,7 @@ def tell_dino(run, backbone, log, watch):
               for k in ("loss", "entropy", "information", "knn")}
     charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
         {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
-    found = {k: line[-1][1] for k, line in curves.items() if line}
+    found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
     page.picture("Training", "".join(charts))
     if watch.tasks:
         pixels, pictures = watch.knn(), watch.neighbours(backbone)
@@ -1307,9 +1307,9 @@ def cmd_extract(flags):
         if clip and captions is not None and not flags.tokens:
             texts = ssm.text_features(clip, model.words, captions)
             streams[f"{name}_txt"] = texts.cpu().numpy()
-        how = {"block": 16, "tokens": True} if flags.tokens else {}
+        how = {"block": 16, "tokens": True} if flags.tokens else {}  # T times the memory
         if hasattr(model, "blocks") and not flags.tokens:
-            how["last"] = flags.last
+            how["last"] = flags.last                         # a ViT has a class token in each
         streams[name + "_img" * bool(clip)] = image_features(
             images, range(len(images)), model, flags.size or side,
             whole=flags.whole or bool(clip), **how)          # clip learns from whole pictures
@@ -1336,11 +1336,11 @@ def source_of(spec, flags):
         raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated "
                          "by commas")
     made = {"arch": arch, "size": None, "patch": flags.get("patch"), "n_classes": None}
-    if weights == "random":
+    if weights == "random":                                  # of any size
         return name, {**made, "size": flags.get("size") or None}, None
     if weights:
         return name, made, weights
-    if where.endswith(".pt"):
+    if where.endswith(".pt"):                                # what finetune wrote says what it is
         advice = f"write {name}=arch:FILE for others"
         with unpacked(where, "is no file of finetune", advice) as kept:
             made = {key: kept[key] for key in made}
@@ -1371,7 +1371,7 @@ def load_backbone(spec, flags, n_classes=0, head=False):
         model = torchvision_model(made["arch"], weights, n_classes)
         made.update(size=flags.size, patch=None)
     else:
-        built = {**made, "n_classes": made["n_classes"] if head else None}
+        built = {**made, "n_classes": made["n_classes"] if head else None}  # as the file has it
         model = ssm.make_backbone(**built)
         if weights:
             ssm.load_weights(model, weights)
@@ -1409,7 +1409,7 @@ def cmd_probe(flags):
         raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample "
                          "- add them as `labels`")
     wanted = flags.only.split(",") if flags.only else names
-    chosen = sorted({label_number(features, name) for name in wanted})
+    chosen = sorted({label_number(features, name) for name in wanted})           # their numbers
     several = y.ndim == 2                                    # may hold at once: one by one
     known = np.flatnonzero(features.labelled & (several or np.isin(y, chosen)))
     rows = [np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val"))]
@@ -1429,7 +1429,7 @@ def cmd_probe(flags):
     found = {}
     for s in features.streams:
         x = (features.batch(part)[s].numpy() for part in rows)
-        C = 2 if several else len(chosen)
+        C = 2 if several else len(chosen)                    # has it or not, or which of them
         found[s] = judge.judged_features(*x, tasks, rows, C, linear)
     cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
@@ -2561,7 +2561,7 @@ def cmd_finetune(flags):
     baseline = [judge.pixel_probe(pixels, pictures.labels, parts, C) for parts in rounds]
     found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
     for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
-        one = flags.replaced({"seed": flags.seed + r})
+        one = flags.replaced({"seed": flags.seed + r})       # new weights and order each run
         model = load_backbone(specs[name], one, C)[1]
         scores, history = finetune_one(pictures, rounds[r], model, one)
         found[name].append(scores)
@@ -2570,11 +2570,11 @@ def cmd_finetune(flags):
                      "validation": validation})
         log.write()
         progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
-        if r == 0:
+        if r == 0:                                           # the file that `explain` reads
             sizes[name] = sum(p.numel() for p in model.parameters())
             state = {"model": model.state_dict(), **model.made}
             judge.write_torch(run.path(f"{name}.pt"), state)
-    page = judge.Page("repsae finetune")
+    page = judge.Page("repsae finetune")                     # thesis 3.3.3
     judge.tell_models(page, found, list(specs))
     page.write(run.path, {"parameters": sizes, "test pictures": len(rounds[0][2])})
     say(f"wrote {run.join('report.html')}")
@@ -2583,7 +2583,7 @@ def cmd_finetune(flags):
 def try_classifier(spec, flags, n_classes):
     """The name of a model; InputError if it does not classify a picture of zeros."""
     name, model, _ = load_backbone(spec, flags, n_classes)
-    ssm.last_linear(model)
+    ssm.last_linear(model)                                   # refuses what ends in none
     x = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
     with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
         out = model(x)
@@ -2602,12 +2602,12 @@ def finetune_one(pictures, parts, model, flags):
     x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
 
     def batches(epoch):
-        order = np.random.default_rng([flags.seed, epoch]).permutation(train)
+        order = np.random.default_rng([flags.seed, epoch]).permutation(train)    # new each epoch
         for rows in torch.from_numpy(order).split(flags.batch):
             if len(rows) > 1 or flags.batch == 1:            # batch normalisation needs two
                 yield data.jittered(x[rows]).to(flags.device), y[rows].to(flags.device)
 
-    def plainly(rows):
+    def plainly(rows):                                       # in order, unchanged
         for part in torch.from_numpy(rows).split(256):
             yield x[part].to(flags.device), y[part].to(flags.device)
     history = ssm.fit_classifier(model, batches, lambda: plainly(val), flags.epochs, flags.lr,
