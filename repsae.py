@@ -1,11 +1,16 @@
-"""repsae: the command line. One function a sub-command; the only module that knows the others.
+"""repsae: the command line, and the only module that knows the others.
 
-    python repsae.py sparc                      train and judge SPARC on made-up streams whose truth is known
-    python repsae.py sparc --data feats.npz     the same on features of your own (data.py says how a file looks)
-    python repsae.py --help                     all commands; `python repsae.py sparc --help` all settings
+    python repsae.py sparc                      SPARC on made-up streams whose truth is known
+    python repsae.py sparc --data feats.npz     the same on features of your own (see data.py)
+    python repsae.py sparc --help               every setting
 
-A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.html, each written whole or not at all.
-What a user can mend ends as one line on stderr and exit code 2. torch is imported late, so that --help is quick.
+Read first: FLAGS, where every flag is defined once; `Run`, the folder that a command owns while it
+writes; `Coded`, a run's model with features and their codes; then cmd_sparc. A command is a recipe:
+open the data, open the run, call one or two functions of the rooms, tell the page (eval.Page).
+
+A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.html, each written
+whole or not at all. What a user can mend ends as one line on stderr and exit code 2. torch is
+imported when it is first used, so that --help is quick.
 """
 import argparse
 import collections
@@ -83,7 +88,7 @@ SIDE = whole(1, 8192)
 PART = real(0., 1.)
 
 # ------------------------------------------------------------------------------------------------
-# Every flag, once: name: (default, kind, help); a kind is a Number, str, bool or a tuple of choices.
+# Every flag, once: name: (default, kind, help); a kind is a Number, str, bool or tuple of choices
 # A command names those it takes, with its own default where it differs: "data lr=1e-3 images!".
 # ------------------------------------------------------------------------------------------------
 
@@ -396,8 +401,8 @@ class Run:
         self.saved = config
         threads = config.get("versions", {}).get("threads")
         if threads not in (None, torch.get_num_threads()):
-            say_once(f"note: the run had {threads} threads, now {torch.get_num_threads()}: sums may "
-                     "differ in their last digits")
+            say_once(f"note: the run had {threads} threads, now {torch.get_num_threads()}: sums "
+                     "may differ in their last digits")
 
     def _lock(self):
         path = self.join(".lock")
@@ -517,19 +522,20 @@ def out_file(flags, name="out"):
     """The path in flags[name], once it is clear that a file may be written there: no file of the
     user's without --overwrite, no link, no input of this very command ever."""
     path = flags[name]
+    if not os.path.lexists(path):
+        return path
     real = os.path.realpath(path)
-    if any(real == p or os.path.isdir(p) and real.startswith(p + os.sep) for p in inputs_of(flags)) \
-            and os.path.exists(path):
+    if any(real == given or real.startswith(given + os.sep) for given in inputs_of(flags)):
         raise InputError(f"{path} is read by this command - name another --{name}")
-    if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+    if os.path.islink(path) or not os.path.isfile(path):
         raise InputError(f"{path} is no plain file - name another --{name}")
-    if os.path.exists(path) and not flags.overwrite:
+    if not flags.overwrite:
         raise InputError(f"{path} exists - use --overwrite, or another --{name}")
     return path
 
 
 def read_config(folder, names=()):
-    """config.json of a run folder, a dict, whose "flags" have those of `names`, each of its kind."""
+    """config.json of a run folder, a dict, whose "flags" have those of `names`, of their kinds."""
     path = os.path.join(folder, "config.json")
     config = data.read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
@@ -539,7 +545,7 @@ def read_config(folder, names=()):
 
 
 def check_kinds(values, defaults, path):
-    """Raise InputError unless what the file `path` holds could be typed for the flags in `defaults`."""
+    """Raise InputError unless what the file `path` holds could be typed for these flags."""
     for name, default in defaults.items():
         value, kind = values.get(name.replace("-", "_"), default), FLAGS[name][1]
         if type(value) is type(default) and value == default:
@@ -555,7 +561,7 @@ def check_kinds(values, defaults, path):
 
 @contextlib.contextmanager
 def unpacked(path, wrong, advice, device="cpu"):
-    """What a .pt file holds, for the lines that take it apart: what fails there ends in one line."""
+    """What a .pt file holds, for lines that take it apart: what fails there is one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # torch's own, of TorchScript
@@ -569,8 +575,8 @@ def unpacked(path, wrong, advice, device="cpu"):
 
 def versions():
     """What a run depends on besides its flags: a dict for config.json."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "scipy": scipy.__version__, "threads": torch.get_num_threads()}
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__, "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3153,13 +3159,14 @@ def inlined(path):
 
 @command("json svg device", "what")
 def cmd_bench(flags):
-    """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
+    """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`."""
     for name in ("svg", "json"):
         if flags[name] and not os.path.isdir(os.path.dirname(flags[name]) or "."):
             raise InputError(f"--{name} {flags[name]}: no such folder - make it first")
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "bench.py")
     files = [f"--{name}={flags[name]}" for name in ("svg", "json") if flags[name]]
-    raise SystemExit(subprocess.run([sys.executable, script, flags.what, f"--device={flags.device}", *files]).returncode)
+    argv = [sys.executable, script, flags.what, f"--device={flags.device}", *files]
+    raise SystemExit(subprocess.run(argv).returncode)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3167,7 +3174,7 @@ def cmd_bench(flags):
 # ------------------------------------------------------------------------------------------------
 
 class Flags(dict):
-    """The settings of a command by name, readable as attributes. `given` holds those that the user typed."""
+    """The settings of a command by name, readable as attributes; `given`: those that were typed."""
     given = frozenset()
 
     def __getattr__(self, name):
@@ -3196,7 +3203,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """argv -> (command function, Flags). Only what was typed comes out of argparse, not defaults."""
+    """argv -> (command function, Flags). Only what was typed comes out of argparse."""
     parser = Parser(prog="repsae", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     subs = parser.add_subparsers(dest="command", metavar="command", required=True,
@@ -3222,8 +3229,8 @@ def add_command(subs, name, each):
     settings = [f"{flag}={default}  {SETTINGS[flag][2]}"
                 for flag, default in each.flags.items() if flag in SETTINGS]
     sub = subs.add_parser(
-        name, help=each.run.__doc__.split("\n")[0], description=each.run.__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=each.run.__doc__.split("\n")[0], description=each.run.__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:
         if what == "run?":
@@ -3251,7 +3258,7 @@ BENCHES = ("all", "sparc", "rows", "scan", "backbones")
 
 
 def typed_settings(text, known):
-    """--set "aux-k=32 clip=1" -> {"aux_k": 32, "clip": 1.}; fails on what the command does not have."""
+    """--set "aux-k=32 clip=1" -> {"aux_k": 32, "clip": 1.}; fails on what the command lacks."""
     found = {}
     for word in text.split():
         name, _, value = word.partition("=")
@@ -3271,7 +3278,8 @@ def check_device(flags):
     try:
         torch.zeros(1, device=flags.device)
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device '{flags.device}' cannot be used ({str(e).splitlines()[0][:60]}...) - try cpu")
+        why = str(e).splitlines()[0][:60]
+        raise InputError(f"device '{flags.device}' cannot be used ({why}...) - try cpu")
 
 
 def say(text):
@@ -3286,15 +3294,16 @@ def say_once(text):
 
 
 def fail(text):
-    """End as every user error does: one line of at most 400 characters, exit code 2. Of a longer one the middle goes, since
-    its end says what to do."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in f"repsae: error: {text}").split())
+    """End as every user error does: one line of at most 400 characters, exit code 2. Of a longer
+    one the middle goes, since its end says what to do."""
+    printable = "".join(c if c.isprintable() else " " for c in f"repsae: error: {text}")
+    line = " ".join(printable.split())
     say(line if len(line) <= 400 else f"{line[:260]} ... {line[-130:]}")
     raise SystemExit(2)
 
 
 def main(argv=None):
-    """Run the command that argv names. What a user can mend ends in `fail`; bugs of ours keep their traceback."""
+    """Run the command that argv names. What a user can mend ends in `fail`; bugs of ours do not."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")    # names of files need not be text
     try:
@@ -3303,14 +3312,16 @@ def main(argv=None):
             check_device(flags)
         run(flags)
     except Interrupted as e:
-        say(f"\n{e}; go on with: python repsae.py {flags.command} --resume --out {shlex.quote(flags.out)}")
+        say(f"\n{e}; go on with: python repsae.py {flags.command} --resume --out "
+            f"{shlex.quote(flags.out)}")
         raise SystemExit(130)
     except KeyboardInterrupt:
         raise SystemExit(130)
     except MemoryError:
-        fail("there is not enough memory for this - lower the sizes, or take fewer samples or pictures")
+        fail("there is not enough memory for this - lower the sizes, or take fewer samples")
     except OSError as e:                                     # no space, no permission, no such place
-        fail(f"{e.strerror or e}: {e.filename or flags.get('out')} - mend it, or name another place")
+        where = e.filename or flags.get("out")
+        fail(f"{e.strerror or e}: {where} - mend it, or name another place")
     except ValueError as e:
         if type(e).__name__ != "InputError":
             raise

@@ -782,6 +782,37 @@ def test_names_fit_a_query_by_the_words_they_share():
     assert found == {3: 0.5, 5: 1.0} and judge.name_weights("fibre", names) == {}
 
 
+def test_a_search_lets_faint_and_strong_latents_count_alike_and_its_control_draws_other_names():
+    rng = np.random.default_rng(0)
+    code = rng.random((200, 6)) * (rng.random((200, 6)) < .3) * [1, 100, 1, 1, 1, 1]
+    rows, share = np.arange(50, 200), code / code.max(0)
+    expected = rows[np.argsort(-(share[50:, 0] + .5 * share[50:, 1]), kind="stable")]
+    assert judge.search(codes_of(code), {0: 1., 1: .5}, rows).tolist() == expected.tolist()
+    y = code[:, 0] > np.quantile(code[:, 0], .9)             # what latent 0 is named after
+    right, control = judge.search_precision(codes_of(code), {0: 1.}, rows, y, range(6), 5)
+    assert right == 1 and len(control) == 100 and .1 < np.mean(control) < .6
+    found = judge.vector_weights(np.array([2., 0]), np.array([7, 8, 9]), np.array([[1., 1], [3, 0], [-1, 0]]))
+    assert found == pytest.approx({8: 1, 7: .5 ** .5})
+
+
+def test_latents_inside_boxes_are_those_that_differ_from_outside_by_most_deviations():
+    grid, boxes = (2, 4), [(0, 0, .5, .5), (.7, .9, .8, 1.)]
+    inside = judge.in_boxes(boxes, grid)                     # the small box holds no patch's centre
+    assert inside.tolist() == [True, True, False, False] + [False] * 4
+    rng = np.random.default_rng(0)
+    pictures = [(rng.random((8, 3)) + np.outer(inside, [0, .5, 0]), inside) for _ in range(20)]
+    found = judge.box_contrast((codes_of(code), here) for code, here in pictures)
+    every, here = np.concatenate([code for code, _ in pictures]), np.tile(inside, 20)
+    np.testing.assert_allclose(found, (every[here].mean(0) - every[~here].mean(0)) / every.std(0), rtol=1e-5)
+
+
+def test_samples_shown_of_a_latent_are_its_strongest_its_middling_and_silent_ones():
+    column = np.array([0, 5., 1, 0, 3, 2, 0, 4, 6, 0])
+    found = judge.shown_samples(column, 2, np.random.default_rng(0))
+    assert found["top"].tolist() == [8, 1] and found["middling"].tolist() == [7, 4]
+    assert len(found["inactive"]) == 2 and not column[found["inactive"]].any()
+
+
 def test_latents_are_paired_by_activation_whatever_their_order_and_shuffled_samples_leave_nothing():
     rng = np.random.default_rng(0)
     a = rng.random((400, 8)) * (rng.random((400, 8)) < 0.3)
