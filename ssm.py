@@ -266,13 +266,9 @@ def native(verbose=False):
     try:
         return build_native(verbose)
     except Exception as e:                                   # no compiler, no ninja, ...
-        print(f"ssm: the native scan cannot be built ({_first_line(e)}) - it needs ninja and a C++ "
-              "compiler; the torch scan serves", file=sys.stderr)
-
-
-def _first_line(e):
-    """The first line of an exception's message, cut to 160 characters; its kind if it has none."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+        print(f"ssm: the native scan cannot be built ({why}) - it needs ninja and a C++ compiler; "
+              "the torch scan serves", file=sys.stderr)
 
 
 def build_native(verbose=False):
@@ -1029,8 +1025,8 @@ def clip_from_state(state):
                      vocab, len(state["positional_embedding"]), patch, round(T ** 0.5) * patch)
         model.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError, IndexError, AttributeError) as e:
-        raise InputError(f"these are not the weights of a CLIP with a ViT ({_first_line(e)[:80]}) "
-                         "- give OpenAI's state_dict")
+        raise InputError(f"these are not the weights of a CLIP with a ViT ({str(e)[:80]!r}) - "
+                         "give OpenAI's state_dict")
     return model
 
 
@@ -1479,7 +1475,8 @@ def _state(path):
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["build"]:
-        raise SystemExit("usage: python ssm.py build")
+        print("usage: python ssm.py build", file=sys.stderr)
+        raise SystemExit(2)
     if not native(verbose=True):                             # shows the compiler's own words
         raise SystemExit(2)
     print(f"built {native(verbose=True).__file__}; set REPSAE_NATIVE=1 to use it")
