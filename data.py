@@ -144,7 +144,7 @@ class Features(Samples):
         """The same with every token a sample, (N * T, d_s), still memory-mapped; no labels."""
         if not self.tokens:
             return self
-        flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}
+        flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}    # no copy
         return Features(flat, split=np.repeat(self.split, self.tokens), notes=self.notes,
                         hash=self.hash, folder=self.folder)
 
@@ -178,7 +178,7 @@ class Features(Samples):
         shift = {s: x[0].double() for s, x in self.batch(rows[:1]).items()}    # not to cancel
         for start in range(0, len(rows), block):
             for s, x in self.batch(rows[start:start + block]).items():
-                x = (x.double() - shift[s]).numpy()
+                x = (x.double() - shift[s]).numpy()          # (block, d_s)
                 total[s] = total[s] + x.sum(0)
                 square[s] = square[s] + (x * x).sum(0)
         mean = {s: torch.from_numpy(total[s] / len(rows)) for s in self.streams}
@@ -671,11 +671,11 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
     for i in range(n):
         p = frequency * np.where(family_of == theme[i], 8., 1.)
         labels[i, rng.choice(C, size=rng.integers(2, 6), replace=False, p=p / p.sum())] = True
-    amount = labels * rng.uniform(0.5, 1.5, size=(n, C))
+    amount = labels * rng.uniform(0.5, 1.5, size=(n, C))     # (n, C), 0 where a concept is absent
 
     streams, truth = {}, {}
     for m, (s, d) in enumerate(dims.items()):
-        D = rng.standard_normal((C, d))
+        D = rng.standard_normal((C, d))                      # one direction a concept
         D *= seen[:, m:m + 1] / np.linalg.norm(D, axis=1, keepdims=True)
         noise = (0.05, 0.1, 0.15)[m % 3] / d ** 0.5 * rng.standard_normal((n, d))
         streams[s], truth[s] = (np.tanh(amount @ D) + noise).astype(np.float32), D
@@ -727,12 +727,12 @@ def tissue(n, size=64, seed=0):
     """
     rng = np.random.default_rng([seed, 20])
     patients = max(8, n // 20)
-    of = np.sort(np.arange(n) % patients)
-    illness = np.arange(patients) % len(DISEASES)
+    of = np.sort(np.arange(n) % patients)                    # (n,) whose image it is
+    illness = np.arange(patients) % len(DISEASES)            # (patients,)
     slides = 2 * of + rng.integers(2, size=n)
     weights = np.array(list(DISEASES.values()), float)
-    share = (weights / weights.sum(1, keepdims=True)).cumsum(1)[illness[of]]
-    count = rng.integers(1, 5, n)
+    share = (weights / weights.sum(1, keepdims=True)).cumsum(1)[illness[of]]    # (n, kinds)
+    count = rng.integers(1, 5, n)                            # cells of an image
     kind = (rng.random((n, 4, 1)) > share[:, None]).sum(2).clip(max=len(CELLS) - 1)
     ground = rng.integers(len(GROUNDS), size=n)
     mucin = rng.random(n) < np.where(illness[of] == 3, .2, .04)
@@ -850,9 +850,9 @@ def _draw_grounds(n, size, ground, rng):
     base = np.array([(240, 222, 232), (236, 196, 214), (238, 212, 224)], np.float32)[ground]
     noise = 4 * _cloud(n, size, 9, rng)
     noise += 2 * rng.standard_normal((n, size, size), dtype=np.float32)
-    image = base[:, None, None] + noise[..., None]
+    image = base[:, None, None] + noise[..., None]           # (n, size, size, 3)
     rows = np.flatnonzero(ground == 1)
-    angle, phase = rng.uniform(0, 3, (2, len(rows), 1, 1)).astype(np.float32)
+    angle, phase = rng.uniform(0, 3, (2, len(rows), 1, 1)).astype(np.float32)    # of the fibres
     wave = np.cos(angle) * x + np.sin(angle) * y
     wave = wave + np.float32(.02) * _cloud(len(rows), size, 5, rng)
     dark = 9 + 9 * np.sin(np.float32(50) * wave + 2 * phase)
@@ -874,7 +874,7 @@ def _mucin(image, mucin, size, rng):
     rows = np.flatnonzero(mucin)
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     cx, cy, r = _circles(len(rows), (.3, .7), (.25, .35), rng)
-    edge = r * (1 + .15 * _cloud(len(rows), size, 5, rng))
+    edge = r * (1 + .15 * _cloud(len(rows), size, 5, rng))   # a radius in each direction
     alpha = np.clip((edge - np.hypot(x - cx, y - cy)) * size / 3, 0, 1)
     blue = np.array((176, 206, 230), np.float32) + 6 * _cloud(len(rows), size, 12, rng)[..., None]
     image[rows] += (.8 * alpha)[..., None] * (blue - image[rows])
@@ -893,7 +893,7 @@ def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     dx, dy = (px - middle[:, 0, None, None], py - middle[:, 1, None, None])
     dx, dy = dx.astype(np.float32), dy.astype(np.float32)    # (m, 1, w), (m, w, 1), in pixels
     u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
-    rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)
+    rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)            # no disc is quite round
 
     def disc(radius, x=0, y=0, stretch=1):
         away = np.hypot((u - x * r) / stretch, v - y * r)
@@ -901,7 +901,7 @@ def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     dark = np.maximum.reduce([disc(*d) for d in discs])
     if cut:
         dark = dark * (1 - disc(*cut))
-    body = dark if cytoplasm is None else disc(1)
+    body = dark if cytoplasm is None else disc(1)            # (m, w, w), share of each pixel
     inside = (py >= 0) & (py < size) & (px >= 0) & (px < size)
     y, x, i = np.clip(py, 0, size - 1), np.clip(px, 0, size - 1), rows[:, None, None]
     window = image[i, y, x]                                  # (m, w, w, 3), a copy
@@ -1034,7 +1034,7 @@ class Merges(Words):
 
     def merged(self, word):
         """The pieces of a word."""
-        pieces = [self.letter[b] for b in word.encode()]
+        pieces = [self.letter[b] for b in word.encode()]     # a letter a byte
         pieces[-1] += "</w>"
         while len(pieces) > 1:
             pairs = zip(pieces, pieces[1:])
@@ -1085,7 +1085,7 @@ def latent_semantics(captions, known, longest=1, width=32):
     cells = [(i, number[gram]) for i, found in enumerate(grams) for gram in found if gram in number]
     shape = len(grams), len(number)
     counts = scipy.sparse.csr_matrix((np.ones(len(cells)), tuple(zip(*cells))), shape)
-    counts = counts.multiply(np.log(len(known) / (counts[known] > 0).sum(0)) + 1).tocsr()
+    counts = counts.multiply(np.log(len(known) / (counts[known] > 0).sum(0)) + 1).tocsr()    # idf
     length = np.asarray(np.sqrt(counts.multiply(counts).sum(1))).ravel()
     counts = scipy.sparse.diags(1 / np.maximum(length, 1e-12)) @ counts
     width = min(width, len(number) - 1, len(known) - 1)
@@ -1402,7 +1402,7 @@ def as_rgb(image, window=None):
     image = ImageOps.exif_transpose(image)
     if image.mode[0] not in "IF" and not (window and image.mode == "L"):
         return image.convert("RGB")
-    x = np.asarray(image).astype(np.float64)
+    x = np.asarray(image).astype(np.float64)                 # (H, W)
     if window:
         low, high = window
     elif image.mode == "F":
@@ -1590,7 +1590,7 @@ def picture_parts(pictures, split, seed, source):
 
 def normalised(pixels):
     """(N, S, S, 3) uint8 -> float tensor (N, 3, S, S), normalised as ImageNet."""
-    mean, std = map(torch.tensor, IMAGENET)
+    mean, std = map(torch.tensor, IMAGENET)                  # (3,) each
     return ((torch.from_numpy(pixels).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
@@ -1600,7 +1600,7 @@ def jittered(x):
     side, pad = x.shape[-1], x.shape[-1] // 8
     x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
     x = torch.nn.functional.pad(x, [pad] * 4, mode="replicate")
-    at = torch.randint(0, 2 * pad + 1, (len(x), 2)).tolist()
+    at = torch.randint(0, 2 * pad + 1, (len(x), 2)).tolist()    # row and column of each corner
     return torch.stack([v[:, i:i + side, j:j + side] for v, (i, j) in zip(x, at)])
 
 
@@ -1672,7 +1672,7 @@ def otsu(values):
     """The threshold that splits uint8 values into the two classes with the largest variance between
     them (Otsu 1979)."""
     count = np.bincount(np.ravel(values), minlength=256).astype(float)
-    below, total = np.cumsum(count), np.cumsum(count * np.arange(256))
+    below, total = np.cumsum(count), np.cumsum(count * np.arange(256))    # at each threshold
     both = below * (below[-1] - below)                       # 0 where a class is empty
     between = (total[-1] * below - total * below[-1]) ** 2 / np.where(both > 0, both, np.inf)
     return int(between.argmax())
@@ -1688,7 +1688,7 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
     int: 0 outside, i inside piece i, -i in a hole of it.
     """
     saturation = np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1]
-    saturation = scipy.ndimage.median_filter(saturation, median)
+    saturation = scipy.ndimage.median_filter(saturation, median)    # (H, W)
     mask = saturation > (otsu(saturation) if threshold is None else threshold)
     square, eight = np.ones((close, close)), np.ones((3, 3))
     mask = scipy.ndimage.binary_dilation(mask, square)
@@ -1700,7 +1700,7 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
         if piece.sum() <= least:
             continue
         n += 1
-        holes, _ = scipy.ndimage.label(scipy.ndimage.binary_fill_holes(piece) & ~piece)
+        holes, _ = scipy.ndimage.label(scipy.ndimage.binary_fill_holes(piece) & ~piece)    # (h, w)
         size = np.bincount(holes.ravel())[1:]
         largest = np.argsort(-size, kind="stable")[:max_holes]
         out[where][piece | (holes > 0)] = n
@@ -1725,7 +1725,7 @@ def tile_boxes(pieces, scale, size, side, step):
     for i, (rows, columns) in enumerate(scipy.ndimage.find_objects(np.abs(pieces)), 1):
         x, y = (np.arange(int(s.start * scale), min(int(s.stop * scale), n - side + 1), step)
                 for s, n in ((columns, size[0]), (rows, size[1])))
-        x, y = (v.ravel() for v in np.meshgrid(x, y, indexing="ij"))
+        x, y = (v.ravel() for v in np.meshgrid(x, y, indexing="ij"))    # column by column
         cx, cy, q = x + side // 2, y + side // 2, side // 4
         corners = [np.abs(at(cx + a, cy + b)) == i for a in (-q, q) for b in (-q, q)]
         kept = np.any(corners, 0) & (at(cx, cy) != -i)
@@ -1912,7 +1912,7 @@ class Bags:
         """x (B, N, d), zeros where a bag is shorter than the longest, mask (B, N), y (B,)."""
         rows = np.asarray(rows)
         size = np.diff(self.offsets)[rows]
-        mask = torch.arange(size.max()) < torch.from_numpy(size)[:, None]
+        mask = torch.arange(size.max()) < torch.from_numpy(size)[:, None]    # (B, N)
         x = torch.zeros(*mask.shape, self.X.shape[1])
         x[mask] = torch.from_numpy(self.instances(rows))
         return x, mask, torch.from_numpy(self.y[rows]).long()

@@ -1736,7 +1736,8 @@ def cmd_intervene(flags):
         run = analysis_run(flags, "intervene")
     else:
         label = label_number(coded.features, flags.label)
-        run = analysis_run(flags, f"intervene_{coded.features.label_names[label]}")
+        named = re.sub(r"\W+", "_", coded.features.label_names[label])      # a folder without spaces
+        run = analysis_run(flags, f"intervene_{named}")
         means = tell_interventions(page, coded, y > 0, train, test, flags)
         tell_places(page, coded, label, train, test, means, flags)
         tell_class_means(page, means, flags)
