@@ -926,6 +926,130 @@ def read_to_train(flags, least=1):
 
 
 # ------------------------------------------------------------------------------------------------
+# A run in use: its model, features and codes
+# ------------------------------------------------------------------------------------------------
+
+class Coded:
+    """A run's model with features, its own or those of --data, and the codes of their streams.
+
+    flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
+            were typed
+    T       tokens of a sample, 1 where it is one vector
+    """
+
+    def __init__(self, run, flags, streams=None):
+        if not os.path.exists(os.path.join(run, "config.json")):
+            raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
+        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
+        own = {k: own[k] for k in ("data", "taxonomy", "seed")
+               if k in own and k in flags and k not in flags.given}
+        flags = flags.replaced({"taxonomy": None, **flags, **own})
+        self.run, self.device = run, flags.device
+        self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
+        there = data.stream_names(flags.data) if flags.data else self.model.streams
+        known = [s for s in self.model.streams if s in there]
+        streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
+        if not known:
+            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
+                             f"{', '.join(self.model.streams)} - check the keys")
+        self.flags = flags.replaced({"streams": streams})
+        self.features = read(self.flags)
+        for s, d in self.features.dims.items():
+            if self.model.dims.get(s) != d:
+                raise InputError(f"the run was trained on {self.model.dims}, the data has "
+                                 f"{self.features.dims} - take streams that it knows")
+        self.T, self.flat = self.features.tokens or 1, self.features.per_token()
+
+    def codes(self, rows, mode="alone"):
+        """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
+        tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
+        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
+        found = sae.joined([codes for _, codes in blocks])
+        return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
+
+    def pool(self, tau=0.):
+        """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
+        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
+        if len(self.features.streams) > 1:
+            raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
+                             "pick one with --stream")
+        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
+        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
+                                T * max(1, 4096 // T)):
+            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
+            pooled.append(judge.pool_tokens(code, T, tau))
+            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
+        self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
+        self.stream, self.dense = s, np.concatenate(dense)
+        if not np.isfinite(self.strength.data).all():
+            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
+        if not self.strength.nnz:
+            raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
+                             "or with less sparsity")
+        self.groups = self.features.about.get("groups", np.arange(N))
+        self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
+        return self
+
+    def decoder(self):
+        """Dictionary (L, d) and bias (d,) of the one stream."""
+        return (v[self.stream].detach().cpu().double().numpy()
+                for v in (self.model.W_dec, self.model.b_pre))
+
+    def heat(self, row, latents):
+        """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
+        code = self.codes([row])[self.stream][:, latents]
+        return code.toarray().T.reshape(-1, *self.features.grid)
+
+    def boxes(self, row, label):
+        """The boxes x0, y0, x1, y1 of a label in a sample, in shares of the picture."""
+        known = self.features.boxes
+        return () if known is None else [
+            tuple(b[2:]) for b in known[(known[:, 0] == row) & (known[:, 1] == label)]]
+
+    def told(self, name=None):
+        """(y (N,) int, rows to learn from, rows to judge by), labelled rows alone: has a sample the
+        label? Without a name, its class; y is None where samples have no or several labels."""
+        features, y, parts = self.features, self.features.labels, (self.train, self.test)
+        if name is not None:
+            label = label_number(features, name)
+            y = features.label_matrix(np.arange(len(features)))[:, label].astype(int)
+        elif y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
+            return None, *parts
+        parts = [rows[features.labelled[rows]] for rows in parts]
+        train, test = (np.unique(y[rows]) for rows in parts)
+        if min(len(train), len(test)) < 2 or not np.isin(test, train).all():
+            raise InputError(f"{name or 'the labels'}: {len(train)} kinds of training samples, "
+                             f"{len(test)} of test samples - both need two, the same; mend `split`")
+        return y, *parts
+
+    def about(self, row):
+        """What the file tells of a sample, as a dict of text; no label where it is not known."""
+        features, labels = self.features, self.features.label_matrix([row])
+        found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
+        if features.labelled[row]:
+            names = [name for name, here in zip(features.label_names, labels[0]) if here]
+            found["label"] = ", ".join(names) or "none"
+        return {"sample": int(row), **found}
+
+
+def label_number(features, label):
+    """The number of a label given by name or number; raises InputError when there is none of it."""
+    if label in features.label_names:
+        return features.label_names.index(label)
+    if label is not None and label.isdigit() and int(label) < len(features.label_names):
+        return int(label)
+    known = ", ".join(features.label_names[:20]) or "none: the file has no labels"
+    raise InputError(f"no label '{label}' - take one of {known}")
+
+
+def analysis_run(flags, name):
+    """The Run that an analysis of a run writes: --out, or the folder `name` inside that run."""
+    if not flags.out and (not plain(name) or "/" in name):
+        raise InputError(f"{name!r} cannot be the name of a folder - name one with --out")
+    return Run(flags, flags.out or os.path.join(flags.run, name))
+
+
+# ------------------------------------------------------------------------------------------------
 # Sparse codes: training and using them (thesis 4.1, 5)
 # ------------------------------------------------------------------------------------------------
 
@@ -1442,126 +1566,6 @@ def cmd_probe(flags):
 # ------------------------------------------------------------------------------------------------
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
-
-class Coded:
-    """A run's model with features, its own or those of --data, and the codes of their streams.
-
-    flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
-            were typed
-    T       tokens of a sample, 1 where it is one vector
-    """
-
-    def __init__(self, run, flags, streams=None):
-        if not os.path.exists(os.path.join(run, "config.json")):
-            raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
-        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
-        own = {k: own[k] for k in ("data", "taxonomy", "seed")
-               if k in own and k in flags and k not in flags.given}
-        flags = flags.replaced({"taxonomy": None, **flags, **own})
-        self.run, self.device = run, flags.device
-        self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
-        there = data.stream_names(flags.data) if flags.data else self.model.streams
-        known = [s for s in self.model.streams if s in there]
-        streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
-        if not known:
-            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
-                             f"{', '.join(self.model.streams)} - check the keys")
-        self.flags = flags.replaced({"streams": streams})
-        self.features = read(self.flags)
-        for s, d in self.features.dims.items():
-            if self.model.dims.get(s) != d:
-                raise InputError(f"the run was trained on {self.model.dims}, the data has "
-                                 f"{self.features.dims} - take streams that it knows")
-        self.T, self.flat = self.features.tokens or 1, self.features.per_token()
-
-    def codes(self, rows, mode="alone"):
-        """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
-        tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
-        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
-        found = sae.joined([codes for _, codes in blocks])
-        return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
-
-    def pool(self, tau=0.):
-        """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
-        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
-        if len(self.features.streams) > 1:
-            raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
-                             "pick one with --stream")
-        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
-        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
-                                T * max(1, 4096 // T)):
-            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
-            pooled.append(judge.pool_tokens(code, T, tau))
-            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
-        self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
-        self.stream, self.dense = s, np.concatenate(dense)
-        if not np.isfinite(self.strength.data).all():
-            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
-        if not self.strength.nnz:
-            raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
-                             "or with less sparsity")
-        self.groups = self.features.about.get("groups", np.arange(N))
-        self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
-        return self
-
-    def decoder(self):
-        """Dictionary (L, d) and bias (d,) of the one stream."""
-        return (v[self.stream].detach().cpu().double().numpy()
-                for v in (self.model.W_dec, self.model.b_pre))
-
-    def heat(self, row, latents):
-        """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
-        code = self.codes([row])[self.stream][:, latents]
-        return code.toarray().T.reshape(-1, *self.features.grid)
-
-    def boxes(self, row, label):
-        """The boxes x0, y0, x1, y1 of a label in a sample, in shares of the picture."""
-        known = self.features.boxes
-        return () if known is None else [
-            tuple(b[2:]) for b in known[(known[:, 0] == row) & (known[:, 1] == label)]]
-
-    def told(self, name=None):
-        """(y (N,) int, rows to learn from, rows to judge by), labelled rows alone: has a sample the
-        label? Without a name, its class; y is None where samples have no or several labels."""
-        features, y, parts = self.features, self.features.labels, (self.train, self.test)
-        if name is not None:
-            label = label_number(features, name)
-            y = features.label_matrix(np.arange(len(features)))[:, label].astype(int)
-        elif y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
-            return None, *parts
-        parts = [rows[features.labelled[rows]] for rows in parts]
-        train, test = (np.unique(y[rows]) for rows in parts)
-        if min(len(train), len(test)) < 2 or not np.isin(test, train).all():
-            raise InputError(f"{name or 'the labels'}: {len(train)} kinds of training samples, "
-                             f"{len(test)} of test samples - both need two, the same; mend `split`")
-        return y, *parts
-
-    def about(self, row):
-        """What the file tells of a sample, as a dict of text; no label where it is not known."""
-        features, labels = self.features, self.features.label_matrix([row])
-        found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
-        if features.labelled[row]:
-            names = [name for name, here in zip(features.label_names, labels[0]) if here]
-            found["label"] = ", ".join(names) or "none"
-        return {"sample": int(row), **found}
-
-
-def label_number(features, label):
-    """The number of a label given by name or number; raises InputError when there is none of it."""
-    if label in features.label_names:
-        return features.label_names.index(label)
-    if label is not None and label.isdigit() and int(label) < len(features.label_names):
-        return int(label)
-    known = ", ".join(features.label_names[:20]) or "none: the file has no labels"
-    raise InputError(f"no label '{label}' - take one of {known}")
-
-
-def analysis_run(flags, name):
-    """The Run that an analysis of a run writes: --out, or the folder `name` inside that run."""
-    if not flags.out and (not plain(name) or "/" in name):
-        raise InputError(f"{name!r} cannot be the name of a folder - name one with --out")
-    return Run(flags, flags.out or os.path.join(flags.run, name))
-
 
 @command(f"{ON_RUN} tau top weighted between names query embeddings label prompts", "run")
 def cmd_latents(flags):
