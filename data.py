@@ -1,21 +1,25 @@
-"""Everything that enters: feature files, splits, batches, taxonomies, and a made-up world whose truth is known.
+"""Everything that enters: feature files, pictures, slides, bags, words, and two made-up worlds.
 
-Read first   thesis A.1.1-A.1.2 (datasets, split, contiguous batches); for pictures, slides and bags 3.2.1-3.2.2 and 3.3.2.
-Glossary     N samples . T tokens of a sample . d_s width of stream s . C labels . a stream is one model's features of the
-             same N samples
+Read first   thesis A.1.1-A.1.2 (datasets, split, contiguous batches); for pictures, slides and
+             bags 3.2.1-3.2.2 and 3.3.2.
+Glossary     N samples . T tokens of a sample . d_s width of stream s . C labels . a stream is one
+             model's features of the same N samples
 
-A feature file is an .npz, or a folder of .npy files, with one floating array (N, d_s), or (N, T, d_s) for tokens, per
-stream, its key (or file name) the stream's name; row i is the same sample everywhere. Reserved keys, all optional:
+A feature file is an .npz, or a folder of .npy files, with one floating array per stream, (N, d_s),
+or (N, T, d_s) for tokens, its key (or file name) the stream's name; row i is the same sample
+everywhere. Reserved keys, all optional:
     labels (N,) or (N, 1) of any integer type, or (N,) text, whose sorted values are then the names
            of the labels; or (N, C) bool, where a row of False means "none of these"
     mask   (N,) bool, False = the labels of this row are not known
     label_names (C,)     split (N,) of train / val / test     groups (N,) e.g. patients
     ids, captions (N,)   images (N,) paths relative to the file, or pixels (N, H, W[, 3]) uint8
-    coords
-    grid (2,) int: rows and columns of the T tokens     boxes (n, 6): sample, label, x0, y0, x1, y1 in shares of the picture
-A row is unlabelled where its label is negative or "" or `mask` is False: it then counts neither for
-nor against any label.
-Nothing is ever unpickled. A folder is memory-mapped: a batch reads its own rows and no others.
+    coords (N, 4) of tiles: x, y, width, height in pixels of the slide
+    grid (2,) int: rows and columns of the T tokens
+    boxes (n, 6): sample, label, x0, y0, x1, y1 in shares of the picture
+A row is unlabelled where its label is negative or "" or `mask` is False: it then counts neither
+for nor against any label. Nothing is ever unpickled. A folder is memory-mapped: a batch reads its
+own rows and no others. What a user can mend is raised as InputError, which names the file, and the
+key or row at fault.
 
 Deviations   from the authors' code: rows are never joined by position alone, without a check that
              the counts agree; the short last block is shuffled among the others, not put last;
@@ -24,14 +28,18 @@ Deviations   from the authors' code: rows are never joined by position alone, wi
 Ours         the made-up streams and tissue; weaker colour changes and pathology's turns in `Crops`.
 """
 import functools
+import graphlib
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from xml.etree import ElementTree
 
@@ -42,65 +50,71 @@ import scipy.sparse.linalg
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords", "grid", "mask", "boxes")
+RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords",
+            "grid", "mask", "boxes")
 SPLITS = ("train", "val", "test")
-LARGEST = np.float32(1e15)  # of a feature: sums of squares must stay below 3e38, the end of float32
+LARGEST = np.float32(1e15)  # of a feature: sums of squares must stay below 3e38, float32's end
+MOST_LABELS = 10 ** 6       # greater numbers are no classes, and would each take a column
 
 
 class InputError(ValueError):
-    """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
+    """What the caller can mend: what was wrong and, after a dash, what to do."""
+
+
+@dataclass(kw_only=True)
+class Samples:
+    """What is known about N samples, whatever they are.
+
+    labels   (N,) int, negative where unlabelled, or (N, C) bool, or None; of label_names
+    mask     (N,) bool, False where (N, C) labels are not known, or None
+    split    (N,) of "train", "val", "test", or None
+    about    dict of a file's other arrays for each sample: ids, groups, captions, images
+    notes    lines that the user should see
+    """
+    labels: np.ndarray = None
+    label_names: list = field(default_factory=list)
+    mask: np.ndarray = None
+    split: np.ndarray = None
+    about: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+
+    @property
+    def labelled(self):
+        """(N,) bool: the rows whose labels are known; none without labels."""
+        if self.labels is None:
+            return np.zeros(len(self), bool)
+        known = self.labels >= 0 if self.labels.ndim == 1 else np.ones(len(self), bool)
+        return known if self.mask is None else known & self.mask
 
 
 @dataclass
-class Features:
-    """Streams of the same N samples and what is known about them.
+class Features(Samples):
+    """Streams of the same N samples, always with a split.
 
-    streams      dict stream -> (N, d_s) or (N, T, d_s) float array, in memory or memory-mapped, any float dtype
-    split        (N,) of "train", "val", "test"
-    labels       (N,) int, negative where unlabelled, or (N, C) bool, or None
-    mask         (N,) bool, False where (N, C) labels are not known, or None
-    label_names  list of C names
-    parents      taxonomy: dict name -> name of its parent, None for the root; empty when there is none
-    about        dict of the other per-sample arrays that the file gave: ids, groups, captions, images
-    grid         (rows, columns) of the tokens, or None       boxes  (n, 6) as in the file, or None
-    truth        made-up data only: dict stream -> (C, d_s), the direction of each concept, zeros where it is unseen
-    order        dict stream -> (N,) rows: sample i of the stream is its row order[i]; how the null breaks the pairing
-    notes        list of lines the user should see
+    streams      dict stream -> (N, d_s) or (N, T, d_s) array of floats, perhaps memory-mapped
+    parents      taxonomy: dict name -> name of its parent, None for the root; or empty
+    grid, boxes  (rows, columns) of the tokens, and boxes as in the file, or None
+    truth        made-up data only: dict stream -> (C, d_s), each concept's direction, zeros unseen
+    order        dict stream -> (N,) rows: sample i of the stream is its row order[i] (the null)
     folder       the file's own, which `images` are relative to
     """
     streams: dict
-    split: np.ndarray
-    labels: np.ndarray = None
-    label_names: list = field(default_factory=list)
     parents: dict = field(default_factory=dict)
-    about: dict = field(default_factory=dict)
     grid: tuple = None
     boxes: np.ndarray = None
     truth: dict = None
     order: dict = field(default_factory=dict)
-    notes: list = field(default_factory=list)
     hash: str = ""
-    mask: np.ndarray = None
     folder: str = "."
 
     def __len__(self):
         return len(self.split)
 
-    @property
-    def labelled(self):
-        """(N,) bool: the rows whose labels are known; none without labels."""
-        return _labelled(self.labels, self.mask, len(self))
-
     def picture(self, row):
-        """A sample's picture in RGB, or None when the file gives none or it cannot be read."""
-        images = self.about.get("images")
-        if images is None:
-            return None
-        if images.ndim > 1:
-            return Image.fromarray(np.asarray(images[row])).convert("RGB")
+        """A sample's picture in RGB, or None where there is none that can be read."""
         try:
-            return open_image(os.path.join(self.folder, images[row]))
-        except InputError:
+            return _picture(self.about["images"][row], self.folder)
+        except (KeyError, InputError):
             return None
 
     @property
@@ -120,32 +134,34 @@ class Features:
 
     def sorted_rows(self):
         """Whether the training rows come sorted by their label, so that neighbours are alike."""
-        if self.labels is None or self.labels.ndim != 1:
+        y = None if self.labels is None else self.labels[self.rows("train")]
+        if y is None or y.ndim != 1 or len(y) < 2:
             return False
-        y = self.labels[self.rows("train")]
         chance = (np.unique(y, return_counts=True)[1] / len(y)) ** 2
-        return bool((y[1:] == y[:-1]).mean() > (1 + chance.sum()) / 2) if len(y) > 1 else False
+        return bool((y[1:] == y[:-1]).mean() > (1 + chance.sum()) / 2)
 
     def per_token(self):
-        """The same with every token a sample: streams (N * T, d_s), still memory-mapped if they were; no labels."""
+        """The same with every token a sample, (N * T, d_s), still memory-mapped; no labels."""
         if not self.tokens:
             return self
-        flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}
-        return replace(self, streams=flat, split=np.repeat(self.split, self.tokens), labels=None, label_names=[], parents={},
-                       about={}, grid=None, boxes=None, mask=None)
+        flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}    # no copy
+        return Features(flat, split=np.repeat(self.split, self.tokens), notes=self.notes,
+                        hash=self.hash, folder=self.folder)
 
     def rows(self, *splits):
         """Row numbers, ascending, of the first of `splits` that has any: rows("test", "val")."""
         for name in splits:
-            rows = np.flatnonzero(self.split == name)
-            if len(rows):
-                return rows
-        raise InputError(f"the {' and '.join(splits)} split is empty - give 'split' values or more samples")
+            if (self.split == name).any():
+                return np.flatnonzero(self.split == name)
+        raise InputError(f"the {' and '.join(splits)} split is empty - give more samples")
 
     def batch(self, rows):
         """Raw features of `rows` (B,): dict stream -> (B, d_s) or (B, T, d_s) float32 tensor."""
-        return {s: torch.from_numpy(np.asarray(x[self.order[s][rows] if s in self.order else rows], dtype=np.float32))
-                for s, x in self.streams.items()}
+        out = {}
+        for s, x in self.streams.items():
+            x = x[self.order[s][rows] if s in self.order else rows]
+            out[s] = torch.from_numpy(np.asarray(x, dtype=np.float32))
+        return out
 
     def label_matrix(self, rows):
         """(len(rows), C) bool, unlabelled rows all False: see `labelled`. None without labels."""
@@ -157,22 +173,21 @@ class Features:
         return labels & self.labelled[rows][:, None]
 
     def statistics(self, rows, block=4096):
-        """Per-dimension mean and standard deviation over `rows`, read block by block: dict stream -> (mean, std)."""
-        total, square = ({s: np.zeros(d) for s, d in self.dims.items()} for _ in range(2))
-        # against cancellation
-        shift = {s: x[:1].mean(0).double().numpy() for s, x in self.batch(rows[:block]).items()}
+        """Mean and standard deviation (d_s,) over `rows`, read block by block: dict of stream."""
+        total, square = ({s: 0. for s in self.streams} for _ in range(2))
+        shift = {s: x[0].double() for s, x in self.batch(rows[:1]).items()}    # not to cancel
         for start in range(0, len(rows), block):
             for s, x in self.batch(rows[start:start + block]).items():
-                x = x.double().numpy() - shift[s]
-                total[s] += x.sum(0)
-                square[s] += (x * x).sum(0)
-        n = len(rows)
-        variance = {s: np.maximum(square[s] / n - (total[s] / n) ** 2, 0) for s in self.streams}
-        return {s: (torch.from_numpy(total[s] / n + shift[s]).float(), torch.from_numpy(np.sqrt(variance[s])).float())
-                for s in self.streams}
+                x = (x.double() - shift[s]).numpy()          # (block, d_s)
+                total[s] = total[s] + x.sum(0)
+                square[s] = square[s] + (x * x).sum(0)
+        mean = {s: torch.from_numpy(total[s] / len(rows)) for s in self.streams}
+        std = {s: (torch.from_numpy(square[s] / len(rows)) - mean[s] ** 2).clamp(min=0).sqrt()
+               for s in self.streams}
+        return {s: ((mean[s] + shift[s]).float(), std[s].float()) for s in self.streams}
 
     def shuffled(self, seed):
-        """The null: the same samples, every stream but the first permuted inside each split, so nothing is shared."""
+        """The null: every stream but the first permuted inside each split; nothing is shared."""
         rng, order = np.random.default_rng([seed, 1]), {}
         for s in list(self.streams)[1:]:
             order[s] = np.arange(len(self))
@@ -183,11 +198,12 @@ class Features:
 
 
 class Batches:
-    """Which rows form training batch number `step`: a pure function of the step, so that a resumed run sees the same.
+    """Which rows form training batch number `step`: of the step alone, so that a resumed run sees
+    the same.
 
-    shuffle="blocks": contiguous blocks of `rows` in random order (thesis A.1.2, "Data Loading Optimization"): what
-    makes memory-mapped folders fast. "samples": every epoch a new permutation. `epoch` is the number of steps in an
-    epoch. drop_last: without what does not fill a batch.
+    shuffle="blocks": contiguous blocks of `rows` in random order (thesis A.1.2, "Data Loading
+    Optimization"): what makes memory-mapped folders fast. "samples": every epoch a new permutation.
+    `epoch` is the number of steps in an epoch. drop_last: without what does not fill a batch.
     """
 
     def __init__(self, rows, batch, seed, shuffle="blocks", drop_last=False):
@@ -197,103 +213,96 @@ class Batches:
 
     def rows(self, step):
         epoch, i = divmod(step, self.epoch)
+        blocks = self.shuffle == "blocks"
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, 0, epoch])
-            self._epoch, self._order = epoch, rng.permutation(self.epoch if self.shuffle == "blocks" else len(self.all))
-        if self.shuffle == "blocks":
+            self._order = rng.permutation(self.epoch if blocks else len(self.all))
+            self._epoch = epoch
+        if blocks:
             i = self._order[i]
-            return self.all[i * self.batch:(i + 1) * self.batch]
-        return self.all[np.sort(self._order[i * self.batch:(i + 1) * self.batch])]
+        batch = slice(i * self.batch, (i + 1) * self.batch)
+        return self.all[batch] if blocks else self.all[np.sort(self._order[batch])]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Feature files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Feature files -------------------------------------------------------------------------------
 
 def read_features(path, streams=None, taxonomy=None, seed=42):
     """Read and check a feature file (see the top of this module).
 
-    streams: names to use, in this order; all by default. taxonomy: a JSON file, see `read_taxonomy`. seed: of the
-    split, when the file has none. Raises InputError naming the stream, key or row at fault.
+    streams: names to use, in this order; all by default. taxonomy: a JSON file, see
+    `read_taxonomy`. seed: of the split, when the file has none.
     """
     arrays = _Source(path)
-    names = stream_names(path)
-    if streams:
-        unknown = [s for s in streams if s not in names]
-        if unknown:
-            raise InputError(f"{path} has no stream '{unknown[0]}' - it has {', '.join(names) or 'none'}")
-        names = list(dict.fromkeys(streams))
-    if not names:
-        raise InputError(f"{path} holds no stream - give at least one floating array (N, d) under a name of your own")
-    x = {s: _check_stream(path, s, arrays[s]) for s in names}
-    sizes = {s: len(a) for s, a in x.items()}
-    n = sizes[names[0]]
+    names = list(dict.fromkeys(streams or arrays.streams))
     for s in names:
-        if sizes[s] != n:
-            raise InputError(f"stream '{s}' has {sizes[s]} rows but '{names[0]}' has {n} - "
-                             "rows must be the same samples")
-    tokens = {s: a.shape[1] if a.ndim == 3 else None for s, a in x.items()}
-    if len(set(tokens.values())) > 1:
-        raise InputError(f"{path}: tokens per sample differ between streams, {tokens} - pick streams alike with --streams")
-    about = _about(arrays, n)
-    labels, label_names, mask = _read_labels(arrays, n)
-    parents = read_taxonomy(taxonomy, label_names) if taxonomy else {}
-    split = _split(about.pop("split", None), about.get("groups"), n, seed)
-    out = Features(x, split, labels, label_names, parents, about,
-                   _check_grid(arrays.get("grid"), tokens[names[0]]),
-                   _check_boxes(arrays.get("boxes"), n, label_names), mask=mask,
+        if s not in arrays.streams:
+            there = ", ".join(arrays.streams) or "none"
+            raise InputError(f"{path} has no stream '{s}' - it has {there}")
+    if not names:
+        raise InputError(f"{path} holds no stream - give a floating array (N, d) under its name")
+    x = {s: _stream(arrays, s) for s in names}
+    n, *tokens = x[names[0]].shape[:-1]
+    for s, a in x.items():
+        if len(a) != n:
+            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - give each "
+                             "as many")
+        if [*a.shape[1:-1]] != tokens:
+            raise InputError(f"{path}: tokens per sample differ between streams '{names[0]}' and "
+                             f"'{s}' - pick streams alike with --streams")
+    told = _told(arrays, n, seed)
+    out = Features(x, **told, boxes=_read_boxes(arrays, n, len(told["label_names"])),
                    folder=os.path.dirname(os.path.abspath(path)))
+    if tokens and "grid" in arrays:
+        grid = arrays.checked("grid", (2,), np.number, "two numbers: rows and columns")
+        if not (grid > 0).all() or grid.prod() != tokens[0]:
+            raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give their rows "
+                             "and columns")
+        out.grid = int(grid[0]), int(grid[1])
+    if taxonomy:
+        out.parents = read_taxonomy(taxonomy, out.label_names)
     _scan(out)
-    out.notes += _torn_groups(out.split, about.get("groups"))
     return out
-
-
-def _torn_groups(split, groups):
-    """A note, as a list, where a split (N,) tears groups (N,); none where either is None."""
-    if split is None or groups is None:
-        return []
-    names, group = np.unique(groups, return_inverse=True)
-    parts = np.unique(np.stack([group, np.unique(split, return_inverse=True)[1]]), axis=1)[0]           # a column a group and part
-    torn = names[np.bincount(parts) > 1]
-    return [f"{len(torn)} of {len(names)} groups (first: {g}) lie in several splits" for g in torn[:1]]
 
 
 def stream_names(path):
     """The names of the streams in a feature file."""
-    return [k for k in _Source(path).where if k not in RESERVED]
+    return _Source(path).streams
 
 
 class _Source:
-    """The arrays of an .npz or of a folder of .npy, by key, read when asked for; a folder's are memory-mapped. What else lies
-    in the folder or is packed into the .npz is passed over."""
+    """The arrays of an .npz or of a folder of .npy, by key, read when asked for; a folder's are
+    memory-mapped. What else lies there is passed over."""
 
     def __init__(self, path):
         self.path, self.npz = path, None
         if os.path.isdir(path):
-            self.where = {f[:-4]: os.path.join(path, f) for f in sorted(os.listdir(path)) if f.endswith(".npy")}
+            names = sorted(os.listdir(path))
         else:
             self.npz = _load(path, lambda: np.load(plain_file(path), allow_pickle=False))
             if not isinstance(self.npz, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} holds one array without a name - save an .npz with one key per stream")
-            self.where = {f[:-4]: f for f in self.npz.zip.namelist() if f.endswith(".npy")}
-        for key in self.where:
+                raise InputError(f"{path} holds an array without a name - write it by numpy.savez")
+            names = self.npz.zip.namelist()
+        self.keys = [name[:-4] for name in names if name.endswith(".npy")]
+        self.streams = [key for key in self.keys if key not in RESERVED]
+        for key in self.keys:
             if not key.isprintable():
                 raise InputError(f"{path} has the key {key!r} - name it in printable letters")
 
     def __contains__(self, key):
-        return key in self.where
+        return key in self.keys
 
     def __getitem__(self, key):
         if self.npz is None:
-            return _load(self.where[key], lambda: _array(np.load(plain_file(self.where[key]), "r", allow_pickle=False)))
-        return _load(f"{self.path}, key '{key}'", lambda: _array(self._member(self.where[key])))
+            return _load_npy(os.path.join(self.path, f"{key}.npy"))
+        return _load(f"{self.path}, key '{key}'", lambda: self._member(f"{key}.npy"))
 
     def _member(self, name):
-        """An array of the .npz, if it declares the size that it has: numpy makes room for what is declared, then reads."""
+        """An array of the .npz, if it declares the size that it has: numpy makes room for what is
+        declared, then reads."""
         info = self.npz.zip.getinfo(name)
         with self.npz.zip.open(info) as f:
-            header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            shape, _, dtype = header[np.lib.format.read_magic(f)[0]](f)
+            version = np.lib.format.read_magic(f)[0]
+            shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(f)
             size = math.prod(shape) * dtype.itemsize
             if not dtype.hasobject and size != info.file_size - f.tell():
                 raise ValueError(f"declares {size} bytes")
@@ -302,31 +311,50 @@ class _Source:
     def get(self, key):
         return self[key] if key in self else None
 
+    def checked(self, key, shape, kind, wanted):
+        """The array of a key, or None without it: of that kind of numpy, and of that shape, where
+        None is any length."""
+        a = self.get(key)
+        if a is None:
+            return None
+        fits = a.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, a.shape))
+        if not fits or not np.issubdtype(a.dtype, kind):
+            raise InputError(f"'{key}' has shape {a.shape} and type {a.dtype} - give {wanted}")
+        return a
+
 
 def read_arrays(path):
     """All arrays of an .npz, or of a folder of .npy, by key; nothing is unpickled."""
     source = _Source(path)
-    return {key: source[key] for key in source.where}
+    return {key: source[key] for key in source.keys}
 
 
 def read_vector(path):
-    """One vector (d,) from a .npy, as a float32 tensor; raises InputError for anything else."""
-    x = _load(path, lambda: np.load(plain_file(path), "r", allow_pickle=False))             # mapped: its size is checked
-    if not isinstance(x, np.ndarray) or x.ndim != 1 or not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all():
-        raise InputError(f"{path} does not hold one vector of finite floating numbers - save it with numpy.save")
+    """One vector (d,) from a .npy, as a float32 tensor."""
+    x = _load_npy(path)
+    if x.ndim != 1 or not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all():
+        raise InputError(f"{path} does not hold one vector of finite numbers - use numpy.save")
     return torch.from_numpy(x.astype(np.float32))
 
 
 def plain_file(path):
-    """The path, unless a pipe, a device or a folder is there, or it is no path at all: raises InputError. A file that is
-    missing is left to who opens it."""
+    """The path, unless a pipe, a device or a folder is there, or it is no path at all. A file that
+    is missing is left to who opens it."""
     if "\0" in os.fspath(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise InputError(f"{path} is no plain file - name one")
     return path
 
 
+def plain_name(name, source):
+    """A name that a file gives, if a file or folder may be called so: it must not lead anywhere
+    else. source: where it stands, for the message."""
+    if not name or name in (".", "..") or not name.isprintable() or re.search(r"[/\\:]", name):
+        raise InputError(f"{source} {name!r}, which names a file - take plain words, no folders")
+    return name
+
+
 def read_json(path):
-    """What a JSON file holds. Raises InputError when it cannot be read."""
+    """What a JSON file holds."""
     with open(plain_file(path), "rb") as f:
         text = f.read()
     try:
@@ -336,9 +364,16 @@ def read_json(path):
 
 
 def _load(what, read):
-    """What read() returns, an array or an .npz; raises InputError saying what is wrong with `what`."""
+    """The array or .npz that read() returns, or an InputError saying what is wrong with it."""
     try:
-        return read()
+        x = read()
+        if not isinstance(x, np.ndarray):
+            return x
+        if x.dtype.kind not in "biufUS":
+            raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
+        if x.dtype.kind == "U":
+            "".join(x.ravel().tolist()).encode()             # a ValueError for what is no text
+        return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
     except InputError:
         raise
     except FileNotFoundError:
@@ -349,32 +384,59 @@ def _load(what, read):
         raise InputError(f"{what} does not fit into memory - save it as a folder of .npy files")
     except ValueError as e:
         if "Object array" in str(e):
-            raise InputError(f"{what} is an array of Python objects - save plain numbers or strings, "
-                             "nothing is unpickled")
-        raise InputError(f"{what} is not a readable .npz or .npy file - save features with numpy.savez")
-    except Exception:                                        # numpy and zipfile raise many kinds for broken files
+            raise InputError(f"{what} is an array of Python objects - save numbers or strings")
+        raise InputError(f"{what} is not a readable .npz or .npy file - write it by numpy.savez")
+    except Exception:                    # numpy and zipfile raise many kinds for broken files
         raise InputError(f"{what} is cut off or damaged - write it again")
 
 
-def _array(x):
-    """The array x, in this machine's order of bytes, if it holds numbers, truth values or text; else raises InputError."""
-    if x.dtype.kind not in "biufUS":
-        raise InputError(f"an array holds {x.dtype} - save plain numbers or strings")
-    if x.dtype.kind == "U":
-        "".join(x.ravel().tolist()).encode()                 # a ValueError for what is no text
-    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+def _load_npy(path):
+    """One array, memory-mapped, which also checks the size that it declares."""
+    x = _load(path, lambda: np.load(plain_file(path), "r", allow_pickle=False))
+    if not isinstance(x, np.ndarray):
+        raise InputError(f"{path} holds several arrays - save one by numpy.save")
+    return x
 
 
-def _check_stream(path, name, x):
+def _stream(arrays, name, most=3):
+    """A stream's array, of two dimensions or at most `most`."""
+    x = arrays[name]
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
                          f"(reserved keys: {', '.join(RESERVED)})")
-    if x.ndim not in (2, 3):
-        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width)"
-                         " or (samples, tokens, width)")
-    if 0 in x.shape:
-        raise InputError(f"stream '{name}' has shape {x.shape} - it needs at least one row and one column")
+    if not 2 <= x.ndim <= 3 or 0 in x.shape:
+        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width) or "
+                         "(samples, tokens, width), each at least 1")
+    if x.ndim > most:
+        raise InputError(f"{arrays.path}: '{name}' has shape {x.shape}, tokens of samples - give "
+                         "(instances, width): extract without --tokens")
     return x
+
+
+def _told(arrays, n, seed=None):
+    """What a file says of its n samples: the fields of `Samples`, bytes as str. With a seed there
+    is always a split."""
+    about, notes = {}, []
+    for key in ("ids", "groups", "captions", "split", "images"):
+        shape, kind, wanted = (n,), np.generic, f"(N,) values, N = {n}"
+        if key == "images":
+            wanted = f"(N,) paths or (N, H, W[, 3]) uint8, N = {n}"
+            ndim = np.ndim(arrays.get(key))
+            kind = np.character if ndim == 1 else np.uint8
+            shape = {3: (n, None, None), 4: (n, None, None, 3)}.get(ndim, (n,))
+        found = arrays.checked(key, shape, kind, wanted)
+        if found is not None:
+            about[key] = _texts(found) if found.dtype.kind == "S" else found
+    labels, names, mask = _read_labels(arrays, n)
+    split, groups = about.pop("split", None), about.get("groups")
+    if split is not None or seed is not None:
+        split = _split(split, groups, n, seed)
+        if groups is not None:
+            found = Counter(g for g, _ in {*zip(groups.tolist(), split.tolist())})
+            torn = sorted(g for g, parts in found.items() if parts > 1)
+            notes = [f"{len(torn)} of {len(found)} groups (first: {g}) lie in several splits"
+                     for g in torn[:1]]
+    return dict(labels=labels, label_names=names, mask=mask, about=about, split=split, notes=notes)
 
 
 def _texts(a):
@@ -382,123 +444,76 @@ def _texts(a):
     return np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a.astype(str)
 
 
-def _about(arrays, n):
-    """What a file says of each of its n samples: dict of `ids`, `groups`, `captions`, `images` and
-    `split`, where it has them, bytes as str. Raises InputError for shapes unlike the header's."""
-    keys = ("ids", "groups", "captions", "images", "split")
-    found = {k: arrays[k] for k in keys if k in arrays}
-    for k, a in found.items():
-        fits, wanted = a.ndim == 1, "one entry for each row"
-        if k == "images":
-            pixels = a.dtype == np.uint8 and (a.ndim == 3 or a.shape[3:] == (3,))
-            fits = pixels or fits and a.dtype.kind in "US"
-            wanted = "(N,) paths or (N, H, W[, 3]) uint8"
-        if not fits:
-            raise InputError(f"'{k}' has shape {a.shape} and type {a.dtype} - give {wanted}")
-        if len(a) != n:
-            raise InputError(f"'{k}' has {len(a)} entries for {n} samples - give one for each row")
-    return {k: _texts(a) if a.dtype.kind == "S" else a for k, a in found.items()}
-
-
 def _read_labels(arrays, n):
-    """(labels, names, mask) of a file of n samples: labels (N,) int, negative where unlabelled, and
-    no mask; or (N, C) bool with `mask` as the file has it; or None without labels."""
-    labels, mask = arrays.get("labels"), arrays.get("mask")
-    if mask is not None and (mask.shape != (n,) or mask.dtype != bool):
-        raise InputError(f"'mask' has shape {mask.shape} and type {mask.dtype} for {n} samples - "
-                         "give (N,) booleans, False where the labels are not known")
+    """(labels, names, mask) of a file of n samples, as in `Samples`; a mask of (N,) labels has made
+    them negative."""
+    labels, names = arrays.get("labels"), arrays.get("label_names")
+    mask = arrays.checked("mask", (n,), np.bool_, "(N,) booleans, False = labels not known")
     if labels is None:
         return None, [], None
     if labels.ndim and len(labels) != n:
         raise InputError(f"'labels' has {len(labels)} entries for {n} samples - give one each")
-    labels, names = _check_labels(labels, arrays.get("label_names"))
-    if labels.ndim == 1:
-        return labels if mask is None else np.where(mask, labels, -1), names, None
+    names = None if names is None else _texts(np.atleast_1d(names)).ravel().tolist()
+    if labels.ndim == 1 and labels.dtype.kind in "US":
+        words = _texts(labels).tolist()
+        names = sorted({*words} - {""}) if names is None else names
+        number = {"": -1, **{name: i for i, name in enumerate(names)}}
+        for row, word in enumerate(words):
+            if word not in number:
+                raise InputError(f"'labels' row {row} is {word[:40]!r}, no 'label_names' - add it")
+        labels = np.array([number[word] for word in words])
+    labels, count = _numbers(labels, names)
+    if names is None:
+        if count > max(n, 1000):                             # each takes memory
+            raise InputError(f"'labels' go up to {count - 1} for {n} samples - number them from 0")
+        names = [f"label {i}" for i in range(count)]
+    if len(names) < count or labels.ndim == 2 and len(names) != count:
+        raise InputError(f"'label_names' has {len(names)} names for {count} labels - give one each")
+    if labels.ndim == 1 and mask is not None:
+        labels, mask = np.where(mask, labels, -1), None
     return labels, names, mask
 
 
-def _labelled(labels, mask, n):
-    """(N,) bool: the rows whose labels, as `_read_labels` gives them, are known."""
-    if labels is None:
-        return np.zeros(n, bool)
-    known = labels >= 0 if labels.ndim == 1 else np.ones(n, bool)
-    return known if mask is None else known & mask
-
-
-MOST_LABELS = 10 ** 6    # greater numbers are no classes, and would each take a column
-
-
-def _check_labels(labels, names):
-    """Labels, (N,) int64, negative where unlabelled, or (N, C) bool, and their C names."""
-    names = None if names is None else _texts(np.atleast_1d(names)).ravel().tolist()
-    if labels.ndim == 1 and labels.dtype.kind in "US":
-        labels, names = _named_labels(_texts(labels), names)
+def _numbers(labels, names):
+    """Labels as numbers or flags, (N,) int64 or (N, C) bool, and how many there are."""
     whole = np.issubdtype(labels.dtype, np.integer)
     if whole and labels.ndim == 2 and labels.shape[1] == 1 and len(names or ()) != 1:
         labels = labels[:, 0]                                # as MedMNIST has it
-    if labels.ndim == 1 and whole:
-        count = int(labels.max()) + 1 if labels.size else 0
-        if count > MOST_LABELS:
-            row = int(labels.argmax())
-            raise InputError(f"'labels' row {row} is {count - 1} - number the classes from 0, a "
-                             f"million at most")
-        count, labels = max(count, 0), labels.astype(np.int64)
-    elif labels.ndim == 2 and labels.size and (labels.dtype == bool or whole and 0 <= labels.min()
-                                               and labels.max() <= 1):
-        count, labels = labels.shape[1], labels.astype(bool, copy=False)
-    else:
-        raise InputError(f"'labels' has shape {labels.shape} and type {labels.dtype} - "
-                         "give (N,) integers or text, or (N, C) booleans")
-    if names is None:
-        if count > max(len(labels), 1000):                   # each takes memory
-            raise InputError(f"'labels' go up to {count - 1} for {len(labels)} samples - number the classes from 0")
-        names = [f"label {i}" for i in range(count)]
-    if len(names) < count or (labels.ndim == 2 and len(names) != count):
-        raise InputError(f"'label_names' has {len(names)} names for {count} labels - give one each")
-    return labels, names
+    if whole and labels.ndim == 1:
+        most = int(labels.max()) if labels.size else -1
+        if most >= MOST_LABELS:
+            row = labels.argmax()
+            raise InputError(f"'labels' row {row} is {most} - number the classes from 0")
+        return labels.astype(np.int64), max(most + 1, 0)
+    flags = labels.dtype == bool or whole and labels.size and 0 <= labels.min() <= labels.max() <= 1
+    if labels.ndim == 2 and labels.size and flags:
+        return labels.astype(bool, copy=False), labels.shape[1]
+    raise InputError(f"'labels' has shape {labels.shape} and type {labels.dtype} - give (N,) whole "
+                     "numbers or text, or (N, C) booleans")
 
 
-def _named_labels(labels, names):
-    """Labels as text (N,) -> (N,) numbers of `names`, or of their own sorted values; "" is -1."""
-    names = sorted({*labels.tolist()} - {""}) if names is None else names
-    number = {"": -1, **{name: i for i, name in enumerate(names)}}
-    strange = [(i, v) for i, v in enumerate(labels.tolist()) if v not in number][:1]
-    for row, label in strange:
-        raise InputError(f"'labels' row {row} is {label[:40]!r}, none of 'label_names' - add it")
-    return np.array([number[v] for v in labels.tolist()], np.int64), names
-
-
-def _check_grid(grid, tokens):
-    """(rows, columns) of the tokens, or None."""
-    if grid is None or not tokens:
-        return None
-    if grid.shape != (2,) or grid.dtype.kind not in "iuf" or not (grid > 0).all() or grid.prod() != tokens:
-        raise InputError(f"'grid' is {grid.tolist()} for {tokens} tokens - give rows and columns whose product they are")
-    return int(grid[0]), int(grid[1])
-
-
-def _check_boxes(boxes, n, label_names):
+def _read_boxes(arrays, n, labels):
     """(n, 6) boxes whose samples and labels exist, or None."""
+    wanted = "rows of sample, label, x0, y0, x1, y1"
+    boxes, most = arrays.checked("boxes", (None, 6), np.number, wanted), max(labels, 1)
     if boxes is None:
         return None
-    if boxes.ndim != 2 or boxes.shape[1] != 6 or boxes.dtype.kind not in "biuf" or not np.isfinite(boxes).all():
-        raise InputError(f"'boxes' has shape {boxes.shape} and type {boxes.dtype} - give rows of sample, label, x0, y0, x1, y1")
-    most = max(len(label_names), 1)
-    bad = np.flatnonzero((boxes[:, 0] < 0) | (boxes[:, 0] >= n) | (boxes[:, 1] < 0) | (boxes[:, 1] >= most)
-                         | (boxes[:, 2:] < 0).any(1) | (boxes[:, 2:] > 1).any(1) | (boxes[:, 2:4] >= boxes[:, 4:]).any(1))
-    if len(bad):
-        raise InputError(f"'boxes' row {bad[0]} is {boxes[bad[0]].tolist()} - give a sample of {n}, a label of {most}, and "
-                         "x0 < x1, y0 < y1 in shares of the picture, 0 to 1")
+    inside = (boxes >= 0) & (boxes < [n, most, 1, 1, np.inf, np.inf])    # False of NaN
+    inside[:, 2:4] &= boxes[:, 2:4] < boxes[:, 4:]
+    inside[:, 4:] &= boxes[:, 4:] <= 1
+    for row in np.flatnonzero(~inside.all(1))[:1]:
+        raise InputError(f"'boxes' row {row} is {boxes[row].tolist()} - give a sample of {n}, a "
+                         f"label of {most}, and x0 < x1, y0 < y1 in shares of the picture, 0 to 1")
     return boxes
 
 
 def _split(given, groups, n, seed):
-    """(N,) of train / val / test: as given; else 80 % of the groups, or of the samples, train, the rest val (A.1.2)."""
+    """(N,) of train / val / test: as given; else 80 % of the groups, or of the samples, train, the
+    rest val (thesis A.1.2)."""
     if given is not None:
-        split = np.array([v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in given.tolist()])
-        bad = np.flatnonzero(~np.isin(split, SPLITS))
-        if len(bad):
-            raise InputError(f"'split' row {bad[0]} is '{split[bad[0]]}' - use train, val or test")
+        split = _texts(given)
+        for row in np.flatnonzero(~np.isin(split, SPLITS))[:1]:
+            raise InputError(f"'split' row {row} is '{split[row]}' - use train, val or test")
         return split
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     order = np.random.default_rng([seed, 2]).permutation(unit.max() + 1)
@@ -507,214 +522,246 @@ def _split(given, groups, n, seed):
 
 
 def _scan(features, block_bytes=1 << 24):
-    """One pass over all streams: refuse NaN and Inf, count zero rows, and hash what the run depends on."""
+    """One pass over all streams: refuse NaN and Inf, count zero rows, and hash what a run depends
+    on."""
     digest = hashlib.sha256()
     for s, x in features.streams.items():
         digest.update(f"{s} {x.dtype} {x.shape}".encode())
         step, zeros = max(1, block_bytes // (x[0].size * x.itemsize)), 0
         for start in range(0, len(x), step):
-            block = np.ascontiguousarray(x[start:start + step]).reshape(len(x[start:start + step]), -1)
+            block = np.ascontiguousarray(x[start:start + step]).reshape(-1, x[0].size)
             bad = ~(np.abs(block) <= LARGEST).all(1)         # so compared, NaN is bad too
             if bad.any():
-                row = start + int(bad.argmax())
                 finite = np.isfinite(block[bad.argmax()]).all()
-                what, do = (("numbers beyond 1e15", "scale") if finite
-                            else ("NaN or Inf", "drop or mend"))
-                raise InputError(f"stream '{s}' has {what} in {bad.sum()} or more rows, "
-                                 f"first row {row} - {do} them")
+                what, do = ("numbers beyond 1e15", "scale") if finite else ("NaN or Inf", "mend")
+                raise InputError(f"stream '{s}' has {what} in {bad.sum()} or more rows, first row "
+                                 f"{start + bad.argmax()} - {do} them")
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:
             features.notes.append(f"stream '{s}' has {zeros} all-zero rows: the loss skips them, "
                                   "retrieval counts them as missed")
-    for a in (features.labels, features.mask, features.split, features.label_names,
-              sorted(features.parents.items(), key=str)):
-        digest.update(repr(a).encode() if isinstance(a, list) else b"" if a is None
-                      else np.ascontiguousarray(a).tobytes())
+    for a in (features.labels, features.mask, features.split):
+        digest.update(b"" if a is None else np.ascontiguousarray(a).tobytes())
+    for a in (features.label_names, sorted(features.parents.items(), key=str)):
+        digest.update(repr(a).encode())
     features.hash = digest.hexdigest()[:16]
 
 
 def read_taxonomy(path, label_names):
-    """Read a taxonomy from JSON: {"child": "parent", ..., "root": null}, or nested {"LabelName", "Subcategory": [...]}
-    as Open Images has it (a name that stands twice counts where it is deepest). Returns dict name -> parent or None.
-
-    Raises InputError for a cycle, a parent that is no entry, several roots, or a label that is missing.
+    """Read a taxonomy from JSON: {"child": "parent", ..., "root": null}, or nested {"LabelName",
+    "Subcategory": [...]} as Open Images has it (a name that stands twice counts where it is
+    deepest). Returns dict name -> parent or None: one root, no cycle, every label in it.
     """
     if not os.path.exists(path):
         raise InputError(f"no taxonomy at {path} - check the path")
-    tree, parents, sound = read_json(path), {}, set()        # sound: what leads to the root
-    nested = isinstance(tree, dict) and "LabelName" in tree
-    if not isinstance(tree, dict) or not nested and not all(v is None or isinstance(v, str) for v in tree.values()):
-        raise InputError(f"{path} holds a {type(tree).__name__} - "
-                         "give {\"child\": \"parent\"} or nested LabelName/Subcategory")
-    if nested:
-        queue = [(tree, None)]                               # breadth first: what is seen last is deepest
-        for node, parent in queue:
-            if not isinstance(node, dict) or not isinstance(node.get("LabelName"), str) \
-                    or not isinstance(node.get("Subcategory", []), list):
-                raise InputError(f"{path}: a node below {parent} has no LabelName of text, or no list as its Subcategory - "
-                                 "mend it")
-            parents[node["LabelName"]] = parent
-            queue += [(child, node["LabelName"]) for child in node.get("Subcategory", [])]
-    else:
+    tree = read_json(path)
+    if isinstance(tree, dict) and "LabelName" in tree:
+        parents = _nested_taxonomy(path, tree)
+    elif isinstance(tree, dict) and all(v is None or isinstance(v, str) for v in tree.values()):
         parents = tree
-    roots = [k for k, v in parents.items() if v is None]
+    else:
+        raise InputError(f"{path} holds a {type(tree).__name__}, no taxonomy - give one by names")
     for child, parent in parents.items():
         if parent is not None and parent not in parents:
-            raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - "
-                             "add it, with null as the root's parent")
-        seen = {child}
-        while parent is not None and parent not in sound:
-            if parent in seen:
-                raise InputError(f"taxonomy: '{child}' is its own ancestor - break the cycle at '{parent}'")
-            seen.add(parent)
-            parent = parents.get(parent)                     # one that is unknown is named in its turn
-        sound |= seen
-    if len(roots) != 1:
-        raise InputError(f"taxonomy has {len(roots)} roots - give exactly one entry the parent null")
-    missing = [v for v in label_names if v not in parents]
-    if missing:
-        raise InputError(f"taxonomy lacks the label '{missing[0]}' - add it, or take other label_names")
+            raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - add it")
+    try:
+        graphlib.TopologicalSorter({k: [v] for k, v in parents.items() if v}).prepare()
+    except graphlib.CycleError as e:
+        raise InputError(f"taxonomy: '{min(e.args[1])}' is its own ancestor - break the cycle")
+    roots = sum(v is None for v in parents.values())
+    if roots != 1:
+        raise InputError(f"taxonomy has {roots} roots - give exactly one entry the parent null")
+    for name in label_names:
+        if name not in parents:
+            raise InputError(f"taxonomy lacks the label '{name}' - add it")
     return parents
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A made-up world
-# ---------------------------------------------------------------------------------------------------------------------
+def _nested_taxonomy(path, tree):
+    parents, queue = {}, [(tree, None)]                      # breadth first: last seen is deepest
+    for node, parent in queue:
+        below = node.get("Subcategory", []) if isinstance(node, dict) else None
+        if not isinstance(below, list) or not isinstance(node.get("LabelName"), str):
+            raise InputError(f"{path}: a node below {parent} has no LabelName, a text, or a "
+                             "Subcategory that is no list - mend it")
+        parents[node["LabelName"]] = parent
+        queue += [(child, node["LabelName"]) for child in below]
+    return parents
+
+
+def read_names(path, n_latents):
+    """A file of names, {"17": "round nucleus"}: dict latent -> name."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
+        raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
+    names = {int(k): str(v) for k, v in found.items()}
+    wrong = [j for j in names if j >= n_latents] or ["-"][len(names):]
+    if wrong:
+        raise InputError(f"{path}: latent {wrong[0]} is not among the run's {n_latents} - mend it")
+    return names
+
+
+def read_head(path, d):
+    """Weight (d,) and bias of a linear score, from an .npz with `weight` (d,) and `bias` (), or two
+    rows of both: one label against the rest."""
+    arrays = _Source(path)
+    for key in ("weight", "bias"):
+        if key not in arrays:
+            raise InputError(f"{path} lacks '{key}' - give weight (d,) and bias ()")
+    w, b = arrays["weight"], arrays["bias"]
+    if w.dtype.kind not in "biuf" or b.dtype.kind not in "biuf" \
+            or not np.isfinite(w).all() or not np.isfinite(b).all():
+        raise InputError(f"{path} holds something else than finite numbers - mend it")
+    w, b = w.astype(np.float64), b.astype(np.float64)
+    if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
+        w, b = w[1] - w[0], b[1] - b[0]
+    if w.size != d or b.size != 1:
+        raise InputError(f"{path} has weight {w.shape} and bias {b.shape} - give ({d},) and (), or "
+                         "two rows of both: one label against the rest")
+    return w.reshape(-1), float(b.reshape(-1)[0])
+
+
+def number_list(text):
+    """"256,64" -> (256, 64)."""
+    if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
+        raise InputError(f"{text} - give positive whole numbers, separated by commas")
+    return tuple(map(int, text.split(",")))
+
+
+def relative(paths, out):
+    """Paths (N,) as they are seen from the folder of the file `out`."""
+    return np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(out))) for p in paths])
+
+
+# ---- A made-up world -----------------------------------------------------------------------------
 
 def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
-    """Streams whose concepts are known: the embedded default, and the truth that the tests hold a model to.
+    """Streams whose concepts are known: the embedded default, and the truth that tests use.
 
-    A sample is a sparse non-negative mixture of concepts: one family is the theme, some concepts come from it, some
-    from anywhere, frequent ones more often. Every stream shows the concepts it sees through its own random unit
-    vectors, bends the result slightly (tanh) and adds its own level of noise. Of the leaves, each stream alone sees
-    two, and each is blind to two others.
+    A sample is a sparse non-negative mixture of concepts: one family is the theme, some concepts
+    come from it, some from anywhere, frequent ones more often. Every stream shows the concepts it
+    sees through its own random unit vectors, bends the result slightly (tanh) and adds its own
+    level of noise. Of the leaves, each stream alone sees two, and each is blind to two others.
 
-    dims      dict stream -> width           families  kingdoms, families in each, concepts in each
-    Returns Features: labels (n, C) bool are the active concepts, `parents` the taxonomy (world > kingdom > family >
-    concept), `truth` the concepts' directions per stream; 80 % train, 20 % val.
+    dims      dict stream -> width     families  kingdoms, families in each, concepts in each
+    Returns Features: labels (n, C) bool are the active concepts, `parents` the taxonomy (world >
+    kingdom > family > concept), `truth` the concepts' directions; 80 % train, 20 % val.
     """
     dims = dims or {"vision": 64, "text": 48, "sound": 40}
     rng = np.random.default_rng([seed, 3])
-    parents, leaves = {"world": None}, []
-    for i in range(families[0]):
-        parents[(kingdom := "ABCDEFGH"[i])] = "world"
-        for j in range(families[1]):
-            parents[(family := f"{kingdom}{j + 1}")] = kingdom
-            for m in range(families[2]):
-                parents[f"{family}{'abcdefgh'[m]}"] = family
-                leaves.append(f"{family}{'abcdefgh'[m]}")
+    letters = ("ABCDEFGH", "123456789", "abcdefgh")
+    used = (letter[:n] for letter, n in zip(letters, families))
+    leaves = ["".join(name) for name in itertools.product(*used)]
+    parents = {"world": None}
+    for leaf in leaves:                                      # world > A > A1 > A1a
+        parents |= {leaf[0]: "world", leaf[:2]: leaf[0], leaf: leaf[:2]}
     C, M = len(leaves), len(dims)
     family_of = np.arange(C) // families[2]
-    # the rarest is 1/7 as frequent as the first
-    frequency = rng.permutation(1 / (1 + np.arange(C) / 8))
+    frequency = rng.permutation(1 / (1 + np.arange(C) / 8))  # from 1 down to 1/7, of 48
     seen = np.ones((C, M), bool)
     special = rng.permutation(C)[:4 * M].reshape(M, 2, 2)
     for m in range(M):
-        seen[special[m, 0]] = np.arange(M) == m                                  # private to stream m
+        seen[special[m, 0]] = np.arange(M) == m              # private to stream m
         if M > 1:
-            seen[special[m, 1], m] = False                                       # stream m is blind to these
+            seen[special[m, 1], m] = False                   # stream m is blind to these
 
     labels = np.zeros((n, C), bool)
     theme = rng.integers(C // families[2], size=n)
     for i in range(n):
         p = frequency * np.where(family_of == theme[i], 8., 1.)
         labels[i, rng.choice(C, size=rng.integers(2, 6), replace=False, p=p / p.sum())] = True
-    amount = labels * rng.uniform(0.5, 1.5, size=(n, C))
+    amount = labels * rng.uniform(0.5, 1.5, size=(n, C))     # (n, C), 0 where a concept is absent
 
     streams, truth = {}, {}
     for m, (s, d) in enumerate(dims.items()):
-        D = rng.standard_normal((C, d))
+        D = rng.standard_normal((C, d))                      # one direction a concept
         D *= seen[:, m:m + 1] / np.linalg.norm(D, axis=1, keepdims=True)
         noise = (0.05, 0.1, 0.15)[m % 3] / d ** 0.5 * rng.standard_normal((n, d))
         streams[s], truth[s] = (np.tanh(amount @ D) + noise).astype(np.float32), D
-    out = Features(streams, _split(None, None, n, seed), labels, leaves, parents, truth=truth)
+    out = Features(streams, split=_split(None, None, n, seed), labels=labels, label_names=leaves,
+                   parents=parents, truth=truth)
     _scan(out)
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A made-up tissue: images whose truth is known
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A made-up tissue: images whose truth is known -----------------------------------------------
 
-# name, lineage, cell radius (of a 64-pixel image), nucleus (kind, radius / cell radius), cytoplasm or None, granules or None
-CELLS = (("lymphocyte", "lymphoid", (5.5, 7.), ("round", .82), (178, 190, 230), None),
-         ("plasma cell", "lymphoid", (7.5, 9.), ("aside", .5), (168, 132, 200), None),
-         ("neutrophil", "myeloid", (7.5, 9.), ("lobes 3", .42), (244, 218, 228), None),
-         ("eosinophil", "myeloid", (7.5, 9.), ("lobes 2", .42), (250, 200, 190), (214, 62, 40)),
-         ("monocyte", "myeloid", (8.5, 10.5), ("crescent", .75), (176, 186, 212), None),
-         ("fibroblast", "stromal", (9., 12.), ("long", 1.), None, None),
-         ("tumour cell", "epithelial", (9.5, 12.), ("nucleolus", .66), (222, 160, 205), None),
-         ("goblet cell", "epithelial", (9., 11.), ("cap", .95), (246, 248, 252), None),
-         ("mitosis", "epithelial", (9., 11.), ("plate", .7), (226, 180, 214), None))
+# name, lineage, cell radius (of a 64-pixel image), nucleus, cytoplasm or None, granules or None. A
+# nucleus is made of discs (radius, x, y, stretch), in radii of the cell, that are joined, less what
+# lies in another disc.
+LOBES = [(.378, .48 * math.cos(a), .48 * math.sin(a), 1) for a in (0.3, 2.2, 4.4)]
+CELLS = (("lymphocyte", "lymphoid", (5.5, 7.), [(.82, 0, 0, 1)], None, (178, 190, 230), None),
+         ("plasma cell", "lymphoid", (7.5, 9.), [(.5, .38, 0, 1)], None, (168, 132, 200), None),
+         ("neutrophil", "myeloid", (7.5, 9.), LOBES, None, (244, 218, 228), None),
+         ("eosinophil", "myeloid", (7.5, 9.), [(.42, -.42, 0, 1), (.42, .42, 0, 1)], None,
+          (250, 200, 190), (214, 62, 40)),
+         ("monocyte", "myeloid", (8.5, 10.5), [(.75, 0, 0, 1)], (.4125, .5625, 0, 1),
+          (176, 186, 212), None),
+         ("fibroblast", "stromal", (9., 12.), [(.3, 0, 0, 3.2)], None, None, None),
+         ("tumour cell", "epithelial", (9.5, 12.), [(.66, 0, 0, 1)], None, (222, 160, 205), None),
+         ("goblet cell", "epithelial", (9., 11.), [(.95, 0, 0, 1)], (.9025, -.38, 0, 1),
+          (246, 248, 252), None),
+         ("mitosis", "epithelial", (9., 11.), [(.22, 0, 0, 3.)], None, (226, 180, 214), None))
 GROUNDS = ("pale stroma", "fibres", "vacuoles")
-DISEASES = {"healthy": (4, 1, 2, 1, 2, 5, 0, 3, .1), "infection": (2, 3, 8, 1, 3, 3, 0, 2, .2),
-            "allergy": (2, 2, 1, 8, 2, 3, 0, 3, .1), "carcinoma": (2, 1, 1, 1, 1, 3, 8, 2, 1.5)}   # weights of the CELLS
+DISEASES = {"healthy": (4, 1, 2, 1, 2, 5, 0, 3, .1),         # how often it shows each of the CELLS
+            "infection": (2, 3, 8, 1, 3, 3, 0, 2, .2),
+            "allergy": (2, 2, 1, 8, 2, 3, 0, 3, .1),
+            "carcinoma": (2, 1, 1, 1, 1, 3, 8, 2, 1.5)}
 NUCLEUS = np.array((92, 48, 140), np.float32)
 
 
 def tissue(n, size=64, seed=0):
-    """Microscope-like fields with known truth: `n` uint8 images of `size` pixels, one to four cells of nine kinds each.
+    """Microscope-like fields with known truth: `n` uint8 images of `size` pixels, one to four cells
+    of nine kinds each.
 
-    Every patient's images come from two slides, which differ in stain and focus; a patient's disease shifts the mix of
-    cells. The same seed gives the same bytes. Returns a dict:
-        pixels (n, size, size, 3), captions (n,), labels (n, C) bool with label_names: the kinds, mucin and the three grounds;
-        parents: taxonomy name -> parent (specimen > cell > lineage > kind, specimen > tissue > ground or mucin)
-        instances (n, size, size): 0, or 1 + the number of the object on top; boxes (m, 6): image, label, x0, y0, x1, y1 in
-        shares of the image, objects of an image in the order of their numbers
-        groups, slides (n,), disease (n,) with disease_names; split (n,): of each disease 30 % of the patients, at least one,
-        are `test`
+    Every patient's images come from two slides, which differ in stain and focus; a patient's
+    disease shifts the mix of cells. The same seed gives the same bytes. Returns a dict:
+        pixels (n, size, size, 3), captions (n,)
+        labels (n, C) bool with label_names: the kinds, mucin and the three grounds
+        parents: taxonomy, specimen > cell > lineage > kind, specimen > tissue > ground or mucin
+        instances (n, size, size): 0, or 1 + the number of the object on top
+        boxes (m, 6): as in a feature file, an image's objects in the order of their numbers
+        groups, slides (n,), disease (n,) with disease_names
+        split (n,): of each disease 30 % of the patients, at least one, are `test`
     """
     rng = np.random.default_rng([seed, 20])
-    names, f = [c[0] for c in CELLS] + ["mucin", *GROUNDS], size / 64
     patients = max(8, n // 20)
-    of = np.sort(np.arange(n) % patients)
-    illness = np.arange(patients) % len(DISEASES)
+    of = np.sort(np.arange(n) % patients)                    # (n,) whose image it is
+    illness = np.arange(patients) % len(DISEASES)            # (patients,)
     slides = 2 * of + rng.integers(2, size=n)
     weights = np.array(list(DISEASES.values()), float)
-    share = weights / weights.sum(1, keepdims=True)
-    count = rng.integers(1, 5, n)
-    kind = (rng.random((n, 4, 1)) > share.cumsum(1)[illness[of]][:, None]).sum(2).clip(max=len(CELLS) - 1)
+    share = (weights / weights.sum(1, keepdims=True)).cumsum(1)[illness[of]]    # (n, kinds)
+    count = rng.integers(1, 5, n)                            # cells of an image
+    kind = (rng.random((n, 4, 1)) > share[:, None]).sum(2).clip(max=len(CELLS) - 1)
     ground = rng.integers(len(GROUNDS), size=n)
     mucin = rng.random(n) < np.where(illness[of] == 3, .2, .04)
-    image, instances = _draw_grounds(n, size, ground, mucin, rng), np.zeros((n, size, size), np.uint8)
-    if mucin.any():
-        instances[mucin] = _mucin(image, mucin, size, rng)
-    quarter = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
-    middle = (np.stack([quarter % 2, quarter // 2], -1) * 32 + 16 + rng.uniform(-4, 4, (n, 4, 2))) * f
-    for slot in range(4):
-        for k in range(len(CELLS)):
-            rows = np.flatnonzero((kind[:, slot] == k) & (slot < count))
-            if len(rows):
-                _draw_cells(image, instances, rows, CELLS[k], middle[rows, slot], 1 + mucin[rows] + slot, f, rng)
-    labels = np.zeros((n, len(names)), bool)
-    for slot in range(4):
-        labels[np.flatnonzero(slot < count), kind[slot < count, slot]] = True
+
+    image, instances = _draw_fields(n, size, ground, mucin, kind, count, rng)
+    kinds = [[len(CELLS)] * int(mucin[i]) + kind[i, :count[i]].tolist() for i in range(n)]
+    labels = np.zeros((n, len(CELLS) + 1 + len(GROUNDS)), bool)
     labels[np.arange(n), len(CELLS) + 1 + ground] = True
-    labels[:, len(CELLS)] = mucin
-    boxes = []
-    for i in range(n):
-        objects = [len(CELLS)] * int(mucin[i]) + kind[i, :count[i]].tolist()
-        for number, place in enumerate(scipy.ndimage.find_objects(instances[i], len(objects))):
-            if place:                                        # None where others hide it
-                boxes.append((i, objects[number], place[1].start, place[0].start, place[1].stop, place[0].stop))
-    boxes = np.array(boxes, float)
-    boxes[:, 2:] /= size
+    for i, found in enumerate(kinds):
+        labels[i, found] = True
     test = np.zeros(patients, bool)
     for d in range(len(DISEASES)):
         mine = rng.permutation(np.flatnonzero(illness == d))
         test[mine[:max(1, round(.3 * len(mine)))]] = True
-    lineages = {c[1] for c in CELLS}
-    parents = {"specimen": None, "cell": "specimen", "tissue": "specimen", **dict.fromkeys(sorted(lineages), "cell"),
-               **{c[0]: c[1] for c in CELLS}, **dict.fromkeys(("mucin", *GROUNDS), "tissue")}
-    return {"pixels": _stain(image, slides, rng), "labels": labels, "label_names": np.array(names), "parents": parents,
-            "captions": np.array([_caption(kind[i, :count[i]], ground[i], mucin[i], rng) for i in range(n)]),
-            "instances": instances, "boxes": boxes, "groups": of, "slides": slides,
-            "disease": illness[of], "disease_names": np.array(list(DISEASES)), "split": np.where(test[of], "test", "train")}
+    beside = ("mucin", *GROUNDS)
+    parents = {"specimen": None, "cell": "specimen", "tissue": "specimen",
+               **dict.fromkeys(sorted({c[1] for c in CELLS}), "cell"),
+               **{c[0]: c[1] for c in CELLS}, **dict.fromkeys(beside, "tissue")}
+    pixels = _stain(image, slides, rng)
+    captions = [_caption(kind[i, :count[i]], ground[i], mucin[i], rng) for i in range(n)]
+    return {"pixels": pixels, "labels": labels, "captions": np.array(captions),
+            "label_names": np.array([*(c[0] for c in CELLS), *beside]), "parents": parents,
+            "instances": instances, "boxes": _boxes_of(instances, kinds), "groups": of,
+            "slides": slides, "disease": illness[of], "disease_names": np.array(list(DISEASES)),
+            "split": np.where(test[of], "test", "train")}
 
 
 def patient_slides(pixels, groups, across=4):
-    """Yield (group, (H, W, 3) uint8): a patient's pictures (n, h, w, 3) in rows, as if one slide."""
+    """Yield (group, (H, W, 3) uint8): a patient's pictures (n, h, w, 3) in rows, as one slide."""
     for group in np.unique(groups):
         mine = pixels[groups == group]
         n, h, w, _ = mine.shape
@@ -725,86 +772,157 @@ def patient_slides(pixels, groups, across=4):
         yield group, sheet.reshape(rows * h, across * w, 3)
 
 
+def tissue_files(made):
+    """What `tissue` made by the name of the file that it becomes: pictures (h, w, 3) as .png, those
+    of a patient also as a slide in folders of split and disease, dicts of arrays as .npz, of which
+    patients.npz has the diseases as labels, and the taxonomy as .json."""
+    names = np.array([f"images/{i:05d}.png" for i in range(len(made["pixels"]))])
+    files = dict(zip(names.tolist(), made["pixels"]))
+    for group, slide in patient_slides(made["pixels"], made["groups"]):
+        row = np.flatnonzero(made["groups"] == group)[0]
+        disease = made["disease_names"][made["disease"][row]]
+        files[f"slides/{made['split'][row]}/{disease}/{group:04d}.png"] = slide
+    kept = {key: v for key, v in made.items() if key not in ("pixels", "parents")}
+    about = {key: made[key] for key in ("groups", "split", "captions")}
+    return {**files, "tissue.npz": {**kept, "images": names}, "taxonomy.json": made["parents"],
+            "patients.npz": {"images": names, "labels": made["disease"],
+                             "label_names": made["disease_names"], **about}}
+
+
+def _boxes_of(instances, kinds):
+    """(m, 6) boxes of the numbered objects in `instances`, whose kinds are a list for each image;
+    those that others hide have none."""
+    boxes = []
+    for i, (numbers, found) in enumerate(zip(instances, kinds)):
+        for k, place in zip(found, scipy.ndimage.find_objects(numbers, len(found))):
+            if place:
+                y, x = place
+                boxes.append((i, k, x.start, y.start, x.stop, y.stop))
+    return np.array(boxes, float) / ([1, 1] + [instances.shape[1]] * 4)
+
+
+def true_masks(arrays):
+    """{(image, label): bool mask} of the objects of each label together, from a tissue's
+    `instances` and `boxes`; hidden objects have no box."""
+    out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
+    for i in np.unique(boxes[:, 0].astype(int)):
+        numbers = [number for number in np.unique(instances[i]) if number]
+        for number, box in zip(numbers, boxes[boxes[:, 0] == i]):
+            key = int(i), int(box[1])
+            out[key] = out.get(key, False) | (instances[i] == number)
+    return out
+
+
 def _cloud(n, size, cells, rng):
-    """Smooth noise (n, size, size), about N(0, 1) at each of cells x cells points and in between interpolated."""
+    """Smooth noise (n, size, size), about N(0, 1) at each of cells x cells points, interpolated."""
     coarse = torch.from_numpy(rng.standard_normal((n, 1, cells, cells), dtype=np.float32))
-    return torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[:, 0].numpy()
+    resize = torch.nn.functional.interpolate
+    return resize(coarse, (size, size), mode="bicubic", align_corners=True)[:, 0].numpy()
 
 
-def _draw_grounds(n, size, ground, mucin, rng):
-    """Empty tissue, float32 (n, size, size, 3): pale stroma, fibres in one direction, or fat vacuoles."""
+def _circles(n, middle, radius, rng):
+    """n random circles: x and y of their middles and their radii, each (n, 1, 1)."""
+    return (rng.uniform(*span, n).astype(np.float32)[:, None, None]
+            for span in (middle, middle, radius))
+
+
+def _draw_fields(n, size, ground, mucin, kind, count, rng):
+    """Images (n, size, size, 3) float32, and which object is on top in each pixel."""
+    image, f = _draw_grounds(n, size, ground, rng), size / 64
+    instances = np.zeros((n, size, size), np.uint8)
+    if mucin.any():
+        instances[mucin] = _mucin(image, mucin, size, rng)
+    quarter = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
+    middle = np.stack([quarter % 2, quarter // 2], -1) * 32 + 16 + rng.uniform(-4, 4, (n, 4, 2))
+    for slot in range(4):
+        for k, cell in enumerate(CELLS):
+            rows = np.flatnonzero((kind[:, slot] == k) & (slot < count))
+            if len(rows):
+                number = 1 + mucin[rows] + slot
+                _draw_cells(image, instances, rows, cell, middle[rows, slot] * f, number, f, rng)
+    return image, instances
+
+
+def _draw_grounds(n, size, ground, rng):
+    """Empty tissue, float32 (n, size, size, 3): pale stroma, fibres in one direction, or fat
+    vacuoles."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     base = np.array([(240, 222, 232), (236, 196, 214), (238, 212, 224)], np.float32)[ground]
-    image = base[:, None, None] + (4 * _cloud(n, size, 9, rng) + 2 * rng.standard_normal((n, size, size),
-                                                                                         dtype=np.float32))[..., None]
+    noise = 4 * _cloud(n, size, 9, rng)
+    noise += 2 * rng.standard_normal((n, size, size), dtype=np.float32)
+    image = base[:, None, None] + noise[..., None]           # (n, size, size, 3)
     rows = np.flatnonzero(ground == 1)
-    angle, phase = rng.uniform(0, 3, (2, len(rows), 1, 1)).astype(np.float32)
-    wave = np.cos(angle) * x + np.sin(angle) * y + np.float32(.02) * _cloud(len(rows), size, 5, rng)
-    image[rows] -= (9 + 9 * np.sin(np.float32(50) * wave + 2 * phase))[..., None] * np.array((.3, 1, .7), np.float32)
+    angle, phase = rng.uniform(0, 3, (2, len(rows), 1, 1)).astype(np.float32)    # of the fibres
+    wave = np.cos(angle) * x + np.sin(angle) * y
+    wave = wave + np.float32(.02) * _cloud(len(rows), size, 5, rng)
+    dark = 9 + 9 * np.sin(np.float32(50) * wave + 2 * phase)
+    image[rows] -= dark[..., None] * np.array((.3, 1, .7), np.float32)
     rows = np.flatnonzero(ground == 2)
     fat = image[rows]
     for _ in range(4):
-        cx, cy, r = (rng.uniform(a, b, len(rows)).astype(np.float32)[:, None, None] for a, b in ((0, 1), (0, 1), (.07, .15)))
-        d = (r - np.sqrt((x - cx) ** 2 + (y - cy) ** 2)) * size                             # pixels inside the rim
-        i, py, px = np.nonzero(d > -2)
-        inside, rim = np.clip(d[i, py, px], 0, 1)[:, None], np.clip(1 - abs(d[i, py, px]) / 1.5, 0, 1)[:, None]
-        fat[i, py, px] += inside * (250 - fat[i, py, px]) - rim * np.array((40, 70, 50), np.float32)
+        cx, cy, r = _circles(len(rows), (0, 1), (.07, .15), rng)
+        d = (r - np.sqrt((x - cx) ** 2 + (y - cy) ** 2)) * size    # pixels inside the rim
+        at = np.nonzero(d > -2)
+        inside, rim = np.clip(d[at], 0, 1)[:, None], np.clip(1 - abs(d[at]) / 1.5, 0, 1)[:, None]
+        fat[at] += inside * (250 - fat[at]) - rim * np.array((40, 70, 50), np.float32)
     image[rows] = fat
     return image
 
 
 def _mucin(image, mucin, size, rng):
-    """Paint a pale blue pool into the images `mucin` (n,) bool; returns where, (images, size, size) of 0 and 1."""
+    """Paint a pale blue pool into the images `mucin` (n,) bool; returns where, of 0 and 1."""
     rows = np.flatnonzero(mucin)
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
-    cx, cy, r = (rng.uniform(a, b, len(rows)).astype(np.float32)[:, None, None] for a, b in ((.3, .7), (.3, .7), (.25, .35)))
-    alpha = np.clip((r * (1 + .15 * _cloud(len(rows), size, 5, rng)) - np.hypot(x - cx, y - cy)) * size / 3, 0, 1)
-    pool = np.array((176, 206, 230), np.float32) + 6 * _cloud(len(rows), size, 12, rng)[..., None]
-    image[rows] += (.8 * alpha)[..., None] * (pool - image[rows])
+    cx, cy, r = _circles(len(rows), (.3, .7), (.25, .35), rng)
+    edge = r * (1 + .15 * _cloud(len(rows), size, 5, rng))   # a radius in each direction
+    alpha = np.clip((edge - np.hypot(x - cx, y - cy)) * size / 3, 0, 1)
+    blue = np.array((176, 206, 230), np.float32) + 6 * _cloud(len(rows), size, 12, rng)[..., None]
+    image[rows] += (.8 * alpha)[..., None] * (blue - image[rows])
     return (alpha > .5).astype(np.uint8)
 
 
 def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
-    """Paint one cell of a kind at `middle` (rows, 2: x, y) into each of the images `rows`, and its number into `instances`."""
-    _, _, radii, (nucleus, relative), cytoplasm, granules = cell
+    """Paint one cell of a kind at `middle` (rows, 2: x, y) into each of the images `rows`, and its
+    number into `instances`."""
+    name, _, radii, discs, cut, cytoplasm, granules = cell
     m, size, half = len(rows), image.shape[1], int(np.ceil(14 * f))
     r = (rng.uniform(*radii, m) * f).astype(np.float32)[:, None, None]
-    corner = np.round(middle).astype(int) - half
-    step = np.arange(2 * half)
-    py, px = corner[:, 1, None, None] + step[:, None], corner[:, 0, None, None] + step    # (m, w, 1), (m, 1, w)
+    corner, step = np.round(middle).astype(int) - half, np.arange(2 * half)
+    py, px = corner[:, 1, None, None] + step[:, None], corner[:, 0, None, None] + step
     angle = rng.uniform(0, 2 * np.pi, m).astype(np.float32)[:, None, None]
-    dx, dy = (px - middle[:, 0, None, None]).astype(np.float32), (py - middle[:, 1, None, None]).astype(np.float32)
-    u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx         # (m, w, w), in pixels
-    rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)
+    dx, dy = (px - middle[:, 0, None, None], py - middle[:, 1, None, None])
+    dx, dy = dx.astype(np.float32), dy.astype(np.float32)    # (m, 1, w), (m, w, 1), in pixels
+    u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+    rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)            # no disc is quite round
 
-    def disc(radius, x=0., y=0., stretch=1.):
-        return np.clip((radius * rough - np.hypot((u - x) / stretch, v - y)) + .5, 0, 1)
-    rn = relative * r
-    dark = {"round": lambda: disc(rn), "aside": lambda: disc(rn, .38 * r), "long": lambda: disc(.3 * r, stretch=3.2),
-            "nucleolus": lambda: disc(rn), "crescent": lambda: disc(rn) * (1 - disc(.55 * rn, .75 * rn)),
-            "cap": lambda: disc(rn) * (1 - disc(.95 * rn, -.4 * rn)), "plate": lambda: disc(.22 * r, stretch=3.),
-            "lobes 2": lambda: np.maximum(disc(rn, -.42 * r), disc(rn, .42 * r)),
-            "lobes 3": lambda: np.maximum.reduce([disc(rn * .9, .48 * r * np.cos(a), .48 * r * np.sin(a))
-                                                  for a in (0.3, 2.2, 4.4)])}[nucleus]()
-    body = dark if cytoplasm is None else disc(r)
+    def disc(radius, x=0, y=0, stretch=1):
+        away = np.hypot((u - x * r) / stretch, v - y * r)
+        return np.clip(radius * r * rough - away + .5, 0, 1)
+    dark = np.maximum.reduce([disc(*d) for d in discs])
+    if cut:
+        dark = dark * (1 - disc(*cut))
+    body = dark if cytoplasm is None else disc(1)            # (m, w, w), share of each pixel
     inside = (py >= 0) & (py < size) & (px >= 0) & (px < size)
     y, x, i = np.clip(py, 0, size - 1), np.clip(px, 0, size - 1), rows[:, None, None]
-    window = image[i, y, x]                                                                 # (m, w, w, 3), a copy
+    window = image[i, y, x]                                  # (m, w, w, 3), a copy
     if cytoplasm is not None:
         tint = np.array(cytoplasm, np.float32) + 4 * _cloud(m, 2 * half, 8, rng)[..., None]
         window += body[..., None] * (tint - window)
-        if granules is not None:
-            spots = body * (1 - dark) * (rng.random(body.shape) < .4)
-            window += .85 * spots[..., None] * (np.array(granules, np.float32) - window)
-    chromatin = NUCLEUS * (.62 if nucleus == "plate" else 1) + 14 * _cloud(m, 2 * half, 12, rng)[..., None]
+    if granules is not None:
+        spots = body * (1 - dark) * (rng.random(body.shape) < .4)
+        window += .85 * spots[..., None] * (np.array(granules, np.float32) - window)
+    chromatin = NUCLEUS * (.62 if name == "mitosis" else 1)
+    chromatin = chromatin + 14 * _cloud(m, 2 * half, 12, rng)[..., None]
     window += .95 * dark[..., None] * (chromatin - window)
-    if nucleus == "nucleolus":
-        window += .8 * disc(.2 * r, .2 * r)[..., None] * (np.array((60, 14, 80), np.float32) - window)
-    take = np.nonzero(inside & (body > .02))                 # each pixel once: clipped ones, outside, would repeat the rim
-    where = rows[take[0]], y[take[0], take[1], 0], x[take[0], 0, take[2]]
-    image[where] = window[take]
-    take = np.nonzero(inside & (body > .5))
-    instances[rows[take[0]], y[take[0], take[1], 0], x[take[0], 0, take[2]]] = number[take[0]]
+    if name == "tumour cell":
+        nucleolus = .8 * disc(.2, .2)[..., None]
+        window += nucleolus * (np.array((60, 14, 80), np.float32) - window)
+    # each pixel once: clipped ones, outside, would repeat the rim
+    y, x, i = (np.broadcast_to(v, body.shape) for v in (y, x, i))
+    take = inside & (body > .02)
+    image[i[take], y[take], x[take]] = window[take]
+    take = inside & (body > .5)
+    instances[i[take], y[take], x[take]] = np.broadcast_to(number[:, None, None], body.shape)[take]
 
 
 def _stain(image, slides, rng):
@@ -812,9 +930,11 @@ def _stain(image, slides, rng):
     out = np.empty(image.shape, np.uint8)
     for slide in np.unique(slides):
         rows, blur = slides == slide, rng.uniform(0, 1.)
-        dye = rng.uniform(.8, 1.25, 3) * rng.uniform(.85, 1.15)
-        part = scipy.ndimage.gaussian_filter(image[rows], (0, blur, blur, 0)) if blur > .3 else image[rows]
-        out[rows] = (255 * (np.clip(part, 1, 255) / 255) ** dye.astype(np.float32)).astype(np.uint8)
+        dye = (rng.uniform(.8, 1.25, 3) * rng.uniform(.85, 1.15)).astype(np.float32)
+        part = image[rows]
+        if blur > .3:
+            part = scipy.ndimage.gaussian_filter(part, (0, blur, blur, 0))
+        out[rows] = (255 * (np.clip(part, 1, 255) / 255) ** dye).astype(np.uint8)
     return out
 
 
@@ -825,34 +945,36 @@ def _caption(kinds, ground, mucin, rng):
     found = []
     for k in dict.fromkeys(kinds.tolist()):
         name, many = CELLS[k][0], (kinds == k).sum()
-        plural = "mitoses" if name == "mitosis" else name + "s"
-        if rng.random() < .85:
-            found.append(f"{pick('an' if name[0] == 'e' else 'a', 'one')} {name}" if many == 1 else
-                         f"{pick(('two', 'three', 'four')[many - 2], 'several')} {plural}")
+        if rng.random() >= .85:
+            continue
+        if many == 1:
+            found.append(f"{pick('an' if name[0] == 'e' else 'a', 'one')} {name}")
+        else:
+            plural = "mitoses" if name == "mitosis" else name + "s"
+            found.append(f"{pick(('two', 'three', 'four')[many - 2], 'several')} {plural}")
     if mucin and rng.random() < .85:
         found.append(pick("mucin", "a pool of mucin"))
-    where = pick("in", "within", "on") + " " + (("pale stroma", "fibrous stroma", "fat vacuoles")[ground])
-    text = ", ".join(found[:-1]) + (" and " if len(found) > 1 else "") + found[-1] if found else pick("a field", "tissue")
-    return pick("", "", "a field with ", "microscopy of ") + text + (f" {where}" if rng.random() < .7 else "")
+    place = ("pale stroma", "fibrous stroma", "fat vacuoles")[ground]
+    where = f" {pick('in', 'within', 'on')} {place}"
+    *first, last = found or [pick("a field", "tissue")]
+    text = f"{', '.join(first)} and {last}" if first else last
+    start = pick("", "", "a field with ", "microscopy of ")
+    return start + text + (where if rng.random() < .7 else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Words ---------------------------------------------------------------------------------------
 
 class Words:
-    """A word-level tokenizer: 0 pads, words count from 1 in alphabetical order, then `start` and, highest, `end`.
+    """A word-level tokenizer: 0 pads, words count from 1 in alphabetical order, then `start` and,
+    highest, `end`.
 
-    words: the vocabulary, or None to take every word of `captions` that stands in two or more of them.
+    words: the vocabulary, or None to take every word of `captions` that stands in two or more.
     """
 
     def __init__(self, captions=None, words=None):
         if words is None:
-            seen = {}
-            for text in captions:
-                for word in set(self.split(text)):
-                    seen[word] = seen.get(word, 0) + 1
-            words = sorted(w for w, n in seen.items() if n > 1)
+            seen = Counter(word for text in captions for word in {*self.split(text)})
+            words = sorted(word for word, n in seen.items() if n > 1)
         if not words:
             raise InputError("no word stands in two captions - give more captions")
         self.words = list(words)
@@ -864,39 +986,43 @@ class Words:
         return re.findall(r"[\w']+", str(text).lower())
 
     def pieces(self, text, strict=True):
-        """[(token, (number of the word, word))] of a text; an unknown word raises InputError if `strict`, else is left out."""
+        """[(token, (number of the word, word))] of a text; an unknown word is an error if `strict`,
+        else left out."""
         words = self.split(text)
         unknown = [w for w in words if w not in self.number]
         if strict and unknown:
-            raise InputError(f"the word '{unknown[0]}' is in no caption that the text encoder learned from - use others")
+            raise InputError(f"the word '{unknown[0]}' is in no caption learned from - use others")
         return [(self.number[w], (i, w)) for i, w in enumerate(words) if w in self.number]
 
     def __call__(self, texts, context, strict=True):
-        """(n, context) int64: start, words, end, zeros; a text that is too long loses its last words."""
-        out = np.zeros((len(texts), context), np.int64)
+        """(n, context) int64: start, words, end, zeros; too long a text loses its last words."""
+        out = torch.zeros(len(texts), context, dtype=torch.int64)
         for i, text in enumerate(texts):
-            row = [self.start, *(token for token, _ in self.pieces(text, strict)[:context - 2]), self.end]
-            out[i, :len(row)] = row
-        return torch.from_numpy(out)
+            tokens = [token for token, _ in self.pieces(text, strict)[:context - 2]]
+            out[i, :len(tokens) + 2] = torch.tensor([self.start, *tokens, self.end])
+        return out
 
 
 class Merges(Words):
-    """CLIP's own tokenizer: a word starts as its bytes, and of neighbours the pair that stands first in the list is merged,
-    again and again (byte-pair encoding, Sennrich et al. 2016). Knows every text.
+    """CLIP's own tokenizer: a word starts as its bytes, and of neighbours the pair that stands
+    first in the list is merged, again and again (byte-pair encoding, Sennrich et al. 2016). Knows
+    every text.
 
-    merges: list of pairs "a b", lines 2 to 48,895 of CLIP's bpe_simple_vocab_16e6.txt (`read_merges`). Tokens are numbered:
-    256 bytes, the same at the end of a word, merges, start, end. Letters and digits are Python's, not Unicode's L and N, and
-    broken text is not mended first (CLIP's ftfy and html.unescape).
+    merges: list of pairs "a b", lines 2 to 48,895 of CLIP's bpe_simple_vocab_16e6.txt
+    (`read_merges`). Tokens are numbered: 256 bytes, the same at the end of a word, merges, start,
+    end. Letters and digits are Python's, not Unicode's L and N, and broken text is not mended first
+    (CLIP's ftfy and html.unescape).
     """
 
     def __init__(self, merges):
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]                   # other bytes: letters from 256 on
-        rest = [b for b in range(256) if b not in printable]
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        rest = [b for b in range(256) if b not in printable]             # letters from 256 on
         self.letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
         pairs = [tuple(line.split()) for line in merges]
         if not pairs or any(len(pair) != 2 for pair in pairs):
-            raise InputError("a merges file has two pieces a line - give CLIP's bpe_simple_vocab_16e6.txt.gz")
-        names = [*self.letter.values(), *(v + "</w>" for v in self.letter.values()), *map("".join, pairs)]
+            raise InputError("a merges file has two pieces a line - give CLIP's bpe_simple_vocab")
+        letters = [*self.letter.values()]
+        names = [*letters, *(v + "</w>" for v in letters), *map("".join, pairs)]
         self.words, self.rank = list(merges), {pair: i for i, pair in enumerate(pairs)}
         self.number = {name: i for i, name in enumerate(names)}
         self.start, self.end, self.size = len(names), len(names) + 1, len(names) + 2
@@ -908,14 +1034,15 @@ class Merges(Words):
 
     def merged(self, word):
         """The pieces of a word."""
-        pieces = [self.letter[b] for b in word.encode()]
+        pieces = [self.letter[b] for b in word.encode()]     # a letter a byte
         pieces[-1] += "</w>"
         while len(pieces) > 1:
-            first = min(zip(pieces, pieces[1:]), key=lambda pair: self.rank.get(pair, len(self.rank)))
+            pairs = zip(pieces, pieces[1:])
+            first = min(pairs, key=lambda pair: self.rank.get(pair, len(self.rank)))
             if first not in self.rank:
                 break
             out = []
-            for piece in pieces:                             # join it wherever it stands, from the left
+            for piece in pieces:                             # join it wherever it stands
                 if out and (out[-1], piece) == first:
                     out[-1] = "".join(first)
                 else:
@@ -924,58 +1051,65 @@ class Merges(Words):
         return pieces
 
     def pieces(self, text, strict=True):
-        return [(self.number[piece], (i, word)) for i, word in enumerate(self.split(text)) for piece in self.merged(word)]
+        return [(self.number[piece], (i, word)) for i, word in enumerate(self.split(text))
+                for piece in self.merged(word)]
+
+
+def read_merges(path):
+    """The merges of CLIP's file, plain or gzipped, without its first line."""
+    try:
+        opened = gzip.open if path.endswith(".gz") else open
+        with opened(plain_file(path), "rt", encoding="utf-8") as f:
+            return f.read().splitlines()[1:48895]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
+        why = type(e).__name__
+        raise InputError(f"{path} is not a readable merges file ({why}) - give CLIP's")
 
 
 def latent_semantics(captions, known, longest=1, width=32):
-    """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture. (N, width) float32.
+    """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture.
+    (N, width) float32.
 
-    Counts of words, and of runs of up to `longest` words, times the log of how rare they are, scaled to length 1 and projected
-    on the first right singular vectors of the rows `known`, fewer where these span fewer; what stands in none of these is not counted.
+    Counts of words, and of runs of up to `longest` words, times the log of how rare they are,
+    scaled to length 1 and projected on the first right singular vectors of the rows `known`, fewer
+    where these span fewer; what stands in none of these is not counted.
     """
     grams = []
     for text in captions:
         words = Words.split(text)
-        grams.append([" ".join(words[i:i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)])
+        grams.append([" ".join(words[i:i + n]) for n in range(1, longest + 1)
+                      for i in range(len(words) - n + 1)])
     number = {gram: j for j, gram in enumerate(sorted({gram for i in known for gram in grams[i]}))}
     if len(number) < 2 or len(known) < 2:
-        raise InputError("the captions to learn from hold fewer than two words - give more captions")
+        raise InputError("the captions to learn from hold fewer than two words - give more")
     cells = [(i, number[gram]) for i, found in enumerate(grams) for gram in found if gram in number]
-    counts = scipy.sparse.csr_matrix((np.ones(len(cells)), tuple(zip(*cells))), (len(grams), len(number)))
-    counts = counts.multiply(np.log(len(known) / (counts[known] > 0).sum(0)) + 1).tocsr()
-    length = np.sqrt(counts.multiply(counts).sum(1))
-    counts = scipy.sparse.diags(1 / np.maximum(np.asarray(length).ravel(), 1e-12)) @ counts
+    shape = len(grams), len(number)
+    counts = scipy.sparse.csr_matrix((np.ones(len(cells)), tuple(zip(*cells))), shape)
+    counts = counts.multiply(np.log(len(known) / (counts[known] > 0).sum(0)) + 1).tocsr()    # idf
+    length = np.asarray(np.sqrt(counts.multiply(counts).sum(1))).ravel()
+    counts = scipy.sparse.diags(1 / np.maximum(length, 1e-12)) @ counts
     width = min(width, len(number) - 1, len(known) - 1)
     start = np.ones(min(len(number), len(known)))
     _, values, axes = scipy.sparse.linalg.svds(counts[known], width, v0=start)
     axes = axes[values > 1e-6 * values.max()][::-1]          # beyond the rank any vector would do
-    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]            # so that they are always the same
+    signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])
+    axes = axes * signs[:, None]                             # so that they are always the same
     return (counts @ axes.T).astype(np.float32)
 
 
-def read_merges(path):
-    """The merges of CLIP's file, plain or gzipped, without its first line; raises InputError when it cannot be read."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(plain_file(path), "rt", encoding="utf-8") as f:
-            return f.read().splitlines()[1:48895]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-        raise InputError(f"{path} is not a readable merges file ({type(e).__name__}) - give CLIP's "
-                         "bpe_simple_vocab_16e6.txt.gz")
+# ---- Images, and DINO's crops of them (thesis 3.2.1; Caron et al. 2021, section 3) ---------------
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images, and DINO's crops of them (thesis 3.2.1; Caron et al. 2021, section 3)
-# ---------------------------------------------------------------------------------------------------------------------
-
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # mean and standard deviation of R, G, B in 0..1
-CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # the same of OpenAI's CLIP
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # mean and std of R, G, B in 0..1
+CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SLIDES = (*PICTURES, ".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
 
 
 @functools.cache
 def vision():
-    """torchvision, imported late. A CUDA build of it beside a CPU build of torch lacks two operators, which nothing
-    here needs, and refuses to be imported without them: then they are declared, and it is imported again."""
+    """torchvision, imported late. A CUDA build of it beside a CPU build of torch lacks two
+    operators, which nothing here needs, and refuses to be imported without them: then they are
+    declared, and it is imported again."""
     try:
         import torchvision.transforms
     except RuntimeError as e:
@@ -985,82 +1119,104 @@ def vision():
             del sys.modules[name]
         # kept, because its operators go when it does
         vision.library = torch.library.Library("torchvision", "DEF")
+        takes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for name in ("nms", "qnms"):
-            vision.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            vision.library.define(name + takes)
         import torchvision.transforms
     return torchvision
 
 
 @dataclass
-class Images:
-    """Pictures and what is known about them: paths (list of N), labels (N,) int, or (N, C) bool, or None, label_names, split
-    (N,) or None; boxes (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one, else None;
-    mask (N,) bool as in `Features`, or None; pixels (N, H, W[, 3]) uint8 where the file holds them;
-    objects: a list of N lists of (name, (x0, y0, x1, y1) in shares of the picture), where they are annotated; about: other
-    reserved keys of a feature file that came with the pictures."""
+class Images(Samples):
+    """Pictures and what is known about them.
+
+    paths    list of N          pixels  (N, H, W[, 3]) uint8 where the file holds them, or None
+    boxes    (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one
+    objects  a list of N lists of (name, (x0, y0, x1, y1) in shares of the picture), or None
+    side     pixels that a part needs, at least, where a slide has levels
+    window   see `as_rgb`
+    """
     paths: list
-    labels: np.ndarray = None
-    label_names: list = field(default_factory=list)
-    split: np.ndarray = None
+    pixels: np.ndarray = None
     boxes: np.ndarray = None
     objects: list = None
-    about: dict = field(default_factory=dict)
-    side: int = 224                                          # pixels that a part needs, at least, where a slide has levels
-    window: tuple = None                                     # see `as_rgb`
-    mask: np.ndarray = None
-    pixels: np.ndarray = None
-    notes: list = field(default_factory=list)                # lines the user should see
+    side: int = 224
+    window: tuple = None
 
     def open(self, i):
         """Picture i in RGB."""
-        if self.pixels is not None:
-            return as_rgb(Image.fromarray(self.pixels[i]), self.window)
         if self.boxes is not None:
             return _slide(self.paths[i], self.window).read(self.boxes[i], self.side)
-        return open_image(self.paths[i], window=self.window)
+        return _picture((self.paths if self.pixels is None else self.pixels)[i], "", self.window)
 
     def __len__(self):
         return len(self.paths)
 
     @property
     def whole(self):
-        """Whether views must not cut anything off: tiles have no margin, and boxes are shares of the whole picture."""
+        """Whether views must not cut anything off: tiles have no margin, and boxes are shares of
+        the whole picture."""
         return self.boxes is not None or self.objects is not None or "boxes" in self.about
 
-    @property
-    def labelled(self):
-        """(N,) bool: the pictures whose labels are known; none without labels."""
-        return _labelled(self.labels, self.mask, len(self))
-
     def rows(self, *splits):
-        return np.flatnonzero(np.isin(self.split, splits)) if splits else np.arange(len(self))
+        """All, or those of the splits where there is one."""
+        everything = np.arange(len(self))
+        if self.split is None or not splits:
+            return everything
+        return everything[np.isin(self.split, splits)]
+
+    def arrays(self, out):
+        """What is known about the pictures, as the feature file `out` has it."""
+        found = {"images": relative(self.paths, out) if self.pixels is None else self.pixels,
+                 "coords": self.boxes, "mask": self.mask, "split": self.split, **self.about}
+        if self.labels is not None:
+            found.update(labels=self.labels, label_names=np.array(self.label_names))
+        if self.objects is not None:
+            found.update(object_arrays(self.objects))
+        return {key: a for key, a in found.items() if a is not None}
 
     def knn_rows(self, seed, most):
         """Pictures that vote and pictures that are judged, some, if many: train against the other
         splits, else 80 / 20, groups whole."""
         rng = np.random.default_rng([seed, 8])
-        split = _split(self.split, self.about.get("groups"), len(self), seed)
-        return [np.sort(rng.permutation(np.flatnonzero(part))[:most]) for part in (split == "train", split != "train")]
+        train = _split(self.split, self.about.get("groups"), len(self), seed) == "train"
+        return [np.sort(rng.permutation(np.flatnonzero(part))[:most]) for part in (train, ~train)]
 
     @property
     def hash(self):
-        """Changes with the files' names, their folders' and sizes, not with where all of it lies."""
-        told = "\n".join(f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}" for p in self.paths)
+        """Changes with the files' names, their folders' and sizes, not with where they all lie."""
+        told = "\n".join(f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}"
+                         for p in self.paths)
         inside = [a for a in (self.boxes, self.pixels) if a is not None]
         return _digest(np.frombuffer(told.encode(), np.uint8), *inside)
 
 
-def read_images(path):
-    """A folder of pictures, or of one level of class folders, optionally inside train, val and test folders; a single large
-    picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of tiles as the `tile` command writes it, or a
-    folder of such; an .npz with `images` and other keys of a feature file, as `tissue` writes it;
-    or a Pascal VOC folder, which brings its splits and its objects.
+def _picture(image, folder, window=None):
+    """A picture in RGB from its pixels, or from its path as seen from a folder."""
+    if isinstance(image, np.ndarray):
+        return as_rgb(Image.fromarray(image), window)
+    return open_image(os.path.join(folder, image), window=window)
 
-    Every file of a folder is opened to see that it is a picture, and none is decoded. Raises InputError for a missing or
-    empty folder, and for a file that cannot be read or is too large to be meant as one picture, by name.
+
+def _digest(*arrays):
+    whole = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+    return hashlib.sha256(whole).hexdigest()[:16]
+
+
+def read_images(path):
+    """A folder of pictures, or of one level of class folders, perhaps inside train, val and test
+    folders; a single large picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of
+    tiles as the `tile` command writes it, or a folder of such; an .npz with `images` and other keys
+    of a feature file, as `tissue` writes it; a MedMNIST .npz (train_images, train_labels, ...); or
+    a Pascal VOC folder, which brings its splits and its objects.
+
+    Every file of a folder is opened to see that it is a picture, and none is decoded.
     """
     if os.fspath(path).endswith(".npz"):
-        return _read_tiles([path]) if "coords" in _Source(path) else _read_listed(path)
+        arrays = _Source(path)
+        if "coords" in arrays:
+            return _read_tiles([path])
+        return _read_listed(path, arrays) if "images" in arrays else _read_medmnist(path, arrays)
     if os.path.isfile(path):
         if min(_slide(path).size) < 448:                     # hardly two tiles: one picture
             return Images([path])
@@ -1070,153 +1226,168 @@ def read_images(path):
     if tiles:
         return _read_tiles([os.path.join(path, f) for f in tiles])
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
-        return _read_voc_images(path)
-    paths, labels, names, split, notes = _walk(path, PICTURES, "pictures")
-    for p in paths:
-        open_image(p, decode=False)
-    return Images(paths, labels, names, split, notes=notes)
+        split, _, paths, things = map(list, zip(*read_voc_folder(path)))
+        sides = [np.array(open_image(p).size * 2) for p in paths]
+        objects = [[(name, tuple(np.clip(box / side, 0, 1))) for name, box in found]
+                   for found, side in zip(things, sides)]
+        return Images(paths, split=np.array(split), objects=objects)
+    return _looked_at(_walk(path, PICTURES, "pictures"))
 
 
-def _read_listed(path):
+def _read_listed(path, arrays):
     """Pictures that an .npz holds in `images`, or names there, relative to itself, with what else
     it says of them."""
-    arrays = read_arrays(path)
-    if "images" not in arrays or not arrays["images"].size:
-        raise InputError(f"{path} lacks 'images', paths of pictures, or 'coords' of tiles - name another file")
     n = len(np.atleast_1d(arrays["images"]))
-    about = _about(arrays, n)
-    images, given = about.pop("images"), about.pop("split", None)
-    labels, names, mask = _read_labels(arrays, n)
-    about.update({k: arrays[k] for k in ("boxes", "grid") if k in arrays})
-    out = Images([path] * n, labels, names, None if given is None else _split(given, None, n, 0),
-                 about=about, mask=mask)
-    out.notes += _torn_groups(out.split, about.get("groups"))
+    if not n:
+        raise InputError(f"{path} has empty 'images' - name another file")
+    told = _told(arrays, n)
+    images = told["about"].pop("images")
+    told["about"].update({k: arrays[k] for k in ("boxes", "grid") if k in arrays})
     if images.ndim > 1:
-        out.pixels = images
-        return out
-    out.paths = [os.path.join(os.path.dirname(os.path.abspath(path)), p) for p in images]
-    for p in out.paths:
-        open_image(p, decode=False)
-    return out
+        return Images([path] * n, images, **told)
+    here = os.path.dirname(os.path.abspath(path))
+    return _looked_at(Images([os.path.join(here, p) for p in images], **told))
 
 
-def _read_voc_images(folder):
-    """The pictures of a Pascal VOC folder with their objects."""
-    paths, split, objects = [], [], []
-    for name, stem in voc_stems(folder):
-        paths.append(os.path.join(folder, "JPEGImages", f"{stem}.jpg"))
-        split.append(name)
-        sides = np.array(open_image(paths[-1]).size * 2)
-        objects.append([(label, tuple(np.clip(box / sides, 0, 1)))
-                        for label, box in read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))])
-    return Images(paths, split=np.array(split), objects=objects)
+def _looked_at(images):
+    for path in images.paths:
+        open_image(path, decode=False)
+    return images
 
 
-def voc_stems(folder):
-    """[(split, name of a picture without its ending)] of a Pascal VOC folder, as ImageSets/Main lists them."""
+def _read_medmnist(path, arrays):
+    """The pictures of a MedMNIST file, with one class each."""
+    there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
+    if not there:
+        raise InputError(f"{path} lacks train_images and train_labels, 'images' or 'coords' - give "
+                         "a MedMNIST .npz, a list of pictures, tiles, or class folders")
+    pixels, labels, wanted = [], [], "uint8 (N, H, W) or (N, H, W, 3)"
+    for s in there:
+        shape = (None, None, None, 3)[:max(3, arrays[f"{s}_images"].ndim)]
+        x, y = arrays.checked(f"{s}_images", shape, np.uint8, wanted), arrays[f"{s}_labels"]
+        if y.size != len(x) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+            raise InputError(f"'{s}_labels' has shape {y.shape} and type {y.dtype} for {len(x)} "
+                             "pictures - give one class each, from 0; no several at once")
+        pixels.append(x)
+        labels.append(y.ravel())
+    labels = np.concatenate(labels).astype(int)
+    return Images([path] * len(labels), np.concatenate(pixels), labels=labels,
+                  label_names=[str(c) for c in range(labels.max() + 1)],
+                  split=np.repeat(there, [len(x) for x in pixels]))
+
+
+# Of XML: broken, in an unknown encoding, without what is looked for
+UNREADABLE = (OSError, ElementTree.ParseError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def read_voc_folder(folder):
+    """[(split, name of a picture without its ending, its path, its objects as `read_voc` gives
+    them)] of a Pascal VOC folder, as ImageSets/Main lists them."""
     found = []
     for part, split in (("trainval", "train"), ("test", "test")):
         listed = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
         if not os.path.exists(listed):
-            raise InputError(f"no {listed} - expected a Pascal VOC folder: ImageSets/Main, Annotations, JPEGImages")
+            raise InputError(f"no {listed} - expected a Pascal VOC folder with JPEGImages")
         with open(plain_file(listed), errors="replace") as f:
-            found += [(split, stem) for stem in f.read().split()]
-    for _, stem in found:
-        if os.path.basename(stem) != stem or not stem.isprintable():                        # it names files that are written
-            raise InputError(f"{folder} lists a picture {stem!r} - list plain names, without folders and endings")
+            found += [(split, plain_name(stem, f"{listed} lists a picture"))
+                      for stem in f.read().split()]
+    return [(split, stem, os.path.join(folder, "JPEGImages", f"{stem}.jpg"),
+             read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))) for split, stem in found]
+
+
+def read_voc(path):
+    """The objects of a Pascal VOC annotation: list of (name, box (4,): x0, y0, x1, y1)."""
+    try:
+        sides = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
+        found = [(thing.find("name").text, np.array([float(thing.find(k).text) for k in sides]))
+                 for thing in ElementTree.parse(plain_file(path)).iter("object")]
+    except UNREADABLE as e:
+        raise InputError(f"{path} is not a readable Pascal VOC annotation ({e}) - write it again")
+    for name, box in found:
+        plain_name(name, f"{path} names an object")
+        if not np.isfinite(box).all():
+            raise InputError(f"{path} has the box {box.tolist()} of '{name}' - give finite numbers")
     return found
 
 
-PARTS = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}    # folder -> split
-
-
-def _hidden(name):
-    """Whether a file or folder is none of the user's: .ipynb_checkpoints, ._x.png, __MACOSX."""
-    return name.startswith((".", "__MACOSX"))
+def object_arrays(objects):
+    """The objects of `Images` as a feature file has them: labels, label_names, boxes."""
+    names = sorted({name for found in objects for name, _ in found})
+    boxes = [(i, names.index(name), *box) for i, found in enumerate(objects) for name, box in found
+             if box[0] < box[2] and box[1] < box[3]]
+    labels = np.zeros((len(objects), len(names)), bool)
+    for i, label, *_ in boxes:
+        labels[i, label] = True
+    return {"labels": labels, "label_names": np.array(names), "boxes": np.array(boxes)}
 
 
 def _files(folder, endings):
-    """[(folder, name)] of what has one of the endings, at any depth, through links, hidden things
-    left out."""
+    """[(folders inside, path)] of what has one of the endings, at any depth, through links. Left
+    out is what is none of the user's: .ipynb_checkpoints, ._x.png, __MACOSX."""
     found = []
     for where, inside, files in os.walk(folder, followlinks=True):
         real = [os.path.realpath(os.path.join(where, name)) for name in inside]
-        inside[:] = sorted(name for name, to in zip(inside, real) if not _hidden(name)
-                           and os.path.commonpath([to, os.path.realpath(where)]) != to)    # a loop
-        found += [(where, f) for f in sorted(files)
-                  if not _hidden(f) and f.lower().endswith(endings)]
+        inside[:] = sorted(name for name, to in zip(inside, real)
+                           if os.path.commonpath([to, os.path.realpath(where)]) != to    # a loop
+                           and not name.startswith((".", "__MACOSX")))
+        under = os.path.relpath(where, folder).split(os.sep)
+        under = [name for name in under if name != "."]
+        found += [(under, os.path.join(where, f)) for f in sorted(files)
+                  if f.lower().endswith(endings) and not f.startswith(".")]
     return found
 
 
-def _split_folders(folder, endings):
-    """[(split, folder)] of the train, val (valid, validation) and test folders in a folder, or
-    itself with None; raises InputError for what lies beside them and so would be passed over."""
-    inside = sorted(f for f in os.listdir(folder) if os.path.isdir(os.path.join(folder, f)))
-    if not {*inside} & {*SPLITS}:
-        return [(None, folder)]
-    parts = [(PARTS[f], os.path.join(folder, f)) for f in inside if f in PARTS]
-    beside = [(where, f) for where, f in _files(folder, endings)
-              if os.path.relpath(where, folder).split(os.sep)[0] not in PARTS]
-    if beside:
-        raise InputError(f"{os.path.join(*beside[0])} lies beside the folder {parts[0][1]} - move "
-                         "it into a train, val or test folder, or elsewhere")
-    return parts
-
-
-def _without_masks(files):
-    """[(folder, name)] without the segmentations that lie beside their pictures, as in BUSI:
-    X_mask.png and X_mask_1.png where there is an X; and how many those are."""
-    stems = {(where, os.path.splitext(f)[0]) for where, f in files}
-
-    def is_mask(where, f):
-        picture = re.fullmatch(r"(.+)_mask(_\d+)?", os.path.splitext(f)[0])
-        return f.lower().endswith(PICTURES) and picture and (where, picture[1]) in stems
-    kept = [(where, f) for where, f in files if not is_mask(where, f)]
-    return kept, len(files) - len(kept)
+def _is_mask(path, paths):
+    """Whether it is a segmentation beside its picture, as in BUSI: X_mask.png or X_mask_1.png where
+    there is an X. paths: set of all paths without their endings."""
+    picture = re.fullmatch(r"(.+)_mask(_\d+)?", os.path.splitext(path)[0], re.DOTALL)
+    return path.lower().endswith(PICTURES) and picture is not None and picture[1] in paths
 
 
 def _walk(folder, endings, what):
-    """Files of a folder laid out as `read_images` says: paths, labels (N,) or None, label names,
-    split (N,) or None, notes for the user."""
+    """The files of a folder laid out as `read_images` says, as Images, none of them opened."""
     if not os.path.isdir(folder):
-        raise InputError(f"no folder {folder} - name a folder of {what}, or of class folders of {what}")
-    parts = _split_folders(folder, endings)
-    found, masks = [], 0                                     # (path, class folder or "", split)
-    for split, part in parts:
-        files, n = _without_masks(_files(part, endings))
-        masks += n
-        for where, f in files:
-            under = os.path.relpath(where, part)
-            if os.sep in under:
-                raise InputError(f"{where} lies deeper than one level of class folders - move its {what} up")
-            found.append((os.path.join(where, f), "" if under == "." else under, split))
-    if not found:
+        raise InputError(f"no folder {folder} - name one of {what}, or of class folders of {what}")
+    split_of = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
+    parted = any(os.path.isdir(os.path.join(folder, s)) for s in SPLITS)
+    files, paths, classes, split = _files(folder, endings), [], [], []
+    stems = {os.path.splitext(path)[0] for _, path in files}
+    for under, path in files:
+        part, under = under[:parted], under[parted:]
+        if parted and (not part or part[0] not in split_of):
+            raise InputError(f"{path} lies beside the train, val and test folders - move it")
+        if _is_mask(path, stems):
+            continue
+        if len(under) > 1:
+            raise InputError(f"{path} lies deeper than one level of class folders - move it up")
+        paths.append(path)
+        classes.append("".join(under))
+        split += [split_of[name] for name in part]
+    if not paths:
         raise InputError(f"no {what} in {folder} - expected {', '.join(endings)}")
-    names = sorted({name for _, name, _ in found})
-    labelled = names != [""]
-    if labelled and "" in names:
-        stray = next(path for path, name, _ in found if not name)
-        raise InputError(f"{stray} lies beside class folders - move it into one, or remove the folders")
-    return ([path for path, _, _ in found], np.array([names.index(name) for _, name, _ in found]) if labelled else None,
-            names if labelled else [],
-            None if parts[0][0] is None else np.array([split for *_, split in found]),
-            [f"{folder}: {masks} masks (X_mask.png beside X.png) are left out"] if masks else [])
+    names, masks = sorted({*classes}), len(files) - len(paths)
+    if len(names) > 1 and names[0] == "":
+        raise InputError(f"{paths[classes.index('')]} lies beside class folders - move it into one")
+    out = Images(paths, split=np.array(split) if parted else None)
+    if names != [""]:
+        out.labels, out.label_names = np.array([names.index(c) for c in classes]), names
+    if masks:
+        out.notes.append(f"{folder}: {masks} masks (X_mask.png beside X.png) are left out")
+    return out
 
 
 def open_image(path, decode=True, window=None):
-    """A picture as `as_rgb` gives it; without `decode` it is only looked at.
-
-    Raises InputError naming the file.
-    """
+    """A picture as `as_rgb` gives it; without `decode` it is only looked at."""
     try:
         image = Image.open(plain_file(path))
         return as_rgb(image, window) if decode else image.close()
     except Image.DecompressionBombError:
-        raise InputError(f"{path} is too large for one picture - cut it with `tile`, for which it needs openslide")
+        raise InputError(f"{path} is too large for one picture - `tile` it, which takes openslide")
     except InputError:
         raise
     except Exception as e:                                   # Pillow's many kinds for broken tags
-        raise InputError(f"{path} is not a readable picture ({str(e) or type(e).__name__}) - remove or replace it")
+        why = str(e) or type(e).__name__
+        raise InputError(f"{path} is not a readable picture ({why}) - remove or replace it")
 
 
 def as_rgb(image, window=None):
@@ -1231,7 +1402,7 @@ def as_rgb(image, window=None):
     image = ImageOps.exif_transpose(image)
     if image.mode[0] not in "IF" and not (window and image.mode == "L"):
         return image.convert("RGB")
-    x = np.asarray(image).astype(np.float64)
+    x = np.asarray(image).astype(np.float64)                 # (H, W)
     if window:
         low, high = window
     elif image.mode == "F":
@@ -1264,43 +1435,49 @@ def _whole_range(x, tags):
 
 
 def plain_view(size, whole=False):
-    """The transform for judging, Image -> (3, size, size): shorter side to 8/7 of `size`, centre crop, normalised. With
-    `whole` nothing is cut off: tiles have no margin."""
+    """The transform for judging, Image -> (3, size, size): shorter side to 8/7 of `size`, centre
+    crop, normalised. With `whole` nothing is cut off."""
     t = vision().transforms
-    side = (size, size) if whole else round(size * 8 / 7)
-    return t.Compose([t.Resize(side, t.InterpolationMode.BICUBIC), t.CenterCrop(size), t.ToTensor(), t.Normalize(*IMAGENET)])
+    resize = t.Resize((size, size) if whole else round(size * 8 / 7), t.InterpolationMode.BICUBIC)
+    return t.Compose([resize, t.CenterCrop(size), t.ToTensor(), t.Normalize(*IMAGENET)])
 
 
 def pixel_statistics(images, rows, most=500, side=64):
-    """Mean and standard deviation (3,) of R, G, B in 0..1, of pictures spread evenly over `rows`."""
+    """Mean and standard deviation (3,) of R, G, B in 0..1, of pictures spread over `rows`."""
     chosen = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
-    pixels = np.stack([np.asarray(images.open(i).resize((side, side))) for i in chosen]).reshape(-1, 3) / 255
+    pixels = np.stack([np.asarray(images.open(i).resize((side, side))) for i in chosen])
+    pixels = pixels.reshape(-1, 3) / 255
     return pixels.mean(0), np.maximum(pixels.std(0), 1e-3)
 
 
 class Crops:
-    """DINO's random views of one image: `Crops(...)(image)` -> list of tensors (3, size, size), the two global first.
+    """DINO's random views of one image: `Crops(...)(image)` -> list of tensors (3, size, size), the
+    two global first.
 
-    size, local_size    sides in pixels          scale, local_scale    share of the image's area that a crop covers
-    blur                largest radius of the Gaussian blur: 2 px suits 224 px, smaller images want less
-    colour              strength of colour jitter, grey and solarised views: 1 is DINO's; less where colour matters
-    pathology           vertical flips, right-angle turns and mild stain jitter as well: ours, for tissue and cells
+    size, local_size    sides in pixels
+    scale, local_scale  share of the image's area that a crop covers
+    blur       largest radius of the Gaussian blur: 2 px suits 224 px, smaller images want less
+    colour     strength of colour jitter, grey and solarised views: 1 is DINO's
+    pathology  vertical flips, right-angle turns and mild stain jitter as well: ours, for tissue
     All randomness comes from torch's global generator.
     """
 
-    def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.), local_scale=(0.05, 0.4), blur=2., colour=1.,
-                 pathology=False):
-        t = vision().transforms
-        extra = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)] if pathology else []
+    def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.),
+                 local_scale=(0.05, 0.4), blur=2., colour=1., pathology=False):
+        t, change = vision().transforms, []
+        if pathology:
+            change = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)]
         jitter = t.ColorJitter(0.4 * colour, 0.4 * colour, 0.2 * colour, 0.1 * colour)
-        change = [t.RandomHorizontalFlip(), *extra, t.RandomApply([jitter], 0.8), t.RandomGrayscale(0.2 * colour)]
-        end = [t.ToTensor(), t.Normalize(*IMAGENET)]
+        change = [t.RandomHorizontalFlip(), *change, t.RandomApply([jitter], 0.8),
+                  t.RandomGrayscale(0.2 * colour)]
+        blurred = t.Lambda(functools.partial(random_blur, most=blur))
 
         def view(side, area, blur_share, *more):
             crop = t.RandomResizedCrop(side, area, interpolation=t.InterpolationMode.BICUBIC)
-            blurred = t.RandomApply([t.Lambda(functools.partial(random_blur, most=blur))], blur_share)
-            return t.Compose([crop, *change, blurred, *more, *end])
-        self.views = [view(size, scale, 1.), view(size, scale, 0.1, t.RandomSolarize(128, 0.2 * colour)),
+            return t.Compose([crop, *change, t.RandomApply([blurred], blur_share), *more,
+                              t.ToTensor(), t.Normalize(*IMAGENET)])
+        self.views = [view(size, scale, 1.),
+                      view(size, scale, 0.1, t.RandomSolarize(128, 0.2 * colour)),
                       *[view(local_size, local_scale, 0.5)] * n_local]
 
     def __call__(self, image):
@@ -1309,7 +1486,8 @@ class Crops:
 
 def random_blur(image, most):
     """Gaussian blur of a random radius, from 0.1 (or `most`, if less) to `most` pixels."""
-    return image.filter(ImageFilter.GaussianBlur(torch.empty(1).uniform_(min(0.1, most), most).item()))
+    radius = torch.empty(1).uniform_(min(0.1, most), most).item()
+    return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def quarter_turns(image):
@@ -1323,15 +1501,16 @@ STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 def stain_jitter(image, strength=0.05):
     """Scale and shift the amount of each stain by up to `strength` (Tellez et al. 2018)."""
-    density = -np.log((np.asarray(image, np.float64) + 1) / 256)                            # (H, W, 3)
+    density = -np.log((np.asarray(image, np.float64) + 1) / 256)                 # (H, W, 3)
     scale, shift = torch.empty(2, 3).uniform_(-strength, strength).double().numpy()
     density = (density @ np.linalg.inv(STAINS) * (1 + scale) + shift) @ STAINS
     return Image.fromarray((256 * np.exp(-density) - 1).round().clip(0, 255).astype(np.uint8))
 
 
 class CropBatches(torch.utils.data.Dataset):
-    """Item (step, i): the views of image i as they are drawn in that step. Its own seed makes an item the same whoever
-    asks, in whatever order: so a resumed run sees what the uninterrupted one saw, with any number of workers."""
+    """Item (step, i): the views of image i as they are drawn in that step. Its own seed makes an
+    item the same whoever asks, in whatever order: a resumed run sees what an uninterrupted one saw,
+    with any number of workers."""
 
     def __init__(self, images, crops, seed):
         self.images, self.crops, self.seed = images, crops, seed
@@ -1341,104 +1520,95 @@ class CropBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         step, i = item
+        seed = np.random.SeedSequence([self.seed, 7, step, i]).generate_state(1, np.uint64)[0]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, 7, step, i]).generate_state(1, np.uint64)[0] >> 1))
+            torch.manual_seed(int(seed >> 1))
             return self.crops(self.images.open(i))
 
 
 def crop_batches(images, crops, batches, seed, first, last, workers=0):
-    """Iterate over steps first .. last - 1: a list of V tensors (B, 3, h, w). batches: a `Batches` over the images."""
+    """Iterate over steps first .. last - 1: a list of V tensors (B, 3, h, w). batches: a `Batches`
+    over the images."""
     steps = [[(step, int(i)) for i in batches.rows(step)] for step in range(first, last)]
-    return iter(torch.utils.data.DataLoader(CropBatches(images, crops, seed), batch_sampler=steps, num_workers=workers,
-                                            worker_init_fn=_forget_slides))
-
-
-@dataclass
-class Pictures:
-    """Small pictures in memory: pixels (N, 3, S, S) uint8, labels (N,) int, label_names, split (N,)
-    or None, groups (N,) or None, notes as in `Images`."""
-    pixels: np.ndarray
-    labels: np.ndarray
-    label_names: list
-    split: np.ndarray = None
-    groups: np.ndarray = None
-    notes: list = field(default_factory=list)
-
-    @property
-    def hash(self):
-        return _digest(self.pixels, self.labels)
-
-
-def _digest(*arrays):
-    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
+    return iter(torch.utils.data.DataLoader(
+        CropBatches(images, crops, seed), batch_sampler=steps, num_workers=workers,
+        worker_init_fn=_forget_slides))
 
 
 def read_pictures(path, size, label=None, window=None):
-    """Labelled pictures at size x size: class folders, or an .npz that lists pictures, as `read_images` reads them; or a
-    MedMNIST .npz with train_images, train_labels and so on for val and test. Where several labels hold at once, `label` is the
-    name of the one to find. window: see `as_rgb`. Raises InputError when there are no labels, or
-    only one class."""
-    groups, notes = None, []
-    if os.path.isdir(path) or "images" in _Source(path):
-        images = read_images(path)
-        images.window = window
-        if images.labels is None:
-            raise InputError(f"{path} has no labels - put the pictures into folders named after them")
-        labels, names, split = images.labels, images.label_names, images.split
-        if labels.ndim == 1 and label:
-            raise InputError(f"{path} has one label a picture - leave out --label")
-        if labels.ndim == 2:
-            if label not in names:
-                raise InputError(f"{path}: no label '{label}' - name one with --label: {', '.join(names)}")
-            labels, names = labels[:, names.index(label)].astype(int), [f"no {label}", label]
-        known = np.flatnonzero(images.labelled)
-        views, labels, split = map(images.open, known), labels[known], split if split is None else split[known]
-        if "groups" in images.about:
-            groups = images.about["groups"][known]
-        notes = images.notes
+    """Labelled pictures in memory, Images with `pixels` (N, size, size, 3), of whatever
+    `read_images` reads; those without a label are left out. Where several labels hold at once,
+    `label` is the name of the one to find. window: see `as_rgb`."""
+    images = replace(read_images(path), window=window)
+    labels, names, known = images.labels, images.label_names, np.flatnonzero(images.labelled)
+    if labels is None:
+        raise InputError(f"{path} has no labels - put the pictures into folders named after them")
+    if labels.ndim == 1 and label:
+        raise InputError(f"{path} has one label a picture - leave out --label")
+    if labels.ndim == 2:
+        if label not in names:
+            raise InputError(f"{path}: no label '{label}' - use --label: {', '.join(names)}")
+        labels, names = labels[:, names.index(label)].astype(int), [f"no {label}", label]
+    there = np.unique(labels[known])
+    if len(there) < 2:
+        found = "".join(names[c] for c in there) or "none"
+        raise InputError(f"{path} has the one class {found} - there is nothing to tell apart")
+    views = (images.open(i).resize((size, size), Image.BICUBIC) for i in known)
+    split, groups = (None if a is None else a[known]
+                     for a in (images.split, images.about.get("groups")))
+    return Images([images.paths[i] for i in known], np.stack([np.asarray(view) for view in views]),
+                  labels=labels[known], label_names=names, split=split, notes=images.notes,
+                  about={} if groups is None else {"groups": groups})
+
+
+def picture_parts(pictures, split, seed, source):
+    """Rows to train on, to stop by and to report: the file's own split ("given"), or 70 / 15 / 15
+    ("random") as `stratified_parts` draws them. source: the file, for messages."""
+    y, groups = pictures.labels, pictures.about.get("groups")
+    if split == "random":
+        parts = stratified_parts(y, (70, 15, 15), seed, groups)
+    elif pictures.split is None:
+        raise InputError(f"{source} gives no split - use --split random")
     else:
-        arrays = _Source(path)
-        there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
-        if not there:
-            raise InputError(f"{path} lacks train_images and train_labels - give a MedMNIST .npz, or class folders")
-        given = {s: arrays[f"{s}_images"] for s in there}
-        labels = [np.asarray(arrays[f"{s}_labels"]) for s in there]
-        for (s, x), v in zip(given.items(), labels):
-            if v.size != len(x) or not np.issubdtype(v.dtype, np.integer) or v.min() < 0:
-                raise InputError(f"'{s}_labels' has shape {v.shape} and type {v.dtype} for {len(x)} pictures - give one class "
-                                 "each, from 0; several at once are not served")
-            if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] != 3):
-                raise InputError(f"'{s}_images' has shape {x.shape} and type {x.dtype} - give uint8 (N, H, W) or (N, H, W, 3)")
-        labels = np.concatenate([v.ravel() for v in labels]).astype(int)
-        views = (as_rgb(Image.fromarray(v), window) for x in given.values() for v in x)
-        names, split = [str(c) for c in range(labels.max() + 1)], np.repeat(there, [len(x) for x in given.values()])
-    if len(np.unique(labels)) < 2:
-        raise InputError(f"{path} has the one class {names[labels[0]]} - there is nothing to tell apart")
-    pixels = np.stack([np.asarray(v.resize((size, size), Image.BICUBIC)).transpose(2, 0, 1) for v in views])
-    return Pictures(pixels, labels, names, split, groups, notes)
+        parts = [np.flatnonzero(pictures.split == name) for name in SPLITS]
+        if not len(parts[1]):                                # none given: cut off the training part
+            train, of = parts[0], None if groups is None else groups[parts[0]]
+            halves = stratified_parts(y[train], (85, 15), seed, of)
+            parts[:2] = [train[rows] for rows in halves]
+    seen, tested = np.unique(y[parts[0]]), np.unique(y[parts[2]])
+    if not all(map(len, parts)) or len(seen) < 2:
+        raise InputError(f"{source}: {', '.join(str(len(p)) for p in parts)} pictures to train on, "
+                         "stop by and test on - add pictures, or use --split random")
+    unseen = np.setdiff1d(tested, seen)
+    if len(tested) < 2 or len(unseen):
+        c, what = (unseen[0], "which no training picture has") if len(unseen) \
+            else (tested[0], "and no other")
+        raise InputError(f"{source}: the test part has the class '{pictures.label_names[c]}', "
+                         f"{what} - add pictures, or split them otherwise")
+    return parts
 
 
 def normalised(pixels):
-    """(N, 3, S, S) uint8 -> float tensor, normalised as ImageNet."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
-    return (torch.from_numpy(pixels).float() / 255 - mean) / std
+    """(N, S, S, 3) uint8 -> float tensor (N, 3, S, S), normalised as ImageNet."""
+    mean, std = map(torch.tensor, IMAGENET)                  # (3,) each
+    return ((torch.from_numpy(pixels).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def jittered(x):
-    """Each picture of a batch (B, 3, S, S) mirrored by chance and shifted by up to an eighth, its edge repeated."""
+    """Each picture of a batch (B, 3, S, S) mirrored by chance and shifted by up to an eighth, its
+    edge repeated."""
     side, pad = x.shape[-1], x.shape[-1] // 8
     x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
     x = torch.nn.functional.pad(x, [pad] * 4, mode="replicate")
-    at = torch.randint(0, 2 * pad + 1, (len(x), 2)).tolist()
+    at = torch.randint(0, 2 * pad + 1, (len(x), 2)).tolist()    # row and column of each corner
     return torch.stack([v[:, i:i + side, j:j + side] for v, (i, j) in zip(x, at)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Slides: tissue, tiles and regions of interest (thesis 3.2.2; CLAM, Lu et al. 2021)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Slides: tissue, tiles and regions of interest (thesis 3.2.2; CLAM, Lu et al. 2021) ----------
 
 class Slide:
-    """A large picture: through openslide where that is installed and knows the file, else through Pillow, in memory."""
+    """A large picture: through openslide where that is installed and knows the file, else through
+    Pillow, in memory."""
 
     def __init__(self, path, window=None):
         self.slide = None
@@ -1456,20 +1626,24 @@ class Slide:
             self.size = self.image.size
 
     def overview(self, side):
-        """The whole slide in RGB with a longer side of at most `side`, and how many of its pixels one of that spans."""
+        """The whole slide in RGB with a longer side of at most `side`, and how many of its pixels
+        one of that spans."""
         scale = max(1., max(self.size) / side)
         small = tuple(max(1, round(v / scale)) for v in self.size)
-        image = self.slide.get_thumbnail(small) if self.slide else self.image.resize(small, Image.BOX)
-        return image.convert("RGB"), scale
+        if self.slide:
+            return self.slide.get_thumbnail(small).convert("RGB"), scale
+        return self.image.resize(small, Image.BOX), scale
 
     def read(self, box, side=224):
-        """x, y, width, height of the slide in RGB, from the coarsest level on which it is at least `side` pixels wide."""
+        """x, y, width, height of the slide in RGB, from the coarsest level on which it is at least
+        `side` pixels wide."""
         x, y, w, h = map(int, box)
         if self.slide is None:
             return self.image.crop((x, y, x + w, y + h))
         level = self.slide.get_best_level_for_downsample(max(1., w / side))
         shrink = self.slide.level_downsamples[level]
-        return self.slide.read_region((x, y), level, (round(w / shrink), round(h / shrink))).convert("RGB")
+        small = round(w / shrink), round(h / shrink)
+        return self.slide.read_region((x, y), level, small).convert("RGB")
 
 
 @functools.lru_cache(maxsize=4)
@@ -1482,37 +1656,43 @@ def _forget_slides(worker):
     _slide.cache_clear()
 
 
-def slide_files(path):
-    """A slide's path as a list, or the slides in a folder, class folders included, none of them
-    opened; and a list of notes for the user."""
-    endings = (*PICTURES, ".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
-    if not os.path.isdir(path):
-        return [path], []
-    paths, _, _, _, notes = _walk(path, endings, "slides")
-    return paths, notes
+def read_slides(path):
+    """A slide, or a folder of slides, class and split folders included, as Images whose `groups`
+    are the slides' names. None of them is opened."""
+    out = _walk(path, SLIDES, "slides") if os.path.isdir(path) else Images([path])
+    names = [pathlib.Path(p).stem for p in out.paths]
+    for name, n in Counter(names).items():
+        if n > 1:
+            raise InputError(f"two slides are called {name} - rename one, or tile them apart")
+    out.about["groups"] = np.array(names)
+    return out
 
 
 def otsu(values):
-    """The threshold that splits uint8 values into the two classes with the largest variance between them (Otsu 1979)."""
+    """The threshold that splits uint8 values into the two classes with the largest variance between
+    them (Otsu 1979)."""
     count = np.bincount(np.ravel(values), minlength=256).astype(float)
-    below, total = np.cumsum(count), np.cumsum(count * np.arange(256))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (total[-1] * below - total * below[-1]) ** 2 / (below * (below[-1] - below))
-    return int(np.nanargmax(np.where(np.isfinite(between), between, -1)))
+    below, total = np.cumsum(count), np.cumsum(count * np.arange(256))    # at each threshold
+    both = below * (below[-1] - below)                       # 0 where a class is empty
+    between = (total[-1] * below - total * below[-1]) ** 2 / np.where(both > 0, both, np.inf)
+    return int(between.argmax())
 
 
 def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, max_holes=8):
-    """Pieces of tissue in an overview, as CLAM finds them: saturation, median filter, threshold, closing, size.
+    """Pieces of tissue in an overview, as CLAM finds them: saturation, median filter, threshold,
+    closing, size.
 
-    rgb (H, W, 3) uint8. threshold of the saturation (0..255), None for Otsu's; median, close: sides of the filters;
-    least: pixels of a piece without its holes; of each piece the `max_holes` largest holes of more than `least_hole`
-    pixels stay holes, all others are filled. Returns (H, W) int: 0 outside, i inside piece i, -i in a hole of it.
+    rgb (H, W, 3) uint8. threshold of the saturation (0..255), None for Otsu's; median, close: sides
+    of the filters; least: pixels of a piece without its holes; of each piece the `max_holes`
+    largest holes of more than `least_hole` pixels stay holes, all others are filled. Returns (H, W)
+    int: 0 outside, i inside piece i, -i in a hole of it.
     """
-    saturation = scipy.ndimage.median_filter(np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1], median)
-    mask = scipy.ndimage.binary_dilation(saturation > (otsu(saturation) if threshold is None else threshold),
-                                         np.ones((close, close)))
-    mask = scipy.ndimage.binary_erosion(mask, np.ones((close, close)), border_value=1)
-    eight = np.ones((3, 3))
+    saturation = np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1]
+    saturation = scipy.ndimage.median_filter(saturation, median)    # (H, W)
+    mask = saturation > (otsu(saturation) if threshold is None else threshold)
+    square, eight = np.ones((close, close)), np.ones((3, 3))
+    mask = scipy.ndimage.binary_dilation(mask, square)
+    mask = scipy.ndimage.binary_erosion(mask, square, border_value=1)
     label, _ = scipy.ndimage.label(mask, eight)
     out, n = np.zeros(mask.shape, np.int32), 0
     for i, where in enumerate(scipy.ndimage.find_objects(label), 1):
@@ -1520,53 +1700,60 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
         if piece.sum() <= least:
             continue
         n += 1
-        holes, _ = scipy.ndimage.label(scipy.ndimage.binary_fill_holes(piece) & ~piece)
+        holes, _ = scipy.ndimage.label(scipy.ndimage.binary_fill_holes(piece) & ~piece)    # (h, w)
         size = np.bincount(holes.ravel())[1:]
-        stay = [j + 1 for j in np.argsort(-size, kind="stable")[:max_holes] if size[j] > least_hole]
+        largest = np.argsort(-size, kind="stable")[:max_holes]
         out[where][piece | (holes > 0)] = n
-        out[where][np.isin(holes, stay)] = -n
+        out[where][np.isin(holes, largest[size[largest] > least_hole] + 1)] = -n
     return out
 
 
 def tile_boxes(pieces, scale, size, side, step):
-    """Tiles of the tissue, as CLAM lays them: (n, 4) int, x, y, width, height in pixels of the slide.
+    """Tiles of the tissue, as CLAM lays them: (n, 4) int, x, y, width, height in pixels of the
+    slide.
 
-    pieces: from `find_tissue`, one of whose pixels spans `scale` of the slide's, whose size is (width, height). Each piece
-    has a grid of its own, from the corner of its bounding box. A tile is kept if one of the four points halfway from its
-    centre to its corners is inside the piece's outline, and its centre in no hole. Unlike CLAM's, none reaches over the edge.
+    pieces: from `find_tissue`, one of whose pixels spans `scale` of the slide's, whose size is
+    (width, height). Each piece has a grid of its own, from the corner of its bounding box. A tile
+    is kept if one of the four points halfway from its centre to its corners is inside the piece's
+    outline, and its centre in no hole. Unlike CLAM's, none reaches over the edge.
     """
     def at(x, y):
-        row, column = (np.clip((v / scale).astype(int), 0, n - 1) for v, n in zip((y, x), pieces.shape))
+        row, column = (np.clip((v / scale).astype(int), 0, n - 1)
+                       for v, n in zip((y, x), pieces.shape))
         return pieces[row, column]
     found = [np.zeros((0, 4), int)]
     for i, (rows, columns) in enumerate(scipy.ndimage.find_objects(np.abs(pieces)), 1):
         x, y = (np.arange(int(s.start * scale), min(int(s.stop * scale), n - side + 1), step)
                 for s, n in ((columns, size[0]), (rows, size[1])))
-        x, y = (v.ravel() for v in np.meshgrid(x, y, indexing="ij"))
+        x, y = (v.ravel() for v in np.meshgrid(x, y, indexing="ij"))    # column by column
         cx, cy, q = x + side // 2, y + side // 2, side // 4
-        inside = np.any([np.abs(at(cx + a, cy + b)) == i for a in (-q, q) for b in (-q, q)], 0) & (at(cx, cy) != -i)
-        found.append(np.stack([x, y, np.full_like(x, side), np.full_like(x, side)], 1)[inside])
+        corners = [np.abs(at(cx + a, cy + b)) == i for a in (-q, q) for b in (-q, q)]
+        kept = np.any(corners, 0) & (at(cx, cy) != -i)
+        found.append(np.stack([x, y, np.full_like(x, side), np.full_like(x, side)], 1)[kept])
     return np.concatenate(found)
 
 
 def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0.2, window=None,
                **how):
-    """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the overview with both drawn in.
+    """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the
+    overview with both drawn in.
 
-    side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels, as in CLAM, which takes
-    1 and 1 for biopsies, 100 and 16 for resections; ours is about a tile of 224. Raises InputError when there is no tissue.
-    window: see `as_rgb`.
+    side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels,
+    as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections; ours is about a tile of
+    224. window: see `as_rgb`.
     """
+    if side < 1 or step is not None and step < 1:
+        raise InputError(f"tiles of {side} pixels every {step} - give a larger --size")
     slide = _slide(path, window)
     image, scale = slide.overview(overview)
     area = 512 ** 2 / scale ** 2
     pieces = find_tissue(np.asarray(image), least=least * area, least_hole=least_hole * area, **how)
     boxes = tile_boxes(pieces, scale, slide.size, side, step or side)
     if not len(boxes):
-        raise InputError(f"{path} has no tissue for tiles of {side} pixels - lower --threshold, --least or --size")
-    edge = (pieces > 0) & ~scipy.ndimage.binary_erosion(pieces > 0, iterations=2)
+        raise InputError(f"{path} has no tissue for tiles of {side} pixels - lower --threshold, "
+                         "--least or --size")
     shown = np.array(image)
-    shown[edge] = (0, 160, 0)
+    shown[(pieces > 0) & ~scipy.ndimage.binary_erosion(pieces > 0, iterations=2)] = (0, 160, 0)
     shown = Image.fromarray(shown)
     draw = ImageDraw.Draw(shown)
     for x, y, w, h in boxes / scale:
@@ -1574,46 +1761,72 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
     return boxes, shown
 
 
+def tile_arrays(slides, i, boxes, out, regions=None, share=0.5):
+    """What the file `out` says of the tiles `boxes` of slide i of `read_slides`: where they are and
+    the slide's label and split. With regions (`read_polygons`), tiles that lie in them by at least
+    `share` have the label "region" instead (thesis 3.2.2: half of the patch)."""
+    n, label, label_names = len(boxes), None, slides.label_names
+    arrays = {"coords": boxes, "images": np.repeat(relative([slides.paths[i]], out), n),
+              "groups": np.repeat(slides.about["groups"][i], n)}
+    if regions is not None:
+        label = np.array([region_share(regions, box) >= share for box in boxes]).astype(int)
+        label_names = ["outside", "region"]
+    elif slides.labels is not None:
+        label = np.repeat(slides.labels[i], n)
+    if label is not None:
+        arrays.update(labels=label, label_names=np.array(label_names))
+    if slides.split is not None:
+        arrays["split"] = np.repeat(slides.split[i], n)
+    return arrays
+
+
 def _read_tiles(files):
-    """Tiles as the `tile` command writes them: coords (n, 4), images (n,) paths relative to the file, labels if all have."""
-    paths, boxes, labels, masks, label_names = [], [], [], [], []
+    """Tiles as the `tile` command writes them; what not all files say is left out."""
+    paths, found = [], []
     for file in files:
         arrays = _Source(file)
-        for key in ("coords", "images"):
-            if key not in arrays:
-                raise InputError(f"{file} lacks '{key}' - name a file that the tile command wrote")
-        box, names, here = arrays["coords"], arrays["images"], os.path.dirname(os.path.abspath(file))
-        if box.ndim != 2 or box.shape[1] != 4 or names.shape != (len(box),) or not len(box) or box.dtype.kind not in "iuf":
-            raise InputError(f"{file}: 'coords' has shape {box.shape} and type {box.dtype} for {names.size} tiles - give x, y, "
-                             "width, height each")
-        paths += [os.path.join(here, str(name)) for name in names]
-        boxes.append(box.astype(int))
-        known, label_names, mask = _read_labels(arrays, len(box))
-        labels.append(known)
-        masks.append(np.ones(len(box), bool) if mask is None else mask)
-    labels = np.concatenate(labels) if all(v is not None for v in labels) else None
-    mask = None if np.concatenate(masks).all() else np.concatenate(masks)
-    return Images(paths, labels, label_names if labels is not None else [],
-                  boxes=np.concatenate(boxes), mask=mask)
+        boxes = arrays.checked("coords", (None, 4), np.number, "(n, 4): x, y, width, height")
+        if boxes is None or not len(boxes) or "images" not in arrays:
+            raise InputError(f"{file} lacks 'coords' or 'images' - name a file that `tile` wrote")
+        told = _told(arrays, len(boxes))
+        here = os.path.dirname(os.path.abspath(file))
+        paths += [os.path.join(here, name) for name in told["about"]["images"]]
+        mask = np.ones(len(boxes), bool) if told["mask"] is None else told["mask"]
+        found.append({**told, "mask": mask, "boxes": boxes.astype(int),
+                      "groups": told["about"].get("groups")})
+
+    def joined(key):
+        parts = [told[key] for told in found]
+        return None if any(part is None for part in parts) else np.concatenate(parts)
+    labels, mask, groups = map(joined, ("labels", "mask", "groups"))
+    return Images(paths, labels=labels, label_names=[] if labels is None else told["label_names"],
+                  split=joined("split"), boxes=joined("boxes"),
+                  about={} if groups is None else {"groups": groups},
+                  mask=None if mask.all() else mask)
 
 
 def read_polygons(path):
-    """The regions of an ASAP annotation file (Camelyon's XML): list of ((n, 2) array of x, y in pixels of the slide, inside),
-    outer ones first; inside is False for what is cut out of them (Camelyon's group _2)."""
+    """The regions of an ASAP annotation file (Camelyon's XML): list of ((n, 2) array of x, y in
+    pixels of the slide, inside), outer ones first; inside is False for what is cut out of them
+    (Camelyon's group _2)."""
+    found = []
     try:
-        root = ElementTree.parse(plain_file(path)).getroot()
-        found = [(sorted([float(c.get(k)) for k in ("Order", "X", "Y")] for c in a.iter("Coordinate")),
-                  a.get("PartOfGroup") not in ("_2", "Exclusion")) for a in root.iter("Annotation")]
-    except (OSError, ElementTree.ParseError, LookupError, TypeError, ValueError) as e:      # lookup: of an encoding
-        raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - expected Annotation, Coordinate, Order, X, Y")
-    return sorted([(np.array(p)[:, 1:], inside) for p, inside in found if len(p) > 2], key=lambda region: not region[1])
+        for region in ElementTree.parse(plain_file(path)).getroot().iter("Annotation"):
+            points = sorted([float(c.get(k)) for k in ("Order", "X", "Y")]
+                            for c in region.iter("Coordinate"))
+            inside = region.get("PartOfGroup") not in ("_2", "Exclusion")
+            if len(points) > 2:
+                found.append((np.array(points)[:, 1:], inside))
+    except UNREADABLE as e:
+        raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - write it again")
+    return sorted(found, key=lambda region: not region[1])
 
 
 def region_share(regions, box, grid=64):
     """The share of a box, of grid x grid points, that lies in the regions (`read_polygons`).
 
-    The published notebook for PCam-224 took a box of the patch's pixels for one of the slide's, and so looked at a sixteenth
-    of each patch (thesis 3.2.2 asks for half of the patch).
+    The published notebook for PCam-224 took a box of the patch's pixels for one of the slide's, and
+    so looked at a sixteenth of each patch (thesis 3.2.2 asks for half of the patch).
     """
     x, y, w, h = map(int, box)
     raster = Image.new("1", (grid, grid))
@@ -1624,58 +1837,42 @@ def region_share(regions, box, grid=64):
     return float(np.asarray(raster).mean())
 
 
-def read_voc(path):
-    """The objects of a Pascal VOC annotation: list of (name, (x0, y0, x1, y1))."""
-    try:
-        sides = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
-        found = [(thing.find("name").text, tuple(float(thing.find(side).text) for side in sides))
-                 for thing in ElementTree.parse(plain_file(path)).iter("object")]
-    except (OSError, ElementTree.ParseError, AttributeError, LookupError, TypeError, ValueError) as e:
-        raise InputError(f"{path} is not a readable Pascal VOC annotation ({e}) - expected object, name, bndbox, xmin, ...")
-    for name, box in found:
-        if not all(map(math.isfinite, box)):
-            raise InputError(f"{path} has the box {box} of '{name}' - give finite numbers")
-        if not name or os.path.basename(name) != name or not name.isprintable():
-            raise InputError(f"{path} names an object '{name}' - a name becomes a folder: take plain words")
-    return found
+def cut_boxes(folder, margin=0.2, window=None):
+    """The annotated boxes of a Pascal VOC folder as Images, parts of its pictures, whose `ids` are
+    <split>/<name of the object>/<name of the picture>_<i>.
 
-
-def cut_boxes(folder, out, size=64, margin=0.2, window=None):
-    """Cut the annotated boxes of a Pascal VOC folder into pictures out/<split>/<name>/<image>_<i>.png of `size` pixels.
-
-    A cut is the square around a box's centre, as long as the box's longer side and `margin` more, so that shapes stay what
-    they are, shifted inwards where it would reach over the image's edge. ImageSets/Main says what is train and what
-    test. Boxes with a side of 8 pixels or less are left out. Returns dict (split, name) -> count.
-    window: see `as_rgb`.
+    A part is the square around a box's centre, as long as the box's longer side and `margin` more,
+    so that shapes stay what they are, shifted inwards where it would reach over the picture's edge.
+    Boxes with a side of 8 pixels or less are left out. window: see `as_rgb`.
     """
-    count = {}
-    for split, stem in voc_stems(folder):
-        image = open_image(os.path.join(folder, "JPEGImages", f"{stem}.jpg"), window=window)
-        for i, (name, (x0, y0, x1, y1)) in enumerate(read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))):
-            half = max(x1 - x0, y1 - y0) / 2 * (1 + margin)
-            if min(x1 - x0, y1 - y0) <= 8:
+    paths, squares, ids = [], [], []
+    for split, stem, path, objects in read_voc_folder(folder):
+        size = np.array(_slide(path, window).size)
+        for i, (name, box) in enumerate(objects):
+            sides, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
+            if sides.min() <= 8:
                 continue
-            half = min(half, *(v / 2 for v in image.size))
-            x, y = (min(max(middle, half), most - half)
-                    for middle, most in zip(((x0 + x1) / 2, (y0 + y1) / 2), image.size))
-            square = tuple(map(round, (x - half, y - half, x + half, y + half)))
-            os.makedirs(os.path.join(out, split, name), exist_ok=True)
-            image.crop(square).resize((size, size), Image.BICUBIC).save(os.path.join(out, split, name, f"{stem}_{i}.png"))
-            count[split, name] = count.get((split, name), 0) + 1
-    return count
+            half = min(sides.max() / 2 * (1 + margin), size.min() / 2)
+            middle = middle.clip(half, size - half)
+            corner = np.round(middle - half).astype(int)
+            squares.append([*corner, *np.round(middle + half).astype(int) - corner])
+            paths.append(path)
+            ids.append(f"{split}/{name}/{stem}_{i}")
+    if not paths:
+        raise InputError(f"{folder} has no box of more than 8 pixels - name another folder")
+    return Images(paths, boxes=np.array(squares), window=window, about={"ids": np.array(ids)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bags of instances
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Bags of instances ---------------------------------------------------------------------------
 
 @dataclass
 class Bags:
     """Bags of instances: bag i is X[offsets[i]:offsets[i + 1]].
 
-    X (n, d) float32, y (bags,) int, label_names; names (bags,) of the bags; folds (R, F, bags) bool, True = train, or None;
-    split (bags,) or None; groups (bags,), patients whose bags stay together, or None;
-    coords: list of (N_i, 4) boxes or None, images: list of paths or None: where instances were cut
+    X (n, d) float32     y (bags,) int, of label_names     names (bags,)
+    folds (R, F, bags) bool, True = train, or None     split (bags,) or None
+    groups (bags,), patients whose bags stay together, or None
+    coords, images: list of (N_i, 4) boxes and of paths: where instances were cut, or None
     """
     X: np.ndarray
     offsets: np.ndarray
@@ -1699,24 +1896,74 @@ class Bags:
         """The instances of all bags `rows`, (n, d)."""
         return np.concatenate([self.X[self.offsets[i]:self.offsets[i + 1]] for i in rows])
 
+    def means(self):
+        """(bags, d) float64: the mean of each bag's instances."""
+        total = np.add.reduceat(self.X, self.offsets[:-1], dtype=float)
+        return total / np.diff(self.offsets)[:, None]
+
+    def scale(self, rows):
+        """Mean and standard deviation (d,) of the instances of bags `rows`; 1 for a constant."""
+        X = self.instances(rows)
+        std = (X - X[0]).std(0)                              # of a constant exactly 0
+        std = np.where(std > 1.2e-7 * np.abs(X[0]), std, 1)
+        return torch.from_numpy(X.mean(0)), torch.from_numpy(std)
+
     def padded(self, rows):
-        """x (B, N, d), zeros where a bag is shorter than the longest, mask (B, N), y (B,): tensors."""
+        """x (B, N, d), zeros where a bag is shorter than the longest, mask (B, N), y (B,)."""
         rows = np.asarray(rows)
-        size = (self.offsets[1:] - self.offsets[:-1])[rows]
-        mask = torch.arange(size.max()) < torch.from_numpy(size)[:, None]
+        size = np.diff(self.offsets)[rows]
+        mask = torch.arange(size.max()) < torch.from_numpy(size)[:, None]    # (B, N)
         x = torch.zeros(*mask.shape, self.X.shape[1])
         x[mask] = torch.from_numpy(self.instances(rows))
         return x, mask, torch.from_numpy(self.y[rows]).long()
 
+    def batches(self, rows, batch):
+        """Bags `rows` in their order, `padded`, `batch` at a time."""
+        return [self.padded(rows[i:i + batch]) for i in range(0, len(rows), batch)]
+
+    def drawn(self, rows, rng, weighted=False):
+        """The bags `rows` in random order; weighted: as many of each class, drawn with
+        replacement."""
+        y = self.y[rows]
+        weight = 1 / np.bincount(y)[y] if weighted else np.ones(len(y))
+        return rng.choice(rows, len(rows), replace=weighted, p=weight / weight.sum())
+
+    def rounds(self, folds, seed, source):
+        """[(rows to learn from, rows to stop by, perhaps none, rows to report)]: `folds` parts of
+        which each is reported in turn; if that is 0, the file's own folds, else its splits, else
+        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. source: for
+        messages."""
+        everything, none = np.arange(len(self)), np.arange(0)
+        if folds:
+            parts = stratified_parts(self.y, [1] * folds, seed, self.groups)
+            rounds = [(np.delete(everything, part), none, part) for part in parts]
+        elif self.folds is not None:
+            rounds = [(everything[fold], none, everything[~fold])
+                      for fold in self.folds.reshape(-1, len(self))]
+        elif self.split is None:
+            rounds = [stratified_parts(self.y, (70, 15, 15), seed, self.groups)]
+        else:
+            rounds = [[np.flatnonzero(self.split == name) for name in SPLITS]]
+        for train, _, test in rounds:
+            rarest = min((self.y[train] == c).sum() for c in np.unique(self.y))
+            if not len(test) or rarest < 2:
+                raise InputError(f"{source}: {len(train)} bags to learn from, {rarest} of a class, "
+                                 f"and {len(test)} to test on are too few - add bags")
+        return rounds
+
 
 def read_bags(path, stream=None):
-    """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags) and groups
-    (bags,), or a folder with a feature file for each bag, as `extract` writes them, in class folders,
-    perhaps inside train, val and test folders.
-
-    Raises InputError for shapes that do not fit, an empty bag, NaN, or a single class.
+    """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags) and
+    groups (bags,); a feature file with labels and groups, each of which is a bag; or a folder with
+    a feature file for each bag, as `extract` writes them, in class folders, perhaps inside train,
+    val and test folders. stream: of feature files that have several.
     """
-    bags = _bags_of_folder(path, stream) if os.path.isdir(path) else _bags_of_file(path)
+    if os.path.isdir(path):
+        bags = _bags_of_folder(path, stream)
+    else:
+        arrays = _Source(path)
+        grouped = "X" not in arrays and "groups" in arrays and "labels" in arrays
+        bags = _bags_of_groups(path, arrays, stream) if grouped else _bags_of_file(path, arrays)
     bad = np.flatnonzero(np.diff(bags.offsets) < 1)
     if len(bad):
         raise InputError(f"bag {bags.names[bad[0]]} is empty - drop it")
@@ -1731,103 +1978,112 @@ def read_bags(path, stream=None):
 
 def _bags_of_folder(path, stream):
     """Bags of class folders of feature files, their widths and groups checked."""
-    paths, y, label_names, split, _ = _walk(path, (".npz",), "feature files")
-    if y is None:
-        raise InputError(f"{path} has no class folders - put each bag's file into a folder named "
-                         "after its label")
-    names = [os.path.splitext(os.path.basename(p))[0] for p in paths]
-    parts, coords, images, groups = map(list, zip(*(_read_bag(p, stream) for p in paths)))
-    if len({group is None for group in groups}) > 1:
-        raise InputError(f"{paths[groups.index(None)]} has no single group, as other bags have - "
-                         "give one in each, or none")
+    files = _walk(path, (".npz",), "feature files")
+    if files.labels is None:
+        raise InputError(f"{path} has no class folders - name them after the bags' labels")
+    bags = []
+    for file in files.paths:
+        X, told, coords, pictures = _instances(file, _Source(file), stream)
+        groups = np.unique(told["about"].get("groups", []))
+        bags.append((X, coords, pictures and pictures[0], groups[0] if len(groups) == 1 else None))
+    parts, coords, pictures, groups = map(list, zip(*bags))
+    if None in groups and len({*groups}) > 1:
+        lone = files.paths[groups.index(None)]
+        raise InputError(f"{lone} has no single group, as other bags have - give one in each")
     widths = {x.shape[1] for x in parts}
     if len(widths) > 1:
-        raise InputError(f"the bags in {path} have widths {sorted(widths)} - extract them with one "
-                         "backbone")
-    return Bags(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), y, label_names, names,
-                split=split, coords=coords, images=images,
-                groups=None if None in groups else np.array(groups))
+        raise InputError(f"the bags in {path} have widths {sorted(widths)} - take one backbone")
+    return Bags(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), files.labels,
+                files.label_names, [pathlib.Path(p).stem for p in files.paths], split=files.split,
+                coords=coords, images=pictures, groups=None if None in groups else np.array(groups))
 
 
-def _bags_of_file(path):
+def _bags_of_groups(path, arrays, stream):
+    """Each group of a feature file as a bag, with the one label and split of its rows."""
+    X, told, coords, pictures = _instances(path, arrays, stream)
+    labels, split = told["labels"], told["split"]
+    if labels.ndim != 1 or labels.min() < 0:
+        raise InputError(f"{path}: 'labels' of shape {labels.shape} leave rows out - give all one")
+    names, first, bag, size = np.unique(told["about"]["groups"], True, True, True)
+    for key, a in (("label", labels), ("split", split)):
+        for row in [] if a is None else np.flatnonzero(a != a[first][bag])[:1]:
+            raise InputError(f"{path}: group {names[bag[row]]} has several {key}s - give it one")
+    order, ends = np.argsort(bag, kind="stable"), np.cumsum(size)
+    return Bags(X[order], np.r_[0, ends], labels[first], told["label_names"], names.astype(str),
+                split=None if split is None else split[first],
+                coords=None if coords is None else np.split(coords[order], ends[:-1]),
+                images=pictures and [pictures[i] for i in first])
+
+
+def _instances(path, arrays, stream):
+    """Of a feature file: X (n, d), what it says of them (`_told`), their coords, and the paths of
+    the pictures that they were cut from; None where there are none."""
+    name = stream or (arrays.streams[0] if len(arrays.streams) == 1 else None)
+    if name not in arrays.streams:
+        there = ", ".join(arrays.streams) or "none"
+        raise InputError(f"{path} has the streams {there} - pick one with --stream")
+    X = _stream(arrays, name, 2)
+    told, coords = _told(arrays, len(X)), arrays.get("coords")
+    images = told["about"].get("images")
+    if images is not None:                                   # pixels lie nowhere else
+        here = os.path.dirname(path)
+        images = [os.path.join(here, p) for p in images] if images.ndim == 1 else None
+    return X, told, coords, images
+
+
+def _bags_of_file(path, arrays):
     """Bags of an .npz, the shapes and types of its arrays checked against each other."""
-    arrays = _Source(path)
     for key in ("X", "offsets", "y"):
         if key not in arrays:
-            raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets (bags + 1,) and "
-                             "y (bags,)")
-    X, offsets, y = _instances(path, "X", arrays), arrays["offsets"], arrays["y"]
-    folds, groups = arrays.get("folds"), arrays.get("groups")
-    if y.ndim != 1 or offsets.ndim != 1 or not len(y) or not len(offsets) \
-            or not np.issubdtype(offsets.dtype, np.integer):
-        raise InputError(f"'y' has shape {y.shape}, 'offsets' {offsets.shape} of {offsets.dtype} - "
-                         "give (bags,) and (bags + 1,) integers")
-    offsets = offsets.astype(np.int64)
-    if len(offsets) != len(y) + 1 or offsets[0] != 0 or offsets[-1] != len(X):
-        raise InputError(f"'offsets' has {len(offsets)} entries from {offsets[0]} to {offsets[-1]} for "
-                         f"{len(y)} bags and {len(X)} instances - give bags + 1, from 0 to the number "
-                         "of instances")
-    if not np.issubdtype(y.dtype, np.integer) or not 0 <= y.min() <= y.max() <= MOST_LABELS:
-        raise InputError(f"'y' holds {y.dtype} from {min(y.tolist())} to {max(y.tolist())} - give "
-                         "integers from 0")
-    if groups is not None and groups.shape != y.shape:
-        raise InputError(f"'groups' has shape {groups.shape} for {len(y)} bags - give one each")
-    if folds is not None and (folds.ndim != 3 or folds.shape[2] != len(y) or folds.dtype != bool):
-        raise InputError(f"'folds' has shape {folds.shape} and type {folds.dtype} for {len(y)} bags - "
-                         "give (repeats, folds, bags) bool, True = train")
-    return Bags(X, offsets, y, [], [str(i) for i in range(len(y))], folds, groups=groups)
-
-
-def _read_bag(path, stream):
-    """One bag's feature file: X (n, d), its coords or None, the path of its picture or None, and
-    the group that all its instances belong to, or None."""
-    arrays, streams = _Source(path), stream_names(path)
-    name = stream or (streams[0] if len(streams) == 1 else None)
-    if name not in streams:
-        raise InputError(f"{path} has the streams {', '.join(streams) or 'none'} - pick one with "
-                         "--stream")
-    X = _instances(path, name, arrays)
-    about = _about(arrays, len(X))
-    images, groups = about.get("images"), np.unique(about.get("groups", []))
-    if images is not None:                                   # pixels lie nowhere else
-        images = os.path.join(os.path.dirname(path), images[0]) if images.ndim == 1 else None
-    return X, arrays.get("coords"), images, groups[0] if len(groups) == 1 else None
-
-
-def _instances(path, name, arrays):
-    """The features (n, d) of a bag's instances; raises InputError for tokens."""
-    X = _check_stream(path, name, arrays[name])
-    if X.ndim != 2:
-        raise InputError(f"{path}: '{name}' has shape {X.shape}, tokens of samples - a bag is "
-                         "(instances, width): extract without --tokens")
-    return X
+            raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets and y (bags,)")
+    X, y = _stream(arrays, "X", 2), arrays.checked("y", (None,), np.integer, "(bags,) integers")
+    n = len(y)
+    offsets = arrays.checked("offsets", (n + 1,), np.integer, f"(bags + 1,) integers for {n} bags")
+    groups = arrays.checked("groups", (n,), np.generic, f"one for each of {n} bags")
+    folds = arrays.checked("folds", (None, None, n), np.bool_,
+                           f"(repeats, folds, bags) bool for {n} bags, True = train")
+    if offsets[0] != 0 or offsets[-1] != len(X):
+        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(X)}, the "
+                         "number of instances")
+    if not n or not 0 <= y.min() <= y.max() <= MOST_LABELS:
+        raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
+    return Bags(X, offsets.astype(np.int64), y, [], [str(i) for i in range(n)], folds,
+                groups=groups)
 
 
 def stratified_parts(y, shares, seed, groups=None):
-    """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending arrays.
+    """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending
+    arrays.
 
-    The edges of the parts are rounded, so that a part's size in a class differs from its share by at most 1.
-    With groups (n,), no group lies in two parts; then it is the groups that are in proportion, each
-    counted as the rarest class among its samples, and the samples only as far as groups are alike.
-    Where they are few, each part gets one of each class before any gets more than its share.
+    The edges of the parts are rounded, so that a part's size in a class differs from its share by
+    at most 1. With groups (n,), no group lies in two parts; then it is the groups that are in
+    proportion, each counted as the rarest class among its samples, and the samples only as far as
+    groups are alike. Where they are few, each part gets one of each class before any gets more than
+    its share.
     """
     rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
+    shares = np.array(shares) / sum(shares)
     if groups is not None:
-        member = np.unique(groups, return_inverse=True)[1]
-        rarity = np.argsort(np.argsort(np.bincount(y), kind="stable"))      # 0: the rarest class
-        kind = np.full(member.max() + 1, len(rarity))
-        np.minimum.at(kind, member, rarity[y])
-        for c in np.unique(kind):
-            drawn, got = rng.permutation(np.flatnonzero(kind == c)), np.zeros(len(shares))
-            for g in drawn:                                  # to what lacks most, else the smallest
-                lack = np.array(shares) / sum(shares) * len(drawn) - got + (got == 0)
-                i = np.lexsort(([len(part) for part in parts], -lack.round(9)))[0]
-                got[i] += 1
-                parts[i].append(g)
-        return [np.flatnonzero(np.isin(member, part)) for part in parts]
+        return _grouped_parts(y, shares, rng, groups)
     for c in np.unique(y):
         rows = rng.permutation(np.flatnonzero(y == c))
-        ends = np.round(np.cumsum(shares) / sum(shares) * len(rows)).astype(int)
+        ends = np.round(np.cumsum(shares) * len(rows)).astype(int)
         for part, a, b in zip(parts, [0, *ends], ends):
             part.extend(rows[a:b])
     return [np.sort(np.array(part, int)) for part in parts]
+
+
+def _grouped_parts(y, shares, rng, groups):
+    parts = [[] for _ in shares]
+    member = np.unique(groups, return_inverse=True)[1]
+    rarity = np.argsort(np.argsort(np.bincount(y), kind="stable"))      # 0: the rarest class
+    kind = np.full(member.max() + 1, len(rarity))
+    np.minimum.at(kind, member, rarity[y])
+    for c in np.unique(kind):
+        drawn, got = rng.permutation(np.flatnonzero(kind == c)), np.zeros(len(shares))
+        for g in drawn:                                      # to what lacks most, else the smallest
+            lack = shares * len(drawn) - got + (got == 0)
+            i = np.lexsort(([len(part) for part in parts], -lack.round(9)))[0]
+            got[i] += 1
+            parts[i].append(g)
+    return [np.flatnonzero(np.isin(member, part)) for part in parts]

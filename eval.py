@@ -1,16 +1,18 @@
 """Every number and every picture: arrays, callables in; plain dicts, tables and files out.
 
-Read first   thesis 5.3.5, 5.4.1-5.4.5, A.1.3, A.3; sparc.txt 4.2-4.3 (Jaccard and R^2 are only written out there). For the
-             last third (probes, paired tests, Grad-CAM) 3.2.3-3.2.4 and 3.3.2.
+Read first   thesis 5.3.5, 5.4.1-5.4.5, A.1.3, A.3; sparc.txt 4.2-4.3 (Jaccard and R^2 are only
+             written out there). For probes, paired tests, Grad-CAM: 3.2.3-3.2.4, 3.3.2.
 Glossary     n samples evaluated . L latents . C labels . M streams . s source, t target
-             code    scipy CSR matrix (n, L) of one stream's activations, positive entries only: see `sparse_code`
-             joint   codes whose support all streams chose together      alone  each stream chose from itself only
-             null    the same numbers for a model trained on streams whose rows were shuffled against each other
+             code    scipy CSR matrix (n, L) of one stream's activations, positive entries only
+             joint   codes whose support all streams chose together
+             alone   each stream chose from itself only
+             null    the same numbers for a model trained on streams whose rows were shuffled
+                     against each other
 
-Joint numbers flatter: a query and its reference then carry the same index set, chosen from both, so retrieval is near 1
-and Jaccard near 1 even under the null. Nothing here knows how a code was made; the callers compute every cross-stream
-number both ways. For the alone Jaccard the null is no control either, since a null's latents share labels by chance: pairing
-each latent with another one of the same model is.
+Joint numbers flatter: a query and its reference carry the same index set, chosen from both, so that
+retrieval and Jaccard are near 1 even under the null. Nothing here knows how a code was made; the
+callers compute every cross-stream number both ways. For the alone Jaccard the null is no control
+either, since its latents share labels by chance: pairing each latent with another one is.
 
 Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs
              sees the test rows); tasks need at least 50 positives, as the text says (theirs: more
@@ -45,20 +47,18 @@ import scipy.optimize
 import scipy.sparse as sp
 import scipy.stats
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
 def sparse_code(indices, values, n_latents):
-    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted.
-
-    Rows may be filled up with index -1, value 0."""
+    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted; rows may be
+    filled up with index -1, value 0."""
     n, k = indices.shape
-    columns = np.maximum(np.asarray(indices, np.int32), 0)
+    columns = np.maximum(np.asarray(indices, np.int32), 0).ravel()
     values = np.asarray(values, np.float32).flatten()        # a copy: eliminate_zeros writes to it
-    rows = np.arange(0, n * k + 1, k)
-    code = sp.csr_matrix((values, columns.ravel(), rows), (n, n_latents))
+    code = sp.csr_matrix((values, columns, np.arange(0, n * k + 1, k)), (n, n_latents))
     code.eliminate_zeros()
     code.sort_indices()
     return code
@@ -88,11 +88,10 @@ def top_samples(code, top=TOP):
 
 
 def label_counts(code, labels, top=TOP, known=None):
-    """How often each label occurs among each latent's `top` samples (all active ones if None).
+    """How often each label occurs among each latent's `top` samples (all active ones if None):
+    counts (L, C), and the number of samples behind them (L,), 0 where a latent is not active.
 
-    labels (n, C) bool; known (n,) bool says which samples were labelled and so count, by default
-    all: a row of False has none of the labels. Returns counts (L, C) and the number of samples
-    behind them (L,), 0 where a latent is not active.
+    labels (n, C) bool; known (n,) bool: which samples were labelled and so count, by default all.
     """
     known = np.ones(len(labels), bool) if known is None else known
     best = top_samples(code[known], top)
@@ -102,19 +101,14 @@ def label_counts(code, labels, top=TOP, known=None):
 
 def taxonomy_levels(label_names, parents):
     """For every depth from 0 (root) to the deepest label: (C,) the node, a number, that each label
-    is lifted to. parents: {name: its parent or None}.
-
-    A label above that depth stays itself. Without a taxonomy the labels are the one level.
-    """
+    is lifted to; one above that depth stays itself. parents: {name: its parent or None}, or None:
+    then the labels are the one level."""
     if not parents:
         return [np.arange(len(label_names))]
-    paths = []
-    for name in label_names:
-        path = [name]
+    paths, number = [[name] for name in label_names], {name: i for i, name in enumerate(parents)}
+    for path in paths:
         while parents[path[0]] is not None:
             path.insert(0, parents[path[0]])
-        paths.append(path)
-    number = {name: i for i, name in enumerate(parents)}
     return [np.array([number[path[min(depth, len(path) - 1)]] for path in paths])
             for depth in range(max(map(len, paths)))]
 
@@ -153,11 +147,8 @@ def jaccard(counts, n_top):
 
 
 def concept_names(counts, n_top, label_names, purity=0.3):
-    """Name of each latent: the dominant label of its top samples if its share reaches `purity`
-    (thesis A.3), else None.
-
-    counts (L, C), n_top (L,) from `label_counts`. Returns (L names or None, purities (L,)).
-    """
+    """Names of the latents, and purities (L,), from `label_counts`: the dominant label of the top
+    samples if its share, the purity, reaches `purity` (thesis A.3), else None."""
     share = counts.max(1) / np.maximum(n_top, 1)
     names = [label_names[j] if p >= purity else None for j, p in zip(counts.argmax(1), share)]
     return names, share
@@ -187,12 +178,12 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
 # -- Reconstruction ------------------------------------------------------------------------------
 
 def reconstruction(blocks):
-    """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass.
+    """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass:
+    {"r2": {t: {s: value}}, "nmse": ...}, None where nothing varies, or is left.
 
-    blocks: iterable of (x, x_hat), x a dict t -> (b, d_t), x_hat a dict (t, s) -> (b, d_t), tensors.
+    blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors.
     R^2 is weighted by variance, around each dimension's mean over the samples given: predicting
-    that mean scores 0. NMSE leaves out samples of zeros. Both are None where nothing varies or is
-    left. Returns {"r2": {t: {s: value}}, "nmse": {t: {s: value}}}.
+    that mean scores 0. NMSE leaves out samples of zeros.
     """
     n, total = 0, collections.defaultdict(float)             # of sums over samples
     for x, x_hat in blocks:
@@ -226,62 +217,39 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
     """
     out = {t: {} for t in train}
     for s in train if len(train) > 1 else ():
-        targets = [t for t in train if t != s]
-        held = {t: x[::10] for t, x in train.items()}
-        all_rows, held_rows = (_moments(part, s, targets) for part in (train, held))
-        trial, full = _ridge([a - h for a, h in zip(all_rows, held_rows)]), _ridge(all_rows)
-        trials = [_squared_error(held, s, targets, trial(a)) for a in strengths]
-        ends = np.cumsum([0] + [train[t].shape[1] for t in targets])
-        for t, a, b in zip(targets, ends, ends[1:]):
-            strength = strengths[np.argmin([e[a:b].sum() for e in trials])]
-            spread = ((test[t] - test[t].mean(0, dtype=np.float64)) ** 2).sum()
-            error = _squared_error(test, s, [t], [part[..., a:b] for part in full(strength)])
-            varies = spread > 1e-12 * (test[t] ** 2).sum(dtype=np.float64)
-            out[t][s] = float(1 - error.sum() / spread) if varies else None
+        X, held = train[s].astype(np.float64), np.arange(len(train[s])) % 10 == 0
+        trial, full = _ridge(X[~held]), _ridge(X)
+        for t in (t for t in train if t != s):
+            Y, truth = train[t].astype(np.float64), test[t].astype(np.float64)
+            errors = [((X[held] @ W + b - Y[held]) ** 2).sum()
+                      for W, b in trial(Y[~held], strengths)]
+            (W, b), = full(Y, strengths[[np.argmin(errors)]])
+            error = ((test[s] @ W + b - truth) ** 2).sum()
+            spread = ((truth - truth.mean(0)) ** 2).sum()
+            varies = spread > 1e-12 * (truth ** 2).sum()
+            out[t][s] = float(1 - error / spread) if varies else None
     return out
 
 
-def _blocks(x, s, targets, block=2048):
-    """(X, Y) float64, X of stream s, Y of all targets side by side, so many rows at a time."""
-    for i in range(0, len(x[s]), block):
-        yield (x[s][i:i + block].astype(np.float64),
-               np.concatenate([x[t][i:i + block] for t in targets], 1, dtype=np.float64))
+def _ridge(X):
+    """solve(Y, strengths), which yields (W, intercept) of ridge regression on X (n, d)."""
+    mean = X.mean(0)
+    values, V = np.linalg.eigh((X - mean).T @ (X - mean))
+    values, scale = np.maximum(values, 0), max(values.mean(), 1e-30)
 
-
-def _moments(x, s, targets):
-    """[n, sum X, sum Y, X^T X, X^T Y]: all that least squares needs."""
-    by_block = ((len(X), X.sum(0), Y.sum(0), X.T @ X, X.T @ Y) for X, Y in _blocks(x, s, targets))
-    return [sum(parts) for parts in zip(*by_block)]
-
-
-def _ridge(moments):
-    """solve(strength) -> [W, intercept] of ridge regression."""
-    n, mx, my, XtX, XtY = moments
-    mx, my = mx / n, my / n
-    values, V = np.linalg.eigh(XtX - n * np.outer(mx, mx))
-    VtY, scale = V.T @ (XtY - n * np.outer(mx, my)), max(values.mean(), 1e-30)
-
-    def solve(strength):
-        W = V @ (VtY / (np.maximum(values, 0) + strength * scale)[:, None])
-        return [W, my - mx @ W]
+    def solve(Y, strengths):
+        VtY = V.T @ ((X - mean).T @ (Y - Y.mean(0)))
+        for strength in strengths:
+            W = V @ (VtY / (values + strength * scale)[:, None])
+            yield W, Y.mean(0) - mean @ W
     return solve
-
-
-def _squared_error(x, s, targets, solution):
-    """Squared error of X W + intercept, summed over rows: one number for each target column."""
-    W, intercept = solution
-    return sum(((X @ W + intercept - Y) ** 2).sum(0) for X, Y in _blocks(x, s, targets))
 
 
 # -- 1-D logistic probes -------------------------------------------------------------------------
 
 def logistic_1d(x, y, C=1., iterations=100):
-    """Minimise w^2/2 + C sum log-loss(y, sigma(w x + b)), thesis Eq. 15 with L2, for many problems
-    at once.
-
-    x, y broadcast to (..., n), y in {0, 1}. Two parameters, so Newton's method with step halving
-    does it. Returns w, b of shape (...), exact to rounding.
-    """
+    """The w, b (...) that minimise w^2/2 + C sum log-loss(y, sigma(w x + b)), thesis Eq. 15 with
+    L2, exact to rounding; x, y (..., n), y in {0, 1}. Newton's method with step halving."""
     x, y = np.broadcast_arrays(np.asarray(x, np.float64), y)
     w, b = np.zeros(x.shape[:-1]), np.zeros(x.shape[:-1])
 
@@ -315,10 +283,9 @@ def log_loss(w, b, x, y):
 
 
 def stratified_split(y, held_out, seed, groups=None):
-    """Split positions 0..n-1 in two, classes in proportion: (kept, held out).
+    """Split positions 0..n-1 in two, classes in proportion: (kept, held out), with the sizes and
+    draws of scikit-learn's StratifiedShuffleSplit, so that splits are the published ones.
 
-    Sizes and draws are those of scikit-learn's StratifiedShuffleSplit with both sizes given, so
-    that splits are the published ones, down to the one sample that rounding may leave out.
     With groups (n,), whole groups are split so, each counted as the highest class of its samples.
     """
     if groups is not None:
@@ -351,10 +318,9 @@ def probe_tasks(labels, min_positives=50, known=None, groups=None):
     """Balanced binary tasks, thesis A.1.3: list of (label, {train / val / test: (rows, y)}).
 
     A task is a label with at least `min_positives` positives; task t draws as many negatives (seed
-    1000 + t) and splits 70 / 15 / 15, classes in proportion (seeds 2000 + t, 3000 + t). Where
-    positives outnumber negatives they are drawn. Rows that are not `known` (n,) bool, as in
-    `label_counts`, are neither. With groups (n,), no group is in two parts, and a label of too few
-    groups for both classes in each part is no task.
+    1000 + t), or positives where they are more, and splits 70 / 15 / 15, classes in proportion
+    (seeds 2000 + t, 3000 + t). Rows that are not `known` (n,) bool are neither. With groups (n,) no
+    group is in two parts, and a label of too few groups for both classes in each is no task.
     """
     tasks, known = [], np.ones(len(labels), bool) if known is None else known
     for t in range(labels.shape[1]):
@@ -375,27 +341,26 @@ def probe_tasks(labels, min_positives=50, known=None, groups=None):
 
 
 def probe(code, tasks, candidates=20, binary=True, chosen=None):
-    """1-D logistic probes (thesis 5.4.3, A.1.3): for each task the one latent that predicts it best.
+    """1-D logistic probes (thesis 5.4.3, A.1.3): for each task the latent that predicts it best.
 
-    The `candidates` latents most often active on the task's training positives are each fitted on
-    train (input z > 0, or z itself if not `binary`), the best on val is reported on test. chosen: a
-    list of candidate arrays instead. A task on whose training positives no latent is active counts
-    as chance, ln 2, its latent None. Returns {"loss": mean test log-loss in nats (0.693 is chance),
-    "tasks": [{label, latent, val, test}]}.
+    The `candidates` latents most often active on a task's training positives (or those `chosen` for
+    it) are each fitted on train, input z > 0 or z itself if not `binary`; the best on val is
+    reported on test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats,
+    "tasks": [{label, latent or None, val, test}]}.
     """
-    code, active, results = code.astype(np.float64), (code > 0).astype(np.float64), []
+    active, results, chance = (code > 0).astype(np.float64), [], math.log(2)
+    z = active if binary else code.astype(np.float64)
     for i, (label, parts) in enumerate(tasks):
-        results.append({"label": int(label), "latent": None, "val": math.log(2), "test": math.log(2)})
+        results.append({"label": int(label), "latent": None, "val": chance, "test": chance})
         rows, y = parts["train"]
         hits = np.asarray(active[rows[y == 1]].sum(0)).ravel()
         best = np.argsort(-hits, kind="stable")[:candidates]
         best = best[hits[best] > 0] if chosen is None else np.asarray(chosen[i])
         if len(best):
-            x = {part: (active if binary else code)[rows][:, best].toarray().T
-                 for part, (rows, _) in parts.items()}       # (candidates, rows)
-            line = logistic_1d(x["train"], y)
-            val, test = (log_loss(*line, x[part], parts[part][1]).mean(1) for part in ("val", "test"))
-            j = int(np.argmin(val))
+            line = logistic_1d(z[rows][:, best].toarray().T, y)             # of (candidates, rows)
+            val, test = (log_loss(*line, z[held][:, best].toarray().T, truth).mean(1)
+                         for held, truth in (parts["val"], parts["test"]))
+            j = int(np.argmin(val.round(9)))                 # of equals the first
             results[-1].update(latent=int(best[j]), val=float(val[j]), test=float(test[j]))
     return {"loss": _mean([r["test"] for r in results]), "tasks": results}
 
@@ -473,24 +438,25 @@ def retrieval(features):
 def recovery(dictionaries, truth, threshold=0.9):
     """How many planted concepts a model found: stream -> (L, d) learned and (C, d) true directions.
 
-    A concept is found when the latent assigned to it (one each, optimal assignment) has cosine >=
-    `threshold` with it. Per stream over the concepts that it sees, and `same latent`: over those
-    that every stream sees, one latent near it in all streams at once. Values: {"found", "of"}.
+    As many as can have a latent of their own with cosine >= `threshold`, of those that the stream
+    sees; `same latent`: that is near in all streams at once, of those that every stream sees.
     """
     cosine = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T
               for s, D in dictionaries.items()}              # (C, L)
     seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
-    out = {s: _assigned(c[seen[s]], threshold) for s, c in cosine.items()}
+    near = {s: (c >= threshold)[seen[s]] for s, c in cosine.items()}
     if len(cosine) > 1:
-        shared = np.logical_and.reduce(list(seen.values()))
-        weakest = np.minimum.reduce(list(cosine.values()))
-        out["same latent"] = _assigned(weakest[shared], threshold)
-    return out
+        everywhere = np.minimum.reduce(list(cosine.values())) >= threshold
+        near["same latent"] = everywhere[np.logical_and.reduce(list(seen.values()))]
+    assign = scipy.optimize.linear_sum_assignment
+    return {s: {"found": int(v[assign(v, maximize=True)].sum()), "of": len(v)}
+            for s, v in near.items()}
 
 
-def _assigned(cosine, threshold):
-    rows, columns = scipy.optimize.linear_sum_assignment(-(cosine >= threshold).astype(float))
-    return {"found": int((cosine[rows, columns] >= threshold).sum()), "of": len(cosine)}
+def mean_of(values, key=None):
+    """The mean of what is not None, or None; with `key` of that entry of each dict."""
+    values = [v for v in (values if key is None else [v[key] for v in values]) if v is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _mean(values):
@@ -528,35 +494,28 @@ def headline(block):
     return out
 
 
-# What each row of `headline` means, and which way is better.
-MEANING = {
-    "latents alive in all streams, %":
-        "latents that some judged sample activates in every stream; higher is better",
-    "mixed: alive in some, %":
-        "active in some streams and never in the others: not shared; lower is better",
-    "silent in all, %": "latents that no judged sample activates; lower is better",
+HIGHER = {                                                   # rows of `headline`, by what is better
+    "latents alive in all streams, %": "latents that some judged sample activates in every stream",
     "Jaccard of top-50 labels": "overlap of a latent's labels between two streams, of its 50 top "
-        "samples in each; higher is better, but only as far as it is above its control",
-    "its control: another latent":
-        "each latent paired with another: what labels share by chance; lower is better",
-    "Jaccard, other latents as 0":
-        "the same, latents not alive in two streams as 0, as published; higher is better",
+    "samples in each; means what it has beyond its control",
+    "Jaccard, other latents as 0": "the same, latents not alive in two streams as 0, as published",
     "latents named alike in all streams": "latents whose most frequent label is the same in every "
-        "stream, and holds for 30 % of their top samples; higher is better",
-    "retrieval R@1":
-        "share of samples whose own code in the other stream is the nearest; higher is better",
-    "retrieval MRR":
-        "mean of 1 / rank of a sample's own code in the other stream; higher is better",
-    "R2 self": "share of a stream's variance that its own code rebuilds; 0 is its mean, below 0 is "
-        "worse than that; higher is better",
-    "R2 cross": "the same from another stream's code; higher is better",
-    "its linear baseline":
-        "the same by ridge regression from the other stream's raw features; a code may pass it",
-    "NMSE self":
-        "squared error over the sample's squared length, own code (Eq. 13); lower is better",
-    "NMSE cross": "the same from another stream's code; lower is better",
-    "1-D probe loss (chance 0.693)":
-        "log-loss in nats of the best single latent of each label; lower is better"}
+    "stream, and holds for 30 % of their top samples",
+    "retrieval R@1": "share of samples whose own code in the other stream is the nearest",
+    "retrieval MRR": "mean of 1 / rank of a sample's own code in the other stream",
+    "R2 self": "share of a stream's variance that its own code rebuilds; 0 is its mean",
+    "R2 cross": "the same from another stream's code",
+    "its linear baseline": "the same by ridge regression from the other stream's raw features, "
+    "which a code may pass"}
+LOWER = {
+    "mixed: alive in some, %": "active in some streams and never in the others: not shared",
+    "silent in all, %": "latents that no judged sample activates",
+    "its control: another latent": "each latent paired with another: what labels share by chance",
+    "NMSE self": "squared error over the sample's squared length, from its own code (Eq. 13)",
+    "NMSE cross": "the same from another stream's code",
+    "1-D probe loss (chance 0.693)": "log-loss in nats of the best single latent of each label"}
+MEANING = {name: f"{told}; {way} is better" for way, table in (("higher", HIGHER), ("lower", LOWER))
+           for name, told in table.items()}
 
 
 def verdict(metrics, again=None):
@@ -571,9 +530,10 @@ def verdict(metrics, again=None):
     mean = {mode: _mean(list(v.values())) for mode, v in own.items()}
     first = next(iter(own.values()))
     several = len(first) > 1 and "joint" in metrics
-    doubts = _doubts_of_fit(metrics, own, mean)
+    both = "train with --topk both" if metrics.get("topk") != "both" else ""
+    doubts = _doubts_of_fit(metrics, own, mean, both)
     if several:
-        doubts += _doubts_of_sharing(metrics, again)
+        doubts += _doubts_of_sharing(metrics, again, both)
     doubts = [doubt[1:] for doubt in doubts if doubt[0]]
     level = max((doubt[0] for doubt in doubts), default=0)
     learned = (f"{metrics['latents']} latents, {metrics['l0']:.3g} a sample, rebuild "
@@ -592,13 +552,13 @@ def verdict(metrics, again=None):
             "trust": f"{trust}: {wrong or 'nothing measured here speaks against it'}."}
 
 
-def _doubts_of_fit(metrics, own, mean):
+def _doubts_of_fit(metrics, own, mean, both):
     """How well each stream is rebuilt from its own code: a rule is (whether it holds, level, what
     is wrong, what to try). own {mode: {stream: R2}}, mean {mode: R2 or None}."""
     first, level = next(iter(own.values())), next(iter(mean.values()))
     if not first:
-        return [(True, 2, "no stream varies among the judged samples, so that nothing can be judged",
-                 "judge other samples")]
+        return [(True, 2, "no stream varies among the judged samples, so that nothing can be "
+                 "judged", "judge other samples")]
     below = {s: f"{v:.3g} {mode}" for mode in reversed(own) for s, v in own[mode].items() if v < 0}
     worst = min(first, key=first.get)
     others = [v for s, v in first.items() if s != worst] or [first[worst]]
@@ -607,7 +567,8 @@ def _doubts_of_fit(metrics, own, mean):
     return [
         (below, 2, ", ".join(f"{s} is rebuilt worse than by predicting the mean (R2 {v})"
                              for s, v in below.items()),
-         f"look at {', '.join(below)} for a few huge values, and leave the settings to their defaults"),
+         f"look at {', '.join(below)} for a few huge values, and leave the settings to their "
+         "defaults"),
         (not below and level < 0.3, 1, f"little is rebuilt (R2 {level:.3f})",
          "raise --k, --latents or --epochs"),
         (not below and level >= 0.3 and first[worst] < np.median(others) - 0.25, 1,
@@ -617,12 +578,12 @@ def _doubts_of_fit(metrics, own, mean):
          "raise --epochs, or lower --batch"),
         (silent > 50, 1, f"{silent:.0f} % of the latents are silent", "lower --latents"),
         (mean["alone"] < joint - 0.1, 1, "with one stream at hand much is lost (self R2 "
-         f"{mean['alone']:.3f}, joint {joint:.3f})", _choose_both(metrics)),
+         f"{mean['alone']:.3f}, joint {joint:.3f})", both),
         (few < 50, 0, "the probe row is empty, because no label has 50 positives among the judged "
          f"samples (most: {few})", "judge all samples (eval RUN --eval-rows 0)" if some else "")]
 
 
-def _doubts_of_sharing(metrics, again):
+def _doubts_of_sharing(metrics, again, both):
     """What streams share, which shuffled pairs and chance must not reach: as `_doubts_of_fit`."""
     joint, alone, null = (headline(block)["R2 cross"] if block else None for block in (
         metrics["joint"], metrics["alone"], metrics.get("null", {}).get("joint")))
@@ -637,14 +598,10 @@ def _doubts_of_sharing(metrics, again):
          f"joint cross R2 is no better than for shuffled pairs ({fmt(joint)}, null {fmt(null)})",
          same_rows),
         (lost, 1, f"alone, {', '.join(lost)} find no partners, or only by chance", same_rows),
-        (lost, 1, "", _choose_both(metrics)),
+        (lost, 1, "", both),
         (None not in (alone, baseline) and alone < baseline - 0.05, 1,
          "a linear map from stream to stream predicts more than the code does alone",
-         _choose_both(metrics))]
-
-
-def _choose_both(metrics):
-    return "train with --topk both" if metrics.get("topk") != "both" else ""
+         both)]
 
 
 def summary(metrics):
@@ -694,9 +651,14 @@ def text_table(header, rows):
     return "\n".join(lines)
 
 
+def columns(found):
+    """A list of dicts of the same keys as (header, rows)."""
+    return list(found[0]), [list(one.values()) for one in found]
+
+
 def html_table(header, rows, colours=False):
-    """Rows of cells as an HTML table; what a name means is its tooltip. With `colours` every number
-    is shaded, 1 dark blue, 0 white, negative red."""
+    """Rows of cells as an HTML table. With `colours` every number is shaded, 1 dark blue, 0 white,
+    negative red."""
     def cell(v, text):
         shade = ""
         if colours and isinstance(v, float):
@@ -705,23 +667,13 @@ def html_table(header, rows, colours=False):
             ink = "white" if level > 0.55 else "black"
             shade = f' style="background:rgb({mixed});color:{ink}"'
         return f"<td{shade}>{html.escape(text)}</td>"
-
-    def named(text):
-        told = MEANING.get(str(text).strip(), "")
-        tip = f' title="{html.escape(told)}"' if told else ""
-        return f"<th{tip}>{html.escape(str(text))}</th>"
-    head = "".join(map(named, header))
-    body = "".join(f"<tr>{named(r[0])}{''.join(map(cell, r[1:], _cells(header, r)[1:]))}</tr>"
-                   for r in rows)
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in header)
+    body = ""
+    for row in rows:
+        name, *texts = _cells(header, row)
+        body += f"<tr><th>{html.escape(name)}</th>{''.join(map(cell, row[1:], texts))}</tr>"
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f'<tbody>{body}</tbody></table></div>')
-
-
-def legend(names):
-    """What the rows of a table mean, folded, as HTML."""
-    told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name.strip()])}</dd>"
-                   for name in names if name.strip() in MEANING)
-    return f"<details><summary>What the rows mean</summary><dl>{told}</dl></details>"
 
 
 def grid_row(grids):
@@ -738,11 +690,12 @@ def grid_row(grids):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True):
+def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True,
+              dots=False):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
 
-    x_names: text under x = 0, 1, 2, ... for values that are not evenly spaced. log: powers of ten
-    up the y axis, y > 0. zero: the y axis starts at 0 or below.
+    x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
+    0. zero: the y axis starts at 0 or below. dots: circles instead of a line through the points.
     """
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
@@ -767,10 +720,13 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
     for i, (name, line) in enumerate(series.items()):
         dashed = i >= len(COLOURS) or "null" in name or "global" in name
         ink = f'stroke="{COLOURS[i % len(COLOURS)]}"' + ' stroke-dasharray="6 4"' * dashed
-        points = " ".join("{:.1f},{:.1f}".format(*at(*p)) for p in line)
+        places = ["{:.1f},{:.1f}".format(*at(*p)) for p in line]
+        marks = f'<polyline points="{" ".join(places)}" {ink}/>'
+        if dots:
+            marks = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="none" {}/>'.format(
+                *at(*p), ink) for p in line)
         x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
-        parts.append(f'<polyline points="{points}" {ink}/><path d="M{x:.1f} {y - 4}h18" {ink}/>'
-                     + _text(x + 24, y, name))
+        parts.append(f'{marks}<path d="M{x:.1f} {y - 4}h18" {ink}/>' + _text(x + 24, y, name))
     return "".join(parts) + "</svg>"
 
 
@@ -803,12 +759,16 @@ def strip(first, *others):
     return f'<div class="strip"><span>{first}</span>&rarr;{shown}</div>'
 
 
-def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
-    """The clearest concepts: latents with the same name in every stream, purest first, with their
-    top samples, in HTML.
+def strips(found):
+    """{heading: pieces of HTML}: the pieces of each in a row below it."""
+    shown = ("".join(f"<span>{v}</span>" for v in pieces) for pieces in found.values())
+    return "".join(f'<h3>{html.escape(name)}</h3><div class="strip">{row}</div>'
+                   for name, row in zip(found, shown))
 
-    codes: {stream: code}. describe(row) -> HTML of one sample. known: see `label_counts`.
-    """
+
+def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
+    """The clearest concepts, HTML: latents with the same name in every stream, purest first, with
+    their top samples. codes: {stream: code}; describe(row) -> HTML; known: see `label_counts`."""
     names, purity = [], []
     for code in codes.values():
         counts, n_top = label_counts(code, labels, known=known)
@@ -824,8 +784,7 @@ def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, kno
         parts.append(f"<section><h3>latent {j}: {html.escape(names[0][j])} "
                      f"<small>purity {purity[j]:.2f}</small></h3>")
         for s in codes:
-            rows = best[s][j].indices[np.argsort(best[s][j].data)]
-            shown = "".join(f"<span>{describe(i)}</span>" for i in rows)
+            shown = "".join(f"<span>{describe(i)}</span>" for i in best_first(best[s], j))
             parts.append(f'<div class="strip"><b>{html.escape(s)}</b>{shown}</div>')
         parts.append("</section>")
     return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
@@ -849,11 +808,8 @@ def describe_sample(features, row, size=96):
 # -- The page: one self-contained HTML file ------------------------------------------------------
 
 class Page:
-    """A result told once: on the terminal, in report.html and, as plain dicts, in metrics.json.
-
-    What is told comes in the order of the calls. `metrics` is the dict that will be written; who
-    has more to put there than tables does so.
-    """
+    """A result told once: on the terminal, in report.html and, as plain dicts, in metrics.json,
+    which is written from `metrics`: who has more to put there than tables does so."""
 
     def __init__(self, title):
         self.title, self.sections, self.metrics = title, [], {}
@@ -865,10 +821,8 @@ class Page:
         self.sections.append(("", f"<p>{html.escape(words)}</p>"))
 
     def table(self, header, rows, title="", key=None, quiet=False, colours=False):
-        """Rows of cells under a header; the first cell of a row is its name.
-
-        key: the rows also go into `metrics[key]`, as {name of the row: {column: value}}.
-        """
+        """Rows of cells under a header, the first of a row its name. key: they also go into
+        `metrics[key]`, as {name of the row: {column: value}}."""
         rows = [[plain(cell) for cell in row] for row in rows]
         if not quiet:
             print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
@@ -882,11 +836,8 @@ class Page:
         self.sections.append((title, content))
 
     def write(self, path, metrics=None):
-        """report.html, and metrics.json if there are any, each whole or not at all.
-
-        path: name -> where that file goes, e.g. `functools.partial(os.path.join, folder)`;
-        metrics: more of them, a dict.
-        """
+        """report.html and, if there are any, metrics.json; metrics: more of them, a dict. path:
+        name -> where that file goes."""
         self.metrics.update(metrics or {})
         if self.metrics:
             write_json(path("metrics.json"), self.metrics)
@@ -919,7 +870,11 @@ def tell_summary(page, metrics, quiet=False):
             f"<p>{html.escape(line)}</p>" for line in lines) + "</div>")
     page.table(*summary(metrics), "Result", quiet=quiet)
     page.text(f"{metrics['rows']} samples of the {metrics['split']} split", quiet)
-    page.picture("", legend(row[0] for row in summary(metrics)[1]) + WHY_BOTH_WAYS)
+    told = [name.strip() for name, *_ in summary(metrics)[1]]
+    told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name])}</dd>"
+                   for name in told if name in MEANING)
+    page.picture("", f"<details><summary>What the rows mean</summary><dl>{told}</dl></details>"
+                 + WHY_BOTH_WAYS)
     if "recovery" in metrics:
         rows = [[s, v["found"], v["of"]] for s, v in metrics["recovery"].items()]
         page.table(["cosine at least 0.9", "found", "of"], rows, "Planted concepts recovered",
@@ -940,9 +895,9 @@ def tell_run(page, metrics, log, settings, codes, features, rows):
     if "linear_baseline" in metrics:
         grids["linear baseline"] = metrics["linear_baseline"]
     page.picture("R2 of every target from every source", grid_row(grids))
-    active = {mode: block["activation"] for mode, block in blocks.items()}
-    header = ["", *range(len(first["activation"]["alive_in"])), *(f"silent in {s}" for s in first["r2"])]
-    page.table(header, [[mode, *v["alive_in"], *v["silent"].values()] for mode, v in active.items()],
+    counts = [[mode, *block["activation"]["alive_in"], *block["activation"]["silent"].values()]
+             for mode, block in blocks.items()]
+    page.table(["", *range(len(first["r2"]) + 1), *(f"silent in {s}" for s in first["r2"])], counts,
                "Latents alive in so many streams", quiet=True)
     depths = {mode: block.get("concepts", {}).get("by_depth", []) for mode, block in blocks.items()}
     if len(next(iter(depths.values()))) > 1:
@@ -956,7 +911,7 @@ def tell_run(page, metrics, log, settings, codes, features, rows):
                    [[f"{pair}, {name}", *v.values()] for name, of in pairs.items()
                     for pair, v in of.items()], "Retrieval", quiet=True)
     if log:
-        page.picture("Training", training_charts(log))
+        page.picture("Training", _training_charts(log))
     labels = features.label_matrix(rows)
     if features.labelled[rows].any():
         page.picture("Concepts that have the same name in every stream, alone codes", gallery(
@@ -967,22 +922,124 @@ def tell_run(page, metrics, log, settings, codes, features, rows):
                quiet=True)
 
 
-def training_charts(log):
-    """Loss and dead latents over steps, HTML; log: rows of log.csv."""
-    def curve(key):
-        return [(int(row["step"]), float(row[key])) for row in log]
-    losses = [k for k in ("self", "cross") if any(float(row[k]) for row in log)]
-    return (svg_lines({f"NMSE {k}": curve(k) for k in losses}, "step", "mean NMSE of the batch")
-            + svg_lines({k[5:]: curve(k) for k in log[0] if k.startswith("dead_")}, "step",
-                        "latents that have not fired for long (dead)"))
+def code_metrics(codes, features, rows):
+    """What thesis 5.4.1-5.4.5 measure of the codes {stream: CSR (n, L)} of one mode: "activation";
+    "retrieval" of several streams; "concepts" and "probe" where the rows have labels."""
+    out = {"activation": activation_patterns(codes)}
+    if len(codes) > 1:
+        out["retrieval"] = retrieval(codes)
+    labels, known = features.label_matrix(rows), features.labelled[rows]
+    if labels is None or not known.any():
+        return out
+    names, groups = features.label_names, features.about.get("groups")
+    out["concepts"] = concept_alignment(codes, labels, names, features.parents, known)
+    tasks = probe_tasks(labels, known=known, groups=None if groups is None else groups[rows])
+    if tasks:
+        out["probe"] = {s: probe(code, tasks) for s, code in codes.items()}
+    return out
+
+
+# -- Many runs beside each other -----------------------------------------------------------------
+
+SHOWN = {"mixed %": "mixed: alive in some, %", "Jaccard": "Jaccard of top-50 labels",
+         "control": "  its control: another latent", "R@1": "retrieval R@1", "cross R2": "R2 cross",
+         "self R2": "R2 self", "probe": "1-D probe loss (chance 0.693)"}
+
+
+def runs_table(results, columns):
+    """{name: metrics} -> (header, rows): a row for each run and one for its null, cells "joint /
+    alone". columns: {heading: name in `headline`}."""
+    rows = []
+    for name, metrics in results.items():
+        for label, block in ((name, metrics), ("  its null", metrics.get("null"))):
+            if block:
+                heads = [headline(block[mode]) for mode in ("joint", "alone")]
+                rows.append([label, *(" / ".join(fmt(head.get(key), key) for head in heads)
+                                      for key in columns.values())])
+    return ["joint / alone", *columns], rows
+
+
+def tell_ablation(page, results):
+    """The table of thesis 5.3.4; results {name: metrics}."""
+    page.table(*runs_table(results, SHOWN),
+               "Who chooses the latents, and how much of it survives alone")
+    one = next(iter(results.values()))
+    page.text(f"linear baseline of cross R2: {fmt(mean_cell(one['linear_baseline']))}; "
+              f"{one['rows']} samples of the {one['split']} split")
+    page.picture("", WHY_BOTH_WAYS)
+
+
+def tell_sweep(page, results, axes):
+    """A grid of runs, {name: metrics}, in the order of the product of axes {setting: values}: their
+    table, Global against Local TopK, and R2 for sets of streams. Returns the chart along the first
+    setting that is a number, or None."""
+    columns = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}
+    page.table(*runs_table(results, columns))
+    ways = {name: "alone" if m["topk"] == "local" else "joint" for name, m in results.items()}
+    heads = {name: {mode: headline(m[mode]) for mode in dict.fromkeys((ways[name], "alone"))}
+             for name, m in results.items()}
+    rows = []
+    for name, metrics in results.items():
+        other = name.replace("global", "local", 1)
+        if metrics["topk"] == "global" and other in results:
+            pairs = [(heads[name]["joint"][key], heads[other]["alone"][key])
+                     for key in ("NMSE self", "NMSE cross")]
+            rows.append([name, *(v for a, b in pairs
+                                 for v in (a, b, None if None in (a, b) else a - b))])
+    if rows:
+        page.table(["NMSE, each as trained", "self global", "self local", "gap", "cross global",
+                    "cross local", "gap"], rows)
+    for name, metrics in results.items() if "streams" in axes else ():
+        page.picture(f"R2 of every target from every source: {name}",
+                     grid_row({mode: metrics[mode]["r2"] for mode in heads[name]}))
+    return _sweep_chart(page, heads, axes)
+
+
+def _sweep_chart(page, heads, axes):
+    """NMSE along the first setting of numbers; heads {name: {mode: headline}}."""
+    along = next((k for k, v in axes.items() if len(v) > 1 and not isinstance(v[0], str)), None)
+    if along is None:
+        return None
+    curves = {}
+    for modes, values in zip(heads.values(), itertools.product(*axes.values())):
+        one = dict(zip(axes, values))
+        x = axes[along].index(one.pop(along))
+        for mode, head in modes.items():
+            for what in ("self", "cross"):
+                line = ", ".join(map(str, [what, *one.values(), mode]))
+                curves.setdefault(line, []).append((x, head[f"NMSE {what}"]))
+    chart = svg_lines(curves, along, "NMSE", [f"{v:g}" for v in axes[along]])
+    page.picture("", chart)
+    return chart
+
+
+def tell_activations(page, results):
+    """Kinds of sparse autoencoder of one stream; results {activation_revival: metrics}."""
+    rows = []
+    for name, metrics in results.items():
+        stream, = metrics["alone"]["r2"]
+        head, found = headline(metrics["alone"]), metrics.get("recovery", {}).get(stream)
+        rows.append([name.replace("_", ", "), head["R2 self"], metrics["l0"],
+                     head["silent in all, %"], found and f"{found['found']} of {found['of']}",
+                     metrics["seconds"]])
+    page.table(["activation, revival of the dead", "R2", "L0", "silent %", "concepts found",
+                "seconds"], rows)
+
+
+def _training_charts(log):
+    def curves(names):
+        return {k: [(int(row["step"]), float(row[k])) for row in log] for k in names}
+    loss = {f"NMSE {k}": line for k, line in curves(("self", "cross")).items()
+            if any(y for _, y in line)}
+    dead = {k[5:]: line for k, line in curves(k for k in log[0] if k.startswith("dead_")).items()}
+    return svg_lines(loss, "step", "mean NMSE of the batch") + svg_lines(
+        dead, "step", "latents that have not fired for long (dead)")
 
 
 def write_report(path, title, sections):
-    """One self-contained HTML file. sections: list of (heading or "", HTML).
-
-    Where this module was copied without `assets`, the page has no style."""
-    sheet = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "report.css")
-    style = ""
+    """One self-contained HTML file, without a style where `assets` was not copied with this module.
+    sections: list of (heading or "", HTML)."""
+    sheet, style = os.path.join(os.path.dirname(__file__), "assets", "report.css"), ""
     if os.path.exists(sheet):
         with open(sheet) as f:
             style = f.read()
@@ -1020,10 +1077,9 @@ def save_picture(path, image):
 
 
 def write_whole(path, write):
-    """write(f) to a binary file of a temporary name, then renamed: a killed run leaves the whole
-    file or none, and a write that fails, as on a full disk, leaves nothing.
-
-    The name is fresh, so that no file and no link of others is written to. Raises OSError."""
+    """write(f) to a binary file of a temporary name, then renamed: a run that is killed and a write
+    that fails, as on a full disk, leave the old file or none. The name is fresh, so that no file
+    and no link of others is written to. Raises OSError."""
     if os.path.exists(path) and not os.path.isfile(path):    # not in the place of /dev/null
         raise OSError(errno.EEXIST, "not a plain file", path)
     temporary = f"{path}.{os.urandom(8).hex()}.tmp"
@@ -1059,14 +1115,18 @@ def scores(truth, probability):
     probabilities. A class that the truth lacks counts in none of them; AUC is None when only one
     class is there."""
     guess, there = probability.argmax(1), np.unique(truth)
-    hit = {c: ((guess == c) & (truth == c)).sum() for c in there}
-    recall = [hit[c] / (truth == c).sum() for c in there]
-    f1 = [2 * hit[c] / ((truth == c).sum() + (guess == c).sum()) for c in there]
+    recall = [(guess[truth == c] == c).mean() for c in there]
     areas = [auc(truth == c, probability[:, c]) for c in there] if len(there) > 1 else []
     if probability.shape[1] == 2:
         areas = areas[1:]                                    # two classes share one curve
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
-            "F1": float(np.mean(f1)), "AUC": _mean(areas)}
+            "F1": _mean(_f1(truth, guess)), "AUC": _mean(areas)}
+
+
+def _f1(truth, guess):
+    """F1 of each class of the truth."""
+    return [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
+            for c in np.unique(truth)]
 
 
 def auc(positive, score):
@@ -1112,6 +1172,19 @@ def linear_score(x, y):
     return W[:, 1] - W[:, 0], float(b[1] - b[0])
 
 
+def pixel_probe(pixels, y, parts, n_classes):
+    """`scores` of logistic regression on pixels (N, 3, S, S) uint8, at 32 x 32 at most, of the
+    strength that the validation part chooses. parts: rows to learn from, choose by and test on."""
+    side, (train, val, test) = min(32, pixels.shape[-1]), parts
+    small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
+             for part in torch.from_numpy(pixels).split(256)]
+    x, held = torch.cat(small).flatten(1).numpy() / 255, np.concatenate([val, test])
+    tried = [logistic_probe(x[train], y[train], x[held], n_classes, strength)
+             for strength in 10. ** np.arange(-6, 1)]
+    best = max(tried, key=lambda p: scores(y[val], p[:len(val)])["AUC"] or 0.)
+    return scores(y[test], best[len(val):])
+
+
 def sgd_probe(train, labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3, seed=0):
     """DINO's linear evaluation on fixed features (thesis 3.2.3): probabilities (n, C) of `test`.
 
@@ -1134,6 +1207,31 @@ def sgd_probe(train, labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3,
         schedule.step()
     with torch.no_grad():
         return torch.softmax(layer(torch.as_tensor(test, dtype=torch.float32)), 1).numpy()
+
+
+def label_tasks(labels, *parts):
+    """What features are judged by, a list of (N,) int: the labels (N,) as they are; of labels
+    (N, C) that hold at once each that every part (rows) both has and lacks."""
+    if labels.ndim == 1:
+        return [labels]
+    return [y for y in labels.T.astype(int)
+            if all(0 < y[rows].sum() < len(rows) for rows in parts)]
+
+
+def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10, 20, 100, 200)):
+    """How well features tell labels apart: {"linear", "20-NN", ...: `scores`, means over tasks}.
+
+    tasks: from `label_tasks`; rows: those of x_train and of x_test; linear: a probe, called with
+    (features to learn from, their labels, features to test on, n_classes), or None.
+    """
+    each = []
+    for y in tasks:
+        given = x_train, y[rows[0]], x_test
+        ways = {"linear": linear(*given, n_classes)} if linear else {}
+        ways.update({f"{k}-NN": p for k, p in knn(*given, ks, n_classes=n_classes).items()})
+        each.append({way: scores(y[rows[1]], p) for way, p in ways.items()})
+    return {way: {key: _mean([one[way][key] for one in each if one[way][key] is not None])
+                  for key in each[0][way]} for way in each[0]}
 
 
 # -- What a latent is (CytoSAE section 2) ----------------------------------------------------------
@@ -1181,17 +1279,15 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     if labels is None or not labels.shape[1]:
         return out
     known = np.ones(n, bool) if known is None else known
-    told = (np.c_[labels, ~labels.any(1)] & known[:, None]).astype(float)     # (n, C + 1)
-    on = strength.astype(bool).astype(np.float64)
-    weight = np.asarray(on.T @ told)
-    seen, used = weight[:, :-1], np.asarray(on.T @ known.astype(float)).ravel()
+    told = np.c_[labels, ~labels.any(1)] & known[:, None]                     # (n, C + 1)
+    weight, used = label_counts(strength, told, None, known)
+    seen = weight[:, :-1]
     if weighted:
-        best = references.astype(bool).astype(float)
-        weight = np.asarray(best.multiply(strength.T).tocsr() @ told)
-        weight[np.diff(best.indptr) < top] = 0
-    label = np.where(seen.any(1), seen.argmax(1), -1)
-    return {**out, "entropy": label_entropy(weight), "label": label,
-            "purity": seen.max(1) / np.maximum(used, 1)}
+        best = references.astype(bool).multiply(strength.T).tocsr()
+        weight = np.asarray(best @ told.astype(float))
+        weight[np.diff(references.indptr) < top] = 0
+    return {**out, "entropy": label_entropy(weight), "purity": seen.max(1) / np.maximum(used, 1),
+            "label": np.where(seen.any(1), seen.argmax(1), -1)}
 
 
 def best_first(ranks, latent):
@@ -1214,51 +1310,24 @@ def threshold_counts(mean, exponents=range(-6, 1)):
     return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
 
 
-def latent_scatter(table, most=4000, size=(640, 420)):
-    """CytoSAE Fig. 2A as inline SVG: log10 frequency against log10 mean of at most `most` latents,
-    coloured by label entropy, with histograms."""
+def latent_scatter(table, most=4000):
+    """CytoSAE Fig. 2A as inline SVG: log10 frequency against mean of at most `most` latents, in
+    five colours of label entropy, and histograms of both; a list of charts."""
     alive = np.flatnonzero(table["frequency"] > 0)
-    if not len(alive):
-        return "<p>no latent is active</p>"
-    x, y = np.log10(table["frequency"][alive]), np.log10(table["mean"][alive])
-    entropy = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"])))[alive])
-    colours = heat_colours(entropy[None] / max(entropy.max(), 1e-9))[0]
-    (w, h), left = size, 60
-    right, top, bottom = w - 80, 80, h - 60
-    x_ticks, at_x, x_bars = _log_axis(x, left, right)
-    y_ticks, at_y, y_bars = _log_axis(y, bottom, top)
-    parts = [f'<svg viewBox="0 0 {w} {h}" role="img" '
-             'aria-label="latents by frequency and mean activation">']
-    parts += [f'<path d="M{at_x(v):.1f} {bottom}V{top}" class="grid"/>'
-              f'<text x="{at_x(v):.1f}" y="{bottom + 16}" class="mid">{v}</text>' for v in x_ticks]
-    parts += [f'<path d="M{left} {at_y(v):.1f}H{right}" class="grid"/>'
-              f'<text x="{left - 6}" y="{at_y(v) + 4:.1f}" class="end">{v}</text>' for v in y_ticks]
-    for i in np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int):
-        parts.append(f'<circle cx="{at_x(x[i]):.1f}" cy="{at_y(y[i]):.1f}" r="2.5" '
-                     f'fill="rgb{tuple(map(int, colours[i]))}" fill-opacity=".6"/>')
-    bars = [(a, top - 6 - n, width, n) for a, width, n in x_bars]
-    bars += [(right + 6, a, n, width) for a, width, n in y_bars]
-    parts += [f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
-              'fill="#a0aec0"/>' for x, y, width, height in bars]
-    return "".join(parts) + (
-        f'<text x="{w / 2}" y="{h - 24}" class="mid">log10 of the share of samples in which a '
-        f'latent is active</text><text x="{left}" y="14">log10 of its mean activation there; '
-        f'colour: label entropy, 0 (dark) to {entropy.max():.2f} nats (red)</text></svg>')
-
-
-def _log_axis(v, low, high, tallest=50, bins=40):
-    """Whole numbers around the values v, what maps numbers to pixels from low to high, and a
-    histogram there: (start, width, height) of each bar in pixels."""
-    first = math.floor(v.min())
-    last = max(math.ceil(v.max()), first + 1)
-
-    def at(u):
-        return low + (np.asarray(u, float) - first) / (last - first) * (high - low)
-    n, edges = np.histogram(v, bins, (first, last))
-    width = abs(high - low) / bins
-    starts = np.minimum(at(edges[:-1]), at(edges[1:]))
-    bars = [(a, width, tallest * m / n.max()) for a, m in zip(starts, n)]
-    return range(first, last + 1), at, bars
+    few = alive[np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int)]
+    entropy, series = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"]))))[few], {}
+    x, mean = np.log10(table["frequency"][few]), table["mean"][few]
+    edges = np.linspace(0, entropy.max(initial=1e-9), 6)[1:]
+    for level in np.unique(np.searchsorted(edges, entropy)):
+        here = np.searchsorted(edges, entropy) == level
+        series[f"entropy up to {edges[level]:.2f}"] = list(zip(x[here], mean[here]))
+    where = "log10 of the share of samples in which a latent is active"
+    charts = [svg_lines(series, where, "its mean activation there", log=True, dots=True)]
+    for label, values in ((where, x), ("log10 of the mean activation", np.log10(mean))):
+        n, at = np.histogram(values, 40)
+        line = list(zip((at[1:] + at[:-1]) / 2, n.tolist())) if len(few) else []
+        charts.append(svg_lines({"latents": line}, label, "latents", size=(640, 160)))
+    return charts
 
 
 def latent_chart(lines, interest, unit, most=100):
@@ -1288,18 +1357,15 @@ def barcodes(count, groups, y=None):
 def differential(codes, y, a, b, top=50):
     """The `top` latents more active in class a than in b and the reverse, by class means a_d of
     barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
-    first, second = class_means(codes[np.isin(y, (a, b))], y[np.isin(y, (a, b))] == b)
-    difference = first - second
+    difference = class_means(codes, y == a)[-1] - class_means(codes, y == b)[-1]
     order = np.argsort(-difference, kind="stable")
-    return (order[:top][difference[order[:top]] > 0],
-            order[::-1][:top][difference[order[::-1][:top]] < 0], difference)
+    most, least = order[:top], order[::-1][:top]
+    return most[difference[most] > 0], least[difference[least] < 0], difference
 
 
 def weighted_f1(truth, guess):
     """F1 of each class, averaged with the classes' frequencies as weights."""
-    f1 = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
-          for c in np.unique(truth)]
-    return float(np.average(f1, weights=np.unique(truth, return_counts=True)[1]))
+    return float(np.average(_f1(truth, guess), weights=np.unique(truth, return_counts=True)[1]))
 
 
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
@@ -1334,8 +1400,8 @@ def weighted_patches(image, heat):
 
 def class_means(strength, y):
     """Mammo-SAE Eq. 2: mean activation over the samples (and positions) of each class, (C, L)."""
-    return np.stack([np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel()
-                     for c in np.unique(y)])
+    means = [np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)]
+    return np.reshape(means, (-1, strength.shape[1]))
 
 
 def intervention(strength, effect, base, y, means, ks):
@@ -1364,11 +1430,9 @@ def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
     with all their samples."""
     rng, found = np.random.default_rng([seed, 6]), []
     _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
-    ends = np.cumsum(np.bincount(member))[:-1]
-    rows_of = np.split(np.argsort(member, kind="stable"), ends)
     for _ in range(rounds):
-        drawn = rng.integers(len(rows_of), size=len(rows_of))
-        rows = np.concatenate([rows_of[g] for g in drawn])
+        drawn = rng.integers(member.max() + 1, size=member.max() + 1)
+        rows = np.repeat(np.arange(len(y)), np.bincount(drawn, minlength=len(drawn))[member])
         if 0 < y[rows].sum() < len(rows):
             found.append(auc(y[rows], score[rows]))
     interval = map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None)
@@ -1402,7 +1466,7 @@ def box_contrast(pictures):
 
 def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
-    list of {"latent", "ap", "ap_present": on pictures that have boxes alone}.
+    list of {"latent", "AP", "AP, pictures with boxes": on those alone}.
 
     heats: of each picture (len(latents), h, w); truth: of each picture its true boxes; detector:
     settings of `heat_boxes`.
@@ -1412,8 +1476,8 @@ def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
         mine = [f[i] for f in found]
         there = [(f, t) for f, t in zip(mine, truth) if t]
         present = average_precision(*zip(*there), iou, points) if there else None
-        out.append({"latent": int(j), "ap": average_precision(mine, truth, iou, points),
-                    "ap_present": present})
+        out.append({"latent": int(j), "AP": average_precision(mine, truth, iou, points),
+                    "AP, pictures with boxes": present})
     return out
 
 
@@ -1523,18 +1587,14 @@ def select_latents(code, y, n):
     orthogonal matching pursuit. To be called with training rows only.
 
     Each time the latent whose standardised column explains most of what is left of the classes'
-    indicators is taken; of a CSR code only among the 1,000 whose class means differ most, in
-    standard deviations.
+    indicators is taken, among the 1,000 whose class means differ most, in standard deviations.
     """
-    few = np.arange(code.shape[1])
-    if sp.issparse(code):
-        square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
-        spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
-        differ = class_means(code, y).std(0) / spread
-        few = np.sort(np.argsort(-differ, kind="stable")[:1000])
-        code = code[:, few].toarray()
-    Z, R = _centred_unit(np.asarray(code, np.float64)), (y[:, None] == np.unique(y)).astype(float)
-    R, chosen = R - R.mean(0), []
+    square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
+    spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
+    few = np.sort(np.argsort(-class_means(code, y).std(0) / spread, kind="stable")[:1000])
+    Z = _centred_unit(code[:, few].toarray().astype(np.float64))
+    R, chosen = (y[:, None] == np.unique(y)).astype(float), []
+    R -= R.mean(0)
     for _ in range(min(n, int(Z.any(0).sum()), len(y) - 1)):
         gain = ((Z.T @ R) ** 2).sum(1) / np.maximum((Z ** 2).sum(0), 1e-12)
         gain[chosen] = -1
@@ -1550,9 +1610,9 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
     dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of
     `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
-    many principal components of the dense features. `kept` is (score - chance) / (dense score -
+    many principal components of the dense features. "kept, %" is (score - chance) / (dense score -
     chance), None where the dense score is at or below chance: there is nothing to keep.
-    Returns {"dense", "chance", "all latents", "rows": [{...}], "chosen"}.
+    Returns {"rows": [{...}], "all": {"features", "latents", "chance"}, "chosen"}.
     """
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
@@ -1570,9 +1630,10 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
         drawn = [score(code[:, rng.permutation(alive)[:n]]) for _ in range(draws)]
         rows.append({"n": n, "best latents": best, "random latents": float(np.mean(drawn)),
                      "principal components": score((dense - mean) @ axes[:n].T),
-                     "kept": (best - chance) / (full - chance) if full > chance + 1e-9 else None})
-    return {"dense": full, "chance": chance, "rows": rows, "chosen": chosen.tolist(),
-            "all latents": score(code[:, alive]) if small else None}
+                     "kept, %": 100 * (best - chance) / (full - chance)
+                     if full > chance + 1e-9 else None})
+    return {"rows": rows, "chosen": chosen.tolist(), "all": {
+        "features": full, "latents": score(code[:, alive]) if small else None, "chance": chance}}
 
 
 def chance_share(y, groups):
@@ -1656,14 +1717,13 @@ def search_precision(strength, weights, rows, y, named, top, seed=0, rounds=100)
 # -- Back to pixels and words: relevancy maps (thesis 5.4.4, A.3-A.4) -----------------------------
 
 def relevancy(attention, target, start_layer=0):
-    """Relevancy of every token for every other (Chefer et al. 2021): R = 1, then R <- R + A R from
-    layer `start_layer` on, with A the gradient times the attention, negative entries of each head
-    cut to 0, averaged over heads.
+    """Relevancy (B, T, T) of every token for every other (Chefer et al. 2021): R = 1, then R <- R +
+    A R from layer `start_layer` on, with A the gradient times the attention, negative entries of
+    each head cut to 0, averaged over heads. Row 0 without its first column is what a class token
+    saw: exactly 0 for a target that nothing moves, such as latents of an absent concept.
 
     attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
-    a sample, was computed from. Returns (B, T, T); row 0 without its first column is what a class
-    token saw. A target that nothing moves, such as the latents of a concept that is absent, leaves
-    exactly 0 there.
+    a sample, was computed from.
     """
     used = list(attention)[start_layer:]
     if target.requires_grad:
@@ -1684,13 +1744,11 @@ def roll_out(attention, gradient):
 
 
 def grad_cam(model, layer, to_map, x, score=None):
-    """Grad-CAM (Selvaraju et al. 2017; thesis 3.2.4): where the output of `layer` raises the score.
-    (B, h, w) in 0..1, one map an image.
+    """Grad-CAM (Selvaraju et al. 2017; thesis 3.2.4): where the output of `layer` raises the score,
+    (B, h, w) in 0..1. A channel weighs as much as its mean gradient; negative sums are cut to 0.
 
     to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output (B, C)) -> (B,),
     by default the largest: a class with a head, a feature dimension without one (as Vim4Path did).
-    A channel weighs as much as its mean gradient; negative sums are cut to 0, then each map is
-    scaled to 0..1. A map without any positive value is all 0.
     """
     kept = []
     hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
@@ -1703,7 +1761,7 @@ def grad_cam(model, layer, to_map, x, score=None):
         hook.remove()
     with torch.no_grad():
         a, g = to_map(kept[0]), to_map(gradient)
-        cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)                       # (B, h, w)
+        cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)       # (B, h, w)
         low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
         return ((cam - low) / (high - low).clamp(min=1e-12)).cpu().numpy()
 
@@ -1721,8 +1779,8 @@ def heat_maps(backbone, x, score, cam_layer, start_layer=0):
     """What in pictures x (B, 3, H, W) raises score(features (B, d)) -> (B,): relevancy of their
     patches (B, rows, columns), Grad-CAM where there is no attention; and the scores.
 
-    backbone.features(x) -> (B, d), backbone.patch: pixels of a patch's side; cam_layer(x) -> (layer,
-    to_map) of `grad_cam`. A picture whose score nothing moves, as without the concept, gets all 0.
+    backbone.features(x) -> (B, d), backbone.patch: a patch's side in pixels; cam_layer(x) ->
+    (layer, to_map) of `grad_cam`. A picture whose score nothing moves gets all 0.
     """
     layers, told = kept_attention(backbone), []
 
@@ -1754,9 +1812,8 @@ def word_heat(clip, words, text, score, start_layer=0):
 
 
 def word_scores(relevance, pieces, least=0.1):
-    """Relevance (T,) of the pieces of a text -> [(word, score)]: special pieces (None) dropped, the
-    pieces of a word added up, divided by the largest, those below `least` set to 0 (thesis Fig. A.6
-    hides them). All 0 when nothing is relevant.
+    """Relevance (T,) of the pieces of a text -> [(word, score)]: the pieces of a word added up,
+    divided by the largest, those below `least` set to 0 (thesis Fig. A.6 hides them).
 
     pieces: for each token the word it belongs to, as (number, text), or None.
     """
@@ -1773,13 +1830,12 @@ def word_scores(relevance, pieces, least=0.1):
 # -- What maps of concepts segment (thesis Table 5.4) --------------------------------------------
 
 def concept_latents(codes, labels, least=50, known=slice(None)):
-    """The latents J of each label (thesis 5.4.4, A.3): those active with it in `least` training
-    samples or more, counted over all streams together. codes: {stream: CSR (n, L)}, labels (n, C)
-    bool -> list of C arrays. known (n,) bool: the samples whose labels are known, which alone count.
+    """The latents J of each label (thesis 5.4.4, A.3), a list of C arrays: those active with it in
+    `least` training samples or more, counted over all streams together; and of them those that have
+    it in at least half of their samples, else the 10 with the largest share (ours: the count alone
+    picks latents that fire for everything).
 
-    Of those only the ones that the label makes likelier: at least half of a latent's samples have
-    it, or the 10 with the largest share when there are none (ours: the count alone picks latents
-    that fire for everything).
+    codes: {stream: CSR (n, L)}, labels (n, C) bool, known (n,) bool: the samples that count.
     """
     on = [code[known].astype(bool).astype(np.float64) for code in codes.values()]
     with_label = sum(np.asarray(one.T @ labels[known].astype(float)) for one in on)
@@ -1793,9 +1849,8 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
 
 
 def concept_scores(code, names, J, alive, together=None, seed=0):
-    """What a map of a label may be a map of (thesis Table 5.4), of one stream: {target:
-    (score(features (B, d), label) -> (B,), the labels that it can be asked for)}; beside them as
-    many random others of its living latents.
+    """What a map of a label may be a map of (thesis Table 5.4), and as many random others of the
+    living latents: {target: (score(features (B, d), label) -> (B,), labels it can be asked for)}.
 
     code(features) -> (B, L) of the stream alone; names (C, L): the codes of the labels' names; J:
     of `concept_latents`; alive: numbers of the latents active in training; together(features,
@@ -1820,12 +1875,9 @@ def centre_prior(n=16):
 
 
 def heat_mask(heat, size, otsu):
-    """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold on the enlarged map; None for a
-    constant map: no prediction.
-
-    Enlarged bilinearly to 224, scaled to 0..1, then to size: the thesis leaves this open, the
-    authors' code does so. otsu: uint8 values -> threshold.
-    """
+    """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold, otsu(uint8 values), on the map
+    enlarged bilinearly to 224, scaled to 0..1, then to `size`, which the thesis leaves open and the
+    authors' code does. None for a constant map: no prediction."""
     def enlarged(x, size):
         x = torch.nn.functional.interpolate(x[None, None], size, mode="bilinear")
         return x[0, 0]
@@ -1844,13 +1896,12 @@ SIZES = {"": (0, np.inf), " small": (0, 32 ** 2), " medium": (32 ** 2, 96 ** 2),
 
 def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     """AP and AR of masks at one IoU, by size, and mIoU (thesis Table 5.4), as COCO's evaluator
-    computes them.
+    computes them; None where a size has no true mask.
 
-    found, truth: (image, label) -> bool mask (H, W); one mask an image and label; found may lack
-    some, or hold labels the image does not have, which count against it. score: dict like found, 1
-    for all by default. Precision is interpolated at 101 recalls and averaged over labels that have
-    true masks of the size; sizes are areas of masks (`area` of a found one; the published figures
-    took its box's). None where a size has no true mask.
+    found, truth: (image, label) -> bool mask (H, W); found may lack some, or hold labels the image
+    does not have, which count against it. score: dict like found, 1 for all by default. Precision
+    is interpolated at 101 recalls and averaged over labels that have true masks of the size; sizes
+    are areas of masks (`area` of a found one; the published figures took its box's).
     """
     labels, out = sorted({label for _, label in truth}), {}
     overlap = {key: np.logical_and(m, truth[key]).sum() / np.logical_or(m, truth[key]).sum()
@@ -1859,7 +1910,8 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     for name, (low, high) in SIZES.items():
         precisions, recalls = [], []
         for label in labels:
-            counted = {key for key, m in truth.items() if key[1] == label and low <= m.sum() <= high}
+            counted = {key for key, m in truth.items()
+                       if key[1] == label and low <= m.sum() <= high}
             if not counted:
                 continue
             hits = []
@@ -1891,10 +1943,8 @@ def map_scores(maps, asked, truth, otsu):
 def map_gallery(maps, there, names, picture, most=2):
     """Heat maps {method: {(picture, label): (h, w)}} as HTML, for each label a table of some
     pictures that have it (`there`: pairs) and one that has not; and their overlays, {(picture,
-    label, method): PIL image}. picture(i) -> PIL image.
-
-    A map of zeros is not drawn: the concept is absent, or where it is there the score is silent.
-    """
+    label, method): PIL image}. picture(i) -> PIL image. A map of zeros is not drawn: the concept is
+    absent, or where it is there the score is silent."""
     asked, drawn, parts = max(maps.values(), key=len, default={}), {}, []
 
     def cell(method, key):
@@ -1970,7 +2020,8 @@ def index_correlations(a, b, least=5):
 def latents_in_common(r):
     """What correlations of pairs of latents (P,) say: how many reach .5, .7 and .9, the median."""
     return {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
-            "median r": float(np.median(r)) if len(r) else None}
+            "median r": float(np.median(r)) if len(r) else None,
+            "shared, %": 100 * float((r >= 0.5).mean()) if len(r) else None}
 
 
 # -- Is one model better than another (thesis 3.3.2)? ----------------------------------------------
@@ -2018,18 +2069,38 @@ def beaten(pairs, level=0.05):
     return wins
 
 
+def tell_models(page, found, tested):
+    """The table of thesis 3.3.3, and who beats whom. found: model -> list of `scores`, one a run;
+    tested: the models among them that are compared in pairs."""
+    names, n = ["AUC", "accuracy", "balanced accuracy", "F1"], len(found[tested[0]])
+    rows = [[model, *(mean_std([run[name] for run in runs]) for name in names)]
+            for model, runs in found.items()]
+    page.table(["model", *names], rows, f"{n} runs, mean ± standard deviation")
+    page.metrics.update(scores=found, pairs={}, beats={})
+    for name in names[:2] if n > 1 else ():
+        pairs = compare({model: [run[name] for run in found[model]] for model in tested})
+        wins = beaten(pairs)
+        page.metrics["pairs"][name] = pairs
+        page.metrics["beats"][name] = {a: {b: int(b in wins.get(a, ())) for b in tested if b != a}
+                                       for a in tested}
+        rows = [[f"{p['a']} - {p['b']}", p["difference"], p["t_p"], p.get("holm_p"),
+                 p["wilcoxon_p"], p["d"]] for p in pairs]
+        page.table(["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)",
+                    "effect size d"], rows, f"{name}: pairs of models")
+        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()]
+        page.text(f"{name}, paired t-test at p < 0.05, {len(pairs)} pairs: "
+                  f"{'; '.join(lines) or 'no model beats another'}.")
+    page.text(f"{n} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** n:.4f}, and "
+              "the runs' test parts overlap, so that the t-test takes them for more independent "
+              "than they are." if n > 1 else "One run allows no test of which model is better.")
+
+
 # -- Pictures with heat over them -----------------------------------------------------------------
-
-HEAT = np.array([[48, 18, 120], [44, 120, 200], [60, 190, 110], [250, 200, 50], [200, 30, 20]],
-                float)                                       # R, G, B, low to high
-
 
 def heat_colours(heat):
     """(h, w) in 0..1 -> (h, w, 3) uint8, dark blue over green to red."""
-    at = np.clip(heat, 0, 1) * (len(HEAT) - 1)
-    low = np.minimum(at.astype(int), len(HEAT) - 2)
-    share = (at - low)[..., None]
-    return (HEAT[low] * (1 - share) + HEAT[low + 1] * share).round().astype(np.uint8)
+    grey = Image.fromarray((255 * np.clip(heat, 0, 1)).round().astype(np.uint8))
+    return np.asarray(ImageOps.colorize(grey, (48, 18, 120), (200, 30, 20), (60, 190, 110)))
 
 
 def overlay(image, heat, alpha=0.5):
@@ -2075,4 +2146,5 @@ def embedded(image, width=480):
     image.thumbnail((width, width))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    pixels = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{pixels}">'

@@ -1,13 +1,19 @@
-"""repsae: the command line. One function a sub-command; the only module that knows the others.
+"""repsae: the command line, and the only module that knows the others.
 
-    python repsae.py sparc                      train and judge SPARC on made-up streams whose truth is known
-    python repsae.py sparc --data feats.npz     the same on features of your own (data.py says how a file looks)
-    python repsae.py --help                     all commands; `python repsae.py sparc --help` all settings
+    python repsae.py sparc                      SPARC on made-up streams whose truth is known
+    python repsae.py sparc --data feats.npz     the same on features of your own (see data.py)
+    python repsae.py sparc --help               every setting
 
-A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.html, each written whole or not at all.
-What a user can mend ends as one line on stderr and exit code 2. torch is imported late, so that --help is quick.
+Read first: FLAGS, where every flag is defined once; `Run`, the folder that a command owns while it
+writes; `Coded`, a run's model with features and their codes; then cmd_sparc. A command is a recipe:
+open the data, open the run, call one or two functions of the rooms, tell the page (eval.Page).
+
+A run folder holds config.json, log.csv, checkpoint.pt, metrics.json and report.html, each written
+whole or not at all. What a user can mend ends as one line on stderr and exit code 2. torch is
+imported when it is first used, so that --help is quick.
 """
 import argparse
+import collections
 import contextlib
 import csv
 import fcntl
@@ -17,7 +23,6 @@ import html
 import importlib
 import io
 import itertools
-import json
 import math
 import os
 import platform
@@ -82,25 +87,23 @@ SIDE = whole(1, 8192)
 PART = real(0., 1.)
 
 # ------------------------------------------------------------------------------------------------
-# Every flag, once: name: (default, kind, help); a kind is a Number, str, bool or a tuple of choices.
+# Every flag, once: name: (default, kind, help); a kind is a Number, str, bool or tuple of choices
 # A command names those it takes, with its own default where it differs: "data lr=1e-3 images!".
 # ------------------------------------------------------------------------------------------------
 
 WHAT = {
-    "data": (None, str, "features: an .npz or a folder of .npy; by default a run's own data, or "
-             "made-up streams with a known truth. mil: bags"),
+    "data": (None, str, "features, an .npz or a folder of .npy (mil: bags); else a run's own, or "
+             "made-up streams"),
     "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
     "stream": (None, str, "the one stream to use, where there are several"),
-    "taxonomy": (None, str, 'JSON of the labels\' parents, {"child": "parent", "root": null} or '
-                 'nested as in Open Images'),
-    "images": (None, str, "pictures: a folder (of class, or of train, val and test folders), an "
-               ".npz of MedMNIST's kind, or tissue.npz. tile: a slide or a folder of them"),
-    "weights": (None, str, "models a,b,...: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random or an arch alone; name=lsa:N reads captions by "
-                "runs of N words. clip: a file of released weights"),
+    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or nested as in Open Images'),
+    "images": (None, str, "pictures: a folder (of class, or of train, val, test folders), an .npz "
+               "of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
+    "weights": (None, str, "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
+                "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
+                "runs of N words; clip: a file of released weights"),
     "label": (None, str, "the label in question, by name or number"),
-    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400); else "
-               "what a picture of more than 8 bits states or fills"),
+    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400)"),
     "mode": ("alone", ("alone", "joint"), "each stream chooses its latents, or all together"),
     "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
     "other": (None, str, "features of the same samples by another backbone, to set beside"),
@@ -111,8 +114,8 @@ WHAT = {
     "query": (None, str, "words to search by"),
     "names": (None, str, 'JSON of names of latents, {"17": "round nucleus"}'),
     "prompts": (None, str, "file to write: samples of every latent, and a prompt for naming it"),
-    "embeddings": (None, str, ".npz with latents (n,), vectors (n, e), query (e,) of a text model"),
-    "head-file": (None, str, ".npz with weight (d,) and bias () of a head; else one is fitted"),
+    "embeddings": (None, str, ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
+    "head-file": (None, str, ".npz of a linear head, weight (d,), bias (); else one is fitted"),
     "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
     "from": (None, str, "its stream; the first by default"),
     "to": (None, str, "the stream to search; the last by default"),
@@ -131,37 +134,32 @@ WHAT = {
     "quick": (False, bool, "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
-    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings for a million "
-               "samples (5.3.2, A.1.2); sae: of thesis 4.1, Mammo-SAE or CytoSAE. What you type "
-               "goes first"),
-    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the sparse code; auto: by the "
-                "number of training rows, see `sae.settings_for`"),
+    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
+               "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
+    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
     "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
-             "streams together, each for itself, both ways with the losses added (ours), or one "
-             "stream drawn anew each step (Universal SAE)"),
+             "streams together, each for itself, both with the losses added (ours), or one stream "
+             "drawn each step (Universal SAE)"),
     "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "over streams, as Eq. 14, or mean as the authors' code: "
+    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or the authors' code, where "
              "lam_paper = lam_code / (M - 1)"),
-    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "of the features: length 1 "
-             "per sample, mean 0 and deviation 1 per dimension, or both in that order (auto)"),
-    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing after which a "
-                   "latent is dead; auto: 1000, or a quarter of all steps if that is less"),
-    "activation": ("topk", ("topk", "relu", "batchtopk", "jumprelu", "all"), "relu with an L1 "
-                   "penalty, k a sample, k a sample on average, learned thresholds with an L0 "
-                   "penalty; all: every kind, in one table"),
+    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "length 1 per sample, mean "
+             "0 and deviation 1 per dimension, or both in that order (auto)"),
+    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
+                   "dead; auto: 1000, or a quarter of all"),
+    "activation": ("topk", str, "topk, relu with an L1 penalty, batchtopk, "
+                   "jumprelu with an L0 penalty, or all: every kind, in one table"),
     "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
-    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2 (topk, batchtopk), summed "
-              "over d as the papers write, or its mean over d: lambda_paper = d * lambda_code"),
-    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents: auxk "
-               "for topk and batchtopk, resample for relu and jumprelu"),
+    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
+              "write, or its mean: lambda_paper = d * lambda_code"),
+    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents"),
     "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias"),
-    "null": ("auto", bool, "train once more with rows of all streams but the first shuffled; auto: "
-             "where that takes under about a minute"),
+    "null": ("auto", bool, "once more with rows of all streams but the first shuffled; auto: where "
+             "that takes under about a minute"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
     "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (224, whole(0, 8192), "side of the pictures, or of DINO's two global crops, in pixels; "
-             "0 for the one trained at"),
+    "size": (224, whole(0, 8192), "side of pictures or DINO's global crops, pixels; 0: its own"),
     "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
     "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
     "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
@@ -171,15 +169,14 @@ MODEL = {
     "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
     "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
     "frozen": (False, bool, "train the head alone"),
-    "standardise": (False, bool, "random weights start in the pictures' own units instead of "
-                    "ImageNet's (ours); for pale pictures"),
+    "standardise": (False, bool, "random weights start in the pictures' own units (ours)"),
     "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
     "tokens": (False, bool, "patch tokens (N, T, d), in half precision, not the class token"),
     "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out"),
     "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; barcodes: 0.2)"),
     "weighted": (False, bool, "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by its mean activation "
-             "(Mammo-SAE), by the difference to the rest, or inside its boxes (both ours)"),
+    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by mean activation "
+             "(Mammo-SAE), by the difference to the rest or inside its boxes (ours)"),
     "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
     "solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
     "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
@@ -188,30 +185,27 @@ MODEL = {
     "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
 TRAINING = {
-    "epochs": ("auto", whole(1, auto=True), "passes over the training split (auto: 50, or what "
-               "makes 1,000 steps); the most where training stops early"),
+    "epochs": ("auto", whole(1, auto=True), "passes at most; auto: 50, or what makes 1,000 steps"),
     "batch": ("auto", whole(1, auto=True), "samples a step; auto: a tenth of the rows, up to 256"),
-    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate; auto: 2e-4 sqrt(2^14 / L). "
-           "dino: at batch 256"),
-    "warmup": (0, whole(), "over which the learning rate rises: steps; dino: epochs"),
+    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate (auto: 2e-4 sqrt(2^14 / L)); dino: "
+           "at batch 256"),
+    "warmup": (0, whole(), "steps over which the learning rate rises; dino: epochs"),
     "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
-    "shuffle": ("auto", ("auto", "blocks", "samples"), "shuffle single samples, or blocks of a "
-                "batch's size; auto: blocks for memory-mapped folders"),
-    "patience": (20, whole(1), "epochs without a better validation loss before training stops"),
+    "shuffle": ("auto", ("auto", "blocks", "samples"), "single samples, or blocks of a batch's "
+                "size (auto: for memory-mapped folders)"),
+    "patience": (20, whole(1), "epochs without a better validation loss that end training"),
     "min-epochs": (50, whole(), "epochs that are trained in any case"),
     "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
     "local-size": (96, SIDE, "side of DINO's local crops"),
     "local-crops": (8, whole(0, 100), "their number"),
     "local-scale": ("0.05,0.4", str, "share of the area that they cover, from,to"),
     "global-scale": ("0.4,1", str, "the same of global crops"),
-    "blur": (2., real(0., 100.), "largest radius of the blur in pixels; less for small pictures"),
+    "blur": (2., real(0., 100.), "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
-    "inner": (1, whole(1, 1000), "models of a training part without a validation part: 1 is "
-              "stopped by a fifth of it; n vote, each stopped by an n-th"),
-    "refit": (False, bool, "the held-out bags only choose from --grid; then all bags train"),
-    "grid": (None, str, 'values to choose from on held-out bags: "lr=1e-4,5e-4 dropout=0,0.5"'),
+    "folds": (0, whole(0, 1000), "parts of all bags, reported in turn; 0: the file's, or 70/15/15"),
+    "votes": (1, whole(1, 1000), "models that vote on a bag, each from its own weights"),
     "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
 }
 RUN = {
@@ -220,13 +214,12 @@ RUN = {
     "svg": (None, str, "file for the picture that `bench backbones` draws"),
     "device": ("cpu", str, "torch device"),
     "workers": (2, whole(0, 256), "processes that make crops"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged at the end, of the test (else val) "
-                  "split; 0 for all. R@k depends on it"),
+    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of the test (else val) split; 0: all"),
     "log-every": (20, whole(1), "steps between rows of log.csv"),
     "save-every": (60., real(), "seconds between checkpoints"),
     "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
     "resume": (False, bool, "go on where the run there stopped, or start it"),
-    "set": (None, str, 'settings that a reproduction needs, "name=value name=value": see below'),
+    "set": (None, str, 'settings of a reproduction, "name=value name=value": see below'),
 }
 # Constants of the papers, which --set alone reaches.
 SETTINGS = {
@@ -305,7 +298,7 @@ CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
 KINDS = "sparsity error bias expansion bandwidth theta warmup"
 STEPS = "epochs batch lr shuffle seed"
 FOLDER = "device log-every save-every eval-rows overwrite resume"
-ON_RUN = "data stream streams taxonomy seed device out overwrite"
+ON_RUN = "data stream streams seed device out overwrite"
 
 
 def value_of(kind, text):
@@ -318,10 +311,6 @@ def value_of(kind, text):
         return text in ("yes", "1", "True") if kind[0] == "no" else text
     return kind(text)
 
-BY_ACTIVATION = {"topk": {"error": "nmse", "revive": "auxk", "sparsity": 0.},
-                 "batchtopk": {"error": "nmse", "revive": "auxk", "sparsity": 0.},
-                 "relu": {"error": "sum", "revive": "resample", "sparsity": 0.1},
-                 "jumprelu": {"error": "sum", "revive": "resample", "sparsity": 0.01}}
 THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
           "shuffle": "blocks", "dead_after": 1000}           # of SPARC: 5.3.2, A.1.2
 PRESETS = {                                                  # of one stream
@@ -410,8 +399,8 @@ class Run:
         self.saved = config
         threads = config.get("versions", {}).get("threads")
         if threads not in (None, torch.get_num_threads()):
-            say_once(f"note: the run had {threads} threads, now {torch.get_num_threads()}: sums may "
-                     "differ in their last digits")
+            say_once(f"note: the run had {threads} threads, now {torch.get_num_threads()}: sums "
+                     "may differ in their last digits")
 
     def _lock(self):
         path = self.join(".lock")
@@ -531,19 +520,20 @@ def out_file(flags, name="out"):
     """The path in flags[name], once it is clear that a file may be written there: no file of the
     user's without --overwrite, no link, no input of this very command ever."""
     path = flags[name]
+    if not os.path.lexists(path):
+        return path
     real = os.path.realpath(path)
-    if any(real == p or os.path.isdir(p) and real.startswith(p + os.sep) for p in inputs_of(flags)) \
-            and os.path.exists(path):
+    if any(real == given or real.startswith(given + os.sep) for given in inputs_of(flags)):
         raise InputError(f"{path} is read by this command - name another --{name}")
-    if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+    if os.path.islink(path) or not os.path.isfile(path):
         raise InputError(f"{path} is no plain file - name another --{name}")
-    if os.path.exists(path) and not flags.overwrite:
+    if not flags.overwrite:
         raise InputError(f"{path} exists - use --overwrite, or another --{name}")
     return path
 
 
 def read_config(folder, names=()):
-    """config.json of a run folder, a dict, whose "flags" have those of `names`, each of its kind."""
+    """config.json of a run folder, a dict, whose "flags" have those of `names`, of their kinds."""
     path = os.path.join(folder, "config.json")
     config = data.read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
@@ -553,7 +543,7 @@ def read_config(folder, names=()):
 
 
 def check_kinds(values, defaults, path):
-    """Raise InputError unless what the file `path` holds could be typed for the flags in `defaults`."""
+    """Raise InputError unless what the file `path` holds could be typed for these flags."""
     for name, default in defaults.items():
         value, kind = values.get(name.replace("-", "_"), default), FLAGS[name][1]
         if type(value) is type(default) and value == default:
@@ -569,7 +559,7 @@ def check_kinds(values, defaults, path):
 
 @contextlib.contextmanager
 def unpacked(path, wrong, advice, device="cpu"):
-    """What a .pt file holds, for the lines that take it apart: what fails there ends in one line."""
+    """What a .pt file holds, for lines that take it apart: what fails there is one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # torch's own, of TorchScript
@@ -583,16 +573,16 @@ def unpacked(path, wrong, advice, device="cpu"):
 
 def versions():
     """What a run depends on besides its flags: a dict for config.json."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "scipy": scipy.__version__, "threads": torch.get_num_threads()}
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__, "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Progress:
-    """A line that rewrites itself on a terminal, or a plain line every tenth of the way elsewhere. Goes to stderr."""
+    """A line on stderr that rewrites itself on a terminal; elsewhere one every tenth of the way."""
 
     def __init__(self, total, start=0):
         self.total, self.began, self.first = total, time.time(), start
@@ -605,32 +595,37 @@ class Progress:
         self.next = step + (1 if self.live else max(1, self.total // 10))
         left = (time.time() - self.began) / max(step - self.first, 1) * (self.total - step)
         line = f"step {step}/{self.total}  {text()}  {left:.0f} s left"
-        print(f"\r{line:<100}" if self.live else line, end="\n" if step >= self.total or not self.live else "",
-              file=sys.stderr, flush=True)
+        stays = step >= self.total or not self.live
+        print(f"\r{line:<100}" if self.live else line, end="\n" * stays, file=sys.stderr,
+              flush=True)
 
 
 class Log:
     """The rows of log.csv: text, so that a resumed run keeps them to the byte.
 
-    Those up to step `upto` are read, and must have the `columns` that reports draw; only cells of `gaps` may be empty.
+    Those up to step `upto` are read; they need the `columns` that are drawn, and may be empty in
+    `gaps` alone.
     """
 
     def __init__(self, path, upto=0, columns=(), gaps=()):
         self.path, self.rows = path, []
-        if upto and os.path.exists(path):
-            data.plain_file(path)
-            try:
-                with open(path, newline="") as f:
-                    self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
-                numbers = [float(v) for row in self.rows for k, v in row.items() if k != "revive" and (v or k not in gaps)]
-            except (KeyError, TypeError, ValueError, csv.Error):
-                numbers = [math.nan]
-            if not all(map(math.isfinite, numbers)) or self.rows and not self.rows[0].keys() >= {*columns}:
-                raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves so far")
+        if not upto or not os.path.exists(path):
+            return
+        data.plain_file(path)
+        try:
+            with open(path, newline="") as f:
+                self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
+            whole = all(math.isfinite(float(v)) for row in self.rows for k, v in row.items()
+                        if k != "revive" and (v or k not in gaps))
+            whole = whole and all(row.keys() >= {*columns} for row in self.rows[:1])
+        except (KeyError, TypeError, ValueError, csv.Error):
+            whole = False
+        if not whole:
+            raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves")
 
     def add(self, row):
         if self.rows and self.rows[0].keys() != row.keys():
-            raise InputError(f"{self.path} has other columns than this run - restore it, or remove it")
+            raise InputError(f"{self.path} has other columns than this run - restore or remove it")
         self.rows.append({k: str(v) for k, v in row.items()})
 
     def write(self):
@@ -646,6 +641,43 @@ class Interrupted(Exception):
     """Training was asked to stop, and has saved."""
 
 
+class Keeper:
+    """Logs, shows progress, saves by save(), and obeys signals between two steps, never inside."""
+
+    def __init__(self, flags, n_steps, start, log, save):
+        self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
+        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
+
+    def __enter__(self):
+        obeyed = signal.SIGINT, signal.SIGTERM
+        if threading.current_thread() is not threading.main_thread():
+            obeyed = ()                                      # Python allows handlers there alone
+        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
+        return self
+
+    def __exit__(self, *_):
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+
+    def on_signal(self, number, frame):
+        if self.stop:
+            raise KeyboardInterrupt                          # the second time at once, unsaved
+        self.stop.append(number)
+
+    def __call__(self, step, row, text, log=False):
+        """After each step. row() gives the row of log.csv, text() the words of progress."""
+        last = step == self.n_steps
+        if log or step % self.flags.log_every == 0 or last:
+            self.log.add({"step": step, **row()})
+        self.progress(step, text)
+        if self.stop or last or time.time() - self.last_save >= self.flags.save_every:
+            self.log.write()                                 # first: resuming cuts a longer log
+            self.save()
+            self.last_save = time.time()
+        if self.stop:
+            raise Interrupted(f"stopped at step {step} of {self.n_steps}")
+
+
 def train(run, features):
     """Train, or go on training, the model of run.flags on `features`. Returns (model, Log)."""
     flags, rows = run.flags, features.rows("train")
@@ -659,39 +691,63 @@ def train(run, features):
     batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
     n_steps = flags.epochs * batches.epoch
     log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
-    _fit(flags, model, optimiser, lambda step: features.batch(batches.rows(step)), n_steps,
-         batches.epoch, log, checkpoint)
+
+    def batch(step):
+        return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
+
+    def on_step(step, result):
+        def row():
+            told = {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)}
+            return {**told, "revive": flags.revive} if "revive" in flags else told
+
+        loss = float(result["loss"]) if step % flags.log_every == 0 else 0.
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {step} - lower --lr, or scale the "
+                             "features with --norm")
+        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead "
+             + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
+    with Keeper(flags, n_steps, int(model.step), log,
+                lambda: sae.save(checkpoint, model, optimiser)) as keep:
+        sae.fit(model, batch, n_steps, lr=flags.lr, optimiser=optimiser, on_step=on_step,
+                warmup=flags.get("warmup", 0))
     return model, log
 
 
 def resolved(flags, features, layers=()):
-    """The flags with all that was left open filled in: what was typed, else `layers` or the preset, else what made-up data
-    want, else by the number of training rows. Says in a line what was chosen; `null`: whether it takes under a minute."""
-    n, layers = len(features.rows("train")), {**(PLANTED if flags.data is None else {}), **dict(layers),
-                                              **(THESIS if "activation" not in flags and flags.preset else {})}
+    """The flags with all that was left open filled in: what was typed, else `layers` or the preset,
+    else what made-up data want, else by the number of training rows; tells what was chosen."""
+    n, layers = len(features.rows("train")), dict(layers)
+    if "activation" not in flags and flags.preset:
+        if flags.preset != "thesis":
+            raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
+        layers |= THESIS
+    layers = {**(PLANTED if flags.data is None else {}), **layers}
     if {"expansion", "latents"} <= flags.given:
-        raise InputError(f"--expansion {flags.expansion} and --latents {flags.latents} - give one of the two")
-    if flags.get("expansion") or "expansion" in layers:
-        layers["latents"] = (flags.get("expansion") or layers["expansion"]) * max(features.dims.values())
+        raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
+                         "one of the two")
+    expansion = flags.get("expansion") or layers.get("expansion")
+    if expansion:
+        layers["latents"] = expansion * max(features.dims.values())
     flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
-    auto = {**sae.settings_for(n, **typed), "shuffle": "blocks" if features.mapped else "samples"}
+    auto = sae.settings_for(n, **typed)
+    auto["shuffle"] = "blocks" if features.mapped else "samples"
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
         flags["null"] = planned_seconds(flags, features.dims, auto["steps"]) < 60
     if chosen:
-        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else f"{k.replace('_', '-')} {v}"
-                          for k, v in chosen.items())
+        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else
+                          f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
         say_once(f"chosen by the number of training rows, {n}: {shown}; {auto['steps']} steps")
     if flags.shuffle == "blocks" and features.sorted_rows():
-        say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - shuffle the file, or use "
-                 "--shuffle samples")
+        say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - "
+                 "shuffle the file, or use --shuffle samples")
     return flags
 
 
 def planned_seconds(flags, dims, steps):
-    """About how long training takes on two cores: all logits of a batch, and M times the sparse products."""
+    """About how long training takes on two cores: all logits of a batch, M times the products."""
     logits, products = flags.batch * flags.latents, len(dims) * flags.batch * flags.k
     each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
     return steps * each * (2 if flags.get("topk") == "both" else 1)
@@ -703,122 +759,51 @@ def memory():
 
 
 def make_model(features, flags, rows):
-    """The SAE or the SPARC of `flags`, untrained; statistics and the bias it starts from are those of the training rows."""
+    """The untrained SAE or SPARC of `flags`; its statistics and bias are of the training rows."""
     needs = 32 * flags.latents * sum(features.dims.values())
     if needs > memory():
-        raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the weights alone - lower it")
-    shared = {"stats": features.statistics(rows) if "standard" in flags.norm else None, "seed": flags.seed,
-              "reinit_after": flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12,
-              "aux_coef": flags.aux_coef if flags.aux_k else 0.,
-              **{k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels")}}
+        raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the "
+                         "weights alone - lower it")
+    shared = {k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels", "seed")}
+    shared["stats"] = features.statistics(rows) if "standard" in flags.norm else None
+    shared["reinit_after"] = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
+    shared["aux_coef"] = flags.aux_coef if flags.aux_k else 0.
     if "activation" not in flags:
-        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss, **shared)
-    stream = next(iter(features.dims))
+        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss,
+                         **shared)
     how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth")}
-    how["threshold"] = flags.theta
-    model = sae.SAE(features.dims, flags.latents, **how, **shared)
+    model = sae.SAE(features.dims, flags.latents, threshold=flags.theta, **how, **shared)
     if flags.bias != "zeros":
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
-        model.start_bias(features.batch(drawn)[stream], flags.bias)
+        model.start_bias(features.batch(drawn)[model.streams[0]], flags.bias)
     return model
 
 
-class Keeper:
-    """Watches over training: logs, shows progress, saves, and obeys signals between two steps, never inside one.
-
-    save()    writes the checkpoint
-    """
-
-    def __init__(self, flags, n_steps, start, log, save):
-        self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
-        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
-
-    def __enter__(self):
-        main_thread = threading.current_thread() is threading.main_thread()
-        obeyed = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
-        return self
-
-    def __exit__(self, *_):
-        for n, handler in self.before.items():
-            signal.signal(n, handler)
-
-    def on_signal(self, number, frame):
-        if self.stop:
-            raise KeyboardInterrupt                          # the second time at once, without saving
-        self.stop.append(number)
-
-    def __call__(self, step, row, text, log=False):
-        """After each step. row() gives the row of log.csv, text() the words of the progress line."""
-        if log or step % self.flags.log_every == 0 or step == self.n_steps:
-            self.log.add({"step": step, **row()})
-        self.progress(step, text)
-        if self.stop or step == self.n_steps or time.time() - self.last_save >= self.flags.save_every:
-            self.log.write()                                 # first: a log that runs ahead is cut when resuming
-            self.save()
-            self.last_save = time.time()
-        if self.stop:
-            raise Interrupted(f"stopped at step {step} of {self.n_steps}")
-
-
-def _fit(flags, model, optimiser, batch, n_steps, epoch, log, checkpoint):
-    """sae.fit under a Keeper."""
-
-    def on_step(step, result):
-        def dead():
-            return {s: int(model.dead(s).sum()) for s in model.streams}
-
-        def row():
-            active = [(c.values > 0).sum(1).float().mean() for support in result["codes"] for c in support.values()]
-            parts = ["loss", "self", "cross", "aux", *(["sparsity"] if "sparsity" in result else [])]
-            return {"epoch": round(step / epoch, 3), **{k: float(result[k]) for k in parts},
-                    "active": float(sum(active) / len(active)), **{f"dead_{s}": n for s, n in dead().items()},
-                    **({"revive": flags.revive} if "revive" in flags else {})}
-        if step % flags.log_every == 0 and not math.isfinite(float(result["loss"])):
-            raise InputError(f"the loss is {float(result['loss'])} at step {step} - lower --lr, or scale the features with "
-                             "--norm")
-        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead {'/'.join(map(str, dead().values()))}")
-    with Keeper(flags, n_steps, int(model.step), log, lambda: sae.save(checkpoint, model, optimiser)) as keep:
-        sae.fit(model, lambda step: {s: x.to(flags.device) for s, x in batch(step).items()}, n_steps,
-                lr=flags.lr, optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Measuring
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def evaluation_rows(features, flags, *splits):
     """Rows of the first split that has any, at most --eval-rows of them, drawn with the seed."""
     rows = features.rows(*splits)
     if 0 < flags.eval_rows < len(rows):
-        rows = np.sort(np.random.default_rng([flags.seed, 4]).choice(rows, flags.eval_rows, replace=False))
+        rng = np.random.default_rng([flags.seed, 4])
+        rows = np.sort(rng.choice(rows, flags.eval_rows, replace=False))
     return rows
 
 
 def encoded(model, features, rows, mode, device, block=1024):
-    """Yield (x, codes) for `rows`, block by block: dicts stream -> raw features (b, d_s) and -> Codes."""
+    """Yield (x, codes) of `rows`, block by block: dicts stream -> raw (b, d_s) and -> Codes."""
     with torch.no_grad():
         for start in range(0, len(rows), block):
-            x = {s: v.to(device) for s, v in features.batch(rows[start:start + block]).items()}
+            x = features.batch(rows[start:start + block])
+            x = {s: v.to(device) for s, v in x.items()}
             yield x, model.encode(x, mode)
 
 
-def mean_of(values, key=None):
-    """The mean of what is not None, or None; with `key` of that entry of each dict."""
-    values = [v for v in (values if key is None else [one[key] for one in values]) if v is not None]
-    return sum(values) / len(values) if values else None
-
-
-def tasks_of(labels, *parts):
-    """Labels (N,) as they are; of labels that hold at once each that every part (rows) has and lacks: list of (N,) int."""
-    if labels.ndim == 1:
-        return [labels]
-    return [y for y in labels.T.astype(int) if all(0 < y[rows].sum() < len(rows) for rows in parts)]
-
-
 def codes_and_fit(model, features, rows, mode, device):
-    """The sparse codes of `rows` by stream, and how well they rebuild every stream ({"r2", "nmse"}), in one pass;
-    "same_choice": the share of (sample, stream) whose latents are those of the sample's first stream."""
+    """In one pass the codes of `rows`, {stream: CSR (n, L)}, and how they rebuild each stream: a
+    dict of r2, nmse and the share of (sample, stream) with its first stream's latents."""
     pieces = []
 
     def reconstructions():
@@ -827,90 +812,95 @@ def codes_and_fit(model, features, rows, mode, device):
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
-    pairs = {s: arrays(code) for s, code in sae.joined(pieces).items()}
-    chosen = [indices for indices, _ in pairs.values()]
-    fit["same_choice"] = float(np.mean([np.all(chosen[0] == c, 1) for c in chosen]))
-    return {s: judge.sparse_code(*pair, model.n_latents) for s, pair in pairs.items()}, fit
-
-
-def arrays(code):
-    """sae.Codes -> (indices (N, k) int32, values (N, k)), as numpy arrays."""
-    return code.indices.int().numpy(), code.values.numpy()
+    codes = sae.joined(pieces)
+    first = next(iter(codes.values())).indices
+    fit["same_choice"] = float(np.mean([np.all(first == c.indices, 1) for c in codes.values()]))
+    return {s: judge.sparse_code(*code, model.n_latents) for s, code in codes.items()}, fit
 
 
 def measure(model, features, flags):
-    """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone. Returns (metrics, codes by mode, rows)."""
-    features = features.per_token()
+    """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone.
+
+    Returns (metrics, codes {mode: {stream: CSR}}, rows judged)."""
+    features, several = features.per_token(), len(model.streams) > 1
     rows = evaluation_rows(features, flags, "test", "val")
-    labels, known = features.label_matrix(rows), features.labelled[rows]
-    groups = features.about.get("groups")
-    tasks = [] if labels is None else judge.probe_tasks(
-        labels, known=known, groups=None if groups is None else groups[rows])
-    out = {"split": str(features.split[rows[0]]), "rows": len(rows), "steps": int(model.step), "latents": model.n_latents,
-           "of": len(features.rows("test", "val")), "topk": getattr(model, "topk", None)}
-    codes = {}
-    for mode in ("joint", "alone") if len(model.streams) > 1 else ("alone",):
+    codes, out = {}, {"split": str(features.split[rows[0]]), "rows": len(rows),
+                      "of": len(features.rows("test", "val")), "steps": int(model.step),
+                      "latents": model.n_latents, "topk": model.topk}
+    for mode in ("joint", "alone") if several else ("alone",):
         codes[mode], fit = codes_and_fit(model, features, rows, mode, flags.device)
-        out[mode] = {"activation": judge.activation_patterns(codes[mode]), **fit}
-        if len(model.streams) > 1:
-            out[mode]["retrieval"] = judge.retrieval(codes[mode])
-        if known.any():
-            out[mode]["concepts"] = judge.concept_alignment(
-                codes[mode], labels, features.label_names, features.parents, known)
-        if tasks:
-            out[mode]["probe"] = {s: judge.probe(code, tasks) for s, code in codes[mode].items()}
+        out[mode] = {**judge.code_metrics(codes[mode], features, rows), **fit}
         out[mode]["headline"] = judge.headline(out[mode])
-    if labels is not None:
-        out["positives"] = int(labels.sum(0).max(initial=0))
+    if features.labels is not None:
+        out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
-    if len(model.streams) > 1:
+    if several:
         with torch.no_grad():
-            seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy() for s, x in features.batch(r).items()}
-                    for r in (evaluation_rows(features, flags, "train"), rows)]
+            seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy()
+                     for s, x in features.batch(part).items()}
+                    for part in (evaluation_rows(features, flags, "train"), rows)]
+        raw = {s: x.numpy() for s, x in features.batch(rows).items()}
         out["linear_baseline"] = judge.linear_baseline(*seen)
-        raw = judge.retrieval({s: x.numpy() for s, x in features.batch(rows).items()})
-        if raw:
-            out["raw_retrieval"] = raw
+        out["raw_retrieval"] = judge.retrieval(raw)
     if features.truth:
-        out["recovery"] = judge.recovery({s: model.dictionary(s).cpu().numpy() for s in model.streams}, features.truth)
+        found = {s: model.dictionary(s).cpu().numpy() for s in model.streams}
+        out["recovery"] = judge.recovery(found, features.truth)
     return out, codes, rows
 
 
-def run_sparc(run, features):
-    """Train, measure, write metrics.json and report.html; with --null one more within. Returns metrics."""
-    flags, command = run.flags, run.flags.command
-    began = time.time()
+def judged(run, features, whole=None, quiet=False):
+    """Train, with --null once more on shuffled streams, and measure; write metrics.json and
+    report.html. whole: the run that --null would be added to. Returns metrics."""
+    flags, began = run.flags, time.time()
     model, log = train(run, features)
     trained = time.time()
     metrics, codes, rows = measure(model, features, flags)
-    if flags.null:
+    if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
-        shuffled = features.shuffled(flags.seed)
-        null, _, _ = measure(train(run.part("null", flags.replaced({"null": False})), shuffled)[0],
-                             shuffled, flags)
+        shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
+        null, _, _ = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
-    owner = {"sparc": run.folder, "ablate": os.path.dirname(os.path.abspath(run.folder))}.get(command)          # sweep has no null
     metrics["verdict"] = judge.verdict(
-        metrics, owner and f"add it with python repsae.py {command} --resume --null --out {shlex.quote(owner)}")
+        metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
+                           f"{shlex.quote(whole.folder)}")
     settings = {**flags, "seconds to train": round(trained - began, 1),
                 "seconds to measure": round(time.time() - trained, 1)}
-    page = judge.Page(f"repsae {command}: {os.path.basename(os.path.abspath(run.folder))}")
-    judge.tell_summary(page, metrics, quiet=True)
+    page = judge.Page(f"repsae {flags.command}: {os.path.basename(os.path.abspath(run.folder))}")
+    judge.tell_summary(page, metrics, quiet)
     judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
     page.write(run.path, metrics)
+    if not quiet:
+        say(f"wrote {run.join('report.html')}")
     return metrics
 
 
+def judged_parts(run, trials, tell, whole=None):
+    """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run, and put
+    them beside each other: tell(page, {name: metrics}) may return a chart."""
+    results, page = {}, judge.Page(f"repsae {run.flags.command}: {os.path.basename(run.folder)}")
+    for name, (flags, features) in trials.items():
+        say(f"-- {name}")
+        began = time.time()
+        results[name] = judged(run.part(name, flags), features, whole, quiet=True)
+        results[name]["seconds"] = round(time.time() - began, 2)
+    chart = tell(page, results)
+    if chart:
+        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
+    page.write(run.path, results)
+    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
+
+
 def read(flags):
-    """The features that the flags name, or the made-up ones; prints what the user should know about them."""
+    """The features that the flags name, or the made-up ones; says what is to be known of them."""
     names = flags.streams.split(",") if flags.streams else None
     if flags.data is not None:
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
     else:
         features = data.planted_streams(seed=flags.seed)
-        unknown = [s for s in names or () if s not in features.streams]
-        if unknown:
-            raise InputError(f"the made-up data has no stream '{unknown[0]}' - it has {', '.join(features.streams)}")
+        for s in names or ():
+            if s not in features.streams:
+                raise InputError(f"the made-up data has no stream '{s}' - "
+                                 f"it has {', '.join(features.streams)}")
         features.streams = {s: features.streams[s] for s in names or features.streams}
         features.truth = {s: features.truth[s] for s in features.streams}
     for note in features.notes:
@@ -918,739 +908,124 @@ def read(flags):
     return features
 
 
-def read_to_train(flags):
-    """`read`, and make sure that there is something to train on and something to judge by."""
+def read_to_train(flags, least=1):
+    """`read`, once there is something to train on, something to judge by, and `least` streams."""
     features = read(flags)
     features.rows("test", "val")
+    if len(features.streams) < least:
+        raise InputError(f"{flags.command} shares a code among streams and needs two streams, not "
+                         f"{list(features.streams)[0]} alone - give more, or use sae for one")
     if len(features.per_token().rows("train")) < 2:
         raise InputError("the train split has 1 sample - give at least two to learn from")
     if features.tokens:
-        say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token counts as a sample")
+        say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token "
+                 "counts as a sample")
     return features.per_token()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
-# ---------------------------------------------------------------------------------------------------------------------
-
-@command(f"{DATA} {CODE} topk lam loss preset null {STEPS} {FOLDER} out=runs/sparc")
-def cmd_sparc(flags):
-    """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
-    run = Run(flags)
-    features = read_to_train(run.flags)
-    if len(features.streams) < 2:
-        raise InputError(f"{flags.data} has the one stream {list(features.streams)[0]} - "
-                         "sparc shares a code among several; use sae for one")
-    run.flags = run.flags if run.saved else resolved(flags, features)
-    print_summary(run_sparc(run, features))
-    say(f"wrote {run.join('report.html')}")
-
-
-@command(f"{DATA} stream {CODE} {KINDS} activation revive preset {STEPS} {FOLDER} out=runs/sae")
-def cmd_sae(flags):
-    """Train a sparse autoencoder on one stream: relu, topk, batchtopk or jumprelu (thesis 4.1 and its relatives)."""
-    run = Run(flags)
-    features = one_stream(run.flags)
-    run.flags = run.flags if run.saved else resolved_sae(flags, features)
-    print_summary(run_sparc(run, features))
-    say(f"wrote {run.join('report.html')}")
-
-
-def resolved_sae(flags, features):
-    """`resolved` for one stream, where the activation and the preset have settings of their own."""
-    preset = PRESETS.get(flags.get("preset"), {})
-    activation = flags.activation if "activation" in flags.given else preset.get("activation", flags.activation)
-    layers = {**BY_ACTIVATION[activation], **(PLANTED_SAE[activation] if flags.data is None else {}), **preset,
-              "activation": activation}
-    flags = resolved(flags.replaced({"null": False}), features, layers)
-    if flags.sparsity and "topk" in activation:
-        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no penalty - leave it out, or "
-                         "set --k")
-    say_once(f"note: what is done about latents that have not fired for {flags.dead_after} steps: {flags.revive}")
-    return flags
-
-
-def one_stream(flags):
-    """The features of --stream, every token a sample; raises InputError when there are several streams to pick from."""
-    stream = flags.stream or ("vision" if flags.data is None else None)
-    features = read_to_train(flags.replaced({"streams": stream or flags.get("streams")}))
-    if len(features.streams) > 1:
-        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
-    return features
-
-
-VARIANTS = ({"activation": "relu"}, {"activation": "relu", "revive": "none"}, {"activation": "relu", "revive": "ghost"},
-            {"activation": "topk"}, {"activation": "batchtopk"}, {"activation": "jumprelu"})
-
-
-@command(f"{DATA} stream {CODE} {KINDS} {STEPS} {FOLDER} out=runs/variants")
-def cmd_variants(flags):
-    """Every kind of sparse autoencoder on one stream, in one table: R2, active and silent latents, planted concepts found."""
-    run = Run(flags)
-    flags, saved = run.flags, run.saved
-    given = saved.get("given") if saved else []
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise InputError(f"{flags.out} has {given!r} as what was given in config.json - restore it, or train anew")
-    flags.given |= frozenset(given)
-    features, rows, results = one_stream(flags), [], {}
-    sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what its first use loads is not the first row's time
-    for variant in VARIANTS:
-        one = flags.replaced(variant)
-        one.given = flags.given | variant.keys()
-        one = resolved_sae(one, features)
-        name = f"{one.activation}, {one.revive}"
-        if not results:
-            run.begin(flags, given=sorted(flags.given - FREE_ON_RESUME), data_hash=features.hash)
-        say(f"-- {name}")
-        began = time.time()
-        metrics = run_sparc(run.part(name.replace(", ", "_"), one), features)
-        results[name] = {**metrics, "seconds": round(time.time() - began, 2)}
-        stream = next(iter(features.streams))
-        found = metrics.get("recovery", {}).get(stream)
-        rows.append([name, metrics["alone"]["r2"][stream][stream], metrics["l0"], 100 * metrics["alone"]["activation"]
-                     ["alive_in"][0] / metrics["alone"]["activation"]["latents"],
-                     f"{found['found']} of {found['of']}" if found else None, results[name]["seconds"]])
-    header = ["activation, revival of the dead", "R2", "L0", "silent %", "concepts found", "seconds"]
-    print("\n" + judge.text_table(header, rows))
-    judge.write_json(run.path("metrics.json"), results)
-    judge.write_report(run.path("report.html"), "repsae variants", [("", judge.html_table(header, rows))])
-    say(f"wrote {os.path.join(flags.out, 'report.html')}")
-
-
-def load_run(folder, device="cpu"):
-    """(model, config) of a run folder."""
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        raise InputError(f"{folder} is no run folder - name one that sparc, sae or ablate wrote")
-    config = read_config(folder, ("data", "taxonomy", "seed"))
-    return sae.load(os.path.join(folder, "checkpoint.pt"), device)[0], config
-
-
-def features_for(model, config, flags):
-    """The features to use a run on: those of --data, else the run's own. Only streams that the model knows are read."""
-    flags = flags.replaced({k: config["flags"].get(k, flags.get(k)) for k in ("data", "taxonomy", "seed")
-                            if k not in flags.given})
-    if not flags.streams:
-        there = data.stream_names(flags.data) if flags.data else model.streams
-        known = [s for s in model.streams if s in there]
-        if not known:
-            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
-                             f"{', '.join(model.streams)} - check the keys")
-        flags = flags.replaced({"streams": ",".join(known)})
-    features = read(flags)
-    for s, d in features.dims.items():
-        if model.dims.get(s) != d:
-            raise InputError(f"the run was trained on {model.dims}, the data has {features.dims} - "
-                             "take streams that it knows")
-    return features, flags
-
-
-@command(f"{DATA} seed device eval-rows json overwrite", "run")
-def cmd_eval(flags):
-    """Measure a trained run again, on its own data or on other features of the same streams."""
-    model, config = load_run(flags.run, flags.device)
-    features, flags = features_for(model, config, flags)
-    missing = [s for s in model.streams if s not in features.streams]
-    if missing:
-        raise InputError(f"the data lacks the run's stream '{missing[0]}' - eval needs {', '.join(model.streams)}")
-    metrics, _, _ = measure(model, features, flags)
-    print_summary(metrics)
-    if flags.json:
-        judge.write_json(out_file(flags, "json"), metrics)
-        say(f"wrote {flags.json}")
-
-
-@command(f"{DATA} seed device mode overwrite out=codes.npz", "run")
-def cmd_encode(flags):
-    """Write the sparse codes of features: <stream>_indices and _values, (N, k), of tokens (N, T, k).
-
-    Samples with fewer active latents may be filled up with index -1, value 0."""
-    out_file(flags)
-    model, config = load_run(flags.run, flags.device)
-    features, _ = features_for(model, config, flags)
-    flat = features.per_token()
-    codes = sae.joined([codes for _, codes in encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)])
-    shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    kept = {f"{s}_{name}": v.reshape(shape) for s, code in codes.items()
-            for name, v in zip(("indices", "values"), arrays(code))}
-    if "ids" in features.about:
-        kept["ids"] = features.about["ids"]
-    judge.write_npz(out_file(flags), {**kept, "n_latents": model.n_latents, "mode": flags.mode})
-    say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
-
-
-ABLATION = (("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))
-ABLATE_COLUMNS = (("mixed %", "mixed: alive in some, %"), ("Jaccard", "Jaccard of top-50 labels"),
-                  ("control", "  its control: another latent"),
-                  ("R@1", "retrieval R@1"), ("cross R2", "R2 cross"), ("self R2", "R2 self"),
-                  ("probe", "1-D probe loss (chance 0.693)"))
-
-
-@command(f"{DATA} {CODE} loss preset null {STEPS} {FOLDER} out=runs/ablate")
-def cmd_ablate(flags):
-    """The 2x2 of thesis 5.3.4 plus `both` and `random`, in one table, each joint and alone, with its null."""
-    run = Run(flags)
-    flags, features = run.flags, read_to_train(run.flags)
-    if len(features.streams) < 2:
-        raise InputError("ablate compares ways of sharing a code - give at least two streams")
-    flags, results = flags if run.saved else resolved(flags, features), {}
-    for topk, lam in ABLATION:
-        name = f"{topk}_lam{lam:g}"
-        say(f"-- {name}")
-        if not results:
-            run.begin(flags, data_hash=features.hash)
-        one = flags.replaced({"topk": topk, "lam": lam})
-        results[name] = run_sparc(run.part(name, one), features)
-    header, rows = ablation_table(results)
-    print(f"\n{judge.text_table(header, rows)}\n")
-    any_run = results["global_lam1"]
-    print(f"linear baseline of cross R2: {judge.fmt(judge.mean_cell(any_run['linear_baseline']))}; "
-          f"{any_run['rows']} samples of the {any_run['split']} split")
-    judge.write_json(run.path("metrics.json"), results)
-    table = judge.html_table(header, rows)
-    judge.write_report(run.path("report.html"), "repsae ablate", [
-        ("Who chooses the latents, and how much of it survives alone", table + judge.WHY_BOTH_WAYS)])
-    say(f"wrote {os.path.join(flags.out, 'report.html')}; each configuration has its own report in a folder beside it")
-
-
-def ablation_table(results):
-    """{name: metrics} -> (header, rows): a line for each configuration and one for its null; cells "joint / alone"."""
-    header, rows = ["joint / alone", *(name for name, _ in ABLATE_COLUMNS)], []
-    for name, metrics in results.items():
-        for label, block in ((name, metrics), ("  its null", metrics.get("null"))):
-            if block:
-                heads = {mode: judge.headline(block[mode]) for mode in ("joint", "alone")}
-                cells = [[judge.fmt(heads[mode].get(key), key) for mode in heads] for _, key in ABLATE_COLUMNS]
-                rows.append([label, *map(" / ".join, cells)])
-    return header, rows
-
-
-@command(f"{DATA} over {CODE} lam loss preset {STEPS} {FOLDER} out=runs/sweep")
-def cmd_sweep(flags):
-    """Self and cross NMSE over values of one setting, Global against Local TopK (thesis 5.4.8, sparc.txt 5 and B), or over
-    sets of streams (sparc.txt C)."""
-    run = Run(flags)
-    flags, saved = run.flags, run.saved
-    name, values = parse_over(flags.over)
-    features, trials = read_to_train(flags), {}
-    flags = flags if saved else resolved(flags, features)
-    for value in values:                                     # before anything is written
-        trial = flags.replaced({name: value, "null": False})
-        mine = read_to_train(trial) if name == "streams" else features
-        if len(mine.streams) < 2:
-            raise InputError(f"a cross error needs two streams, not {', '.join(mine.streams)} alone - give more")
-        sae.SPARC(mine.dims, trial.latents, trial.k)
-        trials[value.replace(",", "+") if name == "streams" else f"{value:g}"] = trial, mine
-    run.begin(flags, data_hash=features.hash)
-    rows, curves, grids = [], {}, {}
-    for label, (trial, mine) in trials.items():
-        found = {}
-        for topk in ("global", "local"):
-            say(f"-- {name} {label}, {topk}")
-            one = trial.replaced({"topk": topk})
-            metrics = run_sparc(run.part(f"{name}_{label}_{topk}", one), mine)
-            for mode in ("joint", "alone"):
-                head = judge.headline(metrics[mode])
-                grids.setdefault(label, {})[f"{topk}, {mode}"] = metrics[mode]["r2"]
-                for what in ("self", "cross"):
-                    found[what, topk, mode] = head[f"NMSE {what}"]
-        # each as it was trained: that is what the thesis plots
-        cells = {what: (found[what, "global", "joint"], found[what, "local", "alone"]) for what in ("self", "cross")}
-        gap = {what: None if None in pair else pair[0] - pair[1] for what, pair in cells.items()}
-        rows.append([label, *cells["self"], gap["self"], *cells["cross"], gap["cross"],
-                     found["self", "global", "alone"], found["cross", "global", "alone"]])
-        for what in cells:
-            lines = f"{what}, global", f"{what}, local", f"{what}, global alone"
-            for line, y in zip(lines, (*cells[what], found[what, "global", "alone"])):
-                curves.setdefault(line, []).append((len(rows) - 1, y))
-    header = [name, "self global", "self local", "gap", "cross global", "cross local", "gap",
-              "self global alone", "cross global alone"]
-    print("\n" + judge.text_table(header, rows))
-    judge.write_json(run.path("metrics.json"), {"over": name, "header": header, "rows": rows})
-    if name == "streams":                                    # no axis to draw along, but sparc.txt's tables
-        sections = [(f"R2 of every target from every source: {label}", judge.grid_row(
-            {key: v for key, v in of.items() if key != "local, joint"})) for label, of in grids.items()]
-        table = judge.html_table(header, rows)
-    else:
-        chart = judge.svg_lines(curves, name, "NMSE", [row[0] for row in rows])
-        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
-        sections, table = [], chart + judge.html_table(header, rows)
-    judge.write_report(run.path("report.html"), f"repsae sweep over {name}", [
-        ("NMSE, Global against Local TopK", table), *sections])
-    say(f"wrote {os.path.join(flags.out, 'report.html')}")
-
-
-def parse_over(over):
-    """"latents=256,512" -> ("latents", [256, 512]); "streams=a+b,b+c" -> ("streams", ["a,b", "b,c"])."""
-    name, _, values = (over or "").partition("=")
-    if name not in ("latents", "k", "lam", "lr", "streams"):
-        raise InputError(f"--over {over} - write for example latents=256,512,1024 (or k=, lam=, lr=, streams=a+b,a+b+c)")
-    if name == "streams":
-        if not all(v for one in values.split(",") for v in one.split("+")):
-            raise InputError(f"--over {over} - write for example streams=a+b,a+b+c")
-        return name, [v.replace("+", ",") for v in values.split(",")]
-    kind = FLAGS[name][1]
-    kind = Number(kind.kind, kind.least, kind.most)          # a value to compare is not "auto"
-    try:
-        return name, [kind(v) for v in values.split(",")]
-    except argparse.ArgumentTypeError as e:
-        raise InputError(f"--over {over}: {e}")
-
-
-def print_summary(metrics):
-    """The end of a run: the table, joint and alone side by side, the planted concepts that were found, the verdict."""
-    judge.tell_summary(judge.Page(""), metrics)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbones: DINO, features, probes (thesis 3.2)
-# ---------------------------------------------------------------------------------------------------------------------
-
-@command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
-         "colour pathology standardise prototypes head-hidden bottleneck norm-last teacher-temp "
-         "teacher-temp-start teacher-warmup epochs=100 batch=512 lr=5e-4 warmup=10 min-lr "
-         "weight-decay=0.04 weight-decay-end decay-ssm momentum clip freeze-last drop-path knn-every "
-         "workers seed=0 device log-every save-every overwrite resume out=runs/dino")
-def cmd_dino(flags):
-    """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only watch over it (k-NN)."""
-    run = Run(flags)
-    flags, images = run.flags, pictures_of(run.flags)
-    rows = images.rows("train") if images.split is not None else images.rows()
-    if len(rows) < 2:
-        raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
-    run.trained_on(images.hash, flags.images)
-    train_dino(run, images, rows)
-
-
-def pictures_of(flags):
-    """The pictures that --images names, grey values as --window says."""
-    images = data.read_images(flags.images)
-    images.window = grey_window(flags)
-    for note in images.notes:
-        say_once("note: " + note)
-    return images
-
-
-def grey_window(flags):
-    """--window "0,4095" -> (0.0, 4095.0), or None; raises InputError when it is no range."""
-    if flags.window is None:
-        return None
-    try:
-        low, high = map(float, flags.window.split(","))
-        if -math.inf < low < high < math.inf:
-            return low, high
-    except ValueError:
-        pass
-    raise InputError(f"--window {flags.window} - give two grey values in order, for example 0,4095")
-
-
-def needed(flags, name):
-    """The value of a flag that has no default; raises InputError when it was not given."""
-    if not flags[name]:
-        raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
-    return flags[name]
-
-
-def number_pair(flags, name):
-    """"0.4,1" -> (0.4, 1.0), shares of an image's area; raises InputError when it is not two of them in order."""
-    try:
-        low, high = map(float, flags[name].split(","))
-        if 0 < low <= high <= 1:
-            return low, high
-    except ValueError:
-        pass
-    raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two shares of the area, for example 0.4,1")
-
-
-def train_dino(run, images, rows):
-    """Train, or go on training, the backbone of `flags` on the images `rows`, and report. Stops when it has collapsed."""
-    flags = run.flags
-    torch.set_flush_denormal(True)                           # gradients of far tokens get that small, and CPUs slow
-    torch.manual_seed(flags.seed)
-    student, teacher, optimiser = ssm.dino_nets(
-        flags.arch, flags.size, flags.patch, flags.prototypes, flags.head_hidden, flags.bottleneck, flags.norm_last,
-        flags.drop_path, flags.decay_ssm, flags.device)
-    center = torch.zeros(flags.prototypes, device=flags.device)
-    if flags.standardise:
-        for net in (student, teacher):
-            ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
-    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, number_pair(flags, "global_scale"),
-                       number_pair(flags, "local_scale"), flags.blur, flags.colour, flags.pathology)
-    batches = data.Batches(rows, flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, step, most, checkpoint = batches.epoch, 0, 0., run.join("checkpoint.pt")
-    n_steps = flags.epochs * epoch
-    with torch.no_grad():                                    # sizes that do not fit fail here, before anything is written
-        teacher([torch.zeros(1, 3, side, side, device=flags.device) for side in (flags.size, flags.local_size)])
-    run.begin(flags, data_hash=images.hash, pictures=len(images))
-    run.path("checkpoint.pt")
-    if run.saved and os.path.exists(checkpoint):
-        with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite", flags.device) as kept:
-            for thing, name in ((student, "student"), (teacher, "teacher"), (optimiser, "optimiser")):
-                thing.load_state_dict(kept[name])
-            center, step, most = kept["center"].float().reshape(center.shape), int(kept["step"]), float(kept["most"])
-            if step < 0 or any(v.shape != weights.shape for weights, moments in optimiser.state.items()
-                               for key, v in moments.items() if key != "step"):
-                raise ValueError("moments of other weights")
-    log = Log(run.path("log.csv"), step, *[("loss", "entropy", "information", "knn")] * 2)
-    watch = Watch(images, teacher.backbone, flags)
-    if not step and len(watch.test):
-        log.add({"step": 0, "epoch": 0, "loss": "", "entropy": "", "information": "", "knn": watch.knn()})
-        say(f"before training: k-NN {float(log.rows[0]['knn']):.3f} ({watch.measure}), raw pixels {watch.knn(raw=True):.3f}")
-
-    def save():
-        judge.write_torch(checkpoint, {"student": student.state_dict(), "teacher": teacher.state_dict(), "most": most,
-                                       "optimiser": optimiser.state_dict(), "center": center, "step": step})
-    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
-
-    def on_step(t, told):
-        nonlocal step, most
-        step, most, ended = t, max(most, told["information"]), t % epoch == 0
-        judged = ended and (t // epoch % flags.knn_every == 0 or t == n_steps)
-        knn = watch.knn() if judged else None
-        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": "" if knn is None else knn},
-             lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
-                     f"{'' if knn is None else f'  k-NN {knn:.3f}'}", ended)
-        if ended and most < COLLAPSED:
-            raise InputError(collapse_message(told["entropy"], flags, t // epoch))
-        most = 0. if ended else most
-    schedule = {k: flags[k] for k in ("epochs", "min_lr", "warmup", "weight_decay", "weight_decay_end", "momentum",
-                                      "teacher_temp", "teacher_temp_start", "teacher_warmup", "clip", "freeze_last")}
-    with Keeper(flags, n_steps, step, log, save) as keep:
-        ssm.fit_dino((student, teacher, center, optimiser), lambda t: next(views), n_steps, lambda t: ssm.dino_schedule(
-            t, epoch, lr=flags.lr * flags.batch / 256, **schedule), on_step, step, flags.seed)
-    finish_dino(run, log, watch)
-
-
-COLLAPSED = 1e-3    # nats that the teacher's outputs tell of their images, at most, all through an epoch
-
-
-def collapse_message(entropy, flags, epoch):
-    """Which of the two collapses it was, by the entropy of the teacher's output, and what may help."""
-    kind = "uniform" if entropy > 0.9 * math.log(flags.prototypes) else "constant"
-    return (f"collapse: the teacher's output was {kind} for every picture all through epoch {epoch} (entropy {entropy:.3f} of "
-            f"ln K = {math.log(flags.prototypes):.3f}) - lower --lr or --teacher-temp, or raise --batch or --warmup")
-
-
-class Watch:
-    """Looks at a backbone from outside: its features of the pictures, and their k-NN accuracy where there are labels."""
-
-    def __init__(self, images, backbone, flags, most=4000):
-        self.images, self.backbone, self.flags = images, backbone, flags
-        self.train, self.test = np.arange(0), np.arange(0)
-        labels = images.labels
-        if labels is not None:
-            self.train, self.test = (rows[images.labelled[rows]]
-                                     for rows in images.knn_rows(flags.seed, most))
-            self.tasks = tasks_of(labels, self.train, self.test)
-            self.measure = "balanced accuracy" if labels.ndim == 1 else "mean AUC of the labels"
-            if not self.tasks or not len(self.train):
-                self.test = np.arange(0)
-
-    def features(self, rows, raw=False):
-        backbone = None if raw else self.backbone
-        return torch.cat(list(image_features(self.images, rows, backbone, self.flags.size, self.flags.device)))
-
-    def knn(self, raw=False):
-        """Of the 20 nearest neighbours the balanced accuracy, or, where several labels hold at once, their mean AUC; None
-        without labels."""
-        if not len(self.test):
-            return None
-        train, test = (self.features(rows, raw) for rows in (self.train, self.test))
-        one = self.images.labels.ndim == 1
-        C = len(self.images.label_names) if one else 2
-        return mean_of([judge.scores(y[self.test], judge.knn(train, y[self.train], test, (20,), n_classes=C)[20])
-                        for y in self.tasks], "balanced accuracy" if one else "AUC")
-
-
-def image_features(images, rows, backbone, size, device, block=256, whole=False, **how):
-    """Yield features (b, d) of pictures block by block; without a backbone the pixels themselves. how: see `features`."""
-    view, images.side = data.plain_view(size, whole or images.whole), max(size, images.side)
-    for start in range(0, len(rows), block):
-        x = torch.stack([view(images.open(i)) for i in rows[start:start + block]]).to(device)
-        with torch.no_grad():
-            out = x.flatten(1) if backbone is None else backbone.features(x, **how)
-            yield out[0].cpu() if isinstance(out, tuple) else out.cpu()
-
-
-def finish_dino(run, log, watch):
-    """metrics.json and report.html, with curves.svg and neighbours.png: what some pictures' nearest neighbours look like."""
-    number = {k: [(float(r["step"]), float(r[k])) for r in log.rows if r[k]]
-              for k in ("loss", "entropy", "information", "knn")}
-    found = {k: v[-1][1] for k, v in number.items() if v}
-    charts = [judge.svg_lines({"loss": number["loss"]}, "step", "loss"),
-              judge.svg_lines({k: number[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
-    sections = [("Training", "".join(charts))]
-    if number["knn"]:
-        pixels = watch.knn(raw=True)
-        found.update(knn_pixels=pixels, knn_random=number["knn"][0][1])
-        line = [(x, pixels) for x, _ in number["knn"]]
-        chart = judge.svg_lines({"teacher": number["knn"], "raw pixels": line}, "step", f"20-NN, {watch.measure}", zero=False)
-        rows, labels = [], watch.images.labels[watch.test]
-        labels = labels if labels.ndim == 1 else np.zeros(len(labels))                      # several at once: as they come
-        for c in np.unique(labels):                          # the same number of each class
-            rows.extend(watch.test[labels == c][:max(1, 12 // len(np.unique(labels)))])
-        near, _ = judge.nearest(watch.features(rows), watch.features(watch.train), 7)
-        charts.append(chart)
-        pictures = [[watch.images.open(i) for i in (query, *watch.train[index])] for query, index in zip(rows, near)]
-        judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(
-            pictures, ["picture", *(f"neighbour {i + 1}" for i in range(len(pictures[0]) - 1))], 96))
-        sections += [("k-NN on held-out pictures", chart), ("Nearest neighbours in the training pictures", "".join(
-            judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))]
-    judge.write_json(run.path("metrics.json"), found)
-    judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
-    judge.write_report(run.path("report.html"), f"repsae dino: {run.flags.arch}", sections)
-    print("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
-    say(f"wrote {run.join('report.html')}")
-
-
-@command("images! weights! window size=0 standardise last tokens whole seed=0 device overwrite "
-         "out=feats.npz")
-def cmd_extract(flags):
-    """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe` read."""
-    images, size = pictures_of(flags), flags.size
-    out_file(flags)
-    specs, streams = flags.weights.split(","), {}
-    known = images.rows("train") if images.split is not None else images.rows()
-    for spec in [spec for spec in specs if "=lsa:" in spec]:
-        name, longest = spec.split("=lsa:")
-        if "captions" not in images.about or flags.tokens or longest not in ("1", "2", "3"):
-            raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
-        streams[name] = data.latent_semantics(images.about["captions"], known, int(longest))
-        say(f"{name}: {streams[name].shape}")
-        specs.remove(spec)
-    loaded = [load_backbone(spec, flags) for spec in specs]
-    for spec, (_, model, _) in zip(specs, loaded):
-        if flags.standardise and (spec.endswith(":random") or "=" not in spec):
-            ssm.standardise_pixels(model, *data.pixel_statistics(images, known), data.IMAGENET)
-    for name, model, trained in loaded:
-        if hasattr(model, "clip"):                           # one run, two encoders
-            if "captions" in images.about and not flags.tokens:
-                streams[f"{name}_txt"] = ssm.text_features(
-                    model.clip, model.words, images.about["captions"]).cpu().numpy()
-            name = f"{name}_img"
-        how = {"tokens": True} if flags.tokens else {"last": flags.last} if hasattr(model, "blocks") else {}
-        whole, block = flags.whole or hasattr(model, "clip"), 16 if flags.tokens else 256  # clip learns from whole pictures
-        parts = list(image_features(images, range(len(images)), model, size or trained, flags.device, block, whole, **how))
-        streams[name] = np.concatenate([p.numpy() for p in parts])
-        say(f"{name}: {streams[name].shape}")
-    pixels = images.pixels
-    about = {"images": relative(images.paths, flags.out) if pixels is None else pixels}
-    if flags.tokens:
-        about["grid"] = np.array(ssm.token_grid(loaded[0][1], size or loaded[0][2]))
-        streams = {s: x.astype(np.float16) for s, x in streams.items()}
-    if images.boxes is not None:
-        about["coords"] = images.boxes
-    if images.objects is not None:
-        about.update(object_arrays(images.objects))
-    if images.labels is not None:
-        about.update(labels=images.labels, label_names=np.array(images.label_names))
-    if images.mask is not None:
-        about["mask"] = images.mask
-    if images.split is not None:
-        about["split"] = images.split
-    judge.write_npz(flags.out, {**streams, **about, **images.about})
-    say(f"wrote {flags.out}")
-
-
-def object_arrays(objects):
-    """The annotated objects of pictures as a feature file has them: labels (N, C) bool, label_names, boxes (n, 6)."""
-    names = sorted({name for found in objects for name, _ in found})
-    boxes = np.array([(i, names.index(name), *box) for i, found in enumerate(objects) for name, box in found
-                      if box[0] < box[2] and box[1] < box[3]])
-    labels = np.zeros((len(objects), len(names)), bool)
-    labels[boxes[:, 0].astype(int), boxes[:, 1].astype(int)] = True
-    return {"labels": labels, "label_names": np.array(names), "boxes": boxes}
-
-
-def relative(paths, out):
-    """Paths (N,) as they are seen from the folder of the file `out`."""
-    return np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(out))) for p in paths])
-
-
-def load_backbone(spec, flags, n_classes=0, head=False):
-    """name=RUN (of dino), name=FILE.pt (of finetune), name=arch:FILE, name=arch:random, or an arch alone, which is random.
-
-    Returns (name, model, the side it was trained at); model.made tells how to build it again. With n_classes it gets a new
-    head of so many classes, and arch may be one of torchvision's classifiers too; with `head` it keeps its file's.
-    """
-    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
-    arch, _, path = where.partition(":")
-    if not where or os.path.basename(name) != name:          # it names files, too
-        raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
-    made, size = {}, getattr(flags, "size", None) or None
-    if not path and arch.endswith(".pt"):
-        with unpacked(arch, "is no file of finetune", f"write {name}=arch:FILE for others") as kept:
-            made, path = {k: kept[k] for k in ("arch", "size", "patch", "n_classes")}, arch
-        check_kinds(made, {**dict.fromkeys(("size", "patch")), "arch": "vim_small"}, arch)
-        if type(made["n_classes"]) is not int and made["n_classes"] is not None:
-            raise InputError(f"{arch} has {made['n_classes']!r} as n_classes - train it anew")
-    elif not path:
-        if os.path.exists(os.path.join(arch, "clip.pt")):
-            return (name, *load_clip(arch, flags.device))
-        config = os.path.join(arch, "config.json")
-        if not os.path.exists(config):
-            raise InputError(f"{arch} is no dino run - give its folder, or write {name}=arch:FILE")
-        made, path = read_config(arch, ("arch", "size", "patch"))["flags"], os.path.join(arch, "checkpoint.pt")
-    arch = made.get("arch", arch)
-    torch.manual_seed(flags.seed)
-    if arch not in ssm.PRESETS and n_classes:
-        model = torchvision_model(arch, path, n_classes).to(flags.device)
-        model.made = {"arch": arch, "size": size, "patch": None, "n_classes": n_classes}
-        return name, model, size
-    settings = {"size": made.get("size", size if path == "random" else None),
-                "patch": made.get("patch", getattr(flags, "patch", None))}
-    model = ssm.make_backbone(arch, **settings, n_classes=made.get("n_classes") if head else None)
-    if path != "random":
-        ssm.load_weights(model, path)
-    if n_classes:
-        bare, model = model, ssm.make_backbone(arch, **settings, n_classes=n_classes)
-        model.load_state_dict(bare.state_dict(), strict=False)                              # all but the head
-    model.made = {"arch": arch, **settings, "n_classes": n_classes or made.get("n_classes")}
-    return name, model.eval().to(flags.device), getattr(model, "size", 224)
-
-
-def torchvision_model(name, path, n_classes):
-    """A classifier of torchvision by name, its last layer new; path: a state_dict of the released shape, or "random"."""
-    models = data.vision().models
-    if name not in models.list_models(module=models):
-        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
-    model = models.get_model(name, num_classes=n_classes)
-    if path != "random":
-        with unpacked(path, f"does not hold the weights of {name}", "give torchvision's file") as state:
-            own, last = model.state_dict(), ssm.last_linear(model)[0]
-            model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v for k, v in state.items()})
-    return model
-
-
-@command(f"{DATA} seed solver strength only json overwrite")
-def cmd_probe(flags):
-    """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis 3.2.3)?"""
-    features = read_to_train(flags)
-    labels = features.labels
-    if labels is None:                                       # tokens have none
-        raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample - add them as `labels`")
-    chosen = list(range(len(features.label_names)))
-    if flags.only:
-        chosen = sorted({label_number(features, name) for name in flags.only.split(",")})
-    several = labels.ndim == 2                               # may hold at once: each is found by itself
-    known = np.flatnonzero(features.labelled & (several or np.isin(labels, chosen)))
-    train, test = (np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val")))
-    tasks = tasks_of(labels[:, chosen] if several else np.searchsorted(chosen, labels), train, test)
-    if not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2:
-        raise InputError("the training split has fewer than two classes, or nothing is left to test on - mend `split` "
-                         "or `labels`")
-    unseen = [] if several else np.setdiff1d(labels[test], labels[train])
-    for c in unseen[:1]:
-        raise InputError(f"no training sample has the label '{features.label_names[c]}' of test "
-                         "samples - mend `split`, or name the others with --only")
-    if several and len(tasks) < len(chosen):
-        say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in test, are left out")
-    found, rows, C = {}, [], 2 if several else len(chosen)
-    for s in features.streams:
-        x = {part: features.batch(r)[s].numpy() for part, r in (("train", train), ("test", test))}
-        each = []
-        for y in tasks:
-            if flags.solver == "lbfgs":
-                linear = judge.logistic_probe(x["train"], y[train], x["test"], C, flags.strength)
-            else:
-                linear = judge.sgd_probe(x["train"], y[train], x["test"], C, seed=flags.seed)
-            near = judge.knn(x["train"], y[train], x["test"], n_classes=C)
-            ways = {"linear": linear, **{f"{k}-NN": v for k, v in near.items()}}
-            each.append({way: judge.scores(y[test], p) for way, p in ways.items()})
-        found[s] = {way: {key: mean_of([one[way] for one in each], key) for key in each[0][way]} for way in each[0]}
-        rows += [[f"{s}, {way}", *v.values()] for way, v in found[s].items()]
-    print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], rows))
-    print(f"{len(train)} samples to learn from, {len(test)} to test on" + f"; mean over {len(tasks)} labels" * several)
-    if flags.json:
-        judge.write_json(out_file(flags, "json"), found)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# A run in use: its model, features and codes
+# ------------------------------------------------------------------------------------------------
 
 class Coded:
-    """A run, the features it is used on, and the codes of every sample of one stream, computed alone.
+    """A run's model with features, its own or those of --data, and the codes of their streams.
 
-    strength, count   CSR (N, L): mean activation over a sample's tokens, and number of its tokens above tau
-    dense             (N, d): normalised features, the mean over tokens where there are any
+    flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
+            were typed
+    T       tokens of a sample, 1 where it is one vector
     """
 
-    def __init__(self, run, flags, tau=0.):
-        self.model, config = load_run(run, flags.device)
-        flags = flags.replaced({"streams": flags.get("stream") or flags.get("streams"), "taxonomy": None})
-        flags.given |= {"taxonomy"}                          # not the run's: the labels may be others
-        self.features, self.flags = features_for(self.model, config, flags)
+    def __init__(self, run, flags, streams=None):
+        if not os.path.exists(os.path.join(run, "config.json")):
+            raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
+        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
+        own = {k: own[k] for k in ("data", "taxonomy", "seed")
+               if k in own and k in flags and k not in flags.given}
+        flags = flags.replaced({"taxonomy": None, **flags, **own})
+        self.run, self.device = run, flags.device
+        self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
+        there = data.stream_names(flags.data) if flags.data else self.model.streams
+        known = [s for s in self.model.streams if s in there]
+        streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
+        if not known:
+            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
+                             f"{', '.join(self.model.streams)} - check the keys")
+        self.flags = flags.replaced({"streams": streams})
+        self.features = read(self.flags)
+        for s, d in self.features.dims.items():
+            if self.model.dims.get(s) != d:
+                raise InputError(f"the run was trained on {self.model.dims}, the data has "
+                                 f"{self.features.dims} - take streams that it knows")
+        self.T, self.flat = self.features.tokens or 1, self.features.per_token()
+
+    def codes(self, rows, mode="alone"):
+        """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
+        tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
+        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
+        found = sae.joined([codes for _, codes in blocks])
+        return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
+
+    def pool(self, tau=0.):
+        """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
+        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
         if len(self.features.streams) > 1:
-            raise InputError(f"{run} has the streams {', '.join(self.features.streams)} - pick one with --stream")
-        self.run, self.stream, self.T = run, next(iter(self.features.streams)), self.features.tokens or 1
-        strength, count, dense, block = [], [], [], max(1, 4096 // self.T)
-        for start in range(0, len(self.features), block):
-            x = self.tokens(np.arange(start, min(start + block, len(self.features))))
-            s, c = judge.pool_tokens(self.code(x), self.T, tau)
-            strength.append(s)
-            count.append(c)
-            with torch.no_grad():
-                dense.append(self.model.normalise(x, self.stream).unflatten(0, (-1, self.T)).mean(1).cpu().numpy())
-        self.strength, self.count = sp.vstack(strength).tocsr(), sp.vstack(count).tocsr()
-        self.dense = np.concatenate(dense)
+            raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
+                             "pick one with --stream")
+        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
+        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
+                                T * max(1, 4096 // T)):
+            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
+            pooled.append(judge.pool_tokens(code, T, tau))
+            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
+        self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
+        self.stream, self.dense = s, np.concatenate(dense)
         if not np.isfinite(self.strength.data).all():
-            raise InputError(f"the codes of {run} are not finite - its training went wrong: lower --lr")
+            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
         if not self.strength.nnz:
-            raise InputError(f"no latent of {run} is active on any sample - train it longer, or with less sparsity")
+            raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
+                             "or with less sparsity")
+        self.groups = self.features.about.get("groups", np.arange(N))
+        self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
+        return self
 
-    def tokens(self, rows):
-        """Raw vectors of samples (n,): (n * T, d)."""
-        x = self.features.batch(rows)[self.stream].to(self.flags.device)
-        return x.flatten(0, 1) if x.dim() == 3 else x
-
-    def code(self, x):
-        """Codes of raw vectors (n, d): CSR (n, L)."""
-        with torch.no_grad():
-            codes = self.model.encode({self.stream: x}, "alone")[self.stream]
-        return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(), self.model.n_latents)
+    def decoder(self):
+        """Dictionary (L, d) and bias (d,) of the one stream."""
+        return (v[self.stream].detach().cpu().double().numpy()
+                for v in (self.model.W_dec, self.model.b_pre))
 
     def heat(self, row, latents):
         """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
-        grid = self.features.grid
-        return self.code(self.tokens([row]))[:, latents].toarray().T.reshape(len(latents), *grid)
+        code = self.codes([row])[self.stream][:, latents]
+        return code.toarray().T.reshape(-1, *self.features.grid)
 
-    def split(self):
-        """(rows to learn from, rows to judge by)."""
-        return self.features.rows("train"), self.features.rows("test", "val")
+    def boxes(self, row, label):
+        """The boxes x0, y0, x1, y1 of a label in a sample, in shares of the picture."""
+        known = self.features.boxes
+        return () if known is None else [
+            tuple(b[2:]) for b in known[(known[:, 0] == row) & (known[:, 1] == label)]]
 
-    def labels(self):
-        """(N, C) bool; raises InputError when the file has no labels."""
-        labels = self.features.label_matrix(np.arange(len(self.features)))
-        if labels is None:
-            raise InputError(f"{self.flags.data} has no labels - add them as `labels`")
-        return labels
-
-    def told(self, name):
-        """(y (N,) bool: has a sample the label, rows to learn from, rows to judge by): labelled rows, both kinds in both."""
-        y, label = self.labels(), label_number(self.features, name)
-        known = self.features.labelled
-        y, parts = y[:, label], [rows[known[rows]] for rows in self.split()]
-        for part, rows in zip(("training", "test"), parts):
-            if not 0 < y[rows].sum() < len(rows):
-                raise InputError(f"{y[rows].sum()} of {len(rows)} labelled {part} samples have the label {name} - some, not "
-                                 "all, must")
+    def told(self, name=None):
+        """(y (N,) int, rows to learn from, rows to judge by), labelled rows alone: has a sample the
+        label? Without a name, its class; y is None where samples have no or several labels."""
+        features, y, parts = self.features, self.features.labels, (self.train, self.test)
+        if name is not None:
+            label = label_number(features, name)
+            y = features.label_matrix(np.arange(len(features)))[:, label].astype(int)
+        elif y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
+            return None, *parts
+        parts = [rows[features.labelled[rows]] for rows in parts]
+        train, test = (np.unique(y[rows]) for rows in parts)
+        if min(len(train), len(test)) < 2 or not np.isin(test, train).all():
+            raise InputError(f"{name or 'the labels'}: {len(train)} kinds of training samples, "
+                             f"{len(test)} of test samples - both need two, the same; mend `split`")
         return y, *parts
-
-    def classes(self):
-        """(N,) int, negative where unlabelled, or None where samples have no or several labels."""
-        y = self.features.labels
-        return y if y is not None and y.ndim == 1 and len(set(y[y >= 0].tolist())) > 1 else None
-
-    def picture(self, row):
-        """A sample's picture, or None when the file gives none or it cannot be read."""
-        return self.features.picture(row)
 
     def about(self, row):
         """What the file tells of a sample, as a dict of text; no label where it is not known."""
-        found = {key[:-1]: str(v[row]) for key, v in self.features.about.items() if v.ndim == 1}
-        if self.features.labelled[row]:
-            on = self.features.label_matrix([row])[0]
-            names = [name for name, here in zip(self.features.label_names, on) if here]
+        features, labels = self.features, self.features.label_matrix([row])
+        found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
+        if features.labelled[row]:
+            names = [name for name, here in zip(features.label_names, labels[0]) if here]
             found["label"] = ", ".join(names) or "none"
         return {"sample": int(row), **found}
 
@@ -1665,483 +1040,863 @@ def label_number(features, label):
     raise InputError(f"no label '{label}' - take one of {known}")
 
 
-@command(f"{ON_RUN} tau top weighted between", "run")
-def cmd_latents(flags):
-    """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients (CytoSAE)."""
-    run = analysis_run(flags, "latents")
-    coded = Coded(flags.run, flags, flags.tau)
-    features, (train, _) = coded.features, coded.split()
-    known = features.labelled[train]
-    labels = features.label_matrix(train) if known.any() else None
-    table = judge.latent_table(coded.strength[train], coded.count[train], labels, flags.top,
-                               flags.weighted, known)
-    counts = judge.threshold_counts(table["mean"])
-    alive = table["frequency"] > 0
-    found = {"latents": len(alive), "alive": int(alive.sum()), "mean at least 10^t": counts}
-    print(f"{alive.sum()} of {len(alive)} latents are active on the {len(train)} training samples\n")
-    print(judge.text_table(["mean activation at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))
-    scatter = judge.latent_scatter(table)
-    sections = [("Latents by frequency and mean activation", scatter), ("Latents above a threshold of mean activation",
-                judge.html_table(["at least", *(f"1e{t}" for t in counts)], [["latents", *counts.values()]]))]
-    shown = np.flatnonzero(alive)[np.argsort(-table["frequency"][alive], kind="stable")]
-    if labels is not None:
-        there = table["entropy"][alive & np.isfinite(table["entropy"])]
-        found["mean entropy"] = float(there.mean()) if len(there) else None
-        clear = np.flatnonzero(table["frequency"] * len(train) >= 5)
-        order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
-        each = max(1, 20 // max(len(features.label_names), 1))
-        shown = [j for c in range(len(features.label_names)) for j in order[table["label"][order] == c][:each]][:20]
-        columns = ["purity", "entropy", "frequency", "mean"]
-        rows = [[f"{j}", features.label_names[table["label"][j]], *(table[c][j] for c in columns)] for j in shown]
-        header = ["latent", "label", *columns]
-        print(f"\nmean label entropy {judge.fmt(found['mean entropy'])} nats "
-              f"of ln {len(features.label_names)} = "
-              f"{math.log(len(features.label_names)):.3f}; the purest of each label, active in 5 samples or more:\n"
-              + judge.text_table(header, rows))
-        sections.append(("The purest latents of each label", judge.html_table(header, rows)))
-    found["barcodes"], more, codes = barcode_sections(coded, table, flags)
-    sections += more + [("Reference samples", reference_gallery(coded, table, train, shown[:24]))]
-    run.begin()
-    if codes is not None:
-        judge.write_npz(run.path("barcodes.npz"), codes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(scatter))
-    judge.write_json(run.path("latents.json"), [
-        {"latent": int(j), **{k: none_if_nan(v[j]) for k, v in table.items() if k != "references"},
-         "references": best_first(table["references"], j, train)} for j in np.flatnonzero(alive)])
-    judge.write_json(run.path("metrics.json"), found)
-    judge.write_report(run.path("report.html"), f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}",
-                       sections)
-    say(f"wrote {run.join('report.html')}")
-
-
 def analysis_run(flags, name):
     """The Run that an analysis of a run writes: --out, or the folder `name` inside that run."""
-    if not plain(name) or "/" in name:
+    if not flags.out and (not plain(name) or "/" in name):
         raise InputError(f"{name!r} cannot be the name of a folder - name one with --out")
     return Run(flags, flags.out or os.path.join(flags.run, name))
 
 
-def percent(share):
-    """A share as a percentage, None as it is."""
-    return None if share is None else 100 * share
+# ------------------------------------------------------------------------------------------------
+# Sparse codes: training and using them (thesis 4.1, 5)
+# ------------------------------------------------------------------------------------------------
+
+@command(f"{DATA} {CODE} topk lam loss preset null {STEPS} {FOLDER} out=runs/sparc")
+def cmd_sparc(flags):
+    """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
+    run = Run(flags)
+    features = read_to_train(run.flags, 2)
+    run.flags = run.flags if run.saved else resolved(flags, features)
+    judged(run, features, run)
 
 
-def none_if_nan(v):
-    """A number for JSON."""
-    return None if v != v else v.item()
+@command(f"{DATA} stream {CODE} {KINDS} activation revive preset {STEPS} {FOLDER} out=runs/sae")
+def cmd_sae(flags):
+    """Train a sparse autoencoder on one stream (thesis 4.1 and its relatives), or every kind."""
+    run = Run(flags)
+    features = one_stream(run.flags)
+    if run.flags.activation == "all":
+        return every_activation(run, features)
+    run.flags = run.flags if run.saved else resolved_sae(flags, features)
+    judged(run, features)
 
 
-def best_first(ranks, latent, rows):
-    """Samples that rank 1, 2, ... for a latent, from CSR ranks (L, n) over `rows`."""
-    row = ranks[latent]
-    return rows[row.indices[row.data.argsort()]].tolist()
+def resolved_sae(flags, features):
+    """`resolved` for one stream: the activation and the preset have settings of their own."""
+    preset = PRESETS.get(flags.preset, {})
+    typed = "activation" in flags.given
+    activation = flags.activation if typed else preset.get("activation", flags.activation)
+    sae.one_of("activation", activation, sae.ACTIVATIONS)
+    own = sae.ACTIVATIONS[activation]
+    planted = PLANTED_SAE.get(activation, {}) if flags.data is None else {}
+    layers = {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, **planted,
+              **preset, "activation": activation}
+    flags = resolved(flags.replaced({"null": False}), features, layers)
+    if flags.sparsity and not own.sparsity:
+        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no "
+                         "penalty - leave it out, or set --k")
+    say_once(f"note: what is done about latents that have not fired for {flags.dead_after} steps: "
+             f"{flags.revive}")
+    return flags
 
 
-def reference_gallery(coded, table, train, latents, most=6):
-    """The reference samples of latents in HTML, with the patches where they are active, if there are pictures and a grid."""
-    parts = []
-    for j in latents:
-        parts.append(f"<h3>latent {j}</h3>")
-        shown = []
-        for row in best_first(table["references"], j, train)[:most]:
-            image = coded.picture(row)
-            if image is None:
-                shown.append(html.escape(", ".join(f"{k} {v}" for k, v in coded.about(row).items())))
-            elif coded.features.grid:
-                image.thumbnail((240, 240))
-                shown.append(judge.embedded(image) + judge.embedded(judge.weighted_patches(image, coded.heat(row, [j])[0])))
-            else:
-                shown.append(judge.embedded(image, 120))
-        parts.append('<div class="strip">' + "".join(f"<span>{v}</span>" for v in shown) + "</div>")
-    return "".join(parts) or "<p>No latent is active in five samples.</p>"
+def one_stream(flags):
+    """The features of --stream, every token a sample."""
+    stream = flags.stream or ("vision" if flags.data is None else None)
+    features = read_to_train(flags.replaced({"streams": stream or flags.streams}))
+    if len(features.streams) > 1:
+        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
+                         "pick one with --stream")
+    return features
 
 
-def barcode_sections(coded, table, flags):
-    """Barcodes of groups and of their labels (CytoSAE Eq. 4), what tells two labels apart, and how well barcodes classify:
-    (figures or None, sections of the report, arrays for a file or None). Without groups each of some 20,000 samples at most is
-    one, if it has tokens; groups whose labelled samples differ count for none of the labels."""
-    features, y = coded.features, coded.classes()
-    groups = features.about.get("groups")
-    if flags.between and (groups is None or y is None):
-        lacking = "groups" if y is not None else "single label a sample"
-        raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add `groups` and `labels`")
-    if y is None or groups is None and (coded.T == 1 or len(features) > 20000):
-        return None, [], None
-    groups = np.arange(len(features)) if groups is None else groups                         # a picture for itself
-    names, codes, _ = judge.barcodes(coded.count, groups)
-    of = [np.unique(y[rows][y[rows] >= 0]) for rows in np.split(np.argsort(groups, kind="stable"),
-                                                  np.cumsum(np.unique(groups, return_counts=True)[1])[:-1])]
-    y = np.array([found[0] if len(found) == 1 else -1 for found in of])
-    known = np.flatnonzero(y >= 0)
-    if len(known) < len(y):
-        say(f"note: {len(y) - len(known)} of {len(y)} groups have no label, or several, and are left out")
-    of_label = [c for c in np.unique(y[known])]
-    arrays = {"groups": names, "labels": y, "barcodes": codes.toarray(), "label_names": np.array(features.label_names),
-              "diseases": np.stack([np.asarray(codes[np.flatnonzero(y == c)].mean(0)).ravel() for c in of_label])
-              if of_label else np.zeros((0, codes.shape[1]))}                               # a_p and a_d of Eq. 4
-    out, sections = {"groups": len(names)}, [("Barcodes", barcode_chart(arrays, of_label))] if of_label else []
-    codes, y = codes[known], y[known]
-    rarest = np.bincount(y)[np.unique(y)].min() if len(y) else 0
-    if rarest >= 2 and len(of_label) > 1:
-        folds = data.stratified_parts(y, [1] * min(5, rarest), coded.flags.seed)
-        f1 = judge.barcode_f1(codes, y, table["mean"], folds)
-        header = ["mean activation at least", "latents", "weighted F1"]
-        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in f1.items()]
-        unit = "groups" if "groups" in features.about else "samples"
-        print(f"\n{len(y)} {unit}, {len(folds)} stratified folds, logistic regression on barcodes:\n"
-              + judge.text_table(header, rows))
-        out["f1"] = f1
-        sections.append((f"Labels of {unit} from their barcodes", judge.html_table(header, rows)))
-    if flags.between:
-        pair = [label_number(features, name) for name in flags.between.split(",")]
-        if len(pair) != 2 or not np.isin(pair, y).all():
-            raise InputError(f"--between {flags.between} - give two labels that groups have, separated by a comma")
-        first, second, difference = judge.differential(codes, y, *pair)
-        rows = [[" ".join(f"{j} ({difference[j]:+.2f})" for j in chosen[:10])] for chosen in (first, second)]
-        rows = [[features.label_names[c], *row] for c, row in zip(pair, rows)]
-        print("\n" + judge.text_table(["more active in", "latents (difference of the mean count)"], rows))
-        out["differential"] = {features.label_names[c]: chosen.tolist() for c, chosen in zip(pair, (first, second))}
-        sections.append(("Latents that differ", judge.html_table(["more active in", "latents"], rows)))
-    return out, sections, arrays
+def every_activation(run, features):
+    """Each activation with what revives its dead latents, and relu with others, in one table: R2,
+    active and silent latents, planted concepts found."""
+    flags, trials = run.flags, {}
+    if run.saved:                                            # what was typed then
+        flags.given |= {k for k, v in flags.items()
+                        if v != COMMANDS["sae"].flags.get(k.replace("_", "-"), v)}
+    kinds = [{"activation": name} for name in sae.ACTIVATIONS]
+    after = kinds.index({"activation": "relu"}) + 1
+    kinds[after:after] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
+    for kind in kinds:
+        one = flags.replaced(kind)
+        one.given = flags.given | kind.keys()
+        one = resolved_sae(one, features)
+        trials[f"{one.activation}_{one.revive}"] = one, features
+    sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what it loads is in no row's seconds
+    run.begin(flags, data_hash=features.hash)
+    judged_parts(run, trials, judge.tell_activations)
 
 
-def barcode_chart(arrays, of_label, most=80):
-    """The barcodes of the labels, a_d, over the latents in which they differ most, as a chart."""
-    codes = arrays["diseases"]
-    shown = np.sort(np.argsort(-codes.std(0), kind="stable")[:most])
-    return judge.svg_lines({str(arrays["label_names"][c]): [(i, code[j]) for i, j in enumerate(shown)]
-                            for c, code in zip(of_label, codes)}, f"the {len(shown)} latents that differ most, by number",
-                           "mean count of active patches", [str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
-
-
-@command(f"{ON_RUN} label! head-file rank percentile iou connectivity strict box-score ap-points "
-         "other", "run")
-def cmd_intervene(flags):
-    """What each latent does: keep or silence the top latents of a label and see what a linear head still tells (Mammo-SAE)."""
-    run = analysis_run(flags, f"intervene_{flags.label}")
+@command(f"{DATA} seed device eval-rows json overwrite", "run")
+def cmd_eval(flags):
+    """Measure a trained run again, on its own data or on other features of the same streams."""
     coded = Coded(flags.run, flags)
-    label = label_number(coded.features, flags.label)
-    y, train, test = coded.told(flags.label)
-    w, bias = linear_head(coded, y, train, flags)
-    W, b = (v.detach().cpu().double().numpy() for v in (coded.model.W_dec[coded.stream], coded.model.b_pre[coded.stream]))
-    effect, base, means = W @ w, float(b @ w) + bias, judge.class_means(coded.strength[train], y[train])
-    groups = coded.features.about.get("groups")
-    groups = None if groups is None else groups[test]
-    intervals = {"original features": judge.bootstrap_auc(y[test], coded.dense[test] @ w + bias, groups,
-                                                         seed=coded.flags.seed),
-                 "reconstructed": judge.bootstrap_auc(y[test], coded.strength[test] @ effect + base, groups,
-                                                      seed=coded.flags.seed)}
-    ks = sorted({min(k, len(effect)) for k in (0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect))})
-    curve = judge.intervention(coded.strength[test], effect, base, y[test], means, ks)
-    tables = [(["AUC, 95 in 100 bootstrap draws", "", "from", "to"], [[name, *v] for name, v in intervals.items()]),
-              (["k of each class", "latents", "AUC, only these kept", "AUC, these silenced"],
-               [[str(c["k"]), c["latents"], c["keep"], c["silence"]] for c in curve])]
-    top = top_latents(coded, label, train, means, flags.rank)
-    found = {"auc": intervals, "curve": curve, "top latents": top.tolist(), "separation": judge.separation(means)}
-    chart = judge.svg_lines({what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
-                            "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False)
-    if coded.features.boxes is not None and not coded.features.grid:
-        say("note: boxes but no token grid, so that no latent is localised - extract with --tokens")
-    if coded.features.boxes is not None and coded.features.grid:
-        rows = localisation(coded, label, test, top, flags)
-        found["localisation"] = rows
-        tables.append((["latent", f"AP at IoU {flags.iou:g}", "by pictures with the label alone"],
-                       [[f"{i + 1}: latent {row['latent']}", row["ap"], row["ap_present"]] for i, row in enumerate(rows)]))
-    pairs = {"--data": means}
-    if flags.other:
-        second = flags.replaced({"data": flags.other})
-        second.given = flags.given | {"data"}
-        again = Coded(flags.run, second)
-        z, rows, _ = again.told(flags.label)
-        pairs["--other"] = judge.class_means(again.strength[rows], z[rows])
-        found["separation of --other"] = judge.separation(pairs["--other"])
-        tables.append((["class means", "distance", "cosine", "latent that differs most", "by"],
-                       [[name, *judge.separation(v).values()] for name, v in pairs.items()]))
-    for header, rows in tables:
-        print(judge.text_table(header, rows) + "\n")
-    run.begin()
-    judge.write_json(run.path("metrics.json"), found)
-    pictures = heat_gallery(coded, label, test, top)
-    judge.write_report(run.path("report.html"), f"repsae intervene: {flags.label}", [
-        ("What the top latents tell", chart + "".join(judge.html_table(*table) for table in tables)),
-        ("Class means of the latents", "".join(class_mean_chart(name, v) for name, v in pairs.items())),
-        *([("The top latents over pictures with the label; true boxes in red", pictures)] if pictures else [])])
+    model, features, flags = coded.model, coded.features, coded.flags
+    for s in model.streams:
+        if s not in features.streams:
+            raise InputError(f"the data lacks the run's stream '{s}' - "
+                             f"eval needs {', '.join(model.streams)}")
+    metrics, _, _ = measure(model, features, flags)
+    judge.tell_summary(judge.Page(""), metrics)
+    if flags.json:
+        judge.write_json(out_file(flags, "json"), metrics)
+        say(f"wrote {flags.json}")
+
+
+@command(f"{DATA} seed device mode overwrite out=codes.npz", "run")
+def cmd_encode(flags):
+    """Write the sparse codes of features: <stream>_indices and _values, (N, k), or (N, T, k).
+
+    Samples with fewer active latents may be filled up with index -1, value 0."""
+    out_file(flags)
+    coded = Coded(flags.run, flags)
+    model, features, flat = coded.model, coded.features, coded.flat
+    pieces = encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)
+    shape = (len(features), *([features.tokens] if features.tokens else []), -1)
+    kept = {"n_latents": model.n_latents, "mode": flags.mode}
+    for s, code in sae.joined([codes for _, codes in pieces]).items():
+        for name, v in code._asdict().items():
+            kept[f"{s}_{name}"] = v.reshape(shape)
+    if "ids" in features.about:
+        kept["ids"] = features.about["ids"]
+    judge.write_npz(out_file(flags), kept)
+    say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
+
+
+@command(f"{DATA} over! {CODE} topk lam loss preset {STEPS} {FOLDER} out=runs/sweep")
+def cmd_sweep(flags):
+    """A run for every combination of settings, or of sets of streams, beside each other (thesis
+    5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
+    run = Run(flags)
+    axes = parse_axes(run.flags)
+    sweep(run, axes, functools.partial(judge.tell_sweep, axes=axes))
+
+
+ABLATION = {"global_lam1", "global_lam0", "local_lam1", "local_lam0", "both_lam1", "random_lam1"}
+
+
+@command(f"{DATA} {CODE} loss preset null {STEPS} {FOLDER} out=runs/ablate")
+def cmd_ablate(flags):
+    """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
+    run = Run(flags)
+    axes = {"topk": ["global", "local", "both", "random"], "lam": [1., 0.]}
+    sweep(run, axes, judge.tell_ablation, ABLATION, run)
+
+
+def sweep(run, axes, tell, only=None, whole=None):
+    """`judged_parts` of all combinations of the values in `axes`, or of those named `only`. A name
+    is made of the values: global_lam1."""
+    features, trials = read_to_train(run.flags, 2), {}
+    flags = run.flags if run.saved else resolved(run.flags, features)
+    for values in itertools.product(*axes.values()):
+        one = dict(zip(axes, values))
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in one.items())
+        if only and name not in only:
+            continue
+        trial, mine = flags.replaced(one), features
+        if {"streams", "seed"} & one.keys():                 # the seed draws the split too
+            trial["streams"] = (trial.streams or "").replace("+", ",")
+            mine = read_to_train(trial, 2)
+        sae.SPARC(mine.dims, trial.latents, trial.k)         # before anything is written
+        trials[name] = trial, mine
+    run.begin(flags, data_hash=features.hash)
+    judged_parts(run, trials, tell, whole)
+
+
+def parse_axes(flags):
+    """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
+    known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags}
+    text, axes = flags.over, {}
+    for word in [] if text is None else text.split() or [text]:
+        name, _, values = word.partition("=")
+        kind = FLAGS[name][1] if name in known else None
+        if isinstance(kind, Number):                         # a value to compare is not "auto"
+            kind = Number(kind.kind, kind.least, kind.most)
+        elif name == "streams" and all(s for v in values.split(",") for s in v.split("+")):
+            kind = str
+        elif not isinstance(kind, tuple):
+            raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
+                             '"streams=a+b,a+b+c"')
+        try:
+            values = dict.fromkeys(value_of(kind, v) for v in values.split(","))
+            axes[name.replace("-", "_")] = [*values]
+        except argparse.ArgumentTypeError as e:
+            raise InputError(f"--over {word}: {e}")
+    return axes
+
+
+# ------------------------------------------------------------------------------------------------
+# Backbones: DINO, features, probes (thesis 3.2)
+# ------------------------------------------------------------------------------------------------
+
+@command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
+         "colour pathology standardise prototypes head-hidden bottleneck norm-last teacher-temp "
+         "teacher-temp-start teacher-warmup epochs=100 batch=512 lr=5e-4 warmup=10 min-lr "
+         "weight-decay=0.04 weight-decay-end decay-ssm momentum clip freeze-last drop-path "
+         "knn-every workers seed=0 device log-every save-every overwrite resume out=runs/dino")
+def cmd_dino(flags):
+    """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only
+    watch over it (k-NN)."""
+    run = Run(flags)
+    flags, images = run.flags, pictures_of(run.flags)
+    rows = images.rows("train")                              # all, where there is no split
+    if len(rows) < 2:
+        raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
+    run.trained_on(images.hash, flags.images)
+    torch.set_flush_denormal(True)                           # far tokens' gradients get that small
+    torch.manual_seed(flags.seed)
+    nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck norm_last "
+                                      "drop_path decay_ssm device"))
+    if flags.standardise:
+        for net in nets[:2]:
+            ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
+    with torch.no_grad():                                    # sizes that do not fit fail here
+        nets[1]([torch.zeros(1, 3, side, side, device=flags.device)
+                 for side in (flags.size, flags.local_size)])
+    areas = [two_numbers(flags, name, 0, 1) for name in ("global_scale", "local_scale")]
+    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
+                       flags.colour, flags.pathology)
+    run.begin(flags, data_hash=images.hash, pictures=len(images))
+    watch = Watch(images, flags)                             # labels serve this alone
+    tell_dino(run, nets[1].backbone, train_dino(run, nets, images, crops, watch), watch)
+
+
+def pictures_of(flags):
+    """The pictures that --images names, grey values as --window says."""
+    images = data.read_images(flags.images)
+    images.window = grey_window(flags)
+    for note in images.notes:
+        say_once("note: " + note)
+    return images
+
+
+def grey_window(flags):
+    """The two grey values of --window, or None."""
+    return two_numbers(flags, "window", -sys.float_info.max, sys.float_info.max, "0,4095")
+
+
+def two_numbers(flags, name, least, most, example="0.4,1"):
+    """"0.4,1" -> (0.4, 1.0), in order, above `least`, at most `most`; None if not given."""
+    if flags[name] is None:
+        return None
+    try:
+        low, high = map(float, flags[name].split(","))
+        if least < low <= high <= most and (low < high or name != "window"):
+            return low, high
+    except ValueError:
+        pass
+    raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two numbers in order, for "
+                     f"example {example}")
+
+
+def needed(flags, name):
+    """The value of a flag that has no default; raises InputError when it was not given."""
+    if not flags[name]:
+        raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
+    return flags[name]
+
+
+def train_dino(run, nets, images, crops, watch):
+    """Train the `nets`, or go on training them; returns the Log. Stops when they have collapsed."""
+    flags, checkpoint, step = run.flags, run.path("checkpoint.pt"), 0
+    if run.saved and os.path.exists(checkpoint):
+        with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
+                      flags.device) as kept:
+            step = ssm.restore_dino(nets, kept)              # of a run that was stopped
+    batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
+    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch  # epoch: steps in one
+    columns = ("loss", "entropy", "information", "knn")      # may be empty, in step 0
+    log = Log(run.path("log.csv"), step, columns, gaps=columns)
+    if not step and watch.tasks:
+        knn = watch.knn(nets[1].backbone)
+        log.add({"step": 0, "epoch": 0, **dict.fromkeys(columns, ""), "knn": knn})
+        say(f"before training: k-NN {knn:.3f} ({watch.measure}), raw pixels {watch.knn():.3f}")
+
+    def on_step(t, told):
+        nonlocal step
+        step, ended, knn = t, t % epoch == 0, ""             # step: for the checkpoint
+        if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
+            knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
+        words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
+        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
+             lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
+        if ended:
+            refuse_collapse([r for r in log.rows if int(r["step"]) > t - epoch], flags.prototypes)
+    settings = flags.pick("epochs min_lr warmup weight_decay weight_decay_end momentum teacher_temp "
+                          "teacher_temp_start teacher_warmup clip freeze_last")
+    schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
+                                 **settings)                 # lr grows with the batch, as DINO's
+    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
+    with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
+            checkpoint, ssm.dino_state(nets, step))) as keep:
+        ssm.fit_dino(nets, lambda t: next(views), n_steps, schedule, on_step, step, flags.seed)
+    return log
+
+
+def refuse_collapse(rows, K, least=1e-3):
+    """Raise InputError if nowhere in an epoch, `rows` of log.csv, the teacher's output tells
+    `least` nats of its picture; by its entropy the collapse was to one output or to all."""
+    if max(float(row["information"]) for row in rows) < least:
+        entropy, epoch = float(rows[-1]["entropy"]), round(float(rows[-1]["epoch"]))
+        kind = "uniform" if entropy > 0.9 * math.log(K) else "constant"
+        raise InputError(f"collapse: the teacher's output was {kind} for every picture all through "
+                         f"epoch {epoch} (entropy {entropy:.3f} of ln K = {math.log(K):.3f}) - "
+                         "lower --lr or the teacher's temperature, or raise --batch or --warmup")
+
+
+class Watch:
+    """Looks at a backbone from outside: what the nearest neighbours of pictures know of their
+    labels, where they have any (`tasks`)."""
+
+    def __init__(self, images, flags, most=4000):
+        self.images, self.tasks = images, []
+        self.features = functools.partial(image_features, images, size=flags.size)
+        self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
+        if all(map(len, self.rows)):
+            self.tasks = judge.label_tasks(images.labels, *self.rows)
+            several = images.labels.ndim == 2                # labels that hold at once
+            self.measure = "AUC" if several else "balanced accuracy"
+            self.classes = 2 if several else len(images.label_names)
+
+    def knn(self, backbone=None):
+        """`measure` of the 20 nearest neighbours by features; without a backbone by raw pixels."""
+        x = [self.features(rows, backbone) for rows in self.rows]  # to vote, to be judged
+        found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
+        return found["20-NN"][self.measure]
+
+    def neighbours(self, backbone):
+        """Twelve held-out pictures, spread evenly, each before its seven nearest in training: a
+        list of rows of pictures."""
+        train, test = self.rows
+        asked = test[np.linspace(0, len(test) - 1, min(12, len(test))).astype(int)]
+        near, _ = judge.nearest(*(self.features(rows, backbone) for rows in (asked, train)), 7)
+        return [[self.images.open(i) for i in (row, *train[found])]
+                for row, found in zip(asked, near)]
+
+
+def image_features(images, rows, backbone, size, block=256, whole=False, **how):
+    """Features (n, d) of pictures, tokens (n, T, d) in half precision; without a backbone the
+    pixels themselves. how: see `features` of the backbone."""
+    view, found = data.plain_view(size, whole or images.whole), []
+    images.side = max(size, images.side)                     # slides are read at that level
+    for start in range(0, len(rows), block):
+        out = torch.stack([view(images.open(i)) for i in rows[start:start + block]])
+        if backbone is not None:
+            with torch.no_grad():
+                out = backbone.features(out.to(next(backbone.parameters()).device), **how)
+        out = out[0].half() if isinstance(out, tuple) else out.flatten(1)        # tokens, grid
+        found.append(out.cpu().numpy())
+    return np.concatenate(found)
+
+
+def tell_dino(run, backbone, log, watch):
+    """metrics.json and report.html, with curves.svg and neighbours.png."""
+    page = judge.Page(f"repsae dino: {run.flags.arch}")
+    curves = {k: [(int(row["step"]), float(row[k])) for row in log.rows if row[k]]
+              for k in ("loss", "entropy", "information", "knn")}
+    charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
+        {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
+    found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
+    page.picture("Training", "".join(charts))
+    if watch.tasks:
+        pixels, pictures = watch.knn(), watch.neighbours(backbone)
+        found.update(knn_pixels=pixels, knn_random=curves["knn"][0][1])
+        lines = {"teacher": curves["knn"], "raw pixels": [(x, pixels) for x, _ in curves["knn"]]}
+        charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
+        page.picture("k-NN on held-out pictures", charts[-1])
+        titles = ["picture", *(f"neighbour {i}" for i in range(1, len(pictures[0])))]
+        judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(pictures, titles, 96))
+        page.picture("Nearest neighbours in the training pictures", "".join(
+            judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))
+    judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
+    page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
 
 
-def class_mean_chart(name, means, most=100):
-    """Mammo-SAE Fig. 4: mean activation of the latents that are most active in either class, by latent, as a chart."""
-    shown = np.sort(np.argsort(-means.max(0), kind="stable")[:most])
-    return judge.svg_lines({f"{name}, {what}": [(i, means[c][j]) for i, j in enumerate(shown)]
-                            for c, what in ((0, "without the label"), (1, "with it"))},
-                           f"the {len(shown)} most active latents, by number", "mean activation", [
-        str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
+@command("images! weights! window size=0 standardise last tokens whole seed=0 device overwrite "
+         "out=feats.npz")
+def cmd_extract(flags):
+    """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe`
+    read."""
+    images, out, streams = pictures_of(flags), out_file(flags), {}
+    captions, known = images.about.get("captions"), images.rows("train")
+    specs = flags.weights.split(",")
+    for spec in [spec for spec in specs if "=lsa:" in spec]:
+        name, longest = spec.split("=lsa:")
+        if captions is None or flags.tokens or longest not in ("1", "2", "3"):
+            raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and "
+                             "have no tokens")
+        streams[name] = data.latent_semantics(captions, known, int(longest))
+        specs.remove(spec)
+    for name, model, side in [load_backbone(spec, flags) for spec in specs]:
+        if flags.standardise and model.random:
+            ssm.standardise_pixels(model, *data.pixel_statistics(images, known), data.IMAGENET)
+        clip = getattr(model, "clip", None)                  # one run, two encoders
+        if clip and captions is not None and not flags.tokens:
+            texts = ssm.text_features(clip, model.words, captions)
+            streams[f"{name}_txt"] = texts.cpu().numpy()
+        how = {"block": 16, "tokens": True} if flags.tokens else {}  # T times the memory
+        if hasattr(model, "blocks") and not flags.tokens:
+            how["last"] = flags.last                         # a ViT has a class token in each
+        streams[name + "_img" * bool(clip)] = image_features(
+            images, range(len(images)), model, flags.size or side,
+            whole=flags.whole or bool(clip), **how)          # clip learns from whole pictures
+    for name, x in streams.items():
+        say(f"{name}: {x.shape}")
+    about = images.arrays(out)
+    if flags.tokens:
+        about["grid"] = np.repeat(math.isqrt(x.shape[1]), 2)                     # views are square
+    judge.write_npz(out, {**streams, **about})
+    say(f"wrote {out}")
 
 
-def linear_head(coded, y, train, flags):
-    """Weights (d,) and bias of a linear score on normalised features: of --head, or fitted to the training samples' labels."""
-    model, s = coded.model, coded.stream
-    if not flags.head_file:
-        W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
-        return W[:, 1] - W[:, 0], float(b[1] - b[0])
-    arrays = data.read_arrays(flags.head_file)
-    missing = [key for key in ("weight", "bias") if key not in arrays]
-    if missing:
-        raise InputError(f"{flags.head_file} lacks '{missing[0]}' - give weight (d,) or (2, d) and bias () or (2,)")
-    numbers = [np.issubdtype(arrays[key].dtype, np.number) and np.isfinite(arrays[key]).all() for key in ("weight", "bias")]
-    if not all(numbers):
-        raise InputError(f"{flags.head_file} holds something else than finite numbers - mend it")
-    w, b = (np.asarray(arrays[key], np.float64) for key in ("weight", "bias"))
-    if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
-        w, b = w[1] - w[0], b[1] - b[0]
-    if w.size != model.dims[s] or b.size != 1:
-        raise InputError(f"{flags.head_file} has weight {w.shape} and bias {b.shape} - give ({model.dims[s]},) and (), or two rows "
-                         "of both: one label against the rest")
-    if "l2" in model.norm:
-        raise InputError(f"the run scales samples to length 1, which a head for raw features cannot follow - train it with "
-                         "--norm none or standard, or let intervene fit a head")
-    mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
-    w = w.reshape(-1)
-    return w * std, float(b.reshape(-1)[0] + mean @ w)
+def source_of(spec, flags):
+    """(name, what builds the backbone, the file of its weights or None) of a spec in --weights:
+
+    name=RUN        a run of dino, or of clip (which is built from its own file)
+    name=FILE.pt    what finetune wrote
+    name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
+    name=arch:random, or an arch alone: weights drawn with --seed
+    """
+    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
+    arch, _, weights = where.partition(":")
+    if not where or not plain(name) or "/" in name:          # it names files, too
+        raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated "
+                         "by commas")
+    made = {"arch": arch, "size": None, "patch": flags.get("patch"), "n_classes": None}
+    if weights == "random":                                  # of any size
+        return name, {**made, "size": flags.get("size") or None}, None
+    if weights:
+        return name, made, weights
+    if where.endswith(".pt"):                                # what finetune wrote says what it is
+        advice = f"write {name}=arch:FILE for others"
+        with unpacked(where, "is no file of finetune", advice) as kept:
+            made = {key: kept[key] for key in made}
+        check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, where)
+        if made["n_classes"] is not None and type(made["n_classes"]) is not int:
+            raise InputError(f"{where} has {made['n_classes']!r} as n_classes - train it anew")
+        return name, made, where
+    if os.path.exists(os.path.join(where, "clip.pt")):
+        return name, {"arch": "clip"}, where
+    if not os.path.exists(os.path.join(where, "config.json")):
+        raise InputError(f"{where} is no dino run - give its folder, or write {name}=arch:FILE")
+    theirs = read_config(where, ("arch", "size", "patch"))["flags"]
+    made.update({key: theirs.get(key, FLAGS[key][0]) for key in ("arch", "size", "patch")})
+    return name, made, os.path.join(where, "checkpoint.pt")
 
 
-def top_latents(coded, label, train, means, rank, most=10):
-    """The latents of a label, best first: by its class mean (Mammo-SAE section 2.2), by how much that exceeds the other
-    class's, or by how much more active they are inside its boxes on training pictures, in standard deviations (both ours)."""
-    if rank != "boxes":
-        return np.argsort(means[0] * (rank == "difference") - means[1], kind="stable")[:most]
-    boxes, (rows, columns) = coded.features.boxes, grid_of(coded)
-    y, x = ((np.arange(n) + 0.5) / n for n in (rows, columns))
-    sums = np.zeros((3, coded.model.n_latents))              # of activations inside, outside, of squares
-    n = np.zeros(2)
-    for row in train:
-        inside = np.zeros((rows, columns), bool)
-        for _, _, x0, y0, x1, y1 in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]:
-            inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
-        code, inside = coded.code(coded.tokens([row])), inside.ravel()
-        for i, part in enumerate((inside, ~inside)):
-            sums[i] += np.asarray(code[np.flatnonzero(part)].sum(0)).ravel()
-            n[i] += part.sum()
-        sums[2] += np.asarray(code.multiply(code).sum(0)).ravel()
-    spread = np.sqrt(np.maximum(sums[2] / n.sum() - ((sums[0] + sums[1]) / n.sum()) ** 2, 0))
-    return np.argsort(-(sums[0] / max(n[0], 1) - sums[1] / max(n[1], 1)) / np.maximum(spread, 1e-12), kind="stable")[:most]
-
-
-def grid_of(coded):
-    """(rows, columns) of the tokens; raises InputError when the features have none, or no boxes."""
-    if coded.features.grid is None or coded.features.boxes is None:
-        lacking = "boxes" if coded.features.grid else "grid"
-        raise InputError(f"{coded.flags.data} has no '{lacking}' - write it with extract --tokens from a Pascal VOC folder")
-    return coded.features.grid
-
-
-def localisation(coded, label, rows, latents, flags):
-    """Average precision of each latent's heat maps as a detector of a label's boxes (Mammo-SAE Table 2)."""
-    boxes = coded.features.boxes
-    truth = [[tuple(b[2:]) for b in boxes[(boxes[:, 0] == row) & (boxes[:, 1] == label)]] for row in rows]
-    how = {"percentile": flags.percentile, "connectivity": int(flags.connectivity), "strict": flags.strict,
-           "score": flags.box_score}
-    found = [[judge.heat_boxes(heat, **how) for heat in coded.heat(row, latents)] for row in rows]
-    out, iou = [], (flags.iou, flags.ap_points or None)
-    for i, j in enumerate(latents):
-        mine = [f[i] for f in found]
-        there = [(f, t) for f, t in zip(mine, truth) if t]
-        out.append({"latent": int(j), "ap": judge.average_precision(mine, truth, *iou),
-                    "ap_present": judge.average_precision(*zip(*there), *iou) if there else None})
-    return out
-
-
-def heat_gallery(coded, label, rows, latents, most=6):
-    """Pictures with a label, true boxes in red, beside the heat maps of latents, as HTML."""
-    y, parts = coded.labels()[:, label], []
-    for row in [row for row in rows if y[row]][:most]:
-        image = coded.picture(row)
-        if image is None or not coded.features.grid:
-            return ""
-        image.thumbnail((150, 150))
-        draw = ImageDraw.Draw(image)
-        boxes = coded.features.boxes if coded.features.boxes is not None else ()
-        for b in [b for b in boxes if b[0] == row and b[1] == label]:
-            draw.rectangle([v * side for v, side in zip(b[2:], image.size * 2)], outline="red", width=2)
-        heats = coded.heat(row, latents)
-        parts.append(judge.strip(judge.embedded(image), *(
-            judge.embedded(judge.overlay(image, h / max(h.max(), 1e-9))) for h in heats)))
-    return f"<p>Latents {', '.join(map(str, latents))}.</p>" + "".join(parts)
-
-
-@command(f"{ON_RUN} label eval-rows=2000", "run")
-def cmd_fidelity(flags):
-    """How much of the features a code keeps: R2, what few latents can tell, neighbours (the TotalSegmentator study)."""
-    run = analysis_run(flags, "fidelity")
-    coded = Coded(flags.run, flags)
-    y, (train, test) = coded.classes(), coded.split()
-    if flags.label is not None:                              # one against the rest
-        y, train, test = coded.told(flags.label)
-        y = y.astype(int)
-    elif y is not None:                                      # what has no label is left out
-        train, test = train[y[train] >= 0], test[y[test] >= 0]
-        if len(np.unique(y[train])) < 2 or not np.isin(np.unique(y[test]), y[train]).all():
-            raise InputError("the training split has fewer than two classes, or a test class is not in it - mend `split`")
-    model, s = coded.model, coded.stream
-    W, b = (v.detach().cpu().numpy() for v in (model.W_dec[s], model.b_pre[s]))
-    r2 = judge.r2_both(coded.dense[test].astype(np.float64), coded.strength[test] @ W + b)
-    kept = None
-    if y is not None:
-        kept = judge.kept_performance(coded.dense.astype(np.float64), coded.strength, y, train, test, seed=coded.flags.seed)
-    groups = coded.features.about.get("groups")
-    some = np.sort(np.random.default_rng([coded.flags.seed, 4]).permutation(test)[:flags.eval_rows or None])
-    if len(some) <= 10:
-        raise InputError(f"{len(some)} test samples - neighbours at 10 need more than ten")
-    near = judge.retrieval_fidelity(coded.dense[some], coded.strength[some], None if y is None else y[some],
-                                    None if groups is None else groups[some])
-    print("R2 of the features" + (", averaged over tokens" if coded.T > 1 else "") + ": "
-          + ", ".join(f"{k} {judge.fmt(v)}" for k, v in r2.items()))
-    tables = []
-    if kept:
-        tables.append(("What few latents tell", ["balanced accuracy of a linear probe", "best latents", "random latents",
-                                                 "principal components", "kept, %"],
-                       [[f"{row['n']}", row["best latents"], row["random latents"], row["principal components"],
-                         percent(row["kept"])] for row in kept["rows"]]
-                       + [["all latents", kept["all latents"], None, None, None],
-                          [f"all {coded.dense.shape[1]} features", kept["dense"], None, None, None]]))
-    if near:
-        tables.append(("Neighbours, samples of the same group left out", list(near[0]),
-                       [[str(row["k"]), *list(row.values())[1:]] for row in near]))
-    for _, header, rows in tables:
-        print("\n" + judge.text_table(header, rows))
-    run.begin()
-    judge.write_json(run.path("metrics.json"), {"r2": r2, "kept": kept, "neighbours": near})
-    judge.write_report(run.path("report.html"), "repsae fidelity", [
-        ("Reconstruction", judge.html_table(["R2", ""], [[k, v] for k, v in r2.items()])),
-        *((title, judge.html_table(header, rows)) for title, header, rows in tables)])
-    say(f"wrote {run.join('report.html')}")
-
-
-PROMPT = ("Below are samples that activate one latent of a sparse autoencoder strongly, samples that activate it moderately, "
-          "and samples that do not. Name in at most five words what the first have in common and the last lack. Answer with "
-          "the name alone.")
-
-
-@command(f"{ON_RUN} top=8", "run")
-def cmd_describe(flags):
-    """For every latent the samples that show what it means, as JSON with a prompt for any language model."""
-    coded = Coded(flags.run, flags)
-    train, _ = coded.split()
-    code, rng, out = coded.strength[train].tocsc(), np.random.default_rng([coded.flags.seed, 10]), []
-    untold = ("sample", "label", "image")                    # a name must not copy its judge; a path may hold the label
-    for j in np.flatnonzero(code.getnnz(axis=0)):
-        column = slice(code.indptr[j], code.indptr[j + 1])
-        active = train[code.indices[column][np.argsort(-code.data[column], kind="stable")]]
-        middle = len(active) // 2
-        drawn = rng.choice(train, min(len(train), 50 * flags.top), replace=False)
-        silent = drawn[~np.isin(drawn, active)][:flags.top]
-        groups = {"top": active[:flags.top], "middling": active[max(flags.top, middle - flags.top // 2):][:flags.top],
-                  "inactive": silent}
-        shown = {name: [{**coded.about(row), "activation": float(coded.strength[row, j])} for row in rows]
-                 for name, rows in groups.items()}
-        told = "\n".join(f"{name}: " + "; ".join(
-            ", ".join(f"{k} {v}" for k, v in one.items() if k not in untold) for one in rows)
-            for name, rows in shown.items())
-        out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
-    path = out_file(flags)
-    judge.write_json(path, out)
-    say(f'wrote {path}: {len(out)} latents; collect the answers in a file like {{"17": "round nucleus"}} for search --names')
-
-
-def read_names(path, n_latents):
-    """names.json: dict latent -> name."""
-    found = data.read_json(path)
-    if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
-        raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
-    names = {int(k): str(v) for k, v in found.items()}
-    wrong = [j for j in names if not 0 <= j < n_latents]
-    if wrong or not names:
-        raise InputError(f"{path}: latent {wrong[0] if wrong else '-'} is not among the run's {n_latents} - mend the names")
-    return names
-
-
-@command(f"{ON_RUN} names query embeddings label top", "run")
-def cmd_search(flags):
-    """Find samples by words: query -> latents with fitting names -> samples, with a control of shuffled names."""
-    coded = Coded(flags.run, flags)
-    names = read_names(needed(flags, "names"), coded.model.n_latents)
-    if flags.embeddings:
-        arrays = data.read_arrays(flags.embeddings)
-        fits = {"latents", "vectors", "query"} <= arrays.keys() and arrays["vectors"].shape == (
-            len(arrays["latents"]), *arrays["query"].shape) and all(
-            np.issubdtype(arrays[key].dtype, np.number) for key in ("latents", "vectors", "query"))
-        if not fits or not np.isin(arrays["latents"], list(names)).all():
-            raise InputError(f"{flags.embeddings} - give latents (n,) that --names names, vectors (n, e) of the names, and "
-                             "query (e,), all of them numbers")
-        unit = arrays["vectors"] / np.maximum(np.linalg.norm(arrays["vectors"], axis=1, keepdims=True), 1e-12)
-        fit = unit @ arrays["query"] / max(np.linalg.norm(arrays["query"]), 1e-12)
-        weights = {int(arrays["latents"][i]): float(fit[i]) for i in np.argsort(-fit)[:10] if fit[i] > 0}
+def load_backbone(spec, flags, n_classes=0, head=False):
+    """(name, model, the side it was trained at) of a spec, see `source_of`. With n_classes it gets
+    a new head of so many; with `head` it keeps its file's. `made` of the model builds it again;
+    `random` says whether its weights are."""
+    name, made, weights = source_of(spec, flags)
+    if made["arch"] == "clip":
+        model, side = load_clip(weights, flags.device)
+        model.random = False
+        return name, model, side
+    torch.manual_seed(flags.seed)
+    if made["arch"] not in ssm.PRESETS and n_classes:
+        model = torchvision_model(made["arch"], weights, n_classes)
+        made.update(size=flags.size, patch=None)
     else:
-        weights = judge.name_weights(needed(flags, "query"), names)
-    if not weights:
-        raise InputError(f"no name fits '{flags.query}' - try other words, or --embeddings")
-    _, rows = coded.split()
-    scale = np.asarray(coded.strength.max(axis=0).todense()).ravel()                        # latents count alike
-
-    def ranking(weights):
-        latents = list(weights)
-        return np.argsort(-(coded.strength[rows][:, latents] @ (np.array(list(weights.values()))
-                                                               / np.maximum(scale[latents], 1e-12))), kind="stable")
-    order = ranking(weights)
-    print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in
-                                  sorted(weights.items(), key=lambda v: -v[1])[:10]))
-    for row in rows[order[:flags.top]]:
-        print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
-    if flags.label is not None:
-        y, _, known = coded.told(flags.label)
-        if len(known) < len(rows):
-            rows = known
-            order = ranking(weights)
-        y = y[rows]
-        rng = np.random.default_rng([coded.flags.seed, 11])
-        control = [y[ranking(dict(zip(rng.choice(list(names), len(weights), replace=False).tolist(), weights.values())))
-                     [:flags.top]].mean() for _ in range(100)]
-        print(f"precision at {flags.top} for '{flags.label}': {y[order[:flags.top]].mean():.3f}; with names shuffled "
-              f"{judge.mean_std(control)}; share of all samples {y.mean():.3f}")
+        built = {**made, "n_classes": made["n_classes"] if head else None}  # as the file has it
+        model = ssm.make_backbone(**built)
+        if weights:
+            ssm.load_weights(model, weights)
+        if n_classes:                                        # all weights but the head's
+            bare, model = model, ssm.make_backbone(**{**made, "n_classes": n_classes})
+            model.load_state_dict(bare.state_dict(), strict=False)
+    model.made, model.random = {**made, "n_classes": n_classes or made["n_classes"]}, not weights
+    return name, model.eval().to(flags.device), getattr(model, "size", made["size"] or 224)
 
 
-@command(f"{ON_RUN} sparc json", "run", "other")
-def cmd_compare(flags):
-    """Do two runs have latents in common? Best pairing by activation, against shuffled samples and a shared code."""
-    both = [Coded(run, flags.replaced({"stream": stream})) for run, stream in
-            zip((flags.run, flags.other), (flags.streams or flags.stream or "").split(",") * 2)]
-    if len(both[0].features) != len(both[1].features):
-        raise InputError(f"{flags.run} was trained on {len(both[0].features)} samples, {flags.other} on "
-                         f"{len(both[1].features)} - compare runs on the same samples, or name their file with --data")
-    found, (_, rows) = {}, both[0].split()
+def torchvision_model(name, path, n_classes):
+    """A classifier of torchvision by name, its last layer new. path: a released state_dict or
+    None."""
+    models = data.vision().models
+    if name not in models.list_models(module=models):
+        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - "
+                         "try vit_micro, resnet18")
+    model = models.get_model(name, num_classes=n_classes)
+    if path:
+        advice = "give torchvision's file"
+        with unpacked(path, f"does not hold the weights of {name}", advice) as state:
+            own, last = model.state_dict(), ssm.last_linear(model)[0]
+            model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v
+                                   for k, v in state.items()})
+    return model
 
-    def add(name, a, b, pairing):
-        r = judge.match_latents(a, b)[2] if pairing == "best" else judge.index_correlations(a, b)
-        found[name] = {"pairs": len(r), **{f"r >= {t}": int((r >= t).sum()) for t in (0.5, 0.7, 0.9)},
-                       "median r": float(np.median(r)) if len(r) else None,
-                       "shared, %": 100 * (r >= 0.5).mean() if len(r) else None}
-    shuffled = np.random.default_rng([both[0].flags.seed, 12]).permutation(len(rows))
-    kinds = [("the two runs, best pairing", "best", [c.strength[rows] for c in both])]
-    if flags.sparc:
-        model, config = load_run(flags.sparc, flags.device)
-        if both[0].stream == both[1].stream:
-            raise InputError(f"both runs are on '{both[0].stream}' - --sparc wants two streams")
-        features, _ = features_for(model, config, flags.replaced({"streams": ",".join(c.stream for c in both)}))
-        if len(features) != len(both[0].features):
-            raise InputError(f"{flags.sparc} was trained on {len(features)} samples, the others on {len(both[0].features)} - "
-                             "name their file with --data")
-        T = features.tokens or 1
-        tokens = (rows[:, None] * T + np.arange(T)).ravel()
-        for mode in ("joint", "alone"):
-            codes, _ = codes_and_fit(model, features.per_token(), tokens, mode, flags.device)
-            kinds.append((f"SPARC {mode}, same latent", "same", [judge.pool_tokens(code, T)[0] for code in codes.values()]))
-    for name, pairing, (a, b) in kinds:
-        add(name, a, b, pairing)
-        add(f"{name}, samples shuffled", a, b[shuffled], pairing)
-    columns = list(found[kinds[0][0]])
-    print(judge.text_table([f"{len(rows)} samples", *columns], [[name, *row.values()] for name, row in found.items()]))
+
+@command(f"{DATA} seed solver strength only json overwrite")
+def cmd_probe(flags):
+    """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis
+    3.2.3)?"""
+    features = read_to_train(flags)
+    y, names = features.labels, features.label_names
+    if y is None:                                            # tokens have none
+        raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample "
+                         "- add them as `labels`")
+    wanted = flags.only.split(",") if flags.only else names
+    chosen = sorted({label_number(features, name) for name in wanted})           # their numbers
+    several = y.ndim == 2                                    # may hold at once: one by one
+    known = np.flatnonzero(features.labelled & (several or np.isin(y, chosen)))
+    rows = [np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val"))]
+    train, test = rows
+    tasks = judge.label_tasks(y[:, chosen] if several else np.searchsorted(chosen, y), *rows)
+    if not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2:
+        raise InputError("the training split has fewer than two classes, or nothing is left to "
+                         "test on - mend `split` or `labels`")
+    for c in [] if several else np.setdiff1d(y[test], y[train])[:1]:
+        raise InputError(f"no training sample has the label '{names[c]}' of test samples - mend "
+                         "`split`, or name the others with --only")
+    if several and len(tasks) < len(chosen):
+        say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in "
+            "test, are left out")
+    linear = functools.partial(judge.sgd_probe, seed=flags.seed) if flags.solver == "sgd" else \
+        functools.partial(judge.logistic_probe, strength=flags.strength)
+    found = {}
+    for s in features.streams:
+        x = (features.batch(part)[s].numpy() for part in rows)
+        C = 2 if several else len(chosen)                    # has it or not, or which of them
+        found[s] = judge.judged_features(*x, tasks, rows, C, linear)
+    cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
+    print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
+    print(f"{len(train)} samples to learn from, {len(test)} to test on"
+          + f"; mean over {len(tasks)} labels" * several)
     if flags.json:
         judge.write_json(out_file(flags, "json"), found)
+
+
+# ------------------------------------------------------------------------------------------------
+# What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
+# ------------------------------------------------------------------------------------------------
+
+@command(f"{ON_RUN} tau top weighted between names query embeddings label prompts", "run")
+def cmd_latents(flags):
+    """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
+    (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
+    prompts = flags.prompts and out_file(flags, "prompts")
+    coded = Coded(flags.run, flags).pool(flags.tau)
+    names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
+    if prompts:
+        return write_prompts(coded, prompts, flags.top)
+    if flags.query or flags.embeddings:
+        return search(coded, names, flags)
+    run, features, train = analysis_run(flags, "latents"), coded.features, coded.train
+    page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
+    known = features.labelled[train]
+    table = judge.latent_table(coded.strength[train], coded.count[train],
+                               features.label_matrix(train) if known.any() else None, flags.top,
+                               flags.weighted, known)
+    scatter, references = judge.latent_scatter(table), table.pop("references")
+    shown = tell_table(page, table, features.label_names, len(train), names)
+    page.picture("Latents by frequency and mean activation", "".join(scatter))
+    barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
+    best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
+    page.picture("Reference samples", judge.strips({
+        f"latent {j} {names.get(j, '')}": [reference(coded, row, j) for row in rows[:6]]
+        for j, rows in best.items()}))
+    run.begin()
+    if barcodes:
+        judge.write_npz(run.path("barcodes.npz"), barcodes)
+    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(*scatter))
+    judge.write_json(run.path("latents.json"), [
+        {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
+         "references": train[judge.best_first(references, j)].tolist()}
+        for j in np.flatnonzero(table["frequency"])])
+    page.write(run.path)
+    say(f"wrote {run.join('report.html')}")
+
+
+def tell_table(page, table, labels, n, names):
+    """Tell how many latents live, how strong they are, and the purest of each label; returns those
+    to show, best first."""
+    alive = np.flatnonzero(table["frequency"])
+    counts = judge.threshold_counts(table["mean"])
+    page.metrics.update(latents=len(table["mean"]), alive=len(alive))
+    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
+    page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
+               [["latents", *counts.values()]], key="mean at least 10^t")
+    if "entropy" not in table:
+        return alive[np.argsort(-table["frequency"][alive], kind="stable")]
+    entropy = table["entropy"][alive][np.isfinite(table["entropy"][alive])]
+    page.metrics["mean entropy"] = float(entropy.mean()) if len(entropy) else None
+    shown, columns = judge.purest(table, n, len(labels)), ("purity", "entropy", "frequency", "mean")
+    page.text(f"mean label entropy {judge.fmt(page.metrics['mean entropy'])} nats of ln "
+              f"{len(labels)} = {math.log(len(labels)):.3f}")
+    page.table(["latent", "label", *columns],
+               [[f"{j} {names.get(j, '')}", labels[table["label"][j]],
+                 *(table[c][j] for c in columns)] for j in shown],
+               "The purest latents of each label, active in 5 samples or more")
+    return shown
+
+
+def reference(coded, row, latent):
+    """A sample that shows a latent, as HTML: its picture, with the patches where it is active."""
+    image = coded.features.picture(row)
+    if image is None or not coded.features.grid:
+        return judge.describe_sample(coded.features, row, 120)
+    patches = judge.weighted_patches(image, coded.heat(row, [latent])[0])
+    return judge.embedded(image, 240) + judge.embedded(patches, 240)
+
+
+def tell_barcodes(page, coded, mean, between):
+    """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
+    latents differ; returns the arrays for a file. Without groups each sample is one, if it has
+    tokens and there are some 20,000 at most; None where there is nothing to tell."""
+    features, y = coded.features, coded.features.labels
+    y, grouped = y if y is None or y.ndim == 1 else None, "groups" in features.about
+    if between and (y is None or not grouped):
+        lacking = "groups" if y is not None else "single label a sample"
+        raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
+                         "`groups` and `labels`")
+    if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
+        return None
+    groups, codes, label = judge.barcodes(coded.count, coded.groups, y)
+    known, names = label >= 0, np.array(features.label_names)
+    if not known.all():
+        say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
+            "left out")
+    arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
+    codes, label = codes[known], label[known]                # a_p of Eq. 4
+    there, n = np.unique(label, return_counts=True)
+    arrays["diseases"] = means = judge.class_means(codes, label)           # a_d
+    page.metrics["barcodes"] = found = {"groups": len(groups)}
+    if len(there):
+        page.picture("Barcodes", judge.latent_chart(
+            dict(zip(names[there], means)), means.std(0), "mean count of active patches", 80))
+    if len(there) > 1 and n.min() > 1:
+        folds = data.stratified_parts(label, [1] * min(5, n.min()), coded.flags.seed)
+        found["f1"] = judge.barcode_f1(codes, label, mean, folds)
+        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in found["f1"].items()]
+        page.table(["mean activation at least", "latents", "weighted F1"], rows, "Logistic "
+                   f"regression on barcodes: {len(label)} {'groups' if grouped else 'samples'}, "
+                   f"{len(folds)} stratified folds")
+    if between:
+        pair = [label_number(features, name) for name in between.split(",")]
+        if len(pair) != 2 or not np.isin(pair, there).all():
+            raise InputError(f"--between {between} - give two labels that groups have, a,b")
+        *chosen, difference = judge.differential(codes, label, *pair)
+        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
+        page.table(["more active in", "latents (difference of the mean count)"], [
+            [names[c], " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
+            for c, v in zip(pair, chosen)])
+    return arrays
+
+
+PROMPT = """Below are samples that activate one latent of a sparse autoencoder strongly, samples \
+that activate it moderately, and samples that do not. Name in at most five words what the first \
+have in common and the last lack. Answer with the name alone."""
+
+
+def write_prompts(coded, path, top):
+    """For every latent the samples that show what it means, as JSON with a prompt for any language
+    model. The prompt tells no label: a name must not copy its judge; a path may hold the label."""
+    train, rng, out = coded.train, np.random.default_rng([coded.flags.seed, 10]), []
+    code = coded.strength[train].tocsc()
+    for j in np.flatnonzero(code.getnnz(axis=0)):
+        column, told = code[:, [j]].toarray().ravel(), [PROMPT]
+        shown = {kind: [{**coded.about(train[i]), "activation": float(column[i])} for i in rows]
+                 for kind, rows in judge.shown_samples(column, top, rng).items()}
+        for kind, samples in shown.items():
+            words = [", ".join(f"{k} {v}" for k, v in one.items()
+                               if k not in ("sample", "label", "image")) for one in samples]
+            told.append(f"{kind}: {'; '.join(words)}")
+        out.append({"latent": int(j), **shown, "prompt": "\n".join(told)})
+    judge.write_json(path, out)
+    say(f'wrote {path}: {len(out)} latents; collect the answers in a file like '
+        '{"17": "round nucleus"} for --names')
+
+
+def search(coded, names, flags):
+    """Tell the samples that latents of fitting names find, and with --label how many are right,
+    beside names shuffled."""
+    if not names:
+        raise InputError("--names is missing - a search needs the latents' names")
+    if flags.embeddings:
+        weights = judge.vector_weights(**read_embeddings(flags.embeddings, names))
+    else:
+        weights = judge.name_weights(flags.query, names)
+    if not weights:
+        raise InputError(f"no name fits '{flags.query}' - try other words, or --embeddings")
+    found = judge.search(coded.strength, weights, coded.test)[:flags.top]
+    best = sorted(weights.items(), key=lambda v: -v[1])[:10]
+    print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in best))
+    for row in found:
+        print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
+    if flags.label is not None:
+        y, _, rows = coded.told(flags.label)
+        right, control = judge.search_precision(coded.strength, weights, rows, y, names, flags.top,
+                                                coded.flags.seed)
+        print(f"precision at {flags.top} for '{flags.label}': {right:.3f}; with names shuffled "
+              f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
+
+
+@command(f"{ON_RUN} label head-file rank iou other percentile connectivity strict box-score "
+         "ap-points eval-rows=2000", "run")
+def cmd_intervene(flags):
+    """What latents do: with --label, keep or silence its top latents and see what a linear head
+    still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
+    coded = Coded(flags.run, flags).pool()
+    page = judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
+    y, train, test = coded.told(flags.label)
+    if flags.label is None:
+        run = analysis_run(flags, "intervene")
+    else:
+        label = label_number(coded.features, flags.label)
+        named = re.sub(r"\W+", "_", coded.features.label_names[label])      # a folder without spaces
+        run = analysis_run(flags, f"intervene_{named}")
+        means = tell_interventions(page, coded, y > 0, train, test, flags)
+        tell_places(page, coded, label, train, test, means, flags)
+        tell_class_means(page, means, flags)
+    tell_fidelity(page, coded, y, train, test, flags.eval_rows)
+    page.write(run.begin().path)
+    say(f"wrote {run.join('report.html')}")
+
+
+def tell_interventions(page, coded, y, train, test, flags):
+    """Tell what a linear head makes of features, of codes, and of their top latents alone or
+    silenced (Mammo-SAE Eq. 3-4); returns the class means (2, L)."""
+    w, bias = linear_head(coded, y, flags.head_file, train)
+    W, b = coded.decoder()
+    effect, base = W @ w, float(b @ w) + bias
+    scores = {"original features": coded.dense[test] @ w + bias,
+              "reconstructed": coded.strength[test] @ effect + base}
+    rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
+            for name, score in scores.items()]
+    page.table(["95 in 100 bootstrap draws", "AUC", "from", "to"], rows, key="auc")
+    means = judge.class_means(coded.strength[train], y[train])
+    ks = {0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect)}
+    curve = judge.intervention(coded.strength[test], effect, base, y[test], means,
+                               sorted(k for k in ks if k <= len(effect)))
+    page.table(*judge.columns(curve), "AUC with only the k top latents of each class kept, or "
+               "with these silenced", key="curve")
+    page.picture("", judge.svg_lines(
+        {what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
+        "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False))
+    return means
+
+
+def linear_head(coded, y, path, train):
+    """Weights (d,) and bias of a linear score on normalised features: of a file, or fitted to the
+    training samples' labels."""
+    if not path:
+        return judge.linear_score(coded.dense[train], y[train])
+    model, s = coded.model, coded.stream
+    w, bias = data.read_head(path, model.dims[s])
+    if "l2" in model.norm:
+        raise InputError("the run scales samples to length 1, which a head for raw features cannot "
+                         "follow - train it with --norm none or standard, or let intervene fit a "
+                         "head")
+    mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
+    return w * std, bias + float(mean @ w)
+
+
+def tell_places(page, coded, label, train, test, means, flags):
+    """Tell where the top latents of a label fire: average precision of their heat maps as detectors
+    of its boxes (Mammo-SAE Table 2), and the maps of six pictures."""
+    features = coded.features
+    top = np.argsort(-rank_of(coded, label, train, means, flags.rank), kind="stable")[:10]
+    page.metrics["top latents"] = top.tolist()
+    if features.boxes is not None and features.grid:
+        found = judge.localisation(
+            top, (coded.heat(row, top) for row in test), [coded.boxes(row, label) for row in test],
+            flags.iou, flags.ap_points or None, percentile=flags.percentile, strict=flags.strict,
+            connectivity=int(flags.connectivity), score=flags.box_score)
+        page.table(*judge.columns(found), f"Average precision at IoU {flags.iou:g}",
+                   key="localisation")
+    elif features.boxes is not None:
+        say("note: boxes but no token grid, so that no latent is localised - extract with --tokens")
+    shown = [row for row in test if features.label_matrix([row])[0, label]][:6]
+    images = {row: features.picture(row) for row in shown}
+    if features.grid and None not in images.values():
+        page.picture("The top latents over pictures with the label; true boxes in red", "".join(
+            judge.heat_strip(image, coded.boxes(row, label), coded.heat(row, top))
+            for row, image in images.items()))
+
+
+def rank_of(coded, label, train, means, rank):
+    """How much each latent belongs to a label (L,): by its class mean (Mammo-SAE section 2.2), by
+    what that exceeds the other class's, or by its activity inside boxes (both ours)."""
+    if rank != "boxes":
+        return means[1] - means[0] * (rank == "difference")
+    grid = coded.features.grid
+    if grid is None or coded.features.boxes is None:
+        raise InputError(f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - write it "
+                         "with extract --tokens from a Pascal VOC folder")
+    return judge.box_contrast((coded.codes([row])[coded.stream], judge.in_boxes(
+        coded.boxes(row, label), grid)) for row in train)
+
+
+def tell_class_means(page, means, flags):
+    """Tell how far the class means of the latents are apart, here and in --other (Mammo-SAE
+    Fig. 4)."""
+    pairs = {"--data": means}
+    if flags.other:
+        theirs = flags.replaced({"data": flags.other})
+        theirs.given = flags.given | {"data"}
+        other = Coded(flags.run, theirs).pool()
+        y, train, _ = other.told(flags.label)
+        pairs["--other"] = judge.class_means(other.strength[train], y[train])
+    page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
+                               for name, v in pairs.items()]), key="separation")
+    for name, v in pairs.items():
+        lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
+        page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))
+
+
+def tell_fidelity(page, coded, y, train, test, eval_rows):
+    """Tell how well codes rebuild features, what few latents tell of classes y (N,), if there are
+    any, and whether codes find the neighbours that features find."""
+    seed, dense, (W, b) = coded.flags.seed, coded.dense.astype(np.float64), coded.decoder()
+    r2 = judge.r2_both(dense[test], coded.strength[test] @ W + b)
+    page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
+               list(r2.items()), "Reconstruction", key="r2")
+    if y is not None:
+        kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
+        page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
+                   key="few")
+        page.table(["all", "balanced accuracy"], list(kept["all"].items()), key="probe")
+    some = np.sort(np.random.default_rng([seed, 4]).permutation(test)[:eval_rows or None])
+    near = judge.retrieval_fidelity(dense[some], coded.strength[some], y if y is None else y[some],
+                                    coded.groups[some])
+    if not near:
+        return say(f"note: {len(some)} test samples have no ten neighbours of other groups")
+    page.table(*judge.columns(near), "Neighbours of other groups", key="neighbours")
+
+
+@command("data streams seed device json overwrite sparc", "run", "other")
+def cmd_compare(flags):
+    """Do two runs have latents in common? Best pairing by activation, against shuffled samples and
+    a shared code."""
+    path, streams = flags.json and out_file(flags, "json"), (flags.streams or "").split(",") * 2
+    a, b = (Coded(run, flags, s).pool() for run, s in zip((flags.run, flags.other), streams))
+    runs, rows, page = [a, b], a.test, judge.Page("repsae compare")
+    if flags.sparc:
+        if a.stream == b.stream:
+            raise InputError(f"both runs are on '{a.stream}' - --sparc wants two streams")
+        runs.append(Coded(flags.sparc, flags, f"{a.stream},{b.stream}"))
+    for one in runs:
+        if len(one.features) != len(a.features):
+            raise InputError(f"{a.run} has {len(a.features)} samples, {one.run} has "
+                             f"{len(one.features)} - compare runs on the same, or name a --data")
+    codes = {"the two runs, best pairing": (a.strength[rows], b.strength[rows])}
+    for mode in ("joint", "alone") if flags.sparc else ():
+        codes[f"SPARC {mode}, same latent"] = [
+            judge.pool_tokens(code, runs[2].T)[0] for code in runs[2].codes(rows, mode).values()]
+    found, shuffled = [], np.random.default_rng([a.flags.seed, 12]).permutation(len(rows))
+    for name, (x, y) in codes.items():
+        for what, z in ((name, y), (f"{name}, samples shuffled", y[shuffled])):
+            r = judge.index_correlations(x, z) if "same" in name else judge.match_latents(x, z)[2]
+            found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
+    page.table(*judge.columns(found), key="shared")
+    if path:
+        judge.write_json(path, page.metrics["shared"])
+
+
+def read_embeddings(path, names):
+    """What any text model makes of names: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
+    found, keys = data.read_arrays(path), ("query", "latents", "vectors")
+    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys)
+    if not fits or found["vectors"].shape != (len(found["latents"]), *found["query"].shape) \
+            or not np.isin(found["latents"], list(names)).all():
+        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of their "
+                         "names, and query (e,), all of them numbers")
+    return {k: found[k] for k in keys}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2150,26 +1905,16 @@ def cmd_compare(flags):
 
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
-    """Draw microscope-like pictures whose cells, captions, masks, patients and diseases are known."""
-    run = Run(flags)
-    made = data.tissue(flags.pictures, flags.size, flags.seed)
-    pixels, parents = made.pop("pixels"), made.pop("parents")
-    run.begin()
-    names = np.array([f"images/{i:05d}.png" for i in range(len(pixels))])
-    for path, picture in zip(run.paths(names.tolist()), pixels):
-        Image.fromarray(picture).save(path)
-    judge.write_npz(run.path("tissue.npz"), {**made, "images": names})
-    judge.write_npz(run.path("patients.npz"), {
-        "images": names, "labels": made["disease"], "label_names": made["disease_names"],
-        **{key: made[key] for key in ("groups", "split", "captions")}})
-    for group, slide in data.patient_slides(pixels, made["groups"]):
-        row = np.flatnonzero(made["groups"] == group)[0]
-        place = "slides", str(made["split"][row]), str(made["disease_names"][made["disease"][row]])
-        judge.save_picture(run.path(*place, f"{group:04d}.png"), Image.fromarray(slide))
-    judge.write_json(run.path("taxonomy.json"), parents)
+    """Draw microscope-like pictures whose cells, captions, masks and patients' diseases are known."""
+    run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
+    files = data.tissue_files(made)
+    write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
+             "npz": judge.write_npz, "json": judge.write_json}
+    for path, content in zip(run.begin().paths(list(files)), files.values()):
+        write[path.rpartition(".")[2]](path, content)
     kinds = made["label_names"][:len(data.CELLS) + 1].tolist()
     rows = [np.flatnonzero(made["labels"][:, c])[:8] for c in range(len(kinds))]
-    sheet = [[Image.fromarray(pixels[i]) for i in some] for some in rows]
+    sheet = [[Image.fromarray(made["pixels"][i]) for i in some] for some in rows]
     judge.save_picture(run.path("sheet.png"), judge.contact_sheet(sheet, [""] * 8, 96, kinds))
     for name, n in zip(made["label_names"], made["labels"].sum(0)):
         print(f"{name}: in {n} pictures")
@@ -2178,14 +1923,13 @@ def cmd_tissue(flags):
         parts = ", ".join(f"{(made['split'][mine] == part).sum()} {part}"
                           for part in ("train", "val", "test"))
         print(f"{name}: {len(np.unique(made['groups'][mine]))} patients, pictures: {parts}")
-    say(f"wrote {run.join('tissue.npz')}, {len(pixels)} pictures, and sheet.png")
+    say(f"wrote {run.join('tissue.npz')}, {flags.pictures} pictures, and sheet.png")
 
 
 @command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
          "batch=128 lr=1e-3 seed=0 device overwrite out=runs/clip")
 def cmd_clip(flags):
-    """Train a small CLIP on pictures and their captions: image and text encoders into one space
-    (thesis 5.3.1)."""
+    """Train a small CLIP on pictures and their captions (thesis 5.3.1), or import a released one."""
     if flags.weights:
         return import_clip(flags)
     images, captions, train, test = captioned(flags)
@@ -2234,8 +1978,7 @@ def captioned(flags):
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and "
                          "`captions`")
-    parts = (("train",), ("test", "val")) if images.split is not None else ((), ())
-    train, test = (images.rows(*part) for part in parts)
+    train, test = images.rows("train"), images.rows("test", "val")       # all, where none is split
     if len(train) < flags.batch or len(test) < 2:
         raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch "
                          f"{flags.batch} of the first are needed, and two of the second")
@@ -2276,7 +2019,7 @@ def load_clip(folder, device):
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
     model = model.eval().to(device)
-    object.__setattr__(model.visual, "clip", model)          # no submodule: it is the other way round
+    object.__setattr__(model.visual, "clip", model)          # no submodule: the other way round
     model.visual.words = words
     return model.visual, model.visual.size
 
@@ -2284,12 +2027,12 @@ def load_clip(folder, device):
 @command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
          "run?")
 def cmd_explain(flags):
-    """Heat maps of what backbones look at (Grad-CAM of an output, thesis 3.2.4); given a run of
-    sparc, of its concepts in pixels and words, and what they segment (5.4.4, A.3-A.4; --most is
-    then 400)."""
+    """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
+
+    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
-    images = pictures_of(flags)
+    run, images = Run(flags, flags.out or "runs/cam"), pictures_of(flags)
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
     columns = {}
@@ -2306,7 +2049,7 @@ def cmd_explain(flags):
         score = None if wanted is None else lambda out: out[:, int(wanted)]
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         columns[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
-    run = Run(flags, flags.out or "runs/cam").begin(data_hash=images.hash)
+    run.begin(data_hash=images.hash)
     for name, column in columns.items():
         for i, picture in zip(rows, column):
             stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
@@ -2319,25 +2062,16 @@ def cmd_explain(flags):
 def explain_concepts(flags):
     """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment."""
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
-    page = judge.Page("repsae explain: concepts in pixels and words")
-    names, picture = seen.features.label_names, seen.images.open
+    page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
     maps = measured_maps(seen, page)
-    gallery, drawn = judge.map_gallery(maps, seen.truth, names, picture)
-    page.picture("Maps", gallery)
-    page.metrics["words"] = label_words(seen)
-    page.picture("Words", judge.word_table(page.metrics["words"]))
-    for key, title, (shown, asked, called, said) in (
-            ("latents", "Single latents, where in the test pictures and captions they are most active",
-             latent_maps(seen)),
-            ("captions", "Pictures with their captions: similarity of the two", caption_maps(seen))):
-        found = judge.map_gallery(shown, asked, called, picture, 4)[0] + judge.word_table(said)
-        page.picture(title, found or "<p>No latent of a label is alive in every stream; --latent "
-                     "names others.</p>")
-        page.metrics[key] = said
+    drawn = seen.tell(page, "words", "Concepts of the labels", names, maps, seen.truth,
+                      label_captions(seen), lambda z, c: z[:, seen.J[c]].sum(1), most=2)
+    tell_latents(seen, page)
+    tell_captions(seen, page)
     run.begin()
-    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **{
-        method: np.stack([of.get(key, np.full_like(next(iter(of.values())), np.nan))
-                          for key in seen.truth]) for method, of in maps.items() if of}})
+    arrays = {name: np.stack([found.get(key, np.full_like(next(iter(found.values())), np.nan))
+                              for key in seen.truth]) for name, found in maps.items() if found}
+    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **arrays})
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
         judge.save_picture(run.path("overlays", f"{name}.png"), image)
@@ -2345,42 +2079,40 @@ def explain_concepts(flags):
     say(f"wrote {run.join('report.html')}")
 
 
-class Concepts:
+class Concepts(Coded):
     """A run of sparc with the backbones that made its streams, and pictures with true masks.
 
     sees         {name: (backbone, its stream)} of --weights; `encoder`, CLIP's image encoder, with
                  its .clip and .words; `pictured` and `text`, its streams of pictures and captions
     J, alive     each label's latents (`judge.concept_latents`); each stream's, active in training
-    truth        {(picture, label): bool mask} of the pictures `test`; `chosen`: --latent
+    truth        {(picture, label): bool mask} of the pictures `test`
     """
 
     def __init__(self, flags):
-        self.model, config = load_run(flags.run, flags.device)
-        self.features, self.flags = features_for(self.model, config, flags)
-        self.images, arrays = self._pictures()
+        super().__init__(flags.run, flags)
+        self.images, truth = self._pictures()
         self.sees, self.encoder, self.pictured, self.text = {}, None, None, None
         for spec in flags.weights.split(","):
             self._see(*load_backbone(spec, self.flags)[:2])
         if self.text not in self.model.dims:
             raise InputError("no text encoder - name a run of clip in --weights, and have its text "
                              "stream in the sparc run")
-        features, train = self.features, self.features.rows("train")
-        labels, known = features.label_matrix(train), features.labelled[train]
+        self.label_names, train = self.features.label_names, self.features.rows("train")
+        labels, known = self.features.label_matrix(train), self.features.labelled[train]
         chose = self.codes(train, "alone" if self.model.topk == "local" else "joint")
         self.J = judge.concept_latents(chose, labels, flags.least, known)
         self.alive = {s: np.flatnonzero(code.getnnz(axis=0))
                       for s, code in self.codes(train, "alone").items()}
         self.chosen = chosen_latents(flags.latent, self.J, self.alive, self.model.n_latents)
-        truth, most = true_masks(arrays), flags.most if "most" in flags.given else 400
-        there = {i for i, _ in truth}
-        self.test = [i for i in features.rows("test", "val") if i in there][:most]
+        there, most = {i for i, _ in truth}, flags.most if "most" in flags.given else 400
+        self.test = [i for i in self.features.rows("test", "val") if i in there][:most]
         self.truth = {key: m for key, m in truth.items() if key[0] in set(self.test)}
         if not self.truth:
             raise InputError(f"no test picture of {flags.images} has an object - there is nothing "
                              "to segment")
 
     def _pictures(self):
-        """The pictures of --images and their file's arrays, once they fit the features and run."""
+        """The pictures of --images and their true masks, once they fit the features and the run."""
         flags, features = self.flags, self.features
         images, arrays = pictures_of(flags), data.read_arrays(flags.images)
         shape = arrays["instances"].shape if {"instances", "boxes"} <= set(arrays) else ()
@@ -2397,7 +2129,7 @@ class Concepts:
         if shape[1:] != (height, width):
             raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
                              f"{height}x{width} - give masks of the pictures' size")
-        return images, arrays
+        return images, data.true_masks(arrays)
 
     def _see(self, name, backbone):
         """Enter a backbone; one without attention under the name of what it gets instead."""
@@ -2406,8 +2138,8 @@ class Concepts:
             if self.encoder is not None:
                 raise InputError("two runs of clip in --weights - name one, whose words are meant")
             self.encoder, self.pictured, self.text = backbone, f"{name}_img", f"{name}_txt"
-            stream = self.pictured
             depth = min(depth, len(judge.kept_attention(backbone.clip.transformer)))
+            stream = self.pictured
         start = self.flags.start_layer
         if depth and not -depth <= start < depth:
             raise InputError(f"--set start-layer={start} - {name} has {depth} layers")
@@ -2416,41 +2148,45 @@ class Concepts:
                              f"{', '.join(self.model.streams)}")
         self.sees[name if depth else f"{name} (Grad-CAM)"] = backbone, stream
 
-    def codes(self, rows, mode):
-        """{stream: CSR (n, L)} of samples."""
-        return codes_and_fit(self.model, self.features, rows, mode, self.flags.device)[0]
-
     def code(self, stream, x):
         """Features (B, d) -> dense codes (B, L) of a stream alone."""
         return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
 
-    def captions(self, rows):
-        return [str(self.features.about["captions"][i]) for i in rows]
+    def caption(self, i):
+        return str(self.features.about["captions"][i])
 
-    def said(self, captions):
+    def read(self, captions):
         """Features (n, d) of captions."""
         return ssm.text_features(self.encoder.clip, self.encoder.words, captions)
-
-    def words(self, concept, caption, here, score):
-        """A caption with what each word adds to score(codes (1, L)), for `judge.word_table`."""
-        heat = judge.word_heat(self.encoder.clip, self.encoder.words, caption,
-                               lambda f: score(self.code(self.text, f)), self.flags.start_layer)
-        return {"concept": concept, "caption": caption, "here": bool(here), "words": heat}
 
     def maps(self, backbone, score, asked, block=64):
         """{(picture, label): heat map} of score(features, label) for pairs `asked`, and those of
         them whose score is 0."""
         view, out, silent = data.plain_view(getattr(backbone, "size", 224), True), {}, []
+        cam_layer = functools.partial(ssm.cam_layer, backbone)
         for c in sorted({c for _, c in asked}):
             rows = [i for i, k in asked if k == c]
             for part in (rows[at:at + block] for at in range(0, len(rows), block)):
                 x = torch.stack([view(self.images.open(i)) for i in part]).to(self.flags.device)
-                heats, values = judge.heat_maps(
-                    backbone, x, lambda f: score(f, c),
-                    functools.partial(ssm.cam_layer, backbone), self.flags.start_layer)
+                heats, values = judge.heat_maps(backbone, x, lambda f: score(f, c), cam_layer,
+                                                self.flags.start_layer)
                 out.update({(i, c): heat for i, heat in zip(part, heats)})
                 silent += [(i, c) for i, value in zip(part, values) if value == 0]
         return out, silent
+
+    def tell(self, page, key, title, names, maps, there, asked, score, most=4):
+        """On the page the maps of pairs `there`; and for {(picture, label): is it there?} what each
+        word of the picture's caption adds to score(codes (1, L), label). Returns the overlays."""
+        words = [{"concept": names[c], "caption": self.caption(i), "here": bool(here),
+                  "words": judge.word_heat(self.encoder.clip, self.encoder.words, self.caption(i),
+                                           lambda f: score(self.code(self.text, f), c),
+                                           self.flags.start_layer)}
+                 for (i, c), here in asked.items()]
+        gallery, drawn = judge.map_gallery(maps, there, names, self.images.open, most)
+        page.picture(title, gallery + judge.word_table(words) or "<p>No latent of a label is alive "
+                     "in every stream; --latent names others.</p>")
+        page.metrics[key] = words
+        return drawn
 
 
 def chosen_latents(text, J, alive, n_latents):
@@ -2470,26 +2206,13 @@ def chosen_latents(text, J, alive, n_latents):
     return chosen
 
 
-def true_masks(arrays):
-    """{(image, label): bool mask} of the objects of each label together, from `instances` and `boxes`; hidden objects have
-    no box."""
-    out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
-    for i in np.unique(boxes[:, 0].astype(int)):
-        here = boxes[boxes[:, 0] == i]
-        numbers = [n for n in np.unique(instances[i]) if n]
-        for n, box in zip(numbers, here):
-            key = int(i), int(box[1])
-            out[key] = out.get(key, False) | (instances[i] == n)
-    return out
-
-
 def methods(seen):
     """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
-    targets of Table 5.4 for each backbone, and CLIP's own similarity. A label's text is its name."""
-    names, out, unit = seen.features.label_names, {}, torch.nn.functional.normalize
+    targets of Table 5.4 for each backbone, and CLIP's own similarity to a label's name."""
+    out, unit = {}, torch.nn.functional.normalize
     for c in {c for _, c in seen.truth}:
-        seen.encoder.words.pieces(names[c])                  # raises InputError for an unknown word
-    prompts = seen.said(names)
+        seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
+    prompts = seen.read(seen.label_names)
     with torch.no_grad():
         z_names = seen.code(seen.text, prompts)
 
@@ -2502,7 +2225,7 @@ def methods(seen):
                                        seen.alive[s], both, seen.flags.seed)
         out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
     out[f"{seen.text[:-4]}, raw similarity"] = (
-        seen.encoder, lambda f, c: unit(f, dim=1) @ unit(prompts[c], dim=0), range(len(names)))
+        seen.encoder, lambda f, c: unit(f, dim=1) @ unit(prompts[c], dim=0), range(len(prompts)))
     return out
 
 
@@ -2510,15 +2233,15 @@ def measured_maps(seen, page):
     """The maps of every method, {name: {(picture, label): (h, w)}}, and what they segment."""
     labels, maps, found = sorted({c for _, c in seen.truth}), {}, {}
     pairs = [(i, c) for i in seen.test for c in labels]      # there or not
-    without = [seen.features.label_names[c] for c in labels if not len(seen.J[c])]
+    without = [seen.label_names[c] for c in labels if not len(seen.J[c])]
     if without:
         say(f"note: no latent of {', '.join(without)} - lower --least")
     for name, (backbone, score, possible) in methods(seen).items():
         asked = [pair for pair in pairs if pair[1] in possible]
         maps[name], silent = seen.maps(backbone, score, asked)
+        drawn = [key for key in silent if maps[name][key].any()]
         found[name] = {**judge.map_scores(maps[name], asked, seen.truth, data.otsu),
-                       "absent": len(silent), "maps of absent that are not 0":
-                       sum(bool(maps[name][key].any()) for key in silent)}
+                       "absent": len(silent), "maps of absent that are not 0": len(drawn)}
     middle = dict.fromkeys(pairs, judge.centre_prior())
     found["centre of the picture"] = judge.map_scores(middle, pairs, seen.truth, data.otsu)
     columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked",
@@ -2530,107 +2253,97 @@ def measured_maps(seen, page):
     return maps
 
 
-def label_words(seen, most=2):
-    """For labels with latents, captions that name the concept and one without it, by words."""
-    out, labels = [], seen.features.label_matrix(seen.test)
-    known = seen.features.labelled[seen.test]
+def label_captions(seen, most=2):
+    """{(picture, label): is it there?}: for labels with latents, captions that name it, and one of
+    a picture without it."""
+    out, labels = {}, seen.features.label_matrix(seen.test)
     for c in sorted({c for _, c in seen.truth if len(seen.J[c])}):
-        name = seen.features.label_names[c]
-        said = [(caption, labels[n, c]) for n, caption in enumerate(seen.captions(seen.test))
-                if known[n]]
-        shown = [v for v in said if v[1] and name in v[0]][:most] + [v for v in said if not v[1]][:1]
-        out += [seen.words(name, caption, here, lambda z: z[:, seen.J[c]].sum(1))
-                for caption, here in shown]
+        known = {(i, c): here for i, here in zip(seen.test, labels[:, c])
+                 if seen.features.labelled[i]}
+        named = [key for key in known if known[key] and seen.label_names[c] in seen.caption(key[0])]
+        without = [key for key in known if not known[key]]
+        out.update({key: known[key] for key in named[:most] + without[:1]})
     return out
 
 
-def latent_maps(seen, most=4):
+def tell_latents(seen, page, most=4):
     """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all
-    streams: maps, their pairs (picture, j), names of j, and words of those samples' captions."""
-    codes, pairs, said = seen.codes(np.array(seen.test), "alone"), [], []
+    streams."""
+    codes, asked = seen.codes(np.array(seen.test), "alone"), {}
     for j in seen.chosen:
-        columns = {s: code[:, [j]].toarray()[:, 0] for s, code in codes.items()}
-        strength = sum(z / max(z.max(), 1e-12) for z in columns.values())
-        for n in np.argsort(-strength, kind="stable")[:most]:
-            pairs.append((seen.test[n], j))
-            said.append(seen.words(f"latent {j}", *seen.captions([seen.test[n]]),
-                                   columns[seen.text][n], lambda z: z[:, j]))
-    maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], pairs)[0]
+        z = {s: code[:, [j]].toarray()[:, 0] for s, code in codes.items()}
+        strength = sum(v / max(v.max(), 1e-12) for v in z.values())
+        best = np.argsort(-strength, kind="stable")[:most]
+        asked.update({(seen.test[n], j): z[seen.text][n] > 0 for n in best})
+    names = {j: f"latent {j}" for j in seen.chosen}
+    maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], asked)[0]
             for name, (backbone, s) in seen.sees.items()}
-    return maps, pairs, {j: f"latent {j}" for j in seen.chosen}, said
+    seen.tell(page, "latents", "Single latents, where they are most active", names, maps, asked,
+              asked, lambda z, j: z[:, j])
 
 
-def caption_maps(seen, most=4):
+def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
-    itself: as `latent_maps`."""
+    itself."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
-    captions, pictured = seen.captions(test), seen.pictured
-    f_text = seen.said(captions)
+    asked = {(i, n): True for n, i in enumerate(test)}
     with torch.no_grad():
-        z_text = seen.code(seen.text, f_text)
-        own = seen.features.batch(test)[pictured].to(seen.flags.device)
-        z_image = seen.code(pictured, own)
-    pairs, maps = [(i, n) for n, i in enumerate(test)], {}
-    for name, (backbone, s) in seen.sees.items():
-        maps[f"z z', {name}"], _ = seen.maps(
-            backbone, lambda f, n: seen.code(s, f) @ z_text[n], pairs)
+        f_text = seen.read([seen.caption(i) for i in test])
+        f_image = seen.features.batch(test)[seen.pictured].to(f_text.device)
+        z_text, z_image = seen.code(seen.text, f_text), seen.code(seen.pictured, f_image)
+    maps = {f"z z', {name}": seen.maps(backbone, lambda f, n: seen.code(s, f) @ z_text[n], asked)[0]
+            for name, (backbone, s) in seen.sees.items()}
     maps["cosine, CLIP itself"], _ = seen.maps(
-        seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), pairs)
-    said = [seen.words("caption", caption, True, lambda z: z @ z_image[n])
-            for n, caption in enumerate(captions)]
-    return maps, pairs, captions, said
+        seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), asked)
+    seen.tell(page, "captions", "Pictures with their captions: similarity of the two",
+              [f"picture {i}" for i in test], maps, asked, asked, lambda z, n: z @ z_image[n])
 
 
 @command(f"{ON_RUN} sample from to query features encoder", "run")
 def cmd_retrieve(flags):
-    """Show what a sample of one stream finds in another: a sheet of the ten nearest codes, joint
-    and alone."""
-    model, config = load_run(flags.run, flags.device)
-    features, flags = features_for(model, config, flags)
+    """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
+    coded = Coded(flags.run, flags)
+    model, features, flags = coded.model, coded.features, coded.flags
     source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
+    known = [s for s in model.streams if s in features.streams]
     for s in (source, target):
-        if s not in model.dims or s not in features.streams:
-            has = [name for name in model.streams if name in features.streams]
-            raise InputError(f"there is no stream '{s}' - the run and the data have "
-                             f"{', '.join(has)}")
+        if s not in known:
+            raise InputError(f"no stream '{s}' - the run and its data have {', '.join(known)}")
     rows, page = features.rows("test", "val"), judge.Page("repsae retrieve")
-    outside = flags.query is not None or flags.features is not None      # a query that is no sample
-    if not outside and flags.sample >= len(rows):
-        raise InputError(f"--sample {flags.sample} - give one of the {len(rows)} "
+    own = None if flags.query or flags.features else flags.sample        # else a query from outside
+    if own is not None and own >= len(rows):
+        raise InputError(f"--sample {own} - give one of the {len(rows)} "
                          f"{features.split[rows[0]]} samples, from 0")
+    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if own is None else own}")
 
     def shown(i, stream):
-        own = not outside and i == flags.sample and stream == target
-        frame = '<span style="outline:3px solid #2f855a">' if own else "<span>"
         if stream.endswith("_txt") and "captions" in features.about:
-            return f"{frame}{html.escape(str(features.about['captions'][rows[i]]))}</span>"
-        return f"{frame}{judge.describe_sample(features, rows[i])}</span>"
-    given, first = given_query(model, source, flags) if outside else \
-        (None, shown(flags.sample, source))
-    for mode in ("alone",) if outside else ("joint", "alone"):
-        codes, _ = codes_and_fit(model, features, rows, mode, flags.device)
-        query = given if outside else codes[source][[flags.sample]]
+            return html.escape(str(features.about["captions"][rows[i]]))
+        return judge.describe_sample(features, rows[i])
+    given, first = (None, shown(own, source)) if own is not None else \
+        given_query(model, source, flags)
+    for mode in ("joint", "alone") if own is not None else ("alone",):
+        codes = coded.codes(rows, mode)
+        query, partner = given if own is None else codes[source][[own]], ""
         if not query.nnz:
             page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
             continue
         (near,), (similar,) = judge.nearest(query, codes[target], len(rows))
-        partner = ""
-        if not outside:
-            rank = (similar >= similar[near == flags.sample]).sum()
+        if own is not None:
+            rank = (similar >= similar[near == own]).sum()
             partner = f"the true partner has rank {rank} of {len(rows)}; "
         page.text(f"{mode}: {partner}nearest samples {rows[near[:10]].tolist()}")
-        page.picture(f"{source} to {target}, {mode}",
-                     judge.strip(first, *(shown(i, target) for i in near[:10])))
-    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if outside else flags.sample}")
-    run.begin()
-    page.write(run.path)
+        sheet = [f'<span style="outline:{3 * (i == own)}px solid #2f855a">{shown(i, target)}</span>'
+                 for i in near[:10]]
+        page.picture(f"{source} to {target}, {mode}", judge.strip(first, *sheet))
+    page.write(run.begin().path)
     say(f"wrote {run.join('report.html')}")
 
 
 def given_query(model, stream, flags):
     """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector
     in --features, or of the row --sample of a feature file there; and how to show it, HTML."""
-    if flags.query is not None:
+    if flags.query:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
         encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
@@ -2656,423 +2369,260 @@ def given_query(model, stream, flags):
                              model.n_latents), shown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Slides and bags (thesis 3.2.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
-@command("window voc! size=64 margin overwrite out=cells")
-def cmd_cut(flags):
-    """Cut the annotated boxes of a Pascal VOC folder into small pictures, in class folders, by its official splits."""
-    if os.path.exists(flags.out):                            # until it cuts through a Run
-        raise InputError(f"{flags.out} exists - name a new folder with --out")
-    count = data.cut_boxes(flags.voc, flags.out, flags.size, flags.margin, grey_window(flags))
-    print("\n".join(f"{split} {name}: {n}" for (split, name), n in sorted(count.items())))
-
-
-@command("images! window size=224 step downsample threshold otsu smallest least-hole max-holes rois "
-         "roi-share overwrite out=tiles")
+@command("images voc window size=0 step downsample threshold otsu smallest least-hole max-holes rois "
+         "roi-share margin overwrite out=tiles")
 def cmd_tile(flags):
-    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an overview picture."""
-    source = flags.images
-    slides, notes = data.slide_files(source)
-    for note in notes:
+    """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
+    overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
+    """
+    window = grey_window(flags)
+    if flags.voc:
+        cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
+        run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
+        run.paths(names)
+        for i, name in enumerate(names):
+            judge.save_picture(run.join(name), cuts.open(i).resize((side, side), Image.BICUBIC))
+        count = collections.Counter(map(os.path.dirname, names))
+        print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
+        return
+    if not flags.images:
+        raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
+    slides, run, size = data.read_slides(flags.images), Run(flags), flags.size or 224
+    for note in slides.notes:
         say_once("note: " + note)
-    side, step = (round(v * flags.downsample) for v in (flags.size, flags.step or flags.size))
-    if side < 1 or step < 1:
-        raise InputError(f"--size {flags.size}: tiles of {side} pixels every {step} - give a larger --size, --step or --downsample")
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    targets = [os.path.splitext(os.path.basename(path))[0] for path in slides]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise InputError(f"two slides are called {target} - rename one, or tile them into two folders")
-    run = Run(flags)
-    for path, target in zip(slides, targets):
-        boxes, shown = data.tile_slide(path, side, step, least=flags.smallest, least_hole=flags.least_hole,
-                                       max_holes=flags.max_holes, window=grey_window(flags),
-                                       threshold=None if flags.otsu else flags.threshold)
-        if not run.about:                                    # a slide that cannot be read leaves nothing
+    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
+    how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
+           "threshold": None if flags.otsu else flags.threshold, "window": window}
+    for i, name in enumerate(slides.about["groups"]):
+        boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
+        if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
-        arrays = {"coords": boxes, "images": relative([path] * len(boxes), run.join(f"{target}.npz"))}
-        if regions is not None:
-            share = np.array([data.region_share(regions, box) for box in boxes])
-            arrays.update(labels=(share >= flags.roi_share).astype(int), label_names=np.array(["outside", "region"]))
-        judge.write_npz(run.path(f"{target}.npz"), arrays)
-        judge.save_picture(run.path(f"{target}.png"), shown)
-        inside = "" if regions is None else f", {arrays['labels'].sum()} of them in the regions"
-        print(f"{run.join(target)}.npz: {len(boxes)} tiles of {side} pixels{inside}")
+        out = run.path(f"{name}.npz")
+        arrays = data.tile_arrays(slides, i, boxes, out, regions, flags.roi_share)
+        judge.write_npz(out, arrays)
+        judge.save_picture(run.path(f"{name}.png"), shown)
+        inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
+        print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
 @command("data! stream head widths attention dropout squash instances bag-weight inst-loss subtyping "
-         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced inner "
-         "refit grid seed=0 device overwrite out=runs/mil")
+         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds "
+         "votes seed=0 device overwrite out=runs/mil")
 def cmd_mil(flags):
-    """Multiple-instance learning: bags of instances to labels, early stopping on a part that is not reported."""
+    """Multiple-instance learning: bags of instances to labels. Bags of a validation part stop the
+    training early; where there is none, as in folds, all epochs are trained."""
     heads = flags.head.split(",")
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
-    settings, _ = parse_grid(flags), number_list(flags.widths)
+    make = {**flags.pick("attention dropout"), "widths": data.number_list(flags.widths),
+            "squash": bool(flags.squash)}
+    how = {**flags.pick("epochs lr weight_decay cosine bag_weight subtyping"), "k": flags.instances,
+           "early": {"patience": flags.patience, "least": flags.min_epochs},
+           "loss": torch.nn.functional.cross_entropy if flags.inst_loss == "ce"
+           else ssm.smooth_top1_svm}
     bags = data.read_bags(flags.data, flags.stream)
-    rounds = mil_rounds(bags, flags)
+    rounds = bags.rounds(flags.folds, flags.seed, flags.data)
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
-    found = {"mean of the bag, logistic": [pooled_baseline(bags, train, test) for train, _, test in rounds]}
-    log = Log(run.path("log.csv"))
+    page, log, means, y = judge.Page("repsae mil"), Log(run.path("log.csv")), bags.means(), bags.y
+    found = {"mean of the bag, logistic": [
+        judge.scores(y[test], judge.logistic_probe(means[train], y[train], means[test],
+                                                   len(bags.label_names), strength=0.01))
+        for train, _, test in rounds]}
+    progress = Progress(len(heads) * len(rounds))
     for head in heads:
-        jobs = [(head, settings, r, *parts) for r, parts in enumerate(rounds)]
-        if len(jobs) == 1:
-            done = [mil_round(bags, *jobs[0], keep=run)]
-        else:
-            with futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), share_bags, [bags]) as pool:
-                progress, done = Progress(len(jobs)), []
-                for result in pool.map(mil_round_of_shared, *zip(*jobs)):
-                    done.append(result)
-                    progress(len(done), lambda: head)
-        found[head] = done
-        for r, result in enumerate(done, 1):                 # the error and loss on held-out bags that chose the setting
-            held, chosen = result["held_out"] or {"error": "", "loss": ""}, json.dumps(result["chosen"])
-            log.add({"head": head, "round": r, "chosen": chosen, **{f"held-out {k}": v for k, v in held.items()},
-                     **result["scores"]})
+        jobs = [(head, make, how, flags.batch, flags.balanced, [flags.seed, r], flags.votes, *parts,
+                 flags.device) for r, parts in enumerate(rounds)]
+        found[head] = []
+        for scores, models in in_processes(mil_round, bags, jobs):
+            found[head].append(scores)
+            log.add({"head": head, "round": len(found[head]), **scores})
+            progress(sum(map(len, found.values())) - len(rounds), lambda: head)
         log.write()
+        if len(rounds) == 1:
+            judge.write_torch(run.path(f"{head}.pt"), {
+                "models": [model.state_dict() for model in models], "head": head,
+                "dim": bags.X.shape[1], "label_names": bags.label_names, **make})
+            if bags.coords:
+                page.picture(f"Attention of {head} over test slides",
+                             attention_maps(bags, models, rounds[0][2], head, run))
     names = ("AUC", "accuracy", "F1")
-    header = ["head", *names]
-    rows = [[head, *(judge.mean_std([r["scores"][name] for r in runs]) for name in names)] for head, runs in found.items()]
-    print(f"\n{judge.text_table(header, rows)}\n\n{len(rounds)} test part{'s' * (len(rounds) > 1)} of about "
-          f"{len(rounds[0][2])} bags; mean ± standard deviation over them")
-    judge.write_json(run.path("metrics.json"), found)
-    sections = [("Result", judge.html_table(header, rows))]
-    for head in heads if bags.coords and len(rounds) == 1 else ():
-        sections.append((f"Attention of {head} over test slides", attention_maps(bags, head, rounds[0][2], run)))
-    judge.write_report(run.path("report.html"), "repsae mil", sections)
+    page.table(["head", *names], [[head, *(judge.mean_std([v[name] for v in scores])
+                                           for name in names)] for head, scores in found.items()])
+    page.text(f"{len(rounds)} test part{'s' * (len(rounds) > 1)} of about {len(rounds[0][2])} bags; "
+              "mean ± standard deviation over them")
+    page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
+
+
+def mil_round(bags, head, make, how, batch, balanced, seed, votes, train, val, test, device="cpu"):
+    """Scores, on bags `test`, of the mean vote of models that learn from bags `train`, each from its
+    own weights, stopped by bags `val` if there are any; and the models. make: arguments of
+    `ssm.MIL`; how: of `ssm.fit_mil`."""
+    if not len(val):
+        how = {**how, "early": None}
+    models, p = [], 0
+
+    def batches(rows, size=batch):
+        return [[v.to(device) for v in part] for part in bags.batches(rows, size)]
+    for i in range(votes):
+        rng = np.random.default_rng([*seed, i])
+        torch.manual_seed(int(rng.integers(2 ** 62)))
+        model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **make)
+        for buffer, value in zip((model.mean, model.std), bags.scale(train)):
+            buffer.copy_(value)
+        ssm.fit_mil(model.to(device), lambda epoch: batches(bags.drawn(train, rng, balanced)),
+                    batches(val), **how)
+        with torch.no_grad():
+            logits = torch.cat([model(x, mask)[0] for x, mask, _ in batches(test, 1)])
+        p = p + logits.softmax(1).cpu().numpy() / votes
+        models.append(model.cpu())
+    return judge.scores(bags.y[test], p), models
 
 
 SHARED = {}    # in a process among several: what all its jobs use
 
 
-def share_bags(bags):
-    """Begin such a process: it has one thread, since they share the cores, and the bags."""
-    torch.set_num_threads(1)
-    SHARED["bags"] = bags
-
-
-def mil_round_of_shared(*job):
-    return mil_round(SHARED["bags"], *job)
-
-
-def parse_grid(flags):
-    """--grid "lr=1e-4,5e-4 dropout=0,0.5" -> a list of all combinations, each the flags with those values."""
-    options = []
-    for item in (flags.grid or "").split():
-        name, _, values = item.partition("=")
-        kind = FLAGS.get(name, (None, None))[1] if name in COMMANDS["mil"].flags else None
-        if not isinstance(kind, Number) or name in ("seed", "inner"):
-            raise InputError(f'--grid {item} - write for example "lr=1e-4,5e-4 dropout=0,0.5"')
+def in_processes(work, shared, jobs):
+    """Yield work(shared, *job) of each job, in order; several by as many processes as cores."""
+    if len(jobs) == 1:
+        yield work(shared, *jobs[0])
+        return
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process, [work, shared]) as pool:
         try:
-            options.append([(name.replace("-", "_"), kind(v)) for v in values.split(",")])
-        except argparse.ArgumentTypeError as e:
-            raise InputError(f"--grid {item}: {e}")
-    return [flags.replaced(dict(chosen)) for chosen in itertools.product(*options)]
+            yield from pool.map(do_job, jobs)
+        except BaseException:                                # Ctrl-C: do not wait for them
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
-def mil_rounds(bags, flags):
-    """[(rows to learn from, rows of a given validation part or None, rows to report)]: the file's folds, or its splits, or
-    70 % / 15 % / 15 % with every class in proportion."""
-    everything = np.arange(len(bags))
-    if bags.folds is not None:
-        rounds = [(everything[fold], None, everything[~fold]) for repeat in bags.folds for fold in repeat]
-    elif bags.split is None:
-        rounds = [data.stratified_parts(bags.y, (70, 15, 15), flags.seed, bags.groups)]
-    else:
-        rounds = [[np.flatnonzero(bags.split == name) for name in ("train", "val", "test")]]
-    least = max(flags.inner, 5)                              # of each class, so that no validation part is empty
-    for train, val, test in rounds:
-        rarest = np.bincount(bags.y[train], minlength=bags.y.max() + 1)[np.unique(bags.y)].min()
-        given = val is not None and len(val)
-        if not len(test) or rarest < (2 if given else least):
-            raise InputError(f"{flags.data}: a part of {len(train)} bags to learn from, {rarest} of the rarest class, and "
-                             f"{len(test)} to test on is too small - add bags, or mend the folds or split folders")
-        groups = 0 if bags.groups is None else len(np.unique(bags.groups[train]))
-        if 0 < groups < least and not given:
-            raise InputError(f"{flags.data}: the bags to learn from are of {groups} groups, and "
-                             f"validation cuts them into {least} parts - add groups")
-    return [(train, val if val is not None and len(val) else None, test) for train, val, test in rounds]
+def begin_process(work, shared):
+    """Begin one of several: it has one thread, since they share the cores, and ends with its
+    parent, whatever ends that."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # which the parent answers for all
+    SHARED.update(work=work, shared=shared)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
-def mil_round(bags, head, settings, round_, train, val, test, keep=None):
-    """Choose the setting with the fewest errors (then the lowest loss) on bags held out of `train`, and report its models'
-    mean vote on `test`.
-
-    Without `val`, train is cut into parts, and --inner times a model learns from all but one of them. Its bags stop it early,
-    and these models vote; or, with --refit, all epochs are trained, and as many models on all of train vote. keep: a folder
-    for the weights.
-    """
-    flags, best = settings[0], None
-    if val is not None:
-        parts = [(train, val)]
-    else:
-        groups = None if bags.groups is None else bags.groups[train]
-        equal = [1] * max(flags.inner, 5 if flags.inner == 1 else 2)
-        cut = data.stratified_parts(bags.y[train], equal, flags.seed + round_, groups)
-        parts = [(np.delete(train, part), train[part]) for part in cut[:flags.inner]]
-    for setting in settings:
-        if flags.refit and len(settings) == 1:               # nothing to choose
-            best = None, (), setting
-            break
-        models, held = zip(*(train_mil(bags, head, setting, *part, seed=[setting.seed, round_, i])
-                             for i, part in enumerate(parts)))
-        held = np.mean(held, 0).tolist()                     # error, loss
-        if best is None or held < best[0]:
-            best = held, models, setting
-    held, models, setting = best
-    if flags.refit:
-        models = [train_mil(bags, head, setting, train, None, seed=[setting.seed, round_, 99, i])[0]
-                  for i in range(flags.inner)]
-    with torch.no_grad():
-        votes = [np.concatenate([torch.softmax(m(x.to(flags.device), mask.to(flags.device))[0], 1).cpu().numpy()
-                                 for x, mask, _ in (bags.padded([i]) for i in test)]) for m in models]
-    if keep:
-        judge.write_torch(keep.path(f"{head}.pt"), {
-            "models": [m.state_dict() for m in models], "head": head, "dim": bags.X.shape[1],
-            "label_names": bags.label_names, **{k: setting[k] for k in ("widths", "attention", "dropout", "squash")}})
-    return {"scores": judge.scores(bags.y[test], np.mean(votes, 0)),
-            "held_out": held and {"error": held[0], "loss": held[1]},
-            "chosen": {k: setting[k] for k in setting if len({str(s[k]) for s in settings}) > 1}}
+def do_job(job):
+    return SHARED["work"](SHARED["shared"], *job)
 
 
-def train_mil(bags, head, flags, train, val, seed):
-    """One model, stopped by the loss on `val`: (model, (error rate, loss) of its bags)."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(int(rng.integers(2 ** 62)))
-    model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, number_list(flags.widths), flags.attention, flags.dropout,
-                    bool(flags.squash))
-    X = bags.instances(train)
-    model.mean.copy_(torch.from_numpy(X.mean(0)))
-    spread = (X - X[0]).std(0)                               # of a constant exactly 0
-    model.std.copy_(torch.from_numpy(np.where(spread > 1.2e-7 * np.abs(X[0]), spread, 1)))
-    model.to(flags.device)
-    y = bags.y[train]
-    weight = 1 / np.bincount(y)[y] if flags.balanced else np.ones(len(y))
-    how = {"k": flags.instances, "bag_weight": flags.bag_weight, "subtyping": flags.subtyping,
-           "loss": {"svm": ssm.smooth_top1_svm, "ce": torch.nn.functional.cross_entropy}[flags.inst_loss]}
-
-    def batches(epoch):
-        if flags.cosine:
-            optimiser.param_groups[0]["lr"] = ssm.cosine_schedule(epoch, flags.epochs, flags.lr, 0.)
-        order = rng.choice(train, len(train), replace=flags.balanced, p=weight / weight.sum())
-        for i in range(0, len(order), flags.batch):
-            yield [v.to(flags.device) for v in bags.padded(order[i:i + flags.batch])]
-    held = [] if val is None else [[v.to(flags.device) for v in bags.padded(val[i:i + flags.batch])]
-                                   for i in range(0, len(val), flags.batch)]
-
-    def judged(model):                                       # by the bags' labels alone
-        logits, y = (torch.cat(v) for v in zip(*((model(x, mask)[0], y) for x, mask, y in held)))
-        return float((logits.argmax(1) != y).float().mean()), float(torch.nn.functional.cross_entropy(logits, y))
-    optimiser = torch.optim.Adam(model.parameters(), flags.lr, weight_decay=flags.weight_decay, fused=True)
-    early = {} if flags.refit else {"validate": lambda m: judged(m)[1], "patience": flags.patience, "least": flags.min_epochs}
-    ssm.fit(model, optimiser, batches, lambda m, *batch: ssm.mil_loss(m, *batch, **how), flags.epochs, **early)
-    with torch.no_grad():
-        return model, judged(model) if held else None
-
-
-def number_list(text):
-    """"256,64" -> (256, 64); raises InputError otherwise."""
-    try:
-        found = tuple(map(int, text.split(",")))
-        if min(found) > 0:
-            return found
-    except ValueError:
-        pass
-    raise InputError(f"{text} - give positive whole numbers, separated by commas")
-
-
-def pooled_baseline(bags, train, test):
-    """What no attention gets: logistic regression on the mean of a bag's instances."""
-    means = np.stack([bags.instances([i]).mean(0, dtype=np.float64) for i in range(len(bags))])
-    p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), strength=0.01)
-    return {"scores": judge.scores(bags.y[test], p)}
-
-
-def attention_maps(bags, head, rows, run, most=6):
-    """Test slides with each tile coloured by its share in the bag, as files heat_<label>_<slide>_<head>.png and as HTML."""
-    kept = torch.load(run.join(f"{head}.pt"), weights_only=True)
+def attention_maps(bags, models, rows, head, run, most=6):
+    """Test slides with each tile coloured by its share in the bag, as files
+    heat_<label>_<slide>_<head>.png and as HTML."""
     shown = []
     for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
-        heat = 0
-        for state in kept["models"]:
-            model = ssm.MIL(kept["dim"], len(bags.label_names), head, number_list(kept["widths"]), kept["attention"],
-                            squash=bool(kept["squash"])).eval()
-            model.load_state_dict(state)
-            with torch.no_grad():
-                heat = heat + torch.softmax(model(bags.padded([i])[0])[1], -1)[0].mean(0).numpy()
+        x, title = bags.padded([i])[0], f"{bags.names[i]}: {bags.label_names[bags.y[i]]}"
+        with torch.no_grad():
+            heat = sum(model.cpu()(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        judge.save_picture(run.path(f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"), picture)
-        shown.append(f"<h3>{html.escape(f'{bags.names[i]}: {bags.label_names[bags.y[i]]}')}</h3>"
+        name = f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"
+        judge.save_picture(run.path(name), picture)
+        shown.append(f"<h3>{html.escape(title)}</h3>"
                      + judge.strip(judge.embedded(image), judge.embedded(picture)))
     return "".join(shown) or "<p>The bags name no pictures.</p>"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transfer learning (thesis 3.3), heat maps (3.2.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Transfer learning (thesis 3.3)
+# ------------------------------------------------------------------------------------------------
 
-@command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 patch "
-         "frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
+@command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 "
+         "patch frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
          "overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    pictures = data.read_pictures(flags.images, flags.size, flags.label,
-                                  grey_window(flags))
+    pictures = data.read_pictures(flags.images, flags.size, flags.label, grey_window(flags))
     for note in pictures.notes:
         say_once("note: " + note)
-    specs, C = flags.weights.split(","), len(pictures.label_names)
-    names = [try_classifier(spec, flags, C) for spec in specs]                              # before anything is written
-    if len(set(names)) < len(names):
-        raise InputError(f"--weights {flags.weights} names a model twice - write a=vit_micro:random,b=vit_micro:random")
-    rounds = [picture_parts(pictures, flags, flags.seed + r) for r in range(flags.runs)]
+    C, n = len(pictures.label_names), flags.runs
+    specs = {try_classifier(spec, flags, C): spec for spec in flags.weights.split(",")}
+    if len(specs) < len(flags.weights.split(",")):
+        raise InputError(f"--weights {flags.weights} names a model twice - write "
+                         "a=vit_micro:random,b=vit_micro:random")
+    rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
+              for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
-    log = Log(run.path("log.csv"))
-    found, sizes = {"pixels, logistic": [pixel_baseline(pictures, parts, C) for parts in rounds]}, {}
-    progress = Progress(len(specs) * len(rounds))
-    for name, spec in zip(names, specs):
-        found[name] = []
-        for r, parts in enumerate(rounds):
-            one = flags.replaced({"seed": flags.seed + r})
-            scores, model, history = finetune_one(pictures, parts, load_backbone(spec, one, C)[1], one)
-            found[name].append(scores)
-            for epoch, (loss, validation) in enumerate(history, 1):
-                log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss, "validation": validation})
-            log.write()
-            progress(sum(map(len, found.values())) - len(rounds), lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
-            if r == 0:
-                sizes[name] = sum(p.numel() for p in model.parameters())
-                judge.write_torch(run.path(f"{name}.pt"), {"model": model.state_dict(), **model.made})
-    finish_finetune(run, found, sizes, pictures, rounds)
-
-
-def finish_finetune(run, found, sizes, pictures, rounds):
-    """The tables of thesis 3.3.3, and who beats whom, in print, metrics.json and report.html."""
-    header = ["model", "AUC", "accuracy", "balanced accuracy", "F1"]
-    rows = [[name, *(judge.mean_std([r[key] for r in runs]) for key in header[1:])] for name, runs in found.items()]
-    trained = {name: runs for name, runs in found.items() if not name.startswith("pixels")}
-    tests = {key: judge.compare({name: [r[key] for r in runs] for name, runs in trained.items()})
-             for key in ("AUC", "accuracy") if len(rounds) > 1}
-    print("\n" + judge.text_table(header, rows))
-    sections, beats = [(f"{len(rounds)} runs, mean ± standard deviation", judge.html_table(header, rows))], {}
-    for key, pairs in tests.items():
-        wins = judge.beaten(pairs)
-        beats[key] = {a: {b: int(b in wins.get(a, ())) for b in trained if b != a} for a in trained}
-        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()] or ["no model beats another"]
-        print(f"\n{key}, paired t-test at p < 0.05, {len(pairs)} pairs: {'; '.join(lines)}")
-        columns = ["a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d"]
-        cells = [[f"{p['a']} - {p['b']}", *(p.get(c) for c in columns[2:])] for p in pairs]
-        head = ["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)", "effect size d"]
-        print(judge.text_table(head, cells))
-        sections.append((f"{key}: pairs of models", judge.html_table(head, cells) + f"<p>{'; '.join(lines)}.</p>"))
-    note = (f"{len(rounds)} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** len(rounds):.4f}, and the runs' "
-            "test parts overlap, so that the t-test takes them for more independent than they are.") if tests else \
-        "One run allows no test of which model is better."
-    print(f"\n{note}")
-    judge.write_json(run.path("metrics.json"),
-                     {"scores": found, "pairs": tests, "beats": beats, "parameters": sizes,
-                      "test pictures": len(rounds[0][2])})
-    sections.append(("How far to trust it", f"<p>{note}</p>"))
-    judge.write_report(run.path("report.html"), "repsae finetune", sections)
+    log, progress, sizes = Log(run.path("log.csv")), Progress(len(specs) * n), {}
+    pixels = pictures.pixels.transpose(0, 3, 1, 2)
+    baseline = [judge.pixel_probe(pixels, pictures.labels, parts, C) for parts in rounds]
+    found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
+    for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
+        one = flags.replaced({"seed": flags.seed + r})       # new weights and order each run
+        model = load_backbone(specs[name], one, C)[1]
+        scores, history = finetune_one(pictures, rounds[r], model, one)
+        found[name].append(scores)
+        for epoch, (loss, validation) in enumerate(history, 1):
+            log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss,
+                     "validation": validation})
+        log.write()
+        progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
+        if r == 0:                                           # the file that `explain` reads
+            sizes[name] = sum(p.numel() for p in model.parameters())
+            state = {"model": model.state_dict(), **model.made}
+            judge.write_torch(run.path(f"{name}.pt"), state)
+    page = judge.Page("repsae finetune")                     # thesis 3.3.3
+    judge.tell_models(page, found, list(specs))
+    page.write(run.path, {"parameters": sizes, "test pictures": len(rounds[0][2])})
     say(f"wrote {run.join('report.html')}")
 
 
 def try_classifier(spec, flags, n_classes):
-    """Build a model and pass one picture of zeros through it: its name; raises InputError when it does not fit."""
+    """The name of a model; InputError if it does not classify a picture of zeros."""
     name, model, _ = load_backbone(spec, flags, n_classes)
-    ssm.last_linear(model)
-    try:
-        with torch.no_grad():
-            out = model.eval()(torch.zeros(1, 3, flags.size, flags.size, device=flags.device))
-        fits = isinstance(out, torch.Tensor) and out.shape == (1, n_classes)
-    except (RuntimeError, AssertionError):
-        fits = False
-    if not fits:
-        raise InputError(f"{name} does not classify pictures of {flags.size} pixels - choose another --size, or another model")
-    return name
-
-
-def picture_parts(pictures, flags, seed):
-    """Rows to train on, to stop by and to report: the file's own split, or 70 / 15 / 15 as
-    `stratified_parts` draws them: classes in proportion, no group in two parts."""
-    groups = pictures.groups
-    if flags.split == "random":
-        parts = data.stratified_parts(pictures.labels, (70, 15, 15), seed, groups)
-    elif pictures.split is None:
-        raise InputError(f"{flags.images} gives no split - use --split random")
-    else:
-        train, val, test = (np.flatnonzero(pictures.split == name) for name in ("train", "val", "test"))
-        if not len(val):                                     # none given: cut off the training part
-            of = None if groups is None else groups[train]
-            halves = data.stratified_parts(pictures.labels[train], (85, 15), seed, of)
-            train, val = (train[rows] for rows in halves)
-        parts = train, val, test
-    if not all(map(len, parts)) or len(np.unique(pictures.labels[parts[0]])) < 2:
-        raise InputError(f"{flags.images}: {', '.join(str(len(p)) for p in parts)} pictures to train on, stop by and test on - "
-                         "add pictures, or use --split random")
-    tested = np.unique(pictures.labels[parts[2]])
-    unseen = np.setdiff1d(tested, pictures.labels[parts[0]])
-    if len(tested) < 2 or len(unseen):
-        c, what = tested[0], "and no other"
-        if len(unseen):
-            c, what = unseen[0], "which no training picture has"
-        raise InputError(f"{flags.images}: the test part has the class '{pictures.label_names[c]}', "
-                         f"{what} - add pictures, or split them otherwise")
-    return parts
-
-
-def pixel_baseline(pictures, parts, n_classes):
-    """Logistic regression on pixels, at 32 x 32 at most, its strength chosen on the validation part."""
-    side, y = min(32, pictures.pixels.shape[-1]), pictures.labels
-    small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
-             for part in torch.from_numpy(pictures.pixels).split(256)]
-    x = torch.cat(small).flatten(1).numpy() / 255
-    train, val, test = parts
-    tried = [judge.logistic_probe(x[train], y[train], np.concatenate([x[val], x[test]]), n_classes, strength)
-             for strength in 10. ** np.arange(-6, 1)]
-    best = max(tried, key=lambda p: judge.scores(y[val], p[:len(val)])["AUC"] or 0.)
-    return judge.scores(y[test], best[len(val):])
+    ssm.last_linear(model)                                   # refuses what ends in none
+    x = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
+    with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
+        out = model(x)
+        if isinstance(out, torch.Tensor) and out.shape == (1, n_classes):
+            return name
+    raise InputError(f"{name} does not classify pictures of {flags.size} pixels - choose another "
+                     "--size, or another model")
 
 
 def finetune_one(pictures, parts, model, flags):
-    """Train a classifier, stop by the validation loss, and judge the best epoch on the test rows: (scores, model, history)."""
+    """Train a classifier, stop by the validation loss, judge the best epoch on the test rows:
+    (scores, history)."""
     torch.set_flush_denormal(True)
     torch.manual_seed(flags.seed)
     train, val, test = parts
     x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
-    if flags.frozen:
-        model.requires_grad_(False)
-        ssm.last_linear(model)[1].requires_grad_(True)           # the head
 
     def batches(epoch):
-        for rows in torch.from_numpy(np.random.default_rng([flags.seed, epoch]).permutation(train)).split(flags.batch):
+        order = np.random.default_rng([flags.seed, epoch]).permutation(train)    # new each epoch
+        for rows in torch.from_numpy(order).split(flags.batch):
             if len(rows) > 1 or flags.batch == 1:            # batch normalisation needs two
                 yield data.jittered(x[rows]).to(flags.device), y[rows].to(flags.device)
 
-    def loss(model, x, y):
-        model.train(not flags.frozen)                        # frozen: batch statistics stay, too
-        return torch.nn.functional.cross_entropy(model(x), y)
-
-    def outputs(model, rows):
-        return torch.cat([model(x[part].to(flags.device)).cpu() for part in torch.from_numpy(rows).split(256)])
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, flags.lr, weight_decay=flags.weight_decay)
-    history = ssm.fit(model, optimiser, batches, loss, flags.epochs,
-                      lambda m: float(torch.nn.functional.cross_entropy(outputs(m, val), y[val])), flags.patience)
+    def plainly(rows):                                       # in order, unchanged
+        for part in torch.from_numpy(rows).split(256):
+            yield x[part].to(flags.device), y[part].to(flags.device)
+    history = ssm.fit_classifier(model, batches, lambda: plainly(val), flags.epochs, flags.lr,
+                                 flags.weight_decay, flags.patience, flags.frozen)
     with torch.no_grad():
-        p = torch.softmax(outputs(model.eval(), test), 1).numpy()
-    return judge.scores(pictures.labels[test], p), model, history
+        p = torch.cat([torch.softmax(model(x), 1) for x, _ in plainly(test)])
+    return judge.scores(pictures.labels[test], p.cpu().numpy()), history
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Commands that live in tests/
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def in_tests(name):
     """The module tests/`name`.py."""
@@ -3089,7 +2639,7 @@ def cmd_demo(flags):
 
 @command("json svg device", "what")
 def cmd_bench(flags):
-    """Speed and memory: `sparc` (a training step), `rows` (large memory-mapped folders), `scan` and `backbones`."""
+    """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`."""
     for name in ("svg", "json"):
         if flags[name] and not os.path.isdir(os.path.dirname(flags[name]) or "."):
             raise InputError(f"--{name} {flags[name]}: no such folder - make it first")
@@ -3098,12 +2648,12 @@ def cmd_bench(flags):
         judge.write_json(flags.json, figures)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 class Flags(dict):
-    """The settings of a command by name, readable as attributes. `given` holds those that the user typed."""
+    """The settings of a command by name, readable as attributes; `given`: those that were typed."""
     given = frozenset()
 
     def __getattr__(self, name):
@@ -3111,6 +2661,10 @@ class Flags(dict):
             return self[name]
         except KeyError:
             raise AttributeError(name)
+
+    def pick(self, names):
+        """Those of `names`, "lr batch", as keyword arguments."""
+        return {name: self[name] for name in names.split()}
 
     def replaced(self, changes):
         new = Flags({**self, **changes})
@@ -3128,7 +2682,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """argv -> (command function, Flags). Only what was typed comes out of argparse, not defaults."""
+    """argv -> (command function, Flags). Only what was typed comes out of argparse."""
     parser = Parser(prog="repsae", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     subs = parser.add_subparsers(dest="command", metavar="command", required=True,
@@ -3154,8 +2708,8 @@ def add_command(subs, name, each):
     settings = [f"{flag}={default}  {SETTINGS[flag][2]}"
                 for flag, default in each.flags.items() if flag in SETTINGS]
     sub = subs.add_parser(
-        name, help=each.run.__doc__.split("\n")[0], description=each.run.__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=each.run.__doc__.split("\n")[0], description=each.run.__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:
         if what == "run?":
@@ -3183,7 +2737,7 @@ BENCHES = ("all", "sparc", "rows", "scan", "backbones")
 
 
 def typed_settings(text, known):
-    """--set "aux-k=32 clip=1" -> {"aux_k": 32, "clip": 1.}; fails on what the command does not have."""
+    """--set "aux-k=32 clip=1" -> {"aux_k": 32, "clip": 1.}; fails on what the command lacks."""
     found = {}
     for word in text.split():
         name, _, value = word.partition("=")
@@ -3203,7 +2757,8 @@ def check_device(flags):
     try:
         torch.zeros(1, device=flags.device)
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device '{flags.device}' cannot be used ({str(e).splitlines()[0][:60]}...) - try cpu")
+        why = str(e).splitlines()[0][:60]
+        raise InputError(f"device '{flags.device}' cannot be used ({why}...) - try cpu")
 
 
 def say(text):
@@ -3218,15 +2773,16 @@ def say_once(text):
 
 
 def fail(text):
-    """End as every user error does: one line of at most 400 characters, exit code 2. Of a longer one the middle goes, since
-    its end says what to do."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in f"repsae: error: {text}").split())
+    """End as every user error does: one line of at most 400 characters, exit code 2. Of a longer
+    one the middle goes, since its end says what to do."""
+    printable = "".join(c if c.isprintable() else " " for c in f"repsae: error: {text}")
+    line = " ".join(printable.split())
     say(line if len(line) <= 400 else f"{line[:260]} ... {line[-130:]}")
     raise SystemExit(2)
 
 
 def main(argv=None):
-    """Run the command that argv names. What a user can mend ends in `fail`; bugs of ours keep their traceback."""
+    """Run the command that argv names. What a user can mend ends in `fail`; bugs of ours do not."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")    # names of files need not be text
     try:
@@ -3235,14 +2791,16 @@ def main(argv=None):
             check_device(flags)
         run(flags)
     except Interrupted as e:
-        say(f"\n{e}; go on with: python repsae.py {flags.command} --resume --out {shlex.quote(flags.out)}")
+        say(f"\n{e}; go on with: python repsae.py {flags.command} --resume --out "
+            f"{shlex.quote(flags.out)}")
         raise SystemExit(130)
     except KeyboardInterrupt:
         raise SystemExit(130)
     except MemoryError:
-        fail("there is not enough memory for this - lower the sizes, or take fewer samples or pictures")
+        fail("there is not enough memory for this - lower the sizes, or take fewer samples")
     except OSError as e:                                     # no space, no permission, no such place
-        fail(f"{e.strerror or e}: {e.filename or flags.get('out')} - mend it, or name another place")
+        where = e.filename or flags.get("out")
+        fail(f"{e.strerror or e}: {where} - mend it, or name another place")
     except ValueError as e:
         if type(e).__name__ != "InputError":
             raise

@@ -18,8 +18,7 @@ Glossary     B batch . M streams . L latents . k latents kept per sample . d_s w
              alone     a code whose support was chosen from its own stream only
 
 Deviations   from the authors' code, where it differs from the papers or is wrong:
-             the loss sums over streams as Eq. 14 does; theirs averages (`reduction="mean"`), so
-             that lambda_paper = lambda_code / (M - 1);
+             the loss sums over streams as Eq. 14 does; theirs averages (`reduction="mean"`);
              AuxK is exactly 0 when no latent is dead, adds no bias, sends gradient to dead latents
              only, and divides by the residual's energy over the batch; theirs sample by sample;
              latents are drawn anew `reinit_after` steps after they died, with their Adam moments;
@@ -41,8 +40,7 @@ This file needs nothing but torch: copy it alone into your project.
 
     model = SPARC({"clip": 512, "dino": 768}, n_latents=4096, k=32, topk="both", norm="l2")
     # next_batch() -> {"clip": (B, 512), "dino": (B, 768)}, any float type
-    fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4,
-        on_step=lambda step, result: step % 500 or print(step, float(result["loss"])))
+    fit(model, lambda step: next_batch(), n_steps=5000, lr=1e-4)         # on_step: to hear of it
     codes = model.encode({"clip": x_clip}, mode="alone")     # raw features in, {"clip": Codes} out
     dino_hat = model.decode(codes["clip"], "dino")           # Eq. 12: one model read from another
     single = SAE({"clip": 512}, n_latents=4096, activation="relu", sparsity=0.05)  # thesis 4.1
@@ -92,13 +90,15 @@ class Codes(NamedTuple):
 
 
 def joined(pieces):
-    """Codes of many batches, a list of dicts stream -> Codes, as one such dict, on the CPU. The
+    """Codes of many batches, a list of dicts stream -> Codes, as one such dict of numpy arrays. The
     largest k is taken, and index -1 fills up: any real index would hide that latent's value."""
     out = {}
     for s in pieces[0]:
         k = max(codes[s].indices.shape[1] for codes in pieces)
-        out[s] = Codes(*(torch.cat([F.pad(codes[s][i], (0, k - codes[s][i].shape[1]), value=fill)
-                                    for codes in pieces]).cpu() for i, fill in ((0, -1), (1, 0))))
+        indices, values = (
+            torch.cat([F.pad(codes[s][i], (0, k - codes[s][i].shape[1]), value=fill)
+                       for codes in pieces]).cpu() for i, fill in ((0, -1), (1, 0)))
+        out[s] = Codes(indices.int().numpy(), values.numpy())
     return out
 
 
@@ -272,8 +272,7 @@ class SPARC(nn.Module):
     aux_k, aux_coef, dead_after, reinit_after
                 AuxK (thesis A.1.2): a latent that has not fired for `dead_after` training steps is
                 dead; the `aux_k` best dead latents rebuild the residual, weighted `aux_coef`. One
-                still dead `reinit_after` steps later is drawn anew. (The authors' value of 0 for
-                the latter leaves AuxK nothing to do.)
+                still dead `reinit_after` steps later is drawn anew (theirs: at once)
     select      "fp32", or "bf16" to choose in bfloat16 while training: faster, nearly the same
     kernels     "auto", "csr" or "gather": see the sparse products above
     seed        of the initial weights and of every later draw
@@ -559,28 +558,14 @@ def _batchtopk(model, h, batch):
 
 
 def _jumprelu(model, h, batch):
-    theta = model.log_threshold.exp()
-    on = _Step.apply(h, theta, model.bandwidth)
-    # the gradients of `on` reach theta as those of z = h 1[h > theta] do: -theta/epsilon near it
+    """z = h 1[h > theta]. The step's gradient at theta is that of Rajamanoharan et al. (2024):
+    -1/epsilon for logits within epsilon/2 of it, whose mean over samples estimates minus their
+    density there. None of it reaches h."""
+    theta, epsilon = model.log_threshold.exp(), model.bandwidth
+    near = ((h - theta).abs() < epsilon / 2).to(h.dtype).detach()
+    on = (h > theta).to(h.dtype) + near * (theta.detach() - theta) / epsilon         # adds 0
+    # what z does with the step reaches theta times theta: -theta/epsilon near it
     return h * on.detach() + theta.detach() * (on - on.detach()), on.sum(1).mean()
-
-
-class _Step(torch.autograd.Function):
-    """1[h > theta] for h (B, L), theta (L,), with the gradient of Rajamanoharan et al. (2024) at
-    theta: -1/epsilon for logits within epsilon/2 of it, whose mean over samples estimates minus
-    their density there. None reaches h."""
-    @staticmethod
-    def forward(ctx, h, theta, epsilon):
-        ctx.save_for_backward(h, theta)
-        ctx.epsilon = epsilon
-        return (h > theta).to(h.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        h, theta = ctx.saved_tensors
-        near = (h - theta).abs() < ctx.epsilon / 2
-        return None, -(g * near).sum(0) / ctx.epsilon, None
 
 
 class Activation(NamedTuple):
@@ -690,10 +675,10 @@ class SAE(SPARC):
             codes = Codes(torch.arange(self.n_latents, device=z.device).expand_as(z), z)
         error = (y - c).square() * self._error_weight(v).unsqueeze(1)    # (B, d), sums to the mean
         aux = self._revival(c, (c - y).detach(), error.detach())
-        parts = {"self": error.sum(), "sparsity": penalty, "aux": aux, "cross": c.new_zeros(())}
         aux_coef = self.aux_coef if self.revive == "auxk" else 1
-        total = parts["self"] + self.sparsity * penalty + aux_coef * aux
-        return total, {**{name: v.detach() for name, v in parts.items()}, "codes": [{s: codes}]}
+        total = error.sum() + self.sparsity * penalty + aux_coef * aux
+        return total, {"self": error.sum().detach(), "sparsity": penalty.detach(),
+                       "aux": aux.detach(), "cross": c.new_zeros(()), "codes": [{s: codes}]}
 
     def _error_weight(self, x):
         """(B, d) -> (B,): what the squared error of each sample counts, see `error`."""
@@ -938,6 +923,15 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     model._spare.clear()
     model.eval()
     return optimiser
+
+
+def told(model, result):
+    """A step as numbers: its losses, active latents per sample, dead latents of each stream."""
+    parts = [k for k in ("loss", "self", "cross", "aux", "sparsity") if k in result]
+    active = [(c.values > 0).sum(1).float().mean()
+              for codes in result["codes"] for c in codes.values()]
+    return {**{k: float(result[k]) for k in parts}, "active": float(sum(active) / len(active)),
+            **{f"dead_{s}": int(model.dead(s).sum()) for s in model.streams}}
 
 
 # ---- Files --------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Thesis chapter 3 in plain PyTorch: selective scan, ViT, Vim, VMamba; DINO, CLIP and MIL.
 
-Read first   thesis 3.2.1 (Vim in DINO), 3.2.2 (MIL) and 3.3.1 (Vim and VMamba). [1] Gu & Dao,
-             Mamba, arXiv 2312.00752, sections 2-3 and Algorithm 2; [2] Zhu et al., Vision Mamba;
-             [3] Liu et al., VMamba; Caron et al., DINO; Oquab et al., DINOv2.
+Read first   thesis 3.2.1 (Vim, DINO), 3.2.2 (MIL), 3.3.1 (VMamba). [1] Gu & Dao, Mamba, arXiv
+             2312.00752, sections 2-3 and Algorithm 2; [2] Zhu et al., Vision Mamba; [3] Liu et
+             al., VMamba; Caron et al., DINO; Oquab et al., DINOv2.
 Read in      `_scan_reference` (the recurrence), `selective_scan`, then `_TorchScan` (the same,
 this order   fast), `Mixer` and `Vim`, `SS2D` and `VMamba`, `ViT`; `train`, `dino_step`, `MIL`;
              presets and released weights come last.
@@ -76,7 +76,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
     with torch.autocast(u.device.type, enabled=False):
         if B.dim() == 3:
             B, C = B.unsqueeze(2), C.unsqueeze(2)            # one group
-        nothing = u.new_zeros(u.shape[2])
+        nothing = u.new_zeros(u.shape[2])                    # (D,)
         D, bias = (nothing if v is None else v for v in (D, delta_bias))
         given = u, delta, A, B, C, D, z, bias
         inputs = [v if v is None else v.to(work).contiguous() for v in given]
@@ -99,7 +99,7 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias):
     """Raise InputError, naming the first tensor whose shape does not fit those of u and A."""
     if u.dim() != 3:
         raise InputError(f"u has shape {tuple(u.shape)} - give (batch, tokens, channels)")
-    tokens, channels, N = tuple(u.shape), u.shape[2], A.shape[-1]
+    tokens, channels, N = tuple(u.shape), u.shape[2], A.shape[-1]                # tokens: (B, L, D)
     G = B.shape[2] if B.dim() == 4 else 1
     weights = (*tokens[:2], N) if B.dim() == 3 else (*tokens[:2], G, N)
     wanted = {"delta": (delta, tokens), "z": (z, tokens), "A": (A, (channels, N)),
@@ -119,13 +119,13 @@ def _scan_reference(u, delta, A, B, C):
 
     u, delta (B, L, D), A (D, N), B, C (B, L, G, N). Returns y (B, L, D) and the last h (B, D, N).
     """
-    per_group = u.shape[2] // B.shape[2]
+    per_group = u.shape[2] // B.shape[2]                     # E = D / G
     B, C = (v.repeat_interleave(per_group, dim=2) for v in (B, C))     # (B, L, D, N)
-    h = u.new_zeros(u.shape[0], *A.shape)
+    h = u.new_zeros(u.shape[0], *A.shape)                    # (B, D, N)
     y = []
     for t in range(u.shape[1]):
         A_bar = torch.exp(delta[:, t, :, None] * A)                    # (B, D, N)
-        B_bar = delta[:, t, :, None] * B[:, t]
+        B_bar = delta[:, t, :, None] * B[:, t]               # Euler
         h = A_bar * h + B_bar * u[:, t, :, None]                       # Eq. 2a
         y.append((h * C[:, t]).sum(-1))                                # Eq. 2b: <C_t, h_t>
     return torch.stack(y, 1), h
@@ -153,7 +153,7 @@ class _TorchScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, T):
-        y, starts, h = torch.empty_like(u), [], u.new_zeros(len(u), *A.shape)
+        y, starts, h = torch.empty_like(u), [], u.new_zeros(len(u), *A.shape)    # h_0
         a, x = (u.new_empty(min(T, u.shape[1]), *h.shape) for _ in range(2))
         for i in range(0, u.shape[1], T):
             now = slice(i, i + T)
@@ -162,7 +162,7 @@ class _TorchScan(torch.autograd.Function):
             step = F.softplus(raw + bias) if softplus else raw + bias
             h = _states(u_t, step, A, B_t, h, a, x).clone()
             y_t = torch.einsum("tbgen,tbgn->tbge", x[:len(u_t)], C_t) + D * u_t
-            y[:, now] = y_t.transpose(0, 1)
+            y[:, now] = y_t.transpose(0, 1)                  # (B, T, G, E)
             if z is not None:
                 y[:, now] *= F.silu(z[:, now])
         ctx.save_for_backward(u, delta, A, B, C, D, z, bias, *starts)
@@ -176,7 +176,7 @@ class _TorchScan(torch.autograd.Function):
         the gradients of the inputs are products of g_t."""
         u, delta, A, B, C, D, z, bias, *starts = ctx.saved_tensors
         g_u, g_delta, g_B, g_C = (torch.empty_like(v) for v in (u, delta, B, C))
-        g_A, g_D = torch.zeros_like(A), torch.zeros_like(D)
+        g_A, g_D = torch.zeros_like(A), torch.zeros_like(D)  # sums over batch and tokens
         g_z = None if z is None else torch.empty_like(z)
         a, x, g = (u.new_empty(min(ctx.T, u.shape[1]), *g_h.shape) for _ in range(3))
         for i in reversed(range(0, u.shape[1], ctx.T)):
@@ -187,19 +187,19 @@ class _TorchScan(torch.autograd.Function):
             _states(u_t, step, A, B_t, h, a, x)
             if z is not None:
                 z_t, = _time_first(now, z)
-                gate = torch.sigmoid(z_t)
+                gate = torch.sigmoid(z_t)                    # silu(z) = z gate
                 y_t = torch.einsum("tbgen,tbgn->tbge", x[:n], C_t) + D * u_t
                 g_z[:, now] = (out * y_t * gate * (1 + z_t * (1 - gate))).transpose(0, 1)
                 out = out * z_t * gate                       # from here on the gradient before it
             torch.mul(out.unsqueeze(-1), C_t.unsqueeze(-2), out=g[:n])           # (T, B, G, E, N)
-            g[n - 1] += g_h
+            g[n - 1] += g_h                                  # from the chunk after
             for t in range(n - 2, -1, -1):
                 g[t].addcmul_(a[t + 1], g[t + 1])
             g_h = a[0] * g[0]                                # to the chunk before
-            g_B[:, now] = torch.einsum("tbgen,tbge->btgn", g[:n], step * u_t)
+            g_B[:, now] = torch.einsum("tbgen,tbge->btgn", g[:n], step * u_t)    # (B, T, G, N)
             g_C[:, now] = torch.einsum("tbgen,tbge->btgn", x[:n], out)
             gB = torch.einsum("tbgen,tbgn->tbge", g[:n], B_t)
-            a[1:n] *= x[:n - 1]
+            a[1:n] *= x[:n - 1]                              # a_t h_{t-1}
             a[0] *= h
             gah = a[:n].mul_(g[:n])                          # g_t a_t h_{t-1}, (T, B, G, E, N)
             g_step = gB * u_t + torch.mul(gah, A, out=x[:n]).sum(-1)
@@ -219,7 +219,7 @@ def _time_first(now, *tensors):
 
 def _states(u, step, A, B, h, a, x):
     """Fill a with exp(delta_t A) and x with h_t of one chunk, from the state h; the last h_t."""
-    n = len(u)
+    n = len(u)                                               # T, less in the last chunk
     torch.mul(step.unsqueeze(-1), A, out=a[:n]).exp_()
     torch.mul((step * u).unsqueeze(-1), B.unsqueeze(-2), out=x[:n])
     for t in range(n):
@@ -254,37 +254,28 @@ def _choose_backend(backend, u, states):
     if backend not in ("reference", "torch", "native"):
         raise InputError(f"backend={backend!r} - use auto, reference, torch, native")
     if backend == "native" and not (native() and native().serves(u, states)):
-        why = _why_not_native or f"it does not serve {u.dtype} on {u.device} with {states} states"
-        raise InputError(f"no native scan here ({why}) - use backend='torch'")
+        raise InputError(f"there is no native scan of {u.dtype} on {u.device} with {states} states "
+                         "- use backend='torch'")
     return backend
-
-
-_why_not_native = ""
 
 
 @lru_cache(None)
 def native(verbose=False):
-    """The compiled scan, a module with forward, backward and serves; None if it cannot be built."""
-    global _why_not_native
+    """The compiled scan, a module with forward, backward and serves; None if it cannot be built,
+    which is said once."""
     try:
         return build_native(verbose)
     except Exception as e:                                   # no compiler, no ninja, ...
-        _why_not_native = _first_line(e)
-        print(f"ssm: the native scan cannot be built ({_why_not_native}) - it needs ninja and a "
-              "C++ compiler; the torch scan serves", file=sys.stderr)
-        return None
-
-
-def _first_line(e):
-    """The first line of an exception's message, cut to 160 characters; its kind if it has none."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
+        print(f"ssm: the native scan cannot be built ({why}) - it needs ninja and a C++ compiler; "
+              "the torch scan serves", file=sys.stderr)
 
 
 def build_native(verbose=False):
     """Compile csrc/ with torch.utils.cpp_extension (ninja, a C++ compiler); returns the module."""
     import fcntl                                             # late: Windows has none, and no scan
     from torch.utils import cpp_extension
-    csrc = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")
+    csrc = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")      # beside this file
     sources = [os.path.join(csrc, "selective_scan.cpp")]
     if not os.path.exists(sources[0]):
         raise InputError(f"no {sources[0]}")
@@ -323,19 +314,8 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.p
+        keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.p  # (B, 1, ...)
         return x * keep / (1 - self.p)                       # so that the mean stays
-
-
-class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> (B, T, d): a convolution as wide as its stride."""
-
-    def __init__(self, patch, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class Mlp(nn.Sequential):
@@ -363,12 +343,12 @@ def _interpolate(pos, grid, offset=0.1, antialias=False):
     the sizes, places the samples: the result differs visibly from asking for the size. DINOv2
     with registers (offset 0) asks for the size.
     """
-    n = int(pos.shape[1] ** 0.5)
+    n = int(pos.shape[1] ** 0.5)                             # rows of the trained grid
     image = _float32_up(pos).reshape(1, n, n, -1).permute(0, 3, 1, 2)            # (1, d, n, n)
     target = {"size": tuple(grid)}
     if offset:
         target = {"scale_factor": tuple((g + offset) / n for g in grid)}
-    image = F.interpolate(image, mode="bicubic", antialias=antialias, **target)
+    image = F.interpolate(image, mode="bicubic", antialias=antialias, **target)  # (B, d, *grid)
     return image.flatten(2).transpose(1, 2).to(pos.dtype)
 
 
@@ -402,14 +382,15 @@ class PatchTokens(nn.Module):
 
     def __init__(self, dim, patch, size):
         super().__init__()
+        if not 0 < patch <= size:
+            raise InputError(f"patches of {patch} pixels in pictures of {size} - give smaller ones")
         self.dim, self.patch, self.size = dim, patch, size
-        self.patch_embed = PatchEmbed(patch, dim)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
 
     def position(self, x, grid):
-        """(1, 1 + T, d), in the order of the tokens; resized to the grid of images x if those have
-        not the trained size."""
+        """(1, 1 + T, d) as the tokens come; resized to the grid of images x not of that size."""
         pos = self.pos_embed
         if tuple(x.shape[2:]) == (self.size, self.size):
             return pos
@@ -427,9 +408,8 @@ class PatchTokens(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, d) -> same.
 
-    With `keep` set, the probabilities of the next passes stay in `kept` (B, heads, T, T), and
-    their gradient with them: heat maps need both. Otherwise torch's fused kernel, which never
-    forms them.
+    With `keep` set, the probabilities (B, heads, T, T) of the last pass stay in `kept`, and their
+    gradient with them: heat maps need both. Else torch's fused kernel, which never forms them.
     """
     keep = False
 
@@ -447,12 +427,11 @@ class Attention(nn.Module):
         if self.keep:
             scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
             if causal:
-                later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-                scores = scores.masked_fill(later, -torch.inf)
+                scores = scores + torch.full_like(scores[0, 0], -torch.inf).triu(1)
             self.kept = torch.softmax(scores, -1)
             if self.kept.requires_grad:
                 self.kept.retain_grad()
-            out = self.kept @ v
+            out = self.kept @ v                              # (B, heads, T, d / heads)
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return out.transpose(1, 2).flatten(2)
@@ -463,7 +442,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim, hidden):
         super().__init__()
-        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8          # two thirds: there are three matrices
         self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
 
     def forward(self, x):
@@ -510,10 +489,10 @@ class ViT(PatchTokens):
         super().__init__(dim, patch, size)
         self.registers = registers
         if v2:
-            self.mask_token = nn.Parameter(torch.zeros(1, dim))
+            self.mask_token = nn.Parameter(torch.zeros(1, dim))  # released files hold one
         if registers:
             self.resize = {"offset": 0., "antialias": True}
-            self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
+            self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim))
         self.blocks = nn.ModuleList(
             Block(dim, heads, 1. if v2 else None, SwiGLU if swiglu else Mlp, p)
             for p in torch.linspace(0, drop_path, depth).tolist())
@@ -522,18 +501,17 @@ class ViT(PatchTokens):
         _trunc_normal(self.pos_embed, *(() if v2 else (self.cls_token,)))
         if v2:
             nn.init.normal_(self.cls_token, std=1e-6)
-        if registers:
-            nn.init.normal_(self.register_tokens, std=1e-6)
         _init_linear(self)
 
     def blocks_out(self, x, last=1):
         """The final norm of the last blocks' outputs, oldest first, a list of
         (B, 1 + registers + T, d); and the grid."""
         grid, cls = _grid(x, self.patch, "this ViT"), self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([cls, self.patch_embed(x)], 1) + self.position(x, grid)
+        patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2)            # (B, T, d)
+        x = torch.cat([cls, patches], 1) + self.position(x, grid)
         if self.registers:                                   # added after positions: they have none
             extra = self.register_tokens.expand(len(x), -1, -1)
-            x = torch.cat([x[:, :1], extra, x[:, 1:]], 1)
+            x = torch.cat([x[:, :1], extra, x[:, 1:]], 1)    # (B, 1 + registers + T, d)
         out = []
         for i, block in enumerate(self.blocks):
             x = block(x)
@@ -546,8 +524,7 @@ class ViT(PatchTokens):
         return x[:, 1 + self.registers:]
 
     def features(self, x, tokens=False, last=1):
-        """Class tokens of the last blocks side by side (B, last d); with `tokens` all patch tokens
-        (B, T, d) and their grid."""
+        """Class tokens of the last blocks (B, last d); `tokens`: those of patches, their grid."""
         out, grid = self.blocks_out(x, last)
         return (self.patches(out[-1]), grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
 
@@ -578,7 +555,7 @@ class Mixer(nn.Module):
             setattr(self, f"D{end}", nn.Parameter(torch.ones(E)))
         nn.init.kaiming_uniform_(self.out_proj.weight, a=5 ** 0.5)
         with torch.no_grad():
-            self.out_proj.weight /= depth ** 0.5
+            self.out_proj.weight /= depth ** 0.5             # so that depth does not add up
             self.dt_proj.weight.uniform_(-self.r ** -0.5, self.r ** -0.5)
             self.dt_proj.bias.copy_(_delta_bias(E))
             self.dt_proj_b.bias.zero_()                      # as released: not as small
@@ -587,11 +564,11 @@ class Mixer(nn.Module):
         x, z = xz.chunk(2, -1)                               # (B, L, E) each
         conv, dt_proj = getattr(self, f"conv1d{end}"), getattr(self, f"dt_proj{end}")
         x = conv(x.transpose(1, 2))[..., :x.shape[1]]        # causal: no later token
-        x = F.silu(x.transpose(1, 2))
+        x = F.silu(x.transpose(1, 2))                        # (B, L, E)
         x_proj, A_log = getattr(self, f"x_proj{end}"), getattr(self, f"A{end}_log")
-        delta, B, C = x_proj(x).split([self.r, self.N, self.N], -1)
+        delta, B, C = x_proj(x).split([self.r, self.N, self.N], -1)  # (B, L, r), (B, L, N)
         delta = F.linear(delta, dt_proj.weight)              # its bias is added inside the scan
-        A, D = -torch.exp(_float32_up(A_log)), getattr(self, f"D{end}")
+        A, D = -torch.exp(_float32_up(A_log)), getattr(self, f"D{end}")          # (E, N), (E,)
         return selective_scan(x, delta, A, B, C, D, z, dt_proj.bias, backend=self.backend)
 
     def forward(self, x):
@@ -614,8 +591,8 @@ class Vim(PatchTokens):
                   front, with a position (whose row 0 is then the class token's, DINO's
                   convention), and the same parameter once more in the middle, without one: 198
                   tokens at 224 px, 38 at 96. The middle one is the output in either variant.
-    A layer's output is added to the residual only in the next layer
-    ("delayed"), so layer i's drop_path acts on the output of layer i - 1.
+    A layer's output is added to the residual only in the next layer ("delayed"), so layer i's
+    drop_path acts on the output of layer i - 1.
     """
 
     def __init__(self, dim, depth, patch=16, size=224, n_classes=0, drop_path=0.,
@@ -641,12 +618,13 @@ class Vim(PatchTokens):
     def embed(self, x):
         """(B, 3, H, W) -> tokens (B, L, d), and the grid of patches."""
         grid = _grid(x, self.patch, "this Vim")
-        pos, x = self.position(x, grid), self.patch_embed(x)                     # (B, T, d)
+        pos = self.position(x, grid)
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)                  # (B, T, d)
         cls, middle = self.cls_token.expand(len(x), -1, -1), (x.shape[1] + self.double_cls) // 2
         if self.double_cls:
             x = torch.cat([cls, x], 1) + pos                 # the one in the middle has no position
-            return torch.cat([x[:, :middle], cls, x[:, middle:]], 1), grid
-        return torch.cat([x[:, :middle], cls, x[:, middle:]], 1) + pos, grid
+        x = torch.cat([x[:, :middle], cls, x[:, middle:]], 1)                    # (B, L, d)
+        return x if self.double_cls else x + pos, grid
 
     def run(self, x):
         """Tokens (B, L, d) -> the final norm of every token."""
@@ -672,7 +650,7 @@ class Vim(PatchTokens):
 
 def cross_scan(x):
     """(B, H, W, E) -> (B, L, 4, E): VMamba's four orders, by rows, by columns, both backwards."""
-    rows, columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)
+    rows, columns = x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)             # (B, L, E)
     return torch.stack([rows, columns, rows.flip(1), columns.flip(1)], 2)
 
 
@@ -683,11 +661,10 @@ def cross_merge(y, h, w):
 
 
 class SS2D(nn.Module):
-    """2D selective scan ([3]), (B, H, W, d) -> same: depth-wise convolution, then four scans in
-    four directions, summed.
+    """2D selective scan ([3]), (B, H, W, d) -> same: a convolution, then the sum of scans in four
+    directions, which are the four groups of one scan.
 
-    VMamba's "v05_noz": no gate, state size 1 in the released models; the four directions are the
-    four groups of one scan.
+    VMamba's "v05_noz": no gate, state size 1 in the released models.
     """
 
     def __init__(self, dim, d_state=1):
@@ -709,7 +686,7 @@ class SS2D(nn.Module):
         h, w = x.shape[1:3]
         x = self.conv2d(self.in_proj(x).permute(0, 3, 1, 2))                     # (B, E, H, W)
         u = cross_scan(F.silu(x.permute(0, 2, 3, 1)))                            # (B, L, 4, E)
-        weights = torch.einsum("blke,kce->blkc", u, self.x_proj_weight)
+        weights = torch.einsum("blke,kce->blkc", u, self.x_proj_weight)  # (B, L, 4, r + 2 N)
         r = self.dt_projs_weight.shape[2]
         delta, B, C = weights.split([r, self.N, self.N], -1)
         delta = torch.einsum("blkr,ker->blke", delta, self.dt_projs_weight)      # (B, L, 4, E)
@@ -733,14 +710,15 @@ class VSSBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class _Conv(nn.Conv2d):
-    """3x3 convolution with stride 2 on (B, H, W, C)."""
+class _Permute(nn.Module):
+    """Between (B, C, H, W) and (B, H, W, C); a module, since released files count it."""
 
-    def __init__(self, i, o):
-        super().__init__(i, o, 3, stride=2, padding=1)
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
 
     def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x.permute(self.order)
 
 
 class VMamba(nn.Module):
@@ -748,37 +726,37 @@ class VMamba(nn.Module):
     resolution in between.
 
     Input (B, 3, H, W), sides multiples of 32. `forward` gives logits, or pooled features
-    (B, 8 dim) when n_classes = 0. Indices into patch_embed and downsample are the released ones;
-    the identities between stand for its permutations.
+    (B, 8 dim) when n_classes = 0.
     """
 
     def __init__(self, dim, depths, n_classes=0, drop_path=0., d_state=1):
         super().__init__()
         dims = [dim * 2 ** i for i in range(len(depths))]
         self.dim, self.reduction = dims[-1], 4 * 2 ** (len(depths) - 1)
-        gap = nn.Identity
+        first, last = partial(_Permute, 0, 3, 1, 2), partial(_Permute, 0, 2, 3, 1)    # channels
+        conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
         self.patch_embed = nn.Sequential(
-            _Conv(3, dim // 2), gap(), nn.LayerNorm(dim // 2), gap(), nn.GELU(),
-            _Conv(dim // 2, dim), gap(), nn.LayerNorm(dim))
+            conv(3, dim // 2), last(), nn.LayerNorm(dim // 2), first(), nn.GELU(),
+            conv(dim // 2, dim), last(), nn.LayerNorm(dim))
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
             blocks = [VSSBlock(dims[i], d_state, next(rates)) for _ in range(depth)]
-            halve = gap()
+            halve = nn.Identity()
             if i + 1 < len(depths):
                 norm = nn.LayerNorm(dims[i + 1])
-                halve = nn.Sequential(gap(), _Conv(dims[i], dims[i + 1]), gap(), norm)
+                halve = nn.Sequential(first(), conv(dims[i], dims[i + 1]), last(), norm)
             parts = {"blocks": nn.Sequential(*blocks), "downsample": halve}
             self.layers.append(nn.ModuleDict(parts))
         self.classifier = nn.ModuleDict({
             "norm": nn.LayerNorm(self.dim),
-            "head": nn.Linear(self.dim, n_classes) if n_classes else gap()})
+            "head": nn.Linear(self.dim, n_classes) if n_classes else nn.Identity()})
         _init_linear(self)
 
     def stages(self, x):
         """The output of each stage before it is downsampled: a list of (B, H_i, W_i, C_i)."""
         _grid(x, self.reduction, "this VMamba")
-        x, out = self.patch_embed(x.permute(0, 2, 3, 1)), []
+        x, out = self.patch_embed(x), []                     # (B, H / 4, W / 4, dim)
         for stage in self.layers:
             out.append(stage.blocks(x))
             x = stage.downsample(out[-1])
@@ -786,7 +764,7 @@ class VMamba(nn.Module):
 
     def features(self, x, tokens=False):
         """Pooled features (B, d); with `tokens` the last stage's normed map (B, T, d), its grid."""
-        x = self.classifier.norm(self.stages(x)[-1])
+        x = self.classifier.norm(self.stages(x)[-1])         # (B, H / 32, W / 32, d)
         return (x.flatten(1, 2), tuple(x.shape[1:3])) if tokens else x.mean((1, 2))
 
     def forward(self, x):
@@ -796,11 +774,8 @@ class VMamba(nn.Module):
 # -- Training: one update, one loop over steps, one over epochs with early stopping ----------------
 
 def descend(optimiser, loss, mend=None):
-    """One step of the optimiser down the gradient of `loss`, a scalar tensor, returned as a float.
-
-    mend(): changes the gradients before they are used (clips them). Raises InputError when the
-    loss is no number any more.
-    """
+    """One step of the optimiser down the gradient of the scalar `loss`, returned as a float; mend()
+    may change (clip) the gradients. Raises InputError when the loss is no number any more."""
     if not torch.isfinite(loss):
         raise InputError(f"the loss became {loss.item()} - lower the learning rate")
     optimiser.zero_grad(set_to_none=True)
@@ -844,7 +819,7 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
         since += 1
         if validate and (value < best or kept is None):
             best, since = value, 0
-            kept = {k: v.clone() for k, v in model.state_dict().items()}
+            kept = {k: v.clone() for k, v in model.state_dict().items()}         # the best epoch's
         if since >= patience and epoch + 1 >= least:
             break
     if kept:
@@ -899,13 +874,6 @@ class CLIPAttention(Attention):
         return self.out_proj(self.attend(qkv, self.causal))
 
 
-class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), OpenAI's approximation of GELU."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
 class CLIPBlock(nn.Module):
     """Pre-norm transformer block under OpenAI's names."""
 
@@ -913,12 +881,13 @@ class CLIPBlock(nn.Module):
         super().__init__()
         self.attn = CLIPAttention(dim, heads, causal)
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(dim, 4 * dim), gelu=QuickGELU(), c_proj=nn.Linear(4 * dim, dim)))
+        wide, narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.ModuleDict({"c_fc": wide, "c_proj": narrow})
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        h = self.mlp.c_fc(self.ln_2(x))
+        return x + self.mlp.c_proj(h * torch.sigmoid(1.702 * h))        # OpenAI's QuickGELU
 
 
 def _clip_blocks(dim, layers, heads, causal):
@@ -946,7 +915,7 @@ class CLIPVision(nn.Module):
                              f"{self.size}x{self.size}")
         x = self.conv1(x)                                    # (B, dim, rows, columns)
         grid, x = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)               # (B, T, dim)
-        cls = self.class_embedding.expand(len(x), 1, -1)
+        cls = self.class_embedding.expand(len(x), 1, -1)     # (B, 1, dim)
         x = torch.cat([cls, x], 1) + self.positional_embedding                   # (B, 1 + T, dim)
         x = self.ln_post(self.transformer(self.ln_pre(x)))
         return (self.patches(x), grid) if tokens else x[:, 0] @ self.proj
@@ -1003,15 +972,12 @@ class CLIP(nn.Module):
 def fit_clip(model, batch, n_steps, lr, on_step=None):
     """Train a CLIP with AdamW along a cosine. batch(t): images and tokens; on_step: see `train`."""
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, fused=True)
-    device = model.logit_scale.device
-
-    def mend():
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    mend = partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1.)
 
     def step(t, pair):
         now = cosine_schedule(t, n_steps, lr, 0., min(100, n_steps // 10))
         optimiser.param_groups[0]["lr"] = now
-        images, tokens = (v.to(device) for v in pair)
+        images, tokens = (v.to(model.logit_scale.device) for v in pair)
         return {"loss": descend(optimiser, model.loss(images, tokens), mend)}
     model.train()
     train(step, batch, n_steps, on_step)
@@ -1036,7 +1002,7 @@ def standardise_pixels(model, mean, std, assumed):
     numbers = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
     mean, std, was_mean, was_std = numbers
     # A pixel is x was_std + was_mean.
-    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))
+    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))            # (d,)
     bias = model.positional_embedding[1:] if conv.bias is None else conv.bias    # CLIP's has none
     bias += offset
     conv.weight *= was_std / std
@@ -1059,8 +1025,8 @@ def clip_from_state(state):
                      vocab, len(state["positional_embedding"]), patch, round(T ** 0.5) * patch)
         model.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError, IndexError, AttributeError) as e:
-        raise InputError(f"these are not the weights of a CLIP with a ViT ({_first_line(e)[:80]}) "
-                         "- give OpenAI's state_dict")
+        raise InputError(f"these are not the weights of a CLIP with a ViT ({str(e)[:80]!r}) - "
+                         "give OpenAI's state_dict")
     return model
 
 
@@ -1086,7 +1052,7 @@ class DINOHead(nn.Module):
 
     def forward(self, x):
         last = self.last_layer
-        prototypes = last.weight_g * F.normalize(last.weight_v, dim=1)
+        prototypes = last.weight_g * F.normalize(last.weight_v, dim=1)           # (K, bottleneck)
         return F.linear(F.normalize(self.mlp(x), dim=-1), prototypes)
 
 
@@ -1104,20 +1070,16 @@ class MultiCrop(nn.Module):
         features = []
         for _, same in groupby(crops, lambda x: x.shape[-2:]):
             features.append(self.backbone.features(torch.cat(list(same))))
-        return self.head(torch.cat(features))
+        return self.head(torch.cat(features))                # (V B, d) -> (V B, K)
 
 
 def dino_loss(student, teacher, center, views, teacher_temp=0.04, student_temp=0.1):
     """Cross-entropy of every student view against every *other* global teacher view, averaged over
-    pairs and images.
-
-    student (V B, K) and teacher (2 B, K) logits, view by view; center (K,). No gradient reaches the
-    teacher.
-    """
+    pairs and images. student (V B, K) and teacher (2 B, K) logits, view by view; center (K,)."""
     q = torch.softmax((teacher.detach() - center) / teacher_temp, -1)
     s = torch.log_softmax(student / student_temp, -1)
     q, s = q.unflatten(0, (2, -1)), s.unflatten(0, (views, -1))                  # (views, B, K)
-    own = (q * s[:2]).sum((0, -1))                           # v = v: not to be told
+    own = (q * s[:2]).sum((0, -1))                           # (B,): of a view with itself
     pairs = own - (q.sum(0) * s.sum(0)).sum(-1)              # (B,)
     return pairs.mean() / (2 * views - 2)
 
@@ -1129,8 +1091,7 @@ def teacher_temperature(epoch, start=0.04, final=0.04, warmup=0):
     return start + (final - start) * epoch / max(warmup - 1, 1)
 
 
-# D, D_b and dt_proj.bias are vectors anyway
-STATE_SPACE = ("A_log", "A_b_log", "A_logs", "Ds", "dt_projs_bias")
+STATE_SPACE = ("A_log", "A_b_log", "A_logs", "Ds", "dt_projs_bias")    # D, dt_proj.bias: vectors
 
 
 def decay_groups(model, decay_ssm=False):
@@ -1153,20 +1114,17 @@ def clip_each(model, most):
     """Shrink every parameter's gradient to an L2 norm of at most `most`, each by itself (DINO)."""
     for p in model.parameters():
         if p.grad is not None:
-            p.grad.mul_((most / (p.grad.norm() + 1e-6)).clamp(max=1))
+            p.grad.mul_((most / (p.grad.norm() + 1e-6)).clamp(max=1))  # as DINO's clip_gradients
 
 
 def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, momentum,
               teacher_temp=0.04, clip=3., freeze_last=False):
     """One step: the student's update, then teacher <- momentum teacher + (1 - momentum) student,
-    then the centre.
-
-    crops: V tensors (B, 3, h, w), global ones first. Returns floats: the loss; entropy and
-    information of the teacher's output.
-    """
+    then the centre. crops: V tensors (B, 3, h, w), global ones first. Returns floats: the loss;
+    entropy and information of the teacher's output."""
     for group in optimiser.param_groups:
         group["lr"] = lr
-    optimiser.param_groups[0]["weight_decay"] = weight_decay
+    optimiser.param_groups[0]["weight_decay"] = weight_decay  # not of the group that is spared
     with torch.no_grad():
         logits = teacher(crops[:2])                          # (2 B, K)
 
@@ -1179,7 +1137,7 @@ def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, mome
     with torch.no_grad():
         for mine, theirs in zip(teacher.parameters(), student.parameters()):
             mine.mul_(momentum).add_(theirs, alpha=1 - momentum)
-    q = torch.softmax((logits - center) / teacher_temp, -1)
+    q = torch.softmax((logits - center) / teacher_temp, -1)  # (2 B, K)
     told["entropy"], told["information"] = output_entropy(q)
     move_center(center, logits)
     return told
@@ -1191,25 +1149,47 @@ def move_center(center, teacher, momentum=0.9):
 
 
 def output_entropy(q):
-    """Of distributions (n, K), in nats: mean entropy, and the entropy of their mean less that.
-
-    The second is how much an output tells of its image; 0 means collapse, be it to the uniform
-    output (entropy ln K) or to a constant one.
-    """
+    """Of distributions (n, K), in nats: mean entropy, and the entropy of their mean less that. The
+    second is how much an output tells of its image: 0 means collapse, be it to the uniform output
+    (entropy ln K) or to a constant one."""
     entropy = torch.special.entr(q).sum(-1).mean().item()
     return entropy, torch.special.entr(q.mean(0)).sum().item() - entropy
 
 
-def dino_nets(arch, size, patch=None, K=65536, hidden=2048, bottleneck=256, norm_last=True,
-              drop_path=0.1, decay_ssm=False, device="cpu"):
-    """Student (in training), teacher (the same weights, no gradient, no drop path), and AdamW."""
+def dino_nets(arch, size, patch=None, prototypes=65536, head_hidden=2048, bottleneck=256,
+              norm_last=True, drop_path=0.1, decay_ssm=False, device="cpu"):
+    """Student (in training), teacher (the same weights; no gradient, no drop path), centre (K,)
+    and AdamW."""
     def net(p):
         backbone = make_backbone(arch, size=size, patch=patch, drop_path=p)
-        head = DINOHead(backbone.dim, K, hidden, bottleneck, norm_last)
+        head = DINOHead(backbone.dim, prototypes, head_hidden, bottleneck, norm_last)
         return MultiCrop(backbone, head).to(device)
     student, teacher = net(drop_path).train(), net(0.).eval().requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
-    return student, teacher, torch.optim.AdamW(decay_groups(student, decay_ssm))
+    optimiser = torch.optim.AdamW(decay_groups(student, decay_ssm))
+    return student, teacher, torch.zeros(prototypes, device=device), optimiser
+
+
+def dino_state(nets, step):
+    """What `restore_dino` needs to go on after `step` steps."""
+    student, teacher, center, optimiser = nets
+    return {"student": student.state_dict(), "teacher": teacher.state_dict(), "center": center,
+            "optimiser": optimiser.state_dict(), "step": step}
+
+
+def restore_dino(nets, kept):
+    """Put a `dino_state` into new `dino_nets`; returns the step. Raises for what is none."""
+    student, teacher, center, optimiser = nets
+    student.load_state_dict(kept["student"])
+    teacher.load_state_dict(kept["teacher"])
+    optimiser.load_state_dict(kept["optimiser"])
+    center.copy_(kept["center"].reshape(center.shape))
+    for weights, moments in optimiser.state.items():         # torch itself would miss it
+        if any(v.shape != weights.shape for key, v in moments.items() if key != "step"):
+            raise ValueError("moments of other weights")
+    if kept["step"] < 0:
+        raise ValueError("a step before the first")
+    return int(kept["step"])
 
 
 def dino_schedule(step, epoch, epochs, lr, min_lr=1e-6, warmup=10, weight_decay=0.04,
@@ -1246,11 +1226,10 @@ def fit_dino(nets, batch, n_steps, schedule, on_step=None, start=0, seed=0):
 
 def cam_layer(model, x):
     """Where Grad-CAM looks in a backbone, and how that layer's output becomes a map: (module,
-    function -> (B, h, w, d)).
+    function -> (B, h, w, d)), for images x (B, 3, H, W).
 
-    ViT and CLIP's: the first norm of the last block; Vim: what enters its last layer, the class
-    tokens left out (as Vim4Path); VMamba: the output of the last stage. x (B, 3, H, W) gives the
-    grid.
+    ViT and CLIP's: the first norm of the last block; Vim: what enters its last layer (as Vim4Path);
+    VMamba: the output of the last stage.
     """
     if isinstance(model, VMamba):
         return model.layers[-1].blocks, lambda out: out
@@ -1312,12 +1291,12 @@ class MIL(nn.Module):
         elif self.head == "max":                             # shares of those who have the largest
             h = h.masked_fill(~mask[..., None], -1.)         # ReLU made them >= 0
             top = (h == h.amax(1, keepdim=True)).float()     # (B, N, E)
-            scores = (top / top.sum(1, keepdim=True)).mean(-1)[:, None].log()
+            scores = (top / top.sum(1, keepdim=True)).mean(-1)[:, None].log()    # (B, 1, N)
         else:
             a = self.inner_dropout(torch.tanh(self.V(h)))    # (B, N, attention)
             if self.U is not None:
                 a = a * self.inner_dropout(torch.sigmoid(self.U(h)))
-            scores = self.w(a).transpose(1, 2)
+            scores = self.w(a).transpose(1, 2)               # (B, A, N)
         return scores.masked_fill(~mask[:, None], -math.inf)
 
     def forward(self, x, mask=None):
@@ -1329,11 +1308,11 @@ class MIL(nn.Module):
         h = h.masked_scatter(mask[..., None], real)          # (B, N, E)
         scores = self.scores(h, mask)
         if self.head == "max":
-            pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)
+            pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)  # (B, 1, E)
         else:
             pooled = torch.softmax(scores, -1) @ h           # (B, A, E)
         if self.head == "clam_mb":
-            logits = (pooled * self.classifier.weight).sum(-1) + self.classifier.bias
+            logits = (pooled * self.classifier.weight).sum(-1) + self.classifier.bias  # (B, C)
         else:
             logits = self.classifier(pooled[:, 0])
         return logits, scores, h
@@ -1345,23 +1324,22 @@ def smooth_top1_svm(s, y):
     "svm" of Berrada et al. 2018 with alpha = tau = 1. Their code takes the hard hinge where scores
     differ by 6.9 or more; we stay with the formula.
     """
-    margin = 1 - F.one_hot(y, s.shape[1])
-    return (torch.logsumexp(s + margin, 1) - s.gather(1, y[:, None])[:, 0]).mean()
+    return F.cross_entropy(s + 1 - F.one_hot(y, s.shape[1]), y)
 
 
 def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_top1_svm):
     """CLAM's clustering: the k instances that its own class attends to most should be told from the
-    k it attends to least; with `subtyping` other classes' favourites should be told to be none of
-    theirs. Averaged over bags.
+    k it attends to least; with `subtyping` other classes' favourites are none of theirs. The mean
+    over bags.
 
     scores (B, A, N), h (B, N, E), mask (B, N) as `MIL` gives them, y (B,) labels. The choice has no
-    gradient, h has. In bags of fewer than 2k instances k is halved to fit, so that none is called
-    both (the authors' code fails, or calls it both).
+    gradient, h has. In bags of fewer than 2 k instances k is what fits, so that none is called both
+    (the authors' code fails, or calls it both).
     """
     total, C = h.new_zeros(()), len(model.instance_classifiers)
     for b in range(len(h)):
         n = int(mask[b].sum())
-        few = min(k, n // 2)
+        few = min(k, n // 2)                                 # none both first and last
         for c, classifier in enumerate(model.instance_classifiers):
             own = c == y[b]
             if few == 0 or not (own or subtyping):
@@ -1370,14 +1348,14 @@ def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_t
             order = attention.argsort(descending=True)
             chosen = torch.cat([order[:few], order[-few:]]) if own else order[:few]
             target = torch.zeros_like(chosen)
-            target[:few] = int(own)
+            target[:few] = int(own)                          # 1: evidence of class c
             total = total + loss(classifier(h[b, chosen]), target) / (C if subtyping else 1)
     return total / len(h)
 
 
 def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smooth_top1_svm):
     """Cross-entropy of the bags; for CLAM's heads bag_weight of it, the rest `instance_loss`."""
-    logits, scores, h = model(x, mask)
+    logits, scores, h = model(x, mask)                       # (B, C), (B, A, N), (B, N, E)
     bag = F.cross_entropy(logits, y)
     if not model.head.startswith("clam"):
         return bag
@@ -1441,13 +1419,6 @@ def make_backbone(arch, **settings):
     return PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
 
 
-def token_grid(model, size):
-    """(rows, columns) of a backbone's patch tokens of a picture with `size` pixels a side."""
-    with torch.no_grad():
-        x = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
-        return model.features(x, tokens=True)[1]
-
-
 def last_linear(model):
     """(name, module) of a classifier's last linear layer; InputError when it has none."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -1457,13 +1428,12 @@ def last_linear(model):
 
 
 def load_weights(model, path):
-    """Load a released or own checkpoint into a backbone: weights only, nothing resized, nothing
-    left out silently.
+    """Load a released or own checkpoint into a backbone: weights only, nothing resized.
 
     Finds the state under teacher, student, model or state_dict, and strips module. and backbone.;
-    of a DINO checkpoint (keys with backbone.) the projection head is not the backbone's and is left
-    out, and so is a classifier when the model has none. Raises InputError listing every missing,
-    unexpected and mis-shaped key.
+    of a DINO checkpoint (keys with backbone.) the projection head is left out, and so is a
+    classifier when the model has none. Raises InputError listing every missing, unexpected and
+    mis-shaped key.
     """
     own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
     prefix = "backbone."
@@ -1497,8 +1467,7 @@ def _state(path):
     for key in ("teacher", "student", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    tensors = isinstance(state, dict) and all(map(torch.is_tensor, state.values()))
-    if not tensors:
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or "
                          "under teacher, student, model, state_dict")
     return state
@@ -1506,7 +1475,8 @@ def _state(path):
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["build"]:
-        raise SystemExit("usage: python ssm.py build")
+        print("usage: python ssm.py build", file=sys.stderr)
+        raise SystemExit(2)
     if not native(verbose=True):                             # shows the compiler's own words
         raise SystemExit(2)
     print(f"built {native(verbose=True).__file__}; set REPSAE_NATIVE=1 to use it")

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-from unittest import mock
 
 import numpy as np
 import torch
@@ -28,33 +27,19 @@ import sae
 import ssm
 
 
-class PeakMemory:
-    """Highest anonymous memory (RssAnon, MB) of this process inside a `with`: mapped files are the
-    system's, not ours."""
-
-    def __enter__(self):
-        self.mb, self._on = 0., True
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._on = False
-        self._thread.join()
-
-    def _watch(self):
-        while self._on:
-            try:
-                self.mb = max(self.mb, status_mb("RssAnon"))
-            except (OSError, StopIteration):
-                return                                       # no Linux: no figure, not a wrong one
-            time.sleep(0.002)
-
-
 def status_mb(name):
     """A figure of this process's memory; OSError or StopIteration where the system keeps none."""
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) / 1024 for line in f if line.startswith(name))
+
+
+def watch_memory(peak):
+    """Keep in the list `peak` the most anonymous memory (RssAnon, MB) of this process: mapped files
+    are the system's, not ours."""
+    with contextlib.suppress(OSError, StopIteration):        # no Linux: no figure, not a wrong one
+        while True:
+            peak[0] = max(peak[0], status_mb("RssAnon"))
+            time.sleep(0.002)
 
 
 def peak_of(run, device):
@@ -126,79 +111,35 @@ def contender(kind, dims, device, batch=256, latents=8192, k=64):
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
     else:
         optimiser = sae.make_optimiser(model)
-    step = phases if kind == "phases" else dense_step if "dense" in kind else sae.train_step
-
-    def run():
-        result = step(model, optimiser, x)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return result
-    return run
-
-
-def timed(inner, spent, phase):
-    """The function `inner`, its seconds added up in spent[phase]."""
-    def run(*args, **kw):
-        began = time.perf_counter()
-        result = inner(*args, **kw)
-        spent[phase] = spent.get(phase, 0) + time.perf_counter() - began
-        return result
-    return run
-
-
-def phases(model, optimiser, x):
-    """Take one training step with a stopwatch on its parts: dict phase -> seconds."""
-    spent, watched = {}, (
-        (model, "_support", "choose"), (model, "loss", "forward"),
-        (torch.Tensor, "backward", "backward"), (sae, "project_gradient", "project"),
-        (optimiser, "step", "adam"), (sae, "renormalise", "renormalise"),
-        (sae, "_count_idle", "count dead"))
-    with contextlib.ExitStack() as patches:
-        for owner, name, phase in watched:
-            inner = timed(getattr(owner, name), spent, phase)
-            patches.enter_context(mock.patch.object(owner, name, inner))
-        sae.train_step(model, optimiser, x)
-    spent["forward"] -= spent["choose"]                      # the loss does the choosing
-    return spent
+    step = dense_step if "dense" in kind else sae.train_step
+    return functools.partial(step, model, optimiser, x)
 
 
 def step_memory(kind, dims, device):
-    """Peak memory (MB) of a process that does nothing but three training steps."""
-    with PeakMemory() as peak:
+    """MB of three training steps, model and optimiser with them."""
+    def three():
         step = contender(kind, dims, device)
         for _ in range(3):
             step()
-    return round(peak.mb)
-
-
-def step_times(dims, rounds, device):
-    """dict kind -> median milliseconds of a training step, all kinds taking turns."""
-    steps = {kind: contender(kind, dims, device) for kind in KINDS}
-    times = {kind: [] for kind in KINDS}
-    for i in range(rounds + 1):
-        for kind, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if i:                                            # the first is a warm-up
-                times[kind].append(1000 * (time.perf_counter() - began))
-    return {kind: statistics.median(v) for kind, v in times.items()}
+    return peak_of(three, device)
 
 
 def bench_sparc(device):
     """A training step of SPARC against the authors' dense one, for three streams and for ten."""
     three = {"dino": 1024, "clip_img": 768, "clip_txt": 768}
-    for dims, rounds in ((three, 9), ({f"s{i}": 768 for i in range(10)}, 3)):
-        ms = step_times(dims, rounds, device)
+    for dims in (three, {f"s{i}": 768 for i in range(10)}):
+        steps = {kind: contender(kind, dims, device) for kind in KINDS}
+        times = {kind: [] for kind in KINDS}
+        for _ in range(7):                                   # in turns
+            for kind, step in steps.items():
+                times[kind].append(median_ms(step, device, 1))
+        ms = {kind: statistics.median(v) for kind, v in times.items()}
         ways = {kind: {"ms": ms[kind], "times ours": ms[kind] / ms[OURS]} for kind in KINDS}
+        del steps, step
         for kind in (OURS, AUTHORS):
-            ways[kind]["peak MB"] = in_child(step_memory, kind, dims, device)
-        about = f"{len(dims)} streams, {sum(dims.values())} dimensions, batch 256, L 8192, k 64"
-        yield f"one training step: {about}, {torch.get_num_threads()} threads, {device}", ways
-        watched = contender("phases", dims, device)
-        parts = [watched() for _ in range(rounds + 2)][2:]
-        ms = {name: 1000 * statistics.median(p[name] for p in parts) for name in parts[0]}
-        yield f"ours by phase: {about}", {
-            name: {"ms": v, "%": 100 * v / sum(ms.values())} for name, v in ms.items()}
+            ways[kind]["peak MB"] = apart(device, step_memory, kind, dims, device)
+        yield (f"one training step: {len(dims)} streams, {sum(dims.values())} dimensions, "
+               f"batch 256, L 8192, k 64, {torch.get_num_threads()} threads, {device}"), ways
 
 
 def bench_rows(device):
@@ -224,19 +165,19 @@ def bench_rows(device):
 
 def train_on_rows(folder, n_steps=300):
     """Train and judge on a folder: peak RssAnon in MB, and seconds by phase."""
-    seconds, began = {}, time.time()
-    with PeakMemory() as peak:
-        features = data.read_features(folder)
-        seconds["read s"], began = time.time() - began, time.time()
-        model = sae.SPARC(features.dims, 8192, 64)
-        batches = data.Batches(features.rows("train"), 256, 0)
-        sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps)
-        seconds["train s"], began = time.time() - began, time.time()
-        flags = {k.replace("-", "_"): v[0] for k, v in repsae.RUN.items()}
-        repsae.measure(model, features, repsae.Flags({**flags, "seed": 0}))
-        seconds["evaluate s"] = time.time() - began
+    seconds, began, peak = {}, time.time(), [0.]
+    threading.Thread(target=watch_memory, args=[peak], daemon=True).start()
+    features = data.read_features(folder)
+    seconds["read s"], began = time.time() - began, time.time()
+    model = sae.SPARC(features.dims, 8192, 64)
+    batches = data.Batches(features.rows("train"), 256, 0)
+    sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps)
+    seconds["train s"], began = time.time() - began, time.time()
+    _, flags = repsae.parse(["eval", "none"])
+    repsae.measure(model, features, flags.replaced({"seed": 0}))
+    seconds["evaluate s"] = time.time() - began
     size = sum(x.nbytes for x in features.streams.values())
-    return {"data MB": round(size / 2 ** 20), "peak MB": round(peak.mb), **seconds}
+    return {"data MB": round(size / 2 ** 20), "peak MB": round(peak[0]), **seconds}
 
 
 # -- the selective scan -----------------------------------------------------------------------
@@ -287,8 +228,8 @@ def textbook_scan(u, delta, A, B, C):
 
 
 def scan_contenders(size, device):
-    """dict name -> (forward, forward and backward): functions of nothing, on random inputs of one
-    size (B, L, D, N)."""
+    """dict name -> function that makes (forward, forward and backward), functions of nothing, on
+    random inputs of one size (B, L, D, N)."""
     b, L, D, N = size
     g = torch.Generator().manual_seed(0)
     u, z, gy, delta = (torch.randn(b, L, D, generator=g).to(device) for _ in range(4))
@@ -307,7 +248,7 @@ def scan_contenders(size, device):
         def forward():
             with torch.no_grad():
                 return scan(*inputs)
-        return forward, lambda: torch.autograd.grad(scan(*inputs), inputs, gy)
+        return lambda: (forward, lambda: torch.autograd.grad(scan(*inputs), inputs, gy))
 
     def ours(backend):
         return both(functools.partial(ssm.selective_scan, backend=backend))
@@ -319,10 +260,10 @@ def scan_contenders(size, device):
     return found
 
 
-def scan_memory(size, device, name):
-    """MB that one forward and backward of a contender needs."""
-    scan_contenders((1, 64, 8, 4), device)[name][1]()        # what starts but once is not its own
-    return peak_of(scan_contenders(size, device)[name][1], device)
+def memory_of(contenders, small, size, device, name, which):
+    """MB that one forward (which 0), or one with its backward (1), of a contender needs."""
+    contenders(small, device)[name]()[which]()               # what starts but once is not its own
+    return peak_of(contenders(size, device)[name]()[which], device)
 
 
 def memory_speed(size, device):
@@ -340,7 +281,8 @@ def bench_scan(device):
         floor, rate = memory_speed(size, device)
         ways = {"exp alone": {"forward ms": floor, "forward / exp": 1.}}
         moved = 4 * (4 * b * L * D + 2 * b * L * N)          # bytes: u, delta, z, y, B, C
-        for name, (forward, both) in scan_contenders(size, device).items():
+        for name, make in scan_contenders(size, device).items():
+            forward, both = make()
             ms = median_ms(forward, device)
             ways[name] = {"forward ms": ms, "forward / exp": ms / floor}
             if device != "cpu":
@@ -348,20 +290,20 @@ def bench_scan(device):
             if "slices" in name and L > 1024:                # its gradient grows with L^2: minutes
                 continue
             full = median_ms(both, device)
-            ways[name] |= {"forward+backward ms": full, "f+b / exp": full / floor,
-                           "peak MB": apart(device, scan_memory, size, device, name)}
+            mb = apart(device, memory_of, scan_contenders, (1, 64, 8, 4), size, device, name, 1)
+            ways[name] |= {"forward+backward ms": full, "f+b / exp": full / floor, "peak MB": mb}
         yield (f"selective scan: B {b}, L {L}, D {D}, N {N}, float32, {device}; "
                f"copying memory: {rate:.0f} GB/s"), ways
 
 
 # -- backbones --------------------------------------------------------------------------------
 
-def backbone_contenders(device):
-    """dict name -> function(side) -> (forward, forward and backward) of one image of that side."""
+def backbone_contenders(side, device):
+    """dict name -> function that makes (forward, forward and backward) of an image of that side."""
     # gradients of far tokens fall below the smallest normal number, which slows CPUs down
     torch.set_flush_denormal(True)
 
-    def both(make, side, backend="torch", keep=False):
+    def both(make, backend="torch", keep=False):
         torch.manual_seed(0)
         model, x = make().to(device), torch.randn(1, 3, side, side, device=device)
         for part in model.modules():
@@ -382,24 +324,18 @@ def backbone_contenders(device):
     return found
 
 
-def backbone_memory(side, device, name, training):
-    """MB that one forward, or with `training` forward and backward, needs beyond the model."""
-    make = backbone_contenders(device)[name]
-    make(64)[training]()
-    return peak_of(make(side)[training], device)
-
-
 def bench_backbones(device):
     """ViT-tiny against Vim-tiny, one image of growing size."""
     for side in (224, 384, 512, 768, 1024):
         tokens, ways = (side // 16) ** 2, {}
-        for name, make in backbone_contenders(device).items():
+        for name, make in backbone_contenders(side, device).items():
             repsae.say(f"{tokens} tokens: {name}")
             slow = "reference" in name and tokens > 196      # its gradient grows with their square
             ways[name] = {}
-            for i, (what, go) in enumerate(zip(("forward", "f+b")[:1 if slow else 2], make(side))):
+            for i, (what, go) in enumerate(zip(("forward", "f+b")[:1 if slow else 2], make())):
                 ways[name][f"{what}, ms"] = median_ms(go, device, 5)
-                ways[name][f"{what}, MB"] = apart(device, backbone_memory, side, device, name, i)
+                ways[name][f"{what}, MB"] = apart(device, memory_of, backbone_contenders, 64, side,
+                                                  device, name, i)
         yield f"{tokens} tokens, one image, float32, {device}", ways
 
 

@@ -9,7 +9,6 @@ exit code 2; all else is a finding. Input N of a seed is always the same: `--rep
 import argparse
 import collections
 import contextlib
-import functools
 import io
 import json
 import os
@@ -22,10 +21,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -40,16 +39,17 @@ sys.path.insert(0, str(ROOT))
 import data
 import repsae
 
-SECONDS, GIGABYTES = 20, 4
+PATIENCE, SECONDS, GIGABYTES = 20, 60, 4     # until it is asked to stop, and until it is a hang
 FINDINGS = ("traceback", "bad message", "hang", "over 4 GB", "half-written")
 COLUMNS = ("inputs", "refused", "ran", *FINDINGS)
 
 FIT = "--latents 12 --k 2 --batch 16 --epochs 1"
 SMALL_DINO = ("--arch vit_micro --patch 8 --size 16 --local-size 8 --local-crops 1 --prototypes 8 "
-              "--head-hidden 8 --bottleneck 4 --batch 4 --epochs 1 --warmup 0 --workers 0")
-SMALL_CLIP = "--size 16 --patch 8 --width 8 --layers 1 --joint 4 --context 8 --epochs 1 --batch 8"
-SMALL_MIL = "--head gated --widths 4 --attention 2 --epochs 2 --least 1 --batch 4 --inner 1"
-SMALL_TUNE = "--models vit_micro --size 16 --patch 8 --runs 1 --epochs 1"
+              "--head-hidden 8 --set bottleneck=4 --batch 4 --epochs 1 --warmup 0 --workers 0")
+SMALL_CLIP = ("--size 16 --patch 8 --width 8 --set layers=1 --set joint=4 --set context=8 --epochs 1 "
+              "--batch 8")
+SMALL_MIL = "--head gated --widths 4 --attention 2 --epochs 2 --min-epochs 1 --batch 4 --votes 1"
+SMALL_TUNE = "--weights vit_micro --size 16 --patch 8 --runs 1 --epochs 1"
 WEIGHTS = "--weights vit=vit_micro:random,clip=clip"
 
 # Command lines that make the inputs of the others, in this order.
@@ -62,8 +62,8 @@ MAKE = [
     f"sae --data f.npz --stream x {FIT} --out sae",
     f"sae --data tok.npz --norm none {FIT} --out tokens",
     f"sparc --data feats.npz {FIT} --out world",
-    f"finetune --data pics {SMALL_TUNE.replace('vit_micro', 'v=vit_micro:random')} --out tuned",
-    "tile --images slide.png --size 16 --least 0.001 --out tiles",
+    f"finetune --images pics {SMALL_TUNE.replace('vit_micro', 'v=vit_micro:random')} --out tuned",
+    "tile --images slide.png --size 16 --smallest 0.001 --out tiles",
 ]
 # Command lines that work, of which each input damages one; "o" is where they write.
 CASES = [case.split() for case in [
@@ -72,7 +72,7 @@ CASES = [case.split() for case in [
     "sparc --data f.npz --resume --out sparc",
     f"sae --data f.npz --stream y --activation relu {FIT} --out o",
     "sae --data tok.npz --resume --out tokens",
-    f"variants --data f.npz --stream x {FIT} --out o",
+    f"sae --activation all --data f.npz --stream x {FIT} --out o",
     "eval sparc --json o.json",
     "eval sparc --data folder --json o.json",
     "encode sparc --data f.npz --out o.npz",
@@ -83,19 +83,19 @@ CASES = [case.split() for case in [
     "latents tokens --between well,sick --out o",
     "latents sae --data f.npz --top 3",
     "intervene tokens --label sick --rank boxes --out o",
-    "intervene tokens --label 1 --head head.npz --other tok.npz --out o",
-    "fidelity tokens --label sick --out o",
-    "describe tokens --top 2 --out o.json",
-    "search tokens --names names.json --query nucleus --label sick",
-    "search tokens --names names.json --embeddings emb.npz",
-    "compare sae tokens --data f.npz --stream x --stream-b x --json o.json",
+    "intervene tokens --label 1 --head-file head.npz --other tok.npz --out o",
+    "intervene tokens --out o",
+    "latents tokens --top 2 --prompts o.json",
+    "latents tokens --names names.json --query nucleus --label sick",
+    "latents tokens --names names.json --embeddings emb.npz",
+    "compare sae tokens --data f.npz --streams x,x --json o.json",
     "compare sae sae --json o.json",
     "tissue --pictures 8 --size 16 --out o",
     f"clip --images tissue/tissue.npz {SMALL_CLIP} --out o",
     f"clip --images tissue/tissue.npz {SMALL_CLIP} --merges merges.txt --out o",
     f"explain world --images tissue/tissue.npz {WEIGHTS} --least 1 --most 2 --out o",
-    "retrieve world --query 1 --from vit --to clip_txt --out o.html",
-    "retrieve world --text mucin --encoder clip --from clip_txt --to clip_img --out o.html",
+    "retrieve world --sample 1 --from vit --to clip_txt --out o.html",
+    "retrieve world --query mucin --encoder clip --from clip_txt --to clip_img --out o.html",
     "retrieve world --features q.npy --from clip_img --to vit --out o.html",
     f"dino --images pics {SMALL_DINO} --out o",
     f"dino --images pics {SMALL_DINO} --resume --out dino",
@@ -105,14 +105,14 @@ CASES = [case.split() for case in [
     "extract --images tiles/slide.npz --weights v=tuned/v.pt --size 16 --out o.npz",
     "probe --data f.npz --json o.json",
     "probe --data feats.npz --solver sgd --only lymphocyte",
-    "cut --voc voc --size 8 --out o",
-    "tile --images slide.png --size 16 --least 0.001 --rois rois.xml --out o",
-    "tile --images slide.png --size 16 --least 0.001 --otsu --out o",
+    "tile --voc voc --size 8 --out o",
+    "tile --images slide.png --size 16 --smallest 0.001 --rois rois.xml --out o",
+    "tile --images slide.png --size 16 --smallest 0.001 --otsu --out o",
     f"mil --data bags.npz {SMALL_MIL} --out o",
-    f"mil --data bags {SMALL_MIL} --grid lr=0.01 --out o",
-    f"finetune --data pics {SMALL_TUNE} --out o",
-    f"finetune --data med.npz {SMALL_TUNE} --split given --out o",
-    f"finetune --data tissue/tissue.npz --label mucin {SMALL_TUNE} --frozen --out o",
+    f"mil --data bags {SMALL_MIL} --lr 0.01 --out o",
+    f"finetune --images pics {SMALL_TUNE} --out o",
+    f"finetune --images med.npz {SMALL_TUNE} --split given --out o",
+    f"finetune --images tissue/tissue.npz --label mucin {SMALL_TUNE} --frozen --out o",
     "explain --images pics --weights d=dino,t=tuned/v.pt --most 1 --size 16 --out o",
     "demo --quick --skip 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20 --out o",
     "bench sparc --json o.json",
@@ -205,7 +205,9 @@ def damage_flags(argv, rng):
     for _ in range(rng.choice([1, 1, 1, 2])):
         at, how = rng.randrange(1, len(argv) + 1), rng.random()
         if how < 0.4:
-            argv[at:at] = [f"--{rng.choice(flags_of(argv[0]))}", rng.choice(TEXTS)]
+            name, text = rng.choice(flags_of(argv[0])), rng.choice(TEXTS)
+            argv[at:at] = ["--set", f"{name}={text}"] if name in repsae.SETTINGS \
+                else [f"--{name}", text]
         elif how < 0.8:
             argv[at:at + 1] = [rng.choice(TEXTS)]
         elif how < 0.9:
@@ -215,13 +217,9 @@ def damage_flags(argv, rng):
     return argv
 
 
-@functools.cache
 def flags_of(command):
-    """The names of a command's flags, as its help tells them."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        repsae.main([command, "--help"])
-    return sorted(set(re.findall(r"--([a-z][a-z-]*)", shown.getvalue())) - {"help"})
+    """The names of a command's flags and settings."""
+    return sorted(repsae.COMMANDS[command].flags)
 
 
 def files_used(argv):
@@ -457,7 +455,10 @@ def child(number, seed, zoo, place):
     # of `bench` and `demo` only what they do with their flags counts
     subprocess.run = lambda *_, **__: types.SimpleNamespace(returncode=0)
     repsae.run_stage = lambda *_: sys.exit(0)
-    signal.alarm(SECONDS)
+    signal.alarm(SECONDS)                                    # kills, whatever is running then
+    asking = threading.Timer(PATIENCE, os.kill, (os.getpid(), signal.SIGINT))
+    asking.daemon = True
+    asking.start()
     code = 0
     try:
         repsae.main(argv)
@@ -501,8 +502,6 @@ def verdict(status, usage, place):
     read = {name: told(place, name) for name in ("err", "at", "broken")}
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        if re.search(r"^(step \d+/|before training)", read["err"], re.M):
-            return "ran", "still training"
         return ("hang", "") if number == signal.SIGALRM else ("traceback", f"signal {number}")
     memory = re.search("MemoryError|can't allocate memory|Unable to allocate", read["err"])
     if memory or usage.ru_maxrss > GIGABYTES * 2 ** 20:
@@ -511,8 +510,11 @@ def verdict(status, usage, place):
         return "traceback", read["at"]
     if read["broken"]:
         return "half-written", read["broken"]
-    if os.WEXITSTATUS(status) == 0:
-        return "ran", ""
+    trained = re.search(r"^(step \d+/|before training)", read["err"], re.M)
+    if os.WEXITSTATUS(status) == 0 or os.WEXITSTATUS(status) == 130 and trained:
+        return "ran", ""                                     # or stopped when it was asked to
+    if os.WEXITSTATUS(status) == 130:
+        return "hang", "before training"
     lines = read["err"].splitlines()
     errors = [line for line in lines if line.startswith("repsae: error: ")]
     fine = os.WEXITSTATUS(status) == 2 and lines[-1:] == errors and len(errors[0]) <= 400

@@ -119,7 +119,7 @@ def test_a_mask_takes_labels_away_and_a_row_of_none_is_not_unlabelled(tmp_path):
 @pytest.mark.parametrize("more, message", [
     ({"labels": np.full(50, 10 ** 8)}, "row 0 is 100000000 - number the classes from 0"),
     ({"labels": np.array([2 ** 63] * 50, np.uint64)}, "row 0 is 9223372036854775808"),
-    ({"labels": np.array(["a"] * 50), "label_names": np.array(["b"])}, "row 0 is 'a', none of"),
+    ({"labels": np.array(["a"] * 50), "label_names": np.array(["b"])}, "row 0 is 'a', no 'label_names'"),
     ({"labels": np.zeros(50)}, "'labels' has shape \\(50,\\) and type float64"),
     ({"labels": np.zeros((50, 0), int)}, "'labels' has shape \\(50, 0\\)"),
     ({"labels": np.array(3)}, "'labels' has shape \\(\\) "),
@@ -280,7 +280,7 @@ def poisoned(value, row):
     ({"b": poisoned(np.inf, 3)}, "stream 'b' has NaN or Inf in 1 or more rows, first row 3"),
     ({"b": np.zeros((49, 4))}, "stream 'b' has 49 rows but 'a' has 50"),
     ({"b": np.zeros((50, 4), int)}, "stream 'b' holds int64"),
-    ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - it needs at least"),
+    ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - a stream is"),
     ({"b": np.zeros(50)}, r"stream 'b' has shape \(50,\)"),
     ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50 samples"),
     ({"labels": np.zeros(50)}, "'labels' has shape .* float64"),
@@ -289,8 +289,8 @@ def poisoned(value, row):
     ({"split": np.array(["test"] * 50)}, "the train split is empty"),
     ({"split": np.array(["train"] * 49 + ["dev"])}, "'split' row 49 is 'dev'"),
     ({"groups": np.zeros(50, int)}, "the test and val split is empty"),
-    ({"n": 0}, "has shape .0, 6. - it needs at least one row"),
-    ({"b": np.array([{}] * 50)}, "is an array of Python objects - save plain numbers")])
+    ({"n": 0}, "has shape .0, 6. - a stream is"),
+    ({"b": np.array([{}] * 50)}, "is an array of Python objects - save numbers")])
 def test_a_bad_array_is_refused_by_name(more, message, tmp_path):
     with pytest.raises(InputError, match=message):
         features = read_features(as_file(tmp_path, **more))
@@ -311,7 +311,7 @@ def test_a_bad_file_is_refused(tmp_path):
     np.savez(tmp_path / "none.npz", labels=np.zeros(3, int))
     for name, message in (("missing.npz", "no file or folder"), ("cut.npz", "is cut off or damaged"),
                           ("damaged.npz", "is cut off or damaged"), ("text.npz", "is not a readable"),
-                          ("pickle.npz", "is not a readable"), ("one.npy", "one array without a name"),
+                          ("pickle.npz", "is not a readable"), ("one.npy", "holds an array without a name"),
                           ("empty", "holds no stream"), ("none.npz", "holds no stream")):
         with pytest.raises(InputError, match=message):
             read_features(str(tmp_path / name))
@@ -388,7 +388,7 @@ def test_pictures_beside_the_split_folders_are_refused_and_other_things_are_not(
     (pictures / where / "notes.txt").write_text("read me")
     assert len(data.read_images(pictures)) == 18
     (pictures / "train" / "a" / "0.png").rename(pictures / where / "0.png")
-    with pytest.raises(InputError, match="0.png lies beside the folder .*test"):
+    with pytest.raises(InputError, match="0.png lies beside the train, val and test folders"):
         data.read_images(pictures)
 
 
@@ -688,15 +688,20 @@ def test_boxes_are_cut_as_squares_around_them_by_the_official_splits(tmp_path):
             "<object><name>rim</name><bndbox><xmin>280</xmin><ymin>100</ymin><xmax>300</xmax><ymax>140</ymax></bndbox></object></annotation>")
     (tmp_path / "voc" / "ImageSets" / "Main" / "trainval.txt").write_text("one\n")
     with pytest.raises(InputError, match="test.txt - expected a Pascal VOC folder"):
-        data.cut_boxes(tmp_path / "voc", tmp_path / "cells", 32)
+        data.cut_boxes(tmp_path / "voc")
     (tmp_path / "voc" / "ImageSets" / "Main" / "test.txt").write_text("two\n")
-    assert data.cut_boxes(tmp_path / "voc", tmp_path / "cells", 96, 0.2) == {(s, n): 1 for s in ("train", "test") for n in ("cell", "rim")}
-    cut = np.asarray(Image.open(tmp_path / "cells" / "test" / "cell" / "two_0.png").convert("L")) > 128
+    cuts = data.cut_boxes(tmp_path / "voc", 0.2)
+    assert cuts.about["ids"].tolist() == [
+        f"{split}/{name}" for split, stem in (("train", "one"), ("test", "two"))
+        for name in (f"cell/{stem}_0", f"rim/{stem}_2")]
+    assert (cuts.boxes[:, 2] == cuts.boxes[:, 3]).all()
+    cut = np.asarray(cuts.open(2).resize((96, 96), Image.BICUBIC).convert("L")) > 128
     rows, columns = np.flatnonzero(cut.any(1)), np.flatnonzero(cut.any(0))
-    assert (abs(np.array([rows[0], rows[-1], columns[0], columns[-1]]) - (8, 87, 28, 67)) <= 1).all()            # 80 and 40 of 96
-    with Image.open(tmp_path / "voc" / "JPEGImages" / "one.jpg") as whole:                  # moved inwards, not filled up
-        expected = whole.crop((252, 96, 300, 144)).resize((96, 96), Image.BICUBIC)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "cells" / "train" / "rim" / "one_2.png")), np.asarray(expected))
+    edges = np.array([rows[0], rows[-1], columns[0], columns[-1]])
+    assert (abs(edges - (8, 87, 28, 67)) <= 1).all()         # 80 and 40 of 96
+    with Image.open(tmp_path / "voc" / "JPEGImages" / "one.jpg") as whole:
+        expected = whole.crop((252, 96, 300, 144))           # moved inwards, not filled up
+    assert np.array_equal(np.asarray(cuts.open(1)), np.asarray(expected))
 
 
 def test_a_broken_annotation_and_a_name_that_is_a_path_are_refused(tmp_path):
@@ -723,6 +728,30 @@ def test_tiles_of_several_slides_are_read_as_one_set(tmp_path):
     assert data.read_images(tmp_path / "small.png").boxes is None                           # hardly two tiles: one picture
 
 
+def test_tiles_know_the_class_and_split_and_name_of_their_slide(tmp_path):
+    path, *_ = drawn_slide(tmp_path)
+    for split, label, name in (("train", "ill", "a"), ("train", "well", "b"), ("test", "ill", "c")):
+        folder = tmp_path / "s" / split / label
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(path.read_bytes())
+    slides = data.read_slides(tmp_path / "s")
+    assert slides.about["groups"].tolist() == ["c", "a", "b"]
+    (tmp_path / "t").mkdir()
+    boxes = np.array([[200, 100, 100, 100], [300, 100, 100, 100]])
+    for i, name in enumerate(slides.about["groups"]):
+        out = str(tmp_path / "t" / f"{name}.npz")
+        np.savez(out, **data.tile_arrays(slides, i, boxes, out))
+    tiles = data.read_images(tmp_path / "t")
+    assert [tiles.label_names[y] for y in tiles.labels] == ["ill"] * 2 + ["well"] * 2 + ["ill"] * 2
+    assert tiles.split.tolist() == ["train"] * 4 + ["test"] * 2
+    assert tiles.about["groups"].tolist() == ["a", "a", "b", "b", "c", "c"]
+    assert tiles.open(4).size == (100, 100)
+    regions = [(np.array([[200., 100], [230, 100], [230, 200], [200, 200]]), True)]
+    for share, label in ((0.5, [0, 0]), (0.2, [1, 0])):
+        there = data.tile_arrays(slides, 0, boxes, out, regions, share)
+        assert there["labels"].tolist() == label and there["label_names"].tolist()[1] == "region"
+
+
 def bag_file(path, **change):
     rng = np.random.default_rng(0)
     arrays = {"X": rng.standard_normal((10, 3)), "offsets": np.array([0, 2, 3, 7, 10]), "y": np.array([0, 1, 0, 1]), **change}
@@ -741,13 +770,13 @@ def test_padded_bags_are_their_instances_and_a_mask(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"y": None}, "lacks 'y'"), ({"offsets": np.array([0, 2, 2, 7, 10])}, "bag 1 is empty"),
-    ({"offsets": np.array([0, 2, 3, 10])}, "'offsets' has 4 entries from 0 to 10 for 4 bags"),
-    ({"y": np.array([1, 1, 1, 1])}, "all bags have the label 1"), ({"y": np.array([0, 1, -1, 0])}, "'y' holds int64 from -1"),
+    ({"offsets": np.array([0, 2, 3, 10])}, r"'offsets' has shape \(4,\) .* for 4 bags"),
+    ({"y": np.array([1, 1, 1, 1])}, "all bags have the label 1"), ({"y": np.array([0, 1, -1, 0])}, "'y' goes from -1 to 1"),
     ({"X": np.where(np.arange(10)[:, None] == 4, np.nan, np.ones((10, 3)))}, "instance 4 holds NaN"),
-    ({"offsets": np.array([0., 2, 3, 7, 10])}, "of float64 - give"), ({"y": np.array([[0], [1], [0], [1]])}, r"'y' has shape \(4, 1\)"),
-    ({"y": np.array(1)}, r"'y' has shape \(\)"), ({"y": np.array(["a", "b", "a", "b"])}, "'y' holds <U1 from a"),
-    ({"y": np.zeros(0, int)}, r"'y' has shape \(0,\)"), ({"offsets": np.zeros(0, int)}, r"'offsets' \(0,\)"),
-    ({"folds": np.ones((2, 5), bool)}, "'folds' has shape"), ({"folds": np.ones((1, 2, 4), int)}, "and type int64 for 4 bags")])
+    ({"offsets": np.array([0., 2, 3, 7, 10])}, "'offsets' has shape .* float64 - give"), ({"y": np.array([[0], [1], [0], [1]])}, r"'y' has shape \(4, 1\)"),
+    ({"y": np.array(1)}, r"'y' has shape \(\)"), ({"y": np.array(["a", "b", "a", "b"])}, "'y' has shape .* type <U1"),
+    ({"y": np.zeros(0, int)}, "'y' goes from|'offsets' has shape"), ({"offsets": np.zeros(0, int)}, r"'offsets' has shape \(0,\)"),
+    ({"folds": np.ones((2, 5), bool)}, "'folds' has shape"), ({"folds": np.ones((1, 2, 4), int)}, "and type int64 - give .* for 4 bags")])
 def test_bad_bags_are_refused_by_name(change, message, tmp_path):
     with pytest.raises(InputError, match=message):
         data.read_bags(bag_file(tmp_path / "b.npz", **change)[0])
@@ -768,6 +797,38 @@ def test_a_folder_of_bags_has_its_labels_and_pictures_and_one_width(tmp_path):
     np.savez(tmp_path / "normal" / "s2.npz", f=np.zeros((3, 5)), g=np.zeros((3, 5)))
     with pytest.raises(InputError, match="has the streams f, g - pick one"):
         data.read_bags(tmp_path)
+
+
+def test_each_group_of_a_feature_file_is_a_bag_with_its_one_label_and_split(tmp_path):
+    group = np.array([2, 0, 1, 2, 0, 2])
+    told = {"groups": np.array(["a", "b", "c"])[group], "labels": np.array(["ill", "well", "ill"])[group],
+            "split": np.array(["train", "test", "val"])[group], "coords": np.arange(24).reshape(6, 4),
+            "images": np.array(["s/a.png", "s/b.png", "s/c.png"])[group]}
+    x = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", x=x, **told)
+    bags = data.read_bags(str(tmp_path / "f.npz"))
+    assert list(bags.names) == ["a", "b", "c"] and bags.label_names == ["ill", "well"]
+    assert bags.y.tolist() == [0, 1, 0] and bags.split.tolist() == ["train", "test", "val"]
+    for i in range(3):
+        assert np.array_equal(bags.instances([i]), x[group == i])
+        assert np.array_equal(bags.coords[i], told["coords"][group == i])
+        assert bags.images[i] == str(tmp_path / "s" / f"{'abc'[i]}.png")
+    np.testing.assert_allclose(bags.means(), [x[group == i].mean(0) for i in range(3)], rtol=1e-5)
+    for key, value in (("label", {"labels": np.arange(6) % 2}),
+                       ("split", {"split": np.array(["train", "val", "test"] * 2)})):
+        np.savez(tmp_path / "g.npz", x=x, **{**told, **value})
+        with pytest.raises(InputError, match=f"group . has several {key}s"):
+            data.read_bags(str(tmp_path / "g.npz"))
+
+
+def test_folds_report_every_bag_once_and_hold_every_class(tmp_path):
+    bags = data.Bags(np.zeros((60, 2)), np.arange(61), np.arange(60) % 3, ["a", "b", "c"], [])
+    rounds = bags.rounds(4, 0, "b")
+    assert np.array_equal(np.sort(np.concatenate([test for *_, test in rounds])), np.arange(60))
+    for train, val, test in rounds:
+        assert not len(val) and not {*train} & {*test} and len(train) + len(test) == 60
+        assert np.bincount(bags.y[test]).tolist() == [5, 5, 5]
+    assert any(not np.array_equal(a[2], b[2]) for a, b in zip(rounds, bags.rounds(4, 1, "b")))
 
 
 def test_parts_are_disjoint_and_hold_every_class_in_proportion():
@@ -819,7 +880,7 @@ def test_bags_keep_patients_together_and_are_no_tokens(tmp_path):
     bags = {"X": x, "offsets": np.arange(0, 41, 2), "y": np.arange(20) % 2}
     np.savez(tmp_path / "b.npz", **bags, groups=np.arange(20) // 4)
     assert data.read_bags(tmp_path / "b.npz").groups.tolist() == (np.arange(20) // 4).tolist()
-    for change, message in (({"groups": np.arange(40)}, "'groups' has shape \\(40,\\) for 20 bags"),
+    for change, message in (({"groups": np.arange(40)}, "'groups' has shape \\(40,\\) .* each of 20 bags"),
                             ({"X": x[:, None]}, "'X' has shape \\(40, 1, 3\\), tokens of samples")):
         np.savez(tmp_path / "c.npz", **{**bags, **change})
         with pytest.raises(InputError, match=message):
@@ -839,14 +900,14 @@ def test_medmnist_files_and_class_folders_become_pictures(tmp_path, pictures):
         ("images", rng.integers(0, 255, (n, 28, 28), np.uint8)), ("labels", np.arange(n, dtype=np.uint8)[:, None] % 2))}
     np.savez(tmp_path / "m.npz", **arrays)
     found = data.read_pictures(str(tmp_path / "m.npz"), 28)
-    assert found.pixels.shape == (11, 3, 28, 28) and found.split.tolist() == ["train"] * 6 + ["val"] * 2 + ["test"] * 3
-    assert np.array_equal(found.pixels[7, 1], arrays["val_images"][1]) and found.labels[7] == 1
-    assert data.read_pictures(str(pictures), 16).pixels.shape == (18, 3, 16, 16)
+    assert found.pixels.shape == (11, 28, 28, 3) and found.split.tolist() == ["train"] * 6 + ["val"] * 2 + ["test"] * 3
+    assert np.array_equal(found.pixels[7, ..., 1], arrays["val_images"][1]) and found.labels[7] == 1
+    assert data.read_pictures(str(pictures), 16).pixels.shape == (18, 16, 16, 3)
     x = data.normalised(found.pixels)
     back = x * torch.tensor(data.IMAGENET[1]).view(3, 1, 1) + torch.tensor(data.IMAGENET[0]).view(3, 1, 1)
-    assert torch.equal((255 * back).round().to(torch.uint8), torch.from_numpy(found.pixels))
+    assert torch.equal((255 * back).round().to(torch.uint8).permute(0, 2, 3, 1), torch.from_numpy(found.pixels))
     for change, message in (({"train_images": arrays["train_images"].astype(float)}, "'train_images' has shape"),
-                            ({"val_labels": np.zeros((2, 14), np.uint8)}, "several at once are not served"),
+                            ({"val_labels": np.zeros((2, 14), np.uint8)}, "no several at once"),
                             ({k: 0 * v for k, v in arrays.items() if "labels" in k}, "has the one class 0")):
         np.savez(tmp_path / "n.npz", **{**arrays, **change})
         with pytest.raises(InputError, match=message):
@@ -1138,7 +1199,7 @@ def test_odd_reserved_keys_are_refused_by_name(more, message, tmp_path):
 @pytest.mark.parametrize("grid", [[np.nan, 4], [-2, -2], ["2", "2"], [[2, 2]], [0, 4]])
 def test_a_grid_that_is_none_is_refused(grid, tmp_path):
     np.savez(tmp_path / "t.npz", x=np.ones((6, 4, 3)), grid=np.array(grid))
-    with pytest.raises(InputError, match="'grid' is"):
+    with pytest.raises(InputError, match="'grid' (is|has shape)"):
         read_features(str(tmp_path / "t.npz"))
 
 
@@ -1163,12 +1224,27 @@ def test_annotations_in_an_unknown_encoding_are_refused(encoding, tmp_path):
             read(tmp_path / "a.xml")
 
 
-def test_a_voc_list_names_no_file_outside_its_folder(tmp_path):
-    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+def voc_folder(folder, stem="one", name="cell"):
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    Image.new("RGB", (100, 50)).save(folder / "JPEGImages" / "one.jpg")
+    (folder / "Annotations" / "one.xml").write_text(
+        f"<a><object><name>{name}</name><bndbox><xmin>10</xmin><ymin>5</ymin><xmax>60</xmax>"
+        "<ymax>30</ymax></bndbox></object></a>")
     for part in ("trainval", "test"):
-        (tmp_path / "ImageSets" / "Main" / f"{part}.txt").write_text("../../../evil\n")
-    with pytest.raises(InputError, match="lists a picture '../../../evil'"):
-        data.cut_boxes(tmp_path, tmp_path / "out")
+        (folder / "ImageSets" / "Main" / f"{part}.txt").write_text(stem + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("bad", ["../../../evil", "..", ".", "/tmp/evil", "a/b", "a\\b", "C:evil"])
+def test_no_name_in_a_voc_folder_leads_out_of_it(bad, tmp_path):
+    for i, (more, what) in enumerate((({"stem": bad}, "lists a picture"),
+                                      ({"name": bad}, "names an object"))):
+        folder = voc_folder(tmp_path / str(i) / "deep" / "voc", **more)
+        for read in (data.read_images, data.cut_boxes):
+            with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
+                read(folder)
+    assert data.plain_name("a cell, 2..3 um", "f.xml names") == "a cell, 2..3 um"
 
 
 # -- what counts as labelled -------------------------------------------------------------------------------------------
@@ -1262,6 +1338,32 @@ def test_a_bag_without_the_group_that_others_have_is_refused(tmp_path):
 def test_a_window_holds_for_the_pictures_of_a_medmnist_file(tmp_path):
     pixels = np.arange(0, 200, 2, dtype=np.uint8).reshape(4, 5, 5)
     np.savez(tmp_path / "m.npz", train_images=pixels, train_labels=np.array([0, 1, 0, 1]))
-    plain, wide = (data.read_pictures(str(tmp_path / "m.npz"), 5, window=window).pixels[:, 0] for window in (None, (0, 100)))
+    plain, wide = (data.read_pictures(str(tmp_path / "m.npz"), 5, window=window).pixels[..., 0] for window in (None, (0, 100)))
     assert np.array_equal(plain, pixels)
     np.testing.assert_allclose(wide, np.minimum(pixels * 2.55, 255), atol=0.51)
+
+
+def test_a_head_is_one_row_of_weights_or_two_whose_difference_counts(tmp_path):
+    w, b = np.arange(6.).reshape(2, 3), np.array([1., 4.])
+    for weight, bias, found in ((w, b, ([3, 3, 3], 3)), (w[0], b[0], ([0, 1, 2], 1)),
+                                (w[:1], b[:1], ([0, 1, 2], 1))):
+        np.savez(tmp_path / "h.npz", weight=weight, bias=bias)
+        weight, bias = data.read_head(str(tmp_path / "h.npz"), 3)
+        assert (weight.tolist(), bias) == found
+    for change, message in (({"bias": b * np.nan}, "something else than finite"), ({"weight": w.T}, "has weight"),
+                            ({"weight": None}, "lacks 'weight'")):
+        arrays = {"weight": w, "bias": b, **change}
+        np.savez(tmp_path / "h.npz", **{k: v for k, v in arrays.items() if v is not None})
+        with pytest.raises(InputError, match=message):
+            data.read_head(str(tmp_path / "h.npz"), 3)
+
+
+def test_names_of_latents_are_numbers_below_their_number(tmp_path):
+    path = tmp_path / "n.json"
+    path.write_text('{"3": "red", "7": "blue"}')
+    assert data.read_names(path, 8) == {3: "red", 7: "blue"}
+    for text, message in (('{"8": "x"}', "latent 8 is not among"), ("{}", "latent - is not"), ('{"a": "b"}', "is no file of names"),
+                          ("[1]", "is no file of names")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            data.read_names(path, 8)

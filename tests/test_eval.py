@@ -64,6 +64,9 @@ def test_random_latents_are_as_pure_as_a_finding_is_frequent_and_not_named_after
     share = (code > 0).T @ labels.astype(float)[:, 0] / code.getnnz(axis=0)
     np.testing.assert_allclose(table["purity"], share)       # and the entropy that of yes or no
     np.testing.assert_allclose(table["entropy"], scipy.stats.entropy(np.stack([share, 1 - share])))
+    known = labels[:, 0] | (rng.random(4000) < 0.05)         # about half of those that are known
+    purity = judge.latent_table(code, code, labels, known=known)["purity"].mean()
+    assert purity == pytest.approx(labels.sum() / known.sum(), abs=.05)
     perfect = sp.csr_matrix(labels.astype(float))            # among as many unlabelled as you like
     known = labels[:, 0] | (np.arange(4000) > 3000)
     assert judge.latent_table(perfect, perfect, labels, known=known)["purity"] == [1.]
@@ -81,6 +84,7 @@ def test_unlabelled_samples_are_no_negatives_of_the_probes():
     assert len(tasks) == 2 and known[rows].all()
     alone = judge.probe(code[known], judge.probe_tasks(labels[known]))["loss"]
     assert judge.probe(code, tasks)["loss"] == pytest.approx(alone, rel=0.02) and alone < 0.05
+    assert judge.probe(code, judge.probe_tasks(labels))["loss"] > 0.2       # taken as negatives
 
 
 def test_probes_keep_groups_in_one_part():
@@ -376,7 +380,7 @@ def test_a_picture_that_cannot_be_read_leaves_its_name(tmp_path):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "x.png")
     np.savez(tmp_path / "f.npz", a=np.ones((2, 3)), images=np.array(["x.png", "none<.png"]))
     found = data.read_features(tmp_path / "f.npz")
-    shown, missing = (judge.describe_sample(found, row, ()) for row in (0, 1))
+    shown, missing = (judge.describe_sample(found, row) for row in (0, 1))
     assert shown.startswith('<img alt="" src="data:image/jpeg;base64,')
     assert missing == "none&lt;.png"
 
@@ -552,9 +556,10 @@ def test_a_table_of_latents_by_hand():
 def test_the_scatter_has_a_dot_for_each_living_latent_and_is_whole_xml():
     import xml.etree.ElementTree as ET
     strength = codes_of(np.random.default_rng(0).random((30, 50)) * (np.arange(50) < 40))
-    svg = judge.standalone_svg(judge.latent_scatter(judge.latent_table(strength, strength)))
+    svg = judge.standalone_svg(*judge.latent_scatter(judge.latent_table(strength, strength)))
     assert len(ET.fromstring(svg).findall(".//{*}circle")) == 40
-    assert "no latent" in judge.latent_scatter(judge.latent_table(codes_of(np.zeros((3, 4))), codes_of(np.zeros((3, 4)))))
+    silent = codes_of(np.zeros((3, 4)))
+    assert set(judge.latent_scatter(judge.latent_table(silent, silent))) == {"<p>nothing to draw</p>"}
 
 
 def test_barcodes_are_means_over_a_patients_images_and_differential_latents_those_that_differ():
@@ -670,7 +675,7 @@ def test_latents_are_selected_for_what_they_add_not_for_what_another_says_alread
             A = code[:, [*chosen, j]] - code[:, [*chosen, j]].mean(0)
             return ((Y - A @ np.linalg.lstsq(A, Y, rcond=None)[0]) ** 2).sum()
         chosen.append(min((j for j in range(4) if j not in chosen), key=left))
-    assert judge.select_latents(code, y, 3).tolist() == chosen
+    assert judge.select_latents(codes_of(code), y, 3).tolist() == chosen
 
 
 def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_not():
@@ -679,7 +684,7 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     code = np.c_[np.eye(4)[y] * (1 + rng.random((400, 4))), rng.random((400, 60))]
     dense = code @ rng.standard_normal((64, 30))
     found = judge.kept_performance(dense, codes_of(code), y, np.arange(300), np.arange(300, 400), sizes=(1, 4))
-    assert found["chance"] == 0.25 and sorted(found["chosen"]) == [0, 1, 2, 3]
+    assert found["all"]["chance"] == 0.25 and sorted(found["chosen"]) == [0, 1, 2, 3]
     train, test = np.arange(300), np.arange(300, 400)
     axes = np.linalg.eigh(np.cov(dense[train].T))[1][:, ::-1][:, :4]
     p = judge.logistic_probe(dense[train] @ axes, y[train], dense[test] @ axes, 4)
@@ -689,7 +694,7 @@ def test_a_few_planted_latents_keep_all_of_the_performance_and_random_ones_do_no
     assert 64 not in judge.kept_performance(dense, tempting, y, train, test, sizes=(1, 4))["chosen"]
     four = found["rows"][1]
     assert four["best latents"] == 1 and four["random latents"] < 0.6
-    np.testing.assert_allclose(four["kept"], (1 - 0.25) / (found["dense"] - 0.25))
+    np.testing.assert_allclose(four["kept, %"], 100 * (1 - 0.25) / (found["all"]["features"] - 0.25))
 
 
 def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
@@ -764,17 +769,48 @@ def test_nothing_is_kept_of_a_probe_at_chance():
     y, code = np.arange(60) % 2, random_code(rng, 60)
     train, test = np.arange(40), np.arange(40, 60)
     found = judge.kept_performance(np.ones((60, 3)), code, y, train, test, sizes=(1, 5))
-    assert found["dense"] == found["chance"] == 0.5
-    assert [row["kept"] for row in found["rows"]] == [None, None]
+    assert found["all"]["features"] == found["all"]["chance"] == 0.5
+    assert [row["kept, %"] for row in found["rows"]] == [None, None]
     dense = np.r_[y[:40], 1 - y[40:]][:, None] + 0.          # worse than chance
     found = judge.kept_performance(dense, code, y, train, test, sizes=(1,))
-    assert found["dense"] == 0 and found["rows"][0]["kept"] is None
+    assert found["all"]["features"] == 0 and found["rows"][0]["kept, %"] is None
 
 
 def test_names_fit_a_query_by_the_words_they_share():
     names = {3: "round nucleus", 5: "Nucleus", 9: "granules"}
     found = judge.name_weights("nucleus?", names)
     assert found == {3: 0.5, 5: 1.0} and judge.name_weights("fibre", names) == {}
+
+
+def test_a_search_lets_faint_and_strong_latents_count_alike_and_its_control_draws_other_names():
+    rng = np.random.default_rng(0)
+    code = rng.random((200, 6)) * (rng.random((200, 6)) < .3) * [1, 100, 1, 1, 1, 1]
+    rows, share = np.arange(50, 200), code / code.max(0)
+    expected = rows[np.argsort(-(share[50:, 0] + .5 * share[50:, 1]), kind="stable")]
+    assert judge.search(codes_of(code), {0: 1., 1: .5}, rows).tolist() == expected.tolist()
+    y = code[:, 0] > np.quantile(code[:, 0], .9)             # what latent 0 is named after
+    right, control = judge.search_precision(codes_of(code), {0: 1.}, rows, y, range(6), 5)
+    assert right == 1 and len(control) == 100 and .1 < np.mean(control) < .6
+    found = judge.vector_weights(np.array([2., 0]), np.array([7, 8, 9]), np.array([[1., 1], [3, 0], [-1, 0]]))
+    assert found == pytest.approx({8: 1, 7: .5 ** .5})
+
+
+def test_latents_inside_boxes_are_those_that_differ_from_outside_by_most_deviations():
+    grid, boxes = (2, 4), [(0, 0, .5, .5), (.7, .9, .8, 1.)]
+    inside = judge.in_boxes(boxes, grid)                     # the small box holds no patch's centre
+    assert inside.tolist() == [True, True, False, False] + [False] * 4
+    rng = np.random.default_rng(0)
+    pictures = [(rng.random((8, 3)) + np.outer(inside, [0, .5, 0]), inside) for _ in range(20)]
+    found = judge.box_contrast((codes_of(code), here) for code, here in pictures)
+    every, here = np.concatenate([code for code, _ in pictures]), np.tile(inside, 20)
+    np.testing.assert_allclose(found, (every[here].mean(0) - every[~here].mean(0)) / every.std(0), rtol=1e-5)
+
+
+def test_samples_shown_of_a_latent_are_its_strongest_its_middling_and_silent_ones():
+    column = np.array([0, 5., 1, 0, 3, 2, 0, 4, 6, 0])
+    found = judge.shown_samples(column, 2, np.random.default_rng(0))
+    assert found["top"].tolist() == [8, 1] and found["middling"].tolist() == [7, 4]
+    assert len(found["inactive"]) == 2 and not column[found["inactive"]].any()
 
 
 def test_latents_are_paired_by_activation_whatever_their_order_and_shuffled_samples_leave_nothing():
@@ -1013,45 +1049,11 @@ def test_every_row_of_the_table_has_its_meaning_and_says_which_way_is_better():
     metrics["joint"]["probe"] = metrics["alone"]["probe"] = {"x": {"loss": .3}}
     names = [row[0].strip() for row in judge.summary(metrics)[1]]
     assert set(names) == set(judge.MEANING) - {"mixed: alive in some, %"} | {"mixed: alive in some, %"}
-    neutral = {"its linear baseline"}
-    assert all("better" in judge.MEANING[name] for name in names if name not in neutral)
-    page = judge.html_table(*judge.summary(metrics)) + judge.legend(names)
-    assert page.count(judge.html.escape(judge.MEANING["R2 self"])) == 2
-
-
-# -- unlabelled is not negative ----------------------------------------------------------------------------------------
-
-def test_unlabelled_rows_are_no_negatives_of_the_probes():
-    """A latent that is the label itself keeps its loss when seven rows in ten lose their label, where it goes on firing."""
-    rng = np.random.default_rng(0)
-    truth, known = rng.random((2000, 1)) < 0.3, rng.random(2000) < 0.3
-    code = sp.csr_matrix(truth.astype(np.float32))
-    full, partly, wrong = (judge.probe(code, judge.probe_tasks(labels, known=mask))["loss"] for labels, mask in (
-        (truth, True), (truth & known[:, None], known), (truth & known[:, None], True)))
-    assert full < 0.05 and partly < 0.1 and wrong > 0.2
-
-
-def test_a_task_that_no_latent_is_active_for_counts_as_chance():
-    truth = np.repeat([[True, False], [False, True]], 100, 0)
-    code = sp.csr_matrix((truth[:, :1]).astype(np.float32))                                 # silent on all of the second label
-    found = judge.probe(code, judge.probe_tasks(truth))
-    one, two = (t["test"] for t in found["tasks"])
-    assert found["tasks"][1]["latent"] is None and two == math.log(2)
-    assert found["loss"] == pytest.approx((one + math.log(2)) / 2) and one < 0.1
-
-
-def test_random_latents_do_not_bear_the_name_of_a_rare_finding():
-    """Five samples in a hundred have the finding, the others none: so has a random latent's every twentieth sample."""
-    rng = np.random.default_rng(0)
-    labels = rng.random((4000, 1)) < 0.05
-    code = sp.csr_matrix(rng.random((4000, 20)) * (rng.random((4000, 20)) < 0.2)).astype(np.float32)
-    counts, n_top = judge.label_counts(code, labels)
-    names, purity = judge.concept_names(counts, n_top, ["finding"])
-    assert set(names) == {None} and purity.mean() == pytest.approx(0.05, abs=0.02)
-    table = judge.latent_table(code, code, labels)
-    assert table["purity"].mean() == pytest.approx(0.05, abs=0.02)
-    known = labels[:, 0] | (rng.random(4000) < 0.05)         # most negatives unlabelled: about half of the rest has it
-    assert judge.latent_table(code, code, labels, known=known)["purity"].mean() == pytest.approx(labels.sum() / known.sum(), abs=.05)
+    assert all(judge.MEANING[name].endswith(("higher is better", "lower is better")) for name in names)
+    page = judge.Page("")
+    judge.tell_summary(page, {**metrics, "split": "test"}, quiet=True)
+    told = "".join(content for _, content in page.sections)
+    assert all(told.count(f"<dd>{judge.html.escape(judge.MEANING[name])}</dd>") == 1 for name in names)
 
 
 # -- what must not leak, and settings that must count -------------------------------------------

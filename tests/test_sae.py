@@ -789,6 +789,38 @@ def test_every_variant_recovers_nine_tenths_of_the_planted_concepts_with_its_doc
     assert found["of"] == 42 and found["found"] >= 0.9 * 42
 
 
+def test_the_bias_starts_at_the_mean_or_the_median_of_what_the_model_sees():
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) ** 3 + 2
+    seen = torch.nn.functional.normalize(x)
+    for how, expected in (("mean", seen.mean(0)), ("median", sae.geometric_median(seen))):
+        model = SAE({"a": 6}, 12, k=2)
+        model.start_bias(x, how)
+        same(model.b_pre["a"].detach(), expected, 1e-6)
+
+
+def test_codes_of_batches_are_joined_up_to_the_widest_without_an_index_that_hides_another():
+    pieces = [{"a": Codes(torch.tensor([[3], [0]]), torch.tensor([[1.], [2.]]))},
+              {"a": Codes(torch.tensor([[2, 0, 1]]), torch.tensor([[5., 6., 7.]]))}]
+    found = sae.joined(pieces)["a"]
+    assert found.indices.tolist() == [[3, -1, -1], [0, -1, -1], [2, 0, 1]]
+    assert found.values.tolist() == [[1, 0, 0], [2, 0, 0], [5, 6, 7]]
+
+
+def test_an_activation_needs_its_function_and_one_line_of_the_registry(monkeypatch, tmp_path):
+    def half(model, h, batch):                               # the better half of what is positive
+        z = torch.relu(h)
+        return z * (z >= z.median(1, keepdim=True).values), h.new_zeros(())
+    monkeypatch.setitem(sae.ACTIVATIONS, "half", sae.Activation(half, "nmse", "auxk", 0.))
+    model, x = single("half", dtype=torch.float32)
+    sae.fit(model, lambda step: x, 3)
+    sae.save(tmp_path / "c.pt", model)
+    z, _ = half(model, model.logits(x["a"] - model.b_pre["a"]), False)
+    same(sae.load(tmp_path / "c.pt")[0].encode(x)["a"].dense(40), z, 1e-6)
+    import repsae
+    repsae.main(["sae", "--activation", "half", "--epochs", "1", "--out", str(tmp_path / "r")])
+    assert sae.load(tmp_path / "r" / "checkpoint.pt")[0].activation == "half"
+
+
 @pytest.mark.parametrize("revive", sae.REVIVE)
 @pytest.mark.parametrize("activation", sae.ACTIVATIONS)
 def test_a_resumed_sae_ends_bit_identical(activation, revive, tmp_path):

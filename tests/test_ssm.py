@@ -432,7 +432,7 @@ def channels_last(v):
 def micro_vmamba(z):
     model = ssm.VMamba(8, (1, 1, 1, 1), n_classes=4)
     model.layers[3] = ssm.VMamba(12, (1, 1, 1), n_classes=4).layers[2]                      # the golden widths: 8, 16, 32, 48
-    model.layers[2].downsample[1], model.layers[2].downsample[3] = ssm._Conv(32, 48), torch.nn.LayerNorm(48)
+    model.layers[2].downsample[1], model.layers[2].downsample[3] = torch.nn.Conv2d(32, 48, 3, 2, 1), torch.nn.LayerNorm(48)
     model.classifier.norm, model.classifier.head = torch.nn.LayerNorm(48), torch.nn.Linear(48, 4)
     model.load_state_dict(state(z))
     return model

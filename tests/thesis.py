@@ -30,7 +30,7 @@ from pathlib import Path
 import eval as judge
 import repsae
 
-ROOT = Path(judge.__file__).resolve().parent
+RESULTS = Path(judge.__file__).resolve().parent / "assets" / "results.md"
 SIZES = {  # of the demo, and of --quick
     False: {"pictures": 2400, "dino_epochs": 10, "clip_epochs": 40, "small_epochs": 20,
             "mil_epochs": 50, "runs": 3, "tune_epochs": 5, "code_epochs": 60, "token_epochs": 5,
@@ -47,7 +47,7 @@ PIECES = {  # that commands share
             "--global-scale 0.5,1 --standardise --colour 0.2 --blur 0.5 --prototypes 1024 "
             "--head-hidden 512 --set bottleneck=64 --batch 64 --warmup 1 --lr 2e-3 --momentum 0.99 "
             "--workers 1 --epochs {dino_epochs}",
-    "mil": "--epochs {mil_epochs} --min-epochs 5 --widths 64 --attention 32 --inner 3",
+    "mil": "--epochs {mil_epochs} --widths 64 --attention 32 --votes 3",
     "code": "--latents 256 --k 16 --batch 128 --lr 1e-3 --norm standard,l2 --epochs {code_epochs}",
     "segment": "--least {least} --most {most}",
     "tuned": "./finetune/dino_vit.pt", "before": "./dino_vit"}
@@ -94,7 +94,7 @@ STAGES = (
               "mil --data ./patients_{side}.npz --stream dino_{a} --folds 5 --head abmil,clam_sb "
               "{mil} --out ./mil_{side}_{a}"],
          over={"h": ["mean of the bag, logistic", "abmil", "clam_sb"]},
-         figures={"bags AUC, {h}, {a}, {side}": "mil_{side}_{a} : {h}.mean.scores.AUC"},
+         figures={"bags AUC, {h}, {a}, {side}": "mil_{side}_{a} : {h}.mean.AUC"},
          claims=["3.5: Vim is ahead of ViT on bags, clam_sb | "
                  "[bags AUC, clam_sb, vim, 64] > [bags AUC, clam_sb, vit, 64]",
                  "3.7: half the magnification is worse on bags, clam_sb, {a} | "
@@ -164,10 +164,10 @@ STAGES = (
          claims=["4.3: one code has more in common than two trained apart, alone | "
                  "[in common, %, one code] > [in common, %, apart]"]),
     *(dict(name=f"12. More {x}", about="5.4.8, Fig. 5.8-5.9: what Global TopK costs and brings.",
-           run=[f"sweep --over {x}={','.join(values)} --data ./feats.npz {{code}} "
-                f"--out ./sweep_{x}"],
+           run=[f"sweep --over '{x}={','.join(values)} topk=global,local' --data ./feats.npz "
+                "{code} --out ./sweep_{x}"],
            each={"x": [x]}, over={"n": values, "w": WAYS, "what": ["self", "cross"]},
-           figures={"NMSE {what}, {x} {n}, {w}": "sweep_{x}/{x}_{n}_{w}.headline.NMSE {what}"},
+           figures={"NMSE {what}, {x} {n}, {w}": "sweep_{x}/{x}{n}_{w}.headline.NMSE {what}"},
            claims=["5.8: Global costs self reconstruction at every number of {x}, joint | "
                    "[NMSE self, {x} {*n}, G] > [NMSE self, {x} {*n}, L]",
                    "5.8: Global brings cross reconstruction at every number of {x}, joint | "
@@ -180,11 +180,11 @@ STAGES = (
          run=["clip {tissue} --width 64 --set 'layers=3 joint=48' --epochs {small_epochs} "
               "--out ./small",
               "extract {tissue} --weights {both},clip=./clip,small=./small,words=lsa:1,pairs=lsa:2 "
-              "--last 1 --out ./eight.npz", f"sweep --over streams={','.join(SETS.values())} "
-              "--data ./eight.npz {code} --out ./sweep_streams"],
+              "--last 1 --out ./eight.npz", f"sweep --over 'streams={','.join(SETS.values())} "
+              "topk=global,local' --data ./eight.npz {code} --out ./sweep_streams"],
          over={"of": SETS, "w": WAYS, "seen": [
              one for one in SETS if one not in ("words alone", "texts")]},
-         figures={"R2 cross, {of}, {w}": "sweep_streams/streams_{of}_{w}.headline.R2 cross"},
+         figures={"R2 cross, {of}, {w}": "sweep_streams/{of}_{w}.headline.R2 cross"},
          claims=["sparc 7-9, 11, 13: Global is better across {seen}, as trained | "
                  "[R2 cross, {seen}, G] > [R2 cross, {seen}, L]",
                  "sparc 10: Local is better across words alone, as trained | "
@@ -271,13 +271,13 @@ STAGES = (
                  "Mammo Fig. 4: fine-tuning moves the class means apart, by cosine | "
                  "[cosine of means, tuned] < [cosine of means, before]"]),
     dict(name="18. A few latents suffice", about="The TotalSegmentator study, for the vacuoles.",
-         run=["fidelity ./sae_dino_vit --label vacuoles --out ./fidelity"],
+         run=["intervene ./sae_dino_vit --label vacuoles --out ./few"],
          over={"by": ["best latents", "principal components", "kept, %"]},
-         figures={"R2": "fidelity : r2.variance-weighted.R2",
-                  "probe, all": "fidelity : probe.features.balanced accuracy",
-                  "probe, ten, {by}": "fidelity : few.10.{by}",
-                  "probe, chance": "fidelity : probe.chance.balanced accuracy",
-                  "overlap of 10 neighbours": "fidelity : neighbours.10.overlap"},
+         figures={"R2": "few : r2.variance-weighted.R2",
+                  "probe, all": "few : probe.features.balanced accuracy",
+                  "probe, ten, {by}": "few : few.10.{by}",
+                  "probe, chance": "few : probe.chance.balanced accuracy",
+                  "overlap of 10 neighbours": "few : neighbours.10.overlap"},
          claims=["TotalSegmentator: ten latents keep 87.8 % of the probe, beyond chance | "
                  "[probe, all] - [probe, chance] > 0.05 and [probe, ten, kept, %] >= 87.8",
                  "ours: ten latents keep more than ten principal components | "
@@ -379,70 +379,62 @@ def demo(out, quick, seed, seeds):
     """Every stage for every seed; then all figures, and what the papers find in them."""
     numbers = range(seed, seed + seeds)
     folders = [out] if seeds == 1 else [os.path.join(out, f"seed{n}") for n in numbers]
-    sections = [run_stages(folder, quick, n) for folder, n in zip(folders, numbers)]
+    stages = [run_stages(folder, quick, n) for folder, n in zip(folders, numbers)]
     found = [{k: v for stage in STAGES for k, v in figures_of(stage, at).items()} for at in folders]
     figures = {name: [one[name] for one in found] for name in found[0]}
+    page = judge.Page(f"repsae demo: made-up tissue, {seeds} seed{'s' * (seeds > 1)}")
+    page.text("Small models, trained for minutes on made-up pictures: trends, not figures.", True)
     claims = {} if quick else {
         text: verdict(rule, found) for stage in STAGES for text, rule in claims_of(stage)}
-    tables = [(["what the papers find, and we ask", "is it so?"], [*map(list, claims.items())])]
-    tables += [(["figure", f"{seeds} seeds"], [[k, judge.mean_std(v)] for k, v in figures.items()])]
-    for table in tables[quick:]:
-        print("\n" + judge.text_table(*table))
+    tables = [] if quick else [(["what the papers find, and we ask", "is it so?"], claims.items())]
+    tables += [(["figure", "mean ± std"], [(k, judge.mean_std(v)) for k, v in figures.items()])]
+    for table in tables:
+        page.table(*table)
+    for name, body in stages[0]:
+        page.picture(name, body)
     judge.write_json(os.path.join(out, "findings.json"), {"claims": claims, "figures": figures})
-    about = ("<p>Made-up pictures, small models trained for minutes: trends, not figures. The stages "
-             f"are those of seed {seed}.</p>")
-    judge.write_report(os.path.join(out, "report.html"), "repsae demo", [
-        ("The papers' tables, here", about + "".join(judge.html_table(*t) for t in tables[quick:])),
-        *sections[0]])
-    repsae.say(f"wrote {os.path.join(out, 'report.html')}")
+    page.write(lambda name: os.path.join(out, name))
     if seeds > 1 and not quick:
-        write_results(f"## {seeds} seeds of the demo\n", tables)
-
-
-def write_results(heading, tables, path=ROOT / "assets" / "results.md"):
-    """The tables as the last section of assets/results.md, instead of an earlier one."""
-    kept = re.sub(r"^## \w+ seeds of the demo$.*?(?=^## |\Z)", "", text_of(path), flags=re.M | re.S)
-    told = "".join(f"\n```\n{judge.text_table(*table)}\n```\n" for table in tables)
-    judge.write_text(path, f"{kept.rstrip()}\n\n{heading}{told}")
-    repsae.say(f"wrote {path}")
+        kept = re.sub(r"^## \w+ seeds of the demo$.*?(?=^## |\Z)", "", text_of(RESULTS), flags=re.M | re.S)
+        told = "".join(f"\n```\n{judge.text_table(*table)}\n```\n" for table in tables)
+        judge.write_text(RESULTS, f"{kept.rstrip()}\n\n## {seeds} seeds of the demo\n{told}")
 
 
 def run_stages(out, quick, seed):
-    """Run every command that is not done yet, and all after it: the sections of the report."""
+    """Run every command that is not done yet, and all after it: [(stage, what it told as HTML)]."""
     os.makedirs(out, exist_ok=True)
     todo, bodies, stale = list(commands(out, quick, seed)), {}, False
-    for n, (stage, argv) in enumerate(todo, 1):
-        told = Path(out, f"command_{n:02d}.txt")
+    files = [Path(out, f"command_{n:02d}.txt") for n, _ in enumerate(todo, 1)]
+    for n, (told, (stage, argv)) in enumerate(zip(files, todo)):
         command = shlex.join(["python", "repsae.py", *argv])
         made = argv[argv.index("--out" if "--out" in argv else "--json") + 1]
-        if not os.path.exists(made) or not text_of(told).startswith(f"{command}\n"):
-            stale = True
+        stale |= not os.path.exists(made) or not text_of(told).startswith(f"{command}\n")
         if stale:
-            for later in range(n, len(todo) + 1):            # nor is it done for a later call
-                Path(out, f"command_{later:02d}.txt").unlink(missing_ok=True)
+            for later in files[n:]:                          # nor is it done for a later call
+                later.unlink(missing_ok=True)
             repsae.say(f"== {stage['name']}: {command}")
             run_command(argv, command, told)
-        pages = [page for page in (made, f"{made}/report.html", f"{made}/sheet.png")
-                 if page.endswith((".html", ".png")) and os.path.exists(page)]
         bodies.setdefault(stage["name"], f"<p>{html.escape(stage['about'])}</p>")
+        pages = [Path(made, name) for name in ("report.html", "sheet.png")]
         bodies[stage["name"]] += f"<pre>{html.escape(text_of(told))}</pre>" + "".join(
-            f'<p><a href="{os.path.relpath(page, out)}">{page}</a></p>' for page in pages)
+            f'<p><a href="{page.relative_to(out)}">{page}</a></p>' for page in pages if page.exists())
     return list(bodies.items())
 
 
 def run_command(argv, command, told):
     """Run a command; what it prints goes to the file `told`. If it was begun before, resume it."""
-    begun, printed = Path(f"{told}.begun"), io.StringIO()
-    go, flags = repsae.parse(argv)
-    again = "resume" if "resume" in flags and text_of(begun) == command else "overwrite"
+    begun, printed, takes = Path(f"{told}.begun"), io.StringIO(), repsae.COMMANDS[argv[0]].flags
+    again = "resume" if "resume" in takes and text_of(begun) == command else "overwrite"
     judge.write_text(begun, command)
     try:
         with contextlib.redirect_stdout(printed):
-            go, flags = repsae.parse([*argv, *[f"--{again}"] * (again in flags)])
-            go(flags)
+            run, flags = repsae.parse([*argv, *[f"--{again}"] * (again in takes)])
+            run(flags)
     except repsae.Interrupted as e:
         repsae.say(f"\n{e}; the same demo command goes on from there")
         raise SystemExit(130)
+    finally:
+        repsae.Run.release()
     print(printed.getvalue(), end="", flush=True)
     judge.write_text(told, f"{command}\n{printed.getvalue()}")
     begun.unlink()
