@@ -1911,7 +1911,7 @@ def test_damaged_weights_of_other_kinds_are_refused(trained, pictures, tmp_path,
 def test_a_file_of_names_that_is_none_is_refused(text, tmp_path, capsys):
     (tmp_path / "n.json").write_text(text)
     with pytest.raises(ValueError, match="n.json is"):
-        repsae.read_names(tmp_path / "n.json", 9)
+        data.read_names(tmp_path / "n.json", 9)
 
 
 def test_an_error_is_one_line_of_at_most_400_characters_that_ends_in_what_to_do(tmp_path, capsys):
