@@ -245,8 +245,8 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     for s, a in x.items():
         if [*a.shape[:-1]] != [n, *tokens]:
             first = x[names[0]].shape
-            raise InputError(f"stream '{s}' has shape {a.shape} but '{names[0]}' {first} - give the "
-                             "same samples, with as many tokens")
+            raise InputError(f"stream '{s}' has shape {a.shape} but '{names[0]}' {first} - give "
+                             "the same samples, with as many tokens")
     told = _told(arrays, n, seed)
     out = Features(x, **told, boxes=_read_boxes(arrays, n, len(told["label_names"])),
                    folder=os.path.dirname(os.path.abspath(path)))
@@ -1781,11 +1781,13 @@ def _read_tiles(files):
     for file in files:
         arrays = _Source(file)
         boxes = arrays.checked("coords", "(n, 4): x, y, width, height", (np.number, None, 4))
-        if boxes is None or not len(boxes) or "images" not in arrays:
+        names = arrays.checked("images", "(n,) paths of slides", (np.character, None))
+        if boxes is None or not len(boxes) or names is None:
             raise InputError(f"{file} lacks 'coords' or 'images' - name a file that `tile` wrote")
-        told = _told(arrays, len(boxes))
-        here = os.path.dirname(os.path.abspath(file))
+        told, here = _told(arrays, len(boxes)), os.path.dirname(os.path.abspath(file))
         paths += [os.path.join(here, name) for name in told["about"]["images"]]
+        if found and told["label_names"] != found[0]["label_names"]:
+            raise InputError(f"{file} has other 'label_names' than {files[0]} - tile them together")
         mask = np.ones(len(boxes), bool) if told["mask"] is None else told["mask"]
         found.append({**told, "mask": mask, "boxes": boxes.astype(int),
                       "groups": told["about"].get("groups")})

@@ -746,6 +746,12 @@ def test_tiles_know_the_class_and_split_and_name_of_their_slide(tmp_path):
     assert tiles.split.tolist() == ["train"] * 4 + ["test"] * 2
     assert tiles.about["groups"].tolist() == ["a", "a", "b", "b", "c", "c"]
     assert tiles.open(4).size == (100, 100)
+    for more, message in (({"label_names": np.array(["a", "b"])}, "other 'label_names' than"),
+                          ({"images": np.zeros((2, 4, 4), np.uint8)}, "'images' has shape")):
+        with np.load(out) as z:
+            np.savez(tmp_path / "t" / "d.npz", **{**z, **more})
+        with pytest.raises(InputError, match=message):
+            data.read_images(tmp_path / "t")
     regions = [(np.array([[200., 100], [230, 100], [230, 200], [200, 200]]), True)]
     for share, label in ((0.5, [0, 0]), (0.2, [1, 0])):
         there = data.tile_arrays(slides, 0, boxes, out, regions, share)
