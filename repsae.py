@@ -1740,7 +1740,7 @@ def cmd_intervene(flags):
         run = analysis_run(flags, "intervene")
     else:
         label = label_number(coded.features, flags.label)
-        named = re.sub(r"\W+", "_", coded.features.label_names[label])       # part of a folder's name
+        named = re.sub(r"\W+", "_", coded.features.label_names[label])       # of a folder
         run = analysis_run(flags, f"intervene_{named}")
         means = tell_interventions(page, coded, y > 0, train, test, flags)
         tell_places(page, coded, label, train, test, means, flags)
