@@ -300,7 +300,7 @@ CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
 KINDS = "sparsity error bias expansion bandwidth theta warmup"
 STEPS = "epochs batch lr shuffle seed"
 FOLDER = "device log-every save-every eval-rows overwrite resume"
-ON_RUN = "data stream streams seed device out overwrite"
+ON_RUN = "data seed device out overwrite"
 
 
 def value_of(kind, text):
@@ -926,6 +926,130 @@ def read_to_train(flags, least=1):
 
 
 # ------------------------------------------------------------------------------------------------
+# A run in use: its model, features and codes
+# ------------------------------------------------------------------------------------------------
+
+class Coded:
+    """A run's model with features, its own or those of --data, and the codes of their streams.
+
+    flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
+            were typed
+    T       tokens of a sample, 1 where it is one vector
+    """
+
+    def __init__(self, run, flags, streams=None):
+        if not os.path.exists(os.path.join(run, "config.json")):
+            raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
+        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
+        own = {k: own[k] for k in ("data", "taxonomy", "seed")
+               if k in own and k in flags and k not in flags.given}
+        flags = flags.replaced({"taxonomy": None, **flags, **own})
+        self.run, self.device = run, flags.device
+        self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
+        there = data.stream_names(flags.data) if flags.data else self.model.streams
+        known = [s for s in self.model.streams if s in there]
+        streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
+        if not known:
+            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
+                             f"{', '.join(self.model.streams)} - check the keys")
+        self.flags = flags.replaced({"streams": streams})
+        self.features = read(self.flags)
+        for s, d in self.features.dims.items():
+            if self.model.dims.get(s) != d:
+                raise InputError(f"the run was trained on {self.model.dims}, the data has "
+                                 f"{self.features.dims} - take streams that it knows")
+        self.T, self.flat = self.features.tokens or 1, self.features.per_token()
+
+    def codes(self, rows, mode="alone"):
+        """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
+        tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
+        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
+        found = sae.joined([codes for _, codes in blocks])
+        return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
+
+    def pool(self, tau=0.):
+        """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
+        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
+        if len(self.features.streams) > 1:
+            raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
+                             f"pick one with --stream{'' if 'stream' in self.flags else 's a,b'}")
+        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
+        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
+                                T * max(1, 4096 // T)):
+            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
+            pooled.append(judge.pool_tokens(code, T, tau))
+            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
+        self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
+        self.stream, self.dense = s, np.concatenate(dense)
+        if not np.isfinite(self.strength.data).all():
+            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
+        if not self.strength.nnz:
+            raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
+                             "or with less sparsity")
+        self.groups = self.features.about.get("groups", np.arange(N))
+        self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
+        return self
+
+    def decoder(self):
+        """Dictionary (L, d) and bias (d,) of the one stream."""
+        return (v[self.stream].detach().cpu().double().numpy()
+                for v in (self.model.W_dec, self.model.b_pre))
+
+    def heat(self, row, latents):
+        """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
+        code = self.codes([row])[self.stream][:, latents]
+        return code.toarray().T.reshape(-1, *self.features.grid)
+
+    def boxes(self, row, label):
+        """The boxes x0, y0, x1, y1 of a label in a sample, in shares of the picture."""
+        known = self.features.boxes
+        return () if known is None else [
+            tuple(b[2:]) for b in known[(known[:, 0] == row) & (known[:, 1] == label)]]
+
+    def told(self, name=None):
+        """(y (N,) int, rows to learn from, rows to judge by), labelled rows alone: has a sample the
+        label? Without a name, its class; y is None where samples have no or several labels."""
+        features, y, parts = self.features, self.features.labels, (self.train, self.test)
+        if name is not None:
+            label = label_number(features, name)
+            y = features.label_matrix(np.arange(len(features)))[:, label].astype(int)
+        elif y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
+            return None, *parts
+        parts = [rows[features.labelled[rows]] for rows in parts]
+        train, test = (np.unique(y[rows]) for rows in parts)
+        if min(len(train), len(test)) < 2 or not np.isin(test, train).all():
+            raise InputError(f"{name or 'the labels'}: {len(train)} kinds of training samples, "
+                             f"{len(test)} of test samples - both need two, the same; mend `split`")
+        return y, *parts
+
+    def about(self, row):
+        """What the file tells of a sample, as a dict of text; no label where it is not known."""
+        features, labels = self.features, self.features.label_matrix([row])
+        found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
+        if features.labelled[row]:
+            names = [name for name, here in zip(features.label_names, labels[0]) if here]
+            found["label"] = ", ".join(names) or "none"
+        return {"sample": int(row), **found}
+
+
+def label_number(features, label):
+    """The number of a label given by name or number; raises InputError when there is none of it."""
+    if label in features.label_names:
+        return features.label_names.index(label)
+    if label is not None and label.isdigit() and int(label) < len(features.label_names):
+        return int(label)
+    known = ", ".join(features.label_names[:20]) or "none: the file has no labels"
+    raise InputError(f"no label '{label}' - take one of {known}")
+
+
+def analysis_run(flags, name):
+    """The Run that an analysis of a run writes: --out, or the folder `name` inside that run."""
+    if not flags.out and (not plain(name) or "/" in name):
+        raise InputError(f"{name!r} cannot be the name of a folder - name one with --out")
+    return Run(flags, flags.out or os.path.join(flags.run, name))
+
+
+# ------------------------------------------------------------------------------------------------
 # Sparse codes: training and using them (thesis 4.1, 5)
 # ------------------------------------------------------------------------------------------------
 
@@ -1110,7 +1234,7 @@ def cmd_dino(flags):
     watch over it (k-NN)."""
     run = Run(flags)
     flags, images = run.flags, pictures_of(run.flags)
-    rows = images.rows("train")
+    rows = images.rows("train")                              # all, where there is no split
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
     run.trained_on(images.hash, flags.images)
@@ -1128,7 +1252,7 @@ def cmd_dino(flags):
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
                        flags.colour, flags.pathology)
     run.begin(flags, data_hash=images.hash, pictures=len(images))
-    watch = Watch(images, flags)
+    watch = Watch(images, flags)                             # labels serve this alone
     tell_dino(run, nets[1].backbone, train_dino(run, nets, images, crops, watch), watch)
 
 
@@ -1173,10 +1297,10 @@ def train_dino(run, nets, images, crops, watch):
     if run.saved and os.path.exists(checkpoint):
         with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
                       flags.device) as kept:
-            step = ssm.restore_dino(nets, kept)
+            step = ssm.restore_dino(nets, kept)              # of a run that was stopped
     batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch
-    columns = ("loss", "entropy", "information", "knn")
+    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch  # epoch: steps in one
+    columns = ("loss", "entropy", "information", "knn")      # may be empty, in step 0
     log = Log(run.path("log.csv"), step, columns, gaps=columns)
     if not step and watch.tasks:
         knn = watch.knn(nets[1].backbone)
@@ -1185,9 +1309,9 @@ def train_dino(run, nets, images, crops, watch):
 
     def on_step(t, told):
         nonlocal step
-        step, ended, knn = t, t % epoch == 0, ""
+        step, ended, knn = t, t % epoch == 0, ""             # step: for the checkpoint
         if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
-            knn = watch.knn(nets[1].backbone)
+            knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
         words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
         keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
              lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
@@ -1196,7 +1320,7 @@ def train_dino(run, nets, images, crops, watch):
     settings = flags.pick("epochs min_lr warmup weight_decay weight_decay_end momentum teacher_temp "
                           "teacher_temp_start teacher_warmup clip freeze_last")
     schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
-                                 **settings)
+                                 **settings)                 # lr grows with the batch, as DINO's
     views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
     with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
             checkpoint, ssm.dino_state(nets, step))) as keep:
@@ -1231,7 +1355,7 @@ class Watch:
 
     def knn(self, backbone=None):
         """`measure` of the 20 nearest neighbours by features; without a backbone by raw pixels."""
-        x = [self.features(rows, backbone) for rows in self.rows]
+        x = [self.features(rows, backbone) for rows in self.rows]  # to vote, to be judged
         found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
         return found["20-NN"][self.measure]
 
@@ -1249,13 +1373,13 @@ def image_features(images, rows, backbone, size, block=256, whole=False, **how):
     """Features (n, d) of pictures, tokens (n, T, d) in half precision; without a backbone the
     pixels themselves. how: see `features` of the backbone."""
     view, found = data.plain_view(size, whole or images.whole), []
-    images.side = max(size, images.side)
+    images.side = max(size, images.side)                     # slides are read at that level
     for start in range(0, len(rows), block):
         out = torch.stack([view(images.open(i)) for i in rows[start:start + block]])
         if backbone is not None:
             with torch.no_grad():
                 out = backbone.features(out.to(next(backbone.parameters()).device), **how)
-        out = out[0].half() if isinstance(out, tuple) else out.flatten(1)
+        out = out[0].half() if isinstance(out, tuple) else out.flatten(1)        # tokens, grid
         found.append(out.cpu().numpy())
     return np.concatenate(found)
 
@@ -1267,7 +1391,7 @@ def tell_dino(run, backbone, log, watch):
               for k in ("loss", "entropy", "information", "knn")}
     charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
         {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
-    found = {k: line[-1][1] for k, line in curves.items() if line}
+    found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
     page.picture("Training", "".join(charts))
     if watch.tasks:
         pixels, pictures = watch.knn(), watch.neighbours(backbone)
@@ -1307,9 +1431,9 @@ def cmd_extract(flags):
         if clip and captions is not None and not flags.tokens:
             texts = ssm.text_features(clip, model.words, captions)
             streams[f"{name}_txt"] = texts.cpu().numpy()
-        how = {"block": 16, "tokens": True} if flags.tokens else {}
+        how = {"block": 16, "tokens": True} if flags.tokens else {}  # T times the memory
         if hasattr(model, "blocks") and not flags.tokens:
-            how["last"] = flags.last
+            how["last"] = flags.last                         # a ViT has a class token in each
         streams[name + "_img" * bool(clip)] = image_features(
             images, range(len(images)), model, flags.size or side,
             whole=flags.whole or bool(clip), **how)          # clip learns from whole pictures
@@ -1336,11 +1460,11 @@ def source_of(spec, flags):
         raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated "
                          "by commas")
     made = {"arch": arch, "size": None, "patch": flags.get("patch"), "n_classes": None}
-    if weights == "random":
+    if weights == "random":                                  # of any size
         return name, {**made, "size": flags.get("size") or None}, None
     if weights:
         return name, made, weights
-    if where.endswith(".pt"):
+    if where.endswith(".pt"):                                # what finetune wrote says what it is
         advice = f"write {name}=arch:FILE for others"
         with unpacked(where, "is no file of finetune", advice) as kept:
             made = {key: kept[key] for key in made}
@@ -1371,7 +1495,7 @@ def load_backbone(spec, flags, n_classes=0, head=False):
         model = torchvision_model(made["arch"], weights, n_classes)
         made.update(size=flags.size, patch=None)
     else:
-        built = {**made, "n_classes": made["n_classes"] if head else None}
+        built = {**made, "n_classes": made["n_classes"] if head else None}  # as the file has it
         model = ssm.make_backbone(**built)
         if weights:
             ssm.load_weights(model, weights)
@@ -1409,7 +1533,7 @@ def cmd_probe(flags):
         raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample "
                          "- add them as `labels`")
     wanted = flags.only.split(",") if flags.only else names
-    chosen = sorted({label_number(features, name) for name in wanted})
+    chosen = sorted({label_number(features, name) for name in wanted})           # their numbers
     several = y.ndim == 2                                    # may hold at once: one by one
     known = np.flatnonzero(features.labelled & (several or np.isin(y, chosen)))
     rows = [np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val"))]
@@ -1429,7 +1553,7 @@ def cmd_probe(flags):
     found = {}
     for s in features.streams:
         x = (features.batch(part)[s].numpy() for part in rows)
-        C = 2 if several else len(chosen)
+        C = 2 if several else len(chosen)                    # has it or not, or which of them
         found[s] = judge.judged_features(*x, tasks, rows, C, linear)
     cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
@@ -1443,127 +1567,7 @@ def cmd_probe(flags):
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
 
-class Coded:
-    """A run's model with features, its own or those of --data, and the codes of their streams.
-
-    flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
-            were typed
-    T       tokens of a sample, 1 where it is one vector
-    """
-
-    def __init__(self, run, flags, streams=None):
-        if not os.path.exists(os.path.join(run, "config.json")):
-            raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
-        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
-        own = {k: own[k] for k in ("data", "taxonomy", "seed")
-               if k in own and k in flags and k not in flags.given}
-        flags = flags.replaced({"taxonomy": None, **flags, **own})
-        self.run, self.device = run, flags.device
-        self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
-        there = data.stream_names(flags.data) if flags.data else self.model.streams
-        known = [s for s in self.model.streams if s in there]
-        streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
-        if not known:
-            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
-                             f"{', '.join(self.model.streams)} - check the keys")
-        self.flags = flags.replaced({"streams": streams})
-        self.features = read(self.flags)
-        for s, d in self.features.dims.items():
-            if self.model.dims.get(s) != d:
-                raise InputError(f"the run was trained on {self.model.dims}, the data has "
-                                 f"{self.features.dims} - take streams that it knows")
-        self.T, self.flat = self.features.tokens or 1, self.features.per_token()
-
-    def codes(self, rows, mode="alone"):
-        """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
-        tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
-        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
-        found = sae.joined([codes for _, codes in blocks])
-        return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
-
-    def pool(self, tau=0.):
-        """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
-        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
-        if len(self.features.streams) > 1:
-            raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
-                             "pick one with --stream")
-        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
-        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
-                                T * max(1, 4096 // T)):
-            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
-            pooled.append(judge.pool_tokens(code, T, tau))
-            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
-        self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
-        self.stream, self.dense = s, np.concatenate(dense)
-        if not np.isfinite(self.strength.data).all():
-            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
-        if not self.strength.nnz:
-            raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
-                             "or with less sparsity")
-        self.groups = self.features.about.get("groups", np.arange(N))
-        self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
-        return self
-
-    def decoder(self):
-        """Dictionary (L, d) and bias (d,) of the one stream."""
-        return (v[self.stream].detach().cpu().double().numpy()
-                for v in (self.model.W_dec, self.model.b_pre))
-
-    def heat(self, row, latents):
-        """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
-        code = self.codes([row])[self.stream][:, latents]
-        return code.toarray().T.reshape(-1, *self.features.grid)
-
-    def boxes(self, row, label):
-        """The boxes x0, y0, x1, y1 of a label in a sample, in shares of the picture."""
-        known = self.features.boxes
-        return () if known is None else [
-            tuple(b[2:]) for b in known[(known[:, 0] == row) & (known[:, 1] == label)]]
-
-    def told(self, name=None):
-        """(y (N,) int, rows to learn from, rows to judge by), labelled rows alone: has a sample the
-        label? Without a name, its class; y is None where samples have no or several labels."""
-        features, y, parts = self.features, self.features.labels, (self.train, self.test)
-        if name is not None:
-            label = label_number(features, name)
-            y = features.label_matrix(np.arange(len(features)))[:, label].astype(int)
-        elif y is None or y.ndim > 1 or len(np.unique(y[y >= 0])) < 2:
-            return None, *parts
-        parts = [rows[features.labelled[rows]] for rows in parts]
-        train, test = (np.unique(y[rows]) for rows in parts)
-        if min(len(train), len(test)) < 2 or not np.isin(test, train).all():
-            raise InputError(f"{name or 'the labels'}: {len(train)} kinds of training samples, "
-                             f"{len(test)} of test samples - both need two, the same; mend `split`")
-        return y, *parts
-
-    def about(self, row):
-        """What the file tells of a sample, as a dict of text; no label where it is not known."""
-        features, labels = self.features, self.features.label_matrix([row])
-        found = {k[:-1]: str(v[row]) for k, v in features.about.items() if v.ndim == 1}
-        if features.labelled[row]:
-            names = [name for name, here in zip(features.label_names, labels[0]) if here]
-            found["label"] = ", ".join(names) or "none"
-        return {"sample": int(row), **found}
-
-
-def label_number(features, label):
-    """The number of a label given by name or number; raises InputError when there is none of it."""
-    if label in features.label_names:
-        return features.label_names.index(label)
-    if label is not None and label.isdigit() and int(label) < len(features.label_names):
-        return int(label)
-    known = ", ".join(features.label_names[:20]) or "none: the file has no labels"
-    raise InputError(f"no label '{label}' - take one of {known}")
-
-
-def analysis_run(flags, name):
-    """The Run that an analysis of a run writes: --out, or the folder `name` inside that run."""
-    if not flags.out and (not plain(name) or "/" in name):
-        raise InputError(f"{name!r} cannot be the name of a folder - name one with --out")
-    return Run(flags, flags.out or os.path.join(flags.run, name))
-
-
-@command(f"{ON_RUN} tau top weighted between names query embeddings label prompts", "run")
+@command(f"{ON_RUN} stream tau top weighted between names query embeddings label prompts", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
     (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
@@ -1724,7 +1728,7 @@ def search(coded, names, flags):
               f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
-@command(f"{ON_RUN} label head-file rank iou other percentile connectivity strict box-score "
+@command(f"{ON_RUN} stream label head-file rank iou other percentile connectivity strict box-score "
          "ap-points eval-rows=2000", "run")
 def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
@@ -1736,7 +1740,7 @@ def cmd_intervene(flags):
         run = analysis_run(flags, "intervene")
     else:
         label = label_number(coded.features, flags.label)
-        named = re.sub(r"\W+", "_", coded.features.label_names[label])      # a folder without spaces
+        named = re.sub(r"\W+", "_", coded.features.label_names[label])       # part of a folder's name
         run = analysis_run(flags, f"intervene_{named}")
         means = tell_interventions(page, coded, y > 0, train, test, flags)
         tell_places(page, coded, label, train, test, means, flags)
@@ -2022,7 +2026,7 @@ def load_clip(folder, device):
     return model.visual, model.visual.size
 
 
-@command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
+@command(f"{ON_RUN} streams window images! weights! size=0 label start-layer latent least most seed=0",
          "run?")
 def cmd_explain(flags):
     """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
@@ -2297,7 +2301,7 @@ def tell_captions(seen, page, most=4):
               [f"picture {i}" for i in test], maps, asked, asked, lambda z, n: z @ z_image[n])
 
 
-@command(f"{ON_RUN} sample from to query features encoder", "run")
+@command(f"{ON_RUN} streams sample from to query features encoder", "run")
 def cmd_retrieve(flags):
     """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
     coded = Coded(flags.run, flags)
@@ -2562,7 +2566,7 @@ def cmd_finetune(flags):
     baseline = [judge.pixel_probe(pixels, pictures.labels, parts, C) for parts in rounds]
     found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
     for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
-        one = flags.replaced({"seed": flags.seed + r})
+        one = flags.replaced({"seed": flags.seed + r})       # new weights and order each run
         model = load_backbone(specs[name], one, C)[1]
         scores, history = finetune_one(pictures, rounds[r], model, one)
         found[name].append(scores)
@@ -2571,11 +2575,11 @@ def cmd_finetune(flags):
                      "validation": validation})
         log.write()
         progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
-        if r == 0:
+        if r == 0:                                           # the file that `explain` reads
             sizes[name] = sum(p.numel() for p in model.parameters())
             state = {"model": model.state_dict(), **model.made}
             judge.write_torch(run.path(f"{name}.pt"), state)
-    page = judge.Page("repsae finetune")
+    page = judge.Page("repsae finetune")                     # thesis 3.3.3
     judge.tell_models(page, found, list(specs))
     page.write(run.path, {"parameters": sizes, "test pictures": len(rounds[0][2])})
     say(f"wrote {run.join('report.html')}")
@@ -2584,7 +2588,7 @@ def cmd_finetune(flags):
 def try_classifier(spec, flags, n_classes):
     """The name of a model; InputError if it does not classify a picture of zeros."""
     name, model, _ = load_backbone(spec, flags, n_classes)
-    ssm.last_linear(model)
+    ssm.last_linear(model)                                   # refuses what ends in none
     x = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
     with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
         out = model(x)
@@ -2603,12 +2607,12 @@ def finetune_one(pictures, parts, model, flags):
     x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
 
     def batches(epoch):
-        order = np.random.default_rng([flags.seed, epoch]).permutation(train)
+        order = np.random.default_rng([flags.seed, epoch]).permutation(train)    # new each epoch
         for rows in torch.from_numpy(order).split(flags.batch):
             if len(rows) > 1 or flags.batch == 1:            # batch normalisation needs two
                 yield data.jittered(x[rows]).to(flags.device), y[rows].to(flags.device)
 
-    def plainly(rows):
+    def plainly(rows):                                       # in order, unchanged
         for part in torch.from_numpy(rows).split(256):
             yield x[part].to(flags.device), y[part].to(flags.device)
     history = ssm.fit_classifier(model, batches, lambda: plainly(val), flags.epochs, flags.lr,
