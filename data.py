@@ -371,7 +371,7 @@ def _load(what, read):
         if x.dtype.kind not in "biufUS":
             raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
         if x.dtype.kind == "U":
-            "".join(x.ravel().tolist()).encode()             # a ValueError for what is no text
+            "".join(x.ravel().tolist()).encode().decode()    # a ValueError for what is no text
         return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
     except InputError:
         raise

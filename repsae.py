@@ -1648,13 +1648,13 @@ def tell_barcodes(page, coded, mean, between):
                          "`groups` and `labels`")
     if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
         return None
-    groups, codes, label = judge.barcodes(coded.count, coded.groups, y)
+    groups, codes, label = judge.barcodes(coded.count, coded.groups, y)    # a_p of Eq. 4
     known, names = label >= 0, np.array(features.label_names)
     if not known.all():
         say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
             "left out")
     arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
-    codes, label = codes[known], label[known]                # a_p of Eq. 4
+    codes, label = codes[known], label[known]
     there, n = np.unique(label, return_counts=True)
     arrays["diseases"] = means = judge.class_means(codes, label)           # a_d
     page.metrics["barcodes"] = found = {"groups": len(groups)}
@@ -1740,7 +1740,7 @@ def cmd_intervene(flags):
         run = analysis_run(flags, "intervene")
     else:
         label = label_number(coded.features, flags.label)
-        named = re.sub(r"\W+", "_", coded.features.label_names[label])       # part of a folder's name
+        named = re.sub(r"\W+", "_", coded.features.label_names[label])       # of a folder
         run = analysis_run(flags, f"intervene_{named}")
         means = tell_interventions(page, coded, y > 0, train, test, flags)
         tell_places(page, coded, label, train, test, means, flags)

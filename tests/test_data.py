@@ -1193,7 +1193,9 @@ def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, messag
     ({"groups": np.zeros((50, 2))}, r"'groups' has shape \(50, 2\)"), ({"split": np.array("train")}, "'split' has shape"),
     ({"labels": np.full(50, 10 ** 5), "label_names": None}, "go up to 100000 for 50 samples"),
     ({"boxes": np.full((1, 6), "x")}, "'boxes' has shape"),
-    ({"captions": np.array(["\ud800"] * 50)}, "key 'captions' is not a readable")])
+    ({"captions": np.array(["\ud800"] * 50)}, "key 'captions' is not a readable"),
+    ({"captions": np.full(50, 0x110000, np.uint32).view("U1")}, "'captions' is cut off or damaged"),
+    ({"captions": np.full(50, 2 ** 32 - 1, np.uint32).view("U1")}, "'captions' is (not|cut)")])
 def test_odd_reserved_keys_are_refused_by_name(more, message, tmp_path):
     with np.load(as_file(tmp_path)) as z:
         arrays = {**z, **more}
