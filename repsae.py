@@ -21,6 +21,7 @@ import functools
 import glob
 import html
 import importlib
+import inspect
 import io
 import itertools
 import math
@@ -3231,10 +3232,11 @@ def parse(argv):
 
 def add_command(subs, name, each):
     """A sub-command's parser, its help in groups."""
+    about = inspect.cleandoc(each.run.__doc__)
     settings = [f"{flag}={default}  {SETTINGS[flag][2]}"
                 for flag, default in each.flags.items() if flag in SETTINGS]
     sub = subs.add_parser(
-        name, help=each.run.__doc__.split("\n")[0], description=each.run.__doc__,
+        name, help=about.split("\n")[0], description=about,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:
