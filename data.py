@@ -243,17 +243,15 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     x = {s: _stream(arrays, s) for s in names}
     n, *tokens = x[names[0]].shape[:-1]
     for s, a in x.items():
-        if len(a) != n:
-            raise InputError(f"stream '{s}' has {len(a)} rows but '{names[0]}' has {n} - give each "
-                             "as many")
-        if [*a.shape[1:-1]] != tokens:
-            raise InputError(f"{path}: tokens per sample differ between streams '{names[0]}' and "
-                             f"'{s}' - pick streams alike with --streams")
+        if [*a.shape[:-1]] != [n, *tokens]:
+            first = x[names[0]].shape
+            raise InputError(f"stream '{s}' has shape {a.shape} but '{names[0]}' {first} - give "
+                             "the same samples, with as many tokens")
     told = _told(arrays, n, seed)
     out = Features(x, **told, boxes=_read_boxes(arrays, n, len(told["label_names"])),
                    folder=os.path.dirname(os.path.abspath(path)))
     if tokens and "grid" in arrays:
-        grid = arrays.checked("grid", (2,), np.number, "two numbers: rows and columns")
+        grid = arrays.checked("grid", "two numbers: rows and columns", (np.number, 2))
         if not (grid > 0).all() or grid.prod() != tokens[0]:
             raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give their rows "
                              "and columns")
@@ -311,16 +309,17 @@ class _Source:
     def get(self, key):
         return self[key] if key in self else None
 
-    def checked(self, key, shape, kind, wanted):
-        """The array of a key, or None without it: of that kind of numpy, and of that shape, where
-        None is any length."""
+    def checked(self, key, wanted, *allowed):
+        """The array of a key, or None without it. It must be as one of `allowed`, each (a kind of
+        numpy, *shape), where None is any length."""
         a = self.get(key)
-        if a is None:
-            return None
-        fits = a.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, a.shape))
-        if not fits or not np.issubdtype(a.dtype, kind):
+        for kind, *shape in allowed if a is not None else ():
+            alike = len(shape) == a.ndim and all(n in (None, m) for n, m in zip(shape, a.shape))
+            if alike and np.issubdtype(a.dtype, kind):
+                return a
+        if a is not None:
             raise InputError(f"'{key}' has shape {a.shape} and type {a.dtype} - give {wanted}")
-        return a
+        return None
 
 
 def read_arrays(path):
@@ -372,7 +371,7 @@ def _load(what, read):
         if x.dtype.kind not in "biufUS":
             raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
         if x.dtype.kind == "U":
-            "".join(x.ravel().tolist()).encode()             # a ValueError for what is no text
+            "".join(x.ravel().tolist()).encode().decode()    # a ValueError for what is no text
         return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
     except InputError:
         raise
@@ -404,12 +403,10 @@ def _stream(arrays, name, most=3):
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
                          f"(reserved keys: {', '.join(RESERVED)})")
-    if not 2 <= x.ndim <= 3 or 0 in x.shape:
-        raise InputError(f"stream '{name}' has shape {x.shape} - a stream is (samples, width) or "
-                         "(samples, tokens, width), each at least 1")
-    if x.ndim > most:
-        raise InputError(f"{arrays.path}: '{name}' has shape {x.shape}, tokens of samples - give "
-                         "(instances, width): extract without --tokens")
+    if not 2 <= x.ndim <= most or 0 in x.shape:
+        tokens = " or (samples, tokens, width)" if most > 2 else ", no tokens"
+        raise InputError(f"{arrays.path}: stream '{name}' has shape {x.shape} - give (samples, "
+                         f"width){tokens}, at least one of each")
     return x
 
 
@@ -417,14 +414,11 @@ def _told(arrays, n, seed=None):
     """What a file says of its n samples: the fields of `Samples`, bytes as str. With a seed there
     is always a split."""
     about, notes = {}, []
+    pixels = [(np.uint8, n, None, None), (np.uint8, n, None, None, 3)]
     for key in ("ids", "groups", "captions", "split", "images"):
-        shape, kind, wanted = (n,), np.generic, f"(N,) values, N = {n}"
-        if key == "images":
-            wanted = f"(N,) paths or (N, H, W[, 3]) uint8, N = {n}"
-            ndim = np.ndim(arrays.get(key))
-            kind = np.character if ndim == 1 else np.uint8
-            shape = {3: (n, None, None), 4: (n, None, None, 3)}.get(ndim, (n,))
-        found = arrays.checked(key, shape, kind, wanted)
+        found = arrays.checked(key, f"(N,) values, N = {n}", (np.generic, n)) if key != "images" \
+            else arrays.checked(key, f"(N,) paths or (N, H, W[, 3]) uint8, N = {n}",
+                                (np.character, n), *pixels)
         if found is not None:
             about[key] = _texts(found) if found.dtype.kind == "S" else found
     labels, names, mask = _read_labels(arrays, n)
@@ -448,7 +442,7 @@ def _read_labels(arrays, n):
     """(labels, names, mask) of a file of n samples, as in `Samples`; a mask of (N,) labels has made
     them negative."""
     labels, names = arrays.get("labels"), arrays.get("label_names")
-    mask = arrays.checked("mask", (n,), np.bool_, "(N,) booleans, False = labels not known")
+    mask = arrays.checked("mask", "(N,) booleans, False = labels not known", (np.bool_, n))
     if labels is None:
         return None, [], None
     if labels.ndim and len(labels) != n:
@@ -494,8 +488,8 @@ def _numbers(labels, names):
 
 def _read_boxes(arrays, n, labels):
     """(n, 6) boxes whose samples and labels exist, or None."""
-    wanted = "rows of sample, label, x0, y0, x1, y1"
-    boxes, most = arrays.checked("boxes", (None, 6), np.number, wanted), max(labels, 1)
+    boxes = arrays.checked("boxes", "rows of sample, label, x0, y0, x1, y1", (np.number, None, 6))
+    most = max(labels, 1)
     if boxes is None:
         return None
     inside = (boxes >= 0) & (boxes < [n, most, 1, 1, np.inf, np.inf])    # False of NaN
@@ -1261,10 +1255,11 @@ def _read_medmnist(path, arrays):
     if not there:
         raise InputError(f"{path} lacks train_images and train_labels, 'images' or 'coords' - give "
                          "a MedMNIST .npz, a list of pictures, tiles, or class folders")
-    pixels, labels, wanted = [], [], "uint8 (N, H, W) or (N, H, W, 3)"
+    pixels, labels = [], []
     for s in there:
-        shape = (None, None, None, 3)[:max(3, arrays[f"{s}_images"].ndim)]
-        x, y = arrays.checked(f"{s}_images", shape, np.uint8, wanted), arrays[f"{s}_labels"]
+        x = arrays.checked(f"{s}_images", "uint8 (N, H, W) or (N, H, W, 3)",
+                           (np.uint8, None, None, None), (np.uint8, None, None, None, 3))
+        y = arrays[f"{s}_labels"]
         if y.size != len(x) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
             raise InputError(f"'{s}_labels' has shape {y.shape} and type {y.dtype} for {len(x)} "
                              "pictures - give one class each, from 0; no several at once")
@@ -1785,12 +1780,14 @@ def _read_tiles(files):
     paths, found = [], []
     for file in files:
         arrays = _Source(file)
-        boxes = arrays.checked("coords", (None, 4), np.number, "(n, 4): x, y, width, height")
-        if boxes is None or not len(boxes) or "images" not in arrays:
+        boxes = arrays.checked("coords", "(n, 4): x, y, width, height", (np.number, None, 4))
+        names = arrays.checked("images", "(n,) paths of slides", (np.character, None))
+        if boxes is None or not len(boxes) or names is None:
             raise InputError(f"{file} lacks 'coords' or 'images' - name a file that `tile` wrote")
-        told = _told(arrays, len(boxes))
-        here = os.path.dirname(os.path.abspath(file))
+        told, here = _told(arrays, len(boxes)), os.path.dirname(os.path.abspath(file))
         paths += [os.path.join(here, name) for name in told["about"]["images"]]
+        if found and told["label_names"] != found[0]["label_names"]:
+            raise InputError(f"{file} has other 'label_names' than {files[0]} - tile them together")
         mask = np.ones(len(boxes), bool) if told["mask"] is None else told["mask"]
         found.append({**told, "mask": mask, "boxes": boxes.astype(int),
                       "groups": told["about"].get("groups")})
@@ -2036,12 +2033,12 @@ def _bags_of_file(path, arrays):
     for key in ("X", "offsets", "y"):
         if key not in arrays:
             raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets and y (bags,)")
-    X, y = _stream(arrays, "X", 2), arrays.checked("y", (None,), np.integer, "(bags,) integers")
+    X, y = _stream(arrays, "X", 2), arrays.checked("y", "(bags,) integers", (np.integer, None))
     n = len(y)
-    offsets = arrays.checked("offsets", (n + 1,), np.integer, f"(bags + 1,) integers for {n} bags")
-    groups = arrays.checked("groups", (n,), np.generic, f"one for each of {n} bags")
-    folds = arrays.checked("folds", (None, None, n), np.bool_,
-                           f"(repeats, folds, bags) bool for {n} bags, True = train")
+    offsets = arrays.checked("offsets", f"{n} + 1 integers for {n} bags", (np.integer, n + 1))
+    groups = arrays.checked("groups", f"one for each of {n} bags", (np.generic, n))
+    folds = arrays.checked("folds", f"(repeats, folds, bags) bool for {n} bags, True = train",
+                           (np.bool_, None, None, n))
     if offsets[0] != 0 or offsets[-1] != len(X):
         raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(X)}, the "
                          "number of instances")

@@ -667,11 +667,15 @@ def html_table(header, rows, colours=False):
             ink = "white" if level > 0.55 else "black"
             shade = f' style="background:rgb({mixed});color:{ink}"'
         return f"<td{shade}>{html.escape(text)}</td>"
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in header)
-    body = ""
+
+    def named(text):                                         # with its meaning as a tooltip
+        told = html.escape(MEANING.get(str(text).strip(), ""))
+        return f'<th title="{told}">{html.escape(str(text))}</th>' if told else \
+            f"<th>{html.escape(str(text))}</th>"
+    head, body = "".join(map(named, header)), ""
     for row in rows:
         name, *texts = _cells(header, row)
-        body += f"<tr><th>{html.escape(name)}</th>{''.join(map(cell, row[1:], texts))}</tr>"
+        body += f"<tr>{named(name)}{''.join(map(cell, row[1:], texts))}</tr>"
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f'<tbody>{body}</tbody></table></div>')
 

@@ -21,6 +21,7 @@ import functools
 import glob
 import html
 import importlib
+import inspect
 import io
 import itertools
 import math
@@ -298,7 +299,7 @@ CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
 KINDS = "sparsity error bias expansion bandwidth theta warmup"
 STEPS = "epochs batch lr shuffle seed"
 FOLDER = "device log-every save-every eval-rows overwrite resume"
-ON_RUN = "data stream streams seed device out overwrite"
+ON_RUN = "data seed device out overwrite"
 
 
 def value_of(kind, text):
@@ -970,7 +971,7 @@ class Coded:
         `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
         if len(self.features.streams) > 1:
             raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
-                             "pick one with --stream")
+                             f"pick one with --stream{'' if 'stream' in self.flags else 's a,b'}")
         (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
         for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
                                 T * max(1, 4096 // T)):
@@ -1565,7 +1566,7 @@ def cmd_probe(flags):
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
 
-@command(f"{ON_RUN} tau top weighted between names query embeddings label prompts", "run")
+@command(f"{ON_RUN} stream tau top weighted between names query embeddings label prompts", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
     (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
@@ -1646,13 +1647,13 @@ def tell_barcodes(page, coded, mean, between):
                          "`groups` and `labels`")
     if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
         return None
-    groups, codes, label = judge.barcodes(coded.count, coded.groups, y)
+    groups, codes, label = judge.barcodes(coded.count, coded.groups, y)    # a_p of Eq. 4
     known, names = label >= 0, np.array(features.label_names)
     if not known.all():
         say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
             "left out")
     arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
-    codes, label = codes[known], label[known]                # a_p of Eq. 4
+    codes, label = codes[known], label[known]
     there, n = np.unique(label, return_counts=True)
     arrays["diseases"] = means = judge.class_means(codes, label)           # a_d
     page.metrics["barcodes"] = found = {"groups": len(groups)}
@@ -1726,7 +1727,7 @@ def search(coded, names, flags):
               f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
-@command(f"{ON_RUN} label head-file rank iou other percentile connectivity strict box-score "
+@command(f"{ON_RUN} stream label head-file rank iou other percentile connectivity strict box-score "
          "ap-points eval-rows=2000", "run")
 def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
@@ -1738,7 +1739,7 @@ def cmd_intervene(flags):
         run = analysis_run(flags, "intervene")
     else:
         label = label_number(coded.features, flags.label)
-        named = re.sub(r"\W+", "_", coded.features.label_names[label])      # a folder without spaces
+        named = re.sub(r"\W+", "_", coded.features.label_names[label])       # of a folder
         run = analysis_run(flags, f"intervene_{named}")
         means = tell_interventions(page, coded, y > 0, train, test, flags)
         tell_places(page, coded, label, train, test, means, flags)
@@ -2024,7 +2025,7 @@ def load_clip(folder, device):
     return model.visual, model.visual.size
 
 
-@command(f"{ON_RUN} window images! weights! size=0 label start-layer latent least most seed=0",
+@command(f"{ON_RUN} streams window images! weights! size=0 label start-layer latent least most seed=0",
          "run?")
 def cmd_explain(flags):
     """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
@@ -2299,7 +2300,7 @@ def tell_captions(seen, page, most=4):
               [f"picture {i}" for i in test], maps, asked, asked, lambda z, n: z @ z_image[n])
 
 
-@command(f"{ON_RUN} sample from to query features encoder", "run")
+@command(f"{ON_RUN} streams sample from to query features encoder", "run")
 def cmd_retrieve(flags):
     """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
     coded = Coded(flags.run, flags)
@@ -2705,10 +2706,11 @@ def parse(argv):
 
 def add_command(subs, name, each):
     """A sub-command's parser, its help in groups."""
+    about = inspect.cleandoc(each.run.__doc__)
     settings = [f"{flag}={default}  {SETTINGS[flag][2]}"
                 for flag, default in each.flags.items() if flag in SETTINGS]
     sub = subs.add_parser(
-        name, help=each.run.__doc__.split("\n")[0], description=each.run.__doc__,
+        name, help=about.split("\n")[0], description=about,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:

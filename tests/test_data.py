@@ -278,9 +278,9 @@ def poisoned(value, row):
 @pytest.mark.parametrize("more, message", [
     ({"b": poisoned(np.nan, 17)}, "stream 'b' has NaN or Inf in 1 or more rows, first row 17"),
     ({"b": poisoned(np.inf, 3)}, "stream 'b' has NaN or Inf in 1 or more rows, first row 3"),
-    ({"b": np.zeros((49, 4))}, "stream 'b' has 49 rows but 'a' has 50"),
+    ({"b": np.zeros((49, 4))}, r"stream 'b' has shape \(49, 4\) but 'a' \(50, 6\)"),
     ({"b": np.zeros((50, 4), int)}, "stream 'b' holds int64"),
-    ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) - a stream is"),
+    ({"b": np.zeros((50, 0))}, r"stream 'b' has shape \(50, 0\) .* at least one"),
     ({"b": np.zeros(50)}, r"stream 'b' has shape \(50,\)"),
     ({"labels": np.zeros(49, int)}, "'labels' has 49 entries for 50 samples"),
     ({"labels": np.zeros(50)}, "'labels' has shape .* float64"),
@@ -289,7 +289,7 @@ def poisoned(value, row):
     ({"split": np.array(["test"] * 50)}, "the train split is empty"),
     ({"split": np.array(["train"] * 49 + ["dev"])}, "'split' row 49 is 'dev'"),
     ({"groups": np.zeros(50, int)}, "the test and val split is empty"),
-    ({"n": 0}, "has shape .0, 6. - a stream is"),
+    ({"n": 0}, "has shape .0, 6. .* at least one"),
     ({"b": np.array([{}] * 50)}, "is an array of Python objects - save numbers")])
 def test_a_bad_array_is_refused_by_name(more, message, tmp_path):
     with pytest.raises(InputError, match=message):
@@ -746,6 +746,12 @@ def test_tiles_know_the_class_and_split_and_name_of_their_slide(tmp_path):
     assert tiles.split.tolist() == ["train"] * 4 + ["test"] * 2
     assert tiles.about["groups"].tolist() == ["a", "a", "b", "b", "c", "c"]
     assert tiles.open(4).size == (100, 100)
+    for more, message in (({"label_names": np.array(["a", "b"])}, "other 'label_names' than"),
+                          ({"images": np.zeros((2, 4, 4), np.uint8)}, "'images' has shape")):
+        with np.load(out) as z:
+            np.savez(tmp_path / "t" / "d.npz", **{**z, **more})
+        with pytest.raises(InputError, match=message):
+            data.read_images(tmp_path / "t")
     regions = [(np.array([[200., 100], [230, 100], [230, 200], [200, 200]]), True)]
     for share, label in ((0.5, [0, 0]), (0.2, [1, 0])):
         there = data.tile_arrays(slides, 0, boxes, out, regions, share)
@@ -881,7 +887,7 @@ def test_bags_keep_patients_together_and_are_no_tokens(tmp_path):
     np.savez(tmp_path / "b.npz", **bags, groups=np.arange(20) // 4)
     assert data.read_bags(tmp_path / "b.npz").groups.tolist() == (np.arange(20) // 4).tolist()
     for change, message in (({"groups": np.arange(40)}, "'groups' has shape \\(40,\\) .* each of 20 bags"),
-                            ({"X": x[:, None]}, "'X' has shape \\(40, 1, 3\\), tokens of samples")):
+                            ({"X": x[:, None]}, "'X' has shape \\(40, 1, 3\\) .* no tokens")):
         np.savez(tmp_path / "c.npz", **{**bags, **change})
         with pytest.raises(InputError, match=message):
             data.read_bags(tmp_path / "c.npz")
@@ -890,7 +896,7 @@ def test_bags_keep_patients_together_and_are_no_tokens(tmp_path):
         np.savez(tmp_path / "d" / name / f"{i}.npz", f=x[:5], groups=np.repeat(i % 2, 5))
     assert data.read_bags(tmp_path / "d").groups.tolist() == [0, 1, 0, 1]
     np.savez(tmp_path / "d" / "a" / "0.npz", f=x[:5, None])
-    with pytest.raises(InputError, match="0.npz: 'f' has shape .* tokens of samples"):
+    with pytest.raises(InputError, match="0.npz: stream 'f' has shape .* no tokens"):
         data.read_bags(tmp_path / "d")
 
 
@@ -947,8 +953,8 @@ def test_every_token_counts_as_a_sample_of_its_split_and_a_folder_stays_on_disk(
 
 @pytest.mark.parametrize("arrays, message", [
     ({"grid": np.array([2, 3])}, "'grid' is \\[2, 3\\] for 4 tokens"),
-    ({"b": np.ones((5, 3, 2))}, "tokens per sample differ between streams"),
-    ({"b": np.ones((5, 2))}, "tokens per sample differ between streams"),
+    ({"b": np.ones((5, 3, 2))}, "stream 'b' has shape .* but 'a' .* as many tokens"),
+    ({"b": np.ones((5, 2))}, "stream 'b' has shape .* but 'a' .* as many tokens"),
     ({"boxes": np.array([[0, 0, 0.5, 0.1, 0.4, 0.2]]), "labels": np.zeros(5, int)}, "'boxes' row 0"),
     ({"boxes": np.array([[7, 0, 0.1, 0.1, 0.4, 0.2]]), "labels": np.zeros(5, int)}, "give a sample of 5"),
     ({"boxes": np.zeros((2, 4))}, "'boxes' has shape \\(2, 4\\)"),
@@ -1187,7 +1193,9 @@ def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, messag
     ({"groups": np.zeros((50, 2))}, r"'groups' has shape \(50, 2\)"), ({"split": np.array("train")}, "'split' has shape"),
     ({"labels": np.full(50, 10 ** 5), "label_names": None}, "go up to 100000 for 50 samples"),
     ({"boxes": np.full((1, 6), "x")}, "'boxes' has shape"),
-    ({"captions": np.array(["\ud800"] * 50)}, "key 'captions' is not a readable")])
+    ({"captions": np.array(["\ud800"] * 50)}, "key 'captions' is not a readable"),
+    ({"captions": np.full(50, 0x110000, np.uint32).view("U1")}, "'captions' is cut off or damaged"),
+    ({"captions": np.full(50, 2 ** 32 - 1, np.uint32).view("U1")}, "'captions' is (not|cut)")])
 def test_odd_reserved_keys_are_refused_by_name(more, message, tmp_path):
     with np.load(as_file(tmp_path)) as z:
         arrays = {**z, **more}

@@ -1054,6 +1054,7 @@ def test_every_row_of_the_table_has_its_meaning_and_says_which_way_is_better():
     judge.tell_summary(page, {**metrics, "split": "test"}, quiet=True)
     told = "".join(content for _, content in page.sections)
     assert all(told.count(f"<dd>{judge.html.escape(judge.MEANING[name])}</dd>") == 1 for name in names)
+    assert all(f'title="{judge.html.escape(judge.MEANING[name])}"' in told for name in names)
 
 
 # -- what must not leak, and settings that must count -------------------------------------------
