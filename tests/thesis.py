@@ -205,7 +205,7 @@ STAGES = (
                   "mIoU, {b}, random latents": "segment : segmentation.{b}, random latents.mIoU",
                   "mIoU, CLIP's similarity": "segment : segmentation.clip, raw similarity.mIoU",
                   "mIoU, centre": "segment : segmentation.centre of the picture.mIoU",
-                  "mIoU, {b2}, {t}, Local": "segment_local : segmentation.{b2}, {t}.mIoU",
+                  "mIoU, {b2}, {t2}, Local": "segment_local : segmentation.{b2}, {t2}.mIoU",
                   "absent drawn %, {b2}, {t2}":
                       "segment : segmentation.{b2}, {t2}.drawn though absent, %",
                   "absent{in}": "segment{in} : segmentation.max.absent",
