@@ -156,11 +156,11 @@ STAGES = (
                 "{code} --out ./sweep_{x}"],
            each={"x": [x]}, over={"n": values, "w": WAYS, "what": ["self", "cross"]},
            figures={"NMSE {what}, {x} {n}, {w}": "sweep_{x}/{x}{n}_{w}.headline.NMSE {what}"},
-           claims=["5.8: Global costs self reconstruction at every {x}, joint | "
+           claims=["5.8: Global costs self reconstruction for every {x}, joint | "
                    "[NMSE self, {x} {*n}, G] > [NMSE self, {x} {*n}, L]",
-                   "5.8: Global brings cross reconstruction at every {x}, joint | "
+                   "5.8: Global brings cross reconstruction for every {x}, joint | "
                    "[NMSE cross, {x} {*n}, G] < [NMSE cross, {x} {*n}, L]",
-                   "ours: Global brings cross reconstruction at every {x}, alone | "
+                   "ours: Global brings cross reconstruction for every {x}, alone | "
                    "[NMSE cross, {x} {*n}, G alone] < [NMSE cross, {x} {*n}, L]"])
       for x, values in SWEPT.items()),
     dict(name="12. Other sets of models", about="sparc.txt Tables 6-13; two only count words.",
