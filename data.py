@@ -560,7 +560,7 @@ def read_taxonomy(path, label_names):
         if parent is not None and parent not in parents:
             raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - add it")
     try:
-        graphlib.TopologicalSorter({k: [v] for k, v in parents.items() if v}).prepare()
+        graphlib.TopologicalSorter({k: [v] for k, v in parents.items() if v is not None}).prepare()
     except graphlib.CycleError as e:
         raise InputError(f"taxonomy: '{min(e.args[1])}' is its own ancestor - break the cycle")
     roots = sum(v is None for v in parents.values())
@@ -1220,7 +1220,10 @@ def read_images(path):
     if tiles:
         return _read_tiles([os.path.join(path, f) for f in tiles])
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
-        split, _, paths, things = map(list, zip(*read_voc_folder(path)))
+        found = read_voc_folder(path)
+        if not found:
+            raise InputError(f"{path}: ImageSets/Main lists no pictures - add their names")
+        split, _, paths, things = map(list, zip(*found))
         sides = [np.array(open_image(p).size * 2) for p in paths]
         objects = [[(name, tuple(np.clip(box / side, 0, 1))) for name, box in found]
                    for found, side in zip(things, sides)]
@@ -1313,7 +1316,8 @@ def object_arrays(objects):
     labels = np.zeros((len(objects), len(names)), bool)
     for i, label, *_ in boxes:
         labels[i, label] = True
-    return {"labels": labels, "label_names": np.array(names), "boxes": np.array(boxes)}
+    return {"labels": labels, "label_names": np.array(names),
+            "boxes": np.array(boxes, float).reshape(-1, 6)}
 
 
 def _files(folder, endings):
@@ -2020,7 +2024,8 @@ def _instances(path, arrays, stream):
         there = ", ".join(arrays.streams) or "none"
         raise InputError(f"{path} has the streams {there} - pick one with --stream")
     X = _stream(arrays, name, 2)
-    told, coords = _told(arrays, len(X)), arrays.get("coords")
+    told, coords = _told(arrays, len(X)), arrays.checked(
+        "coords", f"(N, 4) numbers, N = {len(X)}", (np.number, len(X), 4))
     images = told["about"].get("images")
     if images is not None:                                   # pixels lie nowhere else
         here = os.path.dirname(path)

@@ -160,7 +160,7 @@ MODEL = {
              "that takes under about a minute"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
     "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (224, whole(0, 8192), "side of pictures or DINO's global crops, pixels; 0: its own"),
+    "size": (None, whole(1, 8192), "side of pictures or of DINO's global crops, pixels"),
     "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
     "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
     "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
@@ -302,6 +302,14 @@ FOLDER = "device log-every save-every eval-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
 
+def kind_of(name, default):
+    """The kind of a flag where this is its default: "auto" is taken where it is the default."""
+    kind = FLAGS[name][1]
+    if isinstance(kind, Number) and default != "auto":
+        return Number(kind.kind, kind.least, kind.most)
+    return kind
+
+
 def value_of(kind, text):
     """The value that a flag's kind reads from text; raises ArgumentTypeError."""
     if kind is bool:
@@ -352,11 +360,15 @@ class Run:
 
     held = []                                                # (lock file, its path) of this process
 
-    def __init__(self, flags, folder=None, resume=None):
-        """`folder`: instead of --out; `resume`: instead of --resume. Changes nothing there yet."""
+    def __init__(self, flags, folder=None, resume=None, add=False):
+        """`folder`: instead of --out; `resume`: instead of --resume; `add`: files of an earlier run
+        of this command stay, but for those written anew. Changes nothing there yet."""
         self.folder = flags.out if folder is None else folder
         self.flags, self.saved, self.files, self.about = flags, None, [], {}
+        self.kept = []                                       # files of the run that is added to
         resume = flags.get("resume") if resume is None else resume
+        if resume and not os.path.exists(self.join("config.json")):
+            check_needed(flags)
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise InputError(f"{self.folder} is a file - name a folder with --out")
         if not os.path.isdir(self.folder) or not set(os.listdir(self.folder)) - {".lock"}:
@@ -364,20 +376,25 @@ class Run:
         if os.path.realpath(self.folder) in inputs_of(flags):
             raise InputError(f"{self.folder} is read by this command - name another --out")
         self._lock()
-        if not resume and not flags.get("overwrite"):
-            raise InputError(f"{self.folder} holds files already - use --overwrite" +
-                             ", --resume" * ("resume" in flags) + " or another --out")
+        config = {}
         if os.path.lexists(self.join("config.json")):
             config = read_config(self.folder)
             self.files = self._listed(config)
-            if resume:
-                self._go_on(config)
+        if add and config.get("command") == flags.command:
+            self.kept = self.files
+        elif not resume and not flags.get("overwrite"):
+            raise InputError(f"{self.folder} holds files already - use --overwrite" +
+                             ", --resume" * ("resume" in flags) + " or another --out")
+        if config and resume:
+            self._go_on(config)
 
     def join(self, *parts):
         return os.path.join(self.folder, *parts)
 
     def _listed(self, config):
-        files = config.get("files", [])
+        files = config.get("files")
+        if files is None:                                    # written before runs listed them
+            files = [name for name in WRITTEN if os.path.isfile(self.join(name))]
         if not isinstance(files, list) or not all(isinstance(f, str) and plain(f) for f in files):
             raise InputError(f"{self.join('config.json')} is damaged - restore it, or remove it")
         return files
@@ -397,6 +414,10 @@ class Run:
                     "anew with --overwrite")
         typed = FREE_ON_RESUME & flags.given | {"out", "resume", "overwrite"}
         self.flags = flags.replaced({k: v for k, v in theirs.items() if k not in typed})
+        given = config.get("given", [])
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            raise InputError(f"{path} has {given!r} as what was given - restore it, or train anew")
+        self.flags.given |= frozenset(given)
         self.saved = config
         threads = config.get("versions", {}).get("threads")
         if threads not in (None, torch.get_num_threads()):
@@ -423,7 +444,8 @@ class Run:
         """Give up the locks of this process: at the end of every command."""
         while cls.held:
             lock, path = cls.held.pop()
-            os.unlink(path)
+            with contextlib.suppress(OSError):               # somebody removed the folder
+                os.unlink(path)
             lock.close()
 
     def begin(self, flags=None, **about):
@@ -436,7 +458,7 @@ class Run:
             raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another --out")
         if self.join(".lock") not in [path for _, path in self.held]:
             self._lock()
-        if not self.saved:
+        if not self.saved and not self.kept:
             inputs = inputs_of(self.flags)
             for name in self.files:
                 path = self.join(name)
@@ -448,8 +470,8 @@ class Run:
                         os.remove(left)
             self.files = []
         self.about = {"command": self.flags.command, "flags": self.flags, **about,
-                      "versions": versions()}
-        self._claim("config.json")
+                      "given": sorted(self.flags.given - FREE_ON_RESUME), "versions": versions()}
+        self._claim("config.json", new=True)
         return self
 
     def trained_on(self, data_hash, name):
@@ -466,7 +488,7 @@ class Run:
         """`path` of many at once."""
         return self._claim(*names)
 
-    def _claim(self, *names):
+    def _claim(self, *names, new=False):
         for name in names:
             path = self.join(name)
             if not plain(name):
@@ -475,10 +497,12 @@ class Run:
                     or os.path.islink(path) or not inside(path, self.folder):
                 raise InputError(f"{path} was not written by this run - move it away, or name "
                                  "another --out")
+            if name in self.kept and name != "config.json" and not self.flags.overwrite:
+                raise InputError(f"{path} exists - use --overwrite, or another --out")
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        new = [name for name in names if name not in self.files]
-        if new:
-            self.files += new
+        listed = [*dict.fromkeys([*self.files, *names])]
+        if new or len(listed) > len(self.files):
+            self.files = listed
             judge.write_json(self.join("config.json"), {**self.about, "files": self.files})
         return self.join(names[0]) if len(names) == 1 else [self.join(name) for name in names]
 
@@ -507,14 +531,31 @@ def inside(path, folder):
     return os.path.commonpath([folder, os.path.realpath(os.path.dirname(path))]) == folder
 
 
+# Flags that name what a command reads.
+INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "embeddings",
+          "head_file", "features", "encoder", "merges", "voc", "rois", "run")
+WRITTEN = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "report.html")
+
+
 def inputs_of(flags):
-    """The real paths of what exists of all that the flags name, but for outputs."""
-    named = [piece for k, v in flags.items() if isinstance(v, str) and k not in OUTPUTS
-             for piece in {v, *re.split("[,=:]", v)}]
+    """The real paths of what exists of all that the flags name to be read."""
+    named = [piece for k in INPUTS if isinstance(flags.get(k), str)
+             for piece in {flags[k], *re.split("[,=:]", flags[k])}]
     return {os.path.realpath(p) for p in named if p and os.path.exists(p)}
 
 
-OUTPUTS = ("out", "json", "svg", "prompts", "command", "device")
+def is_read(path, flags):
+    """Whether a file is read by the command itself: named, in a folder of data, or of a run."""
+    path = os.path.realpath(path)
+    for given in inputs_of(flags):
+        name = os.path.relpath(path, given)
+        if path == given:
+            return True
+        if not name.startswith("..") and os.path.isdir(given):
+            own = os.path.join(given, "config.json")
+            if not os.path.exists(own) or name in read_config(given).get("files", WRITTEN):
+                return True
+    return False
 
 
 def out_file(flags, name="out"):
@@ -523,8 +564,7 @@ def out_file(flags, name="out"):
     path = flags[name]
     if not os.path.lexists(path):
         return path
-    real = os.path.realpath(path)
-    if any(real == given or real.startswith(given + os.sep) for given in inputs_of(flags)):
+    if is_read(path, flags):
         raise InputError(f"{path} is read by this command - name another --{name}")
     if os.path.islink(path) or not os.path.isfile(path):
         raise InputError(f"{path} is no plain file - name another --{name}")
@@ -546,7 +586,7 @@ def read_config(folder, names=()):
 def check_kinds(values, defaults, path):
     """Raise InputError unless what the file `path` holds could be typed for these flags."""
     for name, default in defaults.items():
-        value, kind = values.get(name.replace("-", "_"), default), FLAGS[name][1]
+        value, kind = values.get(name.replace("-", "_"), default), kind_of(name, default)
         if type(value) is type(default) and value == default:
             continue
         try:
@@ -1016,7 +1056,7 @@ class Coded:
             return None, *parts
         parts = [rows[features.labelled[rows]] for rows in parts]
         train, test = (np.unique(y[rows]) for rows in parts)
-        if min(len(train), len(test)) < 2 or not np.isin(test, train).all():
+        if len(train) < 2 or len(test) < 1 + (name is not None) or not np.isin(test, train).all():
             raise InputError(f"{name or 'the labels'}: {len(train)} kinds of training samples, "
                              f"{len(test)} of test samples - both need two, the same; mend `split`")
         return y, *parts
@@ -1035,7 +1075,7 @@ def label_number(features, label):
     """The number of a label given by name or number; raises InputError when there is none of it."""
     if label in features.label_names:
         return features.label_names.index(label)
-    if label is not None and label.isdigit() and int(label) < len(features.label_names):
+    if label is not None and label.isdecimal() and int(label) < len(features.label_names):
         return int(label)
     known = ", ".join(features.label_names[:20]) or "none: the file has no labels"
     raise InputError(f"no label '{label}' - take one of {known}")
@@ -1105,9 +1145,6 @@ def every_activation(run, features):
     """Each activation with what revives its dead latents, and relu with others, in one table: R2,
     active and silent latents, planted concepts found."""
     flags, trials = run.flags, {}
-    if run.saved:                                            # what was typed then
-        flags.given |= {k for k, v in flags.items()
-                        if v != COMMANDS["sae"].flags.get(k.replace("_", "-"), v)}
     kinds = [{"activation": name} for name in sae.ACTIVATIONS]
     after = kinds.index({"activation": "relu"}) + 1
     kinds[after:after] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
@@ -1124,7 +1161,7 @@ def every_activation(run, features):
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
-    coded = Coded(flags.run, flags)
+    path, coded = flags.json and out_file(flags, "json"), Coded(flags.run, flags)
     model, features, flags = coded.model, coded.features, coded.flags
     for s in model.streams:
         if s not in features.streams:
@@ -1132,9 +1169,9 @@ def cmd_eval(flags):
                              f"eval needs {', '.join(model.streams)}")
     metrics, _, _ = measure(model, features, flags)
     judge.tell_summary(judge.Page(""), metrics)
-    if flags.json:
-        judge.write_json(out_file(flags, "json"), metrics)
-        say(f"wrote {flags.json}")
+    if path:
+        judge.write_json(path, metrics)
+        say(f"wrote {path}")
 
 
 @command(f"{DATA} seed device mode overwrite out=codes.npz", "run")
@@ -1208,7 +1245,7 @@ def parse_axes(flags):
             kind = Number(kind.kind, kind.least, kind.most)
         elif name == "streams" and all(s for v in values.split(",") for s in v.split("+")):
             kind = str
-        elif not isinstance(kind, tuple):
+        elif not isinstance(kind, tuple) or name in axes or "auto" in values.split(","):
             raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
                              '"streams=a+b,a+b+c"')
         try:
@@ -1292,11 +1329,11 @@ def needed(flags, name):
 
 def train_dino(run, nets, images, crops, watch):
     """Train the `nets`, or go on training them; returns the Log. Stops when they have collapsed."""
-    flags, checkpoint, step = run.flags, run.path("checkpoint.pt"), 0
+    flags, checkpoint, step, most = run.flags, run.path("checkpoint.pt"), 0, 0.
     if run.saved and os.path.exists(checkpoint):
         with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
                       flags.device) as kept:
-            step = ssm.restore_dino(nets, kept)              # of a run that was stopped
+            step, most = ssm.restore_dino(nets, kept), float(kept["most"])
     batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
     epoch, n_steps = batches.epoch, flags.epochs * batches.epoch  # epoch: steps in one
     columns = ("loss", "entropy", "information", "knn")      # may be empty, in step 0
@@ -1307,31 +1344,32 @@ def train_dino(run, nets, images, crops, watch):
         say(f"before training: k-NN {knn:.3f} ({watch.measure}), raw pixels {watch.knn():.3f}")
 
     def on_step(t, told):
-        nonlocal step
-        step, ended, knn = t, t % epoch == 0, ""             # step: for the checkpoint
+        nonlocal step, most
+        step, ended, knn = t, t % epoch == 0, ""             # step, most: for the checkpoint
+        most = max(most, told["information"])
         if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
             knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
         words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
         keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
              lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
         if ended:
-            refuse_collapse([r for r in log.rows if int(r["step"]) > t - epoch], flags.prototypes)
-    settings = flags.pick("epochs min_lr warmup weight_decay weight_decay_end momentum teacher_temp "
-                          "teacher_temp_start teacher_warmup clip freeze_last")
+            refuse_collapse(most, told["entropy"], t // epoch, flags.prototypes)
+            most = 0.
+    settings = flags.pick("epochs min_lr warmup weight_decay weight_decay_end momentum "
+                          "teacher_temp teacher_temp_start teacher_warmup clip freeze_last")
     schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
                                  **settings)                 # lr grows with the batch, as DINO's
     views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
     with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
-            checkpoint, ssm.dino_state(nets, step))) as keep:
+            checkpoint, {**ssm.dino_state(nets, step), "most": most})) as keep:
         ssm.fit_dino(nets, lambda t: next(views), n_steps, schedule, on_step, step, flags.seed)
     return log
 
 
-def refuse_collapse(rows, K, least=1e-3):
-    """Raise InputError if nowhere in an epoch, `rows` of log.csv, the teacher's output tells
-    `least` nats of its picture; by its entropy the collapse was to one output or to all."""
-    if max(float(row["information"]) for row in rows) < least:
-        entropy, epoch = float(rows[-1]["entropy"]), round(float(rows[-1]["epoch"]))
+def refuse_collapse(most, entropy, epoch, K, least=1e-3):
+    """Raise InputError if in a whole epoch the teacher's output told `most` < `least` nats of its
+    picture; by its entropy the collapse was to one output or to all."""
+    if most < least:
         kind = "uniform" if entropy > 0.9 * math.log(K) else "constant"
         raise InputError(f"collapse: the teacher's output was {kind} for every picture all through "
                          f"epoch {epoch} (entropy {entropy:.3f} of ln K = {math.log(K):.3f}) - "
@@ -1394,7 +1432,9 @@ def tell_dino(run, backbone, log, watch):
     page.picture("Training", "".join(charts))
     if watch.tasks:
         pixels, pictures = watch.knn(), watch.neighbours(backbone)
-        found.update(knn_pixels=pixels, knn_random=curves["knn"][0][1])
+        found["knn_pixels"] = pixels
+        if curves["knn"] and curves["knn"][0][0] == 0:       # else the log was lost on the way
+            found["knn_random"] = curves["knn"][0][1]
         lines = {"teacher": curves["knn"], "raw pixels": [(x, pixels) for x, _ in curves["knn"]]}
         charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
         page.picture("k-NN on held-out pictures", charts[-1])
@@ -1408,7 +1448,7 @@ def tell_dino(run, backbone, log, watch):
     say(f"wrote {run.join('report.html')}")
 
 
-@command("images! weights! window size=0 standardise last tokens whole seed=0 device overwrite "
+@command("images! weights! window size standardise last tokens whole seed=0 device overwrite "
          "out=feats.npz")
 def cmd_extract(flags):
     """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe`
@@ -1526,7 +1566,7 @@ def torchvision_model(name, path, n_classes):
 def cmd_probe(flags):
     """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis
     3.2.3)?"""
-    features = read_to_train(flags)
+    path, features = flags.json and out_file(flags, "json"), read_to_train(flags)
     y, names = features.labels, features.label_names
     if y is None:                                            # tokens have none
         raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample "
@@ -1558,8 +1598,8 @@ def cmd_probe(flags):
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
     print(f"{len(train)} samples to learn from, {len(test)} to test on"
           + f"; mean over {len(tasks)} labels" * several)
-    if flags.json:
-        judge.write_json(out_file(flags, "json"), found)
+    if path:
+        judge.write_json(path, found)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1732,15 +1772,15 @@ def search(coded, names, flags):
 def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
-    coded = Coded(flags.run, flags).pool()
+    coded, of_label = Coded(flags.run, flags), {"rank", "iou", "other", "head_file"}
+    for name in sorted(of_label & flags.given) if flags.label is None else ():
+        raise InputError(f"--{name.replace('_', '-')} has no effect without --label - give one")
+    label = None if flags.label is None else label_number(coded.features, flags.label)
+    named = "" if label is None else re.sub(r"\W+", "_", "_" + coded.features.label_names[label])
+    run = analysis_run(flags, f"intervene{named}")           # of a folder, as \w has it
     page = judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
-    y, train, test = coded.told(flags.label)
-    if flags.label is None:
-        run = analysis_run(flags, "intervene")
-    else:
-        label = label_number(coded.features, flags.label)
-        named = re.sub(r"\W+", "_", coded.features.label_names[label])       # of a folder
-        run = analysis_run(flags, f"intervene_{named}")
+    y, train, test = coded.pool().told(flags.label)
+    if label is not None:
         means = tell_interventions(page, coded, y > 0, train, test, flags)
         tell_places(page, coded, label, train, test, means, flags)
         tell_class_means(page, means, flags)
@@ -1906,7 +1946,7 @@ def read_embeddings(path, names):
 
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
-    """Draw microscope-like pictures whose cells, captions, masks and patients' diseases are known."""
+    """Draw microscope-like pictures whose cells, captions, masks and diseases are known."""
     run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
     files = data.tissue_files(made)
     write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
@@ -1930,7 +1970,7 @@ def cmd_tissue(flags):
 @command("images window weights merges size=64 patch=8 width layers joint context epochs=20 "
          "batch=128 lr=1e-3 seed=0 device overwrite out=runs/clip")
 def cmd_clip(flags):
-    """Train a small CLIP on pictures and their captions (thesis 5.3.1), or import a released one."""
+    """Train a small CLIP on pictures and captions (thesis 5.3.1), or import a released one."""
     if flags.weights:
         return import_clip(flags)
     images, captions, train, test = captioned(flags)
@@ -2025,8 +2065,8 @@ def load_clip(folder, device):
     return model.visual, model.visual.size
 
 
-@command(f"{ON_RUN} streams window images! weights! size=0 label start-layer latent least most seed=0",
-         "run?")
+@command(f"{ON_RUN} streams window images! weights! size label start-layer latent least most "
+         "seed=0", "run?")
 def cmd_explain(flags):
     """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
 
@@ -2044,7 +2084,7 @@ def cmd_explain(flags):
         with torch.no_grad():
             outputs = model(x[:1]).shape[1]
         wanted = flags.label
-        if wanted is not None and not (wanted.isdigit() and int(wanted) < outputs):
+        if wanted is not None and not (wanted.isdecimal() and int(wanted) < outputs):
             raise InputError(f"--label {wanted}, but {name} has {outputs} outputs - give 0 to "
                              f"{outputs - 1}")
         score = None if wanted is None else lambda out: out[:, int(wanted)]
@@ -2311,7 +2351,8 @@ def cmd_retrieve(flags):
         if s not in known:
             raise InputError(f"no stream '{s}' - the run and its data have {', '.join(known)}")
     rows, page = features.rows("test", "val"), judge.Page("repsae retrieve")
-    own = None if flags.query or flags.features else flags.sample        # else a query from outside
+    asked = flags.query is not None or flags.features        # by something from outside
+    own = None if asked else flags.sample
     if own is not None and own >= len(rows):
         raise InputError(f"--sample {own} - give one of the {len(rows)} "
                          f"{features.split[rows[0]]} samples, from 0")
@@ -2344,7 +2385,7 @@ def cmd_retrieve(flags):
 def given_query(model, stream, flags):
     """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector
     in --features, or of the row --sample of a feature file there; and how to show it, HTML."""
-    if flags.query:
+    if flags.query is not None:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
         encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
@@ -2374,7 +2415,7 @@ def given_query(model, stream, flags):
 # Slides and bags (thesis 3.2.2)
 # ------------------------------------------------------------------------------------------------
 
-@command("images voc window size=0 step downsample threshold otsu smallest least-hole max-holes rois "
+@command("images voc window size step downsample threshold otsu smallest least-hole max-holes rois "
          "roi-share margin overwrite out=tiles")
 def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
@@ -2392,7 +2433,8 @@ def cmd_tile(flags):
         return
     if not flags.images:
         raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
-    slides, run, size = data.read_slides(flags.images), Run(flags), flags.size or 224
+    slides, size = data.read_slides(flags.images), flags.size or 224
+    run = Run(flags, add=True)                               # slides may come one by one
     for note in slides.notes:
         say_once("note: " + note)
     if flags.rois and len(slides) > 1:
@@ -2413,9 +2455,9 @@ def cmd_tile(flags):
         print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
-@command("data! stream head widths attention dropout squash instances bag-weight inst-loss subtyping "
-         "epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds "
-         "votes seed=0 device overwrite out=runs/mil")
+@command("data! stream head widths attention dropout squash instances bag-weight inst-loss "
+         "subtyping epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 "
+         "balanced folds votes seed=0 device overwrite out=runs/mil")
 def cmd_mil(flags):
     """Multiple-instance learning: bags of instances to labels. Bags of a validation part stop the
     training early; where there is none, as in folds, all epochs are trained."""
@@ -2431,6 +2473,8 @@ def cmd_mil(flags):
            else ssm.smooth_top1_svm}
     bags = data.read_bags(flags.data, flags.stream)
     rounds = bags.rounds(flags.folds, flags.seed, flags.data)
+    if not len(rounds[0][1]) and {"patience", "min_epochs"} & flags.given:
+        say("note: no bags to validate by, so that --patience and --min-epochs have no effect")
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
     page, log, means, y = judge.Page("repsae mil"), Log(run.path("log.csv")), bags.means(), bags.y
     found = {"mean of the bag, logistic": [
@@ -2451,21 +2495,21 @@ def cmd_mil(flags):
             judge.write_torch(run.path(f"{head}.pt"), {
                 "models": [model.state_dict() for model in models], "head": head,
                 "dim": bags.X.shape[1], "label_names": bags.label_names, **make})
-            if bags.coords:
+            if bags.coords and bags.images:
                 page.picture(f"Attention of {head} over test slides",
                              attention_maps(bags, models, rounds[0][2], head, run))
     names = ("AUC", "accuracy", "F1")
     page.table(["head", *names], [[head, *(judge.mean_std([v[name] for v in scores])
                                            for name in names)] for head, scores in found.items()])
-    page.text(f"{len(rounds)} test part{'s' * (len(rounds) > 1)} of about {len(rounds[0][2])} bags; "
-              "mean ± standard deviation over them")
+    page.text(f"{len(rounds)} test part{'s' * (len(rounds) > 1)} of about {len(rounds[0][2])} "
+              "bags; mean ± standard deviation over them")
     page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
 
 
 def mil_round(bags, head, make, how, batch, balanced, seed, votes, train, val, test, device="cpu"):
-    """Scores, on bags `test`, of the mean vote of models that learn from bags `train`, each from its
-    own weights, stopped by bags `val` if there are any; and the models. make: arguments of
+    """Scores, on bags `test`, of the mean vote of models that learn from bags `train`, each from
+    its own weights, stopped by bags `val` if there are any; and the models. make: arguments of
     `ssm.MIL`; how: of `ssm.fit_mil`."""
     if not len(val):
         how = {**how, "early": None}
@@ -2497,7 +2541,8 @@ def in_processes(work, shared, jobs):
         yield work(shared, *jobs[0])
         return
     context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process, [work, shared]) as pool:
+    with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process,
+                                     [work, shared]) as pool:
         try:
             yield from pool.map(do_job, jobs)
         except BaseException:                                # Ctrl-C: do not wait for them
@@ -2545,8 +2590,8 @@ def attention_maps(bags, models, rows, head, run, most=6):
 # ------------------------------------------------------------------------------------------------
 
 @command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 "
-         "patch frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window device "
-         "overwrite out=runs/finetune")
+         "patch frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window "
+         "device overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
     pictures = data.read_pictures(flags.images, flags.size, flags.label, grey_window(flags))
@@ -2627,14 +2672,14 @@ def finetune_one(pictures, parts, model, flags):
 
 def in_tests(name):
     """The module tests/`name`.py."""
-    sys.modules.setdefault("repsae", sys.modules[__name__])  # it imports this one, not a second copy
+    sys.modules.setdefault("repsae", sys.modules[__name__])  # it imports this one, no second
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests"))
     return importlib.import_module(name)
 
 
 @command("seed=0 seeds quick out=demo")
 def cmd_demo(flags):
-    """The whole thesis on a laptop, on made-up tissue: tests/thesis.py says what is run and asked."""
+    """The whole thesis on a laptop, on made-up tissue; tests/thesis.py says what is asked."""
     in_tests("thesis").demo(os.path.normpath(flags.out), flags.quick, flags.seed, flags.seeds)
 
 
@@ -2698,10 +2743,16 @@ def parse(argv):
     values = {name.replace("-", "_"): default for name, default in each.flags.items()}
     flags = Flags({**values, **given})
     flags.given = frozenset(given) & frozenset(values)
-    for name in sorted(each.needed):
-        if not flags[name.replace("-", "_")] and not flags.get("resume"):
-            fail(f"--{name} is missing - see python repsae.py {flags.command} --help")
+    if not flags.get("resume"):                              # else the run may have them
+        check_needed(flags)
     return each.run, flags
+
+
+def check_needed(flags):
+    """Raise InputError when a flag is missing that the command needs."""
+    for name in sorted(COMMANDS[flags.command].needed):
+        if not flags[name.replace("-", "_")]:
+            raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
 
 
 def add_command(subs, name, each):
@@ -2724,7 +2775,8 @@ def add_command(subs, name, each):
         group = sub.add_argument_group(title)
         names = [flag for flag in table if flag in each.flags or flag == "set" and settings]
         for flag in names:
-            default, kind, text = each.flags.get(flag), *FLAGS[flag][1:]
+            default, text = each.flags.get(flag), FLAGS[flag][2]
+            kind = kind_of(flag, default)
             note = " (needed)" if flag in each.needed else \
                 "" if default in (None, "auto") or kind is bool else f" (default: {default})"
             option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
@@ -2800,7 +2852,7 @@ def main(argv=None):
         raise SystemExit(130)
     except MemoryError:
         fail("there is not enough memory for this - lower the sizes, or take fewer samples")
-    except OSError as e:                                     # no space, no permission, no such place
+    except OSError as e:                                     # no space, no permission, no place
         where = e.filename or flags.get("out")
         fail(f"{e.strerror or e}: {where} - mend it, or name another place")
     except ValueError as e:

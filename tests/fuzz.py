@@ -18,13 +18,11 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-import types
 import zipfile
 import zlib
 from pathlib import Path
@@ -452,9 +450,8 @@ def child(number, seed, zoo, place):
         os.dup2(os.open(f"{place}/{name}", os.O_CREAT | os.O_WRONLY), stream.fileno())
     size = int(re.search(r"VmSize:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     resource.setrlimit(resource.RLIMIT_AS, (size * 1024 + GIGABYTES * 2 ** 30,) * 2)
-    # of `bench` and `demo` only what they do with their flags counts
-    subprocess.run = lambda *_, **__: types.SimpleNamespace(returncode=0)
-    repsae.run_stage = lambda *_: sys.exit(0)
+    # of `bench` only what it does with its flags counts
+    repsae.in_tests("bench").run = lambda *_: {}
     signal.alarm(SECONDS)                                    # kills, whatever is running then
     asking = threading.Timer(PATIENCE, os.kill, (os.getpid(), signal.SIGINT))
     asking.daemon = True
