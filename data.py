@@ -97,6 +97,7 @@ class Features(Samples):
     truth        made-up data only: dict stream -> (C, d_s), each concept's direction, zeros unseen
     order        dict stream -> (N,) rows: sample i of the stream is its row order[i] (the null)
     folder       the file's own, which `images` are relative to
+    whole        of `per_token`: the features whose tokens these are
     """
     streams: dict
     parents: dict = field(default_factory=dict)
@@ -106,6 +107,7 @@ class Features(Samples):
     order: dict = field(default_factory=dict)
     hash: str = ""
     folder: str = "."
+    whole: "Features" = None
 
     def __len__(self):
         return len(self.split)
@@ -146,7 +148,7 @@ class Features(Samples):
             return self
         flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}    # no copy
         return Features(flat, split=np.repeat(self.split, self.tokens), notes=self.notes,
-                        hash=self.hash, folder=self.folder)
+                        hash=self.hash, folder=self.folder, whole=self)
 
     def rows(self, *splits):
         """Row numbers, ascending, of the first of `splits` that has any: rows("test", "val")."""

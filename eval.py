@@ -32,6 +32,8 @@ Ours         the null, Jaccard's control, the linear baseline, the verdict.
 import base64
 import collections
 import errno
+import functools
+import hashlib
 import html
 import io
 import itertools
@@ -763,52 +765,6 @@ def strip(first, *others):
     return f'<div class="strip"><span>{first}</span>&rarr;{shown}</div>'
 
 
-def strips(found):
-    """{heading: pieces of HTML}: the pieces of each in a row below it."""
-    shown = ("".join(f"<span>{v}</span>" for v in pieces) for pieces in found.values())
-    return "".join(f'<h3>{html.escape(name)}</h3><div class="strip">{row}</div>'
-                   for name, row in zip(found, shown))
-
-
-def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
-    """The clearest concepts, HTML: latents with the same name in every stream, purest first, with
-    their top samples. codes: {stream: code}; describe(row) -> HTML; known: see `label_counts`."""
-    names, purity = [], []
-    for code in codes.values():
-        counts, n_top = label_counts(code, labels, known=known)
-        enough = np.where(n_top >= 5, n_top, 10 ** 6)        # too few samples: no name
-        name, share = concept_names(counts, enough, label_names)
-        names.append(name)
-        purity.append(share)
-    purity = np.mean(purity, 0)
-    alike = [j for j, v in enumerate(zip(*names)) if v[0] is not None and len(set(v)) == 1]
-    best = {s: top_samples(code, n_samples) for s, code in codes.items()}
-    parts = []
-    for j in sorted(alike, key=lambda j: (-purity[j], j))[:n_latents]:
-        parts.append(f"<section><h3>latent {j}: {html.escape(names[0][j])} "
-                     f"<small>purity {purity[j]:.2f}</small></h3>")
-        for s in codes:
-            shown = "".join(f"<span>{describe(i)}</span>" for i in best_first(best[s], j))
-            parts.append(f'<div class="strip"><b>{html.escape(s)}</b>{shown}</div>')
-        parts.append("</section>")
-    return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
-
-
-def describe_sample(features, row, size=96):
-    """HTML of one sample: its picture, or the name of one that cannot be read, if the file has any;
-    else its caption, else its labels, else its number."""
-    about, picture = features.about, features.picture(row)
-    if picture is not None:
-        return embedded(picture, size)
-    if "images" in about:
-        return html.escape(os.path.basename(str(about["images"][row])))
-    if "captions" in about:
-        return html.escape(str(about["captions"][row]))
-    labels = features.label_matrix([row])
-    on = [] if labels is None else zip(features.label_names, labels[0])
-    return html.escape(", ".join(name for name, here in on if here) or f"sample {row}")
-
-
 # -- The page: one self-contained HTML file ------------------------------------------------------
 
 class Page:
@@ -816,7 +772,7 @@ class Page:
     which is written from `metrics`: who has more to put there than tables does so."""
 
     def __init__(self, title):
-        self.title, self.sections, self.metrics = title, [], {}
+        self.title, self.sections, self.metrics, self.payload = title, [], {}, None
 
     def text(self, words, quiet=False):
         """A paragraph; quiet: in the report alone."""
@@ -839,13 +795,20 @@ class Page:
         """A chart, a gallery, any HTML: in the report alone."""
         self.sections.append((title, content))
 
+    def explore(self, payload):
+        """What `explorer` made of runs, for assets/explorer.js to show here."""
+        self.payload = payload
+        self.sections.append(("", '<div id="explorer"></div><noscript><p class="note">Latents and '
+                              "samples are shown by this page's script, which does not run here."
+                              "</p></noscript>"))
+
     def write(self, path, metrics=None):
         """report.html and, if there are any, metrics.json; metrics: more of them, a dict. path:
         name -> where that file goes."""
         self.metrics.update(metrics or {})
         if self.metrics:
             write_json(path("metrics.json"), self.metrics)
-        write_report(path("report.html"), self.title, self.sections)
+        write_report(path("report.html"), self.title, self.sections, self.payload)
 
 
 def plain(value):
@@ -890,10 +853,9 @@ def tell_summary(page, metrics, quiet=False):
         print("\n" + start + "\n".join(lines) + end)
 
 
-def tell_run(page, metrics, log, settings, codes, features, rows):
-    """What a run's report has beyond `tell_summary`: log, rows of log.csv; codes {mode: {stream:
-    code}}; features, rows: what was judged."""
-    blocks = {mode: metrics[mode] for mode in codes}
+def tell_run(page, metrics, settings):
+    """What a run's report has beyond `tell_summary` and what one explores: tables, folded."""
+    blocks = {mode: metrics[mode] for mode in ("joint", "alone") if mode in metrics}
     first = next(iter(blocks.values()))
     grids = {mode: block["r2"] for mode, block in blocks.items()}
     if "linear_baseline" in metrics:
@@ -914,14 +876,6 @@ def tell_run(page, metrics, log, settings, codes, features, rows):
         page.table(["", "R@1", "R@5", "R@10", "MedR", "MRR"],
                    [[f"{pair}, {name}", *v.values()] for name, of in pairs.items()
                     for pair, v in of.items()], "Retrieval", quiet=True)
-    if log:
-        page.picture("Training", _training_charts(log))
-    labels = features.label_matrix(rows)
-    if features.labelled[rows].any():
-        page.picture("Concepts that have the same name in every stream, alone codes", gallery(
-            codes["alone"], labels, features.label_names,
-            lambda i: describe_sample(features, rows[i]),
-            known=features.labelled[rows]))
     page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
                quiet=True)
 
@@ -1030,30 +984,174 @@ def tell_activations(page, results):
                 "seconds"], rows)
 
 
-def _training_charts(log):
-    def curves(names):
-        return {k: [(int(row["step"]), float(row[k])) for row in log] for k in names}
-    loss = {f"NMSE {k}": line for k, line in curves(("self", "cross")).items()
-            if any(y for _, y in line)}
-    dead = {k[5:]: line for k, line in curves(k for k in log[0] if k.startswith("dead_")).items()}
-    return svg_lines(loss, "step", "mean NMSE of the batch") + svg_lines(
-        dead, "step", "latents that have not fired for long (dead)")
-
-
-def write_report(path, title, sections):
-    """One self-contained HTML file, without a style where `assets` was not copied with this module.
-    sections: list of (heading or "", HTML)."""
-    sheet, style = os.path.join(os.path.dirname(__file__), "assets", "report.css"), ""
-    if os.path.exists(sheet):
-        with open(sheet) as f:
-            style = f.read()
+def write_report(path, title, sections, payload=None):
+    """One self-contained HTML file that asks for nothing, without a style and a script where
+    `assets` was not copied with this module. sections: list of (heading or "", HTML)."""
+    style, code = (_asset(name) for name in ("report.css", "explorer.js" if payload else ""))
+    allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     body = "".join((f"<h2>{html.escape(heading)}</h2>" if heading else "") + content
                    for heading, content in sections)
+    if code:                                                 # "<" would let a text end the script
+        data = json.dumps(payload, allow_nan=False).replace("<", "\\u003c")
+        body += (f'<script type="application/json" id="payload">{data}</script>'
+                 f"<script>{code}</script>")
     title = html.escape(title)
     write_text(path, '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-                     'content="width=device-width,initial-scale=1">'
+                     'content="width=device-width,initial-scale=1"><meta http-equiv='
+                     '"Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+                     f'style-src \'unsafe-inline\'; script-src \'sha256-{allowed}\'">'
                      f'<title>{title}</title><style>{style}</style>'
                      f'<main><h1>{title}</h1>{body}</main></html>\n')
+
+
+def _asset(name):
+    """The text of a file in `assets`, "" where it is not there."""
+    path = os.path.join(os.path.dirname(__file__), "assets", name)
+    if not os.path.isfile(path):
+        return ""
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
+# -- The page that one explores: what assets/explorer.js reads ------------------------------------
+
+PAGE_BYTES = 7_500_000  # of a payload: with tables and script the page stays under 8 MB
+EDIT_NUMBERS = 10 ** 6  # of dictionaries and features, to edit by: more leave no room for codes
+
+
+def packed(x):
+    """An array in base64: whole numbers in their smallest type, others in 16 bits times a scale."""
+    x, scale = np.asarray(x), None
+    if x.dtype.kind == "f":
+        kind = np.uint16 if x.min(initial=0) >= 0 else np.int16
+        scale = float(np.abs(x).max(initial=0)) / np.iinfo(kind).max or 1.
+        x = np.rint(x / scale)
+    else:
+        kind = np.min_scalar_type(int(x.max(initial=0)))
+    data = base64.b64encode(np.ascontiguousarray(x, kind).tobytes()).decode()
+    return {"type": np.dtype(kind).str[1:], "scale": scale, "data": data}
+
+
+def packed_rows(*matrices):
+    """Sparse matrices (n, m) of non-negative values by their common pattern: how many entries a row
+    has, gaps from column to column as bytes, where 255 means "255 more, and go on", and values."""
+    pattern = sum(v.astype(bool).astype(np.int32) for v in matrices).tocsr()
+    pattern.sort_indices()
+    row, column = pattern.nonzero()
+    lengths = np.diff(pattern.indptr)
+    gap = np.diff(column, prepend=0)
+    first = pattern.indptr[:-1][lengths > 0]
+    gap[first] = column[first]
+    far = gap // 255
+    steps = np.full(int((far + 1).sum()), 255, np.uint8)
+    steps[np.cumsum(far + 1) - 1] = gap % 255
+    return {"lengths": packed(lengths), "gaps": packed(steps),
+            "values": [packed(np.asarray(v[row, column]).ravel()) for v in matrices]}
+
+
+def by_rank(codes, n):
+    """All n samples, those first that rank highest for any latent of the codes (n, L): so that every
+    latent keeps its top samples in any number of the first."""
+    rank = np.full(n, n + 1)
+    for code in codes:
+        best = top_samples(code, None)
+        np.minimum.at(rank, best.indices, best.data)
+    return np.argsort(rank, kind="stable")
+
+
+def explorer(features, rows, runs, most, log=()):
+    """The payload of assets/explorer.js: at most `most` of the samples `rows` of features, and what
+    `runs` make of them; fewer samples where the page would grow too large.
+
+    runs: {name: a dict of
+        codes       {mode: {stream: CSR (n, L)}}, with `places` alike for tokens: 1 + the token
+                    where a latent is strongest
+        null        the same codes of the null, or None: their histograms are kept
+        dictionary, bias    {stream: (L, d)}, {stream: (d,)}: what codes are decoded by
+        seen        rows -> {stream: (len(rows), d)}, features as the model sees them
+        probe       {stream: (weights (d, C), biases (C,))} of the labels, or None
+        names       {latent: name}}
+    log: rows of log.csv.
+    """
+    log = [{k: float(v) for k, v in row.items() if k != "revive"} for row in log]
+    codes = [code for run in runs.values() for code in run["codes"]["alone"].values()]
+    order, picture = by_rank(codes, len(rows)), functools.cache(features.picture)
+    while True:
+        some = np.sort(order[:most])
+        told = {**_shown_samples(features, rows[some], picture), "judged": len(rows), "log": log,
+                "runs": [{"name": name, **_shown_run(run, rows, some)}
+                         for name, run in runs.items()]}
+        size = len(json.dumps(told))
+        if size <= PAGE_BYTES or len(some) < 2:
+            return told
+        most = int(len(some) * min(0.9, PAGE_BYTES / size))
+
+
+def _shown_samples(features, rows, picture):
+    """What the file tells of the samples, and their pictures as one sheet."""
+    names, labels = features.label_names, features.label_matrix(rows)
+    told = {key: [str(v) for v in features.about[key][rows]] for key in ("captions", "ids", "groups")
+            if key in features.about}
+    out = {"rows": packed(rows), "texts": told, "label_names": list(names),
+           "grid": features.grid, "known": packed(features.labelled[rows])}
+    if labels is not None:
+        out["labels"] = packed_rows(sp.csr_matrix(labels))
+    if "images" in features.about:
+        side = next(v for most, v in ((600, 64), (1200, 48), (np.inf, 40)) if len(rows) <= most)
+        pictures, columns = list(map(picture, rows)), math.ceil(len(rows) ** 0.5)
+        side = min([side, *(max(v.size) for v in pictures if v)])
+        sheet = Image.new("RGB", (columns * side, columns * side), "grey")
+        for i, v in enumerate(pictures):
+            if v:
+                place = i % columns * side, i // columns * side
+                sheet.paste(ImageOps.fit(v, (side, side)), place)
+        paths = features.about["images"][rows]
+        lost = {i: os.path.basename(str(paths[i])) for i, v in enumerate(pictures) if not v}
+        out["sheet"] = {"url": image_url(sheet), "columns": columns, "side": side, "lost": lost}
+    return out
+
+
+def _shown_run(run, rows, some):
+    """A run of `explorer`: codes of the samples `some` of `rows`, and what edits need, where it is
+    small enough."""
+    codes, places = run["codes"], run.get("places", {})
+    L, D = next(iter(codes["alone"].values())).shape[1], run["dictionary"]
+    together = {mode: [list(of)] if mode == "joint" else [[s] for s in of]
+                for mode, of in codes.items()}
+    packed_modes = {}
+    for mode, groups in together.items():
+        packed_modes[mode] = [packed_rows(*(of[mode][s][some] for of in (codes, places) if of
+                                            for s in group)) for group in groups]
+    unit = unit_rows(np.concatenate([unit_rows(D[s]) for s in codes["alone"]], 1))
+    out = {"latents": L, "streams": list(codes["alone"]), "codes": packed_modes,
+           "near": packed(nearest(unit, unit, 7)[0]), "names": run.get("names") or {},
+           "null": {mode: [_spread(code.data) for code in of.values()]
+                    for mode, of in (run.get("null") or {}).items()}}
+    numbers = (L + len(some)) * sum(v.shape[1] for v in D.values())
+    if numbers > EDIT_NUMBERS:
+        return {**out, "edit": "Editing is left out: what it needs, dictionaries and features, would "
+                f"take {numbers * 8 / 3e6:.1f} MB here."}
+    given = [D, run["bias"], run["seen"](rows[some])]
+    kept = {name: [packed(of[s]) for s in D] for name, of in zip("Wbx", given)}
+    if run.get("probe"):
+        kept["probe"] = [[packed(v) for v in run["probe"][s]] for s in D]
+    return {**out, "edit": kept}
+
+
+def _spread(values, bins=256):
+    """A histogram from 0 to the greatest value."""
+    top = float(values.max(initial=0)) or 1.
+    return {"top": top, "counts": packed(np.histogram(values, bins, (0, top))[0])}
+
+
+def strongest_tokens(code, T):
+    """CSR (n * T, L) -> CSR (n, L): 1 + the token of a sample in which a latent is strongest."""
+    found = code.tocoo()
+    key = found.row // T * np.int64(code.shape[1]) + found.col
+    order = np.lexsort((found.row, -found.data, key))
+    _, first = np.unique(key[order], return_index=True)
+    row, column = found.row[order[first]], found.col[order[first]]
+    return sp.csr_matrix((row % T + 1, (row // T, column)), (code.shape[0] // T, code.shape[1]))
 
 
 # -- Files, whole or not at all ------------------------------------------------------------------
@@ -1142,19 +1240,22 @@ def auc(positive, score):
 
 def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     """Multinomial logistic regression on standardised features by L-BFGS: the summed loss plus
-    ||W||^2 / (2 strength). Returns weights (d, C), biases (C,) for the features as they are."""
+    ||W||^2 / (2 strength); of labels (n, C) bool one for each. Returns weights (d, C), biases (C,)
+    for the features as they are."""
     n_classes = n_classes or int(labels.max()) + 1
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
     std[std <= 1.2e-7 * mean.abs()] = 1                      # constant up to float32's rounding
-    x, y = (x - mean) / std, torch.as_tensor(labels).long()
+    x, y = (x - mean) / std, torch.as_tensor(labels)
+    y, loss_of = (y.long(), torch.nn.functional.cross_entropy) if y.ndim == 1 else (
+        y.double(), torch.nn.functional.binary_cross_entropy_with_logits)
     W = torch.zeros(x.shape[1] + 1, n_classes, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(x @ W[:-1] + W[-1], y, reduction="sum")
+        loss = loss_of(x @ W[:-1] + W[-1], y, reduction="sum")
         loss = (loss + W[:-1].square().sum() / (2 * strength)) / len(x)
         loss.backward()
         return loss
@@ -2148,7 +2249,14 @@ def embedded(image, width=480):
     """A PIL image, at most `width` pixels wide and high, as an <img> with its data inside."""
     image = image.convert("RGB")
     image.thumbnail((width, width))
+    return f'<img alt="" src="{image_url(image)}">'
+
+
+def image_url(image, quality=85, most=1_300_000):
+    """An RGB image as a data: URL of a JPEG, of lower quality where it takes more than `most` bytes.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    pixels = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" src="data:image/jpeg;base64,{pixels}">'
+    image.save(buffer, "JPEG", quality=quality)
+    if buffer.tell() > most and quality > 20:
+        return image_url(image, quality - 15, most)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -215,6 +215,7 @@ RUN = {
     "svg": (None, str, "file for the picture that `bench backbones` draws"),
     "device": ("cpu", str, "torch device"),
     "workers": (2, whole(0, 256), "processes that make crops"),
+    "page-rows": (2000, whole(1, 10 ** 5), "samples of these that report.html shows"),
     "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of the test (else val) split; 0: all"),
     "log-every": (20, whole(1), "steps between rows of log.csv"),
     "save-every": (60., real(), "seconds between checkpoints"),
@@ -298,7 +299,7 @@ DATA = "data streams taxonomy"
 CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
 KINDS = "sparsity error bias expansion bandwidth theta warmup"
 STEPS = "epochs batch lr shuffle seed"
-FOLDER = "device log-every save-every eval-rows overwrite resume"
+FOLDER = "device log-every save-every eval-rows page-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
 
@@ -876,10 +877,8 @@ def measure(model, features, flags):
         out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
     if several:
-        with torch.no_grad():
-            seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy()
-                     for s, x in features.batch(part).items()}
-                    for part in (evaluation_rows(features, flags, "train"), rows)]
+        seen = [normalised(model, features, part, flags.device)
+                for part in (evaluation_rows(features, flags, "train"), rows)]
         raw = {s: x.numpy() for s, x in features.batch(rows).items()}
         out["linear_baseline"] = judge.linear_baseline(*seen)
         out["raw_retrieval"] = judge.retrieval(raw)
@@ -891,40 +890,86 @@ def measure(model, features, flags):
 
 def judged(run, features, whole=None, quiet=False):
     """Train, with --null once more on shuffled streams, and measure; write metrics.json and
-    report.html. whole: the run that --null would be added to. Returns metrics."""
+    report.html. whole: the run that --null would be added to. Returns metrics, and `explored`."""
     flags, began = run.flags, time.time()
     model, log = train(run, features)
     trained = time.time()
-    metrics, codes, rows = measure(model, features, flags)
+    metrics, null_codes = measure(model, features, flags)[0], None
     if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
         shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
-        null, _, _ = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
+        twin, _ = train(run.part("null", part), shuffled)
+        null, null_codes, _ = measure(twin, shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
     metrics["verdict"] = judge.verdict(
         metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
                            f"{shlex.quote(whole.folder)}")
     settings = {**flags, "seconds to train": round(trained - began, 1),
                 "seconds to measure": round(time.time() - trained, 1)}
-    page = judge.Page(f"repsae {flags.command}: {os.path.basename(os.path.abspath(run.folder))}")
+    name = os.path.basename(os.path.abspath(run.folder))
+    page, shown = judge.Page(f"repsae {flags.command}: {name}"), explored(model, features, flags)
+    shown[2].update(null=null_codes)
     judge.tell_summary(page, metrics, quiet)
-    judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
+    page.explore(judge.explorer(*shown[:2], {name: shown[2]}, flags.page_rows, log.rows))
+    judge.tell_run(page, metrics, settings)
     page.write(run.path, metrics)
     if not quiet:
         say(f"wrote {run.join('report.html')}")
-    return metrics
+    return metrics, shown
+
+
+def explored(model, features, flags, names=None):
+    """What `judge.explorer` shows of a model: (features, rows of samples, dict). Of tokens the mean
+    over a sample's, and where a latent is strongest."""
+    features = features.whole or features
+    T, device, codes, places = features.tokens or 1, flags.device, {}, {}
+    rows = evaluation_rows(features, flags, "test", "val")
+    rows = rows[:flags.page_rows] if features.tokens else rows
+    tokens, flat = (rows[:, None] * T + np.arange(T)).ravel(), features.per_token()
+    for mode in ("joint", "alone") if len(features.streams) > 1 else ("alone",):
+        found = sae.joined([codes for _, codes in encoded(model, flat, tokens, mode, device)])
+        found = {s: judge.sparse_code(*v, model.n_latents) for s, v in found.items()}
+        codes[mode] = {s: judge.pool_tokens(v, T)[0] for s, v in found.items()}
+        if T > 1:
+            places[mode] = {s: judge.strongest_tokens(v, T) for s, v in found.items()}
+
+    def seen(some):
+        found = normalised(model, features, some, device)
+        return {s: x.mean(1) if x.ndim == 3 else x for s, x in found.items()}
+    learn = features.rows("train")
+    learn = learn[features.labelled[learn]][:2000]
+    y, probe = features.labels if features.labels is None else features.labels[learn], None
+    if len(learn) > 1 and len(features.label_names) <= 200 and len(np.unique(y, axis=0)) > 1:
+        probe = {s: judge.logistic_fit(x, y, len(features.label_names))
+                 for s, x in seen(learn).items()}
+    weights = {name: {s: of[s].detach().cpu().numpy() for s in features.streams}
+               for name, of in (("dictionary", model.W_dec), ("bias", model.b_pre))}
+    return features, rows, {"codes": codes, "places": places, "seen": seen, "probe": probe,
+                            "names": names, **weights}
+
+
+def normalised(model, features, rows, device):
+    """Features of rows as the model sees them: {stream: (len(rows), d)}."""
+    with torch.no_grad():
+        return {s: model.normalise(x.to(device), s).cpu().numpy()
+                for s, x in features.batch(rows).items()}
 
 
 def judged_parts(run, trials, tell, whole=None):
     """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run, and put
     them beside each other: tell(page, {name: metrics}) may return a chart."""
     results, page = {}, judge.Page(f"repsae {run.flags.command}: {os.path.basename(run.folder)}")
+    shown = {}
     for name, (flags, features) in trials.items():
         say(f"-- {name}")
         began = time.time()
-        results[name] = judged(run.part(name, flags), features, whole, quiet=True)
+        results[name], shown[name] = judged(run.part(name, flags), features, whole, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
     chart = tell(page, results)
+    (features, rows, _), *others = shown.values()
+    if all(one[0] is features for one in others) and len(shown) <= 8:       # of the same samples
+        runs = {name: one[2] for name, one in shown.items()}
+        page.explore(judge.explorer(features, rows, runs, run.flags.page_rows))
     if chart:
         judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
     page.write(run.path, results)
@@ -1606,46 +1651,51 @@ def cmd_probe(flags):
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
 
-@command(f"{ON_RUN} stream tau top weighted between names query embeddings label prompts", "run")
+@command(f"{ON_RUN} stream tau top weighted between names query embeddings label prompts "
+         "page-rows eval-rows", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
     (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
-    prompts = flags.prompts and out_file(flags, "prompts")
-    coded = Coded(flags.run, flags).pool(flags.tau)
+    prompts, coded = flags.prompts and out_file(flags, "prompts"), Coded(flags.run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
+    one, asked = len(coded.features.streams) == 1, flags.query or flags.embeddings
+    if one or prompts or asked or flags.between:
+        coded.pool(flags.tau)
     if prompts:
         return write_prompts(coded, prompts, flags.top)
-    if flags.query or flags.embeddings:
+    if asked:
         return search(coded, names, flags)
-    run, features, train = analysis_run(flags, "latents"), coded.features, coded.train
+    run = analysis_run(flags, "latents")
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
-    known = features.labelled[train]
-    table = judge.latent_table(coded.strength[train], coded.count[train],
-                               features.label_matrix(train) if known.any() else None, flags.top,
-                               flags.weighted, known)
-    scatter, references = judge.latent_scatter(table), table.pop("references")
-    shown = tell_table(page, table, features.label_names, len(train), names)
-    page.picture("Latents by frequency and mean activation", "".join(scatter))
-    barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
-    best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
-    page.picture("Reference samples", judge.strips({
-        f"latent {j} {names.get(j, '')}": [reference(coded, row, j) for row in rows[:6]]
-        for j, rows in best.items()}))
+    features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
+    page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
+    files = tell_stream(page, coded, names, flags) if one else {}
     run.begin()
-    if barcodes:
-        judge.write_npz(run.path("barcodes.npz"), barcodes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(*scatter))
-    judge.write_json(run.path("latents.json"), [
-        {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
-         "references": train[judge.best_first(references, j)].tolist()}
-        for j in np.flatnonzero(table["frequency"])])
+    for name, content in files.items():
+        write = judge.write_npz if name.endswith("npz") else judge.write_json
+        write(run.path(name), content)
     page.write(run.path)
     say(f"wrote {run.join('report.html')}")
 
 
+def tell_stream(page, coded, names, flags):
+    """Tell what latents of one stream are, on training samples; returns files to write."""
+    features, train = coded.features, coded.train
+    known = features.labelled[train]
+    table = judge.latent_table(coded.strength[train], coded.count[train],
+                               features.label_matrix(train) if known.any() else None, flags.top,
+                               flags.weighted, known)
+    references = table.pop("references")
+    tell_table(page, table, features.label_names, len(train), names)
+    barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
+    return {**({"barcodes.npz": barcodes} if barcodes else {}), "latents.json": [
+        {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
+         "references": train[judge.best_first(references, j)].tolist()}
+        for j in np.flatnonzero(table["frequency"])]}
+
+
 def tell_table(page, table, labels, n, names):
-    """Tell how many latents live, how strong they are, and the purest of each label; returns those
-    to show, best first."""
+    """Tell how many latents live, how strong they are, and the purest of each label."""
     alive = np.flatnonzero(table["frequency"])
     counts = judge.threshold_counts(table["mean"])
     page.metrics.update(latents=len(table["mean"]), alive=len(alive))
@@ -1653,7 +1703,7 @@ def tell_table(page, table, labels, n, names):
     page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
                [["latents", *counts.values()]], key="mean at least 10^t")
     if "entropy" not in table:
-        return alive[np.argsort(-table["frequency"][alive], kind="stable")]
+        return
     entropy = table["entropy"][alive][np.isfinite(table["entropy"][alive])]
     page.metrics["mean entropy"] = float(entropy.mean()) if len(entropy) else None
     shown, columns = judge.purest(table, n, len(labels)), ("purity", "entropy", "frequency", "mean")
@@ -1663,16 +1713,6 @@ def tell_table(page, table, labels, n, names):
                [[f"{j} {names.get(j, '')}", labels[table["label"][j]],
                  *(table[c][j] for c in columns)] for j in shown],
                "The purest latents of each label, active in 5 samples or more")
-    return shown
-
-
-def reference(coded, row, latent):
-    """A sample that shows a latent, as HTML: its picture, with the patches where it is active."""
-    image = coded.features.picture(row)
-    if image is None or not coded.features.grid:
-        return judge.describe_sample(coded.features, row, 120)
-    patches = judge.weighted_patches(image, coded.heat(row, [latent])[0])
-    return judge.embedded(image, 240) + judge.embedded(patches, 240)
 
 
 def tell_barcodes(page, coded, mean, between):
