@@ -778,7 +778,7 @@ class Page:
         """A paragraph; quiet: in the report alone."""
         if not quiet:
             print(words)
-        self.sections.append(("", f"<p>{html.escape(words)}</p>"))
+        self.picture("", f"<p>{html.escape(words)}</p>")
 
     def table(self, header, rows, title="", key=None, quiet=False, colours=False):
         """Rows of cells under a header, the first of a row its name. key: they also go into
@@ -786,21 +786,23 @@ class Page:
         rows = [[plain(cell) for cell in row] for row in rows]
         if not quiet:
             print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
-        self.sections.append((title, html_table(header, rows, colours)))
+        self.picture(title, html_table(header, rows, colours))
         if key is not None:
             columns = list(map(str, header[1:]))
             self.metrics[key] = {str(name): dict(zip(columns, cells)) for name, *cells in rows}
 
     def picture(self, title, content):
-        """A chart, a gallery, any HTML: in the report alone."""
+        """A chart, any HTML: in the report alone, folded below what one explores."""
+        if self.payload and title:
+            title, content = "", (f"<details><summary>{html.escape(title)}</summary>{content}"
+                                  "</details>")
         self.sections.append((title, content))
 
     def explore(self, payload):
         """What `explorer` made of runs, for assets/explorer.js to show here."""
+        self.picture("", '<div id="explorer"></div><noscript><p class="note">Latents and samples '
+                     "are shown by this page's script, which does not run here.</p></noscript>")
         self.payload = payload
-        self.sections.append(("", '<div id="explorer"></div><noscript><p class="note">Latents and '
-                              "samples are shown by this page's script, which does not run here."
-                              "</p></noscript>"))
 
     def write(self, path, metrics=None):
         """report.html and, if there are any, metrics.json; metrics: more of them, a dict. path:
@@ -828,13 +830,36 @@ WHY_BOTH_WAYS = (
     'ones a user of a single stream gets.</p>')
 
 
-def tell_summary(page, metrics, quiet=False):
+HEADLINES = ("R2 cross", "R2 self", "retrieval R@1", "Jaccard of top-50 labels",
+             "latents alive in all streams, %", "1-D probe loss (chance 0.693)")
+
+
+def _numbers(header, rows):
+    """The headline numbers of `summary`, HTML: alone large, the others and controls beside it."""
+    parts, beside = [], [*rows[1:], [""]]
+    for (name, *cells), (other, *values) in zip(rows, beside):
+        told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
+        if name in HEADLINES:
+            alone = told.pop("alone")
+            if other.startswith("  "):
+                told[other.strip()] = fmt(values[header.index("alone") - 1])
+            others = "".join(f" · <i>{mode} {v}</i>" for mode, v in told.items())
+            parts.append((HEADLINES.index(name), f"<div><dt>{html.escape(name)}</dt><dd><b>{alone}"
+                          f"</b> alone{others}</dd><dd>{html.escape(MEANING[name])}</dd></div>"))
+    return f'<dl class="numbers">{"".join(part for _, part in sorted(parts))}</dl>'
+
+
+def tell_summary(page, metrics, quiet=False, payload=None):
     """The verdict on a run, its table and the planted concepts found; the verdict comes first on
-    the page and last on the terminal, in colour where that is one. quiet: on the page alone."""
+    the page and last on the terminal, in colour where that is one. quiet: on the page alone;
+    payload: what one explores, after the verdict and its numbers."""
     if found := metrics.get("verdict"):
         lines = [found[part] for part in ("learned", "trust", "next")]
-        page.picture("Verdict", f'<div class="verdict level{found["level"]}">' + "".join(
+        page.picture("", f'<div class="verdict level{found["level"]}">' + "".join(
             f"<p>{html.escape(line)}</p>" for line in lines) + "</div>")
+    page.picture("", _numbers(*summary(metrics)))
+    if payload:
+        page.explore(payload)
     page.table(*summary(metrics), "Result", quiet=quiet)
     page.text(f"{metrics['rows']} samples of the {metrics['split']} split", quiet)
     told = [name.strip() for name, *_ in summary(metrics)[1]]
@@ -1093,7 +1118,8 @@ def _shown_samples(features, rows, picture):
     told = {key: [str(v) for v in features.about[key][rows]] for key in ("captions", "ids", "groups")
             if key in features.about}
     out = {"rows": packed(rows), "texts": told, "label_names": list(names),
-           "grid": features.grid, "known": packed(features.labelled[rows])}
+           "grid": features.grid, "known": packed(features.labelled[rows]),
+           "one_label": labels is not None and features.labels.ndim == 1}
     if labels is not None:
         out["labels"] = packed_rows(sp.csr_matrix(labels))
     if "images" in features.about:

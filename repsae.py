@@ -909,8 +909,8 @@ def judged(run, features, whole=None, quiet=False):
     name = os.path.basename(os.path.abspath(run.folder))
     page, shown = judge.Page(f"repsae {flags.command}: {name}"), explored(model, features, flags)
     shown[2].update(null=null_codes)
-    judge.tell_summary(page, metrics, quiet)
-    page.explore(judge.explorer(*shown[:2], {name: shown[2]}, flags.page_rows, log.rows))
+    judge.tell_summary(page, metrics, quiet, judge.explorer(
+        *shown[:2], {name: shown[2]}, flags.page_rows, log.rows))
     judge.tell_run(page, metrics, settings)
     page.write(run.path, metrics)
     if not quiet:
@@ -1671,9 +1671,9 @@ def cmd_latents(flags):
     page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
     files = tell_stream(page, coded, names, flags) if one else {}
     run.begin()
+    write = {"npz": judge.write_npz, "svg": judge.write_text, "json": judge.write_json}
     for name, content in files.items():
-        write = judge.write_npz if name.endswith("npz") else judge.write_json
-        write(run.path(name), content)
+        write[name.rpartition(".")[2]](run.path(name), content)
     page.write(run.path)
     say(f"wrote {run.join('report.html')}")
 
@@ -1685,10 +1685,12 @@ def tell_stream(page, coded, names, flags):
     table = judge.latent_table(coded.strength[train], coded.count[train],
                                features.label_matrix(train) if known.any() else None, flags.top,
                                flags.weighted, known)
-    references = table.pop("references")
+    references, scatter = table.pop("references"), judge.latent_scatter(table)
+    page.picture("Latents by frequency and mean activation", "".join(scatter))
     tell_table(page, table, features.label_names, len(train), names)
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
-    return {**({"barcodes.npz": barcodes} if barcodes else {}), "latents.json": [
+    return {**({"barcodes.npz": barcodes} if barcodes else {}),
+            "scatter.svg": judge.standalone_svg(*scatter), "latents.json": [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": train[judge.best_first(references, j)].tolist()}
         for j in np.flatnonzero(table["frequency"])]}
@@ -2398,15 +2400,10 @@ def cmd_retrieve(flags):
                          f"{features.split[rows[0]]} samples, from 0")
     run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if own is None else own}")
 
-    def shown(i, stream):
-        if stream.endswith("_txt") and "captions" in features.about:
-            return html.escape(str(features.about["captions"][rows[i]]))
-        return judge.describe_sample(features, rows[i])
-    given, first = (None, shown(own, source)) if own is not None else \
-        given_query(model, source, flags)
+    given = given_query(model, source, flags) if own is None else None
     for mode in ("joint", "alone") if own is not None else ("alone",):
         codes = coded.codes(rows, mode)
-        query, partner = given if own is None else codes[source][[own]], ""
+        query, partner = codes[source][[own]] if given is None else given, ""
         if not query.nnz:
             page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
             continue
@@ -2415,16 +2412,15 @@ def cmd_retrieve(flags):
             rank = (similar >= similar[near == own]).sum()
             partner = f"the true partner has rank {rank} of {len(rows)}; "
         page.text(f"{mode}: {partner}nearest samples {rows[near[:10]].tolist()}")
-        sheet = [f'<span style="outline:{3 * (i == own)}px solid #2f855a">{shown(i, target)}</span>'
-                 for i in near[:10]]
-        page.picture(f"{source} to {target}, {mode}", judge.strip(first, *sheet))
+        found = [{**coded.about(rows[i]), "cosine": similar[n]} for n, i in enumerate(near[:10])]
+        page.table(*judge.columns(found), f"{source} to {target}, {mode}", quiet=True)
     page.write(run.begin().path)
     say(f"wrote {run.join('report.html')}")
 
 
 def given_query(model, stream, flags):
     """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector
-    in --features, or of the row --sample of a feature file there; and how to show it, HTML."""
+    in --features, or of the row --sample of a feature file there."""
     if flags.query is not None:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
@@ -2432,23 +2428,21 @@ def given_query(model, stream, flags):
         if not encoder.words.pieces(flags.query):
             raise InputError("--query has no words - give some")
         x = ssm.text_features(encoder.clip, encoder.words, [flags.query])
-        shown = html.escape(flags.query)
     elif flags.features.endswith(".npz"):
         others = data.read_features(flags.features, [stream])
         if flags.sample >= len(others):
             raise InputError(f"--sample {flags.sample}, but {flags.features} has {len(others)} "
                              "samples - count from 0")
         x = others.batch([flags.sample])[stream]
-        shown = judge.describe_sample(others, flags.sample)
     else:
-        x, shown = data.read_vector(flags.features)[None], html.escape(flags.features)
+        x = data.read_vector(flags.features)[None]
     if x.shape[1] != model.dims[stream]:
         raise InputError(f"the query has {x.shape[1]} numbers, stream '{stream}' has "
                          f"{model.dims[stream]} - name its stream with --from")
     with torch.no_grad():
         codes = model.encode({stream: x.to(flags.device)}, "alone")[stream]
     return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(),
-                             model.n_latents), shown
+                             model.n_latents)
 
 
 # ------------------------------------------------------------------------------------------------
