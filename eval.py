@@ -664,16 +664,13 @@ def html_table(header, rows, colours=False):
     def cell(v, text):
         shade = ""
         if colours and isinstance(v, float):
-            level, full = min(abs(v), 1), (43, 108, 176) if v >= 0 else (197, 48, 48)
-            mixed = ",".join(str(round(255 + (c - 255) * level)) for c in full)
-            ink = "white" if level > 0.55 else "black"
-            shade = f' style="background:rgb({mixed});color:{ink}"'
+            level, full = min(abs(v), 1), "43,108,176" if v >= 0 else "197,48,48"
+            ink = ";color:white" * (level > 0.55)
+            shade = f' style="background:rgba({full},{level:.2f}){ink}"'
         return f"<td{shade}>{html.escape(text)}</td>"
 
-    def named(text):                                         # with its meaning as a tooltip
-        told = html.escape(MEANING.get(str(text).strip(), ""))
-        return f'<th title="{told}">{html.escape(str(text))}</th>' if told else \
-            f"<th>{html.escape(str(text))}</th>"
+    def named(text):
+        return f"<th>{html.escape(str(text))}</th>"
     head, body = "".join(map(named, header)), ""
     for row in rows:
         name, *texts = _cells(header, row)
@@ -696,12 +693,11 @@ def grid_row(grids):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True,
-              dots=False):
+def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
 
     x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
-    0. zero: the y axis starts at 0 or below. dots: circles instead of a line through the points.
+    0. zero: the y axis starts at 0 or below.
     """
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
@@ -728,9 +724,8 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
         ink = f'stroke="{COLOURS[i % len(COLOURS)]}"' + ' stroke-dasharray="6 4"' * dashed
         places = ["{:.1f},{:.1f}".format(*at(*p)) for p in line]
         marks = f'<polyline points="{" ".join(places)}" {ink}/>'
-        if dots:
-            marks = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="none" {}/>'.format(
-                *at(*p), ink) for p in line)
+        if len(line) == 1:
+            marks = '<circle cx="{:.1f}" cy="{:.1f}" r="3" {}/>'.format(*at(*line[0]), ink)
         x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
         parts.append(f'{marks}<path d="M{x:.1f} {y - 4}h18" {ink}/>' + _text(x + 24, y, name))
     return "".join(parts) + "</svg>"
@@ -1114,25 +1109,23 @@ def explorer(features, rows, runs, most, log=()):
 
 def _shown_samples(features, rows, picture):
     """What the file tells of the samples, and their pictures as one sheet."""
-    names, labels = features.label_names, features.label_matrix(rows)
-    told = {key: [str(v) for v in features.about[key][rows]] for key in ("captions", "ids", "groups")
-            if key in features.about}
-    out = {"rows": packed(rows), "texts": told, "label_names": list(names),
-           "grid": features.grid, "known": packed(features.labelled[rows]),
-           "one_label": labels is not None and features.labels.ndim == 1}
-    if labels is not None:
-        out["labels"] = packed_rows(sp.csr_matrix(labels))
-    if "images" in features.about:
-        side = next(v for most, v in ((600, 64), (1200, 48), (np.inf, 40)) if len(rows) <= most)
+    about, labels = features.about, features.label_matrix(rows)
+    out = {"rows": packed(rows), "known": packed(features.labelled[rows]), "grid": features.grid,
+           "label_names": list(features.label_names),
+           "labels": labels if labels is None else packed_rows(sp.csr_matrix(labels)),
+           "one_label": labels is not None and features.labels.ndim == 1,
+           "texts": {key: [str(v) for v in about[key][rows]]
+                     for key in ("captions", "ids", "groups") if key in about}}
+    if "images" in about:
         pictures, columns = list(map(picture, rows)), math.ceil(len(rows) ** 0.5)
-        side = min([side, *(max(v.size) for v in pictures if v)])
+        side = min([64 if len(rows) <= 800 else 40, *(max(v.size) for v in pictures if v)])
         sheet = Image.new("RGB", (columns * side, columns * side), "grey")
         for i, v in enumerate(pictures):
             if v:
                 place = i % columns * side, i // columns * side
                 sheet.paste(ImageOps.fit(v, (side, side)), place)
-        paths = features.about["images"][rows]
-        lost = {i: os.path.basename(str(paths[i])) for i, v in enumerate(pictures) if not v}
+        lost = {i: os.path.basename(str(about["images"][rows[i]]))
+                for i, v in enumerate(pictures) if not v}
         out["sheet"] = {"url": image_url(sheet), "columns": columns, "side": side, "lost": lost}
     return out
 
@@ -1140,28 +1133,25 @@ def _shown_samples(features, rows, picture):
 def _shown_run(run, rows, some):
     """A run of `explorer`: codes of the samples `some` of `rows`, and what edits need, where it is
     small enough."""
-    codes, places = run["codes"], run.get("places", {})
-    L, D = next(iter(codes["alone"].values())).shape[1], run["dictionary"]
-    together = {mode: [list(of)] if mode == "joint" else [[s] for s in of]
-                for mode, of in codes.items()}
-    packed_modes = {}
-    for mode, groups in together.items():
-        packed_modes[mode] = [packed_rows(*(of[mode][s][some] for of in (codes, places) if of
-                                            for s in group)) for group in groups]
-    unit = unit_rows(np.concatenate([unit_rows(D[s]) for s in codes["alone"]], 1))
-    out = {"latents": L, "streams": list(codes["alone"]), "codes": packed_modes,
-           "near": packed(nearest(unit, unit, 7)[0]), "names": run.get("names") or {},
+    D, codes, kept = run["dictionary"], {}, [run["codes"], run.get("places") or {}]
+    for mode, of in run["codes"].items():                    # together they share their pattern
+        groups = [list(of)] if mode == "joint" else [[s] for s in of]
+        codes[mode] = [packed_rows(*(part[mode][s][some] for part in kept if part for s in group))
+                       for group in groups]
+    unit = unit_rows(np.concatenate([unit_rows(v) for v in D.values()], 1))
+    out = {"latents": len(unit), "streams": list(D), "codes": codes, "names": run["names"] or {},
+           "near": packed(nearest(unit, unit, 7)[0]),
            "null": {mode: [_spread(code.data) for code in of.values()]
                     for mode, of in (run.get("null") or {}).items()}}
-    numbers = (L + len(some)) * sum(v.shape[1] for v in D.values())
+    numbers = (len(unit) + len(some)) * sum(v.shape[1] for v in D.values())
     if numbers > EDIT_NUMBERS:
-        return {**out, "edit": "Editing is left out: what it needs, dictionaries and features, would "
-                f"take {numbers * 8 / 3e6:.1f} MB here."}
-    given = [D, run["bias"], run["seen"](rows[some])]
-    kept = {name: [packed(of[s]) for s in D] for name, of in zip("Wbx", given)}
-    if run.get("probe"):
-        kept["probe"] = [[packed(v) for v in run["probe"][s]] for s in D]
-    return {**out, "edit": kept}
+        return {**out, "edit": "Left out: the dictionaries and features that it needs would take "
+                f"{numbers * 8 / 3e6:.1f} MB of this page."}
+    edit = {name: [packed(of[s]) for s in D] for name, of in (
+        ("W", D), ("b", run["bias"]), ("x", run["seen"](rows[some])))}
+    if run["probe"]:
+        edit["probe"] = [[packed(v) for v in run["probe"][s]] for s in D]
+    return {**out, "edit": edit}
 
 
 def _spread(values, bins=256):
@@ -1427,38 +1417,9 @@ def best_first(ranks, latent):
     return row.indices[row.data.argsort()]
 
 
-def purest(table, n, n_labels, least=5, most=20):
-    """The latents of least entropy of each label, from `latent_table` of n samples: of those active
-    in `least` or more an equal number a label, `most` in all."""
-    clear = np.flatnonzero(table["frequency"] * n >= least)
-    order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
-    each = max(1, most // max(n_labels, 1))
-    return [j for c in range(n_labels) for j in order[table["label"][order] == c][:each]][:most]
-
-
 def threshold_counts(mean, exponents=range(-6, 1)):
     """How many latents have a mean activation >= 10^t: dict t -> count (CytoSAE Fig. 2A)."""
     return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
-
-
-def latent_scatter(table, most=4000):
-    """CytoSAE Fig. 2A as inline SVG: log10 frequency against mean of at most `most` latents, in
-    five colours of label entropy, and histograms of both; a list of charts."""
-    alive = np.flatnonzero(table["frequency"] > 0)
-    few = alive[np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int)]
-    entropy, series = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"]))))[few], {}
-    x, mean = np.log10(table["frequency"][few]), table["mean"][few]
-    edges = np.linspace(0, entropy.max(initial=1e-9), 6)[1:]
-    for level in np.unique(np.searchsorted(edges, entropy)):
-        here = np.searchsorted(edges, entropy) == level
-        series[f"entropy up to {edges[level]:.2f}"] = list(zip(x[here], mean[here]))
-    where = "log10 of the share of samples in which a latent is active"
-    charts = [svg_lines(series, where, "its mean activation there", log=True, dots=True)]
-    for label, values in ((where, x), ("log10 of the mean activation", np.log10(mean))):
-        n, at = np.histogram(values, 40)
-        line = list(zip((at[1:] + at[:-1]) / 2, n.tolist())) if len(few) else []
-        charts.append(svg_lines({"latents": line}, label, "latents", size=(640, 160)))
-    return charts
 
 
 def latent_chart(lines, interest, unit, most=100):

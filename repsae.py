@@ -922,30 +922,37 @@ def explored(model, features, flags, names=None):
     """What `judge.explorer` shows of a model: (features, rows of samples, dict). Of tokens the mean
     over a sample's, and where a latent is strongest."""
     features = features.whole or features
-    T, device, codes, places = features.tokens or 1, flags.device, {}, {}
+    T, modes = features.tokens or 1, ("joint", "alone")[len(features.streams) == 1:]
     rows = evaluation_rows(features, flags, "test", "val")
-    rows = rows[:flags.page_rows] if features.tokens else rows
-    tokens, flat = (rows[:, None] * T + np.arange(T)).ravel(), features.per_token()
-    for mode in ("joint", "alone") if len(features.streams) > 1 else ("alone",):
-        found = sae.joined([codes for _, codes in encoded(model, flat, tokens, mode, device)])
-        found = {s: judge.sparse_code(*v, model.n_latents) for s, v in found.items()}
-        codes[mode] = {s: judge.pool_tokens(v, T)[0] for s, v in found.items()}
-        if T > 1:
-            places[mode] = {s: judge.strongest_tokens(v, T) for s, v in found.items()}
+    rows = rows if T == 1 else rows[:flags.page_rows]
+    codes = {mode: token_codes(model, features, rows, mode, flags.device) for mode in modes}
+
+    def every(function):
+        return {mode: {s: function(code, T) for s, code in codes[mode].items()} for mode in modes}
 
     def seen(some):
-        found = normalised(model, features, some, device)
+        found = normalised(model, features, some, flags.device)
         return {s: x.mean(1) if x.ndim == 3 else x for s, x in found.items()}
-    learn = features.rows("train")
+    learn, probe = features.rows("train"), None
     learn = learn[features.labelled[learn]][:2000]
-    y, probe = features.labels if features.labels is None else features.labels[learn], None
-    if len(learn) > 1 and len(features.label_names) <= 200 and len(np.unique(y, axis=0)) > 1:
+    y = learn if features.labels is None else features.labels[learn]
+    if 1 < len(np.unique(y, axis=0)) and len(features.label_names) in range(2, 200):
         probe = {s: judge.logistic_fit(x, y, len(features.label_names))
                  for s, x in seen(learn).items()}
     weights = {name: {s: of[s].detach().cpu().numpy() for s in features.streams}
                for name, of in (("dictionary", model.W_dec), ("bias", model.b_pre))}
-    return features, rows, {"codes": codes, "places": places, "seen": seen, "probe": probe,
-                            "names": names, **weights}
+    return features, rows, {"codes": every(lambda code, T: judge.pool_tokens(code, T)[0]),
+                            "places": every(judge.strongest_tokens) if T > 1 else None,
+                            "seen": seen, "probe": probe, "names": names, **weights}
+
+
+def token_codes(model, features, rows, mode, device):
+    """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
+    T = features.tokens or 1
+    tokens = (np.asarray(rows)[:, None] * T + np.arange(T)).ravel()
+    blocks = encoded(model, features.per_token(), tokens, mode, device)
+    found = sae.joined([codes for _, codes in blocks])
+    return {s: judge.sparse_code(*v, model.n_latents) for s, v in found.items()}
 
 
 def normalised(model, features, rows, device):
@@ -1046,10 +1053,7 @@ class Coded:
 
     def codes(self, rows, mode="alone"):
         """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
-        tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
-        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
-        found = sae.joined([codes for _, codes in blocks])
-        return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
+        return token_codes(self.model, self.features, rows, mode, self.device)
 
     def pool(self, tau=0.):
         """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
@@ -1669,52 +1673,43 @@ def cmd_latents(flags):
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
-    files = tell_stream(page, coded, names, flags) if one else {}
+    files = tell_stream(page, coded, flags) if one else {}
     run.begin()
-    write = {"npz": judge.write_npz, "svg": judge.write_text, "json": judge.write_json}
     for name, content in files.items():
-        write[name.rpartition(".")[2]](run.path(name), content)
+        write = judge.write_npz if name.endswith("npz") else judge.write_json
+        write(run.path(name), content)
     page.write(run.path)
     say(f"wrote {run.join('report.html')}")
 
 
-def tell_stream(page, coded, names, flags):
+def tell_stream(page, coded, flags):
     """Tell what latents of one stream are, on training samples; returns files to write."""
     features, train = coded.features, coded.train
     known = features.labelled[train]
     table = judge.latent_table(coded.strength[train], coded.count[train],
                                features.label_matrix(train) if known.any() else None, flags.top,
                                flags.weighted, known)
-    references, scatter = table.pop("references"), judge.latent_scatter(table)
-    page.picture("Latents by frequency and mean activation", "".join(scatter))
-    tell_table(page, table, features.label_names, len(train), names)
+    references = table.pop("references")
+    tell_table(page, table, features.label_names, len(train))
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
-    return {**({"barcodes.npz": barcodes} if barcodes else {}),
-            "scatter.svg": judge.standalone_svg(*scatter), "latents.json": [
+    return {**({"barcodes.npz": barcodes} if barcodes else {}), "latents.json": [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": train[judge.best_first(references, j)].tolist()}
         for j in np.flatnonzero(table["frequency"])]}
 
 
-def tell_table(page, table, labels, n, names):
-    """Tell how many latents live, how strong they are, and the purest of each label."""
-    alive = np.flatnonzero(table["frequency"])
-    counts = judge.threshold_counts(table["mean"])
+def tell_table(page, table, labels, n):
+    """Tell how many latents live, how strong they are, and how many labels they fire for."""
+    alive, counts = np.flatnonzero(table["frequency"]), judge.threshold_counts(table["mean"])
     page.metrics.update(latents=len(table["mean"]), alive=len(alive))
     page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
     page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
                [["latents", *counts.values()]], key="mean at least 10^t")
-    if "entropy" not in table:
-        return
-    entropy = table["entropy"][alive][np.isfinite(table["entropy"][alive])]
-    page.metrics["mean entropy"] = float(entropy.mean()) if len(entropy) else None
-    shown, columns = judge.purest(table, n, len(labels)), ("purity", "entropy", "frequency", "mean")
-    page.text(f"mean label entropy {judge.fmt(page.metrics['mean entropy'])} nats of ln "
-              f"{len(labels)} = {math.log(len(labels)):.3f}")
-    page.table(["latent", "label", *columns],
-               [[f"{j} {names.get(j, '')}", labels[table["label"][j]],
-                 *(table[c][j] for c in columns)] for j in shown],
-               "The purest latents of each label, active in 5 samples or more")
+    if "entropy" in table:
+        entropy = table["entropy"][alive][np.isfinite(table["entropy"][alive])]
+        page.metrics["mean entropy"] = float(entropy.mean()) if len(entropy) else None
+        page.text(f"mean label entropy {judge.fmt(page.metrics['mean entropy'])} nats of ln "
+                  f"{len(labels)} = {math.log(len(labels)):.3f}")
 
 
 def tell_barcodes(page, coded, mean, between):
