@@ -669,12 +669,10 @@ def html_table(header, rows, colours=False):
             shade = f' style="background:rgba({full},{level:.2f}){ink}"'
         return f"<td{shade}>{html.escape(text)}</td>"
 
-    def named(text):
-        return f"<th>{html.escape(str(text))}</th>"
-    head, body = "".join(map(named, header)), ""
+    head, body = "".join(f"<th>{html.escape(str(text))}</th>" for text in header), ""
     for row in rows:
         name, *texts = _cells(header, row)
-        body += f"<tr>{named(name)}{''.join(map(cell, row[1:], texts))}</tr>"
+        body += f"<tr><th>{html.escape(name)}</th>{''.join(map(cell, row[1:], texts))}</tr>"
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f'<tbody>{body}</tbody></table></div>')
 
@@ -825,7 +823,7 @@ WHY_BOTH_WAYS = (
     'ones a user of a single stream gets.</p>')
 
 
-HEADLINES = ("R2 cross", "R2 self", "retrieval R@1", "Jaccard of top-50 labels",
+HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
              "latents alive in all streams, %", "1-D probe loss (chance 0.693)")
 
 
@@ -873,8 +871,9 @@ def tell_summary(page, metrics, quiet=False, payload=None):
         print("\n" + start + "\n".join(lines) + end)
 
 
-def tell_run(page, metrics, settings):
-    """What a run's report has beyond `tell_summary` and what one explores: tables, folded."""
+def tell_run(page, metrics, log, settings):
+    """What a run's report has beyond `tell_summary` and what one explores, folded: log, rows of
+    log.csv."""
     blocks = {mode: metrics[mode] for mode in ("joint", "alone") if mode in metrics}
     first = next(iter(blocks.values()))
     grids = {mode: block["r2"] for mode, block in blocks.items()}
@@ -896,6 +895,12 @@ def tell_run(page, metrics, settings):
         page.table(["", "R@1", "R@5", "R@10", "MedR", "MRR"],
                    [[f"{pair}, {name}", *v.values()] for name, of in pairs.items()
                     for pair, v in of.items()], "Retrieval", quiet=True)
+    keys = [k for k in (log[0] if log else ()) if k in ("self", "cross") or k.startswith("dead_")]
+    lines = {k: [(int(row["step"]), float(row[k])) for row in log] for k in keys}
+    dead = {k[5:]: line for k, line in lines.items() if k.startswith("dead_")}
+    loss = {k: line for k, line in lines.items() if k[5:] not in dead and any(y for _, y in line)}
+    page.picture("Training", svg_lines(loss, "step", "mean NMSE of the batch; lower is better")
+                 + svg_lines(dead, "step", "dead: have not fired for long; lower is better"))
     page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
                quiet=True)
 
@@ -1070,8 +1075,8 @@ def packed_rows(*matrices):
 
 
 def by_rank(codes, n):
-    """All n samples, those first that rank highest for any latent of the codes (n, L): so that every
-    latent keeps its top samples in any number of the first."""
+    """All n samples, those first that rank highest for any latent of the codes (n, L): in any
+    number of the first every latent keeps its top samples, as far as these can be so many."""
     rank = np.full(n, n + 1)
     for code in codes:
         best = top_samples(code, None)
@@ -1079,7 +1084,7 @@ def by_rank(codes, n):
     return np.argsort(rank, kind="stable")
 
 
-def explorer(features, rows, runs, most, log=()):
+def explorer(features, rows, runs, most):
     """The payload of assets/explorer.js: at most `most` of the samples `rows` of features, and what
     `runs` make of them; fewer samples where the page would grow too large.
 
@@ -1091,14 +1096,12 @@ def explorer(features, rows, runs, most, log=()):
         seen        rows -> {stream: (len(rows), d)}, features as the model sees them
         probe       {stream: (weights (d, C), biases (C,))} of the labels, or None
         names       {latent: name}}
-    log: rows of log.csv.
     """
-    log = [{k: float(v) for k, v in row.items() if k != "revive"} for row in log]
     codes = [code for run in runs.values() for code in run["codes"]["alone"].values()]
     order, picture = by_rank(codes, len(rows)), functools.cache(features.picture)
     while True:
         some = np.sort(order[:most])
-        told = {**_shown_samples(features, rows[some], picture), "judged": len(rows), "log": log,
+        told = {**_shown_samples(features, rows[some], picture), "judged": len(rows),
                 "runs": [{"name": name, **_shown_run(run, rows, some)}
                          for name, run in runs.items()]}
         size = len(json.dumps(told))
@@ -2240,8 +2243,7 @@ def embedded(image, width=480):
 
 
 def image_url(image, quality=85, most=1_300_000):
-    """An RGB image as a data: URL of a JPEG, of lower quality where it takes more than `most` bytes.
-    """
+    """An RGB image as the data: URL of a JPEG, of lower quality where it exceeds `most` bytes."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     if buffer.tell() > most and quality > 20:

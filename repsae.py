@@ -910,8 +910,8 @@ def judged(run, features, whole=None, quiet=False):
     page, shown = judge.Page(f"repsae {flags.command}: {name}"), explored(model, features, flags)
     shown[2].update(null=null_codes)
     judge.tell_summary(page, metrics, quiet, judge.explorer(
-        *shown[:2], {name: shown[2]}, flags.page_rows, log.rows))
-    judge.tell_run(page, metrics, settings)
+        *shown[:2], {name: shown[2]}, flags.page_rows))
+    judge.tell_run(page, metrics, log.rows, settings)
     page.write(run.path, metrics)
     if not quiet:
         say(f"wrote {run.join('report.html')}")

@@ -8,9 +8,8 @@
 const P = JSON.parse(document.getElementById("payload").textContent);
 const TOP = 50;                          // samples that define a latent's meaning (thesis 5.3.5)
 const FEWEST = 5;                        // active samples below which a share says little
-const INKS = ["#3182ce", "#dd6b20", "#38a169", "#805ad5", "#d53f8c", "#718096"];
 const KINDS = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array};
-const DRAWN = new Set(["svg", "path", "rect", "text", "circle", "polyline"]);
+const DRAWN = new Set(["svg", "path", "rect", "text"]);
 
 // An element, its attributes and listeners, and its children: every string becomes a text node.
 function h(tag, attributes, ...children) {
@@ -18,12 +17,12 @@ function h(tag, attributes, ...children) {
     document.createElement(tag);
   for (const [name, value] of Object.entries(attributes || {})) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== false) made.setAttribute(name, value);
+    else if (value !== null) made.setAttribute(name, value);
   }
   made.append(...children.flat(9).filter(child => child !== null));
   return made;
 }
-const shown = v => v === null || !isFinite(v) ? "–" : v.toFixed(v >= 100 ? 0 : 3);
+const shown = v => v === null ? "–" : v.toFixed(v >= 100 ? 0 : 3);
 const percent = v => `${(100 * v).toFixed(1)} %`;
 const total = values => values.reduce((a, b) => a + b, 0);
 const caption = i => (P.texts.captions || [])[i] || "";
@@ -45,11 +44,10 @@ function levels(packed) {                // whole numbers, as they were packed
   return packed.levels;
 }
 function numbers(packed) {
-  packed.numbers ||= packed.scale ? Float32Array.from(levels(packed), v => v * packed.scale) :
-    levels(packed);
+  packed.numbers ||= Float32Array.from(levels(packed), v => v * (packed.scale || 1));
   return packed.numbers;
 }
-// A sparse matrix by rows: entries start[i] .. start[i + 1] of row i have column `at`, level, place.
+// A sparse matrix by rows: entries start[i] .. start[i + 1] of row i, each of a column `at`.
 function sparse(group, part, places) {
   const lengths = levels(group.lengths), gaps = levels(group.gaps), all = levels(group.values[part]);
   const start = new Uint32Array(lengths.length + 1), at = new Uint32Array(all.length);
@@ -66,20 +64,20 @@ function sparse(group, part, places) {
     }
     start[i + 1] = to;
   });
-  const scale = group.values[part].scale || 1;
-  return {start, at: at.subarray(0, to), level, place, value: Float32Array.from(level, v => v * scale)};
+  const scale = group.values[part].scale || 1, value = Float32Array.from(level, v => v * scale);
+  return {start, at: at.subarray(0, to), level, place, value};
 }
 // The same by columns, greatest values first, ties to the lower row: by two counting sorts.
 function turned(m, width) {
   const n = m.at.length, below = new Uint32Array(65538), order = new Uint32Array(n);
-  const row = new Uint32Array(n), start = new Uint32Array(width + 1);
+  const row = new Uint32Array(n), start = new Uint32Array(width + 1), source = new Uint32Array(n);
   for (let e = 0; e < n; e++) below[65537 - m.level[e]]++;
   for (let v = 1; v < below.length; v++) below[v] += below[v - 1];
   for (let e = 0; e < n; e++) order[below[65536 - m.level[e]]++] = e;
   for (let i = 0; i + 1 < m.start.length; i++) row.fill(i, m.start[i], m.start[i + 1]);
   for (let e = 0; e < n; e++) start[m.at[e] + 1]++;
   for (let j = 0; j < width; j++) start[j + 1] += start[j];
-  const next = start.slice(), source = new Uint32Array(n);
+  const next = start.slice();
   for (const e of order) source[next[m.at[e]]++] = e;
   return {start, at: source.map(e => row[e]), value: Float32Array.from(source, e => m.value[e]),
           place: m.place.length ? source.map(e => m.place[e]) : m.place};
@@ -89,8 +87,7 @@ const slice = (m, n, name, most = Infinity) =>
 const count = (m, n) => m.start[n + 1] - m.start[n];
 
 const ROWS = levels(P.rows), N = ROWS.length, KNOWN = levels(P.known), NAMES = P.label_names;
-const sampleOf = new Map([...ROWS].map((row, i) => [row, i]));
-const labels = P.labels ? sparse(P.labels, 0) : null;
+const labels = P.labels && sparse(P.labels, 0);
 const labelsOf = i => labels ? slice(labels, i, "at") : [];
 const told = i => Array.from(labelsOf(i), c => NAMES[c]).join(", ") || `sample ${ROWS[i]}`;
 
@@ -106,34 +103,30 @@ function codes(run, mode) {              // of each stream: `samples` (N, L) and
 // -- Numbers of latents and of samples -------------------------------------------------------------
 
 function profile(m, j, counts) {         // adds the labels of its top samples; returns their number
-  let n = 0;
-  for (const i of slice(m, j, "at")) {
-    if (!KNOWN[i] || n === TOP) continue;
-    n++;
-    for (const c of labelsOf(i)) counts[c]++;
-  }
-  return n;
+  const known = slice(m, j, "at").filter(i => KNOWN[i]).subarray(0, TOP);
+  for (const i of known) for (const c of labelsOf(i)) counts[c]++;
+  return known.length;
 }
-// How alike streams that chose alone are: for every latent over samples ("latents"), or every sample
-// over latents ("samples"), the mean over pairs of streams of sum of minima / sum of maxima, each
-// stream's activations scaled to sum 1. null: fewer than two streams with enough of them.
+// How alike streams that chose alone are, for every latent over samples (of "latents") or every
+// sample over latents: sum of minima / sum of maxima, each stream's activations scaled to sum 1, the
+// mean over pairs of streams. null where fewer than two have enough of them.
 function agreement(run, of) {
   return once(`${run.name} ${of} agreement`, () => {
-    const streams = codes(run, "alone").map(one => one[of]), scratch = new Float64Array(
-      Math.max(N, run.latents)), least = of === "latents" ? FEWEST : 1;
+    const streams = codes(run, "alone").map(one => one[of]), least = of === "latents" ? FEWEST : 1;
+    const scratch = new Float64Array(Math.max(N, run.latents));
     return Array.from({length: streams[0].start.length - 1}, (_, n) => {
       const own = streams.filter(m => count(m, n) >= least), found = [];
-      for (const m of own) {
-        const keys = slice(m, n, "at"), values = slice(m, n, "value"), sum = total(values);
-        keys.forEach((key, e) => { scratch[key] = values[e] / sum; });
-        for (const other of own.slice(0, own.indexOf(m))) {
-          const theirs = slice(other, n, "value"), all = total(theirs);
-          const shared = slice(other, n, "at").reduce(
-            (least_, key, e) => least_ + Math.min(scratch[key], theirs[e] / all), 0);
+      const sums = own.map(m => total(slice(m, n, "value")));
+      own.forEach((m, s) => {
+        const keys = slice(m, n, "at"), values = slice(m, n, "value");
+        keys.forEach((key, e) => { scratch[key] = values[e] / sums[s]; });
+        for (let t = 0; t < s; t++) {
+          const theirs = slice(own[t], n, "value"), shared = slice(own[t], n, "at").reduce(
+            (sum, key, e) => sum + Math.min(scratch[key], theirs[e] / sums[t]), 0);
           found.push(shared / (2 - shared));
         }
         for (const key of keys) scratch[key] = 0;
-      }
+      });
       return found.length ? total(found) / found.length : null;
     });
   });
@@ -143,7 +136,7 @@ function latentTable(run, mode) {
     const counts = new Uint32Array(NAMES.length), all = codes(run, mode).map(one => one.latents);
     const own = all.filter(m => count(m, j)), active = total(own.map(m => count(m, j)));
     const n = NAMES.length ? total(own.map(m => profile(m, j, counts))) : 0;
-    const label = counts.indexOf(Math.max(...counts)), purity = n < FEWEST ? null : counts[label] / n;
+    const [label] = best(counts, 1), purity = n < FEWEST ? null : counts[label] / n;
     const named = purity >= 0.3;         // thesis A.3
     return {j, alive: own.length, frequency: active / (N * all.length), purity,
             mean: active ? total(own.map(m => total(slice(m, j, "value")))) / active : null,
@@ -159,10 +152,10 @@ function searched(run, j) {              // what "Find" looks in: name, labels, 
 
 // -- The address: all that is shown ----------------------------------------------------------------
 
-const DEFAULTS = {run: "0", mode: "alone", sort: NAMES.length ? "purity" : "agreement", up: "",
-                  find: "", alive: "", label: "", more: "100",                   // of the list
-                  latent: "", sample: "", view: "", stream: "0", edit: ""};      // of what is beside
-let A = DEFAULTS, list = [];
+const OF_LIST = {run: "0", mode: "alone", sort: NAMES.length ? "purity" : "agreement", up: "",
+                 find: "", alive: "", label: "", more: "100"};
+const DEFAULTS = {...OF_LIST, latent: "", sample: "", view: "", stream: "0", edit: ""};
+let A = DEFAULTS, list = [], listed = "";
 function address(changes) {              // "#..." of what is shown after these changes
   const all = Object.entries({...A, ...changes}).filter(([k, v]) => String(v) !== DEFAULTS[k]);
   return `#${new URLSearchParams(all)}`;
@@ -173,23 +166,25 @@ const beside = changes => address({latent: "", sample: "", view: "", edit: "", .
 // -- Pieces ----------------------------------------------------------------------------------------
 
 function picture(i, place) {             // its part of the sheet, or the name of one that is lost
-  const {lost, columns} = P.sheet, across = i % columns, down = Math.floor(i / columns);
+  const {lost, columns} = P.sheet, [height, width] = P.grid || [1, 1], frame = h("i");
   if (lost[i] !== undefined) return h("span", {class: "words"}, lost[i]);
-  const frame = h("i", {}), [height, width] = P.grid || [1, 1];
-  const thumb = h("span", {class: "thumb", role: "img", "aria-label": told(i)}, place ? frame : null);
-  thumb.style.backgroundPosition = `${-56 * across}px ${-56 * down}px`;
-  Object.assign(frame.style, {left: `${100 * ((place - 1) % width) / width}%`, width: `${100 / width}%`,
-    top: `${100 * Math.floor((place - 1) / width) / height}%`, height: `${100 / height}%`});
+  const thumb = h("span", {class: "thumb", role: "img", "aria-label": told(i)}, place ? frame : "");
+  thumb.style.backgroundPosition = `${-56 * (i % columns)}px ${-56 * Math.floor(i / columns)}px`;
+  frame.style.inset = `${100 * Math.floor((place - 1) / width) / height}% auto auto ` +
+    `${100 * ((place - 1) % width) / width}%`;
+  Object.assign(frame.style, {width: `${100 / width}%`, height: `${100 / height}%`});
   return thumb;
 }
 function card(i, stream, words, place, mark) {
-  const textual = /txt|text|words|caption/i.test(stream) && caption(i);
-  return h("a", {href: beside({sample: ROWS[i]}), class: `card ${mark ? "partner" : ""}`,
+  const textual = !P.sheet || /txt|text|words|caption/i.test(stream) && caption(i);
+  return h("a", {href: beside({sample: ROWS[i]}), class: mark ? "card partner" : "card",
                  title: `${told(i)}. ${caption(i)}`, "data-row": ROWS[i]},
-    textual || !P.sheet ? h("span", {class: "words"}, caption(i) || told(i)) : picture(i, place),
+    textual ? h("span", {class: "words"}, caption(i) || told(i)) : picture(i, place),
     h("small", {}, words), mark ? h("small", {}, mark) : null);
 }
 const cards = (...all) => h("div", {class: "cards"}, ...all);
+const streamed = (name, words, ...all) => h("section", {class: "stream", "data-stream": name},
+  h("h4", {}, name, h("small", {}, words)), ...all);
 const chip = (run, j, words) => h("a", {href: beside({latent: j}), class: "chip"}, h("b", {}, j),
   ` ${latentTable(run, A.mode)[j].name} `, h("small", {}, words));
 function meter(share, words) {
@@ -204,22 +199,21 @@ function binned(values, top, n) {
 }
 // How many samples reach which activation, and in grey what all latents of the null do.
 function histogram(values, twin, name) {
-  const top = values[0], own = binned(values, top, 20), grey = new Array(20).fill(0);
-  if (twin) {
-    levels(twin.counts).forEach((v, b) => {
-      const at = Math.floor((b + 0.5) / 256 * twin.top / top * 20);
-      if (at < 20) grey[at] += v;
-    });
+  const top = values[0], own = binned(values, top, 20), most = Math.max(...own);
+  const grey = new Array(20).fill(0), reach = twin ? twin.top / top : 0;
+  for (const [b, v] of twin ? levels(twin.counts).entries() : []) {
+    grey[Math.floor((b + 0.5) / 256 * reach * 20)] += v;     // what is beyond the axis is left out
   }
-  const most = Math.max(...own), scale = values.length / (total(grey) || 1);
-  const bar = (kind, v, b, x, width) => v ? h("rect", {class: kind, x: 22 + 9 * b + x, width,
-    y: 62 - 54 * Math.min(1, v / most), height: 54 * Math.min(1, v / most)}) : null;
+  const scale = values.length / (total(grey.slice(0, 20)) || 1);
   const text = (x, y, kind, v) => h("text", {x, y, class: kind}, v);
+  const bar = (kind, v, x, width) => h("rect", {class: kind, x: 22 + x, width,
+    y: 62 - 54 * Math.min(1, v / most), height: 54 * Math.min(1, v / most)});
   return h("svg", {viewBox: "0 0 210 80", class: "histogram", role: "img",
-                   "aria-label": `${name}: ${values.length} samples, activation up to ${shown(top)}`},
-    grey.map((v, b) => bar("null", v * scale, b, 0, 9)), own.map((v, b) => bar("own", v, b, 2, 5)),
-    h("path", {d: "M22 62.5H202", class: "axis"}), text(18, 14, "end", most), text(18, 62, "end", 0),
-    text(22, 76, "", 0), text(202, 76, "end", shown(top)));
+                   "aria-label": `${name}: ${values.length} samples, up to ${shown(top)}`},
+    grey.slice(0, 20).map((v, b) => bar("null", v * scale, 9 * b, 9)),
+    own.map((v, b) => bar("own", v, 9 * b + 2, 5)), h("path", {d: "M22 62.5H202", class: "axis"}),
+    text(18, 14, "end", most), text(18, 62, "end", 0), text(22, 76, "", 0),
+    text(202, 76, "end", shown(top)));
 }
 function spark(run, j) {                 // the same in the list, all streams together
   const all = codes(run, A.mode).flatMap(one => [...slice(one.latents, j, "value")]);
@@ -228,69 +222,42 @@ function spark(run, j) {                 // the same in the list, all streams to
   return h("svg", {viewBox: "0 0 64 16", class: "spark", "aria-hidden": "true"},
            h("path", {d: bins.map(line).join("")}));
 }
-// A chart of lines {name: [[x, y]]} from 0: one point is a dot, ticks are whole where all y are.
-function curves(lines, xName, yName) {
-  const points = Object.values(lines).flat(), whole = points.every(p => Number.isInteger(p[1]));
-  const [right, top] = [0, 1].map(k => Math.max(...points.map(p => p[k])) || 1);
-  const x = v => 46 + 400 * v / right, y = v => 150 - 130 * v / top;
-  const ticks = new Set([0, 0.25, 0.5, 0.75, 1].map(v => whole ? Math.round(v * top) : v * top));
-  const text = (at, up, kind, v) => h("text", {x: at, y: up, class: kind}, v);
-  return h("svg", {viewBox: "0 0 470 225", role: "img", "aria-label": `${yName} over ${xName}`},
-    text(4, 10, "", yName), text(446, 180, "end", xName), text(46, 166, "", 0),
-    text(446, 166, "end", right), [...ticks].map(v => [
-      h("path", {d: `M46 ${y(v)}H446`, class: "axis"}),
-      text(42, y(v) + 4, "end", whole ? v : v.toPrecision(2))]),
-    Object.entries(lines).map(([name, line], n) => [line.length > 1 ?
-      h("polyline", {points: line.map(p => `${x(p[0])},${y(p[1])}`).join(" "), stroke: INKS[n % 6]}) :
-      h("circle", {cx: x(line[0][0]), cy: y(line[0][1]), r: 3, fill: INKS[n % 6]}),
-    h("text", {x: 46 + 104 * (n % 4), y: 200 + 16 * Math.floor(n / 4), style: `fill:${INKS[n % 6]}`},
-      name)]));
-}
-function training() {
-  const keys = Object.keys(P.log[0]), lines = (some, from) => Object.fromEntries(some.map(
-    key => [key.slice(from), P.log.map(row => [row.step, row[key]])]));
-  return h("details", {}, h("summary", {}, "Training"), h("div", {class: "pair"},
-    curves(lines(["self", "cross"].filter(k => P.log.some(row => row[k])), 0), "step",
-           "mean NMSE of the batch (lower is better)"),
-    curves(lines(keys.filter(k => k.startsWith("dead_")), 5), "step",
-           "dead: not fired for long (lower is better)")));
-}
 
 // -- The list --------------------------------------------------------------------------------------
 
 const COLUMNS = {                        // key: heading, what it says, text of a cell
   j: ["latent", "its number, and the label of most of its top samples"],
-  frequency: ["active", "share of samples and streams where it is active", l => percent(l.frequency)],
-  mean: ["mean", "mean activation where it is active", l => shown(l.mean)],
-  purity: ["purity", "share of its label among the 50 top samples of each stream", l => shown(l.purity)],
-  agreement: ["agrees", "overlap of where it is active, between streams that chose alone; at most 1",
-              l => shown(l.agreement)],
-  alive: ["alive", "in how many streams it is ever active", l => l.alive]};
+  frequency: ["active", "share of samples and streams where it is active", percent],
+  mean: ["mean", "mean activation where it is active", shown],
+  purity: ["purity", "share of its label among the 50 top samples of each stream", shown],
+  agreement: ["agrees", "overlap of where it is active, between streams that chose alone", shown],
+  alive: ["alive", "in how many streams it is ever active", String]};
 
 function filtered(run) {
-  const words = A.find.toLowerCase(), M = run.streams.length, key = l => l[A.sort] ?? -1e9;
+  const words = A.find.toLowerCase(), M = run.streams.length, none = -1e9, key = l => l[A.sort] ?? none;
   const lives = {all: n => n === M, some: n => n && n < M, one: n => n === 1}[A.alive] || (n => n);
-  return latentTable(run, A.mode).filter(l => lives(l.alive) && (!words ||
-    searched(run, l.j).includes(words)) && (A.label === "" || l.label === Number(A.label)))
-    .sort((a, b) => (key(a) === -1e9) - (key(b) === -1e9) || (A.up ? 1 : -1) * (key(a) - key(b)) ||
-      b.frequency - a.frequency || a.j - b.j);
+  return latentTable(run, A.mode).filter(l => lives(l.alive) &&
+    (!words || searched(run, l.j).includes(words)) && (!A.label || l.label === Number(A.label)))
+    .sort((a, b) => (key(a) === none) - (key(b) === none) ||
+      (A.up ? 1 : -1) * (key(a) - key(b)) || b.frequency - a.frequency || a.j - b.j);
 }
 function choose(name, label, options) {
-  return h("label", {}, label, h("select", {name, onchange: e => go({[name]: e.target.value, edit: ""})},
+  return h("label", {}, label, h("select", {name, onchange: e => go({[name]: e.target.value})},
     options.map(([value, text]) =>
       h("option", {value, selected: A[name] === String(value) ? "" : null}, text))));
 }
+function heading(k) {
+  const arrow = A.sort !== k ? "" : A.up ? " ↑" : " ↓", up = arrow === " ↓" ? "1" : "";
+  return h("th", {class: k, "aria-sort": arrow ? A.up ? "ascending" : "descending" : null},
+    h("a", {title: COLUMNS[k][1], href: address({sort: k, up})}, COLUMNS[k][0], arrow));
+}
 function listView(run) {
-  const several = run.streams.length > 1, keys = Object.keys(COLUMNS).filter(k =>
+  const several = run.streams.length > 1, [first, ...keys] = Object.keys(COLUMNS).filter(k =>
     k === "purity" ? NAMES.length : several || k !== "agreement" && k !== "alive");
   list = filtered(run);
-  const head = keys.map(k => h("th", {class: k, "aria-sort": A.sort !== k ? null :
-    A.up ? "ascending" : "descending"}, h("a", {title: COLUMNS[k][1], href: address(
-    {sort: k, up: A.sort === k && !A.up ? "1" : ""})}, COLUMNS[k][0],
-  A.sort !== k ? "" : A.up ? " ↑" : " ↓")));
   const rows = list.slice(0, A.more).map(l => h("tr", {"data-latent": l.j},
     h("th", {}, h("a", {href: beside({latent: l.j})}, h("b", {}, l.j), ` ${l.name}`)),
-    h("td", {}, spark(run, l.j)), keys.slice(1).map(k => h("td", {class: k}, COLUMNS[k][2](l)))));
+    h("td", {}, spark(run, l.j)), keys.map(k => h("td", {class: k}, COLUMNS[k][2](l[k])))));
   return [h("form", {class: "filters", onsubmit: e => e.preventDefault()},
     h("label", {}, "Find", h("input", {type: "search", value: A.find, placeholder:
       "name, label, caption", onchange: e => go({find: e.target.value})})),
@@ -298,8 +265,8 @@ function listView(run) {
     several ? choose("alive", "Alive in", [["", "any stream"], ["all", "all streams"],
       ["some", "some, not all"], ["one", "one alone"]]) : null),
   note(`${list.length} of ${run.latents} latents`), h("div", {class: "list"},
-    h("table", {class: "latents"}, h("thead", {}, h("tr", {}, head[0], h("th", {}), head.slice(1))),
-      h("tbody", {}, rows)), list.length > rows.length ?
+    h("table", {class: "latents"}, h("thead", {}, h("tr", {}, heading(first), h("th"),
+      keys.map(heading))), h("tbody", {}, rows)), list.length > rows.length ?
       h("a", {class: "more", href: address({more: Number(A.more) + 400})}, "show more") : null)];
 }
 
@@ -316,24 +283,22 @@ function firesWith(run, j) {             // [latent, samples and streams of both
 }
 function latentStream(run, j, {name, latents: m}, s) {
   const values = slice(m, j, "value"), n = values.length, counts = new Uint32Array(NAMES.length);
-  if (!n) return h("section", {class: "stream"}, h("h4", {}, name), note("never active"));
-  const some = (from, to) => Array.from(slice(m, j, "at")).slice(from, to).map((i, e) =>
-    card(i, name, shown(values[from + e]), m.place[m.start[j] + from + e]));
   const middle = Math.max(8, Math.floor(n / 2) - 3), used = profile(m, j, counts);
-  return h("section", {class: "stream", "data-stream": name},
-    h("h4", {}, name, h("small", {}, ` ${n} of ${N} samples`)),
-    h("div", {}, cards(some(0, 8)), n > middle ? h("small", {}, "middling") : null,
-      cards(some(middle, middle + 6))),
-    h("div", {}, histogram(values, (run.null[A.mode] || [])[s], name),
-      h("dl", {class: "profile", title: `labels of its ${used} top samples`}, best(counts, 5).filter(
-        c => counts[c]).map(c => [h("dt", {}, NAMES[c]), h("dd", {}, meter(counts[c] / used, counts[c]))]))));
+  if (!n) return streamed(name, " never active");
+  const some = (from, to) => cards(Array.from(slice(m, j, "at").subarray(from, to), (i, e) =>
+    card(i, name, shown(values[from + e]), m.place[m.start[j] + from + e])));
+  return streamed(name, ` ${n} of ${N} samples`, h("div", {}, some(0, 8),
+    n > middle ? h("small", {}, "middling") : null, some(middle, middle + 6)),
+  h("div", {}, histogram(values, (run.null[A.mode] || [])[s], name),
+    h("dl", {class: "profile", title: `labels of its ${used} top samples`}, best(counts, 5).filter(
+      c => counts[c]).map(c => [h("dt", {}, NAMES[c]), h("dd", {}, meter(counts[c] / used, counts[c]))]))));
 }
 function latentView(run, j) {
   const l = latentTable(run, A.mode)[j], near = levels(run.near), width = near.length / run.latents;
   return [h("h3", {}, `Latent ${j} `, h("em", {}, l.name)),
-    note(`${A.mode}: alive in ${l.alive} of ${run.streams.length}, purity ${shown(l.purity)}, agreement ` +
-      `alone ${shown(l.agreement)}. Under a sample its activation; bars: samples by activation` +
-      `${run.null[A.mode] ? ", in grey all latents of the null" : ""}` +
+    note(`${A.mode}: alive in ${l.alive} of ${run.streams.length}, purity ${shown(l.purity)}, ` +
+      `agreement alone ${shown(l.agreement)}. Under a sample its activation; bars: samples by ` +
+      `activation${run.null[A.mode] ? ", in grey all latents of the null" : ""}` +
       `${P.grid ? "; a frame: the patch where it is strongest" : ""}.`),
     codes(run, A.mode).map((stream, s) => latentStream(run, j, stream, s)),
     h("h4", {}, "Fires with"), h("p", {class: "chips", id: "with"},
@@ -348,14 +313,15 @@ function partners(run, i, s) {           // what its code in stream s is nearest
   const streams = codes(run, A.mode), own = streams[s].samples, query = new Float64Array(run.latents);
   slice(own, i, "at").forEach((j, e) => { query[j] = slice(own, i, "value")[e]; });
   return streams.filter((_, t) => t !== s).map(({name, samples: m}) => {
-    const similar = Float64Array.from(ROWS, (_, k) => slice(m, k, "value").reduce((dot, v, e) =>
-      dot + v * query[m.at[m.start[k] + e]], 0) / Math.max(1e-24, Math.hypot(...query) *
-      Math.hypot(...slice(m, k, "value"))));
+    const similar = Float64Array.from(ROWS, (_, k) => {
+      const at = slice(m, k, "at"), values = slice(m, k, "value");
+      const dot = values.reduce((sum, v, e) => sum + v * query[at[e]], 0);
+      return dot / Math.max(1e-24, Math.hypot(...slice(own, i, "value")) * Math.hypot(...values));
+    });
     const rank = similar.filter(v => v >= similar[i]).length;      // ties count against it
-    return h("section", {class: "stream", "data-stream": name}, h("h4", {}, name, h("small",
-      {"data-rank": rank}, ` true partner: rank ${rank} of ${N}, cosine ${shown(similar[i])}`)),
-    cards([...new Set([...best(similar, 6), i])].map(k =>
-      card(k, name, shown(similar[k]), 0, k === i ? "partner" : ""))));
+    return streamed(name, ` true partner: rank ${rank} of ${N}, cosine ${shown(similar[i])}`,
+      cards([...new Set([...best(similar, 6), i])].map(k =>
+        card(k, name, shown(similar[k]), 0, k === i ? "partner" : ""))));
   });
 }
 function bars(run, i) {                  // its latents, those of most streams first
@@ -364,25 +330,26 @@ function bars(run, i) {                  // its latents, those of most streams f
     if (!found.has(j)) found.set(j, new Array(streams.length).fill(0));
     found.get(j)[s] = slice(m, i, "value")[e] / latents.value[latents.start[j]];
   }));
-  const all = [...found], spread = all.map(([, v]) => 100 * v.filter(one => one).length + total(v));
+  const all = [...found], spread = all.map(([, v]) => 100 * v.filter(Boolean).length + total(v));
   return [note(`${all.length} latents, as shares of the most that each reaches in a stream; ` +
-    `${all.filter(([, v]) => v.every(one => one)).length} are active in every stream`),
-  h("div", {class: "scroll"}, h("table", {class: "bars"}, h("thead", {}, h("tr", {}, h("th", {}, "latent"),
-    streams.map(one => h("th", {}, one.name)))), h("tbody", {}, best(spread, 24).map(n => h("tr", {},
-    h("th", {}, chip(run, all[n][0], "")),
+    `${all.filter(([, v]) => v.every(Boolean)).length} are active in every stream`),
+  h("div", {class: "scroll"}, h("table", {class: "bars"}, h("thead", {}, h("tr", {},
+    h("th", {}, "latent"), streams.map(one => h("th", {}, one.name)))),
+  h("tbody", {}, best(spread, 24).map(n => h("tr", {}, h("th", {}, chip(run, all[n][0], "")),
     all[n][1].map(v => h("td", {}, v ? meter(v, v.toFixed(2)) : "")))))))];
 }
 function sampleView(run, i) {
   const s = Math.min(A.stream, run.streams.length - 1), words = ["ids", "groups"].map(
     key => P.texts[key] ? ` ${key.slice(0, -1)} ${P.texts[key][i]}` : "");
+  const asks = choose("stream", "by ", run.streams.map((name, t) => [t, name]));
   return [h("h3", {}, `Sample ${ROWS[i]} `, h("em", {}, told(i))),
     cards(P.sheet ? picture(i) : null, h("p", {}, caption(i), h("small", {}, words))),
-    h("h4", {}, "Its latents"), bars(run, i), run.streams.length > 1 ? [h("h4", {}, "Nearest by code"),
-      choose("stream", "asked by ", run.streams.map((name, t) => [t, name])), partners(run, i, s)] : [],
+    h("h4", {}, "Its latents"), bars(run, i), run.streams.length > 1 ?
+      [h("h4", {}, "Nearest by code, asked ", asks), partners(run, i, s)] : [],
     h("h4", {}, "Edit its code"), editor(run, i, s)];
 }
 
-// -- Editing: exact, since decoding is linear, x = b + sum over latents of v_j W_j (Eq. 10-12) ------
+// -- Editing: exact, since decoding is linear, x = b + sum over latents of v_j W_j (Eq. 10-12) -----
 
 function decoded({W, b}, t, code) {
   const rows = numbers(W[t]), x = Float64Array.from(numbers(b[t])), d = x.length;
@@ -399,55 +366,58 @@ function nearestTo(edit, t, x) {         // cosines of x (d,) with all samples' 
 function probed(edit, t, x) {            // what a linear probe of the labels makes of it
   const [W, b] = edit.probe[t].map(numbers), C = b.length;
   const score = Array.from(b, (v, c) => x.reduce((sum, one, n) => sum + one * W[n * C + c], v));
-  if (!P.one_label) return score.map(v => 1 / (1 + Math.exp(-v)));
   const e = score.map(v => Math.exp(v - Math.max(...score)));
-  return e.map(v => v / total(e));
+  return P.one_label ? e.map(v => v / total(e)) : score.map(v => 1 / (1 + Math.exp(-v)));
+}
+function editedStream(edit, t, name, own, changed) {
+  const [was, now] = [own, new Map([...own, ...changed])].map(code => decoded(edit, t, code));
+  const similar = nearestTo(edit, t, now), first = best(nearestTo(edit, t, was), 6);
+  const [before, after] = edit.probe ? [was, now].map(x => probed(edit, t, x)) : [[], []];
+  return streamed(name, "", cards(best(similar, 6).map(k =>
+    card(k, name, shown(similar[k]), 0, first.includes(k) ? "" : "new"))),
+  h("dl", {class: "profile"}, best(after, 4).map(c => [h("dt", {}, NAMES[c]), h("dd", {},
+    meter(after[c], `${shown(after[c])} (was ${shown(before[c])})`))])));
 }
 function editor(run, i, s) {
-  const {samples: m, latents} = codes(run, A.mode)[s], edit = run.edit;
-  if (typeof edit === "string") return note(edit);
+  if (typeof run.edit === "string") return note(run.edit);
+  const {samples: m, latents} = codes(run, A.mode)[s], results = h("div", {id: "edited"});
   const own = new Map(Array.from(slice(m, i, "at"), (j, e) => [j, slice(m, i, "value")[e]]));
   const changed = new Map(A.edit.split(",").map(v => v.split(":").map(Number)).filter(
-    ([j, v]) => j < run.latents && isFinite(v))), results = h("div", {id: "edited"});
-  const written = () => [...changed].map(pair => pair.join(":")).join(",");
-  const largest = j => count(latents, j) ? latents.value[latents.start[j]] : 1;
-  const show = () => results.replaceChildren(...run.streams.map((name, t) => {
-    const [was, now] = [own, new Map([...own, ...changed])].map(code => decoded(edit, t, code));
-    const similar = nearestTo(edit, t, now), first = best(nearestTo(edit, t, was), 6);
-    const [before, after] = edit.probe ? [was, now].map(x => probed(edit, t, x)) : [[], []];
-    return h("section", {class: "stream", "data-stream": name}, h("h4", {}, name),
-      cards(best(similar, 6).map(k => card(k, name, shown(similar[k]), 0, first.includes(k) ? "" : "new"))),
-      h("dl", {class: "profile"}, best(after, 4).map(c => [h("dt", {}, NAMES[c]), h("dd", {},
-        meter(after[c], `${shown(after[c])} (was ${shown(before[c])})`))])));
-  }));
+    ([j, v]) => j < run.latents && isFinite(v)));
+  const most = j => count(latents, j) ? latents.value[latents.start[j]] : 1;
+  const show = () => results.replaceChildren(...run.streams.map((name, t) =>
+    editedStream(run.edit, t, name, own, changed)));
+  const set = (j, v) => { A.edit = [...changed.set(j, v)].map(pair => pair.join(":")).join(); };
   const slider = j => {
     const value = changed.get(j) ?? own.get(j), out = h("output", {}, shown(value));
-    return h("label", {}, chip(run, j, ""), out, h("input", {type: "range", min: 0, max: 2 * largest(j),
-      step: "any", value, "aria-label": `latent ${j}`, oninput: e => {
-        changed.set(j, Number(e.target.value));
+    return h("label", {}, chip(run, j, ""), out, h("input", {type: "range", min: 0, step: "any",
+      max: 2 * most(j), value, "aria-label": `latent ${j}`, oninput: e => {
+        set(j, Number(e.target.value));
         out.textContent = shown(changed.get(j));
-        A.edit = written();
         history.replaceState(null, "", address({}));
         show();
       }}));
   };
+  const strongest = best([...own.values()], 10).map(n => [...own.keys()][n]);
   show();
-  return [note(`What the code of ${run.streams[s]} decodes to in every stream: the samples nearest to it ` +
-    "by cosine and what a linear probe of the labels makes of it. At 0 a latent is silent. ",
+  return [note(`What the code of ${run.streams[s]} decodes to in every stream: the samples nearest ` +
+    "to it by cosine, and what a linear probe of the labels makes of it. At 0 a latent is silent. ",
   h("a", {href: address({edit: ""})}, "undo all")), h("label", {}, "add latent ", h("input", {
-    type: "number", min: 0, max: run.latents - 1, onchange: e =>
-      go({edit: `${written()},${e.target.value}:${largest(Number(e.target.value))}`})})),
-  h("div", {class: "sliders"}, [...new Set([...[...own.keys()].sort((a, b) => own.get(b) - own.get(a))
-    .slice(0, 10), ...changed.keys()])].map(slider)), results];
+    type: "number", min: 0, max: run.latents - 1, onchange: e => {
+      set(Number(e.target.value), most(Number(e.target.value)));
+      go({});
+    }})), h("div", {class: "sliders"}, [...new Set([...strongest, ...changed.keys()])].map(slider)),
+  results];
 }
 
 // -- Where streams differ (thesis 6.5.1), and all samples ------------------------------------------
 
 function disagreements(run) {
   const [ofLatents, ofSamples] = ["latents", "samples"].map(of => agreement(run, of));
-  return [h("h3", {}, "Disagreements"), note("Overlap between streams that chose alone, over all pairs " +
-    "of them: 0 is nothing in common, 1 the same."), h("h4", {}, "Samples coded most differently"),
-  h("div", {class: "cards", id: "odd"}, best(ofSamples, 18, -1).map(i => card(i, "", shown(ofSamples[i])))),
+  return [h("h3", {}, "Disagreements"), note("Overlap between streams that chose alone, over all " +
+    "pairs of them: 0 is nothing in common, 1 the same."),
+  h("h4", {}, "Samples coded most differently"), h("div", {class: "cards", id: "odd"},
+    best(ofSamples, 18, -1).map(i => card(i, "", shown(ofSamples[i])))),
   h("h4", {}, "Latents that fire for different samples"), best(ofLatents, 8, -1).map(j =>
     h("section", {class: "odd", "data-latent": j}, chip(run, j, shown(ofLatents[j])),
       codes(run, "alone").map(({name, latents}) => cards(h("small", {class: "name"}, name),
@@ -456,55 +426,55 @@ function disagreements(run) {
 function samplesView() {
   const found = [...ROWS.keys()].filter(i =>
     `${told(i)} ${caption(i)}`.toLowerCase().includes(A.find.toLowerCase()));
-  return [h("h3", {}, "Samples"), note(`${found.length} of ${N}${A.find ? ` with "${A.find}"` : ""}`),
+  return [h("h3", {}, "Samples"), note(`${found.length} of ${N}`),
     cards(found.slice(0, 240).map(i => card(i, "", told(i))))];
 }
 
 // -- All of it -------------------------------------------------------------------------------------
 
-const tools = h("div", {class: "tools"}), side = h("section", {class: "side", "aria-label": "Latents"});
-const detail = h("article", {class: "detail", "aria-label": "What is chosen"});
-let listed = "";
+const tools = h("div", {class: "tools"}), detail = h("article", {"aria-label": "What is chosen"});
+const side = h("section", {class: "side", "aria-label": "List of latents"});
+const VIEWS = {latents: "Latents", samples: "Samples", disagreements: "Disagreements"};
 
-function tab(text, here, href) {
-  return h("a", {href, "aria-current": here ? "true" : null}, text);
+function view(run, name, j) {            // what stands beside the list
+  const i = ROWS.indexOf(Number(A.sample));
+  if (name === "disagreements") return disagreements(run);
+  if (name === "samples") return A.sample === "" ? samplesView() : i < 0 ?
+    [note(`Sample ${A.sample} is not on this page.`)] : sampleView(run, i);
+  return j < run.latents ? latentView(run, j) : [note(`There is no latent ${A.latent}.`)];
 }
 function render() {
   A = {...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1)))};
   const run = P.runs[A.run] || P.runs[0], modes = Object.keys(run.codes).sort();
   if (!run.codes[A.mode]) A.mode = "alone";
-  const view = A.sample !== "" ? "sample" : A.view || "latents";
-  const wanted = ["run", "mode", "sort", "up", "find", "alive", "label", "more"].map(k => A[k]).join();
+  const wanted = Object.keys(OF_LIST).map(k => A[k]).join();
   if (wanted !== listed) side.replaceChildren(...listView(run));
   listed = wanted;
-  const i = sampleOf.get(Number(A.sample)), j = A.latent === "" && list.length ? list[0].j : Number(A.latent);
-  const places = {latents: "Latents", samples: "Samples", disagreements: "Disagreements"};
-  if (run.streams.length < 2) delete places.disagreements;
-  tools.replaceChildren(h("nav", {"aria-label": "Views"}, Object.entries(places).map(([key, text]) =>
-    tab(text, view === key, beside({view: key === "latents" ? "" : key})))),
+  const name = A.sample === "" ? A.view || "latents" : "samples";
+  const j = A.latent === "" && list.length ? list[0].j : Number(A.latent);
+  const tab = (text, here, href) => h("a", {href, "aria-current": here ? "true" : null}, text);
+  tools.replaceChildren(h("nav", {"aria-label": "Views"}, Object.entries(VIEWS).slice(
+    0, run.streams.length > 1 ? 3 : 2).map(([key, text]) =>
+    tab(text, name === key, beside({view: key === "latents" ? "" : key})))),
   h("nav", {"aria-label": "Who chose the latents"}, modes.map(mode =>
     tab(mode, A.mode === mode, address({mode, edit: ""})))),
   P.runs.length > 1 ? choose("run", "Configuration ", P.runs.map((one, r) => [r, one.name])) : "");
   for (const row of side.querySelectorAll("tr[data-latent]")) {
-    const here = view === "latents" && Number(row.dataset.latent) === j;
+    const here = name === "latents" && Number(row.dataset.latent) === j;
     row.classList.toggle("here", here);
     row.querySelector("a").toggleAttribute("aria-current", here);
   }
-  const missing = [note(`There is no ${view.replace(/s$/, "")} ${A.sample || A.latent} on this page.`)];
-  detail.replaceChildren(...(view === "samples" ? samplesView() :
-    view === "disagreements" ? disagreements(run) :
-    view === "sample" ? i === undefined ? missing : sampleView(run, i) :
-    j < run.latents ? latentView(run, j) : missing).flat(9));
+  detail.replaceChildren(...view(run, name, j).flat(9));
 }
 addEventListener("keydown", e => {       // to the next or the last latent of the list, or sample
   const step = {ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1}[e.key];
   if (!step || e.ctrlKey || e.metaKey || e.altKey || /INPUT|SELECT/.test(e.target.tagName)) return;
-  const all = A.sample !== "" ? [...ROWS] : list.map(l => l.j);
-  const at = A.latent === "" && A.sample === "" ? 0 : all.indexOf(Number(A.sample || A.latent));
-  const next = all[at + step];
+  const all = A.sample !== "" ? [...ROWS] : list.map(l => l.j), now = A.sample || A.latent;
+  const at = (now === "" ? 0 : all.indexOf(Number(now))) + step;
   e.preventDefault();
-  if (next === undefined) return;
-  go(A.sample !== "" ? {sample: next, edit: ""} : {latent: next, more: Math.max(A.more, at + 2)});
+  if (at < 0 || at >= all.length) return;
+  go(A.sample !== "" ? {sample: all[at], edit: ""} :
+    {latent: all[at], view: "", more: Math.max(A.more, at + 1)});
 });
 addEventListener("hashchange", () => {
   const before = A.latent + A.sample + A.view;
@@ -512,6 +482,9 @@ addEventListener("hashchange", () => {
   const row = side.querySelector("tr.here");
   if (row) row.scrollIntoView({block: "nearest"});
   if (innerWidth < 960 && before !== A.latent + A.sample + A.view) detail.scrollIntoView();
+});
+addEventListener("beforeprint", () => {
+  for (const folded of document.querySelectorAll("details")) folded.open = true;
 });
 if (P.sheet) {
   const sheet = new CSSStyleSheet(), {url, columns, side: pixels} = P.sheet;
@@ -521,7 +494,7 @@ if (P.sheet) {
 }
 document.getElementById("explorer").append(h("h2", {}, "Explore"), note(N < P.judged ?
   `${N} of the ${P.judged} judged samples, those that latents like most; all counts are of these. ` :
-  `All ${N} judged samples. `, "Arrow keys move on."), tools, h("div", {class: "split"}, side, detail),
-P.log.length ? training() : "");
+  `All ${N} judged samples. `, "Arrow keys move on."), tools,
+h("div", {class: "split"}, side, detail));
 render();
 })();
