@@ -857,7 +857,7 @@ def tell_summary(page, metrics, quiet=False, payload=None):
     page.text(f"{metrics['rows']} samples of the {metrics['split']} split", quiet)
     told = [name.strip() for name, *_ in summary(metrics)[1]]
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name])}</dd>"
-                   for name in told if name in MEANING)
+                   for name in told if name in MEANING and name not in HEADLINES)
     page.picture("", f"<details><summary>What the rows mean</summary><dl>{told}</dl></details>"
                  + WHY_BOTH_WAYS)
     if "recovery" in metrics:
