@@ -1093,6 +1093,22 @@ def latent_semantics(captions, known, longest=1, width=32):
     return (counts @ axes.T).astype(np.float32)
 
 
+def colour_and_texture(pixels):
+    """What pictures (N, h, w, 3) uint8 look like, by statistics alone, (N, 97) float32: means and
+    deviations of R, G, B; a histogram of 64 colours; and, at three scales, how strong edges are in
+    eight directions and how unequal."""
+    x, bins = pixels.astype(np.float32) / 255, pixels // 64
+    of = bins[..., 0] * 16 + bins[..., 1] * 4 + bins[..., 2]                     # (N, h, w)
+    counts = np.stack([np.bincount(one.ravel(), minlength=64) for one in of])
+    found, grey = [x.mean((1, 2)), x.std((1, 2)), np.sqrt(counts / of[0].size)], x.mean(3)
+    for step in (1, 2, 4):
+        down, across = np.gradient(grey[:, ::step, ::step], axis=(1, 2))
+        size, way = np.hypot(down, across), np.arctan2(down, across) % np.pi * 8 // np.pi
+        found += [(size * (way == d)).mean((1, 2))[:, None] for d in range(8)]
+        found.append(size.std((1, 2))[:, None])
+    return np.concatenate(found, 1, dtype=np.float32)
+
+
 # ---- Images, and DINO's crops of them (thesis 3.2.1; Caron et al. 2021, section 3) ---------------
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # mean and std of R, G, B in 0..1

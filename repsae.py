@@ -1,6 +1,6 @@
 """repsae: the command line, and the only module that knows the others.
 
-    python repsae.py sparc                      SPARC on made-up streams whose truth is known
+    python repsae.py sparc                      SPARC on pictures of drawn tissue
     python repsae.py sparc --data feats.npz     the same on features of your own (see data.py)
     python repsae.py sparc --help               every setting
 
@@ -94,7 +94,9 @@ PART = real(0., 1.)
 
 WHAT = {
     "data": (None, str, "features, an .npz or a folder of .npy (mil: bags); else a run's own, or "
-             "made-up streams"),
+             "--world"),
+    "world": ("tissue", ("tissue", "planted"), "made up without --data: pictures of drawn tissue "
+              "as three models see them, or streams whose concepts are planted"),
     "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
     "stream": (None, str, "the one stream to use, where there are several"),
     "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or nested as in Open Images'),
@@ -295,7 +297,7 @@ def command(spec, *positional):
     return enter
 
 
-DATA = "data streams taxonomy"
+DATA = "data world streams taxonomy"
 CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
 KINDS = "sparsity error bias expansion bandwidth theta warmup"
 STEPS = "epochs batch lr shuffle seed"
@@ -763,7 +765,7 @@ def resolved(flags, features, layers=()):
         if flags.preset != "thesis":
             raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
         layers |= THESIS
-    layers = {**(PLANTED if flags.data is None else {}), **layers}
+    layers = {**(PLANTED if flags.data is None and flags.world == "planted" else {}), **layers}
     if {"expansion", "latents"} <= flags.given:
         raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
                          "one of the two")
@@ -989,16 +991,38 @@ def read(flags):
     if flags.data is not None:
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
     else:
-        features = data.planted_streams(seed=flags.seed)
+        planted = flags.world == "planted"
+        features = data.planted_streams(seed=flags.seed) if planted else drawn_tissue(flags.seed)
         for s in names or ():
             if s not in features.streams:
                 raise InputError(f"the made-up data has no stream '{s}' - "
                                  f"it has {', '.join(features.streams)}")
         features.streams = {s: features.streams[s] for s in names or features.streams}
-        features.truth = {s: features.truth[s] for s in features.streams}
+        if planted:
+            features.truth = {s: features.truth[s] for s in features.streams}
     for note in features.notes:
         say_once("note: " + note)
     return features
+
+
+def drawn_tissue(seed, n=1200):
+    """Pictures of drawn tissue as three models see them that learn nothing: a ViT of random
+    weights, statistics of colour and texture, latent semantic analysis of the captions."""
+    say_once(f"drawing {n} pictures of tissue; --data takes features of your own")
+    made = data.tissue(n, seed=seed)
+    pixels, captions = made["pixels"], list(made["captions"])
+    torch.manual_seed(seed)
+    vit = ssm.make_backbone("vit_micro", size=64).eval()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+    with torch.no_grad():
+        seen = torch.cat([vit.features(part) for part in x.split(256)]).numpy()
+    words = data.latent_semantics(captions, np.flatnonzero(made["split"] == "train"))
+    return data.Features({"vit": seen, "colour": data.colour_and_texture(pixels), "words": words},
+                         labels=made["labels"], label_names=made["label_names"].tolist(),
+                         parents=made["parents"], split=made["split"], hash=f"tissue {n} {seed}",
+                         about={"images": pixels, "captions": made["captions"],
+                                "groups": made["groups"]})
 
 
 def read_to_train(flags, least=1):
@@ -1031,10 +1055,10 @@ class Coded:
     def __init__(self, run, flags, streams=None):
         if not os.path.exists(os.path.join(run, "config.json")):
             raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
-        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
-        own = {k: own[k] for k in ("data", "taxonomy", "seed")
-               if k in own and k in flags and k not in flags.given}
-        flags = flags.replaced({"taxonomy": None, **flags, **own})
+        own = read_config(run, ("data", "taxonomy", "seed", "world"))["flags"]
+        own = {k: own[k] for k in ("data", "taxonomy", "seed", "world")
+               if k in own and (k in flags or k == "world") and k not in flags.given}
+        flags = flags.replaced({"taxonomy": None, "world": "planted", **flags, **own})
         self.run, self.device = run, flags.device
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
         there = data.stream_names(flags.data) if flags.data else self.model.streams
@@ -1168,7 +1192,8 @@ def resolved_sae(flags, features):
     activation = flags.activation if typed else preset.get("activation", flags.activation)
     sae.one_of("activation", activation, sae.ACTIVATIONS)
     own = sae.ACTIVATIONS[activation]
-    planted = PLANTED_SAE.get(activation, {}) if flags.data is None else {}
+    known = flags.data is None and flags.world == "planted"
+    planted = PLANTED_SAE.get(activation, {}) if known else {}
     layers = {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, **planted,
               **preset, "activation": activation}
     flags = resolved(flags.replaced({"null": False}), features, layers)
@@ -1182,7 +1207,8 @@ def resolved_sae(flags, features):
 
 def one_stream(flags):
     """The features of --stream, every token a sample."""
-    stream = flags.stream or ("vision" if flags.data is None else None)
+    made_up = {"planted": "vision", "tissue": "vit"}[flags.world] if flags.data is None else None
+    stream = flags.stream or made_up
     features = read_to_train(flags.replaced({"streams": stream or flags.streams}))
     if len(features.streams) > 1:
         raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "

@@ -84,7 +84,7 @@ def test_the_report_is_one_file_without_links_and_with_its_strings_escaped(finis
 
 
 def test_the_null_finds_no_pairs_alone_but_nearly_all_of_them_jointly(tmp_path, capsys):
-    run("sparc", "--epochs", 15, "--out", tmp_path / "r")
+    run("sparc", "--world", "planted", "--epochs", 15, "--out", tmp_path / "r")
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
 
     def r1(block):
