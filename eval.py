@@ -1102,7 +1102,7 @@ def explorer(features, rows, runs, most):
     while True:
         some = np.sort(order[:most])
         told = {**_shown_samples(features, rows[some], picture), "judged": len(rows),
-                "runs": [{"name": name, **_shown_run(run, rows, some)}
+                "runs": [{"name": name, **_shown_run(run, rows, some, EDIT_NUMBERS // len(runs))}
                          for name, run in runs.items()]}
         size = len(json.dumps(told))
         if size <= PAGE_BYTES or len(some) < 2:
@@ -1133,9 +1133,9 @@ def _shown_samples(features, rows, picture):
     return out
 
 
-def _shown_run(run, rows, some):
-    """A run of `explorer`: codes of the samples `some` of `rows`, and what edits need, where it is
-    small enough."""
+def _shown_run(run, rows, some, most):
+    """A run of `explorer`: codes of the samples `some` of `rows`, and what edits need, where that
+    is at most so many numbers."""
     D, codes, kept = run["dictionary"], {}, [run["codes"], run.get("places") or {}]
     for mode, of in run["codes"].items():                    # together they share their pattern
         groups = [list(of)] if mode == "joint" else [[s] for s in of]
@@ -1147,7 +1147,7 @@ def _shown_run(run, rows, some):
            "null": {mode: [_spread(code.data) for code in of.values()]
                     for mode, of in (run.get("null") or {}).items()}}
     numbers = (len(unit) + len(some)) * sum(v.shape[1] for v in D.values())
-    if numbers > EDIT_NUMBERS:
+    if numbers > most:
         return {**out, "edit": "Left out: the dictionaries and features that it needs would take "
                 f"{numbers * 8 / 3e6:.1f} MB of this page."}
     edit = {name: [packed(of[s]) for s in D] for name, of in (

@@ -2740,7 +2740,8 @@ def cmd_demo(flags):
 
 @command("json svg device", "what")
 def cmd_bench(flags):
-    """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`."""
+    """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`,
+    `page` (report.html at its largest)."""
     for name in ("svg", "json"):
         if flags[name] and not os.path.isdir(os.path.dirname(flags[name]) or "."):
             raise InputError(f"--{name} {flags[name]}: no such folder - make it first")
@@ -2842,7 +2843,7 @@ def add_command(subs, name, each):
                                help=text.replace("%", "%%") + note, **option)
 
 
-BENCHES = ("all", "sparc", "rows", "scan", "backbones")
+BENCHES = ("all", "sparc", "rows", "scan", "backbones", "page")
 
 
 def typed_settings(text, known):

@@ -152,8 +152,8 @@ function searched(run, j) {              // what "Find" looks in: name, labels, 
 
 // -- The address: all that is shown ----------------------------------------------------------------
 
-const OF_LIST = {run: "0", mode: "alone", sort: NAMES.length ? "purity" : "agreement", up: "",
-                 find: "", alive: "", label: "", more: "100"};
+const SEVERAL = P.runs[0].streams.length > 1 || !NAMES.length;
+const OF_LIST = {run: "0", mode: "alone", sort: SEVERAL ? "agreement" : "purity", up: "", find: "", alive: "", label: "", more: "100"};
 const DEFAULTS = {...OF_LIST, latent: "", sample: "", view: "", stream: "0", edit: ""};
 let A = DEFAULTS, list = [], listed = "";
 function address(changes) {              // "#..." of what is shown after these changes

@@ -7,6 +7,7 @@ parallel scan in plain PyTorch) compute what ours do: see test_repsae.
 import contextlib
 import ctypes
 import functools
+import itertools
 import multiprocessing
 import pathlib
 import statistics
@@ -19,12 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])
 import data
 import eval as judge
 import repsae
 import sae
 import ssm
+import test_page
 
 
 def status_mb(name):
@@ -351,7 +353,36 @@ def draw_backbones(found, svg):
     repsae.say(f"wrote {svg}")
 
 
-BENCHES = {"sparc": bench_sparc, "rows": bench_rows, "scan": bench_scan,
+def bench_page(device):
+    """The largest page that is promised: 2,000 samples, six streams, L 8192, k 64, with pictures."""
+    rng, n, L, k = np.random.default_rng(0), 2000, 8192, 64
+    labels = rng.integers(20, size=n)
+    features = data.Features(
+        {}, split=np.full(n, "test"), labels=labels, label_names=[f"label {c}" for c in range(20)],
+        about={"images": np.uint8(labels[:, None, None, None] * 12 + rng.integers(16, size=(n, 64, 64, 3))),
+               "captions": np.array([f"a caption of some words, number {i}" for i in range(n)])})
+    popular = rng.permutation(L) + rng.integers(L, size=(20, L)) // 2
+    codes = {"alone": {}, "joint": {}}
+    for mode, s in itertools.product(codes, range(6)):
+        score = popular[labels] + (rng.integers(L, size=(n, L)) if mode == "alone" else 0)
+        chosen = np.sort(np.argpartition(-score, k)[:, :k])
+        codes[mode][f"s{s}"] = judge.sparse_code(chosen, rng.gamma(2, size=(n, k)), L)
+    run = {"codes": codes, "dictionary": {s: rng.standard_normal((L, 64)) for s in codes["alone"]},
+           "bias": {}, "seen": None, "probe": None, "names": None}
+    page, began = judge.Page("the largest page"), time.perf_counter()
+    page.explore(judge.explorer(features, np.arange(n), {"": run}, n))
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "report.html")
+        page.write(lambda name: path)
+        figures = {"samples": len(page.payload["texts"]["captions"]), "MB": path.stat().st_size / 1e6,
+                   "s to write": time.perf_counter() - began, "s to open": None}
+        if test_page.CHROMIUM:
+            _, _, loaded = test_page.browse(path, ["latent=17"])
+            figures["s to open"] = loaded / 1000
+    yield "report.html at 2,000 samples, 6 streams, L 8192, k 64", {"page": figures}
+
+
+BENCHES = {"sparc": bench_sparc, "page": bench_page, "rows": bench_rows, "scan": bench_scan,
            "backbones": bench_backbones}
 
 
