@@ -39,14 +39,15 @@ function once(key, make) {               // what takes time is made when first a
 // -- Arrays ----------------------------------------------------------------------------------------
 
 function levels(packed) {                // whole numbers, as they were packed
-  packed.levels ||= new KINDS[packed.type](
-    Uint8Array.from(atob(packed.data), letter => letter.charCodeAt(0)).buffer);
+  if (!packed.levels) {
+    const text = atob(packed.data), bytes = new Uint8Array(text.length);
+    for (let p = 0; p < text.length; p++) bytes[p] = text.charCodeAt(p);
+    packed.levels = new KINDS[packed.type](bytes.buffer);
+  }
   return packed.levels;
 }
-function numbers(packed) {
-  packed.numbers ||= Float32Array.from(levels(packed), v => v * (packed.scale || 1));
-  return packed.numbers;
-}
+const scaled = (whole, scale) => new Float32Array(whole).map(v => v * (scale || 1));
+const numbers = packed => packed.numbers ||= scaled(levels(packed), packed.scale);
 // A sparse matrix by rows: entries start[i] .. start[i + 1] of row i, each of a column `at`.
 function sparse(group, part, places) {
   const lengths = levels(group.lengths), gaps = levels(group.gaps), all = levels(group.values[part]);
@@ -64,7 +65,7 @@ function sparse(group, part, places) {
     }
     start[i + 1] = to;
   });
-  const scale = group.values[part].scale || 1, value = Float32Array.from(level, v => v * scale);
+  const value = scaled(level, group.values[part].scale);
   return {start, at: at.subarray(0, to), level, place, value};
 }
 // The same by columns, greatest values first, ties to the lower row: by two counting sorts.
@@ -77,9 +78,13 @@ function turned(m, width) {
   for (let i = 0; i + 1 < m.start.length; i++) row.fill(i, m.start[i], m.start[i + 1]);
   for (let e = 0; e < n; e++) start[m.at[e] + 1]++;
   for (let j = 0; j < width; j++) start[j + 1] += start[j];
-  const next = start.slice();
-  for (const e of order) source[next[m.at[e]]++] = e;
-  return {start, at: source.map(e => row[e]), value: Float32Array.from(source, e => m.value[e]),
+  const next = start.slice(), value = new Float32Array(n);
+  for (let o = 0; o < n; o++) {
+    const e = order[o], to = next[m.at[e]]++;
+    source[to] = e;
+    value[to] = m.value[e];
+  }
+  return {start, at: source.map(e => row[e]), value,
           place: m.place.length ? source.map(e => m.place[e]) : m.place};
 }
 const slice = (m, n, name, most = Infinity) =>
