@@ -31,26 +31,21 @@ const note = (...words) => h("p", {class: "note"}, ...words);
 const best = (values, n, up = 1) => [...values.keys()].filter(k => values[k] !== null)
   .sort((a, b) => up * (values[b] - values[a]) || a - b).slice(0, n);
 const cached = new Map();
-function once(key, make) {               // what takes time is made when first asked for
-  if (!cached.has(key)) cached.set(key, make());
-  return cached.get(key);
-}
+const once = (key, make) =>               // what takes time is made when first asked for
+  cached.has(key) ? cached.get(key) : cached.set(key, make()).get(key);
 
-// -- Arrays ----------------------------------------------------------------------------------------
-
+// -- Arrays ---------------------------------------------------------------------------------------
 function levels(packed) {                // whole numbers, as they were packed
-  if (!packed.levels) {
-    const text = atob(packed.data), bytes = new Uint8Array(text.length);
-    for (let p = 0; p < text.length; p++) bytes[p] = text.charCodeAt(p);
-    packed.levels = new KINDS[packed.type](bytes.buffer);
-  }
-  return packed.levels;
+  if (packed.levels) return packed.levels;
+  const text = atob(packed.data), bytes = new Uint8Array(text.length);
+  for (let p = 0; p < text.length; p++) bytes[p] = text.charCodeAt(p);
+  return packed.levels = new KINDS[packed.type](bytes.buffer);
 }
 const scaled = (whole, scale) => new Float32Array(whole).map(v => v * (scale || 1));
 const numbers = packed => packed.numbers ||= scaled(levels(packed), packed.scale);
 // A sparse matrix by rows: entries start[i] .. start[i + 1] of row i, each of a column `at`.
 function sparse(group, part, places) {
-  const lengths = levels(group.lengths), gaps = levels(group.gaps), all = levels(group.values[part]);
+  const [lengths, gaps, all] = [group.lengths, group.gaps, group.values[part]].map(levels);
   const start = new Uint32Array(lengths.length + 1), at = new Uint32Array(all.length);
   const level = new Uint16Array(all.length), place = new Uint16Array(places ? all.length : 0);
   let p = 0, from = 0, to = 0;
@@ -105,16 +100,15 @@ function codes(run, mode) {              // of each stream: `samples` (N, L) and
   }));
 }
 
-// -- Numbers of latents and of samples -------------------------------------------------------------
-
+// -- Numbers of latents and of samples ------------------------------------------------------------
 function profile(m, j, counts) {         // adds the labels of its top samples; returns their number
   const known = slice(m, j, "at").filter(i => KNOWN[i]).subarray(0, TOP);
   for (const i of known) for (const c of labelsOf(i)) counts[c]++;
   return known.length;
 }
 // How alike streams that chose alone are, for every latent over samples (of "latents") or every
-// sample over latents: sum of minima / sum of maxima, each stream's activations scaled to sum 1, the
-// mean over pairs of streams. null where fewer than two have enough of them.
+// sample over latents: sum of minima / sum of maxima, activations scaled to sum 1, the mean over
+// pairs of streams; null where fewer than two have enough of them.
 function agreement(run, of) {
   return once(`${run.name} ${of} agreement`, () => {
     const streams = codes(run, "alone").map(one => one[of]), least = of === "latents" ? FEWEST : 1;
@@ -155,30 +149,25 @@ function searched(run, j) {              // what "Find" looks in: name, labels, 
       i => `${told(i)} ${caption(i)}`))].join("\n").toLowerCase());
 }
 
-// -- The address: all that is shown ----------------------------------------------------------------
-
+// -- The address: all that is shown ---------------------------------------------------------------
 const SEVERAL = P.runs[0].streams.length > 1 || !NAMES.length;
-const OF_LIST = {run: "0", mode: "alone", sort: SEVERAL ? "agreement" : "purity", up: "", find: "", alive: "", label: "", more: "100"};
+const OF_LIST = {run: "0", mode: "alone", sort: SEVERAL ? "agreement" : "purity", up: "", find: "",
+                 alive: "", label: "", more: "100"};
 const DEFAULTS = {...OF_LIST, latent: "", sample: "", view: "", stream: "0", edit: ""};
 let A = DEFAULTS, list = [], listed = "";
-function address(changes) {              // "#..." of what is shown after these changes
-  const all = Object.entries({...A, ...changes}).filter(([k, v]) => String(v) !== DEFAULTS[k]);
-  return `#${new URLSearchParams(all)}`;
-}
+const address = changes => `#${new URLSearchParams(        // of what is shown after these changes
+  Object.entries({...A, ...changes}).filter(([k, v]) => String(v) !== DEFAULTS[k]))}`;
 const go = changes => { location.hash = address(changes); };
 const beside = changes => address({latent: "", sample: "", view: "", edit: "", ...changes});
 
-// -- Pieces ----------------------------------------------------------------------------------------
-
+// -- Pieces ---------------------------------------------------------------------------------------
 function picture(i, place) {             // its part of the sheet, or the name of one that is lost
-  const {lost, columns} = P.sheet, [height, width] = P.grid || [1, 1], frame = h("i");
+  const {lost, columns} = P.sheet, [height, width] = P.grid || [1, 1], down = Math.floor(i / columns);
   if (lost[i] !== undefined) return h("span", {class: "words"}, lost[i]);
-  const thumb = h("span", {class: "thumb", role: "img", "aria-label": told(i)}, place ? frame : "");
-  thumb.style.backgroundPosition = `${-56 * (i % columns)}px ${-56 * Math.floor(i / columns)}px`;
-  frame.style.inset = `${100 * Math.floor((place - 1) / width) / height}% auto auto ` +
-    `${100 * ((place - 1) % width) / width}%`;
-  Object.assign(frame.style, {width: `${100 / width}%`, height: `${100 / height}%`});
-  return thumb;
+  const frame = place && h("i", {style: `width:${100 / width}%;height:${100 / height}%;left:${
+    100 / width * ((place - 1) % width)}%;top:${100 / height * Math.floor((place - 1) / width)}%`});
+  return h("span", {class: "thumb", role: "img", "aria-label": told(i), style:
+    `background-position:${-56 * (i % columns)}px ${-56 * down}px`}, frame || "");
 }
 function card(i, stream, words, place, mark) {
   const textual = !P.sheet || /txt|text|words|caption/i.test(stream) && caption(i);
@@ -192,11 +181,10 @@ const streamed = (name, words, ...all) => h("section", {class: "stream", "data-s
   h("h4", {}, name, h("small", {}, words)), ...all);
 const chip = (run, j, words) => h("a", {href: beside({latent: j}), class: "chip"}, h("b", {}, j),
   ` ${latentTable(run, A.mode)[j].name} `, h("small", {}, words));
-function meter(share, words) {
-  const bar = h("span", {class: "meter"});
-  bar.style.width = `${Math.min(100, 100 * share)}%`;
-  return [bar, h("small", {}, words)];
-}
+const meter = (share, words) => [h("span", {class: "meter", style: `width:${
+  Math.min(100, 100 * share)}%`}), h("small", {}, words)];
+const shares = rows => h("dl", {class: "profile"}, rows.map(([c, share, words]) =>
+  [h("dt", {title: NAMES[c]}, NAMES[c]), h("dd", {}, meter(share, words))]));
 function binned(values, top, n) {
   const bins = new Array(n).fill(0);
   for (const v of values) bins[Math.min(n - 1, Math.floor(v / top * n))]++;
@@ -228,8 +216,7 @@ function spark(run, j) {                 // the same in the list, all streams to
            h("path", {d: bins.map(line).join("")}));
 }
 
-// -- The list --------------------------------------------------------------------------------------
-
+// -- The list -------------------------------------------------------------------------------------
 const COLUMNS = {                        // key: heading, what it says, text of a cell
   j: ["latent", "its number, and the label of most of its top samples"],
   frequency: ["active", "share of samples and streams where it is active", percent],
@@ -239,18 +226,16 @@ const COLUMNS = {                        // key: heading, what it says, text of 
   alive: ["alive", "in how many streams it is ever active", String]};
 
 function filtered(run) {
-  const words = A.find.toLowerCase(), M = run.streams.length, none = -1e9, key = l => l[A.sort] ?? none;
+  const words = A.find.toLowerCase(), M = run.streams.length, way = A.up ? 1 : -1;
+  const key = l => l[A.sort] ?? way * 1e9;                       // what has none comes last
   const lives = {all: n => n === M, some: n => n && n < M, one: n => n === 1}[A.alive] || (n => n);
   return latentTable(run, A.mode).filter(l => lives(l.alive) &&
     (!words || searched(run, l.j).includes(words)) && (!A.label || l.label === Number(A.label)))
-    .sort((a, b) => (key(a) === none) - (key(b) === none) ||
-      (A.up ? 1 : -1) * (key(a) - key(b)) || b.frequency - a.frequency || a.j - b.j);
+    .sort((a, b) => way * (key(a) - key(b)) || b.frequency - a.frequency || a.j - b.j);
 }
-function choose(name, label, options) {
-  return h("label", {}, label, h("select", {name, onchange: e => go({[name]: e.target.value})},
-    options.map(([value, text]) =>
-      h("option", {value, selected: A[name] === String(value) ? "" : null}, text))));
-}
+const choose = (name, label, options) => h("label", {}, label, h("select", {name, onchange: e =>
+  go({[name]: e.target.value})}, options.map(([value, text]) =>
+  h("option", {value, selected: A[name] === String(value) ? "" : null}, text))));
 function heading(k) {
   const arrow = A.sort !== k ? "" : A.up ? " ↑" : " ↓", up = arrow === " ↓" ? "1" : "";
   return h("th", {class: k, "aria-sort": arrow ? A.up ? "ascending" : "descending" : null},
@@ -275,9 +260,8 @@ function listView(run) {
       h("a", {class: "more", href: address({more: Number(A.more) + 400})}, "show more") : null)];
 }
 
-// -- A latent --------------------------------------------------------------------------------------
-
-function firesWith(run, j) {             // [latent, samples and streams of both / of either], best 6
+// -- A latent -------------------------------------------------------------------------------------
+function firesWith(run, j) {             // [latent, samples of both / of either], the best 6
   const both = new Uint32Array(run.latents), streams = codes(run, A.mode);
   const size = k => total(streams.map(one => count(one.latents, k)));
   for (const {latents, samples} of streams) {
@@ -295,8 +279,7 @@ function latentStream(run, j, {name, latents: m}, s) {
   return streamed(name, ` ${n} of ${N} samples`, h("div", {}, some(0, 8),
     n > middle ? h("small", {}, "middling") : null, some(middle, middle + 6)),
   h("div", {}, histogram(values, (run.null[A.mode] || [])[s], name),
-    h("dl", {class: "profile", title: `labels of its ${used} top samples`}, best(counts, 5).filter(
-      c => counts[c]).map(c => [h("dt", {}, NAMES[c]), h("dd", {}, meter(counts[c] / used, counts[c]))]))));
+    shares(best(counts, 5).filter(c => counts[c]).map(c => [c, counts[c] / used, counts[c]]))));
 }
 function latentView(run, j) {
   const l = latentTable(run, A.mode)[j], near = levels(run.near), width = near.length / run.latents;
@@ -312,16 +295,16 @@ function latentView(run, j) {
       near.subarray(j * width, (j + 1) * width)).filter(k => k !== j).map(k => chip(run, k, "")))];
 }
 
-// -- A sample --------------------------------------------------------------------------------------
-
+// -- A sample -------------------------------------------------------------------------------------
 function partners(run, i, s) {           // what its code in stream s is nearest to in the others
-  const streams = codes(run, A.mode), own = streams[s].samples, query = new Float64Array(run.latents);
+  const streams = codes(run, A.mode), query = new Float64Array(run.latents);
+  const own = streams[s].samples, length = Math.hypot(...slice(own, i, "value"));
   slice(own, i, "at").forEach((j, e) => { query[j] = slice(own, i, "value")[e]; });
   return streams.filter((_, t) => t !== s).map(({name, samples: m}) => {
     const similar = Float64Array.from(ROWS, (_, k) => {
       const at = slice(m, k, "at"), values = slice(m, k, "value");
       const dot = values.reduce((sum, v, e) => sum + v * query[at[e]], 0);
-      return dot / Math.max(1e-24, Math.hypot(...slice(own, i, "value")) * Math.hypot(...values));
+      return dot / Math.max(1e-24, length * Math.hypot(...values));
     });
     const rank = similar.filter(v => v >= similar[i]).length;      // ties count against it
     return streamed(name, ` true partner: rank ${rank} of ${N}, cosine ${shown(similar[i])}`,
@@ -354,8 +337,7 @@ function sampleView(run, i) {
     h("h4", {}, "Edit its code"), editor(run, i, s)];
 }
 
-// -- Editing: exact, since decoding is linear, x = b + sum over latents of v_j W_j (Eq. 10-12) -----
-
+// -- Editing: exact, since decoding is linear, x = b + sum over latents of v_j W_j (Eq. 10-12) ----
 function decoded({W, b}, t, code) {
   const rows = numbers(W[t]), x = Float64Array.from(numbers(b[t])), d = x.length;
   for (const [j, v] of code) for (let n = 0; n < d; n++) x[n] += v * rows[j * d + n];
@@ -380,8 +362,7 @@ function editedStream(edit, t, name, own, changed) {
   const [before, after] = edit.probe ? [was, now].map(x => probed(edit, t, x)) : [[], []];
   return streamed(name, "", cards(best(similar, 6).map(k =>
     card(k, name, shown(similar[k]), 0, first.includes(k) ? "" : "new"))),
-  h("dl", {class: "profile"}, best(after, 4).map(c => [h("dt", {}, NAMES[c]), h("dd", {},
-    meter(after[c], `${shown(after[c])} (was ${shown(before[c])})`))])));
+  shares(best(after, 4).map(c => [c, after[c], `${shown(after[c])} (was ${shown(before[c])})`])));
 }
 function editor(run, i, s) {
   if (typeof run.edit === "string") return note(run.edit);
@@ -392,12 +373,11 @@ function editor(run, i, s) {
   const most = j => count(latents, j) ? latents.value[latents.start[j]] : 1;
   const show = () => results.replaceChildren(...run.streams.map((name, t) =>
     editedStream(run.edit, t, name, own, changed)));
-  const set = (j, v) => { A.edit = [...changed.set(j, v)].map(pair => pair.join(":")).join(); };
   const slider = j => {
     const value = changed.get(j) ?? own.get(j), out = h("output", {}, shown(value));
     return h("label", {}, chip(run, j, ""), out, h("input", {type: "range", min: 0, step: "any",
       max: 2 * most(j), value, "aria-label": `latent ${j}`, oninput: e => {
-        set(j, Number(e.target.value));
+        A.edit = [...changed.set(j, Number(e.target.value))].map(pair => pair.join(":")).join();
         out.textContent = shown(changed.get(j));
         history.replaceState(null, "", address({}));
         show();
@@ -405,18 +385,16 @@ function editor(run, i, s) {
   };
   const strongest = best([...own.values()], 10).map(n => [...own.keys()][n]);
   show();
-  return [note(`What the code of ${run.streams[s]} decodes to in every stream: the samples nearest ` +
-    "to it by cosine, and what a linear probe of the labels makes of it. At 0 a latent is silent. ",
+  return [note(`What the code of ${run.streams[s]} decodes to in every stream: the samples ` +
+    "nearest to it by cosine, and what a linear probe of the labels makes of it. ",
   h("a", {href: address({edit: ""})}, "undo all")), h("label", {}, "add latent ", h("input", {
-    type: "number", min: 0, max: run.latents - 1, onchange: e => {
-      set(Number(e.target.value), most(Number(e.target.value)));
-      go({});
-    }})), h("div", {class: "sliders"}, [...new Set([...strongest, ...changed.keys()])].map(slider)),
+    type: "number", min: 0, max: run.latents - 1, onchange: e => go({edit: [A.edit, [e.target.value,
+      most(Number(e.target.value))].join(":")].filter(Boolean).join()})})),
+  h("div", {class: "sliders"}, Array.from(new Set([...strongest, ...changed.keys()]), slider)),
   results];
 }
 
-// -- Where streams differ (thesis 6.5.1), and all samples ------------------------------------------
-
+// -- Where streams differ (thesis 6.5.1), and all samples -----------------------------------------
 function disagreements(run) {
   const [ofLatents, ofSamples] = ["latents", "samples"].map(of => agreement(run, of));
   return [h("h3", {}, "Disagreements"), note("Overlap between streams that chose alone, over all " +
@@ -429,62 +407,56 @@ function disagreements(run) {
         Array.from(slice(latents, j, "at", 5), i => card(i, name, ""))))))];
 }
 function samplesView() {
-  const found = [...ROWS.keys()].filter(i =>
-    `${told(i)} ${caption(i)}`.toLowerCase().includes(A.find.toLowerCase()));
+  const words = A.find.toLowerCase(), found = [...ROWS.keys()].filter(i =>
+    `${told(i)} ${caption(i)}`.toLowerCase().includes(words));
   return [h("h3", {}, "Samples"), note(`${found.length} of ${N}`),
     cards(found.slice(0, 240).map(i => card(i, "", told(i))))];
 }
 
-// -- All of it -------------------------------------------------------------------------------------
-
+// -- All of it ------------------------------------------------------------------------------------
 const tools = h("div", {class: "tools"}), detail = h("article", {"aria-label": "What is chosen"});
 const side = h("section", {class: "side", "aria-label": "List of latents"});
-const VIEWS = {latents: "Latents", samples: "Samples", disagreements: "Disagreements"};
-
 function view(run, name, j) {            // what stands beside the list
   const i = ROWS.indexOf(Number(A.sample));
   if (name === "disagreements") return disagreements(run);
   if (name === "samples") return A.sample === "" ? samplesView() : i < 0 ?
     [note(`Sample ${A.sample} is not on this page.`)] : sampleView(run, i);
-  return j < run.latents ? latentView(run, j) : [note(`There is no latent ${A.latent}.`)];
+  return latentTable(run, A.mode)[j] ? latentView(run, j) : [note(`There is no latent ${A.latent}.`)];
 }
 function render() {
   A = {...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1)))};
-  const run = P.runs[A.run] || P.runs[0], modes = Object.keys(run.codes).sort();
-  if (!run.codes[A.mode]) A.mode = "alone";
+  const run = P.runs[Number(A.run)] || P.runs[0], modes = Object.keys(run.codes).sort();
+  if (!modes.includes(A.mode)) A.mode = "alone";
   const wanted = Object.keys(OF_LIST).map(k => A[k]).join();
   if (wanted !== listed) side.replaceChildren(...listView(run));
   listed = wanted;
   const name = A.sample === "" ? A.view || "latents" : "samples";
   const j = A.latent === "" && list.length ? list[0].j : Number(A.latent);
   const tab = (text, here, href) => h("a", {href, "aria-current": here ? "true" : null}, text);
-  tools.replaceChildren(h("nav", {"aria-label": "Views"}, Object.entries(VIEWS).slice(
-    0, run.streams.length > 1 ? 3 : 2).map(([key, text]) =>
-    tab(text, name === key, beside({view: key === "latents" ? "" : key})))),
-  h("nav", {"aria-label": "Who chose the latents"}, modes.map(mode =>
-    tab(mode, A.mode === mode, address({mode, edit: ""})))),
+  const views = ["latents", "samples", ...run.streams.length > 1 ? ["disagreements"] : []];
+  tools.replaceChildren(h("nav", {"aria-label": "Views"}, views.map(key =>
+    tab(key, name === key, beside({view: key === "latents" ? "" : key})))), h("nav", {"aria-label": "Who chose the latents"},
+    modes.map(mode => tab(mode, A.mode === mode, address({mode, edit: ""})))),
   P.runs.length > 1 ? choose("run", "Configuration ", P.runs.map((one, r) => [r, one.name])) : "");
   for (const row of side.querySelectorAll("tr[data-latent]")) {
     const here = name === "latents" && Number(row.dataset.latent) === j;
-    row.classList.toggle("here", here);
-    row.querySelector("a").toggleAttribute("aria-current", here);
+    row.toggleAttribute("aria-current", here);
   }
   detail.replaceChildren(...view(run, name, j).flat(9));
 }
 addEventListener("keydown", e => {       // to the next or the last latent of the list, or sample
   const step = {ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1}[e.key];
   if (!step || e.ctrlKey || e.metaKey || e.altKey || /INPUT|SELECT/.test(e.target.tagName)) return;
-  const all = A.sample !== "" ? [...ROWS] : list.map(l => l.j), now = A.sample || A.latent;
-  const at = (now === "" ? 0 : all.indexOf(Number(now))) + step;
+  const all = A.sample ? [...ROWS] : list.map(l => l.j), now = A.sample || A.latent;
+  const at = (now ? all.indexOf(Number(now)) : 0) + step;
   e.preventDefault();
-  if (at < 0 || at >= all.length) return;
-  go(A.sample !== "" ? {sample: all[at], edit: ""} :
+  if (at in all) go(A.sample ? {sample: all[at], edit: ""} :
     {latent: all[at], view: "", more: Math.max(A.more, at + 1)});
 });
 addEventListener("hashchange", () => {
   const before = A.latent + A.sample + A.view;
   render();
-  const row = side.querySelector("tr.here");
+  const row = side.querySelector("tr[aria-current]");
   if (row) row.scrollIntoView({block: "nearest"});
   if (innerWidth < 960 && before !== A.latent + A.sample + A.view) detail.scrollIntoView();
 });
@@ -492,13 +464,11 @@ addEventListener("beforeprint", () => {
   for (const folded of document.querySelectorAll("details")) folded.open = true;
 });
 if (P.sheet) {
-  const sheet = new CSSStyleSheet(), {url, columns, side: pixels} = P.sheet;
-  sheet.insertRule(`.thumb{background:url("${url}");background-size:${56 * columns}px;` +
-                   `image-rendering:${pixels < 24 ? "pixelated" : "auto"}}`);
-  document.adoptedStyleSheets = [sheet];
+  document.head.append(h("style", {}, `.thumb { background: url("${P.sheet.url}"); background-size: ${
+    56 * P.sheet.columns}px; image-rendering: ${P.sheet.side < 24 ? "pixelated" : "auto"}; }`));
 }
 document.getElementById("explorer").append(h("h2", {}, "Explore"), note(N < P.judged ?
-  `${N} of the ${P.judged} judged samples, those that latents like most; all counts are of these. ` :
+  `${N} of ${P.judged} judged samples, those that latents like most; all counts are of these. ` :
   `All ${N} judged samples. `, "Arrow keys move on."), tools,
 h("div", {class: "split"}, side, detail));
 render();

@@ -27,7 +27,7 @@ function facts() {
   const page = frame.contentDocument, all = (root, what) => [...root.querySelectorAll(what)];
   const text = what => page.querySelector(what) && page.querySelector(what).textContent;
   return {list: all(page, "tr[data-latent]").map(row => Number(row.dataset.latent)),
-    chosen: text("tr.here b"), heading: text("article h3"), article: text("article"), count: text(".side .note"),
+    chosen: text("tr[aria-current] b"), heading: text("article h3"), article: text("article"), count: text(".side .note"),
     cells: Object.fromEntries(all(page, "tr[data-latent]").map(row => [row.dataset.latent,
       Object.fromEntries(all(row, "td[class]").map(cell => [cell.className, cell.textContent]))])),
     odd: all(page, "#odd .card").map(card => Number(card.dataset.row)),
