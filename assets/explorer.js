@@ -66,21 +66,21 @@ function sparse(group, part, places) {
 // The same by columns, greatest values first, ties to the lower row: by two counting sorts.
 function turned(m, width) {
   const n = m.at.length, below = new Uint32Array(65538), order = new Uint32Array(n);
-  const row = new Uint32Array(n), start = new Uint32Array(width + 1), source = new Uint32Array(n);
+  const row = new Uint32Array(n), start = new Uint32Array(width + 1), at = new Uint32Array(n);
   for (let e = 0; e < n; e++) below[65537 - m.level[e]]++;
   for (let v = 1; v < below.length; v++) below[v] += below[v - 1];
   for (let e = 0; e < n; e++) order[below[65536 - m.level[e]]++] = e;
   for (let i = 0; i + 1 < m.start.length; i++) row.fill(i, m.start[i], m.start[i + 1]);
   for (let e = 0; e < n; e++) start[m.at[e] + 1]++;
   for (let j = 0; j < width; j++) start[j + 1] += start[j];
-  const next = start.slice(), value = new Float32Array(n);
+  const next = start.slice(), value = new Float32Array(n), place = m.place.slice();
   for (let o = 0; o < n; o++) {
     const e = order[o], to = next[m.at[e]]++;
-    source[to] = e;
+    at[to] = row[e];
     value[to] = m.value[e];
+    if (place.length) place[to] = m.place[e];
   }
-  return {start, at: source.map(e => row[e]), value,
-          place: m.place.length ? source.map(e => m.place[e]) : m.place};
+  return {start, at, value, place};
 }
 const slice = (m, n, name, most = Infinity) =>
   m[name].subarray(m.start[n], Math.min(m.start[n + 1], m.start[n] + most));
@@ -143,11 +143,10 @@ function latentTable(run, mode) {
             name: run.names[j] || (named ? NAMES[label] : "")};
   }));
 }
-function searched(run, j) {              // what "Find" looks in: name, labels, captions of the top
-  return once(`${run.name} ${j} text`, () => [j, latentTable(run, "alone")[j].name,
-    ...codes(run, "alone").flatMap(one => Array.from(slice(one.latents, j, "at", 8),
-      i => `${told(i)} ${caption(i)}`))].join("\n").toLowerCase());
-}
+// What "Find" looks in: a latent's name, and labels and captions of its top samples.
+const searched = (run, j) => once(`${run.name} ${j} text`, () => [latentTable(run, "alone")[j].name,
+  ...codes(run, "alone").flatMap(one => Array.from(slice(one.latents, j, "at", 8),
+    i => `${told(i)} ${caption(i)}`))].join("\n").toLowerCase());
 
 // -- The address: all that is shown ---------------------------------------------------------------
 const SEVERAL = P.runs[0].streams.length > 1 || !NAMES.length;
@@ -162,12 +161,12 @@ const beside = changes => address({latent: "", sample: "", view: "", edit: "", .
 
 // -- Pieces ---------------------------------------------------------------------------------------
 function picture(i, place) {             // its part of the sheet, or the name of one that is lost
-  const {lost, columns} = P.sheet, [height, width] = P.grid || [1, 1], down = Math.floor(i / columns);
+  const {lost, columns} = P.sheet, [height, width] = P.grid || [1, 1];
   if (lost[i] !== undefined) return h("span", {class: "words"}, lost[i]);
   const frame = place && h("i", {style: `width:${100 / width}%;height:${100 / height}%;left:${
     100 / width * ((place - 1) % width)}%;top:${100 / height * Math.floor((place - 1) / width)}%`});
   return h("span", {class: "thumb", role: "img", "aria-label": told(i), style:
-    `background-position:${-56 * (i % columns)}px ${-56 * down}px`}, frame || "");
+    `background-position:${-56 * (i % columns)}px ${-56 * Math.floor(i / columns)}px`}, frame || "");
 }
 function card(i, stream, words, place, mark) {
   const textual = !P.sheet || /txt|text|words|caption/i.test(stream) && caption(i);
@@ -369,7 +368,7 @@ function editor(run, i, s) {
   const {samples: m, latents} = codes(run, A.mode)[s], results = h("div", {id: "edited"});
   const own = new Map(Array.from(slice(m, i, "at"), (j, e) => [j, slice(m, i, "value")[e]]));
   const changed = new Map(A.edit.split(",").map(v => v.split(":").map(Number)).filter(
-    ([j, v]) => j < run.latents && isFinite(v)));
+    ([j, v]) => latentTable(run, A.mode)[j] && isFinite(v)));
   const most = j => count(latents, j) ? latents.value[latents.start[j]] : 1;
   const show = () => results.replaceChildren(...run.streams.map((name, t) =>
     editedStream(run.edit, t, name, own, changed)));
@@ -421,7 +420,8 @@ function view(run, name, j) {            // what stands beside the list
   if (name === "disagreements") return disagreements(run);
   if (name === "samples") return A.sample === "" ? samplesView() : i < 0 ?
     [note(`Sample ${A.sample} is not on this page.`)] : sampleView(run, i);
-  return latentTable(run, A.mode)[j] ? latentView(run, j) : [note(`There is no latent ${A.latent}.`)];
+  return latentTable(run, A.mode)[j] ? latentView(run, j) :
+    [note(`There is no latent ${A.latent}.`)];
 }
 function render() {
   A = {...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1)))};
@@ -435,8 +435,8 @@ function render() {
   const tab = (text, here, href) => h("a", {href, "aria-current": here ? "true" : null}, text);
   const views = ["latents", "samples", ...run.streams.length > 1 ? ["disagreements"] : []];
   tools.replaceChildren(h("nav", {"aria-label": "Views"}, views.map(key =>
-    tab(key, name === key, beside({view: key === "latents" ? "" : key})))), h("nav", {"aria-label": "Who chose the latents"},
-    modes.map(mode => tab(mode, A.mode === mode, address({mode, edit: ""})))),
+    tab(key, name === key, beside({view: key === "latents" ? "" : key})))), 
+  h("nav", {"aria-label": "Who chose the latents"}, modes.map(mode => tab(mode, A.mode === mode, address({mode, edit: ""})))),
   P.runs.length > 1 ? choose("run", "Configuration ", P.runs.map((one, r) => [r, one.name])) : "");
   for (const row of side.querySelectorAll("tr[data-latent]")) {
     const here = name === "latents" && Number(row.dataset.latent) === j;
@@ -460,12 +460,12 @@ addEventListener("hashchange", () => {
   if (row) row.scrollIntoView({block: "nearest"});
   if (innerWidth < 960 && before !== A.latent + A.sample + A.view) detail.scrollIntoView();
 });
-addEventListener("beforeprint", () => {
-  for (const folded of document.querySelectorAll("details")) folded.open = true;
-});
+addEventListener("beforeprint", () =>
+  document.querySelectorAll("details").forEach(folded => { folded.open = true; }));
 if (P.sheet) {
-  document.head.append(h("style", {}, `.thumb { background: url("${P.sheet.url}"); background-size: ${
-    56 * P.sheet.columns}px; image-rendering: ${P.sheet.side < 24 ? "pixelated" : "auto"}; }`));
+  document.head.append(h("style", {}, `.thumb { background: url("${P.sheet.url}"); ` +
+    `background-size: ${56 * P.sheet.columns}px; ` +
+    `image-rendering: ${P.sheet.side < 24 ? "pixelated" : "auto"}; }`));
 }
 document.getElementById("explorer").append(h("h2", {}, "Explore"), note(N < P.judged ?
   `${N} of ${P.judged} judged samples, those that latents like most; all counts are of these. ` :
