@@ -166,7 +166,8 @@ function picture(i, place) {             // its part of the sheet, or the name o
   const frame = place && h("i", {style: `width:${100 / width}%;height:${100 / height}%;left:${
     100 / width * ((place - 1) % width)}%;top:${100 / height * Math.floor((place - 1) / width)}%`});
   return h("span", {class: "thumb", role: "img", "aria-label": told(i), style:
-    `background-position:${-56 * (i % columns)}px ${-56 * Math.floor(i / columns)}px`}, frame || "");
+    `background-position:${-56 * (i % columns)}px ${-56 * Math.floor(i / columns)}px`},
+  frame || "");
 }
 function card(i, stream, words, place, mark) {
   const textual = !P.sheet || /txt|text|words|caption/i.test(stream) && caption(i);
@@ -435,8 +436,9 @@ function render() {
   const tab = (text, here, href) => h("a", {href, "aria-current": here ? "true" : null}, text);
   const views = ["latents", "samples", ...run.streams.length > 1 ? ["disagreements"] : []];
   tools.replaceChildren(h("nav", {"aria-label": "Views"}, views.map(key =>
-    tab(key, name === key, beside({view: key === "latents" ? "" : key})))), 
-  h("nav", {"aria-label": "Who chose the latents"}, modes.map(mode => tab(mode, A.mode === mode, address({mode, edit: ""})))),
+    tab(key, name === key, beside({view: key === "latents" ? "" : key})))),
+  h("nav", {"aria-label": "Who chose the latents"}, modes.map(mode =>
+    tab(mode, A.mode === mode, address({mode, edit: ""})))),
   P.runs.length > 1 ? choose("run", "Configuration ", P.runs.map((one, r) => [r, one.name])) : "");
   for (const row of side.querySelectorAll("tr[data-latent]")) {
     const here = name === "latents" && Number(row.dataset.latent) === j;
