@@ -138,7 +138,7 @@ MODEL = {
     "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
                "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
     "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
-    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
+    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 40 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
              "streams together, each for itself, both with the losses added (ours), or one stream "
              "drawn each step (Universal SAE)"),
