@@ -45,6 +45,8 @@ import numpy as np
 import scipy.ndimage
 import scipy.optimize
 import scipy.sparse as sp
+import scipy.sparse.linalg
+import scipy.special
 import scipy.stats
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -93,23 +95,21 @@ def label_counts(code, labels, top=TOP, known=None):
 
     labels (n, C) bool; known (n,) bool: which samples were labelled and so count, by default all.
     """
-    known = np.ones(len(labels), bool) if known is None else known
+    known = slice(None) if known is None else known
     best = top_samples(code[known], top)
     best.data[:] = 1
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
 
 
 def taxonomy_levels(label_names, parents):
-    """For every depth from 0 (root) to the deepest label: (C,) the node, a number, that each label
+    """For every depth from 0 (root) to the deepest label: (C,) the name of the node that each label
     is lifted to; one above that depth stays itself. parents: {name: its parent or None}, or None:
     then the labels are the one level."""
-    if not parents:
-        return [np.arange(len(label_names))]
-    paths, number = [[name] for name in label_names], {name: i for i, name in enumerate(parents)}
+    paths, parents = [[name] for name in label_names], parents or {}
     for path in paths:
-        while parents[path[0]] is not None:
+        while parents.get(path[0]) is not None:
             path.insert(0, parents[path[0]])
-    return [np.array([number[path[min(depth, len(path) - 1)]] for path in paths])
+    return [np.array([path[min(depth, len(path) - 1)] for path in paths])
             for depth in range(max(map(len, paths)))]
 
 
@@ -161,15 +161,13 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
     for s, code in codes.items():
         counts[s], n_top[s] = label_counts(code, labels, known=known)
         names[s], _ = concept_names(counts[s], n_top[s], label_names)
-        named[s] = sorted(name for name in names[s] if name is not None)
-    out = {"named": {s: len(v) for s, v in named.items()},
-           "latents_per_name": {s: dict(collections.Counter(v)) for s, v in named.items()}}
+        named[s] = collections.Counter(sorted(name for name in names[s] if name is not None))
+    out = {"named": {s: v.total() for s, v in named.items()}, "latents_per_name": named}
     if len(codes) > 1:
-        levels = taxonomy_levels(label_names, parents)
         depths = [jaccard({s: lift(c, level) for s, c in counts.items()}, n_top)
-                  for level in levels]
-        kept = ("jaccard", "jaccard_all", "control")
+                  for level in taxonomy_levels(label_names, parents)]
         alike = [v[0] is not None and len(set(v)) == 1 for v in zip(*names.values())]
+        kept = ("jaccard", "jaccard_all", "control")
         out.update(depths[-1], by_depth=[{k: d[k] for k in kept} for d in depths],
                    named_alike=sum(alike))
     return out
@@ -212,37 +210,19 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
     s != t. A code may pass it.
 
     train, test: {stream: (n, d)}, in the units that the model reconstructs. Ridge regression with
-    an intercept; its strength, relative to the mean eigenvalue, is the one that predicts every
-    tenth training row best from the other rows.
+    an intercept; its strength is the one that predicts every tenth training row best from the other
+    rows.
     """
     out = {t: {} for t in train}
-    for s in train if len(train) > 1 else ():
-        X, held = train[s].astype(np.float64), np.arange(len(train[s])) % 10 == 0
-        trial, full = _ridge(X[~held]), _ridge(X)
-        for t in (t for t in train if t != s):
-            Y, truth = train[t].astype(np.float64), test[t].astype(np.float64)
-            errors = [((X[held] @ W + b - Y[held]) ** 2).sum()
-                      for W, b in trial(Y[~held], strengths)]
-            (W, b), = full(Y, strengths[[np.argmin(errors)]])
-            error = ((test[s] @ W + b - truth) ** 2).sum()
-            spread = ((truth - truth.mean(0)) ** 2).sum()
-            varies = spread > 1e-12 * (truth ** 2).sum()
-            out[t][s] = float(1 - error / spread) if varies else None
+    for s, t in itertools.permutations(train, 2):
+        X, Y = (train[v].astype(np.float64) for v in (s, t))
+        held = np.arange(len(X)) % 10 == 0
+        errors = [((X[held] @ W + b - Y[held]) ** 2).sum()
+                  for W, b in ridge(X[~held], Y[~held], strengths)]
+        (W, b), = ridge(X, Y, strengths[[np.argmin(errors)]])
+        fit = torch.from_numpy(test[s] @ W + b)
+        out[t].update(reconstruction([({t: torch.from_numpy(test[t])}, {(t, s): fit})])["r2"][t])
     return out
-
-
-def _ridge(X):
-    """solve(Y, strengths), which yields (W, intercept) of ridge regression on X (n, d)."""
-    mean = X.mean(0)
-    values, V = np.linalg.eigh((X - mean).T @ (X - mean))
-    values, scale = np.maximum(values, 0), max(values.mean(), 1e-30)
-
-    def solve(Y, strengths):
-        VtY = V.T @ ((X - mean).T @ (Y - Y.mean(0)))
-        for strength in strengths:
-            W = V @ (VtY / (values + strength * scale)[:, None])
-            yield W, Y.mean(0) - mean @ W
-    return solve
 
 
 # -- 1-D logistic probes -------------------------------------------------------------------------
@@ -257,7 +237,7 @@ def logistic_1d(x, y, C=1., iterations=100):
         return w * w / 2 + C * log_loss(w, b, x, y).sum(-1)
     now = cost(w, b)
     for _ in range(iterations):
-        p = 1 / (1 + np.exp(-np.clip(w[..., None] * x + b[..., None], -700, 700)))
+        p = scipy.special.expit(w[..., None] * x + b[..., None])
         r, q = C * (p - y), C * p * (1 - p)
         gw, gb = (r * x).sum(-1) + w, r.sum(-1)
         hww, hwb, hbb = (q * x * x).sum(-1) + 1, (q * x).sum(-1), q.sum(-1) + 1e-12
@@ -306,15 +286,12 @@ def stratified_split(y, held_out, seed, groups=None):
                 quota[rng.choice(tied, min(len(tied), missing), replace=False)] += 1
         take.append(quota)
         left = left - quota
-    parts = ([], [])
-    for c in range(len(left)):
-        member = rng.permutation(np.flatnonzero(y == c))
-        parts[0].append(member[:take[0][c]])
-        parts[1].append(member[take[0][c]:take[0][c] + take[1][c]])
-    return tuple(rng.permutation(np.concatenate(part)) for part in parts)
+    parts = [np.split(rng.permutation(np.flatnonzero(y == c)), [a, a + b])[:2]
+             for c, (a, b) in enumerate(zip(*take))]
+    return tuple(rng.permutation(np.concatenate(part)) for part in zip(*parts))
 
 
-def probe_tasks(labels, min_positives=50, known=None, groups=None):
+def probe_tasks(labels, min_positives=50, known=True, groups=None):
     """Balanced binary tasks, thesis A.1.3: list of (label, {train / val / test: (rows, y)}).
 
     A task is a label with at least `min_positives` positives; task t draws as many negatives (seed
@@ -322,7 +299,7 @@ def probe_tasks(labels, min_positives=50, known=None, groups=None):
     (seeds 2000 + t, 3000 + t). Rows that are not `known` (n,) bool are neither. With groups (n,) no
     group is in two parts, and a label of too few groups for both classes in each is no task.
     """
-    tasks, known = [], np.ones(len(labels), bool) if known is None else known
+    tasks = []
     for t in range(labels.shape[1]):
         pos, neg = (np.flatnonzero(known & (labels[:, t] == c)) for c in (True, False))
         n = min(len(pos), len(neg))
@@ -362,18 +339,27 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
                          for held, truth in (parts["val"], parts["test"]))
             j = int(np.argmin(val.round(9)))                 # of equals the first
             results[-1].update(latent=int(best[j]), val=float(val[j]), test=float(test[j]))
-    return {"loss": _mean([r["test"] for r in results]), "tasks": results}
+    return {"loss": _mean(r["test"] for r in results), "tasks": results}
 
 
 # -- Retrieval -----------------------------------------------------------------------------------
 
+def ridge(X, Y, strengths):
+    """Yields (W, intercept) of ridge regression of Y (n, m) on X (n, d) for each of the strengths,
+    which count in mean eigenvalues of X."""
+    mean = X.mean(0)
+    values, V = np.linalg.eigh((X - mean).T @ (X - mean))
+    values, scale = np.maximum(values, 0), max(values.mean(), 1e-30)
+    VtY = V.T @ ((X - mean).T @ (Y - Y.mean(0)))
+    for strength in strengths:
+        W = V @ (VtY / (values + strength * scale)[:, None])
+        yield W, Y.mean(0) - mean @ W
+
+
 def unit_rows(x):
     """Rows of x, dense or CSR, scaled to length 1; zero rows stay zero."""
-    if sp.issparse(x):
-        norm = np.sqrt(np.asarray(x.multiply(x).sum(1)).ravel())
-        return sp.diags_array(1 / np.maximum(norm, 1e-12)).astype(x.dtype) @ x
-    x = np.asarray(x)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    length = (sp.linalg if sp.issparse(x) else np.linalg).norm(x, axis=1)
+    return sp.diags_array(1 / np.maximum(length, 1e-12)) @ x
 
 
 def cosines(query, reference, block=1024):
@@ -453,14 +439,10 @@ def recovery(dictionaries, truth, threshold=0.9):
             for s, v in near.items()}
 
 
-def mean_of(values, key=None):
-    """The mean of what is not None, or None; with `key` of that entry of each dict."""
-    values = [v for v in (values if key is None else [v[key] for v in values]) if v is not None]
-    return sum(values) / len(values) if values else None
-
-
 def _mean(values):
-    return float(np.mean(values)) if len(values) else None
+    """The mean of what is not None, or None."""
+    values = [v for v in values if v is not None]
+    return float(np.mean(values)) if values else None
 
 
 # -- The table and the verdict of a run ----------------------------------------------------------
@@ -468,29 +450,24 @@ def _mean(values):
 def headline(block):
     """The numbers of one mode ("joint" or "alone") that fit a column: name -> value or None."""
     alive, L = block["activation"]["alive_in"], block["activation"]["latents"]
-    M, concepts = len(alive) - 1, block.get("concepts", {})
-    out = {"latents alive in all streams, %": 100 * alive[M] / L}
+    M, out = len(alive) - 1, {"latents alive in all streams, %": 100 * alive[-1] / L}
     if M > 1:
         out["mixed: alive in some, %"] = 100 * sum(alive[1:M]) / L
     out["silent in all, %"] = 100 * alive[0] / L
-    if "jaccard" in concepts:
-        out["Jaccard of top-50 labels"] = concepts["jaccard"]
-        out["  its control: another latent"] = concepts.get("control")
-        out["Jaccard, other latents as 0"] = concepts["jaccard_all"]
-    if "named_alike" in concepts:
-        out["latents named alike in all streams"] = concepts["named_alike"]
-    if "retrieval" in block:
-        for name in ("R@1", "MRR"):
-            out[f"retrieval {name}"] = _mean([v[name] for v in block["retrieval"].values()])
-    for label, matrix in (("R2", block["r2"]), ("NMSE", block["nmse"])):
-        own = {t: {t: row.get(t)} for t, row in matrix.items()}
-        out[f"{label} self"] = mean_cell(own)
+    if "jaccard" in (concepts := block.get("concepts", {})):
+        out.update({"Jaccard of top-50 labels": concepts["jaccard"],
+                    "  its control: another latent": concepts["control"],
+                    "Jaccard, other latents as 0": concepts["jaccard_all"],
+                    "latents named alike in all streams": concepts["named_alike"]})
+    for name in ("R@1", "MRR") if "retrieval" in block else ():
+        out[f"retrieval {name}"] = _mean(v[name] for v in block["retrieval"].values())
+    for name, matrix in (("R2", block["r2"]), ("NMSE", block["nmse"])):
+        cells = [(s == t, v) for t, row in matrix.items() for s, v in row.items()]
+        out[f"{name} self"] = _mean(v for own, v in cells if own)
         if M > 1:
-            out[f"{label} cross"] = mean_cell(
-                {t: {s: v for s, v in row.items() if s != t} for t, row in matrix.items()})
+            out[f"{name} cross"] = _mean(v for own, v in cells if not own)
     if block.get("probe"):
-        out["1-D probe loss (chance 0.693)"] = mean_cell(
-            {s: {"": v["loss"]} for s, v in block["probe"].items()})
+        out["1-D probe loss (chance 0.693)"] = _mean(v["loss"] for v in block["probe"].values())
     return out
 
 
@@ -527,7 +504,7 @@ def verdict(metrics, again=None):
     """
     own = {mode: {s: row[s] for s, row in metrics[mode]["r2"].items() if row[s] is not None}
            for mode in ("joint", "alone") if mode in metrics}
-    mean = {mode: _mean(list(v.values())) for mode, v in own.items()}
+    mean = {mode: _mean(v.values()) for mode, v in own.items()}
     first = next(iter(own.values()))
     several = len(first) > 1 and "joint" in metrics
     both = "train with --topk both" if metrics.get("topk") != "both" else ""
@@ -620,7 +597,7 @@ def summary(metrics):
 
 def mean_cell(matrix):
     """The mean of the numbers in {t: {s: value or None}}."""
-    return _mean([v for row in matrix.values() for v in row.values() if v is not None])
+    return _mean(v for row in matrix.values() for v in row.values())
 
 
 # -- Tables and charts ---------------------------------------------------------------------------
@@ -1234,8 +1211,8 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
         ways = {"linear": linear(*given, n_classes)} if linear else {}
         ways.update({f"{k}-NN": p for k, p in knn(*given, ks, n_classes=n_classes).items()})
         each.append({way: scores(y[rows[1]], p) for way, p in ways.items()})
-    return {way: {key: _mean([one[way][key] for one in each if one[way][key] is not None])
-                  for key in each[0][way]} for way in each[0]}
+    return {way: {key: _mean(one[way][key] for one in each) for key in each[0][way]}
+            for way in each[0]}
 
 
 # -- What a latent is (CytoSAE section 2) ----------------------------------------------------------
@@ -1255,9 +1232,8 @@ def pool_tokens(code, T=1, tau=0.):
 def label_entropy(weight):
     """Entropy in nats of each row of non-negative weights (L, C): 0 for one label, ln C for C
     alike; NaN for a row of 0."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = weight / weight.sum(1, keepdims=True)
-        return -np.where(p > 0, p * np.log(p), p).sum(1) + 0.
+    with np.errstate(invalid="ignore"):
+        return scipy.stats.entropy(weight, axis=1) + 0.      # not -0
 
 
 def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
