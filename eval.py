@@ -102,21 +102,17 @@ def label_counts(code, labels, top=TOP, known=None):
 
 
 def taxonomy_levels(label_names, parents):
-    """For every depth from 0 (root) to the deepest label: (C,) the name of the node that each label
-    is lifted to; one above that depth stays itself. parents: {name: its parent or None}, or None:
-    then the labels are the one level."""
-    paths, parents = [[name] for name in label_names], parents or {}
+    """For every depth from 0 (root) to the deepest label: (C, nodes), 1 where a label is lifted to
+    a node; one above that depth stays itself. Label counts times it are counts of nodes. parents:
+    {name: its parent or None}, or None: then the labels are the one level."""
+    paths, parents, levels = [[name] for name in label_names], parents or {}, []
     for path in paths:
         while parents.get(path[0]) is not None:
             path.insert(0, parents[path[0]])
-    return [np.array([path[min(depth, len(path) - 1)] for path in paths])
-            for depth in range(max(map(len, paths)))]
-
-
-def lift(counts, level):
-    """Label counts (L, C) -> counts (L, nodes) of the nodes that `level` (C,) maps labels to."""
-    _, node = np.unique(level, return_inverse=True)
-    return counts @ np.eye(node.max() + 1, dtype=counts.dtype)[node]
+    for depth in range(max(map(len, paths))):
+        nodes, of = np.unique([path[:depth + 1][-1] for path in paths], return_inverse=True)
+        levels.append(np.eye(len(nodes), dtype=int)[of])
+    return levels
 
 
 def jaccard(counts, n_top):
@@ -164,7 +160,7 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
         named[s] = collections.Counter(sorted(name for name in names[s] if name is not None))
     out = {"named": {s: v.total() for s, v in named.items()}, "latents_per_name": named}
     if len(codes) > 1:
-        depths = [jaccard({s: lift(c, level) for s, c in counts.items()}, n_top)
+        depths = [jaccard({s: c @ level for s, c in counts.items()}, n_top)
                   for level in taxonomy_levels(label_names, parents)]
         alike = [v[0] is not None and len(set(v)) == 1 for v in zip(*names.values())]
         kept = ("jaccard", "jaccard_all", "control")
@@ -1223,10 +1219,7 @@ def pool_tokens(code, T=1, tau=0.):
     N = code.shape[0]
     member = np.arange(N) // T, np.arange(N)
     group = sp.csr_matrix((np.ones(N, np.float32), member), shape=(N // T, N))
-    above = code.copy()
-    above.data = (above.data > tau).astype(np.float32)
-    above.eliminate_zeros()
-    return (group @ code).tocsr() / T, (group @ above).tocsr()
+    return (group @ code).tocsr() / T, (group @ (code > tau).astype(np.float32)).tocsr()
 
 
 def label_entropy(weight):
@@ -1318,7 +1311,7 @@ def latent_chart(lines, interest, unit, most=100):
                      [str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
 
 
-def barcodes(count, groups, y=None):
+def barcodes(count, groups, y):
     """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts, by the number
     of the samples as the equation says (the published code divides by the number of latents).
 
@@ -1327,7 +1320,6 @@ def barcodes(count, groups, y=None):
     """
     names, member = np.unique(groups, return_inverse=True)
     share = sp.csr_matrix((1 / np.bincount(member)[member], (member, np.arange(len(member)))))
-    y = np.full(len(member), -1) if y is None else y
     told = np.zeros((len(names), max(y.max(), 0) + 1), bool)
     told[member[y >= 0], y[y >= 0]] = True
     label = np.where(told.sum(1) == 1, told.argmax(1), -1)
@@ -1396,12 +1388,10 @@ def intervention(strength, effect, base, y, means, ks):
     """
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in ks:
-        chosen = np.unique(order[:, :k])
-        kept = np.zeros(len(effect))
-        kept[chosen] = 1
-        out.append({"k": int(k), "latents": len(chosen),
+        kept = np.isin(np.arange(len(effect)), order[:, :k])
+        out.append({"k": int(k), "latents": int(kept.sum()),
                     "keep": auc(y, strength @ (effect * kept) + base),
-                    "silence": auc(y, strength @ (effect * (1 - kept)) + base)})
+                    "silence": auc(y, strength @ (effect * ~kept) + base)})
     return out
 
 
@@ -1452,12 +1442,11 @@ def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
     settings of `heat_boxes`.
     """
     found, out = [[heat_boxes(heat, **detector) for heat in maps] for maps in heats], []
-    for i, j in enumerate(latents):
-        mine = [f[i] for f in found]
-        there = [(f, t) for f, t in zip(mine, truth) if t]
-        present = average_precision(*zip(*there), iou, points) if there else None
+    there = [i for i, boxes in enumerate(truth) if boxes]
+    for j, mine in zip(latents, zip(*found)):
+        present = [mine[i] for i in there], [truth[i] for i in there]
         out.append({"latent": int(j), "AP": average_precision(mine, truth, iou, points),
-                    "AP, pictures with boxes": present})
+                    "AP, pictures with boxes": average_precision(*present, iou, points)})
     return out
 
 
@@ -1500,32 +1489,15 @@ def average_precision(found, truth, iou=0.25, points=None):
     boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
     has no partner yet.
     """
-    total = sum(map(len, truth))
-    if not total:
-        return None
-    free, right = [[True] * len(boxes) for boxes in truth], []
+    taken, right = set(), []
     boxes = [(b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes]
-    for score, picture, box in sorted(boxes, key=lambda v: -v[0]):
-        overlap = [box_iou(box, other) for other in truth[picture]]
-        best = int(np.argmax(overlap)) if overlap else -1
-        hit = best >= 0 and overlap[best] >= iou and free[picture][best]
-        if hit:
-            free[picture][best] = False
-        right.append(hit)
-    if not right:
-        return 0.
-    recall, envelope = recall_and_precision(right, total)
-    if points:
-        return float(envelope[np.searchsorted(recall, np.linspace(0, 1, points))].mean())
-    return float((np.diff(np.r_[0, recall]) * envelope[:-1]).sum())
-
-
-def recall_and_precision(right, total):
-    """Of detections (n,), best first, right or not: recall (n,), and precision made non-increasing
-    (n + 1,), ending in 0."""
-    hits = np.cumsum(right)
-    precision = hits / np.arange(1, len(hits) + 1)
-    return hits / total, np.r_[np.maximum.accumulate(precision[::-1])[::-1], 0]
+    for _, picture, box in sorted(boxes, key=lambda v: -v[0]):
+        overlaps = [box_iou(box, other) for other in truth[picture]]
+        best = picture, int(np.argmax([*overlaps, 0]))
+        right.append(max(overlaps, default=-1) >= iou and best not in taken)
+        if right[-1]:
+            taken.add(best)
+    return curve_area(right, sum(map(len, truth)), points)
 
 
 def heat_strip(image, boxes, heats, side=150):
@@ -1572,7 +1544,7 @@ def select_latents(code, y, n):
     square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
     spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
     few = np.sort(np.argsort(-class_means(code, y).std(0) / spread, kind="stable")[:1000])
-    Z = _centred_unit(code[:, few].toarray().astype(np.float64))
+    Z = _standard_columns(code, few)
     R, chosen = (y[:, None] == np.unique(y)).astype(float), []
     R -= R.mean(0)
     for _ in range(min(n, int(Z.any(0).sum()), len(y) - 1)):
@@ -1619,19 +1591,16 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 def chance_share(y, groups):
     """For each row the share of its candidates, the rows of other groups (n,), that have its label
     y (n,): what guessing finds."""
-    def alike(v):                                            # how many rows have the same
-        _, number, count = np.unique(v, return_inverse=True, return_counts=True)
-        return count[number]
-    group = np.unique(groups, return_inverse=True)[1]
-    mates = alike(group * (y.max() + 1) + y)                 # of its group, with its label
-    return (alike(y) - mates) / np.maximum(len(y) - alike(group), 1)
+    y, groups = y.tolist(), groups.tolist()
+    label, group, mates = map(collections.Counter, (y, groups, zip(y, groups)))
+    return np.array([(label[c] - mates[c, g]) / max(len(y) - group[g], 1)
+                     for c, g in zip(y, groups)])
 
 
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? Rows of the same group are no
     neighbours. A list with, for each k: the overlap of the two lists and, with labels y (n,) int,
-    0 or more, the share of hits with the query's: sparse, dense, by chance among the same
-    candidates."""
+    the share of hits with the query's: sparse, dense, by chance among the same candidates."""
     groups, rows = np.arange(len(dense)) if groups is None else groups, []
     lists = {name: nearest(x, x, max(ks), (groups, groups))[0]
              for name, x in (("sparse", code), ("dense", dense))}
@@ -1706,11 +1675,8 @@ def relevancy(attention, target, start_layer=0):
     a sample, was computed from.
     """
     used = list(attention)[start_layer:]
-    if target.requires_grad:
-        gradient = torch.autograd.grad(target, used, allow_unused=True)
-    else:
-        gradient = [None] * len(used)
-    return roll_out(used, gradient)
+    moved = target.requires_grad
+    return roll_out(used, torch.autograd.grad(target, used, allow_unused=True) if moved else [])
 
 
 def roll_out(attention, gradient):
@@ -1797,14 +1763,12 @@ def word_scores(relevance, pieces, least=0.1):
 
     pieces: for each token the word it belongs to, as (number, text), or None.
     """
-    words, total = {}, {}
+    total = collections.Counter()
     for r, piece in zip(relevance, pieces):
         if piece is not None:
-            words[piece[0]] = piece[1]
-            total[piece[0]] = total.get(piece[0], 0.) + max(float(r), 0.)
-    most = max(total.values(), default=0.)
-    share = {i: v / most if most > 0 else 0. for i, v in total.items()}
-    return [(words[i], share[i] if share[i] >= least else 0.) for i in words]
+            total[piece] += max(float(r), 0.)
+    most = max(total.values(), default=0.) or 1.
+    return [(word, v / most if v / most >= least else 0.) for (_, word), v in total.items()]
 
 
 # -- What maps of concepts segment (thesis Table 5.4) --------------------------------------------
@@ -1874,6 +1838,19 @@ SIZES = {"": (0, np.inf), " small": (0, 32 ** 2), " medium": (32 ** 2, 96 ** 2),
          " large": (96 ** 2, np.inf)}                        # areas in pixels, as COCO's
 
 
+def curve_area(right, total, points=None):
+    """Area under the precision-recall curve of detections (n,), best first, right or not, precision
+    made non-increasing; or its mean at `points` recalls. None without anything to detect."""
+    if not total:
+        return None
+    hits = np.cumsum(right)
+    recall, precision = hits / total, hits / np.arange(1, len(hits) + 1)
+    envelope = np.r_[np.maximum.accumulate(precision[::-1])[::-1], 0]
+    if points:
+        return float(envelope[np.searchsorted(recall, np.linspace(0, 1, points))].mean())
+    return float((np.diff(np.r_[0, recall]) * envelope[:-1]).sum())
+
+
 def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     """AP and AR of masks at one IoU, by size, and mIoU (thesis Table 5.4), as COCO's evaluator
     computes them; None where a size has no true mask.
@@ -1883,29 +1860,21 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     is interpolated at 101 recalls and averaged over labels that have true masks of the size; sizes
     are areas of masks (`area` of a found one; the published figures took its box's).
     """
-    labels, out = sorted({label for _, label in truth}), {}
     overlap = {key: np.logical_and(m, truth[key]).sum() / np.logical_or(m, truth[key]).sum()
                for key, m in found.items() if key in truth}
     ranked = sorted(found, key=lambda key: (-(score[key] if score else 1), key[0]))
+    right, out = {key: overlap.get(key, 0) >= iou for key in ranked}, {}
     for name, (low, high) in SIZES.items():
         precisions, recalls = [], []
-        for label in labels:
-            counted = {key for key, m in truth.items()
-                       if key[1] == label and low <= m.sum() <= high}
-            if not counted:
-                continue
-            hits = []
-            for key in (key for key in ranked if key[1] == label):
-                if overlap.get(key, 0) >= iou:
-                    if key in counted:
-                        hits.append(1)
-                elif low <= area(found[key]) <= high:
-                    hits.append(0)
-            recall, envelope = recall_and_precision(hits, len(counted))
-            precisions.append(envelope[np.searchsorted(recall, np.linspace(0, 1, 101))].mean())
-            recalls.append(recall[-1] if len(recall) else 0.)
+        counted = {key for key, m in truth.items() if low <= m.sum() <= high}
+        for label in sorted({label for _, label in counted}):
+            hits = [right[key] for key in ranked if key[1] == label and (
+                key in counted if right[key] else low <= area(found[key]) <= high)]
+            total = sum(key[1] == label for key in counted)
+            precisions.append(curve_area(hits, total, 101))
+            recalls.append(sum(hits) / total)
         out[f"AP{name}"], out[f"AR{name}"] = _mean(precisions), _mean(recalls)
-    return {**out, "mIoU": _mean([overlap.get(key, 0.) for key in truth])}
+    return {**out, "mIoU": _mean(overlap.get(key, 0.) for key in truth)}
 
 
 def map_scores(maps, asked, truth, otsu):
@@ -1962,8 +1931,10 @@ def word_table(examples):
 
 # -- Do two codes share latents (thesis 4.2-4.3)? --------------------------------------------------
 
-def _centred_unit(x):
-    """Columns of x (n, m) less their means, of length 1; what is constant but for rounding, 0."""
+def _standard_columns(code, latents):
+    """Columns of some latents of a code, (n, m), less their means and of length 1; what is constant
+    but for rounding, 0."""
+    x = code[:, latents].toarray().astype(np.float64)
     c = x - x.mean(0)
     length = np.linalg.norm(c, axis=0)
     varies = length > 1e-7 * np.linalg.norm(x, axis=0)
@@ -1977,13 +1948,11 @@ def match_latents(a, b, least=5, most=4096):
     Latents active in fewer than `least` samples are left out, and of more than `most` the less
     frequent: the assignment takes their cube.
     """
-    unit, kept = [], []
-    for code in (a, b):
-        active = code.getnnz(axis=0)
+    kept = []
+    for active in (a.getnnz(axis=0), b.getnnz(axis=0)):
         often = np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]
         kept.append(np.sort(often))
-        unit.append(_centred_unit(code[:, kept[-1]].toarray().astype(np.float64)))
-    r = unit[0].T @ unit[1]
+    r = _standard_columns(a, kept[0]).T @ _standard_columns(b, kept[1])
     i, j = scipy.optimize.linear_sum_assignment(-r)
     order = np.argsort(-r[i, j], kind="stable")
     return kept[0][i[order]], kept[1][j[order]], r[i, j][order]
@@ -1993,8 +1962,7 @@ def index_correlations(a, b, least=5):
     """Correlation of latent j of one code with latent j of the other, for those active in `least`
     samples or more in both."""
     both = (a.getnnz(axis=0) >= least) & (b.getnnz(axis=0) >= least)
-    x, y = (_centred_unit(code[:, both].toarray().astype(np.float64)) for code in (a, b))
-    return (x * y).sum(0)
+    return (_standard_columns(a, both) * _standard_columns(b, both)).sum(0)
 
 
 def latents_in_common(r):
@@ -2041,11 +2009,11 @@ def compare(runs):
 
 def beaten(pairs, level=0.05):
     """dict model -> [models that it beats at p < level in the paired t-test], from `compare`."""
-    wins = {}
-    for pair in pairs:
-        if pair["t_p"] is not None and pair["t_p"] < level:
-            order = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
-            wins.setdefault(order[0], []).append(order[1])
+    wins = collections.defaultdict(list)
+    for p in pairs:
+        if p["t_p"] is not None and p["t_p"] < level:
+            better, worse = (p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"])
+            wins[better].append(worse)
     return wins
 
 
