@@ -124,22 +124,19 @@ def jaccard(counts, n_top):
     0, as the published numbers do; `control`, the first with each latent paired with another of
     those alive in both streams, half of them further on; `pairs`, the first for each pair.
     """
-    total = np.zeros((2, len(next(iter(counts.values())))))  # (with itself, with another; L)
-    used, pairs = np.zeros_like(total), {}
-    for s, t in itertools.combinations(counts, 2):
+    pairs, L = list(itertools.combinations(counts, 2)), len(next(iter(counts.values())))
+    own, other = (np.ma.masked_all((len(pairs), L)) for _ in range(2))
+    for i, (s, t) in enumerate(pairs):
         both = np.flatnonzero((n_top[s] > 0) & (n_top[t] > 0))
-        for i, other in enumerate((both, np.roll(both, len(both) // 2))):
-            a, b = counts[s][both], counts[t][other]
-            score = np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1)
-            if i == 0:
-                pairs[f"{s} / {t}"] = _mean(score)
-            elif len(both) == 1:                             # one alone has no other
-                continue
-            total[i, both] += score
-            used[i, both] += 1
-    mean = total / np.maximum(used, 1)
-    return {"jaccard": _mean(mean[0, used[0] > 0]), "jaccard_all": float(mean[0].mean()),
-            "pairs": pairs, "control": _mean(mean[1, used[1] > 0])}
+        for score, partner in ((own, both), (other, np.roll(both, len(both) // 2))):
+            a, b = counts[s][both], counts[t][partner]
+            score[i, both] = np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1)
+        if len(both) == 1:                                   # one alone has no other
+            other[i] = np.ma.masked
+    mean = own.mean(0)                                       # (L,) of the pairs where it is alive
+    return {"jaccard": _mean(mean.compressed()), "jaccard_all": float(mean.filled(0).mean()),
+            "pairs": {f"{s} / {t}": _mean(v.compressed()) for (s, t), v in zip(pairs, own)},
+            "control": _mean(other.mean(0).compressed())}
 
 
 def concept_names(counts, n_top, label_names, purity=0.3):
@@ -1372,7 +1369,7 @@ def weighted_patches(image, heat):
 
 def class_means(strength, y):
     """Mammo-SAE Eq. 2: mean activation over the samples (and positions) of each class, (C, L)."""
-    means = [np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)]
+    means = [np.ravel(strength[y == c].astype(float).mean(0)) for c in np.unique(y)]
     return np.reshape(means, (-1, strength.shape[1]))
 
 
@@ -1417,21 +1414,6 @@ def in_boxes(boxes, grid):
     for x0, y0, x1, y1 in boxes:
         inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
     return inside.ravel()
-
-
-def box_contrast(pictures):
-    """How much more active each latent is inside boxes than elsewhere, in standard deviations (L,).
-
-    pictures: pairs of a picture's codes, CSR (T, L), and `in_boxes` of its patches (T,).
-    """
-    sums, squares, n = 0, 0, 0
-    for code, inside in pictures:
-        part = np.stack([inside, ~inside]).astype(float)     # (2, T)
-        sums, n = sums + part @ code, n + part.sum(1)
-        squares = squares + np.asarray(code.multiply(code).sum(0)).ravel()
-    spread = np.sqrt(np.maximum(squares / n.sum() - (sums.sum(0) / n.sum()) ** 2, 0))
-    inner, outer = sums / np.maximum(n, 1)[:, None]
-    return (inner - outer) / np.maximum(spread, 1e-12)
 
 
 def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
@@ -1534,6 +1516,19 @@ def r2_both(x, x_hat):
             "uniform": float(np.mean(1 - wrong[varies] / spread[varies]))}
 
 
+def contrast(code, y):
+    """How much more active each latent is in rows where y (n,) bool holds than in the others, in
+    standard deviations of the latent (L,)."""
+    return (class_means(code, y)[-1] - class_means(code, ~y)[-1]) / deviations(code)
+
+
+def deviations(code):
+    """Standard deviation of each latent, (L,), of a CSR (n, L)."""
+    code = code.astype(float)                                # sums of float32 would be too coarse
+    square, mean = (np.ravel(v.mean(0)) for v in (code.multiply(code), code))
+    return np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
+
+
 def select_latents(code, y, n):
     """The n latents that tell the classes y (rows,) apart together, in order of choice (n,):
     orthogonal matching pursuit. To be called with training rows only.
@@ -1541,11 +1536,10 @@ def select_latents(code, y, n):
     Each time the latent whose standardised column explains most of what is left of the classes'
     indicators is taken, among the 1,000 whose class means differ most, in standard deviations.
     """
-    square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
-    spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
-    few = np.sort(np.argsort(-class_means(code, y).std(0) / spread, kind="stable")[:1000])
-    Z = _standard_columns(code, few)
-    R, chosen = (y[:, None] == np.unique(y)).astype(float), []
+    differ = class_means(code, y).std(0) / deviations(code)
+    few = np.sort(np.argsort(-differ, kind="stable")[:1000])
+    Z, chosen = _standard_columns(code, few), []
+    R = (y[:, None] == np.unique(y)).astype(float)
     R -= R.mean(0)
     for _ in range(min(n, int(Z.any(0).sum()), len(y) - 1)):
         gain = ((Z.T @ R) ** 2).sum(1) / np.maximum((Z ** 2).sum(0), 1e-12)

@@ -1859,8 +1859,8 @@ def rank_of(coded, label, train, means, rank):
     if grid is None or coded.features.boxes is None:
         raise InputError(f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - write it "
                          "with extract --tokens from a Pascal VOC folder")
-    return judge.box_contrast((coded.codes([row])[coded.stream], judge.in_boxes(
-        coded.boxes(row, label), grid)) for row in train)
+    inside = [judge.in_boxes(coded.boxes(row, label), grid) for row in train]
+    return judge.contrast(coded.codes(train)[coded.stream], np.concatenate(inside))
 
 
 def tell_class_means(page, means, flags):
