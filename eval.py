@@ -1285,12 +1285,12 @@ def latent_scatter(table, most=4000):
     five colours of label entropy, and histograms of both; a list of charts."""
     alive = np.flatnonzero(table["frequency"] > 0)
     few = alive[np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int)]
-    entropy, series = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"]))))[few], {}
     x, mean = np.log10(table["frequency"][few]), table["mean"][few]
+    entropy = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"]))))[few]
     edges = np.linspace(0, entropy.max(initial=1e-9), 6)[1:]
-    for level in np.unique(np.searchsorted(edges, entropy)):
-        here = np.searchsorted(edges, entropy) == level
-        series[f"entropy up to {edges[level]:.2f}"] = list(zip(x[here], mean[here]))
+    level = np.searchsorted(edges, entropy)
+    series = {f"entropy up to {edges[v]:.2f}": list(zip(x[level == v], mean[level == v]))
+              for v in np.unique(level)}
     where = "log10 of the share of samples in which a latent is active"
     charts = [svg_lines(series, where, "its mean activation there", log=True, dots=True)]
     for label, values in ((where, x), ("log10 of the mean activation", np.log10(mean))):
@@ -1624,11 +1624,8 @@ def shown_samples(column, top, rng):
 def name_weights(query, names):
     """How well latents' names fit a query: dict latent -> weight, the Jaccard overlap of their
     words, those above 0."""
-    def words(text):
-        return set(re.findall(r"\w+", text.lower()))
-    asked = words(query)
-    found = {j: words(name) for j, name in names.items()}
-    return {j: len(asked & v) / len(asked | v) for j, v in found.items() if asked & v}
+    asked, *found = (set(re.findall(r"\w+", text.lower())) for text in (query, *names.values()))
+    return {j: len(asked & v) / len(asked | v) for j, v in zip(names, found) if asked & v}
 
 
 def vector_weights(query, latents, vectors, most=10):
@@ -1984,20 +1981,20 @@ def compare(runs):
     runs: dict model -> (R,) numbers, run r with the same split and seed for all. Tests are
     two-sided; p is None where all differences are alike, or a run has none: nothing to test.
     """
-    out = []
+    out, keys = [], ("a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d")
     for a, b in itertools.combinations(runs, 2):
-        gap = np.asarray(runs[a], float) - np.asarray(runs[b], float)
-        spread = float(gap.std(ddof=1)) if len(gap) > 1 else 0.
-        mean = float(gap.mean()) if np.isfinite(gap).all() else None    # a run without that number
-        pair = {"a": a, "b": b, "difference": mean, "t_p": None, "wilcoxon_p": None, "d": None}
+        gap = np.subtract(*(np.asarray(runs[model], float) for model in (a, b)))
+        mean, spread = float(gap.mean()), float(gap.std(ddof=1)) if len(gap) > 1 else 0.
+        pair = {**dict.fromkeys(keys), "a": a, "b": b}
+        if math.isfinite(mean):                              # a run may lack that number
+            pair["difference"] = mean
         if spread > 1e-12:
-            pair.update(t_p=float(scipy.stats.ttest_rel(runs[a], runs[b]).pvalue),
-                        wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue), d=mean / spread)
+            pair.update(t_p=float(scipy.stats.ttest_1samp(gap, 0).pvalue), d=mean / spread,
+                        wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue))
         out.append(pair)
     tested, worst = sorted((p for p in out if p["t_p"] is not None), key=lambda p: p["t_p"]), 0.
     for rank, pair in enumerate(tested):                     # Holm 1979, the smallest p first
-        worst = max(worst, min(1., (len(tested) - rank) * pair["t_p"]))
-        pair["holm_p"] = worst
+        pair["holm_p"] = worst = max(worst, min(1., (len(tested) - rank) * pair["t_p"]))
     return out
 
 
@@ -2025,8 +2022,7 @@ def tell_models(page, found, tested):
         page.metrics["pairs"][name] = pairs
         page.metrics["beats"][name] = {a: {b: int(b in wins.get(a, ())) for b in tested if b != a}
                                        for a in tested}
-        rows = [[f"{p['a']} - {p['b']}", p["difference"], p["t_p"], p.get("holm_p"),
-                 p["wilcoxon_p"], p["d"]] for p in pairs]
+        rows = [[f"{a} - {b}", *numbers] for a, b, *numbers in map(dict.values, pairs)]
         page.table(["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)",
                     "effect size d"], rows, f"{name}: pairs of models")
         lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()]
