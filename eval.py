@@ -1094,13 +1094,15 @@ def scores(truth, probability):
     if probability.shape[1] == 2:
         areas = areas[1:]                                    # two classes share one curve
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
-            "F1": _mean(_f1(truth, guess)), "AUC": _mean(areas)}
+            "F1": f1(truth, guess), "AUC": _mean(areas)}
 
 
-def _f1(truth, guess):
-    """F1 of each class of the truth."""
-    return [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
-            for c in np.unique(truth)]
+def f1(truth, guess, weighted=False):
+    """F1 averaged over the classes of the truth, alike or `weighted` by their frequencies."""
+    classes, n = np.unique(truth, return_counts=True)
+    each = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
+            for c in classes]
+    return float(np.average(each, weights=n if weighted else None))
 
 
 def auc(positive, score):
@@ -1138,12 +1140,6 @@ def logistic_probe(train, labels, test, n_classes=None, strength=1.):
     """Probabilities (n, C) of `test` by `logistic_fit` on `train`."""
     W, b = logistic_fit(train, labels, n_classes, strength)
     return torch.softmax(torch.as_tensor(np.asarray(test, np.float64) @ W + b), 1).numpy()
-
-
-def linear_score(x, y):
-    """Weights (d,), bias of the log odds of y (n,) bool, by `logistic_fit`."""
-    W, b = logistic_fit(x, y.astype(int), 2)
-    return W[:, 1] - W[:, 0], float(b[1] - b[0])
 
 
 def pixel_probe(pixels, y, parts, n_classes):
@@ -1332,11 +1328,6 @@ def differential(codes, y, a, b, top=50):
     return most[difference[most] > 0], least[difference[least] < 0], difference
 
 
-def weighted_f1(truth, guess):
-    """F1 of each class, averaged with the classes' frequencies as weights."""
-    return float(np.average(_f1(truth, guess), weights=np.unique(truth, return_counts=True)[1]))
-
-
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
     """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of
     mean activation >= 10^t.
@@ -1346,14 +1337,14 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
     """
     out = {}
     for t in exponents:
-        used, f1 = np.flatnonzero(np.nan_to_num(mean) >= 10. ** t), []
+        used, found = np.flatnonzero(np.nan_to_num(mean) >= 10. ** t), []
         x = codes[:, used].toarray()
         for test in parts if len(used) else ():
             train = np.setdiff1d(np.arange(len(y)), test)
             strength = len(np.unique(y)) * len(train) / 100
             p = logistic_probe(x[train], y[train], x[test], int(y.max()) + 1, strength)
-            f1.append(weighted_f1(y[test], p.argmax(1)))
-        out[t] = {"latents": len(used), "f1": f1}
+            found.append(f1(y[test], p.argmax(1), weighted=True))
+        out[t] = {"latents": len(used), "f1": found}
     return out
 
 

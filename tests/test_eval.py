@@ -576,7 +576,7 @@ def test_barcodes_are_means_over_a_patients_images_and_differential_latents_thos
 
 def test_weighted_f1_by_hand_and_barcodes_of_two_diseases_are_told_apart_until_their_latent_is_removed():
     truth, guess = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
-    np.testing.assert_allclose(judge.weighted_f1(truth, guess), 0.75 * 0.8 + 0.25 * 2 / 3)
+    np.testing.assert_allclose(judge.f1(truth, guess, weighted=True), 0.75 * 0.8 + 0.25 * 2 / 3)
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 20)
     codes = np.stack([y * 3 + 0.1 * rng.random(40), rng.random(40)], 1)
@@ -1145,7 +1145,7 @@ def test_barcodes_are_classified_by_folds_that_did_not_see_them():
     folds = np.array_split(np.arange(60), 3)
     found = judge.barcode_f1(code, y, np.ones(40), folds, exponents=(0,))[0]["f1"]
     learned = judge.logistic_probe(code.toarray(), y, code.toarray()).argmax(1)
-    assert np.mean(found) < 0.7 < judge.weighted_f1(y, learned)
+    assert np.mean(found) < 0.7 < judge.f1(y, learned, weighted=True)
 
 
 def test_latents_of_too_little_mean_activation_are_no_part_of_the_barcode():
