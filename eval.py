@@ -1763,12 +1763,12 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
 
     codes: {stream: CSR (n, L)}, labels (n, C) bool, known (n,) bool: the samples that count.
     """
-    on = [code[known].astype(bool).astype(np.float64) for code in codes.values()]
-    with_label = sum(np.asarray(one.T @ labels[known].astype(float)) for one in on)
-    total, out = np.maximum(sum(np.asarray(one.sum(0)).ravel() for one in on), 1), []
-    for c in range(labels.shape[1]):
-        often = np.flatnonzero(with_label[:, c] >= least)
-        share = with_label[often, c] / total[often]
+    found = [label_counts(code, labels, None, known) for code in codes.values()]
+    with_label, total = (sum(v) for v in zip(*found))        # (L, C), (L,)
+    out = []
+    for counts in with_label.T:
+        often = np.flatnonzero(counts >= least)
+        share = counts[often] / np.maximum(total[often], 1)
         mostly = often[share >= 0.5]
         out.append(mostly if len(mostly) else often[np.argsort(-share, kind="stable")[:10]])
     return out
@@ -1804,13 +1804,11 @@ def heat_mask(heat, size, otsu):
     """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold, otsu(uint8 values), on the map
     enlarged bilinearly to 224, scaled to 0..1, then to `size`, which the thesis leaves open and the
     authors' code does. None for a constant map: no prediction."""
-    def enlarged(x, size):
-        x = torch.nn.functional.interpolate(x[None, None], size, mode="bilinear")
-        return x[0, 0]
-    h = enlarged(torch.as_tensor(np.asarray(heat), dtype=torch.float32), (224, 224))
+    enlarged, h = torch.nn.functional.interpolate, torch.as_tensor(np.asarray(heat))
+    h = enlarged(h.float()[None, None], (224, 224), mode="bilinear")
     if not float(h.max()) > float(h.min()):
         return None
-    h = enlarged((h - h.min()) / (h.max() - h.min()), size).numpy().astype(np.float64)
+    h = enlarged((h - h.min()) / (h.max() - h.min()), size, mode="bilinear")[0, 0].double().numpy()
     low, span = h.min(), np.ptp(h)
     t = otsu(np.minimum((h - low) / span * 256, 255).astype(np.uint8))
     return h >= low + (t + 0.5) / 256 * span                 # the bin's centre, as scikit-image
