@@ -54,7 +54,6 @@ RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "imag
             "grid", "mask", "boxes")
 SPLITS = ("train", "val", "test")
 LARGEST = np.float32(1e15)  # of a feature: sums of squares must stay below 3e38, float32's end
-MOST_LABELS = 10 ** 6       # greater numbers are no classes, and would each take a column
 
 
 class InputError(ValueError):
@@ -233,20 +232,14 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     `read_taxonomy`. seed: of the split, when the file has none.
     """
     arrays = _Source(path)
-    names = list(dict.fromkeys(streams or arrays.streams))
-    for s in names:
-        if s not in arrays.streams:
-            there = ", ".join(arrays.streams) or "none"
-            raise InputError(f"{path} has no stream '{s}' - it has {there}")
-    if not names:
+    x = {s: _stream(arrays, s) for s in streams or arrays.streams}
+    if not x:
         raise InputError(f"{path} holds no stream - give a floating array (N, d) under its name")
-    x = {s: _stream(arrays, s) for s in names}
-    n, *tokens = x[names[0]].shape[:-1]
+    first, n, *tokens = next(iter(x)), *next(iter(x.values())).shape[:-1]
     for s, a in x.items():
-        if [*a.shape[:-1]] != [n, *tokens]:
-            first = x[names[0]].shape
-            raise InputError(f"stream '{s}' has shape {a.shape} but '{names[0]}' {first} - give "
-                             "the same samples, with as many tokens")
+        if a.shape[:-1] != (n, *tokens):
+            raise InputError(f"stream '{s}' has shape {a.shape} but '{first}' {x[first].shape} - "
+                             "give the same samples, with as many tokens")
     told = _told(arrays, n, seed)
     out = Features(x, **told, boxes=_read_boxes(arrays, n, len(told["label_names"])),
                    folder=os.path.dirname(os.path.abspath(path)))
@@ -272,7 +265,7 @@ class _Source:
     memory-mapped. What else lies there is passed over."""
 
     def __init__(self, path):
-        self.path, self.npz = path, None
+        self.path, self.npz, self.made = path, None, {}
         if os.path.isdir(path):
             names = sorted(os.listdir(path))
         else:
@@ -287,9 +280,11 @@ class _Source:
                 raise InputError(f"{path} has the key {key!r} - name it in printable letters")
 
     def __contains__(self, key):
-        return key in self.keys
+        return key in self.keys or key in self.made
 
     def __getitem__(self, key):
+        if key in self.made:
+            return self.made[key]
         if self.npz is None:
             return _load_npy(os.path.join(self.path, f"{key}.npy"))
         return _load(f"{self.path}, key '{key}'", lambda: self._member(f"{key}.npy"))
@@ -309,17 +304,23 @@ class _Source:
     def get(self, key):
         return self[key] if key in self else None
 
+    def need(self, *keys, give):
+        """Refuse a file that lacks one of the keys; give: what to do about it."""
+        for key in keys:
+            if key not in self:
+                raise InputError(f"{self.path} lacks '{key}' - give {give}")
+
     def checked(self, key, wanted, *allowed):
         """The array of a key, or None without it. It must be as one of `allowed`, each (a kind of
         numpy, *shape), where None is any length."""
         a = self.get(key)
-        for kind, *shape in allowed if a is not None else ():
+        if a is None:
+            return None
+        for kind, *shape in allowed:
             alike = len(shape) == a.ndim and all(n in (None, m) for n, m in zip(shape, a.shape))
             if alike and np.issubdtype(a.dtype, kind):
                 return a
-        if a is not None:
-            raise InputError(f"'{key}' has shape {a.shape} and type {a.dtype} - give {wanted}")
-        return None
+        raise InputError(f"'{key}' has shape {a.shape} and type {a.dtype} - give {wanted}")
 
 
 def read_arrays(path):
@@ -354,39 +355,42 @@ def plain_name(name, source):
 
 def read_json(path):
     """What a JSON file holds."""
-    with open(plain_file(path), "rb") as f:
-        text = f.read()
     try:
-        return json.loads(text)
+        with open(plain_file(path), "rb") as f:
+            return json.loads(f.read())
+    except FileNotFoundError:
+        raise InputError(f"no file {path} - check the path")
     except (ValueError, RecursionError) as e:
         raise InputError(f"{path} is not readable JSON ({e}) - write or restore it")
 
 
+# What numpy and zipfile raise of bad files, as it is looked for, and what to say of it
+UNREAD = {FileNotFoundError: "no file or folder {} - check the path",
+          PermissionError: "{} may not be read - check its permissions",
+          MemoryError: "{} does not fit into memory - save it as a folder of .npy files",
+          ValueError: "{} is not a readable .npz or .npy of numbers or text - use numpy.savez",
+          Exception: "{} is cut off or damaged - write it again"}
+
+
 def _load(what, read):
-    """The array or .npz that read() returns, or an InputError saying what is wrong with it."""
+    """The array or .npz that read() returns, or an InputError saying what is wrong with it. Text
+    that comes as UTF-8 bytes is decoded."""
     try:
         x = read()
         if not isinstance(x, np.ndarray):
             return x
         if x.dtype.kind not in "biufUS":
             raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
+        if x.dtype.kind == "S":
+            return np.char.decode(x, "utf-8", "replace")
         if x.dtype.kind == "U":
             "".join(x.ravel().tolist()).encode().decode()    # a ValueError for what is no text
         return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"no file or folder {what} - check the path")
-    except PermissionError:
-        raise InputError(f"{what} may not be read - check its permissions")
-    except MemoryError:
-        raise InputError(f"{what} does not fit into memory - save it as a folder of .npy files")
-    except ValueError as e:
-        if "Object array" in str(e):
-            raise InputError(f"{what} is an array of Python objects - save numbers or strings")
-        raise InputError(f"{what} is not a readable .npz or .npy file - write it by numpy.savez")
-    except Exception:                    # numpy and zipfile raise many kinds for broken files
-        raise InputError(f"{what} is cut off or damaged - write it again")
+    except Exception as e:
+        said = next(text for kind, text in UNREAD.items() if isinstance(e, kind))
+        raise InputError(said.format(what))
 
 
 def _load_npy(path):
@@ -399,6 +403,9 @@ def _load_npy(path):
 
 def _stream(arrays, name, most=3):
     """A stream's array, of two dimensions or at most `most`."""
+    if name not in arrays.streams:
+        there = ", ".join(arrays.streams) or "none"
+        raise InputError(f"{arrays.path} has no stream '{name}' - it has {there}")
     x = arrays[name]
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
@@ -411,16 +418,14 @@ def _stream(arrays, name, most=3):
 
 
 def _told(arrays, n, seed=None):
-    """What a file says of its n samples: the fields of `Samples`, bytes as str. With a seed there
-    is always a split."""
-    about, notes = {}, []
-    pixels = [(np.uint8, n, None, None), (np.uint8, n, None, None, 3)]
-    for key in ("ids", "groups", "captions", "split", "images"):
-        found = arrays.checked(key, f"(N,) values, N = {n}", (np.generic, n)) if key != "images" \
-            else arrays.checked(key, f"(N,) paths or (N, H, W[, 3]) uint8, N = {n}",
-                                (np.character, n), *pixels)
-        if found is not None:
-            about[key] = _texts(found) if found.dtype.kind == "S" else found
+    """What a file says of its n samples: the fields of `Samples`. With a seed there is always a
+    split."""
+    about, notes, pixels = {}, [], (np.uint8, n, None, None)
+    for key in ("ids", "groups", "captions", "split"):
+        about[key] = arrays.checked(key, f"(N,) values, N = {n}", (np.generic, n))
+    about["images"] = arrays.checked("images", f"(N,) paths or (N, H, W[, 3]) uint8, N = {n}",
+                                     (np.character, n), pixels, (*pixels, 3))
+    about = {key: a for key, a in about.items() if a is not None}
     labels, names, mask = _read_labels(arrays, n)
     split, groups = about.pop("split", None), about.get("groups")
     if split is not None or seed is not None:
@@ -433,33 +438,26 @@ def _told(arrays, n, seed=None):
     return dict(labels=labels, label_names=names, mask=mask, about=about, split=split, notes=notes)
 
 
-def _texts(a):
-    """An array of str, or of UTF-8 bytes, as one of str."""
-    return np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a.astype(str)
-
-
 def _read_labels(arrays, n):
     """(labels, names, mask) of a file of n samples, as in `Samples`; a mask of (N,) labels has made
     them negative."""
-    labels, names = arrays.get("labels"), arrays.get("label_names")
     mask = arrays.checked("mask", "(N,) booleans, False = labels not known", (np.bool_, n))
-    if labels is None:
+    if "labels" not in arrays:
         return None, [], None
+    labels, names = arrays["labels"], None
     if labels.ndim and len(labels) != n:
         raise InputError(f"'labels' has {len(labels)} entries for {n} samples - give one each")
-    names = None if names is None else _texts(np.atleast_1d(names)).ravel().tolist()
-    if labels.ndim == 1 and labels.dtype.kind in "US":
-        words = _texts(labels).tolist()
-        names = sorted({*words} - {""}) if names is None else names
+    if "label_names" in arrays:
+        names = np.ravel(arrays["label_names"]).astype(str).tolist()
+    if labels.ndim == 1 and labels.dtype.kind == "U":
+        names = sorted({*labels.tolist()} - {""}) if names is None else names
         number = {"": -1, **{name: i for i, name in enumerate(names)}}
-        for row, word in enumerate(words):
+        for row, word in enumerate(labels.tolist()):
             if word not in number:
                 raise InputError(f"'labels' row {row} is {word[:40]!r}, no 'label_names' - add it")
-        labels = np.array([number[word] for word in words])
+        labels = np.array([number[word] for word in labels.tolist()])
     labels, count = _numbers(labels, names)
     if names is None:
-        if count > max(n, 1000):                             # each takes memory
-            raise InputError(f"'labels' go up to {count - 1} for {n} samples - number them from 0")
         names = [f"label {i}" for i in range(count)]
     if len(names) < count or labels.ndim == 2 and len(names) != count:
         raise InputError(f"'label_names' has {len(names)} names for {count} labels - give one each")
@@ -475,7 +473,7 @@ def _numbers(labels, names):
         labels = labels[:, 0]                                # as MedMNIST has it
     if whole and labels.ndim == 1:
         most = int(labels.max()) if labels.size else -1
-        if most >= MOST_LABELS:
+        if most >= max(len(labels), 1000, len(names or ())):       # each takes a column
             row = labels.argmax()
             raise InputError(f"'labels' row {row} is {most} - number the classes from 0")
         return labels.astype(np.int64), max(most + 1, 0)
@@ -505,10 +503,9 @@ def _split(given, groups, n, seed):
     """(N,) of train / val / test: as given; else 80 % of the groups, or of the samples, train, the
     rest val (thesis A.1.2)."""
     if given is not None:
-        split = _texts(given)
-        for row in np.flatnonzero(~np.isin(split, SPLITS))[:1]:
-            raise InputError(f"'split' row {row} is '{split[row]}' - use train, val or test")
-        return split
+        for row in np.flatnonzero(~np.isin(given, SPLITS))[:1]:
+            raise InputError(f"'split' row {row} is '{given[row]}' - use train, val or test")
+        return given
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     order = np.random.default_rng([seed, 2]).permutation(unit.max() + 1)
     held_out = order[round(0.8 * len(order)):]
@@ -527,9 +524,9 @@ def _scan(features, block_bytes=1 << 24):
             bad = ~(np.abs(block) <= LARGEST).all(1)         # so compared, NaN is bad too
             if bad.any():
                 finite = np.isfinite(block[bad.argmax()]).all()
-                what, do = ("numbers beyond 1e15", "scale") if finite else ("NaN or Inf", "mend")
+                what = "numbers beyond 1e15" if finite else "NaN or Inf"
                 raise InputError(f"stream '{s}' has {what} in {bad.sum()} or more rows, first row "
-                                 f"{start + bad.argmax()} - {do} them")
+                                 f"{start + bad.argmax()} - mend or scale them")
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:
@@ -547,14 +544,17 @@ def read_taxonomy(path, label_names):
     "Subcategory": [...]} as Open Images has it (a name that stands twice counts where it is
     deepest). Returns dict name -> parent or None: one root, no cycle, every label in it.
     """
-    if not os.path.exists(path):
-        raise InputError(f"no taxonomy at {path} - check the path")
-    tree = read_json(path)
+    parents = tree = read_json(path)
     if isinstance(tree, dict) and "LabelName" in tree:
-        parents = _nested_taxonomy(path, tree)
-    elif isinstance(tree, dict) and all(v is None or isinstance(v, str) for v in tree.values()):
-        parents = tree
-    else:
+        parents, queue = {}, [(tree, None)]                  # breadth first: last seen is deepest
+        for node, parent in queue:
+            below = node.get("Subcategory", []) if isinstance(node, dict) else None
+            if not isinstance(below, list) or not isinstance(node.get("LabelName"), str):
+                raise InputError(f"{path}: a node below {parent} has no LabelName, a text, or a "
+                                 "Subcategory that is no list - mend it")
+            parents[node["LabelName"]] = parent
+            queue += [(child, node["LabelName"]) for child in below]
+    if not isinstance(parents, dict) or {*map(type, parents.values())} - {str, type(None)}:
         raise InputError(f"{path} holds a {type(tree).__name__}, no taxonomy - give one by names")
     for child, parent in parents.items():
         if parent is not None and parent not in parents:
@@ -569,18 +569,6 @@ def read_taxonomy(path, label_names):
     for name in label_names:
         if name not in parents:
             raise InputError(f"taxonomy lacks the label '{name}' - add it")
-    return parents
-
-
-def _nested_taxonomy(path, tree):
-    parents, queue = {}, [(tree, None)]                      # breadth first: last seen is deepest
-    for node, parent in queue:
-        below = node.get("Subcategory", []) if isinstance(node, dict) else None
-        if not isinstance(below, list) or not isinstance(node.get("LabelName"), str):
-            raise InputError(f"{path}: a node below {parent} has no LabelName, a text, or a "
-                             "Subcategory that is no list - mend it")
-        parents[node["LabelName"]] = parent
-        queue += [(child, node["LabelName"]) for child in below]
     return parents
 
 
@@ -599,20 +587,17 @@ def read_names(path, n_latents):
 def read_head(path, d):
     """Weight (d,) and bias of a linear score, from an .npz with `weight` (d,) and `bias` (), or two
     rows of both: one label against the rest."""
+    give = f"weight ({d},) and bias (), or two rows of both: one label against the rest"
     arrays = _Source(path)
-    for key in ("weight", "bias"):
-        if key not in arrays:
-            raise InputError(f"{path} lacks '{key}' - give weight (d,) and bias ()")
+    arrays.need("weight", "bias", give=give)
     w, b = arrays["weight"], arrays["bias"]
-    if w.dtype.kind not in "biuf" or b.dtype.kind not in "biuf" \
-            or not np.isfinite(w).all() or not np.isfinite(b).all():
-        raise InputError(f"{path} holds something else than finite numbers - mend it")
+    if not all(v.dtype.kind in "biuf" and np.isfinite(v).all() for v in (w, b)):
+        raise InputError(f"{path} holds something else than finite numbers - give {give}")
     w, b = w.astype(np.float64), b.astype(np.float64)
     if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
         w, b = w[1] - w[0], b[1] - b[0]
     if w.size != d or b.size != 1:
-        raise InputError(f"{path} has weight {w.shape} and bias {b.shape} - give ({d},) and (), or "
-                         "two rows of both: one label against the rest")
+        raise InputError(f"{path} has weight {w.shape} and bias {b.shape} - give {give}")
     return w.reshape(-1), float(b.reshape(-1)[0])
 
 
@@ -1030,19 +1015,12 @@ class Merges(Words):
         """The pieces of a word."""
         pieces = [self.letter[b] for b in word.encode()]     # a letter a byte
         pieces[-1] += "</w>"
-        while len(pieces) > 1:
-            pairs = zip(pieces, pieces[1:])
-            first = min(pairs, key=lambda pair: self.rank.get(pair, len(self.rank)))
-            if first not in self.rank:
-                break
-            out = []
-            for piece in pieces:                             # join it wherever it stands
-                if out and (out[-1], piece) == first:
-                    out[-1] = "".join(first)
-                else:
-                    out.append(piece)
-            pieces = out
-        return pieces
+        while True:
+            ranks = [self.rank.get(pair, math.inf) for pair in zip(pieces, pieces[1:])]
+            if min(ranks, default=math.inf) == math.inf:
+                return pieces
+            i = ranks.index(min(ranks))
+            pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
 
     def pieces(self, text, strict=True):
         return [(self.number[piece], (i, word)) for i, word in enumerate(self.split(text))
@@ -1109,8 +1087,6 @@ def vision():
     except RuntimeError as e:
         if "torchvision::nms" not in str(e):
             raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
         # kept, because its operators go when it does
         vision.library = torch.library.Library("torchvision", "DEF")
         takes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -1126,14 +1102,14 @@ class Images(Samples):
 
     paths    list of N          pixels  (N, H, W[, 3]) uint8 where the file holds them, or None
     boxes    (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one
-    objects  a list of N lists of (name, (x0, y0, x1, y1) in shares of the picture), or None
+    objects  (n, 6) boxes of what is in the pictures, as in a feature file, or None
     side     pixels that a part needs, at least, where a slide has levels
     window   see `as_rgb`
     """
     paths: list
     pixels: np.ndarray = None
     boxes: np.ndarray = None
-    objects: list = None
+    objects: np.ndarray = None
     side: int = 224
     window: tuple = None
 
@@ -1150,7 +1126,7 @@ class Images(Samples):
     def whole(self):
         """Whether views must not cut anything off: tiles have no margin, and boxes are shares of
         the whole picture."""
-        return self.boxes is not None or self.objects is not None or "boxes" in self.about
+        return self.boxes is not None or self.objects is not None
 
     def rows(self, *splits):
         """All, or those of the splits where there is one."""
@@ -1159,15 +1135,28 @@ class Images(Samples):
             return everything
         return everything[np.isin(self.split, splits)]
 
+    def take(self, rows):
+        """The pictures `rows`, which may repeat, without their objects."""
+        known = {key: a[rows] for key, a in self._arrays().items()}
+        return replace(self, paths=[self.paths[i] for i in rows], objects=None, **known,
+                       about={key: a[rows] for key, a in self.about.items()})
+
+    def _arrays(self):
+        """The fields that hold something for each picture."""
+        found = {key: getattr(self, key) for key in ("labels", "mask", "split", "pixels", "boxes")}
+        return {key: a for key, a in found.items() if a is not None}
+
     def arrays(self, out):
         """What is known about the pictures, as the feature file `out` has it."""
-        found = {"images": relative(self.paths, out) if self.pixels is None else self.pixels,
-                 "coords": self.boxes, "mask": self.mask, "split": self.split, **self.about}
+        found = {"images": relative(self.paths, out), **self.about, **self._arrays()}
+        for ours, key in (("pixels", "images"), ("boxes", "coords")):
+            if ours in found:
+                found[key] = found.pop(ours)
         if self.labels is not None:
-            found.update(labels=self.labels, label_names=np.array(self.label_names))
+            found["label_names"] = np.array(self.label_names)
         if self.objects is not None:
-            found.update(object_arrays(self.objects))
-        return {key: a for key, a in found.items() if a is not None}
+            found["boxes"] = self.objects
+        return found
 
     def knn_rows(self, seed, most):
         """Pictures that vote and pictures that are judged, some, if many: train against the other
@@ -1207,10 +1196,7 @@ def read_images(path):
     Every file of a folder is opened to see that it is a picture, and none is decoded.
     """
     if os.fspath(path).endswith(".npz"):
-        arrays = _Source(path)
-        if "coords" in arrays:
-            return _read_tiles([path])
-        return _read_listed(path, arrays) if "images" in arrays else _read_medmnist(path, arrays)
+        return _read_listed(path)
     if os.path.isfile(path):
         if min(_slide(path).size) < 448:                     # hardly two tiles: one picture
             return Images([path])
@@ -1220,30 +1206,29 @@ def read_images(path):
     if tiles:
         return _read_tiles([os.path.join(path, f) for f in tiles])
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
-        found = read_voc_folder(path)
-        if not found:
-            raise InputError(f"{path}: ImageSets/Main lists no pictures - add their names")
-        split, _, paths, things = map(list, zip(*found))
-        sides = [np.array(open_image(p).size * 2) for p in paths]
-        objects = [[(name, tuple(np.clip(box / side, 0, 1))) for name, box in found]
-                   for found, side in zip(things, sides)]
-        return Images(paths, split=np.array(split), objects=objects)
+        return _read_objects(path)
     return _looked_at(_walk(path, PICTURES, "pictures"))
 
 
-def _read_listed(path, arrays):
+def _read_listed(path):
     """Pictures that an .npz holds in `images`, or names there, relative to itself, with what else
-    it says of them."""
+    it says of them. With `coords` they are tiles, whose slides are not opened."""
+    arrays = _Source(path)
+    _stack_splits(arrays)
+    arrays.need("images", give="a list of pictures or tiles, a MedMNIST .npz, or class folders")
     n = len(np.atleast_1d(arrays["images"]))
     if not n:
         raise InputError(f"{path} has empty 'images' - name another file")
     told = _told(arrays, n)
     images = told["about"].pop("images")
-    told["about"].update({k: arrays[k] for k in ("boxes", "grid") if k in arrays})
+    boxes = arrays.checked("coords", "(N, 4): x, y, width, height", (np.number, n, 4))
     if images.ndim > 1:
-        return Images([path] * n, images, **told)
+        if boxes is not None:
+            raise InputError(f"'images' has shape {images.shape} beside 'coords' - give paths")
+        return Images([path] * n, images, objects=arrays.get("boxes"), **told)
     here = os.path.dirname(os.path.abspath(path))
-    return _looked_at(Images([os.path.join(here, p) for p in images], **told))
+    out = Images([os.path.join(here, p) for p in images], objects=arrays.get("boxes"), **told)
+    return _looked_at(out) if boxes is None else replace(out, boxes=boxes.astype(int))
 
 
 def _looked_at(images):
@@ -1252,26 +1237,22 @@ def _looked_at(images):
     return images
 
 
-def _read_medmnist(path, arrays):
-    """The pictures of a MedMNIST file, with one class each."""
+def _stack_splits(arrays):
+    """Let what a MedMNIST file has for each split, train_images and train_labels, stand for its
+    `images`, `labels` and `split`."""
     there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
-    if not there:
-        raise InputError(f"{path} lacks train_images and train_labels, 'images' or 'coords' - give "
-                         "a MedMNIST .npz, a list of pictures, tiles, or class folders")
-    pixels, labels = [], []
-    for s in there:
-        x = arrays.checked(f"{s}_images", "uint8 (N, H, W) or (N, H, W, 3)",
-                           (np.uint8, None, None, None), (np.uint8, None, None, None, 3))
-        y = arrays[f"{s}_labels"]
-        if y.size != len(x) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-            raise InputError(f"'{s}_labels' has shape {y.shape} and type {y.dtype} for {len(x)} "
-                             "pictures - give one class each, from 0; no several at once")
-        pixels.append(x)
-        labels.append(y.ravel())
-    labels = np.concatenate(labels).astype(int)
-    return Images([path] * len(labels), np.concatenate(pixels), labels=labels,
-                  label_names=[str(c) for c in range(labels.max() + 1)],
-                  split=np.repeat(there, [len(x) for x in pixels]))
+    pixels = [arrays.checked(f"{s}_images", "uint8 (N, H, W) or (N, H, W, 3)",
+                             (np.uint8, None, None, None), (np.uint8, None, None, None, 3))
+              for s in there]
+    labels = [arrays[f"{s}_labels"] for s in there]
+    for s, x, y in zip(there, pixels, labels):
+        if x.shape[:1] != y.shape[:1] or x.shape[1:] != pixels[0].shape[1:] \
+                or y.shape[1:] != labels[0].shape[1:]:
+            raise InputError(f"'{s}_images' has shape {x.shape} and '{s}_labels' {y.shape} - give "
+                             "as many, shaped as in the other splits")
+    if there:
+        arrays.made.update(images=np.concatenate(pixels), labels=np.concatenate(labels),
+                           split=np.repeat(there, [len(x) for x in pixels]))
 
 
 # Of XML: broken, in an unknown encoding, without what is looked for
@@ -1308,16 +1289,24 @@ def read_voc(path):
     return found
 
 
-def object_arrays(objects):
-    """The objects of `Images` as a feature file has them: labels, label_names, boxes."""
-    names = sorted({name for found in objects for name, _ in found})
-    boxes = [(i, names.index(name), *box) for i, found in enumerate(objects) for name, box in found
-             if box[0] < box[2] and box[1] < box[3]]
-    labels = np.zeros((len(objects), len(names)), bool)
-    for i, label, *_ in boxes:
-        labels[i, label] = True
-    return {"labels": labels, "label_names": np.array(names),
-            "boxes": np.array(boxes, float).reshape(-1, 6)}
+def _read_objects(folder):
+    """The pictures of a Pascal VOC folder with their splits and objects; a label of a picture says
+    that it has such an object."""
+    found = read_voc_folder(folder)
+    if not found:
+        raise InputError(f"{folder}: ImageSets/Main lists no pictures - add their names")
+    names = sorted({name for *_, objects in found for name, _ in objects})
+    labels, boxes = np.zeros((len(found), len(names)), bool), []
+    for i, (_, _, path, objects) in enumerate(found):
+        size = np.array(open_image(path).size * 2)
+        for name, box in objects:
+            x0, y0, x1, y1 = np.clip(box / size, 0, 1)
+            if x0 < x1 and y0 < y1:
+                labels[i, names.index(name)] = True
+                boxes.append((i, names.index(name), x0, y0, x1, y1))
+    split, _, paths, _ = map(list, zip(*found))
+    return Images(paths, split=np.array(split), labels=labels if names else None, label_names=names,
+                  objects=np.array(boxes, float).reshape(-1, 6))
 
 
 def _files(folder, endings):
@@ -1539,25 +1528,22 @@ def read_pictures(path, size, label=None, window=None):
     `read_images` reads; those without a label are left out. Where several labels hold at once,
     `label` is the name of the one to find. window: see `as_rgb`."""
     images = replace(read_images(path), window=window)
-    labels, names, known = images.labels, images.label_names, np.flatnonzero(images.labelled)
-    if labels is None:
+    images, names = images.take(np.flatnonzero(images.labelled)), images.label_names
+    if images.labels is None:
         raise InputError(f"{path} has no labels - put the pictures into folders named after them")
-    if labels.ndim == 1 and label:
+    if images.labels.ndim == 1 and label:
         raise InputError(f"{path} has one label a picture - leave out --label")
-    if labels.ndim == 2:
+    if images.labels.ndim == 2:
         if label not in names:
             raise InputError(f"{path}: no label '{label}' - use --label: {', '.join(names)}")
-        labels, names = labels[:, names.index(label)].astype(int), [f"no {label}", label]
-    there = np.unique(labels[known])
+        images.labels = images.labels[:, names.index(label)].astype(int)
+        images.label_names = names = [f"no {label}", label]
+    there = np.unique(images.labels)
     if len(there) < 2:
         found = "".join(names[c] for c in there) or "none"
         raise InputError(f"{path} has the one class {found} - there is nothing to tell apart")
-    views = (images.open(i).resize((size, size), Image.BICUBIC) for i in known)
-    split, groups = (None if a is None else a[known]
-                     for a in (images.split, images.about.get("groups")))
-    return Images([images.paths[i] for i in known], np.stack([np.asarray(view) for view in views]),
-                  labels=labels[known], label_names=names, split=split, notes=images.notes,
-                  about={} if groups is None else {"groups": groups})
+    views = [images.open(i).resize((size, size), Image.BICUBIC) for i in range(len(images))]
+    return replace(images, pixels=np.stack([np.asarray(view) for view in views]), boxes=None)
 
 
 def picture_parts(pictures, split, seed, source):
@@ -1764,46 +1750,31 @@ def tile_arrays(slides, i, boxes, out, regions=None, share=0.5):
     """What the file `out` says of the tiles `boxes` of slide i of `read_slides`: where they are and
     the slide's label and split. With regions (`read_polygons`), tiles that lie in them by at least
     `share` have the label "region" instead (thesis 3.2.2: half of the patch)."""
-    n, label, label_names = len(boxes), None, slides.label_names
-    arrays = {"coords": boxes, "images": np.repeat(relative([slides.paths[i]], out), n),
-              "groups": np.repeat(slides.about["groups"][i], n)}
+    tiles = replace(slides.take(np.full(len(boxes), i)), boxes=boxes)
     if regions is not None:
-        label = np.array([region_share(regions, box) >= share for box in boxes]).astype(int)
-        label_names = ["outside", "region"]
-    elif slides.labels is not None:
-        label = np.repeat(slides.labels[i], n)
-    if label is not None:
-        arrays.update(labels=label, label_names=np.array(label_names))
-    if slides.split is not None:
-        arrays["split"] = np.repeat(slides.split[i], n)
-    return arrays
+        inside = [region_share(regions, box) >= share for box in boxes]
+        tiles.labels, tiles.label_names = np.array(inside).astype(int), ["outside", "region"]
+    return tiles.arrays(out)
 
 
 def _read_tiles(files):
     """Tiles as the `tile` command writes them; what not all files say is left out."""
-    paths, found = [], []
-    for file in files:
-        arrays = _Source(file)
-        boxes = arrays.checked("coords", "(n, 4): x, y, width, height", (np.number, None, 4))
-        names = arrays.checked("images", "(n,) paths of slides", (np.character, None))
-        if boxes is None or not len(boxes) or names is None:
-            raise InputError(f"{file} lacks 'coords' or 'images' - name a file that `tile` wrote")
-        told, here = _told(arrays, len(boxes)), os.path.dirname(os.path.abspath(file))
-        paths += [os.path.join(here, name) for name in told["about"]["images"]]
-        if found and told["label_names"] != found[0]["label_names"]:
+    parts = [_read_listed(file) for file in files]
+    for file, part in zip(files, parts):
+        if part.boxes is None:
+            raise InputError(f"{file} lacks 'coords' - name a file that `tile` wrote")
+        if part.label_names != parts[0].label_names:
             raise InputError(f"{file} has other 'label_names' than {files[0]} - tile them together")
-        mask = np.ones(len(boxes), bool) if told["mask"] is None else told["mask"]
-        found.append({**told, "mask": mask, "boxes": boxes.astype(int),
-                      "groups": told["about"].get("groups")})
+    for part in parts if any(part.mask is not None for part in parts) else ():
+        part.mask = part.labelled
 
-    def joined(key):
-        parts = [told[key] for told in found]
-        return None if any(part is None for part in parts) else np.concatenate(parts)
-    labels, mask, groups = map(joined, ("labels", "mask", "groups"))
-    return Images(paths, labels=labels, label_names=[] if labels is None else told["label_names"],
-                  split=joined("split"), boxes=joined("boxes"),
-                  about={} if groups is None else {"groups": groups},
-                  mask=None if mask.all() else mask)
+    def joined(dicts):
+        shared = set.intersection(*map(set, dicts))
+        return {key: np.concatenate([d[key] for d in dicts]) for key in shared}
+    told = joined([part._arrays() for part in parts])
+    return Images([path for part in parts for path in part.paths], **told,
+                  label_names=parts[0].label_names if "labels" in told else [],
+                  about=joined([part.about for part in parts]))
 
 
 def read_polygons(path):
@@ -2047,7 +2018,7 @@ def _bags_of_file(path, arrays):
     if offsets[0] != 0 or offsets[-1] != len(X):
         raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(X)}, the "
                          "number of instances")
-    if not n or not 0 <= y.min() <= y.max() <= MOST_LABELS:
+    if not n or not 0 <= y.min() <= y.max() < max(n, 1000):
         raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
     return Bags(X, offsets.astype(np.int64), y, [], [str(i) for i in range(n)], folds,
                 groups=groups)
