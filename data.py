@@ -1839,55 +1839,47 @@ def cut_boxes(folder, margin=0.2, window=None):
 
 @dataclass
 class Bags:
-    """Bags of instances: bag i is X[offsets[i]:offsets[i + 1]].
+    """Bags of instances.
 
-    X (n, d) float32     y (bags,) int, of label_names     names (bags,)
-    folds (R, F, bags) bool, True = train, or None     split (bags,) or None
-    groups (bags,), patients whose bags stay together, or None
-    coords, images: list of (N_i, 4) boxes and of paths: where instances were cut, or None
+    x        list of (N_i, d) float32      y (bags,) int, of label_names     names (bags,)
+    folds    (R, F, bags) bool, True = train, or None     split (bags,) or None
+    groups   (bags,), patients whose bags stay together, or None
+    coords, images  list of (N_i, 4) boxes and of paths, each perhaps None: where instances were cut
     """
-    X: np.ndarray
-    offsets: np.ndarray
+    x: list
     y: np.ndarray
     label_names: list
     names: list
     folds: np.ndarray = None
     split: np.ndarray = None
+    groups: np.ndarray = None
     coords: list = None
     images: list = None
-    groups: np.ndarray = None
 
     def __len__(self):
         return len(self.y)
 
     @property
     def hash(self):
-        return _digest(self.X, self.offsets, self.y)
-
-    def instances(self, rows):
-        """The instances of all bags `rows`, (n, d)."""
-        return np.concatenate([self.X[self.offsets[i]:self.offsets[i + 1]] for i in rows])
+        return _digest(*self.x, np.array([len(x) for x in self.x]), self.y)
 
     def means(self):
         """(bags, d) float64: the mean of each bag's instances."""
-        total = np.add.reduceat(self.X, self.offsets[:-1], dtype=float)
-        return total / np.diff(self.offsets)[:, None]
+        return np.stack([x.mean(0, dtype=float) for x in self.x])
 
     def scale(self, rows):
         """Mean and standard deviation (d,) of the instances of bags `rows`; 1 for a constant."""
-        X = self.instances(rows)
-        std = (X - X[0]).std(0)                              # of a constant exactly 0
-        std = np.where(std > 1.2e-7 * np.abs(X[0]), std, 1)
-        return torch.from_numpy(X.mean(0)), torch.from_numpy(std)
+        x = np.concatenate([self.x[i] for i in rows])
+        std = (x - x[0]).std(0)                              # of a constant exactly 0
+        std = np.where(std > 1.2e-7 * np.abs(x[0]), std, 1)
+        return torch.from_numpy(x.mean(0)), torch.from_numpy(std)
 
     def padded(self, rows):
         """x (B, N, d), zeros where a bag is shorter than the longest, mask (B, N), y (B,)."""
-        rows = np.asarray(rows)
-        size = np.diff(self.offsets)[rows]
-        mask = torch.arange(size.max()) < torch.from_numpy(size)[:, None]    # (B, N)
-        x = torch.zeros(*mask.shape, self.X.shape[1])
-        x[mask] = torch.from_numpy(self.instances(rows))
-        return x, mask, torch.from_numpy(self.y[rows]).long()
+        bags = [torch.from_numpy(self.x[i]) for i in rows]
+        x = torch.nn.utils.rnn.pad_sequence(bags, batch_first=True)
+        mask = torch.arange(x.shape[1]) < torch.tensor([len(bag) for bag in bags])[:, None]
+        return x, mask, torch.from_numpy(self.y[np.asarray(rows)]).long()
 
     def batches(self, rows, batch):
         """Bags `rows` in their order, `padded`, `batch` at a time."""
@@ -1925,103 +1917,99 @@ class Bags:
 
 
 def read_bags(path, stream=None):
-    """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags) and
-    groups (bags,); a feature file with labels and groups, each of which is a bag; or a folder with
-    a feature file for each bag, as `extract` writes them, in class folders, perhaps inside train,
-    val and test folders. stream: of feature files that have several.
+    """An .npz with X (n, d), offsets (bags + 1,), y (bags,), where bag i is
+    X[offsets[i]:offsets[i + 1]], and perhaps folds (R, F, bags) and groups (bags,); a feature file
+    with labels and groups, each of which is a bag; or a folder with a feature file for each bag, as
+    `extract` writes them, in class folders, perhaps inside train, val and test folders. stream: of
+    feature files that have several.
     """
     if os.path.isdir(path):
         bags = _bags_of_folder(path, stream)
     else:
         arrays = _Source(path)
         grouped = "X" not in arrays and "groups" in arrays and "labels" in arrays
-        bags = _bags_of_groups(path, arrays, stream) if grouped else _bags_of_file(path, arrays)
-    bad = np.flatnonzero(np.diff(bags.offsets) < 1)
-    if len(bad):
-        raise InputError(f"bag {bags.names[bad[0]]} is empty - drop it")
-    rows = np.flatnonzero(~np.isfinite(bags.X).all(1))
-    if len(rows):
-        raise InputError(f"instance {rows[0]} holds NaN or Inf - drop or mend it")
+        bags = _bags_of_groups(arrays, stream) if grouped else _bags_of_file(arrays)
+    for name, x in zip(bags.names, bags.x):
+        if not len(x) or not np.isfinite(x).all():
+            raise InputError(f"bag {name} {'holds NaN or Inf' if len(x) else 'is empty'} - drop it")
+    widths = {x.shape[1] for x in bags.x}
+    if len(widths) > 1:
+        raise InputError(f"the bags in {path} have widths {sorted(widths)} - take one backbone")
     if len(np.unique(bags.y)) < 2:
         raise InputError(f"all bags have the label {bags.y[0]} - there is nothing to learn")
-    return replace(bags, X=bags.X.astype(np.float32), y=bags.y.astype(int),
-                   label_names=bags.label_names or [str(c) for c in range(bags.y.max() + 1)])
+    return replace(bags, x=[x.astype(np.float32) for x in bags.x], y=bags.y.astype(int))
 
 
 def _bags_of_folder(path, stream):
-    """Bags of class folders of feature files, their widths and groups checked."""
+    """Each feature file in a folder of class folders as a bag."""
     files = _walk(path, (".npz",), "feature files")
     if files.labels is None:
         raise InputError(f"{path} has no class folders - name them after the bags' labels")
-    bags = []
-    for file in files.paths:
-        X, told, coords, pictures = _instances(file, _Source(file), stream)
-        groups = np.unique(told["about"].get("groups", []))
-        bags.append((X, coords, pictures and pictures[0], groups[0] if len(groups) == 1 else None))
-    parts, coords, pictures, groups = map(list, zip(*bags))
-    if None in groups and len({*groups}) > 1:
-        lone = files.paths[groups.index(None)]
-        raise InputError(f"{lone} has no single group, as other bags have - give one in each")
-    widths = {x.shape[1] for x in parts}
-    if len(widths) > 1:
-        raise InputError(f"the bags in {path} have widths {sorted(widths)} - take one backbone")
-    return Bags(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), files.labels,
-                files.label_names, [pathlib.Path(p).stem for p in files.paths], split=files.split,
-                coords=coords, images=pictures, groups=None if None in groups else np.array(groups))
+    parts = [_instances(_Source(file), stream) for file in files.paths]
+    x, told, coords, pictures = map(list, zip(*parts))
+    groups = [np.unique(about.get("groups", [])) for about in told]
+    lone = [file for file, found in zip(files.paths, groups) if len(found) != 1]
+    if 0 < len(lone) < len(x):
+        raise InputError(f"{lone[0]} has no single group, as other bags have - give one in each")
+    return Bags(x, files.labels, files.label_names, [pathlib.Path(p).stem for p in files.paths],
+                split=files.split, groups=None if lone else np.concatenate(groups), coords=coords,
+                images=[found and found[0] for found in pictures])
 
 
-def _bags_of_groups(path, arrays, stream):
+def _bags_of_groups(arrays, stream):
     """Each group of a feature file as a bag, with the one label and split of its rows."""
-    X, told, coords, pictures = _instances(path, arrays, stream)
-    labels, split = told["labels"], told["split"]
+    x, about, coords, pictures = _instances(arrays, stream)
+    labels, split = about["labels"], about["split"]
     if labels.ndim != 1 or labels.min() < 0:
-        raise InputError(f"{path}: 'labels' of shape {labels.shape} leave rows out - give all one")
-    names, first, bag, size = np.unique(told["about"]["groups"], True, True, True)
+        raise InputError(f"{arrays.path}: 'labels' of shape {labels.shape} leave rows out - give "
+                         "all one")
+    names, first, bag, size = np.unique(about["groups"], True, True, True)
     for key, a in (("label", labels), ("split", split)):
         for row in [] if a is None else np.flatnonzero(a != a[first][bag])[:1]:
-            raise InputError(f"{path}: group {names[bag[row]]} has several {key}s - give it one")
-    order, ends = np.argsort(bag, kind="stable"), np.cumsum(size)
-    return Bags(X[order], np.r_[0, ends], labels[first], told["label_names"], names.astype(str),
+            raise InputError(f"{arrays.path}: group {names[bag[row]]} has several {key}s - give it "
+                             "one")
+
+    def cut(a):
+        return np.split(a[np.argsort(bag, kind="stable")], np.cumsum(size)[:-1])
+    return Bags(cut(x), labels[first], about["label_names"], names.astype(str),
                 split=None if split is None else split[first],
-                coords=None if coords is None else np.split(coords[order], ends[:-1]),
+                coords=None if coords is None else cut(coords),
                 images=pictures and [pictures[i] for i in first])
 
 
-def _instances(path, arrays, stream):
-    """Of a feature file: X (n, d), what it says of them (`_told`), their coords, and the paths of
-    the pictures that they were cut from; None where there are none."""
-    name = stream or (arrays.streams[0] if len(arrays.streams) == 1 else None)
-    if name not in arrays.streams:
-        there = ", ".join(arrays.streams) or "none"
-        raise InputError(f"{path} has the streams {there} - pick one with --stream")
-    X = _stream(arrays, name, 2)
-    told, coords = _told(arrays, len(X)), arrays.checked(
-        "coords", f"(N, 4) numbers, N = {len(X)}", (np.number, len(X), 4))
+def _instances(arrays, stream):
+    """Of a feature file: x (n, d), what it says of them (`_told`, and what that has in "about"),
+    their coords, and the paths of the pictures that they were cut from; None where there are
+    none."""
+    if not stream and len(arrays.streams) != 1:
+        raise InputError(f"{arrays.path} has the streams {', '.join(arrays.streams) or 'none'} - "
+                         "pick one with --stream")
+    x = _stream(arrays, stream or arrays.streams[0], 2)
+    n, told = len(x), _told(arrays, len(x))
+    coords = arrays.checked("coords", f"(N, 4) numbers, N = {n}", (np.number, n, 4))
     images = told["about"].get("images")
     if images is not None:                                   # pixels lie nowhere else
-        here = os.path.dirname(path)
+        here = os.path.dirname(arrays.path)
         images = [os.path.join(here, p) for p in images] if images.ndim == 1 else None
-    return X, told, coords, images
+    return x, {**told, **told["about"]}, coords, images
 
 
-def _bags_of_file(path, arrays):
+def _bags_of_file(arrays):
     """Bags of an .npz, the shapes and types of its arrays checked against each other."""
-    for key in ("X", "offsets", "y"):
-        if key not in arrays:
-            raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets and y (bags,)")
-    X, y = _stream(arrays, "X", 2), arrays.checked("y", "(bags,) integers", (np.integer, None))
+    arrays.need("X", "offsets", "y", give="X (instances, d), offsets and y (bags,)")
+    x, y = _stream(arrays, "X", 2), arrays.checked("y", "(bags,) integers", (np.integer, None))
     n = len(y)
     offsets = arrays.checked("offsets", f"{n} + 1 integers for {n} bags", (np.integer, n + 1))
     groups = arrays.checked("groups", f"one for each of {n} bags", (np.generic, n))
     folds = arrays.checked("folds", f"(repeats, folds, bags) bool for {n} bags, True = train",
                            (np.bool_, None, None, n))
-    if offsets[0] != 0 or offsets[-1] != len(X):
-        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(X)}, the "
+    if offsets[0] != 0 or offsets[-1] != len(x):
+        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(x)}, the "
                          "number of instances")
     if not n or not 0 <= y.min() <= y.max() < max(n, 1000):
         raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
-    return Bags(X, offsets.astype(np.int64), y, [], [str(i) for i in range(n)], folds,
-                groups=groups)
+    return Bags(np.split(x, offsets[1:-1]), y, [str(c) for c in range(int(y.max()) + 1)],
+                [str(i) for i in range(n)], folds, groups=groups)
 
 
 def stratified_parts(y, shares, seed, groups=None):

@@ -2494,7 +2494,7 @@ def cmd_mil(flags):
         if len(rounds) == 1:
             judge.write_torch(run.path(f"{head}.pt"), {
                 "models": [model.state_dict() for model in models], "head": head,
-                "dim": bags.X.shape[1], "label_names": bags.label_names, **make})
+                "dim": bags.x[0].shape[1], "label_names": bags.label_names, **make})
             if bags.coords and bags.images:
                 page.picture(f"Attention of {head} over test slides",
                              attention_maps(bags, models, rounds[0][2], head, run))
@@ -2520,7 +2520,7 @@ def mil_round(bags, head, make, how, batch, balanced, seed, votes, train, val, t
     for i in range(votes):
         rng = np.random.default_rng([*seed, i])
         torch.manual_seed(int(rng.integers(2 ** 62)))
-        model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **make)
+        model = ssm.MIL(bags.x[0].shape[1], len(bags.label_names), head, **make)
         for buffer, value in zip((model.mean, model.std), bags.scale(train)):
             buffer.copy_(value)
         ssm.fit_mil(model.to(device), lambda epoch: batches(bags.drawn(train, rng, balanced)),
