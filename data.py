@@ -1314,14 +1314,11 @@ def _files(folder, endings):
     out is what is none of the user's: .ipynb_checkpoints, ._x.png, __MACOSX."""
     found = []
     for where, inside, files in os.walk(folder, followlinks=True):
-        real = [os.path.realpath(os.path.join(where, name)) for name in inside]
-        inside[:] = sorted(name for name, to in zip(inside, real)
-                           if os.path.commonpath([to, os.path.realpath(where)]) != to    # a loop
-                           and not name.startswith((".", "__MACOSX")))
-        under = os.path.relpath(where, folder).split(os.sep)
-        under = [name for name in under if name != "."]
-        found += [(under, os.path.join(where, f)) for f in sorted(files)
-                  if f.lower().endswith(endings) and not f.startswith(".")]
+        real = {name: os.path.realpath(os.path.join(where, name)) for name in inside}
+        inside[:] = [name for name in sorted(inside) if not name.startswith((".", "__MACOSX"))
+                     and os.path.commonpath([real[name], os.path.realpath(where)]) != real[name]]
+        found += [(pathlib.Path(where).relative_to(folder).parts, os.path.join(where, f))
+                  for f in sorted(files) if f.lower().endswith(endings) and f[0] != "."]
     return found
 
 
@@ -1338,29 +1335,28 @@ def _walk(folder, endings, what):
         raise InputError(f"no folder {folder} - name one of {what}, or of class folders of {what}")
     split_of = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
     parted = any(os.path.isdir(os.path.join(folder, s)) for s in SPLITS)
-    files, paths, classes, split = _files(folder, endings), [], [], []
+    files, found = _files(folder, endings), []
     stems = {os.path.splitext(path)[0] for _, path in files}
     for under, path in files:
-        part, under = under[:parted], under[parted:]
-        if parted and (not part or part[0] not in split_of):
-            raise InputError(f"{path} lies beside the train, val and test folders - move it")
         if _is_mask(path, stems):
             continue
-        if len(under) > 1:
+        if parted and (not under or under[0] not in split_of):
+            raise InputError(f"{path} lies beside the train, val and test folders - move it")
+        if len(under) > parted + 1:
             raise InputError(f"{path} lies deeper than one level of class folders - move it up")
-        paths.append(path)
-        classes.append("".join(under))
-        split += [split_of[name] for name in part]
-    if not paths:
+        found.append((path, split_of[under[0]] if parted else "", "".join(under[parted:])))
+    if not found:
         raise InputError(f"no {what} in {folder} - expected {', '.join(endings)}")
-    names, masks = sorted({*classes}), len(files) - len(paths)
+    paths, split, classes = map(list, zip(*found))
+    names = sorted({*classes})
     if len(names) > 1 and names[0] == "":
         raise InputError(f"{paths[classes.index('')]} lies beside class folders - move it into one")
     out = Images(paths, split=np.array(split) if parted else None)
     if names != [""]:
         out.labels, out.label_names = np.array([names.index(c) for c in classes]), names
-    if masks:
-        out.notes.append(f"{folder}: {masks} masks (X_mask.png beside X.png) are left out")
+    if len(files) > len(paths):
+        out.notes.append(f"{folder}: {len(files) - len(paths)} masks (X_mask.png beside X.png) are "
+                         "left out")
     return out
 
 
@@ -1383,43 +1379,37 @@ def as_rgb(image, window=None):
 
     Grey of more than 8 bits is scaled: low becomes black, high white, what lies beyond is cut off.
     They are `window`, (low, high), where it is given, which then holds for grey of 8 bits too and
-    leaves colours alone; else of whole numbers `_whole_range`, of floating ones the picture's own
-    least and largest finite value.
+    leaves colours alone; else `_grey_range`.
     """
     tags = dict(getattr(image, "tag_v2", {}))
     image = ImageOps.exif_transpose(image)
     if image.mode[0] not in "IF" and not (window and image.mode == "L"):
         return image.convert("RGB")
     x = np.asarray(image).astype(np.float64)                 # (H, W)
-    if window:
-        low, high = window
-    elif image.mode == "F":
-        finite = x[np.isfinite(x)]
-        low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
-    else:
-        low, high = _whole_range(x, tags)
+    low, high = window or _grey_range(x, tags, image.mode == "F")
     share = (np.nan_to_num(x, nan=low) - low) / (high - low) if high > low else np.zeros_like(x)
     if image.mode.startswith("I;16") and tags.get(262) == 0:     # TIFF: the least value is white
         share = 1 - share
     return Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
 
 
-def _whole_range(x, tags):
-    """(low, high) of a picture of whole numbers x (H, W), from its TIFF tags, if any.
+def _grey_range(x, tags, floating=False):
+    """(low, high) of a picture x (H, W), from its TIFF tags, if any.
 
-    The least and largest value it states (SMin- and SMaxSampleValue, else Min- and MaxSampleValue);
-    else all that its stated bits hold, if those are fewer than 16; else the first of 0..4095 (12
-    bits in 16, as detectors have) and 0..65535 that holds all its values; else their own range.
+    Of whole numbers the least and largest value it states (SMin- and SMaxSampleValue, else Min- and
+    MaxSampleValue); else all that its stated bits hold, if those are fewer than 16; else the first
+    of 0..4095 (12 bits in 16, as detectors have) and 0..65535 that holds all its values; else, and
+    of floating numbers, its own least and largest finite value.
     """
-    low, high = (float(np.ravel(tags.get(signed, tags.get(plain, default)))[0])
-                 for signed, plain, default in ((340, 280, 0), (341, 281, 0)))
+    low, high = (float(np.ravel(tags.get(signed, tags.get(plain, 0)))[0])
+                 for signed, plain in ((340, 280), (341, 281)))
     bits = int(np.ravel(tags.get(258, 16))[0])
-    if low < high:
-        return low, high
-    for most in (2 ** bits - 1,) if bits < 16 else (4095, 65535):
-        if 0 <= x.min() and x.max() <= most:
-            return 0, most
-    return x.min(), x.max()
+    x = x[np.isfinite(x)]
+    own = x.min(initial=np.inf), x.max(initial=-np.inf)
+    if floating or low < high:
+        return own if floating else (low, high)
+    limits = (2 ** bits - 1,) if bits < 16 else (4095, 65535)
+    return next(((0, most) for most in limits if 0 <= own[0] and own[1] <= most), own)
 
 
 def plain_view(size, whole=False):
@@ -1560,16 +1550,11 @@ def picture_parts(pictures, split, seed, source):
             train, of = parts[0], None if groups is None else groups[parts[0]]
             halves = stratified_parts(y[train], (85, 15), seed, of)
             parts[:2] = [train[rows] for rows in halves]
-    seen, tested = np.unique(y[parts[0]]), np.unique(y[parts[2]])
-    if not all(map(len, parts)) or len(seen) < 2:
-        raise InputError(f"{source}: {', '.join(str(len(p)) for p in parts)} pictures to train on, "
-                         "stop by and test on - add pictures, or use --split random")
-    unseen = np.setdiff1d(tested, seen)
-    if len(tested) < 2 or len(unseen):
-        c, what = (unseen[0], "which no training picture has") if len(unseen) \
-            else (tested[0], "and no other")
-        raise InputError(f"{source}: the test part has the class '{pictures.label_names[c]}', "
-                         f"{what} - add pictures, or split them otherwise")
+    train, stop, test = (np.bincount(y[part], minlength=len(pictures.label_names)) for part in parts)
+    if not stop.any() or min((train > 0).sum(), (test > 0).sum()) < 2 or (test > 0)[train == 0].any():
+        raise InputError(f"{source}: {train.tolist()} pictures of the classes to train on, "
+                         f"{stop.tolist()} to stop by, {test.tolist()} to test on - add pictures, "
+                         "or use --split random")
     return parts
 
 

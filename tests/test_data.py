@@ -490,7 +490,7 @@ def test_a_stated_range_a_window_and_the_span_of_floats_decide_what_is_white(tmp
     images = data.Images([str(tmp_path / "8.png")], window=(50, 200))
     grey = np.asarray(images.open(0))[..., 0]
     np.testing.assert_allclose(grey, 255 * np.clip((np.floor(x / 4) - 50) / 150, 0, 1), atol=0.51)
-    assert data._whole_range(x, {258: (10,)}) == (0, 1023)
+    assert data._grey_range(x, {258: (10,)}) == (0, 1023)
     images.boxes = np.array([[2, 1, 4, 3]])                  # a part of it looks the same
     assert np.array_equal(np.asarray(images.open(0))[..., 0], grey[1:4, 2:6])
 
