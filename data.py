@@ -31,7 +31,6 @@ import functools
 import graphlib
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -251,8 +250,7 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
         out.grid = int(grid[0]), int(grid[1])
     if taxonomy:
         out.parents = read_taxonomy(taxonomy, out.label_names)
-    _scan(out)
-    return out
+    return _scan(out)
 
 
 def stream_names(path):
@@ -537,6 +535,7 @@ def _scan(features, block_bytes=1 << 24):
     for a in (features.label_names, sorted(features.parents.items(), key=str)):
         digest.update(repr(a).encode())
     features.hash = digest.hexdigest()[:16]
+    return features
 
 
 def read_taxonomy(path, label_names):
@@ -615,7 +614,7 @@ def relative(paths, out):
 
 # ---- A made-up world -----------------------------------------------------------------------------
 
-def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
+def planted_streams(n=6000, dims=None, seed=42):
     """Streams whose concepts are known: the embedded default, and the truth that tests use.
 
     A sample is a sparse non-negative mixture of concepts: one family is the theme, some concepts
@@ -623,21 +622,19 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
     sees through its own random unit vectors, bends the result slightly (tanh) and adds its own
     level of noise. Of the leaves, each stream alone sees two, and each is blind to two others.
 
-    dims      dict stream -> width     families  kingdoms, families in each, concepts in each
-    Returns Features: labels (n, C) bool are the active concepts, `parents` the taxonomy (world >
-    kingdom > family > concept), `truth` the concepts' directions; 80 % train, 20 % val.
+    dims: dict stream -> width. Returns Features: labels (n, C) bool are the active concepts,
+    `parents` the taxonomy (world > kingdom > family > concept), `truth` the concepts' directions;
+    80 % train, 20 % val.
     """
     dims = dims or {"vision": 64, "text": 48, "sound": 40}
     rng = np.random.default_rng([seed, 3])
-    letters = ("ABCDEFGH", "123456789", "abcdefgh")
-    used = (letter[:n] for letter, n in zip(letters, families))
-    leaves = ["".join(name) for name in itertools.product(*used)]
+    leaves = [a + b + c for a in "ABCD" for b in "123" for c in "abcd"]
     parents = {"world": None}
     for leaf in leaves:                                      # world > A > A1 > A1a
         parents |= {leaf[0]: "world", leaf[:2]: leaf[0], leaf: leaf[:2]}
     C, M = len(leaves), len(dims)
-    family_of = np.arange(C) // families[2]
-    frequency = rng.permutation(1 / (1 + np.arange(C) / 8))  # from 1 down to 1/7, of 48
+    family_of = np.arange(C) // 4
+    frequency = rng.permutation(1 / (1 + np.arange(C) / 8))  # from 1 down to 1/7
     seen = np.ones((C, M), bool)
     special = rng.permutation(C)[:4 * M].reshape(M, 2, 2)
     for m in range(M):
@@ -646,7 +643,7 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
             seen[special[m, 1], m] = False                   # stream m is blind to these
 
     labels = np.zeros((n, C), bool)
-    theme = rng.integers(C // families[2], size=n)
+    theme = rng.integers(C // 4, size=n)
     for i in range(n):
         p = frequency * np.where(family_of == theme[i], 8., 1.)
         labels[i, rng.choice(C, size=rng.integers(2, 6), replace=False, p=p / p.sum())] = True
@@ -658,10 +655,8 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
         D *= seen[:, m:m + 1] / np.linalg.norm(D, axis=1, keepdims=True)
         noise = (0.05, 0.1, 0.15)[m % 3] / d ** 0.5 * rng.standard_normal((n, d))
         streams[s], truth[s] = (np.tanh(amount @ D) + noise).astype(np.float32), D
-    out = Features(streams, split=_split(None, None, n, seed), labels=labels, label_names=leaves,
-                   parents=parents, truth=truth)
-    _scan(out)
-    return out
+    return _scan(Features(streams, split=_split(None, None, n, seed), labels=labels,
+                          label_names=leaves, parents=parents, truth=truth))
 
 
 # ---- A made-up tissue: images whose truth is known -----------------------------------------------
@@ -739,16 +734,12 @@ def tissue(n, size=64, seed=0):
             "split": np.where(test[of], "test", "train")}
 
 
-def patient_slides(pixels, groups, across=4):
-    """Yield (group, (H, W, 3) uint8): a patient's pictures (n, h, w, 3) in rows, as one slide."""
-    for group in np.unique(groups):
-        mine = pixels[groups == group]
-        n, h, w, _ = mine.shape
-        rows = -(-n // across)
-        sheet = np.full((rows * across, h, w, 3), 255, np.uint8)
-        sheet[:n] = mine
-        sheet = sheet.reshape(rows, across, h, w, 3).swapaxes(1, 2)
-        yield group, sheet.reshape(rows * h, across * w, 3)
+def _in_rows(pictures, across=4):
+    """Pictures (n, h, w, 3) in rows, as one (H, W, 3), what is left over white."""
+    n, h, w, _ = pictures.shape
+    pictures = np.pad(pictures, ((0, -n % across), (0, 0), (0, 0), (0, 0)), constant_values=255)
+    rows = pictures.reshape(-1, across, h, w, 3).swapaxes(1, 2)
+    return rows.reshape(-1, across * w, 3)
 
 
 def tissue_files(made):
@@ -757,10 +748,10 @@ def tissue_files(made):
     patients.npz has the diseases as labels, and the taxonomy as .json."""
     names = np.array([f"images/{i:05d}.png" for i in range(len(made["pixels"]))])
     files = dict(zip(names.tolist(), made["pixels"]))
-    for group, slide in patient_slides(made["pixels"], made["groups"]):
-        row = np.flatnonzero(made["groups"] == group)[0]
+    for group, row in zip(*np.unique(made["groups"], return_index=True)):
         disease = made["disease_names"][made["disease"][row]]
-        files[f"slides/{made['split'][row]}/{disease}/{group:04d}.png"] = slide
+        name = f"slides/{made['split'][row]}/{disease}/{group:04d}.png"
+        files[name] = _in_rows(made["pixels"][made["groups"] == group])
     kept = {key: v for key, v in made.items() if key not in ("pixels", "parents")}
     about = {key: made[key] for key in ("groups", "split", "captions")}
     return {**files, "tissue.npz": {**kept, "images": names}, "taxonomy.json": made["parents"],
@@ -1190,29 +1181,28 @@ def read_images(path):
     """A folder of pictures, or of one level of class folders, perhaps inside train, val and test
     folders; a single large picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of
     tiles as the `tile` command writes it, or a folder of such; an .npz with `images` and other keys
-    of a feature file, as `tissue` writes it; a MedMNIST .npz (train_images, train_labels, ...); or
-    a Pascal VOC folder, which brings its splits and its objects.
+    of a feature file, as `tissue` writes it; or a MedMNIST .npz (train_images, train_labels, ...).
 
-    Every file of a folder is opened to see that it is a picture, and none is decoded.
+    Every file but a slide's is opened to see that it is a picture, and none is decoded.
     """
-    if os.fspath(path).endswith(".npz"):
-        return _read_listed(path)
-    if os.path.isfile(path):
+    tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
+    if tiles:
+        return _read_tiles([os.path.join(path, f) for f in tiles])
+    if os.path.isfile(path) and not os.fspath(path).endswith(".npz"):
         if min(_slide(path).size) < 448:                     # hardly two tiles: one picture
             return Images([path])
         boxes, _ = tile_slide(path)
         return Images([path] * len(boxes), boxes=boxes)
-    tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
-    if tiles:
-        return _read_tiles([os.path.join(path, f) for f in tiles])
-    if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
-        return _read_objects(path)
-    return _looked_at(_walk(path, PICTURES, "pictures"))
+    listed = os.fspath(path).endswith(".npz")
+    found = _read_listed(path) if listed else _walk(path, PICTURES, "pictures")
+    for file in found.paths if found.pixels is None and found.boxes is None else ():
+        open_image(file, decode=False)
+    return found
 
 
 def _read_listed(path):
     """Pictures that an .npz holds in `images`, or names there, relative to itself, with what else
-    it says of them. With `coords` they are tiles, whose slides are not opened."""
+    it says of them. With `coords` they are tiles."""
     arrays = _Source(path)
     _stack_splits(arrays)
     arrays.need("images", give="a list of pictures or tiles, a MedMNIST .npz, or class folders")
@@ -1222,19 +1212,12 @@ def _read_listed(path):
     told = _told(arrays, n)
     images = told["about"].pop("images")
     boxes = arrays.checked("coords", "(N, 4): x, y, width, height", (np.number, n, 4))
-    if images.ndim > 1:
-        if boxes is not None:
-            raise InputError(f"'images' has shape {images.shape} beside 'coords' - give paths")
-        return Images([path] * n, images, objects=arrays.get("boxes"), **told)
+    if boxes is not None and images.ndim > 1:
+        raise InputError(f"'images' has shape {images.shape} beside 'coords' - give paths")
     here = os.path.dirname(os.path.abspath(path))
-    out = Images([os.path.join(here, p) for p in images], objects=arrays.get("boxes"), **told)
-    return _looked_at(out) if boxes is None else replace(out, boxes=boxes.astype(int))
-
-
-def _looked_at(images):
-    for path in images.paths:
-        open_image(path, decode=False)
-    return images
+    paths = [path] * n if images.ndim > 1 else [os.path.join(here, p) for p in images]
+    return Images(paths, images if images.ndim > 1 else None, objects=arrays.get("boxes"),
+                  boxes=None if boxes is None else boxes.astype(int), **told)
 
 
 def _stack_splits(arrays):
@@ -1268,10 +1251,12 @@ def read_voc_folder(folder):
         if not os.path.exists(listed):
             raise InputError(f"no {listed} - expected a Pascal VOC folder with JPEGImages")
         with open(plain_file(listed), errors="replace") as f:
-            found += [(split, plain_name(stem, f"{listed} lists a picture"))
-                      for stem in f.read().split()]
-    return [(split, stem, os.path.join(folder, "JPEGImages", f"{stem}.jpg"),
-             read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))) for split, stem in found]
+            stems = f.read().split()
+        for stem in stems:
+            plain_name(stem, f"{listed} lists a picture")
+            found.append((split, stem, os.path.join(folder, "JPEGImages", f"{stem}.jpg"),
+                          read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))))
+    return found
 
 
 def read_voc(path):
@@ -1289,26 +1274,6 @@ def read_voc(path):
     return found
 
 
-def _read_objects(folder):
-    """The pictures of a Pascal VOC folder with their splits and objects; a label of a picture says
-    that it has such an object."""
-    found = read_voc_folder(folder)
-    if not found:
-        raise InputError(f"{folder}: ImageSets/Main lists no pictures - add their names")
-    names = sorted({name for *_, objects in found for name, _ in objects})
-    labels, boxes = np.zeros((len(found), len(names)), bool), []
-    for i, (_, _, path, objects) in enumerate(found):
-        size = np.array(open_image(path).size * 2)
-        for name, box in objects:
-            x0, y0, x1, y1 = np.clip(box / size, 0, 1)
-            if x0 < x1 and y0 < y1:
-                labels[i, names.index(name)] = True
-                boxes.append((i, names.index(name), x0, y0, x1, y1))
-    split, _, paths, _ = map(list, zip(*found))
-    return Images(paths, split=np.array(split), labels=labels if names else None, label_names=names,
-                  objects=np.array(boxes, float).reshape(-1, 6))
-
-
 def _files(folder, endings):
     """[(folders inside, path)] of what has one of the endings, at any depth, through links. Left
     out is what is none of the user's: .ipynb_checkpoints, ._x.png, __MACOSX."""
@@ -1322,13 +1287,6 @@ def _files(folder, endings):
     return found
 
 
-def _is_mask(path, paths):
-    """Whether it is a segmentation beside its picture, as in BUSI: X_mask.png or X_mask_1.png where
-    there is an X. paths: set of all paths without their endings."""
-    picture = re.fullmatch(r"(.+)_mask(_\d+)?", os.path.splitext(path)[0], re.DOTALL)
-    return path.lower().endswith(PICTURES) and picture is not None and picture[1] in paths
-
-
 def _walk(folder, endings, what):
     """The files of a folder laid out as `read_images` says, as Images, none of them opened."""
     if not os.path.isdir(folder):
@@ -1338,7 +1296,9 @@ def _walk(folder, endings, what):
     files, found = _files(folder, endings), []
     stems = {os.path.splitext(path)[0] for _, path in files}
     for under, path in files:
-        if _is_mask(path, stems):
+        # a segmentation beside its picture, as in BUSI, where it would tell the class
+        picture = re.fullmatch(r"(.+)_mask(_\d+)?\.[^.]+", path, re.DOTALL)
+        if picture and picture[1] in stems and path.lower().endswith(PICTURES):
             continue
         if parted and (not under or under[0] not in split_of):
             raise InputError(f"{path} lies beside the train, val and test folders - move it")
@@ -1348,15 +1308,14 @@ def _walk(folder, endings, what):
     if not found:
         raise InputError(f"no {what} in {folder} - expected {', '.join(endings)}")
     paths, split, classes = map(list, zip(*found))
-    names = sorted({*classes})
+    names, masks = sorted({*classes}), len(files) - len(paths)
     if len(names) > 1 and names[0] == "":
         raise InputError(f"{paths[classes.index('')]} lies beside class folders - move it into one")
     out = Images(paths, split=np.array(split) if parted else None)
     if names != [""]:
         out.labels, out.label_names = np.array([names.index(c) for c in classes]), names
-    if len(files) > len(paths):
-        out.notes.append(f"{folder}: {len(files) - len(paths)} masks (X_mask.png beside X.png) are "
-                         "left out")
+    if masks:
+        out.notes.append(f"{folder}: {masks} masks (X_mask.png beside X.png) are left out")
     return out
 
 
@@ -1493,9 +1452,6 @@ class CropBatches(torch.utils.data.Dataset):
     def __init__(self, images, crops, seed):
         self.images, self.crops, self.seed = images, crops, seed
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, item):
         step, i = item
         seed = np.random.SeedSequence([self.seed, 7, step, i]).generate_state(1, np.uint64)[0]
@@ -1550,8 +1506,10 @@ def picture_parts(pictures, split, seed, source):
             train, of = parts[0], None if groups is None else groups[parts[0]]
             halves = stratified_parts(y[train], (85, 15), seed, of)
             parts[:2] = [train[rows] for rows in halves]
-    train, stop, test = (np.bincount(y[part], minlength=len(pictures.label_names)) for part in parts)
-    if not stop.any() or min((train > 0).sum(), (test > 0).sum()) < 2 or (test > 0)[train == 0].any():
+    C = len(pictures.label_names)
+    train, stop, test = (np.bincount(y[part], minlength=C) for part in parts)    # (C,) each
+    few = min(np.count_nonzero(train), np.count_nonzero(test)) < 2
+    if few or not stop.any() or test[train == 0].any():
         raise InputError(f"{source}: {train.tolist()} pictures of the classes to train on, "
                          f"{stop.tolist()} to stop by, {test.tolist()} to test on - add pictures, "
                          "or use --split random")

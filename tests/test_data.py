@@ -966,20 +966,6 @@ def test_tokens_that_do_not_fit_are_refused(arrays, message, tmp_path):
         data.read_features(tmp_path / "f.npz")
 
 
-def test_a_voc_folder_is_read_with_its_splits_and_objects(tmp_path):
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (tmp_path / folder).mkdir(parents=True)
-    for i in range(2):
-        Image.new("RGB", (100, 50), (200, 90, 90)).save(tmp_path / "JPEGImages" / f"p{i}.jpg")
-        (tmp_path / "Annotations" / f"p{i}.xml").write_text(
-            "<a><object><name>cell</name><bndbox><xmin>10</xmin><ymin>5</ymin><xmax>60</xmax><ymax>30</ymax></bndbox></object></a>")
-    (tmp_path / "ImageSets/Main/trainval.txt").write_text("p0\n")
-    (tmp_path / "ImageSets/Main/test.txt").write_text("p1\n")
-    found = data.read_images(tmp_path)
-    assert found.split.tolist() == ["train", "test"] and found.label_names == ["cell"] and found.labels.all()
-    np.testing.assert_allclose(found.objects, [(i, 0, 0.1, 0.1, 0.6, 0.6) for i in range(2)])
-
-
 # -- the made-up tissue ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -1250,9 +1236,8 @@ def test_no_name_in_a_voc_folder_leads_out_of_it(bad, tmp_path):
     for i, (more, what) in enumerate((({"stem": bad}, "lists a picture"),
                                       ({"name": bad}, "names an object"))):
         folder = voc_folder(tmp_path / str(i) / "deep" / "voc", **more)
-        for read in (data.read_images, data.cut_boxes):
-            with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
-                read(folder)
+        with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
+            data.cut_boxes(folder)
     assert data.plain_name("a cell, 2..3 um", "f.xml names") == "a cell, 2..3 um"
 
 
