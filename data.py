@@ -111,7 +111,7 @@ class Features(Samples):
     def picture(self, row):
         """A sample's picture in RGB, or None where there is none that can be read."""
         try:
-            return _picture(self.about["images"][row], self.folder)
+            return open_image(self.about["images"][row], folder=self.folder)
         except (KeyError, InputError):
             return None
 
@@ -205,21 +205,19 @@ class Batches:
     """
 
     def __init__(self, rows, batch, seed, shuffle="blocks", drop_last=False):
-        self.all, self.batch, self.seed, self.shuffle = rows, batch, seed, shuffle
+        self.all, self.batch, self.seed, self.blocks = rows, batch, seed, shuffle == "blocks"
         self.epoch = max(len(rows) // batch, 1) if drop_last else -(-len(rows) // batch)
         self._epoch, self._order = None, None
 
     def rows(self, step):
         epoch, i = divmod(step, self.epoch)
-        blocks = self.shuffle == "blocks"
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, 0, epoch])
-            self._order = rng.permutation(self.epoch if blocks else len(self.all))
+            self._order = rng.permutation(self.epoch if self.blocks else len(self.all))
             self._epoch = epoch
-        if blocks:
-            i = self._order[i]
+        i = self._order[i] if self.blocks else i
         batch = slice(i * self.batch, (i + 1) * self.batch)
-        return self.all[batch] if blocks else self.all[np.sort(self._order[batch])]
+        return self.all[batch] if self.blocks else self.all[np.sort(self._order[batch])]
 
 
 # ---- Feature files -------------------------------------------------------------------------------
@@ -577,9 +575,9 @@ def read_names(path, n_latents):
     if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
         raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
     names = {int(k): str(v) for k, v in found.items()}
-    wrong = [j for j in names if j >= n_latents] or ["-"][len(names):]
-    if wrong:
-        raise InputError(f"{path}: latent {wrong[0]} is not among the run's {n_latents} - mend it")
+    last = max(names, default="-")
+    if not names or last >= n_latents:
+        raise InputError(f"{path}: latent {last} is not among the run's {n_latents} - mend it")
     return names
 
 
@@ -1108,7 +1106,8 @@ class Images(Samples):
         """Picture i in RGB."""
         if self.boxes is not None:
             return _slide(self.paths[i], self.window).read(self.boxes[i], self.side)
-        return _picture((self.paths if self.pixels is None else self.pixels)[i], "", self.window)
+        images = self.paths if self.pixels is None else self.pixels
+        return open_image(images[i], window=self.window)
 
     def __len__(self):
         return len(self.paths)
@@ -1139,15 +1138,11 @@ class Images(Samples):
 
     def arrays(self, out):
         """What is known about the pictures, as the feature file `out` has it."""
-        found = {"images": relative(self.paths, out), **self.about, **self._arrays()}
-        for ours, key in (("pixels", "images"), ("boxes", "coords")):
-            if ours in found:
-                found[key] = found.pop(ours)
-        if self.labels is not None:
-            found["label_names"] = np.array(self.label_names)
-        if self.objects is not None:
-            found["boxes"] = self.objects
-        return found
+        found = {**self.about, **self._arrays()}
+        found["images"] = found.pop("pixels", relative(self.paths, out))
+        found["coords"], found["boxes"] = found.get("boxes"), self.objects
+        found["label_names"] = None if self.labels is None else np.array(self.label_names)
+        return {key: a for key, a in found.items() if a is not None}
 
     def knn_rows(self, seed, most):
         """Pictures that vote and pictures that are judged, some, if many: train against the other
@@ -1163,13 +1158,6 @@ class Images(Samples):
                          for p in self.paths)
         inside = [a for a in (self.boxes, self.pixels) if a is not None]
         return _digest(np.frombuffer(told.encode(), np.uint8), *inside)
-
-
-def _picture(image, folder, window=None):
-    """A picture in RGB from its pixels, or from its path as seen from a folder."""
-    if isinstance(image, np.ndarray):
-        return as_rgb(Image.fromarray(image), window)
-    return open_image(os.path.join(folder, image), window=window)
 
 
 def _digest(*arrays):
@@ -1224,13 +1212,13 @@ def _stack_splits(arrays):
     """Let what a MedMNIST file has for each split, train_images and train_labels, stand for its
     `images`, `labels` and `split`."""
     there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
-    pixels = [arrays.checked(f"{s}_images", "uint8 (N, H, W) or (N, H, W, 3)",
-                             (np.uint8, None, None, None), (np.uint8, None, None, None, 3))
+    grey = np.uint8, None, None, None                        # (n, H, W)
+    pixels = [arrays.checked(f"{s}_images", "uint8 (N, H, W) or (N, H, W, 3)", grey, (*grey, 3))
               for s in there]
     labels = [arrays[f"{s}_labels"] for s in there]
     for s, x, y in zip(there, pixels, labels):
-        if x.shape[:1] != y.shape[:1] or x.shape[1:] != pixels[0].shape[1:] \
-                or y.shape[1:] != labels[0].shape[1:]:
+        alike = x.shape[1:] == pixels[0].shape[1:] and y.shape[1:] == labels[0].shape[1:]
+        if not alike or x.shape[:1] != y.shape[:1]:
             raise InputError(f"'{s}_images' has shape {x.shape} and '{s}_labels' {y.shape} - give "
                              "as many, shaped as in the other splits")
     if there:
@@ -1319,18 +1307,22 @@ def _walk(folder, endings, what):
     return out
 
 
-def open_image(path, decode=True, window=None):
-    """A picture as `as_rgb` gives it; without `decode` it is only looked at."""
+def open_image(image, decode=True, window=None, folder=""):
+    """A picture, its pixels or its path as seen from `folder`, as `as_rgb` gives it; without
+    `decode` it is only looked at."""
     try:
-        image = Image.open(plain_file(path))
-        return as_rgb(image, window) if decode else image.close()
+        if isinstance(image, np.ndarray):
+            return as_rgb(Image.fromarray(image), window)
+        image = os.path.join(folder, image)
+        opened = Image.open(plain_file(image))
+        return as_rgb(opened, window) if decode else opened.close()
     except Image.DecompressionBombError:
-        raise InputError(f"{path} is too large for one picture - `tile` it, which takes openslide")
+        raise InputError(f"{image} is too large for one picture - `tile` it, which takes openslide")
     except InputError:
         raise
     except Exception as e:                                   # Pillow's many kinds for broken tags
         why = str(e) or type(e).__name__
-        raise InputError(f"{path} is not a readable picture ({why}) - remove or replace it")
+        raise InputError(f"{image} is not a readable picture ({why}) - remove or replace it")
 
 
 def as_rgb(image, window=None):
@@ -1543,15 +1535,13 @@ class Slide:
         try:
             import openslide
             self.slide = openslide.OpenSlide(path)
-            self.size = self.slide.dimensions
         except (ImportError, OSError, ValueError):           # not installed, or a plain picture
             pass
         except Exception as e:                               # openslide's own errors
             if "Unsupported" not in type(e).__name__:
                 raise InputError(f"{path} is not a readable slide ({e}) - write it again")
-        if self.slide is None:
-            self.image = open_image(path, window=window)
-            self.size = self.image.size
+        self.image = None if self.slide else open_image(path, window=window)
+        self.size = self.slide.dimensions if self.slide else self.image.size
 
     def overview(self, side):
         """The whole slide in RGB with a longer side of at most `side`, and how many of its pixels
@@ -1738,11 +1728,7 @@ def read_polygons(path):
 
 
 def region_share(regions, box, grid=64):
-    """The share of a box, of grid x grid points, that lies in the regions (`read_polygons`).
-
-    The published notebook for PCam-224 took a box of the patch's pixels for one of the slide's, and
-    so looked at a sixteenth of each patch (thesis 3.2.2 asks for half of the patch).
-    """
+    """The share of a box, of grid x grid points, that lies in the regions (`read_polygons`)."""
     x, y, w, h = map(int, box)
     raster = Image.new("1", (grid, grid))
     for polygon, inside in regions:
@@ -1959,27 +1945,14 @@ def stratified_parts(y, shares, seed, groups=None):
     """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending
     arrays.
 
-    The edges of the parts are rounded, so that a part's size in a class differs from its share by
-    at most 1. With groups (n,), no group lies in two parts; then it is the groups that are in
-    proportion, each counted as the rarest class among its samples, and the samples only as far as
-    groups are alike. Where they are few, each part gets one of each class before any gets more than
-    its share.
+    No group of groups (n,) lies in two parts, and without them each position is one: it is groups
+    that are in proportion, each counted as the rarest class among its samples, so that a part's
+    number of them in a class differs from its share by at most 1. Where they are few, each part
+    gets one of each class before any gets more than its share.
     """
     rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
     shares = np.array(shares) / sum(shares)
-    if groups is not None:
-        return _grouped_parts(y, shares, rng, groups)
-    for c in np.unique(y):
-        rows = rng.permutation(np.flatnonzero(y == c))
-        ends = np.round(np.cumsum(shares) * len(rows)).astype(int)
-        for part, a, b in zip(parts, [0, *ends], ends):
-            part.extend(rows[a:b])
-    return [np.sort(np.array(part, int)) for part in parts]
-
-
-def _grouped_parts(y, shares, rng, groups):
-    parts = [[] for _ in shares]
-    member = np.unique(groups, return_inverse=True)[1]
+    member = np.arange(len(y)) if groups is None else np.unique(groups, return_inverse=True)[1]
     rarity = np.argsort(np.argsort(np.bincount(y), kind="stable"))      # 0: the rarest class
     kind = np.full(member.max() + 1, len(rarity))
     np.minimum.at(kind, member, rarity[y])
@@ -1991,3 +1964,5 @@ def _grouped_parts(y, shares, rng, groups):
             got[i] += 1
             parts[i].append(g)
     return [np.flatnonzero(np.isin(member, part)) for part in parts]
+
+
