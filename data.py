@@ -87,7 +87,7 @@ class Samples:
 
 @dataclass
 class Features(Samples):
-    """Streams of the same N samples, always with a split.
+    """Streams of the same N samples.
 
     streams      dict stream -> (N, d_s) or (N, T, d_s) array of floats, perhaps memory-mapped
     parents      taxonomy: dict name -> name of its parent, None for the root; or empty
@@ -106,7 +106,7 @@ class Features(Samples):
     folder: str = "."
 
     def __len__(self):
-        return len(self.split)
+        return len(next(iter(self.streams.values())))
 
     def picture(self, row):
         """A sample's picture in RGB, or None where there is none that can be read."""
@@ -222,14 +222,15 @@ class Batches:
 
 # ---- Feature files -------------------------------------------------------------------------------
 
-def read_features(path, streams=None, taxonomy=None, seed=42):
+def read_features(path, streams=None, taxonomy=None, seed=42, most=3):
     """Read and check a feature file (see the top of this module).
 
     streams: names to use, in this order; all by default. taxonomy: a JSON file, see
-    `read_taxonomy`. seed: of the split, when the file has none.
+    `read_taxonomy`. seed: of the split, when the file has none; None to draw none. most: dimensions
+    of a stream.
     """
     arrays = _Source(path)
-    x = {s: _stream(arrays, s) for s in streams or arrays.streams}
+    x = {s: _stream(arrays, s, most) for s in streams or arrays.streams}
     if not x:
         raise InputError(f"{path} holds no stream - give a floating array (N, d) under its name")
     first, n, *tokens = next(iter(x)), *next(iter(x.values())).shape[:-1]
@@ -243,8 +244,7 @@ def read_features(path, streams=None, taxonomy=None, seed=42):
     if tokens and "grid" in arrays:
         grid = arrays.checked("grid", "two numbers: rows and columns", (np.number, 2))
         if not (grid > 0).all() or grid.prod() != tokens[0]:
-            raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give their rows "
-                             "and columns")
+            raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give its sides")
         out.grid = int(grid[0]), int(grid[1])
     if taxonomy:
         out.parents = read_taxonomy(taxonomy, out.label_names)
@@ -416,9 +416,10 @@ def _stream(arrays, name, most=3):
 def _told(arrays, n, seed=None):
     """What a file says of its n samples: the fields of `Samples`. With a seed there is always a
     split."""
-    about, notes, pixels = {}, [], (np.uint8, n, None, None)
-    for key in ("ids", "groups", "captions", "split"):
-        about[key] = arrays.checked(key, f"(N,) values, N = {n}", (np.generic, n))
+    each, pixels, notes = (np.generic, n), (np.uint8, n, None, None), []
+    about = {key: arrays.checked(key, f"(N,) values, N = {n}", each)
+             for key in ("ids", "groups", "captions", "split")}
+    about["coords"] = arrays.checked("coords", f"(N, 4) numbers, N = {n}", (np.number, n, 4))
     about["images"] = arrays.checked("images", f"(N,) paths or (N, H, W[, 3]) uint8, N = {n}",
                                      (np.character, n), pixels, (*pixels, 3))
     about = {key: a for key, a in about.items() if a is not None}
@@ -659,22 +660,20 @@ def planted_streams(n=6000, dims=None, seed=42):
 
 # ---- A made-up tissue: images whose truth is known -----------------------------------------------
 
-# name, lineage, cell radius (of a 64-pixel image), nucleus, cytoplasm or None, granules or None. A
-# nucleus is made of discs (radius, x, y, stretch), in radii of the cell, that are joined, less what
-# lies in another disc.
-LOBES = [(.378, .48 * math.cos(a), .48 * math.sin(a), 1) for a in (0.3, 2.2, 4.4)]
-CELLS = (("lymphocyte", "lymphoid", (5.5, 7.), [(.82, 0, 0, 1)], None, (178, 190, 230), None),
-         ("plasma cell", "lymphoid", (7.5, 9.), [(.5, .38, 0, 1)], None, (168, 132, 200), None),
-         ("neutrophil", "myeloid", (7.5, 9.), LOBES, None, (244, 218, 228), None),
-         ("eosinophil", "myeloid", (7.5, 9.), [(.42, -.42, 0, 1), (.42, .42, 0, 1)], None,
-          (250, 200, 190), (214, 62, 40)),
-         ("monocyte", "myeloid", (8.5, 10.5), [(.75, 0, 0, 1)], (.4125, .5625, 0, 1),
-          (176, 186, 212), None),
-         ("fibroblast", "stromal", (9., 12.), [(.3, 0, 0, 3.2)], None, None, None),
-         ("tumour cell", "epithelial", (9.5, 12.), [(.66, 0, 0, 1)], None, (222, 160, 205), None),
-         ("goblet cell", "epithelial", (9., 11.), [(.95, 0, 0, 1)], (.9025, -.38, 0, 1),
-          (246, 248, 252), None),
-         ("mitosis", "epithelial", (9., 11.), [(.22, 0, 0, 3.)], None, (226, 180, 214), None))
+# name, lineage, cell radius (of a 64-pixel image), nucleus; cytoplasm, granules and cut, if any. A
+# nucleus is made of discs (radius, x, y, stretch), in radii of the cell, that are joined, less the
+# disc `cut`.
+LOBES = [(.378, .48 * math.cos(a), .48 * math.sin(a)) for a in (0.3, 2.2, 4.4)]
+CELLS = (("lymphocyte", "lymphoid", (5.5, 7.), [(.82,)], (178, 190, 230)),
+         ("plasma cell", "lymphoid", (7.5, 9.), [(.5, .38)], (168, 132, 200)),
+         ("neutrophil", "myeloid", (7.5, 9.), LOBES, (244, 218, 228)),
+         ("eosinophil", "myeloid", (7.5, 9.), [(.42, -.42), (.42, .42)], (250, 200, 190),
+          (214, 62, 40)),
+         ("monocyte", "myeloid", (8.5, 10.5), [(.75,)], (176, 186, 212), None, (.4125, .5625)),
+         ("fibroblast", "stromal", (9., 12.), [(.3, 0, 0, 3.2)]),
+         ("tumour cell", "epithelial", (9.5, 12.), [(.66,)], (222, 160, 205)),
+         ("goblet cell", "epithelial", (9., 11.), [(.95,)], (246, 248, 252), None, (.9025, -.38)),
+         ("mitosis", "epithelial", (9., 11.), [(.22, 0, 0, 3.)], (226, 180, 214)))
 GROUNDS = ("pale stroma", "fibres", "vacuoles")
 DISEASES = {"healthy": (4, 1, 2, 1, 2, 5, 0, 3, .1),         # how often it shows each of the CELLS
             "infection": (2, 3, 8, 1, 3, 3, 0, 2, .2),
@@ -712,9 +711,8 @@ def tissue(n, size=64, seed=0):
     image, instances = _draw_fields(n, size, ground, mucin, kind, count, rng)
     kinds = [[len(CELLS)] * int(mucin[i]) + kind[i, :count[i]].tolist() for i in range(n)]
     labels = np.zeros((n, len(CELLS) + 1 + len(GROUNDS)), bool)
-    labels[np.arange(n), len(CELLS) + 1 + ground] = True
     for i, found in enumerate(kinds):
-        labels[i, found] = True
+        labels[i, [*found, len(CELLS) + 1 + ground[i]]] = True
     test = np.zeros(patients, bool)
     for d in range(len(DISEASES)):
         mine = rng.permutation(np.flatnonzero(illness == d))
@@ -852,7 +850,7 @@ def _mucin(image, mucin, size, rng):
 def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     """Paint one cell of a kind at `middle` (rows, 2: x, y) into each of the images `rows`, and its
     number into `instances`."""
-    name, _, radii, discs, cut, cytoplasm, granules = cell
+    name, _, radii, discs, cytoplasm, granules, cut = (*cell, None, None, None)[:7]
     m, size, half = len(rows), image.shape[1], int(np.ceil(14 * f))
     r = (rng.uniform(*radii, m) * f).astype(np.float32)[:, None, None]
     corner, step = np.round(middle).astype(int) - half, np.arange(2 * half)
@@ -1119,11 +1117,8 @@ class Images(Samples):
         return self.boxes is not None or self.objects is not None
 
     def rows(self, *splits):
-        """All, or those of the splits where there is one."""
-        everything = np.arange(len(self))
-        if self.split is None or not splits:
-            return everything
-        return everything[np.isin(self.split, splits)]
+        """Those of the splits; all, where there is no split."""
+        return np.flatnonzero(self.split is None or np.isin(self.split, splits))
 
     def take(self, rows):
         """The pictures `rows`, which may repeat, without their objects."""
@@ -1198,8 +1193,7 @@ def _read_listed(path):
     if not n:
         raise InputError(f"{path} has empty 'images' - name another file")
     told = _told(arrays, n)
-    images = told["about"].pop("images")
-    boxes = arrays.checked("coords", "(N, 4): x, y, width, height", (np.number, n, 4))
+    images, boxes = (told["about"].pop(key, None) for key in ("images", "coords"))
     if boxes is not None and images.ndim > 1:
         raise InputError(f"'images' has shape {images.shape} beside 'coords' - give paths")
     here = os.path.dirname(os.path.abspath(path))
@@ -1857,7 +1851,7 @@ def read_bags(path, stream=None):
     else:
         arrays = _Source(path)
         grouped = "X" not in arrays and "groups" in arrays and "labels" in arrays
-        bags = _bags_of_groups(arrays, stream) if grouped else _bags_of_file(arrays)
+        bags = _bags_of_groups(path, stream) if grouped else _bags_of_file(arrays)
     for name, x in zip(bags.names, bags.x):
         if not len(x) or not np.isfinite(x).all():
             raise InputError(f"bag {name} {'holds NaN or Inf' if len(x) else 'is empty'} - drop it")
@@ -1874,53 +1868,47 @@ def _bags_of_folder(path, stream):
     files = _walk(path, (".npz",), "feature files")
     if files.labels is None:
         raise InputError(f"{path} has no class folders - name them after the bags' labels")
-    parts = [_instances(_Source(file), stream) for file in files.paths]
-    x, told, coords, pictures = map(list, zip(*parts))
-    groups = [np.unique(about.get("groups", [])) for about in told]
+    x, told, pictures = map(list, zip(*(_instances(file, stream) for file in files.paths)))
+    groups = [np.unique(found.about.get("groups", [])) for found in told]
     lone = [file for file, found in zip(files.paths, groups) if len(found) != 1]
     if 0 < len(lone) < len(x):
         raise InputError(f"{lone[0]} has no single group, as other bags have - give one in each")
     return Bags(x, files.labels, files.label_names, [pathlib.Path(p).stem for p in files.paths],
-                split=files.split, groups=None if lone else np.concatenate(groups), coords=coords,
+                split=files.split, groups=None if lone else np.concatenate(groups),
+                coords=[found.about.get("coords") for found in told],
                 images=[found and found[0] for found in pictures])
 
 
-def _bags_of_groups(arrays, stream):
+def _bags_of_groups(path, stream):
     """Each group of a feature file as a bag, with the one label and split of its rows."""
-    x, about, coords, pictures = _instances(arrays, stream)
-    labels, split = about["labels"], about["split"]
+    x, told, pictures = _instances(path, stream)
+    labels, split, coords = told.labels, told.split, told.about.get("coords")
     if labels.ndim != 1 or labels.min() < 0:
-        raise InputError(f"{arrays.path}: 'labels' of shape {labels.shape} leave rows out - give "
-                         "all one")
-    names, first, bag, size = np.unique(about["groups"], True, True, True)
+        raise InputError(f"{path}: 'labels' of shape {labels.shape} leave rows out - give all one")
+    names, first, bag, size = np.unique(told.about["groups"], True, True, True)
     for key, a in (("label", labels), ("split", split)):
         for row in [] if a is None else np.flatnonzero(a != a[first][bag])[:1]:
-            raise InputError(f"{arrays.path}: group {names[bag[row]]} has several {key}s - give it "
-                             "one")
+            raise InputError(f"{path}: group {names[bag[row]]} has several {key}s - give it one")
 
     def cut(a):
         return np.split(a[np.argsort(bag, kind="stable")], np.cumsum(size)[:-1])
-    return Bags(cut(x), labels[first], about["label_names"], names.astype(str),
+    return Bags(cut(x), labels[first], told.label_names, names.astype(str),
                 split=None if split is None else split[first],
                 coords=None if coords is None else cut(coords),
                 images=pictures and [pictures[i] for i in first])
 
 
-def _instances(arrays, stream):
-    """Of a feature file: x (n, d), what it says of them (`_told`, and what that has in "about"),
-    their coords, and the paths of the pictures that they were cut from; None where there are
-    none."""
-    if not stream and len(arrays.streams) != 1:
-        raise InputError(f"{arrays.path} has the streams {', '.join(arrays.streams) or 'none'} - "
-                         "pick one with --stream")
-    x = _stream(arrays, stream or arrays.streams[0], 2)
-    n, told = len(x), _told(arrays, len(x))
-    coords = arrays.checked("coords", f"(N, 4) numbers, N = {n}", (np.number, n, 4))
-    images = told["about"].get("images")
-    if images is not None:                                   # pixels lie nowhere else
-        here = os.path.dirname(arrays.path)
-        images = [os.path.join(here, p) for p in images] if images.ndim == 1 else None
-    return x, {**told, **told["about"]}, coords, images
+def _instances(path, stream):
+    """Of a feature file: the stream (n, d), the Features, and the paths of the pictures that the
+    instances were cut from, or None: pixels lie nowhere else."""
+    told = read_features(path, stream and [stream], seed=None, most=2)
+    if len(told.streams) > 1:
+        there = ", ".join(told.streams)
+        raise InputError(f"{path} has the streams {there} - pick one with --stream")
+    (x,), images = told.streams.values(), told.about.get("images")
+    if images is None or images.ndim > 1:
+        return x, told, None
+    return x, told, [os.path.join(told.folder, p) for p in images]
 
 
 def _bags_of_file(arrays):
