@@ -27,6 +27,7 @@ Deviations   from the authors' code: rows are never joined by position alone, wi
              a sixteenth), and no tiles reach over a slide's edge (CLAM's do).
 Ours         the made-up streams and tissue; weaker colour changes and pathology's turns in `Crops`.
 """
+import contextlib
 import functools
 import graphlib
 import gzip
@@ -37,7 +38,6 @@ import os
 import pathlib
 import re
 import sys
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from xml.etree import ElementTree
@@ -265,8 +265,9 @@ class _Source:
         if os.path.isdir(path):
             names = sorted(os.listdir(path))
         else:
-            self.npz = _load(path, lambda: np.load(plain_file(path), allow_pickle=False))
-            if not isinstance(self.npz, np.lib.npyio.NpzFile):
+            with reading(path, ".npz file"):
+                self.npz = np.load(path, allow_pickle=False)
+            if isinstance(self.npz, np.ndarray):
                 raise InputError(f"{path} holds an array without a name - write it by numpy.savez")
             names = self.npz.zip.namelist()
         self.keys = [name[:-4] for name in names if name.endswith(".npy")]
@@ -283,7 +284,9 @@ class _Source:
             return self.made[key]
         if self.npz is None:
             return _load_npy(os.path.join(self.path, f"{key}.npy"))
-        return _load(f"{self.path}, key '{key}'", lambda: self._member(f"{key}.npy"))
+        what = f"{self.path}, key '{key}'"
+        with reading(what, "array of an .npz file"):
+            return _plain(self._member(f"{key}.npy"), what)
 
     def _member(self, name):
         """An array of the .npz, if it declares the size that it has: numpy makes room for what is
@@ -351,50 +354,43 @@ def plain_name(name, source):
 
 def read_json(path):
     """What a JSON file holds."""
+    with reading(path, "JSON file"), open(path, "rb") as f:
+        return json.loads(f.read())
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Whatever is raised of the file `path`, which is to be a `what`, becomes one line: libraries
+    raise many kinds of errors for files that are cut off, damaged, or of another format."""
     try:
-        with open(plain_file(path), "rb") as f:
-            return json.loads(f.read())
-    except FileNotFoundError:
-        raise InputError(f"no file {path} - check the path")
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not readable JSON ({e}) - write or restore it")
-
-
-# What numpy and zipfile raise of bad files, as it is looked for, and what to say of it
-UNREAD = {FileNotFoundError: "no file or folder {} - check the path",
-          PermissionError: "{} may not be read - check its permissions",
-          MemoryError: "{} does not fit into memory - save it as a folder of .npy files",
-          ValueError: "{} is not a readable .npz or .npy of numbers or text - use numpy.savez",
-          Exception: "{} is cut off or damaged - write it again"}
-
-
-def _load(what, read):
-    """The array or .npz that read() returns, or an InputError saying what is wrong with it. Text
-    that comes as UTF-8 bytes is decoded."""
-    try:
-        x = read()
-        if not isinstance(x, np.ndarray):
-            return x
-        if x.dtype.kind not in "biufUS":
-            raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
-        if x.dtype.kind == "S":
-            return np.char.decode(x, "utf-8", "replace")
-        if x.dtype.kind == "U":
-            "".join(x.ravel().tolist()).encode().decode()    # a ValueError for what is no text
-        return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+        plain_file(path)
+        yield
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"no file or folder {path} - check the path")
+    except MemoryError:
+        raise InputError(f"{path} does not fit into memory - give a folder of .npy")
     except Exception as e:
-        said = next(text for kind, text in UNREAD.items() if isinstance(e, kind))
-        raise InputError(said.format(what))
+        why = " ".join(str(e).split())[:120] or type(e).__name__
+        raise InputError(f"{path} is not a readable {what} ({why}) - write it again")
+
+
+def _plain(x, what):
+    """The array x, if it holds numbers or text; text that comes as UTF-8 bytes is decoded."""
+    if x.dtype.kind not in "biufUS":
+        raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
+    if x.dtype.kind == "S":
+        return np.char.decode(x, "utf-8", "replace")
+    if x.dtype.kind == "U":
+        "".join(x.ravel().tolist()).encode().decode()        # a ValueError for what is no text
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def _load_npy(path):
     """One array, memory-mapped, which also checks the size that it declares."""
-    x = _load(path, lambda: np.load(plain_file(path), "r", allow_pickle=False))
-    if not isinstance(x, np.ndarray):
-        raise InputError(f"{path} holds several arrays - save one by numpy.save")
-    return x
+    with reading(path, ".npy file"):
+        return _plain(np.lib.format.open_memmap(path, "r"), path)
 
 
 def _stream(arrays, name, most=3):
@@ -1016,13 +1012,9 @@ class Merges(Words):
 
 def read_merges(path):
     """The merges of CLIP's file, plain or gzipped, without its first line."""
-    try:
-        opened = gzip.open if path.endswith(".gz") else open
-        with opened(plain_file(path), "rt", encoding="utf-8") as f:
-            return f.read().splitlines()[1:48895]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-        why = type(e).__name__
-        raise InputError(f"{path} is not a readable merges file ({why}) - give CLIP's")
+    opened = gzip.open if path.endswith(".gz") else open
+    with reading(path, "merges file"), opened(path, "rt", encoding="utf-8") as f:
+        return f.read().splitlines()[1:48895]
 
 
 def latent_semantics(captions, known, longest=1, width=32):
@@ -1220,10 +1212,6 @@ def _stack_splits(arrays):
                            split=np.repeat(there, [len(x) for x in pixels]))
 
 
-# Of XML: broken, in an unknown encoding, without what is looked for
-UNREADABLE = (OSError, ElementTree.ParseError, AttributeError, LookupError, TypeError, ValueError)
-
-
 def read_voc_folder(folder):
     """[(split, name of a picture without its ending, its path, its objects as `read_voc` gives
     them)] of a Pascal VOC folder, as ImageSets/Main lists them."""
@@ -1232,7 +1220,7 @@ def read_voc_folder(folder):
         listed = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
         if not os.path.exists(listed):
             raise InputError(f"no {listed} - expected a Pascal VOC folder with JPEGImages")
-        with open(plain_file(listed), errors="replace") as f:
+        with reading(listed, "list"), open(listed, errors="replace") as f:
             stems = f.read().split()
         for stem in stems:
             plain_name(stem, f"{listed} lists a picture")
@@ -1243,12 +1231,10 @@ def read_voc_folder(folder):
 
 def read_voc(path):
     """The objects of a Pascal VOC annotation: list of (name, box (4,): x0, y0, x1, y1)."""
-    try:
-        sides = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
+    sides = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
+    with reading(path, "Pascal VOC annotation"):
         found = [(thing.find("name").text, np.array([float(thing.find(k).text) for k in sides]))
-                 for thing in ElementTree.parse(plain_file(path)).iter("object")]
-    except UNREADABLE as e:
-        raise InputError(f"{path} is not a readable Pascal VOC annotation ({e}) - write it again")
+                 for thing in ElementTree.parse(path).iter("object")]
     for name, box in found:
         plain_name(name, f"{path} names an object")
         if not np.isfinite(box).all():
@@ -1304,19 +1290,15 @@ def _walk(folder, endings, what):
 def open_image(image, decode=True, window=None, folder=""):
     """A picture, its pixels or its path as seen from `folder`, as `as_rgb` gives it; without
     `decode` it is only looked at."""
-    try:
-        if isinstance(image, np.ndarray):
-            return as_rgb(Image.fromarray(image), window)
-        image = os.path.join(folder, image)
-        opened = Image.open(plain_file(image))
+    if isinstance(image, np.ndarray):
+        return as_rgb(Image.fromarray(image), window)
+    path = os.path.join(folder, image)
+    with reading(path, "picture"):
+        try:
+            opened = Image.open(path)
+        except Image.DecompressionBombError:
+            raise InputError(f"{path} is too large for one picture - `tile` it with openslide")
         return as_rgb(opened, window) if decode else opened.close()
-    except Image.DecompressionBombError:
-        raise InputError(f"{image} is too large for one picture - `tile` it, which takes openslide")
-    except InputError:
-        raise
-    except Exception as e:                                   # Pillow's many kinds for broken tags
-        why = str(e) or type(e).__name__
-        raise InputError(f"{image} is not a readable picture ({why}) - remove or replace it")
 
 
 def as_rgb(image, window=None):
@@ -1526,14 +1508,15 @@ class Slide:
 
     def __init__(self, path, window=None):
         self.slide = None
-        try:
-            import openslide
-            self.slide = openslide.OpenSlide(path)
-        except (ImportError, OSError, ValueError):           # not installed, or a plain picture
-            pass
-        except Exception as e:                               # openslide's own errors
-            if "Unsupported" not in type(e).__name__:
-                raise InputError(f"{path} is not a readable slide ({e}) - write it again")
+        with reading(path, "slide"):
+            try:
+                import openslide
+                self.slide = openslide.OpenSlide(path)
+            except (ImportError, OSError, ValueError):       # not installed, or a plain picture
+                pass
+            except Exception as e:                           # openslide's own errors
+                if "Unsupported" not in type(e).__name__:
+                    raise
         self.image = None if self.slide else open_image(path, window=window)
         self.size = self.slide.dimensions if self.slide else self.image.size
 
@@ -1709,15 +1692,13 @@ def read_polygons(path):
     pixels of the slide, inside), outer ones first; inside is False for what is cut out of them
     (Camelyon's group _2)."""
     found = []
-    try:
-        for region in ElementTree.parse(plain_file(path)).getroot().iter("Annotation"):
+    with reading(path, "ASAP annotation file"):
+        for region in ElementTree.parse(path).getroot().iter("Annotation"):
             points = sorted([float(c.get(k)) for k in ("Order", "X", "Y")]
                             for c in region.iter("Coordinate"))
             inside = region.get("PartOfGroup") not in ("_2", "Exclusion")
             if len(points) > 2:
                 found.append((np.array(points)[:, 1:], inside))
-    except UNREADABLE as e:
-        raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - write it again")
     return sorted(found, key=lambda region: not region[1])
 
 

@@ -262,7 +262,7 @@ def test_a_broken_taxonomy_is_refused(tree, message, tmp_path):
 
 def test_a_missing_or_unreadable_taxonomy_is_refused(tmp_path):
     (tmp_path / "t.json").write_text("{")
-    for path, message in ((tmp_path / "none.json", "no file .*none.json"), (tmp_path / "t.json", "is not readable JSON")):
+    for path, message in ((tmp_path / "none.json", "no file or folder .*none.json"), (tmp_path / "t.json", "is not a readable JSON file")):
         with pytest.raises(InputError, match=message):
             data.read_taxonomy(str(path), [])
 
@@ -290,7 +290,7 @@ def poisoned(value, row):
     ({"split": np.array(["train"] * 49 + ["dev"])}, "'split' row 49 is 'dev'"),
     ({"groups": np.zeros(50, int)}, "the test and val split is empty"),
     ({"n": 0}, "has shape .0, 6. .* at least one"),
-    ({"b": np.array([{}] * 50)}, "key 'b' is not a readable .npz or .npy of numbers or text")])
+    ({"b": np.array([{}] * 50)}, "key 'b' is not a readable array of an .npz file .Object arrays")])
 def test_a_bad_array_is_refused_by_name(more, message, tmp_path):
     with pytest.raises(InputError, match=message):
         features = read_features(as_file(tmp_path, **more))
@@ -309,8 +309,8 @@ def test_a_bad_file_is_refused(tmp_path):
     (tmp_path / "damaged.npz").write_bytes(bytes(middle))
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "none.npz", labels=np.zeros(3, int))
-    for name, message in (("missing.npz", "no file or folder"), ("cut.npz", "is cut off or damaged"),
-                          ("damaged.npz", "is cut off or damaged"), ("text.npz", "is not a readable"),
+    for name, message in (("missing.npz", "no file or folder"), ("cut.npz", "is not a readable .npz file"),
+                          ("damaged.npz", "is not a readable"), ("text.npz", "is not a readable"),
                           ("pickle.npz", "is not a readable"), ("one.npy", "holds an array without a name"),
                           ("empty", "holds no stream"), ("none.npz", "holds no stream")):
         with pytest.raises(InputError, match=message):
@@ -1085,7 +1085,8 @@ def test_a_merges_file_is_read_plain_or_gzipped(tmp_path):
     (tmp_path / "bad.gz").write_text("plain")
     (tmp_path / "torn.gz").write_bytes(gzip.compress(text.encode())[:12] + b"xxxxxx")
     for name in ("bad.gz", "torn.gz", "none.txt"):
-        with pytest.raises(InputError, match=f"{name} is not a readable merges file"):
+        missing, damaged = f"no file or folder .*{name}", f"{name} is not a readable merges file"
+        with pytest.raises(InputError, match=missing if name == "none.txt" else damaged):
             data.read_merges(str(tmp_path / name))
     with pytest.raises(InputError, match="two pieces a line"):
         data.Merges(["a b c"])
@@ -1165,9 +1166,9 @@ def test_what_is_no_array_in_a_feature_file_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("content, header, message", [
-    (npy("(50, 1)", bytes(200)), (10, 9), "is cut off or damaged"),                         # an unknown compression
-    (npy("(50, 1)", bytes(200)), (8, 1), "is cut off or damaged"),                          # encrypted
-    (npy("((((((((("), None, "is not a readable|is cut off or damaged"), (b"hello", None, "is not a readable"),
+    (npy("(50, 1)", bytes(200)), (10, 9), "key 'odd' is not a readable"),                       # an unknown compression
+    (npy("(50, 1)", bytes(200)), (8, 1), "key 'odd' is not a readable"),                        # encrypted
+    (npy("((((((((("), None, "is not a readable"), (b"hello", None, "is not a readable"),
     (npy("(50, 1)", bytes(200)).replace(b"<f4", b"<M8"), None, "key 'odd'"),
     (npy("(50, 1)", bytes(200)).replace(b"<f4", b"<c8").replace(b"(50, 1)", b"(25, 1)"), None, "holds complex64")])
 def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, message, tmp_path):
@@ -1181,8 +1182,8 @@ def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, messag
     ({"labels": np.full(50, 10 ** 5), "label_names": None}, "row 0 is 100000 - number"),
     ({"boxes": np.full((1, 6), "x")}, "'boxes' has shape"),
     ({"captions": np.array(["\ud800"] * 50)}, "key 'captions' is not a readable"),
-    ({"captions": np.full(50, 0x110000, np.uint32).view("U1")}, "'captions' is cut off or damaged"),
-    ({"captions": np.full(50, 2 ** 32 - 1, np.uint32).view("U1")}, "'captions' is (not|cut)")])
+    ({"captions": np.full(50, 0x110000, np.uint32).view("U1")}, "'captions' is not a readable"),
+    ({"captions": np.full(50, 2 ** 32 - 1, np.uint32).view("U1")}, "'captions' is not")])
 def test_odd_reserved_keys_are_refused_by_name(more, message, tmp_path):
     with np.load(as_file(tmp_path)) as z:
         arrays = {**z, **more}
@@ -1203,7 +1204,7 @@ def test_a_deep_taxonomy_is_read_in_no_time_and_a_nest_of_brackets_refused(tmp_p
     (tmp_path / "t.json").write_text(json.dumps(dict(reversed(chain.items()))))
     began = time.process_time()
     assert len(data.read_taxonomy(tmp_path / "t.json", ["n20000"])) == 20001 and time.process_time() - began < 2
-    for text, message in (("[" * 30000 + "]" * 30000, "is not readable JSON"), ('{"a": 1, "b": null}', "holds a dict"),
+    for text, message in (("[" * 30000 + "]" * 30000, "is not a readable JSON file"), ('{"a": 1, "b": null}', "holds a dict"),
                           ('{"LabelName": "a", "Subcategory": [3]}', "a node below a"),
                           ('{"LabelName": "a", "Subcategory": [{"LabelName": {}}]}', "a node below a")):
         (tmp_path / "t.json").write_text(text)

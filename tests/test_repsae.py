@@ -902,7 +902,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
 
 @pytest.mark.parametrize("argv, message", [
     (["tile", "--voc", "{p}"], "expected a Pascal VOC folder"),
-    (["tile"], "--images is missing"), (["tile", "--images", "/no/such.png"], "such.png is not a readable picture"),
+    (["tile"], "--images is missing"), (["tile", "--images", "/no/such.png"], "no file or folder /no/such.png"),
     (["mil"], "--data is missing"), (["mil", "--data", "{b}", "--head", "clam"], "--head clam - take one or more of max, mean"),
     (["mil", "--data", "{b}", "--widths", "8,x"], "8,x - give positive whole numbers"),
     (["mil", "--data", "{p}"], "no feature files in"), (["mil", "--data", "{f}"], "lacks 'X'"),
@@ -1434,7 +1434,7 @@ def test_a_released_clip_becomes_a_run_in_our_units_of_pixels(world, tmp_path, c
         torch.testing.assert_close(torch.from_numpy(z["o_txt"][:3]), model.encode_text(tokens), rtol=1e-3, atol=1e-4)
     (tmp_path / "short.txt").write_text("\n".join(["#version", *merges[:-1]]))
     for argv, message in ((("--merges", tmp_path / "short.txt"), "makes 536 tokens"), ((), "--merges is missing"),
-                          (("--merges", tmp_path / "none.txt"), "not a readable merges file")):
+                          (("--merges", tmp_path / "none.txt"), "no file or folder")):
         assert message in error(capsys, "clip", "--weights", tmp_path / "c.pt", *argv, "--out", tmp_path / "x")
     assert "is no state_dict" in error(capsys, "clip", "--weights", tmp_path / "m.txt", "--merges", tmp_path / "m.txt", "--out", tmp_path / "x")
 
