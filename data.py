@@ -196,8 +196,7 @@ class Features(Samples):
 
 
 class Batches:
-    """Which rows form training batch number `step`: of the step alone, so that a resumed run sees
-    the same.
+    """Which rows form batch `step`: of the step alone, so that a resumed run sees the same.
 
     shuffle="blocks": contiguous blocks of `rows` in random order (thesis A.1.2, "Data Loading
     Optimization"): what makes memory-mapped folders fast. "samples": every epoch a new permutation.
@@ -539,27 +538,23 @@ def read_taxonomy(path, label_names):
     deepest). Returns dict name -> parent or None: one root, no cycle, every label in it.
     """
     parents = tree = read_json(path)
-    if isinstance(tree, dict) and "LabelName" in tree:
-        parents, queue = {}, [(tree, None)]                  # breadth first: last seen is deepest
-        for node, parent in queue:
-            below = node.get("Subcategory", []) if isinstance(node, dict) else None
-            if not isinstance(below, list) or not isinstance(node.get("LabelName"), str):
-                raise InputError(f"{path}: a node below {parent} has no LabelName, a text, or a "
-                                 "Subcategory that is no list - mend it")
-            parents[node["LabelName"]] = parent
-            queue += [(child, node["LabelName"]) for child in below]
-    if not isinstance(parents, dict) or {*map(type, parents.values())} - {str, type(None)}:
-        raise InputError(f"{path} holds a {type(tree).__name__}, no taxonomy - give one by names")
-    for child, parent in parents.items():
-        if parent is not None and parent not in parents:
-            raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - add it")
+    with reading(path, "taxonomy"):
+        if "LabelName" in tree:
+            parents, queue = {}, [(tree, None)]              # breadth first: last seen is deepest
+            for node, parent in queue:
+                parents[node["LabelName"]] = parent
+                queue += [(child, node["LabelName"]) for child in node.get("Subcategory", [])]
+        for child, parent in parents.items():
+            if parent is not None and parent not in parents:
+                raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - add it")
+    above = {child: [parent] for child, parent in parents.items() if parent is not None}
     try:
-        graphlib.TopologicalSorter({k: [v] for k, v in parents.items() if v is not None}).prepare()
+        graphlib.TopologicalSorter(above).prepare()
     except graphlib.CycleError as e:
         raise InputError(f"taxonomy: '{min(e.args[1])}' is its own ancestor - break the cycle")
-    roots = sum(v is None for v in parents.values())
-    if roots != 1:
-        raise InputError(f"taxonomy has {roots} roots - give exactly one entry the parent null")
+    if len(parents) - len(above) != 1:
+        raise InputError(f"taxonomy has {len(parents) - len(above)} roots - give exactly one entry "
+                         "the parent null")
     for name in label_names:
         if name not in parents:
             raise InputError(f"taxonomy lacks the label '{name}' - add it")
@@ -613,13 +608,12 @@ def planted_streams(n=6000, dims=None, seed=42):
     """Streams whose concepts are known: the embedded default, and the truth that tests use.
 
     A sample is a sparse non-negative mixture of concepts: one family is the theme, some concepts
-    come from it, some from anywhere, frequent ones more often. Every stream shows the concepts it
-    sees through its own random unit vectors, bends the result slightly (tanh) and adds its own
-    level of noise. Of the leaves, each stream alone sees two, and each is blind to two others.
+    come from it, some from anywhere, frequent ones more often. Every stream (dims: name -> width)
+    shows the concepts it sees through its own random unit vectors, bends the result slightly (tanh)
+    and adds its own level of noise. Each stream alone sees two concepts, and is blind to two more.
 
-    dims: dict stream -> width. Returns Features: labels (n, C) bool are the active concepts,
-    `parents` the taxonomy (world > kingdom > family > concept), `truth` the concepts' directions;
-    80 % train, 20 % val.
+    Returns Features: labels (n, C) bool are the active concepts, `parents` the taxonomy (world >
+    kingdom > family > concept), `truth` the concepts' directions; 80 % train, 20 % val.
     """
     dims = dims or {"vision": 64, "text": 48, "sound": 40}
     rng = np.random.default_rng([seed, 3])
@@ -680,10 +674,8 @@ NUCLEUS = np.array((92, 48, 140), np.float32)
 
 def tissue(n, size=64, seed=0):
     """Microscope-like fields with known truth: `n` uint8 images of `size` pixels, one to four cells
-    of nine kinds each.
-
-    Every patient's images come from two slides, which differ in stain and focus; a patient's
-    disease shifts the mix of cells. The same seed gives the same bytes. Returns a dict:
+    of nine kinds each. A patient's images come from two slides, which differ in stain and focus; a
+    patient's disease shifts the mix of cells. The same seed gives the same bytes. Returns a dict:
         pixels (n, size, size, 3), captions (n,)
         labels (n, C) bool with label_names: the kinds, mucin and the three grounds
         parents: taxonomy, specimen > cell > lineage > kind, specimen > tissue > ground or mucin
@@ -928,10 +920,7 @@ def _caption(kinds, ground, mucin, rng):
 
 class Words:
     """A word-level tokenizer: 0 pads, words count from 1 in alphabetical order, then `start` and,
-    highest, `end`.
-
-    words: the vocabulary, or None to take every word of `captions` that stands in two or more.
-    """
+    highest, `end`. words: the vocabulary, or None to take what stands in two `captions` or more."""
 
     def __init__(self, captions=None, words=None):
         if words is None:
@@ -1021,9 +1010,8 @@ def latent_semantics(captions, known, longest=1, width=32):
     """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture.
     (N, width) float32.
 
-    Counts of words, and of runs of up to `longest` words, times the log of how rare they are,
-    scaled to length 1 and projected on the first right singular vectors of the rows `known`, fewer
-    where these span fewer; what stands in none of these is not counted.
+    Counts of words, and of runs of up to `longest` words, that stand in the rows `known`, times the
+    log of how rare they are, scaled to length 1, on the first right singular vectors of these rows.
     """
     grams = []
     for text in captions:
@@ -1063,14 +1051,10 @@ def vision():
     declared, and it is imported again."""
     try:
         import torchvision.transforms
-    except RuntimeError as e:
-        if "torchvision::nms" not in str(e):
-            raise
-        # kept, because its operators go when it does
-        vision.library = torch.library.Library("torchvision", "DEF")
-        takes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    except RuntimeError:
+        vision.library = torch.library.Library("torchvision", "DEF")     # keeps its operators alive
         for name in ("nms", "qnms"):
-            vision.library.define(name + takes)
+            vision.library.define(name + "(Tensor dets, Tensor scores, float limit) -> Tensor")
         import torchvision.transforms
     return torchvision
 
@@ -1198,18 +1182,14 @@ def _stack_splits(arrays):
     """Let what a MedMNIST file has for each split, train_images and train_labels, stand for its
     `images`, `labels` and `split`."""
     there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
-    grey = np.uint8, None, None, None                        # (n, H, W)
-    pixels = [arrays.checked(f"{s}_images", "uint8 (N, H, W) or (N, H, W, 3)", grey, (*grey, 3))
-              for s in there]
-    labels = [arrays[f"{s}_labels"] for s in there]
-    for s, x, y in zip(there, pixels, labels):
-        alike = x.shape[1:] == pixels[0].shape[1:] and y.shape[1:] == labels[0].shape[1:]
-        if not alike or x.shape[:1] != y.shape[:1]:
-            raise InputError(f"'{s}_images' has shape {x.shape} and '{s}_labels' {y.shape} - give "
-                             "as many, shaped as in the other splits")
-    if there:
-        arrays.made.update(images=np.concatenate(pixels), labels=np.concatenate(labels),
-                           split=np.repeat(there, [len(x) for x in pixels]))
+    with reading(arrays.path, "MedMNIST file"):
+        images, labels = ([arrays[f"{s}_{what}"] for s in there] for what in ("images", "labels"))
+        size = [len(x) for x in images]
+        if size != [len(y) for y in labels]:
+            raise ValueError(f"{[len(y) for y in labels]} labels of {size} images")
+        if there:
+            arrays.made.update(images=np.concatenate(images), labels=np.concatenate(labels),
+                               split=np.repeat(there, size))
 
 
 def read_voc_folder(folder):
@@ -1578,9 +1558,8 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
     closing, size.
 
     rgb (H, W, 3) uint8. threshold of the saturation (0..255), None for Otsu's; median, close: sides
-    of the filters; least: pixels of a piece without its holes; of each piece the `max_holes`
-    largest holes of more than `least_hole` pixels stay holes, all others are filled. Returns (H, W)
-    int: 0 outside, i inside piece i, -i in a hole of it.
+    of the filters; least: pixels of a piece without its holes, of which the `max_holes` largest of
+    more than `least_hole` pixels stay. Returns (H, W) int: 0, i in piece i, -i in a hole of it.
     """
     saturation = np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1]
     saturation = scipy.ndimage.median_filter(saturation, median)    # (H, W)
@@ -1604,13 +1583,12 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
 
 
 def tile_boxes(pieces, scale, size, side, step):
-    """Tiles of the tissue, as CLAM lays them: (n, 4) int, x, y, width, height in pixels of the
-    slide.
+    """Tiles as CLAM lays them: (n, 4) int, x, y, width, height in pixels of the slide.
 
     pieces: from `find_tissue`, one of whose pixels spans `scale` of the slide's, whose size is
     (width, height). Each piece has a grid of its own, from the corner of its bounding box. A tile
     is kept if one of the four points halfway from its centre to its corners is inside the piece's
-    outline, and its centre in no hole. Unlike CLAM's, none reaches over the edge.
+    outline, and its centre in no hole.
     """
     def at(x, y):
         row, column = (np.clip((v / scale).astype(int), 0, n - 1)
@@ -1634,8 +1612,7 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
     overview with both drawn in.
 
     side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels,
-    as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections; ours is about a tile of
-    224. window: see `as_rgb`.
+    as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`.
     """
     if side < 1 or step is not None and step < 1:
         raise InputError(f"tiles of {side} pixels every {step} - give a larger --size")
@@ -1718,8 +1695,7 @@ def cut_boxes(folder, margin=0.2, window=None):
     <split>/<name of the object>/<name of the picture>_<i>.
 
     A part is the square around a box's centre, as long as the box's longer side and `margin` more,
-    so that shapes stay what they are, shifted inwards where it would reach over the picture's edge.
-    Boxes with a side of 8 pixels or less are left out. window: see `as_rgb`.
+    shifted inwards at the picture's edge. Boxes with a side of 8 pixels or less are left out.
     """
     paths, squares, ids = [], [], []
     for split, stem, path, objects in read_voc_folder(folder):
@@ -1914,10 +1890,9 @@ def stratified_parts(y, shares, seed, groups=None):
     """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending
     arrays.
 
-    No group of groups (n,) lies in two parts, and without them each position is one: it is groups
-    that are in proportion, each counted as the rarest class among its samples, so that a part's
-    number of them in a class differs from its share by at most 1. Where they are few, each part
-    gets one of each class before any gets more than its share.
+    No group of groups (n,) lies in two parts, and without them each position is one. It is groups
+    that are in proportion, to one, each counted as the rarest class among its samples. Where they
+    are few, each part gets one of each class before any gets more than its share.
     """
     rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
     shares = np.array(shares) / sum(shares)
