@@ -1094,7 +1094,8 @@ class Images(Samples):
 
     def rows(self, *splits):
         """Those of the splits; all, where there is no split."""
-        return np.flatnonzero(self.split is None or np.isin(self.split, splits))
+        inside = np.ones(len(self)) if self.split is None else np.isin(self.split, splits)
+        return np.flatnonzero(inside)
 
     def take(self, rows):
         """The pictures `rows`, which may repeat, without their objects."""
@@ -1192,21 +1193,16 @@ def _stack_splits(arrays):
                                split=np.repeat(there, size))
 
 
-def read_voc_folder(folder):
-    """[(split, name of a picture without its ending, its path, its objects as `read_voc` gives
-    them)] of a Pascal VOC folder, as ImageSets/Main lists them."""
-    found = []
+def _listed(folder):
+    """Yield (split, name of a picture) as ImageSets/Main of a Pascal VOC folder lists them."""
     for part, split in (("trainval", "train"), ("test", "test")):
-        listed = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
-        if not os.path.exists(listed):
-            raise InputError(f"no {listed} - expected a Pascal VOC folder with JPEGImages")
-        with reading(listed, "list"), open(listed, errors="replace") as f:
+        path = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
+        if not os.path.exists(path):
+            raise InputError(f"no {path} - expected a Pascal VOC folder with JPEGImages")
+        with reading(path, "list"), open(path, errors="replace") as f:
             stems = f.read().split()
         for stem in stems:
-            plain_name(stem, f"{listed} lists a picture")
-            found.append((split, stem, os.path.join(folder, "JPEGImages", f"{stem}.jpg"),
-                          read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))))
-    return found
+            yield split, plain_name(stem, f"{path} lists a picture")
 
 
 def read_voc(path):
@@ -1412,9 +1408,9 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
     """Iterate over steps first .. last - 1: a list of V tensors (B, 3, h, w). batches: a `Batches`
     over the images."""
     steps = [[(step, int(i)) for i in batches.rows(step)] for step in range(first, last)]
-    return iter(torch.utils.data.DataLoader(
-        CropBatches(images, crops, seed), batch_sampler=steps, num_workers=workers,
-        worker_init_fn=_forget_slides))
+    _slide.cache_clear()                                     # workers must not share file handles
+    return iter(torch.utils.data.DataLoader(CropBatches(images, crops, seed), batch_sampler=steps,
+                                            num_workers=workers))
 
 
 def read_pictures(path, size, label=None, window=None):
@@ -1505,9 +1501,7 @@ class Slide:
         one of that spans."""
         scale = max(1., max(self.size) / side)
         small = tuple(max(1, round(v / scale)) for v in self.size)
-        if self.slide:
-            return self.slide.get_thumbnail(small).convert("RGB"), scale
-        return self.image.resize(small, Image.BOX), scale
+        return self.read((0, 0, *self.size), small[0]).resize(small, Image.BOX), scale
 
     def read(self, box, side=224):
         """x, y, width, height of the slide in RGB, from the coarsest level on which it is at least
@@ -1524,11 +1518,6 @@ class Slide:
 @functools.lru_cache(maxsize=4)
 def _slide(path, window=None):
     return Slide(path, window)
-
-
-def _forget_slides(worker):
-    """A process that makes crops opens its slides itself: a file handle must not be shared."""
-    _slide.cache_clear()
 
 
 def read_slides(path):
@@ -1698,8 +1687,10 @@ def cut_boxes(folder, margin=0.2, window=None):
     shifted inwards at the picture's edge. Boxes with a side of 8 pixels or less are left out.
     """
     paths, squares, ids = [], [], []
-    for split, stem, path, objects in read_voc_folder(folder):
+    for split, stem in _listed(folder):
+        path = os.path.join(folder, "JPEGImages", f"{stem}.jpg")
         size = np.array(_slide(path, window).size)
+        objects = read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))
         for i, (name, box) in enumerate(objects):
             sides, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
             if sides.min() <= 8:
