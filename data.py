@@ -172,17 +172,17 @@ class Features(Samples):
 
     def statistics(self, rows, block=4096):
         """Mean and standard deviation (d_s,) over `rows`, read block by block: dict of stream."""
-        total, square = ({s: 0. for s in self.streams} for _ in range(2))
-        shift = {s: x[0].double() for s, x in self.batch(rows[:1]).items()}    # not to cancel
+        total, shift = {}, {s: x[0].double() for s, x in self.batch(rows[:1]).items()}
         for start in range(0, len(rows), block):
             for s, x in self.batch(rows[start:start + block]).items():
-                x = (x.double() - shift[s]).numpy()          # (block, d_s)
-                total[s] = total[s] + x.sum(0)
-                square[s] = square[s] + (x * x).sum(0)
-        mean = {s: torch.from_numpy(total[s] / len(rows)) for s in self.streams}
-        std = {s: (torch.from_numpy(square[s] / len(rows)) - mean[s] ** 2).clamp(min=0).sqrt()
-               for s in self.streams}
-        return {s: ((mean[s] + shift[s]).float(), std[s].float()) for s in self.streams}
+                x = (x.double() - shift[s]).numpy()          # (block, d_s), shifted not to cancel
+                total[s] = total.get(s, 0) + np.stack([x.sum(0), (x * x).sum(0)])
+        out = {}
+        for s, sums in total.items():
+            mean, square = torch.from_numpy(sums / len(rows))
+            std = (square - mean ** 2).clamp(min=0).sqrt()
+            out[s] = (mean + shift[s]).float(), std.float()
+        return out
 
     def shuffled(self, seed):
         """The null: every stream but the first permuted inside each split; nothing is shared."""
@@ -228,7 +228,7 @@ def read_features(path, streams=None, taxonomy=None, seed=42, most=3):
     `read_taxonomy`. seed: of the split, when the file has none; None to draw none. most: dimensions
     of a stream.
     """
-    arrays = _Source(path)
+    arrays = Source(path)
     x = {s: _stream(arrays, s, most) for s in streams or arrays.streams}
     if not x:
         raise InputError(f"{path} holds no stream - give a floating array (N, d) under its name")
@@ -250,12 +250,7 @@ def read_features(path, streams=None, taxonomy=None, seed=42, most=3):
     return _scan(out)
 
 
-def stream_names(path):
-    """The names of the streams in a feature file."""
-    return _Source(path).streams
-
-
-class _Source:
+class Source:
     """The arrays of an .npz or of a folder of .npy, by key, read when asked for; a folder's are
     memory-mapped. What else lies there is passed over."""
 
@@ -323,7 +318,7 @@ class _Source:
 
 def read_arrays(path):
     """All arrays of an .npz, or of a folder of .npy, by key; nothing is unpickled."""
-    source = _Source(path)
+    source = Source(path)
     return {key: source[key] for key in source.keys}
 
 
@@ -577,7 +572,7 @@ def read_head(path, d):
     """Weight (d,) and bias of a linear score, from an .npz with `weight` (d,) and `bias` (), or two
     rows of both: one label against the rest."""
     give = f"weight ({d},) and bias (), or two rows of both: one label against the rest"
-    arrays = _Source(path)
+    arrays = Source(path)
     arrays.need("weight", "bias", give=give)
     w, b = arrays["weight"], arrays["bias"]
     if not all(v.dtype.kind in "biuf" and np.isfinite(v).all() for v in (w, b)):
@@ -718,24 +713,18 @@ def tissue(n, size=64, seed=0):
             "split": np.where(test[of], "test", "train")}
 
 
-def _in_rows(pictures, across=4):
-    """Pictures (n, h, w, 3) in rows, as one (H, W, 3), what is left over white."""
-    n, h, w, _ = pictures.shape
-    pictures = np.pad(pictures, ((0, -n % across), (0, 0), (0, 0), (0, 0)), constant_values=255)
-    rows = pictures.reshape(-1, across, h, w, 3).swapaxes(1, 2)
-    return rows.reshape(-1, across * w, 3)
-
-
 def tissue_files(made):
     """What `tissue` made by the name of the file that it becomes: pictures (h, w, 3) as .png, those
-    of a patient also as a slide in folders of split and disease, dicts of arrays as .npz, of which
-    patients.npz has the diseases as labels, and the taxonomy as .json."""
+    of a patient also as a slide of four columns in folders of split and disease, dicts of arrays as
+    .npz, of which patients.npz has the diseases as labels, and the taxonomy as .json."""
     names = np.array([f"images/{i:05d}.png" for i in range(len(made["pixels"]))])
     files = dict(zip(names.tolist(), made["pixels"]))
     for group, row in zip(*np.unique(made["groups"], return_index=True)):
         disease = made["disease_names"][made["disease"][row]]
+        pictures = torch.from_numpy(made["pixels"][made["groups"] == group]).movedim(3, 1)
+        slide = vision().utils.make_grid(pictures, 4, padding=0, pad_value=255)
         name = f"slides/{made['split'][row]}/{disease}/{group:04d}.png"
-        files[name] = _in_rows(made["pixels"][made["groups"] == group])
+        files[name] = slide.movedim(0, 2).numpy()
     kept = {key: v for key, v in made.items() if key not in ("pixels", "parents")}
     about = {key: made[key] for key in ("groups", "split", "captions")}
     return {**files, "tissue.npz": {**kept, "images": names}, "taxonomy.json": made["parents"],
@@ -959,10 +948,9 @@ class Merges(Words):
     first in the list is merged, again and again (byte-pair encoding, Sennrich et al. 2016). Knows
     every text.
 
-    merges: list of pairs "a b", lines 2 to 48,895 of CLIP's bpe_simple_vocab_16e6.txt
-    (`read_merges`). Tokens are numbered: 256 bytes, the same at the end of a word, merges, start,
-    end. Letters and digits are Python's, not Unicode's L and N, and broken text is not mended first
-    (CLIP's ftfy and html.unescape).
+    merges: list of pairs "a b" (`read_merges`). Tokens are numbered: 256 bytes, the same at the end
+    of a word, merges, start, end. Letters and digits are Python's, not Unicode's L and N; broken
+    text is not mended first (CLIP's ftfy and html.unescape).
     """
 
     def __init__(self, merges):
@@ -1000,7 +988,7 @@ class Merges(Words):
 
 
 def read_merges(path):
-    """The merges of CLIP's file, plain or gzipped, without its first line."""
+    """The merges of CLIP's bpe_simple_vocab_16e6.txt, plain or gzipped: lines 2 to 48,895."""
     opened = gzip.open if path.endswith(".gz") else open
     with reading(path, "merges file"), opened(path, "rt", encoding="utf-8") as f:
         return f.read().splitlines()[1:48895]
@@ -1163,7 +1151,7 @@ def read_images(path):
 def _read_listed(path):
     """Pictures that an .npz holds in `images`, or names there, relative to itself, with what else
     it says of them. With `coords` they are tiles."""
-    arrays = _Source(path)
+    arrays = Source(path)
     _stack_splits(arrays)
     arrays.need("images", give="a list of pictures or tiles, a MedMNIST .npz, or class folders")
     n = len(np.atleast_1d(arrays["images"]))
@@ -1345,12 +1333,11 @@ class Crops:
 
     def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.),
                  local_scale=(0.05, 0.4), blur=2., colour=1., pathology=False):
-        t, change = vision().transforms, []
-        if pathology:
-            change = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)]
+        t = vision().transforms
+        tissue = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)]
         jitter = t.ColorJitter(0.4 * colour, 0.4 * colour, 0.2 * colour, 0.1 * colour)
-        change = [t.RandomHorizontalFlip(), *change, t.RandomApply([jitter], 0.8),
-                  t.RandomGrayscale(0.2 * colour)]
+        change = [t.RandomHorizontalFlip(), *(tissue if pathology else []),
+                  t.RandomApply([jitter], 0.8), t.RandomGrayscale(0.2 * colour)]
         blurred = t.Lambda(functools.partial(random_blur, most=blur))
 
         def view(side, area, blur_share, *more):
@@ -1752,10 +1739,6 @@ class Bags:
         mask = torch.arange(x.shape[1]) < torch.tensor([len(bag) for bag in bags])[:, None]
         return x, mask, torch.from_numpy(self.y[np.asarray(rows)]).long()
 
-    def batches(self, rows, batch):
-        """Bags `rows` in their order, `padded`, `batch` at a time."""
-        return [self.padded(rows[i:i + batch]) for i in range(0, len(rows), batch)]
-
     def drawn(self, rows, rng, weighted=False):
         """The bags `rows` in random order; weighted: as many of each class, drawn with
         replacement."""
@@ -1797,7 +1780,7 @@ def read_bags(path, stream=None):
     if os.path.isdir(path):
         bags = _bags_of_folder(path, stream)
     else:
-        arrays = _Source(path)
+        arrays = Source(path)
         grouped = "X" not in arrays and "groups" in arrays and "labels" in arrays
         bags = _bags_of_groups(path, stream) if grouped else _bags_of_file(arrays)
     for name, x in zip(bags.names, bags.x):

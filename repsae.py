@@ -985,7 +985,7 @@ class Coded:
         flags = flags.replaced({"taxonomy": None, **flags, **own})
         self.run, self.device = run, flags.device
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
-        there = data.stream_names(flags.data) if flags.data else self.model.streams
+        there = data.Source(flags.data).streams if flags.data else self.model.streams
         known = [s for s in self.model.streams if s in there]
         streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
         if not known:
@@ -2516,7 +2516,8 @@ def mil_round(bags, head, make, how, batch, balanced, seed, votes, train, val, t
     models, p = [], 0
 
     def batches(rows, size=batch):
-        return [[v.to(device) for v in part] for part in bags.batches(rows, size)]
+        return [[v.to(device) for v in bags.padded(rows[i:i + size])]
+                for i in range(0, len(rows), size)]
     for i in range(votes):
         rng = np.random.default_rng([*seed, i])
         torch.manual_seed(int(rng.integers(2 ** 62)))

@@ -53,7 +53,7 @@ def test_a_file_and_a_folder_give_the_same_features(tmp_path):
 def test_streams_are_picked_in_the_order_asked_for(tmp_path):
     assert list(read_features(as_file(tmp_path), ["b", "a"]).streams) == ["b", "a"]
     assert list(read_features(as_file(tmp_path), ["b"]).streams) == ["b"]
-    assert data.stream_names(as_file(tmp_path)) == ["a", "b"]
+    assert data.Source(as_file(tmp_path)).streams == ["a", "b"]
 
 
 def test_the_hash_depends_on_every_value_that_is_used(tmp_path):

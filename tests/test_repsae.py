@@ -713,7 +713,7 @@ def test_the_test_fold_never_reaches_training(bags):
     train, test = np.flatnonzero(whole.folds[0, 0]), np.flatnonzero(~whole.folds[0, 0])
     turned.y[test] = 1 - turned.y[test]
     for i in test:
-        turned.X[turned.offsets[i]:turned.offsets[i + 1]] *= -3
+        turned.x[i] *= -3
     (_, models), (_, others) = (
         repsae.mil_round(v, "abmil", {"widths": (8,)}, {"epochs": 3, "lr": 0.01}, 8, False, [0], 2,
                          train, [], test) for v in (whole, turned))
