@@ -37,7 +37,6 @@ import math
 import os
 import pathlib
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from xml.etree import ElementTree

@@ -872,7 +872,7 @@ def test_finetune_compares_models_over_seeds_and_its_models_are_explained(pictur
         "--batch", 8, "--out", tmp_path / "r")
     out, found = capsys.readouterr().out, json.loads((tmp_path / "r" / "metrics.json").read_text())
     assert list(found["scores"]) == ["pixels, logistic", "vit_micro", "ours", "resnet18"] and len(found["pairs"]["AUC"]) == 3
-    assert all(len(v) == 3 for v in found["scores"].values()) and found["test pictures"] == 6
+    assert all(len(v) == 3 for v in found["scores"].values()) and found["test pictures"] == 5
     assert "Wilcoxon p cannot fall below 0.2500" in out and (tmp_path / "r" / "report.html").exists()
     run("explain", "--images", pictures, "--weights", f"tuned={tmp_path / 'r' / 'ours.pt'},dino={trained}", "--most", 5, "--label", 1,
         "--out", tmp_path / "c")
