@@ -985,7 +985,7 @@ class Coded:
         flags = flags.replaced({"taxonomy": None, **flags, **own})
         self.run, self.device = run, flags.device
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
-        there = data.stream_names(flags.data) if flags.data else self.model.streams
+        there = data.Source(flags.data).streams if flags.data else self.model.streams
         known = [s for s in self.model.streams if s in there]
         streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
         if not known:
@@ -2495,7 +2495,7 @@ def cmd_mil(flags):
         if len(rounds) == 1:
             judge.write_torch(run.path(f"{head}.pt"), {
                 "models": [model.state_dict() for model in models], "head": head,
-                "dim": bags.X.shape[1], "label_names": bags.label_names, **make})
+                "dim": bags.x[0].shape[1], "label_names": bags.label_names, **make})
             if bags.coords and bags.images:
                 page.picture(f"Attention of {head} over test slides",
                              attention_maps(bags, models, rounds[0][2], head, run))
@@ -2517,11 +2517,12 @@ def mil_round(bags, head, make, how, batch, balanced, seed, votes, train, val, t
     models, p = [], 0
 
     def batches(rows, size=batch):
-        return [[v.to(device) for v in part] for part in bags.batches(rows, size)]
+        return [[v.to(device) for v in bags.padded(rows[i:i + size])]
+                for i in range(0, len(rows), size)]
     for i in range(votes):
         rng = np.random.default_rng([*seed, i])
         torch.manual_seed(int(rng.integers(2 ** 62)))
-        model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **make)
+        model = ssm.MIL(bags.x[0].shape[1], len(bags.label_names), head, **make)
         for buffer, value in zip((model.mean, model.std), bags.scale(train)):
             buffer.copy_(value)
         ssm.fit_mil(model.to(device), lambda epoch: batches(bags.drawn(train, rng, balanced)),
