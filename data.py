@@ -1128,7 +1128,8 @@ def read_images(path):
     """A folder of pictures, or of one level of class folders, perhaps inside train, val and test
     folders; a single large picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of
     tiles as the `tile` command writes it, or a folder of such; an .npz with `images` and other keys
-    of a feature file, as `tissue` writes it; or a MedMNIST .npz (train_images, train_labels, ...).
+    of a feature file, as `tissue` writes it; a MedMNIST .npz (train_images, train_labels, ...); or
+    a Pascal VOC folder, which brings its splits and its objects.
 
     Every file but a slide's is opened to see that it is a picture, and none is decoded.
     """
@@ -1140,6 +1141,8 @@ def read_images(path):
             return Images([path])
         boxes, _ = tile_slide(path)
         return Images([path] * len(boxes), boxes=boxes)
+    if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
+        return _read_voc_folder(path)
     listed = os.fspath(path).endswith(".npz")
     found = _read_listed(path) if listed else _walk(path, PICTURES, "pictures")
     for file in found.paths if found.pixels is None and found.boxes is None else ():
@@ -1203,6 +1206,26 @@ def read_voc(path):
         if not np.isfinite(box).all():
             raise InputError(f"{path} has the box {box.tolist()} of '{name}' - give finite numbers")
     return found
+
+
+def _read_voc_folder(folder):
+    """The pictures of a Pascal VOC folder with its splits; its objects as labels and boxes."""
+    listed = list(_listed(folder))
+    if not listed:
+        raise InputError(f"{folder}: ImageSets/Main lists no pictures - add their names")
+    splits, stems = map(list, zip(*listed))
+    paths, objects = [os.path.join(folder, "JPEGImages", f"{stem}.jpg") for stem in stems], []
+    for i, stem in enumerate(stems):
+        sides = np.array(open_image(paths[i], decode=False).size * 2)
+        for name, box in read_voc(os.path.join(folder, "Annotations", f"{stem}.xml")):
+            x0, y0, x1, y1 = np.clip(box / sides, 0, 1)
+            if x0 < x1 and y0 < y1:
+                objects.append((i, name, x0, y0, x1, y1))
+    names = sorted({name for _, name, *_ in objects})
+    boxes = np.array([(i, names.index(name), *box) for i, name, *box in objects]).reshape(-1, 6)
+    labels = np.zeros((len(paths), len(names)), bool)
+    labels[tuple(boxes[:, :2].astype(int).T)] = True
+    return Images(paths, split=np.array(splits), labels=labels, label_names=names, objects=boxes)
 
 
 def _files(folder, endings):

@@ -99,7 +99,7 @@ CASES = [case.split() for case in [
     f"dino --images pics {SMALL_DINO} --resume --out dino",
     "extract --images pics --weights d=dino --out o.npz",
     f"extract --images tissue/tissue.npz {WEIGHTS},lsa=lsa:2 --last 1 --size 16 --out o.npz",
-    "extract --images pics --weights d=dino --tokens --out o.npz",
+    "extract --images voc --weights d=dino --tokens --out o.npz",
     "extract --images tiles/slide.npz --weights v=tuned/v.pt --size 16 --out o.npz",
     "probe --data f.npz --json o.json",
     "probe --data feats.npz --solver sgd --only lymphocyte",

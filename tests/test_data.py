@@ -1231,6 +1231,18 @@ def voc_folder(folder, stem="one", name="cell"):
     return folder
 
 
+def test_a_voc_folder_is_read_with_its_splits_and_its_objects_as_labels_and_boxes(tmp_path):
+    found = data.read_images(voc_folder(tmp_path))           # one picture, listed in both parts
+    assert found.split.tolist() == ["train", "test"] and found.label_names == ["cell"]
+    assert found.labels.tolist() == [[True], [True]] and found.whole
+    expected = [[i, 0, 0.1, 0.1, 0.6, 0.6] for i in range(2)]
+    np.testing.assert_allclose(found.arrays(tmp_path / "f.npz")["boxes"], expected)
+    (tmp_path / "ImageSets/Main/trainval.txt").write_text("")
+    (tmp_path / "ImageSets/Main/test.txt").write_text("")
+    with pytest.raises(InputError, match="lists no pictures"):
+        data.read_images(tmp_path)
+
+
 @pytest.mark.parametrize("bad", ["../../../evil", "..", ".", "/tmp/evil", "a/b", "a\\b", "C:evil"])
 def test_no_name_in_a_voc_folder_leads_out_of_it(bad, tmp_path):
     for i, (more, what) in enumerate((({"stem": bad}, "lists a picture"),
@@ -1238,6 +1250,8 @@ def test_no_name_in_a_voc_folder_leads_out_of_it(bad, tmp_path):
         folder = voc_folder(tmp_path / str(i) / "deep" / "voc", **more)
         with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
             data.cut_boxes(folder)
+        with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
+            data.read_images(folder)
     assert data.plain_name("a cell, 2..3 um", "f.xml names") == "a cell, 2..3 um"
 
 
