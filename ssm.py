@@ -1161,14 +1161,14 @@ def output_entropy(q):
 
 
 def dino_nets(arch, size, patch=None, prototypes=65536, head_hidden=2048, bottleneck=256,
-              norm_last=True, drop_path=0.1, decay_ssm=False, device="cpu"):
-    """Student (in training), teacher (the same weights; no gradient, no drop path), centre (K,)
-    and AdamW."""
+              decay_ssm=False, device="cpu"):
+    """Student (in training, with DINO's drop path of 0.1), teacher (the same weights; no gradient,
+    no drop path), centre (K,) and AdamW."""
     def net(p):
         backbone = make_backbone(arch, size=size, patch=patch, drop_path=p)
-        head = DINOHead(backbone.dim, prototypes, head_hidden, bottleneck, norm_last)
+        head = DINOHead(backbone.dim, prototypes, head_hidden, bottleneck)
         return MultiCrop(backbone, head).to(device)
-    student, teacher = net(drop_path).train(), net(0.).eval().requires_grad_(False)
+    student, teacher = net(0.1).train(), net(0.).eval().requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     optimiser = torch.optim.AdamW(decay_groups(student, decay_ssm))
     return student, teacher, torch.zeros(prototypes, device=device), optimiser
@@ -1196,21 +1196,19 @@ def restore_dino(nets, kept):
     return int(kept["step"])
 
 
-def dino_schedule(step, epoch, n_steps, lr, min_lr=1e-6, warmup=10, weight_decay=0.04,
-                  weight_decay_end=0.4, momentum=0.996, teacher_temp=0.04, teacher_temp_start=0.04,
-                  teacher_warmup=0, clip=3., freeze_last=1):
+def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, momentum=0.996,
+                  teacher_temp=0.04, teacher_temp_start=0.04, teacher_warmup=0):
     """The settings of `dino_step` in a step; `epoch` is the number of steps in one, n_steps in all.
 
-    The defaults are those of DINO's code. warmup, teacher_warmup and freeze_last count epochs; lr
-    is reached after the warm-up and falls to min_lr.
+    Defaults and constants are those of DINO's code: after `warmup` epochs lr is reached, and falls
+    to 1e-6; weight decay rises to 0.4, momentum to 1; prototypes stay fixed in the first epoch.
     """
-    at = step // epoch
-    return {"lr": cosine_schedule(step, n_steps, lr, min_lr, warmup * epoch),
-            "weight_decay": cosine_schedule(step, n_steps, weight_decay, weight_decay_end),
+    temperature = teacher_temperature(step // epoch, teacher_temp_start, teacher_temp,
+                                      teacher_warmup)
+    return {"lr": cosine_schedule(step, n_steps, lr, 1e-6, warmup * epoch),
+            "weight_decay": cosine_schedule(step, n_steps, weight_decay, 0.4),
             "momentum": cosine_schedule(step, n_steps, momentum, 1.),
-            "teacher_temp": teacher_temperature(at, teacher_temp_start, teacher_temp,
-                                                teacher_warmup),
-            "clip": clip, "freeze_last": at < freeze_last}
+            "teacher_temp": temperature, "freeze_last": step < epoch}
 
 
 def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **schedule):
@@ -1278,14 +1276,12 @@ class MIL(nn.Module):
 
     Input x (B, N, d) and mask (B, N), False where a bag is padded (all True by default). Returns
     logits (B, C), scores (B, A, N), whose softmax is each instance's share in its bag, and
-    embeddings h (B, N, E). The instances are first standardised by the buffers `mean` and `std`,
-    and with `squash` bent by tanh, against outliers.
+    embeddings h (B, N, E). The instances are first standardised by the buffers `mean` and `std`.
     """
 
-    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25,
-                 squash=False):
+    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25):
         super().__init__()
-        self.head, self.squash, E = head, squash, widths[-1]
+        self.head, E = head, widths[-1]
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
         layers = []
@@ -1320,8 +1316,7 @@ class MIL(nn.Module):
     def forward(self, x, mask=None):
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        real = (x[mask] - self.mean) / self.std              # (n, d): without the padding
-        real = self.embed(torch.tanh(real) if self.squash else real)
+        real = self.embed((x[mask] - self.mean) / self.std)  # (n, E): without the padding
         h = real.new_zeros(*mask.shape, real.shape[-1])
         h = h.masked_scatter(mask[..., None], real)          # (B, N, E)
         scores = self.scores(h, mask)
@@ -1381,11 +1376,12 @@ def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smoot
     return bag_weight * bag + (1 - bag_weight) * of_instances
 
 
-def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, early=None, **how):
+def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, patience=20, least=50,
+            **how):
     """Train a `MIL` with Adam; returns what `fit` returns.
 
-    batches(epoch)   yields (x, mask, y); held: a list of such to stop by, by their labels alone and
-                     with the settings `early` of `fit`; all epochs are trained if it is empty
+    batches(epoch)   yields (x, mask, y); held: a list of such, whose labels stop the training, see
+                     `fit`; all epochs are trained if it is empty
     how              settings of `mil_loss`; cosine: lr falls to 0 along half a cosine
     """
     optimiser = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay, fused=True)
@@ -1397,8 +1393,8 @@ def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, e
 
     def validate(model):
         return held_loss(lambda *bags: model(*bags)[0], held)
-    stop = {"validate": validate, **(early or {})} if held else {}
-    return fit(model, optimiser, scheduled, partial(mil_loss, **how), epochs, **stop)
+    return fit(model, optimiser, scheduled, partial(mil_loss, **how), epochs,
+               validate if held else None, patience if held else math.inf, least)
 
 
 # -- Presets, and released weights -----------------------------------------------------------------

@@ -560,15 +560,13 @@ def trained(pictures, tmp_path_factory):
     return out
 
 
-def test_a_dino_run_leaves_its_files_curves_and_neighbours(trained):
-    assert sorted(os.listdir(trained)) == ["checkpoint.pt", "config.json", "curves.svg", "log.csv", "metrics.json", "neighbours.png",
-                                           "report.html"]
+def test_a_dino_run_leaves_its_files_and_curves(trained):
+    assert sorted(os.listdir(trained)) == ["checkpoint.pt", "config.json", "curves.svg", "log.csv", "metrics.json", "report.html"]
     with open(trained / "log.csv") as f:
         rows = list(csv.DictReader(f))
     assert [bool(r["knn"]) for r in rows] == [False, False, True] * 3                           # 24 pictures, 3 steps an epoch
     report = (trained / "report.html").read_text()
-    assert report.count("data:image/jpeg") == 1 and "entropy" in report and "<script" not in report
-    assert Image.open(trained / "neighbours.png").size == (8 * 104 + 8, 10 * 104 + 28)          # ten held out, seven neighbours each
+    assert report.count("<svg") == 3 and "entropy" in report and "<script" not in report
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["knn"] == float(rows[-1]["knn"]) and all(0 <= metrics[k] <= 1 for k in ("knn", "knn_random", "knn_pixels"))
 
@@ -744,17 +742,17 @@ def test_validation_bags_stop_the_training_and_without_them_every_epoch_is_train
     whole, seen, true = data.read_bags(bags), [], ssm.fit
     train, val, test = np.split(np.random.default_rng(0).permutation(60), [40, 50])
 
-    def spy(*args, **how):
-        history = true(*args, **how)
-        seen.append((how, len(history)))
+    def spy(*args):
+        history = true(*args)
+        seen.append((args, len(history)))
         return history
     monkeypatch.setattr(ssm, "fit", spy)
     flags = mil_flags("--epochs", "30", "--patience", "1", "--min-epochs", "2")
     for held in (val, val[:0]):
         repsae.mil_round(whole, {"head": "mean", "widths": (8,)}, flags, 0, train, held, test)
     (stopped, some), (plain, every) = seen
-    assert stopped["patience"] == 1 and callable(stopped["validate"]) and some < 30
-    assert plain == {} and every == 30
+    assert callable(stopped[5]) and stopped[6:] == (1, 2) and some < 30
+    assert plain[5] is None and every == 30
 
 
 @pytest.fixture(scope="module")
@@ -2130,30 +2128,27 @@ def test_every_setting_of_dino_reaches_its_step(pictures, tmp_path, monkeypatch)
         seen.append((nets, how))
         return {"loss": 1., "entropy": 1., "information": 1.}
     monkeypatch.setattr(ssm, "dino_step", step)
-    said = {"epochs": 4, "lr": 0.064, "min_lr": 1e-4, "warmup": 1, "weight_decay": 0.1,
-            "weight_decay_end": 0.7, "momentum": 0.9, "teacher_temp_start": 0.05,
-            "teacher_temp": 0.09, "teacher_warmup": 3, "clip": 0.5, "freeze_last": 2,
-            "bottleneck": 12, "drop_path": 0.3, "local_crops": 3, "out": tmp_path / "r"}
-    run("dino", "--images", pictures, *TINY_DINO, *as_flags(said), "--set", "norm-last=no", "--set", "decay-ssm=yes")
+    said = {"epochs": 4, "lr": 0.064, "warmup": 1, "weight_decay": 0.1, "momentum": 0.9,
+            "teacher_temp": 0.09, "bottleneck": 12, "local_crops": 3, "out": tmp_path / "r"}
+    run("dino", "--images", pictures, *TINY_DINO, *as_flags(said), "--set", "decay-ssm=yes")
     t, peak = np.arange(12), 0.064 * 8 / 256
 
     def cosine(first, last, warm=0):
         return last + (first - last) * (1 + np.cos(np.pi * (t - warm) / (12 - warm))) / 2
-    expected = {"lr": np.where(t < 3, peak * t / 2, cosine(peak, 1e-4, 3)),
-                "weight_decay": cosine(0.1, 0.7), "momentum": cosine(0.9, 1),
-                "teacher_temp": np.repeat([0.05, 0.07, 0.09, 0.09], 3), "clip": np.full(12, 0.5),
-                "freeze_last": t < 6}
+    expected = {"lr": np.where(t < 3, peak * t / 2, cosine(peak, 1e-6, 3)),
+                "weight_decay": cosine(0.1, 0.4), "momentum": cosine(0.9, 1),
+                "teacher_temp": np.full(12, 0.09), "freeze_last": t < 3}
     for name, values in expected.items():
         np.testing.assert_allclose([how[name] for _, how in seen], values, rtol=1e-9, err_msg=name)
     student, teacher, center, optimiser, crops = seen[-1][0]
     dropped = [[m.p for m in net.modules() if isinstance(m, ssm.DropPath)]
                for net in (student, teacher)]
-    assert max(dropped[0]) == 0.3 and student.training
+    assert max(dropped[0]) == pytest.approx(0.1) and student.training
     assert not any(dropped[1]) and not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     head = student.head
     assert [len(center), head.mlp[0].out_features, head.mlp[-1].out_features] == [32, 24, 12]
-    assert head.last_layer.weight_g.requires_grad
+    assert not head.last_layer.weight_g.requires_grad        # prototypes keep unit length
     decayed = {id(p) for p in optimiser.param_groups[0]["params"]}
     assert all(id(p) in decayed for n, p in student.named_parameters() if n.endswith("A_log"))
     assert [tuple(x.shape) for x in crops] == [(8, 3, 16, 16)] * 2 + [(8, 3, 8, 8)] * 3
@@ -2312,8 +2307,7 @@ def test_with_the_labels_of_the_test_bags_swapped_heads_and_baseline_are_exactly
 
 def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch):
     import ssm
-    said = {"head": "clam_sb", "widths": "7,6", "attention": 3, "dropout": 0.4, "squash": 1, "instances": 2,
-            "bag_weight": 0.2, "inst_loss": "ce", "epochs": 10, "patience": 4, "min_epochs": 6,
+    said = {"head": "clam_sb", "widths": "7,6", "attention": 3, "dropout": 0.4, "instances": 2, "epochs": 10, "patience": 4, "min_epochs": 6,
             "batch": 5, "lr": 0.02, "weight_decay": 0.03, "out": tmp_path / "r"}
     with np.load(uneven / "whole.npz") as z:
         np.savez(tmp_path / "b.npz", **{k: v for k, v in z.items() if k != "folds"})
@@ -2322,13 +2316,12 @@ def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch
     model, group = found["model"], found["optimiser"].param_groups[0]
     assert [found[name] for name in ("epochs", "patience", "least")] == [10, 4, 6]
     linear = [m.out_features for m in model.embed if isinstance(m, torch.nn.Linear)]
-    assert linear == [7, 6] and model.V.out_features == 3 and model.squash is True
+    assert linear == [7, 6] and model.V.out_features == 3
     assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.4, 0.4]
     x, mask, y = next(iter(found["batches"](5)))
     assert len(y) == 5 and group["weight_decay"] == 0.03
     assert group["lr"] == pytest.approx(0.02 / 2)            # half of the way down the cosine
-    assert found["loss"].keywords == {"k": 2, "bag_weight": 0.2, "subtyping": True,
-                                      "loss": torch.nn.functional.cross_entropy}
+    assert found["loss"].keywords == {"k": 2, "subtyping": True}
 
 
 @pytest.mark.parametrize("argv, low, high", [((), 0.2, 0.3), (("--balanced",), 0.4, 0.6)])
