@@ -1249,9 +1249,9 @@ def parse_axes(flags):
 # ------------------------------------------------------------------------------------------------
 
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
-         "colour pathology standardise prototypes head-hidden bottleneck teacher-temp epochs=100 "
-         "batch=512 lr=5e-4 warmup=10 weight-decay=0.04 decay-ssm momentum knn-every workers seed=0 "
-         "device log-every save-every overwrite resume out=runs/dino")
+         "colour pathology standardise prototypes head-hidden bottleneck teacher-temp momentum "
+         "epochs=100 batch=512 lr=5e-4 warmup=10 weight-decay=0.04 decay-ssm knn-every workers "
+         "seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
     """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only
     watch over it (k-NN)."""
@@ -1335,7 +1335,7 @@ def train_dino(run, nets, images, crops, watch):
 
 class Watch:
     """Looks at a backbone from outside: what the nearest neighbours of pictures know of their
-    labels, where they have any (`tasks`)."""
+    labels, where they have any (`tasks`). rows: those that vote, and those that are judged."""
 
     def __init__(self, images, flags, most=4000):
         self.images, self.size, self.tasks = images, flags.size, []
@@ -1350,8 +1350,7 @@ class Watch:
         """`measure` of the 20 nearest neighbours, without a backbone by raw pixels; None without
         labels."""
         if self.tasks:
-            x = [image_features(self.images, rows, backbone, self.size)          # to vote, to be
-                 for rows in self.rows]                                          # judged
+            x = [image_features(self.images, rows, backbone, self.size) for rows in self.rows]
             found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
             return found["20-NN"][self.measure]
 
@@ -1402,8 +1401,10 @@ def cmd_extract(flags):
     specs = flags.weights.split(",")
     models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]
     for spec, loaded in zip(specs, models):
-        streams |= picture_streams(images, *loaded, flags) if loaded else \
-            caption_stream(images, spec, flags)
+        if loaded:
+            streams |= picture_streams(images, *loaded, flags)
+        else:
+            streams |= caption_stream(images, spec, flags)
     for name, x in streams.items():
         say(f"{name}: {x.shape}")
     about = images.arrays(out)
@@ -1466,8 +1467,8 @@ def source_of(spec, flags):
     file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
     if not os.path.exists(file):
         raise InputError(f"no run or file at {where} - check it, or write {name}=arch:FILE")
-    with unpacked(file, "is no file of dino or finetune", f"for others write {name}=arch:FILE") \
-            as kept:
+    advice = f"write {name}=arch:FILE for others"
+    with unpacked(file, "is no file of dino or finetune", advice) as kept:
         made = {key: kept[key] for key in made}              # our own files say what they are
         made["n_classes"] = int(made["n_classes"] or 0)
     check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, file)

@@ -825,7 +825,7 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
         if validate and (value < best or kept is None):
             best, since = value, 0
             kept = {k: v.clone() for k, v in model.state_dict().items()}         # the best epoch's
-        if since >= patience and epoch + 1 >= least:
+        if validate and since >= patience and epoch + 1 >= least:
             break
     if kept:
         model.load_state_dict(kept)
@@ -1220,7 +1220,9 @@ def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **sched
     Raises InputError after an epoch in which the teacher's output never told 1e-3 nats of its
     picture: it has collapsed, and training will not bring it back.
     """
-    (K,), device, most = nets[2].shape, nets[2].device, 0.   # most: of an epoch
+    (K,), device = nets[2].shape, nets[2].device
+    most = math.inf if start % epoch else 0.                 # information told in an epoch so far;
+                                                             # one that was resumed is not judged
 
     def step(t, views):
         nonlocal most
@@ -1228,14 +1230,14 @@ def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **sched
         settings = dino_schedule(t, epoch, n_steps, **schedule)
         told = dino_step(*nets, [v.to(device) for v in views], **settings)
         most = max(most, told["information"])
-        if (t + 1) % epoch == 0:
-            if most < 1e-3:
-                kind = "uniform" if told["entropy"] > 0.9 * math.log(K) else "constant"
-                raise InputError(
-                    f"collapse: the teacher's output was {kind} for every picture all through epoch "
-                    f"{t // epoch + 1} (entropy {told['entropy']:.3f} of ln K = {math.log(K):.3f}) "
-                    "- lower --lr or the teacher's temperature, or raise --batch or --warmup")
-            most = 0.
+        at, since = divmod(t + 1, epoch)                     # epochs done, steps since then
+        if not since and most < 1e-3:
+            kind = "uniform" if told["entropy"] > 0.9 * math.log(K) else "constant"
+            raise InputError(
+                f"collapse: the teacher's output was {kind} for every picture all through epoch "
+                f"{at} (entropy {told['entropy']:.3f} of ln K = {math.log(K):.3f}) - lower --lr "
+                "or the teacher's temperature, or raise --batch or --warmup")
+        most = most if since else 0.
         return told
     train(step, batch, n_steps, on_step, start)
 
@@ -1376,8 +1378,8 @@ def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smoot
     return bag_weight * bag + (1 - bag_weight) * of_instances
 
 
-def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, patience=20, least=50,
-            **how):
+def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, patience=math.inf,
+            least=0, **how):
     """Train a `MIL` with Adam; returns what `fit` returns.
 
     batches(epoch)   yields (x, mask, y); held: a list of such, whose labels stop the training, see
@@ -1394,7 +1396,7 @@ def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, p
     def validate(model):
         return held_loss(lambda *bags: model(*bags)[0], held)
     return fit(model, optimiser, scheduled, partial(mil_loss, **how), epochs,
-               validate if held else None, patience if held else math.inf, least)
+               validate if held else None, patience, least)
 
 
 # -- Presets, and released weights -----------------------------------------------------------------
