@@ -50,7 +50,6 @@ class Late:
 data, judge, sae, ssm = Late("data"), Late("eval"), Late("sae"), Late("ssm")
 np, sp, scipy, torch = Late("numpy"), Late("scipy.sparse"), Late("scipy"), Late("torch")
 Image, ImageDraw = Late("PIL.Image"), Late("PIL.ImageDraw")
-futures, multiprocessing = Late("concurrent.futures"), Late("multiprocessing")
 
 
 class Number:
@@ -234,23 +233,12 @@ SETTINGS = {
     "bandwidth": (0.1, real(TINY), "jumprelu: epsilon of the threshold's gradient"),
     "theta": (0.1, real(TINY), "jumprelu: the thresholds at the start"),
     "bottleneck": (256, whole(1, 10 ** 5), "DINO's head: width of its last layer"),
-    "norm-last": (True, bool, "DINO: prototypes keep unit length"),
     "teacher-temp": (0.04, real(1e-6), "DINO: of the teacher"),
-    "teacher-temp-start": (0.04, real(1e-6), "DINO: the same in the first epoch"),
-    "teacher-warmup": (0, whole(), "DINO: epochs from the one to the other"),
-    "min-lr": (1e-6, real(), "DINO: learning rate at the end"),
-    "weight-decay-end": (0.4, real(), "DINO: weight decay at the end"),
     "decay-ssm": (False, bool, "DINO: decay state-space parameters too, as the authors' run did"),
-    "clip": (3., real(1e-9), "DINO: largest gradient norm of each parameter"),
-    "freeze-last": (1, whole(), "DINO: epochs in which prototypes stay fixed"),
-    "drop-path": (0.1, real(0., .99), "DINO: stochastic depth of the student"),
     "knn-every": (1, whole(1), "DINO: epochs between k-NN evaluations"),
     "layers": (4, whole(1, 1000), "CLIP: of both transformers"),
     "joint": (64, whole(1, 10 ** 5), "CLIP: width of the common space"),
     "context": (32, whole(3, 10 ** 4), "CLIP: longest text, tokens"),
-    "squash": (0, whole(0, 1), "MIL: 1 for tanh of the standardised features, against outliers"),
-    "bag-weight": (0.7, PART, "CLAM: weight of the bag's loss; the rest is the instances'"),
-    "inst-loss": ("svm", ("svm", "ce"), "CLAM: smooth top-1 SVM or cross-entropy of instances"),
     "subtyping": (False, bool, "CLAM: classes exclude each other"),
     "cosine": (False, bool, "MIL: the learning rate falls to 0 along half a cosine"),
     "percentile": (95., real(0., 100.), "of a heat map: what is at or above it is hot"),
@@ -1261,10 +1249,9 @@ def parse_axes(flags):
 # ------------------------------------------------------------------------------------------------
 
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
-         "colour pathology standardise prototypes head-hidden bottleneck norm-last teacher-temp "
-         "teacher-temp-start teacher-warmup epochs=100 batch=512 lr=5e-4 warmup=10 min-lr "
-         "weight-decay=0.04 weight-decay-end decay-ssm momentum clip freeze-last drop-path "
-         "knn-every workers seed=0 device log-every save-every overwrite resume out=runs/dino")
+         "colour pathology standardise prototypes head-hidden bottleneck teacher-temp momentum "
+         "epochs=100 batch=512 lr=5e-4 warmup=10 weight-decay=0.04 decay-ssm knn-every workers "
+         "seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
     """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only
     watch over it (k-NN)."""
@@ -1276,113 +1263,82 @@ def cmd_dino(flags):
     run.trained_on(images.hash, flags.images)
     torch.set_flush_denormal(True)                           # far tokens' gradients get that small
     torch.manual_seed(flags.seed)
-    nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck norm_last "
-                                      "drop_path decay_ssm device"))
-    if flags.standardise:
-        for net in nets[:2]:
-            ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
+    nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck decay_ssm "
+                                      "device"))
+    teacher = nets[1]
+    for net in nets[:2] if flags.standardise else ():
+        ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
     with torch.no_grad():                                    # sizes that do not fit fail here
-        nets[1]([torch.zeros(1, 3, side, side, device=flags.device)
+        teacher([torch.zeros(1, 3, side, side, device=flags.device)
                  for side in (flags.size, flags.local_size)])
     areas = [two_numbers(flags, name, 0, 1) for name in ("global_scale", "local_scale")]
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
                        flags.colour, flags.pathology)
     run.begin(flags, data_hash=images.hash, pictures=len(images))
     watch = Watch(images, flags)                             # labels serve this alone
-    tell_dino(run, nets[1].backbone, train_dino(run, nets, images, crops, watch), watch)
+    before = watch.knn(teacher.backbone)                     # random weights
+    log = train_dino(run, nets, images, crops, watch)
+    tell_dino(run, log.rows, watch, before)
 
 
 def pictures_of(flags):
     """The pictures that --images names, grey values as --window says."""
     images = data.read_images(flags.images)
-    images.window = grey_window(flags)
+    images.window = two_numbers(flags, "window")
     for note in images.notes:
         say_once("note: " + note)
     return images
 
 
-def grey_window(flags):
-    """The two grey values of --window, or None."""
-    return two_numbers(flags, "window", -sys.float_info.max, sys.float_info.max, "0,4095")
-
-
-def two_numbers(flags, name, least, most, example="0.4,1"):
-    """"0.4,1" -> (0.4, 1.0), in order, above `least`, at most `most`; None if not given."""
+def two_numbers(flags, name, least=-math.inf, most=sys.float_info.max):
+    """"0.4,1" -> (0.4, 1.0), rising, above `least`, at most `most`; None if not given."""
     if flags[name] is None:
         return None
-    try:
+    with contextlib.suppress(ValueError):
         low, high = map(float, flags[name].split(","))
-        if least < low <= high <= most and (low < high or name != "window"):
+        if least < low < high <= most:
             return low, high
-    except ValueError:
-        pass
     raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two numbers in order, for "
-                     f"example {example}")
-
-
-def needed(flags, name):
-    """The value of a flag that has no default; raises InputError when it was not given."""
-    if not flags[name]:
-        raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
-    return flags[name]
+                     f"example {FLAGS[name.replace('_', '-')][0] or '0,4095'}")
 
 
 def train_dino(run, nets, images, crops, watch):
-    """Train the `nets`, or go on training them; returns the Log. Stops when they have collapsed."""
-    flags, checkpoint, step, most = run.flags, run.path("checkpoint.pt"), 0, 0.
+    """Train the `nets`, or go on training them; returns the Log."""
+    flags, checkpoint, done = run.flags, run.path("checkpoint.pt"), 0
     if run.saved and os.path.exists(checkpoint):
         with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
                       flags.device) as kept:
-            step, most = ssm.restore_dino(nets, kept), float(kept["most"])
+            done = ssm.restore_dino(nets, kept)
     batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch  # epoch: steps in one
-    columns = ("loss", "entropy", "information", "knn")      # may be empty, in step 0
-    log = Log(run.path("log.csv"), step, columns, gaps=columns)
-    if not step and watch.tasks:
-        knn = watch.knn(nets[1].backbone)
-        log.add({"step": 0, "epoch": 0, **dict.fromkeys(columns, ""), "knn": knn})
-        say(f"before training: k-NN {knn:.3f} ({watch.measure}), raw pixels {watch.knn():.3f}")
+    epoch, n_steps, at = batches.epoch, flags.epochs * batches.epoch, done
+    log = Log(run.path("log.csv"), done, ("loss", "entropy", "information", "knn"), gaps=("knn",))
+    views = data.crop_batches(images, crops, batches, flags.seed, done, n_steps, flags.workers)
 
-    def on_step(t, told):
-        nonlocal step, most
-        step, ended, knn = t, t % epoch == 0, ""             # step, most: for the checkpoint
-        most = max(most, told["information"])
-        if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
+    def save():
+        judge.write_torch(checkpoint, {**ssm.dino_state(nets, at), "n_classes": None,
+                                       **flags.pick("arch size patch")})
+
+    def on_step(step, told):
+        nonlocal at
+        at, ended, knn = step, step % epoch == 0, ""
+        if ended and watch.tasks and (step // epoch % flags.knn_every == 0 or step == n_steps):
             knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
-        words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
-        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
-             lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
-        if ended:
-            refuse_collapse(most, told["entropy"], t // epoch, flags.prototypes)
-            most = 0.
-    settings = flags.pick("epochs min_lr warmup weight_decay weight_decay_end momentum "
-                          "teacher_temp teacher_temp_start teacher_warmup clip freeze_last")
-    schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
-                                 **settings)                 # lr grows with the batch, as DINO's
-    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
-    with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
-            checkpoint, {**ssm.dino_state(nets, step), "most": most})) as keep:
-        ssm.fit_dino(nets, lambda t: next(views), n_steps, schedule, on_step, step, flags.seed)
+        keep(step, lambda: {"epoch": round(step / epoch, 3), **told, "knn": knn},
+             lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
+                     + (f"  k-NN {knn:.3f}" if knn else ""), log=ended)
+    schedule = flags.pick("warmup weight_decay momentum teacher_temp")
+    with Keeper(flags, n_steps, done, log, save) as keep:
+        ssm.fit_dino(nets, lambda step: next(views), n_steps, epoch, on_step, done, flags.seed,
+                     lr=flags.lr * flags.batch / 256, **schedule)        # as DINO's: by the batch
     return log
-
-
-def refuse_collapse(most, entropy, epoch, K, least=1e-3):
-    """Raise InputError if in a whole epoch the teacher's output told `most` < `least` nats of its
-    picture; by its entropy the collapse was to one output or to all."""
-    if most < least:
-        kind = "uniform" if entropy > 0.9 * math.log(K) else "constant"
-        raise InputError(f"collapse: the teacher's output was {kind} for every picture all through "
-                         f"epoch {epoch} (entropy {entropy:.3f} of ln K = {math.log(K):.3f}) - "
-                         "lower --lr or the teacher's temperature, or raise --batch or --warmup")
 
 
 class Watch:
     """Looks at a backbone from outside: what the nearest neighbours of pictures know of their
-    labels, where they have any (`tasks`)."""
+    labels, where they have any (`tasks`). rows: those that vote, and those that are judged."""
 
     def __init__(self, images, flags, most=4000):
-        self.images, self.tasks = images, []
-        self.features = functools.partial(image_features, images, size=flags.size)
+        self.images, self.size, self.tasks = images, flags.size, []
         self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
         if all(map(len, self.rows)):
             self.tasks = judge.label_tasks(images.labels, *self.rows)
@@ -1391,19 +1347,12 @@ class Watch:
             self.classes = 2 if several else len(images.label_names)
 
     def knn(self, backbone=None):
-        """`measure` of the 20 nearest neighbours by features; without a backbone by raw pixels."""
-        x = [self.features(rows, backbone) for rows in self.rows]  # to vote, to be judged
-        found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
-        return found["20-NN"][self.measure]
-
-    def neighbours(self, backbone):
-        """Twelve held-out pictures, spread evenly, each before its seven nearest in training: a
-        list of rows of pictures."""
-        train, test = self.rows
-        asked = test[np.linspace(0, len(test) - 1, min(12, len(test))).astype(int)]
-        near, _ = judge.nearest(*(self.features(rows, backbone) for rows in (asked, train)), 7)
-        return [[self.images.open(i) for i in (row, *train[found])]
-                for row, found in zip(asked, near)]
+        """`measure` of the 20 nearest neighbours, without a backbone by raw pixels; None without
+        labels."""
+        if self.tasks:
+            x = [image_features(self.images, rows, backbone, self.size) for rows in self.rows]
+            found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
+            return found["20-NN"][self.measure]
 
 
 def image_features(images, rows, backbone, size, block=256, whole=False, **how):
@@ -1421,28 +1370,23 @@ def image_features(images, rows, backbone, size, block=256, whole=False, **how):
     return np.concatenate(found)
 
 
-def tell_dino(run, backbone, log, watch):
-    """metrics.json and report.html, with curves.svg and neighbours.png."""
+def tell_dino(run, rows, watch, before):
+    """metrics.json, curves.svg and report.html of the `rows` of log.csv; before: k-NN of the
+    weights that training began with."""
     page = judge.Page(f"repsae dino: {run.flags.arch}")
-    curves = {k: [(int(row["step"]), float(row[k])) for row in log.rows if row[k]]
+    curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
+    found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
     charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
         {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
-    found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
-    page.picture("Training", "".join(charts))
     if watch.tasks:
-        pixels, pictures = watch.knn(), watch.neighbours(backbone)
-        found["knn_pixels"] = pixels
-        if curves["knn"] and curves["knn"][0][0] == 0:       # else the log was lost on the way
-            found["knn_random"] = curves["knn"][0][1]
-        lines = {"teacher": curves["knn"], "raw pixels": [(x, pixels) for x, _ in curves["knn"]]}
+        found.update(knn_random=before, knn_pixels=watch.knn())
+        lines = {"teacher": curves["knn"]}
+        for name, key in (("random weights", "knn_random"), ("raw pixels", "knn_pixels")):
+            lines[name] = [(step, found[key]) for step, _ in curves["knn"]]
         charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
-        page.picture("k-NN on held-out pictures", charts[-1])
-        titles = ["picture", *(f"neighbour {i}" for i in range(1, len(pictures[0])))]
-        judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(pictures, titles, 96))
-        page.picture("Nearest neighbours in the training pictures", "".join(
-            judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))
     judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
+    page.picture("Training", "".join(charts))
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
     page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
@@ -1454,28 +1398,13 @@ def cmd_extract(flags):
     """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe`
     read."""
     images, out, streams = pictures_of(flags), out_file(flags), {}
-    captions, known = images.about.get("captions"), images.rows("train")
     specs = flags.weights.split(",")
-    for spec in [spec for spec in specs if "=lsa:" in spec]:
-        name, longest = spec.split("=lsa:")
-        if captions is None or flags.tokens or longest not in ("1", "2", "3"):
-            raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and "
-                             "have no tokens")
-        streams[name] = data.latent_semantics(captions, known, int(longest))
-        specs.remove(spec)
-    for name, model, side in [load_backbone(spec, flags) for spec in specs]:
-        if flags.standardise and model.random:
-            ssm.standardise_pixels(model, *data.pixel_statistics(images, known), data.IMAGENET)
-        clip = getattr(model, "clip", None)                  # one run, two encoders
-        if clip and captions is not None and not flags.tokens:
-            texts = ssm.text_features(clip, model.words, captions)
-            streams[f"{name}_txt"] = texts.cpu().numpy()
-        how = {"block": 16, "tokens": True} if flags.tokens else {}  # T times the memory
-        if hasattr(model, "blocks") and not flags.tokens:
-            how["last"] = flags.last                         # a ViT has a class token in each
-        streams[name + "_img" * bool(clip)] = image_features(
-            images, range(len(images)), model, flags.size or side,
-            whole=flags.whole or bool(clip), **how)          # clip learns from whole pictures
+    models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]
+    for spec, loaded in zip(specs, models):
+        if loaded:
+            streams |= picture_streams(images, *loaded, flags)
+        else:
+            streams |= caption_stream(images, spec, flags)
     for name, x in streams.items():
         say(f"{name}: {x.shape}")
     about = images.arrays(out)
@@ -1485,10 +1414,40 @@ def cmd_extract(flags):
     say(f"wrote {out}")
 
 
-def source_of(spec, flags):
-    """(name, what builds the backbone, the file of its weights or None) of a spec in --weights:
+def caption_stream(images, spec, flags):
+    """{name: (N, d)} of name=lsa:N, what runs of up to N words tell of the captions."""
+    (name, longest), captions = spec.split("=lsa:"), images.about.get("captions")
+    if captions is None or flags.tokens or longest not in ("1", "2", "3"):
+        raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and "
+                         "have no tokens")
+    return {name: data.latent_semantics(captions, images.rows("train"), int(longest))}
 
-    name=RUN        a run of dino, or of clip (which is built from its own file)
+
+def picture_streams(images, name, model, side, flags):
+    """{name: features (N, d) or tokens (N, T, d)} of a backbone; of a CLIP's two encoders, where
+    there are captions, name_txt and name_img."""
+    clip, captions = getattr(model, "clip", None), images.about.get("captions")
+    how = {"whole": flags.whole or bool(clip)}               # clip learns from whole pictures
+    if flags.standardise and model.random:
+        statistics = data.pixel_statistics(images, images.rows("train"))
+        ssm.standardise_pixels(model, *statistics, data.IMAGENET)
+    if flags.tokens:
+        how.update(tokens=True, block=16)                    # T times the memory
+    elif hasattr(model, "blocks"):
+        how["last"] = flags.last                             # a ViT has a class token in each
+    x = image_features(images, range(len(images)), model, flags.size or side, **how)
+    if not clip:
+        return {name: x}
+    if captions is None or flags.tokens:
+        return {f"{name}_img": x}
+    texts = ssm.text_features(clip, model.words, captions)
+    return {f"{name}_txt": texts.cpu().numpy(), f"{name}_img": x}
+
+
+def source_of(spec, flags):
+    """(name, arguments of the backbone, the file of its weights or None) of a spec in --weights:
+
+    name=RUN        a run of dino, or of clip (whose folder is returned)
     name=FILE.pt    what finetune wrote
     name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
     name=arch:random, or an arch alone: weights drawn with --seed
@@ -1503,21 +1462,17 @@ def source_of(spec, flags):
         return name, {**made, "size": flags.get("size") or None}, None
     if weights:
         return name, made, weights
-    if where.endswith(".pt"):                                # what finetune wrote says what it is
-        advice = f"write {name}=arch:FILE for others"
-        with unpacked(where, "is no file of finetune", advice) as kept:
-            made = {key: kept[key] for key in made}
-        check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, where)
-        if made["n_classes"] is not None and type(made["n_classes"]) is not int:
-            raise InputError(f"{where} has {made['n_classes']!r} as n_classes - train it anew")
-        return name, made, where
     if os.path.exists(os.path.join(where, "clip.pt")):
         return name, {"arch": "clip"}, where
-    if not os.path.exists(os.path.join(where, "config.json")):
-        raise InputError(f"{where} is no dino run - give its folder, or write {name}=arch:FILE")
-    theirs = read_config(where, ("arch", "size", "patch"))["flags"]
-    made.update({key: theirs.get(key, FLAGS[key][0]) for key in ("arch", "size", "patch")})
-    return name, made, os.path.join(where, "checkpoint.pt")
+    file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
+    if not os.path.exists(file):
+        raise InputError(f"no run or file at {where} - check it, or write {name}=arch:FILE")
+    advice = f"write {name}=arch:FILE for others"
+    with unpacked(file, "is no file of dino or finetune", advice) as kept:
+        made = {key: kept[key] for key in made}              # our own files say what they are
+        made["n_classes"] = int(made["n_classes"] or 0)
+    check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, file)
+    return name, made, file
 
 
 def load_backbone(spec, flags, n_classes=0, head=False):
@@ -1526,40 +1481,27 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     `random` says whether its weights are."""
     name, made, weights = source_of(spec, flags)
     if made["arch"] == "clip":
-        model, side = load_clip(weights, flags.device)
-        model.random = False
-        return name, model, side
+        return name, *load_clip(weights, flags.device)
     torch.manual_seed(flags.seed)
-    if made["arch"] not in ssm.PRESETS and n_classes:
-        model = torchvision_model(made["arch"], weights, n_classes)
-        made.update(size=flags.size, patch=None)
+    made["n_classes"] = n_classes or (made["n_classes"] if head else None)
+    if made["arch"] in ssm.PRESETS or not n_classes:
+        model = ssm.make_backbone(**made)
     else:
-        built = {**made, "n_classes": made["n_classes"] if head else None}  # as the file has it
-        model = ssm.make_backbone(**built)
-        if weights:
-            ssm.load_weights(model, weights)
-        if n_classes:                                        # all weights but the head's
-            bare, model = model, ssm.make_backbone(**{**made, "n_classes": n_classes})
-            model.load_state_dict(bare.state_dict(), strict=False)
-    model.made, model.random = {**made, "n_classes": n_classes or made["n_classes"]}, not weights
+        made.update(size=flags.size, patch=None)
+        model = torchvision_model(made["arch"], n_classes)
+    if weights:
+        ssm.load_weights(model, weights, new_head=bool(n_classes))
+    model.made, model.random = made, not weights
     return name, model.eval().to(flags.device), getattr(model, "size", made["size"] or 224)
 
 
-def torchvision_model(name, path, n_classes):
-    """A classifier of torchvision by name, its last layer new. path: a released state_dict or
-    None."""
+def torchvision_model(name, n_classes):
+    """A classifier of torchvision by name."""
     models = data.vision().models
     if name not in models.list_models(module=models):
         raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - "
                          "try vit_micro, resnet18")
-    model = models.get_model(name, num_classes=n_classes)
-    if path:
-        advice = "give torchvision's file"
-        with unpacked(path, f"does not hold the weights of {name}", advice) as state:
-            own, last = model.state_dict(), ssm.last_linear(model)[0]
-            model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v
-                                   for k, v in state.items()})
-    return model
+    return models.get_model(name, num_classes=n_classes)
 
 
 @command(f"{DATA} seed solver strength only json overwrite")
@@ -1584,20 +1526,16 @@ def cmd_probe(flags):
     for c in [] if several else np.setdiff1d(y[test], y[train])[:1]:
         raise InputError(f"no training sample has the label '{names[c]}' of test samples - mend "
                          "`split`, or name the others with --only")
-    if several and len(tasks) < len(chosen):
-        say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in "
-            "test, are left out")
     linear = functools.partial(judge.sgd_probe, seed=flags.seed) if flags.solver == "sgd" else \
         functools.partial(judge.logistic_probe, strength=flags.strength)
-    found = {}
+    found, C = {}, 2 if several else len(chosen)             # has it or not, or which of them
     for s in features.streams:
         x = (features.batch(part)[s].numpy() for part in rows)
-        C = 2 if several else len(chosen)                    # has it or not, or which of them
         found[s] = judge.judged_features(*x, tasks, rows, C, linear)
     cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
-    print(f"{len(train)} samples to learn from, {len(test)} to test on"
-          + f"; mean over {len(tasks)} labels" * several)
+    print(f"{len(train)} samples to learn from, {len(test)} to test on" + several
+          * f"; mean over {len(tasks)} of {len(chosen)} labels, those that some have and some lack")
     if path:
         judge.write_json(path, found)
 
@@ -1960,11 +1898,6 @@ def cmd_tissue(flags):
     judge.save_picture(run.path("sheet.png"), judge.contact_sheet(sheet, [""] * 8, 96, kinds))
     for name, n in zip(made["label_names"], made["labels"].sum(0)):
         print(f"{name}: in {n} pictures")
-    for c, name in enumerate(made["disease_names"]):
-        mine = made["disease"] == c
-        parts = ", ".join(f"{(made['split'][mine] == part).sum()} {part}"
-                          for part in ("train", "val", "test"))
-        print(f"{name}: {len(np.unique(made['groups'][mine]))} patients, pictures: {parts}")
     say(f"wrote {run.join('tissue.npz')}, {flags.pictures} pictures, and sheet.png")
 
 
@@ -1975,25 +1908,24 @@ def cmd_clip(flags):
     if flags.weights:
         return import_clip(flags)
     images, captions, train, test = captioned(flags)
-    words = data.Words(captions[train])
-    if flags.merges:
-        words = data.Merges(data.read_merges(flags.merges))
-    run = Run(flags).begin(pictures=len(images), data_hash=images.hash)
+    words = data.Merges(data.read_merges(flags.merges)) if flags.merges else \
+        data.Words(captions[train])
     torch.manual_seed(flags.seed)
-    rng, each = np.random.default_rng(flags.seed), len(train) // flags.batch
-    layers = flags.width, flags.layers, max(flags.width // 32, 1)
-    model = ssm.CLIP(flags.joint, layers, layers, words.size, flags.context, flags.patch,
+    tower = flags.width, flags.layers, math.gcd(flags.width, max(flags.width // 32, 1))  # heads
+    model = ssm.CLIP(flags.joint, tower, tower, words.size, flags.context, flags.patch,
                      flags.size).to(flags.device)
-    view, n_steps = data.plain_view(flags.size, whole=True), flags.epochs * each
+    run = Run(flags).begin(pictures=len(images), data_hash=images.hash)
+    view, tokens = data.plain_view(flags.size, whole=True), words(captions, flags.context, False)
     pixels = torch.stack([view(images.open(i)) for i in range(len(images))])
-    tokens = words(captions, flags.context, strict=False)
-    order = np.stack([rng.permutation(train)[:each * flags.batch] for _ in range(flags.epochs)])
-    rows, turns = order.reshape(n_steps, -1), rng.integers((4, 2), size=(n_steps, 2))
+    batches = data.Batches(train, flags.batch, flags.seed, "samples", drop_last=True)
+    n_steps = flags.epochs * batches.epoch
+    turns = np.random.default_rng(flags.seed).integers((4, 2), size=(n_steps, 2)).tolist()
     progress, log = Progress(n_steps), Log(run.path("log.csv"))
 
     def batch(step):                                         # a field has no upright side
-        x = torch.rot90(pixels[rows[step]], int(turns[step, 0]), (2, 3))
-        return x.flip(3) if turns[step, 1] else x, tokens[rows[step]]
+        rows, (quarters, mirrored) = batches.rows(step), turns[step]
+        x = torch.rot90(pixels[rows], quarters, (2, 3))
+        return x.flip(3) if mirrored else x, tokens[rows]
 
     def on_step(step, told):
         if step % 20 == 0 or step == n_steps:
@@ -2002,20 +1934,17 @@ def cmd_clip(flags):
     ssm.fit_clip(model, batch, n_steps, flags.lr, on_step)
     log.write()
     write_clip(run, model, words)
-    with torch.no_grad():
-        seen = torch.cat([model.encode_image(x.to(flags.device)) for x in pixels[test].split(256)])
-    said = ssm.text_features(model, words, captions[test])
-    found = judge.retrieval({"image": seen.cpu().numpy(), "text": said.cpu().numpy()})
+    seen = image_features(images, test, model.visual, flags.size, whole=True)
+    said = ssm.text_features(model, words, captions[test]).cpu().numpy()
+    found = judge.retrieval({"image": seen, "text": said})
     page, part = judge.Page("repsae clip"), "test" if images.split is not None else "training"
     page.table([f"{len(test)} {part} pictures", *found["image -> text"]],
                [[pair, *v.values()] for pair, v in found.items()], key="test")
-    page.metrics["loss"] = float(log.rows[-1]["loss"])
-    page.write(run.path)
+    page.write(run.path, {"loss": float(log.rows[-1]["loss"])})
 
 
 def captioned(flags):
-    """(pictures, captions, rows to train on, rows to test on) of --images; raises InputError where
-    `clip` cannot be trained on them."""
+    """(pictures, captions, rows to train on, rows to test on) of --images."""
     images = pictures_of(flags)
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and "
@@ -2024,16 +1953,14 @@ def captioned(flags):
     if len(train) < flags.batch or len(test) < 2:
         raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch "
                          f"{flags.batch} of the first are needed, and two of the second")
-    if flags.patch > flags.size or flags.width % max(flags.width // 32, 1):
-        raise InputError(f"--patch {flags.patch}, --size {flags.size}, --width {flags.width} - a "
-                         "patch must fit the picture, and the width be a multiple of 32")
     return images, np.array([str(c) for c in images.about["captions"]]), train, test
 
 
 def import_clip(flags):
     """A released CLIP as a run like our own: its weights, its tokenizer, and its first layer in our
     units of pixels."""
-    words = data.Merges(data.read_merges(needed(flags, "merges")))
+    check_needed(flags, "merges")
+    words = data.Merges(data.read_merges(flags.merges))
     with unpacked(flags.weights, "is no state_dict of a CLIP",
                   "of OpenAI's files save torch.jit.load(FILE).state_dict()") as state:
         model = ssm.clip_from_state(state)
@@ -2060,10 +1987,10 @@ def load_clip(folder, device):
         model = ssm.CLIP(**kept["config"])
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
-    model = model.eval().to(device)
-    object.__setattr__(model.visual, "clip", model)          # no submodule: the other way round
-    model.visual.words = words
-    return model.visual, model.visual.size
+    seen = model.eval().to(device).visual
+    object.__setattr__(seen, "clip", model)                  # no submodule: the other way round
+    seen.words, seen.random = words, False
+    return seen, seen.size
 
 
 @command(f"{ON_RUN} streams window images! weights! size label start-layer latent least most "
@@ -2389,7 +2316,8 @@ def given_query(model, stream, flags):
     if flags.query is not None:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
-        encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
+        check_needed(flags, "encoder")
+        encoder, _ = load_clip(flags.encoder, flags.device)
         if not encoder.words.pieces(flags.query):
             raise InputError("--query has no words - give some")
         x = ssm.text_features(encoder.clip, encoder.words, [flags.query])
@@ -2422,18 +2350,10 @@ def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
-    window = grey_window(flags)
+    window = two_numbers(flags, "window")
     if flags.voc:
-        cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
-        run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
-        run.paths(names)
-        for i, name in enumerate(names):
-            judge.save_picture(run.join(name), cuts.open(i).resize((side, side), Image.BICUBIC))
-        count = collections.Counter(map(os.path.dirname, names))
-        print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
-        return
-    if not flags.images:
-        raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
+        return cut_voc(flags, window)
+    check_needed(flags, "images")
     slides, size = data.read_slides(flags.images), flags.size or 224
     run = Run(flags, add=True)                               # slides may come one by one
     for note in slides.notes:
@@ -2456,49 +2376,50 @@ def cmd_tile(flags):
         print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
-@command("data! stream head widths attention dropout squash instances bag-weight inst-loss "
-         "subtyping epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 "
-         "balanced folds votes seed=0 device overwrite out=runs/mil")
+def cut_voc(flags, window):
+    """The annotated boxes of --voc as pictures in folders of split and class."""
+    cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
+    names = [f"{name}.png" for name in cuts.about["ids"]]
+    for i, path in enumerate(Run(flags).begin().paths(names)):
+        judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
+    for name, n in sorted(collections.Counter(map(os.path.dirname, names)).items()):
+        print(f"{name}: {n}")
+
+
+@command("data! stream head widths attention dropout instances subtyping epochs=200 patience=20 "
+         "min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds votes seed=0 device "
+         "overwrite out=runs/mil")
 def cmd_mil(flags):
     """Multiple-instance learning: bags of instances to labels. Bags of a validation part stop the
-    training early; where there is none, as in folds, all epochs are trained."""
+    training early; where there is none, as in folds, all epochs are trained. One part after the
+    other is reported: plain, though two processes would halve the time on two cores."""
     heads = flags.head.split(",")
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
-    make = {**flags.pick("attention dropout"), "widths": data.number_list(flags.widths),
-            "squash": bool(flags.squash)}
-    how = {**flags.pick("epochs lr weight_decay cosine bag_weight subtyping"), "k": flags.instances,
-           "early": {"patience": flags.patience, "least": flags.min_epochs},
-           "loss": torch.nn.functional.cross_entropy if flags.inst_loss == "ce"
-           else ssm.smooth_top1_svm}
     bags = data.read_bags(flags.data, flags.stream)
     rounds = bags.rounds(flags.folds, flags.seed, flags.data)
     if not len(rounds[0][1]) and {"patience", "min_epochs"} & flags.given:
         say("note: no bags to validate by, so that --patience and --min-epochs have no effect")
+    make = {**flags.pick("attention dropout"), "widths": data.number_list(flags.widths)}
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
-    page, log, means, y = judge.Page("repsae mil"), Log(run.path("log.csv")), bags.means(), bags.y
-    found = {"mean of the bag, logistic": [
-        judge.scores(y[test], judge.logistic_probe(means[train], y[train], means[test],
-                                                   len(bags.label_names), strength=0.01))
-        for train, _, test in rounds]}
+    page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
     progress = Progress(len(heads) * len(rounds))
+    found = {"mean of the bag, logistic": [mean_of_bags(bags, *parts) for parts in rounds]}
     for head in heads:
-        jobs = [(head, make, how, flags.batch, flags.balanced, [flags.seed, r], flags.votes, *parts,
-                 flags.device) for r, parts in enumerate(rounds)]
         found[head] = []
-        for scores, models in in_processes(mil_round, bags, jobs):
+        for r, parts in enumerate(rounds):
+            scores, models = mil_round(bags, {"head": head, **make}, flags, r, *parts)
             found[head].append(scores)
-            log.add({"head": head, "round": len(found[head]), **scores})
-            progress(sum(map(len, found.values())) - len(rounds), lambda: head)
+            log.add({"head": head, "round": r + 1, **scores})
+            progress(len(log.rows), lambda: head)
         log.write()
         if len(rounds) == 1:
             judge.write_torch(run.path(f"{head}.pt"), {
                 "models": [model.state_dict() for model in models], "head": head,
                 "dim": bags.x[0].shape[1], "label_names": bags.label_names, **make})
-            if bags.coords and bags.images:
-                page.picture(f"Attention of {head} over test slides",
-                             attention_maps(bags, models, rounds[0][2], head, run))
+            page.picture(f"Attention of {head} over test slides",
+                         attention_maps(bags, models, rounds[0][2], head, run))
     names = ("AUC", "accuracy", "F1")
     page.table(["head", *names], [[head, *(judge.mean_std([v[name] for v in scores])
                                            for name in names)] for head, scores in found.items()])
@@ -2508,83 +2429,53 @@ def cmd_mil(flags):
     say(f"wrote {run.join('report.html')}")
 
 
-def mil_round(bags, head, make, how, batch, balanced, seed, votes, train, val, test, device="cpu"):
-    """Scores, on bags `test`, of the mean vote of models that learn from bags `train`, each from
-    its own weights, stopped by bags `val` if there are any; and the models. make: arguments of
-    `ssm.MIL`; how: of `ssm.fit_mil`."""
-    if not len(val):
-        how = {**how, "early": None}
-    models, p = [], 0
+def mean_of_bags(bags, train, _, test):
+    """Scores, on bags `test`, of logistic regression on the mean instance of bags `train`."""
+    means = bags.means()
+    p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), 0.01)
+    return judge.scores(bags.y[test], p)
 
-    def batches(rows, size=batch):
-        return [[v.to(device) for v in bags.padded(rows[i:i + size])]
+
+def mil_round(bags, make, flags, r, train, val, test):
+    """Scores, on bags `test`, of the mean vote of models `make`, arguments of `ssm.MIL`, that learn
+    from bags `train`, each from its own weights, and stop by bags `val` if there are any; and the
+    models. r: the number of the round."""
+    models, p = [], 0
+    how = {**flags.pick("epochs lr weight_decay patience cosine subtyping"), "k": flags.instances,
+           "least": flags.min_epochs}
+
+    def batches(rows, size=flags.batch):
+        return [[v.to(flags.device) for v in bags.padded(rows[i:i + size])]
                 for i in range(0, len(rows), size)]
-    for i in range(votes):
-        rng = np.random.default_rng([*seed, i])
+    for vote in range(flags.votes):
+        rng = np.random.default_rng([flags.seed, r, vote])
         torch.manual_seed(int(rng.integers(2 ** 62)))
-        model = ssm.MIL(bags.x[0].shape[1], len(bags.label_names), head, **make)
+        model = ssm.MIL(bags.x[0].shape[1], len(bags.label_names), **make)
         for buffer, value in zip((model.mean, model.std), bags.scale(train)):
             buffer.copy_(value)
-        ssm.fit_mil(model.to(device), lambda epoch: batches(bags.drawn(train, rng, balanced)),
-                    batches(val), **how)
+        ssm.fit_mil(model.to(flags.device),
+                    lambda epoch: batches(bags.drawn(train, rng, flags.balanced)), batches(val),
+                    **how)
         with torch.no_grad():
             logits = torch.cat([model(x, mask)[0] for x, mask, _ in batches(test, 1)])
-        p = p + logits.softmax(1).cpu().numpy() / votes
+        p = p + logits.softmax(1).cpu().numpy() / flags.votes
         models.append(model.cpu())
     return judge.scores(bags.y[test], p), models
-
-
-SHARED = {}    # in a process among several: what all its jobs use
-
-
-def in_processes(work, shared, jobs):
-    """Yield work(shared, *job) of each job, in order; several by as many processes as cores."""
-    if len(jobs) == 1:
-        yield work(shared, *jobs[0])
-        return
-    context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process,
-                                     [work, shared]) as pool:
-        try:
-            yield from pool.map(do_job, jobs)
-        except BaseException:                                # Ctrl-C: do not wait for them
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
-
-
-def begin_process(work, shared):
-    """Begin one of several: it has one thread, since they share the cores, and ends with its
-    parent, whatever ends that."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)             # which the parent answers for all
-    SHARED.update(work=work, shared=shared)
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def do_job(job):
-    return SHARED["work"](SHARED["shared"], *job)
 
 
 def attention_maps(bags, models, rows, head, run, most=6):
     """Test slides with each tile coloured by its share in the bag, as files
     heat_<label>_<slide>_<head>.png and as HTML."""
-    shown = []
-    for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
-        x, title = bags.padded([i])[0], f"{bags.names[i]}: {bags.label_names[bags.y[i]]}"
+    shown, there = {}, bags.coords and bags.images
+    for i in [i for i in rows if there and bags.coords[i] is not None and bags.images[i]][:most]:
+        label, (x, _, _) = bags.label_names[bags.y[i]], bags.padded([i])
         with torch.no_grad():
-            heat = sum(model.cpu()(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
+            heat = sum(model(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        name = f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"
-        judge.save_picture(run.path(name), picture)
-        shown.append(f"<h3>{html.escape(title)}</h3>"
-                     + judge.strip(judge.embedded(image), judge.embedded(picture)))
-    return "".join(shown) or "<p>The bags name no pictures.</p>"
+        judge.save_picture(run.path(f"heat_{label}_{bags.names[i]}_{head}.png"), picture)
+        shown[f"{bags.names[i]}: {label}"] = judge.embedded(image), judge.embedded(picture)
+    return judge.strips(shown) or "<p>The bags name no pictures.</p>"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2596,7 +2487,8 @@ def attention_maps(bags, models, rows, head, run, most=6):
          "device overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    pictures = data.read_pictures(flags.images, flags.size, flags.label, grey_window(flags))
+    window = two_numbers(flags, "window")
+    pictures = data.read_pictures(flags.images, flags.size, flags.label, window)
     for note in pictures.notes:
         say_once("note: " + note)
     C, n = len(pictures.label_names), flags.runs
@@ -2750,9 +2642,9 @@ def parse(argv):
     return each.run, flags
 
 
-def check_needed(flags):
-    """Raise InputError when a flag is missing that the command needs."""
-    for name in sorted(COMMANDS[flags.command].needed):
+def check_needed(flags, *names):
+    """Raise InputError when a flag is missing, one of `names` or of those the command needs."""
+    for name in names or sorted(COMMANDS[flags.command].needed):
         if not flags[name.replace("-", "_")]:
             raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
 
