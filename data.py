@@ -1216,7 +1216,7 @@ def _read_voc_folder(folder):
     splits, stems = map(list, zip(*listed))
     paths, objects = [os.path.join(folder, "JPEGImages", f"{stem}.jpg") for stem in stems], []
     for i, stem in enumerate(stems):
-        sides = np.array(open_image(paths[i], decode=False).size * 2)
+        sides = np.array([*_slide(paths[i]).size] * 2)
         for name, box in read_voc(os.path.join(folder, "Annotations", f"{stem}.xml")):
             x0, y0, x1, y1 = np.clip(box / sides, 0, 1)
             if x0 < x1 and y0 < y1:
