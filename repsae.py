@@ -53,53 +53,33 @@ Image, ImageDraw = Late("PIL.Image"), Late("PIL.ImageDraw")
 futures, multiprocessing = Late("concurrent.futures"), Late("multiprocessing")
 
 
-class Number:
-    """The kind of a numeric flag: `kind(text)`, finite, from `least` to `most`, or "auto"."""
-
-    def __init__(self, kind, least, most, auto=False):
-        self.kind, self.least, self.most, self.auto = kind, least, most, auto
-        self.__name__ = "whole number" if kind is int else "number"
-
-    def __call__(self, text):
-        if self.auto and text == "auto":
-            return text
-        try:
-            value = self.kind(text)
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not self.least <= value <= self.most:             # NaN is in no range
-            wanted = f"{self.__name__} from {self.least} to {self.most}"
-            raise argparse.ArgumentTypeError(f"{text} - give a {wanted}")
-        return value
+class InputError(ValueError):
+    """What the caller can mend. Each room raises its own; `main` knows them by name."""
 
 
-def whole(least=0, most=10 ** 6, auto=False):
-    """Whole numbers from `least` to `most`."""
-    return Number(int, least, most, auto)
+class Number(typing.NamedTuple):
+    """The kind of a numeric flag, whose range holds for whatever types or files say."""
+    kind: type
+    least: float = 0
+    most: float = 10 ** 6
 
 
-def real(least=0., most=1e6, auto=False):
-    """Finite numbers from `least` to `most`; what must be positive starts at TINY."""
-    return Number(float, least, most, auto)
+# ---- Every flag, once: name: (default, kind, help) ----------------------------------------------
+# A kind is a Number, str, bool or a tuple of choices. "auto" can be typed where it is the default;
+# what is None or "auto" is open, and filled in by who uses it. A command names the flags that it
+# takes, with its own default where it differs: "data lr=1e-3 images!"; ! says that it needs one.
 
-
-TINY = 1e-12
-SIDE = whole(1, 8192)
-PART = real(0., 1.)
-
-# ------------------------------------------------------------------------------------------------
-# Every flag, once: name: (default, kind, help); a kind is a Number, str, bool or tuple of choices
-# A command names those it takes, with its own default where it differs: "data lr=1e-3 images!".
-# ------------------------------------------------------------------------------------------------
+whole, real = functools.partial(Number, int), functools.partial(Number, float)
+TINY = 1e-12                                                 # where what must be positive starts
+SIDE, WIDTH, PART = whole(1, 8192), whole(1, 10 ** 5), real(0., 1.)
 
 WHAT = {
-    "data": (None, str, "features, an .npz or a folder of .npy (mil: bags); else a run's own, or "
-             "made-up streams"),
+    "data": (None, str, "features, .npz or folder of .npy (mil: bags); else a run's, or made-up"),
     "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
     "stream": (None, str, "the one stream to use, where there are several"),
-    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or nested as in Open Images'),
-    "images": (None, str, "pictures: a folder (of class, or of train, val, test folders), an .npz "
-               "of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
+    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or as Open Images nests it'),
+    "images": (None, str, "pictures: a folder, of class or of train, val, test folders, an .npz of "
+               "MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
     "weights": (None, str, "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
                 "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
                 "runs of N words; clip: a file of released weights"),
@@ -109,7 +89,7 @@ WHAT = {
     "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
     "other": (None, str, "features of the same samples by another backbone, to set beside"),
     "sparc": (None, str, "a run of sparc on both streams, to set beside"),
-    "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew each run, or the file's own"),
+    "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew each run, or the file's"),
     "only": (None, str, "labels a,b to tell apart, or to find one by one; all by default"),
     "between": (None, str, "two labels a,b: which latents tell their groups apart?"),
     "query": (None, str, "words to search by"),
@@ -120,7 +100,7 @@ WHAT = {
     "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
     "from": (None, str, "its stream; the first by default"),
     "to": (None, str, "the stream to search; the last by default"),
-    "features": (None, str, ".npy with a vector (d,) that asks, or a file whose row --sample asks"),
+    "features": (None, str, ".npy with a vector (d,) that asks, or a file whose --sample asks"),
     "encoder": (None, str, "run of clip whose text encoder reads --query"),
     "latent": (None, str, "latents to show, 3,17; by default some of labels, alive everywhere"),
     "merges": (None, str, "CLIP's merges file; else words of the captions are the tokens"),
@@ -136,37 +116,34 @@ WHAT = {
 }
 MODEL = {
     "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
-               "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
-    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
-    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
+               "samples; sae: thesis 4.1, Mammo-SAE, CytoSAE; what is typed goes first"),
+    "latents": ("auto", whole(1, 2 ** 24), "L, width of the code; auto: by the rows"),
+    "k": ("auto", whole(1), "latents kept per sample; auto: an eighth of L, 20 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
              "streams together, each for itself, both with the losses added (ours), or one stream "
              "drawn each step (Universal SAE)"),
     "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or the authors' code, where "
-             "lam_paper = lam_code / (M - 1)"),
-    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "length 1 per sample, mean "
-             "0 and deviation 1 per dimension, or both in that order (auto)"),
-    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
-                   "dead; auto: 1000, or a quarter of all"),
-    "activation": ("topk", str, "topk, relu with an L1 penalty, batchtopk, "
-                   "jumprelu with an L0 penalty, or all: every kind, in one table"),
+    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or as the authors' code averages"),
+    "norm": ("auto", ("l2", "standard", "standard,l2", "none"), "length 1 per sample, mean 0 and "
+             "deviation 1 per dimension, or both in that order (auto)"),
+    "dead-after": ("auto", whole(1, 10 ** 9), "steps without firing; auto: 1000, or a quarter"),
+    "activation": (None, str, "topk (default), relu with an L1 penalty, batchtopk, jumprelu with "
+                   "an L0 penalty, or all: every kind, in one table"),
     "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
     "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
               "write, or its mean: lambda_paper = d * lambda_code"),
     "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents"),
-    "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias"),
-    "null": ("auto", bool, "once more with rows of all streams but the first shuffled; auto: where "
-             "that takes under about a minute"),
+    "bias": (None, ("zeros", "mean", "median"), "start of the decoder's bias"),
+    "null": ("auto", bool, "also with rows shuffled between streams; auto: if under a minute"),
     "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
     "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (None, whole(1, 8192), "side of pictures or of DINO's global crops, pixels"),
-    "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
+    "size": (None, SIDE, "side of pictures or of DINO's global crops, pixels"),
+    "width": (96, WIDTH, "of both of CLIP's transformers"),
     "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
-    "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
+    "head-hidden": (2048, WIDTH, "width of DINO's head"),
     "head": ("gated", str, "of a bag: max, mean, abmil, gated, clam_sb, clam_mb; several: a,b"),
     "widths": ("512", str, "of the layers that embed an instance, a,b"),
-    "attention": (256, whole(1, 10 ** 5), "hidden width of the attention"),
+    "attention": (256, WIDTH, "hidden width of the attention"),
     "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
     "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
     "frozen": (False, bool, "train the head alone"),
@@ -186,14 +163,13 @@ MODEL = {
     "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
 TRAINING = {
-    "epochs": ("auto", whole(1, auto=True), "passes at most; auto: 50, or what makes 1,000 steps"),
-    "batch": ("auto", whole(1, auto=True), "samples a step; auto: a tenth of the rows, up to 256"),
-    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate (auto: 2e-4 sqrt(2^14 / L)); dino: "
-           "at batch 256"),
-    "warmup": (0, whole(), "steps over which the learning rate rises; dino: epochs"),
+    "epochs": ("auto", whole(1), "passes at most; auto: 50, or what makes 1,000 steps"),
+    "batch": ("auto", whole(1), "samples a step; auto: a tenth of the rows, up to 256"),
+    "lr": ("auto", real(TINY, 1e30), "auto: 2e-4 sqrt(2^14 / L); dino: at batch 256"),
+    "warmup": (None, whole(), "steps over which the learning rate rises; dino: epochs"),
     "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
-    "shuffle": ("auto", ("auto", "blocks", "samples"), "single samples, or blocks of a batch's "
-                "size (auto: for memory-mapped folders)"),
+    "shuffle": ("auto", ("blocks", "samples"), "single samples, or blocks as long as a batch (auto "
+                "for memory-mapped folders)"),
     "patience": (20, whole(1), "epochs without a better validation loss that end training"),
     "min-epochs": (50, whole(), "epochs that are trained in any case"),
     "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
@@ -205,7 +181,7 @@ TRAINING = {
     "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
     "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, bool, "draw bags so that classes are equally frequent"),
-    "folds": (0, whole(0, 1000), "parts of all bags, reported in turn; 0: the file's, or 70/15/15"),
+    "folds": (0, whole(0, 1000), "parts of all bags, in turn; 0: the file's, or 70 / 15 / 15"),
     "votes": (1, whole(1, 1000), "models that vote on a bag, each from its own weights"),
     "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
 }
@@ -215,7 +191,7 @@ RUN = {
     "svg": (None, str, "file for the picture that `bench backbones` draws"),
     "device": ("cpu", str, "torch device"),
     "workers": (2, whole(0, 256), "processes that make crops"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of the test (else val) split; 0: all"),
+    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of test, else of val; 0: all"),
     "log-every": (20, whole(1), "steps between rows of log.csv"),
     "save-every": (60., real(), "seconds between checkpoints"),
     "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
@@ -224,16 +200,13 @@ RUN = {
 }
 # Constants of the papers, which --set alone reaches.
 SETTINGS = {
-    "aux-k": (64, whole(), "dead latents that rebuild the residual (AuxK); 0 for none"),
-    "aux-coef": (1 / 32, real(), "weight of AuxK"),
-    "reinit-after": (1000, whole(-1, 10 ** 9), "steps more until a dead latent is drawn anew; -1: "
-                     "never (the authors' 0 leaves AuxK nothing to do)"),
-    "select": ("fp32", ("fp32", "bf16"), "precision of choosing latents; bf16 halves its time"),
-    "kernels": ("auto", ("auto", "csr", "gather"), "of sparse products; auto: csr on a CPU"),
+    "aux-k": (64, whole(1), "dead latents that rebuild the residual (AuxK)"),
+    "aux-coef": (1 / 32, real(), "weight of AuxK; 0 for none"),
+    "reinit-after": (1000, whole(0, 10 ** 9), "steps more until a dead latent is drawn anew (the "
+                     "authors' 0 leaves AuxK nothing to do)"),
     "expansion": (None, whole(1), "L over the stream's width, instead of --latents"),
-    "bandwidth": (0.1, real(TINY), "jumprelu: epsilon of the threshold's gradient"),
-    "theta": (0.1, real(TINY), "jumprelu: the thresholds at the start"),
-    "bottleneck": (256, whole(1, 10 ** 5), "DINO's head: width of its last layer"),
+    "bandwidth": (None, real(TINY), "jumprelu: epsilon of the threshold's gradient, 0.1"),
+    "bottleneck": (256, WIDTH, "DINO's head: width of its last layer"),
     "norm-last": (True, bool, "DINO: prototypes keep unit length"),
     "teacher-temp": (0.04, real(1e-6), "DINO: of the teacher"),
     "teacher-temp-start": (0.04, real(1e-6), "DINO: the same in the first epoch"),
@@ -246,7 +219,7 @@ SETTINGS = {
     "drop-path": (0.1, real(0., .99), "DINO: stochastic depth of the student"),
     "knn-every": (1, whole(1), "DINO: epochs between k-NN evaluations"),
     "layers": (4, whole(1, 1000), "CLIP: of both transformers"),
-    "joint": (64, whole(1, 10 ** 5), "CLIP: width of the common space"),
+    "joint": (64, WIDTH, "CLIP: width of the common space"),
     "context": (32, whole(3, 10 ** 4), "CLIP: longest text, tokens"),
     "squash": (0, whole(0, 1), "MIL: 1 for tanh of the standardised features, against outliers"),
     "bag-weight": (0.7, PART, "CLAM: weight of the bag's loss; the rest is the instances'"),
@@ -282,47 +255,47 @@ class Command(typing.NamedTuple):
 def command(spec, *positional):
     """Enter cmd_NAME in COMMANDS. spec: names of flags, `name=default`, or `name!` if needed."""
     def enter(run):
-        defaults, needed = {}, set()
-        for word in spec.split():
-            name, equals, text = word.rstrip("!").partition("=")
-            default, kind, _ = FLAGS[name]
-            defaults[name] = value_of(kind, text) if equals else default
-            if word.endswith("!"):
-                needed.add(name)
-        COMMANDS[run.__name__[4:]] = Command(run, defaults, frozenset(needed), positional)
+        words = [word.rstrip("!").partition("=") for word in spec.split()]
+        defaults = {name: value_of(name, text, spec) if equals else FLAGS[name][0]
+                    for name, equals, text in words}
+        needed = frozenset(word[:-1] for word in spec.split() if word.endswith("!"))
+        COMMANDS[run.__name__[4:]] = Command(run, defaults, needed, positional)
         return run
     return enter
 
 
+def value_of(name, text, said, default=None):
+    """The value of flag `name` that `text` means, whoever says so: a command line, a config.json,
+    a command's own defaults. InputError begins with what was `said`."""
+    kind = FLAGS[name][1]
+    if kind is str or text == default == "auto":
+        return text
+    if isinstance(kind, Number):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind.kind(text)
+            if kind.least <= value <= kind.most:             # NaN is in no range
+                return value
+        wanted = "whole number" if kind.kind is int else "number"
+        raise InputError(f"{said} - give a {wanted} from {kind.least} to {kind.most}")
+    choices = {"no": False, "yes": True, "False": False, "True": True}
+    if kind is not bool:
+        choices = dict(zip(kind, kind))
+    if text not in choices:
+        raise InputError(f"{said} - take one of {', '.join(choices)}")
+    return choices[text]
+
+
 DATA = "data streams taxonomy"
-CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
-KINDS = "sparsity error bias expansion bandwidth theta warmup"
-STEPS = "epochs batch lr shuffle seed"
+CODE = "latents k norm dead-after aux-k aux-coef reinit-after"
+KINDS = "activation revive sparsity error bias expansion bandwidth warmup"
+STEPS = "preset epochs batch lr shuffle seed"
 FOLDER = "device log-every save-every eval-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
-
-def kind_of(name, default):
-    """The kind of a flag where this is its default: "auto" is taken where it is the default."""
-    kind = FLAGS[name][1]
-    if isinstance(kind, Number) and default != "auto":
-        return Number(kind.kind, kind.least, kind.most)
-    return kind
-
-
-def value_of(kind, text):
-    """The value that a flag's kind reads from text; raises ArgumentTypeError."""
-    if kind is bool:
-        kind = ("no", "yes", "0", "1", "False", "True")
-    if isinstance(kind, tuple):
-        if text not in kind:
-            raise argparse.ArgumentTypeError(f"{text} - take one of {', '.join(kind)}")
-        return text in ("yes", "1", "True") if kind[0] == "no" else text
-    return kind(text)
-
+# What fills in the settings that were left open, of several streams (thesis 5.3.2, A.1.2) ...
 THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
-          "shuffle": "blocks", "dead_after": 1000}           # of SPARC: 5.3.2, A.1.2
-PRESETS = {                                                  # of one stream
+          "shuffle": "blocks", "dead_after": 1000}
+PRESETS = {                                                  # ... and of one
     "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
     "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
               "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
@@ -333,19 +306,14 @@ PRESETS = {                                                  # of one stream
 }
 # What rows cannot tell of the made-up streams: they have 48 concepts, three or four in a sample.
 PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
-PLANTED_SAE = {"topk": {}, "relu": {}, "batchtopk": {"k": 3},
-               "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
+PLANTED_SAE = {"batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
 
-
-class InputError(ValueError):
-    """What the caller can mend. Each room raises its own; `main` knows them by name."""
-
-
-# ------------------------------------------------------------------------------------------------
-# Runs: folders that a command owns while it writes
-# ------------------------------------------------------------------------------------------------
+# ---- Runs: folders that a command owns while it writes ------------------------------------------
 
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
+# Flags that name what a command reads.
+INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "embeddings",
+          "head_file", "features", "encoder", "merges", "voc", "rois", "run")
 
 
 class Run:
@@ -353,22 +321,20 @@ class Run:
 
     flags    the settings: those typed or, on --resume, those that the run there was started with
     saved    its config.json where it goes on, else None
+    files    its manifest, in config.json too: names of what it wrote, or is about to write
 
-    config.json lists what a run wrote. Nothing else is ever replaced or removed, no link is
-    followed, and no second process gets in: its lock ends with the process, whatever ends that.
+    What the manifest does not list is never replaced or removed, no link is followed, and no second
+    process gets in: the lock ends with the process, whatever ends that.
     """
 
-    held = []                                                # (lock file, its path) of this process
+    held = {}                                                # lock files of this process, by path
 
     def __init__(self, flags, folder=None, resume=None, add=False):
         """`folder`: instead of --out; `resume`: instead of --resume; `add`: files of an earlier run
         of this command stay, but for those written anew. Changes nothing there yet."""
-        self.folder = flags.out if folder is None else folder
-        self.flags, self.saved, self.files, self.about = flags, None, [], {}
-        self.kept = []                                       # files of the run that is added to
+        self.folder, self.flags = folder or flags.out, flags
+        self.saved, self.files, self.kept, self.about = None, [], (), {}
         resume = flags.get("resume") if resume is None else resume
-        if resume and not os.path.exists(self.join("config.json")):
-            check_needed(flags)
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise InputError(f"{self.folder} is a file - name a folder with --out")
         if not os.path.isdir(self.folder) or not set(os.listdir(self.folder)) - {".lock"}:
@@ -379,33 +345,25 @@ class Run:
         config = {}
         if os.path.lexists(self.join("config.json")):
             config = read_config(self.folder)
-            self.files = self._listed(config)
+            self.files = config["files"]
         if add and config.get("command") == flags.command:
-            self.kept = self.files
+            self.kept = {*self.files} - {"config.json"}
         elif not resume and not flags.get("overwrite"):
             raise InputError(f"{self.folder} holds files already - use --overwrite" +
                              ", --resume" * ("resume" in flags) + " or another --out")
         if config and resume:
             self._go_on(config)
 
-    def join(self, *parts):
-        return os.path.join(self.folder, *parts)
-
-    def _listed(self, config):
-        files = config.get("files")
-        if files is None:                                    # written before runs listed them
-            files = [name for name in WRITTEN if os.path.isfile(self.join(name))]
-        if not isinstance(files, list) or not all(isinstance(f, str) and plain(f) for f in files):
-            raise InputError(f"{self.join('config.json')} is damaged - restore it, or remove it")
-        return files
+    def join(self, name):
+        return os.path.join(self.folder, name)
 
     def _go_on(self, config):
         """Take the settings that the run was started with; those typed now must be the same."""
-        theirs, flags, path = config["flags"], self.flags, self.join("config.json")
+        theirs, flags = config["flags"], self.flags
         if theirs.get("command", flags.command) != flags.command:
             raise InputError(f"{self.folder} holds a run of {theirs['command']} - resume it with "
                              "that command")
-        check_kinds(theirs, COMMANDS[flags.command].flags, path)
+        check_kinds(theirs, COMMANDS[flags.command].flags, self.join("config.json"))
         for name in sorted(flags.given - FREE_ON_RESUME):
             if flags[name] not in (theirs.get(name), "auto"):
                 raise InputError(
@@ -414,19 +372,18 @@ class Run:
                     "anew with --overwrite")
         typed = FREE_ON_RESUME & flags.given | {"out", "resume", "overwrite"}
         self.flags = flags.replaced({k: v for k, v in theirs.items() if k not in typed})
-        given = config.get("given", [])
-        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-            raise InputError(f"{path} has {given!r} as what was given - restore it, or train anew")
-        self.flags.given |= frozenset(given)
         self.saved = config
-        threads = config.get("versions", {}).get("threads")
-        if threads not in (None, torch.get_num_threads()):
-            say_once(f"note: the run had {threads} threads, now {torch.get_num_threads()}: sums "
-                     "may differ in their last digits")
+        before, now = config["versions"].get("threads"), torch.get_num_threads()
+        if before not in (None, now):                        # sums are taken in another order
+            say_once(f"note: the run had {before} threads, now {now}: last digits may differ")
 
     def _lock(self):
+        """Keep other processes out until `release`; makes the folder if there is none."""
         path = self.join(".lock")
+        if path in self.held:
+            return
         try:
+            os.makedirs(self.folder, exist_ok=True)
             lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -437,13 +394,13 @@ class Run:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        self.held.append((lock, path))
+        self.held[path] = lock
 
     @classmethod
     def release(cls):
         """Give up the locks of this process: at the end of every command."""
         while cls.held:
-            lock, path = cls.held.pop()
+            path, lock = cls.held.popitem()
             with contextlib.suppress(OSError):               # somebody removed the folder
                 os.unlink(path)
             lock.close()
@@ -452,27 +409,30 @@ class Run:
         """Make the folder, rid it of what its manifest lists unless the run goes on, and write
         config.json: the resolved `flags` and what `about` tells."""
         self.flags = self.flags if flags is None else flags
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-        except OSError as e:
-            raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another --out")
-        if self.join(".lock") not in [path for _, path in self.held]:
-            self._lock()
+        self._lock()
         if not self.saved and not self.kept:
-            inputs = inputs_of(self.flags)
-            for name in self.files:
-                path = self.join(name)
-                if os.path.realpath(path) in inputs:
-                    raise InputError(f"{path} is read by this command - name another --out")
-                leftovers = glob.glob(glob.escape(path) + ".*.tmp")      # of a run that was killed
-                for left in [path, *leftovers] if inside(path, self.folder) else ():
-                    if os.path.isfile(left) and not os.path.islink(left):
-                        os.remove(left)
-            self.files = []
+            self._clear()
         self.about = {"command": self.flags.command, "flags": self.flags, **about,
-                      "given": sorted(self.flags.given - FREE_ON_RESUME), "versions": versions()}
-        self._claim("config.json", new=True)
+                      "versions": versions()}
+        self.path("config.json")
         return self
+
+    def _clear(self):
+        """Remove what the manifest lists, and what a killed run left of it half written."""
+        inputs = inputs_of(self.flags)
+        for path in map(self.join, self.files):
+            if os.path.realpath(path) in inputs:
+                raise InputError(f"{path} is read by this command - name another --out")
+        for name in filter(self._is_direct, self.files):
+            for path in [self.join(name), *glob.glob(glob.escape(self.join(name)) + ".*.tmp")]:
+                if os.path.isfile(path) and not os.path.islink(path):
+                    os.remove(path)
+        self.files = []
+
+    def _is_direct(self, name):
+        """Whether no link lies on the way from the folder to a file in it, nor is one there."""
+        return os.path.realpath(self.join(name)) == os.path.join(
+            os.path.realpath(self.folder), name)
 
     def trained_on(self, data_hash, name):
         """Raise InputError when the run goes on, but was started on other data."""
@@ -480,37 +440,34 @@ class Run:
             raise InputError(f"{name} is not what the run in {self.folder} was trained on - "
                              "restore it, or train anew")
 
-    def path(self, *parts):
-        """The path of an output, in the manifest before it is written."""
-        return self._claim("/".join(parts))
+    def path(self, name):
+        """The path of an output, which may lie in a folder of the run's: see `paths`."""
+        return self.paths([name])[0]
 
     def paths(self, names):
-        """`path` of many at once."""
-        return self._claim(*names)
-
-    def _claim(self, *names, new=False):
+        """The paths of outputs, in the manifest before they are written. Raises InputError where
+        a file is that is not ours to replace."""
         for name in names:
             path = self.join(name)
             if not plain(name):
                 raise InputError(f"{name!r} cannot be the name of a file - rename it")
-            if name not in self.files and name != "config.json" and os.path.lexists(path) \
-                    or os.path.islink(path) or not inside(path, self.folder):
+            if os.path.lexists(path) and name not in self.files or not self._is_direct(name):
                 raise InputError(f"{path} was not written by this run - move it away, or name "
                                  "another --out")
-            if name in self.kept and name != "config.json" and not self.flags.overwrite:
+            if name in self.kept and not self.flags.overwrite:
                 raise InputError(f"{path} exists - use --overwrite, or another --out")
             os.makedirs(os.path.dirname(path), exist_ok=True)
         listed = [*dict.fromkeys([*self.files, *names])]
-        if new or len(listed) > len(self.files):
+        if listed != self.files or "config.json" in names:
             self.files = listed
             judge.write_json(self.join("config.json"), {**self.about, "files": self.files})
-        return self.join(names[0]) if len(names) == 1 else [self.join(name) for name in names]
+        return [self.join(name) for name in names]
 
     def part(self, name, flags):
         """A run within this one. It goes on only if it was started with these very flags: another
         run, overwritten since, may have left a folder of that name."""
         folder, resume = self.join(name), False
-        if os.path.islink(folder) or not plain(name):
+        if not plain(name) or not self._is_direct(name):
             raise InputError(f"{folder} was not made by this run - move it away, or name another "
                              "--out")
         if self.saved and os.path.exists(os.path.join(folder, "config.json")):
@@ -523,18 +480,6 @@ def plain(name):
     """Whether a relative path with / stays where it is: no .., no empty or hidden part."""
     return all(part and part[0] != "." and "\\" not in part and "\0" not in part
                for part in name.split("/"))
-
-
-def inside(path, folder):
-    """Whether a path is in a folder when links are followed."""
-    folder = os.path.realpath(folder)
-    return os.path.commonpath([folder, os.path.realpath(os.path.dirname(path))]) == folder
-
-
-# Flags that name what a command reads.
-INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "embeddings",
-          "head_file", "features", "encoder", "merges", "voc", "rois", "run")
-WRITTEN = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "report.html")
 
 
 def inputs_of(flags):
@@ -551,9 +496,9 @@ def is_read(path, flags):
         name = os.path.relpath(path, given)
         if path == given:
             return True
-        if not name.startswith("..") and os.path.isdir(given):
-            own = os.path.join(given, "config.json")
-            if not os.path.exists(own) or name in read_config(given).get("files", WRITTEN):
+        if os.path.isdir(given) and not name.startswith(".."):
+            if not os.path.exists(os.path.join(given, "config.json")) \
+                    or name in read_config(given)["files"]:
                 return True
     return False
 
@@ -574,10 +519,15 @@ def out_file(flags, name="out"):
 
 
 def read_config(folder, names=()):
-    """config.json of a run folder, a dict, whose "flags" have those of `names`, of their kinds."""
+    """config.json of a run: a dict of dicts "flags" and "versions" and the list "files", its
+    manifest. Those of the flags that are among `names` are of their kinds."""
     path = os.path.join(folder, "config.json")
     config = data.read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
+    if isinstance(config, dict):
+        config = {"files": [], "versions": {}, **config}
+    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict) \
+            or not isinstance(config["versions"], dict) or not isinstance(config["files"], list) \
+            or not all(isinstance(name, str) and plain(name) for name in config["files"]):
         raise InputError(f"{path} is no config of a run - restore it, or train anew elsewhere")
     check_kinds(config["flags"], {name: FLAGS[name][0] for name in names}, path)
     return config
@@ -586,16 +536,10 @@ def read_config(folder, names=()):
 def check_kinds(values, defaults, path):
     """Raise InputError unless what the file `path` holds could be typed for these flags."""
     for name, default in defaults.items():
-        value, kind = values.get(name.replace("-", "_"), default), kind_of(name, default)
-        if type(value) is type(default) and value == default:
-            continue
-        try:
-            fits = isinstance(value, kind) if kind in (bool, str) else \
-                isinstance(value, (int, float, str)) and value_of(kind, str(value)) == value
-        except (ValueError, OverflowError, argparse.ArgumentTypeError):
-            fits = False
-        if not fits:
-            raise InputError(f"{path} has {value!r} as {name} - restore it, or train anew")
+        value = values.get(name.replace("-", "_"), default)
+        said = f"{path} has {value!r} as {name}"
+        if value is not default and value != value_of(name, str(value), said, default):
+            raise InputError(f"{said} - restore it, or train anew")
 
 
 @contextlib.contextmanager
@@ -617,10 +561,7 @@ def versions():
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
-
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# ---- Training -----------------------------------------------------------------------------------
 
 class Progress:
     """A line on stderr that rewrites itself on a terminal; elsewhere one every tenth of the way."""
@@ -642,7 +583,7 @@ class Progress:
 
 
 class Log:
-    """The rows of log.csv: text, so that a resumed run keeps them to the byte.
+    """The rows of log.csv, as text, so that a resumed run keeps them to the byte.
 
     Those up to step `upto` are read; they need the `columns` that are drawn, and may be empty in
     `gaps` alone.
@@ -656,12 +597,12 @@ class Log:
         try:
             with open(path, newline="") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
-            whole = all(math.isfinite(float(v)) for row in self.rows for k, v in row.items()
-                        if k != "revive" and (v or k not in gaps))
-            whole = whole and all(row.keys() >= {*columns} for row in self.rows[:1])
+            sound = all(math.isfinite(float(v)) for row in self.rows for k, v in row.items()
+                        if v or k not in gaps)
+            sound = sound and all(row.keys() >= {*columns} for row in self.rows[:1])
         except (KeyError, TypeError, ValueError, csv.Error):
-            whole = False
-        if not whole:
+            sound = False
+        if not sound:
             raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves")
 
     def add(self, row):
@@ -737,15 +678,12 @@ def train(run, features):
         return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
 
     def on_step(step, result):
-        def row():
-            told = {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)}
-            return {**told, "revive": flags.revive} if "revive" in flags else told
-
         loss = float(result["loss"]) if step % flags.log_every == 0 else 0.
-        if not math.isfinite(loss):
+        if not math.isfinite(loss):                          # reading it waits for a GPU
             raise InputError(f"the loss is {loss} at step {step} - lower --lr, or scale the "
                              "features with --norm")
-        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead "
+        keep(step, lambda: {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)},
+             lambda: f"loss {float(result['loss']):.4f}  dead "
              + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda: sae.save(checkpoint, model, optimiser)) as keep:
@@ -754,22 +692,17 @@ def train(run, features):
     return model, log
 
 
-def resolved(flags, features, layers=()):
-    """The flags with all that was left open filled in: what was typed, else `layers` or the preset,
-    else what made-up data want, else by the number of training rows; tells what was chosen."""
-    n, layers = len(features.rows("train")), dict(layers)
-    if "activation" not in flags and flags.preset:
-        if flags.preset != "thesis":
-            raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
-        layers |= THESIS
-    layers = {**(PLANTED if flags.data is None else {}), **layers}
+def resolved(flags, features):
+    """The flags with all that was left open filled in: by the preset, by what made-up data want, by
+    the activation's own settings, by the number of training rows; says what those chose."""
+    layers, n = preset_layers(flags), len(features.rows("train"))
     if {"expansion", "latents"} <= flags.given:
         raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
                          "one of the two")
-    expansion = flags.get("expansion") or layers.get("expansion")
-    if expansion:
+    if expansion := flags.get("expansion") or layers.get("expansion"):
         layers["latents"] = expansion * max(features.dims.values())
-    flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
+    flags = flags.replaced({k: layers[k] for k, v in flags.items()
+                            if v in (None, "auto") and k in layers})
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
     auto = sae.settings_for(n, **typed)
     auto["shuffle"] = "blocks" if features.mapped else "samples"
@@ -778,13 +711,32 @@ def resolved(flags, features, layers=()):
     if flags.get("null") == "auto":
         flags["null"] = planned_seconds(flags, features.dims, auto["steps"]) < 60
     if chosen:
-        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else
-                          f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
+        shown = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}"
+                          for k, v in chosen.items()).replace("_", "-")
         say_once(f"chosen by the number of training rows, {n}: {shown}; {auto['steps']} steps")
     if flags.shuffle == "blocks" and features.sorted_rows():
         say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - "
                  "shuffle the file, or use --shuffle samples")
     return flags
+
+
+def preset_layers(flags):
+    """What fills in open settings whatever the rows, {flag: value}; the preset goes first."""
+    single, planted = "activation" in flags, PLANTED if flags.data is None else {}
+    if not single:
+        if flags.preset not in (None, "thesis"):
+            raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
+        return {**planted, **(THESIS if flags.preset else {})}
+    preset = PRESETS.get(flags.preset, {})
+    activation = flags.activation or preset.get("activation", "topk")
+    sae.one_of("activation", activation, sae.ACTIVATIONS)
+    own = sae.ACTIVATIONS[activation]
+    if flags.sparsity and not own.sparsity:
+        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no "
+                         "penalty - leave it out, or set --k")
+    planted = {**planted, **PLANTED_SAE.get(activation, {})} if planted else {}
+    return {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, "bias": "zeros",
+            "warmup": 0, "bandwidth": 0.1, **planted, **preset, "activation": activation}
 
 
 def planned_seconds(flags, dims, steps):
@@ -801,28 +753,25 @@ def memory():
 
 def make_model(features, flags, rows):
     """The untrained SAE or SPARC of `flags`; its statistics and bias are of the training rows."""
-    needs = 32 * flags.latents * sum(features.dims.values())
+    needs = 32 * flags.latents * sum(features.dims.values())  # weights, gradients, Adam's moments
     if needs > memory():
         raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the "
                          "weights alone - lower it")
-    shared = {k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels", "seed")}
-    shared["stats"] = features.statistics(rows) if "standard" in flags.norm else None
-    shared["reinit_after"] = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
-    shared["aux_coef"] = flags.aux_coef if flags.aux_k else 0.
+    shared = flags.pick("k norm aux_k aux_coef dead_after reinit_after seed")
+    if "standard" in flags.norm:
+        shared["stats"] = features.statistics(rows)
     if "activation" not in flags:
-        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss,
-                         **shared)
-    how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth")}
-    model = sae.SAE(features.dims, flags.latents, threshold=flags.theta, **how, **shared)
+        return sae.SPARC(features.dims, flags.latents, topk=flags.topk, lam=flags.lam,
+                         reduction=flags.loss, **shared)
+    model = sae.SAE(features.dims, flags.latents, threshold=0.1, **shared,
+                    **flags.pick("activation sparsity error revive bandwidth"))
     if flags.bias != "zeros":
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
         model.start_bias(features.batch(drawn)[model.streams[0]], flags.bias)
     return model
 
 
-# ------------------------------------------------------------------------------------------------
-# Measuring
-# ------------------------------------------------------------------------------------------------
+# ---- Measuring ----------------------------------------------------------------------------------
 
 def evaluation_rows(features, flags, *splits):
     """Rows of the first split that has any, at most --eval-rows of them, drawn with the seed."""
@@ -833,22 +782,13 @@ def evaluation_rows(features, flags, *splits):
     return rows
 
 
-def encoded(model, features, rows, mode, device, block=1024):
-    """Yield (x, codes) of `rows`, block by block: dicts stream -> raw (b, d_s) and -> Codes."""
-    with torch.no_grad():
-        for start in range(0, len(rows), block):
-            x = features.batch(rows[start:start + block])
-            x = {s: v.to(device) for s, v in x.items()}
-            yield x, model.encode(x, mode)
-
-
-def codes_and_fit(model, features, rows, mode, device):
+def codes_and_fit(model, features, rows, mode):
     """In one pass the codes of `rows`, {stream: CSR (n, L)}, and how they rebuild each stream: a
     dict of r2, nmse and the share of (sample, stream) with its first stream's latents."""
     pieces = []
 
     def reconstructions():
-        for x, codes in encoded(model, features, rows, mode, device):
+        for x, codes in sae.encoded(model, features.batch, rows, mode):
             pieces.append(codes)
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
@@ -869,7 +809,7 @@ def measure(model, features, flags):
                       "of": len(features.rows("test", "val")), "steps": int(model.step),
                       "latents": model.n_latents, "topk": model.topk}
     for mode in ("joint", "alone") if several else ("alone",):
-        codes[mode], fit = codes_and_fit(model, features, rows, mode, flags.device)
+        codes[mode], fit = codes_and_fit(model, features, rows, mode)
         out[mode] = {**judge.code_metrics(codes[mode], features, rows), **fit}
         out[mode]["headline"] = judge.headline(out[mode])
     if features.labels is not None:
@@ -915,17 +855,28 @@ def judged(run, features, whole=None, quiet=False):
     return metrics
 
 
-def judged_parts(run, trials, tell, whole=None):
-    """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run, and put
-    them beside each other: tell(page, {name: metrics}) may return a chart."""
-    results, page = {}, judge.Page(f"repsae {run.flags.command}: {os.path.basename(run.folder)}")
-    for name, (flags, features) in trials.items():
+def compared(run, changes, tell, least=2, whole=None):
+    """Train and judge a run for each of `changes`, {name: {flag: value}}, in a folder of the run,
+    and put them beside each other: tell(page, {name: metrics}) may return a chart."""
+    flags, features, trials, results = run.flags, read_to_train(run.flags, least), {}, {}
+    if "activation" not in flags:                            # each kind of SAE has settings of its
+        flags = resolved(flags, features)                    # own, all others what fits the first
+    for name, change in changes.items():
+        trial, mine = flags.replaced(change), features
+        if {"streams", "seed"} & change.keys():              # the seed draws the split too
+            mine = read_to_train(trial, least)
+        trials[name] = resolved(trial, mine), mine
+        # sizes that do not fit fail before anything is written, and what torch loads for its first
+        # optimiser is in no trial's seconds
+        sae.make_optimiser(sae.SPARC(mine.dims, trials[name][0].latents, trials[name][0].k))
+    run.begin(flags, data_hash=features.hash)
+    page = judge.Page(f"repsae {flags.command}: {os.path.basename(run.folder)}")
+    for name, (trial, mine) in trials.items():
         say(f"-- {name}")
         began = time.time()
-        results[name] = judged(run.part(name, flags), features, whole, quiet=True)
+        results[name] = judged(run.part(name, trial), mine, whole, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    chart = tell(page, results)
-    if chart:
+    if chart := tell(page, results):
         judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
     page.write(run.path, results)
     say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
@@ -950,12 +901,19 @@ def read(flags):
 
 
 def read_to_train(flags, least=1):
-    """`read`, once there is something to train on, something to judge by, and `least` streams."""
+    """`read`, once there is something to train on, something to judge by, and `least` streams, or
+    one of --stream; every token is a sample."""
+    if "stream" in flags:
+        stream = flags.stream or ("vision" if flags.data is None else None)
+        flags = flags.replaced({"streams": stream or flags.streams})
     features = read(flags)
     features.rows("test", "val")
     if len(features.streams) < least:
         raise InputError(f"{flags.command} shares a code among streams and needs two streams, not "
                          f"{list(features.streams)[0]} alone - give more, or use sae for one")
+    if "activation" in flags and len(features.streams) > 1:
+        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
+                         "pick one with --stream")
     if len(features.per_token().rows("train")) < 2:
         raise InputError("the train split has 1 sample - give at least two to learn from")
     if features.tokens:
@@ -963,17 +921,14 @@ def read_to_train(flags, least=1):
                  "counts as a sample")
     return features.per_token()
 
-
-# ------------------------------------------------------------------------------------------------
-# A run in use: its model, features and codes
-# ------------------------------------------------------------------------------------------------
+# ---- A run in use: its model, features and codes ------------------------------------------------
 
 class Coded:
     """A run's model with features, its own or those of --data, and the codes of their streams.
 
     flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
             were typed
-    T       tokens of a sample, 1 where it is one vector
+    T       tokens of a sample, 1 where it is one vector; flat: the features, each token a sample
     """
 
     def __init__(self, run, flags, streams=None):
@@ -999,11 +954,14 @@ class Coded:
                                  f"{self.features.dims} - take streams that it knows")
         self.T, self.flat = self.features.tokens or 1, self.features.per_token()
 
+    def encoded(self, rows, mode="alone", block=1024):
+        """`sae.encoded` of rows of `flat`, which are tokens."""
+        return sae.encoded(self.model, self.flat.batch, rows, mode, block)
+
     def codes(self, rows, mode="alone"):
         """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
         tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
-        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
-        found = sae.joined([codes for _, codes in blocks])
+        found = sae.joined([codes for _, codes in self.encoded(tokens, mode)])
         return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
 
     def pool(self, tau=0.):
@@ -1013,8 +971,8 @@ class Coded:
             raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
                              f"pick one with --stream{'' if 'stream' in self.flags else 's a,b'}")
         (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
-        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
-                                T * max(1, 4096 // T)):
+        whole_samples = T * max(1, 4096 // T)                # tokens in a block
+        for x, codes in self.encoded(np.arange(N * T), block=whole_samples):
             code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
             pooled.append(judge.pool_tokens(code, T, tau))
             dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
@@ -1088,86 +1046,41 @@ def analysis_run(flags, name):
     return Run(flags, flags.out or os.path.join(flags.run, name))
 
 
-# ------------------------------------------------------------------------------------------------
-# Sparse codes: training and using them (thesis 4.1, 5)
-# ------------------------------------------------------------------------------------------------
+# ---- Sparse codes: training and using them (thesis 4.1, 5) --------------------------------------
 
-@command(f"{DATA} {CODE} topk lam loss preset null {STEPS} {FOLDER} out=runs/sparc")
+@command(f"{DATA} {CODE} topk lam loss null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
     run = Run(flags)
     features = read_to_train(run.flags, 2)
-    run.flags = run.flags if run.saved else resolved(flags, features)
+    run.flags = resolved(run.flags, features)
     judged(run, features, run)
 
 
-@command(f"{DATA} stream {CODE} {KINDS} activation revive preset {STEPS} {FOLDER} out=runs/sae")
+@command(f"{DATA} stream {CODE} {KINDS} {STEPS} {FOLDER} out=runs/sae")
 def cmd_sae(flags):
     """Train a sparse autoencoder on one stream (thesis 4.1 and its relatives), or every kind."""
     run = Run(flags)
-    features = one_stream(run.flags)
     if run.flags.activation == "all":
-        return every_activation(run, features)
-    run.flags = run.flags if run.saved else resolved_sae(flags, features)
+        kinds = [(name, own.revive) for name, own in sae.ACTIVATIONS.items()]
+        kinds += [("relu", "none"), ("relu", "ghost")]
+        changes = {f"{name}_{revive}": {"activation": name, "revive": revive}
+                   for name, revive in sorted(kinds)}
+        return compared(run, changes, judge.tell_activations, 1)
+    features = read_to_train(run.flags)
+    run.flags = resolved(run.flags, features)
     judged(run, features)
-
-
-def resolved_sae(flags, features):
-    """`resolved` for one stream: the activation and the preset have settings of their own."""
-    preset = PRESETS.get(flags.preset, {})
-    typed = "activation" in flags.given
-    activation = flags.activation if typed else preset.get("activation", flags.activation)
-    sae.one_of("activation", activation, sae.ACTIVATIONS)
-    own = sae.ACTIVATIONS[activation]
-    planted = PLANTED_SAE.get(activation, {}) if flags.data is None else {}
-    layers = {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, **planted,
-              **preset, "activation": activation}
-    flags = resolved(flags.replaced({"null": False}), features, layers)
-    if flags.sparsity and not own.sparsity:
-        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no "
-                         "penalty - leave it out, or set --k")
-    say_once(f"note: what is done about latents that have not fired for {flags.dead_after} steps: "
-             f"{flags.revive}")
-    return flags
-
-
-def one_stream(flags):
-    """The features of --stream, every token a sample."""
-    stream = flags.stream or ("vision" if flags.data is None else None)
-    features = read_to_train(flags.replaced({"streams": stream or flags.streams}))
-    if len(features.streams) > 1:
-        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
-                         "pick one with --stream")
-    return features
-
-
-def every_activation(run, features):
-    """Each activation with what revives its dead latents, and relu with others, in one table: R2,
-    active and silent latents, planted concepts found."""
-    flags, trials = run.flags, {}
-    kinds = [{"activation": name} for name in sae.ACTIVATIONS]
-    after = kinds.index({"activation": "relu"}) + 1
-    kinds[after:after] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
-    for kind in kinds:
-        one = flags.replaced(kind)
-        one.given = flags.given | kind.keys()
-        one = resolved_sae(one, features)
-        trials[f"{one.activation}_{one.revive}"] = one, features
-    sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what it loads is in no row's seconds
-    run.begin(flags, data_hash=features.hash)
-    judged_parts(run, trials, judge.tell_activations)
 
 
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
     path, coded = flags.json and out_file(flags, "json"), Coded(flags.run, flags)
-    model, features, flags = coded.model, coded.features, coded.flags
-    for s in model.streams:
-        if s not in features.streams:
+    for s in coded.model.streams:
+        if s not in coded.features.streams:
             raise InputError(f"the data lacks the run's stream '{s}' - "
-                             f"eval needs {', '.join(model.streams)}")
-    metrics, _, _ = measure(model, features, flags)
+                             f"eval needs {', '.join(coded.model.streams)}")
+    metrics, _, _ = measure(coded.model, coded.features, coded.flags)
     judge.tell_summary(judge.Page(""), metrics)
     if path:
         judge.write_json(path, metrics)
@@ -1181,79 +1094,60 @@ def cmd_encode(flags):
     Samples with fewer active latents may be filled up with index -1, value 0."""
     out_file(flags)
     coded = Coded(flags.run, flags)
-    model, features, flat = coded.model, coded.features, coded.flat
-    pieces = encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)
+    features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    kept = {"n_latents": model.n_latents, "mode": flags.mode}
-    for s, code in sae.joined([codes for _, codes in pieces]).items():
+    blocks = coded.encoded(np.arange(len(coded.flat)), flags.mode)
+    for s, code in sae.joined([codes for _, codes in blocks]).items():
         for name, v in code._asdict().items():
             kept[f"{s}_{name}"] = v.reshape(shape)
     if "ids" in features.about:
         kept["ids"] = features.about["ids"]
-    judge.write_npz(out_file(flags), kept)
+    judge.write_npz(out_file(flags), kept)                   # asked again: much time has passed
     say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
-@command(f"{DATA} over! {CODE} topk lam loss preset {STEPS} {FOLDER} out=runs/sweep")
+@command(f"{DATA} over! {CODE} topk lam loss {STEPS} {FOLDER} out=runs/sweep")
 def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
     run = Run(flags)
-    axes = parse_axes(run.flags)
-    sweep(run, axes, functools.partial(judge.tell_sweep, axes=axes))
-
-
-ABLATION = {"global_lam1", "global_lam0", "local_lam1", "local_lam0", "both_lam1", "random_lam1"}
-
-
-@command(f"{DATA} {CODE} loss preset null {STEPS} {FOLDER} out=runs/ablate")
-def cmd_ablate(flags):
-    """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
-    run = Run(flags)
-    axes = {"topk": ["global", "local", "both", "random"], "lam": [1., 0.]}
-    sweep(run, axes, judge.tell_ablation, ABLATION, run)
-
-
-def sweep(run, axes, tell, only=None, whole=None):
-    """`judged_parts` of all combinations of the values in `axes`, or of those named `only`. A name
-    is made of the values: global_lam1."""
-    features, trials = read_to_train(run.flags, 2), {}
-    flags = run.flags if run.saved else resolved(run.flags, features)
+    axes, changes = parse_axes(run.flags), {}
     for values in itertools.product(*axes.values()):
-        one = dict(zip(axes, values))
-        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in one.items())
-        if only and name not in only:
-            continue
-        trial, mine = flags.replaced(one), features
-        if {"streams", "seed"} & one.keys():                 # the seed draws the split too
-            trial["streams"] = (trial.streams or "").replace("+", ",")
-            mine = read_to_train(trial, 2)
-        sae.SPARC(mine.dims, trial.latents, trial.k)         # before anything is written
-        trials[name] = trial, mine
-    run.begin(flags, data_hash=features.hash)
-    judged_parts(run, trials, tell, whole)
+        change = dict(zip(axes, values))
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in change.items())
+        if "streams" in change:
+            change["streams"] = change["streams"].replace("+", ",")
+        changes[name] = change                               # "global_lam1"
+    compared(run, changes, functools.partial(judge.tell_sweep, axes=axes), 2)
 
 
 def parse_axes(flags):
     """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
     known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags}
-    text, axes = flags.over, {}
-    for word in [] if text is None else text.split() or [text]:
+    text, axes = flags.over or " ", {}
+    for word in text.split() or [text]:
         name, _, values = word.partition("=")
-        kind = FLAGS[name][1] if name in known else None
-        if isinstance(kind, Number):                         # a value to compare is not "auto"
-            kind = Number(kind.kind, kind.least, kind.most)
-        elif name == "streams" and all(s for v in values.split(",") for s in v.split("+")):
-            kind = str
-        elif not isinstance(kind, tuple) or name in axes or "auto" in values.split(","):
+        key, values = name.replace("-", "_"), values.split(",")
+        if name == "streams":
+            sound = all(s for v in values for s in v.split("+"))
+        else:
+            sound = name in known and FLAGS[name][1] not in (str, bool)
+        if not sound or key in axes:
             raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
                              '"streams=a+b,a+b+c"')
-        try:
-            values = dict.fromkeys(value_of(kind, v) for v in values.split(","))
-            axes[name.replace("-", "_")] = [*values]
-        except argparse.ArgumentTypeError as e:
-            raise InputError(f"--over {word}: {e}")
+        axes[key] = [*dict.fromkeys(value_of(name, v, f"--over {word}: {v}") for v in values)]
     return axes
+
+
+ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
+    ("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))}
+
+
+@command(f"{DATA} {CODE} loss null {STEPS} {FOLDER} out=runs/ablate")
+def cmd_ablate(flags):
+    """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
+    run = Run(flags)
+    compared(run, ABLATION, judge.tell_ablation, 2, run)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2115,7 +2009,7 @@ def explain_concepts(flags):
     judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **arrays})
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
-        judge.save_picture(run.path("overlays", f"{name}.png"), image)
+        judge.save_picture(run.path(f"overlays/{name}.png"), image)
     page.write(run.path)
     say(f"wrote {run.join('report.html')}")
 
@@ -2694,9 +2588,7 @@ def cmd_bench(flags):
         judge.write_json(flags.json, figures)
 
 
-# ------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------
+# ---- The command line ---------------------------------------------------------------------------
 
 class Flags(dict):
     """The settings of a command by name, readable as attributes; `given`: those that were typed."""
@@ -2723,36 +2615,40 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = re.sub("^argument (--[^ :]+): ", r"\1 ", message)
-        hint = f" - see python repsae.py {' '.join(self.prog.split()[1:] + ['--help'])}"
-        fail(message + hint * (" - " not in message))
+        raise InputError(f"{message} - see python repsae.py "
+                         f"{' '.join(self.prog.split()[1:] + ['--help'])}")
 
 
 def parse(argv):
-    """argv -> (command function, Flags). Only what was typed comes out of argparse."""
+    """argv -> (command function, Flags). argparse finds the words, `value_of` what they mean."""
     parser = Parser(prog="repsae", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     subs = parser.add_subparsers(dest="command", metavar="command", required=True,
                                  parser_class=Parser)
     for name, each in COMMANDS.items():
         add_command(subs, name, each)
-    if any("\0" in word for word in argv or ()):
-        fail("a NUL character on the command line - leave it out")
-    given = vars(parser.parse_args(argv))
-    each = COMMANDS[given["command"]]
-    given |= typed_settings(" ".join(given.pop("set", [])), each.flags)
-    values = {name.replace("-", "_"): default for name, default in each.flags.items()}
-    flags = Flags({**values, **given})
-    flags.given = frozenset(given) & frozenset(values)
-    if not flags.get("resume"):                              # else the run may have them
-        check_needed(flags)
+    if any("\0" in word for word in argv or ()):             # no file can be named so
+        raise InputError("a NUL character on the command line - leave it out")
+    typed, said = vars(parser.parse_args(argv)), {}
+    each = COMMANDS[typed["command"]]
+    for word in " ".join(typed.pop("set", [])).split():
+        name, _, text = word.partition("=")
+        if name not in each.flags or name not in SETTINGS:
+            mine = ", ".join(n for n in each.flags if n in SETTINGS) or "none"
+            raise InputError(f"--set {word}: no such setting - this command has {mine}")
+        typed[name.replace("-", "_")], said[name] = text, f"--set {word}"
+    defaults = {name.replace("-", "_"): default for name, default in each.flags.items()}
+    flags = Flags({**defaults, **typed})
+    flags.given = frozenset(typed) & frozenset(defaults)
+    for flag, default in each.flags.items():
+        text = typed.get(flag.replace("-", "_"))
+        if isinstance(text, str):                            # not of a switch, on or off
+            text = value_of(flag, text, said.get(flag, f"--{flag} {text}"), default)
+            flags[flag.replace("-", "_")] = text
+    if not flags.get("resume") or not os.path.exists(os.path.join(flags.out, "config.json")):
+        for name in sorted(each.needed):                     # else the run there has them
+            needed(flags, name)
     return each.run, flags
-
-
-def check_needed(flags):
-    """Raise InputError when a flag is missing that the command needs."""
-    for name in sorted(COMMANDS[flags.command].needed):
-        if not flags[name.replace("-", "_")]:
-            raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
 
 
 def add_command(subs, name, each):
@@ -2765,45 +2661,38 @@ def add_command(subs, name, each):
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:
-        if what == "run?":
-            sub.add_argument("run", nargs="?", help="a run folder")
-        elif what == "what":
+        if what == "what":
             sub.add_argument(what, nargs="?", choices=BENCHES, default="all")
         else:
-            sub.add_argument(what, help="a run folder")
+            sub.add_argument("run", nargs="?" if what == "run?" else None, help="a run folder")
     for title, table in GROUPS.items():
         group = sub.add_argument_group(title)
-        names = [flag for flag in table if flag in each.flags or flag == "set" and settings]
-        for flag in names:
-            default, text = each.flags.get(flag), FLAGS[flag][2]
-            kind = kind_of(flag, default)
-            note = " (needed)" if flag in each.needed else \
-                "" if default in (None, "auto") or kind is bool else f" (default: {default})"
-            option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-                {"choices": kind, "metavar": "|".join(kind)} if isinstance(kind, tuple) else \
-                {"type": kind, "metavar": kind.__name__.split()[-1].upper(),
-                 **({"action": "append"} if flag == "set" else {})}
-            group.add_argument(f"--{flag}", default=argparse.SUPPRESS,
-                               help=text.replace("%", "%%") + note, **option)
+        for flag in table:
+            if flag in each.flags or flag == "set" and settings:
+                add_flag(group, flag, each.flags.get(flag), flag in each.needed)
+
+
+def add_flag(group, flag, default, is_needed):
+    """A flag in a command's help. It has no default for argparse: what was typed is told apart."""
+    _, kind, text = FLAGS[flag]
+    option = {"metavar": "TEXT"}
+    if kind is bool:
+        option = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(kind, Number):
+        option["metavar"] = "NUMBER"
+    elif kind is not str:
+        option["metavar"] = "|".join(kind)
+    if flag == "set":
+        option["action"] = "append"
+    if is_needed:
+        text += " (needed)"
+    elif default not in (None, "auto") and kind is not bool:
+        text += f" (default: {default})"
+    group.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=text.replace("%", "%%"),
+                       **option)
 
 
 BENCHES = ("all", "sparc", "rows", "scan", "backbones")
-
-
-def typed_settings(text, known):
-    """--set "aux-k=32 clip=1" -> {"aux_k": 32, "clip": 1.}; fails on what the command lacks."""
-    found = {}
-    for word in text.split():
-        name, _, value = word.partition("=")
-        name = name.replace("_", "-")
-        if name not in known or name not in SETTINGS:
-            mine = ", ".join(n for n in known if n in SETTINGS) or "none"
-            fail(f"--set {word}: no such setting - this command has {mine}")
-        try:
-            found[name.replace("-", "_")] = value_of(SETTINGS[name][1], value)
-        except argparse.ArgumentTypeError as e:
-            fail(f"--set {name}: {e}")
-    return found
 
 
 def check_device(flags):

@@ -925,6 +925,15 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     return optimiser
 
 
+@torch.no_grad()
+def encoded(model, batch, rows, mode, block=1024):
+    """Yield (x, codes) of `rows`, block by block: dicts stream -> raw (b, d_s), on the model's
+    device, and -> Codes. batch: rows (b,) -> such a dict, on any."""
+    for start in range(0, len(rows), block):
+        x = {s: v.to(model.step.device) for s, v in batch(rows[start:start + block]).items()}
+        yield x, model.encode(x, mode)
+
+
 def told(model, result):
     """A step as numbers: its losses, active latents per sample, dead latents of each stream."""
     parts = [k for k in ("loss", "self", "cross", "aux", "sparsity") if k in result]
