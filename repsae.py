@@ -33,7 +33,6 @@ import signal
 import sys
 import threading
 import time
-import typing
 import warnings
 
 
@@ -57,232 +56,249 @@ class InputError(ValueError):
     """What the caller can mend. Each room raises its own; `main` knows them by name."""
 
 
-class Number(typing.NamedTuple):
-    """The kind of a numeric flag, whose range holds for whatever types or files say."""
-    kind: type
-    least: float = 0
-    most: float = 10 ** 6
+# ---- Every flag, once ---------------------------------------------------------------------------
+
+class Flags(dict):
+    """The settings of a command by name, readable as attributes. Below are all there are: name,
+    default (-: none), kind, help. Numbers lie in 0..1e6 unless a range says else. What is "-" or
+    "auto" is open: who uses it fills it in, and "auto" can be typed where it is the default.
+
+    what:
+    data          -      text       features: .npz or folder of .npy (mil: bags); else the run's, or
+                  made up
+    streams       -      text       names of the streams to use, a,b,c; all by default
+    stream        -      text       the one stream to use, where there are several
+    taxonomy      -      text       JSON, {"child": "parent", "root": null} or as in Open Images
+    images        -      text       pictures: a folder, of class or of train, val, test folders, an
+                  .npz of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them
+    weights       -      text       models a,b: name=RUN of dino or clip, name=FILE.pt of finetune,
+                  name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by runs
+                  of N words; clip: a file of released weights
+    label         -      text       the label in question, by name or number
+    window        -      text       low,high: grey values shown black and white (--window=-1000,400)
+    mode          alone  alone|joint  each stream chooses its latents, or all together
+    over          -      text       the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c
+    other         -      text       features of the same samples by another backbone, to set beside
+    sparc         -      text       a run of sparc on both streams, to set beside
+    split         random  random|given  70 / 15 / 15 drawn anew each run, or the file's
+    only          -      text       labels a,b to tell apart, or to find one by one; all by default
+    between       -      text       two labels a,b: which latents tell their groups apart?
+    query         -      text       words to search by
+    names         -      text       JSON of names of latents, {"17": "round nucleus"}
+    prompts       -      text       file to write: samples of every latent, and a prompt for its
+                  name
+    embeddings    -      text       .npz of a text model: latents (n,), vectors (n, e), query (e,)
+    head-file     -      text       .npz of a linear head, weight (d,), bias (); else one is fitted
+    sample        0      int 0..1e9  number of the test sample that asks
+    from          -      text       its stream; the first by default
+    to            -      text       the stream to search; the last by default
+    features      -      text       .npy with a vector (d,) that asks, or a file whose --sample asks
+    encoder       -      text       run of clip whose text encoder reads --query
+    latent        -      text       latents to show, 3,17; else some of labels, alive everywhere
+    merges        -      text       CLIP's merges file; else words of the captions are the tokens
+    voc           -      text       Pascal VOC folder, whose boxes become the pictures
+    rois          -      text       ASAP annotations (XML): label the tiles by them
+    pictures      4000   int 8..    how many to draw
+    most          12     int 1..    pictures at most
+    least         50     int        training samples of a label a latent needs to be one of its own
+    top           10     int 1..    samples that show what a latent is, or that a search finds
+    seeds         1      int 1..1000  how often, from --seed on, for means and deviations
+    runs          5      int 1..1000  seeds
+    quick         no     switch     a size at which only the mechanics count, in minutes
+
+    model:
+    preset        -      thesis|mammo|cyto  sparc: the thesis's; sae: thesis 4.1, Mammo-SAE, CytoSAE
+    latents       auto   int 1..16777216  L, width of the code; auto: by the rows
+    k             auto   int 1..    latents kept per sample; auto: an eighth of L, 20 to 64
+    topk          global  global|local|both|random  who chooses them in training: all streams
+                  together, each for itself, both with the losses added (ours), one stream drawn
+                  each step (Universal SAE)
+    lam           1      float      weight of cross reconstruction (thesis Eq. 14)
+    loss          sum    sum|mean   over streams: Eq. 14, or as the authors' code averages
+    norm          auto   l2|standard|standard,l2|none  length 1, mean 0 and deviation 1, or both
+                  (auto)
+    dead-after    auto   int 1..1e9  steps without firing; auto: 1000, or a quarter
+    activation    -      text       topk (default), relu with an L1, jumprelu with an L0 penalty,
+                  batchtopk, or all kinds in one table
+    sparsity      -      float      lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1
+    error         -      nmse|sum|mean  squared, over ||x||^2; summed over d as papers write; its
+                  mean: lambda_paper = d * lambda_code
+    revive        -      none|auxk|ghost|resample  what is done about dead latents
+    bias          -      zeros|mean|median  start of the decoder's bias
+    null          auto   switch     once more, with shuffled rows; auto: if under a minute
+    arch          vim_small  text       backbone: a preset of ssm.py
+    patch         -      int 1..2048  patch size, where not the preset's
+    size          -      int 1..8192  side of pictures or of DINO's global crops, pixels
+    width         96     int 1..1e5  of both of CLIP's transformers
+    prototypes    65536  int 2..    K, outputs of DINO's head
+    head-hidden   2048   int 1..1e5  width of DINO's head
+    head          gated  text       of a bag: max, mean, abmil, gated, clam_sb, clam_mb, or several
+    widths        512    text       of the layers that embed an instance, a,b
+    attention     256    int 1..1e5  hidden width of the attention
+    instances     8      int 1..    CLAM: instances called positive, and as many negative
+    dropout       0.25   float 0..0.99  after the embedding; CLAM: in the attention too
+    frozen        no     switch     train the head alone
+    standardise   no     switch     random weights start in the pictures' own units (ours)
+    last          4      int 1..1000  ViT: class tokens of so many last blocks side by side
+    tokens        no     switch     patch tokens (N, T, d), in half precision, not the class token
+    whole         no     switch     squeeze pictures to a square instead of cutting their middle out
+    tau           0      float      activation above which a patch counts (CytoSAE Eq. 3; barcodes
+                  .2)
+    weighted      no     switch     entropy weighted by activation, as CytoSAE's code has it
+    rank          mean   mean|difference|boxes  latents of a label by mean activation (Mammo-SAE),
+                  by the difference to the rest or inside its boxes (ours)
+    iou           0.25   float 1e-9..1  overlap with a true box that makes a box right
+    solver        lbfgs  lbfgs|sgd  of the linear probe: exact, or DINO's 20 epochs
+    downsample    1      float 1e-9..  pixels of the slide in one of the tile's
+    threshold     8      int 0..255  saturation above which a pixel is tissue
+    otsu          no     switch     find that threshold by Otsu's method
+    smallest      0.2    float      smallest piece of tissue, in areas of 512 x 512 pixels
+
+    training:
+    epochs        auto   int 1..    passes at most; auto: 50, or what makes 1,000 steps
+    batch         auto   int 1..    samples a step; auto: a tenth of the rows, up to 256
+    lr            auto   float 1e-12..1e30  auto: 2e-4 sqrt(2^14 / L); dino: at batch 256
+    warmup        -      int        steps over which the learning rate rises; dino: epochs
+    weight-decay  0      float      L2 penalty, or AdamW's decay; dino: at the start
+    shuffle       auto   blocks|samples  samples singly, or blocks of a batch (mapped folders)
+    patience      20     int 1..    epochs without a better validation loss that end training
+    min-epochs    50     int        epochs that are trained in any case
+    momentum      0.996  float 0..1  of DINO's teacher at the start; 1 at the end
+    local-size    96     int 1..8192  side of DINO's local crops
+    local-crops   8      int 0..100  their number
+    local-scale   0.05,0.4  text       share of the area that they cover, from,to
+    global-scale  0.4,1  text       the same of global crops
+    blur          2      float 0..100  largest radius of the blur, pixels; less for small pictures
+    colour        1      float 0..2  strength of colour changes; less where colour matters
+    pathology     no     switch     vertical flips, right-angle turns, stain jitter too (ours)
+    balanced      no     switch     draw bags so that classes are equally frequent
+    folds         0      int 0..1000  parts of all bags, in turn; 0: the file's, or 70 / 15 / 15
+    votes         1      int 1..1000  models that vote on a bag, each from its own weights
+    seed          42     int 0..4294967295  of everything drawn: split, weights, order, pictures
+
+    run:
+    out           -      text       where to write; a folder inside the run by default
+    json          -      text       file for every figure
+    svg           -      text       file for the picture that `bench backbones` draws
+    device        cpu    text       torch device
+    workers       2      int 0..256  processes that make crops
+    eval-rows     10000  int 0..1e9  samples judged, of test, else of val; 0: all
+    log-every     20     int 1..    steps between rows of log.csv
+    save-every    60     float      seconds between checkpoints
+    overwrite     no     switch     replace what an earlier run wrote there, and nothing else
+    resume        no     switch     go on where the run there stopped, or start it
+    set           -      text       settings of a reproduction, "name=value name=value": see below
+
+    settings:
+    aux-k         64     int 1..    dead latents that rebuild the residual (AuxK)
+    aux-coef      0.03125  float      weight of AuxK; 0 for none
+    reinit-after  1000   int 0..1e9  steps more until a dead latent is drawn anew (authors: 0)
+    expansion     -      int 1..    L over the stream's width, instead of --latents
+    bandwidth     -      float 1e-12..  jumprelu: epsilon of the threshold's gradient, 0.1
+    bottleneck    256    int 1..1e5  DINO's head: width of its last layer
+    norm-last     yes    switch     DINO: prototypes keep unit length
+    teacher-temp  0.04   float 1e-6..  DINO: of the teacher
+    teacher-temp-start  0.04   float 1e-6..  DINO: the same in the first epoch
+    teacher-warmup  0      int        DINO: epochs from the one to the other
+    min-lr        1e-6   float      DINO: learning rate at the end
+    weight-decay-end  0.4    float      DINO: weight decay at the end
+    decay-ssm     no     switch     DINO: decay state-space parameters too, as the authors' run did
+    clip          3      float 1e-9..  DINO: largest gradient norm of each parameter
+    freeze-last   1      int        DINO: epochs in which prototypes stay fixed
+    drop-path     0.1    float 0..0.99  DINO: stochastic depth of the student
+    knn-every     1      int 1..    DINO: epochs between k-NN evaluations
+    layers        4      int 1..1000  CLIP: of both transformers
+    joint         64     int 1..1e5  CLIP: width of the common space
+    context       32     int 3..10000  CLIP: longest text, tokens
+    squash        0      int 0..1   MIL: 1 for tanh of the standardised features, against outliers
+    bag-weight    0.7    float 0..1  CLAM: weight of the bag's loss; the rest is the instances'
+    inst-loss     svm    svm|ce     CLAM: smooth top-1 SVM or cross-entropy of instances
+    subtyping     no     switch     CLAM: classes exclude each other
+    cosine        no     switch     MIL: the learning rate falls to 0 along half a cosine
+    percentile    95     float 0..100  of a heat map: what is at or above it is hot
+    connectivity  8      8|4        hot pixels that touch at corners are one box, or not
+    strict        no     switch     hot: above the percentile, not at it
+    box-score     box    box|hot    of a box: mean activation in it, or of hot pixels
+    ap-points     0      int 0..1e5  recalls at which precision is averaged; 0: all
+    start-layer   0      int -1000..1000  first layer of relevancy maps; -1 for the last alone
+    strength      1      float 1e-12..  probe: C of lbfgs, larger is less regular
+    step          -      int 1..    pixels from tile to tile; the size by default
+    least-hole    0.2    float      smallest hole in tissue, in areas of 512 x 512 pixels
+    max-holes     8      int        holes of a piece of tissue that count
+    roi-share     0.5    float 1e-9..1  share of a tile inside the regions that makes it theirs
+    margin        0.2    float 0..100  how much longer than a box's longer side its cut is
+    """
+    given = frozenset()                                      # names of those that were typed
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name)
+
+    def pick(self, names):
+        """Those of `names`, "lr batch", as keyword arguments."""
+        return {name: self[name] for name in names.split()}
+
+    def replaced(self, changes):
+        new = Flags({**self, **changes})
+        new.given = self.given
+        return new
 
 
-# ---- Every flag, once: name: (default, kind, help) ----------------------------------------------
-# A kind is a Number, str, bool or a tuple of choices. "auto" can be typed where it is the default;
-# what is None or "auto" is open, and filled in by who uses it. A command names the flags that it
-# takes, with its own default where it differs: "data lr=1e-3 images!"; ! says that it needs one.
+def value_of(kind, text, said, default=None):
+    """The value of a kind that `text` means, whoever says so: a command line, a config.json, a
+    command's own defaults. InputError begins with what was `said`."""
+    number, _, ends = kind.partition(" ")
+    if kind == "text" or text == default == "auto":
+        return text
+    if number in ("int", "float"):
+        least, _, most = ends.partition("..")
+        least, most = float(least or 0), float(most or 1e6)
+        with contextlib.suppress(ValueError, OverflowError):
+            value = int(text) if number == "int" else float(text)
+            if least <= value <= most:                       # NaN is in no range
+                return value
+        number = {"int": "whole number", "float": "number"}[number]
+        raise InputError(f"{said} - give a {number} from {least:.10g} to {most:.10g}")
+    choices = {"no": False, "yes": True, "False": False, "True": True}
+    if kind != "switch":
+        choices = {choice: choice for choice in kind.split("|")}
+    if text not in choices:
+        raise InputError(f"{said} - take one of {', '.join(choices)}")
+    return choices[text]
 
-whole, real = functools.partial(Number, int), functools.partial(Number, float)
-TINY = 1e-12                                                 # where what must be positive starts
-SIDE, WIDTH, PART = whole(1, 8192), whole(1, 10 ** 5), real(0., 1.)
 
-WHAT = {
-    "data": (None, str, "features, .npz or folder of .npy (mil: bags); else a run's, or made-up"),
-    "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
-    "stream": (None, str, "the one stream to use, where there are several"),
-    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or as Open Images nests it'),
-    "images": (None, str, "pictures: a folder, of class or of train, val, test folders, an .npz of "
-               "MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
-    "weights": (None, str, "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
-                "runs of N words; clip: a file of released weights"),
-    "label": (None, str, "the label in question, by name or number"),
-    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400)"),
-    "mode": ("alone", ("alone", "joint"), "each stream chooses its latents, or all together"),
-    "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
-    "other": (None, str, "features of the same samples by another backbone, to set beside"),
-    "sparc": (None, str, "a run of sparc on both streams, to set beside"),
-    "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew each run, or the file's"),
-    "only": (None, str, "labels a,b to tell apart, or to find one by one; all by default"),
-    "between": (None, str, "two labels a,b: which latents tell their groups apart?"),
-    "query": (None, str, "words to search by"),
-    "names": (None, str, 'JSON of names of latents, {"17": "round nucleus"}'),
-    "prompts": (None, str, "file to write: samples of every latent, and a prompt for naming it"),
-    "embeddings": (None, str, ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
-    "head-file": (None, str, ".npz of a linear head, weight (d,), bias (); else one is fitted"),
-    "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
-    "from": (None, str, "its stream; the first by default"),
-    "to": (None, str, "the stream to search; the last by default"),
-    "features": (None, str, ".npy with a vector (d,) that asks, or a file whose --sample asks"),
-    "encoder": (None, str, "run of clip whose text encoder reads --query"),
-    "latent": (None, str, "latents to show, 3,17; by default some of labels, alive everywhere"),
-    "merges": (None, str, "CLIP's merges file; else words of the captions are the tokens"),
-    "voc": (None, str, "Pascal VOC folder, whose boxes become the pictures"),
-    "rois": (None, str, "ASAP annotations (XML): label the tiles by them"),
-    "pictures": (4000, whole(8), "how many to draw"),
-    "most": (12, whole(1), "pictures at most"),
-    "least": (50, whole(), "training samples of a label a latent needs to be one of its own"),
-    "top": (10, whole(1), "samples that show what a latent is, or that a search finds"),
-    "seeds": (1, whole(1, 1000), "how often, from --seed on, for means and deviations"),
-    "runs": (5, whole(1, 1000), "seeds"),
-    "quick": (False, bool, "a size at which only the mechanics count, in minutes"),
-}
-MODEL = {
-    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
-               "samples; sae: thesis 4.1, Mammo-SAE, CytoSAE; what is typed goes first"),
-    "latents": ("auto", whole(1, 2 ** 24), "L, width of the code; auto: by the rows"),
-    "k": ("auto", whole(1), "latents kept per sample; auto: an eighth of L, 20 to 64"),
-    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
-             "streams together, each for itself, both with the losses added (ours), or one stream "
-             "drawn each step (Universal SAE)"),
-    "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or as the authors' code averages"),
-    "norm": ("auto", ("l2", "standard", "standard,l2", "none"), "length 1 per sample, mean 0 and "
-             "deviation 1 per dimension, or both in that order (auto)"),
-    "dead-after": ("auto", whole(1, 10 ** 9), "steps without firing; auto: 1000, or a quarter"),
-    "activation": (None, str, "topk (default), relu with an L1 penalty, batchtopk, jumprelu with "
-                   "an L0 penalty, or all: every kind, in one table"),
-    "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
-    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
-              "write, or its mean: lambda_paper = d * lambda_code"),
-    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents"),
-    "bias": (None, ("zeros", "mean", "median"), "start of the decoder's bias"),
-    "null": ("auto", bool, "also with rows shuffled between streams; auto: if under a minute"),
-    "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
-    "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (None, SIDE, "side of pictures or of DINO's global crops, pixels"),
-    "width": (96, WIDTH, "of both of CLIP's transformers"),
-    "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
-    "head-hidden": (2048, WIDTH, "width of DINO's head"),
-    "head": ("gated", str, "of a bag: max, mean, abmil, gated, clam_sb, clam_mb; several: a,b"),
-    "widths": ("512", str, "of the layers that embed an instance, a,b"),
-    "attention": (256, WIDTH, "hidden width of the attention"),
-    "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
-    "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
-    "frozen": (False, bool, "train the head alone"),
-    "standardise": (False, bool, "random weights start in the pictures' own units (ours)"),
-    "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
-    "tokens": (False, bool, "patch tokens (N, T, d), in half precision, not the class token"),
-    "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out"),
-    "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; barcodes: 0.2)"),
-    "weighted": (False, bool, "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by mean activation "
-             "(Mammo-SAE), by the difference to the rest or inside its boxes (ours)"),
-    "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
-    "solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
-    "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
-    "threshold": (8, whole(0, 255), "saturation above which a pixel is tissue"),
-    "otsu": (False, bool, "find that threshold by Otsu's method"),
-    "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
-}
-TRAINING = {
-    "epochs": ("auto", whole(1), "passes at most; auto: 50, or what makes 1,000 steps"),
-    "batch": ("auto", whole(1), "samples a step; auto: a tenth of the rows, up to 256"),
-    "lr": ("auto", real(TINY, 1e30), "auto: 2e-4 sqrt(2^14 / L); dino: at batch 256"),
-    "warmup": (None, whole(), "steps over which the learning rate rises; dino: epochs"),
-    "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
-    "shuffle": ("auto", ("blocks", "samples"), "single samples, or blocks as long as a batch (auto "
-                "for memory-mapped folders)"),
-    "patience": (20, whole(1), "epochs without a better validation loss that end training"),
-    "min-epochs": (50, whole(), "epochs that are trained in any case"),
-    "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
-    "local-size": (96, SIDE, "side of DINO's local crops"),
-    "local-crops": (8, whole(0, 100), "their number"),
-    "local-scale": ("0.05,0.4", str, "share of the area that they cover, from,to"),
-    "global-scale": ("0.4,1", str, "the same of global crops"),
-    "blur": (2., real(0., 100.), "largest radius of the blur, pixels; less for small pictures"),
-    "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
-    "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
-    "balanced": (False, bool, "draw bags so that classes are equally frequent"),
-    "folds": (0, whole(0, 1000), "parts of all bags, in turn; 0: the file's, or 70 / 15 / 15"),
-    "votes": (1, whole(1, 1000), "models that vote on a bag, each from its own weights"),
-    "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
-}
-RUN = {
-    "out": (None, str, "where to write; a folder inside the run by default"),
-    "json": (None, str, "file for every figure"),
-    "svg": (None, str, "file for the picture that `bench backbones` draws"),
-    "device": ("cpu", str, "torch device"),
-    "workers": (2, whole(0, 256), "processes that make crops"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of test, else of val; 0: all"),
-    "log-every": (20, whole(1), "steps between rows of log.csv"),
-    "save-every": (60., real(), "seconds between checkpoints"),
-    "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
-    "resume": (False, bool, "go on where the run there stopped, or start it"),
-    "set": (None, str, 'settings of a reproduction, "name=value name=value": see below'),
-}
-# Constants of the papers, which --set alone reaches.
-SETTINGS = {
-    "aux-k": (64, whole(1), "dead latents that rebuild the residual (AuxK)"),
-    "aux-coef": (1 / 32, real(), "weight of AuxK; 0 for none"),
-    "reinit-after": (1000, whole(0, 10 ** 9), "steps more until a dead latent is drawn anew (the "
-                     "authors' 0 leaves AuxK nothing to do)"),
-    "expansion": (None, whole(1), "L over the stream's width, instead of --latents"),
-    "bandwidth": (None, real(TINY), "jumprelu: epsilon of the threshold's gradient, 0.1"),
-    "bottleneck": (256, WIDTH, "DINO's head: width of its last layer"),
-    "norm-last": (True, bool, "DINO: prototypes keep unit length"),
-    "teacher-temp": (0.04, real(1e-6), "DINO: of the teacher"),
-    "teacher-temp-start": (0.04, real(1e-6), "DINO: the same in the first epoch"),
-    "teacher-warmup": (0, whole(), "DINO: epochs from the one to the other"),
-    "min-lr": (1e-6, real(), "DINO: learning rate at the end"),
-    "weight-decay-end": (0.4, real(), "DINO: weight decay at the end"),
-    "decay-ssm": (False, bool, "DINO: decay state-space parameters too, as the authors' run did"),
-    "clip": (3., real(1e-9), "DINO: largest gradient norm of each parameter"),
-    "freeze-last": (1, whole(), "DINO: epochs in which prototypes stay fixed"),
-    "drop-path": (0.1, real(0., .99), "DINO: stochastic depth of the student"),
-    "knn-every": (1, whole(1), "DINO: epochs between k-NN evaluations"),
-    "layers": (4, whole(1, 1000), "CLIP: of both transformers"),
-    "joint": (64, WIDTH, "CLIP: width of the common space"),
-    "context": (32, whole(3, 10 ** 4), "CLIP: longest text, tokens"),
-    "squash": (0, whole(0, 1), "MIL: 1 for tanh of the standardised features, against outliers"),
-    "bag-weight": (0.7, PART, "CLAM: weight of the bag's loss; the rest is the instances'"),
-    "inst-loss": ("svm", ("svm", "ce"), "CLAM: smooth top-1 SVM or cross-entropy of instances"),
-    "subtyping": (False, bool, "CLAM: classes exclude each other"),
-    "cosine": (False, bool, "MIL: the learning rate falls to 0 along half a cosine"),
-    "percentile": (95., real(0., 100.), "of a heat map: what is at or above it is hot"),
-    "connectivity": ("8", ("8", "4"), "hot pixels that touch at corners are one box, or not"),
-    "strict": (False, bool, "hot: above the percentile, not at it"),
-    "box-score": ("box", ("box", "hot"), "of a box: mean activation in it, or of hot pixels"),
-    "ap-points": (0, whole(0, 10 ** 5), "recalls at which precision is averaged; 0: all"),
-    "start-layer": (0, whole(-1000, 1000), "first layer of relevancy maps; -1 for the last alone"),
-    "strength": (1., real(TINY), "probe: C of lbfgs, larger is less regular"),
-    "step": (None, whole(1), "pixels from tile to tile; the size by default"),
-    "least-hole": (0.2, real(), "smallest hole in tissue, in areas of 512 x 512 pixels"),
-    "max-holes": (8, whole(), "holes of a piece of tissue that count"),
-    "roi-share": (0.5, real(1e-9, 1.), "share of a tile inside the regions that makes it theirs"),
-    "margin": (0.2, real(0., 100.), "how much longer than a box's longer side its cut is"),
-}
-GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
+def read_flags(text):
+    """Tables of flags as the docstring above has them: {title: {name: (default, kind, help)}}."""
+    tables = {}
+    for block in re.sub(r"\n {8,}", " ", inspect.cleandoc(text)).split("\n\n")[1:]:
+        title, *rows = block.splitlines()
+        tables[title.strip(":")] = table = {}
+        for name, default, kind, about in (re.split(" {2,}", row, maxsplit=3) for row in rows):
+            default = None if default == "-" else value_of(kind, default, name, "auto")
+            table[name] = default, kind, about
+    return tables
+
+
+GROUPS = read_flags(Flags.__doc__)
+SETTINGS = GROUPS.pop("settings")                            # constants of papers, for --set alone
 FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
 COMMANDS = {}
 
 
-class Command(typing.NamedTuple):
-    """A sub-command: its function, {flag: default}, the flags it needs, positional arguments."""
-    run: typing.Callable
-    flags: dict
-    needed: frozenset
-    positional: tuple
-
-
 def command(spec, *positional):
-    """Enter cmd_NAME in COMMANDS. spec: names of flags, `name=default`, or `name!` if needed."""
+    """Enter the function cmd_NAME in COMMANDS, with `flags` {name: default}, those `needed`, and
+    `positional` arguments. spec: names of flags, `name=default`, or `name!` if needed."""
     def enter(run):
         words = [word.rstrip("!").partition("=") for word in spec.split()]
-        defaults = {name: value_of(name, text, spec) if equals else FLAGS[name][0]
-                    for name, equals, text in words}
-        needed = frozenset(word[:-1] for word in spec.split() if word.endswith("!"))
-        COMMANDS[run.__name__[4:]] = Command(run, defaults, needed, positional)
+        run.flags = {name: value_of(FLAGS[name][1], text, spec) if equals else FLAGS[name][0]
+                     for name, equals, text in words}
+        run.needed = [word[:-1] for word in spec.split() if word.endswith("!")]
+        run.positional = positional
+        COMMANDS[run.__name__[4:]] = run
         return run
     return enter
-
-
-def value_of(name, text, said, default=None):
-    """The value of flag `name` that `text` means, whoever says so: a command line, a config.json,
-    a command's own defaults. InputError begins with what was `said`."""
-    kind = FLAGS[name][1]
-    if kind is str or text == default == "auto":
-        return text
-    if isinstance(kind, Number):
-        with contextlib.suppress(ValueError, OverflowError):
-            value = kind.kind(text)
-            if kind.least <= value <= kind.most:             # NaN is in no range
-                return value
-        wanted = "whole number" if kind.kind is int else "number"
-        raise InputError(f"{said} - give a {wanted} from {kind.least} to {kind.most}")
-    choices = {"no": False, "yes": True, "False": False, "True": True}
-    if kind is not bool:
-        choices = dict(zip(kind, kind))
-    if text not in choices:
-        raise InputError(f"{said} - take one of {', '.join(choices)}")
-    return choices[text]
 
 
 DATA = "data streams taxonomy"
@@ -292,21 +308,6 @@ STEPS = "preset epochs batch lr shuffle seed"
 FOLDER = "device log-every save-every eval-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
-# What fills in the settings that were left open, of several streams (thesis 5.3.2, A.1.2) ...
-THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
-          "shuffle": "blocks", "dead_after": 1000}
-PRESETS = {                                                  # ... and of one
-    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
-    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
-              "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
-    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
-    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none",
-             "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
-             "batch": 16448, "epochs": 24, "dead_after": 64},
-}
-# What rows cannot tell of the made-up streams: they have 48 concepts, three or four in a sample.
-PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
-PLANTED_SAE = {"batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
 
 # ---- Runs: folders that a command owns while it writes ------------------------------------------
 
@@ -329,12 +330,10 @@ class Run:
 
     held = {}                                                # lock files of this process, by path
 
-    def __init__(self, flags, folder=None, resume=None, add=False):
-        """`folder`: instead of --out; `resume`: instead of --resume; `add`: files of an earlier run
-        of this command stay, but for those written anew. Changes nothing there yet."""
+    def __init__(self, flags, folder=None):
+        """`folder`: instead of --out. Changes nothing there yet."""
         self.folder, self.flags = folder or flags.out, flags
-        self.saved, self.files, self.kept, self.about = None, [], (), {}
-        resume = flags.get("resume") if resume is None else resume
+        self.saved, self.files, self.about = None, [], {}
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise InputError(f"{self.folder} is a file - name a folder with --out")
         if not os.path.isdir(self.folder) or not set(os.listdir(self.folder)) - {".lock"}:
@@ -342,17 +341,14 @@ class Run:
         if os.path.realpath(self.folder) in inputs_of(flags):
             raise InputError(f"{self.folder} is read by this command - name another --out")
         self._lock()
-        config = {}
+        if not flags.get("resume") and not flags.get("overwrite"):
+            raise InputError(f"{self.folder} holds files already - use --overwrite" +
+                             ", --resume" * ("resume" in flags) + " or another --out")
         if os.path.lexists(self.join("config.json")):
             config = read_config(self.folder)
             self.files = config["files"]
-        if add and config.get("command") == flags.command:
-            self.kept = {*self.files} - {"config.json"}
-        elif not resume and not flags.get("overwrite"):
-            raise InputError(f"{self.folder} holds files already - use --overwrite" +
-                             ", --resume" * ("resume" in flags) + " or another --out")
-        if config and resume:
-            self._go_on(config)
+            if flags.get("resume"):
+                self._go_on(config)
 
     def join(self, name):
         return os.path.join(self.folder, name)
@@ -409,8 +405,11 @@ class Run:
         """Make the folder, rid it of what its manifest lists unless the run goes on, and write
         config.json: the resolved `flags` and what `about` tells."""
         self.flags = self.flags if flags is None else flags
+        if self.saved and self.saved.get("data_hash") != about.get("data_hash"):
+            raise InputError(f"{self.flags.get('data') or self.flags.get('images')} is not what "
+                             f"the run in {self.folder} was trained on - restore it, or train anew")
         self._lock()
-        if not self.saved and not self.kept:
+        if not self.saved:
             self._clear()
         self.about = {"command": self.flags.command, "flags": self.flags, **about,
                       "versions": versions()}
@@ -420,25 +419,23 @@ class Run:
     def _clear(self):
         """Remove what the manifest lists, and what a killed run left of it half written."""
         inputs = inputs_of(self.flags)
+        for name in self.files:
+            self._check(name)
+            if os.path.realpath(self.join(name)) in inputs:
+                raise InputError(f"{self.join(name)} is read by this command - name another --out")
         for path in map(self.join, self.files):
-            if os.path.realpath(path) in inputs:
-                raise InputError(f"{path} is read by this command - name another --out")
-        for name in filter(self._is_direct, self.files):
-            for path in [self.join(name), *glob.glob(glob.escape(self.join(name)) + ".*.tmp")]:
-                if os.path.isfile(path) and not os.path.islink(path):
-                    os.remove(path)
+            for left in [path, *glob.glob(glob.escape(path) + ".*.tmp")]:
+                if os.path.isfile(left) and not os.path.islink(left):
+                    os.remove(left)
         self.files = []
 
-    def _is_direct(self, name):
-        """Whether no link lies on the way from the folder to a file in it, nor is one there."""
-        return os.path.realpath(self.join(name)) == os.path.join(
-            os.path.realpath(self.folder), name)
-
-    def trained_on(self, data_hash, name):
-        """Raise InputError when the run goes on, but was started on other data."""
-        if self.saved and self.saved.get("data_hash") != data_hash:
-            raise InputError(f"{name} is not what the run in {self.folder} was trained on - "
-                             "restore it, or train anew")
+    def _check(self, name):
+        """Raise InputError unless a name stays in the folder, and no link leads out of it."""
+        if not plain(name):
+            raise InputError(f"{name!r} cannot be the name of a file - rename it")
+        if os.path.realpath(self.join(name)) != os.path.join(os.path.realpath(self.folder), name):
+            raise InputError(f"{self.join(name)} was not written by this run, but is a link - move "
+                             "it away, or name another --out")
 
     def path(self, name):
         """The path of an output, which may lie in a folder of the run's: see `paths`."""
@@ -448,15 +445,11 @@ class Run:
         """The paths of outputs, in the manifest before they are written. Raises InputError where
         a file is that is not ours to replace."""
         for name in names:
-            path = self.join(name)
-            if not plain(name):
-                raise InputError(f"{name!r} cannot be the name of a file - rename it")
-            if os.path.lexists(path) and name not in self.files or not self._is_direct(name):
-                raise InputError(f"{path} was not written by this run - move it away, or name "
-                                 "another --out")
-            if name in self.kept and not self.flags.overwrite:
-                raise InputError(f"{path} exists - use --overwrite, or another --out")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._check(name)
+            if os.path.lexists(self.join(name)) and name not in self.files:
+                raise InputError(f"{self.join(name)} was not written by this run - move it away, or "
+                                 "name another --out")
+            os.makedirs(os.path.dirname(self.join(name)), exist_ok=True)
         listed = [*dict.fromkeys([*self.files, *names])]
         if listed != self.files or "config.json" in names:
             self.files = listed
@@ -466,14 +459,12 @@ class Run:
     def part(self, name, flags):
         """A run within this one. It goes on only if it was started with these very flags: another
         run, overwritten since, may have left a folder of that name."""
+        self._check(name)
         folder, resume = self.join(name), False
-        if not plain(name) or not self._is_direct(name):
-            raise InputError(f"{folder} was not made by this run - move it away, or name another "
-                             "--out")
         if self.saved and os.path.exists(os.path.join(folder, "config.json")):
             theirs = read_config(folder)["flags"]
             resume = all(theirs.get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
-        return Run(flags.replaced({"overwrite": True}), folder, resume)
+        return Run(flags.replaced({"overwrite": True, "resume": resume}), folder)
 
 
 def plain(name):
@@ -538,7 +529,8 @@ def check_kinds(values, defaults, path):
     for name, default in defaults.items():
         value = values.get(name.replace("-", "_"), default)
         said = f"{path} has {value!r} as {name}"
-        if value is not default and value != value_of(name, str(value), said, default):
+        if value is not default and value != value_of(
+                FLAGS[name][1], str(value), said, default):
             raise InputError(f"{said} - restore it, or train anew")
 
 
@@ -567,19 +559,17 @@ class Progress:
     """A line on stderr that rewrites itself on a terminal; elsewhere one every tenth of the way."""
 
     def __init__(self, total, start=0):
-        self.total, self.began, self.first = total, time.time(), start
+        self.total, self.first, self.began = total, start, time.time()
         self.live = sys.stderr.isatty()
-        self.next = start + (10 if self.live else max(1, total // 10))
+        self.every = max(1, total // (1000 if self.live else 10))
 
     def __call__(self, step, text):
-        if step < self.next and step < self.total:
+        if step % self.every and step < self.total:
             return
-        self.next = step + (1 if self.live else max(1, self.total // 10))
         left = (time.time() - self.began) / max(step - self.first, 1) * (self.total - step)
         line = f"step {step}/{self.total}  {text()}  {left:.0f} s left"
-        stays = step >= self.total or not self.live
-        print(f"\r{line:<100}" if self.live else line, end="\n" * stays, file=sys.stderr,
-              flush=True)
+        end = "" if self.live and step < self.total else "\n"
+        print(f"\r{line:<100}" if self.live else line, end=end, file=sys.stderr, flush=True)
 
 
 class Log:
@@ -593,16 +583,14 @@ class Log:
         self.path, self.rows = path, []
         if not upto or not os.path.exists(path):
             return
-        data.plain_file(path)
         try:
-            with open(path, newline="") as f:
+            with open(data.plain_file(path), newline="") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
-            sound = all(math.isfinite(float(v)) for row in self.rows for k, v in row.items()
-                        if v or k not in gaps)
-            sound = sound and all(row.keys() >= {*columns} for row in self.rows[:1])
+            for row in self.rows:
+                numbers = [float(v) for k, v in row.items() if v or k not in gaps]
+                if not all(map(math.isfinite, numbers)) or not row.keys() >= {*columns}:
+                    raise ValueError
         except (KeyError, TypeError, ValueError, csv.Error):
-            sound = False
-        if not sound:
             raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves")
 
     def add(self, row):
@@ -631,10 +619,8 @@ class Keeper:
         self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
 
     def __enter__(self):
-        obeyed = signal.SIGINT, signal.SIGTERM
-        if threading.current_thread() is not threading.main_thread():
-            obeyed = ()                                      # Python allows handlers there alone
-        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
+        self.before = {n: signal.signal(n, self.on_signal)
+                       for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
@@ -665,7 +651,6 @@ def train(run, features):
     flags, rows = run.flags, features.rows("train")
     model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
-    run.trained_on(features.hash, flags.data)
     run.begin(flags, dims=features.dims, data_hash=features.hash, train_rows=len(rows))
     checkpoint = run.path("checkpoint.pt")
     if run.saved and os.path.exists(checkpoint):
@@ -693,9 +678,11 @@ def train(run, features):
 
 
 def resolved(flags, features):
-    """The flags with all that was left open filled in: by the preset, by what made-up data want, by
-    the activation's own settings, by the number of training rows; says what those chose."""
-    layers, n = preset_layers(flags), len(features.rows("train"))
+    """The flags with all that was left open, None or "auto", filled in: as the preset, the
+    activation or made-up data want it, else by the number of training rows; says what those chose.
+    """
+    single, n = "activation" in flags, len(features.rows("train"))
+    layers = sae.known_settings(single, flags.preset, flags.get("activation"), flags.data is None)
     if {"expansion", "latents"} <= flags.given:
         raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
                          "one of the two")
@@ -703,13 +690,18 @@ def resolved(flags, features):
         layers["latents"] = expansion * max(features.dims.values())
     flags = flags.replaced({k: layers[k] for k, v in flags.items()
                             if v in (None, "auto") and k in layers})
+    if single and flags.sparsity and not sae.ACTIVATIONS[flags.activation].sparsity:
+        raise InputError(f"--sparsity {flags.sparsity} has no effect on {flags.activation}, which "
+                         "has no penalty - leave it out, or set --k")
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
     auto = sae.settings_for(n, **typed)
     auto["shuffle"] = "blocks" if features.mapped else "samples"
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
-        flags["null"] = planned_seconds(flags, features.dims, auto["steps"]) < 60
+        seconds = sae.planned_seconds(features.dims, topk=flags.get("topk"),
+                                      **flags.pick("latents k batch"))
+        flags["null"] = auto["steps"] * seconds < 60
     if chosen:
         shown = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}"
                           for k, v in chosen.items()).replace("_", "-")
@@ -718,32 +710,6 @@ def resolved(flags, features):
         say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - "
                  "shuffle the file, or use --shuffle samples")
     return flags
-
-
-def preset_layers(flags):
-    """What fills in open settings whatever the rows, {flag: value}; the preset goes first."""
-    single, planted = "activation" in flags, PLANTED if flags.data is None else {}
-    if not single:
-        if flags.preset not in (None, "thesis"):
-            raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
-        return {**planted, **(THESIS if flags.preset else {})}
-    preset = PRESETS.get(flags.preset, {})
-    activation = flags.activation or preset.get("activation", "topk")
-    sae.one_of("activation", activation, sae.ACTIVATIONS)
-    own = sae.ACTIVATIONS[activation]
-    if flags.sparsity and not own.sparsity:
-        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no "
-                         "penalty - leave it out, or set --k")
-    planted = {**planted, **PLANTED_SAE.get(activation, {})} if planted else {}
-    return {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, "bias": "zeros",
-            "warmup": 0, "bandwidth": 0.1, **planted, **preset, "activation": activation}
-
-
-def planned_seconds(flags, dims, steps):
-    """About how long training takes on two cores: all logits of a batch, M times the products."""
-    logits, products = flags.batch * flags.latents, len(dims) * flags.batch * flags.k
-    each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
-    return steps * each * (2 if flags.get("topk") == "both" else 1)
 
 
 def memory():
@@ -832,9 +798,7 @@ def measure(model, features, flags):
 def judged(run, features, whole=None, quiet=False):
     """Train, with --null once more on shuffled streams, and measure; write metrics.json and
     report.html. whole: the run that --null would be added to. Returns metrics."""
-    flags, began = run.flags, time.time()
-    model, log = train(run, features)
-    trained = time.time()
+    flags, (model, log) = run.flags, train(run, features)
     metrics, codes, rows = measure(model, features, flags)
     if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
@@ -844,27 +808,26 @@ def judged(run, features, whole=None, quiet=False):
     metrics["verdict"] = judge.verdict(
         metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
                            f"{shlex.quote(whole.folder)}")
-    settings = {**flags, "seconds to train": round(trained - began, 1),
-                "seconds to measure": round(time.time() - trained, 1)}
     page = judge.Page(f"repsae {flags.command}: {os.path.basename(os.path.abspath(run.folder))}")
     judge.tell_summary(page, metrics, quiet)
-    judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
+    judge.tell_run(page, metrics, log.rows, flags, codes, features, rows)
     page.write(run.path, metrics)
     if not quiet:
         say(f"wrote {run.join('report.html')}")
     return metrics
 
 
-def compared(run, changes, tell, least=2, whole=None):
+def compared(run, changes, tell, whole=None):
     """Train and judge a run for each of `changes`, {name: {flag: value}}, in a folder of the run,
     and put them beside each other: tell(page, {name: metrics}) may return a chart."""
-    flags, features, trials, results = run.flags, read_to_train(run.flags, least), {}, {}
-    if "activation" not in flags:                            # each kind of SAE has settings of its
-        flags = resolved(flags, features)                    # own, all others what fits the first
+    flags, single, trials, results = run.flags, "activation" in run.flags, {}, {}
+    features = read_to_train(flags, 1 if single else 2)
+    if not single:                                           # kinds of SAE have their own settings
+        flags = resolved(flags, features)
     for name, change in changes.items():
         trial, mine = flags.replaced(change), features
         if {"streams", "seed"} & change.keys():              # the seed draws the split too
-            mine = read_to_train(trial, least)
+            mine = read_to_train(trial, 2)
         trials[name] = resolved(trial, mine), mine
         # sizes that do not fit fail before anything is written, and what torch loads for its first
         # optimiser is in no trial's seconds
@@ -889,11 +852,11 @@ def read(flags):
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
     else:
         features = data.planted_streams(seed=flags.seed)
-        for s in names or ():
-            if s not in features.streams:
-                raise InputError(f"the made-up data has no stream '{s}' - "
-                                 f"it has {', '.join(features.streams)}")
-        features.streams = {s: features.streams[s] for s in names or features.streams}
+        names = names or [*features.streams]
+        if not {*names} <= {*features.streams}:
+            raise InputError(f"the made-up data has no stream {flags.streams} - it has "
+                             f"{', '.join(features.streams)}")
+        features.streams = {s: features.streams[s] for s in names}
         features.truth = {s: features.truth[s] for s in features.streams}
     for note in features.notes:
         say_once("note: " + note)
@@ -1066,7 +1029,7 @@ def cmd_sae(flags):
         kinds += [("relu", "none"), ("relu", "ghost")]
         changes = {f"{name}_{revive}": {"activation": name, "revive": revive}
                    for name, revive in sorted(kinds)}
-        return compared(run, changes, judge.tell_activations, 1)
+        return compared(run, changes, judge.tell_activations)
     features = read_to_train(run.flags)
     run.flags = resolved(run.flags, features)
     judged(run, features)
@@ -1092,8 +1055,7 @@ def cmd_encode(flags):
     """Write the sparse codes of features: <stream>_indices and _values, (N, k), or (N, T, k).
 
     Samples with fewer active latents may be filled up with index -1, value 0."""
-    out_file(flags)
-    coded = Coded(flags.run, flags)
+    path, coded = out_file(flags), Coded(flags.run, flags)
     features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
     blocks = coded.encoded(np.arange(len(coded.flat)), flags.mode)
@@ -1102,8 +1064,8 @@ def cmd_encode(flags):
             kept[f"{s}_{name}"] = v.reshape(shape)
     if "ids" in features.about:
         kept["ids"] = features.about["ids"]
-    judge.write_npz(out_file(flags), kept)                   # asked again: much time has passed
-    say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
+    judge.write_npz(path, kept)
+    say(f"wrote {path}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
 @command(f"{DATA} over! {CODE} topk lam loss {STEPS} {FOLDER} out=runs/sweep")
@@ -1118,24 +1080,23 @@ def cmd_sweep(flags):
         if "streams" in change:
             change["streams"] = change["streams"].replace("+", ",")
         changes[name] = change                               # "global_lam1"
-    compared(run, changes, functools.partial(judge.tell_sweep, axes=axes), 2)
+    compared(run, changes, functools.partial(judge.tell_sweep, axes=axes))
 
 
 def parse_axes(flags):
     """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
-    known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags}
+    known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*COMMANDS[flags.command].flags}
     text, axes = flags.over or " ", {}
     for word in text.split() or [text]:
         name, _, values = word.partition("=")
         key, values = name.replace("-", "_"), values.split(",")
-        if name == "streams":
-            sound = all(s for v in values for s in v.split("+"))
-        else:
-            sound = name in known and FLAGS[name][1] not in (str, bool)
-        if not sound or key in axes:
+        kind = FLAGS[name][1] if name in known else None
+        if name == "streams" and all(s for v in values for s in v.split("+")):
+            kind = "text"
+        elif kind in (None, "text", "switch") or key in axes:
             raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
                              '"streams=a+b,a+b+c"')
-        axes[key] = [*dict.fromkeys(value_of(name, v, f"--over {word}: {v}") for v in values)]
+        axes[key] = [*dict.fromkeys(value_of(kind, v, f"--over {word}: {v}") for v in values)]
     return axes
 
 
@@ -1147,7 +1108,7 @@ ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
     run = Run(flags)
-    compared(run, ABLATION, judge.tell_ablation, 2, run)
+    compared(run, ABLATION, judge.tell_ablation, run)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1167,7 +1128,6 @@ def cmd_dino(flags):
     rows = images.rows("train")                              # all, where there is no split
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
-    run.trained_on(images.hash, flags.images)
     torch.set_flush_denormal(True)                           # far tokens' gradients get that small
     torch.manual_seed(flags.seed)
     nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck norm_last "
@@ -2328,7 +2288,7 @@ def cmd_tile(flags):
     if not flags.images:
         raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
     slides, size = data.read_slides(flags.images), flags.size or 224
-    run = Run(flags, add=True)                               # slides may come one by one
+    run = Run(flags)
     for note in slides.notes:
         say_once("note: " + note)
     if flags.rois and len(slides) > 1:
@@ -2590,26 +2550,6 @@ def cmd_bench(flags):
 
 # ---- The command line ---------------------------------------------------------------------------
 
-class Flags(dict):
-    """The settings of a command by name, readable as attributes; `given`: those that were typed."""
-    given = frozenset()
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name)
-
-    def pick(self, names):
-        """Those of `names`, "lr batch", as keyword arguments."""
-        return {name: self[name] for name in names.split()}
-
-    def replaced(self, changes):
-        new = Flags({**self, **changes})
-        new.given = self.given
-        return new
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, with our one line for its errors."""
 
@@ -2643,17 +2583,23 @@ def parse(argv):
     for flag, default in each.flags.items():
         text = typed.get(flag.replace("-", "_"))
         if isinstance(text, str):                            # not of a switch, on or off
-            text = value_of(flag, text, said.get(flag, f"--{flag} {text}"), default)
+            text = value_of(FLAGS[flag][1], text, said.get(flag, f"--{flag} {text}"), default)
             flags[flag.replace("-", "_")] = text
     if not flags.get("resume") or not os.path.exists(os.path.join(flags.out, "config.json")):
-        for name in sorted(each.needed):                     # else the run there has them
-            needed(flags, name)
-    return each.run, flags
+        check_needed(flags)                                  # else the run there has them
+    return each, flags
+
+
+def check_needed(flags, *names):
+    """Raise InputError when one of the flags `names`, else of those needed, was not given."""
+    for name in names or sorted(COMMANDS[flags.command].needed):
+        if not flags[name.replace("-", "_")]:
+            raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
 
 
 def add_command(subs, name, each):
     """A sub-command's parser, its help in groups."""
-    about = inspect.cleandoc(each.run.__doc__)
+    about = inspect.cleandoc(each.__doc__)
     settings = [f"{flag}={default}  {SETTINGS[flag][2]}"
                 for flag, default in each.flags.items() if flag in SETTINGS]
     sub = subs.add_parser(
@@ -2667,29 +2613,19 @@ def add_command(subs, name, each):
             sub.add_argument("run", nargs="?" if what == "run?" else None, help="a run folder")
     for title, table in GROUPS.items():
         group = sub.add_argument_group(title)
-        for flag in table:
-            if flag in each.flags or flag == "set" and settings:
-                add_flag(group, flag, each.flags.get(flag), flag in each.needed)
-
-
-def add_flag(group, flag, default, is_needed):
-    """A flag in a command's help. It has no default for argparse: what was typed is told apart."""
-    _, kind, text = FLAGS[flag]
-    option = {"metavar": "TEXT"}
-    if kind is bool:
-        option = {"action": argparse.BooleanOptionalAction}
-    elif isinstance(kind, Number):
-        option["metavar"] = "NUMBER"
-    elif kind is not str:
-        option["metavar"] = "|".join(kind)
-    if flag == "set":
-        option["action"] = "append"
-    if is_needed:
-        text += " (needed)"
-    elif default not in (None, "auto") and kind is not bool:
-        text += f" (default: {default})"
-    group.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=text.replace("%", "%%"),
-                       **option)
+        for flag in [flag for flag in table if flag in each.flags or flag == "set" and settings]:
+            default, (_, kind, text) = each.flags.get(flag), FLAGS[flag]
+            option = {"metavar": kind} if "|" in kind else {}
+            if kind == "switch":
+                option["action"] = argparse.BooleanOptionalAction
+            elif flag in each.needed:
+                text += " (needed)"
+            elif default not in (None, "auto"):
+                text += f" (default: {default})"
+            if flag == "set":
+                option["action"] = "append"
+            group.add_argument(f"--{flag}", help=text.replace("%", "%%"),
+                               default=argparse.SUPPRESS, **option)      # only what was typed
 
 
 BENCHES = ("all", "sparc", "rows", "scan", "backbones")

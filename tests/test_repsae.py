@@ -1978,7 +1978,7 @@ def test_rows_are_shuffled_singly_in_memory_and_in_blocks_on_disk_with_a_warning
 
 
 def test_a_run_too_long_for_its_null_says_so_and_resuming_adds_it_without_training_again(features, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(repsae, "planned_seconds", lambda *a: 61)
+    monkeypatch.setattr(sae, "planned_seconds", lambda *a, **kw: 61)
     run("sparc", "--data", features, *SMALL, "--out", tmp_path / "r")
     told = capsys.readouterr().out
     assert "joint figures stand without their null" in told and "--resume --null" in told and "null alone" not in told
@@ -1989,10 +1989,9 @@ def test_a_run_too_long_for_its_null_says_so_and_resuming_adds_it_without_traini
 
 
 def test_planned_seconds_tell_a_minute_from_an_hour():
-    small = repsae.Flags(batch=128, latents=256, k=16, topk="global")
-    large = repsae.Flags(batch=256, latents=8192, k=64, topk="global")
-    assert repsae.planned_seconds(small, {"x": 300, "y": 349}, 1000) < 60
-    assert repsae.planned_seconds(large, {"x": 768, "y": 768, "z": 512}, 50 * 4000) > 600
+    assert 1000 * sae.planned_seconds({"x": 300, "y": 349}, batch=128, latents=256, k=16) < 60
+    dims = {"x": 768, "y": 768, "z": 512}
+    assert 200000 * sae.planned_seconds(dims, batch=256, latents=8192, k=64) > 600
 
 
 def test_a_code_that_cannot_fit_into_memory_is_refused_before_anything_is_written(features, tmp_path, capsys):
