@@ -447,8 +447,8 @@ class Run:
         for name in names:
             self._check(name)
             if os.path.lexists(self.join(name)) and name not in self.files:
-                raise InputError(f"{self.join(name)} was not written by this run - move it away, or "
-                                 "name another --out")
+                raise InputError(f"{self.join(name)} was not written by this run - move it away, "
+                                 "or name another --out")
             os.makedirs(os.path.dirname(self.join(name)), exist_ok=True)
         listed = [*dict.fromkeys([*self.files, *names])]
         if listed != self.files or "config.json" in names:
@@ -659,9 +659,6 @@ def train(run, features):
     n_steps = flags.epochs * batches.epoch
     log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
 
-    def batch(step):
-        return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
-
     def on_step(step, result):
         loss = float(result["loss"]) if step % flags.log_every == 0 else 0.
         if not math.isfinite(loss):                          # reading it waits for a GPU
@@ -672,8 +669,8 @@ def train(run, features):
              + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda: sae.save(checkpoint, model, optimiser)) as keep:
-        sae.fit(model, batch, n_steps, lr=flags.lr, optimiser=optimiser, on_step=on_step,
-                warmup=flags.get("warmup", 0))
+        sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps, lr=flags.lr,
+                optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0))
     return model, log
 
 
@@ -712,15 +709,10 @@ def resolved(flags, features):
     return flags
 
 
-def memory():
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def make_model(features, flags, rows):
     """The untrained SAE or SPARC of `flags`; its statistics and bias are of the training rows."""
     needs = 32 * flags.latents * sum(features.dims.values())  # weights, gradients, Adam's moments
-    if needs > memory():
+    if needs > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the "
                          "weights alone - lower it")
     shared = flags.pick("k norm aux_k aux_coef dead_after reinit_after seed")
@@ -2645,10 +2637,7 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-@functools.cache
-def say_once(text):
-    """`say`, but the same line only once in a process."""
-    say(text)
+say_once = functools.cache(say)                              # the same line once in a process
 
 
 def fail(text):

@@ -1997,7 +1997,7 @@ def test_planned_seconds_tell_a_minute_from_an_hour():
 def test_a_code_that_cannot_fit_into_memory_is_refused_before_anything_is_written(features, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("sparc", "--data", features, "--latents", 2 ** 24, "--k", 4, "--norm", "none", "--out", tmp_path / "r") \
-            if repsae.memory() < 32 * 2 ** 24 * 28 else sys.exit(2)
+            if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 32 * 2 ** 24 * 28 else sys.exit(2)
     assert not (tmp_path / "r").exists()
 
 
