@@ -109,7 +109,7 @@ class Flags(dict):
     model:
     preset        -      thesis|mammo|cyto  sparc: the thesis's; sae: thesis 4.1, Mammo-SAE, CytoSAE
     latents       auto   int 1..16777216  L, width of the code; auto: by the rows
-    k             auto   int 1..    latents kept per sample; auto: an eighth of L, 20 to 64
+    k             auto   int 1..    latents kept per sample; auto: an eighth of L, 40 to 64
     topk          global  global|local|both|random  who chooses them in training: all streams
                   together, each for itself, both with the losses added (ours), one stream drawn
                   each step (Universal SAE)
@@ -1662,7 +1662,8 @@ def linear_head(coded, y, path, train):
     """Weights (d,) and bias of a linear score on normalised features: of a file, or fitted to the
     training samples' labels."""
     if not path:
-        return judge.linear_score(coded.dense[train], y[train])
+        W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
+        return W[:, 1] - W[:, 0], float(b[1] - b[0])         # of the log odds
     model, s = coded.model, coded.stream
     w, bias = data.read_head(path, model.dims[s])
     if "l2" in model.norm:
@@ -1705,8 +1706,8 @@ def rank_of(coded, label, train, means, rank):
     if grid is None or coded.features.boxes is None:
         raise InputError(f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - write it "
                          "with extract --tokens from a Pascal VOC folder")
-    return judge.box_contrast((coded.codes([row])[coded.stream], judge.in_boxes(
-        coded.boxes(row, label), grid)) for row in train)
+    inside = [judge.in_boxes(coded.boxes(row, label), grid) for row in train]
+    return judge.contrast(coded.codes(train)[coded.stream], np.concatenate(inside))
 
 
 def tell_class_means(page, means, flags):
