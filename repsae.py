@@ -893,7 +893,7 @@ class Coded:
         own = {k: own[k] for k in ("data", "taxonomy", "seed")
                if k in own and k in flags and k not in flags.given}
         flags = flags.replaced({"taxonomy": None, **flags, **own})
-        self.run, self.device = run, flags.device
+        self.run = run
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
         there = data.stream_names(flags.data) if flags.data else self.model.streams
         known = [s for s in self.model.streams if s in there]
@@ -2603,7 +2603,8 @@ def add_command(subs, name, each):
         if what == "what":
             sub.add_argument(what, nargs="?", choices=BENCHES, default="all")
         else:
-            sub.add_argument("run", nargs="?" if what == "run?" else None, help="a run folder")
+            sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
+                             help="a run folder")
     for title, table in GROUPS.items():
         group = sub.add_argument_group(title)
         for flag in [flag for flag in table if flag in each.flags or flag == "set" and settings]:
