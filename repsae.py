@@ -33,7 +33,6 @@ import signal
 import sys
 import threading
 import time
-import typing
 import warnings
 
 
@@ -52,288 +51,247 @@ np, sp, scipy, torch = Late("numpy"), Late("scipy.sparse"), Late("scipy"), Late(
 Image, ImageDraw = Late("PIL.Image"), Late("PIL.ImageDraw")
 
 
-class Number:
-    """The kind of a numeric flag: `kind(text)`, finite, from `least` to `most`, or "auto"."""
+class InputError(ValueError):
+    """What the caller can mend. Each room raises its own; `main` knows them by name."""
 
-    def __init__(self, kind, least, most, auto=False):
-        self.kind, self.least, self.most, self.auto = kind, least, most, auto
-        self.__name__ = "whole number" if kind is int else "number"
 
-    def __call__(self, text):
-        if self.auto and text == "auto":
-            return text
+# ---- Every flag, once ---------------------------------------------------------------------------
+
+class Flags(dict):
+    """The settings of a command by name, readable as attributes."""
+    given = frozenset()                                      # names of those that were typed
+
+    def __getattr__(self, name):
         try:
-            value = self.kind(text)
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not self.least <= value <= self.most:             # NaN is in no range
-            wanted = f"{self.__name__} from {self.least} to {self.most}"
-            raise argparse.ArgumentTypeError(f"{text} - give a {wanted}")
-        return value
+            return self[name]
+        except KeyError:
+            raise AttributeError(name)
+
+    def pick(self, names):
+        """Those of `names`, "lr batch", as keyword arguments."""
+        return {name: self[name] for name in names.split()}
+
+    def replaced(self, changes):
+        new = Flags({**self, **changes})
+        new.given = self.given
+        return new
 
 
-def whole(least=0, most=10 ** 6, auto=False):
-    """Whole numbers from `least` to `most`."""
-    return Number(int, least, most, auto)
+def value_of(kind, text, said, default=None):
+    """The value of a kind that `text` means, whoever says so: a command line, a config.json, a
+    command's own defaults. InputError begins with what was `said`."""
+    number, _, ends = kind.partition(" ")
+    if kind == "text" or text == default == "auto":
+        return text
+    if number in ("int", "float"):
+        least, _, most = ends.partition("..")
+        least, most = float(least or 0), float(most or 1e6)
+        with contextlib.suppress(ValueError, OverflowError):
+            value = int(text) if number == "int" else float(text)
+            if least <= value <= most:                       # NaN is in no range
+                return value
+        number = {"int": "whole number", "float": "number"}[number]
+        raise InputError(f"{said} - give a {number} from {least:.10g} to {most:.10g}")
+    choices = {"no": False, "yes": True, "False": False, "True": True}
+    if kind != "switch":
+        choices = {choice: choice for choice in kind.split("|")}
+    if text not in choices:
+        raise InputError(f"{said} - take one of {', '.join(choices)}")
+    return choices[text]
 
 
-def real(least=0., most=1e6, auto=False):
-    """Finite numbers from `least` to `most`; what must be positive starts at TINY."""
-    return Number(float, least, most, auto)
-
-
-TINY = 1e-12
-SIDE = whole(1, 8192)
-PART = real(0., 1.)
-
-# ------------------------------------------------------------------------------------------------
-# Every flag, once: name: (default, kind, help); a kind is a Number, str, bool or tuple of choices
-# A command names those it takes, with its own default where it differs: "data lr=1e-3 images!".
-# ------------------------------------------------------------------------------------------------
-
+# name: (default, kind, help). A kind is "text", "switch", choices "a|b", or "int" or "float" with a
+# range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills it in, and
+# "auto" can be typed where it is the default.
 WHAT = {
-    "data": (None, str, "features, an .npz or a folder of .npy (mil: bags); else a run's own, or "
-             "made-up streams"),
-    "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
-    "stream": (None, str, "the one stream to use, where there are several"),
-    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or nested as in Open Images'),
-    "images": (None, str, "pictures: a folder (of class, or of train, val, test folders), an .npz "
-               "of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
-    "weights": (None, str, "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
+    "data": (None, "text", "features: .npz or folder of .npy (mil: bags); else the run's, or made "
+             "up"),
+    "streams": (None, "text", "names of the streams to use, a,b,c; all by default"),
+    "stream": (None, "text", "the one stream to use, where there are several"),
+    "taxonomy": (None, "text", 'JSON, {"child": "parent", "root": null} or as in Open Images'),
+    "images": (None, "text", "pictures: a folder, of class or of train, val, test folders, an "
+               ".npz of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
+    "weights": (None, "text", "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
                 "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
                 "runs of N words; clip: a file of released weights"),
-    "label": (None, str, "the label in question, by name or number"),
-    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400)"),
-    "mode": ("alone", ("alone", "joint"), "each stream chooses its latents, or all together"),
-    "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
-    "other": (None, str, "features of the same samples by another backbone, to set beside"),
-    "sparc": (None, str, "a run of sparc on both streams, to set beside"),
-    "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew each run, or the file's own"),
-    "only": (None, str, "labels a,b to tell apart, or to find one by one; all by default"),
-    "between": (None, str, "two labels a,b: which latents tell their groups apart?"),
-    "query": (None, str, "words to search by"),
-    "names": (None, str, 'JSON of names of latents, {"17": "round nucleus"}'),
-    "prompts": (None, str, "file to write: samples of every latent, and a prompt for naming it"),
-    "embeddings": (None, str, ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
-    "head-file": (None, str, ".npz of a linear head, weight (d,), bias (); else one is fitted"),
-    "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
-    "from": (None, str, "its stream; the first by default"),
-    "to": (None, str, "the stream to search; the last by default"),
-    "features": (None, str, ".npy with a vector (d,) that asks, or a file whose row --sample asks"),
-    "encoder": (None, str, "run of clip whose text encoder reads --query"),
-    "latent": (None, str, "latents to show, 3,17; by default some of labels, alive everywhere"),
-    "merges": (None, str, "CLIP's merges file; else words of the captions are the tokens"),
-    "voc": (None, str, "Pascal VOC folder, whose boxes become the pictures"),
-    "rois": (None, str, "ASAP annotations (XML): label the tiles by them"),
-    "pictures": (4000, whole(8), "how many to draw"),
-    "most": (12, whole(1), "pictures at most"),
-    "least": (50, whole(), "training samples of a label a latent needs to be one of its own"),
-    "top": (10, whole(1), "samples that show what a latent is, or that a search finds"),
-    "seeds": (1, whole(1, 1000), "how often, from --seed on, for means and deviations"),
-    "runs": (5, whole(1, 1000), "seeds"),
-    "quick": (False, bool, "a size at which only the mechanics count, in minutes"),
+    "label": (None, "text", "the label in question, by name or number"),
+    "window": (None, "text", "low,high: grey values shown black and white (--window=-1000,400)"),
+    "mode": ("alone", "alone|joint", "each stream chooses its latents, or all together"),
+    "over": (None, "text", 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
+    "other": (None, "text", "features of the same samples by another backbone, to set beside"),
+    "sparc": (None, "text", "a run of sparc on both streams, to set beside"),
+    "split": ("random", "random|given", "70 / 15 / 15 drawn anew each run, or the file's"),
+    "only": (None, "text", "labels a,b to tell apart, or to find one by one; all by default"),
+    "between": (None, "text", "two labels a,b: which latents tell their groups apart?"),
+    "query": (None, "text", "words to search by"),
+    "names": (None, "text", 'JSON of names of latents, {"17": "round nucleus"}'),
+    "prompts": (None, "text", "file to write: samples of every latent, and a prompt for its name"),
+    "embeddings": (None, "text", ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
+    "head-file": (None, "text", ".npz of a linear head, weight (d,), bias (); else one is fitted"),
+    "sample": (0, "int 0..1e9", "number of the test sample that asks"),
+    "from": (None, "text", "its stream; the first by default"),
+    "to": (None, "text", "the stream to search; the last by default"),
+    "features": (None, "text", ".npy with a vector (d,) that asks, or a file whose --sample asks"),
+    "encoder": (None, "text", "run of clip whose text encoder reads --query"),
+    "latent": (None, "text", "latents to show, 3,17; else some of labels, alive everywhere"),
+    "merges": (None, "text", "CLIP's merges file; else words of the captions are the tokens"),
+    "voc": (None, "text", "Pascal VOC folder, whose boxes become the pictures"),
+    "rois": (None, "text", "ASAP annotations (XML): label the tiles by them"),
+    "pictures": (4000, "int 8..", "how many to draw"),
+    "most": (12, "int 1..", "pictures at most"),
+    "least": (50, "int", "training samples of a label a latent needs to be one of its own"),
+    "top": (10, "int 1..", "samples that show what a latent is, or that a search finds"),
+    "seeds": (1, "int 1..1000", "how often, from --seed on, for means and deviations"),
+    "runs": (5, "int 1..1000", "seeds"),
+    "quick": (False, "switch", "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
-    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
-               "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
-    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
-    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 40 to 64"),
-    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
-             "streams together, each for itself, both with the losses added (ours), or one stream "
-             "drawn each step (Universal SAE)"),
-    "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or the authors' code, where "
-             "lam_paper = lam_code / (M - 1)"),
-    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "length 1 per sample, mean "
-             "0 and deviation 1 per dimension, or both in that order (auto)"),
-    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
-                   "dead; auto: 1000, or a quarter of all"),
-    "activation": ("topk", str, "topk, relu with an L1 penalty, batchtopk, "
-                   "jumprelu with an L0 penalty, or all: every kind, in one table"),
-    "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
-    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
-              "write, or its mean: lambda_paper = d * lambda_code"),
-    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents"),
-    "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias"),
-    "null": ("auto", bool, "once more with rows of all streams but the first shuffled; auto: where "
-             "that takes under about a minute"),
-    "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
-    "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (None, whole(1, 8192), "side of pictures or of DINO's global crops, pixels"),
-    "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
-    "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
-    "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
-    "head": ("gated", str, "of a bag: max, mean, abmil, gated, clam_sb, clam_mb; several: a,b"),
-    "widths": ("512", str, "of the layers that embed an instance, a,b"),
-    "attention": (256, whole(1, 10 ** 5), "hidden width of the attention"),
-    "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
-    "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
-    "frozen": (False, bool, "train the head alone"),
-    "standardise": (False, bool, "random weights start in the pictures' own units (ours)"),
-    "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
-    "tokens": (False, bool, "patch tokens (N, T, d), in half precision, not the class token"),
-    "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out"),
-    "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; barcodes: 0.2)"),
-    "weighted": (False, bool, "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by mean activation "
-             "(Mammo-SAE), by the difference to the rest or inside its boxes (ours)"),
-    "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
-    "solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
-    "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
-    "threshold": (8, whole(0, 255), "saturation above which a pixel is tissue"),
-    "otsu": (False, bool, "find that threshold by Otsu's method"),
-    "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
+    "preset": (None, "thesis|mammo|cyto", "sparc: the thesis's; sae: thesis 4.1, Mammo-SAE, "
+               "CytoSAE"),
+    "latents": ("auto", "int 1..16777216", "L, width of the code; auto: by the rows"),
+    "k": ("auto", "int 1..", "latents kept per sample; auto: an eighth of L, 40 to 64"),
+    "topk": ("global", "global|local|both|random", "who chooses them in training: all streams "
+             "together, each for itself, both with the losses added (ours), one stream drawn "
+             "each step (Universal SAE)"),
+    "lam": (1.0, "float", "weight of cross reconstruction (thesis Eq. 14)"),
+    "loss": ("sum", "sum|mean", "over streams: Eq. 14, or as the authors' code averages"),
+    "norm": ("auto", "l2|standard|standard,l2|none", "length 1, mean 0 and deviation 1, or both "
+             "(auto)"),
+    "dead-after": ("auto", "int 1..1e9", "steps without firing; auto: 1000, or a quarter"),
+    "activation": (None, "text", "topk (default), relu with an L1, jumprelu with an L0 penalty, "
+                   "batchtopk, or all kinds in one table"),
+    "sparsity": (None, "float", "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
+    "error": (None, "nmse|sum|mean", "squared, over ||x||^2; summed over d as papers write; its "
+              "mean: lambda_paper = d * lambda_code"),
+    "revive": (None, "none|auxk|ghost|resample", "what is done about dead latents"),
+    "bias": (None, "zeros|mean|median", "start of the decoder's bias"),
+    "null": ("auto", "switch", "once more, with shuffled rows; auto: if under a minute"),
+    "arch": ("vim_small", "text", "backbone: a preset of ssm.py"),
+    "patch": (None, "int 1..2048", "patch size, where not the preset's"),
+    "size": (None, "int 1..8192", "side of pictures or of DINO's global crops, pixels"),
+    "width": (96, "int 1..1e5", "of both of CLIP's transformers"),
+    "prototypes": (65536, "int 2..", "K, outputs of DINO's head"),
+    "head-hidden": (2048, "int 1..1e5", "width of DINO's head"),
+    "head": ("gated", "text", "of a bag: max, mean, abmil, gated, clam_sb, clam_mb, or several"),
+    "widths": ("512", "text", "of the layers that embed an instance, a,b"),
+    "attention": (256, "int 1..1e5", "hidden width of the attention"),
+    "instances": (8, "int 1..", "CLAM: instances called positive, and as many negative"),
+    "dropout": (0.25, "float 0..0.99", "after the embedding; CLAM: in the attention too"),
+    "frozen": (False, "switch", "train the head alone"),
+    "standardise": (False, "switch", "random weights start in the pictures' own units (ours)"),
+    "last": (4, "int 1..1000", "ViT: class tokens of so many last blocks side by side"),
+    "tokens": (False, "switch", "patch tokens (N, T, d), in half precision, not the class token"),
+    "whole": (False, "switch", "squeeze pictures to a square instead of cutting their middle out"),
+    "tau": (0.0, "float", "activation above which a patch counts (CytoSAE Eq. 3; barcodes .2)"),
+    "weighted": (False, "switch", "entropy weighted by activation, as CytoSAE's code has it"),
+    "rank": ("mean", "mean|difference|boxes", "latents of a label by mean activation (Mammo-SAE), "
+             "by the difference to the rest or inside its boxes (ours)"),
+    "iou": (0.25, "float 1e-9..1", "overlap with a true box that makes a box right"),
+    "solver": ("lbfgs", "lbfgs|sgd", "of the linear probe: exact, or DINO's 20 epochs"),
+    "downsample": (1.0, "float 1e-9..", "pixels of the slide in one of the tile's"),
+    "threshold": (8, "int 0..255", "saturation above which a pixel is tissue"),
+    "otsu": (False, "switch", "find that threshold by Otsu's method"),
+    "smallest": (0.2, "float", "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
 TRAINING = {
-    "epochs": ("auto", whole(1, auto=True), "passes at most; auto: 50, or what makes 1,000 steps"),
-    "batch": ("auto", whole(1, auto=True), "samples a step; auto: a tenth of the rows, up to 256"),
-    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate (auto: 2e-4 sqrt(2^14 / L)); dino: "
-           "at batch 256"),
-    "warmup": (0, whole(), "steps over which the learning rate rises; dino: epochs"),
-    "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
-    "shuffle": ("auto", ("auto", "blocks", "samples"), "single samples, or blocks of a batch's "
-                "size (auto: for memory-mapped folders)"),
-    "patience": (20, whole(1), "epochs without a better validation loss that end training"),
-    "min-epochs": (50, whole(), "epochs that are trained in any case"),
-    "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
-    "local-size": (96, SIDE, "side of DINO's local crops"),
-    "local-crops": (8, whole(0, 100), "their number"),
-    "local-scale": ("0.05,0.4", str, "share of the area that they cover, from,to"),
-    "global-scale": ("0.4,1", str, "the same of global crops"),
-    "blur": (2., real(0., 100.), "largest radius of the blur, pixels; less for small pictures"),
-    "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
-    "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
-    "balanced": (False, bool, "draw bags so that classes are equally frequent"),
-    "folds": (0, whole(0, 1000), "parts of all bags, reported in turn; 0: the file's, or 70/15/15"),
-    "votes": (1, whole(1, 1000), "models that vote on a bag, each from its own weights"),
-    "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
+    "epochs": ("auto", "int 1..", "passes at most; auto: 50, or what makes 1,000 steps"),
+    "batch": ("auto", "int 1..", "samples a step; auto: a tenth of the rows, up to 256"),
+    "lr": ("auto", "float 1e-12..1e30", "auto: 2e-4 sqrt(2^14 / L); dino: at batch 256"),
+    "warmup": (None, "int", "steps over which the learning rate rises; dino: epochs"),
+    "weight-decay": (0.0, "float", "L2 penalty, or AdamW's decay; dino: at the start"),
+    "shuffle": ("auto", "blocks|samples", "samples singly, or blocks of a batch (mapped folders)"),
+    "patience": (20, "int 1..", "epochs without a better validation loss that end training"),
+    "min-epochs": (50, "int", "epochs that are trained in any case"),
+    "momentum": (0.996, "float 0..1", "of DINO's teacher at the start; 1 at the end"),
+    "local-size": (96, "int 1..8192", "side of DINO's local crops"),
+    "local-crops": (8, "int 0..100", "their number"),
+    "local-scale": ("0.05,0.4", "text", "share of the area that they cover, from,to"),
+    "global-scale": ("0.4,1", "text", "the same of global crops"),
+    "blur": (2.0, "float 0..100", "largest radius of the blur, pixels; less for small pictures"),
+    "colour": (1.0, "float 0..2", "strength of colour changes; less where colour matters"),
+    "pathology": (False, "switch", "vertical flips, right-angle turns, stain jitter too (ours)"),
+    "balanced": (False, "switch", "draw bags so that classes are equally frequent"),
+    "folds": (0, "int 0..1000", "parts of all bags, in turn; 0: the file's, or 70 / 15 / 15"),
+    "votes": (1, "int 1..1000", "models that vote on a bag, each from its own weights"),
+    "seed": (42, "int 0..4294967295", "of everything drawn: split, weights, order, pictures"),
 }
 RUN = {
-    "out": (None, str, "where to write; a folder inside the run by default"),
-    "json": (None, str, "file for every figure"),
-    "svg": (None, str, "file for the picture that `bench backbones` draws"),
-    "device": ("cpu", str, "torch device"),
-    "workers": (2, whole(0, 256), "processes that make crops"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of the test (else val) split; 0: all"),
-    "log-every": (20, whole(1), "steps between rows of log.csv"),
-    "save-every": (60., real(), "seconds between checkpoints"),
-    "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
-    "resume": (False, bool, "go on where the run there stopped, or start it"),
-    "set": (None, str, 'settings of a reproduction, "name=value name=value": see below'),
+    "out": (None, "text", "where to write; a folder inside the run by default"),
+    "json": (None, "text", "file for every figure"),
+    "svg": (None, "text", "file for the picture that `bench backbones` draws"),
+    "device": ("cpu", "text", "torch device"),
+    "workers": (2, "int 0..256", "processes that make crops"),
+    "eval-rows": (10000, "int 0..1e9", "samples judged, of test, else of val; 0: all"),
+    "log-every": (20, "int 1..", "steps between rows of log.csv"),
+    "save-every": (60.0, "float", "seconds between checkpoints"),
+    "overwrite": (False, "switch", "replace what an earlier run wrote there, and nothing else"),
+    "resume": (False, "switch", "go on where the run there stopped, or start it"),
+    "set": (None, "text", 'settings of a reproduction, "name=value name=value": see below'),
 }
-# Constants of the papers, which --set alone reaches.
+# Constants of papers, which --set alone reaches.
 SETTINGS = {
-    "aux-k": (64, whole(), "dead latents that rebuild the residual (AuxK); 0 for none"),
-    "aux-coef": (1 / 32, real(), "weight of AuxK"),
-    "reinit-after": (1000, whole(-1, 10 ** 9), "steps more until a dead latent is drawn anew; -1: "
-                     "never (the authors' 0 leaves AuxK nothing to do)"),
-    "select": ("fp32", ("fp32", "bf16"), "precision of choosing latents; bf16 halves its time"),
-    "kernels": ("auto", ("auto", "csr", "gather"), "of sparse products; auto: csr on a CPU"),
-    "expansion": (None, whole(1), "L over the stream's width, instead of --latents"),
-    "bandwidth": (0.1, real(TINY), "jumprelu: epsilon of the threshold's gradient"),
-    "theta": (0.1, real(TINY), "jumprelu: the thresholds at the start"),
-    "bottleneck": (256, whole(1, 10 ** 5), "DINO's head: width of its last layer"),
-    "teacher-temp": (0.04, real(1e-6), "DINO: of the teacher"),
-    "decay-ssm": (False, bool, "DINO: decay state-space parameters too, as the authors' run did"),
-    "knn-every": (1, whole(1), "DINO: epochs between k-NN evaluations"),
-    "layers": (4, whole(1, 1000), "CLIP: of both transformers"),
-    "joint": (64, whole(1, 10 ** 5), "CLIP: width of the common space"),
-    "context": (32, whole(3, 10 ** 4), "CLIP: longest text, tokens"),
-    "subtyping": (False, bool, "CLAM: classes exclude each other"),
-    "cosine": (False, bool, "MIL: the learning rate falls to 0 along half a cosine"),
-    "percentile": (95., real(0., 100.), "of a heat map: what is at or above it is hot"),
-    "connectivity": ("8", ("8", "4"), "hot pixels that touch at corners are one box, or not"),
-    "strict": (False, bool, "hot: above the percentile, not at it"),
-    "box-score": ("box", ("box", "hot"), "of a box: mean activation in it, or of hot pixels"),
-    "ap-points": (0, whole(0, 10 ** 5), "recalls at which precision is averaged; 0: all"),
-    "start-layer": (0, whole(-1000, 1000), "first layer of relevancy maps; -1 for the last alone"),
-    "strength": (1., real(TINY), "probe: C of lbfgs, larger is less regular"),
-    "step": (None, whole(1), "pixels from tile to tile; the size by default"),
-    "least-hole": (0.2, real(), "smallest hole in tissue, in areas of 512 x 512 pixels"),
-    "max-holes": (8, whole(), "holes of a piece of tissue that count"),
-    "roi-share": (0.5, real(1e-9, 1.), "share of a tile inside the regions that makes it theirs"),
-    "margin": (0.2, real(0., 100.), "how much longer than a box's longer side its cut is"),
+    "aux-k": (64, "int 1..", "dead latents that rebuild the residual (AuxK)"),
+    "aux-coef": (1 / 32, "float", "weight of AuxK; 0 for none"),
+    "reinit-after": (1000, "int 0..1e9", "steps more until a dead latent is drawn anew (authors: "
+                     "0)"),
+    "expansion": (None, "int 1..", "L over the stream's width, instead of --latents"),
+    "bandwidth": (None, "float 1e-12..", "jumprelu: epsilon of the threshold's gradient, 0.1"),
+    "bottleneck": (256, "int 1..1e5", "DINO's head: width of its last layer"),
+    "teacher-temp": (0.04, "float 1e-6..", "DINO: of the teacher"),
+    "decay-ssm": (False, "switch", "DINO: decay state-space parameters too, as the authors' run "
+                  "did"),
+    "knn-every": (1, "int 1..", "DINO: epochs between k-NN evaluations"),
+    "layers": (4, "int 1..1000", "CLIP: of both transformers"),
+    "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
+    "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
+    "subtyping": (False, "switch", "CLAM: classes exclude each other"),
+    "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
+    "percentile": (95.0, "float 0..100", "of a heat map: what is at or above it is hot"),
+    "connectivity": ("8", "8|4", "hot pixels that touch at corners are one box, or not"),
+    "strict": (False, "switch", "hot: above the percentile, not at it"),
+    "box-score": ("box", "box|hot", "of a box: mean activation in it, or of hot pixels"),
+    "ap-points": (0, "int 0..1e5", "recalls at which precision is averaged; 0: all"),
+    "start-layer": (0, "int -1000..1000", "first layer of relevancy maps; -1 for the last alone"),
+    "strength": (1.0, "float 1e-12..", "probe: C of lbfgs, larger is less regular"),
+    "step": (None, "int 1..", "pixels from tile to tile; the size by default"),
+    "least-hole": (0.2, "float", "smallest hole in tissue, in areas of 512 x 512 pixels"),
+    "max-holes": (8, "int", "holes of a piece of tissue that count"),
+    "roi-share": (0.5, "float 1e-9..1", "share of a tile inside the regions that makes it theirs"),
+    "margin": (0.2, "float 0..100", "how much longer than a box's longer side its cut is"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
 FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
 COMMANDS = {}
 
 
-class Command(typing.NamedTuple):
-    """A sub-command: its function, {flag: default}, the flags it needs, positional arguments."""
-    run: typing.Callable
-    flags: dict
-    needed: frozenset
-    positional: tuple
-
-
 def command(spec, *positional):
-    """Enter cmd_NAME in COMMANDS. spec: names of flags, `name=default`, or `name!` if needed."""
+    """Enter the function cmd_NAME in COMMANDS, with `flags` {name: default}, those `needed`, and
+    `positional` arguments. spec: names of flags, `name=default`, or `name!` if needed."""
     def enter(run):
-        defaults, needed = {}, set()
-        for word in spec.split():
-            name, equals, text = word.rstrip("!").partition("=")
-            default, kind, _ = FLAGS[name]
-            defaults[name] = value_of(kind, text) if equals else default
-            if word.endswith("!"):
-                needed.add(name)
-        COMMANDS[run.__name__[4:]] = Command(run, defaults, frozenset(needed), positional)
+        words = [word.rstrip("!").partition("=") for word in spec.split()]
+        run.flags = {name: value_of(FLAGS[name][1], text, spec) if equals else FLAGS[name][0]
+                     for name, equals, text in words}
+        run.needed = [word[:-1] for word in spec.split() if word.endswith("!")]
+        run.positional = positional
+        COMMANDS[run.__name__[4:]] = run
         return run
     return enter
 
 
 DATA = "data streams taxonomy"
-CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
-KINDS = "sparsity error bias expansion bandwidth theta warmup"
-STEPS = "epochs batch lr shuffle seed"
+CODE = "latents k norm dead-after aux-k aux-coef reinit-after"
+KINDS = "activation revive sparsity error bias expansion bandwidth warmup"
+STEPS = "preset epochs batch lr shuffle seed"
 FOLDER = "device log-every save-every eval-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
 
-def kind_of(name, default):
-    """The kind of a flag where this is its default: "auto" is taken where it is the default."""
-    kind = FLAGS[name][1]
-    if isinstance(kind, Number) and default != "auto":
-        return Number(kind.kind, kind.least, kind.most)
-    return kind
-
-
-def value_of(kind, text):
-    """The value that a flag's kind reads from text; raises ArgumentTypeError."""
-    if kind is bool:
-        kind = ("no", "yes", "0", "1", "False", "True")
-    if isinstance(kind, tuple):
-        if text not in kind:
-            raise argparse.ArgumentTypeError(f"{text} - take one of {', '.join(kind)}")
-        return text in ("yes", "1", "True") if kind[0] == "no" else text
-    return kind(text)
-
-THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
-          "shuffle": "blocks", "dead_after": 1000}           # of SPARC: 5.3.2, A.1.2
-PRESETS = {                                                  # of one stream
-    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
-    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
-              "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
-    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
-    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none",
-             "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
-             "batch": 16448, "epochs": 24, "dead_after": 64},
-}
-# What rows cannot tell of the made-up streams: they have 48 concepts, three or four in a sample.
-PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
-PLANTED_SAE = {"topk": {}, "relu": {}, "batchtopk": {"k": 3},
-               "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
-
-
-class InputError(ValueError):
-    """What the caller can mend. Each room raises its own; `main` knows them by name."""
-
-
-# ------------------------------------------------------------------------------------------------
-# Runs: folders that a command owns while it writes
-# ------------------------------------------------------------------------------------------------
+# ---- Runs: folders that a command owns while it writes ------------------------------------------
 
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
+# Flags that name what a command reads.
+INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "embeddings",
+          "head_file", "features", "encoder", "merges", "voc", "rois", "run")
 
 
 class Run:
@@ -341,22 +299,18 @@ class Run:
 
     flags    the settings: those typed or, on --resume, those that the run there was started with
     saved    its config.json where it goes on, else None
+    files    its manifest, in config.json too: names of what it wrote, or is about to write
 
-    config.json lists what a run wrote. Nothing else is ever replaced or removed, no link is
-    followed, and no second process gets in: its lock ends with the process, whatever ends that.
+    What the manifest does not list is never replaced or removed, no link is followed, and no second
+    process gets in: the lock ends with the process, whatever ends that.
     """
 
-    held = []                                                # (lock file, its path) of this process
+    held = {}                                                # lock files of this process, by path
 
-    def __init__(self, flags, folder=None, resume=None, add=False):
-        """`folder`: instead of --out; `resume`: instead of --resume; `add`: files of an earlier run
-        of this command stay, but for those written anew. Changes nothing there yet."""
-        self.folder = flags.out if folder is None else folder
-        self.flags, self.saved, self.files, self.about = flags, None, [], {}
-        self.kept = []                                       # files of the run that is added to
-        resume = flags.get("resume") if resume is None else resume
-        if resume and not os.path.exists(self.join("config.json")):
-            check_needed(flags)
+    def __init__(self, flags, folder=None):
+        """`folder`: instead of --out. Changes nothing there yet."""
+        self.folder, self.flags = folder or flags.out, flags
+        self.saved, self.files, self.about = None, [], {}
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise InputError(f"{self.folder} is a file - name a folder with --out")
         if not os.path.isdir(self.folder) or not set(os.listdir(self.folder)) - {".lock"}:
@@ -364,36 +318,25 @@ class Run:
         if os.path.realpath(self.folder) in inputs_of(flags):
             raise InputError(f"{self.folder} is read by this command - name another --out")
         self._lock()
-        config = {}
-        if os.path.lexists(self.join("config.json")):
-            config = read_config(self.folder)
-            self.files = self._listed(config)
-        if add and config.get("command") == flags.command:
-            self.kept = self.files
-        elif not resume and not flags.get("overwrite"):
+        if not flags.get("resume") and not flags.get("overwrite"):
             raise InputError(f"{self.folder} holds files already - use --overwrite" +
                              ", --resume" * ("resume" in flags) + " or another --out")
-        if config and resume:
-            self._go_on(config)
+        if os.path.lexists(self.join("config.json")):
+            config = read_config(self.folder)
+            self.files = config["files"]
+            if flags.get("resume"):
+                self._go_on(config)
 
-    def join(self, *parts):
-        return os.path.join(self.folder, *parts)
-
-    def _listed(self, config):
-        files = config.get("files")
-        if files is None:                                    # written before runs listed them
-            files = [name for name in WRITTEN if os.path.isfile(self.join(name))]
-        if not isinstance(files, list) or not all(isinstance(f, str) and plain(f) for f in files):
-            raise InputError(f"{self.join('config.json')} is damaged - restore it, or remove it")
-        return files
+    def join(self, name):
+        return os.path.join(self.folder, name)
 
     def _go_on(self, config):
         """Take the settings that the run was started with; those typed now must be the same."""
-        theirs, flags, path = config["flags"], self.flags, self.join("config.json")
+        theirs, flags = config["flags"], self.flags
         if theirs.get("command", flags.command) != flags.command:
             raise InputError(f"{self.folder} holds a run of {theirs['command']} - resume it with "
                              "that command")
-        check_kinds(theirs, COMMANDS[flags.command].flags, path)
+        check_kinds(theirs, COMMANDS[flags.command].flags, self.join("config.json"))
         for name in sorted(flags.given - FREE_ON_RESUME):
             if flags[name] not in (theirs.get(name), "auto"):
                 raise InputError(
@@ -402,19 +345,18 @@ class Run:
                     "anew with --overwrite")
         typed = FREE_ON_RESUME & flags.given | {"out", "resume", "overwrite"}
         self.flags = flags.replaced({k: v for k, v in theirs.items() if k not in typed})
-        given = config.get("given", [])
-        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-            raise InputError(f"{path} has {given!r} as what was given - restore it, or train anew")
-        self.flags.given |= frozenset(given)
         self.saved = config
-        threads = config.get("versions", {}).get("threads")
-        if threads not in (None, torch.get_num_threads()):
-            say_once(f"note: the run had {threads} threads, now {torch.get_num_threads()}: sums "
-                     "may differ in their last digits")
+        before, now = config["versions"].get("threads"), torch.get_num_threads()
+        if before not in (None, now):                        # sums are taken in another order
+            say_once(f"note: the run had {before} threads, now {now}: last digits may differ")
 
     def _lock(self):
+        """Keep other processes out until `release`; makes the folder if there is none."""
         path = self.join(".lock")
+        if path in self.held:
+            return
         try:
+            os.makedirs(self.folder, exist_ok=True)
             lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -425,13 +367,13 @@ class Run:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        self.held.append((lock, path))
+        self.held[path] = lock
 
     @classmethod
     def release(cls):
         """Give up the locks of this process: at the end of every command."""
         while cls.held:
-            lock, path = cls.held.pop()
+            path, lock = cls.held.popitem()
             with contextlib.suppress(OSError):               # somebody removed the folder
                 os.unlink(path)
             lock.close()
@@ -440,89 +382,72 @@ class Run:
         """Make the folder, rid it of what its manifest lists unless the run goes on, and write
         config.json: the resolved `flags` and what `about` tells."""
         self.flags = self.flags if flags is None else flags
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-        except OSError as e:
-            raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another --out")
-        if self.join(".lock") not in [path for _, path in self.held]:
-            self._lock()
-        if not self.saved and not self.kept:
-            inputs = inputs_of(self.flags)
-            for name in self.files:
-                path = self.join(name)
-                if os.path.realpath(path) in inputs:
-                    raise InputError(f"{path} is read by this command - name another --out")
-                leftovers = glob.glob(glob.escape(path) + ".*.tmp")      # of a run that was killed
-                for left in [path, *leftovers] if inside(path, self.folder) else ():
-                    if os.path.isfile(left) and not os.path.islink(left):
-                        os.remove(left)
-            self.files = []
+        if self.saved and self.saved.get("data_hash") != about.get("data_hash"):
+            raise InputError(f"{self.flags.get('data') or self.flags.get('images')} is not what "
+                             f"the run in {self.folder} was trained on - restore it, or train anew")
+        self._lock()
+        if not self.saved:
+            self._clear()
         self.about = {"command": self.flags.command, "flags": self.flags, **about,
-                      "given": sorted(self.flags.given - FREE_ON_RESUME), "versions": versions()}
-        self._claim("config.json", new=True)
+                      "versions": versions()}
+        self.path("config.json")
         return self
 
-    def trained_on(self, data_hash, name):
-        """Raise InputError when the run goes on, but was started on other data."""
-        if self.saved and self.saved.get("data_hash") != data_hash:
-            raise InputError(f"{name} is not what the run in {self.folder} was trained on - "
-                             "restore it, or train anew")
+    def _clear(self):
+        """Remove what the manifest lists, and what a killed run left of it half written."""
+        inputs = inputs_of(self.flags)
+        for name in self.files:
+            self._check(name)
+            if os.path.realpath(self.join(name)) in inputs:
+                raise InputError(f"{self.join(name)} is read by this command - name another --out")
+        for path in map(self.join, self.files):
+            for left in [path, *glob.glob(glob.escape(path) + ".*.tmp")]:
+                if os.path.isfile(left) and not os.path.islink(left):
+                    os.remove(left)
+        self.files = []
 
-    def path(self, *parts):
-        """The path of an output, in the manifest before it is written."""
-        return self._claim("/".join(parts))
+    def _check(self, name):
+        """Raise InputError unless a name stays in the folder, and no link leads out of it."""
+        if not plain(name):
+            raise InputError(f"{name!r} cannot be the name of a file - rename it")
+        if os.path.realpath(self.join(name)) != os.path.join(os.path.realpath(self.folder), name):
+            raise InputError(f"{self.join(name)} was not written by this run, but is a link - move "
+                             "it away, or name another --out")
+
+    def path(self, name):
+        """The path of an output, which may lie in a folder of the run's: see `paths`."""
+        return self.paths([name])[0]
 
     def paths(self, names):
-        """`path` of many at once."""
-        return self._claim(*names)
-
-    def _claim(self, *names, new=False):
+        """The paths of outputs, in the manifest before they are written. Raises InputError where
+        a file is that is not ours to replace."""
         for name in names:
-            path = self.join(name)
-            if not plain(name):
-                raise InputError(f"{name!r} cannot be the name of a file - rename it")
-            if name not in self.files and name != "config.json" and os.path.lexists(path) \
-                    or os.path.islink(path) or not inside(path, self.folder):
-                raise InputError(f"{path} was not written by this run - move it away, or name "
-                                 "another --out")
-            if name in self.kept and name != "config.json" and not self.flags.overwrite:
-                raise InputError(f"{path} exists - use --overwrite, or another --out")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._check(name)
+            if os.path.lexists(self.join(name)) and name not in self.files:
+                raise InputError(f"{self.join(name)} was not written by this run - move it away, "
+                                 "or name another --out")
+            os.makedirs(os.path.dirname(self.join(name)), exist_ok=True)
         listed = [*dict.fromkeys([*self.files, *names])]
-        if new or len(listed) > len(self.files):
+        if listed != self.files or "config.json" in names:
             self.files = listed
             judge.write_json(self.join("config.json"), {**self.about, "files": self.files})
-        return self.join(names[0]) if len(names) == 1 else [self.join(name) for name in names]
+        return [self.join(name) for name in names]
 
     def part(self, name, flags):
         """A run within this one. It goes on only if it was started with these very flags: another
         run, overwritten since, may have left a folder of that name."""
+        self._check(name)
         folder, resume = self.join(name), False
-        if os.path.islink(folder) or not plain(name):
-            raise InputError(f"{folder} was not made by this run - move it away, or name another "
-                             "--out")
         if self.saved and os.path.exists(os.path.join(folder, "config.json")):
             theirs = read_config(folder)["flags"]
             resume = all(theirs.get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
-        return Run(flags.replaced({"overwrite": True}), folder, resume)
+        return Run(flags.replaced({"overwrite": True, "resume": resume}), folder)
 
 
 def plain(name):
     """Whether a relative path with / stays where it is: no .., no empty or hidden part."""
     return all(part and part[0] != "." and "\\" not in part and "\0" not in part
                for part in name.split("/"))
-
-
-def inside(path, folder):
-    """Whether a path is in a folder when links are followed."""
-    folder = os.path.realpath(folder)
-    return os.path.commonpath([folder, os.path.realpath(os.path.dirname(path))]) == folder
-
-
-# Flags that name what a command reads.
-INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "embeddings",
-          "head_file", "features", "encoder", "merges", "voc", "rois", "run")
-WRITTEN = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "report.html")
 
 
 def inputs_of(flags):
@@ -539,9 +464,9 @@ def is_read(path, flags):
         name = os.path.relpath(path, given)
         if path == given:
             return True
-        if not name.startswith("..") and os.path.isdir(given):
-            own = os.path.join(given, "config.json")
-            if not os.path.exists(own) or name in read_config(given).get("files", WRITTEN):
+        if os.path.isdir(given) and not name.startswith(".."):
+            if not os.path.exists(os.path.join(given, "config.json")) \
+                    or name in read_config(given)["files"]:
                 return True
     return False
 
@@ -562,10 +487,15 @@ def out_file(flags, name="out"):
 
 
 def read_config(folder, names=()):
-    """config.json of a run folder, a dict, whose "flags" have those of `names`, of their kinds."""
+    """config.json of a run: a dict of dicts "flags" and "versions" and the list "files", its
+    manifest. Those of the flags that are among `names` are of their kinds."""
     path = os.path.join(folder, "config.json")
     config = data.read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
+    if isinstance(config, dict):
+        config = {"files": [], "versions": {}, **config}
+    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict) \
+            or not isinstance(config["versions"], dict) or not isinstance(config["files"], list) \
+            or not all(isinstance(name, str) and plain(name) for name in config["files"]):
         raise InputError(f"{path} is no config of a run - restore it, or train anew elsewhere")
     check_kinds(config["flags"], {name: FLAGS[name][0] for name in names}, path)
     return config
@@ -574,16 +504,11 @@ def read_config(folder, names=()):
 def check_kinds(values, defaults, path):
     """Raise InputError unless what the file `path` holds could be typed for these flags."""
     for name, default in defaults.items():
-        value, kind = values.get(name.replace("-", "_"), default), kind_of(name, default)
-        if type(value) is type(default) and value == default:
-            continue
-        try:
-            fits = isinstance(value, kind) if kind in (bool, str) else \
-                isinstance(value, (int, float, str)) and value_of(kind, str(value)) == value
-        except (ValueError, OverflowError, argparse.ArgumentTypeError):
-            fits = False
-        if not fits:
-            raise InputError(f"{path} has {value!r} as {name} - restore it, or train anew")
+        value = values.get(name.replace("-", "_"), default)
+        said = f"{path} has {value!r} as {name}"
+        if value is not default and value != value_of(
+                FLAGS[name][1], str(value), said, default):
+            raise InputError(f"{said} - restore it, or train anew")
 
 
 @contextlib.contextmanager
@@ -605,32 +530,27 @@ def versions():
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
-
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# ---- Training -----------------------------------------------------------------------------------
 
 class Progress:
     """A line on stderr that rewrites itself on a terminal; elsewhere one every tenth of the way."""
 
     def __init__(self, total, start=0):
-        self.total, self.began, self.first = total, time.time(), start
+        self.total, self.first, self.began = total, start, time.time()
         self.live = sys.stderr.isatty()
-        self.next = start + (10 if self.live else max(1, total // 10))
+        self.every = max(1, total // (1000 if self.live else 10))
 
     def __call__(self, step, text):
-        if step < self.next and step < self.total:
+        if step % self.every and step < self.total:
             return
-        self.next = step + (1 if self.live else max(1, self.total // 10))
         left = (time.time() - self.began) / max(step - self.first, 1) * (self.total - step)
         line = f"step {step}/{self.total}  {text()}  {left:.0f} s left"
-        stays = step >= self.total or not self.live
-        print(f"\r{line:<100}" if self.live else line, end="\n" * stays, file=sys.stderr,
-              flush=True)
+        end = "" if self.live and step < self.total else "\n"
+        print(f"\r{line:<100}" if self.live else line, end=end, file=sys.stderr, flush=True)
 
 
 class Log:
-    """The rows of log.csv: text, so that a resumed run keeps them to the byte.
+    """The rows of log.csv, as text, so that a resumed run keeps them to the byte.
 
     Those up to step `upto` are read; they need the `columns` that are drawn, and may be empty in
     `gaps` alone.
@@ -640,16 +560,14 @@ class Log:
         self.path, self.rows = path, []
         if not upto or not os.path.exists(path):
             return
-        data.plain_file(path)
         try:
-            with open(path, newline="") as f:
+            with open(data.plain_file(path), newline="") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
-            whole = all(math.isfinite(float(v)) for row in self.rows for k, v in row.items()
-                        if k != "revive" and (v or k not in gaps))
-            whole = whole and all(row.keys() >= {*columns} for row in self.rows[:1])
+            for row in self.rows:
+                numbers = [float(v) for k, v in row.items() if v or k not in gaps]
+                if not all(map(math.isfinite, numbers)) or not row.keys() >= {*columns}:
+                    raise ValueError
         except (KeyError, TypeError, ValueError, csv.Error):
-            whole = False
-        if not whole:
             raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves")
 
     def add(self, row):
@@ -678,10 +596,8 @@ class Keeper:
         self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
 
     def __enter__(self):
-        obeyed = signal.SIGINT, signal.SIGTERM
-        if threading.current_thread() is not threading.main_thread():
-            obeyed = ()                                      # Python allows handlers there alone
-        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
+        self.before = {n: signal.signal(n, self.on_signal)
+                       for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
@@ -712,7 +628,6 @@ def train(run, features):
     flags, rows = run.flags, features.rows("train")
     model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
-    run.trained_on(features.hash, flags.data)
     run.begin(flags, dims=features.dims, data_hash=features.hash, train_rows=len(rows))
     checkpoint = run.path("checkpoint.pt")
     if run.saved and os.path.exists(checkpoint):
@@ -721,53 +636,49 @@ def train(run, features):
     n_steps = flags.epochs * batches.epoch
     log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
 
-    def batch(step):
-        return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
-
     def on_step(step, result):
-        def row():
-            told = {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)}
-            return {**told, "revive": flags.revive} if "revive" in flags else told
-
         loss = float(result["loss"]) if step % flags.log_every == 0 else 0.
-        if not math.isfinite(loss):
+        if not math.isfinite(loss):                          # reading it waits for a GPU
             raise InputError(f"the loss is {loss} at step {step} - lower --lr, or scale the "
                              "features with --norm")
-        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead "
+        keep(step, lambda: {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)},
+             lambda: f"loss {float(result['loss']):.4f}  dead "
              + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda: sae.save(checkpoint, model, optimiser)) as keep:
-        sae.fit(model, batch, n_steps, lr=flags.lr, optimiser=optimiser, on_step=on_step,
-                warmup=flags.get("warmup", 0))
+        sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps, lr=flags.lr,
+                optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0))
     return model, log
 
 
-def resolved(flags, features, layers=()):
-    """The flags with all that was left open filled in: what was typed, else `layers` or the preset,
-    else what made-up data want, else by the number of training rows; tells what was chosen."""
-    n, layers = len(features.rows("train")), dict(layers)
-    if "activation" not in flags and flags.preset:
-        if flags.preset != "thesis":
-            raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
-        layers |= THESIS
-    layers = {**(PLANTED if flags.data is None else {}), **layers}
+def resolved(flags, features):
+    """The flags with all that was left open, None or "auto", filled in: as the preset, the
+    activation or made-up data want it, else by the number of training rows; says what those chose.
+    """
+    single, n = "activation" in flags, len(features.rows("train"))
+    layers = sae.known_settings(single, flags.preset, flags.get("activation"), flags.data is None)
     if {"expansion", "latents"} <= flags.given:
         raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
                          "one of the two")
-    expansion = flags.get("expansion") or layers.get("expansion")
-    if expansion:
+    if expansion := flags.get("expansion") or layers.get("expansion"):
         layers["latents"] = expansion * max(features.dims.values())
-    flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
+    flags = flags.replaced({k: layers[k] for k, v in flags.items()
+                            if v in (None, "auto") and k in layers})
+    if single and flags.sparsity and not sae.ACTIVATIONS[flags.activation].sparsity:
+        raise InputError(f"--sparsity {flags.sparsity} has no effect on {flags.activation}, which "
+                         "has no penalty - leave it out, or set --k")
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
     auto = sae.settings_for(n, **typed)
     auto["shuffle"] = "blocks" if features.mapped else "samples"
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
-        flags["null"] = planned_seconds(flags, features.dims, auto["steps"]) < 60
+        seconds = sae.planned_seconds(features.dims, topk=flags.get("topk"),
+                                      **flags.pick("latents k batch"))
+        flags["null"] = auto["steps"] * seconds < 60
     if chosen:
-        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else
-                          f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
+        shown = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}"
+                          for k, v in chosen.items()).replace("_", "-")
         say_once(f"chosen by the number of training rows, {n}: {shown}; {auto['steps']} steps")
     if flags.shuffle == "blocks" and features.sorted_rows():
         say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - "
@@ -775,42 +686,27 @@ def resolved(flags, features, layers=()):
     return flags
 
 
-def planned_seconds(flags, dims, steps):
-    """About how long training takes on two cores: all logits of a batch, M times the products."""
-    logits, products = flags.batch * flags.latents, len(dims) * flags.batch * flags.k
-    each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
-    return steps * each * (2 if flags.get("topk") == "both" else 1)
-
-
-def memory():
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def make_model(features, flags, rows):
     """The untrained SAE or SPARC of `flags`; its statistics and bias are of the training rows."""
-    needs = 32 * flags.latents * sum(features.dims.values())
-    if needs > memory():
+    needs = 32 * flags.latents * sum(features.dims.values())  # weights, gradients, Adam's moments
+    if needs > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the "
                          "weights alone - lower it")
-    shared = {k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels", "seed")}
-    shared["stats"] = features.statistics(rows) if "standard" in flags.norm else None
-    shared["reinit_after"] = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
-    shared["aux_coef"] = flags.aux_coef if flags.aux_k else 0.
+    shared = flags.pick("k norm aux_k aux_coef dead_after reinit_after seed")
+    if "standard" in flags.norm:
+        shared["stats"] = features.statistics(rows)
     if "activation" not in flags:
-        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss,
-                         **shared)
-    how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth")}
-    model = sae.SAE(features.dims, flags.latents, threshold=flags.theta, **how, **shared)
+        return sae.SPARC(features.dims, flags.latents, topk=flags.topk, lam=flags.lam,
+                         reduction=flags.loss, **shared)
+    model = sae.SAE(features.dims, flags.latents, threshold=0.1, **shared,
+                    **flags.pick("activation sparsity error revive bandwidth"))
     if flags.bias != "zeros":
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
         model.start_bias(features.batch(drawn)[model.streams[0]], flags.bias)
     return model
 
 
-# ------------------------------------------------------------------------------------------------
-# Measuring
-# ------------------------------------------------------------------------------------------------
+# ---- Measuring ----------------------------------------------------------------------------------
 
 def evaluation_rows(features, flags, *splits):
     """Rows of the first split that has any, at most --eval-rows of them, drawn with the seed."""
@@ -821,22 +717,13 @@ def evaluation_rows(features, flags, *splits):
     return rows
 
 
-def encoded(model, features, rows, mode, device, block=1024):
-    """Yield (x, codes) of `rows`, block by block: dicts stream -> raw (b, d_s) and -> Codes."""
-    with torch.no_grad():
-        for start in range(0, len(rows), block):
-            x = features.batch(rows[start:start + block])
-            x = {s: v.to(device) for s, v in x.items()}
-            yield x, model.encode(x, mode)
-
-
-def codes_and_fit(model, features, rows, mode, device):
+def codes_and_fit(model, features, rows, mode):
     """In one pass the codes of `rows`, {stream: CSR (n, L)}, and how they rebuild each stream: a
     dict of r2, nmse and the share of (sample, stream) with its first stream's latents."""
     pieces = []
 
     def reconstructions():
-        for x, codes in encoded(model, features, rows, mode, device):
+        for x, codes in sae.encoded(model, features.batch, rows, mode):
             pieces.append(codes)
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
@@ -857,7 +744,7 @@ def measure(model, features, flags):
                       "of": len(features.rows("test", "val")), "steps": int(model.step),
                       "latents": model.n_latents, "topk": model.topk}
     for mode in ("joint", "alone") if several else ("alone",):
-        codes[mode], fit = codes_and_fit(model, features, rows, mode, flags.device)
+        codes[mode], fit = codes_and_fit(model, features, rows, mode)
         out[mode] = {**judge.code_metrics(codes[mode], features, rows), **fit}
         out[mode]["headline"] = judge.headline(out[mode])
     if features.labels is not None:
@@ -880,9 +767,7 @@ def measure(model, features, flags):
 def judged(run, features, whole=None, quiet=False):
     """Train, with --null once more on shuffled streams, and measure; write metrics.json and
     report.html. whole: the run that --null would be added to. Returns metrics."""
-    flags, began = run.flags, time.time()
-    model, log = train(run, features)
-    trained = time.time()
+    flags, (model, log) = run.flags, train(run, features)
     metrics, codes, rows = measure(model, features, flags)
     if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
@@ -892,28 +777,38 @@ def judged(run, features, whole=None, quiet=False):
     metrics["verdict"] = judge.verdict(
         metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
                            f"{shlex.quote(whole.folder)}")
-    settings = {**flags, "seconds to train": round(trained - began, 1),
-                "seconds to measure": round(time.time() - trained, 1)}
     page = judge.Page(f"repsae {flags.command}: {os.path.basename(os.path.abspath(run.folder))}")
     judge.tell_summary(page, metrics, quiet)
-    judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
+    judge.tell_run(page, metrics, log.rows, flags, codes, features, rows)
     page.write(run.path, metrics)
     if not quiet:
         say(f"wrote {run.join('report.html')}")
     return metrics
 
 
-def judged_parts(run, trials, tell, whole=None):
-    """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run, and put
-    them beside each other: tell(page, {name: metrics}) may return a chart."""
-    results, page = {}, judge.Page(f"repsae {run.flags.command}: {os.path.basename(run.folder)}")
-    for name, (flags, features) in trials.items():
+def compared(run, changes, tell, whole=None):
+    """Train and judge a run for each of `changes`, {name: {flag: value}}, in a folder of the run,
+    and put them beside each other: tell(page, {name: metrics}) may return a chart."""
+    flags, single, trials, results = run.flags, "activation" in run.flags, {}, {}
+    features = read_to_train(flags, 1 if single else 2)
+    if not single:                                           # kinds of SAE have their own settings
+        flags = resolved(flags, features)
+    for name, change in changes.items():
+        trial, mine = flags.replaced(change), features
+        if {"streams", "seed"} & change.keys():              # the seed draws the split too
+            mine = read_to_train(trial, 2)
+        trials[name] = resolved(trial, mine), mine
+        # sizes that do not fit fail before anything is written, and what torch loads for its first
+        # optimiser is in no trial's seconds
+        sae.make_optimiser(sae.SPARC(mine.dims, trials[name][0].latents, trials[name][0].k))
+    run.begin(flags, data_hash=features.hash)
+    page = judge.Page(f"repsae {flags.command}: {os.path.basename(run.folder)}")
+    for name, (trial, mine) in trials.items():
         say(f"-- {name}")
         began = time.time()
-        results[name] = judged(run.part(name, flags), features, whole, quiet=True)
+        results[name] = judged(run.part(name, trial), mine, whole, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    chart = tell(page, results)
-    if chart:
+    if chart := tell(page, results):
         judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
     page.write(run.path, results)
     say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
@@ -926,11 +821,11 @@ def read(flags):
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
     else:
         features = data.planted_streams(seed=flags.seed)
-        for s in names or ():
-            if s not in features.streams:
-                raise InputError(f"the made-up data has no stream '{s}' - "
-                                 f"it has {', '.join(features.streams)}")
-        features.streams = {s: features.streams[s] for s in names or features.streams}
+        names = names or [*features.streams]
+        if not {*names} <= {*features.streams}:
+            raise InputError(f"the made-up data has no stream {flags.streams} - it has "
+                             f"{', '.join(features.streams)}")
+        features.streams = {s: features.streams[s] for s in names}
         features.truth = {s: features.truth[s] for s in features.streams}
     for note in features.notes:
         say_once("note: " + note)
@@ -938,12 +833,19 @@ def read(flags):
 
 
 def read_to_train(flags, least=1):
-    """`read`, once there is something to train on, something to judge by, and `least` streams."""
+    """`read`, once there is something to train on, something to judge by, and `least` streams, or
+    one of --stream; every token is a sample."""
+    if "stream" in flags:
+        stream = flags.stream or ("vision" if flags.data is None else None)
+        flags = flags.replaced({"streams": stream or flags.streams})
     features = read(flags)
     features.rows("test", "val")
     if len(features.streams) < least:
         raise InputError(f"{flags.command} shares a code among streams and needs two streams, not "
                          f"{list(features.streams)[0]} alone - give more, or use sae for one")
+    if "activation" in flags and len(features.streams) > 1:
+        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
+                         "pick one with --stream")
     if len(features.per_token().rows("train")) < 2:
         raise InputError("the train split has 1 sample - give at least two to learn from")
     if features.tokens:
@@ -951,17 +853,14 @@ def read_to_train(flags, least=1):
                  "counts as a sample")
     return features.per_token()
 
-
-# ------------------------------------------------------------------------------------------------
-# A run in use: its model, features and codes
-# ------------------------------------------------------------------------------------------------
+# ---- A run in use: its model, features and codes ------------------------------------------------
 
 class Coded:
     """A run's model with features, its own or those of --data, and the codes of their streams.
 
     flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
             were typed
-    T       tokens of a sample, 1 where it is one vector
+    T       tokens of a sample, 1 where it is one vector; flat: the features, each token a sample
     """
 
     def __init__(self, run, flags, streams=None):
@@ -971,7 +870,7 @@ class Coded:
         own = {k: own[k] for k in ("data", "taxonomy", "seed")
                if k in own and k in flags and k not in flags.given}
         flags = flags.replaced({"taxonomy": None, **flags, **own})
-        self.run, self.device = run, flags.device
+        self.run = run
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
         there = data.Source(flags.data).streams if flags.data else self.model.streams
         known = [s for s in self.model.streams if s in there]
@@ -987,11 +886,14 @@ class Coded:
                                  f"{self.features.dims} - take streams that it knows")
         self.T, self.flat = self.features.tokens or 1, self.features.per_token()
 
+    def encoded(self, rows, mode="alone", block=1024):
+        """`sae.encoded` of rows of `flat`, which are tokens."""
+        return sae.encoded(self.model, self.flat.batch, rows, mode, block)
+
     def codes(self, rows, mode="alone"):
         """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
         tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
-        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
-        found = sae.joined([codes for _, codes in blocks])
+        found = sae.joined([codes for _, codes in self.encoded(tokens, mode)])
         return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
 
     def pool(self, tau=0.):
@@ -1001,8 +903,8 @@ class Coded:
             raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
                              f"pick one with --stream{'' if 'stream' in self.flags else 's a,b'}")
         (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
-        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
-                                T * max(1, 4096 // T)):
+        whole_samples = T * max(1, 4096 // T)                # tokens in a block
+        for x, codes in self.encoded(np.arange(N * T), block=whole_samples):
             code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
             pooled.append(judge.pool_tokens(code, T, tau))
             dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
@@ -1076,86 +978,41 @@ def analysis_run(flags, name):
     return Run(flags, flags.out or os.path.join(flags.run, name))
 
 
-# ------------------------------------------------------------------------------------------------
-# Sparse codes: training and using them (thesis 4.1, 5)
-# ------------------------------------------------------------------------------------------------
+# ---- Sparse codes: training and using them (thesis 4.1, 5) --------------------------------------
 
-@command(f"{DATA} {CODE} topk lam loss preset null {STEPS} {FOLDER} out=runs/sparc")
+@command(f"{DATA} {CODE} topk lam loss null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
     run = Run(flags)
     features = read_to_train(run.flags, 2)
-    run.flags = run.flags if run.saved else resolved(flags, features)
+    run.flags = resolved(run.flags, features)
     judged(run, features, run)
 
 
-@command(f"{DATA} stream {CODE} {KINDS} activation revive preset {STEPS} {FOLDER} out=runs/sae")
+@command(f"{DATA} stream {CODE} {KINDS} {STEPS} {FOLDER} out=runs/sae")
 def cmd_sae(flags):
     """Train a sparse autoencoder on one stream (thesis 4.1 and its relatives), or every kind."""
     run = Run(flags)
-    features = one_stream(run.flags)
     if run.flags.activation == "all":
-        return every_activation(run, features)
-    run.flags = run.flags if run.saved else resolved_sae(flags, features)
+        kinds = [(name, own.revive) for name, own in sae.ACTIVATIONS.items()]
+        kinds += [("relu", "none"), ("relu", "ghost")]
+        changes = {f"{name}_{revive}": {"activation": name, "revive": revive}
+                   for name, revive in sorted(kinds)}
+        return compared(run, changes, judge.tell_activations)
+    features = read_to_train(run.flags)
+    run.flags = resolved(run.flags, features)
     judged(run, features)
-
-
-def resolved_sae(flags, features):
-    """`resolved` for one stream: the activation and the preset have settings of their own."""
-    preset = PRESETS.get(flags.preset, {})
-    typed = "activation" in flags.given
-    activation = flags.activation if typed else preset.get("activation", flags.activation)
-    sae.one_of("activation", activation, sae.ACTIVATIONS)
-    own = sae.ACTIVATIONS[activation]
-    planted = PLANTED_SAE.get(activation, {}) if flags.data is None else {}
-    layers = {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, **planted,
-              **preset, "activation": activation}
-    flags = resolved(flags.replaced({"null": False}), features, layers)
-    if flags.sparsity and not own.sparsity:
-        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no "
-                         "penalty - leave it out, or set --k")
-    say_once(f"note: what is done about latents that have not fired for {flags.dead_after} steps: "
-             f"{flags.revive}")
-    return flags
-
-
-def one_stream(flags):
-    """The features of --stream, every token a sample."""
-    stream = flags.stream or ("vision" if flags.data is None else None)
-    features = read_to_train(flags.replaced({"streams": stream or flags.streams}))
-    if len(features.streams) > 1:
-        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
-                         "pick one with --stream")
-    return features
-
-
-def every_activation(run, features):
-    """Each activation with what revives its dead latents, and relu with others, in one table: R2,
-    active and silent latents, planted concepts found."""
-    flags, trials = run.flags, {}
-    kinds = [{"activation": name} for name in sae.ACTIVATIONS]
-    after = kinds.index({"activation": "relu"}) + 1
-    kinds[after:after] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
-    for kind in kinds:
-        one = flags.replaced(kind)
-        one.given = flags.given | kind.keys()
-        one = resolved_sae(one, features)
-        trials[f"{one.activation}_{one.revive}"] = one, features
-    sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what it loads is in no row's seconds
-    run.begin(flags, data_hash=features.hash)
-    judged_parts(run, trials, judge.tell_activations)
 
 
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
     path, coded = flags.json and out_file(flags, "json"), Coded(flags.run, flags)
-    model, features, flags = coded.model, coded.features, coded.flags
-    for s in model.streams:
-        if s not in features.streams:
+    for s in coded.model.streams:
+        if s not in coded.features.streams:
             raise InputError(f"the data lacks the run's stream '{s}' - "
-                             f"eval needs {', '.join(model.streams)}")
-    metrics, _, _ = measure(model, features, flags)
+                             f"eval needs {', '.join(coded.model.streams)}")
+    metrics, _, _ = measure(coded.model, coded.features, coded.flags)
     judge.tell_summary(judge.Page(""), metrics)
     if path:
         judge.write_json(path, metrics)
@@ -1167,81 +1024,60 @@ def cmd_encode(flags):
     """Write the sparse codes of features: <stream>_indices and _values, (N, k), or (N, T, k).
 
     Samples with fewer active latents may be filled up with index -1, value 0."""
-    out_file(flags)
-    coded = Coded(flags.run, flags)
-    model, features, flat = coded.model, coded.features, coded.flat
-    pieces = encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)
+    path, coded = out_file(flags), Coded(flags.run, flags)
+    features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    kept = {"n_latents": model.n_latents, "mode": flags.mode}
-    for s, code in sae.joined([codes for _, codes in pieces]).items():
+    blocks = coded.encoded(np.arange(len(coded.flat)), flags.mode)
+    for s, code in sae.joined([codes for _, codes in blocks]).items():
         for name, v in code._asdict().items():
             kept[f"{s}_{name}"] = v.reshape(shape)
     if "ids" in features.about:
         kept["ids"] = features.about["ids"]
-    judge.write_npz(out_file(flags), kept)
-    say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
+    judge.write_npz(path, kept)
+    say(f"wrote {path}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
-@command(f"{DATA} over! {CODE} topk lam loss preset {STEPS} {FOLDER} out=runs/sweep")
+@command(f"{DATA} over! {CODE} topk lam loss {STEPS} {FOLDER} out=runs/sweep")
 def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
     run = Run(flags)
-    axes = parse_axes(run.flags)
-    sweep(run, axes, functools.partial(judge.tell_sweep, axes=axes))
-
-
-ABLATION = {"global_lam1", "global_lam0", "local_lam1", "local_lam0", "both_lam1", "random_lam1"}
-
-
-@command(f"{DATA} {CODE} loss preset null {STEPS} {FOLDER} out=runs/ablate")
-def cmd_ablate(flags):
-    """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
-    run = Run(flags)
-    axes = {"topk": ["global", "local", "both", "random"], "lam": [1., 0.]}
-    sweep(run, axes, judge.tell_ablation, ABLATION, run)
-
-
-def sweep(run, axes, tell, only=None, whole=None):
-    """`judged_parts` of all combinations of the values in `axes`, or of those named `only`. A name
-    is made of the values: global_lam1."""
-    features, trials = read_to_train(run.flags, 2), {}
-    flags = run.flags if run.saved else resolved(run.flags, features)
+    axes, changes = parse_axes(run.flags), {}
     for values in itertools.product(*axes.values()):
-        one = dict(zip(axes, values))
-        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in one.items())
-        if only and name not in only:
-            continue
-        trial, mine = flags.replaced(one), features
-        if {"streams", "seed"} & one.keys():                 # the seed draws the split too
-            trial["streams"] = (trial.streams or "").replace("+", ",")
-            mine = read_to_train(trial, 2)
-        sae.SPARC(mine.dims, trial.latents, trial.k)         # before anything is written
-        trials[name] = trial, mine
-    run.begin(flags, data_hash=features.hash)
-    judged_parts(run, trials, tell, whole)
+        change = dict(zip(axes, values))
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in change.items())
+        if "streams" in change:
+            change["streams"] = change["streams"].replace("+", ",")
+        changes[name] = change                               # "global_lam1"
+    compared(run, changes, functools.partial(judge.tell_sweep, axes=axes))
 
 
 def parse_axes(flags):
     """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
-    known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags}
-    text, axes = flags.over, {}
-    for word in [] if text is None else text.split() or [text]:
+    known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*COMMANDS[flags.command].flags}
+    text, axes = flags.over or " ", {}
+    for word in text.split() or [text]:
         name, _, values = word.partition("=")
+        key, values = name.replace("-", "_"), values.split(",")
         kind = FLAGS[name][1] if name in known else None
-        if isinstance(kind, Number):                         # a value to compare is not "auto"
-            kind = Number(kind.kind, kind.least, kind.most)
-        elif name == "streams" and all(s for v in values.split(",") for s in v.split("+")):
-            kind = str
-        elif not isinstance(kind, tuple) or name in axes or "auto" in values.split(","):
+        if name == "streams" and all(s for v in values for s in v.split("+")):
+            kind = "text"
+        elif kind in (None, "text", "switch") or key in axes:
             raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
                              '"streams=a+b,a+b+c"')
-        try:
-            values = dict.fromkeys(value_of(kind, v) for v in values.split(","))
-            axes[name.replace("-", "_")] = [*values]
-        except argparse.ArgumentTypeError as e:
-            raise InputError(f"--over {word}: {e}")
+        axes[key] = [*dict.fromkeys(value_of(kind, v, f"--over {word}: {v}") for v in values)]
     return axes
+
+
+ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
+    ("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))}
+
+
+@command(f"{DATA} {CODE} loss null {STEPS} {FOLDER} out=runs/ablate")
+def cmd_ablate(flags):
+    """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
+    run = Run(flags)
+    compared(run, ABLATION, judge.tell_ablation, run)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1260,7 +1096,6 @@ def cmd_dino(flags):
     rows = images.rows("train")                              # all, where there is no split
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
-    run.trained_on(images.hash, flags.images)
     torch.set_flush_denormal(True)                           # far tokens' gradients get that small
     torch.manual_seed(flags.seed)
     nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck decay_ssm "
@@ -2043,7 +1878,7 @@ def explain_concepts(flags):
     judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **arrays})
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
-        judge.save_picture(run.path("overlays", f"{name}.png"), image)
+        judge.save_picture(run.path(f"overlays/{name}.png"), image)
     page.write(run.path)
     say(f"wrote {run.join('report.html')}")
 
@@ -2355,7 +2190,7 @@ def cmd_tile(flags):
         return cut_voc(flags, window)
     check_needed(flags, "images")
     slides, size = data.read_slides(flags.images), flags.size or 224
-    run = Run(flags, add=True)                               # slides may come one by one
+    run = Run(flags)
     for note in slides.notes:
         say_once("note: " + note)
     if flags.rois and len(slides) > 1:
@@ -2588,62 +2423,50 @@ def cmd_bench(flags):
         judge.write_json(flags.json, figures)
 
 
-# ------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------
-
-class Flags(dict):
-    """The settings of a command by name, readable as attributes; `given`: those that were typed."""
-    given = frozenset()
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name)
-
-    def pick(self, names):
-        """Those of `names`, "lr batch", as keyword arguments."""
-        return {name: self[name] for name in names.split()}
-
-    def replaced(self, changes):
-        new = Flags({**self, **changes})
-        new.given = self.given
-        return new
-
+# ---- The command line ---------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with our one line for its errors."""
 
     def error(self, message):
         message = re.sub("^argument (--[^ :]+): ", r"\1 ", message)
-        hint = f" - see python repsae.py {' '.join(self.prog.split()[1:] + ['--help'])}"
-        fail(message + hint * (" - " not in message))
+        raise InputError(f"{message} - see python repsae.py "
+                         f"{' '.join(self.prog.split()[1:] + ['--help'])}")
 
 
 def parse(argv):
-    """argv -> (command function, Flags). Only what was typed comes out of argparse."""
+    """argv -> (command function, Flags). argparse finds the words, `value_of` what they mean."""
     parser = Parser(prog="repsae", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     subs = parser.add_subparsers(dest="command", metavar="command", required=True,
                                  parser_class=Parser)
     for name, each in COMMANDS.items():
         add_command(subs, name, each)
-    if any("\0" in word for word in argv or ()):
-        fail("a NUL character on the command line - leave it out")
-    given = vars(parser.parse_args(argv))
-    each = COMMANDS[given["command"]]
-    given |= typed_settings(" ".join(given.pop("set", [])), each.flags)
-    values = {name.replace("-", "_"): default for name, default in each.flags.items()}
-    flags = Flags({**values, **given})
-    flags.given = frozenset(given) & frozenset(values)
-    if not flags.get("resume"):                              # else the run may have them
-        check_needed(flags)
-    return each.run, flags
+    if any("\0" in word for word in argv or ()):             # no file can be named so
+        raise InputError("a NUL character on the command line - leave it out")
+    typed, said = vars(parser.parse_args(argv)), {}
+    each = COMMANDS[typed["command"]]
+    for word in " ".join(typed.pop("set", [])).split():
+        name, _, text = word.partition("=")
+        if name not in each.flags or name not in SETTINGS:
+            mine = ", ".join(n for n in each.flags if n in SETTINGS) or "none"
+            raise InputError(f"--set {word}: no such setting - this command has {mine}")
+        typed[name.replace("-", "_")], said[name] = text, f"--set {word}"
+    defaults = {name.replace("-", "_"): default for name, default in each.flags.items()}
+    flags = Flags({**defaults, **typed})
+    flags.given = frozenset(typed) & frozenset(defaults)
+    for flag, default in each.flags.items():
+        text = typed.get(flag.replace("-", "_"))
+        if isinstance(text, str):                            # not of a switch, on or off
+            text = value_of(FLAGS[flag][1], text, said.get(flag, f"--{flag} {text}"), default)
+            flags[flag.replace("-", "_")] = text
+    if not flags.get("resume") or not os.path.exists(os.path.join(flags.out, "config.json")):
+        check_needed(flags)                                  # else the run there has them
+    return each, flags
 
 
 def check_needed(flags, *names):
-    """Raise InputError when a flag is missing, one of `names` or of those the command needs."""
+    """Raise InputError when one of the flags `names`, else of those needed, was not given."""
     for name in names or sorted(COMMANDS[flags.command].needed):
         if not flags[name.replace("-", "_")]:
             raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
@@ -2651,7 +2474,7 @@ def check_needed(flags, *names):
 
 def add_command(subs, name, each):
     """A sub-command's parser, its help in groups."""
-    about = inspect.cleandoc(each.run.__doc__)
+    about = inspect.cleandoc(each.__doc__)
     settings = [f"{flag}={default}  {SETTINGS[flag][2]}"
                 for flag, default in each.flags.items() if flag in SETTINGS]
     sub = subs.add_parser(
@@ -2659,45 +2482,29 @@ def add_command(subs, name, each):
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:
-        if what == "run?":
-            sub.add_argument("run", nargs="?", help="a run folder")
-        elif what == "what":
+        if what == "what":
             sub.add_argument(what, nargs="?", choices=BENCHES, default="all")
         else:
-            sub.add_argument(what, help="a run folder")
+            sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
+                             help="a run folder")
     for title, table in GROUPS.items():
         group = sub.add_argument_group(title)
-        names = [flag for flag in table if flag in each.flags or flag == "set" and settings]
-        for flag in names:
-            default, text = each.flags.get(flag), FLAGS[flag][2]
-            kind = kind_of(flag, default)
-            note = " (needed)" if flag in each.needed else \
-                "" if default in (None, "auto") or kind is bool else f" (default: {default})"
-            option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-                {"choices": kind, "metavar": "|".join(kind)} if isinstance(kind, tuple) else \
-                {"type": kind, "metavar": kind.__name__.split()[-1].upper(),
-                 **({"action": "append"} if flag == "set" else {})}
-            group.add_argument(f"--{flag}", default=argparse.SUPPRESS,
-                               help=text.replace("%", "%%") + note, **option)
+        for flag in [flag for flag in table if flag in each.flags or flag == "set" and settings]:
+            default, (_, kind, text) = each.flags.get(flag), FLAGS[flag]
+            option = {"metavar": kind} if "|" in kind else {}
+            if kind == "switch":
+                option["action"] = argparse.BooleanOptionalAction
+            elif flag in each.needed:
+                text += " (needed)"
+            elif default not in (None, "auto"):
+                text += f" (default: {default})"
+            if flag == "set":
+                option["action"] = "append"
+            group.add_argument(f"--{flag}", help=text.replace("%", "%%"),
+                               default=argparse.SUPPRESS, **option)      # only what was typed
 
 
 BENCHES = ("all", "sparc", "rows", "scan", "backbones")
-
-
-def typed_settings(text, known):
-    """--set "aux-k=32 clip=1" -> {"aux_k": 32, "clip": 1.}; fails on what the command lacks."""
-    found = {}
-    for word in text.split():
-        name, _, value = word.partition("=")
-        name = name.replace("_", "-")
-        if name not in known or name not in SETTINGS:
-            mine = ", ".join(n for n in known if n in SETTINGS) or "none"
-            fail(f"--set {word}: no such setting - this command has {mine}")
-        try:
-            found[name.replace("-", "_")] = value_of(SETTINGS[name][1], value)
-        except argparse.ArgumentTypeError as e:
-            fail(f"--set {name}: {e}")
-    return found
 
 
 def check_device(flags):
@@ -2714,10 +2521,7 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-@functools.cache
-def say_once(text):
-    """`say`, but the same line only once in a process."""
-    say(text)
+say_once = functools.cache(say)                              # the same line once in a process
 
 
 def fail(text):

@@ -904,10 +904,54 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None):
             "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4))}
 
 
+# What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...
+THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
+          "shuffle": "blocks", "dead_after": 1000}
+PRESETS = {                                                  # ... of one, in the papers' code, ...
+    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
+    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
+              "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
+    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
+    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none",
+             "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
+             "batch": 16448, "epochs": 24, "dead_after": 64},
+}
+# ... and of made-up streams: they have 48 concepts, three or four in a sample.
+PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
+PLANTED_ONE = {"batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
+
+
+def known_settings(single, preset=None, activation=None, planted=False):
+    """Settings, {name: value}, that do not depend on the samples: the preset's, else those that
+    find planted concepts, else, of a single stream, the activation's own (the preset's, or topk).
+    Raises InputError when there is no such activation, or preset for several streams."""
+    found = dict(PLANTED) if planted else {}
+    if not single:
+        if preset not in (None, "thesis"):
+            raise InputError(f"preset {preset} is of one stream - use it with sae")
+        return {**found, **(THESIS if preset else {})}
+    typical = PRESETS.get(preset, {})
+    activation = activation or typical.get("activation", "topk")
+    one_of("activation", activation, ACTIVATIONS)
+    own = ACTIVATIONS[activation]
+    if planted:
+        found |= PLANTED_ONE.get(activation, {})
+    return {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, "bias": "zeros",
+            "warmup": 0, "bandwidth": 0.1, **found, **typical, "activation": activation}
+
+
+def planned_seconds(dims, latents, k, batch, topk="local"):
+    """About how long a step takes on two cores: all logits of a batch, M times the products."""
+    logits, products = batch * latents, len(dims) * batch * k
+    seconds = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
+    return 2 * seconds if topk == "both" else seconds
+
+
 def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     """Train until the model has taken `n_steps` steps in all, and return the optimiser.
 
-    batch: step -> dict stream -> (B, d_s) raw; a pure function of the step makes resuming exact.
+    batch: step -> dict stream -> (B, d_s) raw, on any device; a pure function of the step makes
+    resuming exact.
     warmup: steps over which the learning rate rises to lr (CytoSAE; SPARC has none).
     on_step(step, result): called after each step, from 1, with what `train_step` returned.
     """
@@ -916,13 +960,23 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     for step in range(int(model.step), n_steps):
         if warmup and step <= warmup:
             optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / warmup)
-        result = train_step(model, optimiser, batch(step))
+        x = {s: v.to(model.step.device) for s, v in batch(step).items()}
+        result = train_step(model, optimiser, x)
         if on_step:
             on_step(step + 1, result)
     model.zero_grad(set_to_none=True)                        # they take the memory of the weights
     model._spare.clear()
     model.eval()
     return optimiser
+
+
+@torch.no_grad()
+def encoded(model, batch, rows, mode, block=1024):
+    """Yield (x, codes) of `rows`, block by block: dicts stream -> raw (b, d_s), on the model's
+    device, and -> Codes. batch: rows (b,) -> such a dict, on any."""
+    for start in range(0, len(rows), block):
+        x = {s: v.to(model.step.device) for s, v in batch(rows[start:start + block]).items()}
+        yield x, model.encode(x, mode)
 
 
 def told(model, result):
