@@ -321,14 +321,6 @@ def read_arrays(path):
     return {key: source[key] for key in source.keys}
 
 
-def read_vector(path):
-    """One vector (d,) from a .npy, as a float32 tensor."""
-    x = _load_npy(path)
-    if x.ndim != 1 or not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all():
-        raise InputError(f"{path} does not hold one vector of finite numbers - use numpy.save")
-    return torch.from_numpy(x.astype(np.float32))
-
-
 def plain_file(path):
     """The path, unless a pipe, a device or a folder is there, or it is no path at all. A file that
     is missing is left to who opens it."""

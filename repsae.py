@@ -131,7 +131,7 @@ WHAT = {
     "sample": (0, "int 0..1e9", "number of the test sample that asks"),
     "from": (None, "text", "its stream; the first by default"),
     "to": (None, "text", "the stream to search; the last by default"),
-    "features": (None, "text", ".npy with a vector (d,) that asks, or a file whose --sample asks"),
+    "features": (None, "text", "another file, whose row --sample asks"),
     "encoder": (None, "text", "run of clip whose text encoder reads --query"),
     "latent": (None, "text", "latents to show, 3,17; else some of labels, alive everywhere"),
     "merges": (None, "text", "CLIP's merges file; else words of the captions are the tokens"),
@@ -246,12 +246,6 @@ SETTINGS = {
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
-    "percentile": (95.0, "float 0..100", "of a heat map: what is at or above it is hot"),
-    "connectivity": ("8", "8|4", "hot pixels that touch at corners are one box, or not"),
-    "strict": (False, "switch", "hot: above the percentile, not at it"),
-    "box-score": ("box", "box|hot", "of a box: mean activation in it, or of hot pixels"),
-    "ap-points": (0, "int 0..1e5", "recalls at which precision is averaged; 0: all"),
-    "start-layer": (0, "int -1000..1000", "first layer of relevancy maps; -1 for the last alone"),
     "strength": (1.0, "float 1e-12..", "probe: C of lbfgs, larger is less regular"),
     "step": (None, "int 1..", "pixels from tile to tile; the size by default"),
     "least-hole": (0.2, "float", "smallest hole in tissue, in areas of 512 x 512 pixels"),
@@ -644,10 +638,13 @@ def train(run, features):
         keep(step, lambda: {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)},
              lambda: f"loss {float(result['loss']):.4f}  dead "
              + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
+
+    def batch(step):
+        return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda: sae.save(checkpoint, model, optimiser)) as keep:
-        sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps, lr=flags.lr,
-                optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0))
+        sae.fit(model, batch, n_steps, lr=flags.lr, optimiser=optimiser, on_step=on_step,
+                warmup=flags.get("warmup", 0))
     return model, log
 
 
@@ -1396,47 +1393,22 @@ def cmd_latents(flags):
     table = judge.latent_table(coded.strength[train], coded.count[train],
                                features.label_matrix(train) if known.any() else None, flags.top,
                                flags.weighted, known)
-    scatter, references = judge.latent_scatter(table), table.pop("references")
-    shown = tell_table(page, table, features.label_names, len(train), names)
-    page.picture("Latents by frequency and mean activation", "".join(scatter))
+    references = table.pop("references")
+    shown = judge.tell_latents(page, table, len(train), features.label_names, names)
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
-    best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
     page.picture("Reference samples", judge.strips({
-        f"latent {j} {names.get(j, '')}": [reference(coded, row, j) for row in rows[:6]]
-        for j, rows in best.items()}))
+        f"latent {j} {names.get(j, '')}":
+            [reference(coded, row, j) for row in train[judge.best_first(references, j)][:6]]
+        for j in shown}))
     run.begin()
     if barcodes:
         judge.write_npz(run.path("barcodes.npz"), barcodes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(*scatter))
     judge.write_json(run.path("latents.json"), [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": train[judge.best_first(references, j)].tolist()}
         for j in np.flatnonzero(table["frequency"])])
     page.write(run.path)
     say(f"wrote {run.join('report.html')}")
-
-
-def tell_table(page, table, labels, n, names):
-    """Tell how many latents live, how strong they are, and the purest of each label; returns those
-    to show, best first."""
-    alive = np.flatnonzero(table["frequency"])
-    counts = judge.threshold_counts(table["mean"])
-    page.metrics.update(latents=len(table["mean"]), alive=len(alive))
-    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
-    page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
-               [["latents", *counts.values()]], key="mean at least 10^t")
-    if "entropy" not in table:
-        return alive[np.argsort(-table["frequency"][alive], kind="stable")]
-    entropy = table["entropy"][alive][np.isfinite(table["entropy"][alive])]
-    page.metrics["mean entropy"] = float(entropy.mean()) if len(entropy) else None
-    shown, columns = judge.purest(table, n, len(labels)), ("purity", "entropy", "frequency", "mean")
-    page.text(f"mean label entropy {judge.fmt(page.metrics['mean entropy'])} nats of ln "
-              f"{len(labels)} = {math.log(len(labels)):.3f}")
-    page.table(["latent", "label", *columns],
-               [[f"{j} {names.get(j, '')}", labels[table["label"][j]],
-                 *(table[c][j] for c in columns)] for j in shown],
-               "The purest latents of each label, active in 5 samples or more")
-    return shown
 
 
 def reference(coded, row, latent):
@@ -1449,47 +1421,28 @@ def reference(coded, row, latent):
 
 
 def tell_barcodes(page, coded, mean, between):
-    """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
-    latents differ; returns the arrays for a file. Without groups each sample is one, if it has
-    tokens and there are some 20,000 at most; None where there is nothing to tell."""
-    features, y = coded.features, coded.features.labels
-    y, grouped = y if y is None or y.ndim == 1 else None, "groups" in features.about
+    """Tell the barcodes of groups (CytoSAE Eq. 4); returns the arrays for a file. Without groups
+    each sample is one, if it has tokens and there are some 20,000 at most; None where there is
+    nothing to tell."""
+    features, grouped = coded.features, "groups" in coded.features.about
+    y = features.labels if np.ndim(features.labels) == 1 else None
     if between and (y is None or not grouped):
-        lacking = "groups" if y is not None else "single label a sample"
-        raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
-                         "`groups` and `labels`")
+        raise InputError(f"{coded.flags.data} has no groups, or no single label a sample - "
+                         "--between compares patients: add `groups` and `labels`")
     if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
         return None
     groups, codes, label = judge.barcodes(coded.count, coded.groups, y)    # a_p of Eq. 4
     known, names = label >= 0, np.array(features.label_names)
-    if not known.all():
-        say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
-            "left out")
-    arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
-    codes, label = codes[known], label[known]
-    there, n = np.unique(label, return_counts=True)
-    arrays["diseases"] = means = judge.class_means(codes, label)           # a_d
-    page.metrics["barcodes"] = found = {"groups": len(groups)}
-    if len(there):
-        page.picture("Barcodes", judge.latent_chart(
-            dict(zip(names[there], means)), means.std(0), "mean count of active patches", 80))
-    if len(there) > 1 and n.min() > 1:
-        folds = data.stratified_parts(label, [1] * min(5, n.min()), coded.flags.seed)
-        found["f1"] = judge.barcode_f1(codes, label, mean, folds)
-        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in found["f1"].items()]
-        page.table(["mean activation at least", "latents", "weighted F1"], rows, "Logistic "
-                   f"regression on barcodes: {len(label)} {'groups' if grouped else 'samples'}, "
-                   f"{len(folds)} stratified folds")
-    if between:
-        pair = [label_number(features, name) for name in between.split(",")]
-        if len(pair) != 2 or not np.isin(pair, there).all():
-            raise InputError(f"--between {between} - give two labels that groups have, a,b")
-        *chosen, difference = judge.differential(codes, label, *pair)
-        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
-        page.table(["more active in", "latents (difference of the mean count)"], [
-            [names[c], " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
-            for c, v in zip(pair, chosen)])
-    return arrays
+    pair = [label_number(features, name) for name in between.split(",")] if between else []
+    if between and (len(pair) != 2 or not np.isin(pair, label).all()):
+        raise InputError(f"--between {between} - give two labels that groups have, a,b")
+    n = np.unique(label[known], return_counts=True)[1]
+    folds = data.stratified_parts(label[known], [1] * min(5, n.min()), coded.flags.seed) \
+        if len(n) > 1 and n.min() > 1 else []
+    page.text(f"{known.sum()} of {len(groups)} groups have one label, and count")
+    means = judge.tell_barcodes(page, codes[known], label[known], names, mean, folds, pair)
+    return {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names,
+            "diseases": means}
 
 
 PROMPT = """Below are samples that activate one latent of a sparse autoencoder strongly, samples \
@@ -1500,17 +1453,16 @@ have in common and the last lack. Answer with the name alone."""
 def write_prompts(coded, path, top):
     """For every latent the samples that show what it means, as JSON with a prompt for any language
     model. The prompt tells no label: a name must not copy its judge; a path may hold the label."""
-    train, rng, out = coded.train, np.random.default_rng([coded.flags.seed, 10]), []
-    code = coded.strength[train].tocsc()
+    rng, out = np.random.default_rng([coded.flags.seed, 10]), []
+    code = coded.strength[coded.train].tocsc()
     for j in np.flatnonzero(code.getnnz(axis=0)):
-        column, told = code[:, [j]].toarray().ravel(), [PROMPT]
-        shown = {kind: [{**coded.about(train[i]), "activation": float(column[i])} for i in rows]
+        column = code[:, [j]].toarray().ravel()
+        shown = {kind: [{**coded.about(coded.train[i]), "activation": float(column[i])}
+                        for i in rows]
                  for kind, rows in judge.shown_samples(column, top, rng).items()}
-        for kind, samples in shown.items():
-            words = [", ".join(f"{k} {v}" for k, v in one.items()
-                               if k not in ("sample", "label", "image")) for one in samples]
-            told.append(f"{kind}: {'; '.join(words)}")
-        out.append({"latent": int(j), **shown, "prompt": "\n".join(told)})
+        told = {kind: [{k: v for k, v in one.items() if k not in ("sample", "label", "image")}
+                       for one in samples] for kind, samples in shown.items()}
+        out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
     judge.write_json(path, out)
     say(f'wrote {path}: {len(out)} latents; collect the answers in a file like '
         '{"17": "round nucleus"} for --names')
@@ -1521,10 +1473,8 @@ def search(coded, names, flags):
     beside names shuffled."""
     if not names:
         raise InputError("--names is missing - a search needs the latents' names")
-    if flags.embeddings:
-        weights = judge.vector_weights(**read_embeddings(flags.embeddings, names))
-    else:
-        weights = judge.name_weights(flags.query, names)
+    weights = judge.vector_weights(**read_embeddings(flags.embeddings, names)) \
+        if flags.embeddings else judge.name_weights(flags.query, names)
     if not weights:
         raise InputError(f"no name fits '{flags.query}' - try other words, or --embeddings")
     found = judge.search(coded.strength, weights, coded.test)[:flags.top]
@@ -1540,32 +1490,34 @@ def search(coded, names, flags):
               f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
-@command(f"{ON_RUN} stream label head-file rank iou other percentile connectivity strict box-score "
-         "ap-points eval-rows=2000", "run")
+@command(f"{ON_RUN} stream label head-file rank iou other eval-rows=2000", "run")
 def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
-    coded, of_label = Coded(flags.run, flags), {"rank", "iou", "other", "head_file"}
-    for name in sorted(of_label & flags.given) if flags.label is None else ():
+    coded, label, named = Coded(flags.run, flags), None, "intervene"
+    for name in sorted({"rank", "iou", "other", "head_file"} & flags.given) if flags.label is None else ():
         raise InputError(f"--{name.replace('_', '-')} has no effect without --label - give one")
-    label = None if flags.label is None else label_number(coded.features, flags.label)
-    named = "" if label is None else re.sub(r"\W+", "_", "_" + coded.features.label_names[label])
-    run = analysis_run(flags, f"intervene{named}")           # of a folder, as \w has it
+    if flags.label is not None:
+        label = label_number(coded.features, flags.label)
+        named += re.sub(r"\W+", "_", f"_{coded.features.label_names[label]}")
+    run = analysis_run(flags, named)
     page = judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
     y, train, test = coded.pool().told(flags.label)
     if label is not None:
-        means = tell_interventions(page, coded, y > 0, train, test, flags)
-        tell_places(page, coded, label, train, test, means, flags)
+        means = judge.class_means(coded.strength[train], y[train])
+        tell_interventions(page, coded, y > 0, train, test, means, flags.head_file)
+        rank = rank_of(coded, label, train, means, flags.rank)
+        tell_places(page, coded, label, test, rank, flags.iou)
         tell_class_means(page, means, flags)
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
     page.write(run.begin().path)
     say(f"wrote {run.join('report.html')}")
 
 
-def tell_interventions(page, coded, y, train, test, flags):
-    """Tell what a linear head makes of features, of codes, and of their top latents alone or
-    silenced (Mammo-SAE Eq. 3-4); returns the class means (2, L)."""
-    w, bias = linear_head(coded, y, flags.head_file, train)
+def tell_interventions(page, coded, y, train, test, means, path):
+    """Tell what a linear head, of the file `path` or fitted, makes of features, of codes, and of
+    their top latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
+    w, bias = linear_head(coded, y, path, train)
     W, b = coded.decoder()
     effect, base = W @ w, float(b @ w) + bias
     scores = {"original features": coded.dense[test] @ w + bias,
@@ -1573,16 +1525,12 @@ def tell_interventions(page, coded, y, train, test, flags):
     rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
             for name, score in scores.items()]
     page.table(["95 in 100 bootstrap draws", "AUC", "from", "to"], rows, key="auc")
-    means = judge.class_means(coded.strength[train], y[train])
-    ks = {0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect)}
-    curve = judge.intervention(coded.strength[test], effect, base, y[test], means,
-                               sorted(k for k in ks if k <= len(effect)))
+    curve = judge.intervention(coded.strength[test], effect, base, y[test], means)
     page.table(*judge.columns(curve), "AUC with only the k top latents of each class kept, or "
                "with these silenced", key="curve")
     page.picture("", judge.svg_lines(
         {what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
         "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False))
-    return means
 
 
 def linear_head(coded, y, path, train):
@@ -1594,34 +1542,31 @@ def linear_head(coded, y, path, train):
     model, s = coded.model, coded.stream
     w, bias = data.read_head(path, model.dims[s])
     if "l2" in model.norm:
-        raise InputError("the run scales samples to length 1, which a head for raw features cannot "
-                         "follow - train it with --norm none or standard, or let intervene fit a "
-                         "head")
+        raise InputError("the run scales samples to length 1, as no head for raw features does - "
+                         "train it with --norm none or standard, or leave out --head-file")
     mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
     return w * std, bias + float(mean @ w)
 
 
-def tell_places(page, coded, label, train, test, means, flags):
-    """Tell where the top latents of a label fire: average precision of their heat maps as detectors
-    of its boxes (Mammo-SAE Table 2), and the maps of six pictures."""
-    features = coded.features
-    top = np.argsort(-rank_of(coded, label, train, means, flags.rank), kind="stable")[:10]
+def tell_places(page, coded, label, test, rank, iou):
+    """Tell where the latents of highest `rank` (L,) for a label fire: average precision of their
+    heat maps as detectors of its boxes (Mammo-SAE Table 2), and the maps of six pictures."""
+    features, top = coded.features, np.argsort(-rank, kind="stable")[:10]
     page.metrics["top latents"] = top.tolist()
-    if features.boxes is not None and features.grid:
-        found = judge.localisation(
-            top, (coded.heat(row, top) for row in test), [coded.boxes(row, label) for row in test],
-            flags.iou, flags.ap_points or None, percentile=flags.percentile, strict=flags.strict,
-            connectivity=int(flags.connectivity), score=flags.box_score)
-        page.table(*judge.columns(found), f"Average precision at IoU {flags.iou:g}",
-                   key="localisation")
-    elif features.boxes is not None:
-        say("note: boxes but no token grid, so that no latent is localised - extract with --tokens")
-    shown = [row for row in test if features.label_matrix([row])[0, label]][:6]
-    images = {row: features.picture(row) for row in shown}
-    if features.grid and None not in images.values():
+    if not features.grid:
+        if features.boxes is not None:
+            say("note: boxes but no token grid, so that no latent is localised - extract with "
+                "--tokens")
+        return
+    if features.boxes is not None:
+        found = judge.localisation(top, (coded.heat(row, top) for row in test),
+                                   [coded.boxes(row, label) for row in test], iou)
+        page.table(*judge.columns(found), f"Average precision at IoU {iou:g}", key="localisation")
+    shown = {row: features.picture(row) for row in test[features.label_matrix(test)[:, label]][:6]}
+    if None not in shown.values():
         page.picture("The top latents over pictures with the label; true boxes in red", "".join(
             judge.heat_strip(image, coded.boxes(row, label), coded.heat(row, top))
-            for row, image in images.items()))
+            for row, image in shown.items()))
 
 
 def rank_of(coded, label, train, means, rank):
@@ -1643,7 +1588,7 @@ def tell_class_means(page, means, flags):
     pairs = {"--data": means}
     if flags.other:
         theirs = flags.replaced({"data": flags.other})
-        theirs.given = flags.given | {"data"}
+        theirs.given |= {"data"}
         other = Coded(flags.run, theirs).pool()
         y, train, _ = other.told(flags.label)
         pairs["--other"] = judge.class_means(other.strength[train], y[train])
@@ -1828,54 +1773,53 @@ def load_clip(folder, device):
     return seen, seen.size
 
 
-@command(f"{ON_RUN} streams window images! weights! size label start-layer latent least most "
-         "seed=0", "run?")
+@command(f"{ON_RUN} window images! weights! size label latent least most seed=0", "run?")
 def cmd_explain(flags):
     """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
 
     With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
-    run, images = Run(flags, flags.out or "runs/cam"), pictures_of(flags)
+    run, images, sheet = Run(flags, flags.out or "runs/cam"), pictures_of(flags), {}
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
-    columns = {}
     for spec in flags.weights.split(","):
         name, model, trained = load_backbone(spec, flags, head=True)
         view = data.plain_view(flags.size or trained, whole=True)
         x = torch.stack([view(p) for p in pictures]).to(flags.device)
         with torch.no_grad():
-            outputs = model(x[:1]).shape[1]
-        wanted = flags.label
-        if wanted is not None and not (wanted.isdecimal() and int(wanted) < outputs):
-            raise InputError(f"--label {wanted}, but {name} has {outputs} outputs - give 0 to "
-                             f"{outputs - 1}")
-        score = None if wanted is None else lambda out: out[:, int(wanted)]
+            outputs = [str(i) for i in range(model(x[:1]).shape[1])]
+        if flags.label not in (None, *outputs):
+            raise InputError(f"--label {flags.label}, but {name} has {len(outputs)} outputs - give "
+                             f"0 to {outputs[-1]}")
+        score = None if flags.label is None else lambda out: out[:, int(flags.label)]
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
-        columns[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
+        sheet[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
     run.begin(data_hash=images.hash)
-    for name, column in columns.items():
+    for name, column in sheet.items():
         for i, picture in zip(rows, column):
             stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
             judge.save_picture(run.path(f"{name}_{i}_{stem}.png"), picture)
-    sheet = judge.contact_sheet(list(zip(pictures, *columns.values())), ["picture", *columns])
-    judge.save_picture(run.path("sheet.png"), sheet)
-    print(f"wrote {len(rows) * len(columns)} heat maps and {run.join('sheet.png')}")
+    judge.save_picture(run.path("sheet.png"), judge.contact_sheet(
+        list(zip(pictures, *sheet.values())), ["picture", *sheet]))
+    print(f"wrote {len(rows) * len(sheet)} heat maps and {run.join('sheet.png')}")
 
 
 def explain_concepts(flags):
     """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment."""
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
     page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
+    chosen = chosen_latents(flags.latent, seen.J, seen.alive)
     maps = measured_maps(seen, page)
-    drawn = seen.tell(page, "words", "Concepts of the labels", names, maps, seen.truth,
-                      label_captions(seen), lambda z, c: z[:, seen.J[c]].sum(1), most=2)
-    tell_latents(seen, page)
+    drawn = seen.tell(page, "words", "Concepts of the labels", names, shown_labels(seen), maps,
+                      judge.indicator(seen.J, seen.model.n_latents).to(seen.device))
+    tell_latents(seen, page, chosen)
     tell_captions(seen, page)
     run.begin()
-    arrays = {name: np.stack([found.get(key, np.full_like(next(iter(found.values())), np.nan))
-                              for key in seen.truth]) for name, found in maps.items() if found}
-    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **arrays})
+    empty = np.full_like(next(iter(maps[f"{seen.text[:-4]}, raw similarity"].values())), np.nan)
+    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **{
+        name: np.stack([found.get(key, empty) for key in seen.truth])
+        for name, found in maps.items() if found}})
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
         judge.save_picture(run.path(f"overlays/{name}.png"), image)
@@ -1886,134 +1830,111 @@ def explain_concepts(flags):
 class Concepts(Coded):
     """A run of sparc with the backbones that made its streams, and pictures with true masks.
 
-    sees         {name: (backbone, its stream)} of --weights; `encoder`, CLIP's image encoder, with
-                 its .clip and .words; `pictured` and `text`, its streams of pictures and captions
-    J, alive     each label's latents (`judge.concept_latents`); each stream's, active in training
-    truth        {(picture, label): bool mask} of the pictures `test`
+    sees            {name: (backbone, its stream)} of --weights
+    encoder, text   CLIP's image encoder, with its .clip and .words; the stream of its captions
+    J, alive        each label's latents (`judge.concept_latents`); each stream's, active in
+                    training
+    truth, test     {(picture, label): bool mask} of the test pictures `test` that have any
     """
 
     def __init__(self, flags):
         super().__init__(flags.run, flags)
-        self.images, truth = self._pictures()
-        self.sees, self.encoder, self.pictured, self.text = {}, None, None, None
-        for spec in flags.weights.split(","):
-            self._see(*load_backbone(spec, self.flags)[:2])
-        if self.text not in self.model.dims:
-            raise InputError("no text encoder - name a run of clip in --weights, and have its text "
-                             "stream in the sparc run")
-        self.label_names, train = self.features.label_names, self.features.rows("train")
-        labels, known = self.features.label_matrix(train), self.features.labelled[train]
+        features, arrays = self.features, data.read_arrays(flags.images)
+        self.images, self.label_names = pictures_of(flags), features.label_names
+        shape = len(features), *self.images.open(0).size[::-1]
+        if "boxes" not in arrays or np.shape(arrays.get("instances")) != shape:
+            raise InputError(f"{flags.images} has no 'boxes', or no 'instances' {shape}, masks of "
+                             "the features' pictures - give what `tissue` wrote")
+        known = *features.streams, *features.about, *["labels"][:len(self.label_names)]
+        for name in {*self.model.streams, "captions", "labels"}.difference(known):
+            raise InputError(f"{self.flags.data} has no '{name}' - explain needs captions, labels "
+                             "and all streams of the run")
+        self.captions = features.about["captions"].astype(str).tolist()
+        self._see()
+        train, most = features.rows("train"), flags.most if "most" in flags.given else 400
         chose = self.codes(train, "alone" if self.model.topk == "local" else "joint")
-        self.J = judge.concept_latents(chose, labels, flags.least, known)
+        self.J = judge.concept_latents(chose, features.label_matrix(train), flags.least,
+                                       features.labelled[train])
         self.alive = {s: np.flatnonzero(code.getnnz(axis=0))
                       for s, code in self.codes(train, "alone").items()}
-        self.chosen = chosen_latents(flags.latent, self.J, self.alive, self.model.n_latents)
-        there, most = {i for i, _ in truth}, flags.most if "most" in flags.given else 400
-        self.test = [i for i in self.features.rows("test", "val") if i in there][:most]
-        self.truth = {key: m for key, m in truth.items() if key[0] in set(self.test)}
+        truth = data.true_masks(arrays)
+        self.test = [i for i in features.rows("test", "val") if i in {i for i, _ in truth}][:most]
+        self.truth = {key: mask for key, mask in truth.items() if key[0] in self.test}
         if not self.truth:
-            raise InputError(f"no test picture of {flags.images} has an object - there is nothing "
-                             "to segment")
+            raise InputError(f"no test picture of {flags.images} has an object - give others")
 
-    def _pictures(self):
-        """The pictures of --images and their true masks, once they fit the features and the run."""
-        flags, features = self.flags, self.features
-        images, arrays = pictures_of(flags), data.read_arrays(flags.images)
-        shape = arrays["instances"].shape if {"instances", "boxes"} <= set(arrays) else ()
-        if len(shape) != 3 or shape[0] != len(features):
-            raise InputError(f"{flags.images} has no 'instances' and 'boxes' of these "
-                             f"{len(features)} pictures - give what `tissue` wrote")
-        lacking = [f"stream '{s}'" for s in self.model.streams if s not in features.streams]
-        lacking += ["captions"] * ("captions" not in features.about)
-        lacking += ["labels"] * (not features.label_names)
-        if lacking:
-            raise InputError(f"{flags.data} has no {lacking[0]} - explain needs captions, labels "
-                             "and all streams of the run")
-        width, height = images.open(0).size
-        if shape[1:] != (height, width):
-            raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
-                             f"{height}x{width} - give masks of the pictures' size")
-        return images, data.true_masks(arrays)
-
-    def _see(self, name, backbone):
-        """Enter a backbone; one without attention under the name of what it gets instead."""
-        depth, stream = len(judge.kept_attention(backbone)), name
-        if hasattr(backbone, "clip"):
-            if self.encoder is not None:
-                raise InputError("two runs of clip in --weights - name one, whose words are meant")
-            self.encoder, self.pictured, self.text = backbone, f"{name}_img", f"{name}_txt"
-            depth = min(depth, len(judge.kept_attention(backbone.clip.transformer)))
-            stream = self.pictured
-        start = self.flags.start_layer
-        if depth and not -depth <= start < depth:
-            raise InputError(f"--set start-layer={start} - {name} has {depth} layers")
-        if stream not in self.model.dims:
-            raise InputError(f"the run has no stream '{stream}' - it has "
-                             f"{', '.join(self.model.streams)}")
-        self.sees[name if depth else f"{name} (Grad-CAM)"] = backbone, stream
+    def _see(self):
+        """Load the backbones; one without attention goes by the name of what it gets instead."""
+        self.sees, clips = {}, []
+        for spec in self.flags.weights.split(","):
+            name, backbone, _ = load_backbone(spec, self.flags)
+            stream = name
+            if hasattr(backbone, "clip"):
+                stream = f"{name}_img"
+                clips.append((backbone, f"{name}_txt"))
+            if stream not in self.model.dims:
+                raise InputError(f"the run has no stream '{stream}' - it has "
+                                 f"{', '.join(self.model.streams)}")
+            plain = not judge.kept_attention(backbone)
+            self.sees[name + " (Grad-CAM)" * plain] = backbone, stream
+        if len(clips) != 1 or clips[0][1] not in self.model.dims:
+            raise InputError(f"{len(clips)} runs of clip in --weights - name one, whose words are "
+                             "meant, and have its text stream in the sparc run")
+        (self.encoder, self.text), = clips
 
     def code(self, stream, x):
         """Features (B, d) -> dense codes (B, L) of a stream alone."""
         return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
 
-    def caption(self, i):
-        return str(self.features.about["captions"][i])
-
     def read(self, captions):
         """Features (n, d) of captions."""
         return ssm.text_features(self.encoder.clip, self.encoder.words, captions)
 
-    def maps(self, backbone, score, asked, block=64):
-        """{(picture, label): heat map} of score(features, label) for pairs `asked`, and those of
-        them whose score is 0."""
-        view, out, silent = data.plain_view(getattr(backbone, "size", 224), True), {}, []
-        cam_layer = functools.partial(ssm.cam_layer, backbone)
-        for c in sorted({c for _, c in asked}):
-            rows = [i for i, k in asked if k == c]
-            for part in (rows[at:at + block] for at in range(0, len(rows), block)):
-                x = torch.stack([view(self.images.open(i)) for i in part]).to(self.flags.device)
-                heats, values = judge.heat_maps(backbone, x, lambda f: score(f, c), cam_layer,
-                                                self.flags.start_layer)
-                out.update({(i, c): heat for i, heat in zip(part, heats)})
-                silent += [(i, c) for i, value in zip(part, values) if value == 0]
-        return out, silent
+    def maps(self, backbone, score, asked):
+        """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
+        view = data.plain_view(getattr(backbone, "size", 224), True)
+        return judge.pair_maps(backbone, score, list(asked),
+                               lambda i: view(self.images.open(i)).to(self.device),
+                               functools.partial(ssm.cam_layer, backbone))
 
-    def tell(self, page, key, title, names, maps, there, asked, score, most=4):
-        """On the page the maps of pairs `there`; and for {(picture, label): is it there?} what each
-        word of the picture's caption adds to score(codes (1, L), label). Returns the overlays."""
-        words = [{"concept": names[c], "caption": self.caption(i), "here": bool(here),
-                  "words": judge.word_heat(self.encoder.clip, self.encoder.words, self.caption(i),
-                                           lambda f: score(self.code(self.text, f), c),
-                                           self.flags.start_layer)}
-                 for (i, c), here in asked.items()]
-        gallery, drawn = judge.map_gallery(maps, there, names, self.images.open, most)
+    def weighted(self, stream, weight):
+        """score(features (B, d), c (B,)) -> (B,): codes of a stream times rows c of weight."""
+        return judge.weighted_code(functools.partial(self.code, stream), weight)
+
+    def tell(self, page, key, title, names, asked, maps, weight):
+        """Tell the maps of pairs `asked`, {(picture, c): is it there?}, and what each word of the
+        pictures' captions adds to the code weighted by row c of weight (n, L), where that is not 0.
+        Returns the overlays of `judge.map_gallery`."""
+        score = self.weighted(self.text, weight)
+        words = [{"concept": names[c], "caption": self.captions[i], "here": here, "words":
+                  judge.word_heat(self.encoder.clip, self.encoder.words, self.captions[i],
+                                  lambda f: score(f, [c]))}
+                 for (i, c), here in asked.items() if weight[c].any()]
+        gallery, drawn = judge.map_gallery(maps, asked, names, self.images.open)
         page.picture(title, gallery + judge.word_table(words) or "<p>No latent of a label is alive "
                      "in every stream; --latent names others.</p>")
         page.metrics[key] = words
         return drawn
 
 
-def chosen_latents(text, J, alive, n_latents):
+def chosen_latents(text, J, alive):
     """The latents of --latent; without it, of each label the first that is alive in every stream,
-    three at most."""
+    three at most. alive: {stream: its living latents}."""
     if text is None:
         shared = [functools.reduce(np.intersect1d, [mine, *alive.values()]) for mine in J]
         return sorted({int(v[0]) for v in shared if len(v)})[:3]
-    try:
-        chosen = [int(v) for v in text.split(",")]
-    except ValueError:
-        raise InputError(f"--latent {text} - give numbers, separated by commas")
-    for j in chosen:
-        if not any(j in v for v in alive.values()):
-            wrong = "silent in every stream" if 0 <= j < n_latents else f"not one of {n_latents}"
-            raise InputError(f"latent {j} is {wrong} - pick another")
-    return chosen
+    living = set(map(str, np.concatenate(list(alive.values()))))
+    for j in text.split(","):
+        if j not in living:
+            raise InputError(f"--latent {text}: {j} is no latent that a stream has alive - give "
+                             "numbers of others, separated by commas")
+    return [int(j) for j in text.split(",")]
 
 
 def methods(seen):
-    """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
+    """{name: (backbone, score(features, labels) -> (B,), labels that it can be asked for)}: the
     targets of Table 5.4 for each backbone, and CLIP's own similarity to a label's name."""
-    out, unit = {}, torch.nn.functional.normalize
+    out, every = {}, range(len(seen.label_names))
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
     prompts = seen.read(seen.label_names)
@@ -2021,101 +1942,93 @@ def methods(seen):
         z_names = seen.code(seen.text, prompts)
 
     def together(stream, f, c):                              # picture and name choose the support
-        both = seen.model.encode({stream: f, seen.text: prompts[c].expand(len(f), -1)}, "joint")
-        return [both[s].dense(seen.model.n_latents) for s in (stream, seen.text)]
+        both = seen.model.encode({stream: f, seen.text: prompts[c]}, "joint").values()
+        return math.prod(codes.dense(seen.model.n_latents) for codes in both).sum(1)
     for name, (backbone, s) in seen.sees.items():
-        both = functools.partial(together, s) if seen.model.topk != "local" else None
         targets = judge.concept_scores(functools.partial(seen.code, s), z_names, seen.J,
-                                       seen.alive[s], both, seen.flags.seed)
+                                       seen.alive[s], seen.flags.seed)
+        if seen.model.topk != "local":
+            targets["similarity to the name, joint"] = functools.partial(together, s), every
         out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
+    unit = torch.nn.functional.normalize
     out[f"{seen.text[:-4]}, raw similarity"] = (
-        seen.encoder, lambda f, c: unit(f, dim=1) @ unit(prompts[c], dim=0), range(len(prompts)))
+        seen.encoder, judge.weighted_code(unit, unit(prompts)), every)
     return out
 
 
 def measured_maps(seen, page):
     """The maps of every method, {name: {(picture, label): (h, w)}}, and what they segment."""
-    labels, maps, found = sorted({c for _, c in seen.truth}), {}, {}
-    pairs = [(i, c) for i in seen.test for c in labels]      # there or not
-    without = [seen.label_names[c] for c in labels if not len(seen.J[c])]
-    if without:
-        say(f"note: no latent of {', '.join(without)} - lower --least")
+    pairs = list(itertools.product(seen.test, sorted({c for _, c in seen.truth})))    # there or not
+    maps, middle = {}, dict.fromkeys(pairs, judge.centre_prior())
+    found = {"centre of the picture": judge.map_scores(middle, pairs, seen.truth, data.otsu)}
     for name, (backbone, score, possible) in methods(seen).items():
         asked = [pair for pair in pairs if pair[1] in possible]
         maps[name], silent = seen.maps(backbone, score, asked)
-        drawn = [key for key in silent if maps[name][key].any()]
-        found[name] = {**judge.map_scores(maps[name], asked, seen.truth, data.otsu),
-                       "absent": len(silent), "maps of absent that are not 0": len(drawn)}
-    middle = dict.fromkeys(pairs, judge.centre_prior())
-    found["centre of the picture"] = judge.map_scores(middle, pairs, seen.truth, data.otsu)
-    columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked",
-               "drawn though absent, %"]
-    page.table([f"{len(seen.test)} pictures, {len(seen.truth)} masks", *columns],
-               [[name, *(v[c] for c in columns)] for name, v in found.items()],
-               "Segmentation by heat maps: of the labels that are there, as published, and of all")
-    page.metrics["segmentation"] = found
+        found[name] = judge.map_scores(maps[name], asked, seen.truth, data.otsu, silent)
+    page.table(*judge.columns([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
+                               for name, v in found.items()]),
+               "Segmentation by heat maps: of the labels that are there, as published, and of all",
+               key="segmentation")
     return maps
 
 
-def label_captions(seen, most=2):
-    """{(picture, label): is it there?}: for labels with latents, captions that name it, and one of
-    a picture without it."""
-    out, labels = {}, seen.features.label_matrix(seen.test)
-    for c in sorted({c for _, c in seen.truth if len(seen.J[c])}):
-        known = {(i, c): here for i, here in zip(seen.test, labels[:, c])
-                 if seen.features.labelled[i]}
-        named = [key for key in known if known[key] and seen.label_names[c] in seen.caption(key[0])]
-        without = [key for key in known if not known[key]]
-        out.update({key: known[key] for key in named[:most] + without[:1]})
+def shown_labels(seen):
+    """{(picture, label): is it there?}: of each label two pictures, first those whose captions name
+    it, and one without it."""
+    out = {}
+    for c in sorted({c for _, c in seen.truth}):
+        here = sorted((i for i, k in seen.truth if k == c),
+                      key=lambda i: seen.label_names[c] not in seen.captions[i])
+        without = [i for i in seen.test if (i, c) not in seen.truth]
+        out.update({(i, c): i in here for i in here[:2] + without[:1]})
     return out
 
 
-def tell_latents(seen, page, most=4):
+def tell_latents(seen, page, chosen, most=4):
     """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all
     streams."""
-    codes, asked = seen.codes(np.array(seen.test), "alone"), {}
-    for j in seen.chosen:
-        z = {s: code[:, [j]].toarray()[:, 0] for s, code in codes.items()}
-        strength = sum(v / max(v.max(), 1e-12) for v in z.values())
+    codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
+    for c, j in enumerate(chosen):
+        strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
+                                                         for code in codes))
         best = np.argsort(-strength, kind="stable")[:most]
-        asked.update({(seen.test[n], j): z[seen.text][n] > 0 for n in best})
-    names = {j: f"latent {j}" for j in seen.chosen}
-    maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], asked)[0]
+        asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
+    single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.device)
+    maps = {name: seen.maps(backbone, seen.weighted(s, single), asked)[0]
             for name, (backbone, s) in seen.sees.items()}
-    seen.tell(page, "latents", "Single latents, where they are most active", names, maps, asked,
-              asked, lambda z, j: z[:, j])
+    seen.tell(page, "latents", "Single latents, where they are most active",
+              [f"latent {j}" for j in chosen], asked, maps, single)
 
 
 def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
     itself."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
-    asked = {(i, n): True for n, i in enumerate(test)}
+    asked, pictured = {(i, n): True for n, i in enumerate(test)}, f"{seen.text[:-4]}_img"
     with torch.no_grad():
-        f_text = seen.read([seen.caption(i) for i in test])
-        f_image = seen.features.batch(test)[seen.pictured].to(f_text.device)
-        z_text, z_image = seen.code(seen.text, f_text), seen.code(seen.pictured, f_image)
-    maps = {f"z z', {name}": seen.maps(backbone, lambda f, n: seen.code(s, f) @ z_text[n], asked)[0]
+        said = seen.read([seen.captions[i] for i in test])
+        z_text = seen.code(seen.text, said)
+        z_image = seen.code(pictured, seen.features.batch(test)[pictured].to(seen.device))
+    maps = {name: seen.maps(backbone, seen.weighted(s, z_text), asked)[0]
             for name, (backbone, s) in seen.sees.items()}
-    maps["cosine, CLIP itself"], _ = seen.maps(
-        seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), asked)
-    seen.tell(page, "captions", "Pictures with their captions: similarity of the two",
-              [f"picture {i}" for i in test], maps, asked, asked, lambda z, n: z @ z_image[n])
+    maps["cosine, CLIP itself"], _ = seen.maps(seen.encoder, judge.weighted_code(unit, unit(said)),
+                                               asked)
+    seen.tell(page, "captions", "Pictures with their captions: similarity z . z' of the two",
+              [f"picture {i}" for i in test], asked, maps, z_image)
 
 
 @command(f"{ON_RUN} streams sample from to query features encoder", "run")
 def cmd_retrieve(flags):
     """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
     coded = Coded(flags.run, flags)
-    model, features, flags = coded.model, coded.features, coded.flags
-    source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
-    known = [s for s in model.streams if s in features.streams]
+    features, streams, flags = coded.features, coded.model.streams, coded.flags
+    source, target = flags["from"] or streams[0], flags.to or streams[-1]
     for s in (source, target):
-        if s not in known:
-            raise InputError(f"no stream '{s}' - the run and its data have {', '.join(known)}")
+        if s not in features.streams:
+            raise InputError(f"no stream '{s}' - the run and its data have "
+                             f"{', '.join(features.streams)}")
     rows, page = features.rows("test", "val"), judge.Page("repsae retrieve")
-    asked = flags.query is not None or flags.features        # by something from outside
-    own = None if asked else flags.sample
+    own = None if flags.query is not None or flags.features else flags.sample
     if own is not None and own >= len(rows):
         raise InputError(f"--sample {own} - give one of the {len(rows)} "
                          f"{features.split[rows[0]]} samples, from 0")
@@ -2125,9 +2038,9 @@ def cmd_retrieve(flags):
         if stream.endswith("_txt") and "captions" in features.about:
             return html.escape(str(features.about["captions"][rows[i]]))
         return judge.describe_sample(features, rows[i])
-    given, first = (None, shown(own, source)) if own is not None else \
-        given_query(model, source, flags)
-    for mode in ("joint", "alone") if own is not None else ("alone",):
+    given, first = given_query(coded.model, source, flags) if own is None else \
+        (None, shown(own, source))
+    for mode in ("alone",) if own is None else ("joint", "alone"):
         codes = coded.codes(rows, mode)
         query, partner = given if own is None else codes[source][[own]], ""
         if not query.nnz:
@@ -2146,8 +2059,8 @@ def cmd_retrieve(flags):
 
 
 def given_query(model, stream, flags):
-    """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector
-    in --features, or of the row --sample of a feature file there; and how to show it, HTML."""
+    """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, or of the row
+    --sample of the file --features; and how to show it, HTML."""
     if flags.query is not None:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
@@ -2157,15 +2070,13 @@ def given_query(model, stream, flags):
             raise InputError("--query has no words - give some")
         x = ssm.text_features(encoder.clip, encoder.words, [flags.query])
         shown = html.escape(flags.query)
-    elif flags.features.endswith(".npz"):
+    else:
         others = data.read_features(flags.features, [stream])
         if flags.sample >= len(others):
             raise InputError(f"--sample {flags.sample}, but {flags.features} has {len(others)} "
                              "samples - count from 0")
         x = others.batch([flags.sample])[stream]
         shown = judge.describe_sample(others, flags.sample)
-    else:
-        x, shown = data.read_vector(flags.features)[None], html.escape(flags.features)
     if x.shape[1] != model.dims[stream]:
         raise InputError(f"the query has {x.shape[1]} numbers, stream '{stream}' has "
                          f"{model.dims[stream]} - name its stream with --from")

@@ -950,8 +950,7 @@ def planned_seconds(dims, latents, k, batch, topk="local"):
 def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     """Train until the model has taken `n_steps` steps in all, and return the optimiser.
 
-    batch: step -> dict stream -> (B, d_s) raw, on any device; a pure function of the step makes
-    resuming exact.
+    batch: step -> dict stream -> (B, d_s) raw; a pure function of the step makes resuming exact.
     warmup: steps over which the learning rate rises to lr (CytoSAE; SPARC has none).
     on_step(step, result): called after each step, from 1, with what `train_step` returned.
     """
@@ -960,8 +959,7 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     for step in range(int(model.step), n_steps):
         if warmup and step <= warmup:
             optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / warmup)
-        x = {s: v.to(model.step.device) for s, v in batch(step).items()}
-        result = train_step(model, optimiser, x)
+        result = train_step(model, optimiser, batch(step))
         if on_step:
             on_step(step + 1, result)
     model.zero_grad(set_to_none=True)                        # they take the memory of the weights

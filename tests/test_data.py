@@ -1112,7 +1112,7 @@ def test_latent_semantics_are_the_singular_vectors_of_weighted_counts():
 
 # -- damaged files: each is refused by the one reader of its kind ---------------------------------------------------------
 
-READERS = {"f.npz": data.read_features, "q.npy": data.read_vector, "t.json": lambda path: data.read_taxonomy(path, []), "a.png": data.open_image,
+READERS = {"f.npz": data.read_features, "q.npy": lambda path: data.read_features(os.path.dirname(path)), "t.json": lambda path: data.read_taxonomy(path, []), "a.png": data.open_image,
            "a.xml": data.read_polygons, "v.xml": data.read_voc, "m.txt": data.read_merges}
 
 
@@ -1154,9 +1154,10 @@ def test_a_declared_size_is_checked_before_room_is_made_for_it(tmp_path):
         read_features(path)
     assert tracemalloc.get_traced_memory()[1] < 10 ** 8
     tracemalloc.stop()
-    (tmp_path / "q.npy").write_bytes(npy("(99999999999,)", bytes(8)))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "q.npy").write_bytes(npy("(99999999999, 1)", bytes(8)))
     with pytest.raises(InputError, match="q.npy is not a readable"):
-        data.read_vector(str(tmp_path / "q.npy"))
+        read_features(str(tmp_path / "folder"))
 
 
 def test_what_is_no_array_in_a_feature_file_is_passed_over(tmp_path):
