@@ -781,7 +781,7 @@ def test_every_variant_recovers_nine_tenths_of_the_planted_concepts_with_its_doc
     flags = repsae.parse(["sae", "--world", "planted", *(f"--{k}={v}" for k, v in variant.items())])[1]
     features = data.planted_streams(seed=42)
     features.streams = {"vision": features.streams["vision"]}
-    flags, rows = repsae.resolved_sae(flags, features), features.rows("train")
+    flags, rows = repsae.resolved(flags, features), features.rows("train")
     model = repsae.make_model(features, flags, rows)
     batches = data.Batches(rows, flags.batch, 42, flags.shuffle)
     sae.fit(model, lambda step: features.batch(batches.rows(step)), flags.epochs * batches.epoch, lr=flags.lr)
@@ -967,7 +967,7 @@ print(tuple(one.decode(one.encode({"clip": torch.randn(3, 12)})["clip"]).shape))
 
 
 @pytest.mark.parametrize("n, latents, k, batch, steps", [
-    (1, 128, 20, 1, 1000), (157, 128, 20, 8, 1000), (1500, 256, 32, 128, 1008), (2173, 512, 64, 128, 1003),
+    (1, 128, 40, 1, 1000), (157, 128, 40, 8, 1000), (1500, 256, 40, 128, 1008), (2173, 512, 64, 128, 1003),
     (25000, 8192, 64, 256, 4900), (1_700_000, 8192, 64, 256, 332050)])
 def test_settings_follow_the_number_of_samples_up_to_the_thesis_s(n, latents, k, batch, steps):
     found = sae.settings_for(n)
