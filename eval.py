@@ -770,8 +770,7 @@ class Page:
 
     def explore(self, payload):
         """What `explorer` made of runs, for assets/explorer.js to show here."""
-        self.picture("", '<div id="explorer"></div><noscript><p class="note">Latents and samples '
-                     "are shown by this page's script, which does not run here.</p></noscript>")
+        self.picture("", '<div id="explorer"></div><noscript>To explore, allow scripts.</noscript>')
         self.payload = payload
 
     def write(self, path, metrics=None):
@@ -806,17 +805,16 @@ HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
 
 def _numbers(header, rows):
     """The headline numbers of `summary`, HTML: alone large, the others and controls beside it."""
-    parts, beside = [], [*rows[1:], [""]]
-    for (name, *cells), (other, *values) in zip(rows, beside):
+    parts = {}
+    for (name, *cells), (other, *values) in zip(rows, [*rows[1:], [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
-        if name in HEADLINES:
-            alone = told.pop("alone")
-            if other.startswith("  "):
-                told[other.strip()] = fmt(values[header.index("alone") - 1])
-            others = "".join(f" · <i>{mode} {v}</i>" for mode, v in told.items())
-            parts.append((HEADLINES.index(name), f"<div><dt>{html.escape(name)}</dt><dd><b>{alone}"
-                          f"</b> alone{others}</dd><dd>{html.escape(MEANING[name])}</dd></div>"))
-    return f'<dl class="numbers">{"".join(part for _, part in sorted(parts))}</dl>'
+        alone = told.pop("alone")
+        if other.startswith("  "):
+            told[other.strip()] = fmt(values[header.index("alone") - 1])
+        beside = "".join(f" · <i>{mode} {v}</i>" for mode, v in told.items())
+        parts[name] = (f"<div><dt>{html.escape(name)}</dt><dd><b>{alone}</b> alone{beside}</dd>"
+                       f"<dd>{html.escape(MEANING.get(name, ''))}</dd></div>")
+    return f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
 
 
 def tell_summary(page, metrics, quiet=False, payload=None):
@@ -869,9 +867,8 @@ def tell_run(page, metrics, log, settings):
     if "retrieval" in first:
         pairs = {**{mode: block["retrieval"] for mode, block in blocks.items()},
                  "raw features": metrics.get("raw_retrieval", {})}
-        page.table(["", "R@1", "R@5", "R@10", "MedR", "MRR"],
-                   [[f"{pair}, {name}", *v.values()] for name, of in pairs.items()
-                    for pair, v in of.items()], "Retrieval", quiet=True)
+        rows = [{"": f"{pair}, {name}", **v} for name, of in pairs.items() for pair, v in of.items()]
+        page.table(*columns(rows), "Retrieval", quiet=True)
     keys = [k for k in (log[0] if log else ()) if k in ("self", "cross") or k.startswith("dead_")]
     lines = {k: [(int(row["step"]), float(row[k])) for row in log] for k in keys}
     dead = {k[5:]: line for k, line in lines.items() if k.startswith("dead_")}
@@ -1065,14 +1062,11 @@ def explorer(features, rows, runs, most):
     """The payload of assets/explorer.js: at most `most` of the samples `rows` of features, and what
     `runs` make of them; fewer samples where the page would grow too large.
 
-    runs: {name: a dict of
-        codes       {mode: {stream: CSR (n, L)}}, with `places` alike for tokens: 1 + the token
-                    where a latent is strongest
-        null        the same codes of the null, or None: their histograms are kept
-        dictionary, bias    {stream: (L, d)}, {stream: (d,)}: what codes are decoded by
-        seen        rows -> {stream: (len(rows), d)}, features as the model sees them
-        probe       {stream: (weights (d, C), biases (C,))} of the labels, or None
-        names       {latent: name}}
+    runs: {name: dict} of `codes` {mode: {stream: CSR (n, L)}}, of tokens with `places` alike, 1 +
+    the token where a latent is strongest; `null`, the same codes of the null, of which histograms
+    are kept; what decodes, `dictionary` {stream: (L, d)} and `bias` {stream: (d,)}; `seen`(rows) ->
+    {stream: (len(rows), d)}, features as the model sees them; `probe` {stream: (weights (d, C),
+    biases (C,))} of the labels or None; `names` {latent: name}.
     """
     codes = [code for run in runs.values() for code in run["codes"]["alone"].values()]
     order, picture = by_rank(codes, len(rows)), functools.cache(features.picture)
@@ -1121,8 +1115,9 @@ def _shown_run(run, rows, some, most):
     unit = unit_rows(np.concatenate([unit_rows(v) for v in D.values()], 1))
     out = {"latents": len(unit), "streams": list(D), "codes": codes, "names": run["names"] or {},
            "near": packed(nearest(unit, unit, 7)[0]),
-           "null": {mode: [_spread(code.data) for code in of.values()]
-                    for mode, of in (run.get("null") or {}).items()}}
+           "null": {mode: [{"top": float(code.data.max(initial=1e-9)), "counts": packed(
+               np.histogram(code.data, 256, (0, code.data.max(initial=1e-9)))[0])}
+               for code in of.values()] for mode, of in (run.get("null") or {}).items()}}
     numbers = (len(unit) + len(some)) * sum(v.shape[1] for v in D.values())
     if numbers > most:
         return {**out, "edit": "Left out: the dictionaries and features that it needs would take "
@@ -1132,12 +1127,6 @@ def _shown_run(run, rows, some, most):
     if run["probe"]:
         edit["probe"] = [[packed(v) for v in run["probe"][s]] for s in D]
     return {**out, "edit": edit}
-
-
-def _spread(values, bins=256):
-    """A histogram from 0 to the greatest value."""
-    top = float(values.max(initial=0)) or 1.
-    return {"top": top, "counts": packed(np.histogram(values, bins, (0, top))[0])}
 
 
 def strongest_tokens(code, T):

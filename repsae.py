@@ -1567,7 +1567,8 @@ def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
     coded, label, named = Coded(flags.run, flags), None, "intervene"
-    for name in sorted({"rank", "iou", "other", "head_file"} & flags.given) if flags.label is None else ():
+    idle = {"rank", "iou", "other", "head_file"} & flags.given if flags.label is None else ()
+    for name in sorted(idle):
         raise InputError(f"--{name.replace('_', '-')} has no effect without --label - give one")
     if flags.label is not None:
         label = label_number(coded.features, flags.label)

@@ -516,7 +516,7 @@ def test_the_scans_that_bench_compares_compute_the_same():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_what_was_held_at_once():
     """64 MB held twice over one after the other is 64, held together 128; a child has no past to reuse."""
-    one, two = bench.in_child(_peaks)
+    one, two = bench.apart("cpu", _peaks)
     assert 60 < one < 80 and 120 < two < 144
 
 
@@ -1506,11 +1506,6 @@ def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones():
     assert judge.centre_prior(5).argmax() == 12
 
 
-def all_figures(at):
-    """Every figure of the demo's table, as the folder `at` has it."""
-    return {name: v for stage in thesis.STAGES for name, v in thesis.figures_of(stage, at).items()}
-
-
 def test_the_demo_finds_its_figures_in_what_commands_write(world, tokens, token_run, features, finished, bags, tmp_path):
     """On small runs of the commands themselves, so that a renamed figure is noticed here."""
     tissue, at = world / "tissue" / "tissue.npz", tmp_path
@@ -1518,7 +1513,7 @@ def test_the_demo_finds_its_figures_in_what_commands_write(world, tokens, token_
     run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", "k=2 topk=global,local", "--out", at / "sweep_k")
     run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", "streams=x+y topk=global,local", "--out", at / "sweep_streams")
     for topk in ("global", "local"):
-        for streams in thesis.SETS.values():
+        for streams in thesis.CHOICES["set"].values():
             (at / "sweep_streams" / f"{streams}_{topk}").symlink_to(f"x+y_{topk}")
         for k in thesis.SWEPT["k"]:
             (at / "sweep_k" / f"k{k}_{topk}").symlink_to(f"k2_{topk}")
@@ -1541,7 +1536,7 @@ def test_the_demo_finds_its_figures_in_what_commands_write(world, tokens, token_
                        *((f"mil_{side}_{arch}", "mil") for side in ("64", "32") for arch in ("vit", "vim")),
                        *((f"views_{side}.json", "views.json") for side in ("64", "32"))):
         (at / link).symlink_to(name)
-    found = all_figures(at)
+    found = thesis.figures(at)
     missing = [name for name, v in found.items() if v is None]
     elsewhere = r"20-NN|NMSE .*latents|mIoU, dino_vim|(AUC|parameters), (vit|vmamba|dino)|vit_micro beats|beats vmamba|AUC, top ten"
     curve = json.loads((at / "mammo_tuned" / "metrics.json").read_text())["curve"]["5"]      # of a code of eight latents
@@ -1598,12 +1593,12 @@ PUBLISHED = {
 def test_claims_of_the_demo_follow_the_figures(opposite, tmp_path):
     """Hand-made figures, once with everything as published, once with the opposite."""
     figures = {}
-    for name in all_figures(tmp_path):
+    for name in thesis.figures(tmp_path):
         for pattern, values in PUBLISHED.items():
             if re.match(pattern, name):
                 figures[name] = values[opposite]
                 break
-    claims = [claim for stage in thesis.STAGES for claim in thesis.claims_of(stage)]
+    claims = list(thesis.claims())
     assert len(claims) == len(dict(claims)) == 65
     for text, rule in claims:
         assert thesis.verdict(rule, [figures]) == ("no" if opposite else "yes"), (text, rule)
@@ -1764,8 +1759,8 @@ def test_the_demo_ties_all_stages_and_goes_on_where_it_stopped(tmp_path, monkeyp
 
 def test_seeds_of_the_demo_are_told_together_and_kept_in_results(tmp_path, monkeypatch, capsys):
     made = iter((1., 3.))
-    stage = {"name": "1. One", "about": "", "run": [], "figures": {"a": "x.json : a"}, "claims": ["a is high | [a] > 0.5"]}
-    monkeypatch.setattr(thesis, "STAGES", (stage,))
+    monkeypatch.setattr(thesis, "FIGURES", {"a": "x.json : a"})
+    monkeypatch.setattr(thesis, "CLAIMS", ["a is high | [a] > 0.5"])
     monkeypatch.setattr(thesis, "run_stages", lambda out, quick, seed: (
         os.makedirs(out), open(os.path.join(out, "x.json"), "w").write(json.dumps({"a": next(made)}))) and [])
     results = tmp_path / "results.md"
