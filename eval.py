@@ -1054,8 +1054,7 @@ def explorer(features, rows, runs, most):
         told = {**_shown_samples(features, rows[some], picture), "judged": len(rows),
                 "runs": [{"name": name, **_shown_run(run, rows, some, EDIT_NUMBERS // len(runs))}
                          for name, run in runs.items()]}
-        size = len(json.dumps(told))
-        if size <= PAGE_BYTES or len(some) < 2:
+        if (size := len(json.dumps(told))) <= PAGE_BYTES or len(some) < 2:
             return told
         most = int(len(some) * min(0.9, PAGE_BYTES / size))
 

@@ -327,11 +327,12 @@ def bench_page(device):
     """The largest page that is promised, with pictures."""
     rng, n, L, k = np.random.default_rng(0), 2000, 8192, 64
     pixels = rng.integers(256, size=(n, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
-    features = data.Features({}, split=np.full(n, "test"), about={"images": pixels})
+    features = data.Features({"s0": np.zeros((n, 1))}, about={"images": pixels})
     alone, joint = (rng.integers(1, L // k, (m, n, k)).cumsum(2) for m in (6, 1))
     codes = {mode: {f"s{s}": judge.sparse_code(at[s % len(at)], rng.gamma(2, size=(n, k)), L)
                     for s in range(6)} for mode, at in (("alone", alone), ("joint", joint))}
-    run = {"codes": codes, "names": None, "dictionary": dict.fromkeys(codes["alone"], np.eye(L, 64))}
+    D = dict.fromkeys(codes["alone"], np.eye(L, 64))
+    run = {"codes": codes, "names": None, "dictionary": D}
     page, began = judge.Page("the largest page"), time.perf_counter()
     page.explore(judge.explorer(features, np.arange(n), {"": run}, n))
     with tempfile.TemporaryDirectory() as folder:
