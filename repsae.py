@@ -2100,7 +2100,8 @@ def cmd_retrieve(flags):
         if s not in features.streams:
             raise InputError(f"no stream '{s}' - the run and its data have "
                              f"{', '.join(features.streams)}")
-    rows, page = features.rows("test", "val"), judge.Page("repsae retrieve")
+    page = judge.Page("repsae retrieve" + f": {flags.query}" * bool(flags.query))
+    rows = features.rows("test", "val")
     own = None if flags.query is not None or flags.features else flags.sample
     if own is not None and own >= len(rows):
         raise InputError(f"--sample {own} - give one of the {len(rows)} "

@@ -331,8 +331,7 @@ def bench_page(device):
     alone, joint = (rng.integers(1, L // k, (m, n, k)).cumsum(2) for m in (6, 1))
     codes = {mode: {f"s{s}": judge.sparse_code(at[s % len(at)], rng.gamma(2, size=(n, k)), L)
                     for s in range(6)} for mode, at in (("alone", alone), ("joint", joint))}
-    D = dict.fromkeys(codes["alone"], np.eye(L, 64))
-    run = {"codes": codes, "names": None, "dictionary": D}
+    run = {"codes": codes, "dictionary": dict.fromkeys(codes["alone"], np.eye(L, 64)), "names": ()}
     page, began = judge.Page("the largest page"), time.perf_counter()
     page.explore(judge.explorer(features, np.arange(n), {"": run}, n))
     with tempfile.TemporaryDirectory() as folder:
