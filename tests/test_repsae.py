@@ -1900,7 +1900,7 @@ def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stre
     argv = ["sparc", "--data", str(odd_file(tmp_path / "f.npz", n)), "--out", str(tmp_path / "r")]
     assert repsae.resolved(repsae.parse(argv)[1], data.read_features(tmp_path / "f.npz")).null
     if n == 197:                                             # one null is trained, of the larger file
-        monkeypatch.setattr(repsae, "planned_seconds", lambda *a: 61)
+        monkeypatch.setattr(sae, "planned_seconds", lambda *a, **kw: 61)
     run(*argv)
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     own = {mode: [metrics[mode]["r2"][s][s] for s in metrics[mode]["r2"]] for mode in ("joint", "alone")}
