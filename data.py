@@ -94,6 +94,7 @@ class Features(Samples):
     truth        made-up data only: dict stream -> (C, d_s), each concept's direction, zeros unseen
     order        dict stream -> (N,) rows: sample i of the stream is its row order[i] (the null)
     folder       the file's own, which `images` are relative to
+    whole        of `per_token`: the features whose tokens these are
     """
     streams: dict
     parents: dict = field(default_factory=dict)
@@ -103,6 +104,7 @@ class Features(Samples):
     order: dict = field(default_factory=dict)
     hash: str = ""
     folder: str = "."
+    whole: "Features" = None
 
     def __len__(self):
         return len(next(iter(self.streams.values())))
@@ -143,7 +145,7 @@ class Features(Samples):
             return self
         flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}    # no copy
         return Features(flat, split=np.repeat(self.split, self.tokens), notes=self.notes,
-                        hash=self.hash, folder=self.folder)
+                        hash=self.hash, folder=self.folder, whole=self)
 
     def rows(self, *splits):
         """Row numbers, ascending, of the first of `splits` that has any: rows("test", "val")."""
@@ -1013,6 +1015,22 @@ def latent_semantics(captions, known, longest=1, width=32):
     signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])
     axes = axes * signs[:, None]                             # so that they are always the same
     return (counts @ axes.T).astype(np.float32)
+
+
+def colour_and_texture(pixels):
+    """What pictures (N, h, w, 3) uint8 look like, by statistics alone, (N, 97) float32: means and
+    deviations of R, G, B; a histogram of 64 colours; and, at three scales, how strong edges are in
+    eight directions and how unequal."""
+    x, bins = pixels.astype(np.float32) / 255, pixels // 64
+    of = bins[..., 0] * 16 + bins[..., 1] * 4 + bins[..., 2]                     # (N, h, w)
+    counts = np.stack([np.bincount(one.ravel(), minlength=64) for one in of])
+    found, grey = [x.mean((1, 2)), x.std((1, 2)), np.sqrt(counts / of[0].size)], x.mean(3)
+    for step in (1, 2, 4):
+        down, across = np.gradient(grey[:, ::step, ::step], axis=(1, 2))
+        size, way = np.hypot(down, across), np.arctan2(down, across) % np.pi * 8 // np.pi
+        found += [(size * (way == d)).mean((1, 2))[:, None] for d in range(8)]
+        found.append(size.std((1, 2))[:, None])
+    return np.concatenate(found, 1, dtype=np.float32)
 
 
 # ---- Images, and DINO's crops of them (thesis 3.2.1; Caron et al. 2021, section 3) ---------------

@@ -32,6 +32,8 @@ Ours         the null, Jaccard's control, the linear baseline, the verdict.
 import base64
 import collections
 import errno
+import functools
+import hashlib
 import html
 import io
 import itertools
@@ -632,20 +634,15 @@ def html_table(header, rows, colours=False):
     def cell(v, text):
         shade = ""
         if colours and isinstance(v, float):
-            level, full = min(abs(v), 1), (43, 108, 176) if v >= 0 else (197, 48, 48)
-            mixed = ",".join(str(round(255 + (c - 255) * level)) for c in full)
-            ink = "white" if level > 0.55 else "black"
-            shade = f' style="background:rgb({mixed});color:{ink}"'
+            level, full = min(abs(v), 1), "43,108,176" if v >= 0 else "197,48,48"
+            ink = ";color:white" * (level > 0.55)
+            shade = f' style="background:rgba({full},{level:.2f}){ink}"'
         return f"<td{shade}>{html.escape(text)}</td>"
 
-    def named(text):                                         # with its meaning as a tooltip
-        told = html.escape(MEANING.get(str(text).strip(), ""))
-        return f'<th title="{told}">{html.escape(str(text))}</th>' if told else \
-            f"<th>{html.escape(str(text))}</th>"
-    head, body = "".join(map(named, header)), ""
+    head, body = "".join(f"<th>{html.escape(str(text))}</th>" for text in header), ""
     for row in rows:
         name, *texts = _cells(header, row)
-        body += f"<tr>{named(name)}{''.join(map(cell, row[1:], texts))}</tr>"
+        body += f"<tr><th>{html.escape(name)}</th>{''.join(map(cell, row[1:], texts))}</tr>"
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f'<tbody>{body}</tbody></table></div>')
 
@@ -664,12 +661,11 @@ def grid_row(grids):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True,
-              dots=False):
+def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
 
     x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
-    0. zero: the y axis starts at 0 or below. dots: circles instead of a line through the points.
+    0. zero: the y axis starts at 0 or below.
     """
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
@@ -696,9 +692,8 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
         ink = f'stroke="{COLOURS[i % len(COLOURS)]}"' + ' stroke-dasharray="6 4"' * dashed
         places = ["{:.1f},{:.1f}".format(*at(*p)) for p in line]
         marks = f'<polyline points="{" ".join(places)}" {ink}/>'
-        if dots:
-            marks = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="none" {}/>'.format(
-                *at(*p), ink) for p in line)
+        if len(line) == 1:
+            marks = '<circle cx="{:.1f}" cy="{:.1f}" r="3" {}/>'.format(*at(*line[0]), ink)
         x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
         parts.append(f'{marks}<path d="M{x:.1f} {y - 4}h18" {ink}/>' + _text(x + 24, y, name))
     return "".join(parts) + "</svg>"
@@ -740,45 +735,6 @@ def strips(found):
                    for name, row in zip(found, shown))
 
 
-def gallery(codes, labels, label_names, describe, n_latents=24, n_samples=6, known=None):
-    """The clearest concepts, HTML: latents with the same name in every stream, purest first, with
-    their top samples. codes: {stream: code}; describe(row) -> HTML; known: see `label_counts`."""
-    names, purity = [], []
-    for code in codes.values():
-        counts, n_top = label_counts(code, labels, known=known)
-        enough = np.where(n_top >= 5, n_top, 10 ** 6)        # too few samples: no name
-        name, share = concept_names(counts, enough, label_names)
-        names.append(name)
-        purity.append(share)
-    purity = np.mean(purity, 0)
-    alike = [j for j, v in enumerate(zip(*names)) if v[0] is not None and len(set(v)) == 1]
-    best = {s: top_samples(code, n_samples) for s, code in codes.items()}
-    parts = []
-    for j in sorted(alike, key=lambda j: (-purity[j], j))[:n_latents]:
-        parts.append(f"<section><h3>latent {j}: {html.escape(names[0][j])} "
-                     f"<small>purity {purity[j]:.2f}</small></h3>")
-        for s in codes:
-            shown = "".join(f"<span>{describe(i)}</span>" for i in best_first(best[s], j))
-            parts.append(f'<div class="strip"><b>{html.escape(s)}</b>{shown}</div>')
-        parts.append("</section>")
-    return "".join(parts) or "<p>No latent has the same name in every stream.</p>"
-
-
-def describe_sample(features, row, size=96):
-    """HTML of one sample: its picture, or the name of one that cannot be read, if the file has any;
-    else its caption, else its labels, else its number."""
-    about, picture = features.about, features.picture(row)
-    if picture is not None:
-        return embedded(picture, size)
-    if "images" in about:
-        return html.escape(os.path.basename(str(about["images"][row])))
-    if "captions" in about:
-        return html.escape(str(about["captions"][row]))
-    labels = features.label_matrix([row])
-    on = [] if labels is None else zip(features.label_names, labels[0])
-    return html.escape(", ".join(name for name, here in on if here) or f"sample {row}")
-
-
 # -- The page: one self-contained HTML file ------------------------------------------------------
 
 class Page:
@@ -786,13 +742,13 @@ class Page:
     which is written from `metrics`: who has more to put there than tables does so."""
 
     def __init__(self, title):
-        self.title, self.sections, self.metrics = title, [], {}
+        self.title, self.sections, self.metrics, self.payload = title, [], {}, None
 
     def text(self, words, quiet=False):
         """A paragraph; quiet: in the report alone."""
         if not quiet:
             print(words)
-        self.sections.append(("", f"<p>{html.escape(words)}</p>"))
+        self.picture("", f"<p>{html.escape(words)}</p>")
 
     def table(self, header, rows, title="", key=None, quiet=False, colours=False):
         """Rows of cells under a header, the first of a row its name. key: they also go into
@@ -800,14 +756,22 @@ class Page:
         rows = [[plain(cell) for cell in row] for row in rows]
         if not quiet:
             print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
-        self.sections.append((title, html_table(header, rows, colours)))
+        self.picture(title, html_table(header, rows, colours))
         if key is not None:
             columns = list(map(str, header[1:]))
             self.metrics[key] = {str(name): dict(zip(columns, cells)) for name, *cells in rows}
 
     def picture(self, title, content):
-        """A chart, a gallery, any HTML: in the report alone."""
+        """A chart, any HTML: in the report alone, folded below what one explores."""
+        if self.payload and title:
+            title, content = "", (f"<details><summary>{html.escape(title)}</summary>{content}"
+                                  "</details>")
         self.sections.append((title, content))
+
+    def explore(self, payload):
+        """What `explorer` made of runs, for assets/explorer.js to show here."""
+        self.picture("", '<div id="explorer"></div><noscript>To explore, allow scripts.</noscript>')
+        self.payload = payload
 
     def write(self, path, metrics=None):
         """report.html and, if there are any, metrics.json; metrics: more of them, a dict. path:
@@ -815,7 +779,7 @@ class Page:
         self.metrics.update(metrics or {})
         if self.metrics:
             write_json(path("metrics.json"), self.metrics)
-        write_report(path("report.html"), self.title, self.sections)
+        write_report(path("report.html"), self.title, self.sections, self.payload)
 
 
 def plain(value):
@@ -835,18 +799,40 @@ WHY_BOTH_WAYS = (
     'ones a user of a single stream gets.</p>')
 
 
-def tell_summary(page, metrics, quiet=False):
+HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
+             "latents alive in all streams, %", "1-D probe loss (chance 0.693)")
+
+
+def _numbers(header, rows):
+    """The headline numbers of `summary`, HTML: alone large, the others and controls beside it."""
+    parts = {}
+    for (name, *cells), (other, *values) in zip(rows, [*rows[1:], [""]]):
+        told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
+        alone = told.pop("alone")
+        if other.startswith("  "):
+            told[other.strip()] = fmt(values[header.index("alone") - 1])
+        beside = "".join(f" · <i>{mode} {v}</i>" for mode, v in told.items())
+        parts[name] = (f"<div><dt>{html.escape(name)}</dt><dd><b>{alone}</b> alone{beside}</dd>"
+                       f"<dd>{html.escape(MEANING.get(name, ''))}</dd></div>")
+    return f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
+
+
+def tell_summary(page, metrics, quiet=False, payload=None):
     """The verdict on a run, its table and the planted concepts found; the verdict comes first on
-    the page and last on the terminal, in colour where that is one. quiet: on the page alone."""
+    the page and last on the terminal, in colour where that is one. quiet: on the page alone;
+    payload: what one explores, after the verdict and its numbers."""
     if found := metrics.get("verdict"):
         lines = [found[part] for part in ("learned", "trust", "next")]
-        page.picture("Verdict", f'<div class="verdict level{found["level"]}">' + "".join(
+        page.picture("", f'<div class="verdict level{found["level"]}">' + "".join(
             f"<p>{html.escape(line)}</p>" for line in lines) + "</div>")
+    page.picture("", _numbers(*summary(metrics)))
+    if payload:
+        page.explore(payload)
     page.table(*summary(metrics), "Result", quiet=quiet)
     page.text(f"{metrics['rows']} samples of the {metrics['split']} split", quiet)
     told = [name.strip() for name, *_ in summary(metrics)[1]]
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name])}</dd>"
-                   for name in told if name in MEANING)
+                   for name in told if name in MEANING and name not in HEADLINES)
     page.picture("", f"<details><summary>What the rows mean</summary><dl>{told}</dl></details>"
                  + WHY_BOTH_WAYS)
     if "recovery" in metrics:
@@ -860,10 +846,10 @@ def tell_summary(page, metrics, quiet=False):
         print("\n" + start + "\n".join(lines) + end)
 
 
-def tell_run(page, metrics, log, settings, codes, features, rows):
-    """What a run's report has beyond `tell_summary`: log, rows of log.csv; codes {mode: {stream:
-    code}}; features, rows: what was judged."""
-    blocks = {mode: metrics[mode] for mode in codes}
+def tell_run(page, metrics, log, settings):
+    """What a run's report has beyond `tell_summary` and what one explores, folded: log, rows of
+    log.csv."""
+    blocks = {mode: metrics[mode] for mode in ("joint", "alone") if mode in metrics}
     first = next(iter(blocks.values()))
     grids = {mode: block["r2"] for mode, block in blocks.items()}
     if "linear_baseline" in metrics:
@@ -881,17 +867,14 @@ def tell_run(page, metrics, log, settings, codes, features, rows):
     if "retrieval" in first:
         pairs = {**{mode: block["retrieval"] for mode, block in blocks.items()},
                  "raw features": metrics.get("raw_retrieval", {})}
-        page.table(["", "R@1", "R@5", "R@10", "MedR", "MRR"],
-                   [[f"{pair}, {name}", *v.values()] for name, of in pairs.items()
-                    for pair, v in of.items()], "Retrieval", quiet=True)
-    if log:
-        page.picture("Training", _training_charts(log))
-    labels = features.label_matrix(rows)
-    if features.labelled[rows].any():
-        page.picture("Concepts that have the same name in every stream, alone codes", gallery(
-            codes["alone"], labels, features.label_names,
-            lambda i: describe_sample(features, rows[i]),
-            known=features.labelled[rows]))
+        rows = [{"": f"{pair}, {name}", **v} for name, of in pairs.items() for pair, v in of.items()]
+        page.table(*columns(rows), "Retrieval", quiet=True)
+    keys = [k for k in (log[0] if log else ()) if k in ("self", "cross") or k.startswith("dead_")]
+    lines = {k: [(int(row["step"]), float(row[k])) for row in log] for k in keys}
+    dead = {k[5:]: line for k, line in lines.items() if k.startswith("dead_")}
+    loss = {k: line for k, line in lines.items() if k[5:] not in dead and any(y for _, y in line)}
+    page.picture("Training", svg_lines(loss, "step", "mean NMSE of the batch; lower is better")
+                 + svg_lines(dead, "step", "dead: have not fired for long; lower is better"))
     page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
                quiet=True)
 
@@ -1000,30 +983,160 @@ def tell_activations(page, results):
                 "seconds"], rows)
 
 
-def _training_charts(log):
-    def curves(names):
-        return {k: [(int(row["step"]), float(row[k])) for row in log] for k in names}
-    loss = {f"NMSE {k}": line for k, line in curves(("self", "cross")).items()
-            if any(y for _, y in line)}
-    dead = {k[5:]: line for k, line in curves(k for k in log[0] if k.startswith("dead_")).items()}
-    return svg_lines(loss, "step", "mean NMSE of the batch") + svg_lines(
-        dead, "step", "latents that have not fired for long (dead)")
-
-
-def write_report(path, title, sections):
-    """One self-contained HTML file, without a style where `assets` was not copied with this module.
-    sections: list of (heading or "", HTML)."""
-    sheet, style = os.path.join(os.path.dirname(__file__), "assets", "report.css"), ""
-    if os.path.exists(sheet):
-        with open(sheet) as f:
-            style = f.read()
+def write_report(path, title, sections, payload=None):
+    """One self-contained HTML file that asks for nothing, without a style and a script where
+    `assets` was not copied with this module. sections: list of (heading or "", HTML)."""
+    style, code = (_asset(name) for name in ("report.css", "explorer.js" if payload else ""))
+    allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     body = "".join((f"<h2>{html.escape(heading)}</h2>" if heading else "") + content
                    for heading, content in sections)
+    if code:                                                 # "<" would let a text end the script
+        data = json.dumps(payload, allow_nan=False).replace("<", "\\u003c")
+        body += (f'<script type="application/json" id="payload">{data}</script>'
+                 f"<script>{code}</script>")
     title = html.escape(title)
     write_text(path, '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-                     'content="width=device-width,initial-scale=1">'
+                     'content="width=device-width,initial-scale=1"><meta http-equiv='
+                     '"Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+                     f'style-src \'unsafe-inline\'; script-src \'sha256-{allowed}\'">'
                      f'<title>{title}</title><style>{style}</style>'
                      f'<main><h1>{title}</h1>{body}</main></html>\n')
+
+
+def _asset(name):
+    """The text of a file in `assets`, "" where it is not there."""
+    path = os.path.join(os.path.dirname(__file__), "assets", name)
+    if not os.path.isfile(path):
+        return ""
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
+# -- The page that one explores: what assets/explorer.js reads ------------------------------------
+
+PAGE_BYTES = 7_500_000  # of a payload: with tables and script the page stays under 8 MB
+EDIT_NUMBERS = 10 ** 6  # of dictionaries and features, to edit by: more leave no room for codes
+
+
+def packed(x):
+    """An array in base64: whole numbers in their smallest type, others in 16 bits times a scale."""
+    x, scale = np.asarray(x), None
+    if x.dtype.kind == "f":
+        kind = np.uint16 if x.min(initial=0) >= 0 else np.int16
+        scale = float(np.abs(x).max(initial=0)) / np.iinfo(kind).max or 1.
+        x = np.rint(x / scale)
+    else:
+        kind = np.min_scalar_type(int(x.max(initial=0)))
+    data = base64.b64encode(np.ascontiguousarray(x, kind).tobytes()).decode()
+    return {"type": np.dtype(kind).str[1:], "scale": scale, "data": data}
+
+
+def packed_rows(*matrices):
+    """Sparse matrices (n, m) of non-negative values by their common pattern: how many entries a row
+    has, gaps from column to column as bytes, where 255 means "255 more, and go on", and values."""
+    pattern = sum(v.astype(bool).astype(np.int32) for v in matrices).tocsr()
+    pattern.sort_indices()
+    row, column = pattern.nonzero()
+    lengths = np.diff(pattern.indptr)
+    gap = np.diff(column, prepend=0)
+    first = pattern.indptr[:-1][lengths > 0]
+    gap[first] = column[first]
+    far = gap // 255
+    steps = np.full(int((far + 1).sum()), 255, np.uint8)
+    steps[np.cumsum(far + 1) - 1] = gap % 255
+    return {"lengths": packed(lengths), "gaps": packed(steps),
+            "values": [packed(np.asarray(v[row, column]).ravel()) for v in matrices]}
+
+
+def by_rank(codes, n):
+    """All n samples, those first that rank highest for any latent of the codes (n, L): in any
+    number of the first every latent keeps its top samples, as far as these can be so many."""
+    rank = np.full(n, n + 1)
+    for code in codes:
+        best = top_samples(code, None)
+        np.minimum.at(rank, best.indices, best.data)
+    return np.argsort(rank, kind="stable")
+
+
+def explorer(features, rows, runs, most):
+    """The payload of assets/explorer.js: at most `most` of the samples `rows` of features, and what
+    `runs` make of them; fewer samples where the page would grow too large.
+
+    runs: {name: dict} of `codes` {mode: {stream: CSR (n, L)}}, of tokens with `places` alike, 1 +
+    the token where a latent is strongest; `null`, the same codes of the null, of which histograms
+    are kept; what decodes, `dictionary` {stream: (L, d)} and `bias` {stream: (d,)}; `seen`(rows) ->
+    {stream: (len(rows), d)}, features as the model sees them; `probe` {stream: (weights (d, C),
+    biases (C,))} of the labels or None; `names` {latent: name}.
+    """
+    codes = [code for run in runs.values() for code in run["codes"]["alone"].values()]
+    order, picture = by_rank(codes, len(rows)), functools.cache(features.picture)
+    while True:
+        some = np.sort(order[:most])
+        told = {**_shown_samples(features, rows[some], picture), "judged": len(rows),
+                "runs": [{"name": name, **_shown_run(run, rows, some, EDIT_NUMBERS // len(runs))}
+                         for name, run in runs.items()]}
+        size = len(json.dumps(told))
+        if size <= PAGE_BYTES or len(some) < 2:
+            return told
+        most = int(len(some) * min(0.9, PAGE_BYTES / size))
+
+
+def _shown_samples(features, rows, picture):
+    """What the file tells of the samples, and their pictures as one sheet."""
+    about, labels = features.about, features.label_matrix(rows)
+    out = {"rows": packed(rows), "known": packed(features.labelled[rows]), "grid": features.grid,
+           "label_names": list(features.label_names),
+           "labels": labels if labels is None else packed_rows(sp.csr_matrix(labels)),
+           "one_label": labels is not None and features.labels.ndim == 1,
+           "texts": {key: [str(v) for v in about[key][rows]]
+                     for key in ("captions", "ids", "groups") if key in about}}
+    if "images" in about:
+        pictures, columns = list(map(picture, rows)), math.ceil(len(rows) ** 0.5)
+        side = min([64 if len(rows) <= 800 else 40, *(max(v.size) for v in pictures if v)])
+        sheet = Image.new("RGB", (columns * side, columns * side), "grey")
+        for i, v in enumerate(pictures):
+            if v:
+                place = i % columns * side, i // columns * side
+                sheet.paste(ImageOps.fit(v, (side, side)), place)
+        lost = {i: os.path.basename(str(about["images"][rows[i]]))
+                for i, v in enumerate(pictures) if not v}
+        out["sheet"] = {"url": image_url(sheet), "columns": columns, "side": side, "lost": lost}
+    return out
+
+
+def _shown_run(run, rows, some, most):
+    """A run of `explorer`: codes of the samples `some` of `rows`, and what edits need, where that
+    is at most so many numbers."""
+    D, codes, kept = run["dictionary"], {}, [run["codes"], run.get("places") or {}]
+    for mode, of in run["codes"].items():                    # together they share their pattern
+        groups = [list(of)] if mode == "joint" else [[s] for s in of]
+        codes[mode] = [packed_rows(*(part[mode][s][some] for part in kept if part for s in group))
+                       for group in groups]
+    unit = unit_rows(np.concatenate([unit_rows(v) for v in D.values()], 1))
+    out = {"latents": len(unit), "streams": list(D), "codes": codes, "names": run["names"] or {},
+           "near": packed(nearest(unit, unit, 7)[0]),
+           "null": {mode: [{"top": float(code.data.max(initial=1e-9)), "counts": packed(
+               np.histogram(code.data, 256, (0, code.data.max(initial=1e-9)))[0])}
+               for code in of.values()] for mode, of in (run.get("null") or {}).items()}}
+    numbers = (len(unit) + len(some)) * sum(v.shape[1] for v in D.values())
+    if numbers > most:
+        return {**out, "edit": "Left out: the dictionaries and features that it needs would take "
+                f"{numbers * 8 / 3e6:.1f} MB of this page."}
+    edit = {name: [packed(of[s]) for s in D] for name, of in (
+        ("W", D), ("b", run["bias"]), ("x", run["seen"](rows[some])))}
+    if run["probe"]:
+        edit["probe"] = [[packed(v) for v in run["probe"][s]] for s in D]
+    return {**out, "edit": edit}
+
+
+def strongest_tokens(code, T):
+    """CSR (n * T, L) -> CSR (n, L): 1 + the token of a sample in which a latent is strongest."""
+    found = code.tocoo()
+    key = found.row // T * np.int64(code.shape[1]) + found.col
+    order = np.lexsort((found.row, -found.data, key))
+    _, first = np.unique(key[order], return_index=True)
+    row, column = found.row[order[first]], found.col[order[first]]
+    return sp.csr_matrix((row % T + 1, (row // T, column)), (code.shape[0] // T, code.shape[1]))
 
 
 # -- Files, whole or not at all ------------------------------------------------------------------
@@ -1114,19 +1227,22 @@ def auc(positive, score):
 
 def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     """Multinomial logistic regression on standardised features by L-BFGS: the summed loss plus
-    ||W||^2 / (2 strength). Returns weights (d, C), biases (C,) for the features as they are."""
+    ||W||^2 / (2 strength); of labels (n, C) bool one for each. Returns weights (d, C), biases (C,)
+    for the features as they are."""
     n_classes = n_classes or int(labels.max()) + 1
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
     std[std <= 1.2e-7 * mean.abs()] = 1                      # constant up to float32's rounding
-    x, y = (x - mean) / std, torch.as_tensor(labels).long()
+    x, y = (x - mean) / std, torch.as_tensor(labels)
+    y, loss_of = (y.long(), torch.nn.functional.cross_entropy) if y.ndim == 1 else (
+        y.double(), torch.nn.functional.binary_cross_entropy_with_logits)
     W = torch.zeros(x.shape[1] + 1, n_classes, dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        loss = torch.nn.functional.cross_entropy(x @ W[:-1] + W[-1], y, reduction="sum")
+        loss = loss_of(x @ W[:-1] + W[-1], y, reduction="sum")
         loss = (loss + W[:-1].square().sum() / (2 * strength)) / len(x)
         loss.backward()
         return loss
@@ -1267,51 +1383,18 @@ def threshold_counts(mean, exponents=range(-6, 1)):
     return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
 
 
-def latent_scatter(table, most=4000):
-    """CytoSAE Fig. 2A as inline SVG: log10 frequency against mean of at most `most` latents, in
-    five colours of label entropy, and histograms of both; a list of charts."""
-    alive = np.flatnonzero(table["frequency"] > 0)
-    few = alive[np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int)]
-    x, mean = np.log10(table["frequency"][few]), table["mean"][few]
-    entropy = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"]))))[few]
-    edges = np.linspace(0, entropy.max(initial=1e-9), 6)[1:]
-    level = np.searchsorted(edges, entropy)
-    series = {f"entropy up to {edges[v]:.2f}": list(zip(x[level == v], mean[level == v]))
-              for v in np.unique(level)}
-    where = "log10 of the share of samples in which a latent is active"
-    charts = [svg_lines(series, where, "its mean activation there", log=True, dots=True)]
-    for label, values in ((where, x), ("log10 of the mean activation", np.log10(mean))):
-        n, at = np.histogram(values, 40)
-        line = list(zip((at[1:] + at[:-1]) / 2, n.tolist())) if len(few) else []
-        charts.append(svg_lines({"latents": line}, label, "latents", size=(640, 160)))
-    return charts
-
-
-def tell_latents(page, table, n, labels, names=None, most=20):
-    """Tell, from `latent_table` of n samples, how many latents live, how strong they are, and those
-    of least entropy of each label; returns these, without labels the most frequent. names: {latent:
-    name}."""
+def tell_latents(page, table, n, labels):
+    """Tell, from `latent_table` of n samples, how many latents live, how strong they are, and how
+    many labels they fire for."""
     alive, counts = np.flatnonzero(table["frequency"]), threshold_counts(table["mean"])
     page.metrics.update(latents=len(table["mean"]), alive=len(alive))
     page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
     page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
                [["latents", *counts.values()]], key="mean at least 10^t")
-    page.picture("Latents by frequency and mean activation", "".join(latent_scatter(table)))
-    if "entropy" not in table:
-        return np.argsort(-table["frequency"], kind="stable")[:most]
-    page.metrics["mean entropy"] = _mean(table["entropy"][np.isfinite(table["entropy"])])
-    page.text(f"mean label entropy {fmt(page.metrics['mean entropy'])} nats of ln {len(labels)} = "
-              f"{math.log(len(labels)):.3f}")
-    clear = np.flatnonzero(table["frequency"] * n >= 5)
-    order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
-    each = max(1, most // len(labels))
-    shown = [j for c in range(len(labels)) for j in order[table["label"][order] == c][:each]][:most]
-    told = ("purity", "entropy", "frequency", "mean")
-    page.table(["latent", "label", *told],
-               [[f"{j} {(names or {}).get(j, '')}", labels[table["label"][j]],
-                 *(table[c][j] for c in told)] for j in shown],
-               "The purest latents of each label, active in 5 samples or more")
-    return shown
+    if "entropy" in table:
+        page.metrics["mean entropy"] = _mean(table["entropy"][np.isfinite(table["entropy"])])
+        page.text(f"mean label entropy {fmt(page.metrics['mean entropy'])} nats of ln "
+                  f"{len(labels)} = {math.log(len(labels)):.3f}")
 
 
 def latent_chart(lines, interest, unit, most=100):
@@ -1387,14 +1470,6 @@ def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
             [name, " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
             for name, v in found["differential"].items()])
     return means
-
-
-def weighted_patches(image, heat):
-    """A PIL image with each patch as bright as its activation in heat (h, w) (CytoSAE Fig. 3C);
-    the rest nearly black."""
-    light = 0.12 + 0.88 * heat / max(float(heat.max()), 1e-30)
-    mask = Image.fromarray((255 * light).astype(np.uint8)).resize(image.size, Image.NEAREST)
-    return Image.composite(image.convert("RGB"), Image.new("RGB", image.size), mask)
 
 
 # -- What a latent does, and where (Mammo-SAE sections 2.2-3.3) ------------------------------------
@@ -2137,7 +2212,13 @@ def embedded(image, width=480):
     """A PIL image, at most `width` pixels wide and high, as an <img> with its data inside."""
     image = image.convert("RGB")
     image.thumbnail((width, width))
+    return f'<img alt="" src="{image_url(image)}">'
+
+
+def image_url(image, quality=85, most=1_300_000):
+    """An RGB image as the data: URL of a JPEG, of lower quality where it exceeds `most` bytes."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    pixels = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" src="data:image/jpeg;base64,{pixels}">'
+    image.save(buffer, "JPEG", quality=quality)
+    if buffer.tell() > most and quality > 20:
+        return image_url(image, quality - 15, most)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

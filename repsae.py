@@ -1,6 +1,6 @@
 """repsae: the command line, and the only module that knows the others.
 
-    python repsae.py sparc                      SPARC on made-up streams whose truth is known
+    python repsae.py sparc                      SPARC on pictures of drawn tissue
     python repsae.py sparc --data feats.npz     the same on features of your own (see data.py)
     python repsae.py sparc --help               every setting
 
@@ -19,7 +19,6 @@ import csv
 import fcntl
 import functools
 import glob
-import html
 import importlib
 import inspect
 import io
@@ -103,8 +102,10 @@ def value_of(kind, text, said, default=None):
 # range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills it in, and
 # "auto" can be typed where it is the default.
 WHAT = {
-    "data": (None, "text", "features: .npz or folder of .npy (mil: bags); else the run's, or made "
-             "up"),
+    "data": (None, "text", "features: .npz or folder of .npy (mil: bags); else the run's, or "
+             "--world"),
+    "world": ("tissue", "tissue|planted", "made up without --data: pictures of drawn tissue as "
+              "three models see them, or streams whose concepts are planted"),
     "streams": (None, "text", "names of the streams to use, a,b,c; all by default"),
     "stream": (None, "text", "the one stream to use, where there are several"),
     "taxonomy": (None, "text", 'JSON, {"child": "parent", "root": null} or as in Open Images'),
@@ -220,6 +221,7 @@ RUN = {
     "svg": (None, "text", "file for the picture that `bench backbones` draws"),
     "device": ("cpu", "text", "torch device"),
     "workers": (2, "int 0..256", "processes that make crops"),
+    "page-rows": (2000, "int 1..1e5", "samples of these that report.html shows"),
     "eval-rows": (10000, "int 0..1e9", "samples judged, of test, else of val; 0: all"),
     "log-every": (20, "int 1..", "steps between rows of log.csv"),
     "save-every": (60.0, "float", "seconds between checkpoints"),
@@ -271,11 +273,11 @@ def command(spec, *positional):
     return enter
 
 
-DATA = "data streams taxonomy"
+DATA = "data world streams taxonomy"
 CODE = "latents k norm dead-after aux-k aux-coef reinit-after"
 KINDS = "activation revive sparsity error bias expansion bandwidth warmup"
 STEPS = "preset epochs batch lr shuffle seed"
-FOLDER = "device log-every save-every eval-rows overwrite resume"
+FOLDER = "device log-every save-every eval-rows page-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
 
@@ -652,7 +654,8 @@ def resolved(flags, features):
     activation or made-up data want it, else by the number of training rows; says what those chose.
     """
     single, n = "activation" in flags, len(features.rows("train"))
-    layers = sae.known_settings(single, flags.preset, flags.get("activation"), flags.data is None)
+    layers = sae.known_settings(single, flags.preset, flags.get("activation"),
+                                flags.data is None and flags.world == "planted")
     if {"expansion", "latents"} <= flags.given:
         raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
                          "one of the two")
@@ -747,10 +750,8 @@ def measure(model, features, flags):
         out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
     if several:
-        with torch.no_grad():
-            seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy()
-                     for s, x in features.batch(part).items()}
-                    for part in (evaluation_rows(features, flags, "train"), rows)]
+        seen = [normalised(model, features, part, flags.device)
+                for part in (evaluation_rows(features, flags, "train"), rows)]
         raw = {s: x.numpy() for s, x in features.batch(rows).items()}
         out["linear_baseline"] = judge.linear_baseline(*seen)
         out["raw_retrieval"] = judge.retrieval(raw)
@@ -760,32 +761,79 @@ def measure(model, features, flags):
     return out, codes, rows
 
 
+def normalised(model, features, rows, device):
+    """Features of rows as the model sees them: {stream: (len(rows), d)}."""
+    with torch.no_grad():
+        return {s: model.normalise(x.to(device), s).cpu().numpy()
+                for s, x in features.batch(rows).items()}
+
+
+def token_codes(model, features, rows, mode):
+    """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
+    T = features.tokens or 1
+    tokens = (np.asarray(rows)[:, None] * T + np.arange(T)).ravel()
+    blocks = sae.encoded(model, features.per_token().batch, tokens, mode)
+    found = sae.joined([codes for _, codes in blocks])
+    return {s: judge.sparse_code(*v, model.n_latents) for s, v in found.items()}
+
+
+def explored(model, features, flags, names=None):
+    """What `judge.explorer` shows of a model: (features, rows of samples, dict). Of tokens the mean
+    over a sample's, and where a latent is strongest."""
+    features = features.whole or features
+    T, modes = features.tokens or 1, ("joint", "alone")[len(features.streams) == 1:]
+    rows = evaluation_rows(features, flags, "test", "val")
+    rows = rows if T == 1 else rows[:flags.page_rows]
+    codes = {mode: token_codes(model, features, rows, mode) for mode in modes}
+
+    def every(function):
+        return {mode: {s: function(code, T) for s, code in codes[mode].items()} for mode in modes}
+
+    def seen(some):
+        found = normalised(model, features, some, flags.device)
+        return {s: x.mean(1) if x.ndim == 3 else x for s, x in found.items()}
+    learn, probe = features.rows("train"), None
+    learn = learn[features.labelled[learn]][:2000]
+    y = learn if features.labels is None else features.labels[learn]
+    if 1 < len(np.unique(y, axis=0)) and len(features.label_names) in range(2, 200):
+        probe = {s: judge.logistic_fit(x, y, len(features.label_names))
+                 for s, x in seen(learn).items()}
+    weights = {name: {s: of[s].detach().cpu().numpy() for s in features.streams}
+               for name, of in (("dictionary", model.W_dec), ("bias", model.b_pre))}
+    return features, rows, {"codes": every(lambda code, T: judge.pool_tokens(code, T)[0]),
+                            "places": every(judge.strongest_tokens) if T > 1 else None,
+                            "seen": seen, "probe": probe, "names": names, **weights}
+
+
 def judged(run, features, whole=None, quiet=False):
     """Train, with --null once more on shuffled streams, and measure; write metrics.json and
-    report.html. whole: the run that --null would be added to. Returns metrics."""
+    report.html. whole: the run that --null would be added to. Returns metrics, and `explored`."""
     flags, (model, log) = run.flags, train(run, features)
-    metrics, codes, rows = measure(model, features, flags)
+    metrics, twin = measure(model, features, flags)[0], None
     if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
         shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
-        null, _, _ = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
+        null, twin, _ = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
     metrics["verdict"] = judge.verdict(
         metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
                            f"{shlex.quote(whole.folder)}")
-    page = judge.Page(f"repsae {flags.command}: {os.path.basename(os.path.abspath(run.folder))}")
-    judge.tell_summary(page, metrics, quiet)
-    judge.tell_run(page, metrics, log.rows, flags, codes, features, rows)
+    name, shown = os.path.basename(os.path.abspath(run.folder)), explored(model, features, flags)
+    shown[2].update(null=twin)
+    page = judge.Page(f"repsae {flags.command}: {name}")
+    judge.tell_summary(page, metrics, quiet, judge.explorer(
+        *shown[:2], {name: shown[2]}, flags.page_rows))
+    judge.tell_run(page, metrics, log.rows, flags)
     page.write(run.path, metrics)
     if not quiet:
         say(f"wrote {run.join('report.html')}")
-    return metrics
+    return metrics, shown
 
 
 def compared(run, changes, tell, whole=None):
     """Train and judge a run for each of `changes`, {name: {flag: value}}, in a folder of the run,
     and put them beside each other: tell(page, {name: metrics}) may return a chart."""
-    flags, single, trials, results = run.flags, "activation" in run.flags, {}, {}
+    flags, single, trials, results, shown = run.flags, "activation" in run.flags, {}, {}, {}
     features = read_to_train(flags, 1 if single else 2)
     if not single:                                           # kinds of SAE have their own settings
         flags = resolved(flags, features)
@@ -802,9 +850,13 @@ def compared(run, changes, tell, whole=None):
     for name, (trial, mine) in trials.items():
         say(f"-- {name}")
         began = time.time()
-        results[name] = judged(run.part(name, trial), mine, whole, quiet=True)
+        results[name], shown[name] = judged(run.part(name, trial), mine, whole, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    if chart := tell(page, results):
+    chart, (same, rows, _) = tell(page, results), next(iter(shown.values()))
+    if all(one[0] is same for one in shown.values()) and len(shown) <= 8:
+        parts = {name: part for name, (_, _, part) in shown.items()}
+        page.explore(judge.explorer(same, rows, parts, flags.page_rows))
+    if chart:
         judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
     page.write(run.path, results)
     say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
@@ -816,23 +868,46 @@ def read(flags):
     if flags.data is not None:
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
     else:
-        features = data.planted_streams(seed=flags.seed)
+        planted = flags.world == "planted"
+        features = data.planted_streams(seed=flags.seed) if planted else drawn_tissue(flags.seed)
         names = names or [*features.streams]
         if not {*names} <= {*features.streams}:
             raise InputError(f"the made-up data has no stream {flags.streams} - it has "
                              f"{', '.join(features.streams)}")
         features.streams = {s: features.streams[s] for s in names}
-        features.truth = {s: features.truth[s] for s in features.streams}
+        if planted:
+            features.truth = {s: features.truth[s] for s in features.streams}
     for note in features.notes:
         say_once("note: " + note)
     return features
+
+
+def drawn_tissue(seed, n=1200):
+    """Pictures of drawn tissue as three models see them that learn nothing: a ViT of random
+    weights, statistics of colour and texture, latent semantic analysis of the captions."""
+    say_once(f"drawing {n} pictures of tissue; --data takes features of your own")
+    made = data.tissue(n, seed=seed)
+    pixels, captions = made["pixels"], list(made["captions"])
+    torch.manual_seed(seed)
+    vit = ssm.make_backbone("vit_micro", size=64).eval()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+    with torch.no_grad():
+        seen = torch.cat([vit.features(part) for part in x.split(256)]).numpy()
+    words = data.latent_semantics(captions, np.flatnonzero(made["split"] == "train"))
+    return data.Features({"vit": seen, "colour": data.colour_and_texture(pixels), "words": words},
+                         labels=made["labels"], label_names=made["label_names"].tolist(),
+                         parents=made["parents"], split=made["split"], hash=f"tissue {n} {seed}",
+                         about={"images": pixels, "captions": made["captions"],
+                                "groups": made["groups"]})
 
 
 def read_to_train(flags, least=1):
     """`read`, once there is something to train on, something to judge by, and `least` streams, or
     one of --stream; every token is a sample."""
     if "stream" in flags:
-        stream = flags.stream or ("vision" if flags.data is None else None)
+        first = {"planted": "vision", "tissue": "vit"}[flags.world]
+        stream = flags.stream or (first if flags.data is None else None)
         flags = flags.replaced({"streams": stream or flags.streams})
     features = read(flags)
     features.rows("test", "val")
@@ -849,6 +924,7 @@ def read_to_train(flags, least=1):
                  "counts as a sample")
     return features.per_token()
 
+
 # ---- A run in use: its model, features and codes ------------------------------------------------
 
 class Coded:
@@ -862,10 +938,10 @@ class Coded:
     def __init__(self, run, flags, streams=None):
         if not os.path.exists(os.path.join(run, "config.json")):
             raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
-        own = read_config(run, ("data", "taxonomy", "seed"))["flags"]
-        own = {k: own[k] for k in ("data", "taxonomy", "seed")
-               if k in own and k in flags and k not in flags.given}
-        flags = flags.replaced({"taxonomy": None, **flags, **own})
+        own = read_config(run, ("data", "taxonomy", "seed", "world"))["flags"]
+        own = {k: own[k] for k in ("data", "taxonomy", "seed", "world")
+               if k in own and (k in flags or k == "world") and k not in flags.given}
+        flags = flags.replaced({"taxonomy": None, "world": "planted", **flags, **own})
         self.run = run
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
         there = data.Source(flags.data).streams if flags.data else self.model.streams
@@ -888,9 +964,7 @@ class Coded:
 
     def codes(self, rows, mode="alone"):
         """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
-        tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
-        found = sae.joined([codes for _, codes in self.encoded(tokens, mode)])
-        return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
+        return token_codes(self.model, self.features, rows, mode)
 
     def pool(self, tau=0.):
         """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
@@ -1375,48 +1449,47 @@ def cmd_probe(flags):
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
 
-@command(f"{ON_RUN} stream tau top weighted between names query embeddings label prompts", "run")
+@command(f"{ON_RUN} stream tau top weighted between names query embeddings label prompts "
+         "eval-rows page-rows", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
     (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
-    prompts = flags.prompts and out_file(flags, "prompts")
-    coded = Coded(flags.run, flags).pool(flags.tau)
+    prompts, coded = flags.prompts and out_file(flags, "prompts"), Coded(flags.run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
+    one, asked = len(coded.features.streams) == 1, flags.query or flags.embeddings
+    if one or prompts or asked or flags.between:
+        coded.pool(flags.tau)
     if prompts:
         return write_prompts(coded, prompts, flags.top)
-    if flags.query or flags.embeddings:
+    if asked:
         return search(coded, names, flags)
-    run, features, train = analysis_run(flags, "latents"), coded.features, coded.train
+    run = analysis_run(flags, "latents")
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
+    features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
+    page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
+    files = tell_stream(page, coded, flags) if one else {}
+    run.begin()
+    for name, content in files.items():
+        write = judge.write_npz if name.endswith("npz") else judge.write_json
+        write(run.path(name), content)
+    page.write(run.path)
+    say(f"wrote {run.join('report.html')}")
+
+
+def tell_stream(page, coded, flags):
+    """Tell what latents of one stream are, on training samples; returns files to write."""
+    features, train = coded.features, coded.train
     known = features.labelled[train]
     table = judge.latent_table(coded.strength[train], coded.count[train],
                                features.label_matrix(train) if known.any() else None, flags.top,
                                flags.weighted, known)
     references = table.pop("references")
-    shown = judge.tell_latents(page, table, len(train), features.label_names, names)
+    judge.tell_latents(page, table, len(train), features.label_names)
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
-    page.picture("Reference samples", judge.strips({
-        f"latent {j} {names.get(j, '')}":
-            [reference(coded, row, j) for row in train[judge.best_first(references, j)][:6]]
-        for j in shown}))
-    run.begin()
-    if barcodes:
-        judge.write_npz(run.path("barcodes.npz"), barcodes)
-    judge.write_json(run.path("latents.json"), [
+    return {**({"barcodes.npz": barcodes} if barcodes else {}), "latents.json": [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": train[judge.best_first(references, j)].tolist()}
-        for j in np.flatnonzero(table["frequency"])])
-    page.write(run.path)
-    say(f"wrote {run.join('report.html')}")
-
-
-def reference(coded, row, latent):
-    """A sample that shows a latent, as HTML: its picture, with the patches where it is active."""
-    image = coded.features.picture(row)
-    if image is None or not coded.features.grid:
-        return judge.describe_sample(coded.features, row, 120)
-    patches = judge.weighted_patches(image, coded.heat(row, [latent])[0])
-    return judge.embedded(image, 240) + judge.embedded(patches, 240)
+        for j in np.flatnonzero(table["frequency"])]}
 
 
 def tell_barcodes(page, coded, mean, between):
@@ -2034,12 +2107,7 @@ def cmd_retrieve(flags):
                          f"{features.split[rows[0]]} samples, from 0")
     run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if own is None else own}")
 
-    def shown(i, stream):
-        if stream.endswith("_txt") and "captions" in features.about:
-            return html.escape(str(features.about["captions"][rows[i]]))
-        return judge.describe_sample(features, rows[i])
-    given, first = given_query(coded.model, source, flags) if own is None else \
-        (None, shown(own, source))
+    given = given_query(coded.model, source, flags) if own is None else None
     for mode in ("alone",) if own is None else ("joint", "alone"):
         codes = coded.codes(rows, mode)
         query, partner = given if own is None else codes[source][[own]], ""
@@ -2051,16 +2119,15 @@ def cmd_retrieve(flags):
             rank = (similar >= similar[near == own]).sum()
             partner = f"the true partner has rank {rank} of {len(rows)}; "
         page.text(f"{mode}: {partner}nearest samples {rows[near[:10]].tolist()}")
-        sheet = [f'<span style="outline:{3 * (i == own)}px solid #2f855a">{shown(i, target)}</span>'
-                 for i in near[:10]]
-        page.picture(f"{source} to {target}, {mode}", judge.strip(first, *sheet))
+        found = [{**coded.about(rows[i]), "cosine": similar[n]} for n, i in enumerate(near[:10])]
+        page.table(*judge.columns(found), f"{source} to {target}, {mode}", quiet=True)
     page.write(run.begin().path)
     say(f"wrote {run.join('report.html')}")
 
 
 def given_query(model, stream, flags):
     """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, or of the row
-    --sample of the file --features; and how to show it, HTML."""
+    --sample of the file --features."""
     if flags.query is not None:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
@@ -2069,21 +2136,19 @@ def given_query(model, stream, flags):
         if not encoder.words.pieces(flags.query):
             raise InputError("--query has no words - give some")
         x = ssm.text_features(encoder.clip, encoder.words, [flags.query])
-        shown = html.escape(flags.query)
     else:
         others = data.read_features(flags.features, [stream])
         if flags.sample >= len(others):
             raise InputError(f"--sample {flags.sample}, but {flags.features} has {len(others)} "
                              "samples - count from 0")
         x = others.batch([flags.sample])[stream]
-        shown = judge.describe_sample(others, flags.sample)
     if x.shape[1] != model.dims[stream]:
         raise InputError(f"the query has {x.shape[1]} numbers, stream '{stream}' has "
                          f"{model.dims[stream]} - name its stream with --from")
     with torch.no_grad():
         codes = model.encode({stream: x.to(flags.device)}, "alone")[stream]
     return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(),
-                             model.n_latents), shown
+                             model.n_latents)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2325,7 +2390,8 @@ def cmd_demo(flags):
 
 @command("json svg device", "what")
 def cmd_bench(flags):
-    """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`."""
+    """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`,
+    `page` (report.html at its largest)."""
     for name in ("svg", "json"):
         if flags[name] and not os.path.isdir(os.path.dirname(flags[name]) or "."):
             raise InputError(f"--{name} {flags[name]}: no such folder - make it first")
@@ -2415,7 +2481,7 @@ def add_command(subs, name, each):
                                default=argparse.SUPPRESS, **option)      # only what was typed
 
 
-BENCHES = ("all", "sparc", "rows", "scan", "backbones")
+BENCHES = ("all", "sparc", "rows", "scan", "backbones", "page")
 
 
 def check_device(flags):

@@ -77,14 +77,14 @@ def test_every_cross_stream_number_comes_joint_alone_and_with_its_null(finished)
     assert set(metrics["linear_baseline"]["x"]) == {"y"}
 
 
-def test_the_report_is_one_file_without_links_or_scripts_and_with_its_strings_escaped(finished):
+def test_the_report_is_one_file_without_links_and_with_its_strings_escaped(finished):
     page = (finished / "report.html").read_text()
-    assert not re.search(r"<(script|link)|src=\"(?!data:)|https?://(?!www\.w3)", page)
-    assert "&lt;b&gt;sample" in page and "<b>sample" not in page
+    assert not re.search(r"<link|src=\"(?!data:)|https?://(?!www\.w3)", page)
+    assert page.count("<script") == 2 and "\\u003cb>sample" in page and "<b>sample" not in page
 
 
 def test_the_null_finds_no_pairs_alone_but_nearly_all_of_them_jointly(tmp_path, capsys):
-    run("sparc", "--epochs", 15, "--out", tmp_path / "r")
+    run("sparc", "--world", "planted", "--epochs", 15, "--out", tmp_path / "r")
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
 
     def r1(block):
@@ -1103,7 +1103,7 @@ def test_latents_tell_what_a_planted_latent_is(tokens, token_run, tmp_path, caps
     run("latents", token_run, "--tau", 5, "--out", tmp_path / "l5")
     assert np.load(tmp_path / "l5" / "barcodes.npz")["barcodes"].max() == 0
     html = (tmp_path / "l" / "report.html").read_text()
-    assert "<svg" in html and html.count("<img") > 10 and "weighted F1" in capsys.readouterr().out
+    assert "<svg" in html and '"sheet": {' in html and "weighted F1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank", ["mean", "difference", "boxes"])
@@ -1640,12 +1640,10 @@ def test_pixels_of_a_file_are_shown_and_never_printed(features, finished, tmp_pa
     arrays["images"] = rng.integers(0, 256, (1000, 8, 8), np.uint8)
     np.savez(tmp_path / "p.npz", **arrays)
     on_run = [finished, "--data", tmp_path / "p.npz"]
-    run("retrieve", *on_run, "--out", tmp_path / "r.html")
-    assert (tmp_path / "r.html" / "report.html").read_text().count("data:image/jpeg") == 22
     run("latents", *on_run, "--stream", "x", "--top", 1, "--prompts", tmp_path / "d.json")
     assert '"image"' not in (tmp_path / "d.json").read_text()
     run("latents", *on_run, "--stream", "x", "--out", tmp_path / "l")
-    assert (tmp_path / "l" / "report.html").read_text().count("data:image/jpeg") > 6
+    assert (tmp_path / "l" / "report.html").read_text().count("data:image/jpeg") == 1
     run("extract", "--images", tmp_path / "p.npz", "--weights", "v=vit_micro:random", "--size", 16,
         "--out", tmp_path / "f.npz")
     found = data.read_features(tmp_path / "f.npz")
@@ -1662,7 +1660,6 @@ def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsy
         codes, _ = repsae.codes_and_fit(sae.load(world / "run" / "checkpoint.pt")[0], features, rows, mode)
         rank = judge.retrieval_ranks(codes["vit"], codes["clip_txt"])[3]
         assert f"{mode}: the true partner has rank {rank} of {len(rows)}" in out
-    assert page.count("<img") == 2                           # the query alone: texts are what was searched
     assert sum(str(c) in page for c in features.about["captions"][rows]) >= 10
     run("retrieve", world / "run", "--sample", 3, "--from", "vit", "--to", "clip_img", "--out", tmp_path / "s.html")
     nearest = capsys.readouterr().out.split("alone:")[1].split("nearest")[1]

@@ -778,7 +778,7 @@ def test_one_stream_chooses_and_all_dictionaries_rebuild_as_in_universal_sae(gol
                                      {"activation": "batchtopk"}, {"activation": "jumprelu"}], ids=str)
 def test_every_variant_recovers_nine_tenths_of_the_planted_concepts_with_its_documented_setting(variant):
     import repsae
-    flags = repsae.parse(["sae", *(f"--{k}={v}" for k, v in variant.items())])[1]
+    flags = repsae.parse(["sae", "--world", "planted", *(f"--{k}={v}" for k, v in variant.items())])[1]
     features = data.planted_streams(seed=42)
     features.streams = {"vision": features.streams["vision"]}
     flags, rows = repsae.resolved(flags, features), features.rows("train")
@@ -817,7 +817,7 @@ def test_an_activation_needs_its_function_and_one_line_of_the_registry(monkeypat
     z, _ = half(model, model.logits(x["a"] - model.b_pre["a"]), False)
     same(sae.load(tmp_path / "c.pt")[0].encode(x)["a"].dense(40), z, 1e-6)
     import repsae
-    repsae.main(["sae", "--activation", "half", "--epochs", "1", "--out", str(tmp_path / "r")])
+    repsae.main(["sae", "--world", "planted", "--activation", "half", "--epochs", "1", "--out", str(tmp_path / "r")])
     assert sae.load(tmp_path / "r" / "checkpoint.pt")[0].activation == "half"
 
 

@@ -1,0 +1,477 @@
+"use strict";
+/* The page one explores: what latents mean, and what a sample's code says, stream by stream.
+
+   Read first: `A`, the address, from which all that is shown follows; `codes`; `latentTable`; then
+   the views. It reads one JSON payload (eval.explorer) and asks for nothing. Text of files becomes
+   text nodes, never markup. Letters: i sample of this page, j latent, s, t streams, c label. */
+(() => {
+const P = JSON.parse(document.getElementById("payload").textContent);
+const TOP = 50;                          // samples that define a latent's meaning (thesis 5.3.5)
+const FEWEST = 5;                        // active samples below which a share says little
+const KINDS = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array};
+const DRAWN = new Set(["svg", "path", "rect", "text"]);
+
+// An element, its attributes and listeners, and its children: every string becomes a text node.
+function h(tag, attributes, ...children) {
+  const made = DRAWN.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) :
+    document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value !== null) made.setAttribute(name, value);
+  }
+  made.append(...children.flat(9).filter(child => child !== null));
+  return made;
+}
+const shown = v => v === null ? "–" : v.toFixed(v >= 100 ? 0 : 3);
+const percent = v => `${(100 * v).toFixed(1)} %`;
+const total = values => values.reduce((a, b) => a + b, 0);
+const caption = i => (P.texts.captions || [])[i] || "";
+const note = (...words) => h("p", {class: "note"}, ...words);
+// Positions of the n best values that are not null, ties to the lower.
+const best = (values, n, up = 1) => [...values.keys()].filter(k => values[k] !== null)
+  .sort((a, b) => up * (values[b] - values[a]) || a - b).slice(0, n);
+const cached = new Map();
+const once = (key, make) =>               // what takes time is made when first asked for
+  cached.has(key) ? cached.get(key) : cached.set(key, make()).get(key);
+
+// -- Arrays ---------------------------------------------------------------------------------------
+function levels(packed) {                // whole numbers, as they were packed
+  if (packed.levels) return packed.levels;
+  const text = atob(packed.data), bytes = new Uint8Array(text.length);
+  for (let p = 0; p < text.length; p++) bytes[p] = text.charCodeAt(p);
+  return packed.levels = new KINDS[packed.type](bytes.buffer);
+}
+const scaled = (whole, scale) => new Float32Array(whole).map(v => v * (scale || 1));
+const numbers = packed => packed.numbers ||= scaled(levels(packed), packed.scale);
+// A sparse matrix by rows: entries start[i] .. start[i + 1] of row i, each of a column `at`.
+function sparse(group, part, places) {
+  const [lengths, gaps, all] = [group.lengths, group.gaps, group.values[part]].map(levels);
+  const start = new Uint32Array(lengths.length + 1), at = new Uint32Array(all.length);
+  const level = new Uint16Array(all.length), place = new Uint16Array(places ? all.length : 0);
+  let p = 0, from = 0, to = 0;
+  lengths.forEach((length, i) => {
+    for (let j = 0, left = length; left; left--, from++) {
+      while (gaps[p] === 255) j += gaps[p++];
+      j += gaps[p++];
+      if (!all[from]) continue;          // another stream of the group has it
+      if (places) place[to] = levels(places)[from];
+      at[to] = j;
+      level[to++] = all[from];
+    }
+    start[i + 1] = to;
+  });
+  const value = scaled(level, group.values[part].scale);
+  return {start, at: at.subarray(0, to), level, place, value};
+}
+// The same by columns, greatest values first, ties to the lower row: by two counting sorts.
+function turned(m, width) {
+  const n = m.at.length, below = new Uint32Array(65538), order = new Uint32Array(n);
+  const row = new Uint32Array(n), start = new Uint32Array(width + 1), at = new Uint32Array(n);
+  for (let e = 0; e < n; e++) below[65537 - m.level[e]]++;
+  for (let v = 1; v < below.length; v++) below[v] += below[v - 1];
+  for (let e = 0; e < n; e++) order[below[65536 - m.level[e]]++] = e;
+  for (let i = 0; i + 1 < m.start.length; i++) row.fill(i, m.start[i], m.start[i + 1]);
+  for (let e = 0; e < n; e++) start[m.at[e] + 1]++;
+  for (let j = 0; j < width; j++) start[j + 1] += start[j];
+  const next = start.slice(), value = new Float32Array(n), place = m.place.slice();
+  for (let o = 0; o < n; o++) {
+    const e = order[o], to = next[m.at[e]]++;
+    at[to] = row[e];
+    value[to] = m.value[e];
+    if (place.length) place[to] = m.place[e];
+  }
+  return {start, at, value, place};
+}
+const slice = (m, n, name, most = Infinity) =>
+  m[name].subarray(m.start[n], Math.min(m.start[n + 1], m.start[n] + most));
+const count = (m, n) => m.start[n + 1] - m.start[n];
+
+const ROWS = levels(P.rows), N = ROWS.length, KNOWN = levels(P.known), NAMES = P.label_names;
+const labels = P.labels && sparse(P.labels, 0);
+const labelsOf = i => labels ? slice(labels, i, "at") : [];
+const told = i => Array.from(labelsOf(i), c => NAMES[c]).join(", ") || `sample ${ROWS[i]}`;
+
+function codes(run, mode) {              // of each stream: `samples` (N, L) and `latents` (L, N)
+  return once(`${run.name} ${mode} codes`, () => run.streams.map((name, s) => {
+    const joint = run.codes[mode].length === 1, group = run.codes[mode][joint ? 0 : s];
+    const part = joint ? s : 0, places = group.values[part + (joint ? run.streams.length : 1)];
+    const samples = sparse(group, part, places);
+    return {name, samples, latents: turned(samples, run.latents)};
+  }));
+}
+
+// -- Numbers of latents and of samples ------------------------------------------------------------
+function profile(m, j, counts) {         // adds the labels of its top samples; returns their number
+  const known = slice(m, j, "at").filter(i => KNOWN[i]).subarray(0, TOP);
+  for (const i of known) for (const c of labelsOf(i)) counts[c]++;
+  return known.length;
+}
+// How alike streams that chose alone are, for every latent over samples (of "latents") or every
+// sample over latents: sum of minima / sum of maxima, activations scaled to sum 1, the mean over
+// pairs of streams; null where fewer than two have enough of them.
+function agreement(run, of) {
+  return once(`${run.name} ${of} agreement`, () => {
+    const streams = codes(run, "alone").map(one => one[of]), least = of === "latents" ? FEWEST : 1;
+    const scratch = new Float64Array(Math.max(N, run.latents));
+    return Array.from({length: streams[0].start.length - 1}, (_, n) => {
+      const own = streams.filter(m => count(m, n) >= least), found = [];
+      const sums = own.map(m => total(slice(m, n, "value")));
+      own.forEach((m, s) => {
+        const keys = slice(m, n, "at"), values = slice(m, n, "value");
+        keys.forEach((key, e) => { scratch[key] = values[e] / sums[s]; });
+        for (let t = 0; t < s; t++) {
+          const theirs = slice(own[t], n, "value"), shared = slice(own[t], n, "at").reduce(
+            (sum, key, e) => sum + Math.min(scratch[key], theirs[e] / sums[t]), 0);
+          found.push(shared / (2 - shared));
+        }
+        for (const key of keys) scratch[key] = 0;
+      });
+      return found.length ? total(found) / found.length : null;
+    });
+  });
+}
+function latentTable(run, mode) {
+  return once(`${run.name} ${mode} table`, () => Array.from({length: run.latents}, (_, j) => {
+    const counts = new Uint32Array(NAMES.length), all = codes(run, mode).map(one => one.latents);
+    const own = all.filter(m => count(m, j)), active = total(own.map(m => count(m, j)));
+    const n = NAMES.length ? total(own.map(m => profile(m, j, counts))) : 0;
+    const [label] = best(counts, 1), purity = n < FEWEST ? null : counts[label] / n;
+    const named = purity >= 0.3;         // thesis A.3
+    return {j, alive: own.length, frequency: active / (N * all.length), purity,
+            mean: active ? total(own.map(m => total(slice(m, j, "value")))) / active : null,
+            agreement: agreement(run, "latents")[j], label: named ? label : -1,
+            name: run.names[j] || (named ? NAMES[label] : "")};
+  }));
+}
+// What "Find" looks in: a latent's name, and labels and captions of its top samples.
+const searched = (run, j) => once(`${run.name} ${j} text`, () => [latentTable(run, "alone")[j].name,
+  ...codes(run, "alone").flatMap(one => Array.from(slice(one.latents, j, "at", 8),
+    i => `${told(i)} ${caption(i)}`))].join("\n").toLowerCase());
+
+// -- The address: all that is shown ---------------------------------------------------------------
+const SEVERAL = P.runs[0].streams.length > 1 || !NAMES.length;
+const OF_LIST = {run: "0", mode: "alone", sort: SEVERAL ? "agreement" : "purity", up: "", find: "",
+                 alive: "", label: "", more: "100"};
+const DEFAULTS = {...OF_LIST, latent: "", sample: "", view: "", stream: "0", edit: ""};
+let A = DEFAULTS, list = [], listed = "";
+const address = changes => `#${new URLSearchParams(        // of what is shown after these changes
+  Object.entries({...A, ...changes}).filter(([k, v]) => String(v) !== DEFAULTS[k]))}`;
+const go = changes => { location.hash = address(changes); };
+const beside = changes => address({latent: "", sample: "", view: "", edit: "", ...changes});
+
+// -- Pieces ---------------------------------------------------------------------------------------
+function picture(i, place) {             // its part of the sheet, or the name of one that is lost
+  const {lost, columns} = P.sheet, [height, width] = P.grid || [1, 1];
+  if (lost[i] !== undefined) return h("span", {class: "words"}, lost[i]);
+  const frame = place && h("i", {style: `width:${100 / width}%;height:${100 / height}%;left:${
+    100 / width * ((place - 1) % width)}%;top:${100 / height * Math.floor((place - 1) / width)}%`});
+  return h("span", {class: "thumb", role: "img", "aria-label": told(i), style:
+    `background-position:${-56 * (i % columns)}px ${-56 * Math.floor(i / columns)}px`},
+  frame || "");
+}
+function card(i, stream, words, place, mark) {
+  const textual = !P.sheet || /txt|text|words|caption/i.test(stream) && caption(i);
+  return h("a", {href: beside({sample: ROWS[i]}), class: mark ? "card partner" : "card",
+                 title: `${told(i)}. ${caption(i)}`, "data-row": ROWS[i]},
+    textual ? h("span", {class: "words"}, caption(i) || told(i)) : picture(i, place),
+    h("small", {}, words), mark ? h("small", {}, mark) : null);
+}
+const cards = (...all) => h("div", {class: "cards"}, ...all);
+const streamed = (name, words, ...all) => h("section", {class: "stream", "data-stream": name},
+  h("h4", {}, name, h("small", {}, words)), ...all);
+const chip = (run, j, words) => h("a", {href: beside({latent: j}), class: "chip"}, h("b", {}, j),
+  ` ${latentTable(run, A.mode)[j].name} `, h("small", {}, words));
+const meter = (share, words) => [h("span", {class: "meter", style: `width:${
+  Math.min(100, 100 * share)}%`}), h("small", {}, words)];
+const shares = rows => h("dl", {class: "profile"}, rows.map(([c, share, words]) =>
+  [h("dt", {title: NAMES[c]}, NAMES[c]), h("dd", {}, meter(share, words))]));
+function binned(values, top, n) {
+  const bins = new Array(n).fill(0);
+  for (const v of values) bins[Math.min(n - 1, Math.floor(v / top * n))]++;
+  return bins;
+}
+// How many samples reach which activation, and in grey what all latents of the null do.
+function histogram(values, twin, name) {
+  const top = values[0], own = binned(values, top, 20), most = Math.max(...own);
+  const grey = new Array(20).fill(0), reach = twin ? twin.top / top : 0;
+  for (const [b, v] of twin ? levels(twin.counts).entries() : []) {
+    grey[Math.floor((b + 0.5) / 256 * reach * 20)] += v;     // what is beyond the axis is left out
+  }
+  const scale = values.length / (total(grey.slice(0, 20)) || 1);
+  const text = (x, y, kind, v) => h("text", {x, y, class: kind}, v);
+  const bar = (kind, v, x, width) => h("rect", {class: kind, x: 22 + x, width,
+    y: 62 - 54 * Math.min(1, v / most), height: 54 * Math.min(1, v / most)});
+  return h("svg", {viewBox: "0 0 210 80", class: "histogram", role: "img",
+                   "aria-label": `${name}: ${values.length} samples, up to ${shown(top)}`},
+    grey.slice(0, 20).map((v, b) => bar("null", v * scale, 9 * b, 9)),
+    own.map((v, b) => bar("own", v, 9 * b + 2, 5)), h("path", {d: "M22 62.5H202", class: "axis"}),
+    text(18, 14, "end", most), text(18, 62, "end", 0), text(22, 76, "", 0),
+    text(202, 76, "end", shown(top)));
+}
+function spark(run, j) {                 // the same in the list, all streams together
+  const all = codes(run, A.mode).flatMap(one => [...slice(one.latents, j, "value")]);
+  const bins = binned(all, Math.max(...all), 16), most = Math.max(...bins);
+  const line = (v, b) => v ? `M${4 * b + 2} 16V${(15 - 14 * v / most).toFixed(1)}` : "";
+  return h("svg", {viewBox: "0 0 64 16", class: "spark", "aria-hidden": "true"},
+           h("path", {d: bins.map(line).join("")}));
+}
+
+// -- The list -------------------------------------------------------------------------------------
+const COLUMNS = {                        // key: heading, what it says, text of a cell
+  j: ["latent", "its number, and the label of most of its top samples"],
+  frequency: ["active", "share of samples and streams where it is active", percent],
+  mean: ["mean", "mean activation where it is active", shown],
+  purity: ["purity", "share of its label among the 50 top samples of each stream", shown],
+  agreement: ["agrees", "overlap of where it is active, between streams that chose alone", shown],
+  alive: ["alive", "in how many streams it is ever active", String]};
+
+function filtered(run) {
+  const words = A.find.toLowerCase(), M = run.streams.length, way = A.up ? 1 : -1;
+  const key = l => l[A.sort] ?? way * 1e9;                       // what has none comes last
+  const lives = {all: n => n === M, some: n => n && n < M, one: n => n === 1}[A.alive] || (n => n);
+  return latentTable(run, A.mode).filter(l => lives(l.alive) &&
+    (!words || searched(run, l.j).includes(words)) && (!A.label || l.label === Number(A.label)))
+    .sort((a, b) => way * (key(a) - key(b)) || b.frequency - a.frequency || a.j - b.j);
+}
+const choose = (name, label, options) => h("label", {}, label, h("select", {name, onchange: e =>
+  go({[name]: e.target.value})}, options.map(([value, text]) =>
+  h("option", {value, selected: A[name] === String(value) ? "" : null}, text))));
+function heading(k) {
+  const arrow = A.sort !== k ? "" : A.up ? " ↑" : " ↓", up = arrow === " ↓" ? "1" : "";
+  return h("th", {class: k, "aria-sort": arrow ? A.up ? "ascending" : "descending" : null},
+    h("a", {title: COLUMNS[k][1], href: address({sort: k, up})}, COLUMNS[k][0], arrow));
+}
+function listView(run) {
+  const several = run.streams.length > 1, [first, ...keys] = Object.keys(COLUMNS).filter(k =>
+    k === "purity" ? NAMES.length : several || k !== "agreement" && k !== "alive");
+  list = filtered(run);
+  const rows = list.slice(0, A.more).map(l => h("tr", {"data-latent": l.j},
+    h("th", {}, h("a", {href: beside({latent: l.j})}, h("b", {}, l.j), ` ${l.name}`)),
+    h("td", {}, spark(run, l.j)), keys.map(k => h("td", {class: k}, COLUMNS[k][2](l[k])))));
+  return [h("form", {class: "filters", onsubmit: e => e.preventDefault()},
+    h("label", {}, "Find", h("input", {type: "search", value: A.find, placeholder:
+      "name, label, caption", onchange: e => go({find: e.target.value})})),
+    NAMES.length ? choose("label", "Label", [["", "any"], ...NAMES.map((v, c) => [c, v])]) : null,
+    several ? choose("alive", "Alive in", [["", "any stream"], ["all", "all streams"],
+      ["some", "some, not all"], ["one", "one alone"]]) : null),
+  note(`${list.length} of ${run.latents} latents`), h("div", {class: "list"},
+    h("table", {class: "latents"}, h("thead", {}, h("tr", {}, heading(first), h("th"),
+      keys.map(heading))), h("tbody", {}, rows)), list.length > rows.length ?
+      h("a", {class: "more", href: address({more: Number(A.more) + 400})}, "show more") : null)];
+}
+
+// -- A latent -------------------------------------------------------------------------------------
+function firesWith(run, j) {             // [latent, samples of both / of either], the best 6
+  const both = new Uint32Array(run.latents), streams = codes(run, A.mode);
+  const size = k => total(streams.map(one => count(one.latents, k)));
+  for (const {latents, samples} of streams) {
+    for (const i of slice(latents, j, "at")) for (const k of slice(samples, i, "at")) both[k]++;
+  }
+  const share = Array.from(both, (n, k) => k === j || !n ? null : n / (size(k) + size(j) - n));
+  return best(share, 6).map(k => [k, share[k]]);
+}
+function latentStream(run, j, {name, latents: m}, s) {
+  const values = slice(m, j, "value"), n = values.length, counts = new Uint32Array(NAMES.length);
+  const middle = Math.max(8, Math.floor(n / 2) - 3), used = profile(m, j, counts);
+  if (!n) return streamed(name, " never active");
+  const some = (from, to) => cards(Array.from(slice(m, j, "at").subarray(from, to), (i, e) =>
+    card(i, name, shown(values[from + e]), m.place[m.start[j] + from + e])));
+  return streamed(name, ` ${n} of ${N} samples`, h("div", {}, some(0, 8),
+    n > middle ? h("small", {}, "middling") : null, some(middle, middle + 6)),
+  h("div", {}, histogram(values, (run.null[A.mode] || [])[s], name),
+    shares(best(counts, 5).filter(c => counts[c]).map(c => [c, counts[c] / used, counts[c]]))));
+}
+function latentView(run, j) {
+  const l = latentTable(run, A.mode)[j], near = levels(run.near), width = near.length / run.latents;
+  return [h("h3", {}, `Latent ${j} `, h("em", {}, l.name)),
+    note(`${A.mode}: alive in ${l.alive} of ${run.streams.length}, purity ${shown(l.purity)}, ` +
+      `agreement alone ${shown(l.agreement)}. Under a sample its activation; bars: samples by ` +
+      `activation${run.null[A.mode] ? ", in grey all latents of the null" : ""}` +
+      `${P.grid ? "; a frame: the patch where it is strongest" : ""}.`),
+    codes(run, A.mode).map((stream, s) => latentStream(run, j, stream, s)),
+    h("h4", {}, "Fires with"), h("p", {class: "chips", id: "with"},
+      firesWith(run, j).map(([k, share]) => chip(run, k, percent(share)))),
+    h("h4", {}, "Nearest rows of the dictionary"), h("p", {class: "chips", id: "near"}, Array.from(
+      near.subarray(j * width, (j + 1) * width)).filter(k => k !== j).map(k => chip(run, k, "")))];
+}
+
+// -- A sample -------------------------------------------------------------------------------------
+function partners(run, i, s) {           // what its code in stream s is nearest to in the others
+  const streams = codes(run, A.mode), query = new Float64Array(run.latents);
+  const own = streams[s].samples, length = Math.hypot(...slice(own, i, "value"));
+  slice(own, i, "at").forEach((j, e) => { query[j] = slice(own, i, "value")[e]; });
+  return streams.filter((_, t) => t !== s).map(({name, samples: m}) => {
+    const similar = Float64Array.from(ROWS, (_, k) => {
+      const at = slice(m, k, "at"), values = slice(m, k, "value");
+      const dot = values.reduce((sum, v, e) => sum + v * query[at[e]], 0);
+      return dot / Math.max(1e-24, length * Math.hypot(...values));
+    });
+    const rank = similar.filter(v => v >= similar[i]).length;      // ties count against it
+    return streamed(name, ` true partner: rank ${rank} of ${N}, cosine ${shown(similar[i])}`,
+      cards([...new Set([...best(similar, 6), i])].map(k =>
+        card(k, name, shown(similar[k]), 0, k === i ? "partner" : ""))));
+  });
+}
+function bars(run, i) {                  // its latents, those of most streams first
+  const streams = codes(run, A.mode), found = new Map();
+  streams.forEach(({samples: m, latents}, s) => slice(m, i, "at").forEach((j, e) => {
+    if (!found.has(j)) found.set(j, new Array(streams.length).fill(0));
+    found.get(j)[s] = slice(m, i, "value")[e] / latents.value[latents.start[j]];
+  }));
+  const all = [...found], spread = all.map(([, v]) => 100 * v.filter(Boolean).length + total(v));
+  return [note(`${all.length} latents, as shares of the most that each reaches in a stream; ` +
+    `${all.filter(([, v]) => v.every(Boolean)).length} are active in every stream`),
+  h("div", {class: "scroll"}, h("table", {class: "bars"}, h("thead", {}, h("tr", {},
+    h("th", {}, "latent"), streams.map(one => h("th", {}, one.name)))),
+  h("tbody", {}, best(spread, 24).map(n => h("tr", {}, h("th", {}, chip(run, all[n][0], "")),
+    all[n][1].map(v => h("td", {}, v ? meter(v, v.toFixed(2)) : "")))))))];
+}
+function sampleView(run, i) {
+  const s = Math.min(A.stream, run.streams.length - 1), words = ["ids", "groups"].map(
+    key => P.texts[key] ? ` ${key.slice(0, -1)} ${P.texts[key][i]}` : "");
+  const asks = choose("stream", "by ", run.streams.map((name, t) => [t, name]));
+  return [h("h3", {}, `Sample ${ROWS[i]} `, h("em", {}, told(i))),
+    cards(P.sheet ? picture(i) : null, h("p", {}, caption(i), h("small", {}, words))),
+    h("h4", {}, "Its latents"), bars(run, i), run.streams.length > 1 ?
+      [h("h4", {}, "Nearest by code, asked ", asks), partners(run, i, s)] : [],
+    h("h4", {}, "Edit its code"), editor(run, i, s)];
+}
+
+// -- Editing: exact, since decoding is linear, x = b + sum over latents of v_j W_j (Eq. 10-12) ----
+function decoded({W, b}, t, code) {
+  const rows = numbers(W[t]), x = Float64Array.from(numbers(b[t])), d = x.length;
+  for (const [j, v] of code) for (let n = 0; n < d; n++) x[n] += v * rows[j * d + n];
+  return x;
+}
+function nearestTo(edit, t, x) {         // cosines of x (d,) with all samples' features (N, d)
+  const X = numbers(edit.x[t]), d = x.length, length = Math.hypot(...x);
+  return Float64Array.from(ROWS, (_, i) => {
+    const row = X.subarray(i * d, (i + 1) * d), dot = row.reduce((sum, v, n) => sum + v * x[n], 0);
+    return dot / Math.max(1e-24, length * Math.hypot(...row));
+  });
+}
+function probed(edit, t, x) {            // what a linear probe of the labels makes of it
+  const [W, b] = edit.probe[t].map(numbers), C = b.length;
+  const score = Array.from(b, (v, c) => x.reduce((sum, one, n) => sum + one * W[n * C + c], v));
+  const e = score.map(v => Math.exp(v - Math.max(...score)));
+  return P.one_label ? e.map(v => v / total(e)) : score.map(v => 1 / (1 + Math.exp(-v)));
+}
+function editedStream(edit, t, name, own, changed) {
+  const [was, now] = [own, new Map([...own, ...changed])].map(code => decoded(edit, t, code));
+  const similar = nearestTo(edit, t, now), first = best(nearestTo(edit, t, was), 6);
+  const [before, after] = edit.probe ? [was, now].map(x => probed(edit, t, x)) : [[], []];
+  return streamed(name, "", cards(best(similar, 6).map(k =>
+    card(k, name, shown(similar[k]), 0, first.includes(k) ? "" : "new"))),
+  shares(best(after, 4).map(c => [c, after[c], `${shown(after[c])} (was ${shown(before[c])})`])));
+}
+function editor(run, i, s) {
+  if (typeof run.edit === "string") return note(run.edit);
+  const {samples: m, latents} = codes(run, A.mode)[s], results = h("div", {id: "edited"});
+  const own = new Map(Array.from(slice(m, i, "at"), (j, e) => [j, slice(m, i, "value")[e]]));
+  const changed = new Map(A.edit.split(",").map(v => v.split(":").map(Number)).filter(
+    ([j, v]) => latentTable(run, A.mode)[j] && isFinite(v)));
+  const most = j => count(latents, j) ? latents.value[latents.start[j]] : 1;
+  const show = () => results.replaceChildren(...run.streams.map((name, t) =>
+    editedStream(run.edit, t, name, own, changed)));
+  const slider = j => {
+    const value = changed.get(j) ?? own.get(j), out = h("output", {}, shown(value));
+    return h("label", {}, chip(run, j, ""), out, h("input", {type: "range", min: 0, step: "any",
+      max: 2 * most(j), value, "aria-label": `latent ${j}`, oninput: e => {
+        A.edit = [...changed.set(j, Number(e.target.value))].map(pair => pair.join(":")).join();
+        out.textContent = shown(changed.get(j));
+        history.replaceState(null, "", address({}));
+        show();
+      }}));
+  };
+  const strongest = best([...own.values()], 10).map(n => [...own.keys()][n]);
+  show();
+  return [note(`What the code of ${run.streams[s]} decodes to in every stream: the samples ` +
+    "nearest to it by cosine, and what a linear probe of the labels makes of it. ",
+  h("a", {href: address({edit: ""})}, "undo all")), h("label", {}, "add latent ", h("input", {
+    type: "number", min: 0, max: run.latents - 1, onchange: e => go({edit: [A.edit, [e.target.value,
+      most(Number(e.target.value))].join(":")].filter(Boolean).join()})})),
+  h("div", {class: "sliders"}, Array.from(new Set([...strongest, ...changed.keys()]), slider)),
+  results];
+}
+
+// -- Where streams differ (thesis 6.5.1), and all samples -----------------------------------------
+function disagreements(run) {
+  const [ofLatents, ofSamples] = ["latents", "samples"].map(of => agreement(run, of));
+  return [h("h3", {}, "Disagreements"), note("Overlap between streams that chose alone, over all " +
+    "pairs of them: 0 is nothing in common, 1 the same."),
+  h("h4", {}, "Samples coded most differently"), h("div", {class: "cards", id: "odd"},
+    best(ofSamples, 18, -1).map(i => card(i, "", shown(ofSamples[i])))),
+  h("h4", {}, "Latents that fire for different samples"), best(ofLatents, 8, -1).map(j =>
+    h("section", {class: "odd", "data-latent": j}, chip(run, j, shown(ofLatents[j])),
+      codes(run, "alone").map(({name, latents}) => cards(h("small", {class: "name"}, name),
+        Array.from(slice(latents, j, "at", 5), i => card(i, name, ""))))))];
+}
+function samplesView() {
+  const words = A.find.toLowerCase(), found = [...ROWS.keys()].filter(i =>
+    `${told(i)} ${caption(i)}`.toLowerCase().includes(words));
+  return [h("h3", {}, "Samples"), note(`${found.length} of ${N}`),
+    cards(found.slice(0, 240).map(i => card(i, "", told(i))))];
+}
+
+// -- All of it ------------------------------------------------------------------------------------
+const tools = h("div", {class: "tools"}), detail = h("article", {"aria-label": "What is chosen"});
+const side = h("section", {class: "side", "aria-label": "List of latents"});
+function view(run, name, j) {            // what stands beside the list
+  const i = ROWS.indexOf(Number(A.sample));
+  if (name === "disagreements") return disagreements(run);
+  if (name === "samples") return A.sample === "" ? samplesView() : i < 0 ?
+    [note(`Sample ${A.sample} is not on this page.`)] : sampleView(run, i);
+  return latentTable(run, A.mode)[j] ? latentView(run, j) :
+    [note(`There is no latent ${A.latent}.`)];
+}
+function render() {
+  A = {...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1)))};
+  const run = P.runs[Number(A.run)] || P.runs[0], modes = Object.keys(run.codes).sort();
+  if (!modes.includes(A.mode)) A.mode = "alone";
+  const wanted = Object.keys(OF_LIST).map(k => A[k]).join();
+  if (wanted !== listed) side.replaceChildren(...listView(run));
+  listed = wanted;
+  const name = A.sample === "" ? A.view || "latents" : "samples";
+  const j = A.latent === "" && list.length ? list[0].j : Number(A.latent);
+  const tab = (text, here, href) => h("a", {href, "aria-current": here ? "true" : null}, text);
+  const views = ["latents", "samples", ...run.streams.length > 1 ? ["disagreements"] : []];
+  tools.replaceChildren(h("nav", {"aria-label": "Views"}, views.map(key =>
+    tab(key, name === key, beside({view: key === "latents" ? "" : key})))),
+  h("nav", {"aria-label": "Who chose the latents"}, modes.map(mode =>
+    tab(mode, A.mode === mode, address({mode, edit: ""})))),
+  P.runs.length > 1 ? choose("run", "Configuration ", P.runs.map((one, r) => [r, one.name])) : "");
+  for (const row of side.querySelectorAll("tr[data-latent]")) {
+    const here = name === "latents" && Number(row.dataset.latent) === j;
+    row.toggleAttribute("aria-current", here);
+  }
+  detail.replaceChildren(...view(run, name, j).flat(9));
+}
+addEventListener("keydown", e => {       // to the next or the last latent of the list, or sample
+  const step = {ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1}[e.key];
+  if (!step || e.ctrlKey || e.metaKey || e.altKey || /INPUT|SELECT/.test(e.target.tagName)) return;
+  const all = A.sample ? [...ROWS] : list.map(l => l.j), now = A.sample || A.latent;
+  const at = (now ? all.indexOf(Number(now)) : 0) + step;
+  e.preventDefault();
+  if (at in all) go(A.sample ? {sample: all[at], edit: ""} :
+    {latent: all[at], view: "", more: Math.max(A.more, at + 1)});
+});
+addEventListener("hashchange", () => {
+  const before = A.latent + A.sample + A.view;
+  render();
+  const row = side.querySelector("tr[aria-current]");
+  if (row) row.scrollIntoView({block: "nearest"});
+  if (innerWidth < 960 && before !== A.latent + A.sample + A.view) detail.scrollIntoView();
+});
+addEventListener("beforeprint", () =>
+  document.querySelectorAll("details").forEach(folded => { folded.open = true; }));
+if (P.sheet) {
+  document.head.append(h("style", {}, `.thumb { background: url("${P.sheet.url}"); ` +
+    `background-size: ${56 * P.sheet.columns}px; ` +
+    `image-rendering: ${P.sheet.side < 24 ? "pixelated" : "auto"}; }`));
+}
+document.getElementById("explorer").append(h("h2", {}, "Explore"), note(N < P.judged ?
+  `${N} of ${P.judged} judged samples, those that latents like most; all counts are of these. ` :
+  `All ${N} judged samples. `, "Arrow keys move on."), tools,
+h("div", {class: "split"}, side, detail));
+render();
+})();
