@@ -722,16 +722,10 @@ def standalone_svg(*charts):
             f"<style>{style}</style>{placed}</svg>\n")
 
 
-def strip(first, *others):
-    """Pieces of HTML in a row: the first and, after an arrow, those that belong to it."""
-    shown = "".join(f"<span>{v}</span>" for v in others)
-    return f'<div class="strip"><span>{first}</span>&rarr;{shown}</div>'
-
-
 def strips(found):
     """{heading: pieces of HTML}: the pieces of each in a row below it."""
     shown = ("".join(f"<span>{v}</span>" for v in pieces) for pieces in found.values())
-    return "".join(f'<h3>{html.escape(name)}</h3><div class="strip">{row}</div>'
+    return "".join(f"<h3>{html.escape(name)}</h3>" * bool(name) + f'<div class="strip">{row}</div>'
                    for name, row in zip(found, shown))
 
 
@@ -789,16 +783,11 @@ def plain(value):
 
 
 WHY_BOTH_WAYS = (
-    '<p class="note"><b>joint</b>: the streams of a sample chose its latents together. '
-    '<b>alone</b>: each stream chose its own, as it must when it is the only one there. '
-    '<b>null</b>: the same model trained on streams whose rows were shuffled against each other, '
-    'so that they have nothing in common. Joint codes of one sample share their index set by '
-    'construction; that alone makes Jaccard and retrieval high, for the null as well. What a joint '
-    'number says about shared meaning is what it has beyond its null; what a Jaccard says, what it '
-    'has beyond its control, where each latent is paired with another. The alone numbers are the '
-    'ones a user of a single stream gets.</p>')
-
-
+    '<p class="note"><b>alone</b>: each stream chose its latents, as it must when it is the only '
+    'one there. <b>joint</b>: the streams of a sample chose together; that alone makes Jaccard and '
+    'retrieval high. <b>null</b>: the same model trained on streams whose rows were shuffled '
+    'against each other. A joint number says what it has beyond its null, a Jaccard what it has '
+    'beyond its control, where each latent is paired with another.</p>')
 HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
              "latents alive in all streams, %", "1-D probe loss (chance 0.693)")
 
@@ -865,9 +854,8 @@ def tell_run(page, metrics, log, settings):
         page.table(["", *range(len(table[0]) - 1)], table,
                    "Jaccard by depth of the taxonomy (the last column: the labels)", quiet=True)
     if "retrieval" in first:
-        pairs = {**{mode: block["retrieval"] for mode, block in blocks.items()},
-                 "raw features": metrics.get("raw_retrieval", {})}
-        rows = [{"": f"{pair}, {name}", **v} for name, of in pairs.items() for pair, v in of.items()]
+        rows = [{"": f"{pair}, {mode}", **v} for mode, block in blocks.items()
+                for pair, v in block["retrieval"].items()]
         page.table(*columns(rows), "Retrieval", quiet=True)
     keys = [k for k in (log[0] if log else ()) if k in ("self", "cross") or k.startswith("dead_")]
     lines = {k: [(int(row["step"]), float(row[k])) for row in log] for k in keys}
@@ -1006,9 +994,7 @@ def write_report(path, title, sections, payload=None):
 def _asset(name):
     """The text of a file in `assets`, "" where it is not there."""
     path = os.path.join(os.path.dirname(__file__), "assets", name)
-    if not os.path.isfile(path):
-        return ""
-    with open(path, encoding="utf-8") as f:
+    with open(path if os.path.isfile(path) else os.devnull, encoding="utf-8") as f:
         return f.read()
 
 
@@ -1033,18 +1019,11 @@ def packed(x):
 
 def packed_rows(*matrices):
     """Sparse matrices (n, m) of non-negative values by their common pattern: how many entries a row
-    has, gaps from column to column as bytes, where 255 means "255 more, and go on", and values."""
+    has, the columns of these, and the values of each matrix."""
     pattern = sum(v.astype(bool).astype(np.int32) for v in matrices).tocsr()
     pattern.sort_indices()
     row, column = pattern.nonzero()
-    lengths = np.diff(pattern.indptr)
-    gap = np.diff(column, prepend=0)
-    first = pattern.indptr[:-1][lengths > 0]
-    gap[first] = column[first]
-    far = gap // 255
-    steps = np.full(int((far + 1).sum()), 255, np.uint8)
-    steps[np.cumsum(far + 1) - 1] = gap % 255
-    return {"lengths": packed(lengths), "gaps": packed(steps),
+    return {"lengths": packed(np.diff(pattern.indptr)), "columns": packed(column),
             "values": [packed(np.asarray(v[row, column]).ravel()) for v in matrices]}
 
 
@@ -1100,7 +1079,8 @@ def _shown_samples(features, rows, picture):
                 sheet.paste(ImageOps.fit(v, (side, side)), place)
         lost = {i: os.path.basename(str(about["images"][rows[i]]))
                 for i, v in enumerate(pictures) if not v}
-        out["sheet"] = {"url": image_url(sheet), "columns": columns, "side": side, "lost": lost}
+        out["sheet"] = {"url": image_url(sheet, 75 if side > 40 else 50), "columns": columns,
+                        "side": side, "lost": lost}
     return out
 
 
@@ -1120,8 +1100,7 @@ def _shown_run(run, rows, some, most):
                for code in of.values()] for mode, of in (run.get("null") or {}).items()}}
     numbers = (len(unit) + len(some)) * sum(v.shape[1] for v in D.values())
     if numbers > most:
-        return {**out, "edit": "Left out: the dictionaries and features that it needs would take "
-                f"{numbers * 8 / 3e6:.1f} MB of this page."}
+        return {**out, "edit": f"Left out: what it needs would take {numbers * 8 / 3e6:.1f} MB."}
     edit = {name: [packed(of[s]) for s in D] for name, of in (
         ("W", D), ("b", run["bias"]), ("x", run["seen"](rows[some])))}
     if run["probe"]:
@@ -1594,7 +1573,7 @@ def heat_strip(image, boxes, heats, side=150):
         corners = [v * pixels for v, pixels in zip(box, image.size * 2)]
         ImageDraw.Draw(image).rectangle(corners, outline="red", width=2)
     over = [overlay(image, heat / max(heat.max(), 1e-9)) for heat in heats]
-    return strip(embedded(image), *map(embedded, over))
+    return strips({"": map(embedded, (image, *over))})
 
 
 def separation(means):
@@ -2215,10 +2194,8 @@ def embedded(image, width=480):
     return f'<img alt="" src="{image_url(image)}">'
 
 
-def image_url(image, quality=85, most=1_300_000):
-    """An RGB image as the data: URL of a JPEG, of lower quality where it exceeds `most` bytes."""
+def image_url(image, quality=85):
+    """An RGB image as the data: URL of a JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
-    if buffer.tell() > most and quality > 20:
-        return image_url(image, quality - 15, most)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -45,17 +45,15 @@ const scaled = (whole, scale) => new Float32Array(whole).map(v => v * (scale || 
 const numbers = packed => packed.numbers ||= scaled(levels(packed), packed.scale);
 // A sparse matrix by rows: entries start[i] .. start[i + 1] of row i, each of a column `at`.
 function sparse(group, part, places) {
-  const [lengths, gaps, all] = [group.lengths, group.gaps, group.values[part]].map(levels);
+  const [lengths, columns, all] = [group.lengths, group.columns, group.values[part]].map(levels);
   const start = new Uint32Array(lengths.length + 1), at = new Uint32Array(all.length);
   const level = new Uint16Array(all.length), place = new Uint16Array(places ? all.length : 0);
-  let p = 0, from = 0, to = 0;
+  let from = 0, to = 0;
   lengths.forEach((length, i) => {
-    for (let j = 0, left = length; left; left--, from++) {
-      while (gaps[p] === 255) j += gaps[p++];
-      j += gaps[p++];
+    for (const end = from + length; from < end; from++) {
       if (!all[from]) continue;          // another stream of the group has it
       if (places) place[to] = levels(places)[from];
-      at[to] = j;
+      at[to] = columns[from];
       level[to++] = all[from];
     }
     start[i + 1] = to;
