@@ -854,8 +854,11 @@ def codes_and_fit(model, features, rows, mode, device):
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
     codes = sae.joined(pieces)
-    first = next(iter(codes.values())).indices
-    fit["same_choice"] = float(np.mean([np.all(first == c.indices, 1) for c in codes.values()]))
+    first = np.full((1, 1), -1)                              # of the first stream that is there
+    for indices, _ in codes.values():
+        first = np.where(first[:, :1] < 0, indices, first)
+    fit["same_choice"] = float(np.mean(np.concatenate(
+        [(first == c.indices).all(1)[c.indices[:, 0] >= 0] for c in codes.values()])))
     return {s: judge.sparse_code(*code, model.n_latents) for s, code in codes.items()}, fit
 
 
@@ -874,7 +877,8 @@ def measure(model, features, flags):
         out[mode]["headline"] = judge.headline(out[mode])
     if features.labels is not None:
         out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
-    out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
+    out["l0"] = float(np.mean([code.nnz / max(features.has(s, rows).sum(), 1)
+                               for s, code in codes["alone"].items()]))
     if several:
         with torch.no_grad():
             seen = [{s: model.normalise(x.to(flags.device), s).cpu().numpy()
@@ -882,7 +886,12 @@ def measure(model, features, flags):
                     for part in (evaluation_rows(features, flags, "train"), rows)]
         raw = {s: x.numpy() for s, x in features.batch(rows).items()}
         out["linear_baseline"] = judge.linear_baseline(*seen)
-        out["raw_retrieval"] = judge.retrieval(raw)
+        here = {s: features.has(s, rows) for s in model.streams}
+        out["raw_retrieval"] = judge.retrieval(raw, here)
+        if features.lacks:
+            out["samples"] = {" / ".join(names): int(np.logical_and.reduce(
+                [here[s] for s in names]).sum()) for n in (1, 2)
+                for names in itertools.combinations(here, n)}
     if features.truth:
         found = {s: model.dictionary(s).cpu().numpy() for s in model.streams}
         out["recovery"] = judge.recovery(found, features.truth)
@@ -956,8 +965,12 @@ def read_to_train(flags, least=1):
     if len(features.streams) < least:
         raise InputError(f"{flags.command} shares a code among streams and needs two streams, not "
                          f"{list(features.streams)[0]} alone - give more, or use sae for one")
-    if len(features.per_token().rows("train")) < 2:
+    flat = features.per_token()
+    if len(flat.rows("train")) < 2:
         raise InputError("the train split has 1 sample - give at least two to learn from")
+    for s in flat.lacks:
+        if flat.has(s, flat.rows("train")).sum() < 2:
+            raise InputError(f"stream '{s}' is missing in the train split - leave it out")
     if features.tokens:
         say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token "
                  "counts as a sample")
@@ -1019,7 +1032,7 @@ class Coded:
             pooled.append(judge.pool_tokens(code, T, tau))
             dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
         self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
-        self.stream, self.dense = s, np.concatenate(dense)
+        self.stream, self.dense = s, np.nan_to_num(np.concatenate(dense))      # 0 where missing
         if not np.isfinite(self.strength.data).all():
             raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
         if not self.strength.nnz:
@@ -1574,7 +1587,8 @@ def cmd_probe(flags):
     wanted = flags.only.split(",") if flags.only else names
     chosen = sorted({label_number(features, name) for name in wanted})           # their numbers
     several = y.ndim == 2                                    # may hold at once: one by one
-    known = np.flatnonzero(features.labelled & (several or np.isin(y, chosen)))
+    whole = [features.has(s, np.arange(len(y))) for s in features.streams]       # of every stream
+    known = np.flatnonzero(features.labelled & (several or np.isin(y, chosen)) & np.all(whole, 0))
     rows = [np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val"))]
     train, test = rows
     tasks = judge.label_tasks(y[:, chosen] if several else np.searchsorted(chosen, y), *rows)
@@ -1915,6 +1929,7 @@ def cmd_compare(flags):
         if len(one.features) != len(a.features):
             raise InputError(f"{a.run} has {len(a.features)} samples, {one.run} has "
                              f"{len(one.features)} - compare runs on the same, or name a --data")
+        rows = rows[np.all([one.features.has(s, rows) for s in one.features.streams], 0)]
     codes = {"the two runs, best pairing": (a.strength[rows], b.strength[rows])}
     for mode in ("joint", "alone") if flags.sparc else ():
         codes[f"SPARC {mode}, same latent"] = [
@@ -2352,6 +2367,8 @@ def cmd_retrieve(flags):
             raise InputError(f"no stream '{s}' - the run and its data have {', '.join(known)}")
     rows, page = features.rows("test", "val"), judge.Page("repsae retrieve")
     asked = flags.query is not None or flags.features        # by something from outside
+    for s in {source, target} - ({source} if asked and source != target else set()):
+        rows = rows[features.has(s, rows)]
     own = None if asked else flags.sample
     if own is not None and own >= len(rows):
         raise InputError(f"--sample {own} - give one of the {len(rows)} "

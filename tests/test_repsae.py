@@ -2576,3 +2576,30 @@ def test_settings_that_contradict_each_other_are_refused(features, tmp_path, cap
     assert "give one of the two" in error(capsys, "sae", "--stream", "x", "--latents", 9, "--set", "expansion=2", *out)
     assert "--over latents=auto,9: auto - give a whole number" in error(capsys, "sweep", "--over", "latents=auto,9", *out)
     assert not (tmp_path / "r").exists()
+
+
+def test_samples_that_lack_streams_train_and_are_judged_by_what_they_have(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    shared = rng.standard_normal((200, 3))
+    streams = {s: (shared @ rng.standard_normal((3, 6)) + .1 * rng.standard_normal((200, 6))).astype(np.float32) for s in "abc"}
+    for s in "ab":
+        streams[s][rng.random(200) < .4] = np.nan
+    np.savez(tmp_path / "f.npz", **streams, labels=np.arange(200) % 2)
+    run = str(tmp_path / "run")
+    repsae.main(["sparc", "--data", str(tmp_path / "f.npz"), "--latents", "16", "--k", "4", "--epochs", "4", "--null", "--out", run])
+    found, here = json.loads((tmp_path / "run" / "metrics.json").read_text()), {s: ~np.isnan(x).any(1) for s, x in streams.items()}
+    assert np.isfinite([found[m]["headline"]["R2 cross"] for m in ("joint", "alone")]).all()
+    test = data.read_features(tmp_path / "f.npz").rows("val")
+    assert found["samples"]["a"] == here["a"][test].sum() and found["samples"]["a / b"] == (here["a"] & here["b"])[test].sum()
+    assert f"a in {found['samples']['a']}, b in" in capsys.readouterr().out
+    assert found["joint"]["same_choice"] == 1 and found["raw_retrieval"].keys() == {f"{s} -> {t}" for s in "abc" for t in "abc" if s != t}
+    repsae.main(["encode", run, "--mode", "joint", "--out", str(tmp_path / "codes.npz")])
+    codes = np.load(tmp_path / "codes.npz")
+    for s in streams:
+        assert np.array_equal((codes[f"{s}_indices"] >= 0).all(1), here[s]) and np.isfinite(codes[f"{s}_values"]).all()
+    other = str(tmp_path / "sae")
+    repsae.main(["sae", "--data", str(tmp_path / "f.npz"), "--stream", "a", "--epochs", "2", "--out", other])
+    assert json.loads((tmp_path / "sae" / "metrics.json").read_text())["rows"] == here["a"][test].sum()
+    for argv in (["retrieve", run, "--from", "a", "--to", "b"], ["latents", run, "--stream", "a"], ["probe", "--data", str(tmp_path / "f.npz")],
+                 ["compare", other, other], ["eval", run]):
+        repsae.main(argv)
