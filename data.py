@@ -199,8 +199,8 @@ class Features(Samples):
         return {s: ((mean[s] + shift[s]).float(), std[s].float()) for s in self.streams}
 
     def shuffled(self, seed):
-        """The null: every stream but the first permuted inside each split; nothing is shared. What a
-        sample lacks it goes on lacking."""
+        """The null: every stream but the first permuted inside each split; nothing is shared. A
+        sample goes on lacking what it lacks."""
         rng, order = np.random.default_rng([seed, 1]), {}
         for s in list(self.streams)[1:]:
             order[s] = np.arange(len(self))

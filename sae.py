@@ -378,8 +378,8 @@ class SPARC(nn.Module):
         return {self.streams[0]: x}
 
     def _features(self, x):
-        """Raw features by stream -> (x, here): checked, normalised, in the model's order of streams,
-        0 where missing; `here` has the streams with gaps in this batch, and no others."""
+        """Raw features by stream -> (x, here): checked, normalised, in the model's order, 0 where
+        missing; `here` has the streams with gaps in this batch, and no others."""
         x = self._named(x)
         if not x:
             raise InputError("no streams given - give at least one of " + ", ".join(self.streams))
@@ -568,8 +568,8 @@ class SPARC(nn.Module):
         return own, cross, aux
 
     def _pairs(self, t, sources, weight, energy):
-        """(source, its NMSE in t) for the sources of which a sample has both; energy (B, sources) of
-        the errors, weight (B,) or, with gaps, (B, M)."""
+        """(source, its NMSE in t), if any sample has both; energy (B, sources) of the errors, weight
+        (B,) or, with gaps, (B, M)."""
         if weight.dim() == 1:
             return zip(sources, weight @ energy)
         weight = weight[:, [self.streams.index(s) for s in sources]]
