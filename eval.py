@@ -45,6 +45,8 @@ import numpy as np
 import scipy.ndimage
 import scipy.optimize
 import scipy.sparse as sp
+import scipy.sparse.linalg
+import scipy.special
 import scipy.stats
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -93,30 +95,24 @@ def label_counts(code, labels, top=TOP, known=None):
 
     labels (n, C) bool; known (n,) bool: which samples were labelled and so count, by default all.
     """
-    known = np.ones(len(labels), bool) if known is None else known
+    known = slice(None) if known is None else known
     best = top_samples(code[known], top)
     best.data[:] = 1
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
 
 
 def taxonomy_levels(label_names, parents):
-    """For every depth from 0 (root) to the deepest label: (C,) the node, a number, that each label
-    is lifted to; one above that depth stays itself. parents: {name: its parent or None}, or None:
-    then the labels are the one level."""
-    if not parents:
-        return [np.arange(len(label_names))]
-    paths, number = [[name] for name in label_names], {name: i for i, name in enumerate(parents)}
+    """For every depth from 0 (root) to the deepest label: (C, nodes), 1 where a label is lifted to
+    a node; one above that depth stays itself. Label counts times it are counts of nodes. parents:
+    {name: its parent or None}, or None: then the labels are the one level."""
+    paths, parents, levels = [[name] for name in label_names], parents or {}, []
     for path in paths:
-        while parents[path[0]] is not None:
+        while parents.get(path[0]) is not None:
             path.insert(0, parents[path[0]])
-    return [np.array([number[path[min(depth, len(path) - 1)]] for path in paths])
-            for depth in range(max(map(len, paths)))]
-
-
-def lift(counts, level):
-    """Label counts (L, C) -> counts (L, nodes) of the nodes that `level` (C,) maps labels to."""
-    _, node = np.unique(level, return_inverse=True)
-    return counts @ np.eye(node.max() + 1, dtype=counts.dtype)[node]
+    for depth in range(max(map(len, paths))):
+        nodes, of = np.unique([path[:depth + 1][-1] for path in paths], return_inverse=True)
+        levels.append(np.eye(len(nodes), dtype=int)[of])
+    return levels
 
 
 def jaccard(counts, n_top):
@@ -128,22 +124,19 @@ def jaccard(counts, n_top):
     0, as the published numbers do; `control`, the first with each latent paired with another of
     those alive in both streams, half of them further on; `pairs`, the first for each pair.
     """
-    total = np.zeros((2, len(next(iter(counts.values())))))  # (with itself, with another; L)
-    used, pairs = np.zeros_like(total), {}
-    for s, t in itertools.combinations(counts, 2):
+    pairs, L = list(itertools.combinations(counts, 2)), len(next(iter(counts.values())))
+    own, other = (np.ma.masked_all((len(pairs), L)) for _ in range(2))
+    for i, (s, t) in enumerate(pairs):
         both = np.flatnonzero((n_top[s] > 0) & (n_top[t] > 0))
-        for i, other in enumerate((both, np.roll(both, len(both) // 2))):
-            a, b = counts[s][both], counts[t][other]
-            score = np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1)
-            if i == 0:
-                pairs[f"{s} / {t}"] = _mean(score)
-            elif len(both) == 1:                             # one alone has no other
-                continue
-            total[i, both] += score
-            used[i, both] += 1
-    mean = total / np.maximum(used, 1)
-    return {"jaccard": _mean(mean[0, used[0] > 0]), "jaccard_all": float(mean[0].mean()),
-            "pairs": pairs, "control": _mean(mean[1, used[1] > 0])}
+        for score, partner in ((own, both), (other, np.roll(both, len(both) // 2))):
+            a, b = counts[s][both], counts[t][partner]
+            score[i, both] = np.minimum(a, b).sum(1) / np.maximum(np.maximum(a, b).sum(1), 1)
+        if len(both) == 1:                                   # one alone has no other
+            other[i] = np.ma.masked
+    mean = own.mean(0)                                       # (L,) of the pairs where it is alive
+    return {"jaccard": _mean(mean.compressed()), "jaccard_all": float(mean.filled(0).mean()),
+            "pairs": {f"{s} / {t}": _mean(v.compressed()) for (s, t), v in zip(pairs, own)},
+            "control": _mean(other.mean(0).compressed())}
 
 
 def concept_names(counts, n_top, label_names, purity=0.3):
@@ -161,15 +154,13 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
     for s, code in codes.items():
         counts[s], n_top[s] = label_counts(code, labels, known=known)
         names[s], _ = concept_names(counts[s], n_top[s], label_names)
-        named[s] = sorted(name for name in names[s] if name is not None)
-    out = {"named": {s: len(v) for s, v in named.items()},
-           "latents_per_name": {s: dict(collections.Counter(v)) for s, v in named.items()}}
+        named[s] = collections.Counter(sorted(name for name in names[s] if name is not None))
+    out = {"named": {s: v.total() for s, v in named.items()}, "latents_per_name": named}
     if len(codes) > 1:
-        levels = taxonomy_levels(label_names, parents)
-        depths = [jaccard({s: lift(c, level) for s, c in counts.items()}, n_top)
-                  for level in levels]
-        kept = ("jaccard", "jaccard_all", "control")
+        depths = [jaccard({s: c @ level for s, c in counts.items()}, n_top)
+                  for level in taxonomy_levels(label_names, parents)]
         alike = [v[0] is not None and len(set(v)) == 1 for v in zip(*names.values())]
+        kept = ("jaccard", "jaccard_all", "control")
         out.update(depths[-1], by_depth=[{k: d[k] for k in kept} for d in depths],
                    named_alike=sum(alike))
     return out
@@ -213,44 +204,24 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
     """How much of stream t a linear map from stream s explains: R^2 on `test`, {t: {s: value}},
     s != t. A code may pass it.
 
-    train, test: {stream: (n, d)}, in the units that the model reconstructs, NaN where missing: of
-    t from s those samples count that have both. Ridge regression with an intercept; its strength,
-    relative to the mean eigenvalue, is the one that predicts every tenth training row best from
-    the other rows.
+    train, test: {stream: (n, d)}, in the units that the model reconstructs, NaN where missing: for
+    a pair the samples count that have both. Ridge regression with an intercept; its strength is
+    the one that predicts every tenth training row best from the other rows.
     """
-    out, before = {t: {} for t in train}, None
-    here, seen = ({s: ~np.isnan(x[:, 0]) for s, x in part.items()} for part in (train, test))
+    out = {t: {} for t in train}
     for s, t in itertools.permutations(train, 2):
-        both, judged = here[s] & here[t], seen[s] & seen[t]
-        if both.sum() < 2 or not judged.any():
+        both = ~np.isnan(train[s][:, 0] + train[t][:, 0])
+        if both.sum() < 2:
             out[t][s] = None
             continue
-        if before is None or before[0] != s or (before[1] != both).any():
-            X, held, before = train[s][both].astype(np.float64), np.arange(both.sum()), (s, both)
-            held = held % 10 == 0
-            trial, full = _ridge(X[~held]), _ridge(X)
-        Y, truth = train[t][both].astype(np.float64), test[t][judged].astype(np.float64)
-        errors = [((X[held] @ W + b - Y[held]) ** 2).sum() for W, b in trial(Y[~held], strengths)]
-        (W, b), = full(Y, strengths[[np.argmin(errors)]])
-        error = ((test[s][judged] @ W + b - truth) ** 2).sum()
-        spread = ((truth - truth.mean(0)) ** 2).sum()
-        varies = spread > 1e-12 * (truth ** 2).sum()
-        out[t][s] = float(1 - error / spread) if varies else None
+        X, Y = (train[v][both].astype(np.float64) for v in (s, t))
+        held = np.arange(len(X)) % 10 == 0
+        errors = [((X[held] @ W + b - Y[held]) ** 2).sum()
+                  for W, b in ridge(X[~held], Y[~held], strengths)]
+        (W, b), = ridge(X, Y, strengths[[np.argmin(errors)]])
+        fit, seen = torch.from_numpy(test[s] @ W + b), {v: torch.from_numpy(test[v]) for v in (s, t)}
+        out[t].update(reconstruction([(seen, {(t, s): fit})])["r2"][t])
     return out
-
-
-def _ridge(X):
-    """solve(Y, strengths), which yields (W, intercept) of ridge regression on X (n, d)."""
-    mean = X.mean(0)
-    values, V = np.linalg.eigh((X - mean).T @ (X - mean))
-    values, scale = np.maximum(values, 0), max(values.mean(), 1e-30)
-
-    def solve(Y, strengths):
-        VtY = V.T @ ((X - mean).T @ (Y - Y.mean(0)))
-        for strength in strengths:
-            W = V @ (VtY / (values + strength * scale)[:, None])
-            yield W, Y.mean(0) - mean @ W
-    return solve
 
 
 # -- 1-D logistic probes -------------------------------------------------------------------------
@@ -265,7 +236,7 @@ def logistic_1d(x, y, C=1., iterations=100):
         return w * w / 2 + C * log_loss(w, b, x, y).sum(-1)
     now = cost(w, b)
     for _ in range(iterations):
-        p = 1 / (1 + np.exp(-np.clip(w[..., None] * x + b[..., None], -700, 700)))
+        p = scipy.special.expit(w[..., None] * x + b[..., None])
         r, q = C * (p - y), C * p * (1 - p)
         gw, gb = (r * x).sum(-1) + w, r.sum(-1)
         hww, hwb, hbb = (q * x * x).sum(-1) + 1, (q * x).sum(-1), q.sum(-1) + 1e-12
@@ -314,15 +285,12 @@ def stratified_split(y, held_out, seed, groups=None):
                 quota[rng.choice(tied, min(len(tied), missing), replace=False)] += 1
         take.append(quota)
         left = left - quota
-    parts = ([], [])
-    for c in range(len(left)):
-        member = rng.permutation(np.flatnonzero(y == c))
-        parts[0].append(member[:take[0][c]])
-        parts[1].append(member[take[0][c]:take[0][c] + take[1][c]])
-    return tuple(rng.permutation(np.concatenate(part)) for part in parts)
+    parts = [np.split(rng.permutation(np.flatnonzero(y == c)), [a, a + b])[:2]
+             for c, (a, b) in enumerate(zip(*take))]
+    return tuple(rng.permutation(np.concatenate(part)) for part in zip(*parts))
 
 
-def probe_tasks(labels, min_positives=50, known=None, groups=None):
+def probe_tasks(labels, min_positives=50, known=True, groups=None):
     """Balanced binary tasks, thesis A.1.3: list of (label, {train / val / test: (rows, y)}).
 
     A task is a label with at least `min_positives` positives; task t draws as many negatives (seed
@@ -330,7 +298,7 @@ def probe_tasks(labels, min_positives=50, known=None, groups=None):
     (seeds 2000 + t, 3000 + t). Rows that are not `known` (n,) bool are neither. With groups (n,) no
     group is in two parts, and a label of too few groups for both classes in each is no task.
     """
-    tasks, known = [], np.ones(len(labels), bool) if known is None else known
+    tasks = []
     for t in range(labels.shape[1]):
         pos, neg = (np.flatnonzero(known & (labels[:, t] == c)) for c in (True, False))
         n = min(len(pos), len(neg))
@@ -370,18 +338,27 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
                          for held, truth in (parts["val"], parts["test"]))
             j = int(np.argmin(val.round(9)))                 # of equals the first
             results[-1].update(latent=int(best[j]), val=float(val[j]), test=float(test[j]))
-    return {"loss": _mean([r["test"] for r in results]), "tasks": results}
+    return {"loss": _mean(r["test"] for r in results), "tasks": results}
 
 
 # -- Retrieval -----------------------------------------------------------------------------------
 
+def ridge(X, Y, strengths):
+    """Yields (W, intercept) of ridge regression of Y (n, m) on X (n, d) for each of the strengths,
+    which count in mean eigenvalues of X."""
+    mean = X.mean(0)
+    values, V = np.linalg.eigh((X - mean).T @ (X - mean))
+    values, scale = np.maximum(values, 0), max(values.mean(), 1e-30)
+    VtY = V.T @ ((X - mean).T @ (Y - Y.mean(0)))
+    for strength in strengths:
+        W = V @ (VtY / (values + strength * scale)[:, None])
+        yield W, Y.mean(0) - mean @ W
+
+
 def unit_rows(x):
     """Rows of x, dense or CSR, scaled to length 1; zero rows stay zero."""
-    if sp.issparse(x):
-        norm = np.sqrt(np.asarray(x.multiply(x).sum(1)).ravel())
-        return sp.diags_array(1 / np.maximum(norm, 1e-12)).astype(x.dtype) @ x
-    x = np.asarray(x)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    length = (sp.linalg if sp.issparse(x) else np.linalg).norm(x, axis=1)
+    return sp.diags_array(1 / np.maximum(length, 1e-12)) @ x
 
 
 def cosines(query, reference, block=1024):
@@ -463,14 +440,10 @@ def recovery(dictionaries, truth, threshold=0.9):
             for s, v in near.items()}
 
 
-def mean_of(values, key=None):
-    """The mean of what is not None, or None; with `key` of that entry of each dict."""
-    values = [v for v in (values if key is None else [v[key] for v in values]) if v is not None]
-    return sum(values) / len(values) if values else None
-
-
 def _mean(values):
-    return float(np.mean(values)) if len(values) else None
+    """The mean of what is not None, or None."""
+    values = [v for v in values if v is not None]
+    return float(np.mean(values)) if values else None
 
 
 # -- The table and the verdict of a run ----------------------------------------------------------
@@ -478,29 +451,24 @@ def _mean(values):
 def headline(block):
     """The numbers of one mode ("joint" or "alone") that fit a column: name -> value or None."""
     alive, L = block["activation"]["alive_in"], block["activation"]["latents"]
-    M, concepts = len(alive) - 1, block.get("concepts", {})
-    out = {"latents alive in all streams, %": 100 * alive[M] / L}
+    M, out = len(alive) - 1, {"latents alive in all streams, %": 100 * alive[-1] / L}
     if M > 1:
         out["mixed: alive in some, %"] = 100 * sum(alive[1:M]) / L
     out["silent in all, %"] = 100 * alive[0] / L
-    if "jaccard" in concepts:
-        out["Jaccard of top-50 labels"] = concepts["jaccard"]
-        out["  its control: another latent"] = concepts.get("control")
-        out["Jaccard, other latents as 0"] = concepts["jaccard_all"]
-    if "named_alike" in concepts:
-        out["latents named alike in all streams"] = concepts["named_alike"]
-    if "retrieval" in block:
-        for name in ("R@1", "MRR"):
-            out[f"retrieval {name}"] = _mean([v[name] for v in block["retrieval"].values()])
-    for label, matrix in (("R2", block["r2"]), ("NMSE", block["nmse"])):
-        own = {t: {t: row.get(t)} for t, row in matrix.items()}
-        out[f"{label} self"] = mean_cell(own)
+    if "jaccard" in (concepts := block.get("concepts", {})):
+        out.update({"Jaccard of top-50 labels": concepts["jaccard"],
+                    "  its control: another latent": concepts["control"],
+                    "Jaccard, other latents as 0": concepts["jaccard_all"],
+                    "latents named alike in all streams": concepts["named_alike"]})
+    for name in ("R@1", "MRR") if "retrieval" in block else ():
+        out[f"retrieval {name}"] = _mean(v[name] for v in block["retrieval"].values())
+    for name, matrix in (("R2", block["r2"]), ("NMSE", block["nmse"])):
+        cells = [(s == t, v) for t, row in matrix.items() for s, v in row.items()]
+        out[f"{name} self"] = _mean(v for own, v in cells if own)
         if M > 1:
-            out[f"{label} cross"] = mean_cell(
-                {t: {s: v for s, v in row.items() if s != t} for t, row in matrix.items()})
+            out[f"{name} cross"] = _mean(v for own, v in cells if not own)
     if block.get("probe"):
-        out["1-D probe loss (chance 0.693)"] = mean_cell(
-            {s: {"": v["loss"]} for s, v in block["probe"].items()})
+        out["1-D probe loss (chance 0.693)"] = _mean(v["loss"] for v in block["probe"].values())
     return out
 
 
@@ -537,7 +505,7 @@ def verdict(metrics, again=None):
     """
     own = {mode: {s: row[s] for s, row in metrics[mode]["r2"].items() if row[s] is not None}
            for mode in ("joint", "alone") if mode in metrics}
-    mean = {mode: _mean(list(v.values())) for mode, v in own.items()}
+    mean = {mode: _mean(v.values()) for mode, v in own.items()}
     first = next(iter(own.values()))
     several = len(first) > 1 and "joint" in metrics
     both = "train with --topk both" if metrics.get("topk") != "both" else ""
@@ -630,7 +598,7 @@ def summary(metrics):
 
 def mean_cell(matrix):
     """The mean of the numbers in {t: {s: value or None}}."""
-    return _mean([v for row in matrix.values() for v in row.values() if v is not None])
+    return _mean(v for row in matrix.values() for v in row.values())
 
 
 # -- Tables and charts ---------------------------------------------------------------------------
@@ -1146,13 +1114,15 @@ def scores(truth, probability):
     if probability.shape[1] == 2:
         areas = areas[1:]                                    # two classes share one curve
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
-            "F1": _mean(_f1(truth, guess)), "AUC": _mean(areas)}
+            "F1": f1(truth, guess), "AUC": _mean(areas)}
 
 
-def _f1(truth, guess):
-    """F1 of each class of the truth."""
-    return [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
-            for c in np.unique(truth)]
+def f1(truth, guess, weighted=False):
+    """F1 averaged over the classes of the truth, alike or `weighted` by their frequencies."""
+    classes, n = np.unique(truth, return_counts=True)
+    each = [2 * ((guess == c) & (truth == c)).sum() / ((guess == c).sum() + (truth == c).sum())
+            for c in classes]
+    return float(np.average(each, weights=n if weighted else None))
 
 
 def auc(positive, score):
@@ -1190,12 +1160,6 @@ def logistic_probe(train, labels, test, n_classes=None, strength=1.):
     """Probabilities (n, C) of `test` by `logistic_fit` on `train`."""
     W, b = logistic_fit(train, labels, n_classes, strength)
     return torch.softmax(torch.as_tensor(np.asarray(test, np.float64) @ W + b), 1).numpy()
-
-
-def linear_score(x, y):
-    """Weights (d,), bias of the log odds of y (n,) bool, by `logistic_fit`."""
-    W, b = logistic_fit(x, y.astype(int), 2)
-    return W[:, 1] - W[:, 0], float(b[1] - b[0])
 
 
 def pixel_probe(pixels, y, parts, n_classes):
@@ -1256,8 +1220,8 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
         ways = {"linear": linear(*given, n_classes)} if linear else {}
         ways.update({f"{k}-NN": p for k, p in knn(*given, ks, n_classes=n_classes).items()})
         each.append({way: scores(y[rows[1]], p) for way, p in ways.items()})
-    return {way: {key: _mean([one[way][key] for one in each if one[way][key] is not None])
-                  for key in each[0][way]} for way in each[0]}
+    return {way: {key: _mean(one[way][key] for one in each) for key in each[0][way]}
+            for way in each[0]}
 
 
 # -- What a latent is (CytoSAE section 2) ----------------------------------------------------------
@@ -1268,18 +1232,14 @@ def pool_tokens(code, T=1, tau=0.):
     N = code.shape[0]
     member = np.arange(N) // T, np.arange(N)
     group = sp.csr_matrix((np.ones(N, np.float32), member), shape=(N // T, N))
-    above = code.copy()
-    above.data = (above.data > tau).astype(np.float32)
-    above.eliminate_zeros()
-    return (group @ code).tocsr() / T, (group @ above).tocsr()
+    return (group @ code).tocsr() / T, (group @ (code > tau).astype(np.float32)).tocsr()
 
 
 def label_entropy(weight):
     """Entropy in nats of each row of non-negative weights (L, C): 0 for one label, ln C for C
     alike; NaN for a row of 0."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = weight / weight.sum(1, keepdims=True)
-        return -np.where(p > 0, p * np.log(p), p).sum(1) + 0.
+    with np.errstate(invalid="ignore"):
+        return scipy.stats.entropy(weight, axis=1) + 0.      # not -0
 
 
 def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
@@ -1341,12 +1301,12 @@ def latent_scatter(table, most=4000):
     five colours of label entropy, and histograms of both; a list of charts."""
     alive = np.flatnonzero(table["frequency"] > 0)
     few = alive[np.linspace(0, len(alive) - 1, min(most, len(alive))).astype(int)]
-    entropy, series = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"]))))[few], {}
     x, mean = np.log10(table["frequency"][few]), table["mean"][few]
+    entropy = np.nan_to_num(table.get("entropy", np.zeros(len(table["mean"]))))[few]
     edges = np.linspace(0, entropy.max(initial=1e-9), 6)[1:]
-    for level in np.unique(np.searchsorted(edges, entropy)):
-        here = np.searchsorted(edges, entropy) == level
-        series[f"entropy up to {edges[level]:.2f}"] = list(zip(x[here], mean[here]))
+    level = np.searchsorted(edges, entropy)
+    series = {f"entropy up to {edges[v]:.2f}": list(zip(x[level == v], mean[level == v]))
+              for v in np.unique(level)}
     where = "log10 of the share of samples in which a latent is active"
     charts = [svg_lines(series, where, "its mean activation there", log=True, dots=True)]
     for label, values in ((where, x), ("log10 of the mean activation", np.log10(mean))):
@@ -1364,7 +1324,7 @@ def latent_chart(lines, interest, unit, most=100):
                      [str(j) if i % 10 == 0 else "" for i, j in enumerate(shown)])
 
 
-def barcodes(count, groups, y=None):
+def barcodes(count, groups, y):
     """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts, by the number
     of the samples as the equation says (the published code divides by the number of latents).
 
@@ -1373,7 +1333,6 @@ def barcodes(count, groups, y=None):
     """
     names, member = np.unique(groups, return_inverse=True)
     share = sp.csr_matrix((1 / np.bincount(member)[member], (member, np.arange(len(member)))))
-    y = np.full(len(member), -1) if y is None else y
     told = np.zeros((len(names), max(y.max(), 0) + 1), bool)
     told[member[y >= 0], y[y >= 0]] = True
     label = np.where(told.sum(1) == 1, told.argmax(1), -1)
@@ -1389,11 +1348,6 @@ def differential(codes, y, a, b, top=50):
     return most[difference[most] > 0], least[difference[least] < 0], difference
 
 
-def weighted_f1(truth, guess):
-    """F1 of each class, averaged with the classes' frequencies as weights."""
-    return float(np.average(_f1(truth, guess), weights=np.unique(truth, return_counts=True)[1]))
-
-
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
     """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of
     mean activation >= 10^t.
@@ -1403,14 +1357,14 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
     """
     out = {}
     for t in exponents:
-        used, f1 = np.flatnonzero(np.nan_to_num(mean) >= 10. ** t), []
+        used, found = np.flatnonzero(np.nan_to_num(mean) >= 10. ** t), []
         x = codes[:, used].toarray()
         for test in parts if len(used) else ():
             train = np.setdiff1d(np.arange(len(y)), test)
             strength = len(np.unique(y)) * len(train) / 100
             p = logistic_probe(x[train], y[train], x[test], int(y.max()) + 1, strength)
-            f1.append(weighted_f1(y[test], p.argmax(1)))
-        out[t] = {"latents": len(used), "f1": f1}
+            found.append(f1(y[test], p.argmax(1), weighted=True))
+        out[t] = {"latents": len(used), "f1": found}
     return out
 
 
@@ -1426,7 +1380,7 @@ def weighted_patches(image, heat):
 
 def class_means(strength, y):
     """Mammo-SAE Eq. 2: mean activation over the samples (and positions) of each class, (C, L)."""
-    means = [np.asarray(strength[np.flatnonzero(y == c)].mean(0)).ravel() for c in np.unique(y)]
+    means = [np.ravel(strength[y == c].astype(float).mean(0)) for c in np.unique(y)]
     return np.reshape(means, (-1, strength.shape[1]))
 
 
@@ -1442,12 +1396,10 @@ def intervention(strength, effect, base, y, means, ks):
     """
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in ks:
-        chosen = np.unique(order[:, :k])
-        kept = np.zeros(len(effect))
-        kept[chosen] = 1
-        out.append({"k": int(k), "latents": len(chosen),
+        kept = np.isin(np.arange(len(effect)), order[:, :k])
+        out.append({"k": int(k), "latents": int(kept.sum()),
                     "keep": auc(y, strength @ (effect * kept) + base),
-                    "silence": auc(y, strength @ (effect * (1 - kept)) + base)})
+                    "silence": auc(y, strength @ (effect * ~kept) + base)})
     return out
 
 
@@ -1475,21 +1427,6 @@ def in_boxes(boxes, grid):
     return inside.ravel()
 
 
-def box_contrast(pictures):
-    """How much more active each latent is inside boxes than elsewhere, in standard deviations (L,).
-
-    pictures: pairs of a picture's codes, CSR (T, L), and `in_boxes` of its patches (T,).
-    """
-    sums, squares, n = 0, 0, 0
-    for code, inside in pictures:
-        part = np.stack([inside, ~inside]).astype(float)     # (2, T)
-        sums, n = sums + part @ code, n + part.sum(1)
-        squares = squares + np.asarray(code.multiply(code).sum(0)).ravel()
-    spread = np.sqrt(np.maximum(squares / n.sum() - (sums.sum(0) / n.sum()) ** 2, 0))
-    inner, outer = sums / np.maximum(n, 1)[:, None]
-    return (inner - outer) / np.maximum(spread, 1e-12)
-
-
 def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
     list of {"latent", "AP", "AP, pictures with boxes": on those alone}.
@@ -1498,12 +1435,11 @@ def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
     settings of `heat_boxes`.
     """
     found, out = [[heat_boxes(heat, **detector) for heat in maps] for maps in heats], []
-    for i, j in enumerate(latents):
-        mine = [f[i] for f in found]
-        there = [(f, t) for f, t in zip(mine, truth) if t]
-        present = average_precision(*zip(*there), iou, points) if there else None
+    there = [i for i, boxes in enumerate(truth) if boxes]
+    for j, mine in zip(latents, zip(*found)):
+        present = [mine[i] for i in there], [truth[i] for i in there]
         out.append({"latent": int(j), "AP": average_precision(mine, truth, iou, points),
-                    "AP, pictures with boxes": present})
+                    "AP, pictures with boxes": average_precision(*present, iou, points)})
     return out
 
 
@@ -1546,32 +1482,15 @@ def average_precision(found, truth, iou=0.25, points=None):
     boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
     has no partner yet.
     """
-    total = sum(map(len, truth))
-    if not total:
-        return None
-    free, right = [[True] * len(boxes) for boxes in truth], []
+    taken, right = set(), []
     boxes = [(b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes]
-    for score, picture, box in sorted(boxes, key=lambda v: -v[0]):
-        overlap = [box_iou(box, other) for other in truth[picture]]
-        best = int(np.argmax(overlap)) if overlap else -1
-        hit = best >= 0 and overlap[best] >= iou and free[picture][best]
-        if hit:
-            free[picture][best] = False
-        right.append(hit)
-    if not right:
-        return 0.
-    recall, envelope = recall_and_precision(right, total)
-    if points:
-        return float(envelope[np.searchsorted(recall, np.linspace(0, 1, points))].mean())
-    return float((np.diff(np.r_[0, recall]) * envelope[:-1]).sum())
-
-
-def recall_and_precision(right, total):
-    """Of detections (n,), best first, right or not: recall (n,), and precision made non-increasing
-    (n + 1,), ending in 0."""
-    hits = np.cumsum(right)
-    precision = hits / np.arange(1, len(hits) + 1)
-    return hits / total, np.r_[np.maximum.accumulate(precision[::-1])[::-1], 0]
+    for _, picture, box in sorted(boxes, key=lambda v: -v[0]):
+        overlaps = [box_iou(box, other) for other in truth[picture]]
+        best = picture, int(np.argmax([*overlaps, 0]))
+        right.append(max(overlaps, default=-1) >= iou and best not in taken)
+        if right[-1]:
+            taken.add(best)
+    return curve_area(right, sum(map(len, truth)), points)
 
 
 def heat_strip(image, boxes, heats, side=150):
@@ -1608,6 +1527,19 @@ def r2_both(x, x_hat):
             "uniform": float(np.mean(1 - wrong[varies] / spread[varies]))}
 
 
+def contrast(code, y):
+    """How much more active each latent is in rows where y (n,) bool holds than in the others, in
+    standard deviations of the latent (L,)."""
+    return (class_means(code, y)[-1] - class_means(code, ~y)[-1]) / deviations(code)
+
+
+def deviations(code):
+    """Standard deviation of each latent, (L,), of a CSR (n, L)."""
+    code = code.astype(float)                                # sums of float32 would be too coarse
+    square, mean = (np.ravel(v.mean(0)) for v in (code.multiply(code), code))
+    return np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
+
+
 def select_latents(code, y, n):
     """The n latents that tell the classes y (rows,) apart together, in order of choice (n,):
     orthogonal matching pursuit. To be called with training rows only.
@@ -1615,11 +1547,10 @@ def select_latents(code, y, n):
     Each time the latent whose standardised column explains most of what is left of the classes'
     indicators is taken, among the 1,000 whose class means differ most, in standard deviations.
     """
-    square, mean = (np.asarray(v.mean(0)).ravel() for v in (code.multiply(code), code))
-    spread = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
-    few = np.sort(np.argsort(-class_means(code, y).std(0) / spread, kind="stable")[:1000])
-    Z = _centred_unit(code[:, few].toarray().astype(np.float64))
-    R, chosen = (y[:, None] == np.unique(y)).astype(float), []
+    differ = class_means(code, y).std(0) / deviations(code)
+    few = np.sort(np.argsort(-differ, kind="stable")[:1000])
+    Z, chosen = _standard_columns(code, few), []
+    R = (y[:, None] == np.unique(y)).astype(float)
     R -= R.mean(0)
     for _ in range(min(n, int(Z.any(0).sum()), len(y) - 1)):
         gain = ((Z.T @ R) ** 2).sum(1) / np.maximum((Z ** 2).sum(0), 1e-12)
@@ -1665,19 +1596,16 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 def chance_share(y, groups):
     """For each row the share of its candidates, the rows of other groups (n,), that have its label
     y (n,): what guessing finds."""
-    def alike(v):                                            # how many rows have the same
-        _, number, count = np.unique(v, return_inverse=True, return_counts=True)
-        return count[number]
-    group = np.unique(groups, return_inverse=True)[1]
-    mates = alike(group * (y.max() + 1) + y)                 # of its group, with its label
-    return (alike(y) - mates) / np.maximum(len(y) - alike(group), 1)
+    y, groups = y.tolist(), groups.tolist()
+    label, group, mates = map(collections.Counter, (y, groups, zip(y, groups)))
+    return np.array([(label[c] - mates[c, g]) / max(len(y) - group[g], 1)
+                     for c, g in zip(y, groups)])
 
 
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? Rows of the same group are no
     neighbours. A list with, for each k: the overlap of the two lists and, with labels y (n,) int,
-    0 or more, the share of hits with the query's: sparse, dense, by chance among the same
-    candidates."""
+    the share of hits with the query's: sparse, dense, by chance among the same candidates."""
     groups, rows = np.arange(len(dense)) if groups is None else groups, []
     lists = {name: nearest(x, x, max(ks), (groups, groups))[0]
              for name, x in (("sparse", code), ("dense", dense))}
@@ -1707,11 +1635,8 @@ def shown_samples(column, top, rng):
 def name_weights(query, names):
     """How well latents' names fit a query: dict latent -> weight, the Jaccard overlap of their
     words, those above 0."""
-    def words(text):
-        return set(re.findall(r"\w+", text.lower()))
-    asked = words(query)
-    found = {j: words(name) for j, name in names.items()}
-    return {j: len(asked & v) / len(asked | v) for j, v in found.items() if asked & v}
+    asked, *found = (set(re.findall(r"\w+", text.lower())) for text in (query, *names.values()))
+    return {j: len(asked & v) / len(asked | v) for j, v in zip(names, found) if asked & v}
 
 
 def vector_weights(query, latents, vectors, most=10):
@@ -1752,11 +1677,8 @@ def relevancy(attention, target, start_layer=0):
     a sample, was computed from.
     """
     used = list(attention)[start_layer:]
-    if target.requires_grad:
-        gradient = torch.autograd.grad(target, used, allow_unused=True)
-    else:
-        gradient = [None] * len(used)
-    return roll_out(used, gradient)
+    moved = target.requires_grad
+    return roll_out(used, torch.autograd.grad(target, used, allow_unused=True) if moved else [])
 
 
 def roll_out(attention, gradient):
@@ -1843,14 +1765,12 @@ def word_scores(relevance, pieces, least=0.1):
 
     pieces: for each token the word it belongs to, as (number, text), or None.
     """
-    words, total = {}, {}
+    total = collections.Counter()
     for r, piece in zip(relevance, pieces):
         if piece is not None:
-            words[piece[0]] = piece[1]
-            total[piece[0]] = total.get(piece[0], 0.) + max(float(r), 0.)
-    most = max(total.values(), default=0.)
-    share = {i: v / most if most > 0 else 0. for i, v in total.items()}
-    return [(words[i], share[i] if share[i] >= least else 0.) for i in words]
+            total[piece] += max(float(r), 0.)
+    most = max(total.values(), default=0.) or 1.
+    return [(word, v / most if v / most >= least else 0.) for (_, word), v in total.items()]
 
 
 # -- What maps of concepts segment (thesis Table 5.4) --------------------------------------------
@@ -1863,12 +1783,12 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
 
     codes: {stream: CSR (n, L)}, labels (n, C) bool, known (n,) bool: the samples that count.
     """
-    on = [code[known].astype(bool).astype(np.float64) for code in codes.values()]
-    with_label = sum(np.asarray(one.T @ labels[known].astype(float)) for one in on)
-    total, out = np.maximum(sum(np.asarray(one.sum(0)).ravel() for one in on), 1), []
-    for c in range(labels.shape[1]):
-        often = np.flatnonzero(with_label[:, c] >= least)
-        share = with_label[often, c] / total[often]
+    found = [label_counts(code, labels, None, known) for code in codes.values()]
+    with_label, total = (sum(v) for v in zip(*found))        # (L, C), (L,)
+    out = []
+    for counts in with_label.T:
+        often = np.flatnonzero(counts >= least)
+        share = counts[often] / np.maximum(total[often], 1)
         mostly = often[share >= 0.5]
         out.append(mostly if len(mostly) else often[np.argsort(-share, kind="stable")[:10]])
     return out
@@ -1904,13 +1824,11 @@ def heat_mask(heat, size, otsu):
     """A heat map (h, w) -> bool mask (H, W) by Otsu's threshold, otsu(uint8 values), on the map
     enlarged bilinearly to 224, scaled to 0..1, then to `size`, which the thesis leaves open and the
     authors' code does. None for a constant map: no prediction."""
-    def enlarged(x, size):
-        x = torch.nn.functional.interpolate(x[None, None], size, mode="bilinear")
-        return x[0, 0]
-    h = enlarged(torch.as_tensor(np.asarray(heat), dtype=torch.float32), (224, 224))
+    enlarged, h = torch.nn.functional.interpolate, torch.as_tensor(np.asarray(heat))
+    h = enlarged(h.float()[None, None], (224, 224), mode="bilinear")
     if not float(h.max()) > float(h.min()):
         return None
-    h = enlarged((h - h.min()) / (h.max() - h.min()), size).numpy().astype(np.float64)
+    h = enlarged((h - h.min()) / (h.max() - h.min()), size, mode="bilinear")[0, 0].double().numpy()
     low, span = h.min(), np.ptp(h)
     t = otsu(np.minimum((h - low) / span * 256, 255).astype(np.uint8))
     return h >= low + (t + 0.5) / 256 * span                 # the bin's centre, as scikit-image
@@ -1918,6 +1836,19 @@ def heat_mask(heat, size, otsu):
 
 SIZES = {"": (0, np.inf), " small": (0, 32 ** 2), " medium": (32 ** 2, 96 ** 2),
          " large": (96 ** 2, np.inf)}                        # areas in pixels, as COCO's
+
+
+def curve_area(right, total, points=None):
+    """Area under the precision-recall curve of detections (n,), best first, right or not, precision
+    made non-increasing; or its mean at `points` recalls. None without anything to detect."""
+    if not total:
+        return None
+    hits = np.cumsum(right)
+    recall, precision = hits / total, hits / np.arange(1, len(hits) + 1)
+    envelope = np.r_[np.maximum.accumulate(precision[::-1])[::-1], 0]
+    if points:
+        return float(envelope[np.searchsorted(recall, np.linspace(0, 1, points))].mean())
+    return float((np.diff(np.r_[0, recall]) * envelope[:-1]).sum())
 
 
 def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
@@ -1929,29 +1860,21 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     is interpolated at 101 recalls and averaged over labels that have true masks of the size; sizes
     are areas of masks (`area` of a found one; the published figures took its box's).
     """
-    labels, out = sorted({label for _, label in truth}), {}
     overlap = {key: np.logical_and(m, truth[key]).sum() / np.logical_or(m, truth[key]).sum()
                for key, m in found.items() if key in truth}
     ranked = sorted(found, key=lambda key: (-(score[key] if score else 1), key[0]))
+    right, out = {key: overlap.get(key, 0) >= iou for key in ranked}, {}
     for name, (low, high) in SIZES.items():
         precisions, recalls = [], []
-        for label in labels:
-            counted = {key for key, m in truth.items()
-                       if key[1] == label and low <= m.sum() <= high}
-            if not counted:
-                continue
-            hits = []
-            for key in (key for key in ranked if key[1] == label):
-                if overlap.get(key, 0) >= iou:
-                    if key in counted:
-                        hits.append(1)
-                elif low <= area(found[key]) <= high:
-                    hits.append(0)
-            recall, envelope = recall_and_precision(hits, len(counted))
-            precisions.append(envelope[np.searchsorted(recall, np.linspace(0, 1, 101))].mean())
-            recalls.append(recall[-1] if len(recall) else 0.)
+        counted = {key for key, m in truth.items() if low <= m.sum() <= high}
+        for label in sorted({label for _, label in counted}):
+            hits = [right[key] for key in ranked if key[1] == label and (
+                key in counted if right[key] else low <= area(found[key]) <= high)]
+            total = sum(key[1] == label for key in counted)
+            precisions.append(curve_area(hits, total, 101))
+            recalls.append(sum(hits) / total)
         out[f"AP{name}"], out[f"AR{name}"] = _mean(precisions), _mean(recalls)
-    return {**out, "mIoU": _mean([overlap.get(key, 0.) for key in truth])}
+    return {**out, "mIoU": _mean(overlap.get(key, 0.) for key in truth)}
 
 
 def map_scores(maps, asked, truth, otsu):
@@ -2008,8 +1931,10 @@ def word_table(examples):
 
 # -- Do two codes share latents (thesis 4.2-4.3)? --------------------------------------------------
 
-def _centred_unit(x):
-    """Columns of x (n, m) less their means, of length 1; what is constant but for rounding, 0."""
+def _standard_columns(code, latents):
+    """Columns of some latents of a code, (n, m), less their means and of length 1; what is constant
+    but for rounding, 0."""
+    x = code[:, latents].toarray().astype(np.float64)
     c = x - x.mean(0)
     length = np.linalg.norm(c, axis=0)
     varies = length > 1e-7 * np.linalg.norm(x, axis=0)
@@ -2023,13 +1948,11 @@ def match_latents(a, b, least=5, most=4096):
     Latents active in fewer than `least` samples are left out, and of more than `most` the less
     frequent: the assignment takes their cube.
     """
-    unit, kept = [], []
-    for code in (a, b):
-        active = code.getnnz(axis=0)
+    kept = []
+    for active in (a.getnnz(axis=0), b.getnnz(axis=0)):
         often = np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]
         kept.append(np.sort(often))
-        unit.append(_centred_unit(code[:, kept[-1]].toarray().astype(np.float64)))
-    r = unit[0].T @ unit[1]
+    r = _standard_columns(a, kept[0]).T @ _standard_columns(b, kept[1])
     i, j = scipy.optimize.linear_sum_assignment(-r)
     order = np.argsort(-r[i, j], kind="stable")
     return kept[0][i[order]], kept[1][j[order]], r[i, j][order]
@@ -2039,8 +1962,7 @@ def index_correlations(a, b, least=5):
     """Correlation of latent j of one code with latent j of the other, for those active in `least`
     samples or more in both."""
     both = (a.getnnz(axis=0) >= least) & (b.getnnz(axis=0) >= least)
-    x, y = (_centred_unit(code[:, both].toarray().astype(np.float64)) for code in (a, b))
-    return (x * y).sum(0)
+    return (_standard_columns(a, both) * _standard_columns(b, both)).sum(0)
 
 
 def latents_in_common(r):
@@ -2068,30 +1990,30 @@ def compare(runs):
     runs: dict model -> (R,) numbers, run r with the same split and seed for all. Tests are
     two-sided; p is None where all differences are alike, or a run has none: nothing to test.
     """
-    out = []
+    out, keys = [], ("a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d")
     for a, b in itertools.combinations(runs, 2):
-        gap = np.asarray(runs[a], float) - np.asarray(runs[b], float)
-        spread = float(gap.std(ddof=1)) if len(gap) > 1 else 0.
-        mean = float(gap.mean()) if np.isfinite(gap).all() else None    # a run without that number
-        pair = {"a": a, "b": b, "difference": mean, "t_p": None, "wilcoxon_p": None, "d": None}
+        gap = np.subtract(*(np.asarray(runs[model], float) for model in (a, b)))
+        mean, spread = float(gap.mean()), float(gap.std(ddof=1)) if len(gap) > 1 else 0.
+        pair = {**dict.fromkeys(keys), "a": a, "b": b}
+        if math.isfinite(mean):                              # a run may lack that number
+            pair["difference"] = mean
         if spread > 1e-12:
-            pair.update(t_p=float(scipy.stats.ttest_rel(runs[a], runs[b]).pvalue),
-                        wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue), d=mean / spread)
+            pair.update(t_p=float(scipy.stats.ttest_1samp(gap, 0).pvalue), d=mean / spread,
+                        wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue))
         out.append(pair)
     tested, worst = sorted((p for p in out if p["t_p"] is not None), key=lambda p: p["t_p"]), 0.
     for rank, pair in enumerate(tested):                     # Holm 1979, the smallest p first
-        worst = max(worst, min(1., (len(tested) - rank) * pair["t_p"]))
-        pair["holm_p"] = worst
+        pair["holm_p"] = worst = max(worst, min(1., (len(tested) - rank) * pair["t_p"]))
     return out
 
 
 def beaten(pairs, level=0.05):
     """dict model -> [models that it beats at p < level in the paired t-test], from `compare`."""
-    wins = {}
-    for pair in pairs:
-        if pair["t_p"] is not None and pair["t_p"] < level:
-            order = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
-            wins.setdefault(order[0], []).append(order[1])
+    wins = collections.defaultdict(list)
+    for p in pairs:
+        if p["t_p"] is not None and p["t_p"] < level:
+            better, worse = (p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"])
+            wins[better].append(worse)
     return wins
 
 
@@ -2109,8 +2031,7 @@ def tell_models(page, found, tested):
         page.metrics["pairs"][name] = pairs
         page.metrics["beats"][name] = {a: {b: int(b in wins.get(a, ())) for b in tested if b != a}
                                        for a in tested}
-        rows = [[f"{p['a']} - {p['b']}", p["difference"], p["t_p"], p.get("holm_p"),
-                 p["wilcoxon_p"], p["d"]] for p in pairs]
+        rows = [[f"{a} - {b}", *numbers] for a, b, *numbers in map(dict.values, pairs)]
         page.table(["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)",
                     "effect size d"], rows, f"{name}: pairs of models")
         lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()]

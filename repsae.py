@@ -138,7 +138,7 @@ MODEL = {
     "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
                "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
     "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
-    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 20 to 64"),
+    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 40 to 64"),
     "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
              "streams together, each for itself, both with the losses added (ours), or one stream "
              "drawn each step (Universal SAE)"),
@@ -1830,7 +1830,8 @@ def linear_head(coded, y, path, train):
     """Weights (d,) and bias of a linear score on normalised features: of a file, or fitted to the
     training samples' labels."""
     if not path:
-        return judge.linear_score(coded.dense[train], y[train])
+        W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
+        return W[:, 1] - W[:, 0], float(b[1] - b[0])         # of the log odds
     model, s = coded.model, coded.stream
     w, bias = data.read_head(path, model.dims[s])
     if "l2" in model.norm:
@@ -1873,8 +1874,8 @@ def rank_of(coded, label, train, means, rank):
     if grid is None or coded.features.boxes is None:
         raise InputError(f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - write it "
                          "with extract --tokens from a Pascal VOC folder")
-    return judge.box_contrast((coded.codes([row])[coded.stream], judge.in_boxes(
-        coded.boxes(row, label), grid)) for row in train)
+    inside = [judge.in_boxes(coded.boxes(row, label), grid) for row in train]
+    return judge.contrast(coded.codes(train)[coded.stream], np.concatenate(inside))
 
 
 def tell_class_means(page, means, flags):

@@ -963,7 +963,7 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None):
     """Settings that fit n training samples; what is given stays. Returns a dict of latents, k,
     batch, lr, epochs, steps, norm, dead_after.
 
-    A third as many latents as samples and an eighth of them kept (but 20: with fewer even small
+    A third as many latents as samples and an eighth of them kept (but 40: with fewer even small
     files are rebuilt badly), at least 1,000 steps of a tenth of the samples, every dimension
     standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning
     rate falls with the root of L (Gao et al. 2024). One stream is served as well: more latents
@@ -976,7 +976,7 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None):
     epoch = -(-n // batch)                                   # steps in one
     epochs = epochs or max(50, -(-1000 // epoch))
     steps = epochs * epoch
-    return {"latents": L, "k": k or min(max(L // 8, 20), 64, L), "batch": batch,
+    return {"latents": L, "k": k or min(max(L // 8, 40), 64, L), "batch": batch,
             "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
             "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4))}
 

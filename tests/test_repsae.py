@@ -1946,7 +1946,7 @@ def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stre
     assert min(own["joint"]) > 0.35 and np.mean(own["joint"]) > 0.65 and np.mean(own["alone"]) > 0.35
     flags = json.loads((tmp_path / "r" / "config.json").read_text())["flags"]
     chosen = {k: flags[k] for k in ("latents", "k", "norm", "shuffle", "null")}
-    assert chosen == {"latents": 256 if n == 1100 else 128, "k": 32 if n == 1100 else 20, "norm": "standard,l2",
+    assert chosen == {"latents": 256 if n == 1100 else 128, "k": 40, "norm": "standard,l2",
                       "shuffle": "samples", "null": True}
     assert [k for k, v in flags.items() if v == "auto"] == ["kernels"] and 1000 <= metrics["steps"] < 1100 and flags["dead_after"] == metrics["steps"] // 4
     assert f"chosen by the number of training rows, {round(.8 * n)}: latents {chosen['latents']}, k" in capsys.readouterr().err
@@ -1961,7 +1961,7 @@ def test_what_is_typed_goes_before_the_preset_and_the_preset_before_the_rule(fea
     assert thesis.items() <= flags("--preset", "thesis").items()
     mixed = flags("--preset", "thesis", "--k", "5", "--norm", "none")
     assert {**thesis, "k": 5, "norm": "none"}.items() <= mixed.items()
-    assert flags("--latents", "512")["lr"] == 2e-4 * 32 ** .5 and flags("--latents", "256")["k"] == 32
+    assert flags("--latents", "512")["lr"] == 2e-4 * 32 ** .5 and flags("--latents", "512")["k"] == 64
 
 
 def test_rows_are_shuffled_singly_in_memory_and_in_blocks_on_disk_with_a_warning_when_they_are_sorted(tmp_path, capsys):
