@@ -145,6 +145,8 @@ MODEL = {
     "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
     "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or the authors' code, where "
              "lam_paper = lam_code / (M - 1)"),
+    "targets": ("auto", whole(1, auto=True), "other streams that each code rebuilds in a step, "
+                "drawn anew; auto: all up to 4 streams, then 2"),
     "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "length 1 per sample, mean "
              "0 and deviation 1 per dimension, or both in that order (auto)"),
     "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
@@ -295,6 +297,7 @@ def command(spec, *positional):
 
 
 DATA = "data streams taxonomy"
+SHARED = "topk lam loss targets"
 CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
 KINDS = "sparsity error bias expansion bandwidth theta warmup"
 STEPS = "epochs batch lr shuffle seed"
@@ -761,7 +764,7 @@ def resolved(flags, features, layers=()):
     if "activation" not in flags and flags.preset:
         if flags.preset != "thesis":
             raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
-        layers |= THESIS
+        layers |= THESIS | {"targets": max(1, len(features.streams) - 1)}
     layers = {**(PLANTED if flags.data is None else {}), **layers}
     if {"expansion", "latents"} <= flags.given:
         raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
@@ -771,7 +774,7 @@ def resolved(flags, features, layers=()):
         layers["latents"] = expansion * max(features.dims.values())
     flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
-    auto = sae.settings_for(n, **typed)
+    auto = sae.settings_for(n, **typed, streams=len(features.streams))
     auto["shuffle"] = "blocks" if features.mapped else "samples"
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
@@ -788,8 +791,9 @@ def resolved(flags, features, layers=()):
 
 
 def planned_seconds(flags, dims, steps):
-    """About how long training takes on two cores: all logits of a batch, M times the products."""
-    logits, products = flags.batch * flags.latents, len(dims) * flags.batch * flags.k
+    """About how long training takes on two cores: all logits of a batch, products by sources."""
+    sources = min(len(dims), flags.get("targets", len(dims)) + 1)
+    logits, products = flags.batch * flags.latents, sources * flags.batch * flags.k
     each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
     return steps * each * (2 if flags.get("topk") == "both" else 1)
 
@@ -810,8 +814,9 @@ def make_model(features, flags, rows):
     shared["reinit_after"] = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
     shared["aux_coef"] = flags.aux_coef if flags.aux_k else 0.
     if "activation" not in flags:
+        targets = None if flags.targets == "auto" else flags.targets       # of runs without it: all
         return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss,
-                         **shared)
+                         targets=targets, **shared)
     how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth")}
     model = sae.SAE(features.dims, flags.latents, threshold=flags.theta, **how, **shared)
     if flags.bias != "zeros":
@@ -1105,7 +1110,7 @@ def analysis_run(flags, name):
 # Sparse codes: training and using them (thesis 4.1, 5)
 # ------------------------------------------------------------------------------------------------
 
-@command(f"{DATA} {CODE} topk lam loss preset null {STEPS} {FOLDER} out=runs/sparc")
+@command(f"{DATA} {CODE} {SHARED} preset null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
     run = Run(flags)
@@ -1207,7 +1212,7 @@ def cmd_encode(flags):
     say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
-@command(f"{DATA} over! {CODE} topk lam loss preset {STEPS} {FOLDER} out=runs/sweep")
+@command(f"{DATA} over! {CODE} {SHARED} preset {STEPS} {FOLDER} out=runs/sweep")
 def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
@@ -1219,7 +1224,7 @@ def cmd_sweep(flags):
 ABLATION = {"global_lam1", "global_lam0", "local_lam1", "local_lam0", "both_lam1", "random_lam1"}
 
 
-@command(f"{DATA} {CODE} loss preset null {STEPS} {FOLDER} out=runs/ablate")
+@command(f"{DATA} {CODE} loss targets preset null {STEPS} {FOLDER} out=runs/ablate")
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
     run = Run(flags)

@@ -34,7 +34,8 @@ Deviations   from the authors' code, where it differs from the papers or is wron
              resampling draws from the batch, not from 819,200 stored inputs; JumpReLU's threshold
              has the gradient of its paper, which two public libraries miss by a factor.
 Ours         topk="both" (train on the joint and on the alone support), samples that lack streams
-             (the sums and means of Eq. 7, 13, 14 are over what is there), settings by the number of
+             (the sums and means of Eq. 7, 13, 14 are over what is there), `targets` (Eq. 14 from a
+             few pairs of streams, drawn anew each step), settings by the number of
              samples, features standardised before they are scaled to length 1 (the authors' code
              only scales, the papers say neither), and the sparse arithmetic.
 Not here     learning-rate decay, mixed precision, several GPUs.
@@ -63,6 +64,7 @@ NORMS = ("l2", "standard", "standard,l2", "none")
 ERRORS = ("nmse", "sum", "mean")
 REVIVE = ("none", "auxk", "ghost", "resample")
 FIRES = 1e-3  # a latent fires above this share of the features' length (authors: auxk_threshold)
+GATHERED = 2 ** 24  # numbers (64 MiB) that the gather kernels copy at once
 FORMAT = "repsae-sparc-1"
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -149,6 +151,7 @@ def dense_loss(model, x):
     together, drawn = dict.fromkeys(x, h_agg), dict.fromkeys(x, h_drawn)
     deciders = {"global": [together], "local": [h], "both": [together, h],
                 "random": [drawn]}[model.topk]
+    sources = model.drawn_sources()                                    # without `targets`: all
     total = 0.
     for decider in deciders:
         z = {}
@@ -160,11 +163,11 @@ def dense_loss(model, x):
         for s in x:
             for t in x:
                 both = here[s] & here[t]
-                if s != t and not model.lam or not both.any():
+                if s not in sources[t] or not both.any():
                     continue
                 x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                       # Eq. 11, 12
                 (own if s == t else cross).append(nmse(x[t][both], x_hat[both]))     # Eq. 13
-        total = total + model.reduce(own) + model.lam * model.reduce(cross)          # Eq. 14
+        total = total + model.reduce(own) + model.cross_weight * model.reduce(cross)     # Eq. 14
     return total
 
 
@@ -175,7 +178,7 @@ def dense_loss(model, x):
 #     combine  out = S W                                a weighted sum of k dictionary rows
 #     scatter  out = S^T x                              the gradient of either with respect to W
 # On a CPU, CSR kernels do them fastest; `kernels="gather"` uses only indexing and batched products,
-# for torch builds without CSR kernels and for GPUs.
+# for torch builds without CSR kernels and for GPUs, on as many samples at once as GATHERED allows.
 
 class Pattern:
     """Where a batch of codes is non-zero: indices (B, k) of L latents, for products with S, S^T."""
@@ -207,11 +210,19 @@ class Pattern:
                                        (self.n_latents, B), check_invariants=False)
 
 
+    def pieces(self, d):
+        """Slices of the batch whose gathered rows, (b, k, d), are at most GATHERED numbers."""
+        B, k = self.indices.shape
+        step = max(1, GATHERED // (k * d))
+        return [slice(start, start + step) for start in range(0, max(B, 1), step)]
+
+
 def _sample(x, W, p):                                                  # (B, d), (L, d) -> (B, k)
     if p.csr:
         pattern = p.rows(x.new_zeros(p.indices.shape))
         return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0).values().view_as(p.indices)
-    return torch.bmm(W[p.indices], x.unsqueeze(2)).squeeze(2)
+    return torch.cat([torch.bmm(W[p.indices[i]], x[i].unsqueeze(2)).squeeze(2)
+                      for i in p.pieces(x.shape[1])])
 
 
 def _times(S, x, spare=()):
@@ -223,14 +234,18 @@ def _times(S, x, spare=()):
 def _combine(values, W, p):                                            # (B, k), (L, d) -> (B, d)
     if p.csr:
         return _times(p.rows(values), W)
-    return torch.bmm(values.unsqueeze(1), W[p.indices]).squeeze(1)
+    return torch.cat([torch.bmm(values[i].unsqueeze(1), W[p.indices[i]]).squeeze(1)
+                      for i in p.pieces(W.shape[1])])
 
 
 def _scatter(values, x, p):                                            # (B, k), (B, d) -> (L, d)
     if p.csr:
         return _times(p.columns(values), x, p.spare.get((p.n_latents, x.shape[1])))
-    rows = (values.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1)        # (B*k, d)
-    return x.new_zeros(p.n_latents, x.shape[1]).index_add_(0, p.indices.reshape(-1), rows)
+    out = x.new_zeros(p.n_latents, x.shape[1])
+    for i in p.pieces(x.shape[1]):
+        rows = (values[i].unsqueeze(2) * x[i].unsqueeze(1)).flatten(0, 1)      # (b*k, d)
+        out.index_add_(0, p.indices[i].reshape(-1), rows)
+    return out
 
 
 class _Product(torch.autograd.Function):
@@ -288,6 +303,9 @@ class SPARC(nn.Module):
     lam         weight of cross reconstruction (Eq. 14)
     reduction   "sum" as Eq. 14, or "mean" of each sum as the authors' code:
                 lambda_paper = lambda_code / (M - 1)
+    targets     n: each code rebuilds its own stream and n of the M - 1 others, drawn anew each
+                step. The cross sum of Eq. 14 is weighted (M - 1) / n, so that its mean over the
+                draws, and that of its gradient, is the whole sum's. None: all others
     norm        how raw features are normalised, one of NORMS: "l2" per sample (the authors' code;
                 no paper says so), "standard" per dimension with `stats`, "standard,l2", "none"
     stats       dict stream -> (mean (d_s,), std (d_s,)) of the training samples, for "standard"
@@ -307,12 +325,12 @@ class SPARC(nn.Module):
 
     def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2",
                  stats=None, aux_k=64, aux_coef=1 / 32, dead_after=1000, reinit_after=1000,
-                 select="fp32", kernels="auto", seed=42):
+                 select="fp32", kernels="auto", seed=42, targets=None):
         super().__init__()
         self.config = dict(dims=dict(dims), n_latents=n_latents, k=k, topk=topk, lam=lam,
                            reduction=reduction, norm=norm, aux_k=aux_k, aux_coef=aux_coef,
                            dead_after=dead_after, reinit_after=reinit_after, select=select,
-                           kernels=kernels, seed=seed)
+                           kernels=kernels, seed=seed, targets=targets)
         self._check()
         for name, value in self.config.items():
             setattr(self, name, value)
@@ -344,6 +362,8 @@ class SPARC(nn.Module):
                                  "rename it (letters, digits, _ and -)")
             if d < 1:
                 raise InputError(f"stream '{s}' has width {d} - give it at least one column")
+        if c["targets"] is not None and c["targets"] < 1:
+            raise InputError(f"targets={c['targets']} - give 1 or more, or lam=0 for no cross term")
         if not 1 <= c["k"] <= c["n_latents"]:
             raise InputError(f"k={c['k']} must lie in 1..latents={c['n_latents']} - "
                              "lower k or raise latents")
@@ -444,6 +464,29 @@ class SPARC(nn.Module):
         i = int(torch.randint(len(self.streams), (), generator=self._generator()))
         return self.streams[i:] + self.streams[:i]
 
+    def drawn_sources(self):
+        """Whose codes rebuild stream t in this step: {t: [t, others]}, see `targets`.
+
+        The streams are put on a circle at random; each code rebuilds the n streams that follow its
+        own. So every ordered pair has the chance n / (M - 1), and every stream n sources.
+        """
+        M, n = len(self.streams), self.targets
+        if not self.lam:
+            return {t: [t] for t in self.streams}
+        if n is None or n >= M - 1:
+            return dict.fromkeys(self.streams, self.streams)
+        g = self._generator()
+        torch.randint(M, (), generator=g)                    # the draw of `drawn_streams`
+        circle = [self.streams[i] for i in torch.randperm(M, generator=g)]
+        return {t: [circle[i - j] for j in range(n + 1)] for i, t in enumerate(circle)}
+
+    @property
+    def cross_weight(self):
+        """lambda of Eq. 14, where it sums over drawn pairs for the share that they are."""
+        M, n = len(self.streams), self.targets
+        drawn = n is not None and n < M - 1 and self.reduction == "sum"
+        return self.lam * (M - 1) / n if drawn else self.lam
+
     def _generator(self):
         """Of what a step draws: by seed and step alone, so that resuming is exact."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
@@ -533,7 +576,7 @@ class SPARC(nn.Module):
         for mode in modes:
             codes = self._codes(c, self._support(c, mode, here), here)
             own, cross, aux = self._terms(c, weight, codes, here)
-            total = total + self.reduce(own) + self.lam * self.reduce(cross)         # Eq. 14
+            total = total + self.reduce(own) + self.cross_weight * self.reduce(cross)    # Eq. 14
             total = total + self.aux_coef * self.reduce(aux)
             for name, new in (("self", own), ("cross", cross), ("aux", aux)):
                 terms[name] += [v.detach() for v in new]
@@ -545,20 +588,21 @@ class SPARC(nn.Module):
         """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M*(M-1)), aux,
         without the pairs of streams that no sample of the batch has.
 
-        x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources go
-        through one product, the codes of one sample in neighbouring rows: their supports overlap,
-        and the dictionary rows that one needs are still in the cache when the next does. It halves
-        the time.
+        x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources of a
+        target go through one product, the codes of one sample in neighbouring rows: their supports
+        overlap, and the dictionary rows that one needs are still in the cache when the next does.
+        It halves the time.
         """
-        own, cross, aux, pattern = [], [], [], None
+        own, cross, aux, before, drawn = [], [], [], None, self.drawn_sources()
         for t in c:
-            sources = list(c) if self.lam else [t]
-            if pattern is None or not self.lam:
+            sources = drawn[t]
+            if sources is not before:                        # with all pairs one pattern serves
+                before = sources
                 indices, values = (torch.stack([codes[s][i] for s in sources], 1).flatten(0, 1)
                                    for i in (0, 1))
-                pattern = self._pattern(indices)                                     # (B*M, k)
+                pattern = self._pattern(indices)                     # (B*sources, k)
             y = _Product.apply(values, self.W_dec[t], pattern, _combine)
-            e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)               # (B, M, d_t)
+            e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)       # (B, sources, d_t)
             energy = torch.linalg.vector_norm(e, dim=2).square()
             for s, term in self._pairs(t, sources, weight[t], energy):               # Eq. 13
                 (own if s == t else cross).append(term)
@@ -568,8 +612,8 @@ class SPARC(nn.Module):
         return own, cross, aux
 
     def _pairs(self, t, sources, weight, energy):
-        """(source, its NMSE in t), if any sample has both; energy (B, sources) of the errors, weight
-        (B,) or, with gaps, (B, M)."""
+        """(source, its NMSE in t) where any sample has both; energy (B, sources) of the errors,
+        weight (B,) or, with gaps, (B, M)."""
         if weight.dim() == 1:
             return zip(sources, weight @ energy)
         weight = weight[:, [self.streams.index(s) for s in sources]]
@@ -689,7 +733,7 @@ class SAE(SPARC):
                              "give numbers above 0, or sparsity 0")
         k = k if "topk" in activation else min(k, n_latents)
         super().__init__(dims, n_latents, k, "local", 0., **shared)
-        for name in ("topk", "lam", "reduction"):
+        for name in ("topk", "lam", "reduction", "targets"):
             del self.config[name]
         self.config |= dict(activation=activation, sparsity=sparsity, error=error, revive=revive,
                             bandwidth=bandwidth, threshold=threshold)
@@ -959,15 +1003,16 @@ def train_step(model, optimiser, x):
     return {"loss": total.detach(), **parts}
 
 
-def settings_for(n, latents=None, k=None, batch=None, epochs=None):
+def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
     """Settings that fit n training samples; what is given stays. Returns a dict of latents, k,
-    batch, lr, epochs, steps, norm, dead_after.
+    batch, lr, epochs, steps, norm, dead_after, targets.
 
     A third as many latents as samples and an eighth of them kept (but 40: with fewer even small
     files are rebuilt badly), at least 1,000 steps of a tenth of the samples, every dimension
     standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning
     rate falls with the root of L (Gao et al. 2024). One stream is served as well: more latents
-    rebuild its training samples better, and held-out ones no better.
+    rebuild its training samples better, and held-out ones no better. Up to four streams each code
+    rebuilds all others in every step, of more two others: the cost of Eq. 14 grows with M^2.
     """
     def power_of_two(most, least, limit):
         return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
@@ -978,7 +1023,8 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None):
     steps = epochs * epoch
     return {"latents": L, "k": k or min(max(L // 8, 40), 64, L), "batch": batch,
             "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
-            "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4))}
+            "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4)),
+            "targets": max(1, streams - 1) if streams <= 4 else 2}
 
 
 def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):

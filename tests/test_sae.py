@@ -1,4 +1,5 @@
 """Claims about sae.py, held against the dense textbook form, the authors' outputs, closed forms and planted truth."""
+import itertools
 import os
 import pathlib
 import shutil
@@ -340,6 +341,74 @@ def test_random_topk_lets_one_stream_choose_for_all_and_draws_it_anew_each_step(
     assert torch.equal(codes["a"].indices.sort(1)[0], model.encode(x, "alone")[drawn[-1]].indices.sort(1)[0])
 
 
+# -- a few pairs of streams a step -------------------------------------------------------------------------------------
+
+def five(**kw):
+    dims = {"a": 6, "b": 5, "c": 7, "d": 4, "e": 3}
+    g = torch.Generator().manual_seed(2)
+    return SPARC(dims, 32, 4, norm="l2", **kw).double(), {s: torch.randn(8, d, generator=g).double() for s, d in dims.items()}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("targets", [1, 2, 3])
+def test_the_mean_gradient_over_all_choices_of_targets_is_that_of_all_pairs(targets, reduction, monkeypatch):
+    model, x = five(topk="both", targets=targets, reduction=reduction, lam=.7)
+    everything, _ = five(topk="both", reduction=reduction, lam=.7)
+    orders = [torch.tensor(order) for order in itertools.permutations(range(5)) if order[0] == 0]     # circles
+    losses, slopes = [], []
+    for order in orders:
+        monkeypatch.setattr(torch, "randperm", lambda n, generator, order=order: order)
+        losses.append(model.loss(x)[0])
+        slopes.append(gradients(model, losses[-1]))
+    assert torch.stack(losses).std() > 1e-3
+    full = everything.loss(x)[0]
+    same(torch.stack(losses).mean(), full, 1e-12)
+    for name, g in gradients(everything, full).items():
+        same(torch.stack([one[name] for one in slopes]).mean(0), g, 1e-12)
+
+
+def test_every_pair_of_streams_is_drawn_as_often_and_by_the_step_alone():
+    model, _ = five(targets=2, topk="random")
+    met, with_first = {}, {}
+    for step in range(2000):
+        model.step.fill_(step)
+        drawn = model.drawn_sources()
+        assert drawn == model.drawn_sources()
+        assert all(len(v) == 3 == len({*v}) and v[0] == t for t, v in drawn.items())
+        assert all(sum(s in v for v in drawn.values()) == 3 for s in drawn)
+        for t, others in drawn.items():
+            for s in others[1:]:
+                met[s, t] = met.get((s, t), 0) + 1
+                if s == model.drawn_streams()[0]:            # who chooses has no say in who rebuilds
+                    with_first[s, t] = with_first.get((s, t), 0) + 1
+    assert len(met) == len(with_first) == 20
+    assert all(abs(n - 1000) < 110 for n in met.values()) and all(abs(n - 200) < 65 for n in with_first.values())
+
+
+def test_targets_change_nothing_where_all_pairs_are_few_and_cross_terms_nothing_without_lambda():
+    for kw in ({"targets": 4}, {"targets": 9}):
+        model, x = five(**kw)
+        assert torch.equal(model.loss(x)[0], five()[0].loss(x)[0])
+    model, x = five(targets=1, lam=0.)
+    assert model.loss(x)[1]["cross"] == 0 and torch.equal(model.loss(x)[0], five(lam=0.)[0].loss(x)[0])
+
+
+def test_the_gather_kernels_give_the_same_in_pieces(monkeypatch):
+    model, x = make(kernels="gather", topk="both")
+    whole = model.loss(x)[0]
+    slopes = gradients(model, whole)
+    monkeypatch.setattr(sae, "GATHERED", 200)                # five samples of four rows of ten
+    pieces = model.loss(x)[0]
+    same(pieces, whole, 1e-14)
+    for name, g in gradients(model, pieces).items():
+        same(g, slopes[name], 1e-14)
+    widest = []
+    monkeypatch.setattr(sae.Pattern, "pieces", lambda p, d, ask=sae.Pattern.pieces: widest.extend(
+        len(p.indices[i]) * p.indices.shape[1] * d for i in ask(p, d)) or ask(p, d))
+    model.loss(x)
+    assert 0 < max(widest) <= 200
+
+
 # -- samples that lack streams -----------------------------------------------------------------------------------------
 
 def with_gaps(x):
@@ -369,6 +438,8 @@ def slow_loss(model, x):
         own, cross = [], []
         for s in streams:
             for t in streams:
+                if s not in model.drawn_sources()[t]:
+                    continue
                 errors = []
                 for i in range(B):
                     if s in there[i] and t in there[i] and v[i, t].norm() > 0:
@@ -376,16 +447,21 @@ def slow_loss(model, x):
                         errors.append((v[i, t] - x_hat).square().sum() / v[i, t].square().sum())
                 if errors:
                     (own if s == t else cross).append(sum(errors) / len(errors))
-        total = total + model.reduce(own) + model.lam * model.reduce(cross)
+        weight = model.lam if reduction_of_all(model) else model.lam * (len(streams) - 1) / model.targets
+        total = total + model.reduce(own) + weight * model.reduce(cross)
     return total
+
+
+def reduction_of_all(model):
+    return model.targets is None or model.targets >= len(model.streams) - 1 or model.reduction == "mean"
 
 
 @pytest.mark.parametrize("kernels", ["csr", "gather"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("topk", sae.TOPK)
 def test_with_gaps_loss_and_gradients_equal_a_loop_over_samples_and_pairs(topk, reduction, kernels):
-    for M, step in ((2, 0), (3, 0), (3, 3)):
-        model, x = make(M, topk=topk, reduction=reduction, kernels=kernels, lam=.7, L=20)
+    for M, step, targets in ((2, 0, None), (3, 0, None), (3, 3, 1)):
+        model, x = make(M, topk=topk, reduction=reduction, kernels=kernels, lam=.7, L=20, targets=targets)
         model.step.fill_(step)
         x["a"][7] = 0
         x = with_gaps(x)
@@ -553,7 +629,7 @@ def test_a_dictionary_row_is_what_a_latent_adds_to_the_raw_features():
 
 @pytest.mark.parametrize("kw, message", [
     ({"k": 65}, "k=65 must lie in 1..latents=64 - lower k or raise latents"), ({"k": 0}, "k=0 must lie"),
-    ({"topk": "all"}, "topk='all' - use one of global"), ({"norm": "l1"}, "norm='l1'"), ({"dims": {}}, "no streams"),
+    ({"targets": 0}, "targets=0 - give 1 or more"), ({"topk": "all"}, "topk='all' - use one of global"), ({"norm": "l1"}, "norm='l1'"), ({"dims": {}}, "no streams"),
     ({"dims": {"x.y": 3}}, "stream name 'x.y' cannot name a parameter"), ({"dims": {"keys": 3}}, "'keys' cannot name"),
     ({"dims": {"training": 3}}, "stream name 'training' cannot name"),
     ({"dims": {"_parameters": 3}}, "'_parameters' cannot name"),
@@ -1006,10 +1082,10 @@ def test_impossible_saes_are_refused(kw, message):
 
 # -- training and files ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("topk", sae.TOPK)
-def test_a_resumed_model_ends_bit_identical(topk, tmp_path):
+@pytest.mark.parametrize("topk, targets", [*((topk, None) for topk in sae.TOPK), ("random", 1), ("both", 1)])
+def test_a_resumed_model_ends_bit_identical(topk, targets, tmp_path):
     def fresh():
-        model, x = make(dtype=torch.float32, topk=topk, dead_after=4, reinit_after=3)
+        model, x = make(dtype=torch.float32, topk=topk, dead_after=4, reinit_after=3, targets=targets)
         g = torch.Generator().manual_seed(3)
         batches = [{s: torch.randn(16, d, generator=g) for s, d in DIMS.items()} for _ in range(30)]
         return model, sae.make_optimiser(model, 1e-2), batches
@@ -1115,6 +1191,7 @@ def test_settings_follow_the_number_of_samples_up_to_the_thesis_s(n, latents, k,
     assert (found["latents"], found["k"], found["batch"], found["steps"]) == (latents, k, batch, steps)
     assert found["steps"] == found["epochs"] * -(-n // batch) and found["dead_after"] == min(1000, steps // 4)
     assert found["lr"] == pytest.approx(2e-4 * (2 ** 14 / latents) ** .5)
+    assert [sae.settings_for(n, streams=M)["targets"] for M in (1, 2, 4, 5, 40)] == [1, 1, 3, 2, 2]
     assert sae.settings_for(n, latents=6)["k"] == 6 and sae.settings_for(n, epochs=3)["steps"] == 3 * -(-n // batch)
 
 
