@@ -28,18 +28,16 @@ Deviations   from the authors' code: rows are never joined by position alone, wi
              a sixteenth), and no tiles reach over a slide's edge (CLAM's do).
 Ours         the made-up streams and tissue; weaker colour changes and pathology's turns in `Crops`.
 """
+import contextlib
 import functools
 import graphlib
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
 import pathlib
 import re
-import sys
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from xml.etree import ElementTree
@@ -55,7 +53,6 @@ RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "imag
             "grid", "mask", "boxes")
 SPLITS = ("train", "val", "test")
 LARGEST = np.float32(1e15)  # of a feature: sums of squares must stay below 3e38, float32's end
-MOST_LABELS = 10 ** 6       # greater numbers are no classes, and would each take a column
 
 
 class InputError(ValueError):
@@ -90,7 +87,7 @@ class Samples:
 
 @dataclass
 class Features(Samples):
-    """Streams of the same N samples, always with a split.
+    """Streams of the same N samples.
 
     streams      dict stream -> (N, d_s) or (N, T, d_s) array of floats, perhaps memory-mapped
     parents      taxonomy: dict name -> name of its parent, None for the root; or empty
@@ -111,12 +108,12 @@ class Features(Samples):
     folder: str = "."
 
     def __len__(self):
-        return len(self.split)
+        return len(next(iter(self.streams.values())))
 
     def picture(self, row):
         """A sample's picture in RGB, or None where there is none that can be read."""
         try:
-            return _picture(self.about["images"][row], self.folder)
+            return open_image(self.about["images"][row], folder=self.folder)
         except (KeyError, InputError):
             return None
 
@@ -183,20 +180,19 @@ class Features(Samples):
     def statistics(self, rows, block=4096):
         """Mean and standard deviation (d_s,) over those of `rows` that have the stream, read block
         by block: dict of stream."""
-        total, square = ({s: 0. for s in self.streams} for _ in range(2))
         there = {s: rows[self.has(s, rows)] for s in self.streams}
-        n = {s: len(some) for s, some in there.items()}
-        shift = {s: self.batch(some[:1])[s][0].double() for s, some in there.items()}
-        for start in range(0, len(rows), block):             # shifted, not to cancel
+        total, shift = {}, {s: self.batch(some[:1])[s][0].double() for s, some in there.items()}
+        for start in range(0, len(rows), block):
             part = rows[start:start + block]
-            for s, x in self.batch(part).items():
-                x = (x.double() - shift[s]).numpy()[self.has(s, part)]         # (block, d_s)
-                total[s] = total[s] + x.sum(0)
-                square[s] = square[s] + (x * x).sum(0)
-        mean = {s: torch.from_numpy(total[s] / n[s]) for s in self.streams}
-        std = {s: (torch.from_numpy(square[s] / n[s]) - mean[s] ** 2).clamp(min=0).sqrt()
-               for s in self.streams}
-        return {s: ((mean[s] + shift[s]).float(), std[s].float()) for s in self.streams}
+            for s, x in self.batch(part).items():            # (block, d_s), shifted not to cancel
+                x = (x.double() - shift[s]).numpy()[self.has(s, part)]
+                total[s] = total.get(s, 0) + np.stack([x.sum(0), (x * x).sum(0)])
+        out = {}
+        for s, sums in total.items():
+            mean, square = torch.from_numpy(sums / len(there[s]))
+            std = (square - mean ** 2).clamp(min=0).sqrt()
+            out[s] = (mean + shift[s]).float(), std.float()
+        return out
 
     def shuffled(self, seed):
         """The null: every stream but the first permuted inside each split; nothing is shared. A
@@ -212,8 +208,7 @@ class Features(Samples):
 
 
 class Batches:
-    """Which rows form training batch number `step`: of the step alone, so that a resumed run sees
-    the same.
+    """Which rows form batch `step`: of the step alone, so that a resumed run sees the same.
 
     shuffle="blocks": contiguous blocks of `rows` in random order (thesis A.1.2, "Data Loading
     Optimization"): what makes memory-mapped folders fast. "samples": every epoch a new permutation.
@@ -221,77 +216,64 @@ class Batches:
     """
 
     def __init__(self, rows, batch, seed, shuffle="blocks", drop_last=False):
-        self.all, self.batch, self.seed, self.shuffle = rows, batch, seed, shuffle
+        self.all, self.batch, self.seed, self.blocks = rows, batch, seed, shuffle == "blocks"
         self.epoch = max(len(rows) // batch, 1) if drop_last else -(-len(rows) // batch)
         self._epoch, self._order = None, None
 
     def rows(self, step):
         epoch, i = divmod(step, self.epoch)
-        blocks = self.shuffle == "blocks"
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, 0, epoch])
-            self._order = rng.permutation(self.epoch if blocks else len(self.all))
+            self._order = rng.permutation(self.epoch if self.blocks else len(self.all))
             self._epoch = epoch
-        if blocks:
-            i = self._order[i]
+        i = self._order[i] if self.blocks else i
         batch = slice(i * self.batch, (i + 1) * self.batch)
-        return self.all[batch] if blocks else self.all[np.sort(self._order[batch])]
+        return self.all[batch] if self.blocks else self.all[np.sort(self._order[batch])]
 
 
 # ---- Feature files -------------------------------------------------------------------------------
 
-def read_features(path, streams=None, taxonomy=None, seed=42):
+def read_features(path, streams=None, taxonomy=None, seed=42, most=3):
     """Read and check a feature file (see the top of this module).
 
     streams: names to use, in this order; all by default. taxonomy: a JSON file, see
-    `read_taxonomy`. seed: of the split, when the file has none.
+    `read_taxonomy`. seed: of the split, when the file has none; None to draw none. most: dimensions
+    of a stream.
     """
-    arrays = _Source(path)
-    names = list(dict.fromkeys(streams or arrays.streams))
-    for s in names:
-        if s not in arrays.streams:
-            there = ", ".join(arrays.streams) or "none"
-            raise InputError(f"{path} has no stream '{s}' - it has {there}")
-    if not names:
+    arrays = Source(path)
+    x = {s: _stream(arrays, s, most) for s in streams or arrays.streams}
+    if not x:
         raise InputError(f"{path} holds no stream - give a floating array (N, d) under its name")
-    x = {s: _stream(arrays, s) for s in names}
-    n, *tokens = x[names[0]].shape[:-1]
+    first, n, *tokens = next(iter(x)), *next(iter(x.values())).shape[:-1]
     for s, a in x.items():
-        if [*a.shape[:-1]] != [n, *tokens]:
-            first = x[names[0]].shape
-            raise InputError(f"stream '{s}' has shape {a.shape} but '{names[0]}' {first} - give "
-                             "the same samples, with as many tokens")
+        if a.shape[:-1] != (n, *tokens):
+            raise InputError(f"stream '{s}' has shape {a.shape} but '{first}' {x[first].shape} - "
+                             "give the same samples, with as many tokens")
     told = _told(arrays, n, seed)
     out = Features(x, **told, boxes=_read_boxes(arrays, n, len(told["label_names"])),
                    folder=os.path.dirname(os.path.abspath(path)))
     if tokens and "grid" in arrays:
         grid = arrays.checked("grid", "two numbers: rows and columns", (np.number, 2))
         if not (grid > 0).all() or grid.prod() != tokens[0]:
-            raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give their rows "
-                             "and columns")
+            raise InputError(f"'grid' is {grid.tolist()} for {tokens[0]} tokens - give its sides")
         out.grid = int(grid[0]), int(grid[1])
     if taxonomy:
         out.parents = read_taxonomy(taxonomy, out.label_names)
-    _scan(out)
-    return out
+    return _scan(out)
 
 
-def stream_names(path):
-    """The names of the streams in a feature file."""
-    return _Source(path).streams
-
-
-class _Source:
+class Source:
     """The arrays of an .npz or of a folder of .npy, by key, read when asked for; a folder's are
     memory-mapped. What else lies there is passed over."""
 
     def __init__(self, path):
-        self.path, self.npz = path, None
+        self.path, self.npz, self.made = path, None, {}
         if os.path.isdir(path):
             names = sorted(os.listdir(path))
         else:
-            self.npz = _load(path, lambda: np.load(plain_file(path), allow_pickle=False))
-            if not isinstance(self.npz, np.lib.npyio.NpzFile):
+            with reading(path, ".npz file"):
+                self.npz = np.load(path, allow_pickle=False)
+            if isinstance(self.npz, np.ndarray):
                 raise InputError(f"{path} holds an array without a name - write it by numpy.savez")
             names = self.npz.zip.namelist()
         self.keys = [name[:-4] for name in names if name.endswith(".npy")]
@@ -301,12 +283,16 @@ class _Source:
                 raise InputError(f"{path} has the key {key!r} - name it in printable letters")
 
     def __contains__(self, key):
-        return key in self.keys
+        return key in self.keys or key in self.made
 
     def __getitem__(self, key):
+        if key in self.made:
+            return self.made[key]
         if self.npz is None:
             return _load_npy(os.path.join(self.path, f"{key}.npy"))
-        return _load(f"{self.path}, key '{key}'", lambda: self._member(f"{key}.npy"))
+        what = f"{self.path}, key '{key}'"
+        with reading(what, "array of an .npz file"):
+            return _plain(self._member(f"{key}.npy"), what)
 
     def _member(self, name):
         """An array of the .npz, if it declares the size that it has: numpy makes room for what is
@@ -323,31 +309,29 @@ class _Source:
     def get(self, key):
         return self[key] if key in self else None
 
+    def need(self, *keys, give):
+        """Refuse a file that lacks one of the keys; give: what to do about it."""
+        for key in keys:
+            if key not in self:
+                raise InputError(f"{self.path} lacks '{key}' - give {give}")
+
     def checked(self, key, wanted, *allowed):
         """The array of a key, or None without it. It must be as one of `allowed`, each (a kind of
         numpy, *shape), where None is any length."""
         a = self.get(key)
-        for kind, *shape in allowed if a is not None else ():
+        if a is None:
+            return None
+        for kind, *shape in allowed:
             alike = len(shape) == a.ndim and all(n in (None, m) for n, m in zip(shape, a.shape))
             if alike and np.issubdtype(a.dtype, kind):
                 return a
-        if a is not None:
-            raise InputError(f"'{key}' has shape {a.shape} and type {a.dtype} - give {wanted}")
-        return None
+        raise InputError(f"'{key}' has shape {a.shape} and type {a.dtype} - give {wanted}")
 
 
 def read_arrays(path):
     """All arrays of an .npz, or of a folder of .npy, by key; nothing is unpickled."""
-    source = _Source(path)
+    source = Source(path)
     return {key: source[key] for key in source.keys}
-
-
-def read_vector(path):
-    """One vector (d,) from a .npy, as a float32 tensor."""
-    x = _load_npy(path)
-    if x.ndim != 1 or not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all():
-        raise InputError(f"{path} does not hold one vector of finite numbers - use numpy.save")
-    return torch.from_numpy(x.astype(np.float32))
 
 
 def plain_file(path):
@@ -368,51 +352,50 @@ def plain_name(name, source):
 
 def read_json(path):
     """What a JSON file holds."""
-    with open(plain_file(path), "rb") as f:
-        text = f.read()
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not readable JSON ({e}) - write or restore it")
+    with reading(path, "JSON file"), open(path, "rb") as f:
+        return json.loads(f.read())
 
 
-def _load(what, read):
-    """The array or .npz that read() returns, or an InputError saying what is wrong with it."""
+@contextlib.contextmanager
+def reading(path, what):
+    """Whatever is raised of the file `path`, which is to be a `what`, becomes one line: libraries
+    raise many kinds of errors for files that are cut off, damaged, or of another format."""
     try:
-        x = read()
-        if not isinstance(x, np.ndarray):
-            return x
-        if x.dtype.kind not in "biufUS":
-            raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
-        if x.dtype.kind == "U":
-            "".join(x.ravel().tolist()).encode().decode()    # a ValueError for what is no text
-        return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+        plain_file(path)
+        yield
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"no file or folder {what} - check the path")
-    except PermissionError:
-        raise InputError(f"{what} may not be read - check its permissions")
+        raise InputError(f"no file or folder {path} - check the path")
     except MemoryError:
-        raise InputError(f"{what} does not fit into memory - save it as a folder of .npy files")
-    except ValueError as e:
-        if "Object array" in str(e):
-            raise InputError(f"{what} is an array of Python objects - save numbers or strings")
-        raise InputError(f"{what} is not a readable .npz or .npy file - write it by numpy.savez")
-    except Exception:                    # numpy and zipfile raise many kinds for broken files
-        raise InputError(f"{what} is cut off or damaged - write it again")
+        raise InputError(f"{path} does not fit into memory - give a folder of .npy")
+    except Exception as e:
+        why = " ".join(str(e).split())[:120] or type(e).__name__
+        raise InputError(f"{path} is not a readable {what} ({why}) - write it again")
+
+
+def _plain(x, what):
+    """The array x, if it holds numbers or text; text that comes as UTF-8 bytes is decoded."""
+    if x.dtype.kind not in "biufUS":
+        raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
+    if x.dtype.kind == "S":
+        return np.char.decode(x, "utf-8", "replace")
+    if x.dtype.kind == "U":
+        "".join(x.ravel().tolist()).encode().decode()        # a ValueError for what is no text
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def _load_npy(path):
     """One array, memory-mapped, which also checks the size that it declares."""
-    x = _load(path, lambda: np.load(plain_file(path), "r", allow_pickle=False))
-    if not isinstance(x, np.ndarray):
-        raise InputError(f"{path} holds several arrays - save one by numpy.save")
-    return x
+    with reading(path, ".npy file"):
+        return _plain(np.lib.format.open_memmap(path, "r"), path)
 
 
 def _stream(arrays, name, most=3):
     """A stream's array, of two dimensions or at most `most`."""
+    if name not in arrays.streams:
+        there = ", ".join(arrays.streams) or "none"
+        raise InputError(f"{arrays.path} has no stream '{name}' - it has {there}")
     x = arrays[name]
     if not np.issubdtype(x.dtype, np.floating):
         raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
@@ -425,16 +408,15 @@ def _stream(arrays, name, most=3):
 
 
 def _told(arrays, n, seed=None):
-    """What a file says of its n samples: the fields of `Samples`, bytes as str. With a seed there
-    is always a split."""
-    about, notes = {}, []
-    pixels = [(np.uint8, n, None, None), (np.uint8, n, None, None, 3)]
-    for key in ("ids", "groups", "captions", "split", "images"):
-        found = arrays.checked(key, f"(N,) values, N = {n}", (np.generic, n)) if key != "images" \
-            else arrays.checked(key, f"(N,) paths or (N, H, W[, 3]) uint8, N = {n}",
-                                (np.character, n), *pixels)
-        if found is not None:
-            about[key] = _texts(found) if found.dtype.kind == "S" else found
+    """What a file says of its n samples: the fields of `Samples`. With a seed there is always a
+    split."""
+    each, pixels, notes = (np.generic, n), (np.uint8, n, None, None), []
+    about = {key: arrays.checked(key, f"(N,) values, N = {n}", each)
+             for key in ("ids", "groups", "captions", "split")}
+    about["coords"] = arrays.checked("coords", f"(N, 4) numbers, N = {n}", (np.number, n, 4))
+    about["images"] = arrays.checked("images", f"(N,) paths or (N, H, W[, 3]) uint8, N = {n}",
+                                     (np.character, n), pixels, (*pixels, 3))
+    about = {key: a for key, a in about.items() if a is not None}
     labels, names, mask = _read_labels(arrays, n)
     split, groups = about.pop("split", None), about.get("groups")
     if split is not None or seed is not None:
@@ -447,33 +429,26 @@ def _told(arrays, n, seed=None):
     return dict(labels=labels, label_names=names, mask=mask, about=about, split=split, notes=notes)
 
 
-def _texts(a):
-    """An array of str, or of UTF-8 bytes, as one of str."""
-    return np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a.astype(str)
-
-
 def _read_labels(arrays, n):
     """(labels, names, mask) of a file of n samples, as in `Samples`; a mask of (N,) labels has made
     them negative."""
-    labels, names = arrays.get("labels"), arrays.get("label_names")
     mask = arrays.checked("mask", "(N,) booleans, False = labels not known", (np.bool_, n))
-    if labels is None:
+    if "labels" not in arrays:
         return None, [], None
+    labels, names = arrays["labels"], None
     if labels.ndim and len(labels) != n:
         raise InputError(f"'labels' has {len(labels)} entries for {n} samples - give one each")
-    names = None if names is None else _texts(np.atleast_1d(names)).ravel().tolist()
-    if labels.ndim == 1 and labels.dtype.kind in "US":
-        words = _texts(labels).tolist()
-        names = sorted({*words} - {""}) if names is None else names
+    if "label_names" in arrays:
+        names = np.ravel(arrays["label_names"]).astype(str).tolist()
+    if labels.ndim == 1 and labels.dtype.kind == "U":
+        names = sorted({*labels.tolist()} - {""}) if names is None else names
         number = {"": -1, **{name: i for i, name in enumerate(names)}}
-        for row, word in enumerate(words):
+        for row, word in enumerate(labels.tolist()):
             if word not in number:
                 raise InputError(f"'labels' row {row} is {word[:40]!r}, no 'label_names' - add it")
-        labels = np.array([number[word] for word in words])
+        labels = np.array([number[word] for word in labels.tolist()])
     labels, count = _numbers(labels, names)
     if names is None:
-        if count > max(n, 1000):                             # each takes memory
-            raise InputError(f"'labels' go up to {count - 1} for {n} samples - number them from 0")
         names = [f"label {i}" for i in range(count)]
     if len(names) < count or labels.ndim == 2 and len(names) != count:
         raise InputError(f"'label_names' has {len(names)} names for {count} labels - give one each")
@@ -489,7 +464,7 @@ def _numbers(labels, names):
         labels = labels[:, 0]                                # as MedMNIST has it
     if whole and labels.ndim == 1:
         most = int(labels.max()) if labels.size else -1
-        if most >= MOST_LABELS:
+        if most >= max(len(labels), 1000, len(names or ())):       # each takes a column
             row = labels.argmax()
             raise InputError(f"'labels' row {row} is {most} - number the classes from 0")
         return labels.astype(np.int64), max(most + 1, 0)
@@ -519,10 +494,9 @@ def _split(given, groups, n, seed):
     """(N,) of train / val / test: as given; else 80 % of the groups, or of the samples, train, the
     rest val (thesis A.1.2)."""
     if given is not None:
-        split = _texts(given)
-        for row in np.flatnonzero(~np.isin(split, SPLITS))[:1]:
-            raise InputError(f"'split' row {row} is '{split[row]}' - use train, val or test")
-        return split
+        for row in np.flatnonzero(~np.isin(given, SPLITS))[:1]:
+            raise InputError(f"'split' row {row} is '{given[row]}' - use train, val or test")
+        return given
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     order = np.random.default_rng([seed, 2]).permutation(unit.max() + 1)
     held_out = order[round(0.8 * len(order)):]
@@ -544,9 +518,9 @@ def _scan(features, block_bytes=1 << 24):
             bad &= ~lacks[s][start:start + step]
             if bad.any():
                 finite = np.isfinite(block[bad.argmax()]).all()
-                what, do = ("numbers beyond 1e15", "scale") if finite else ("NaN or Inf", "mend")
+                what = "numbers beyond 1e15" if finite else "NaN or Inf"
                 raise InputError(f"stream '{s}' has {what} in {bad.sum()} or more rows, first row "
-                                 f"{start + bad.argmax()} - {do} them")
+                                 f"{start + bad.argmax()} - mend or scale them")
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:
@@ -567,6 +541,7 @@ def _scan(features, block_bytes=1 << 24):
     for a in (features.label_names, sorted(features.parents.items(), key=str)):
         digest.update(repr(a).encode())
     features.hash = digest.hexdigest()[:16]
+    return features
 
 
 def read_taxonomy(path, label_names):
@@ -574,40 +549,27 @@ def read_taxonomy(path, label_names):
     "Subcategory": [...]} as Open Images has it (a name that stands twice counts where it is
     deepest). Returns dict name -> parent or None: one root, no cycle, every label in it.
     """
-    if not os.path.exists(path):
-        raise InputError(f"no taxonomy at {path} - check the path")
-    tree = read_json(path)
-    if isinstance(tree, dict) and "LabelName" in tree:
-        parents = _nested_taxonomy(path, tree)
-    elif isinstance(tree, dict) and all(v is None or isinstance(v, str) for v in tree.values()):
-        parents = tree
-    else:
-        raise InputError(f"{path} holds a {type(tree).__name__}, no taxonomy - give one by names")
-    for child, parent in parents.items():
-        if parent is not None and parent not in parents:
-            raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - add it")
+    parents = tree = read_json(path)
+    with reading(path, "taxonomy"):
+        if "LabelName" in tree:
+            parents, queue = {}, [(tree, None)]              # breadth first: last seen is deepest
+            for node, parent in queue:
+                parents[node["LabelName"]] = parent
+                queue += [(child, node["LabelName"]) for child in node.get("Subcategory", [])]
+        for child, parent in parents.items():
+            if parent is not None and parent not in parents:
+                raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - add it")
+    above = {child: [parent] for child, parent in parents.items() if parent is not None}
     try:
-        graphlib.TopologicalSorter({k: [v] for k, v in parents.items() if v is not None}).prepare()
+        graphlib.TopologicalSorter(above).prepare()
     except graphlib.CycleError as e:
         raise InputError(f"taxonomy: '{min(e.args[1])}' is its own ancestor - break the cycle")
-    roots = sum(v is None for v in parents.values())
-    if roots != 1:
-        raise InputError(f"taxonomy has {roots} roots - give exactly one entry the parent null")
+    if len(parents) - len(above) != 1:
+        raise InputError(f"taxonomy has {len(parents) - len(above)} roots - give exactly one entry "
+                         "the parent null")
     for name in label_names:
         if name not in parents:
             raise InputError(f"taxonomy lacks the label '{name}' - add it")
-    return parents
-
-
-def _nested_taxonomy(path, tree):
-    parents, queue = {}, [(tree, None)]                      # breadth first: last seen is deepest
-    for node, parent in queue:
-        below = node.get("Subcategory", []) if isinstance(node, dict) else None
-        if not isinstance(below, list) or not isinstance(node.get("LabelName"), str):
-            raise InputError(f"{path}: a node below {parent} has no LabelName, a text, or a "
-                             "Subcategory that is no list - mend it")
-        parents[node["LabelName"]] = parent
-        queue += [(child, node["LabelName"]) for child in below]
     return parents
 
 
@@ -617,29 +579,26 @@ def read_names(path, n_latents):
     if not isinstance(found, dict) or not all(re.fullmatch(r"\d{1,9}", k) for k in found):
         raise InputError(f'{path} is no file of names - write {{"17": "round nucleus"}}')
     names = {int(k): str(v) for k, v in found.items()}
-    wrong = [j for j in names if j >= n_latents] or ["-"][len(names):]
-    if wrong:
-        raise InputError(f"{path}: latent {wrong[0]} is not among the run's {n_latents} - mend it")
+    last = max(names, default="-")
+    if not names or last >= n_latents:
+        raise InputError(f"{path}: latent {last} is not among the run's {n_latents} - mend it")
     return names
 
 
 def read_head(path, d):
     """Weight (d,) and bias of a linear score, from an .npz with `weight` (d,) and `bias` (), or two
     rows of both: one label against the rest."""
-    arrays = _Source(path)
-    for key in ("weight", "bias"):
-        if key not in arrays:
-            raise InputError(f"{path} lacks '{key}' - give weight (d,) and bias ()")
+    give = f"weight ({d},) and bias (), or two rows of both: one label against the rest"
+    arrays = Source(path)
+    arrays.need("weight", "bias", give=give)
     w, b = arrays["weight"], arrays["bias"]
-    if w.dtype.kind not in "biuf" or b.dtype.kind not in "biuf" \
-            or not np.isfinite(w).all() or not np.isfinite(b).all():
-        raise InputError(f"{path} holds something else than finite numbers - mend it")
+    if not all(v.dtype.kind in "biuf" and np.isfinite(v).all() for v in (w, b)):
+        raise InputError(f"{path} holds something else than finite numbers - give {give}")
     w, b = w.astype(np.float64), b.astype(np.float64)
     if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
         w, b = w[1] - w[0], b[1] - b[0]
     if w.size != d or b.size != 1:
-        raise InputError(f"{path} has weight {w.shape} and bias {b.shape} - give ({d},) and (), or "
-                         "two rows of both: one label against the rest")
+        raise InputError(f"{path} has weight {w.shape} and bias {b.shape} - give {give}")
     return w.reshape(-1), float(b.reshape(-1)[0])
 
 
@@ -657,29 +616,26 @@ def relative(paths, out):
 
 # ---- A made-up world -----------------------------------------------------------------------------
 
-def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
+def planted_streams(n=6000, dims=None, seed=42):
     """Streams whose concepts are known: the embedded default, and the truth that tests use.
 
     A sample is a sparse non-negative mixture of concepts: one family is the theme, some concepts
-    come from it, some from anywhere, frequent ones more often. Every stream shows the concepts it
-    sees through its own random unit vectors, bends the result slightly (tanh) and adds its own
-    level of noise. Of the leaves, each stream alone sees two, and each is blind to two others.
+    come from it, some from anywhere, frequent ones more often. Every stream (dims: name -> width)
+    shows the concepts it sees through its own random unit vectors, bends the result slightly (tanh)
+    and adds its own level of noise. Each stream alone sees two concepts, and is blind to two more.
 
-    dims      dict stream -> width     families  kingdoms, families in each, concepts in each
     Returns Features: labels (n, C) bool are the active concepts, `parents` the taxonomy (world >
     kingdom > family > concept), `truth` the concepts' directions; 80 % train, 20 % val.
     """
     dims = dims or {"vision": 64, "text": 48, "sound": 40}
     rng = np.random.default_rng([seed, 3])
-    letters = ("ABCDEFGH", "123456789", "abcdefgh")
-    used = (letter[:n] for letter, n in zip(letters, families))
-    leaves = ["".join(name) for name in itertools.product(*used)]
+    leaves = [a + b + c for a in "ABCD" for b in "123" for c in "abcd"]
     parents = {"world": None}
     for leaf in leaves:                                      # world > A > A1 > A1a
         parents |= {leaf[0]: "world", leaf[:2]: leaf[0], leaf: leaf[:2]}
     C, M = len(leaves), len(dims)
-    family_of = np.arange(C) // families[2]
-    frequency = rng.permutation(1 / (1 + np.arange(C) / 8))  # from 1 down to 1/7, of 48
+    family_of = np.arange(C) // 4
+    frequency = rng.permutation(1 / (1 + np.arange(C) / 8))  # from 1 down to 1/7
     seen = np.ones((C, M), bool)
     special = rng.permutation(C)[:4 * M].reshape(M, 2, 2)
     for m in range(M):
@@ -688,7 +644,7 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
             seen[special[m, 1], m] = False                   # stream m is blind to these
 
     labels = np.zeros((n, C), bool)
-    theme = rng.integers(C // families[2], size=n)
+    theme = rng.integers(C // 4, size=n)
     for i in range(n):
         p = frequency * np.where(family_of == theme[i], 8., 1.)
         labels[i, rng.choice(C, size=rng.integers(2, 6), replace=False, p=p / p.sum())] = True
@@ -700,30 +656,26 @@ def planted_streams(n=6000, dims=None, families=(4, 3, 4), seed=42):
         D *= seen[:, m:m + 1] / np.linalg.norm(D, axis=1, keepdims=True)
         noise = (0.05, 0.1, 0.15)[m % 3] / d ** 0.5 * rng.standard_normal((n, d))
         streams[s], truth[s] = (np.tanh(amount @ D) + noise).astype(np.float32), D
-    out = Features(streams, split=_split(None, None, n, seed), labels=labels, label_names=leaves,
-                   parents=parents, truth=truth)
-    _scan(out)
-    return out
+    return _scan(Features(streams, split=_split(None, None, n, seed), labels=labels,
+                          label_names=leaves, parents=parents, truth=truth))
 
 
 # ---- A made-up tissue: images whose truth is known -----------------------------------------------
 
-# name, lineage, cell radius (of a 64-pixel image), nucleus, cytoplasm or None, granules or None. A
-# nucleus is made of discs (radius, x, y, stretch), in radii of the cell, that are joined, less what
-# lies in another disc.
-LOBES = [(.378, .48 * math.cos(a), .48 * math.sin(a), 1) for a in (0.3, 2.2, 4.4)]
-CELLS = (("lymphocyte", "lymphoid", (5.5, 7.), [(.82, 0, 0, 1)], None, (178, 190, 230), None),
-         ("plasma cell", "lymphoid", (7.5, 9.), [(.5, .38, 0, 1)], None, (168, 132, 200), None),
-         ("neutrophil", "myeloid", (7.5, 9.), LOBES, None, (244, 218, 228), None),
-         ("eosinophil", "myeloid", (7.5, 9.), [(.42, -.42, 0, 1), (.42, .42, 0, 1)], None,
-          (250, 200, 190), (214, 62, 40)),
-         ("monocyte", "myeloid", (8.5, 10.5), [(.75, 0, 0, 1)], (.4125, .5625, 0, 1),
-          (176, 186, 212), None),
-         ("fibroblast", "stromal", (9., 12.), [(.3, 0, 0, 3.2)], None, None, None),
-         ("tumour cell", "epithelial", (9.5, 12.), [(.66, 0, 0, 1)], None, (222, 160, 205), None),
-         ("goblet cell", "epithelial", (9., 11.), [(.95, 0, 0, 1)], (.9025, -.38, 0, 1),
-          (246, 248, 252), None),
-         ("mitosis", "epithelial", (9., 11.), [(.22, 0, 0, 3.)], None, (226, 180, 214), None))
+# name, lineage, cell radius (of a 64-pixel image), nucleus; cytoplasm, granules and cut, if any. A
+# nucleus is made of discs (radius, x, y, stretch), in radii of the cell, that are joined, less the
+# disc `cut`.
+LOBES = [(.378, .48 * math.cos(a), .48 * math.sin(a)) for a in (0.3, 2.2, 4.4)]
+CELLS = (("lymphocyte", "lymphoid", (5.5, 7.), [(.82,)], (178, 190, 230)),
+         ("plasma cell", "lymphoid", (7.5, 9.), [(.5, .38)], (168, 132, 200)),
+         ("neutrophil", "myeloid", (7.5, 9.), LOBES, (244, 218, 228)),
+         ("eosinophil", "myeloid", (7.5, 9.), [(.42, -.42), (.42, .42)], (250, 200, 190),
+          (214, 62, 40)),
+         ("monocyte", "myeloid", (8.5, 10.5), [(.75,)], (176, 186, 212), None, (.4125, .5625)),
+         ("fibroblast", "stromal", (9., 12.), [(.3, 0, 0, 3.2)]),
+         ("tumour cell", "epithelial", (9.5, 12.), [(.66,)], (222, 160, 205)),
+         ("goblet cell", "epithelial", (9., 11.), [(.95,)], (246, 248, 252), None, (.9025, -.38)),
+         ("mitosis", "epithelial", (9., 11.), [(.22, 0, 0, 3.)], (226, 180, 214)))
 GROUNDS = ("pale stroma", "fibres", "vacuoles")
 DISEASES = {"healthy": (4, 1, 2, 1, 2, 5, 0, 3, .1),         # how often it shows each of the CELLS
             "infection": (2, 3, 8, 1, 3, 3, 0, 2, .2),
@@ -734,10 +686,8 @@ NUCLEUS = np.array((92, 48, 140), np.float32)
 
 def tissue(n, size=64, seed=0):
     """Microscope-like fields with known truth: `n` uint8 images of `size` pixels, one to four cells
-    of nine kinds each.
-
-    Every patient's images come from two slides, which differ in stain and focus; a patient's
-    disease shifts the mix of cells. The same seed gives the same bytes. Returns a dict:
+    of nine kinds each. A patient's images come from two slides, which differ in stain and focus; a
+    patient's disease shifts the mix of cells. The same seed gives the same bytes. Returns a dict:
         pixels (n, size, size, 3), captions (n,)
         labels (n, C) bool with label_names: the kinds, mucin and the three grounds
         parents: taxonomy, specimen > cell > lineage > kind, specimen > tissue > ground or mucin
@@ -761,9 +711,8 @@ def tissue(n, size=64, seed=0):
     image, instances = _draw_fields(n, size, ground, mucin, kind, count, rng)
     kinds = [[len(CELLS)] * int(mucin[i]) + kind[i, :count[i]].tolist() for i in range(n)]
     labels = np.zeros((n, len(CELLS) + 1 + len(GROUNDS)), bool)
-    labels[np.arange(n), len(CELLS) + 1 + ground] = True
     for i, found in enumerate(kinds):
-        labels[i, found] = True
+        labels[i, [*found, len(CELLS) + 1 + ground[i]]] = True
     test = np.zeros(patients, bool)
     for d in range(len(DISEASES)):
         mine = rng.permutation(np.flatnonzero(illness == d))
@@ -781,28 +730,18 @@ def tissue(n, size=64, seed=0):
             "split": np.where(test[of], "test", "train")}
 
 
-def patient_slides(pixels, groups, across=4):
-    """Yield (group, (H, W, 3) uint8): a patient's pictures (n, h, w, 3) in rows, as one slide."""
-    for group in np.unique(groups):
-        mine = pixels[groups == group]
-        n, h, w, _ = mine.shape
-        rows = -(-n // across)
-        sheet = np.full((rows * across, h, w, 3), 255, np.uint8)
-        sheet[:n] = mine
-        sheet = sheet.reshape(rows, across, h, w, 3).swapaxes(1, 2)
-        yield group, sheet.reshape(rows * h, across * w, 3)
-
-
 def tissue_files(made):
     """What `tissue` made by the name of the file that it becomes: pictures (h, w, 3) as .png, those
-    of a patient also as a slide in folders of split and disease, dicts of arrays as .npz, of which
-    patients.npz has the diseases as labels, and the taxonomy as .json."""
+    of a patient also as a slide of four columns in folders of split and disease, dicts of arrays as
+    .npz, of which patients.npz has the diseases as labels, and the taxonomy as .json."""
     names = np.array([f"images/{i:05d}.png" for i in range(len(made["pixels"]))])
     files = dict(zip(names.tolist(), made["pixels"]))
-    for group, slide in patient_slides(made["pixels"], made["groups"]):
-        row = np.flatnonzero(made["groups"] == group)[0]
+    for group, row in zip(*np.unique(made["groups"], return_index=True)):
         disease = made["disease_names"][made["disease"][row]]
-        files[f"slides/{made['split'][row]}/{disease}/{group:04d}.png"] = slide
+        pictures = torch.from_numpy(made["pixels"][made["groups"] == group]).movedim(3, 1)
+        slide = vision().utils.make_grid(pictures, 4, padding=0, pad_value=255)
+        name = f"slides/{made['split'][row]}/{disease}/{group:04d}.png"
+        files[name] = slide.movedim(0, 2).numpy()
     kept = {key: v for key, v in made.items() if key not in ("pixels", "parents")}
     about = {key: made[key] for key in ("groups", "split", "captions")}
     return {**files, "tissue.npz": {**kept, "images": names}, "taxonomy.json": made["parents"],
@@ -905,7 +844,7 @@ def _mucin(image, mucin, size, rng):
 def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     """Paint one cell of a kind at `middle` (rows, 2: x, y) into each of the images `rows`, and its
     number into `instances`."""
-    name, _, radii, discs, cut, cytoplasm, granules = cell
+    name, _, radii, discs, cytoplasm, granules, cut = (*cell, None, None, None)[:7]
     m, size, half = len(rows), image.shape[1], int(np.ceil(14 * f))
     r = (rng.uniform(*radii, m) * f).astype(np.float32)[:, None, None]
     corner, step = np.round(middle).astype(int) - half, np.arange(2 * half)
@@ -987,10 +926,7 @@ def _caption(kinds, ground, mucin, rng):
 
 class Words:
     """A word-level tokenizer: 0 pads, words count from 1 in alphabetical order, then `start` and,
-    highest, `end`.
-
-    words: the vocabulary, or None to take every word of `captions` that stands in two or more.
-    """
+    highest, `end`. words: the vocabulary, or None to take what stands in two `captions` or more."""
 
     def __init__(self, captions=None, words=None):
         if words is None:
@@ -1029,10 +965,9 @@ class Merges(Words):
     first in the list is merged, again and again (byte-pair encoding, Sennrich et al. 2016). Knows
     every text.
 
-    merges: list of pairs "a b", lines 2 to 48,895 of CLIP's bpe_simple_vocab_16e6.txt
-    (`read_merges`). Tokens are numbered: 256 bytes, the same at the end of a word, merges, start,
-    end. Letters and digits are Python's, not Unicode's L and N, and broken text is not mended first
-    (CLIP's ftfy and html.unescape).
+    merges: list of pairs "a b" (`read_merges`). Tokens are numbered: 256 bytes, the same at the end
+    of a word, merges, start, end. Letters and digits are Python's, not Unicode's L and N; broken
+    text is not mended first (CLIP's ftfy and html.unescape).
     """
 
     def __init__(self, merges):
@@ -1057,19 +992,12 @@ class Merges(Words):
         """The pieces of a word."""
         pieces = [self.letter[b] for b in word.encode()]     # a letter a byte
         pieces[-1] += "</w>"
-        while len(pieces) > 1:
-            pairs = zip(pieces, pieces[1:])
-            first = min(pairs, key=lambda pair: self.rank.get(pair, len(self.rank)))
-            if first not in self.rank:
-                break
-            out = []
-            for piece in pieces:                             # join it wherever it stands
-                if out and (out[-1], piece) == first:
-                    out[-1] = "".join(first)
-                else:
-                    out.append(piece)
-            pieces = out
-        return pieces
+        while True:
+            ranks = [self.rank.get(pair, math.inf) for pair in zip(pieces, pieces[1:])]
+            if min(ranks, default=math.inf) == math.inf:
+                return pieces
+            i = ranks.index(min(ranks))
+            pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
 
     def pieces(self, text, strict=True):
         return [(self.number[piece], (i, word)) for i, word in enumerate(self.split(text))
@@ -1077,23 +1005,18 @@ class Merges(Words):
 
 
 def read_merges(path):
-    """The merges of CLIP's file, plain or gzipped, without its first line."""
-    try:
-        opened = gzip.open if path.endswith(".gz") else open
-        with opened(plain_file(path), "rt", encoding="utf-8") as f:
-            return f.read().splitlines()[1:48895]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-        why = type(e).__name__
-        raise InputError(f"{path} is not a readable merges file ({why}) - give CLIP's")
+    """The merges of CLIP's bpe_simple_vocab_16e6.txt, plain or gzipped: lines 2 to 48,895."""
+    opened = gzip.open if path.endswith(".gz") else open
+    with reading(path, "merges file"), opened(path, "rt", encoding="utf-8") as f:
+        return f.read().splitlines()[1:48895]
 
 
 def latent_semantics(captions, known, longest=1, width=32):
     """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture.
     (N, width) float32.
 
-    Counts of words, and of runs of up to `longest` words, times the log of how rare they are,
-    scaled to length 1 and projected on the first right singular vectors of the rows `known`, fewer
-    where these span fewer; what stands in none of these is not counted.
+    Counts of words, and of runs of up to `longest` words, that stand in the rows `known`, times the
+    log of how rare they are, scaled to length 1, on the first right singular vectors of these rows.
     """
     grams = []
     for text in captions:
@@ -1133,16 +1056,10 @@ def vision():
     declared, and it is imported again."""
     try:
         import torchvision.transforms
-    except RuntimeError as e:
-        if "torchvision::nms" not in str(e):
-            raise
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        # kept, because its operators go when it does
-        vision.library = torch.library.Library("torchvision", "DEF")
-        takes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    except RuntimeError:
+        vision.library = torch.library.Library("torchvision", "DEF")     # keeps its operators alive
         for name in ("nms", "qnms"):
-            vision.library.define(name + takes)
+            vision.library.define(name + "(Tensor dets, Tensor scores, float limit) -> Tensor")
         import torchvision.transforms
     return torchvision
 
@@ -1153,14 +1070,14 @@ class Images(Samples):
 
     paths    list of N          pixels  (N, H, W[, 3]) uint8 where the file holds them, or None
     boxes    (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one
-    objects  a list of N lists of (name, (x0, y0, x1, y1) in shares of the picture), or None
+    objects  (n, 6) boxes of what is in the pictures, as in a feature file, or None
     side     pixels that a part needs, at least, where a slide has levels
     window   see `as_rgb`
     """
     paths: list
     pixels: np.ndarray = None
     boxes: np.ndarray = None
-    objects: list = None
+    objects: np.ndarray = None
     side: int = 224
     window: tuple = None
 
@@ -1168,7 +1085,8 @@ class Images(Samples):
         """Picture i in RGB."""
         if self.boxes is not None:
             return _slide(self.paths[i], self.window).read(self.boxes[i], self.side)
-        return _picture((self.paths if self.pixels is None else self.pixels)[i], "", self.window)
+        images = self.paths if self.pixels is None else self.pixels
+        return open_image(images[i], window=self.window)
 
     def __len__(self):
         return len(self.paths)
@@ -1177,23 +1095,30 @@ class Images(Samples):
     def whole(self):
         """Whether views must not cut anything off: tiles have no margin, and boxes are shares of
         the whole picture."""
-        return self.boxes is not None or self.objects is not None or "boxes" in self.about
+        return self.boxes is not None or self.objects is not None
 
     def rows(self, *splits):
-        """All, or those of the splits where there is one."""
-        everything = np.arange(len(self))
-        if self.split is None or not splits:
-            return everything
-        return everything[np.isin(self.split, splits)]
+        """Those of the splits; all, where there is no split."""
+        inside = np.ones(len(self)) if self.split is None else np.isin(self.split, splits)
+        return np.flatnonzero(inside)
+
+    def take(self, rows):
+        """The pictures `rows`, which may repeat, without their objects."""
+        known = {key: a[rows] for key, a in self._arrays().items()}
+        return replace(self, paths=[self.paths[i] for i in rows], objects=None, **known,
+                       about={key: a[rows] for key, a in self.about.items()})
+
+    def _arrays(self):
+        """The fields that hold something for each picture."""
+        found = {key: getattr(self, key) for key in ("labels", "mask", "split", "pixels", "boxes")}
+        return {key: a for key, a in found.items() if a is not None}
 
     def arrays(self, out):
         """What is known about the pictures, as the feature file `out` has it."""
-        found = {"images": relative(self.paths, out) if self.pixels is None else self.pixels,
-                 "coords": self.boxes, "mask": self.mask, "split": self.split, **self.about}
-        if self.labels is not None:
-            found.update(labels=self.labels, label_names=np.array(self.label_names))
-        if self.objects is not None:
-            found.update(object_arrays(self.objects))
+        found = {**self.about, **self._arrays()}
+        found["images"] = found.pop("pixels", relative(self.paths, out))
+        found["coords"], found["boxes"] = found.get("boxes"), self.objects
+        found["label_names"] = None if self.labels is None else np.array(self.label_names)
         return {key: a for key, a in found.items() if a is not None}
 
     def knn_rows(self, seed, most):
@@ -1212,13 +1137,6 @@ class Images(Samples):
         return _digest(np.frombuffer(told.encode(), np.uint8), *inside)
 
 
-def _picture(image, folder, window=None):
-    """A picture in RGB from its pixels, or from its path as seen from a folder."""
-    if isinstance(image, np.ndarray):
-        return as_rgb(Image.fromarray(image), window)
-    return open_image(os.path.join(folder, image), window=window)
-
-
 def _digest(*arrays):
     whole = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
     return hashlib.sha256(whole).hexdigest()[:16]
@@ -1231,103 +1149,76 @@ def read_images(path):
     of a feature file, as `tissue` writes it; a MedMNIST .npz (train_images, train_labels, ...); or
     a Pascal VOC folder, which brings its splits and its objects.
 
-    Every file of a folder is opened to see that it is a picture, and none is decoded.
+    Every file but a slide's is opened to see that it is a picture, and none is decoded.
     """
-    if os.fspath(path).endswith(".npz"):
-        arrays = _Source(path)
-        if "coords" in arrays:
-            return _read_tiles([path])
-        return _read_listed(path, arrays) if "images" in arrays else _read_medmnist(path, arrays)
-    if os.path.isfile(path):
+    tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
+    if tiles:
+        return _read_tiles([os.path.join(path, f) for f in tiles])
+    if os.path.isfile(path) and not os.fspath(path).endswith(".npz"):
         if min(_slide(path).size) < 448:                     # hardly two tiles: one picture
             return Images([path])
         boxes, _ = tile_slide(path)
         return Images([path] * len(boxes), boxes=boxes)
-    tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
-    if tiles:
-        return _read_tiles([os.path.join(path, f) for f in tiles])
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
-        found = read_voc_folder(path)
-        if not found:
-            raise InputError(f"{path}: ImageSets/Main lists no pictures - add their names")
-        split, _, paths, things = map(list, zip(*found))
-        sides = [np.array(open_image(p).size * 2) for p in paths]
-        objects = [[(name, tuple(np.clip(box / side, 0, 1))) for name, box in found]
-                   for found, side in zip(things, sides)]
-        return Images(paths, split=np.array(split), objects=objects)
-    return _looked_at(_walk(path, PICTURES, "pictures"))
+        return _read_voc_folder(path)
+    listed = os.fspath(path).endswith(".npz")
+    found = _read_listed(path) if listed else _walk(path, PICTURES, "pictures")
+    for file in found.paths if found.pixels is None and found.boxes is None else ():
+        open_image(file, decode=False)
+    return found
 
 
-def _read_listed(path, arrays):
+def _read_listed(path):
     """Pictures that an .npz holds in `images`, or names there, relative to itself, with what else
-    it says of them."""
+    it says of them. With `coords` they are tiles."""
+    arrays = Source(path)
+    _stack_splits(arrays)
+    arrays.need("images", give="a list of pictures or tiles, a MedMNIST .npz, or class folders")
     n = len(np.atleast_1d(arrays["images"]))
     if not n:
         raise InputError(f"{path} has empty 'images' - name another file")
     told = _told(arrays, n)
-    images = told["about"].pop("images")
-    told["about"].update({k: arrays[k] for k in ("boxes", "grid") if k in arrays})
-    if images.ndim > 1:
-        return Images([path] * n, images, **told)
+    images, boxes = (told["about"].pop(key, None) for key in ("images", "coords"))
+    if boxes is not None and images.ndim > 1:
+        raise InputError(f"'images' has shape {images.shape} beside 'coords' - give paths")
     here = os.path.dirname(os.path.abspath(path))
-    return _looked_at(Images([os.path.join(here, p) for p in images], **told))
+    paths = [path] * n if images.ndim > 1 else [os.path.join(here, p) for p in images]
+    return Images(paths, images if images.ndim > 1 else None, objects=arrays.get("boxes"),
+                  boxes=None if boxes is None else boxes.astype(int), **told)
 
 
-def _looked_at(images):
-    for path in images.paths:
-        open_image(path, decode=False)
-    return images
-
-
-def _read_medmnist(path, arrays):
-    """The pictures of a MedMNIST file, with one class each."""
+def _stack_splits(arrays):
+    """Let what a MedMNIST file has for each split, train_images and train_labels, stand for its
+    `images`, `labels` and `split`."""
     there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
-    if not there:
-        raise InputError(f"{path} lacks train_images and train_labels, 'images' or 'coords' - give "
-                         "a MedMNIST .npz, a list of pictures, tiles, or class folders")
-    pixels, labels = [], []
-    for s in there:
-        x = arrays.checked(f"{s}_images", "uint8 (N, H, W) or (N, H, W, 3)",
-                           (np.uint8, None, None, None), (np.uint8, None, None, None, 3))
-        y = arrays[f"{s}_labels"]
-        if y.size != len(x) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-            raise InputError(f"'{s}_labels' has shape {y.shape} and type {y.dtype} for {len(x)} "
-                             "pictures - give one class each, from 0; no several at once")
-        pixels.append(x)
-        labels.append(y.ravel())
-    labels = np.concatenate(labels).astype(int)
-    return Images([path] * len(labels), np.concatenate(pixels), labels=labels,
-                  label_names=[str(c) for c in range(labels.max() + 1)],
-                  split=np.repeat(there, [len(x) for x in pixels]))
+    with reading(arrays.path, "MedMNIST file"):
+        images, labels = ([arrays[f"{s}_{what}"] for s in there] for what in ("images", "labels"))
+        size = [len(x) for x in images]
+        if size != [len(y) for y in labels]:
+            raise ValueError(f"{[len(y) for y in labels]} labels of {size} images")
+        if there:
+            arrays.made.update(images=np.concatenate(images), labels=np.concatenate(labels),
+                               split=np.repeat(there, size))
 
 
-# Of XML: broken, in an unknown encoding, without what is looked for
-UNREADABLE = (OSError, ElementTree.ParseError, AttributeError, LookupError, TypeError, ValueError)
-
-
-def read_voc_folder(folder):
-    """[(split, name of a picture without its ending, its path, its objects as `read_voc` gives
-    them)] of a Pascal VOC folder, as ImageSets/Main lists them."""
-    found = []
+def _listed(folder):
+    """Yield (split, name of a picture) as ImageSets/Main of a Pascal VOC folder lists them."""
     for part, split in (("trainval", "train"), ("test", "test")):
-        listed = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
-        if not os.path.exists(listed):
-            raise InputError(f"no {listed} - expected a Pascal VOC folder with JPEGImages")
-        with open(plain_file(listed), errors="replace") as f:
-            found += [(split, plain_name(stem, f"{listed} lists a picture"))
-                      for stem in f.read().split()]
-    return [(split, stem, os.path.join(folder, "JPEGImages", f"{stem}.jpg"),
-             read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))) for split, stem in found]
+        path = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
+        if not os.path.exists(path):
+            raise InputError(f"no {path} - expected a Pascal VOC folder with JPEGImages")
+        with reading(path, "list"), open(path, errors="replace") as f:
+            stems = f.read().split()
+        for stem in stems:
+            yield split, plain_name(stem, f"{path} lists a picture")
 
 
 def read_voc(path):
     """The objects of a Pascal VOC annotation: list of (name, box (4,): x0, y0, x1, y1)."""
-    try:
-        sides = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
+    sides = [f"bndbox/{k}" for k in ("xmin", "ymin", "xmax", "ymax")]
+    with reading(path, "Pascal VOC annotation"):
         found = [(thing.find("name").text, np.array([float(thing.find(k).text) for k in sides]))
-                 for thing in ElementTree.parse(plain_file(path)).iter("object")]
-    except UNREADABLE as e:
-        raise InputError(f"{path} is not a readable Pascal VOC annotation ({e}) - write it again")
+                 for thing in ElementTree.parse(path).iter("object")]
     for name, box in found:
         plain_name(name, f"{path} names an object")
         if not np.isfinite(box).all():
@@ -1335,16 +1226,24 @@ def read_voc(path):
     return found
 
 
-def object_arrays(objects):
-    """The objects of `Images` as a feature file has them: labels, label_names, boxes."""
-    names = sorted({name for found in objects for name, _ in found})
-    boxes = [(i, names.index(name), *box) for i, found in enumerate(objects) for name, box in found
-             if box[0] < box[2] and box[1] < box[3]]
-    labels = np.zeros((len(objects), len(names)), bool)
-    for i, label, *_ in boxes:
-        labels[i, label] = True
-    return {"labels": labels, "label_names": np.array(names),
-            "boxes": np.array(boxes, float).reshape(-1, 6)}
+def _read_voc_folder(folder):
+    """The pictures of a Pascal VOC folder with its splits; its objects as labels and boxes."""
+    listed = list(_listed(folder))
+    if not listed:
+        raise InputError(f"{folder}: ImageSets/Main lists no pictures - add their names")
+    splits, stems = map(list, zip(*listed))
+    paths, objects = [os.path.join(folder, "JPEGImages", f"{stem}.jpg") for stem in stems], []
+    for i, stem in enumerate(stems):
+        sides = np.array([*_slide(paths[i]).size] * 2)
+        for name, box in read_voc(os.path.join(folder, "Annotations", f"{stem}.xml")):
+            x0, y0, x1, y1 = np.clip(box / sides, 0, 1)
+            if x0 < x1 and y0 < y1:
+                objects.append((i, name, x0, y0, x1, y1))
+    names = sorted({name for _, name, *_ in objects})
+    boxes = np.array([(i, names.index(name), *box) for i, name, *box in objects]).reshape(-1, 6)
+    labels = np.zeros((len(paths), len(names)), bool)
+    labels[tuple(boxes[:, :2].astype(int).T)] = True
+    return Images(paths, split=np.array(splits), labels=labels, label_names=names, objects=boxes)
 
 
 def _files(folder, endings):
@@ -1352,22 +1251,12 @@ def _files(folder, endings):
     out is what is none of the user's: .ipynb_checkpoints, ._x.png, __MACOSX."""
     found = []
     for where, inside, files in os.walk(folder, followlinks=True):
-        real = [os.path.realpath(os.path.join(where, name)) for name in inside]
-        inside[:] = sorted(name for name, to in zip(inside, real)
-                           if os.path.commonpath([to, os.path.realpath(where)]) != to    # a loop
-                           and not name.startswith((".", "__MACOSX")))
-        under = os.path.relpath(where, folder).split(os.sep)
-        under = [name for name in under if name != "."]
-        found += [(under, os.path.join(where, f)) for f in sorted(files)
-                  if f.lower().endswith(endings) and not f.startswith(".")]
+        real = {name: os.path.realpath(os.path.join(where, name)) for name in inside}
+        inside[:] = [name for name in sorted(inside) if not name.startswith((".", "__MACOSX"))
+                     and os.path.commonpath([real[name], os.path.realpath(where)]) != real[name]]
+        found += [(pathlib.Path(where).relative_to(folder).parts, os.path.join(where, f))
+                  for f in sorted(files) if f.lower().endswith(endings) and f[0] != "."]
     return found
-
-
-def _is_mask(path, paths):
-    """Whether it is a segmentation beside its picture, as in BUSI: X_mask.png or X_mask_1.png where
-    there is an X. paths: set of all paths without their endings."""
-    picture = re.fullmatch(r"(.+)_mask(_\d+)?", os.path.splitext(path)[0], re.DOTALL)
-    return path.lower().endswith(PICTURES) and picture is not None and picture[1] in paths
 
 
 def _walk(folder, endings, what):
@@ -1376,21 +1265,21 @@ def _walk(folder, endings, what):
         raise InputError(f"no folder {folder} - name one of {what}, or of class folders of {what}")
     split_of = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
     parted = any(os.path.isdir(os.path.join(folder, s)) for s in SPLITS)
-    files, paths, classes, split = _files(folder, endings), [], [], []
+    files, found = _files(folder, endings), []
     stems = {os.path.splitext(path)[0] for _, path in files}
     for under, path in files:
-        part, under = under[:parted], under[parted:]
-        if parted and (not part or part[0] not in split_of):
-            raise InputError(f"{path} lies beside the train, val and test folders - move it")
-        if _is_mask(path, stems):
+        # a segmentation beside its picture, as in BUSI, where it would tell the class
+        picture = re.fullmatch(r"(.+)_mask(_\d+)?\.[^.]+", path, re.DOTALL)
+        if picture and picture[1] in stems and path.lower().endswith(PICTURES):
             continue
-        if len(under) > 1:
+        if parted and (not under or under[0] not in split_of):
+            raise InputError(f"{path} lies beside the train, val and test folders - move it")
+        if len(under) > parted + 1:
             raise InputError(f"{path} lies deeper than one level of class folders - move it up")
-        paths.append(path)
-        classes.append("".join(under))
-        split += [split_of[name] for name in part]
-    if not paths:
+        found.append((path, split_of[under[0]] if parted else "", "".join(under[parted:])))
+    if not found:
         raise InputError(f"no {what} in {folder} - expected {', '.join(endings)}")
+    paths, split, classes = map(list, zip(*found))
     names, masks = sorted({*classes}), len(files) - len(paths)
     if len(names) > 1 and names[0] == "":
         raise InputError(f"{paths[classes.index('')]} lies beside class folders - move it into one")
@@ -1402,18 +1291,18 @@ def _walk(folder, endings, what):
     return out
 
 
-def open_image(path, decode=True, window=None):
-    """A picture as `as_rgb` gives it; without `decode` it is only looked at."""
-    try:
-        image = Image.open(plain_file(path))
-        return as_rgb(image, window) if decode else image.close()
-    except Image.DecompressionBombError:
-        raise InputError(f"{path} is too large for one picture - `tile` it, which takes openslide")
-    except InputError:
-        raise
-    except Exception as e:                                   # Pillow's many kinds for broken tags
-        why = str(e) or type(e).__name__
-        raise InputError(f"{path} is not a readable picture ({why}) - remove or replace it")
+def open_image(image, decode=True, window=None, folder=""):
+    """A picture, its pixels or its path as seen from `folder`, as `as_rgb` gives it; without
+    `decode` it is only looked at."""
+    if isinstance(image, np.ndarray):
+        return as_rgb(Image.fromarray(image), window)
+    path = os.path.join(folder, image)
+    with reading(path, "picture"):
+        try:
+            opened = Image.open(path)
+        except Image.DecompressionBombError:
+            raise InputError(f"{path} is too large for one picture - `tile` it with openslide")
+        return as_rgb(opened, window) if decode else opened.close()
 
 
 def as_rgb(image, window=None):
@@ -1421,43 +1310,37 @@ def as_rgb(image, window=None):
 
     Grey of more than 8 bits is scaled: low becomes black, high white, what lies beyond is cut off.
     They are `window`, (low, high), where it is given, which then holds for grey of 8 bits too and
-    leaves colours alone; else of whole numbers `_whole_range`, of floating ones the picture's own
-    least and largest finite value.
+    leaves colours alone; else `_grey_range`.
     """
     tags = dict(getattr(image, "tag_v2", {}))
     image = ImageOps.exif_transpose(image)
     if image.mode[0] not in "IF" and not (window and image.mode == "L"):
         return image.convert("RGB")
     x = np.asarray(image).astype(np.float64)                 # (H, W)
-    if window:
-        low, high = window
-    elif image.mode == "F":
-        finite = x[np.isfinite(x)]
-        low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
-    else:
-        low, high = _whole_range(x, tags)
+    low, high = window or _grey_range(x, tags, image.mode == "F")
     share = (np.nan_to_num(x, nan=low) - low) / (high - low) if high > low else np.zeros_like(x)
     if image.mode.startswith("I;16") and tags.get(262) == 0:     # TIFF: the least value is white
         share = 1 - share
     return Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
 
 
-def _whole_range(x, tags):
-    """(low, high) of a picture of whole numbers x (H, W), from its TIFF tags, if any.
+def _grey_range(x, tags, floating=False):
+    """(low, high) of a picture x (H, W), from its TIFF tags, if any.
 
-    The least and largest value it states (SMin- and SMaxSampleValue, else Min- and MaxSampleValue);
-    else all that its stated bits hold, if those are fewer than 16; else the first of 0..4095 (12
-    bits in 16, as detectors have) and 0..65535 that holds all its values; else their own range.
+    Of whole numbers the least and largest value it states (SMin- and SMaxSampleValue, else Min- and
+    MaxSampleValue); else all that its stated bits hold, if those are fewer than 16; else the first
+    of 0..4095 (12 bits in 16, as detectors have) and 0..65535 that holds all its values; else, and
+    of floating numbers, its own least and largest finite value.
     """
-    low, high = (float(np.ravel(tags.get(signed, tags.get(plain, default)))[0])
-                 for signed, plain, default in ((340, 280, 0), (341, 281, 0)))
+    low, high = (float(np.ravel(tags.get(signed, tags.get(plain, 0)))[0])
+                 for signed, plain in ((340, 280), (341, 281)))
     bits = int(np.ravel(tags.get(258, 16))[0])
-    if low < high:
-        return low, high
-    for most in (2 ** bits - 1,) if bits < 16 else (4095, 65535):
-        if 0 <= x.min() and x.max() <= most:
-            return 0, most
-    return x.min(), x.max()
+    x = x[np.isfinite(x)]
+    own = x.min(initial=np.inf), x.max(initial=-np.inf)
+    if floating or low < high:
+        return own if floating else (low, high)
+    limits = (2 ** bits - 1,) if bits < 16 else (4095, 65535)
+    return next(((0, most) for most in limits if 0 <= own[0] and own[1] <= most), own)
 
 
 def plain_view(size, whole=False):
@@ -1490,12 +1373,11 @@ class Crops:
 
     def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.),
                  local_scale=(0.05, 0.4), blur=2., colour=1., pathology=False):
-        t, change = vision().transforms, []
-        if pathology:
-            change = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)]
+        t = vision().transforms
+        tissue = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)]
         jitter = t.ColorJitter(0.4 * colour, 0.4 * colour, 0.2 * colour, 0.1 * colour)
-        change = [t.RandomHorizontalFlip(), *change, t.RandomApply([jitter], 0.8),
-                  t.RandomGrayscale(0.2 * colour)]
+        change = [t.RandomHorizontalFlip(), *(tissue if pathology else []),
+                  t.RandomApply([jitter], 0.8), t.RandomGrayscale(0.2 * colour)]
         blurred = t.Lambda(functools.partial(random_blur, most=blur))
 
         def view(side, area, blur_share, *more):
@@ -1541,9 +1423,6 @@ class CropBatches(torch.utils.data.Dataset):
     def __init__(self, images, crops, seed):
         self.images, self.crops, self.seed = images, crops, seed
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, item):
         step, i = item
         seed = np.random.SeedSequence([self.seed, 7, step, i]).generate_state(1, np.uint64)[0]
@@ -1556,9 +1435,9 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
     """Iterate over steps first .. last - 1: a list of V tensors (B, 3, h, w). batches: a `Batches`
     over the images."""
     steps = [[(step, int(i)) for i in batches.rows(step)] for step in range(first, last)]
-    return iter(torch.utils.data.DataLoader(
-        CropBatches(images, crops, seed), batch_sampler=steps, num_workers=workers,
-        worker_init_fn=_forget_slides))
+    _slide.cache_clear()                                     # workers must not share file handles
+    return iter(torch.utils.data.DataLoader(CropBatches(images, crops, seed), batch_sampler=steps,
+                                            num_workers=workers))
 
 
 def read_pictures(path, size, label=None, window=None):
@@ -1566,25 +1445,22 @@ def read_pictures(path, size, label=None, window=None):
     `read_images` reads; those without a label are left out. Where several labels hold at once,
     `label` is the name of the one to find. window: see `as_rgb`."""
     images = replace(read_images(path), window=window)
-    labels, names, known = images.labels, images.label_names, np.flatnonzero(images.labelled)
-    if labels is None:
+    images, names = images.take(np.flatnonzero(images.labelled)), images.label_names
+    if images.labels is None:
         raise InputError(f"{path} has no labels - put the pictures into folders named after them")
-    if labels.ndim == 1 and label:
+    if images.labels.ndim == 1 and label:
         raise InputError(f"{path} has one label a picture - leave out --label")
-    if labels.ndim == 2:
+    if images.labels.ndim == 2:
         if label not in names:
             raise InputError(f"{path}: no label '{label}' - use --label: {', '.join(names)}")
-        labels, names = labels[:, names.index(label)].astype(int), [f"no {label}", label]
-    there = np.unique(labels[known])
+        images.labels = images.labels[:, names.index(label)].astype(int)
+        images.label_names = names = [f"no {label}", label]
+    there = np.unique(images.labels)
     if len(there) < 2:
         found = "".join(names[c] for c in there) or "none"
         raise InputError(f"{path} has the one class {found} - there is nothing to tell apart")
-    views = (images.open(i).resize((size, size), Image.BICUBIC) for i in known)
-    split, groups = (None if a is None else a[known]
-                     for a in (images.split, images.about.get("groups")))
-    return Images([images.paths[i] for i in known], np.stack([np.asarray(view) for view in views]),
-                  labels=labels[known], label_names=names, split=split, notes=images.notes,
-                  about={} if groups is None else {"groups": groups})
+    views = [images.open(i).resize((size, size), Image.BICUBIC) for i in range(len(images))]
+    return replace(images, pixels=np.stack([np.asarray(view) for view in views]), boxes=None)
 
 
 def picture_parts(pictures, split, seed, source):
@@ -1601,16 +1477,13 @@ def picture_parts(pictures, split, seed, source):
             train, of = parts[0], None if groups is None else groups[parts[0]]
             halves = stratified_parts(y[train], (85, 15), seed, of)
             parts[:2] = [train[rows] for rows in halves]
-    seen, tested = np.unique(y[parts[0]]), np.unique(y[parts[2]])
-    if not all(map(len, parts)) or len(seen) < 2:
-        raise InputError(f"{source}: {', '.join(str(len(p)) for p in parts)} pictures to train on, "
-                         "stop by and test on - add pictures, or use --split random")
-    unseen = np.setdiff1d(tested, seen)
-    if len(tested) < 2 or len(unseen):
-        c, what = (unseen[0], "which no training picture has") if len(unseen) \
-            else (tested[0], "and no other")
-        raise InputError(f"{source}: the test part has the class '{pictures.label_names[c]}', "
-                         f"{what} - add pictures, or split them otherwise")
+    C = len(pictures.label_names)
+    train, stop, test = (np.bincount(y[part], minlength=C) for part in parts)    # (C,) each
+    few = min(np.count_nonzero(train), np.count_nonzero(test)) < 2
+    if few or not stop.any() or test[train == 0].any():
+        raise InputError(f"{source}: {train.tolist()} pictures of the classes to train on, "
+                         f"{stop.tolist()} to stop by, {test.tolist()} to test on - add pictures, "
+                         "or use --split random")
     return parts
 
 
@@ -1638,27 +1511,24 @@ class Slide:
 
     def __init__(self, path, window=None):
         self.slide = None
-        try:
-            import openslide
-            self.slide = openslide.OpenSlide(path)
-            self.size = self.slide.dimensions
-        except (ImportError, OSError, ValueError):           # not installed, or a plain picture
-            pass
-        except Exception as e:                               # openslide's own errors
-            if "Unsupported" not in type(e).__name__:
-                raise InputError(f"{path} is not a readable slide ({e}) - write it again")
-        if self.slide is None:
-            self.image = open_image(path, window=window)
-            self.size = self.image.size
+        with reading(path, "slide"):
+            try:
+                import openslide
+                self.slide = openslide.OpenSlide(path)
+            except (ImportError, OSError, ValueError):       # not installed, or a plain picture
+                pass
+            except Exception as e:                           # openslide's own errors
+                if "Unsupported" not in type(e).__name__:
+                    raise
+        self.image = None if self.slide else open_image(path, window=window)
+        self.size = self.slide.dimensions if self.slide else self.image.size
 
     def overview(self, side):
         """The whole slide in RGB with a longer side of at most `side`, and how many of its pixels
         one of that spans."""
         scale = max(1., max(self.size) / side)
         small = tuple(max(1, round(v / scale)) for v in self.size)
-        if self.slide:
-            return self.slide.get_thumbnail(small).convert("RGB"), scale
-        return self.image.resize(small, Image.BOX), scale
+        return self.read((0, 0, *self.size), small[0]).resize(small, Image.BOX), scale
 
     def read(self, box, side=224):
         """x, y, width, height of the slide in RGB, from the coarsest level on which it is at least
@@ -1675,11 +1545,6 @@ class Slide:
 @functools.lru_cache(maxsize=4)
 def _slide(path, window=None):
     return Slide(path, window)
-
-
-def _forget_slides(worker):
-    """A process that makes crops opens its slides itself: a file handle must not be shared."""
-    _slide.cache_clear()
 
 
 def read_slides(path):
@@ -1709,9 +1574,8 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
     closing, size.
 
     rgb (H, W, 3) uint8. threshold of the saturation (0..255), None for Otsu's; median, close: sides
-    of the filters; least: pixels of a piece without its holes; of each piece the `max_holes`
-    largest holes of more than `least_hole` pixels stay holes, all others are filled. Returns (H, W)
-    int: 0 outside, i inside piece i, -i in a hole of it.
+    of the filters; least: pixels of a piece without its holes, of which the `max_holes` largest of
+    more than `least_hole` pixels stay. Returns (H, W) int: 0, i in piece i, -i in a hole of it.
     """
     saturation = np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1]
     saturation = scipy.ndimage.median_filter(saturation, median)    # (H, W)
@@ -1735,13 +1599,12 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
 
 
 def tile_boxes(pieces, scale, size, side, step):
-    """Tiles of the tissue, as CLAM lays them: (n, 4) int, x, y, width, height in pixels of the
-    slide.
+    """Tiles as CLAM lays them: (n, 4) int, x, y, width, height in pixels of the slide.
 
     pieces: from `find_tissue`, one of whose pixels spans `scale` of the slide's, whose size is
     (width, height). Each piece has a grid of its own, from the corner of its bounding box. A tile
     is kept if one of the four points halfway from its centre to its corners is inside the piece's
-    outline, and its centre in no hole. Unlike CLAM's, none reaches over the edge.
+    outline, and its centre in no hole.
     """
     def at(x, y):
         row, column = (np.clip((v / scale).astype(int), 0, n - 1)
@@ -1765,8 +1628,7 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
     overview with both drawn in.
 
     side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels,
-    as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections; ours is about a tile of
-    224. window: see `as_rgb`.
+    as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`.
     """
     if side < 1 or step is not None and step < 1:
         raise InputError(f"tiles of {side} pixels every {step} - give a larger --size")
@@ -1791,46 +1653,31 @@ def tile_arrays(slides, i, boxes, out, regions=None, share=0.5):
     """What the file `out` says of the tiles `boxes` of slide i of `read_slides`: where they are and
     the slide's label and split. With regions (`read_polygons`), tiles that lie in them by at least
     `share` have the label "region" instead (thesis 3.2.2: half of the patch)."""
-    n, label, label_names = len(boxes), None, slides.label_names
-    arrays = {"coords": boxes, "images": np.repeat(relative([slides.paths[i]], out), n),
-              "groups": np.repeat(slides.about["groups"][i], n)}
+    tiles = replace(slides.take(np.full(len(boxes), i)), boxes=boxes)
     if regions is not None:
-        label = np.array([region_share(regions, box) >= share for box in boxes]).astype(int)
-        label_names = ["outside", "region"]
-    elif slides.labels is not None:
-        label = np.repeat(slides.labels[i], n)
-    if label is not None:
-        arrays.update(labels=label, label_names=np.array(label_names))
-    if slides.split is not None:
-        arrays["split"] = np.repeat(slides.split[i], n)
-    return arrays
+        inside = [region_share(regions, box) >= share for box in boxes]
+        tiles.labels, tiles.label_names = np.array(inside).astype(int), ["outside", "region"]
+    return tiles.arrays(out)
 
 
 def _read_tiles(files):
     """Tiles as the `tile` command writes them; what not all files say is left out."""
-    paths, found = [], []
-    for file in files:
-        arrays = _Source(file)
-        boxes = arrays.checked("coords", "(n, 4): x, y, width, height", (np.number, None, 4))
-        names = arrays.checked("images", "(n,) paths of slides", (np.character, None))
-        if boxes is None or not len(boxes) or names is None:
-            raise InputError(f"{file} lacks 'coords' or 'images' - name a file that `tile` wrote")
-        told, here = _told(arrays, len(boxes)), os.path.dirname(os.path.abspath(file))
-        paths += [os.path.join(here, name) for name in told["about"]["images"]]
-        if found and told["label_names"] != found[0]["label_names"]:
+    parts = [_read_listed(file) for file in files]
+    for file, part in zip(files, parts):
+        if part.boxes is None:
+            raise InputError(f"{file} lacks 'coords' - name a file that `tile` wrote")
+        if part.label_names != parts[0].label_names:
             raise InputError(f"{file} has other 'label_names' than {files[0]} - tile them together")
-        mask = np.ones(len(boxes), bool) if told["mask"] is None else told["mask"]
-        found.append({**told, "mask": mask, "boxes": boxes.astype(int),
-                      "groups": told["about"].get("groups")})
+    for part in parts if any(part.mask is not None for part in parts) else ():
+        part.mask = part.labelled
 
-    def joined(key):
-        parts = [told[key] for told in found]
-        return None if any(part is None for part in parts) else np.concatenate(parts)
-    labels, mask, groups = map(joined, ("labels", "mask", "groups"))
-    return Images(paths, labels=labels, label_names=[] if labels is None else told["label_names"],
-                  split=joined("split"), boxes=joined("boxes"),
-                  about={} if groups is None else {"groups": groups},
-                  mask=None if mask.all() else mask)
+    def joined(dicts):
+        shared = set.intersection(*map(set, dicts))
+        return {key: np.concatenate([d[key] for d in dicts]) for key in shared}
+    told = joined([part._arrays() for part in parts])
+    return Images([path for part in parts for path in part.paths], **told,
+                  label_names=parts[0].label_names if "labels" in told else [],
+                  about=joined([part.about for part in parts]))
 
 
 def read_polygons(path):
@@ -1838,24 +1685,18 @@ def read_polygons(path):
     pixels of the slide, inside), outer ones first; inside is False for what is cut out of them
     (Camelyon's group _2)."""
     found = []
-    try:
-        for region in ElementTree.parse(plain_file(path)).getroot().iter("Annotation"):
+    with reading(path, "ASAP annotation file"):
+        for region in ElementTree.parse(path).getroot().iter("Annotation"):
             points = sorted([float(c.get(k)) for k in ("Order", "X", "Y")]
                             for c in region.iter("Coordinate"))
             inside = region.get("PartOfGroup") not in ("_2", "Exclusion")
             if len(points) > 2:
                 found.append((np.array(points)[:, 1:], inside))
-    except UNREADABLE as e:
-        raise InputError(f"{path} is not a readable ASAP annotation file ({e}) - write it again")
     return sorted(found, key=lambda region: not region[1])
 
 
 def region_share(regions, box, grid=64):
-    """The share of a box, of grid x grid points, that lies in the regions (`read_polygons`).
-
-    The published notebook for PCam-224 took a box of the patch's pixels for one of the slide's, and
-    so looked at a sixteenth of each patch (thesis 3.2.2 asks for half of the patch).
-    """
+    """The share of a box, of grid x grid points, that lies in the regions (`read_polygons`)."""
     x, y, w, h = map(int, box)
     raster = Image.new("1", (grid, grid))
     for polygon, inside in regions:
@@ -1870,12 +1711,13 @@ def cut_boxes(folder, margin=0.2, window=None):
     <split>/<name of the object>/<name of the picture>_<i>.
 
     A part is the square around a box's centre, as long as the box's longer side and `margin` more,
-    so that shapes stay what they are, shifted inwards where it would reach over the picture's edge.
-    Boxes with a side of 8 pixels or less are left out. window: see `as_rgb`.
+    shifted inwards at the picture's edge. Boxes with a side of 8 pixels or less are left out.
     """
     paths, squares, ids = [], [], []
-    for split, stem, path, objects in read_voc_folder(folder):
+    for split, stem in _listed(folder):
+        path = os.path.join(folder, "JPEGImages", f"{stem}.jpg")
         size = np.array(_slide(path, window).size)
+        objects = read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))
         for i, (name, box) in enumerate(objects):
             sides, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
             if sides.min() <= 8:
@@ -1895,59 +1737,47 @@ def cut_boxes(folder, margin=0.2, window=None):
 
 @dataclass
 class Bags:
-    """Bags of instances: bag i is X[offsets[i]:offsets[i + 1]].
+    """Bags of instances.
 
-    X (n, d) float32     y (bags,) int, of label_names     names (bags,)
-    folds (R, F, bags) bool, True = train, or None     split (bags,) or None
-    groups (bags,), patients whose bags stay together, or None
-    coords, images: list of (N_i, 4) boxes and of paths: where instances were cut, or None
+    x        list of (N_i, d) float32      y (bags,) int, of label_names     names (bags,)
+    folds    (R, F, bags) bool, True = train, or None     split (bags,) or None
+    groups   (bags,), patients whose bags stay together, or None
+    coords, images  list of (N_i, 4) boxes and of paths, each perhaps None: where instances were cut
     """
-    X: np.ndarray
-    offsets: np.ndarray
+    x: list
     y: np.ndarray
     label_names: list
     names: list
     folds: np.ndarray = None
     split: np.ndarray = None
+    groups: np.ndarray = None
     coords: list = None
     images: list = None
-    groups: np.ndarray = None
 
     def __len__(self):
         return len(self.y)
 
     @property
     def hash(self):
-        return _digest(self.X, self.offsets, self.y)
-
-    def instances(self, rows):
-        """The instances of all bags `rows`, (n, d)."""
-        return np.concatenate([self.X[self.offsets[i]:self.offsets[i + 1]] for i in rows])
+        return _digest(*self.x, np.array([len(x) for x in self.x]), self.y)
 
     def means(self):
         """(bags, d) float64: the mean of each bag's instances."""
-        total = np.add.reduceat(self.X, self.offsets[:-1], dtype=float)
-        return total / np.diff(self.offsets)[:, None]
+        return np.stack([x.mean(0, dtype=float) for x in self.x])
 
     def scale(self, rows):
         """Mean and standard deviation (d,) of the instances of bags `rows`; 1 for a constant."""
-        X = self.instances(rows)
-        std = (X - X[0]).std(0)                              # of a constant exactly 0
-        std = np.where(std > 1.2e-7 * np.abs(X[0]), std, 1)
-        return torch.from_numpy(X.mean(0)), torch.from_numpy(std)
+        x = np.concatenate([self.x[i] for i in rows])
+        std = (x - x[0]).std(0)                              # of a constant exactly 0
+        std = np.where(std > 1.2e-7 * np.abs(x[0]), std, 1)
+        return torch.from_numpy(x.mean(0)), torch.from_numpy(std)
 
     def padded(self, rows):
         """x (B, N, d), zeros where a bag is shorter than the longest, mask (B, N), y (B,)."""
-        rows = np.asarray(rows)
-        size = np.diff(self.offsets)[rows]
-        mask = torch.arange(size.max()) < torch.from_numpy(size)[:, None]    # (B, N)
-        x = torch.zeros(*mask.shape, self.X.shape[1])
-        x[mask] = torch.from_numpy(self.instances(rows))
-        return x, mask, torch.from_numpy(self.y[rows]).long()
-
-    def batches(self, rows, batch):
-        """Bags `rows` in their order, `padded`, `batch` at a time."""
-        return [self.padded(rows[i:i + batch]) for i in range(0, len(rows), batch)]
+        bags = [torch.from_numpy(self.x[i]) for i in rows]
+        x = torch.nn.utils.rnn.pad_sequence(bags, batch_first=True)
+        mask = torch.arange(x.shape[1]) < torch.tensor([len(bag) for bag in bags])[:, None]
+        return x, mask, torch.from_numpy(self.y[np.asarray(rows)]).long()
 
     def drawn(self, rows, rng, weighted=False):
         """The bags `rows` in random order; weighted: as many of each class, drawn with
@@ -1981,130 +1811,106 @@ class Bags:
 
 
 def read_bags(path, stream=None):
-    """An .npz with X (n, d), offsets (bags + 1,), y (bags,) and perhaps folds (R, F, bags) and
-    groups (bags,); a feature file with labels and groups, each of which is a bag; or a folder with
-    a feature file for each bag, as `extract` writes them, in class folders, perhaps inside train,
-    val and test folders. stream: of feature files that have several.
+    """An .npz with X (n, d), offsets (bags + 1,), y (bags,), where bag i is
+    X[offsets[i]:offsets[i + 1]], and perhaps folds (R, F, bags) and groups (bags,); a feature file
+    with labels and groups, each of which is a bag; or a folder with a feature file for each bag, as
+    `extract` writes them, in class folders, perhaps inside train, val and test folders. stream: of
+    feature files that have several.
     """
     if os.path.isdir(path):
         bags = _bags_of_folder(path, stream)
     else:
-        arrays = _Source(path)
+        arrays = Source(path)
         grouped = "X" not in arrays and "groups" in arrays and "labels" in arrays
-        bags = _bags_of_groups(path, arrays, stream) if grouped else _bags_of_file(path, arrays)
-    bad = np.flatnonzero(np.diff(bags.offsets) < 1)
-    if len(bad):
-        raise InputError(f"bag {bags.names[bad[0]]} is empty - drop it")
-    rows = np.flatnonzero(~np.isfinite(bags.X).all(1))
-    if len(rows):
-        raise InputError(f"instance {rows[0]} holds NaN or Inf - drop or mend it")
+        bags = _bags_of_groups(path, stream) if grouped else _bags_of_file(arrays)
+    for name, x in zip(bags.names, bags.x):
+        if not len(x) or not np.isfinite(x).all():
+            raise InputError(f"bag {name} {'holds NaN or Inf' if len(x) else 'is empty'} - drop it")
+    widths = {x.shape[1] for x in bags.x}
+    if len(widths) > 1:
+        raise InputError(f"the bags in {path} have widths {sorted(widths)} - take one backbone")
     if len(np.unique(bags.y)) < 2:
         raise InputError(f"all bags have the label {bags.y[0]} - there is nothing to learn")
-    return replace(bags, X=bags.X.astype(np.float32), y=bags.y.astype(int),
-                   label_names=bags.label_names or [str(c) for c in range(bags.y.max() + 1)])
+    return replace(bags, x=[x.astype(np.float32) for x in bags.x], y=bags.y.astype(int))
 
 
 def _bags_of_folder(path, stream):
-    """Bags of class folders of feature files, their widths and groups checked."""
+    """Each feature file in a folder of class folders as a bag."""
     files = _walk(path, (".npz",), "feature files")
     if files.labels is None:
         raise InputError(f"{path} has no class folders - name them after the bags' labels")
-    bags = []
-    for file in files.paths:
-        X, told, coords, pictures = _instances(file, _Source(file), stream)
-        groups = np.unique(told["about"].get("groups", []))
-        bags.append((X, coords, pictures and pictures[0], groups[0] if len(groups) == 1 else None))
-    parts, coords, pictures, groups = map(list, zip(*bags))
-    if None in groups and len({*groups}) > 1:
-        lone = files.paths[groups.index(None)]
-        raise InputError(f"{lone} has no single group, as other bags have - give one in each")
-    widths = {x.shape[1] for x in parts}
-    if len(widths) > 1:
-        raise InputError(f"the bags in {path} have widths {sorted(widths)} - take one backbone")
-    return Bags(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), files.labels,
-                files.label_names, [pathlib.Path(p).stem for p in files.paths], split=files.split,
-                coords=coords, images=pictures, groups=None if None in groups else np.array(groups))
+    x, told, pictures = map(list, zip(*(_instances(file, stream) for file in files.paths)))
+    groups = [np.unique(found.about.get("groups", [])) for found in told]
+    lone = [file for file, found in zip(files.paths, groups) if len(found) != 1]
+    if 0 < len(lone) < len(x):
+        raise InputError(f"{lone[0]} has no single group, as other bags have - give one in each")
+    return Bags(x, files.labels, files.label_names, [pathlib.Path(p).stem for p in files.paths],
+                split=files.split, groups=None if lone else np.concatenate(groups),
+                coords=[found.about.get("coords") for found in told],
+                images=[found and found[0] for found in pictures])
 
 
-def _bags_of_groups(path, arrays, stream):
+def _bags_of_groups(path, stream):
     """Each group of a feature file as a bag, with the one label and split of its rows."""
-    X, told, coords, pictures = _instances(path, arrays, stream)
-    labels, split = told["labels"], told["split"]
+    x, told, pictures = _instances(path, stream)
+    labels, split, coords = told.labels, told.split, told.about.get("coords")
     if labels.ndim != 1 or labels.min() < 0:
         raise InputError(f"{path}: 'labels' of shape {labels.shape} leave rows out - give all one")
-    names, first, bag, size = np.unique(told["about"]["groups"], True, True, True)
+    names, first, bag, size = np.unique(told.about["groups"], True, True, True)
     for key, a in (("label", labels), ("split", split)):
         for row in [] if a is None else np.flatnonzero(a != a[first][bag])[:1]:
             raise InputError(f"{path}: group {names[bag[row]]} has several {key}s - give it one")
-    order, ends = np.argsort(bag, kind="stable"), np.cumsum(size)
-    return Bags(X[order], np.r_[0, ends], labels[first], told["label_names"], names.astype(str),
+
+    def cut(a):
+        return np.split(a[np.argsort(bag, kind="stable")], np.cumsum(size)[:-1])
+    return Bags(cut(x), labels[first], told.label_names, names.astype(str),
                 split=None if split is None else split[first],
-                coords=None if coords is None else np.split(coords[order], ends[:-1]),
+                coords=None if coords is None else cut(coords),
                 images=pictures and [pictures[i] for i in first])
 
 
-def _instances(path, arrays, stream):
-    """Of a feature file: X (n, d), what it says of them (`_told`), their coords, and the paths of
-    the pictures that they were cut from; None where there are none."""
-    name = stream or (arrays.streams[0] if len(arrays.streams) == 1 else None)
-    if name not in arrays.streams:
-        there = ", ".join(arrays.streams) or "none"
+def _instances(path, stream):
+    """Of a feature file: the stream (n, d), the Features, and the paths of the pictures that the
+    instances were cut from, or None: pixels lie nowhere else."""
+    told = read_features(path, stream and [stream], seed=None, most=2)
+    if len(told.streams) > 1:
+        there = ", ".join(told.streams)
         raise InputError(f"{path} has the streams {there} - pick one with --stream")
-    X = _stream(arrays, name, 2)
-    told, coords = _told(arrays, len(X)), arrays.checked(
-        "coords", f"(N, 4) numbers, N = {len(X)}", (np.number, len(X), 4))
-    images = told["about"].get("images")
-    if images is not None:                                   # pixels lie nowhere else
-        here = os.path.dirname(path)
-        images = [os.path.join(here, p) for p in images] if images.ndim == 1 else None
-    return X, told, coords, images
+    (x,), images = told.streams.values(), told.about.get("images")
+    if images is None or images.ndim > 1:
+        return x, told, None
+    return x, told, [os.path.join(told.folder, p) for p in images]
 
 
-def _bags_of_file(path, arrays):
+def _bags_of_file(arrays):
     """Bags of an .npz, the shapes and types of its arrays checked against each other."""
-    for key in ("X", "offsets", "y"):
-        if key not in arrays:
-            raise InputError(f"{path} lacks '{key}' - give X (instances, d), offsets and y (bags,)")
-    X, y = _stream(arrays, "X", 2), arrays.checked("y", "(bags,) integers", (np.integer, None))
+    arrays.need("X", "offsets", "y", give="X (instances, d), offsets and y (bags,)")
+    x, y = _stream(arrays, "X", 2), arrays.checked("y", "(bags,) integers", (np.integer, None))
     n = len(y)
     offsets = arrays.checked("offsets", f"{n} + 1 integers for {n} bags", (np.integer, n + 1))
     groups = arrays.checked("groups", f"one for each of {n} bags", (np.generic, n))
     folds = arrays.checked("folds", f"(repeats, folds, bags) bool for {n} bags, True = train",
                            (np.bool_, None, None, n))
-    if offsets[0] != 0 or offsets[-1] != len(X):
-        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(X)}, the "
+    if offsets[0] != 0 or offsets[-1] != len(x):
+        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(x)}, the "
                          "number of instances")
-    if not n or not 0 <= y.min() <= y.max() <= MOST_LABELS:
+    if not n or not 0 <= y.min() <= y.max() < max(n, 1000):
         raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
-    return Bags(X, offsets.astype(np.int64), y, [], [str(i) for i in range(n)], folds,
-                groups=groups)
+    return Bags(np.split(x, offsets[1:-1]), y, [str(c) for c in range(int(y.max()) + 1)],
+                [str(i) for i in range(n)], folds, groups=groups)
 
 
 def stratified_parts(y, shares, seed, groups=None):
     """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending
     arrays.
 
-    The edges of the parts are rounded, so that a part's size in a class differs from its share by
-    at most 1. With groups (n,), no group lies in two parts; then it is the groups that are in
-    proportion, each counted as the rarest class among its samples, and the samples only as far as
-    groups are alike. Where they are few, each part gets one of each class before any gets more than
-    its share.
+    No group of groups (n,) lies in two parts, and without them each position is one. It is groups
+    that are in proportion, to one, each counted as the rarest class among its samples. Where they
+    are few, each part gets one of each class before any gets more than its share.
     """
     rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
     shares = np.array(shares) / sum(shares)
-    if groups is not None:
-        return _grouped_parts(y, shares, rng, groups)
-    for c in np.unique(y):
-        rows = rng.permutation(np.flatnonzero(y == c))
-        ends = np.round(np.cumsum(shares) * len(rows)).astype(int)
-        for part, a, b in zip(parts, [0, *ends], ends):
-            part.extend(rows[a:b])
-    return [np.sort(np.array(part, int)) for part in parts]
-
-
-def _grouped_parts(y, shares, rng, groups):
-    parts = [[] for _ in shares]
-    member = np.unique(groups, return_inverse=True)[1]
+    member = np.arange(len(y)) if groups is None else np.unique(groups, return_inverse=True)[1]
     rarity = np.argsort(np.argsort(np.bincount(y), kind="stable"))      # 0: the rarest class
     kind = np.full(member.max() + 1, len(rarity))
     np.minimum.at(kind, member, rarity[y])
@@ -2116,3 +1922,5 @@ def _grouped_parts(y, shares, rng, groups):
             got[i] += 1
             parts[i].append(g)
     return [np.flatnonzero(np.isin(member, part)) for part in parts]
+
+

@@ -219,7 +219,8 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
         errors = [((X[held] @ W + b - Y[held]) ** 2).sum()
                   for W, b in ridge(X[~held], Y[~held], strengths)]
         (W, b), = ridge(X, Y, strengths[[np.argmin(errors)]])
-        fit, seen = torch.from_numpy(test[s] @ W + b), {v: torch.from_numpy(test[v]) for v in (s, t)}
+        fit = torch.from_numpy(test[s] @ W + b)
+        seen = {v: torch.from_numpy(test[v]) for v in (s, t)}
         out[t].update(reconstruction([(seen, {(t, s): fit})])["r2"][t])
     return out
 
@@ -1282,15 +1283,6 @@ def best_first(ranks, latent):
     return row.indices[row.data.argsort()]
 
 
-def purest(table, n, n_labels, least=5, most=20):
-    """The latents of least entropy of each label, from `latent_table` of n samples: of those active
-    in `least` or more an equal number a label, `most` in all."""
-    clear = np.flatnonzero(table["frequency"] * n >= least)
-    order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
-    each = max(1, most // max(n_labels, 1))
-    return [j for c in range(n_labels) for j in order[table["label"][order] == c][:each]][:most]
-
-
 def threshold_counts(mean, exponents=range(-6, 1)):
     """How many latents have a mean activation >= 10^t: dict t -> count (CytoSAE Fig. 2A)."""
     return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
@@ -1314,6 +1306,33 @@ def latent_scatter(table, most=4000):
         line = list(zip((at[1:] + at[:-1]) / 2, n.tolist())) if len(few) else []
         charts.append(svg_lines({"latents": line}, label, "latents", size=(640, 160)))
     return charts
+
+
+def tell_latents(page, table, n, labels, names=None, most=20):
+    """Tell, from `latent_table` of n samples, how many latents live, how strong they are, and those
+    of least entropy of each label; returns these, without labels the most frequent. names: {latent:
+    name}."""
+    alive, counts = np.flatnonzero(table["frequency"]), threshold_counts(table["mean"])
+    page.metrics.update(latents=len(table["mean"]), alive=len(alive))
+    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
+    page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
+               [["latents", *counts.values()]], key="mean at least 10^t")
+    page.picture("Latents by frequency and mean activation", "".join(latent_scatter(table)))
+    if "entropy" not in table:
+        return np.argsort(-table["frequency"], kind="stable")[:most]
+    page.metrics["mean entropy"] = mean_of(map(plain, table["entropy"]))
+    page.text(f"mean label entropy {fmt(page.metrics['mean entropy'])} nats of ln {len(labels)} = "
+              f"{math.log(len(labels)):.3f}")
+    clear = np.flatnonzero(table["frequency"] * n >= 5)
+    order = clear[np.lexsort((-table["frequency"][clear], table["entropy"][clear]))]
+    each = max(1, most // len(labels))
+    shown = [j for c in range(len(labels)) for j in order[table["label"][order] == c][:each]][:most]
+    told = ("purity", "entropy", "frequency", "mean")
+    page.table(["latent", "label", *told],
+               [[f"{j} {(names or {}).get(j, '')}", labels[table["label"][j]],
+                 *(table[c][j] for c in told)] for j in shown],
+               "The purest latents of each label, active in 5 samples or more")
+    return shown
 
 
 def latent_chart(lines, interest, unit, most=100):
@@ -1368,6 +1387,29 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
     return out
 
 
+def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
+    """Tell of barcodes (P, L) CSR with labels y (P,) the class means a_d, how well they classify
+    (`barcode_f1` of `mean` and `folds`), and in which latents two labels differ; returns a_d."""
+    means, there = class_means(codes, y), np.unique(y)
+    found = page.metrics["barcodes"] = {"groups": len(y)}
+    if len(there):
+        page.picture("Barcodes", latent_chart(dict(zip(names[there], means)), means.std(0),
+                                              "mean count of active patches", 80))
+    if len(folds):
+        found["f1"] = barcode_f1(codes, y, mean, folds)
+        page.table(*columns([
+            {"mean activation at least": f"1e{t}", "latents": v["latents"],
+             "weighted F1": mean_std(v["f1"])} for t, v in found["f1"].items()]),
+            f"Logistic regression on barcodes: {len(y)} groups, {len(folds)} stratified folds")
+    if len(pair):
+        *chosen, difference = differential(codes, y, *pair)
+        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
+        page.table(["more active in", "latents (difference of the mean count)"], [
+            [name, " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
+            for name, v in found["differential"].items()])
+    return means
+
+
 def weighted_patches(image, heat):
     """A PIL image with each patch as bright as its activation in heat (h, w) (CytoSAE Fig. 3C);
     the rest nearly black."""
@@ -1384,7 +1426,11 @@ def class_means(strength, y):
     return np.reshape(means, (-1, strength.shape[1]))
 
 
-def intervention(strength, effect, base, y, means, ks):
+# of which all below L are tried, and L
+KS = 0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000
+
+
+def intervention(strength, effect, base, y, means, ks=KS):
     """AUC after keeping only, and after silencing, the union of the k top latents of both classes
     (Mammo-SAE Eq. 3-4): a list of {"k", "latents" kept or silenced, "keep", "silence"}.
 
@@ -1395,7 +1441,7 @@ def intervention(strength, effect, base, y, means, ks):
     means (2, L) of `class_means`.
     """
     order, out = np.argsort(-means, axis=1, kind="stable"), []
-    for k in ks:
+    for k in sorted({min(k, len(effect)) for k in (*ks, len(effect))}):
         kept = np.isin(np.arange(len(effect)), order[:, :k])
         out.append({"k": int(k), "latents": int(kept.sum()),
                     "keep": auc(y, strength @ (effect * kept) + base),
@@ -1431,8 +1477,7 @@ def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
     list of {"latent", "AP", "AP, pictures with boxes": on those alone}.
 
-    heats: of each picture (len(latents), h, w); truth: of each picture its true boxes; detector:
-    settings of `heat_boxes`.
+    heats: of each picture (len(latents), h, w); truth: of each picture its true boxes.
     """
     found, out = [[heat_boxes(heat, **detector) for heat in maps] for maps in heats], []
     there = [i for i, boxes in enumerate(truth) if boxes]
@@ -1443,28 +1488,22 @@ def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
     return out
 
 
-def heat_boxes(heat, side=224, percentile=95., connectivity=8, strict=False, score="box"):
+def heat_boxes(heat, side=224, percentile=95.):
     """Boxes around the hottest places of one picture: list of (score, x0, y0, x1, y1), in shares
     of the picture. A constant map has none.
 
     Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is
     enlarged bilinearly to `side` pixels, the percentile is that picture's, pixels at or above it
-    count (above it, if `strict`), those that touch, corners included (`connectivity` 8, else 4),
-    form a box, and its score is the mean activation in the "box" (or of its "hot" pixels).
+    count, those that touch, corners included, form a box, and its score is the mean activation in
+    the box.
     """
     heat = Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR)
     heat = np.asarray(heat)
-    if heat.max() <= heat.min():
-        return []
-    level = np.percentile(heat, percentile)
     # of a map that is 0 nearly everywhere the percentile is 0, and everything would be hot
-    hot = (heat > level if strict else heat >= level) & (heat > heat.min())
-    pieces, n = scipy.ndimage.label(hot, np.ones((3, 3)) if connectivity == 8 else None)
-    places = scipy.ndimage.find_objects(pieces)
-    means = [heat[place].mean() for place in places] if score == "box" else \
-        scipy.ndimage.mean(heat, pieces, np.arange(1, n + 1))
-    return [(float(s), x.start / side, y.start / side, x.stop / side, y.stop / side)
-            for s, (y, x) in zip(means, places)]
+    hot = (heat >= np.percentile(heat, percentile)) & (heat > heat.min())
+    places = scipy.ndimage.find_objects(scipy.ndimage.label(hot, np.ones((3, 3)))[0])
+    return [(float(heat[y, x].mean()), x.start / side, y.start / side, x.stop / side, y.stop / side)
+            for y, x in places]
 
 
 def box_iou(a, b):
@@ -1474,9 +1513,9 @@ def box_iou(a, b):
     return w * h / (area + other - w * h)
 
 
-def average_precision(found, truth, iou=0.25, points=None):
-    """Area under the precision-recall curve, precision made non-increasing, at all points, or its
-    mean at `points` recalls (11: the first VOC challenges, 101: COCO); None without true boxes.
+def average_precision(found, truth, iou=0.25):
+    """Area under the precision-recall curve, precision made non-increasing; None without true
+    boxes.
 
     found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of
     boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
@@ -1667,18 +1706,20 @@ def search_precision(strength, weights, rows, y, named, top, seed=0, rounds=100)
 
 # -- Back to pixels and words: relevancy maps (thesis 5.4.4, A.3-A.4) -----------------------------
 
-def relevancy(attention, target, start_layer=0):
+def relevancy(attention, target):
     """Relevancy (B, T, T) of every token for every other (Chefer et al. 2021): R = 1, then R <- R +
-    A R from layer `start_layer` on, with A the gradient times the attention, negative entries of
-    each head cut to 0, averaged over heads. Row 0 without its first column is what a class token
+    A R from the first layer on, with A the gradient times the attention, negative entries of each
+    head cut to 0, averaged over heads. Row 0 without its first column is what a class token
     saw: exactly 0 for a target that nothing moves, such as latents of an absent concept.
 
     attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
     a sample, was computed from.
     """
-    used = list(attention)[start_layer:]
-    moved = target.requires_grad
-    return roll_out(used, torch.autograd.grad(target, used, allow_unused=True) if moved else [])
+    if target.requires_grad:
+        gradient = torch.autograd.grad(target, attention, allow_unused=True)
+    else:
+        gradient = [None] * len(attention)
+    return roll_out(attention, gradient)
 
 
 def roll_out(attention, gradient):
@@ -1723,7 +1764,7 @@ def kept_attention(model):
     return found
 
 
-def heat_maps(backbone, x, score, cam_layer, start_layer=0):
+def heat_maps(backbone, x, score, cam_layer):
     """What in pictures x (B, 3, H, W) raises score(features (B, d)) -> (B,): relevancy of their
     patches (B, rows, columns), Grad-CAM where there is no attention; and the scores.
 
@@ -1737,7 +1778,7 @@ def heat_maps(backbone, x, score, cam_layer, start_layer=0):
         return told[-1]
     if layers:
         target = heard(backbone.features(x)).sum()
-        R = relevancy([m.kept for m in layers], target, start_layer)
+        R = relevancy([m.kept for m in layers], target)
         rows, columns = (side // backbone.patch for side in x.shape[2:])
         heat = R[:, 0, -rows * columns:].unflatten(1, (rows, columns)).cpu().numpy()
     else:
@@ -1745,7 +1786,7 @@ def heat_maps(backbone, x, score, cam_layer, start_layer=0):
     return heat, told[0].detach().cpu().numpy()
 
 
-def word_heat(clip, words, text, score, start_layer=0):
+def word_heat(clip, words, text, score):
     """[(word, relevance)] of a text for score(its feature (1, d)), as `heat_maps` for pictures.
 
     clip: encode_text(tokens), its `transformer` and `config`; words, its tokenizer: pieces(text),
@@ -1754,7 +1795,7 @@ def word_heat(clip, words, text, score, start_layer=0):
     known = words.pieces(text, strict=False)[:context - 2]   # without start and end
     tokens = words([text], context, strict=False).to(clip.logit_scale.device)
     target = score(clip.encode_text(tokens)).sum()
-    R = relevancy([m.kept for m in layers], target, start_layer)
+    R = relevancy([m.kept for m in layers], target)
     pieces = [None, *(word for _, word in known), *[None] * (tokens.shape[1] - 1 - len(known))]
     return word_scores(R[0, len(known) + 1].tolist(), pieces)
 
@@ -1794,24 +1835,48 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
     return out
 
 
-def concept_scores(code, names, J, alive, together=None, seed=0):
+def indicator(latents, n_latents):
+    """(C, L) of 0 and 1: which of the L latents are in each of C lists."""
+    out = torch.zeros(len(latents), n_latents)
+    for row, own in zip(out, latents):
+        row[own] = 1
+    return out
+
+
+def weighted_code(code, weight):
+    """score(features (B, d), numbers c (B,)) -> (B,): code(features) (B, L) times rows c of weight
+    (C, L): a latent, a sum of latents, the similarity to another code."""
+    return lambda f, c: (code(f) * weight[c]).sum(1)
+
+
+def concept_scores(code, names, J, alive, seed=0):
     """What a map of a label may be a map of (thesis Table 5.4), and as many random others of the
-    living latents: {target: (score(features (B, d), label) -> (B,), labels it can be asked for)}.
+    living latents: {target: (score(features (B, d), labels (B,)) -> (B,), labels it can be asked
+    for)}.
 
     code(features) -> (B, L) of the stream alone; names (C, L): the codes of the labels' names; J:
-    of `concept_latents`; alive: numbers of the latents active in training; together(features,
-    label): the codes (B, L) of pictures and of the name that chose their support together.
+    of `concept_latents`; alive: numbers of the latents active in training.
     """
-    rng, every = np.random.default_rng(seed), range(len(J))
+    rng, some = np.random.default_rng(seed), [c for c, own in enumerate(J) if len(own)]
     chance = [rng.permutation(np.setdiff1d(alive, own))[:len(own)] for own in J]
-    some = [c for c in every if len(J[c])]
-    out = {"sum of concept latents": (lambda f, c: code(f)[:, J[c]].sum(1), some),
-           "similarity to the name": (lambda f, c: code(f) @ names[c], every),
-           "random latents": (lambda f, c: code(f)[:, chance[c]].sum(1), some)}
-    if together is not None:
-        out["similarity to the name, joint"] = (
-            lambda f, c: math.prod(together(f, c)).sum(1), every)
-    return out
+    own, other = (indicator(v, names.shape[1]).to(names) for v in (J, chance))
+    return {"sum of concept latents": (weighted_code(code, own), some),
+            "similarity to the name": (weighted_code(code, names), range(len(J))),
+            "random latents": (weighted_code(code, other), some)}
+
+
+def pair_maps(backbone, score, pairs, read, cam_layer, block=64):
+    """{(picture, label): (h, w)}, `heat_maps` of score(features (B, d), labels (B,)) -> (B,) for a
+    list of pairs, and those of them whose score is 0. read(picture) -> (3, H, W)."""
+    maps, silent = {}, []
+    for at in range(0, len(pairs), block):
+        some = pairs[at:at + block]
+        labels = [c for _, c in some]
+        x = torch.stack([read(i) for i, _ in some])
+        heats, values = heat_maps(backbone, x, lambda f: score(f, labels), cam_layer)
+        maps.update(zip(some, heats))
+        silent += [pair for pair, value in zip(some, values) if value == 0]
+    return maps, silent
 
 
 def centre_prior(n=16):
@@ -1877,36 +1942,38 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     return {**out, "mIoU": _mean(overlap.get(key, 0.) for key in truth)}
 
 
-def map_scores(maps, asked, truth, otsu):
+def map_scores(maps, asked, truth, otsu, silent=()):
     """What heat maps (picture, label) -> (h, w) segment of the true masks: of the labels that are
-    there, as published, and of all pairs `asked`, there or not."""
+    there, as published, and of all pairs `asked`, there or not; and how many of the pairs whose
+    score is 0, `silent`, have a map that is not."""
     size = next(iter(truth.values())).shape
     masks = {key: heat_mask(heat, size, otsu) for key, heat in maps.items()}
     masks = {key: mask for key, mask in masks.items() if mask is not None}
     there = segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth)
     absent = [key in masks for key in asked if key not in truth]
-    return {**there, "AP, all asked": segmentation_scores(masks, truth)["AP"],
-            "drawn though absent, %": 100. * sum(absent) / max(len(absent), 1)}
+    return {**{name: v for name, v in there.items() if v is not None},   # of sizes that there are
+            "AP, all asked": segmentation_scores(masks, truth)["AP"],
+            "drawn though absent, %": 100. * sum(absent) / max(len(absent), 1),
+            "absent": len(silent), "not 0": sum(int(maps[key].any()) for key in silent)}
 
 
-def map_gallery(maps, there, names, picture, most=2):
-    """Heat maps {method: {(picture, label): (h, w)}} as HTML, for each label a table of some
-    pictures that have it (`there`: pairs) and one that has not; and their overlays, {(picture,
-    label, method): PIL image}. picture(i) -> PIL image. A map of zeros is not drawn: the concept is
-    absent, or where it is there the score is silent."""
-    asked, drawn, parts = max(maps.values(), key=len, default={}), {}, []
+def map_gallery(maps, asked, names, picture):
+    """Heat maps {method: {(picture, label): (h, w)}} as HTML, for each label a table of the pairs
+    `asked`, {(picture, label): is it there?}; and their overlays, {(picture, label, method): PIL
+    image}. picture(i) -> PIL image. A map of zeros is not drawn: the concept is absent, or where it
+    is there the score is silent."""
+    drawn, parts = {}, []
 
     def cell(method, key):
         heat = maps[method].get(key)
         if heat is None or not heat.max() > 0:
-            return "no latents" if heat is None else "silent" if key in there else "absent"
+            return "no latents" if heat is None else "silent" if asked[key] else "absent"
         image = picture(key[0]).resize((112, 112))
         drawn[(*key, method)] = overlay(image, heat / heat.max())
         return embedded(drawn[(*key, method)])
-    for c in sorted({c for _, c in there}):
-        keys = [key for key in there if key[1] == c][:most]
-        keys += [key for key in asked if key[1] == c and key not in there][:1]
-        rows = [["", *(embedded(picture(key[0]), 112) + "without it" * (key not in there)
+    for c in sorted({c for _, c in asked}):
+        keys = [key for key in asked if key[1] == c]
+        rows = [["", *(embedded(picture(key[0]), 112) + "without it" * (not asked[key])
                        for key in keys)]]
         rows += [[html.escape(method), *(cell(method, key) for key in keys)] for method in maps]
         lines = ["".join(f"<td>{v}</td>" for v in row) for row in rows]

@@ -33,7 +33,6 @@ import signal
 import sys
 import threading
 import time
-import typing
 import warnings
 
 
@@ -50,305 +49,246 @@ class Late:
 data, judge, sae, ssm = Late("data"), Late("eval"), Late("sae"), Late("ssm")
 np, sp, scipy, torch = Late("numpy"), Late("scipy.sparse"), Late("scipy"), Late("torch")
 Image, ImageDraw = Late("PIL.Image"), Late("PIL.ImageDraw")
-futures, multiprocessing = Late("concurrent.futures"), Late("multiprocessing")
-
-
-class Number:
-    """The kind of a numeric flag: `kind(text)`, finite, from `least` to `most`, or "auto"."""
-
-    def __init__(self, kind, least, most, auto=False):
-        self.kind, self.least, self.most, self.auto = kind, least, most, auto
-        self.__name__ = "whole number" if kind is int else "number"
-
-    def __call__(self, text):
-        if self.auto and text == "auto":
-            return text
-        try:
-            value = self.kind(text)
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not self.least <= value <= self.most:             # NaN is in no range
-            wanted = f"{self.__name__} from {self.least} to {self.most}"
-            raise argparse.ArgumentTypeError(f"{text} - give a {wanted}")
-        return value
-
-
-def whole(least=0, most=10 ** 6, auto=False):
-    """Whole numbers from `least` to `most`."""
-    return Number(int, least, most, auto)
-
-
-def real(least=0., most=1e6, auto=False):
-    """Finite numbers from `least` to `most`; what must be positive starts at TINY."""
-    return Number(float, least, most, auto)
-
-
-TINY = 1e-12
-SIDE = whole(1, 8192)
-PART = real(0., 1.)
-
-# ------------------------------------------------------------------------------------------------
-# Every flag, once: name: (default, kind, help); a kind is a Number, str, bool or tuple of choices
-# A command names those it takes, with its own default where it differs: "data lr=1e-3 images!".
-# ------------------------------------------------------------------------------------------------
-
-WHAT = {
-    "data": (None, str, "features, an .npz or a folder of .npy (mil: bags); else a run's own, or "
-             "made-up streams"),
-    "streams": (None, str, "names of the streams to use, a,b,c; all by default"),
-    "stream": (None, str, "the one stream to use, where there are several"),
-    "taxonomy": (None, str, 'JSON, {"child": "parent", "root": null} or nested as in Open Images'),
-    "images": (None, str, "pictures: a folder (of class, or of train, val, test folders), an .npz "
-               "of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
-    "weights": (None, str, "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
-                "runs of N words; clip: a file of released weights"),
-    "label": (None, str, "the label in question, by name or number"),
-    "window": (None, str, "low,high: grey values shown black and white (--window=-1000,400)"),
-    "mode": ("alone", ("alone", "joint"), "each stream chooses its latents, or all together"),
-    "over": (None, str, 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
-    "other": (None, str, "features of the same samples by another backbone, to set beside"),
-    "sparc": (None, str, "a run of sparc on both streams, to set beside"),
-    "split": ("random", ("random", "given"), "70 / 15 / 15 drawn anew each run, or the file's own"),
-    "only": (None, str, "labels a,b to tell apart, or to find one by one; all by default"),
-    "between": (None, str, "two labels a,b: which latents tell their groups apart?"),
-    "query": (None, str, "words to search by"),
-    "names": (None, str, 'JSON of names of latents, {"17": "round nucleus"}'),
-    "prompts": (None, str, "file to write: samples of every latent, and a prompt for naming it"),
-    "embeddings": (None, str, ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
-    "head-file": (None, str, ".npz of a linear head, weight (d,), bias (); else one is fitted"),
-    "sample": (0, whole(0, 10 ** 9), "number of the test sample that asks"),
-    "from": (None, str, "its stream; the first by default"),
-    "to": (None, str, "the stream to search; the last by default"),
-    "features": (None, str, ".npy with a vector (d,) that asks, or a file whose row --sample asks"),
-    "encoder": (None, str, "run of clip whose text encoder reads --query"),
-    "latent": (None, str, "latents to show, 3,17; by default some of labels, alive everywhere"),
-    "merges": (None, str, "CLIP's merges file; else words of the captions are the tokens"),
-    "voc": (None, str, "Pascal VOC folder, whose boxes become the pictures"),
-    "rois": (None, str, "ASAP annotations (XML): label the tiles by them"),
-    "pictures": (4000, whole(8), "how many to draw"),
-    "most": (12, whole(1), "pictures at most"),
-    "least": (50, whole(), "training samples of a label a latent needs to be one of its own"),
-    "top": (10, whole(1), "samples that show what a latent is, or that a search finds"),
-    "seeds": (1, whole(1, 1000), "how often, from --seed on, for means and deviations"),
-    "runs": (5, whole(1, 1000), "seeds"),
-    "quick": (False, bool, "a size at which only the mechanics count, in minutes"),
-}
-MODEL = {
-    "preset": (None, ("thesis", "mammo", "cyto"), "sparc: the thesis's settings, for a million "
-               "samples (5.3.2, A.1.2); sae: thesis 4.1, Mammo-SAE, CytoSAE; typed flags go first"),
-    "latents": ("auto", whole(1, 2 ** 24, auto=True), "L, width of the code; auto: by the rows"),
-    "k": ("auto", whole(1, auto=True), "latents kept per sample; auto: an eighth of L, 40 to 64"),
-    "topk": ("global", ("global", "local", "both", "random"), "who chooses them in training: all "
-             "streams together, each for itself, both with the losses added (ours), or one stream "
-             "drawn each step (Universal SAE)"),
-    "lam": (1., real(), "weight of cross reconstruction (thesis Eq. 14)"),
-    "loss": ("sum", ("sum", "mean"), "over streams: Eq. 14, or the authors' code, where "
-             "lam_paper = lam_code / (M - 1)"),
-    "targets": ("auto", whole(1, auto=True), "other streams that each code rebuilds in a step, "
-                "drawn anew; auto: all up to 4 streams, then 2"),
-    "norm": ("auto", ("auto", "l2", "standard", "standard,l2", "none"), "length 1 per sample, mean "
-             "0 and deviation 1 per dimension, or both in that order (auto)"),
-    "dead-after": ("auto", whole(1, 10 ** 9, auto=True), "steps without firing that make a latent "
-                   "dead; auto: 1000, or a quarter of all"),
-    "activation": ("topk", str, "topk, relu with an L1 penalty, batchtopk, "
-                   "jumprelu with an L0 penalty, or all: every kind, in one table"),
-    "sparsity": (None, real(), "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
-    "error": (None, ("nmse", "sum", "mean"), "squared error over ||x||^2, summed over d as papers "
-              "write, or its mean: lambda_paper = d * lambda_code"),
-    "revive": (None, ("none", "auxk", "ghost", "resample"), "what is done about dead latents"),
-    "bias": ("zeros", ("zeros", "mean", "median"), "start of the decoder's bias"),
-    "null": ("auto", bool, "once more with rows of all streams but the first shuffled; auto: where "
-             "that takes under about a minute"),
-    "arch": ("vim_small", str, "backbone: a preset of ssm.py"),
-    "patch": (None, whole(1, 2048), "patch size, where not the preset's"),
-    "size": (None, whole(1, 8192), "side of pictures or of DINO's global crops, pixels"),
-    "width": (96, whole(1, 10 ** 5), "of both of CLIP's transformers"),
-    "prototypes": (65536, whole(2), "K, outputs of DINO's head"),
-    "head-hidden": (2048, whole(1, 10 ** 5), "width of DINO's head"),
-    "head": ("gated", str, "of a bag: max, mean, abmil, gated, clam_sb, clam_mb; several: a,b"),
-    "widths": ("512", str, "of the layers that embed an instance, a,b"),
-    "attention": (256, whole(1, 10 ** 5), "hidden width of the attention"),
-    "instances": (8, whole(1), "CLAM: instances called positive, and as many negative"),
-    "dropout": (0.25, real(0., .99), "after the embedding; CLAM: in the attention too"),
-    "frozen": (False, bool, "train the head alone"),
-    "standardise": (False, bool, "random weights start in the pictures' own units (ours)"),
-    "last": (4, whole(1, 1000), "ViT: class tokens of so many last blocks side by side"),
-    "tokens": (False, bool, "patch tokens (N, T, d), in half precision, not the class token"),
-    "whole": (False, bool, "squeeze pictures to a square instead of cutting their middle out"),
-    "tau": (0., real(), "activation above which a patch counts (CytoSAE Eq. 3; barcodes: 0.2)"),
-    "weighted": (False, bool, "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", ("mean", "difference", "boxes"), "latents of a label: by mean activation "
-             "(Mammo-SAE), by the difference to the rest or inside its boxes (ours)"),
-    "iou": (0.25, real(1e-9, 1.), "overlap with a true box that makes a box right"),
-    "solver": ("lbfgs", ("lbfgs", "sgd"), "of the linear probe: exact, or DINO's 20 epochs"),
-    "downsample": (1., real(1e-9), "pixels of the slide in one of the tile's"),
-    "threshold": (8, whole(0, 255), "saturation above which a pixel is tissue"),
-    "otsu": (False, bool, "find that threshold by Otsu's method"),
-    "smallest": (0.2, real(), "smallest piece of tissue, in areas of 512 x 512 pixels"),
-}
-TRAINING = {
-    "epochs": ("auto", whole(1, auto=True), "passes at most; auto: 50, or what makes 1,000 steps"),
-    "batch": ("auto", whole(1, auto=True), "samples a step; auto: a tenth of the rows, up to 256"),
-    "lr": ("auto", real(TINY, 1e30, auto=True), "learning rate (auto: 2e-4 sqrt(2^14 / L)); dino: "
-           "at batch 256"),
-    "warmup": (0, whole(), "steps over which the learning rate rises; dino: epochs"),
-    "weight-decay": (0., real(), "L2 penalty, or AdamW's decay; dino: at the start"),
-    "shuffle": ("auto", ("auto", "blocks", "samples"), "single samples, or blocks of a batch's "
-                "size (auto: for memory-mapped folders)"),
-    "patience": (20, whole(1), "epochs without a better validation loss that end training"),
-    "min-epochs": (50, whole(), "epochs that are trained in any case"),
-    "momentum": (0.996, PART, "of DINO's teacher at the start; 1 at the end"),
-    "local-size": (96, SIDE, "side of DINO's local crops"),
-    "local-crops": (8, whole(0, 100), "their number"),
-    "local-scale": ("0.05,0.4", str, "share of the area that they cover, from,to"),
-    "global-scale": ("0.4,1", str, "the same of global crops"),
-    "blur": (2., real(0., 100.), "largest radius of the blur, pixels; less for small pictures"),
-    "colour": (1., real(0., 2.), "strength of colour changes; less where colour matters"),
-    "pathology": (False, bool, "vertical flips, right-angle turns, stain jitter too (ours)"),
-    "balanced": (False, bool, "draw bags so that classes are equally frequent"),
-    "folds": (0, whole(0, 1000), "parts of all bags, reported in turn; 0: the file's, or 70/15/15"),
-    "votes": (1, whole(1, 1000), "models that vote on a bag, each from its own weights"),
-    "seed": (42, whole(0, 2 ** 32 - 1), "of everything drawn: split, weights, order, pictures"),
-}
-RUN = {
-    "out": (None, str, "where to write; a folder inside the run by default"),
-    "json": (None, str, "file for every figure"),
-    "svg": (None, str, "file for the picture that `bench backbones` draws"),
-    "device": ("cpu", str, "torch device"),
-    "workers": (2, whole(0, 256), "processes that make crops"),
-    "eval-rows": (10000, whole(0, 10 ** 9), "samples judged, of the test (else val) split; 0: all"),
-    "log-every": (20, whole(1), "steps between rows of log.csv"),
-    "save-every": (60., real(), "seconds between checkpoints"),
-    "overwrite": (False, bool, "replace what an earlier run wrote there, and nothing else"),
-    "resume": (False, bool, "go on where the run there stopped, or start it"),
-    "set": (None, str, 'settings of a reproduction, "name=value name=value": see below'),
-}
-# Constants of the papers, which --set alone reaches.
-SETTINGS = {
-    "aux-k": (64, whole(), "dead latents that rebuild the residual (AuxK); 0 for none"),
-    "aux-coef": (1 / 32, real(), "weight of AuxK"),
-    "reinit-after": (1000, whole(-1, 10 ** 9), "steps more until a dead latent is drawn anew; -1: "
-                     "never (the authors' 0 leaves AuxK nothing to do)"),
-    "select": ("fp32", ("fp32", "bf16"), "precision of choosing latents; bf16 halves its time"),
-    "kernels": ("auto", ("auto", "csr", "gather"), "of sparse products; auto: csr on a CPU"),
-    "expansion": (None, whole(1), "L over the stream's width, instead of --latents"),
-    "bandwidth": (0.1, real(TINY), "jumprelu: epsilon of the threshold's gradient"),
-    "theta": (0.1, real(TINY), "jumprelu: the thresholds at the start"),
-    "bottleneck": (256, whole(1, 10 ** 5), "DINO's head: width of its last layer"),
-    "norm-last": (True, bool, "DINO: prototypes keep unit length"),
-    "teacher-temp": (0.04, real(1e-6), "DINO: of the teacher"),
-    "teacher-temp-start": (0.04, real(1e-6), "DINO: the same in the first epoch"),
-    "teacher-warmup": (0, whole(), "DINO: epochs from the one to the other"),
-    "min-lr": (1e-6, real(), "DINO: learning rate at the end"),
-    "weight-decay-end": (0.4, real(), "DINO: weight decay at the end"),
-    "decay-ssm": (False, bool, "DINO: decay state-space parameters too, as the authors' run did"),
-    "clip": (3., real(1e-9), "DINO: largest gradient norm of each parameter"),
-    "freeze-last": (1, whole(), "DINO: epochs in which prototypes stay fixed"),
-    "drop-path": (0.1, real(0., .99), "DINO: stochastic depth of the student"),
-    "knn-every": (1, whole(1), "DINO: epochs between k-NN evaluations"),
-    "layers": (4, whole(1, 1000), "CLIP: of both transformers"),
-    "joint": (64, whole(1, 10 ** 5), "CLIP: width of the common space"),
-    "context": (32, whole(3, 10 ** 4), "CLIP: longest text, tokens"),
-    "squash": (0, whole(0, 1), "MIL: 1 for tanh of the standardised features, against outliers"),
-    "bag-weight": (0.7, PART, "CLAM: weight of the bag's loss; the rest is the instances'"),
-    "inst-loss": ("svm", ("svm", "ce"), "CLAM: smooth top-1 SVM or cross-entropy of instances"),
-    "subtyping": (False, bool, "CLAM: classes exclude each other"),
-    "cosine": (False, bool, "MIL: the learning rate falls to 0 along half a cosine"),
-    "percentile": (95., real(0., 100.), "of a heat map: what is at or above it is hot"),
-    "connectivity": ("8", ("8", "4"), "hot pixels that touch at corners are one box, or not"),
-    "strict": (False, bool, "hot: above the percentile, not at it"),
-    "box-score": ("box", ("box", "hot"), "of a box: mean activation in it, or of hot pixels"),
-    "ap-points": (0, whole(0, 10 ** 5), "recalls at which precision is averaged; 0: all"),
-    "start-layer": (0, whole(-1000, 1000), "first layer of relevancy maps; -1 for the last alone"),
-    "strength": (1., real(TINY), "probe: C of lbfgs, larger is less regular"),
-    "step": (None, whole(1), "pixels from tile to tile; the size by default"),
-    "least-hole": (0.2, real(), "smallest hole in tissue, in areas of 512 x 512 pixels"),
-    "max-holes": (8, whole(), "holes of a piece of tissue that count"),
-    "roi-share": (0.5, real(1e-9, 1.), "share of a tile inside the regions that makes it theirs"),
-    "margin": (0.2, real(0., 100.), "how much longer than a box's longer side its cut is"),
-}
-GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
-FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
-COMMANDS = {}
-
-
-class Command(typing.NamedTuple):
-    """A sub-command: its function, {flag: default}, the flags it needs, positional arguments."""
-    run: typing.Callable
-    flags: dict
-    needed: frozenset
-    positional: tuple
-
-
-def command(spec, *positional):
-    """Enter cmd_NAME in COMMANDS. spec: names of flags, `name=default`, or `name!` if needed."""
-    def enter(run):
-        defaults, needed = {}, set()
-        for word in spec.split():
-            name, equals, text = word.rstrip("!").partition("=")
-            default, kind, _ = FLAGS[name]
-            defaults[name] = value_of(kind, text) if equals else default
-            if word.endswith("!"):
-                needed.add(name)
-        COMMANDS[run.__name__[4:]] = Command(run, defaults, frozenset(needed), positional)
-        return run
-    return enter
-
-
-DATA = "data streams taxonomy"
-SHARED = "topk lam loss targets"
-CODE = "latents k norm dead-after aux-k aux-coef reinit-after select kernels"
-KINDS = "sparsity error bias expansion bandwidth theta warmup"
-STEPS = "epochs batch lr shuffle seed"
-FOLDER = "device log-every save-every eval-rows overwrite resume"
-ON_RUN = "data seed device out overwrite"
-
-
-def kind_of(name, default):
-    """The kind of a flag where this is its default: "auto" is taken where it is the default."""
-    kind = FLAGS[name][1]
-    if isinstance(kind, Number) and default != "auto":
-        return Number(kind.kind, kind.least, kind.most)
-    return kind
-
-
-def value_of(kind, text):
-    """The value that a flag's kind reads from text; raises ArgumentTypeError."""
-    if kind is bool:
-        kind = ("no", "yes", "0", "1", "False", "True")
-    if isinstance(kind, tuple):
-        if text not in kind:
-            raise argparse.ArgumentTypeError(f"{text} - take one of {', '.join(kind)}")
-        return text in ("yes", "1", "True") if kind[0] == "no" else text
-    return kind(text)
-
-THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
-          "shuffle": "blocks", "dead_after": 1000}           # of SPARC: 5.3.2, A.1.2
-PRESETS = {                                                  # of one stream
-    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
-    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
-              "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
-    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
-    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none",
-             "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
-             "batch": 16448, "epochs": 24, "dead_after": 64},
-}
-# What rows cannot tell of the made-up streams: they have 48 concepts, three or four in a sample.
-PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
-PLANTED_SAE = {"topk": {}, "relu": {}, "batchtopk": {"k": 3},
-               "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
 
 
 class InputError(ValueError):
     """What the caller can mend. Each room raises its own; `main` knows them by name."""
 
 
-# ------------------------------------------------------------------------------------------------
-# Runs: folders that a command owns while it writes
-# ------------------------------------------------------------------------------------------------
+# ---- Every flag, once ---------------------------------------------------------------------------
+
+class Flags(dict):
+    """The settings of a command by name, readable as attributes."""
+    given = frozenset()                                      # names of those that were typed
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name)
+
+    def pick(self, names):
+        """Those of `names`, "lr batch", as keyword arguments."""
+        return {name: self[name] for name in names.split()}
+
+    def replaced(self, changes):
+        new = Flags({**self, **changes})
+        new.given = self.given
+        return new
+
+
+def value_of(kind, text, said, default=None):
+    """The value of a kind that `text` means, whoever says so: a command line, a config.json, a
+    command's own defaults. InputError begins with what was `said`."""
+    number, _, ends = kind.partition(" ")
+    if kind == "text" or text == default == "auto":
+        return text
+    if number in ("int", "float"):
+        least, _, most = ends.partition("..")
+        least, most = float(least or 0), float(most or 1e6)
+        with contextlib.suppress(ValueError, OverflowError):
+            value = int(text) if number == "int" else float(text)
+            if least <= value <= most:                       # NaN is in no range
+                return value
+        number = {"int": "whole number", "float": "number"}[number]
+        raise InputError(f"{said} - give a {number} from {least:.10g} to {most:.10g}")
+    choices = {"no": False, "yes": True, "False": False, "True": True}
+    if kind != "switch":
+        choices = {choice: choice for choice in kind.split("|")}
+    if text not in choices:
+        raise InputError(f"{said} - take one of {', '.join(choices)}")
+    return choices[text]
+
+
+# name: (default, kind, help). A kind is "text", "switch", choices "a|b", or "int" or "float" with a
+# range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills it in, and
+# "auto" can be typed where it is the default.
+WHAT = {
+    "data": (None, "text", "features: .npz or folder of .npy (mil: bags); else the run's, or made "
+             "up"),
+    "streams": (None, "text", "names of the streams to use, a,b,c; all by default"),
+    "stream": (None, "text", "the one stream to use, where there are several"),
+    "taxonomy": (None, "text", 'JSON, {"child": "parent", "root": null} or as in Open Images'),
+    "images": (None, "text", "pictures: a folder, of class or of train, val, test folders, an "
+               ".npz of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
+    "weights": (None, "text", "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
+                "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
+                "runs of N words; clip: a file of released weights"),
+    "label": (None, "text", "the label in question, by name or number"),
+    "window": (None, "text", "low,high: grey values shown black and white (--window=-1000,400)"),
+    "mode": ("alone", "alone|joint", "each stream chooses its latents, or all together"),
+    "over": (None, "text", 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
+    "other": (None, "text", "features of the same samples by another backbone, to set beside"),
+    "sparc": (None, "text", "a run of sparc on both streams, to set beside"),
+    "split": ("random", "random|given", "70 / 15 / 15 drawn anew each run, or the file's"),
+    "only": (None, "text", "labels a,b to tell apart, or to find one by one; all by default"),
+    "between": (None, "text", "two labels a,b: which latents tell their groups apart?"),
+    "query": (None, "text", "words to search by"),
+    "names": (None, "text", 'JSON of names of latents, {"17": "round nucleus"}'),
+    "prompts": (None, "text", "file to write: samples of every latent, and a prompt for its name"),
+    "embeddings": (None, "text", ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
+    "head-file": (None, "text", ".npz of a linear head, weight (d,), bias (); else one is fitted"),
+    "sample": (0, "int 0..1e9", "number of the test sample that asks"),
+    "from": (None, "text", "its stream; the first by default"),
+    "to": (None, "text", "the stream to search; the last by default"),
+    "features": (None, "text", "another file, whose row --sample asks"),
+    "encoder": (None, "text", "run of clip whose text encoder reads --query"),
+    "latent": (None, "text", "latents to show, 3,17; else some of labels, alive everywhere"),
+    "merges": (None, "text", "CLIP's merges file; else words of the captions are the tokens"),
+    "voc": (None, "text", "Pascal VOC folder, whose boxes become the pictures"),
+    "rois": (None, "text", "ASAP annotations (XML): label the tiles by them"),
+    "pictures": (4000, "int 8..", "how many to draw"),
+    "most": (12, "int 1..", "pictures at most"),
+    "least": (50, "int", "training samples of a label a latent needs to be one of its own"),
+    "top": (10, "int 1..", "samples that show what a latent is, or that a search finds"),
+    "seeds": (1, "int 1..1000", "how often, from --seed on, for means and deviations"),
+    "runs": (5, "int 1..1000", "seeds"),
+    "quick": (False, "switch", "a size at which only the mechanics count, in minutes"),
+}
+MODEL = {
+    "preset": (None, "thesis|mammo|cyto", "sparc: the thesis's; sae: thesis 4.1, Mammo-SAE, "
+               "CytoSAE"),
+    "latents": ("auto", "int 1..16777216", "L, width of the code; auto: by the rows"),
+    "k": ("auto", "int 1..", "latents kept per sample; auto: an eighth of L, 40 to 64"),
+    "topk": ("global", "global|local|both|random", "who chooses them in training: all streams "
+             "together, each for itself, both with the losses added (ours), one stream drawn "
+             "each step (Universal SAE)"),
+    "lam": (1.0, "float", "weight of cross reconstruction (thesis Eq. 14)"),
+    "targets": ("auto", "int 1..", "other streams that each code rebuilds in a step, drawn anew; "
+                "auto: all up to 4 streams, then 2"),
+    "loss": ("sum", "sum|mean", "over streams: Eq. 14, or as the authors' code averages"),
+    "norm": ("auto", "l2|standard|standard,l2|none", "length 1, mean 0 and deviation 1, or both "
+             "(auto)"),
+    "dead-after": ("auto", "int 1..1e9", "steps without firing; auto: 1000, or a quarter"),
+    "activation": (None, "text", "topk (default), relu with an L1, jumprelu with an L0 penalty, "
+                   "batchtopk, or all kinds in one table"),
+    "sparsity": (None, "float", "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
+    "error": (None, "nmse|sum|mean", "squared, over ||x||^2; summed over d as papers write; its "
+              "mean: lambda_paper = d * lambda_code"),
+    "revive": (None, "none|auxk|ghost|resample", "what is done about dead latents"),
+    "bias": (None, "zeros|mean|median", "start of the decoder's bias"),
+    "null": ("auto", "switch", "once more, with shuffled rows; auto: if under a minute"),
+    "arch": ("vim_small", "text", "backbone: a preset of ssm.py"),
+    "patch": (None, "int 1..2048", "patch size, where not the preset's"),
+    "size": (None, "int 1..8192", "side of pictures or of DINO's global crops, pixels"),
+    "width": (96, "int 1..1e5", "of both of CLIP's transformers"),
+    "prototypes": (65536, "int 2..", "K, outputs of DINO's head"),
+    "head-hidden": (2048, "int 1..1e5", "width of DINO's head"),
+    "head": ("gated", "text", "of a bag: max, mean, abmil, gated, clam_sb, clam_mb, or several"),
+    "widths": ("512", "text", "of the layers that embed an instance, a,b"),
+    "attention": (256, "int 1..1e5", "hidden width of the attention"),
+    "instances": (8, "int 1..", "CLAM: instances called positive, and as many negative"),
+    "dropout": (0.25, "float 0..0.99", "after the embedding; CLAM: in the attention too"),
+    "frozen": (False, "switch", "train the head alone"),
+    "standardise": (False, "switch", "random weights start in the pictures' own units (ours)"),
+    "last": (4, "int 1..1000", "ViT: class tokens of so many last blocks side by side"),
+    "tokens": (False, "switch", "patch tokens (N, T, d), in half precision, not the class token"),
+    "whole": (False, "switch", "squeeze pictures to a square instead of cutting their middle out"),
+    "tau": (0.0, "float", "activation above which a patch counts (CytoSAE Eq. 3; barcodes .2)"),
+    "weighted": (False, "switch", "entropy weighted by activation, as CytoSAE's code has it"),
+    "rank": ("mean", "mean|difference|boxes", "latents of a label by mean activation (Mammo-SAE), "
+             "by the difference to the rest or inside its boxes (ours)"),
+    "iou": (0.25, "float 1e-9..1", "overlap with a true box that makes a box right"),
+    "solver": ("lbfgs", "lbfgs|sgd", "of the linear probe: exact, or DINO's 20 epochs"),
+    "downsample": (1.0, "float 1e-9..", "pixels of the slide in one of the tile's"),
+    "threshold": (8, "int 0..255", "saturation above which a pixel is tissue"),
+    "otsu": (False, "switch", "find that threshold by Otsu's method"),
+    "smallest": (0.2, "float", "smallest piece of tissue, in areas of 512 x 512 pixels"),
+}
+TRAINING = {
+    "epochs": ("auto", "int 1..", "passes at most; auto: 50, or what makes 1,000 steps"),
+    "batch": ("auto", "int 1..", "samples a step; auto: a tenth of the rows, up to 256"),
+    "lr": ("auto", "float 1e-12..1e30", "auto: 2e-4 sqrt(2^14 / L); dino: at batch 256"),
+    "warmup": (None, "int", "steps over which the learning rate rises; dino: epochs"),
+    "weight-decay": (0.0, "float", "L2 penalty, or AdamW's decay; dino: at the start"),
+    "shuffle": ("auto", "blocks|samples", "samples singly, or blocks of a batch (mapped folders)"),
+    "patience": (20, "int 1..", "epochs without a better validation loss that end training"),
+    "min-epochs": (50, "int", "epochs that are trained in any case"),
+    "momentum": (0.996, "float 0..1", "of DINO's teacher at the start; 1 at the end"),
+    "local-size": (96, "int 1..8192", "side of DINO's local crops"),
+    "local-crops": (8, "int 0..100", "their number"),
+    "local-scale": ("0.05,0.4", "text", "share of the area that they cover, from,to"),
+    "global-scale": ("0.4,1", "text", "the same of global crops"),
+    "blur": (2.0, "float 0..100", "largest radius of the blur, pixels; less for small pictures"),
+    "colour": (1.0, "float 0..2", "strength of colour changes; less where colour matters"),
+    "pathology": (False, "switch", "vertical flips, right-angle turns, stain jitter too (ours)"),
+    "balanced": (False, "switch", "draw bags so that classes are equally frequent"),
+    "folds": (0, "int 0..1000", "parts of all bags, in turn; 0: the file's, or 70 / 15 / 15"),
+    "votes": (1, "int 1..1000", "models that vote on a bag, each from its own weights"),
+    "seed": (42, "int 0..4294967295", "of everything drawn: split, weights, order, pictures"),
+}
+RUN = {
+    "out": (None, "text", "where to write; a folder inside the run by default"),
+    "json": (None, "text", "file for every figure"),
+    "svg": (None, "text", "file for the picture that `bench backbones` draws"),
+    "device": ("cpu", "text", "torch device"),
+    "workers": (2, "int 0..256", "processes that make crops"),
+    "eval-rows": (10000, "int 0..1e9", "samples judged, of test, else of val; 0: all"),
+    "log-every": (20, "int 1..", "steps between rows of log.csv"),
+    "save-every": (60.0, "float", "seconds between checkpoints"),
+    "overwrite": (False, "switch", "replace what an earlier run wrote there, and nothing else"),
+    "resume": (False, "switch", "go on where the run there stopped, or start it"),
+    "set": (None, "text", 'settings of a reproduction, "name=value name=value": see below'),
+}
+# Constants of papers, which --set alone reaches.
+SETTINGS = {
+    "aux-k": (64, "int 1..", "dead latents that rebuild the residual (AuxK)"),
+    "aux-coef": (1 / 32, "float", "weight of AuxK; 0 for none"),
+    "reinit-after": (1000, "int 0..1e9", "steps more until a dead latent is drawn anew (authors: "
+                     "0)"),
+    "expansion": (None, "int 1..", "L over the stream's width, instead of --latents"),
+    "bandwidth": (None, "float 1e-12..", "jumprelu: epsilon of the threshold's gradient, 0.1"),
+    "bottleneck": (256, "int 1..1e5", "DINO's head: width of its last layer"),
+    "teacher-temp": (0.04, "float 1e-6..", "DINO: of the teacher"),
+    "decay-ssm": (False, "switch", "DINO: decay state-space parameters too, as the authors' run "
+                  "did"),
+    "knn-every": (1, "int 1..", "DINO: epochs between k-NN evaluations"),
+    "layers": (4, "int 1..1000", "CLIP: of both transformers"),
+    "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
+    "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
+    "subtyping": (False, "switch", "CLAM: classes exclude each other"),
+    "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
+    "strength": (1.0, "float 1e-12..", "probe: C of lbfgs, larger is less regular"),
+    "step": (None, "int 1..", "pixels from tile to tile; the size by default"),
+    "least-hole": (0.2, "float", "smallest hole in tissue, in areas of 512 x 512 pixels"),
+    "max-holes": (8, "int", "holes of a piece of tissue that count"),
+    "roi-share": (0.5, "float 1e-9..1", "share of a tile inside the regions that makes it theirs"),
+    "margin": (0.2, "float 0..100", "how much longer than a box's longer side its cut is"),
+}
+GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
+FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
+COMMANDS = {}
+
+
+def command(spec, *positional):
+    """Enter the function cmd_NAME in COMMANDS, with `flags` {name: default}, those `needed`, and
+    `positional` arguments. spec: names of flags, `name=default`, or `name!` if needed."""
+    def enter(run):
+        words = [word.rstrip("!").partition("=") for word in spec.split()]
+        run.flags = {name: value_of(FLAGS[name][1], text, spec) if equals else FLAGS[name][0]
+                     for name, equals, text in words}
+        run.needed = [word[:-1] for word in spec.split() if word.endswith("!")]
+        run.positional = positional
+        COMMANDS[run.__name__[4:]] = run
+        return run
+    return enter
+
+
+DATA = "data streams taxonomy"
+SHARED = "topk lam loss targets"
+CODE = "latents k norm dead-after aux-k aux-coef reinit-after"
+KINDS = "activation revive sparsity error bias expansion bandwidth warmup"
+STEPS = "preset epochs batch lr shuffle seed"
+FOLDER = "device log-every save-every eval-rows overwrite resume"
+ON_RUN = "data seed device out overwrite"
+
+
+# ---- Runs: folders that a command owns while it writes ------------------------------------------
 
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
+# Flags that name what a command reads.
+INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "embeddings",
+          "head_file", "features", "encoder", "merges", "voc", "rois", "run")
 
 
 class Run:
@@ -356,22 +296,18 @@ class Run:
 
     flags    the settings: those typed or, on --resume, those that the run there was started with
     saved    its config.json where it goes on, else None
+    files    its manifest, in config.json too: names of what it wrote, or is about to write
 
-    config.json lists what a run wrote. Nothing else is ever replaced or removed, no link is
-    followed, and no second process gets in: its lock ends with the process, whatever ends that.
+    What the manifest does not list is never replaced or removed, no link is followed, and no second
+    process gets in: the lock ends with the process, whatever ends that.
     """
 
-    held = []                                                # (lock file, its path) of this process
+    held = {}                                                # lock files of this process, by path
 
-    def __init__(self, flags, folder=None, resume=None, add=False):
-        """`folder`: instead of --out; `resume`: instead of --resume; `add`: files of an earlier run
-        of this command stay, but for those written anew. Changes nothing there yet."""
-        self.folder = flags.out if folder is None else folder
-        self.flags, self.saved, self.files, self.about = flags, None, [], {}
-        self.kept = []                                       # files of the run that is added to
-        resume = flags.get("resume") if resume is None else resume
-        if resume and not os.path.exists(self.join("config.json")):
-            check_needed(flags)
+    def __init__(self, flags, folder=None):
+        """`folder`: instead of --out. Changes nothing there yet."""
+        self.folder, self.flags = folder or flags.out, flags
+        self.saved, self.files, self.about = None, [], {}
         if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
             raise InputError(f"{self.folder} is a file - name a folder with --out")
         if not os.path.isdir(self.folder) or not set(os.listdir(self.folder)) - {".lock"}:
@@ -379,36 +315,25 @@ class Run:
         if os.path.realpath(self.folder) in inputs_of(flags):
             raise InputError(f"{self.folder} is read by this command - name another --out")
         self._lock()
-        config = {}
-        if os.path.lexists(self.join("config.json")):
-            config = read_config(self.folder)
-            self.files = self._listed(config)
-        if add and config.get("command") == flags.command:
-            self.kept = self.files
-        elif not resume and not flags.get("overwrite"):
+        if not flags.get("resume") and not flags.get("overwrite"):
             raise InputError(f"{self.folder} holds files already - use --overwrite" +
                              ", --resume" * ("resume" in flags) + " or another --out")
-        if config and resume:
-            self._go_on(config)
+        if os.path.lexists(self.join("config.json")):
+            config = read_config(self.folder)
+            self.files = config["files"]
+            if flags.get("resume"):
+                self._go_on(config)
 
-    def join(self, *parts):
-        return os.path.join(self.folder, *parts)
-
-    def _listed(self, config):
-        files = config.get("files")
-        if files is None:                                    # written before runs listed them
-            files = [name for name in WRITTEN if os.path.isfile(self.join(name))]
-        if not isinstance(files, list) or not all(isinstance(f, str) and plain(f) for f in files):
-            raise InputError(f"{self.join('config.json')} is damaged - restore it, or remove it")
-        return files
+    def join(self, name):
+        return os.path.join(self.folder, name)
 
     def _go_on(self, config):
         """Take the settings that the run was started with; those typed now must be the same."""
-        theirs, flags, path = config["flags"], self.flags, self.join("config.json")
+        theirs, flags = config["flags"], self.flags
         if theirs.get("command", flags.command) != flags.command:
             raise InputError(f"{self.folder} holds a run of {theirs['command']} - resume it with "
                              "that command")
-        check_kinds(theirs, COMMANDS[flags.command].flags, path)
+        check_kinds(theirs, COMMANDS[flags.command].flags, self.join("config.json"))
         for name in sorted(flags.given - FREE_ON_RESUME):
             if flags[name] not in (theirs.get(name), "auto"):
                 raise InputError(
@@ -417,19 +342,18 @@ class Run:
                     "anew with --overwrite")
         typed = FREE_ON_RESUME & flags.given | {"out", "resume", "overwrite"}
         self.flags = flags.replaced({k: v for k, v in theirs.items() if k not in typed})
-        given = config.get("given", [])
-        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-            raise InputError(f"{path} has {given!r} as what was given - restore it, or train anew")
-        self.flags.given |= frozenset(given)
         self.saved = config
-        threads = config.get("versions", {}).get("threads")
-        if threads not in (None, torch.get_num_threads()):
-            say_once(f"note: the run had {threads} threads, now {torch.get_num_threads()}: sums "
-                     "may differ in their last digits")
+        before, now = config["versions"].get("threads"), torch.get_num_threads()
+        if before not in (None, now):                        # sums are taken in another order
+            say_once(f"note: the run had {before} threads, now {now}: last digits may differ")
 
     def _lock(self):
+        """Keep other processes out until `release`; makes the folder if there is none."""
         path = self.join(".lock")
+        if path in self.held:
+            return
         try:
+            os.makedirs(self.folder, exist_ok=True)
             lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -440,13 +364,13 @@ class Run:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        self.held.append((lock, path))
+        self.held[path] = lock
 
     @classmethod
     def release(cls):
         """Give up the locks of this process: at the end of every command."""
         while cls.held:
-            lock, path = cls.held.pop()
+            path, lock = cls.held.popitem()
             with contextlib.suppress(OSError):               # somebody removed the folder
                 os.unlink(path)
             lock.close()
@@ -455,89 +379,72 @@ class Run:
         """Make the folder, rid it of what its manifest lists unless the run goes on, and write
         config.json: the resolved `flags` and what `about` tells."""
         self.flags = self.flags if flags is None else flags
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-        except OSError as e:
-            raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another --out")
-        if self.join(".lock") not in [path for _, path in self.held]:
-            self._lock()
-        if not self.saved and not self.kept:
-            inputs = inputs_of(self.flags)
-            for name in self.files:
-                path = self.join(name)
-                if os.path.realpath(path) in inputs:
-                    raise InputError(f"{path} is read by this command - name another --out")
-                leftovers = glob.glob(glob.escape(path) + ".*.tmp")      # of a run that was killed
-                for left in [path, *leftovers] if inside(path, self.folder) else ():
-                    if os.path.isfile(left) and not os.path.islink(left):
-                        os.remove(left)
-            self.files = []
+        if self.saved and self.saved.get("data_hash") != about.get("data_hash"):
+            raise InputError(f"{self.flags.get('data') or self.flags.get('images')} is not what "
+                             f"the run in {self.folder} was trained on - restore it, or train anew")
+        self._lock()
+        if not self.saved:
+            self._clear()
         self.about = {"command": self.flags.command, "flags": self.flags, **about,
-                      "given": sorted(self.flags.given - FREE_ON_RESUME), "versions": versions()}
-        self._claim("config.json", new=True)
+                      "versions": versions()}
+        self.path("config.json")
         return self
 
-    def trained_on(self, data_hash, name):
-        """Raise InputError when the run goes on, but was started on other data."""
-        if self.saved and self.saved.get("data_hash") != data_hash:
-            raise InputError(f"{name} is not what the run in {self.folder} was trained on - "
-                             "restore it, or train anew")
+    def _clear(self):
+        """Remove what the manifest lists, and what a killed run left of it half written."""
+        inputs = inputs_of(self.flags)
+        for name in self.files:
+            self._check(name)
+            if os.path.realpath(self.join(name)) in inputs:
+                raise InputError(f"{self.join(name)} is read by this command - name another --out")
+        for path in map(self.join, self.files):
+            for left in [path, *glob.glob(glob.escape(path) + ".*.tmp")]:
+                if os.path.isfile(left) and not os.path.islink(left):
+                    os.remove(left)
+        self.files = []
 
-    def path(self, *parts):
-        """The path of an output, in the manifest before it is written."""
-        return self._claim("/".join(parts))
+    def _check(self, name):
+        """Raise InputError unless a name stays in the folder, and no link leads out of it."""
+        if not plain(name):
+            raise InputError(f"{name!r} cannot be the name of a file - rename it")
+        if os.path.realpath(self.join(name)) != os.path.join(os.path.realpath(self.folder), name):
+            raise InputError(f"{self.join(name)} was not written by this run, but is a link - move "
+                             "it away, or name another --out")
+
+    def path(self, name):
+        """The path of an output, which may lie in a folder of the run's: see `paths`."""
+        return self.paths([name])[0]
 
     def paths(self, names):
-        """`path` of many at once."""
-        return self._claim(*names)
-
-    def _claim(self, *names, new=False):
+        """The paths of outputs, in the manifest before they are written. Raises InputError where
+        a file is that is not ours to replace."""
         for name in names:
-            path = self.join(name)
-            if not plain(name):
-                raise InputError(f"{name!r} cannot be the name of a file - rename it")
-            if name not in self.files and name != "config.json" and os.path.lexists(path) \
-                    or os.path.islink(path) or not inside(path, self.folder):
-                raise InputError(f"{path} was not written by this run - move it away, or name "
-                                 "another --out")
-            if name in self.kept and name != "config.json" and not self.flags.overwrite:
-                raise InputError(f"{path} exists - use --overwrite, or another --out")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._check(name)
+            if os.path.lexists(self.join(name)) and name not in self.files:
+                raise InputError(f"{self.join(name)} was not written by this run - move it away, "
+                                 "or name another --out")
+            os.makedirs(os.path.dirname(self.join(name)), exist_ok=True)
         listed = [*dict.fromkeys([*self.files, *names])]
-        if new or len(listed) > len(self.files):
+        if listed != self.files or "config.json" in names:
             self.files = listed
             judge.write_json(self.join("config.json"), {**self.about, "files": self.files})
-        return self.join(names[0]) if len(names) == 1 else [self.join(name) for name in names]
+        return [self.join(name) for name in names]
 
     def part(self, name, flags):
         """A run within this one. It goes on only if it was started with these very flags: another
         run, overwritten since, may have left a folder of that name."""
+        self._check(name)
         folder, resume = self.join(name), False
-        if os.path.islink(folder) or not plain(name):
-            raise InputError(f"{folder} was not made by this run - move it away, or name another "
-                             "--out")
         if self.saved and os.path.exists(os.path.join(folder, "config.json")):
             theirs = read_config(folder)["flags"]
             resume = all(theirs.get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
-        return Run(flags.replaced({"overwrite": True}), folder, resume)
+        return Run(flags.replaced({"overwrite": True, "resume": resume}), folder)
 
 
 def plain(name):
     """Whether a relative path with / stays where it is: no .., no empty or hidden part."""
     return all(part and part[0] != "." and "\\" not in part and "\0" not in part
                for part in name.split("/"))
-
-
-def inside(path, folder):
-    """Whether a path is in a folder when links are followed."""
-    folder = os.path.realpath(folder)
-    return os.path.commonpath([folder, os.path.realpath(os.path.dirname(path))]) == folder
-
-
-# Flags that name what a command reads.
-INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "embeddings",
-          "head_file", "features", "encoder", "merges", "voc", "rois", "run")
-WRITTEN = ("config.json", "log.csv", "checkpoint.pt", "metrics.json", "report.html")
 
 
 def inputs_of(flags):
@@ -554,9 +461,9 @@ def is_read(path, flags):
         name = os.path.relpath(path, given)
         if path == given:
             return True
-        if not name.startswith("..") and os.path.isdir(given):
-            own = os.path.join(given, "config.json")
-            if not os.path.exists(own) or name in read_config(given).get("files", WRITTEN):
+        if os.path.isdir(given) and not name.startswith(".."):
+            if not os.path.exists(os.path.join(given, "config.json")) \
+                    or name in read_config(given)["files"]:
                 return True
     return False
 
@@ -577,10 +484,15 @@ def out_file(flags, name="out"):
 
 
 def read_config(folder, names=()):
-    """config.json of a run folder, a dict, whose "flags" have those of `names`, of their kinds."""
+    """config.json of a run: a dict of dicts "flags" and "versions" and the list "files", its
+    manifest. Those of the flags that are among `names` are of their kinds."""
     path = os.path.join(folder, "config.json")
     config = data.read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict):
+    if isinstance(config, dict):
+        config = {"files": [], "versions": {}, **config}
+    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict) \
+            or not isinstance(config["versions"], dict) or not isinstance(config["files"], list) \
+            or not all(isinstance(name, str) and plain(name) for name in config["files"]):
         raise InputError(f"{path} is no config of a run - restore it, or train anew elsewhere")
     check_kinds(config["flags"], {name: FLAGS[name][0] for name in names}, path)
     return config
@@ -589,16 +501,11 @@ def read_config(folder, names=()):
 def check_kinds(values, defaults, path):
     """Raise InputError unless what the file `path` holds could be typed for these flags."""
     for name, default in defaults.items():
-        value, kind = values.get(name.replace("-", "_"), default), kind_of(name, default)
-        if type(value) is type(default) and value == default:
-            continue
-        try:
-            fits = isinstance(value, kind) if kind in (bool, str) else \
-                isinstance(value, (int, float, str)) and value_of(kind, str(value)) == value
-        except (ValueError, OverflowError, argparse.ArgumentTypeError):
-            fits = False
-        if not fits:
-            raise InputError(f"{path} has {value!r} as {name} - restore it, or train anew")
+        value = values.get(name.replace("-", "_"), default)
+        said = f"{path} has {value!r} as {name}"
+        if value is not default and value != value_of(
+                FLAGS[name][1], str(value), said, default):
+            raise InputError(f"{said} - restore it, or train anew")
 
 
 @contextlib.contextmanager
@@ -620,32 +527,27 @@ def versions():
     return {"python": platform.python_version(), "torch": str(torch.__version__),
             "numpy": np.__version__, "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
-
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# ---- Training -----------------------------------------------------------------------------------
 
 class Progress:
     """A line on stderr that rewrites itself on a terminal; elsewhere one every tenth of the way."""
 
     def __init__(self, total, start=0):
-        self.total, self.began, self.first = total, time.time(), start
+        self.total, self.first, self.began = total, start, time.time()
         self.live = sys.stderr.isatty()
-        self.next = start + (10 if self.live else max(1, total // 10))
+        self.every = max(1, total // (1000 if self.live else 10))
 
     def __call__(self, step, text):
-        if step < self.next and step < self.total:
+        if step % self.every and step < self.total:
             return
-        self.next = step + (1 if self.live else max(1, self.total // 10))
         left = (time.time() - self.began) / max(step - self.first, 1) * (self.total - step)
         line = f"step {step}/{self.total}  {text()}  {left:.0f} s left"
-        stays = step >= self.total or not self.live
-        print(f"\r{line:<100}" if self.live else line, end="\n" * stays, file=sys.stderr,
-              flush=True)
+        end = "" if self.live and step < self.total else "\n"
+        print(f"\r{line:<100}" if self.live else line, end=end, file=sys.stderr, flush=True)
 
 
 class Log:
-    """The rows of log.csv: text, so that a resumed run keeps them to the byte.
+    """The rows of log.csv, as text, so that a resumed run keeps them to the byte.
 
     Those up to step `upto` are read; they need the `columns` that are drawn, and may be empty in
     `gaps` alone.
@@ -655,16 +557,14 @@ class Log:
         self.path, self.rows = path, []
         if not upto or not os.path.exists(path):
             return
-        data.plain_file(path)
         try:
-            with open(path, newline="") as f:
+            with open(data.plain_file(path), newline="") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
-            whole = all(math.isfinite(float(v)) for row in self.rows for k, v in row.items()
-                        if k != "revive" and (v or k not in gaps))
-            whole = whole and all(row.keys() >= {*columns} for row in self.rows[:1])
+            for row in self.rows:
+                numbers = [float(v) for k, v in row.items() if v or k not in gaps]
+                if not all(map(math.isfinite, numbers)) or not row.keys() >= {*columns}:
+                    raise ValueError
         except (KeyError, TypeError, ValueError, csv.Error):
-            whole = False
-        if not whole:
             raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves")
 
     def add(self, row):
@@ -693,10 +593,8 @@ class Keeper:
         self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
 
     def __enter__(self):
-        obeyed = signal.SIGINT, signal.SIGTERM
-        if threading.current_thread() is not threading.main_thread():
-            obeyed = ()                                      # Python allows handlers there alone
-        self.before = {n: signal.signal(n, self.on_signal) for n in obeyed}
+        self.before = {n: signal.signal(n, self.on_signal)
+                       for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
@@ -727,7 +625,6 @@ def train(run, features):
     flags, rows = run.flags, features.rows("train")
     model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
-    run.trained_on(features.hash, flags.data)
     run.begin(flags, dims=features.dims, data_hash=features.hash, train_rows=len(rows))
     checkpoint = run.path("checkpoint.pt")
     if run.saved and os.path.exists(checkpoint):
@@ -736,20 +633,17 @@ def train(run, features):
     n_steps = flags.epochs * batches.epoch
     log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
 
-    def batch(step):
-        return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
-
     def on_step(step, result):
-        def row():
-            told = {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)}
-            return {**told, "revive": flags.revive} if "revive" in flags else told
-
         loss = float(result["loss"]) if step % flags.log_every == 0 else 0.
-        if not math.isfinite(loss):
+        if not math.isfinite(loss):                          # reading it waits for a GPU
             raise InputError(f"the loss is {loss} at step {step} - lower --lr, or scale the "
                              "features with --norm")
-        keep(step, row, lambda: f"loss {float(result['loss']):.4f}  dead "
+        keep(step, lambda: {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)},
+             lambda: f"loss {float(result['loss']):.4f}  dead "
              + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
+
+    def batch(step):
+        return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda: sae.save(checkpoint, model, optimiser)) as keep:
         sae.fit(model, batch, n_steps, lr=flags.lr, optimiser=optimiser, on_step=on_step,
@@ -757,32 +651,36 @@ def train(run, features):
     return model, log
 
 
-def resolved(flags, features, layers=()):
-    """The flags with all that was left open filled in: what was typed, else `layers` or the preset,
-    else what made-up data want, else by the number of training rows; tells what was chosen."""
-    n, layers = len(features.rows("train")), dict(layers)
-    if "activation" not in flags and flags.preset:
-        if flags.preset != "thesis":
-            raise InputError(f"--preset {flags.preset} is of one stream - use it with sae")
-        layers |= THESIS | {"targets": max(1, len(features.streams) - 1)}
-    layers = {**(PLANTED if flags.data is None else {}), **layers}
+def resolved(flags, features):
+    """The flags with all that was left open, None or "auto", filled in: as the preset, the
+    activation or made-up data want it, else by the number of training rows; says what those chose.
+    """
+    single, n = "activation" in flags, len(features.rows("train"))
+    layers = sae.known_settings(single, flags.preset, flags.get("activation"), flags.data is None)
     if {"expansion", "latents"} <= flags.given:
         raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
                          "one of the two")
-    expansion = flags.get("expansion") or layers.get("expansion")
-    if expansion:
+    if flags.preset:                                         # all pairs
+        layers["targets"] = max(1, len(features.streams) - 1)
+    if expansion := flags.get("expansion") or layers.get("expansion"):
         layers["latents"] = expansion * max(features.dims.values())
-    flags = flags.replaced({k: v for k, v in layers.items() if k not in flags.given})
+    flags = flags.replaced({k: layers[k] for k, v in flags.items()
+                            if v in (None, "auto") and k in layers})
+    if single and flags.sparsity and not sae.ACTIVATIONS[flags.activation].sparsity:
+        raise InputError(f"--sparsity {flags.sparsity} has no effect on {flags.activation}, which "
+                         "has no penalty - leave it out, or set --k")
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
     auto = sae.settings_for(n, **typed, streams=len(features.streams))
     auto["shuffle"] = "blocks" if features.mapped else "samples"
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
-        flags["null"] = planned_seconds(flags, features.dims, auto["steps"]) < 60
+        seconds = sae.planned_seconds(features.dims, topk=flags.get("topk"),
+                                      **flags.pick("latents k batch targets"))
+        flags["null"] = auto["steps"] * seconds < 60
     if chosen:
-        shown = ", ".join(f"{k.replace('_', '-')} {v:.2g}" if isinstance(v, float) else
-                          f"{k.replace('_', '-')} {v}" for k, v in chosen.items())
+        shown = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}"
+                          for k, v in chosen.items()).replace("_", "-")
         say_once(f"chosen by the number of training rows, {n}: {shown}; {auto['steps']} steps")
     if flags.shuffle == "blocks" and features.sorted_rows():
         say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - "
@@ -790,44 +688,28 @@ def resolved(flags, features, layers=()):
     return flags
 
 
-def planned_seconds(flags, dims, steps):
-    """About how long training takes on two cores: all logits of a batch, products by sources."""
-    sources = min(len(dims), flags.get("targets", len(dims)) + 1)
-    logits, products = flags.batch * flags.latents, sources * flags.batch * flags.k
-    each = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
-    return steps * each * (2 if flags.get("topk") == "both" else 1)
-
-
-def memory():
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def make_model(features, flags, rows):
     """The untrained SAE or SPARC of `flags`; its statistics and bias are of the training rows."""
-    needs = 32 * flags.latents * sum(features.dims.values())
-    if needs > memory():
+    needs = 32 * flags.latents * sum(features.dims.values())  # weights, gradients, Adam's moments
+    if needs > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the "
                          "weights alone - lower it")
-    shared = {k: flags[k] for k in ("norm", "aux_k", "dead_after", "select", "kernels", "seed")}
-    shared["stats"] = features.statistics(rows) if "standard" in flags.norm else None
-    shared["reinit_after"] = flags.reinit_after if flags.reinit_after >= 0 else 10 ** 12
-    shared["aux_coef"] = flags.aux_coef if flags.aux_k else 0.
+    shared = flags.pick("k norm aux_k aux_coef dead_after reinit_after seed")
+    if "standard" in flags.norm:
+        shared["stats"] = features.statistics(rows)
     if "activation" not in flags:
         targets = None if flags.targets == "auto" else flags.targets       # of runs without it: all
-        return sae.SPARC(features.dims, flags.latents, flags.k, flags.topk, flags.lam, flags.loss,
-                         targets=targets, **shared)
-    how = {k: flags[k] for k in ("activation", "k", "sparsity", "error", "revive", "bandwidth")}
-    model = sae.SAE(features.dims, flags.latents, threshold=flags.theta, **how, **shared)
+        return sae.SPARC(features.dims, flags.latents, topk=flags.topk, lam=flags.lam,
+                         reduction=flags.loss, targets=targets, **shared)
+    model = sae.SAE(features.dims, flags.latents, threshold=0.1, **shared,
+                    **flags.pick("activation sparsity error revive bandwidth"))
     if flags.bias != "zeros":
         drawn = np.sort(np.random.default_rng([flags.seed, 5]).permutation(rows)[:32768])
         model.start_bias(features.batch(drawn)[model.streams[0]], flags.bias)
     return model
 
 
-# ------------------------------------------------------------------------------------------------
-# Measuring
-# ------------------------------------------------------------------------------------------------
+# ---- Measuring ----------------------------------------------------------------------------------
 
 def evaluation_rows(features, flags, *splits):
     """Rows of the first split that has any, at most --eval-rows of them, drawn with the seed."""
@@ -838,22 +720,13 @@ def evaluation_rows(features, flags, *splits):
     return rows
 
 
-def encoded(model, features, rows, mode, device, block=1024):
-    """Yield (x, codes) of `rows`, block by block: dicts stream -> raw (b, d_s) and -> Codes."""
-    with torch.no_grad():
-        for start in range(0, len(rows), block):
-            x = features.batch(rows[start:start + block])
-            x = {s: v.to(device) for s, v in x.items()}
-            yield x, model.encode(x, mode)
-
-
-def codes_and_fit(model, features, rows, mode, device):
+def codes_and_fit(model, features, rows, mode):
     """In one pass the codes of `rows`, {stream: CSR (n, L)}, and how they rebuild each stream: a
     dict of r2, nmse and the share of (sample, stream) with its first stream's latents."""
     pieces = []
 
     def reconstructions():
-        for x, codes in encoded(model, features, rows, mode, device):
+        for x, codes in sae.encoded(model, features.batch, rows, mode):
             pieces.append(codes)
             yield ({t: model.normalise(v, t) for t, v in x.items()},
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
@@ -877,7 +750,7 @@ def measure(model, features, flags):
                       "of": len(features.rows("test", "val")), "steps": int(model.step),
                       "latents": model.n_latents, "topk": model.topk}
     for mode in ("joint", "alone") if several else ("alone",):
-        codes[mode], fit = codes_and_fit(model, features, rows, mode, flags.device)
+        codes[mode], fit = codes_and_fit(model, features, rows, mode)
         out[mode] = {**judge.code_metrics(codes[mode], features, rows), **fit}
         out[mode]["headline"] = judge.headline(out[mode])
     if features.labels is not None:
@@ -906,9 +779,7 @@ def measure(model, features, flags):
 def judged(run, features, whole=None, quiet=False):
     """Train, with --null once more on shuffled streams, and measure; write metrics.json and
     report.html. whole: the run that --null would be added to. Returns metrics."""
-    flags, began = run.flags, time.time()
-    model, log = train(run, features)
-    trained = time.time()
+    flags, (model, log) = run.flags, train(run, features)
     metrics, codes, rows = measure(model, features, flags)
     if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
@@ -918,28 +789,38 @@ def judged(run, features, whole=None, quiet=False):
     metrics["verdict"] = judge.verdict(
         metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
                            f"{shlex.quote(whole.folder)}")
-    settings = {**flags, "seconds to train": round(trained - began, 1),
-                "seconds to measure": round(time.time() - trained, 1)}
     page = judge.Page(f"repsae {flags.command}: {os.path.basename(os.path.abspath(run.folder))}")
     judge.tell_summary(page, metrics, quiet)
-    judge.tell_run(page, metrics, log.rows, settings, codes, features, rows)
+    judge.tell_run(page, metrics, log.rows, flags, codes, features, rows)
     page.write(run.path, metrics)
     if not quiet:
         say(f"wrote {run.join('report.html')}")
     return metrics
 
 
-def judged_parts(run, trials, tell, whole=None):
-    """Train and judge each of `trials`, {name: (flags, features)}, in a folder of the run, and put
-    them beside each other: tell(page, {name: metrics}) may return a chart."""
-    results, page = {}, judge.Page(f"repsae {run.flags.command}: {os.path.basename(run.folder)}")
-    for name, (flags, features) in trials.items():
+def compared(run, changes, tell, whole=None):
+    """Train and judge a run for each of `changes`, {name: {flag: value}}, in a folder of the run,
+    and put them beside each other: tell(page, {name: metrics}) may return a chart."""
+    flags, single, trials, results = run.flags, "activation" in run.flags, {}, {}
+    features = read_to_train(flags, 1 if single else 2)
+    if not single:                                           # kinds of SAE have their own settings
+        flags = resolved(flags, features)
+    for name, change in changes.items():
+        trial, mine = flags.replaced(change), features
+        if {"streams", "seed"} & change.keys():              # the seed draws the split too
+            mine = read_to_train(trial, 2)
+        trials[name] = resolved(trial, mine), mine
+        # sizes that do not fit fail before anything is written, and what torch loads for its first
+        # optimiser is in no trial's seconds
+        sae.make_optimiser(sae.SPARC(mine.dims, trials[name][0].latents, trials[name][0].k))
+    run.begin(flags, data_hash=features.hash)
+    page = judge.Page(f"repsae {flags.command}: {os.path.basename(run.folder)}")
+    for name, (trial, mine) in trials.items():
         say(f"-- {name}")
         began = time.time()
-        results[name] = judged(run.part(name, flags), features, whole, quiet=True)
+        results[name] = judged(run.part(name, trial), mine, whole, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    chart = tell(page, results)
-    if chart:
+    if chart := tell(page, results):
         judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
     page.write(run.path, results)
     say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
@@ -952,11 +833,11 @@ def read(flags):
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
     else:
         features = data.planted_streams(seed=flags.seed)
-        for s in names or ():
-            if s not in features.streams:
-                raise InputError(f"the made-up data has no stream '{s}' - "
-                                 f"it has {', '.join(features.streams)}")
-        features.streams = {s: features.streams[s] for s in names or features.streams}
+        names = names or [*features.streams]
+        if not {*names} <= {*features.streams}:
+            raise InputError(f"the made-up data has no stream {flags.streams} - it has "
+                             f"{', '.join(features.streams)}")
+        features.streams = {s: features.streams[s] for s in names}
         features.truth = {s: features.truth[s] for s in features.streams}
     for note in features.notes:
         say_once("note: " + note)
@@ -964,12 +845,19 @@ def read(flags):
 
 
 def read_to_train(flags, least=1):
-    """`read`, once there is something to train on, something to judge by, and `least` streams."""
+    """`read`, once there is something to train on, something to judge by, and `least` streams, or
+    one of --stream; every token is a sample."""
+    if "stream" in flags:
+        stream = flags.stream or ("vision" if flags.data is None else None)
+        flags = flags.replaced({"streams": stream or flags.streams})
     features = read(flags)
     features.rows("test", "val")
     if len(features.streams) < least:
         raise InputError(f"{flags.command} shares a code among streams and needs two streams, not "
                          f"{list(features.streams)[0]} alone - give more, or use sae for one")
+    if "activation" in flags and len(features.streams) > 1:
+        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
+                         "pick one with --stream")
     flat = features.per_token()
     if len(flat.rows("train")) < 2:
         raise InputError("the train split has 1 sample - give at least two to learn from")
@@ -981,17 +869,14 @@ def read_to_train(flags, least=1):
                  "counts as a sample")
     return features.per_token()
 
-
-# ------------------------------------------------------------------------------------------------
-# A run in use: its model, features and codes
-# ------------------------------------------------------------------------------------------------
+# ---- A run in use: its model, features and codes ------------------------------------------------
 
 class Coded:
     """A run's model with features, its own or those of --data, and the codes of their streams.
 
     flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
             were typed
-    T       tokens of a sample, 1 where it is one vector
+    T       tokens of a sample, 1 where it is one vector; flat: the features, each token a sample
     """
 
     def __init__(self, run, flags, streams=None):
@@ -1001,9 +886,9 @@ class Coded:
         own = {k: own[k] for k in ("data", "taxonomy", "seed")
                if k in own and k in flags and k not in flags.given}
         flags = flags.replaced({"taxonomy": None, **flags, **own})
-        self.run, self.device = run, flags.device
+        self.run = run
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
-        there = data.stream_names(flags.data) if flags.data else self.model.streams
+        there = data.Source(flags.data).streams if flags.data else self.model.streams
         known = [s for s in self.model.streams if s in there]
         streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
         if not known:
@@ -1017,11 +902,14 @@ class Coded:
                                  f"{self.features.dims} - take streams that it knows")
         self.T, self.flat = self.features.tokens or 1, self.features.per_token()
 
+    def encoded(self, rows, mode="alone", block=1024):
+        """`sae.encoded` of rows of `flat`, which are tokens."""
+        return sae.encoded(self.model, self.flat.batch, rows, mode, block)
+
     def codes(self, rows, mode="alone"):
         """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
         tokens = (np.asarray(rows)[:, None] * self.T + np.arange(self.T)).ravel()
-        blocks = encoded(self.model, self.flat, tokens, mode, self.device)
-        found = sae.joined([codes for _, codes in blocks])
+        found = sae.joined([codes for _, codes in self.encoded(tokens, mode)])
         return {s: judge.sparse_code(*v, self.model.n_latents) for s, v in found.items()}
 
     def pool(self, tau=0.):
@@ -1031,8 +919,8 @@ class Coded:
             raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
                              f"pick one with --stream{'' if 'stream' in self.flags else 's a,b'}")
         (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
-        for x, codes in encoded(self.model, self.flat, np.arange(N * T), "alone", self.device,
-                                T * max(1, 4096 // T)):
+        whole_samples = T * max(1, 4096 // T)                # tokens in a block
+        for x, codes in self.encoded(np.arange(N * T), block=whole_samples):
             code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
             pooled.append(judge.pool_tokens(code, T, tau))
             dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
@@ -1106,86 +994,41 @@ def analysis_run(flags, name):
     return Run(flags, flags.out or os.path.join(flags.run, name))
 
 
-# ------------------------------------------------------------------------------------------------
-# Sparse codes: training and using them (thesis 4.1, 5)
-# ------------------------------------------------------------------------------------------------
+# ---- Sparse codes: training and using them (thesis 4.1, 5) --------------------------------------
 
-@command(f"{DATA} {CODE} {SHARED} preset null {STEPS} {FOLDER} out=runs/sparc")
+@command(f"{DATA} {CODE} {SHARED} null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
     run = Run(flags)
     features = read_to_train(run.flags, 2)
-    run.flags = run.flags if run.saved else resolved(flags, features)
+    run.flags = resolved(run.flags, features)
     judged(run, features, run)
 
 
-@command(f"{DATA} stream {CODE} {KINDS} activation revive preset {STEPS} {FOLDER} out=runs/sae")
+@command(f"{DATA} stream {CODE} {KINDS} {STEPS} {FOLDER} out=runs/sae")
 def cmd_sae(flags):
     """Train a sparse autoencoder on one stream (thesis 4.1 and its relatives), or every kind."""
     run = Run(flags)
-    features = one_stream(run.flags)
     if run.flags.activation == "all":
-        return every_activation(run, features)
-    run.flags = run.flags if run.saved else resolved_sae(flags, features)
+        kinds = [(name, own.revive) for name, own in sae.ACTIVATIONS.items()]
+        kinds += [("relu", "none"), ("relu", "ghost")]
+        changes = {f"{name}_{revive}": {"activation": name, "revive": revive}
+                   for name, revive in sorted(kinds)}
+        return compared(run, changes, judge.tell_activations)
+    features = read_to_train(run.flags)
+    run.flags = resolved(run.flags, features)
     judged(run, features)
-
-
-def resolved_sae(flags, features):
-    """`resolved` for one stream: the activation and the preset have settings of their own."""
-    preset = PRESETS.get(flags.preset, {})
-    typed = "activation" in flags.given
-    activation = flags.activation if typed else preset.get("activation", flags.activation)
-    sae.one_of("activation", activation, sae.ACTIVATIONS)
-    own = sae.ACTIVATIONS[activation]
-    planted = PLANTED_SAE.get(activation, {}) if flags.data is None else {}
-    layers = {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, **planted,
-              **preset, "activation": activation}
-    flags = resolved(flags.replaced({"null": False}), features, layers)
-    if flags.sparsity and not own.sparsity:
-        raise InputError(f"--sparsity {flags.sparsity} has no effect on {activation}, which has no "
-                         "penalty - leave it out, or set --k")
-    say_once(f"note: what is done about latents that have not fired for {flags.dead_after} steps: "
-             f"{flags.revive}")
-    return flags
-
-
-def one_stream(flags):
-    """The features of --stream, every token a sample."""
-    stream = flags.stream or ("vision" if flags.data is None else None)
-    features = read_to_train(flags.replaced({"streams": stream or flags.streams}))
-    if len(features.streams) > 1:
-        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
-                         "pick one with --stream")
-    return features
-
-
-def every_activation(run, features):
-    """Each activation with what revives its dead latents, and relu with others, in one table: R2,
-    active and silent latents, planted concepts found."""
-    flags, trials = run.flags, {}
-    kinds = [{"activation": name} for name in sae.ACTIVATIONS]
-    after = kinds.index({"activation": "relu"}) + 1
-    kinds[after:after] = [{"activation": "relu", "revive": how} for how in ("none", "ghost")]
-    for kind in kinds:
-        one = flags.replaced(kind)
-        one.given = flags.given | kind.keys()
-        one = resolved_sae(one, features)
-        trials[f"{one.activation}_{one.revive}"] = one, features
-    sae.make_optimiser(sae.SAE({"x": 2}, 2, k=1))            # what it loads is in no row's seconds
-    run.begin(flags, data_hash=features.hash)
-    judged_parts(run, trials, judge.tell_activations)
 
 
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
     path, coded = flags.json and out_file(flags, "json"), Coded(flags.run, flags)
-    model, features, flags = coded.model, coded.features, coded.flags
-    for s in model.streams:
-        if s not in features.streams:
+    for s in coded.model.streams:
+        if s not in coded.features.streams:
             raise InputError(f"the data lacks the run's stream '{s}' - "
-                             f"eval needs {', '.join(model.streams)}")
-    metrics, _, _ = measure(model, features, flags)
+                             f"eval needs {', '.join(coded.model.streams)}")
+    metrics, _, _ = measure(coded.model, coded.features, coded.flags)
     judge.tell_summary(judge.Page(""), metrics)
     if path:
         judge.write_json(path, metrics)
@@ -1197,81 +1040,60 @@ def cmd_encode(flags):
     """Write the sparse codes of features: <stream>_indices and _values, (N, k), or (N, T, k).
 
     Samples with fewer active latents may be filled up with index -1, value 0."""
-    out_file(flags)
-    coded = Coded(flags.run, flags)
-    model, features, flat = coded.model, coded.features, coded.flat
-    pieces = encoded(model, flat, np.arange(len(flat)), flags.mode, flags.device)
+    path, coded = out_file(flags), Coded(flags.run, flags)
+    features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    kept = {"n_latents": model.n_latents, "mode": flags.mode}
-    for s, code in sae.joined([codes for _, codes in pieces]).items():
+    blocks = coded.encoded(np.arange(len(coded.flat)), flags.mode)
+    for s, code in sae.joined([codes for _, codes in blocks]).items():
         for name, v in code._asdict().items():
             kept[f"{s}_{name}"] = v.reshape(shape)
     if "ids" in features.about:
         kept["ids"] = features.about["ids"]
-    judge.write_npz(out_file(flags), kept)
-    say(f"wrote {flags.out}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
+    judge.write_npz(path, kept)
+    say(f"wrote {path}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
-@command(f"{DATA} over! {CODE} {SHARED} preset {STEPS} {FOLDER} out=runs/sweep")
+@command(f"{DATA} over! {CODE} {SHARED} {STEPS} {FOLDER} out=runs/sweep")
 def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
     run = Run(flags)
-    axes = parse_axes(run.flags)
-    sweep(run, axes, functools.partial(judge.tell_sweep, axes=axes))
-
-
-ABLATION = {"global_lam1", "global_lam0", "local_lam1", "local_lam0", "both_lam1", "random_lam1"}
-
-
-@command(f"{DATA} {CODE} loss targets preset null {STEPS} {FOLDER} out=runs/ablate")
-def cmd_ablate(flags):
-    """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
-    run = Run(flags)
-    axes = {"topk": ["global", "local", "both", "random"], "lam": [1., 0.]}
-    sweep(run, axes, judge.tell_ablation, ABLATION, run)
-
-
-def sweep(run, axes, tell, only=None, whole=None):
-    """`judged_parts` of all combinations of the values in `axes`, or of those named `only`. A name
-    is made of the values: global_lam1."""
-    features, trials = read_to_train(run.flags, 2), {}
-    flags = run.flags if run.saved else resolved(run.flags, features)
+    axes, changes = parse_axes(run.flags), {}
     for values in itertools.product(*axes.values()):
-        one = dict(zip(axes, values))
-        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in one.items())
-        if only and name not in only:
-            continue
-        trial, mine = flags.replaced(one), features
-        if {"streams", "seed"} & one.keys():                 # the seed draws the split too
-            trial["streams"] = (trial.streams or "").replace("+", ",")
-            mine = read_to_train(trial, 2)
-        sae.SPARC(mine.dims, trial.latents, trial.k)         # before anything is written
-        trials[name] = trial, mine
-    run.begin(flags, data_hash=features.hash)
-    judged_parts(run, trials, tell, whole)
+        change = dict(zip(axes, values))
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in change.items())
+        if "streams" in change:
+            change["streams"] = change["streams"].replace("+", ",")
+        changes[name] = change                               # "global_lam1"
+    compared(run, changes, functools.partial(judge.tell_sweep, axes=axes))
 
 
 def parse_axes(flags):
     """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
-    known = {*MODEL, *TRAINING, *SETTINGS} & {*COMMANDS[flags.command].flags}
-    text, axes = flags.over, {}
-    for word in [] if text is None else text.split() or [text]:
+    known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*COMMANDS[flags.command].flags}
+    text, axes = flags.over or " ", {}
+    for word in text.split() or [text]:
         name, _, values = word.partition("=")
+        key, values = name.replace("-", "_"), values.split(",")
         kind = FLAGS[name][1] if name in known else None
-        if isinstance(kind, Number):                         # a value to compare is not "auto"
-            kind = Number(kind.kind, kind.least, kind.most)
-        elif name == "streams" and all(s for v in values.split(",") for s in v.split("+")):
-            kind = str
-        elif not isinstance(kind, tuple) or name in axes or "auto" in values.split(","):
+        if name == "streams" and all(s for v in values for s in v.split("+")):
+            kind = "text"
+        elif kind in (None, "text", "switch") or key in axes:
             raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
                              '"streams=a+b,a+b+c"')
-        try:
-            values = dict.fromkeys(value_of(kind, v) for v in values.split(","))
-            axes[name.replace("-", "_")] = [*values]
-        except argparse.ArgumentTypeError as e:
-            raise InputError(f"--over {word}: {e}")
+        axes[key] = [*dict.fromkeys(value_of(kind, v, f"--over {word}: {v}") for v in values)]
     return axes
+
+
+ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
+    ("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))}
+
+
+@command(f"{DATA} {CODE} loss targets null {STEPS} {FOLDER} out=runs/ablate")
+def cmd_ablate(flags):
+    """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
+    run = Run(flags)
+    compared(run, ABLATION, judge.tell_ablation, run)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1279,10 +1101,9 @@ def parse_axes(flags):
 # ------------------------------------------------------------------------------------------------
 
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
-         "colour pathology standardise prototypes head-hidden bottleneck norm-last teacher-temp "
-         "teacher-temp-start teacher-warmup epochs=100 batch=512 lr=5e-4 warmup=10 min-lr "
-         "weight-decay=0.04 weight-decay-end decay-ssm momentum clip freeze-last drop-path "
-         "knn-every workers seed=0 device log-every save-every overwrite resume out=runs/dino")
+         "colour pathology standardise prototypes head-hidden bottleneck teacher-temp momentum "
+         "epochs=100 batch=512 lr=5e-4 warmup=10 weight-decay=0.04 decay-ssm knn-every workers "
+         "seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
     """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only
     watch over it (k-NN)."""
@@ -1291,116 +1112,84 @@ def cmd_dino(flags):
     rows = images.rows("train")                              # all, where there is no split
     if len(rows) < 2:
         raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
-    run.trained_on(images.hash, flags.images)
     torch.set_flush_denormal(True)                           # far tokens' gradients get that small
     torch.manual_seed(flags.seed)
-    nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck norm_last "
-                                      "drop_path decay_ssm device"))
-    if flags.standardise:
-        for net in nets[:2]:
-            ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
+    nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck decay_ssm "
+                                      "device"))
+    teacher = nets[1]
+    for net in nets[:2] if flags.standardise else ():
+        ssm.standardise_pixels(net, *data.pixel_statistics(images, rows), data.IMAGENET)
     with torch.no_grad():                                    # sizes that do not fit fail here
-        nets[1]([torch.zeros(1, 3, side, side, device=flags.device)
+        teacher([torch.zeros(1, 3, side, side, device=flags.device)
                  for side in (flags.size, flags.local_size)])
     areas = [two_numbers(flags, name, 0, 1) for name in ("global_scale", "local_scale")]
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
                        flags.colour, flags.pathology)
     run.begin(flags, data_hash=images.hash, pictures=len(images))
     watch = Watch(images, flags)                             # labels serve this alone
-    tell_dino(run, nets[1].backbone, train_dino(run, nets, images, crops, watch), watch)
+    before = watch.knn(teacher.backbone)                     # random weights
+    log = train_dino(run, nets, images, crops, watch)
+    tell_dino(run, log.rows, watch, before)
 
 
 def pictures_of(flags):
     """The pictures that --images names, grey values as --window says."""
     images = data.read_images(flags.images)
-    images.window = grey_window(flags)
+    images.window = two_numbers(flags, "window")
     for note in images.notes:
         say_once("note: " + note)
     return images
 
 
-def grey_window(flags):
-    """The two grey values of --window, or None."""
-    return two_numbers(flags, "window", -sys.float_info.max, sys.float_info.max, "0,4095")
-
-
-def two_numbers(flags, name, least, most, example="0.4,1"):
-    """"0.4,1" -> (0.4, 1.0), in order, above `least`, at most `most`; None if not given."""
+def two_numbers(flags, name, least=-math.inf, most=sys.float_info.max):
+    """"0.4,1" -> (0.4, 1.0), rising, above `least`, at most `most`; None if not given."""
     if flags[name] is None:
         return None
-    try:
+    with contextlib.suppress(ValueError):
         low, high = map(float, flags[name].split(","))
-        if least < low <= high <= most and (low < high or name != "window"):
+        if least < low < high <= most:
             return low, high
-    except ValueError:
-        pass
     raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two numbers in order, for "
-                     f"example {example}")
-
-
-def needed(flags, name):
-    """The value of a flag that has no default; raises InputError when it was not given."""
-    if not flags[name]:
-        raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
-    return flags[name]
+                     f"example {FLAGS[name.replace('_', '-')][0] or '0,4095'}")
 
 
 def train_dino(run, nets, images, crops, watch):
-    """Train the `nets`, or go on training them; returns the Log. Stops when they have collapsed."""
-    flags, checkpoint, step, most = run.flags, run.path("checkpoint.pt"), 0, 0.
+    """Train the `nets`, or go on training them; returns the Log."""
+    flags, checkpoint, done = run.flags, run.path("checkpoint.pt"), 0
     if run.saved and os.path.exists(checkpoint):
         with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
                       flags.device) as kept:
-            step, most = ssm.restore_dino(nets, kept), float(kept["most"])
+            done = ssm.restore_dino(nets, kept)
     batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch  # epoch: steps in one
-    columns = ("loss", "entropy", "information", "knn")      # may be empty, in step 0
-    log = Log(run.path("log.csv"), step, columns, gaps=columns)
-    if not step and watch.tasks:
-        knn = watch.knn(nets[1].backbone)
-        log.add({"step": 0, "epoch": 0, **dict.fromkeys(columns, ""), "knn": knn})
-        say(f"before training: k-NN {knn:.3f} ({watch.measure}), raw pixels {watch.knn():.3f}")
+    epoch, n_steps, at = batches.epoch, flags.epochs * batches.epoch, done
+    log = Log(run.path("log.csv"), done, ("loss", "entropy", "information", "knn"), gaps=("knn",))
+    views = data.crop_batches(images, crops, batches, flags.seed, done, n_steps, flags.workers)
 
-    def on_step(t, told):
-        nonlocal step, most
-        step, ended, knn = t, t % epoch == 0, ""             # step, most: for the checkpoint
-        most = max(most, told["information"])
-        if ended and watch.tasks and (t // epoch % flags.knn_every == 0 or t == n_steps):
+    def save():
+        judge.write_torch(checkpoint, {**ssm.dino_state(nets, at), "n_classes": None,
+                                       **flags.pick("arch size patch")})
+
+    def on_step(step, told):
+        nonlocal at
+        at, ended, knn = step, step % epoch == 0, ""
+        if ended and watch.tasks and (step // epoch % flags.knn_every == 0 or step == n_steps):
             knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
-        words = f"loss {told['loss']:.3f}  information {told['information']:.2f}"
-        keep(t, lambda: {"epoch": round(t / epoch, 3), **told, "knn": knn},
-             lambda: words + (f"  k-NN {knn:.3f}" if knn != "" else ""), log=ended)
-        if ended:
-            refuse_collapse(most, told["entropy"], t // epoch, flags.prototypes)
-            most = 0.
-    settings = flags.pick("epochs min_lr warmup weight_decay weight_decay_end momentum "
-                          "teacher_temp teacher_temp_start teacher_warmup clip freeze_last")
-    schedule = functools.partial(ssm.dino_schedule, epoch=epoch, lr=flags.lr * flags.batch / 256,
-                                 **settings)                 # lr grows with the batch, as DINO's
-    views = data.crop_batches(images, crops, batches, flags.seed, step, n_steps, flags.workers)
-    with Keeper(flags, n_steps, step, log, lambda: judge.write_torch(
-            checkpoint, {**ssm.dino_state(nets, step), "most": most})) as keep:
-        ssm.fit_dino(nets, lambda t: next(views), n_steps, schedule, on_step, step, flags.seed)
+        keep(step, lambda: {"epoch": round(step / epoch, 3), **told, "knn": knn},
+             lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
+                     + (f"  k-NN {knn:.3f}" if knn else ""), log=ended)
+    schedule = flags.pick("warmup weight_decay momentum teacher_temp")
+    with Keeper(flags, n_steps, done, log, save) as keep:
+        ssm.fit_dino(nets, lambda step: next(views), n_steps, epoch, on_step, done, flags.seed,
+                     lr=flags.lr * flags.batch / 256, **schedule)        # as DINO's: by the batch
     return log
-
-
-def refuse_collapse(most, entropy, epoch, K, least=1e-3):
-    """Raise InputError if in a whole epoch the teacher's output told `most` < `least` nats of its
-    picture; by its entropy the collapse was to one output or to all."""
-    if most < least:
-        kind = "uniform" if entropy > 0.9 * math.log(K) else "constant"
-        raise InputError(f"collapse: the teacher's output was {kind} for every picture all through "
-                         f"epoch {epoch} (entropy {entropy:.3f} of ln K = {math.log(K):.3f}) - "
-                         "lower --lr or the teacher's temperature, or raise --batch or --warmup")
 
 
 class Watch:
     """Looks at a backbone from outside: what the nearest neighbours of pictures know of their
-    labels, where they have any (`tasks`)."""
+    labels, where they have any (`tasks`). rows: those that vote, and those that are judged."""
 
     def __init__(self, images, flags, most=4000):
-        self.images, self.tasks = images, []
-        self.features = functools.partial(image_features, images, size=flags.size)
+        self.images, self.size, self.tasks = images, flags.size, []
         self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
         if all(map(len, self.rows)):
             self.tasks = judge.label_tasks(images.labels, *self.rows)
@@ -1409,19 +1198,12 @@ class Watch:
             self.classes = 2 if several else len(images.label_names)
 
     def knn(self, backbone=None):
-        """`measure` of the 20 nearest neighbours by features; without a backbone by raw pixels."""
-        x = [self.features(rows, backbone) for rows in self.rows]  # to vote, to be judged
-        found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
-        return found["20-NN"][self.measure]
-
-    def neighbours(self, backbone):
-        """Twelve held-out pictures, spread evenly, each before its seven nearest in training: a
-        list of rows of pictures."""
-        train, test = self.rows
-        asked = test[np.linspace(0, len(test) - 1, min(12, len(test))).astype(int)]
-        near, _ = judge.nearest(*(self.features(rows, backbone) for rows in (asked, train)), 7)
-        return [[self.images.open(i) for i in (row, *train[found])]
-                for row, found in zip(asked, near)]
+        """`measure` of the 20 nearest neighbours, without a backbone by raw pixels; None without
+        labels."""
+        if self.tasks:
+            x = [image_features(self.images, rows, backbone, self.size) for rows in self.rows]
+            found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
+            return found["20-NN"][self.measure]
 
 
 def image_features(images, rows, backbone, size, block=256, whole=False, **how):
@@ -1439,28 +1221,23 @@ def image_features(images, rows, backbone, size, block=256, whole=False, **how):
     return np.concatenate(found)
 
 
-def tell_dino(run, backbone, log, watch):
-    """metrics.json and report.html, with curves.svg and neighbours.png."""
+def tell_dino(run, rows, watch, before):
+    """metrics.json, curves.svg and report.html of the `rows` of log.csv; before: k-NN of the
+    weights that training began with."""
     page = judge.Page(f"repsae dino: {run.flags.arch}")
-    curves = {k: [(int(row["step"]), float(row[k])) for row in log.rows if row[k]]
+    curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
+    found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
     charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
         {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
-    found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
-    page.picture("Training", "".join(charts))
     if watch.tasks:
-        pixels, pictures = watch.knn(), watch.neighbours(backbone)
-        found["knn_pixels"] = pixels
-        if curves["knn"] and curves["knn"][0][0] == 0:       # else the log was lost on the way
-            found["knn_random"] = curves["knn"][0][1]
-        lines = {"teacher": curves["knn"], "raw pixels": [(x, pixels) for x, _ in curves["knn"]]}
+        found.update(knn_random=before, knn_pixels=watch.knn())
+        lines = {"teacher": curves["knn"]}
+        for name, key in (("random weights", "knn_random"), ("raw pixels", "knn_pixels")):
+            lines[name] = [(step, found[key]) for step, _ in curves["knn"]]
         charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
-        page.picture("k-NN on held-out pictures", charts[-1])
-        titles = ["picture", *(f"neighbour {i}" for i in range(1, len(pictures[0])))]
-        judge.save_picture(run.path("neighbours.png"), judge.contact_sheet(pictures, titles, 96))
-        page.picture("Nearest neighbours in the training pictures", "".join(
-            judge.strip(*(judge.embedded(p, 96) for p in row)) for row in pictures))
     judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
+    page.picture("Training", "".join(charts))
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
     page.write(run.path, found)
     say(f"wrote {run.join('report.html')}")
@@ -1472,28 +1249,13 @@ def cmd_extract(flags):
     """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe`
     read."""
     images, out, streams = pictures_of(flags), out_file(flags), {}
-    captions, known = images.about.get("captions"), images.rows("train")
     specs = flags.weights.split(",")
-    for spec in [spec for spec in specs if "=lsa:" in spec]:
-        name, longest = spec.split("=lsa:")
-        if captions is None or flags.tokens or longest not in ("1", "2", "3"):
-            raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and "
-                             "have no tokens")
-        streams[name] = data.latent_semantics(captions, known, int(longest))
-        specs.remove(spec)
-    for name, model, side in [load_backbone(spec, flags) for spec in specs]:
-        if flags.standardise and model.random:
-            ssm.standardise_pixels(model, *data.pixel_statistics(images, known), data.IMAGENET)
-        clip = getattr(model, "clip", None)                  # one run, two encoders
-        if clip and captions is not None and not flags.tokens:
-            texts = ssm.text_features(clip, model.words, captions)
-            streams[f"{name}_txt"] = texts.cpu().numpy()
-        how = {"block": 16, "tokens": True} if flags.tokens else {}  # T times the memory
-        if hasattr(model, "blocks") and not flags.tokens:
-            how["last"] = flags.last                         # a ViT has a class token in each
-        streams[name + "_img" * bool(clip)] = image_features(
-            images, range(len(images)), model, flags.size or side,
-            whole=flags.whole or bool(clip), **how)          # clip learns from whole pictures
+    models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]
+    for spec, loaded in zip(specs, models):
+        if loaded:
+            streams |= picture_streams(images, *loaded, flags)
+        else:
+            streams |= caption_stream(images, spec, flags)
     for name, x in streams.items():
         say(f"{name}: {x.shape}")
     about = images.arrays(out)
@@ -1503,10 +1265,40 @@ def cmd_extract(flags):
     say(f"wrote {out}")
 
 
-def source_of(spec, flags):
-    """(name, what builds the backbone, the file of its weights or None) of a spec in --weights:
+def caption_stream(images, spec, flags):
+    """{name: (N, d)} of name=lsa:N, what runs of up to N words tell of the captions."""
+    (name, longest), captions = spec.split("=lsa:"), images.about.get("captions")
+    if captions is None or flags.tokens or longest not in ("1", "2", "3"):
+        raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and "
+                         "have no tokens")
+    return {name: data.latent_semantics(captions, images.rows("train"), int(longest))}
 
-    name=RUN        a run of dino, or of clip (which is built from its own file)
+
+def picture_streams(images, name, model, side, flags):
+    """{name: features (N, d) or tokens (N, T, d)} of a backbone; of a CLIP's two encoders, where
+    there are captions, name_txt and name_img."""
+    clip, captions = getattr(model, "clip", None), images.about.get("captions")
+    how = {"whole": flags.whole or bool(clip)}               # clip learns from whole pictures
+    if flags.standardise and model.random:
+        statistics = data.pixel_statistics(images, images.rows("train"))
+        ssm.standardise_pixels(model, *statistics, data.IMAGENET)
+    if flags.tokens:
+        how.update(tokens=True, block=16)                    # T times the memory
+    elif hasattr(model, "blocks"):
+        how["last"] = flags.last                             # a ViT has a class token in each
+    x = image_features(images, range(len(images)), model, flags.size or side, **how)
+    if not clip:
+        return {name: x}
+    if captions is None or flags.tokens:
+        return {f"{name}_img": x}
+    texts = ssm.text_features(clip, model.words, captions)
+    return {f"{name}_txt": texts.cpu().numpy(), f"{name}_img": x}
+
+
+def source_of(spec, flags):
+    """(name, arguments of the backbone, the file of its weights or None) of a spec in --weights:
+
+    name=RUN        a run of dino, or of clip (whose folder is returned)
     name=FILE.pt    what finetune wrote
     name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
     name=arch:random, or an arch alone: weights drawn with --seed
@@ -1521,21 +1313,17 @@ def source_of(spec, flags):
         return name, {**made, "size": flags.get("size") or None}, None
     if weights:
         return name, made, weights
-    if where.endswith(".pt"):                                # what finetune wrote says what it is
-        advice = f"write {name}=arch:FILE for others"
-        with unpacked(where, "is no file of finetune", advice) as kept:
-            made = {key: kept[key] for key in made}
-        check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, where)
-        if made["n_classes"] is not None and type(made["n_classes"]) is not int:
-            raise InputError(f"{where} has {made['n_classes']!r} as n_classes - train it anew")
-        return name, made, where
     if os.path.exists(os.path.join(where, "clip.pt")):
         return name, {"arch": "clip"}, where
-    if not os.path.exists(os.path.join(where, "config.json")):
-        raise InputError(f"{where} is no dino run - give its folder, or write {name}=arch:FILE")
-    theirs = read_config(where, ("arch", "size", "patch"))["flags"]
-    made.update({key: theirs.get(key, FLAGS[key][0]) for key in ("arch", "size", "patch")})
-    return name, made, os.path.join(where, "checkpoint.pt")
+    file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
+    if not os.path.exists(file):
+        raise InputError(f"no run or file at {where} - check it, or write {name}=arch:FILE")
+    advice = f"write {name}=arch:FILE for others"
+    with unpacked(file, "is no file of dino or finetune", advice) as kept:
+        made = {key: kept[key] for key in made}              # our own files say what they are
+        made["n_classes"] = int(made["n_classes"] or 0)
+    check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, file)
+    return name, made, file
 
 
 def load_backbone(spec, flags, n_classes=0, head=False):
@@ -1544,40 +1332,27 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     `random` says whether its weights are."""
     name, made, weights = source_of(spec, flags)
     if made["arch"] == "clip":
-        model, side = load_clip(weights, flags.device)
-        model.random = False
-        return name, model, side
+        return name, *load_clip(weights, flags.device)
     torch.manual_seed(flags.seed)
-    if made["arch"] not in ssm.PRESETS and n_classes:
-        model = torchvision_model(made["arch"], weights, n_classes)
-        made.update(size=flags.size, patch=None)
+    made["n_classes"] = n_classes or (made["n_classes"] if head else None)
+    if made["arch"] in ssm.PRESETS or not n_classes:
+        model = ssm.make_backbone(**made)
     else:
-        built = {**made, "n_classes": made["n_classes"] if head else None}  # as the file has it
-        model = ssm.make_backbone(**built)
-        if weights:
-            ssm.load_weights(model, weights)
-        if n_classes:                                        # all weights but the head's
-            bare, model = model, ssm.make_backbone(**{**made, "n_classes": n_classes})
-            model.load_state_dict(bare.state_dict(), strict=False)
-    model.made, model.random = {**made, "n_classes": n_classes or made["n_classes"]}, not weights
+        made.update(size=flags.size, patch=None)
+        model = torchvision_model(made["arch"], n_classes)
+    if weights:
+        ssm.load_weights(model, weights, new_head=bool(n_classes))
+    model.made, model.random = made, not weights
     return name, model.eval().to(flags.device), getattr(model, "size", made["size"] or 224)
 
 
-def torchvision_model(name, path, n_classes):
-    """A classifier of torchvision by name, its last layer new. path: a released state_dict or
-    None."""
+def torchvision_model(name, n_classes):
+    """A classifier of torchvision by name."""
     models = data.vision().models
     if name not in models.list_models(module=models):
         raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - "
                          "try vit_micro, resnet18")
-    model = models.get_model(name, num_classes=n_classes)
-    if path:
-        advice = "give torchvision's file"
-        with unpacked(path, f"does not hold the weights of {name}", advice) as state:
-            own, last = model.state_dict(), ssm.last_linear(model)[0]
-            model.load_state_dict({k: own[k] if k.rpartition(".")[0] == last else v
-                                   for k, v in state.items()})
-    return model
+    return models.get_model(name, num_classes=n_classes)
 
 
 @command(f"{DATA} seed solver strength only json overwrite")
@@ -1603,20 +1378,16 @@ def cmd_probe(flags):
     for c in [] if several else np.setdiff1d(y[test], y[train])[:1]:
         raise InputError(f"no training sample has the label '{names[c]}' of test samples - mend "
                          "`split`, or name the others with --only")
-    if several and len(tasks) < len(chosen):
-        say(f"note: {len(chosen) - len(tasks)} labels that all or none have, in training or in "
-            "test, are left out")
     linear = functools.partial(judge.sgd_probe, seed=flags.seed) if flags.solver == "sgd" else \
         functools.partial(judge.logistic_probe, strength=flags.strength)
-    found = {}
+    found, C = {}, 2 if several else len(chosen)             # has it or not, or which of them
     for s in features.streams:
         x = (features.batch(part)[s].numpy() for part in rows)
-        C = 2 if several else len(chosen)                    # has it or not, or which of them
         found[s] = judge.judged_features(*x, tasks, rows, C, linear)
     cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
-    print(f"{len(train)} samples to learn from, {len(test)} to test on"
-          + f"; mean over {len(tasks)} labels" * several)
+    print(f"{len(train)} samples to learn from, {len(test)} to test on" + several
+          * f"; mean over {len(tasks)} of {len(chosen)} labels, those that some have and some lack")
     if path:
         judge.write_json(path, found)
 
@@ -1642,47 +1413,22 @@ def cmd_latents(flags):
     table = judge.latent_table(coded.strength[train], coded.count[train],
                                features.label_matrix(train) if known.any() else None, flags.top,
                                flags.weighted, known)
-    scatter, references = judge.latent_scatter(table), table.pop("references")
-    shown = tell_table(page, table, features.label_names, len(train), names)
-    page.picture("Latents by frequency and mean activation", "".join(scatter))
+    references = table.pop("references")
+    shown = judge.tell_latents(page, table, len(train), features.label_names, names)
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
-    best = {j: train[judge.best_first(references, j)] for j in shown[:24]}
     page.picture("Reference samples", judge.strips({
-        f"latent {j} {names.get(j, '')}": [reference(coded, row, j) for row in rows[:6]]
-        for j, rows in best.items()}))
+        f"latent {j} {names.get(j, '')}":
+            [reference(coded, row, j) for row in train[judge.best_first(references, j)][:6]]
+        for j in shown}))
     run.begin()
     if barcodes:
         judge.write_npz(run.path("barcodes.npz"), barcodes)
-    judge.write_text(run.path("scatter.svg"), judge.standalone_svg(*scatter))
     judge.write_json(run.path("latents.json"), [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": train[judge.best_first(references, j)].tolist()}
         for j in np.flatnonzero(table["frequency"])])
     page.write(run.path)
     say(f"wrote {run.join('report.html')}")
-
-
-def tell_table(page, table, labels, n, names):
-    """Tell how many latents live, how strong they are, and the purest of each label; returns those
-    to show, best first."""
-    alive = np.flatnonzero(table["frequency"])
-    counts = judge.threshold_counts(table["mean"])
-    page.metrics.update(latents=len(table["mean"]), alive=len(alive))
-    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
-    page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
-               [["latents", *counts.values()]], key="mean at least 10^t")
-    if "entropy" not in table:
-        return alive[np.argsort(-table["frequency"][alive], kind="stable")]
-    entropy = table["entropy"][alive][np.isfinite(table["entropy"][alive])]
-    page.metrics["mean entropy"] = float(entropy.mean()) if len(entropy) else None
-    shown, columns = judge.purest(table, n, len(labels)), ("purity", "entropy", "frequency", "mean")
-    page.text(f"mean label entropy {judge.fmt(page.metrics['mean entropy'])} nats of ln "
-              f"{len(labels)} = {math.log(len(labels)):.3f}")
-    page.table(["latent", "label", *columns],
-               [[f"{j} {names.get(j, '')}", labels[table["label"][j]],
-                 *(table[c][j] for c in columns)] for j in shown],
-               "The purest latents of each label, active in 5 samples or more")
-    return shown
 
 
 def reference(coded, row, latent):
@@ -1695,47 +1441,28 @@ def reference(coded, row, latent):
 
 
 def tell_barcodes(page, coded, mean, between):
-    """Tell the barcodes of labels (CytoSAE Eq. 4), how well those of groups classify, and which
-    latents differ; returns the arrays for a file. Without groups each sample is one, if it has
-    tokens and there are some 20,000 at most; None where there is nothing to tell."""
-    features, y = coded.features, coded.features.labels
-    y, grouped = y if y is None or y.ndim == 1 else None, "groups" in features.about
+    """Tell the barcodes of groups (CytoSAE Eq. 4); returns the arrays for a file. Without groups
+    each sample is one, if it has tokens and there are some 20,000 at most; None where there is
+    nothing to tell."""
+    features, grouped = coded.features, "groups" in coded.features.about
+    y = features.labels if np.ndim(features.labels) == 1 else None
     if between and (y is None or not grouped):
-        lacking = "groups" if y is not None else "single label a sample"
-        raise InputError(f"{coded.flags.data} has no {lacking} - --between compares patients: add "
-                         "`groups` and `labels`")
+        raise InputError(f"{coded.flags.data} has no groups, or no single label a sample - "
+                         "--between compares patients: add `groups` and `labels`")
     if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
         return None
     groups, codes, label = judge.barcodes(coded.count, coded.groups, y)    # a_p of Eq. 4
     known, names = label >= 0, np.array(features.label_names)
-    if not known.all():
-        say(f"note: {(~known).sum()} of {len(label)} groups have no label, or several, and are "
-            "left out")
-    arrays = {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names}
-    codes, label = codes[known], label[known]
-    there, n = np.unique(label, return_counts=True)
-    arrays["diseases"] = means = judge.class_means(codes, label)           # a_d
-    page.metrics["barcodes"] = found = {"groups": len(groups)}
-    if len(there):
-        page.picture("Barcodes", judge.latent_chart(
-            dict(zip(names[there], means)), means.std(0), "mean count of active patches", 80))
-    if len(there) > 1 and n.min() > 1:
-        folds = data.stratified_parts(label, [1] * min(5, n.min()), coded.flags.seed)
-        found["f1"] = judge.barcode_f1(codes, label, mean, folds)
-        rows = [[f"1e{t}", v["latents"], judge.mean_std(v["f1"])] for t, v in found["f1"].items()]
-        page.table(["mean activation at least", "latents", "weighted F1"], rows, "Logistic "
-                   f"regression on barcodes: {len(label)} {'groups' if grouped else 'samples'}, "
-                   f"{len(folds)} stratified folds")
-    if between:
-        pair = [label_number(features, name) for name in between.split(",")]
-        if len(pair) != 2 or not np.isin(pair, there).all():
-            raise InputError(f"--between {between} - give two labels that groups have, a,b")
-        *chosen, difference = judge.differential(codes, label, *pair)
-        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
-        page.table(["more active in", "latents (difference of the mean count)"], [
-            [names[c], " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
-            for c, v in zip(pair, chosen)])
-    return arrays
+    pair = [label_number(features, name) for name in between.split(",")] if between else []
+    if between and (len(pair) != 2 or not np.isin(pair, label).all()):
+        raise InputError(f"--between {between} - give two labels that groups have, a,b")
+    n = np.unique(label[known], return_counts=True)[1]
+    folds = data.stratified_parts(label[known], [1] * min(5, n.min()), coded.flags.seed) \
+        if len(n) > 1 and n.min() > 1 else []
+    page.text(f"{known.sum()} of {len(groups)} groups have one label, and count")
+    means = judge.tell_barcodes(page, codes[known], label[known], names, mean, folds, pair)
+    return {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names,
+            "diseases": means}
 
 
 PROMPT = """Below are samples that activate one latent of a sparse autoencoder strongly, samples \
@@ -1746,17 +1473,16 @@ have in common and the last lack. Answer with the name alone."""
 def write_prompts(coded, path, top):
     """For every latent the samples that show what it means, as JSON with a prompt for any language
     model. The prompt tells no label: a name must not copy its judge; a path may hold the label."""
-    train, rng, out = coded.train, np.random.default_rng([coded.flags.seed, 10]), []
-    code = coded.strength[train].tocsc()
+    rng, out = np.random.default_rng([coded.flags.seed, 10]), []
+    code = coded.strength[coded.train].tocsc()
     for j in np.flatnonzero(code.getnnz(axis=0)):
-        column, told = code[:, [j]].toarray().ravel(), [PROMPT]
-        shown = {kind: [{**coded.about(train[i]), "activation": float(column[i])} for i in rows]
+        column = code[:, [j]].toarray().ravel()
+        shown = {kind: [{**coded.about(coded.train[i]), "activation": float(column[i])}
+                        for i in rows]
                  for kind, rows in judge.shown_samples(column, top, rng).items()}
-        for kind, samples in shown.items():
-            words = [", ".join(f"{k} {v}" for k, v in one.items()
-                               if k not in ("sample", "label", "image")) for one in samples]
-            told.append(f"{kind}: {'; '.join(words)}")
-        out.append({"latent": int(j), **shown, "prompt": "\n".join(told)})
+        told = {kind: [{k: v for k, v in one.items() if k not in ("sample", "label", "image")}
+                       for one in samples] for kind, samples in shown.items()}
+        out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
     judge.write_json(path, out)
     say(f'wrote {path}: {len(out)} latents; collect the answers in a file like '
         '{"17": "round nucleus"} for --names')
@@ -1767,10 +1493,8 @@ def search(coded, names, flags):
     beside names shuffled."""
     if not names:
         raise InputError("--names is missing - a search needs the latents' names")
-    if flags.embeddings:
-        weights = judge.vector_weights(**read_embeddings(flags.embeddings, names))
-    else:
-        weights = judge.name_weights(flags.query, names)
+    weights = judge.vector_weights(**read_embeddings(flags.embeddings, names)) \
+        if flags.embeddings else judge.name_weights(flags.query, names)
     if not weights:
         raise InputError(f"no name fits '{flags.query}' - try other words, or --embeddings")
     found = judge.search(coded.strength, weights, coded.test)[:flags.top]
@@ -1786,32 +1510,34 @@ def search(coded, names, flags):
               f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
-@command(f"{ON_RUN} stream label head-file rank iou other percentile connectivity strict box-score "
-         "ap-points eval-rows=2000", "run")
+@command(f"{ON_RUN} stream label head-file rank iou other eval-rows=2000", "run")
 def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
-    coded, of_label = Coded(flags.run, flags), {"rank", "iou", "other", "head_file"}
-    for name in sorted(of_label & flags.given) if flags.label is None else ():
+    coded, label, named = Coded(flags.run, flags), None, "intervene"
+    for name in sorted({"rank", "iou", "other", "head_file"} & flags.given) if flags.label is None else ():
         raise InputError(f"--{name.replace('_', '-')} has no effect without --label - give one")
-    label = None if flags.label is None else label_number(coded.features, flags.label)
-    named = "" if label is None else re.sub(r"\W+", "_", "_" + coded.features.label_names[label])
-    run = analysis_run(flags, f"intervene{named}")           # of a folder, as \w has it
+    if flags.label is not None:
+        label = label_number(coded.features, flags.label)
+        named += re.sub(r"\W+", "_", f"_{coded.features.label_names[label]}")
+    run = analysis_run(flags, named)
     page = judge.Page(f"repsae intervene: {flags.label or 'all labels'}")
     y, train, test = coded.pool().told(flags.label)
     if label is not None:
-        means = tell_interventions(page, coded, y > 0, train, test, flags)
-        tell_places(page, coded, label, train, test, means, flags)
+        means = judge.class_means(coded.strength[train], y[train])
+        tell_interventions(page, coded, y > 0, train, test, means, flags.head_file)
+        rank = rank_of(coded, label, train, means, flags.rank)
+        tell_places(page, coded, label, test, rank, flags.iou)
         tell_class_means(page, means, flags)
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
     page.write(run.begin().path)
     say(f"wrote {run.join('report.html')}")
 
 
-def tell_interventions(page, coded, y, train, test, flags):
-    """Tell what a linear head makes of features, of codes, and of their top latents alone or
-    silenced (Mammo-SAE Eq. 3-4); returns the class means (2, L)."""
-    w, bias = linear_head(coded, y, flags.head_file, train)
+def tell_interventions(page, coded, y, train, test, means, path):
+    """Tell what a linear head, of the file `path` or fitted, makes of features, of codes, and of
+    their top latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
+    w, bias = linear_head(coded, y, path, train)
     W, b = coded.decoder()
     effect, base = W @ w, float(b @ w) + bias
     scores = {"original features": coded.dense[test] @ w + bias,
@@ -1819,16 +1545,12 @@ def tell_interventions(page, coded, y, train, test, flags):
     rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
             for name, score in scores.items()]
     page.table(["95 in 100 bootstrap draws", "AUC", "from", "to"], rows, key="auc")
-    means = judge.class_means(coded.strength[train], y[train])
-    ks = {0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, len(effect)}
-    curve = judge.intervention(coded.strength[test], effect, base, y[test], means,
-                               sorted(k for k in ks if k <= len(effect)))
+    curve = judge.intervention(coded.strength[test], effect, base, y[test], means)
     page.table(*judge.columns(curve), "AUC with only the k top latents of each class kept, or "
                "with these silenced", key="curve")
     page.picture("", judge.svg_lines(
         {what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
         "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False))
-    return means
 
 
 def linear_head(coded, y, path, train):
@@ -1840,34 +1562,31 @@ def linear_head(coded, y, path, train):
     model, s = coded.model, coded.stream
     w, bias = data.read_head(path, model.dims[s])
     if "l2" in model.norm:
-        raise InputError("the run scales samples to length 1, which a head for raw features cannot "
-                         "follow - train it with --norm none or standard, or let intervene fit a "
-                         "head")
+        raise InputError("the run scales samples to length 1, as no head for raw features does - "
+                         "train it with --norm none or standard, or leave out --head-file")
     mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
     return w * std, bias + float(mean @ w)
 
 
-def tell_places(page, coded, label, train, test, means, flags):
-    """Tell where the top latents of a label fire: average precision of their heat maps as detectors
-    of its boxes (Mammo-SAE Table 2), and the maps of six pictures."""
-    features = coded.features
-    top = np.argsort(-rank_of(coded, label, train, means, flags.rank), kind="stable")[:10]
+def tell_places(page, coded, label, test, rank, iou):
+    """Tell where the latents of highest `rank` (L,) for a label fire: average precision of their
+    heat maps as detectors of its boxes (Mammo-SAE Table 2), and the maps of six pictures."""
+    features, top = coded.features, np.argsort(-rank, kind="stable")[:10]
     page.metrics["top latents"] = top.tolist()
-    if features.boxes is not None and features.grid:
-        found = judge.localisation(
-            top, (coded.heat(row, top) for row in test), [coded.boxes(row, label) for row in test],
-            flags.iou, flags.ap_points or None, percentile=flags.percentile, strict=flags.strict,
-            connectivity=int(flags.connectivity), score=flags.box_score)
-        page.table(*judge.columns(found), f"Average precision at IoU {flags.iou:g}",
-                   key="localisation")
-    elif features.boxes is not None:
-        say("note: boxes but no token grid, so that no latent is localised - extract with --tokens")
-    shown = [row for row in test if features.label_matrix([row])[0, label]][:6]
-    images = {row: features.picture(row) for row in shown}
-    if features.grid and None not in images.values():
+    if not features.grid:
+        if features.boxes is not None:
+            say("note: boxes but no token grid, so that no latent is localised - extract with "
+                "--tokens")
+        return
+    if features.boxes is not None:
+        found = judge.localisation(top, (coded.heat(row, top) for row in test),
+                                   [coded.boxes(row, label) for row in test], iou)
+        page.table(*judge.columns(found), f"Average precision at IoU {iou:g}", key="localisation")
+    shown = {row: features.picture(row) for row in test[features.label_matrix(test)[:, label]][:6]}
+    if None not in shown.values():
         page.picture("The top latents over pictures with the label; true boxes in red", "".join(
             judge.heat_strip(image, coded.boxes(row, label), coded.heat(row, top))
-            for row, image in images.items()))
+            for row, image in shown.items()))
 
 
 def rank_of(coded, label, train, means, rank):
@@ -1889,7 +1608,7 @@ def tell_class_means(page, means, flags):
     pairs = {"--data": means}
     if flags.other:
         theirs = flags.replaced({"data": flags.other})
-        theirs.given = flags.given | {"data"}
+        theirs.given |= {"data"}
         other = Coded(flags.run, theirs).pool()
         y, train, _ = other.told(flags.label)
         pairs["--other"] = judge.class_means(other.strength[train], y[train])
@@ -1980,11 +1699,6 @@ def cmd_tissue(flags):
     judge.save_picture(run.path("sheet.png"), judge.contact_sheet(sheet, [""] * 8, 96, kinds))
     for name, n in zip(made["label_names"], made["labels"].sum(0)):
         print(f"{name}: in {n} pictures")
-    for c, name in enumerate(made["disease_names"]):
-        mine = made["disease"] == c
-        parts = ", ".join(f"{(made['split'][mine] == part).sum()} {part}"
-                          for part in ("train", "val", "test"))
-        print(f"{name}: {len(np.unique(made['groups'][mine]))} patients, pictures: {parts}")
     say(f"wrote {run.join('tissue.npz')}, {flags.pictures} pictures, and sheet.png")
 
 
@@ -1995,25 +1709,24 @@ def cmd_clip(flags):
     if flags.weights:
         return import_clip(flags)
     images, captions, train, test = captioned(flags)
-    words = data.Words(captions[train])
-    if flags.merges:
-        words = data.Merges(data.read_merges(flags.merges))
-    run = Run(flags).begin(pictures=len(images), data_hash=images.hash)
+    words = data.Merges(data.read_merges(flags.merges)) if flags.merges else \
+        data.Words(captions[train])
     torch.manual_seed(flags.seed)
-    rng, each = np.random.default_rng(flags.seed), len(train) // flags.batch
-    layers = flags.width, flags.layers, max(flags.width // 32, 1)
-    model = ssm.CLIP(flags.joint, layers, layers, words.size, flags.context, flags.patch,
+    tower = flags.width, flags.layers, math.gcd(flags.width, max(flags.width // 32, 1))  # heads
+    model = ssm.CLIP(flags.joint, tower, tower, words.size, flags.context, flags.patch,
                      flags.size).to(flags.device)
-    view, n_steps = data.plain_view(flags.size, whole=True), flags.epochs * each
+    run = Run(flags).begin(pictures=len(images), data_hash=images.hash)
+    view, tokens = data.plain_view(flags.size, whole=True), words(captions, flags.context, False)
     pixels = torch.stack([view(images.open(i)) for i in range(len(images))])
-    tokens = words(captions, flags.context, strict=False)
-    order = np.stack([rng.permutation(train)[:each * flags.batch] for _ in range(flags.epochs)])
-    rows, turns = order.reshape(n_steps, -1), rng.integers((4, 2), size=(n_steps, 2))
+    batches = data.Batches(train, flags.batch, flags.seed, "samples", drop_last=True)
+    n_steps = flags.epochs * batches.epoch
+    turns = np.random.default_rng(flags.seed).integers((4, 2), size=(n_steps, 2)).tolist()
     progress, log = Progress(n_steps), Log(run.path("log.csv"))
 
     def batch(step):                                         # a field has no upright side
-        x = torch.rot90(pixels[rows[step]], int(turns[step, 0]), (2, 3))
-        return x.flip(3) if turns[step, 1] else x, tokens[rows[step]]
+        rows, (quarters, mirrored) = batches.rows(step), turns[step]
+        x = torch.rot90(pixels[rows], quarters, (2, 3))
+        return x.flip(3) if mirrored else x, tokens[rows]
 
     def on_step(step, told):
         if step % 20 == 0 or step == n_steps:
@@ -2022,20 +1735,17 @@ def cmd_clip(flags):
     ssm.fit_clip(model, batch, n_steps, flags.lr, on_step)
     log.write()
     write_clip(run, model, words)
-    with torch.no_grad():
-        seen = torch.cat([model.encode_image(x.to(flags.device)) for x in pixels[test].split(256)])
-    said = ssm.text_features(model, words, captions[test])
-    found = judge.retrieval({"image": seen.cpu().numpy(), "text": said.cpu().numpy()})
+    seen = image_features(images, test, model.visual, flags.size, whole=True)
+    said = ssm.text_features(model, words, captions[test]).cpu().numpy()
+    found = judge.retrieval({"image": seen, "text": said})
     page, part = judge.Page("repsae clip"), "test" if images.split is not None else "training"
     page.table([f"{len(test)} {part} pictures", *found["image -> text"]],
                [[pair, *v.values()] for pair, v in found.items()], key="test")
-    page.metrics["loss"] = float(log.rows[-1]["loss"])
-    page.write(run.path)
+    page.write(run.path, {"loss": float(log.rows[-1]["loss"])})
 
 
 def captioned(flags):
-    """(pictures, captions, rows to train on, rows to test on) of --images; raises InputError where
-    `clip` cannot be trained on them."""
+    """(pictures, captions, rows to train on, rows to test on) of --images."""
     images = pictures_of(flags)
     if "captions" not in images.about:
         raise InputError(f"{flags.images} has no captions - give an .npz with `images` and "
@@ -2044,16 +1754,14 @@ def captioned(flags):
     if len(train) < flags.batch or len(test) < 2:
         raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch "
                          f"{flags.batch} of the first are needed, and two of the second")
-    if flags.patch > flags.size or flags.width % max(flags.width // 32, 1):
-        raise InputError(f"--patch {flags.patch}, --size {flags.size}, --width {flags.width} - a "
-                         "patch must fit the picture, and the width be a multiple of 32")
     return images, np.array([str(c) for c in images.about["captions"]]), train, test
 
 
 def import_clip(flags):
     """A released CLIP as a run like our own: its weights, its tokenizer, and its first layer in our
     units of pixels."""
-    words = data.Merges(data.read_merges(needed(flags, "merges")))
+    check_needed(flags, "merges")
+    words = data.Merges(data.read_merges(flags.merges))
     with unpacked(flags.weights, "is no state_dict of a CLIP",
                   "of OpenAI's files save torch.jit.load(FILE).state_dict()") as state:
         model = ssm.clip_from_state(state)
@@ -2080,63 +1788,62 @@ def load_clip(folder, device):
         model = ssm.CLIP(**kept["config"])
         model.load_state_dict(kept["model"])
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
-    model = model.eval().to(device)
-    object.__setattr__(model.visual, "clip", model)          # no submodule: the other way round
-    model.visual.words = words
-    return model.visual, model.visual.size
+    seen = model.eval().to(device).visual
+    object.__setattr__(seen, "clip", model)                  # no submodule: the other way round
+    seen.words, seen.random = words, False
+    return seen, seen.size
 
 
-@command(f"{ON_RUN} streams window images! weights! size label start-layer latent least most "
-         "seed=0", "run?")
+@command(f"{ON_RUN} window images! weights! size label latent least most seed=0", "run?")
 def cmd_explain(flags):
     """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
 
     With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
-    run, images = Run(flags, flags.out or "runs/cam"), pictures_of(flags)
+    run, images, sheet = Run(flags, flags.out or "runs/cam"), pictures_of(flags), {}
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
-    columns = {}
     for spec in flags.weights.split(","):
         name, model, trained = load_backbone(spec, flags, head=True)
         view = data.plain_view(flags.size or trained, whole=True)
         x = torch.stack([view(p) for p in pictures]).to(flags.device)
         with torch.no_grad():
-            outputs = model(x[:1]).shape[1]
-        wanted = flags.label
-        if wanted is not None and not (wanted.isdecimal() and int(wanted) < outputs):
-            raise InputError(f"--label {wanted}, but {name} has {outputs} outputs - give 0 to "
-                             f"{outputs - 1}")
-        score = None if wanted is None else lambda out: out[:, int(wanted)]
+            outputs = [str(i) for i in range(model(x[:1]).shape[1])]
+        if flags.label not in (None, *outputs):
+            raise InputError(f"--label {flags.label}, but {name} has {len(outputs)} outputs - give "
+                             f"0 to {outputs[-1]}")
+        score = None if flags.label is None else lambda out: out[:, int(flags.label)]
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
-        columns[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
+        sheet[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
     run.begin(data_hash=images.hash)
-    for name, column in columns.items():
+    for name, column in sheet.items():
         for i, picture in zip(rows, column):
             stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
             judge.save_picture(run.path(f"{name}_{i}_{stem}.png"), picture)
-    sheet = judge.contact_sheet(list(zip(pictures, *columns.values())), ["picture", *columns])
-    judge.save_picture(run.path("sheet.png"), sheet)
-    print(f"wrote {len(rows) * len(columns)} heat maps and {run.join('sheet.png')}")
+    judge.save_picture(run.path("sheet.png"), judge.contact_sheet(
+        list(zip(pictures, *sheet.values())), ["picture", *sheet]))
+    print(f"wrote {len(rows) * len(sheet)} heat maps and {run.join('sheet.png')}")
 
 
 def explain_concepts(flags):
     """Point concepts of a SPARC run back at pixels and words, and measure what the maps segment."""
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
     page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
+    chosen = chosen_latents(flags.latent, seen.J, seen.alive)
     maps = measured_maps(seen, page)
-    drawn = seen.tell(page, "words", "Concepts of the labels", names, maps, seen.truth,
-                      label_captions(seen), lambda z, c: z[:, seen.J[c]].sum(1), most=2)
-    tell_latents(seen, page)
+    drawn = seen.tell(page, "words", "Concepts of the labels", names, shown_labels(seen), maps,
+                      judge.indicator(seen.J, seen.model.n_latents).to(seen.device))
+    tell_latents(seen, page, chosen)
     tell_captions(seen, page)
     run.begin()
-    arrays = {name: np.stack([found.get(key, np.full_like(next(iter(found.values())), np.nan))
-                              for key in seen.truth]) for name, found in maps.items() if found}
-    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **arrays})
+    empty = np.full_like(next(iter(maps[f"{seen.text[:-4]}, raw similarity"].values())), np.nan)
+    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **{
+        name: np.stack([found.get(key, empty) for key in seen.truth])
+        for name, found in maps.items() if found}})
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
-        judge.save_picture(run.path("overlays", f"{name}.png"), image)
+        judge.save_picture(run.path(f"overlays/{name}.png"), image)
     page.write(run.path)
     say(f"wrote {run.join('report.html')}")
 
@@ -2144,134 +1851,111 @@ def explain_concepts(flags):
 class Concepts(Coded):
     """A run of sparc with the backbones that made its streams, and pictures with true masks.
 
-    sees         {name: (backbone, its stream)} of --weights; `encoder`, CLIP's image encoder, with
-                 its .clip and .words; `pictured` and `text`, its streams of pictures and captions
-    J, alive     each label's latents (`judge.concept_latents`); each stream's, active in training
-    truth        {(picture, label): bool mask} of the pictures `test`
+    sees            {name: (backbone, its stream)} of --weights
+    encoder, text   CLIP's image encoder, with its .clip and .words; the stream of its captions
+    J, alive        each label's latents (`judge.concept_latents`); each stream's, active in
+                    training
+    truth, test     {(picture, label): bool mask} of the test pictures `test` that have any
     """
 
     def __init__(self, flags):
         super().__init__(flags.run, flags)
-        self.images, truth = self._pictures()
-        self.sees, self.encoder, self.pictured, self.text = {}, None, None, None
-        for spec in flags.weights.split(","):
-            self._see(*load_backbone(spec, self.flags)[:2])
-        if self.text not in self.model.dims:
-            raise InputError("no text encoder - name a run of clip in --weights, and have its text "
-                             "stream in the sparc run")
-        self.label_names, train = self.features.label_names, self.features.rows("train")
-        labels, known = self.features.label_matrix(train), self.features.labelled[train]
+        features, arrays = self.features, data.read_arrays(flags.images)
+        self.images, self.label_names = pictures_of(flags), features.label_names
+        shape = len(features), *self.images.open(0).size[::-1]
+        if "boxes" not in arrays or np.shape(arrays.get("instances")) != shape:
+            raise InputError(f"{flags.images} has no 'boxes', or no 'instances' {shape}, masks of "
+                             "the features' pictures - give what `tissue` wrote")
+        known = *features.streams, *features.about, *["labels"][:len(self.label_names)]
+        for name in {*self.model.streams, "captions", "labels"}.difference(known):
+            raise InputError(f"{self.flags.data} has no '{name}' - explain needs captions, labels "
+                             "and all streams of the run")
+        self.captions = features.about["captions"].astype(str).tolist()
+        self._see()
+        train, most = features.rows("train"), flags.most if "most" in flags.given else 400
         chose = self.codes(train, "alone" if self.model.topk == "local" else "joint")
-        self.J = judge.concept_latents(chose, labels, flags.least, known)
+        self.J = judge.concept_latents(chose, features.label_matrix(train), flags.least,
+                                       features.labelled[train])
         self.alive = {s: np.flatnonzero(code.getnnz(axis=0))
                       for s, code in self.codes(train, "alone").items()}
-        self.chosen = chosen_latents(flags.latent, self.J, self.alive, self.model.n_latents)
-        there, most = {i for i, _ in truth}, flags.most if "most" in flags.given else 400
-        self.test = [i for i in self.features.rows("test", "val") if i in there][:most]
-        self.truth = {key: m for key, m in truth.items() if key[0] in set(self.test)}
+        truth = data.true_masks(arrays)
+        self.test = [i for i in features.rows("test", "val") if i in {i for i, _ in truth}][:most]
+        self.truth = {key: mask for key, mask in truth.items() if key[0] in self.test}
         if not self.truth:
-            raise InputError(f"no test picture of {flags.images} has an object - there is nothing "
-                             "to segment")
+            raise InputError(f"no test picture of {flags.images} has an object - give others")
 
-    def _pictures(self):
-        """The pictures of --images and their true masks, once they fit the features and the run."""
-        flags, features = self.flags, self.features
-        images, arrays = pictures_of(flags), data.read_arrays(flags.images)
-        shape = arrays["instances"].shape if {"instances", "boxes"} <= set(arrays) else ()
-        if len(shape) != 3 or shape[0] != len(features):
-            raise InputError(f"{flags.images} has no 'instances' and 'boxes' of these "
-                             f"{len(features)} pictures - give what `tissue` wrote")
-        lacking = [f"stream '{s}'" for s in self.model.streams if s not in features.streams]
-        lacking += ["captions"] * ("captions" not in features.about)
-        lacking += ["labels"] * (not features.label_names)
-        if lacking:
-            raise InputError(f"{flags.data} has no {lacking[0]} - explain needs captions, labels "
-                             "and all streams of the run")
-        width, height = images.open(0).size
-        if shape[1:] != (height, width):
-            raise InputError(f"{flags.images} has masks of {shape[1]}x{shape[2]} and pictures of "
-                             f"{height}x{width} - give masks of the pictures' size")
-        return images, data.true_masks(arrays)
-
-    def _see(self, name, backbone):
-        """Enter a backbone; one without attention under the name of what it gets instead."""
-        depth, stream = len(judge.kept_attention(backbone)), name
-        if hasattr(backbone, "clip"):
-            if self.encoder is not None:
-                raise InputError("two runs of clip in --weights - name one, whose words are meant")
-            self.encoder, self.pictured, self.text = backbone, f"{name}_img", f"{name}_txt"
-            depth = min(depth, len(judge.kept_attention(backbone.clip.transformer)))
-            stream = self.pictured
-        start = self.flags.start_layer
-        if depth and not -depth <= start < depth:
-            raise InputError(f"--set start-layer={start} - {name} has {depth} layers")
-        if stream not in self.model.dims:
-            raise InputError(f"the run has no stream '{stream}' - it has "
-                             f"{', '.join(self.model.streams)}")
-        self.sees[name if depth else f"{name} (Grad-CAM)"] = backbone, stream
+    def _see(self):
+        """Load the backbones; one without attention goes by the name of what it gets instead."""
+        self.sees, clips = {}, []
+        for spec in self.flags.weights.split(","):
+            name, backbone, _ = load_backbone(spec, self.flags)
+            stream = name
+            if hasattr(backbone, "clip"):
+                stream = f"{name}_img"
+                clips.append((backbone, f"{name}_txt"))
+            if stream not in self.model.dims:
+                raise InputError(f"the run has no stream '{stream}' - it has "
+                                 f"{', '.join(self.model.streams)}")
+            plain = not judge.kept_attention(backbone)
+            self.sees[name + " (Grad-CAM)" * plain] = backbone, stream
+        if len(clips) != 1 or clips[0][1] not in self.model.dims:
+            raise InputError(f"{len(clips)} runs of clip in --weights - name one, whose words are "
+                             "meant, and have its text stream in the sparc run")
+        (self.encoder, self.text), = clips
 
     def code(self, stream, x):
         """Features (B, d) -> dense codes (B, L) of a stream alone."""
         return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
 
-    def caption(self, i):
-        return str(self.features.about["captions"][i])
-
     def read(self, captions):
         """Features (n, d) of captions."""
         return ssm.text_features(self.encoder.clip, self.encoder.words, captions)
 
-    def maps(self, backbone, score, asked, block=64):
-        """{(picture, label): heat map} of score(features, label) for pairs `asked`, and those of
-        them whose score is 0."""
-        view, out, silent = data.plain_view(getattr(backbone, "size", 224), True), {}, []
-        cam_layer = functools.partial(ssm.cam_layer, backbone)
-        for c in sorted({c for _, c in asked}):
-            rows = [i for i, k in asked if k == c]
-            for part in (rows[at:at + block] for at in range(0, len(rows), block)):
-                x = torch.stack([view(self.images.open(i)) for i in part]).to(self.flags.device)
-                heats, values = judge.heat_maps(backbone, x, lambda f: score(f, c), cam_layer,
-                                                self.flags.start_layer)
-                out.update({(i, c): heat for i, heat in zip(part, heats)})
-                silent += [(i, c) for i, value in zip(part, values) if value == 0]
-        return out, silent
+    def maps(self, backbone, score, asked):
+        """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
+        view = data.plain_view(getattr(backbone, "size", 224), True)
+        return judge.pair_maps(backbone, score, list(asked),
+                               lambda i: view(self.images.open(i)).to(self.device),
+                               functools.partial(ssm.cam_layer, backbone))
 
-    def tell(self, page, key, title, names, maps, there, asked, score, most=4):
-        """On the page the maps of pairs `there`; and for {(picture, label): is it there?} what each
-        word of the picture's caption adds to score(codes (1, L), label). Returns the overlays."""
-        words = [{"concept": names[c], "caption": self.caption(i), "here": bool(here),
-                  "words": judge.word_heat(self.encoder.clip, self.encoder.words, self.caption(i),
-                                           lambda f: score(self.code(self.text, f), c),
-                                           self.flags.start_layer)}
-                 for (i, c), here in asked.items()]
-        gallery, drawn = judge.map_gallery(maps, there, names, self.images.open, most)
+    def weighted(self, stream, weight):
+        """score(features (B, d), c (B,)) -> (B,): codes of a stream times rows c of weight."""
+        return judge.weighted_code(functools.partial(self.code, stream), weight)
+
+    def tell(self, page, key, title, names, asked, maps, weight):
+        """Tell the maps of pairs `asked`, {(picture, c): is it there?}, and what each word of the
+        pictures' captions adds to the code weighted by row c of weight (n, L), where that is not 0.
+        Returns the overlays of `judge.map_gallery`."""
+        score = self.weighted(self.text, weight)
+        words = [{"concept": names[c], "caption": self.captions[i], "here": here, "words":
+                  judge.word_heat(self.encoder.clip, self.encoder.words, self.captions[i],
+                                  lambda f: score(f, [c]))}
+                 for (i, c), here in asked.items() if weight[c].any()]
+        gallery, drawn = judge.map_gallery(maps, asked, names, self.images.open)
         page.picture(title, gallery + judge.word_table(words) or "<p>No latent of a label is alive "
                      "in every stream; --latent names others.</p>")
         page.metrics[key] = words
         return drawn
 
 
-def chosen_latents(text, J, alive, n_latents):
+def chosen_latents(text, J, alive):
     """The latents of --latent; without it, of each label the first that is alive in every stream,
-    three at most."""
+    three at most. alive: {stream: its living latents}."""
     if text is None:
         shared = [functools.reduce(np.intersect1d, [mine, *alive.values()]) for mine in J]
         return sorted({int(v[0]) for v in shared if len(v)})[:3]
-    try:
-        chosen = [int(v) for v in text.split(",")]
-    except ValueError:
-        raise InputError(f"--latent {text} - give numbers, separated by commas")
-    for j in chosen:
-        if not any(j in v for v in alive.values()):
-            wrong = "silent in every stream" if 0 <= j < n_latents else f"not one of {n_latents}"
-            raise InputError(f"latent {j} is {wrong} - pick another")
-    return chosen
+    living = set(map(str, np.concatenate(list(alive.values()))))
+    for j in text.split(","):
+        if j not in living:
+            raise InputError(f"--latent {text}: {j} is no latent that a stream has alive - give "
+                             "numbers of others, separated by commas")
+    return [int(j) for j in text.split(",")]
 
 
 def methods(seen):
-    """{name: (backbone, score(features, label) -> (B,), labels that it can be asked for)}: the
+    """{name: (backbone, score(features, labels) -> (B,), labels that it can be asked for)}: the
     targets of Table 5.4 for each backbone, and CLIP's own similarity to a label's name."""
-    out, unit = {}, torch.nn.functional.normalize
+    out, every = {}, range(len(seen.label_names))
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
     prompts = seen.read(seen.label_names)
@@ -2279,103 +1963,95 @@ def methods(seen):
         z_names = seen.code(seen.text, prompts)
 
     def together(stream, f, c):                              # picture and name choose the support
-        both = seen.model.encode({stream: f, seen.text: prompts[c].expand(len(f), -1)}, "joint")
-        return [both[s].dense(seen.model.n_latents) for s in (stream, seen.text)]
+        both = seen.model.encode({stream: f, seen.text: prompts[c]}, "joint").values()
+        return math.prod(codes.dense(seen.model.n_latents) for codes in both).sum(1)
     for name, (backbone, s) in seen.sees.items():
-        both = functools.partial(together, s) if seen.model.topk != "local" else None
         targets = judge.concept_scores(functools.partial(seen.code, s), z_names, seen.J,
-                                       seen.alive[s], both, seen.flags.seed)
+                                       seen.alive[s], seen.flags.seed)
+        if seen.model.topk != "local":
+            targets["similarity to the name, joint"] = functools.partial(together, s), every
         out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
+    unit = torch.nn.functional.normalize
     out[f"{seen.text[:-4]}, raw similarity"] = (
-        seen.encoder, lambda f, c: unit(f, dim=1) @ unit(prompts[c], dim=0), range(len(prompts)))
+        seen.encoder, judge.weighted_code(unit, unit(prompts)), every)
     return out
 
 
 def measured_maps(seen, page):
     """The maps of every method, {name: {(picture, label): (h, w)}}, and what they segment."""
-    labels, maps, found = sorted({c for _, c in seen.truth}), {}, {}
-    pairs = [(i, c) for i in seen.test for c in labels]      # there or not
-    without = [seen.label_names[c] for c in labels if not len(seen.J[c])]
-    if without:
-        say(f"note: no latent of {', '.join(without)} - lower --least")
+    pairs = list(itertools.product(seen.test, sorted({c for _, c in seen.truth})))    # there or not
+    maps, middle = {}, dict.fromkeys(pairs, judge.centre_prior())
+    found = {"centre of the picture": judge.map_scores(middle, pairs, seen.truth, data.otsu)}
     for name, (backbone, score, possible) in methods(seen).items():
         asked = [pair for pair in pairs if pair[1] in possible]
         maps[name], silent = seen.maps(backbone, score, asked)
-        drawn = [key for key in silent if maps[name][key].any()]
-        found[name] = {**judge.map_scores(maps[name], asked, seen.truth, data.otsu),
-                       "absent": len(silent), "maps of absent that are not 0": len(drawn)}
-    middle = dict.fromkeys(pairs, judge.centre_prior())
-    found["centre of the picture"] = judge.map_scores(middle, pairs, seen.truth, data.otsu)
-    columns = ["AP", "AR", "mIoU", "AP small", "AP medium", "AP, all asked",
-               "drawn though absent, %"]
-    page.table([f"{len(seen.test)} pictures, {len(seen.truth)} masks", *columns],
-               [[name, *(v[c] for c in columns)] for name, v in found.items()],
-               "Segmentation by heat maps: of the labels that are there, as published, and of all")
-    page.metrics["segmentation"] = found
+        found[name] = judge.map_scores(maps[name], asked, seen.truth, data.otsu, silent)
+    page.table(*judge.columns([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
+                               for name, v in found.items()]),
+               "Segmentation by heat maps: of the labels that are there, as published, and of all",
+               key="segmentation")
     return maps
 
 
-def label_captions(seen, most=2):
-    """{(picture, label): is it there?}: for labels with latents, captions that name it, and one of
-    a picture without it."""
-    out, labels = {}, seen.features.label_matrix(seen.test)
-    for c in sorted({c for _, c in seen.truth if len(seen.J[c])}):
-        known = {(i, c): here for i, here in zip(seen.test, labels[:, c])
-                 if seen.features.labelled[i]}
-        named = [key for key in known if known[key] and seen.label_names[c] in seen.caption(key[0])]
-        without = [key for key in known if not known[key]]
-        out.update({key: known[key] for key in named[:most] + without[:1]})
+def shown_labels(seen):
+    """{(picture, label): is it there?}: of each label two pictures, first those whose captions name
+    it, and one without it."""
+    out = {}
+    for c in sorted({c for _, c in seen.truth}):
+        here = sorted((i for i, k in seen.truth if k == c),
+                      key=lambda i: seen.label_names[c] not in seen.captions[i])
+        without = [i for i in seen.test if (i, c) not in seen.truth]
+        out.update({(i, c): i in here for i in here[:2] + without[:1]})
     return out
 
 
-def tell_latents(seen, page, most=4):
+def tell_latents(seen, page, chosen, most=4):
     """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all
     streams."""
-    codes, asked = seen.codes(np.array(seen.test), "alone"), {}
-    for j in seen.chosen:
-        z = {s: code[:, [j]].toarray()[:, 0] for s, code in codes.items()}
-        strength = sum(v / max(v.max(), 1e-12) for v in z.values())
+    codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
+    for c, j in enumerate(chosen):
+        strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
+                                                         for code in codes))
         best = np.argsort(-strength, kind="stable")[:most]
-        asked.update({(seen.test[n], j): z[seen.text][n] > 0 for n in best})
-    names = {j: f"latent {j}" for j in seen.chosen}
-    maps = {f"z, {name}": seen.maps(backbone, lambda f, j: seen.code(s, f)[:, j], asked)[0]
+        asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
+    single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.device)
+    maps = {name: seen.maps(backbone, seen.weighted(s, single), asked)[0]
             for name, (backbone, s) in seen.sees.items()}
-    seen.tell(page, "latents", "Single latents, where they are most active", names, maps, asked,
-              asked, lambda z, j: z[:, j])
+    seen.tell(page, "latents", "Single latents, where they are most active",
+              [f"latent {j}" for j in chosen], asked, maps, single)
 
 
 def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
     itself."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
-    asked = {(i, n): True for n, i in enumerate(test)}
+    asked, pictured = {(i, n): True for n, i in enumerate(test)}, f"{seen.text[:-4]}_img"
     with torch.no_grad():
-        f_text = seen.read([seen.caption(i) for i in test])
-        f_image = seen.features.batch(test)[seen.pictured].to(f_text.device)
-        z_text, z_image = seen.code(seen.text, f_text), seen.code(seen.pictured, f_image)
-    maps = {f"z z', {name}": seen.maps(backbone, lambda f, n: seen.code(s, f) @ z_text[n], asked)[0]
+        said = seen.read([seen.captions[i] for i in test])
+        z_text = seen.code(seen.text, said)
+        z_image = seen.code(pictured, seen.features.batch(test)[pictured].to(seen.device))
+    maps = {name: seen.maps(backbone, seen.weighted(s, z_text), asked)[0]
             for name, (backbone, s) in seen.sees.items()}
-    maps["cosine, CLIP itself"], _ = seen.maps(
-        seen.encoder, lambda f, n: unit(f, dim=1) @ unit(f_text[n], dim=0), asked)
-    seen.tell(page, "captions", "Pictures with their captions: similarity of the two",
-              [f"picture {i}" for i in test], maps, asked, asked, lambda z, n: z @ z_image[n])
+    maps["cosine, CLIP itself"], _ = seen.maps(seen.encoder, judge.weighted_code(unit, unit(said)),
+                                               asked)
+    seen.tell(page, "captions", "Pictures with their captions: similarity z . z' of the two",
+              [f"picture {i}" for i in test], asked, maps, z_image)
 
 
 @command(f"{ON_RUN} streams sample from to query features encoder", "run")
 def cmd_retrieve(flags):
     """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
     coded = Coded(flags.run, flags)
-    model, features, flags = coded.model, coded.features, coded.flags
-    source, target = flags["from"] or model.streams[0], flags.to or model.streams[-1]
-    known = [s for s in model.streams if s in features.streams]
+    features, streams, flags = coded.features, coded.model.streams, coded.flags
+    source, target = flags["from"] or streams[0], flags.to or streams[-1]
     for s in (source, target):
-        if s not in known:
-            raise InputError(f"no stream '{s}' - the run and its data have {', '.join(known)}")
+        if s not in features.streams:
+            raise InputError(f"no stream '{s}' - the run and its data have "
+                             f"{', '.join(features.streams)}")
     rows, page = features.rows("test", "val"), judge.Page("repsae retrieve")
-    asked = flags.query is not None or flags.features        # by something from outside
-    for s in {source, target} - ({source} if asked and source != target else set()):
+    own = None if flags.query is not None or flags.features else flags.sample
+    for s in {source, target} if own is not None else {target}:
         rows = rows[features.has(s, rows)]
-    own = None if asked else flags.sample
     if own is not None and own >= len(rows):
         raise InputError(f"--sample {own} - give one of the {len(rows)} "
                          f"{features.split[rows[0]]} samples, from 0")
@@ -2385,9 +2061,9 @@ def cmd_retrieve(flags):
         if stream.endswith("_txt") and "captions" in features.about:
             return html.escape(str(features.about["captions"][rows[i]]))
         return judge.describe_sample(features, rows[i])
-    given, first = (None, shown(own, source)) if own is not None else \
-        given_query(model, source, flags)
-    for mode in ("joint", "alone") if own is not None else ("alone",):
+    given, first = given_query(coded.model, source, flags) if own is None else \
+        (None, shown(own, source))
+    for mode in ("alone",) if own is None else ("joint", "alone"):
         codes = coded.codes(rows, mode)
         query, partner = given if own is None else codes[source][[own]], ""
         if not query.nnz:
@@ -2406,25 +2082,24 @@ def cmd_retrieve(flags):
 
 
 def given_query(model, stream, flags):
-    """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, of the vector
-    in --features, or of the row --sample of a feature file there; and how to show it, HTML."""
+    """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, or of the row
+    --sample of the file --features; and how to show it, HTML."""
     if flags.query is not None:
         if not stream.endswith("_txt"):
             raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
-        encoder, _ = load_clip(needed(flags, "encoder"), flags.device)
+        check_needed(flags, "encoder")
+        encoder, _ = load_clip(flags.encoder, flags.device)
         if not encoder.words.pieces(flags.query):
             raise InputError("--query has no words - give some")
         x = ssm.text_features(encoder.clip, encoder.words, [flags.query])
         shown = html.escape(flags.query)
-    elif flags.features.endswith(".npz"):
+    else:
         others = data.read_features(flags.features, [stream])
         if flags.sample >= len(others):
             raise InputError(f"--sample {flags.sample}, but {flags.features} has {len(others)} "
                              "samples - count from 0")
         x = others.batch([flags.sample])[stream]
         shown = judge.describe_sample(others, flags.sample)
-    else:
-        x, shown = data.read_vector(flags.features)[None], html.escape(flags.features)
     if x.shape[1] != model.dims[stream]:
         raise InputError(f"the query has {x.shape[1]} numbers, stream '{stream}' has "
                          f"{model.dims[stream]} - name its stream with --from")
@@ -2444,20 +2119,12 @@ def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
-    window = grey_window(flags)
+    window = two_numbers(flags, "window")
     if flags.voc:
-        cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
-        run, names = Run(flags).begin(), [f"{name}.png" for name in cuts.about["ids"]]
-        run.paths(names)
-        for i, name in enumerate(names):
-            judge.save_picture(run.join(name), cuts.open(i).resize((side, side), Image.BICUBIC))
-        count = collections.Counter(map(os.path.dirname, names))
-        print("\n".join(f"{name}: {n}" for name, n in sorted(count.items())))
-        return
-    if not flags.images:
-        raise InputError("--images is missing - name slides, or boxes of pictures with --voc")
+        return cut_voc(flags, window)
+    check_needed(flags, "images")
     slides, size = data.read_slides(flags.images), flags.size or 224
-    run = Run(flags, add=True)                               # slides may come one by one
+    run = Run(flags)
     for note in slides.notes:
         say_once("note: " + note)
     if flags.rois and len(slides) > 1:
@@ -2478,49 +2145,50 @@ def cmd_tile(flags):
         print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
-@command("data! stream head widths attention dropout squash instances bag-weight inst-loss "
-         "subtyping epochs=200 patience=20 min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 "
-         "balanced folds votes seed=0 device overwrite out=runs/mil")
+def cut_voc(flags, window):
+    """The annotated boxes of --voc as pictures in folders of split and class."""
+    cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
+    names = [f"{name}.png" for name in cuts.about["ids"]]
+    for i, path in enumerate(Run(flags).begin().paths(names)):
+        judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
+    for name, n in sorted(collections.Counter(map(os.path.dirname, names)).items()):
+        print(f"{name}: {n}")
+
+
+@command("data! stream head widths attention dropout instances subtyping epochs=200 patience=20 "
+         "min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds votes seed=0 device "
+         "overwrite out=runs/mil")
 def cmd_mil(flags):
     """Multiple-instance learning: bags of instances to labels. Bags of a validation part stop the
-    training early; where there is none, as in folds, all epochs are trained."""
+    training early; where there is none, as in folds, all epochs are trained. One part after the
+    other is reported: plain, though two processes would halve the time on two cores."""
     heads = flags.head.split(",")
     for head in heads:
         if head not in ssm.HEADS:
             raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
-    make = {**flags.pick("attention dropout"), "widths": data.number_list(flags.widths),
-            "squash": bool(flags.squash)}
-    how = {**flags.pick("epochs lr weight_decay cosine bag_weight subtyping"), "k": flags.instances,
-           "early": {"patience": flags.patience, "least": flags.min_epochs},
-           "loss": torch.nn.functional.cross_entropy if flags.inst_loss == "ce"
-           else ssm.smooth_top1_svm}
     bags = data.read_bags(flags.data, flags.stream)
     rounds = bags.rounds(flags.folds, flags.seed, flags.data)
     if not len(rounds[0][1]) and {"patience", "min_epochs"} & flags.given:
         say("note: no bags to validate by, so that --patience and --min-epochs have no effect")
+    make = {**flags.pick("attention dropout"), "widths": data.number_list(flags.widths)}
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
-    page, log, means, y = judge.Page("repsae mil"), Log(run.path("log.csv")), bags.means(), bags.y
-    found = {"mean of the bag, logistic": [
-        judge.scores(y[test], judge.logistic_probe(means[train], y[train], means[test],
-                                                   len(bags.label_names), strength=0.01))
-        for train, _, test in rounds]}
+    page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
     progress = Progress(len(heads) * len(rounds))
+    found = {"mean of the bag, logistic": [mean_of_bags(bags, *parts) for parts in rounds]}
     for head in heads:
-        jobs = [(head, make, how, flags.batch, flags.balanced, [flags.seed, r], flags.votes, *parts,
-                 flags.device) for r, parts in enumerate(rounds)]
         found[head] = []
-        for scores, models in in_processes(mil_round, bags, jobs):
+        for r, parts in enumerate(rounds):
+            scores, models = mil_round(bags, {"head": head, **make}, flags, r, *parts)
             found[head].append(scores)
-            log.add({"head": head, "round": len(found[head]), **scores})
-            progress(sum(map(len, found.values())) - len(rounds), lambda: head)
+            log.add({"head": head, "round": r + 1, **scores})
+            progress(len(log.rows), lambda: head)
         log.write()
         if len(rounds) == 1:
             judge.write_torch(run.path(f"{head}.pt"), {
                 "models": [model.state_dict() for model in models], "head": head,
-                "dim": bags.X.shape[1], "label_names": bags.label_names, **make})
-            if bags.coords and bags.images:
-                page.picture(f"Attention of {head} over test slides",
-                             attention_maps(bags, models, rounds[0][2], head, run))
+                "dim": bags.x[0].shape[1], "label_names": bags.label_names, **make})
+            page.picture(f"Attention of {head} over test slides",
+                         attention_maps(bags, models, rounds[0][2], head, run))
     names = ("AUC", "accuracy", "F1")
     page.table(["head", *names], [[head, *(judge.mean_std([v[name] for v in scores])
                                            for name in names)] for head, scores in found.items()])
@@ -2530,82 +2198,53 @@ def cmd_mil(flags):
     say(f"wrote {run.join('report.html')}")
 
 
-def mil_round(bags, head, make, how, batch, balanced, seed, votes, train, val, test, device="cpu"):
-    """Scores, on bags `test`, of the mean vote of models that learn from bags `train`, each from
-    its own weights, stopped by bags `val` if there are any; and the models. make: arguments of
-    `ssm.MIL`; how: of `ssm.fit_mil`."""
-    if not len(val):
-        how = {**how, "early": None}
-    models, p = [], 0
+def mean_of_bags(bags, train, _, test):
+    """Scores, on bags `test`, of logistic regression on the mean instance of bags `train`."""
+    means = bags.means()
+    p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), 0.01)
+    return judge.scores(bags.y[test], p)
 
-    def batches(rows, size=batch):
-        return [[v.to(device) for v in part] for part in bags.batches(rows, size)]
-    for i in range(votes):
-        rng = np.random.default_rng([*seed, i])
+
+def mil_round(bags, make, flags, r, train, val, test):
+    """Scores, on bags `test`, of the mean vote of models `make`, arguments of `ssm.MIL`, that learn
+    from bags `train`, each from its own weights, and stop by bags `val` if there are any; and the
+    models. r: the number of the round."""
+    models, p = [], 0
+    how = {**flags.pick("epochs lr weight_decay patience cosine subtyping"), "k": flags.instances,
+           "least": flags.min_epochs}
+
+    def batches(rows, size=flags.batch):
+        return [[v.to(flags.device) for v in bags.padded(rows[i:i + size])]
+                for i in range(0, len(rows), size)]
+    for vote in range(flags.votes):
+        rng = np.random.default_rng([flags.seed, r, vote])
         torch.manual_seed(int(rng.integers(2 ** 62)))
-        model = ssm.MIL(bags.X.shape[1], len(bags.label_names), head, **make)
+        model = ssm.MIL(bags.x[0].shape[1], len(bags.label_names), **make)
         for buffer, value in zip((model.mean, model.std), bags.scale(train)):
             buffer.copy_(value)
-        ssm.fit_mil(model.to(device), lambda epoch: batches(bags.drawn(train, rng, balanced)),
-                    batches(val), **how)
+        ssm.fit_mil(model.to(flags.device),
+                    lambda epoch: batches(bags.drawn(train, rng, flags.balanced)), batches(val),
+                    **how)
         with torch.no_grad():
             logits = torch.cat([model(x, mask)[0] for x, mask, _ in batches(test, 1)])
-        p = p + logits.softmax(1).cpu().numpy() / votes
+        p = p + logits.softmax(1).cpu().numpy() / flags.votes
         models.append(model.cpu())
     return judge.scores(bags.y[test], p), models
-
-
-SHARED = {}    # in a process among several: what all its jobs use
-
-
-def in_processes(work, shared, jobs):
-    """Yield work(shared, *job) of each job, in order; several by as many processes as cores."""
-    if len(jobs) == 1:
-        yield work(shared, *jobs[0])
-        return
-    context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(os.cpu_count(), context, begin_process,
-                                     [work, shared]) as pool:
-        try:
-            yield from pool.map(do_job, jobs)
-        except BaseException:                                # Ctrl-C: do not wait for them
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
-
-
-def begin_process(work, shared):
-    """Begin one of several: it has one thread, since they share the cores, and ends with its
-    parent, whatever ends that."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)             # which the parent answers for all
-    SHARED.update(work=work, shared=shared)
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def do_job(job):
-    return SHARED["work"](SHARED["shared"], *job)
 
 
 def attention_maps(bags, models, rows, head, run, most=6):
     """Test slides with each tile coloured by its share in the bag, as files
     heat_<label>_<slide>_<head>.png and as HTML."""
-    shown = []
-    for i in [i for i in rows if bags.coords[i] is not None and bags.images[i]][:most]:
-        x, title = bags.padded([i])[0], f"{bags.names[i]}: {bags.label_names[bags.y[i]]}"
+    shown, there = {}, bags.coords and bags.images
+    for i in [i for i in rows if there and bags.coords[i] is not None and bags.images[i]][:most]:
+        label, (x, _, _) = bags.label_names[bags.y[i]], bags.padded([i])
         with torch.no_grad():
-            heat = sum(model.cpu()(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
+            heat = sum(model(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        name = f"heat_{bags.label_names[bags.y[i]]}_{bags.names[i]}_{head}.png"
-        judge.save_picture(run.path(name), picture)
-        shown.append(f"<h3>{html.escape(title)}</h3>"
-                     + judge.strip(judge.embedded(image), judge.embedded(picture)))
-    return "".join(shown) or "<p>The bags name no pictures.</p>"
+        judge.save_picture(run.path(f"heat_{label}_{bags.names[i]}_{head}.png"), picture)
+        shown[f"{bags.names[i]}: {label}"] = judge.embedded(image), judge.embedded(picture)
+    return judge.strips(shown) or "<p>The bags name no pictures.</p>"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2617,7 +2256,8 @@ def attention_maps(bags, models, rows, head, run, most=6):
          "device overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    pictures = data.read_pictures(flags.images, flags.size, flags.label, grey_window(flags))
+    window = two_numbers(flags, "window")
+    pictures = data.read_pictures(flags.images, flags.size, flags.label, window)
     for note in pictures.notes:
         say_once("note: " + note)
     C, n = len(pictures.label_names), flags.runs
@@ -2717,70 +2357,58 @@ def cmd_bench(flags):
         judge.write_json(flags.json, figures)
 
 
-# ------------------------------------------------------------------------------------------------
-# The command line
-# ------------------------------------------------------------------------------------------------
-
-class Flags(dict):
-    """The settings of a command by name, readable as attributes; `given`: those that were typed."""
-    given = frozenset()
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name)
-
-    def pick(self, names):
-        """Those of `names`, "lr batch", as keyword arguments."""
-        return {name: self[name] for name in names.split()}
-
-    def replaced(self, changes):
-        new = Flags({**self, **changes})
-        new.given = self.given
-        return new
-
+# ---- The command line ---------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, with our one line for its errors."""
 
     def error(self, message):
         message = re.sub("^argument (--[^ :]+): ", r"\1 ", message)
-        hint = f" - see python repsae.py {' '.join(self.prog.split()[1:] + ['--help'])}"
-        fail(message + hint * (" - " not in message))
+        raise InputError(f"{message} - see python repsae.py "
+                         f"{' '.join(self.prog.split()[1:] + ['--help'])}")
 
 
 def parse(argv):
-    """argv -> (command function, Flags). Only what was typed comes out of argparse."""
+    """argv -> (command function, Flags). argparse finds the words, `value_of` what they mean."""
     parser = Parser(prog="repsae", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     subs = parser.add_subparsers(dest="command", metavar="command", required=True,
                                  parser_class=Parser)
     for name, each in COMMANDS.items():
         add_command(subs, name, each)
-    if any("\0" in word for word in argv or ()):
-        fail("a NUL character on the command line - leave it out")
-    given = vars(parser.parse_args(argv))
-    each = COMMANDS[given["command"]]
-    given |= typed_settings(" ".join(given.pop("set", [])), each.flags)
-    values = {name.replace("-", "_"): default for name, default in each.flags.items()}
-    flags = Flags({**values, **given})
-    flags.given = frozenset(given) & frozenset(values)
-    if not flags.get("resume"):                              # else the run may have them
-        check_needed(flags)
-    return each.run, flags
+    if any("\0" in word for word in argv or ()):             # no file can be named so
+        raise InputError("a NUL character on the command line - leave it out")
+    typed, said = vars(parser.parse_args(argv)), {}
+    each = COMMANDS[typed["command"]]
+    for word in " ".join(typed.pop("set", [])).split():
+        name, _, text = word.partition("=")
+        if name not in each.flags or name not in SETTINGS:
+            mine = ", ".join(n for n in each.flags if n in SETTINGS) or "none"
+            raise InputError(f"--set {word}: no such setting - this command has {mine}")
+        typed[name.replace("-", "_")], said[name] = text, f"--set {word}"
+    defaults = {name.replace("-", "_"): default for name, default in each.flags.items()}
+    flags = Flags({**defaults, **typed})
+    flags.given = frozenset(typed) & frozenset(defaults)
+    for flag, default in each.flags.items():
+        text = typed.get(flag.replace("-", "_"))
+        if isinstance(text, str):                            # not of a switch, on or off
+            text = value_of(FLAGS[flag][1], text, said.get(flag, f"--{flag} {text}"), default)
+            flags[flag.replace("-", "_")] = text
+    if not flags.get("resume") or not os.path.exists(os.path.join(flags.out, "config.json")):
+        check_needed(flags)                                  # else the run there has them
+    return each, flags
 
 
-def check_needed(flags):
-    """Raise InputError when a flag is missing that the command needs."""
-    for name in sorted(COMMANDS[flags.command].needed):
+def check_needed(flags, *names):
+    """Raise InputError when one of the flags `names`, else of those needed, was not given."""
+    for name in names or sorted(COMMANDS[flags.command].needed):
         if not flags[name.replace("-", "_")]:
             raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
 
 
 def add_command(subs, name, each):
     """A sub-command's parser, its help in groups."""
-    about = inspect.cleandoc(each.run.__doc__)
+    about = inspect.cleandoc(each.__doc__)
     settings = [f"{flag}={default}  {SETTINGS[flag][2]}"
                 for flag, default in each.flags.items() if flag in SETTINGS]
     sub = subs.add_parser(
@@ -2788,45 +2416,29 @@ def add_command(subs, name, each):
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:
-        if what == "run?":
-            sub.add_argument("run", nargs="?", help="a run folder")
-        elif what == "what":
+        if what == "what":
             sub.add_argument(what, nargs="?", choices=BENCHES, default="all")
         else:
-            sub.add_argument(what, help="a run folder")
+            sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
+                             help="a run folder")
     for title, table in GROUPS.items():
         group = sub.add_argument_group(title)
-        names = [flag for flag in table if flag in each.flags or flag == "set" and settings]
-        for flag in names:
-            default, text = each.flags.get(flag), FLAGS[flag][2]
-            kind = kind_of(flag, default)
-            note = " (needed)" if flag in each.needed else \
-                "" if default in (None, "auto") or kind is bool else f" (default: {default})"
-            option = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-                {"choices": kind, "metavar": "|".join(kind)} if isinstance(kind, tuple) else \
-                {"type": kind, "metavar": kind.__name__.split()[-1].upper(),
-                 **({"action": "append"} if flag == "set" else {})}
-            group.add_argument(f"--{flag}", default=argparse.SUPPRESS,
-                               help=text.replace("%", "%%") + note, **option)
+        for flag in [flag for flag in table if flag in each.flags or flag == "set" and settings]:
+            default, (_, kind, text) = each.flags.get(flag), FLAGS[flag]
+            option = {"metavar": kind} if "|" in kind else {}
+            if kind == "switch":
+                option["action"] = argparse.BooleanOptionalAction
+            elif flag in each.needed:
+                text += " (needed)"
+            elif default not in (None, "auto"):
+                text += f" (default: {default})"
+            if flag == "set":
+                option["action"] = "append"
+            group.add_argument(f"--{flag}", help=text.replace("%", "%%"),
+                               default=argparse.SUPPRESS, **option)      # only what was typed
 
 
 BENCHES = ("all", "sparc", "rows", "scan", "backbones")
-
-
-def typed_settings(text, known):
-    """--set "aux-k=32 clip=1" -> {"aux_k": 32, "clip": 1.}; fails on what the command lacks."""
-    found = {}
-    for word in text.split():
-        name, _, value = word.partition("=")
-        name = name.replace("_", "-")
-        if name not in known or name not in SETTINGS:
-            mine = ", ".join(n for n in known if n in SETTINGS) or "none"
-            fail(f"--set {word}: no such setting - this command has {mine}")
-        try:
-            found[name.replace("-", "_")] = value_of(SETTINGS[name][1], value)
-        except argparse.ArgumentTypeError as e:
-            fail(f"--set {name}: {e}")
-    return found
 
 
 def check_device(flags):
@@ -2843,10 +2455,7 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-@functools.cache
-def say_once(text):
-    """`say`, but the same line only once in a process."""
-    say(text)
+say_once = functools.cache(say)                              # the same line once in a process
 
 
 def fail(text):

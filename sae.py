@@ -1027,6 +1027,49 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
             "targets": max(1, streams - 1) if streams <= 4 else 2}
 
 
+# What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...
+THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
+          "shuffle": "blocks", "dead_after": 1000}
+PRESETS = {                                                  # ... of one, in the papers' code, ...
+    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
+    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
+              "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
+    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
+    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none",
+             "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
+             "batch": 16448, "epochs": 24, "dead_after": 64},
+}
+# ... and of made-up streams: they have 48 concepts, three or four in a sample.
+PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
+PLANTED_ONE = {"batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
+
+
+def known_settings(single, preset=None, activation=None, planted=False):
+    """Settings, {name: value}, that do not depend on the samples: the preset's, else those that
+    find planted concepts, else, of a single stream, the activation's own (the preset's, or topk).
+    Raises InputError when there is no such activation, or preset for several streams."""
+    found = dict(PLANTED) if planted else {}
+    if not single:
+        if preset not in (None, "thesis"):
+            raise InputError(f"preset {preset} is of one stream - use it with sae")
+        return {**found, **(THESIS if preset else {})}
+    typical = PRESETS.get(preset, {})
+    activation = activation or typical.get("activation", "topk")
+    one_of("activation", activation, ACTIVATIONS)
+    own = ACTIVATIONS[activation]
+    if planted:
+        found |= PLANTED_ONE.get(activation, {})
+    return {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, "bias": "zeros",
+            "warmup": 0, "bandwidth": 0.1, **found, **typical, "activation": activation}
+
+
+def planned_seconds(dims, latents, k, batch, topk="local", targets=1):
+    """About how long a step takes on two cores: all logits of a batch, products by sources."""
+    logits, products = batch * latents, min(len(dims), targets + 1) * batch * k
+    seconds = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
+    return 2 * seconds if topk == "both" else seconds
+
+
 def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     """Train until the model has taken `n_steps` steps in all, and return the optimiser.
 
@@ -1046,6 +1089,15 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
     model._spare.clear()
     model.eval()
     return optimiser
+
+
+@torch.no_grad()
+def encoded(model, batch, rows, mode, block=1024):
+    """Yield (x, codes) of `rows`, block by block: dicts stream -> raw (b, d_s), on the model's
+    device, and -> Codes. batch: rows (b,) -> such a dict, on any."""
+    for start in range(0, len(rows), block):
+        x = {s: v.to(model.step.device) for s, v in batch(rows[start:start + block]).items()}
+        yield x, model.encode(x, mode)
 
 
 def told(model, result):

@@ -336,6 +336,13 @@ def _grid(x, patch, name):
     return h // patch, w // patch
 
 
+def _patches(patch, size):
+    """T, the number of whole patches in a square picture of `size` pixels."""
+    if not 0 < patch <= size:
+        raise InputError(f"patches of {patch} pixels in pictures of {size} - give smaller ones")
+    return (size // patch) ** 2
+
+
 def _interpolate(pos, grid, offset=0.1, antialias=False):
     """Resize a square of position embeddings (1, n*n, d) to `grid`, bicubic: (1, T, d).
 
@@ -382,12 +389,10 @@ class PatchTokens(nn.Module):
 
     def __init__(self, dim, patch, size):
         super().__init__()
-        if not 0 < patch <= size:
-            raise InputError(f"patches of {patch} pixels in pictures of {size} - give smaller ones")
         self.dim, self.patch, self.size = dim, patch, size
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + _patches(patch, size), dim))
 
     def position(self, x, grid):
         """(1, 1 + T, d) as the tokens come; resized to the grid of images x not of that size."""
@@ -820,11 +825,18 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
         if validate and (value < best or kept is None):
             best, since = value, 0
             kept = {k: v.clone() for k, v in model.state_dict().items()}         # the best epoch's
-        if since >= patience and epoch + 1 >= least:
+        if validate and since >= patience and epoch + 1 >= least:
             break
     if kept:
         model.load_state_dict(kept)
     return history
+
+
+def held_loss(logits, held):
+    """What training stops by: the cross-entropy of logits(*inputs), (n, C), over all batches
+    (*inputs, y) of `held`."""
+    found, y = zip(*((logits(*inputs), y) for *inputs, y in held))
+    return F.cross_entropy(torch.cat(found), torch.cat(y)).item()
 
 
 def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience, frozen=False):
@@ -840,13 +852,9 @@ def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience, fro
     def loss(model, x, y):
         model.train(not frozen)                              # frozen: batch statistics stay, too
         return F.cross_entropy(model(x), y)
-
-    def validate(model):
-        logits, y = zip(*((model(x), y) for x, y in held()))
-        return F.cross_entropy(torch.cat(logits), torch.cat(y)).item()
     learning = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learning, lr, weight_decay=weight_decay)
-    return fit(model, optimiser, batches, loss, epochs, validate, patience)
+    return fit(model, optimiser, batches, loss, epochs, lambda m: held_loss(m, held()), patience)
 
 
 def cosine_schedule(step, n_steps, base, final, warmup=0):
@@ -900,7 +908,7 @@ class CLIPVision(nn.Module):
 
     def __init__(self, dim, layers, heads, patch, size, out):
         super().__init__()
-        self.dim, self.patch, self.size, T = out, patch, size, (size // patch) ** 2
+        self.dim, self.patch, self.size, T = out, patch, size, _patches(patch, size)
         self.conv1 = nn.Conv2d(3, dim, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(dim ** -0.5 * torch.randn(dim))
         self.positional_embedding = nn.Parameter(dim ** -0.5 * torch.randn(T + 1, dim))
@@ -928,7 +936,7 @@ class CLIPVision(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Image and text encoders into one space, under OpenAI's parameter names.
+    """An image encoder, `visual`, and a text encoder into one space, under OpenAI's names.
 
     out            width of that space
     vision, text   (dim, layers, heads) of each transformer
@@ -949,10 +957,6 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(dim ** -0.5 * torch.randn(dim, out))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-
-    def encode_image(self, x):
-        """(B, 3, size, size) -> (B, out)."""
-        return self.visual(x)
 
     def encode_text(self, tokens):
         """(B, T) token numbers, T up to the context, zeros after the end -> (B, out)."""
@@ -1157,14 +1161,14 @@ def output_entropy(q):
 
 
 def dino_nets(arch, size, patch=None, prototypes=65536, head_hidden=2048, bottleneck=256,
-              norm_last=True, drop_path=0.1, decay_ssm=False, device="cpu"):
-    """Student (in training), teacher (the same weights; no gradient, no drop path), centre (K,)
-    and AdamW."""
+              decay_ssm=False, device="cpu"):
+    """Student (in training, with DINO's drop path of 0.1), teacher (the same weights; no gradient,
+    no drop path), centre (K,) and AdamW."""
     def net(p):
         backbone = make_backbone(arch, size=size, patch=patch, drop_path=p)
-        head = DINOHead(backbone.dim, prototypes, head_hidden, bottleneck, norm_last)
+        head = DINOHead(backbone.dim, prototypes, head_hidden, bottleneck)
         return MultiCrop(backbone, head).to(device)
-    student, teacher = net(drop_path).train(), net(0.).eval().requires_grad_(False)
+    student, teacher = net(0.1).train(), net(0.).eval().requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
     optimiser = torch.optim.AdamW(decay_groups(student, decay_ssm))
     return student, teacher, torch.zeros(prototypes, device=device), optimiser
@@ -1192,35 +1196,49 @@ def restore_dino(nets, kept):
     return int(kept["step"])
 
 
-def dino_schedule(step, epoch, epochs, lr, min_lr=1e-6, warmup=10, weight_decay=0.04,
-                  weight_decay_end=0.4, momentum=0.996, teacher_temp=0.04, teacher_temp_start=0.04,
-                  teacher_warmup=0, clip=3., freeze_last=1):
-    """The settings of `dino_step` in a step; `epoch` is the number of steps in one.
+def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, momentum=0.996,
+                  teacher_temp=0.04, teacher_temp_start=0.04, teacher_warmup=0):
+    """The settings of `dino_step` in a step; `epoch` is the number of steps in one, n_steps in all.
 
-    The defaults are those of DINO's code. warmup, teacher_warmup and freeze_last count epochs; lr
-    is reached after the warm-up and falls to min_lr.
+    Defaults and constants are those of DINO's code: after `warmup` epochs lr is reached, and falls
+    to 1e-6; weight decay rises to 0.4, momentum to 1; prototypes stay fixed in the first epoch.
     """
-    n, at = epochs * epoch, step // epoch
-    return {"lr": cosine_schedule(step, n, lr, min_lr, warmup * epoch),
-            "weight_decay": cosine_schedule(step, n, weight_decay, weight_decay_end),
-            "momentum": cosine_schedule(step, n, momentum, 1.),
-            "teacher_temp": teacher_temperature(at, teacher_temp_start, teacher_temp,
-                                                teacher_warmup),
-            "clip": clip, "freeze_last": at < freeze_last}
+    temperature = teacher_temperature(step // epoch, teacher_temp_start, teacher_temp,
+                                      teacher_warmup)
+    return {"lr": cosine_schedule(step, n_steps, lr, 1e-6, warmup * epoch),
+            "weight_decay": cosine_schedule(step, n_steps, weight_decay, 0.4),
+            "momentum": cosine_schedule(step, n_steps, momentum, 1.),
+            "teacher_temp": temperature, "freeze_last": step < epoch}
 
 
-def fit_dino(nets, batch, n_steps, schedule, on_step=None, start=0, seed=0):
+def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **schedule):
     """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
 
     batch(t)           the views of step t: V tensors (B, 3, h, w), global ones first
-    schedule(t)        the settings of `dino_step`, as `dino_schedule` gives them
+    epoch, schedule    see `dino_schedule`
     on_step(t, told)   see `train`; told: loss, entropy and information
+    Raises InputError after an epoch in which the teacher's output never told 1e-3 nats of its
+    picture: it has collapsed, and training will not bring it back.
     """
-    device = nets[2].device
+    (K,), device = nets[2].shape, nets[2].device
+    most = math.inf if start % epoch else 0.                 # information told in an epoch so far;
+                                                             # one that was resumed is not judged
 
     def step(t, views):
+        nonlocal most
         torch.manual_seed(seed * 1_000_003 + t)              # drop path: the same after resuming
-        return dino_step(*nets, [v.to(device) for v in views], **schedule(t))
+        settings = dino_schedule(t, epoch, n_steps, **schedule)
+        told = dino_step(*nets, [v.to(device) for v in views], **settings)
+        most = max(most, told["information"])
+        at, since = divmod(t + 1, epoch)                     # epochs done, steps since then
+        if not since and most < 1e-3:
+            kind = "uniform" if told["entropy"] > 0.9 * math.log(K) else "constant"
+            raise InputError(
+                f"collapse: the teacher's output was {kind} for every picture all through epoch "
+                f"{at} (entropy {told['entropy']:.3f} of ln K = {math.log(K):.3f}) - lower --lr "
+                "or the teacher's temperature, or raise --batch or --warmup")
+        most = most if since else 0.
+        return told
     train(step, batch, n_steps, on_step, start)
 
 
@@ -1260,14 +1278,12 @@ class MIL(nn.Module):
 
     Input x (B, N, d) and mask (B, N), False where a bag is padded (all True by default). Returns
     logits (B, C), scores (B, A, N), whose softmax is each instance's share in its bag, and
-    embeddings h (B, N, E). The instances are first standardised by the buffers `mean` and `std`,
-    and with `squash` bent by tanh, against outliers.
+    embeddings h (B, N, E). The instances are first standardised by the buffers `mean` and `std`.
     """
 
-    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25,
-                 squash=False):
+    def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25):
         super().__init__()
-        self.head, self.squash, E = head, squash, widths[-1]
+        self.head, E = head, widths[-1]
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
         layers = []
@@ -1302,8 +1318,7 @@ class MIL(nn.Module):
     def forward(self, x, mask=None):
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        real = (x[mask] - self.mean) / self.std              # (n, d): without the padding
-        real = self.embed(torch.tanh(real) if self.squash else real)
+        real = self.embed((x[mask] - self.mean) / self.std)  # (n, E): without the padding
         h = real.new_zeros(*mask.shape, real.shape[-1])
         h = h.masked_scatter(mask[..., None], real)          # (B, N, E)
         scores = self.scores(h, mask)
@@ -1363,11 +1378,12 @@ def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smoot
     return bag_weight * bag + (1 - bag_weight) * of_instances
 
 
-def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, early=None, **how):
-    """Train a `MIL` with Adam. Returns (error rate, cross-entropy) of the bags held out, or None.
+def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, patience=math.inf,
+            least=0, **how):
+    """Train a `MIL` with Adam; returns what `fit` returns.
 
-    batches(epoch)   yields (x, mask, y); held: a list of such, empty if there are none
-    early            {"patience": .., "least": ..} to stop by held bags, see `fit`; None: all epochs
+    batches(epoch)   yields (x, mask, y); held: a list of such, whose labels stop the training, see
+                     `fit`; all epochs are trained if it is empty
     how              settings of `mil_loss`; cosine: lr falls to 0 along half a cosine
     """
     optimiser = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay, fused=True)
@@ -1377,14 +1393,10 @@ def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, e
             optimiser.param_groups[0]["lr"] = cosine_schedule(epoch, epochs, lr, 0.)
         return batches(epoch)
 
-    def judged(model):                                       # by the bags' labels alone
-        logits, y = zip(*((model(x, mask)[0], y) for x, mask, y in held))
-        logits, y = torch.cat(logits), torch.cat(y)
-        return (logits.argmax(1) != y).float().mean().item(), F.cross_entropy(logits, y).item()
-    stop = {"validate": lambda m: judged(m)[1], **early} if early else {}
-    fit(model, optimiser, scheduled, partial(mil_loss, **how), epochs, **stop)
-    with torch.no_grad():
-        return judged(model) if held else None
+    def validate(model):
+        return held_loss(lambda *bags: model(*bags)[0], held)
+    return fit(model, optimiser, scheduled, partial(mil_loss, **how), epochs,
+               validate if held else None, patience, least)
 
 
 # -- Presets, and released weights -----------------------------------------------------------------
@@ -1427,21 +1439,22 @@ def last_linear(model):
     return found[-1]
 
 
-def load_weights(model, path):
+def load_weights(model, path, new_head=False):
     """Load a released or own checkpoint into a backbone: weights only, nothing resized.
 
     Finds the state under teacher, student, model or state_dict, and strips module. and backbone.;
     of a DINO checkpoint (keys with backbone.) the projection head is left out, and so is a
-    classifier when the model has none. Raises InputError listing every missing, unexpected and
-    mis-shaped key.
+    classifier when the model has none. new_head: the model's last linear layer stays as it is.
+    Raises InputError listing every missing, unexpected and mis-shaped key.
     """
     own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
     prefix = "backbone."
     if any(k.startswith(prefix) for k in state):
         state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
-    for head in ("head.", "classifier.head."):
-        if not any(k.startswith(head) for k in own):
-            state = {k: v for k, v in state.items() if not k.startswith(head)}
+    heads = [f"{last_linear(model)[0]}."] if new_head else \
+        [head for head in ("head.", "classifier.head.") if not any(k.startswith(head) for k in own)]
+    own, state = ({k: v for k, v in each.items() if not k.startswith(tuple(heads))}
+                  for each in (own, state))
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
               if k in state and state[k].shape != v.shape]
     wrong = {"missing": sorted(own.keys() - state.keys()),
@@ -1450,7 +1463,7 @@ def load_weights(model, path):
         lists = "; ".join(f"{len(v)} {name}: {', '.join(v)}" for name, v in wrong.items() if v)
         raise InputError(f"{path} does not fit this model: {lists} - take the preset that these "
                          "weights belong to")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)               # all but the heads
     return model
 
 

@@ -80,7 +80,7 @@ CASES = [case.split() for case in [
     f"sweep --data f.npz --over streams=x+y {FIT} --out o",
     "latents tokens --between well,sick --out o",
     "latents sae --data f.npz --top 3",
-    "intervene tokens --label sick --rank boxes --out o",
+    "intervene tokens --label sick --out o",
     "intervene tokens --label 1 --head-file head.npz --other tok.npz --out o",
     "intervene tokens --out o",
     "latents tokens --top 2 --prompts o.json",
@@ -94,7 +94,7 @@ CASES = [case.split() for case in [
     f"explain world --images tissue/tissue.npz {WEIGHTS} --least 1 --most 2 --out o",
     "retrieve world --sample 1 --from vit --to clip_txt --out o.html",
     "retrieve world --query mucin --encoder clip --from clip_txt --to clip_img --out o.html",
-    "retrieve world --features q.npy --from clip_img --to vit --out o.html",
+    "retrieve world --features feats.npz --from clip_img --to vit --out o.html",
     f"dino --images pics {SMALL_DINO} --out o",
     f"dino --images pics {SMALL_DINO} --resume --out dino",
     "extract --images pics --weights d=dino --out o.npz",
@@ -146,7 +146,6 @@ def make_zoo(folder):
              boxes=np.stack([sick, 2 * half, 0 * half, 0 * half, half, half], 1))
     np.savez("emb.npz", latents=n[:12], vectors=rng.random((12, 4)), query=rng.random(4))
     np.savez("head.npz", weight=rng.random(6), bias=0.)
-    np.save("q.npy", rng.random(4).astype(np.float32))
     np.savez("bags.npz", X=rng.random((72, 4)), offsets=3 * n[:25], y=n[:24] % 2,
              folds=n[None, None, :24] % 3 > 0)
     for i in range(24):

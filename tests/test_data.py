@@ -53,7 +53,7 @@ def test_a_file_and_a_folder_give_the_same_features(tmp_path):
 def test_streams_are_picked_in_the_order_asked_for(tmp_path):
     assert list(read_features(as_file(tmp_path), ["b", "a"]).streams) == ["b", "a"]
     assert list(read_features(as_file(tmp_path), ["b"]).streams) == ["b"]
-    assert data.stream_names(as_file(tmp_path)) == ["a", "b"]
+    assert data.Source(as_file(tmp_path)).streams == ["a", "b"]
 
 
 def test_the_hash_depends_on_every_value_that_is_used(tmp_path):
@@ -306,7 +306,7 @@ def test_flat_and_nested_taxonomies_agree_and_a_repeated_name_counts_where_it_is
 @pytest.mark.parametrize("tree, message", [
     ({"r": None, "x": "y", "y": "x"}, "'x' is its own ancestor - break the cycle"),
     ({"r": None, "x": "q"}, "'x' has the unknown parent 'q'"), ({"x": None, "y": None}, "taxonomy has 2 roots"),
-    ({"r": None, "y": "r"}, "taxonomy lacks the label 'x'"), ([1], "holds a list"),
+    ({"r": None, "y": "r"}, "taxonomy lacks the label 'x'"), ([1], "is not a readable taxonomy"),
     ({"x": "x"}, "'x' is its own ancestor")])
 def test_a_broken_taxonomy_is_refused(tree, message, tmp_path):
     with pytest.raises(InputError, match=message):
@@ -315,7 +315,7 @@ def test_a_broken_taxonomy_is_refused(tree, message, tmp_path):
 
 def test_a_missing_or_unreadable_taxonomy_is_refused(tmp_path):
     (tmp_path / "t.json").write_text("{")
-    for path, message in ((tmp_path / "none.json", "no taxonomy at"), (tmp_path / "t.json", "is not readable JSON")):
+    for path, message in ((tmp_path / "none.json", "no file or folder .*none.json"), (tmp_path / "t.json", "is not a readable JSON file")):
         with pytest.raises(InputError, match=message):
             data.read_taxonomy(str(path), [])
 
@@ -343,7 +343,7 @@ def poisoned(value, row):
     ({"split": np.array(["train"] * 49 + ["dev"])}, "'split' row 49 is 'dev'"),
     ({"groups": np.zeros(50, int)}, "the test and val split is empty"),
     ({"n": 0}, "has shape .0, 6. .* at least one"),
-    ({"b": np.array([{}] * 50)}, "is an array of Python objects - save numbers")])
+    ({"b": np.array([{}] * 50)}, "key 'b' is not a readable array of an .npz file .Object arrays")])
 def test_a_bad_array_is_refused_by_name(more, message, tmp_path):
     with pytest.raises(InputError, match=message):
         features = read_features(as_file(tmp_path, **more))
@@ -362,8 +362,8 @@ def test_a_bad_file_is_refused(tmp_path):
     (tmp_path / "damaged.npz").write_bytes(bytes(middle))
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "none.npz", labels=np.zeros(3, int))
-    for name, message in (("missing.npz", "no file or folder"), ("cut.npz", "is cut off or damaged"),
-                          ("damaged.npz", "is cut off or damaged"), ("text.npz", "is not a readable"),
+    for name, message in (("missing.npz", "no file or folder"), ("cut.npz", "is not a readable .npz file"),
+                          ("damaged.npz", "is not a readable"), ("text.npz", "is not a readable"),
                           ("pickle.npz", "is not a readable"), ("one.npy", "holds an array without a name"),
                           ("empty", "holds no stream"), ("none.npz", "holds no stream")):
         with pytest.raises(InputError, match=message):
@@ -406,6 +406,7 @@ def test_folders_give_splits_and_labels(pictures):
         assert f"/{split}/{'ab'[label]}/" in path
     flat = data.read_images(pictures / "train" / "a")
     assert len(flat) == 6 and flat.labels is None and flat.split is None
+    assert flat.rows("train").tolist() == list(range(6))       # all, where there is no split
     train, test = data.read_images(pictures / "train").knn_rows(0, 100)
     assert len(train) + len(test) == 12 and not set(train) & set(test)
 
@@ -543,7 +544,7 @@ def test_a_stated_range_a_window_and_the_span_of_floats_decide_what_is_white(tmp
     images = data.Images([str(tmp_path / "8.png")], window=(50, 200))
     grey = np.asarray(images.open(0))[..., 0]
     np.testing.assert_allclose(grey, 255 * np.clip((np.floor(x / 4) - 50) / 150, 0, 1), atol=0.51)
-    assert data._whole_range(x, {258: (10,)}) == (0, 1023)
+    assert data._grey_range(x, {258: (10,)}) == (0, 1023)
     images.boxes = np.array([[2, 1, 4, 3]])                  # a part of it looks the same
     assert np.array_equal(np.asarray(images.open(0))[..., 0], grey[1:4, 2:6])
 
@@ -712,18 +713,16 @@ def test_a_slide_of_openslide_is_read_at_the_level_that_a_part_needs(tmp_path, m
             return max(i for i, d in enumerate(self.level_downsamples) if d <= downsample)
 
         def read_region(self, place, level, size):
-            assert place == (64, 32)
+            assert place in ((64, 32), (0, 0))
             return Image.new("RGBA", size, (level, 0, 0, 255))
-
-        def get_thumbnail(self, size):
-            return Image.new("RGB", size)
     monkeypatch.setitem(sys.modules, "openslide", type(sys)("openslide"))
     sys.modules["openslide"].OpenSlide = OpenSlide
     slide = data.Slide("a.svs")
     for width, side, level in ((224, 224, 0), (896, 224, 1), (896, 518, 0), (3600, 224, 2)):
         image = slide.read((64, 32, width, width), side)
         assert image.getpixel((0, 0))[0] == level and image.width == round(width / OpenSlide.level_downsamples[level]) >= side
-    assert slide.overview(1024)[0].size == (1024, 512) and slide.overview(1024)[1] == 4.
+    whole, scale = slide.overview(1000)
+    assert whole.size == (1000, 500) and scale == 4.096 and whole.getpixel((0, 0)) == (1, 0, 0)
     drawn_slide(tmp_path)
     assert data.Slide(str(tmp_path / "slide.png")).size == (1200, 900)                      # a plain picture: through Pillow
 
@@ -824,14 +823,14 @@ def test_padded_bags_are_their_instances_and_a_mask(tmp_path):
     x, mask, y = bags.padded([2, 1])
     assert x.shape == (2, 4, 3) and mask.sum(1).tolist() == [4, 1] and y.tolist() == [0, 1]
     np.testing.assert_allclose(x[0].numpy(), arrays["X"][3:7], rtol=1e-6)
-    assert torch.equal(x[1, 1:], torch.zeros(3, 3)) and np.array_equal(bags.instances([2, 1])[4], x[1, 0])
+    assert torch.equal(x[1, 1:], torch.zeros(3, 3)) and np.array_equal(bags.x[1][0], x[1, 0])
 
 
 @pytest.mark.parametrize("change, message", [
     ({"y": None}, "lacks 'y'"), ({"offsets": np.array([0, 2, 2, 7, 10])}, "bag 1 is empty"),
     ({"offsets": np.array([0, 2, 3, 10])}, r"'offsets' has shape \(4,\) .* for 4 bags"),
     ({"y": np.array([1, 1, 1, 1])}, "all bags have the label 1"), ({"y": np.array([0, 1, -1, 0])}, "'y' goes from -1 to 1"),
-    ({"X": np.where(np.arange(10)[:, None] == 4, np.nan, np.ones((10, 3)))}, "instance 4 holds NaN"),
+    ({"X": np.where(np.arange(10)[:, None] == 4, np.nan, np.ones((10, 3)))}, "bag 2 holds NaN"),
     ({"offsets": np.array([0., 2, 3, 7, 10])}, "'offsets' has shape .* float64 - give"), ({"y": np.array([[0], [1], [0], [1]])}, r"'y' has shape \(4, 1\)"),
     ({"y": np.array(1)}, r"'y' has shape \(\)"), ({"y": np.array(["a", "b", "a", "b"])}, "'y' has shape .* type <U1"),
     ({"y": np.zeros(0, int)}, "'y' goes from|'offsets' has shape"), ({"offsets": np.zeros(0, int)}, r"'offsets' has shape \(0,\)"),
@@ -848,7 +847,7 @@ def test_a_folder_of_bags_has_its_labels_and_pictures_and_one_width(tmp_path):
             np.savez(tmp_path / label / f"s{i}.npz", f=np.full((3 + i, 5), i, np.float32), coords=np.zeros((3 + i, 4), int),
                      images=np.array(["../../slide.png"] * (3 + i)))
     bags = data.read_bags(tmp_path)
-    assert bags.y.tolist() == [0, 0, 1, 1] and bags.label_names == ["normal", "tumour"] and bags.offsets.tolist() == [0, 3, 7, 10, 14]
+    assert bags.y.tolist() == [0, 0, 1, 1] and bags.label_names == ["normal", "tumour"] and [len(x) for x in bags.x] == [3, 4, 3, 4]
     assert bags.images[0].endswith("/../../slide.png") and len(bags.coords[1]) == 4
     np.savez(tmp_path / "normal" / "s2.npz", f=np.zeros((3, 6), np.float32))
     with pytest.raises(InputError, match=r"have widths \[5, 6\]"):
@@ -869,7 +868,7 @@ def test_each_group_of_a_feature_file_is_a_bag_with_its_one_label_and_split(tmp_
     assert list(bags.names) == ["a", "b", "c"] and bags.label_names == ["ill", "well"]
     assert bags.y.tolist() == [0, 1, 0] and bags.split.tolist() == ["train", "test", "val"]
     for i in range(3):
-        assert np.array_equal(bags.instances([i]), x[group == i])
+        assert np.array_equal(bags.x[i], x[group == i])
         assert np.array_equal(bags.coords[i], told["coords"][group == i])
         assert bags.images[i] == str(tmp_path / "s" / f"{'abc'[i]}.png")
     np.testing.assert_allclose(bags.means(), [x[group == i].mean(0) for i in range(3)], rtol=1e-5)
@@ -881,7 +880,7 @@ def test_each_group_of_a_feature_file_is_a_bag_with_its_one_label_and_split(tmp_
 
 
 def test_folds_report_every_bag_once_and_hold_every_class(tmp_path):
-    bags = data.Bags(np.zeros((60, 2)), np.arange(61), np.arange(60) % 3, ["a", "b", "c"], [])
+    bags = data.Bags(60 * [np.zeros((1, 2))], np.arange(60) % 3, ["a", "b", "c"], [])
     rounds = bags.rounds(4, 0, "b")
     assert np.array_equal(np.sort(np.concatenate([test for *_, test in rounds])), np.arange(60))
     for train, val, test in rounds:
@@ -965,9 +964,10 @@ def test_medmnist_files_and_class_folders_become_pictures(tmp_path, pictures):
     x = data.normalised(found.pixels)
     back = x * torch.tensor(data.IMAGENET[1]).view(3, 1, 1) + torch.tensor(data.IMAGENET[0]).view(3, 1, 1)
     assert torch.equal((255 * back).round().to(torch.uint8).permute(0, 2, 3, 1), torch.from_numpy(found.pixels))
-    for change, message in (({"train_images": arrays["train_images"].astype(float)}, "'train_images' has shape"),
-                            ({"val_labels": np.zeros((2, 14), np.uint8)}, "no several at once"),
-                            ({k: 0 * v for k, v in arrays.items() if "labels" in k}, "has the one class 0")):
+    for change, message in (({"train_images": arrays["train_images"].astype(float)}, "'images' has shape .* and type float64"),
+                            ({"val_labels": np.zeros((2, 14), np.uint8)}, "is not a readable MedMNIST file"),
+                            ({"val_labels": np.zeros((3, 1), np.uint8)}, r"MedMNIST file \(\[6, 3, 3\] labels of \[6, 2, 3\]"),
+                            ({k: 0 * v for k, v in arrays.items() if "labels" in k}, "has the one class label 0")):
         np.savez(tmp_path / "n.npz", **{**arrays, **change})
         with pytest.raises(InputError, match=message):
             data.read_pictures(str(tmp_path / "n.npz"), 28)
@@ -1016,22 +1016,6 @@ def test_tokens_that_do_not_fit_are_refused(arrays, message, tmp_path):
     np.savez(tmp_path / "f.npz", a=np.ones((5, 4, 2)), **arrays)
     with pytest.raises(InputError, match=message):
         data.read_features(tmp_path / "f.npz")
-
-
-def test_a_voc_folder_is_read_with_its_splits_and_objects(tmp_path):
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (tmp_path / folder).mkdir(parents=True)
-    for i in range(2):
-        Image.new("RGB", (100, 50), (200, 90, 90)).save(tmp_path / "JPEGImages" / f"p{i}.jpg")
-        (tmp_path / "Annotations" / f"p{i}.xml").write_text(
-            "<a><object><name>cell</name><bndbox><xmin>10</xmin><ymin>5</ymin><xmax>60</xmax><ymax>30</ymax></bndbox></object></a>")
-    (tmp_path / "ImageSets/Main/trainval.txt").write_text("p0\n")
-    (tmp_path / "ImageSets/Main/test.txt").write_text("p1\n")
-    found = data.read_images(tmp_path)
-    assert found.split.tolist() == ["train", "test"] and found.labels is None
-    name, box = found.objects[0][0]
-    assert name == "cell"
-    np.testing.assert_allclose(box, (0.1, 0.1, 0.6, 0.6))
 
 
 # -- the made-up tissue ------------------------------------------------------------------------------------------------
@@ -1118,7 +1102,7 @@ def test_merges_number_tokens_as_clip_does():
 
 
 def test_merges_join_pairs_in_the_order_of_the_list_as_a_slow_loop_does():
-    """The loop takes one merge at a time from the front of the list, wherever it stands in the word."""
+    """The loop joins, as CLIP's does, a pair wherever it stands in the word, in the order of the list."""
     rng = np.random.default_rng(0)
     pieces, merges = ["a", "b", "c", "a</w>", "b</w>", "c</w>"], []
     while len(merges) < 40:                                  # pairs of what there is by then, as training makes them
@@ -1130,12 +1114,14 @@ def test_merges_join_pairs_in_the_order_of_the_list_as_a_slow_loop_does():
     for _ in range(200):
         text = "".join(rng.choice(list("abc"), rng.integers(1, 12)))
         slow = [*text[:-1], text[-1] + "</w>"]
-        while True:
-            ranks = [merges.index(f"{p} {q}") if f"{p} {q}" in merges else 99 for p, q in zip(slow, slow[1:])]
-            if not ranks or min(ranks) == 99:
-                break
-            i = ranks.index(min(ranks))
-            slow[i:i + 2] = [slow[i] + slow[i + 1]]
+        for a, b in map(str.split, merges):
+            joined = []
+            for piece in slow:
+                if joined and (joined[-1], piece) == (a, b):
+                    joined[-1] += b
+                else:
+                    joined.append(piece)
+            slow = joined
         assert words.merged(text) == slow
         assert [token for token, _ in words.pieces(text)] == [words.number[p] for p in slow]
     assert data.Merges(["a b"]).split("It's 12 Cells, é!?_ ") == ["it", "'s", "1", "2", "cells", ",", "é", "!?_"]
@@ -1151,7 +1137,8 @@ def test_a_merges_file_is_read_plain_or_gzipped(tmp_path):
     (tmp_path / "bad.gz").write_text("plain")
     (tmp_path / "torn.gz").write_bytes(gzip.compress(text.encode())[:12] + b"xxxxxx")
     for name in ("bad.gz", "torn.gz", "none.txt"):
-        with pytest.raises(InputError, match=f"{name} is not a readable merges file"):
+        missing, damaged = f"no file or folder .*{name}", f"{name} is not a readable merges file"
+        with pytest.raises(InputError, match=missing if name == "none.txt" else damaged):
             data.read_merges(str(tmp_path / name))
     with pytest.raises(InputError, match="two pieces a line"):
         data.Merges(["a b c"])
@@ -1178,7 +1165,7 @@ def test_latent_semantics_are_the_singular_vectors_of_weighted_counts():
 
 # -- damaged files: each is refused by the one reader of its kind ---------------------------------------------------------
 
-READERS = {"f.npz": data.read_features, "q.npy": data.read_vector, "t.json": lambda path: data.read_taxonomy(path, []), "a.png": data.open_image,
+READERS = {"f.npz": data.read_features, "q.npy": lambda path: data.read_features(os.path.dirname(path)), "t.json": lambda path: data.read_taxonomy(path, []), "a.png": data.open_image,
            "a.xml": data.read_polygons, "v.xml": data.read_voc, "m.txt": data.read_merges}
 
 
@@ -1220,9 +1207,10 @@ def test_a_declared_size_is_checked_before_room_is_made_for_it(tmp_path):
         read_features(path)
     assert tracemalloc.get_traced_memory()[1] < 10 ** 8
     tracemalloc.stop()
-    (tmp_path / "q.npy").write_bytes(npy("(99999999999,)", bytes(8)))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "q.npy").write_bytes(npy("(99999999999, 1)", bytes(8)))
     with pytest.raises(InputError, match="q.npy is not a readable"):
-        data.read_vector(str(tmp_path / "q.npy"))
+        read_features(str(tmp_path / "folder"))
 
 
 def test_what_is_no_array_in_a_feature_file_is_passed_over(tmp_path):
@@ -1231,9 +1219,9 @@ def test_what_is_no_array_in_a_feature_file_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("content, header, message", [
-    (npy("(50, 1)", bytes(200)), (10, 9), "is cut off or damaged"),                         # an unknown compression
-    (npy("(50, 1)", bytes(200)), (8, 1), "is cut off or damaged"),                          # encrypted
-    (npy("((((((((("), None, "is not a readable|is cut off or damaged"), (b"hello", None, "is not a readable"),
+    (npy("(50, 1)", bytes(200)), (10, 9), "key 'odd' is not a readable"),                       # an unknown compression
+    (npy("(50, 1)", bytes(200)), (8, 1), "key 'odd' is not a readable"),                        # encrypted
+    (npy("((((((((("), None, "is not a readable"), (b"hello", None, "is not a readable"),
     (npy("(50, 1)", bytes(200)).replace(b"<f4", b"<M8"), None, "key 'odd'"),
     (npy("(50, 1)", bytes(200)).replace(b"<f4", b"<c8").replace(b"(50, 1)", b"(25, 1)"), None, "holds complex64")])
 def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, message, tmp_path):
@@ -1244,11 +1232,11 @@ def test_a_member_that_cannot_be_read_is_refused_by_name(content, header, messag
 @pytest.mark.parametrize("more, message", [
     ({"groups": np.array(3)}, r"'groups' has shape \(\) and type int64"),
     ({"groups": np.zeros((50, 2))}, r"'groups' has shape \(50, 2\)"), ({"split": np.array("train")}, "'split' has shape"),
-    ({"labels": np.full(50, 10 ** 5), "label_names": None}, "go up to 100000 for 50 samples"),
+    ({"labels": np.full(50, 10 ** 5), "label_names": None}, "row 0 is 100000 - number"),
     ({"boxes": np.full((1, 6), "x")}, "'boxes' has shape"),
     ({"captions": np.array(["\ud800"] * 50)}, "key 'captions' is not a readable"),
-    ({"captions": np.full(50, 0x110000, np.uint32).view("U1")}, "'captions' is cut off or damaged"),
-    ({"captions": np.full(50, 2 ** 32 - 1, np.uint32).view("U1")}, "'captions' is (not|cut)")])
+    ({"captions": np.full(50, 0x110000, np.uint32).view("U1")}, "'captions' is not a readable"),
+    ({"captions": np.full(50, 2 ** 32 - 1, np.uint32).view("U1")}, "'captions' is not")])
 def test_odd_reserved_keys_are_refused_by_name(more, message, tmp_path):
     with np.load(as_file(tmp_path)) as z:
         arrays = {**z, **more}
@@ -1269,9 +1257,9 @@ def test_a_deep_taxonomy_is_read_in_no_time_and_a_nest_of_brackets_refused(tmp_p
     (tmp_path / "t.json").write_text(json.dumps(dict(reversed(chain.items()))))
     began = time.process_time()
     assert len(data.read_taxonomy(tmp_path / "t.json", ["n20000"])) == 20001 and time.process_time() - began < 2
-    for text, message in (("[" * 30000 + "]" * 30000, "is not readable JSON"), ('{"a": 1, "b": null}', "holds a dict"),
-                          ('{"LabelName": "a", "Subcategory": [3]}', "a node below a"),
-                          ('{"LabelName": "a", "Subcategory": [{"LabelName": {}}]}', "a node below a")):
+    for text, message in (("[" * 30000 + "]" * 30000, "is not a readable JSON file"), ('{"a": 1, "b": null}', "'a' has the unknown parent '1'"),
+                          ('{"LabelName": "a", "Subcategory": [3]}', "is not a readable taxonomy"),
+                          ('{"LabelName": "a", "Subcategory": [{"LabelName": {}}]}', "is not a readable taxonomy")):
         (tmp_path / "t.json").write_text(text)
         with pytest.raises(InputError, match=message):
             data.read_taxonomy(tmp_path / "t.json", [])
@@ -1297,14 +1285,27 @@ def voc_folder(folder, stem="one", name="cell"):
     return folder
 
 
+def test_a_voc_folder_is_read_with_its_splits_and_its_objects_as_labels_and_boxes(tmp_path):
+    found = data.read_images(voc_folder(tmp_path))           # one picture, listed in both parts
+    assert found.split.tolist() == ["train", "test"] and found.label_names == ["cell"]
+    assert found.labels.tolist() == [[True], [True]] and found.whole
+    expected = [[i, 0, 0.1, 0.1, 0.6, 0.6] for i in range(2)]
+    np.testing.assert_allclose(found.arrays(tmp_path / "f.npz")["boxes"], expected)
+    (tmp_path / "ImageSets/Main/trainval.txt").write_text("")
+    (tmp_path / "ImageSets/Main/test.txt").write_text("")
+    with pytest.raises(InputError, match="lists no pictures"):
+        data.read_images(tmp_path)
+
+
 @pytest.mark.parametrize("bad", ["../../../evil", "..", ".", "/tmp/evil", "a/b", "a\\b", "C:evil"])
 def test_no_name_in_a_voc_folder_leads_out_of_it(bad, tmp_path):
     for i, (more, what) in enumerate((({"stem": bad}, "lists a picture"),
                                       ({"name": bad}, "names an object"))):
         folder = voc_folder(tmp_path / str(i) / "deep" / "voc", **more)
-        for read in (data.read_images, data.cut_boxes):
-            with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
-                read(folder)
+        with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
+            data.cut_boxes(folder)
+        with pytest.raises(InputError, match=f"{what} {re.escape(repr(bad))}"):
+            data.read_images(folder)
     assert data.plain_name("a cell, 2..3 um", "f.xml names") == "a cell, 2..3 um"
 
 

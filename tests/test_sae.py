@@ -998,7 +998,7 @@ def test_every_variant_recovers_nine_tenths_of_the_planted_concepts_with_its_doc
     flags = repsae.parse(["sae", *(f"--{k}={v}" for k, v in variant.items())])[1]
     features = data.planted_streams(seed=42)
     features.streams = {"vision": features.streams["vision"]}
-    flags, rows = repsae.resolved_sae(flags, features), features.rows("train")
+    flags, rows = repsae.resolved(flags, features), features.rows("train")
     model = repsae.make_model(features, flags, rows)
     batches = data.Batches(rows, flags.batch, 42, flags.shuffle)
     sae.fit(model, lambda step: features.batch(batches.rows(step)), flags.epochs * batches.epoch, lr=flags.lr)

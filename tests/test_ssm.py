@@ -1026,7 +1026,7 @@ def test_text_is_read_at_its_end_and_not_beyond():
 def test_clips_loss_is_the_mean_of_two_cross_entropies_and_learns_pairs():
     model = small_clip()
     x, tokens = torch.randn(6, 3, 32, 32), torch.stack([torch.tensor([10, i + 1, 11, 0]) for i in range(6)])
-    a, b = (v / v.norm(dim=1, keepdim=True) for v in (model.encode_image(x), model.encode_text(tokens)))
+    a, b = (v / v.norm(dim=1, keepdim=True) for v in (model.visual(x), model.encode_text(tokens)))
     s = a @ b.T / 0.07
     rows = sum(-(s[i, i] - s[i].logsumexp(0)) for i in range(6)) / 6
     columns = sum(-(s[i, i] - s[:, i].logsumexp(0)) for i in range(6)) / 6

@@ -192,7 +192,7 @@ STAGES = (
                   "absent drawn %, {b2}, {t2}":
                       "segment : segmentation.{b2}, {t2}.drawn though absent, %",
                   "absent{in}": "segment{in} : segmentation.max.absent",
-                  "not 0{in}": "segment{in} : segmentation.max.maps of absent that are not 0"},
+                  "not 0{in}": "segment{in} : segmentation.max.not 0"},
          claims=["ours: {b}, {t}: better than random latents | "
                  "[mIoU, {b}, {t}] > [mIoU, {b}, random latents]",
                  "5.4: names guide the vision-only ViT to nine tenths of CLIP's similarity | "
