@@ -1320,7 +1320,7 @@ def tell_latents(page, table, n, labels, names=None, most=20):
     page.picture("Latents by frequency and mean activation", "".join(latent_scatter(table)))
     if "entropy" not in table:
         return np.argsort(-table["frequency"], kind="stable")[:most]
-    page.metrics["mean entropy"] = mean_of(map(plain, table["entropy"]))
+    page.metrics["mean entropy"] = _mean(table["entropy"][np.isfinite(table["entropy"])])
     page.text(f"mean label entropy {fmt(page.metrics['mean entropy'])} nats of ln {len(labels)} = "
               f"{math.log(len(labels)):.3f}")
     clear = np.flatnonzero(table["frequency"] * n >= 5)
@@ -1473,18 +1473,18 @@ def in_boxes(boxes, grid):
     return inside.ravel()
 
 
-def localisation(latents, heats, truth, iou=0.25, points=None, **detector):
+def localisation(latents, heats, truth, iou=0.25):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
     list of {"latent", "AP", "AP, pictures with boxes": on those alone}.
 
     heats: of each picture (len(latents), h, w); truth: of each picture its true boxes.
     """
-    found, out = [[heat_boxes(heat, **detector) for heat in maps] for maps in heats], []
+    found, out = [list(map(heat_boxes, maps)) for maps in heats], []
     there = [i for i, boxes in enumerate(truth) if boxes]
     for j, mine in zip(latents, zip(*found)):
         present = [mine[i] for i in there], [truth[i] for i in there]
-        out.append({"latent": int(j), "AP": average_precision(mine, truth, iou, points),
-                    "AP, pictures with boxes": average_precision(*present, iou, points)})
+        out.append({"latent": int(j), "AP": average_precision(mine, truth, iou),
+                    "AP, pictures with boxes": average_precision(*present, iou)})
     return out
 
 
@@ -1529,7 +1529,7 @@ def average_precision(found, truth, iou=0.25):
         right.append(max(overlaps, default=-1) >= iou and best not in taken)
         if right[-1]:
             taken.add(best)
-    return curve_area(right, sum(map(len, truth)), points)
+    return curve_area(right, sum(map(len, truth)))
 
 
 def heat_strip(image, boxes, heats, side=150):

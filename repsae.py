@@ -31,7 +31,6 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import time
 import warnings
 
@@ -1833,7 +1832,7 @@ def explain_concepts(flags):
     chosen = chosen_latents(flags.latent, seen.J, seen.alive)
     maps = measured_maps(seen, page)
     drawn = seen.tell(page, "words", "Concepts of the labels", names, shown_labels(seen), maps,
-                      judge.indicator(seen.J, seen.model.n_latents).to(seen.device))
+                      judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
     tell_latents(seen, page, chosen)
     tell_captions(seen, page)
     run.begin()
@@ -1915,7 +1914,7 @@ class Concepts(Coded):
         """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
         view = data.plain_view(getattr(backbone, "size", 224), True)
         return judge.pair_maps(backbone, score, list(asked),
-                               lambda i: view(self.images.open(i)).to(self.device),
+                               lambda i: view(self.images.open(i)).to(self.flags.device),
                                functools.partial(ssm.cam_layer, backbone))
 
     def weighted(self, stream, weight):
@@ -2014,7 +2013,7 @@ def tell_latents(seen, page, chosen, most=4):
                                                          for code in codes))
         best = np.argsort(-strength, kind="stable")[:most]
         asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
-    single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.device)
+    single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
     maps = {name: seen.maps(backbone, seen.weighted(s, single), asked)[0]
             for name, (backbone, s) in seen.sees.items()}
     seen.tell(page, "latents", "Single latents, where they are most active",
@@ -2029,7 +2028,7 @@ def tell_captions(seen, page, most=4):
     with torch.no_grad():
         said = seen.read([seen.captions[i] for i in test])
         z_text = seen.code(seen.text, said)
-        z_image = seen.code(pictured, seen.features.batch(test)[pictured].to(seen.device))
+        z_image = seen.code(pictured, seen.features.batch(test)[pictured].to(seen.flags.device))
     maps = {name: seen.maps(backbone, seen.weighted(s, z_text), asked)[0]
             for name, (backbone, s) in seen.sees.items()}
     maps["cosine, CLIP itself"], _ = seen.maps(seen.encoder, judge.weighted_code(unit, unit(said)),

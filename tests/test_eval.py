@@ -1,6 +1,5 @@
 """Claims about eval.py, held against slow loops, closed forms, scipy, and the authors' own figures."""
 import json
-import math
 import re
 import os
 

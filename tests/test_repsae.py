@@ -1260,7 +1260,7 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
     np.savez(tmp_path / "wide.npz", weight=np.ones(5), bias=0.)
     np.savez(tmp_path / "head.npz", weight=np.ones(12), bias=0.)
     np.savez(tmp_path / "bare.npz", weight=np.ones(12))
-    assert "give (12,) and ()" in error(capsys, "intervene", token_run, "--label", 1, "--head-file", tmp_path / "wide.npz")
+    assert "give weight (12,) and bias ()" in error(capsys, "intervene", token_run, "--label", 1, "--head-file", tmp_path / "wide.npz")
     assert "lacks 'bias'" in error(capsys, "intervene", token_run, "--label", 1, "--head-file", tmp_path / "bare.npz")
     assert "--norm none or standard" in error(capsys, "intervene", tmp_path / "l2", "--label", 1, "--head-file", tmp_path / "head.npz")
     (tmp_path / "n.json").write_text('{"99": "far"}')
