@@ -697,9 +697,8 @@ def make_model(features, flags, rows):
     if "standard" in flags.norm:
         shared["stats"] = features.statistics(rows)
     if "activation" not in flags:
-        targets = None if flags.targets == "auto" else flags.targets       # of runs without it: all
-        return sae.SPARC(features.dims, flags.latents, topk=flags.topk, lam=flags.lam,
-                         reduction=flags.loss, targets=targets, **shared)
+        return sae.SPARC(features.dims, flags.latents, reduction=flags.loss, **shared,
+                         **flags.pick("topk lam targets"))
     model = sae.SAE(features.dims, flags.latents, threshold=0.1, **shared,
                     **flags.pick("activation sparsity error revive bandwidth"))
     if flags.bias != "zeros":

@@ -1100,6 +1100,15 @@ def test_a_resumed_model_ends_bit_identical(topk, targets, tmp_path):
     assert all(torch.equal(v, half.state_dict()[k]) for k, v in whole.state_dict().items())
 
 
+def test_a_checkpoint_of_before_there_were_targets_goes_on_with_all_pairs(tmp_path):
+    sae.save(tmp_path / "c.pt", five(targets=None)[0].float())
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert state["config"].pop("targets", "none") is None
+    torch.save(state, tmp_path / "c.pt")
+    model = sae.load(tmp_path / "c.pt")[0]
+    assert model.drawn_sources() == dict.fromkeys("abcde", list("abcde")) and model.cross_weight == 1
+
+
 def test_a_broken_or_foreign_checkpoint_is_refused(tmp_path):
     model, _ = make(dtype=torch.float32)
     sae.save(tmp_path / "good.pt", model)
