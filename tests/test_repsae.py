@@ -2519,3 +2519,43 @@ def test_settings_that_contradict_each_other_are_refused(features, tmp_path, cap
     assert "give one of the two" in error(capsys, "sae", "--stream", "x", "--latents", 9, "--set", "expansion=2", *out)
     assert "--over latents=auto,9: auto - give a whole number" in error(capsys, "sweep", "--over", "latents=auto,9", *out)
     assert not (tmp_path / "r").exists()
+
+
+def test_samples_that_lack_streams_train_and_are_judged_by_what_they_have(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    shared = rng.standard_normal((200, 3))
+    streams = {s: (shared @ rng.standard_normal((3, 6)) + .1 * rng.standard_normal((200, 6))).astype(np.float32) for s in "abc"}
+    for s in "ab":
+        streams[s][rng.random(200) < .4] = np.nan
+    np.savez(tmp_path / "f.npz", **streams, labels=np.arange(200) % 2)
+    run = str(tmp_path / "run")
+    repsae.main(["sparc", "--data", str(tmp_path / "f.npz"), "--latents", "16", "--k", "4", "--epochs", "4", "--null", "--out", run])
+    found, here = json.loads((tmp_path / "run" / "metrics.json").read_text()), {s: ~np.isnan(x).any(1) for s, x in streams.items()}
+    assert np.isfinite([found[m]["headline"]["R2 cross"] for m in ("joint", "alone")]).all()
+    test = data.read_features(tmp_path / "f.npz").rows("val")
+    assert found["samples"]["a"] == here["a"][test].sum() and found["samples"]["a / b"] == (here["a"] & here["b"])[test].sum()
+    assert f"a in {found['samples']['a']}, b in" in capsys.readouterr().out
+    assert found["joint"]["same_choice"] == 1 and found["raw_retrieval"].keys() == {f"{s} -> {t}" for s in "abc" for t in "abc" if s != t}
+    repsae.main(["encode", run, "--mode", "joint", "--out", str(tmp_path / "codes.npz")])
+    codes = np.load(tmp_path / "codes.npz")
+    for s in streams:
+        assert np.array_equal((codes[f"{s}_indices"] >= 0).all(1), here[s]) and np.isfinite(codes[f"{s}_values"]).all()
+    other = str(tmp_path / "sae")
+    repsae.main(["sae", "--data", str(tmp_path / "f.npz"), "--stream", "a", "--epochs", "2", "--out", other])
+    assert json.loads((tmp_path / "sae" / "metrics.json").read_text())["rows"] == here["a"][test].sum()
+    for argv in (["retrieve", run, "--from", "a", "--to", "b"], ["latents", run, "--stream", "a"], ["probe", "--data", str(tmp_path / "f.npz")],
+                 ["compare", other, other], ["eval", run]):
+        repsae.main(argv)
+
+
+def test_of_many_streams_each_code_rebuilds_two_others_a_step(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "f.npz", **{s: rng.standard_normal((60, 4)).astype(np.float32) for s in "abcde"})
+    def flags_of(*more):
+        return repsae.parse(["sparc", "--data", str(tmp_path / "f.npz"), "--out", str(tmp_path / "r"), *map(str, more)])[1]
+    for more, targets in (([], 2), (["--streams", "a,b,c,d"], 3), (["--targets", 1], 1), (["--preset", "thesis"], 4)):
+        flags = flags_of(*more)
+        features = repsae.read_to_train(flags)
+        assert repsae.resolved(flags, features).targets == targets
+    run("sparc", "--data", tmp_path / "f.npz", "--latents", 8, "--k", 2, "--epochs", 2, "--no-null", "--out", tmp_path / "r")
+    assert ", targets 2" in capsys.readouterr().err and sae.load(tmp_path / "r" / "checkpoint.pt")[0].targets == 2
