@@ -7,7 +7,8 @@ Glossary     N samples . T tokens of a sample . d_s width of stream s . C labels
 
 A feature file is an .npz, or a folder of .npy files, with one floating array per stream, (N, d_s),
 or (N, T, d_s) for tokens, its key (or file name) the stream's name; row i is the same sample
-everywhere. Reserved keys, all optional:
+everywhere. A row of NaN throughout says that the sample lacks the stream. Reserved keys, all
+optional:
     labels (N,) or (N, 1) of any integer type, or (N,) text, whose sorted values are then the names
            of the labels; or (N, C) bool, where a row of False means "none of these"
     mask   (N,) bool, False = the labels of this row are not known
@@ -93,6 +94,7 @@ class Features(Samples):
     grid, boxes  (rows, columns) of the tokens, and boxes as in the file, or None
     truth        made-up data only: dict stream -> (C, d_s), each concept's direction, zeros unseen
     order        dict stream -> (N,) rows: sample i of the stream is its row order[i] (the null)
+    lacks        dict stream -> (N,) bool: samples without it, NaN there; streams with gaps alone
     folder       the file's own, which `images` are relative to
     whole        of `per_token`: the features whose tokens these are
     """
@@ -102,6 +104,7 @@ class Features(Samples):
     boxes: np.ndarray = None
     truth: dict = None
     order: dict = field(default_factory=dict)
+    lacks: dict = field(default_factory=dict)
     hash: str = ""
     folder: str = "."
     whole: "Features" = None
@@ -144,8 +147,13 @@ class Features(Samples):
         if not self.tokens:
             return self
         flat = {s: x.reshape(-1, x.shape[-1]) for s, x in self.streams.items()}    # no copy
+        lacks = {s: np.repeat(gone, self.tokens) for s, gone in self.lacks.items()}
         return Features(flat, split=np.repeat(self.split, self.tokens), notes=self.notes,
-                        hash=self.hash, folder=self.folder, whole=self)
+                        hash=self.hash, folder=self.folder, lacks=lacks, whole=self)
+
+    def has(self, stream, rows):
+        """(n,) bool: which of `rows` have the stream."""
+        return ~self.lacks[stream][rows] if stream in self.lacks else np.ones(len(rows), bool)
 
     def rows(self, *splits):
         """Row numbers, ascending, of the first of `splits` that has any: rows("test", "val")."""
@@ -172,26 +180,31 @@ class Features(Samples):
         return labels & self.labelled[rows][:, None]
 
     def statistics(self, rows, block=4096):
-        """Mean and standard deviation (d_s,) over `rows`, read block by block: dict of stream."""
-        total, shift = {}, {s: x[0].double() for s, x in self.batch(rows[:1]).items()}
+        """Mean and standard deviation (d_s,) over those of `rows` that have the stream, read block
+        by block: dict of stream."""
+        there = {s: rows[self.has(s, rows)] for s in self.streams}
+        total, shift = {}, {s: self.batch(some[:1])[s][0].double() for s, some in there.items()}
         for start in range(0, len(rows), block):
-            for s, x in self.batch(rows[start:start + block]).items():
-                x = (x.double() - shift[s]).numpy()          # (block, d_s), shifted not to cancel
+            part = rows[start:start + block]
+            for s, x in self.batch(part).items():            # (block, d_s), shifted not to cancel
+                x = (x.double() - shift[s]).numpy()[self.has(s, part)]
                 total[s] = total.get(s, 0) + np.stack([x.sum(0), (x * x).sum(0)])
         out = {}
         for s, sums in total.items():
-            mean, square = torch.from_numpy(sums / len(rows))
+            mean, square = torch.from_numpy(sums / len(there[s]))
             std = (square - mean ** 2).clamp(min=0).sqrt()
             out[s] = (mean + shift[s]).float(), std.float()
         return out
 
     def shuffled(self, seed):
-        """The null: every stream but the first permuted inside each split; nothing is shared."""
+        """The null: every stream but the first permuted inside each split; nothing is shared. A
+        sample goes on lacking what it lacks."""
         rng, order = np.random.default_rng([seed, 1]), {}
         for s in list(self.streams)[1:]:
             order[s] = np.arange(len(self))
             for name in SPLITS:
                 rows = np.flatnonzero(self.split == name)
+                rows = rows[self.has(s, rows)]
                 order[s][rows] = rng.permutation(rows)
         return replace(self, order=order, truth=None)
 
@@ -493,15 +506,18 @@ def _split(given, groups, n, seed):
 
 
 def _scan(features, block_bytes=1 << 24):
-    """One pass over all streams: refuse NaN and Inf, count zero rows, and hash what a run depends
-    on."""
-    digest = hashlib.sha256()
+    """One pass over all streams: find what samples lack (rows of NaN), refuse other NaN and Inf,
+    count zero rows, and hash what a run depends on. A sample without any stream is in no split."""
+    digest, lacks = hashlib.sha256(), {}
     for s, x in features.streams.items():
         digest.update(f"{s} {x.dtype} {x.shape}".encode())
         step, zeros = max(1, block_bytes // (x[0].size * x.itemsize)), 0
+        lacks[s] = np.zeros(len(x), bool)
         for start in range(0, len(x), step):
             block = np.ascontiguousarray(x[start:start + step]).reshape(-1, x[0].size)
             bad = ~(np.abs(block) <= LARGEST).all(1)         # so compared, NaN is bad too
+            lacks[s][start:start + step][bad] = np.isnan(block[bad]).all(1)
+            bad &= ~lacks[s][start:start + step]
             if bad.any():
                 finite = np.isfinite(block[bad.argmax()]).all()
                 what = "numbers beyond 1e15" if finite else "NaN or Inf"
@@ -512,6 +528,16 @@ def _scan(features, block_bytes=1 << 24):
         if zeros:
             features.notes.append(f"stream '{s}' has {zeros} all-zero rows: the loss skips them, "
                                   "retrieval counts them as missed")
+        if lacks[s].all():
+            raise InputError(f"stream '{s}' is NaN throughout - mend it, or leave it out")
+        if lacks[s].any():
+            features.lacks[s] = lacks[s]
+            features.notes.append(f"stream '{s}' is missing (NaN) in {lacks[s].sum()} of {len(x)} "
+                                  "samples")
+    nothing = np.logical_and.reduce(list(lacks.values()))
+    if nothing.any():
+        features.split = np.where(nothing, "", features.split)
+        features.notes.append(f"{nothing.sum()} samples have no stream at all, and are left out")
     for a in (features.labels, features.mask, features.split):
         digest.update(b"" if a is None else np.ascontiguousarray(a).tobytes())
     for a in (features.label_names, sorted(features.parents.items(), key=str)):

@@ -174,29 +174,31 @@ def reconstruction(blocks):
     """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass:
     {"r2": {t: {s: value}}, "nmse": ...}, None where nothing varies, or is left.
 
-    blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors.
-    R^2 is weighted by variance, around each dimension's mean over the samples given: predicting
-    that mean scores 0. NMSE leaves out samples of zeros.
+    blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors; of t from
+    s those samples count that have both (rows of NaN say that one is missing).
+    R^2 is weighted by variance, around each dimension's mean over the samples that count:
+    predicting that mean scores 0. NMSE leaves out samples of zeros.
     """
-    n, total = 0, collections.defaultdict(float)             # of sums over samples
+    total = collections.defaultdict(float)                   # of sums over samples
     for x, x_hat in blocks:
-        n += len(next(iter(x.values())))
-        energy = {t: v.double().square().sum(1) for t, v in x.items()}
-        for t, v in x.items():
-            total["x", t] += v.double().sum(0)
-            total["x^2", t] += energy[t].sum()
-            total["n", t] += int((energy[t] > 0).sum())
+        here = {t: ~v.isnan().all(1) for t, v in x.items()}
         for (t, s), v in x_hat.items():
-            e = (v - x[t]).double().square().sum(1)
-            total["error", t, s] += e.sum()
-            total["ratio", t, s] += (e / energy[t])[energy[t] > 0].sum()
+            both, now = here[t] & here.get(s, here[t]), x[t]
+            if not both.all():
+                v, now = v[both], now[both]
+            e, energy = (a.double().square().sum(1) for a in (v - now, now))
+            for name, value in (("n", len(e)), ("x", now.double().sum(0)), ("x^2", energy.sum()),
+                                ("scaled", int((energy > 0).sum())), ("error", e.sum()),
+                                ("ratio", (e / energy)[energy > 0].sum())):
+                total[name, t, s] += value
     r2, nmse = {}, {}
-    for t, s in [key[1:] for key in total if key[0] == "error"]:
-        variance = total["x^2", t] - total["x", t].square().sum() / n
-        varies = variance > 1e-12 * total["x^2", t]
-        r2.setdefault(t, {})[s] = float(1 - total["error", t, s] / variance) if varies else None
-        some = total["n", t]
-        nmse.setdefault(t, {})[s] = float(total["ratio", t, s] / some) if some else None
+    for pair in [key[1:] for key in total if key[0] == "n"]:
+        n, x, square, some, error, ratio = (
+            total[name, *pair] for name in ("n", "x", "x^2", "scaled", "error", "ratio"))
+        variance = square - x.square().sum() / max(n, 1)
+        varies, (t, s) = variance > 1e-12 * square, pair
+        r2.setdefault(t, {})[s] = float(1 - error / variance) if varies else None
+        nmse.setdefault(t, {})[s] = float(ratio / some) if some else None
     return {"r2": r2, "nmse": nmse}
 
 
@@ -204,19 +206,24 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
     """How much of stream t a linear map from stream s explains: R^2 on `test`, {t: {s: value}},
     s != t. A code may pass it.
 
-    train, test: {stream: (n, d)}, in the units that the model reconstructs. Ridge regression with
-    an intercept; its strength is the one that predicts every tenth training row best from the other
-    rows.
+    train, test: {stream: (n, d)}, in the units that the model reconstructs, NaN where missing: for
+    a pair the samples count that have both. Ridge regression with an intercept; its strength is
+    the one that predicts every tenth training row best from the other rows.
     """
     out = {t: {} for t in train}
     for s, t in itertools.permutations(train, 2):
-        X, Y = (train[v].astype(np.float64) for v in (s, t))
+        both = ~np.isnan(train[s][:, 0] + train[t][:, 0])
+        if both.sum() < 2:
+            out[t][s] = None
+            continue
+        X, Y = (train[v][both].astype(np.float64) for v in (s, t))
         held = np.arange(len(X)) % 10 == 0
         errors = [((X[held] @ W + b - Y[held]) ** 2).sum()
                   for W, b in ridge(X[~held], Y[~held], strengths)]
         (W, b), = ridge(X, Y, strengths[[np.argmin(errors)]])
         fit = torch.from_numpy(test[s] @ W + b)
-        out[t].update(reconstruction([({t: torch.from_numpy(test[t])}, {(t, s): fit})])["r2"][t])
+        seen = {v: torch.from_numpy(test[v]) for v in (s, t)}
+        out[t].update(reconstruction([(seen, {(t, s): fit})])["r2"][t])
     return out
 
 
@@ -398,16 +405,18 @@ def retrieval_ranks(query, reference, block=1024):
                            for start, similar in cosines(query, reference, block)])
 
 
-def retrieval(features):
+def retrieval(features, here=()):
     """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}},
     from {stream: (n, d)}; only streams of one width are compared.
 
-    MedR is the lower median. R@k depends on n: compare only galleries of one size.
+    here: {stream: (n,) bool} of those with gaps; queries and gallery are the samples that have
+    both. MedR is the lower median. R@k depends on n: compare only galleries of one size.
     """
-    out = {}
+    out, here = {}, {s: np.ones(x.shape[0], bool) for s, x in features.items()} | dict(here)
     for s, t in itertools.permutations(features, 2):
-        if features[s].shape[1] == features[t].shape[1]:
-            ranks = retrieval_ranks(features[s], features[t])
+        both = here[s] & here[t]
+        if features[s].shape[1] == features[t].shape[1] and both.any():
+            ranks = retrieval_ranks(features[s][both], features[t][both])
             out[f"{s} -> {t}"] = {**{f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)},
                                   "MedR": int(np.sort(ranks)[(len(ranks) - 1) // 2]),
                                   "MRR": float((1 / ranks).mean())}
@@ -818,7 +827,8 @@ def tell_summary(page, metrics, quiet=False, payload=None):
     if payload:
         page.explore(payload)
     page.table(*summary(metrics), "Result", quiet=quiet)
-    page.text(f"{metrics['rows']} samples of the {metrics['split']} split", quiet)
+    page.text(f"{metrics['rows']} samples of the {metrics['split']} split"
+              + shared(metrics.get("samples", {})), quiet)
     told = [name.strip() for name, *_ in summary(metrics)[1]]
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name])}</dd>"
                    for name in told if name in MEANING and name not in HEADLINES)
@@ -833,6 +843,13 @@ def tell_summary(page, metrics, quiet=False, payload=None):
         if sys.stdout.isatty():
             start, end = f"\033[3{(2, 3, 1)[found['level']]}m", "\033[0m"
         print("\n" + start + "\n".join(lines) + end)
+
+
+def shared(samples):
+    """What gaps left to judge by, in words; samples {stream or "s / t": how many have it}."""
+    pairs = [n for name, n in samples.items() if " / " in name]
+    each = ", ".join(f"{name} in {n}" for name, n in samples.items() if " / " not in name)
+    return f": {each}; two given streams in {min(pairs)} to {max(pairs)}" if pairs else ""
 
 
 def tell_run(page, metrics, log, settings):
@@ -871,16 +888,20 @@ def code_metrics(codes, features, rows):
     """What thesis 5.4.1-5.4.5 measure of the codes {stream: CSR (n, L)} of one mode: "activation";
     "retrieval" of several streams; "concepts" and "probe" where the rows have labels."""
     out = {"activation": activation_patterns(codes)}
+    here = {s: features.has(s, rows) for s in features.lacks if s in codes}
     if len(codes) > 1:
-        out["retrieval"] = retrieval(codes)
+        out["retrieval"] = retrieval(codes, here)
     labels, known = features.label_matrix(rows), features.labelled[rows]
     if labels is None or not known.any():
         return out
     names, groups = features.label_names, features.about.get("groups")
     out["concepts"] = concept_alignment(codes, labels, names, features.parents, known)
-    tasks = probe_tasks(labels, known=known, groups=None if groups is None else groups[rows])
-    if tasks:
-        out["probe"] = {s: probe(code, tasks) for s, code in codes.items()}
+    of = None if groups is None else groups[rows]
+    tasks = probe_tasks(labels, known=known, groups=of)
+    own = {s: probe_tasks(labels, known=known & some, groups=of) for s, some in here.items()}
+    found = {s: probe(code, own.get(s, tasks)) for s, code in codes.items() if own.get(s, tasks)}
+    if found:
+        out["probe"] = found
     return out
 
 

@@ -154,6 +154,8 @@ MODEL = {
              "together, each for itself, both with the losses added (ours), one stream drawn "
              "each step (Universal SAE)"),
     "lam": (1.0, "float", "weight of cross reconstruction (thesis Eq. 14)"),
+    "targets": ("auto", "int 1..", "other streams that each code rebuilds in a step, drawn anew; "
+                "auto: all up to 4 streams, then 2"),
     "loss": ("sum", "sum|mean", "over streams: Eq. 14, or as the authors' code averages"),
     "norm": ("auto", "l2|standard|standard,l2|none", "length 1, mean 0 and deviation 1, or both "
              "(auto)"),
@@ -274,6 +276,7 @@ def command(spec, *positional):
 
 
 DATA = "data world streams taxonomy"
+SHARED = "topk lam loss targets"
 CODE = "latents k norm dead-after aux-k aux-coef reinit-after"
 KINDS = "activation revive sparsity error bias expansion bandwidth warmup"
 STEPS = "preset epochs batch lr shuffle seed"
@@ -659,6 +662,8 @@ def resolved(flags, features):
     if {"expansion", "latents"} <= flags.given:
         raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
                          "one of the two")
+    if flags.preset:                                         # all pairs
+        layers["targets"] = max(1, len(features.streams) - 1)
     if expansion := flags.get("expansion") or layers.get("expansion"):
         layers["latents"] = expansion * max(features.dims.values())
     flags = flags.replaced({k: layers[k] for k, v in flags.items()
@@ -667,13 +672,13 @@ def resolved(flags, features):
         raise InputError(f"--sparsity {flags.sparsity} has no effect on {flags.activation}, which "
                          "has no penalty - leave it out, or set --k")
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
-    auto = sae.settings_for(n, **typed)
+    auto = sae.settings_for(n, **typed, streams=len(features.streams))
     auto["shuffle"] = "blocks" if features.mapped else "samples"
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
         seconds = sae.planned_seconds(features.dims, topk=flags.get("topk"),
-                                      **flags.pick("latents k batch"))
+                                      **flags.pick("latents k batch targets"))
         flags["null"] = auto["steps"] * seconds < 60
     if chosen:
         shown = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}"
@@ -695,8 +700,8 @@ def make_model(features, flags, rows):
     if "standard" in flags.norm:
         shared["stats"] = features.statistics(rows)
     if "activation" not in flags:
-        return sae.SPARC(features.dims, flags.latents, topk=flags.topk, lam=flags.lam,
-                         reduction=flags.loss, **shared)
+        return sae.SPARC(features.dims, flags.latents, reduction=flags.loss, **shared,
+                         **flags.pick("topk lam targets"))
     model = sae.SAE(features.dims, flags.latents, threshold=0.1, **shared,
                     **flags.pick("activation sparsity error revive bandwidth"))
     if flags.bias != "zeros":
@@ -728,8 +733,11 @@ def codes_and_fit(model, features, rows, mode):
                    {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
     fit = judge.reconstruction(reconstructions())
     codes = sae.joined(pieces)
-    first = next(iter(codes.values())).indices
-    fit["same_choice"] = float(np.mean([np.all(first == c.indices, 1) for c in codes.values()]))
+    first = np.full((1, 1), -1)                              # of the first stream that is there
+    for indices, _ in codes.values():
+        first = np.where(first[:, :1] < 0, indices, first)
+    fit["same_choice"] = float(np.mean(np.concatenate(
+        [(first == c.indices).all(1)[c.indices[:, 0] >= 0] for c in codes.values()])))
     return {s: judge.sparse_code(*code, model.n_latents) for s, code in codes.items()}, fit
 
 
@@ -748,13 +756,19 @@ def measure(model, features, flags):
         out[mode]["headline"] = judge.headline(out[mode])
     if features.labels is not None:
         out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
-    out["l0"] = float(np.mean([code.nnz / len(rows) for code in codes["alone"].values()]))
+    out["l0"] = float(np.mean([code.nnz / max(features.has(s, rows).sum(), 1)
+                               for s, code in codes["alone"].items()]))
     if several:
         seen = [normalised(model, features, part, flags.device)
                 for part in (evaluation_rows(features, flags, "train"), rows)]
         raw = {s: x.numpy() for s, x in features.batch(rows).items()}
         out["linear_baseline"] = judge.linear_baseline(*seen)
-        out["raw_retrieval"] = judge.retrieval(raw)
+        here = {s: features.has(s, rows) for s in model.streams}
+        out["raw_retrieval"] = judge.retrieval(raw, here)
+        if features.lacks:
+            out["samples"] = {" / ".join(names): int(np.logical_and.reduce(
+                [here[s] for s in names]).sum()) for n in (1, 2)
+                for names in itertools.combinations(here, n)}
     if features.truth:
         found = {s: model.dictionary(s).cpu().numpy() for s in model.streams}
         out["recovery"] = judge.recovery(found, features.truth)
@@ -917,8 +931,12 @@ def read_to_train(flags, least=1):
     if "activation" in flags and len(features.streams) > 1:
         raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
                          "pick one with --stream")
-    if len(features.per_token().rows("train")) < 2:
+    flat = features.per_token()
+    if len(flat.rows("train")) < 2:
         raise InputError("the train split has 1 sample - give at least two to learn from")
+    for s in flat.lacks:
+        if flat.has(s, flat.rows("train")).sum() < 2:
+            raise InputError(f"stream '{s}' is missing in the train split - leave it out")
     if features.tokens:
         say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token "
                  "counts as a sample")
@@ -979,7 +997,7 @@ class Coded:
             pooled.append(judge.pool_tokens(code, T, tau))
             dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
         self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
-        self.stream, self.dense = s, np.concatenate(dense)
+        self.stream, self.dense = s, np.nan_to_num(np.concatenate(dense))      # 0 where missing
         if not np.isfinite(self.strength.data).all():
             raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
         if not self.strength.nnz:
@@ -1050,7 +1068,7 @@ def analysis_run(flags, name):
 
 # ---- Sparse codes: training and using them (thesis 4.1, 5) --------------------------------------
 
-@command(f"{DATA} {CODE} topk lam loss null {STEPS} {FOLDER} out=runs/sparc")
+@command(f"{DATA} {CODE} {SHARED} null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
     run = Run(flags)
@@ -1107,7 +1125,7 @@ def cmd_encode(flags):
     say(f"wrote {path}: {len(features)} samples, {', '.join(features.streams)}, {flags.mode}")
 
 
-@command(f"{DATA} over! {CODE} topk lam loss {STEPS} {FOLDER} out=runs/sweep")
+@command(f"{DATA} over! {CODE} {SHARED} {STEPS} {FOLDER} out=runs/sweep")
 def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
@@ -1143,7 +1161,7 @@ ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
     ("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))}
 
 
-@command(f"{DATA} {CODE} loss null {STEPS} {FOLDER} out=runs/ablate")
+@command(f"{DATA} {CODE} loss targets null {STEPS} {FOLDER} out=runs/ablate")
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
     run = Run(flags)
@@ -1421,7 +1439,8 @@ def cmd_probe(flags):
     wanted = flags.only.split(",") if flags.only else names
     chosen = sorted({label_number(features, name) for name in wanted})           # their numbers
     several = y.ndim == 2                                    # may hold at once: one by one
-    known = np.flatnonzero(features.labelled & (several or np.isin(y, chosen)))
+    whole = [features.has(s, np.arange(len(y))) for s in features.streams]       # of every stream
+    known = np.flatnonzero(features.labelled & (several or np.isin(y, chosen)) & np.all(whole, 0))
     rows = [np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val"))]
     train, test = rows
     tasks = judge.label_tasks(y[:, chosen] if several else np.searchsorted(chosen, y), *rows)
@@ -1707,6 +1726,7 @@ def cmd_compare(flags):
         if len(one.features) != len(a.features):
             raise InputError(f"{a.run} has {len(a.features)} samples, {one.run} has "
                              f"{len(one.features)} - compare runs on the same, or name a --data")
+        rows = rows[np.all([one.features.has(s, rows) for s in one.features.streams], 0)]
     codes = {"the two runs, best pairing": (a.strength[rows], b.strength[rows])}
     for mode in ("joint", "alone") if flags.sparc else ():
         codes[f"SPARC {mode}, same latent"] = [
@@ -2103,6 +2123,8 @@ def cmd_retrieve(flags):
     page = judge.Page("repsae retrieve" + f": {flags.query}" * bool(flags.query))
     rows = features.rows("test", "val")
     own = None if flags.query is not None or flags.features else flags.sample
+    for s in {source, target} if own is not None else {target}:
+        rows = rows[features.has(s, rows)]
     if own is not None and own >= len(rows):
         raise InputError(f"--sample {own} - give one of the {len(rows)} "
                          f"{features.split[rows[0]]} samples, from 0")

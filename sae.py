@@ -16,6 +16,8 @@ Glossary     B batch . M streams . L latents . k latents kept per sample . d_s w
              lambda    weight of cross reconstruction, `lam`
              joint     a code whose support was chosen from all given streams together (Eq. 7-8)
              alone     a code whose support was chosen from its own stream only
+             here[s]   (B,) bool: the samples that have stream s. Raw features that are NaN
+                       throughout mean that a sample lacks the stream
 
 Deviations   from the authors' code, where it differs from the papers or is wrong:
              the loss sums over streams as Eq. 14 does; theirs averages (`reduction="mean"`);
@@ -31,7 +33,9 @@ Deviations   from the authors' code, where it differs from the papers or is wron
              One stream: CytoSAE's code also divides the error by ||x||, which is not here;
              resampling draws from the batch, not from 819,200 stored inputs; JumpReLU's threshold
              has the gradient of its paper, which two public libraries miss by a factor.
-Ours         topk="both" (train on the joint and on the alone support), settings by the number of
+Ours         topk="both" (train on the joint and on the alone support), samples that lack streams
+             (the sums and means of Eq. 7, 13, 14 are over what is there), `targets` (Eq. 14 from a
+             few pairs of streams, drawn anew each step), settings by the number of
              samples, features standardised before they are scaled to length 1 (the authors' code
              only scales, the papers say neither), and the sparse arithmetic.
 Not here     learning-rate decay, mixed precision, several GPUs.
@@ -60,6 +64,7 @@ NORMS = ("l2", "standard", "standard,l2", "none")
 ERRORS = ("nmse", "sum", "mean")
 REVIVE = ("none", "auxk", "ghost", "resample")
 FIRES = 1e-3  # a latent fires above this share of the features' length (authors: auxk_threshold)
+GATHERED = 2 ** 24  # numbers (64 MiB) that the gather kernels copy at once
 FORMAT = "repsae-sparc-1"
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
@@ -78,7 +83,8 @@ class Codes(NamedTuple):
     """A k-sparse code: indices (B, k) int64 in 0..L-1, distinct in a row, and values (B, k) >= 0.
 
     A value may be 0: TopK chose the latent, ReLU silenced it (Eq. 9); such a latent is not active.
-    Without a fixed k, codes of batches put together are filled up with index -1, value 0.
+    Without a fixed k, codes of batches put together are filled up with index -1, value 0; the code
+    of a stream that the sample lacks is made of them alone.
     """
     indices: torch.Tensor
     values: torch.Tensor
@@ -110,25 +116,42 @@ def nmse(x, x_hat):
     return ((x - x_hat).square().sum(1) * _nmse_weight(x)).sum()
 
 
-def _nmse_weight(x):
-    """(B, d) -> (B,): 1 / ||x||^2 over the number of samples that are not all zero; 0 for those."""
+def _nmse_weight(x, here=None):
+    """(B, d) -> (B,): 1 / ||x||^2 over the number of samples that are not all zero; 0 for those.
+    With `here` (B, M), of sources, (B, M): the same over the samples that have the source too."""
     energy = x.square().sum(1)
     weight = torch.where(energy > 0, 1 / energy.clamp_min(1e-30), 0)
-    return weight / (energy > 0).sum().clamp_min(1)
+    if here is None:
+        return weight / (energy > 0).sum().clamp_min(1)
+    counted = here & (energy > 0).unsqueeze(1)
+    return weight.unsqueeze(1) * counted / counted.sum(0).clamp_min(1)
+
+
+def missing(x):
+    """(B,) bool: the rows of raw features x (B, d) that are NaN throughout."""
+    gone = x[:, 0].isnan()
+    return x.isnan().all(1) if gone.any() else gone
 
 
 def dense_loss(model, x):
     """SPARC's loss with dense codes and M^2 dense decoders: slow, to be read beside thesis 5.2.
 
-    x: dict stream -> (B, d_s), raw. Returns the scalar of Eq. 14 (without AuxK). `SPARC.loss`
-    computes the same number and the same gradients; the tests hold it to that.
+    x: dict stream -> (B, d_s), raw, NaN where a sample lacks it. Returns the scalar of Eq. 14
+    (without AuxK). `SPARC.loss` computes the same number and the same gradients; the tests hold it
+    to that.
     """
-    x = {s: model.normalise(x[s], s) for s in x}
+    here = {s: ~missing(x[s]) for s in x}
+    x = {s: model.normalise(x[s].nan_to_num(0), s) for s in x}
     h = {s: (x[s] - model.b_pre[s]) @ model.W_enc[s].T + model.b_lat[s] for s in x}  # Eq. 6, (B, L)
+    h = {s: h[s] * here[s].unsqueeze(1) for s in x}                    # what is missing adds 0
     h_agg = sum(h.values())                                                          # Eq. 7
-    together = dict.fromkeys(x, h_agg)
+    h_drawn = 0.
+    for s in reversed(model.drawn_streams()):                          # the first that is there
+        h_drawn = torch.where(here[s].unsqueeze(1), h[s], h_drawn)
+    together, drawn = dict.fromkeys(x, h_agg), dict.fromkeys(x, h_drawn)
     deciders = {"global": [together], "local": [h], "both": [together, h],
-                "random": [dict.fromkeys(x, h[model.drawn_stream()])]}[model.topk]
+                "random": [drawn]}[model.topk]
+    sources = model.drawn_sources()                                    # without `targets`: all
     total = 0.
     for decider in deciders:
         z = {}
@@ -139,11 +162,12 @@ def dense_loss(model, x):
         own, cross = [], []
         for s in x:
             for t in x:
-                if s != t and not model.lam:
+                both = here[s] & here[t]
+                if s not in sources[t] or not both.any():
                     continue
                 x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                       # Eq. 11, 12
-                (own if s == t else cross).append(nmse(x[t], x_hat))                 # Eq. 13
-        total = total + model.reduce(own) + model.lam * model.reduce(cross)          # Eq. 14
+                (own if s == t else cross).append(nmse(x[t][both], x_hat[both]))     # Eq. 13
+        total = total + model.reduce(own) + model.cross_weight * model.reduce(cross)     # Eq. 14
     return total
 
 
@@ -154,7 +178,7 @@ def dense_loss(model, x):
 #     combine  out = S W                                a weighted sum of k dictionary rows
 #     scatter  out = S^T x                              the gradient of either with respect to W
 # On a CPU, CSR kernels do them fastest; `kernels="gather"` uses only indexing and batched products,
-# for torch builds without CSR kernels and for GPUs.
+# for torch builds without CSR kernels and for GPUs, on as many samples at once as GATHERED allows.
 
 class Pattern:
     """Where a batch of codes is non-zero: indices (B, k) of L latents, for products with S, S^T."""
@@ -186,11 +210,19 @@ class Pattern:
                                        (self.n_latents, B), check_invariants=False)
 
 
+    def pieces(self, d):
+        """Slices of the batch whose gathered rows, (b, k, d), are at most GATHERED numbers."""
+        B, k = self.indices.shape
+        step = max(1, GATHERED // (k * d))
+        return [slice(start, start + step) for start in range(0, max(B, 1), step)]
+
+
 def _sample(x, W, p):                                                  # (B, d), (L, d) -> (B, k)
     if p.csr:
         pattern = p.rows(x.new_zeros(p.indices.shape))
         return torch.sparse.sampled_addmm(pattern, x, W.t(), beta=0).values().view_as(p.indices)
-    return torch.bmm(W[p.indices], x.unsqueeze(2)).squeeze(2)
+    return torch.cat([torch.bmm(W[p.indices[i]], x[i].unsqueeze(2)).squeeze(2)
+                      for i in p.pieces(x.shape[1])])
 
 
 def _times(S, x, spare=()):
@@ -202,14 +234,18 @@ def _times(S, x, spare=()):
 def _combine(values, W, p):                                            # (B, k), (L, d) -> (B, d)
     if p.csr:
         return _times(p.rows(values), W)
-    return torch.bmm(values.unsqueeze(1), W[p.indices]).squeeze(1)
+    return torch.cat([torch.bmm(values[i].unsqueeze(1), W[p.indices[i]]).squeeze(1)
+                      for i in p.pieces(W.shape[1])])
 
 
 def _scatter(values, x, p):                                            # (B, k), (B, d) -> (L, d)
     if p.csr:
         return _times(p.columns(values), x, p.spare.get((p.n_latents, x.shape[1])))
-    rows = (values.unsqueeze(2) * x.unsqueeze(1)).flatten(0, 1)        # (B*k, d)
-    return x.new_zeros(p.n_latents, x.shape[1]).index_add_(0, p.indices.reshape(-1), rows)
+    out = x.new_zeros(p.n_latents, x.shape[1])
+    for i in p.pieces(x.shape[1]):
+        rows = (values[i].unsqueeze(2) * x[i].unsqueeze(1)).flatten(0, 1)      # (b*k, d)
+        out.index_add_(0, p.indices[i].reshape(-1), rows)
+    return out
 
 
 class _Product(torch.autograd.Function):
@@ -262,10 +298,14 @@ class SPARC(nn.Module):
                 "local"   each stream for itself (thesis 5.3.4)
                 "both"    the losses of both supports, added; ours: a model trained on the joint
                           support only is poor when it later sees one stream alone
-                "random"  one stream, drawn anew each step, for all (Universal SAE; sparc.txt 1)
+                "random"  one stream, drawn anew each step, for all (Universal SAE; sparc.txt 1);
+                          for samples that lack it the next one that they have
     lam         weight of cross reconstruction (Eq. 14)
     reduction   "sum" as Eq. 14, or "mean" of each sum as the authors' code:
                 lambda_paper = lambda_code / (M - 1)
+    targets     n: each code rebuilds its own stream and n of the M - 1 others, drawn anew each
+                step. The cross sum of Eq. 14 is weighted (M - 1) / n, so that its mean over the
+                draws, and that of its gradient, is the whole sum's. None: all others
     norm        how raw features are normalised, one of NORMS: "l2" per sample (the authors' code;
                 no paper says so), "standard" per dimension with `stats`, "standard,l2", "none"
     stats       dict stream -> (mean (d_s,), std (d_s,)) of the training samples, for "standard"
@@ -285,12 +325,12 @@ class SPARC(nn.Module):
 
     def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2",
                  stats=None, aux_k=64, aux_coef=1 / 32, dead_after=1000, reinit_after=1000,
-                 select="fp32", kernels="auto", seed=42):
+                 select="fp32", kernels="auto", seed=42, targets=None):
         super().__init__()
         self.config = dict(dims=dict(dims), n_latents=n_latents, k=k, topk=topk, lam=lam,
                            reduction=reduction, norm=norm, aux_k=aux_k, aux_coef=aux_coef,
                            dead_after=dead_after, reinit_after=reinit_after, select=select,
-                           kernels=kernels, seed=seed)
+                           kernels=kernels, seed=seed, targets=targets)
         self._check()
         for name, value in self.config.items():
             setattr(self, name, value)
@@ -322,6 +362,8 @@ class SPARC(nn.Module):
                                  "rename it (letters, digits, _ and -)")
             if d < 1:
                 raise InputError(f"stream '{s}' has width {d} - give it at least one column")
+        if c["targets"] is not None and c["targets"] < 1:
+            raise InputError(f"targets={c['targets']} - give 1 or more, or lam=0 for no cross term")
         if not 1 <= c["k"] <= c["n_latents"]:
             raise InputError(f"k={c['k']} must lie in 1..latents={c['n_latents']} - "
                              "lower k or raise latents")
@@ -332,7 +374,8 @@ class SPARC(nn.Module):
     # -- features in -----------------------------------------------------------------------------
 
     def normalise(self, x, stream):
-        """Raw features (B, d_s) of any type -> what the model sees, in the weights' type."""
+        """Raw features (B, d_s) of any type -> what the model sees, in the weights' type; what is
+        missing stays NaN."""
         x = x.to(self.b_pre[stream].dtype)
         if "standard" in self.norm:
             x = (x - getattr(self, f"mean_{stream}")) / getattr(self, f"std_{stream}")
@@ -355,7 +398,8 @@ class SPARC(nn.Module):
         return {self.streams[0]: x}
 
     def _features(self, x):
-        """Checked and normalised, in the model's order of streams, whatever order was given."""
+        """Raw features by stream -> (x, here): checked, normalised, in the model's order, 0 where
+        missing; `here` has the streams with gaps in this batch, and no others."""
         x = self._named(x)
         if not x:
             raise InputError("no streams given - give at least one of " + ", ".join(self.streams))
@@ -370,15 +414,28 @@ class SPARC(nn.Module):
             if len(v) != len(x[first]):
                 raise InputError(f"stream '{s}' has {len(v)} rows but '{first}' has "
                                  f"{len(x[first])} - rows must be the same samples")
-        return {s: self.normalise(x[s], s) for s in self.streams if s in x}
+        x = {s: x[s] for s in self.streams if s in x}
+        gone = {s: rows for s, v in x.items() if (rows := missing(v)).any()}
+        for s, rows in gone.items():                         # before and after: NaN * 0 is NaN
+            x[s] = x[s].masked_fill(rows.unsqueeze(1), 0)
+        x = {s: self.normalise(v, s) for s, v in x.items()}
+        for s, rows in gone.items():
+            x[s] = x[s].masked_fill(rows.unsqueeze(1), 0)
+        return x, {s: ~rows for s, rows in gone.items()}
+
+    def _centred(self, x, here):
+        """x^s - b_pre^s by stream, (B, d_s): what is encoded, and what W_D z must come to."""
+        return {s: (v - self.b_pre[s]) * here[s].unsqueeze(1) if s in here else v - self.b_pre[s]
+                for s, v in x.items()}
 
     # -- choosing --------------------------------------------------------------------------------
-    # `c` is a dict of centred features x^s - b_pre^s, (B, d_s). Dense logits live only here, and
-    # without gradients.
+    # `c` is a dict of centred features, see `_centred`. Dense logits live only here, and without
+    # gradients.
 
-    def _logits(self, c, streams):
-        """All L logits, Eq. 6, summed over `streams`, (B, L)."""
-        h = sum(self.b_lat[s] for s in streams)                                      # (L,)
+    def _logits(self, c, streams, here):
+        """All L logits, Eq. 6, summed over those of `streams` that a sample has, (B, L)."""
+        h = sum(self.b_lat[s] * here[s].unsqueeze(1) if s in here else self.b_lat[s]
+                for s in streams)                                                    # (L,), (B, L)
         for s in streams:
             if self.select == "bf16" and self.training:
                 h = (c[s].bfloat16() @ self.W_enc[s].bfloat16().T).float().add_(h)
@@ -387,17 +444,48 @@ class SPARC(nn.Module):
         return h
 
     @torch.no_grad()
-    def _support(self, c, mode):
-        """Kept latents, stream -> (B, k): chosen "joint"ly, "alone", or by the stream `mode`."""
+    def _support(self, c, mode, here):
+        """Kept latents, stream -> (B, k): chosen "joint"ly, "alone", or by one stream ("drawn")."""
         def top(streams):
-            return self._logits(c, streams).topk(self.k, sorted=False).indices       # Eq. 8
+            return self._logits(c, streams, here).topk(self.k, sorted=False).indices     # Eq. 8
         if mode == "alone":
             return {s: top([s]) for s in c}
-        return dict.fromkeys(c, top(list(c) if mode == "joint" else [mode]))
+        if mode == "joint":
+            return dict.fromkeys(c, top(list(c)))
+        first, *others = self.drawn_streams()
+        kept, wanting = top([first]), ~here[first] if first in here else None
+        for s in others if first in here else ():
+            mine = wanting & here[s] if s in here else wanting
+            kept, wanting = torch.where(mine.unsqueeze(1), top([s]), kept), wanting & ~mine
+        return dict.fromkeys(c, kept)
 
-    def drawn_stream(self):
-        """The stream that chooses for all in this step of topk="random"."""
-        return self.streams[int(torch.randint(len(self.streams), (), generator=self._generator()))]
+    def drawn_streams(self):
+        """All streams, from the one that chooses for all in this step of topk="random" onwards."""
+        i = int(torch.randint(len(self.streams), (), generator=self._generator()))
+        return self.streams[i:] + self.streams[:i]
+
+    def drawn_sources(self):
+        """Whose codes rebuild stream t in this step: {t: [t, others]}, see `targets`.
+
+        The streams are put on a circle at random; each code rebuilds the n streams that follow its
+        own. So every ordered pair has the chance n / (M - 1), and every stream n sources.
+        """
+        M, n = len(self.streams), self.targets
+        if not self.lam:
+            return {t: [t] for t in self.streams}
+        if n is None or n >= M - 1:
+            return dict.fromkeys(self.streams, self.streams)
+        g = self._generator()
+        torch.randint(M, (), generator=g)                    # the draw of `drawn_streams`
+        circle = [self.streams[i] for i in torch.randperm(M, generator=g)]
+        return {t: [circle[i - j] for j in range(n + 1)] for i, t in enumerate(circle)}
+
+    @property
+    def cross_weight(self):
+        """lambda of Eq. 14, where it sums over drawn pairs for the share that they are."""
+        M, n = len(self.streams), self.targets
+        drawn = n is not None and n < M - 1 and self.reduction == "sum"
+        return self.lam * (M - 1) / n if drawn else self.lam
 
     def _generator(self):
         """Of what a step draws: by seed and step alone, so that resuming is exact."""
@@ -411,8 +499,9 @@ class SPARC(nn.Module):
             kernels = "csr" if indices.device.type == "cpu" and _has_csr() else "gather"
         return Pattern(indices, self.n_latents, kernels, self._spare)
 
-    def _codes(self, c, support):
-        """ReLU of the chosen logits, Eq. 9: c (B, d_s) and support (B, k) by stream -> Codes."""
+    def _codes(self, c, support, here):
+        """ReLU of the chosen logits, Eq. 9: c (B, d_s) and support (B, k) by stream -> Codes, with
+        values 0 where the stream is missing."""
         codes, pattern = {}, None
         for s, indices in support.items():
             if pattern is None or pattern.indices is not indices:                    # one if joint
@@ -420,14 +509,16 @@ class SPARC(nn.Module):
             # not b_lat[indices]: the gradient of indexing is a slow serial loop
             bias = self.b_lat[s].index_select(0, indices.reshape(-1)).view_as(indices)
             h = _Product.apply(c[s], self.W_enc[s], pattern, _sample) + bias
-            codes[s] = Codes(indices, torch.relu(h))
+            z = torch.relu(h)
+            codes[s] = Codes(indices, z * here[s].unsqueeze(1) if s in here else z)
         return codes
 
     @_no_autocast
     def encode(self, x, mode=None):
         """Codes of raw features, differentiable in x and the weights: dict stream -> Codes.
 
-        x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample.
+        x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample; NaN
+        throughout where it lacks the stream.
         mode: "joint", the given streams choose the support together; "alone", each chooses its
         own. By default the way of training ("alone" for topk="local").
         A model of one stream takes a bare tensor (B, d) too, and returns the bare Codes.
@@ -436,10 +527,11 @@ class SPARC(nn.Module):
             return self.encode(self._named(x), mode)[self.streams[0]]
         mode = mode or ("alone" if self.topk == "local" else "joint")
         one_of("mode", mode, ("joint", "alone"))
-        return self._encode({s: v - self.b_pre[s] for s, v in self._features(x).items()}, mode)
+        x, here = self._features(x)
+        return _marked(self._encode(self._centred(x, here), mode, here), here)
 
-    def _encode(self, c, mode):
-        return self._codes(c, self._support(c, mode))
+    def _encode(self, c, mode, here):
+        return self._codes(c, self._support(c, mode, here), here)
 
     @_no_autocast
     def decode(self, codes, stream):
@@ -469,55 +561,70 @@ class SPARC(nn.Module):
         Returns (total, parts): detached scalars `self` and `cross` (mean NMSE over streams and over
         ordered pairs), `aux`, and `codes`: for each support used a dict stream -> Codes.
         """
-        x = self._features(x)
+        x, here = self._features(x)
         if len(x) < len(self.streams):
-            missing = set(self.streams) - set(x)
-            raise InputError("training needs every stream - missing " + ", ".join(missing))
-        c = {s: v - self.b_pre[s] for s, v in x.items()}
-        weight = {s: _nmse_weight(v) for s, v in x.items()}                          # (B,)
+            absent = set(self.streams) - set(x)
+            raise InputError("training needs every stream (rows of NaN where a sample lacks it) - "
+                             "missing " + ", ".join(absent))
+        c, sources = self._centred(x, here), None
+        if here:
+            sources = torch.stack([here.get(s, v[:, 0] == v[:, 0]) for s, v in x.items()], 1)
+        weight = {s: _nmse_weight(v, sources) for s, v in x.items()}   # (B,), with gaps (B, M)
         modes = {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"],
-                 "random": [self.drawn_stream()]}[self.topk]
+                 "random": ["drawn"]}[self.topk]
         total, terms, used = 0., {"self": [], "cross": [], "aux": []}, []
         for mode in modes:
-            codes = self._codes(c, self._support(c, mode))
-            own, cross, aux = self._terms(c, weight, codes)
-            total = total + self.reduce(own) + self.lam * self.reduce(cross)         # Eq. 14
+            codes = self._codes(c, self._support(c, mode, here), here)
+            own, cross, aux = self._terms(c, weight, codes, here)
+            total = total + self.reduce(own) + self.cross_weight * self.reduce(cross)    # Eq. 14
             total = total + self.aux_coef * self.reduce(aux)
             for name, new in (("self", own), ("cross", cross), ("aux", aux)):
                 terms[name] += [v.detach() for v in new]
-            used.append(codes)
+            used.append(_marked(codes, here))
         means = {name: torch.stack(v).mean() if v else torch.zeros(()) for name, v in terms.items()}
         return total, {**means, "codes": used}
 
-    def _terms(self, c, weight, codes):
-        """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M*(M-1)), aux.
+    def _terms(self, c, weight, codes, here):
+        """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M*(M-1)), aux,
+        without the pairs of streams that no sample of the batch has.
 
-        x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources go
-        through one product, the codes of one sample in neighbouring rows: their supports overlap,
-        and the dictionary rows that one needs are still in the cache when the next does. It halves
-        the time.
+        x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources of a
+        target go through one product, the codes of one sample in neighbouring rows: their supports
+        overlap, and the dictionary rows that one needs are still in the cache when the next does.
+        It halves the time.
         """
-        own, cross, aux, pattern = [], [], [], None
+        own, cross, aux, before, drawn = [], [], [], None, self.drawn_sources()
         for t in c:
-            sources = list(c) if self.lam else [t]
-            if pattern is None or not self.lam:
+            sources = drawn[t]
+            if sources is not before:                        # with all pairs one pattern serves
+                before = sources
                 indices, values = (torch.stack([codes[s][i] for s in sources], 1).flatten(0, 1)
                                    for i in (0, 1))
-                pattern = self._pattern(indices)                                     # (B*M, k)
+                pattern = self._pattern(indices)                     # (B*sources, k)
             y = _Product.apply(values, self.W_dec[t], pattern, _combine)
-            e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)               # (B, M, d_t)
+            e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)       # (B, sources, d_t)
             energy = torch.linalg.vector_norm(e, dim=2).square()
-            for s, term in zip(sources, weight[t] @ energy):                         # Eq. 13
+            for s, term in self._pairs(t, sources, weight[t], energy):               # Eq. 13
                 (own if s == t else cross).append(term)
-            if self.aux_coef and self.dead(t).any():
-                aux.append(self._auxk(c[t].detach(), -e[:, sources.index(t)].detach(), t))
+            some = t not in here or here[t].any()
+            if self.aux_coef and some and self.dead(t).any():
+                aux.append(self._auxk(c[t].detach(), -e[:, sources.index(t)].detach(), t, here))
         return own, cross, aux
+
+    def _pairs(self, t, sources, weight, energy):
+        """(source, its NMSE in t) where any sample has both; energy (B, sources) of the errors,
+        weight (B,) or, with gaps, (B, M)."""
+        if weight.dim() == 1:
+            return zip(sources, weight @ energy)
+        weight = weight[:, [self.streams.index(s) for s in sources]]
+        there = (weight > 0).any(0).tolist()
+        return [(s, term) for s, term, one in zip(sources, (weight * energy).sum(0), there) if one]
 
     def dead(self, stream):
         """(L,) bool: latents that have not fired in this stream for `dead_after` training steps."""
         return getattr(self, f"idle_{stream}") >= self.dead_after
 
-    def _auxk(self, c, e, stream):
+    def _auxk(self, c, e, stream, here):
         """AuxK (Gao et al.): how the best dead latents rebuild e = x - x_hat (B, d).
 
         c, e detached: gradient reaches the dead latents' rows and biases only. (The authors' code
@@ -528,10 +635,17 @@ class SPARC(nn.Module):
         with torch.no_grad():
             h = c @ self.W_enc[stream][dead].T + self.b_lat[stream][dead]            # (B, n dead)
             indices = dead[h.topk(min(self.aux_k, len(dead)), sorted=False).indices]
-        z = self._codes({stream: c}, {stream: indices})[stream].values
+        z = self._codes({stream: c}, {stream: indices}, here)[stream].values
         # thesis A.1.2: without a bias
         e_hat = _Product.apply(z, self.W_dec[stream], self._pattern(indices), _combine)
         return (e - e_hat).square().sum() / e.square().sum().clamp_min(1e-30)
+
+
+def _marked(codes, here):
+    """Codes by stream, with index -1 and value 0 where a sample lacks the stream."""
+    gone = {s: ~rows.unsqueeze(1) for s, rows in here.items()}
+    return {s: Codes(z.indices.masked_fill(gone[s], -1), z.values.masked_fill(gone[s], 0))
+            if s in gone else z for s, z in codes.items()}
 
 
 # ---- One stream: the family of sparse autoencoders ----------------------------------------------
@@ -619,7 +733,7 @@ class SAE(SPARC):
                              "give numbers above 0, or sparsity 0")
         k = k if "topk" in activation else min(k, n_latents)
         super().__init__(dims, n_latents, k, "local", 0., **shared)
-        for name in ("topk", "lam", "reduction"):
+        for name in ("topk", "lam", "reduction", "targets"):
             del self.config[name]
         self.config |= dict(activation=activation, sparsity=sparsity, error=error, revive=revive,
                             bandwidth=bandwidth, threshold=threshold)
@@ -632,7 +746,7 @@ class SAE(SPARC):
     @torch.no_grad()
     def start_bias(self, x, how):
         """Begin b_pre at the "mean" or the geometric "median" of raw samples x (n, d)."""
-        v = self.normalise(x, self.stream)
+        v = self.normalise(x[~missing(x)], self.stream)
         self.b_pre[self.stream].copy_(geometric_median(v) if how == "median" else v.mean(0))
 
     def logits(self, c):
@@ -643,10 +757,10 @@ class SAE(SPARC):
         """Logits (B, L) -> (code z (B, L), penalty), of activations other than topk."""
         return ACTIVATIONS[self.activation].code(self, h, batch)
 
-    def _encode(self, c, mode):
+    def _encode(self, c, mode, here):
         """Codes as wide as the sample with most active latents; a single stream is always alone."""
         if self.activation == "topk":
-            return super()._encode(c, mode)
+            return super()._encode(c, mode, here)
         z, _ = self.activate(self.logits(c[self.stream]))
         width = max(1, int((z > 0).sum(1).max())) if len(z) else 1
         values, indices = z.topk(width, sorted=False)
@@ -658,16 +772,17 @@ class SAE(SPARC):
 
     @_no_autocast
     def loss(self, x):
-        """Thesis Eq. 5, or its relatives, for a batch of raw features.
+        """Thesis Eq. 5, or its relatives, for a batch of raw features; missing rows are left out.
 
         Returns (total, parts): detached scalars `self` (the error), `sparsity` (the penalty before
         its weight), `aux` (what revives the dead), `cross` (0), and `codes` as SPARC has them.
         """
         s = self.stream
-        v = self._features(x)[s]
+        x, here = self._features(x)
+        v = x[s][here[s]] if here else x[s]
         c = v - self.b_pre[s]
         if self.activation == "topk":
-            codes, penalty = self._codes({s: c}, self._support({s: c}, "alone"))[s], c.new_zeros(())
+            codes, penalty = super()._encode({s: c}, "alone", {})[s], c.new_zeros(())
             y = _Product.apply(codes.values, self.W_dec[s], self._pattern(codes.indices), _combine)
         else:
             z, penalty = self.activate(self.logits(c), batch=self.training)
@@ -690,7 +805,7 @@ class SAE(SPARC):
         """The term of the loss that dead latents get, not yet weighted; 0 when there are none."""
         dead = self.dead(self.stream)
         if dead.any() and self.revive == "auxk" and self.aux_coef:
-            return self._auxk(c.detach(), residual, self.stream)
+            return self._auxk(c.detach(), residual, self.stream, {})
         if dead.any() and self.revive == "ghost":
             h = torch.addmm(self.b_lat[self.stream][dead], c, self.W_enc[self.stream][dead].T)
             return ghost_error(residual, h, self.W_dec[self.stream][dead], error).sum()
@@ -755,6 +870,8 @@ def project_gradient(model, rows=256):
     """Rid each dictionary row's gradient of its part along the row (thesis A.1.2), in blocks that
     fit the cache: length is not to be learned."""
     for W in model.W_dec.values():
+        if W.grad is None:                                   # of a stream that the batch lacks
+            continue
         for g, w in zip(W.grad.split(rows), W.split(rows)):
             g.addcmul_(w, (g * w).sum(1, keepdim=True), value=-1)
 
@@ -772,9 +889,12 @@ def _count_idle(model, x, codes):
 
     What a latent adds to a sample is as long as its value. It fired if that exceeds FIRES times the
     length of the batch's features (root mean square, zero rows left out): their scale must not
-    decide who is dead.
+    decide who is dead. A stream that the whole batch lacks had no chance to fire.
     """
-    for s, v in model._features(x).items():
+    x, here = model._features(x)
+    for s, v in x.items():
+        if s in here and not here[s].any():
+            continue
         idle, energy = getattr(model, f"idle_{s}"), v.square().sum(1)
         least = FIRES * (energy.sum() / (energy > 0).sum().clamp_min(1)).sqrt()
         idle += 1
@@ -823,8 +943,9 @@ def _resample(model, optimiser, x):
     unset = model.activation == "batchtopk" and model.kept_above.isnan()
     if model.revive != "resample" or unset or not model.dead(s).any():
         return
-    v = model.normalise(x[s], s)
-    loss = (model.decode(model.encode(x)[s], s) - v).square().sum(1)
+    x = x[s][~missing(x[s])]
+    v = model.normalise(x, s)
+    loss = (model.decode(model.encode(x), s) - v).square().sum(1)
     rows = model.dead(s).nonzero().squeeze(1)[:int((loss > 0).sum())]
     if not len(rows):
         return
@@ -882,15 +1003,16 @@ def train_step(model, optimiser, x):
     return {"loss": total.detach(), **parts}
 
 
-def settings_for(n, latents=None, k=None, batch=None, epochs=None):
+def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
     """Settings that fit n training samples; what is given stays. Returns a dict of latents, k,
-    batch, lr, epochs, steps, norm, dead_after.
+    batch, lr, epochs, steps, norm, dead_after, targets.
 
     A third as many latents as samples and an eighth of them kept (but 40: with fewer even small
     files are rebuilt badly), at least 1,000 steps of a tenth of the samples, every dimension
     standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning
     rate falls with the root of L (Gao et al. 2024). One stream is served as well: more latents
-    rebuild its training samples better, and held-out ones no better.
+    rebuild its training samples better, and held-out ones no better. Up to four streams each code
+    rebuilds all others in every step, of more two others: the cost of Eq. 14 grows with M^2.
     """
     def power_of_two(most, least, limit):
         return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
@@ -901,7 +1023,8 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None):
     steps = epochs * epoch
     return {"latents": L, "k": k or min(max(L // 8, 40), 64, L), "batch": batch,
             "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
-            "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4))}
+            "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4)),
+            "targets": max(1, streams - 1) if streams <= 4 else 2}
 
 
 # What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...
@@ -940,9 +1063,9 @@ def known_settings(single, preset=None, activation=None, planted=False):
             "warmup": 0, "bandwidth": 0.1, **found, **typical, "activation": activation}
 
 
-def planned_seconds(dims, latents, k, batch, topk="local"):
-    """About how long a step takes on two cores: all logits of a batch, M times the products."""
-    logits, products = batch * latents, len(dims) * batch * k
+def planned_seconds(dims, latents, k, batch, topk="local", targets=1):
+    """About how long a step takes on two cores: all logits of a batch, products by sources."""
+    logits, products = batch * latents, min(len(dims), targets + 1) * batch * k
     seconds = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
     return 2 * seconds if topk == "both" else seconds
 
@@ -980,8 +1103,8 @@ def encoded(model, batch, rows, mode, block=1024):
 def told(model, result):
     """A step as numbers: its losses, active latents per sample, dead latents of each stream."""
     parts = [k for k in ("loss", "self", "cross", "aux", "sparsity") if k in result]
-    active = [(c.values > 0).sum(1).float().mean()
-              for codes in result["codes"] for c in codes.values()]
+    active = [(c.values[c.indices[:, 0] >= 0] > 0).sum(1).float().mean()
+              for codes in result["codes"] for c in codes.values() if (c.indices >= 0).any()]
     return {**{k: float(result[k]) for k in parts}, "active": float(sum(active) / len(active)),
             **{f"dead_{s}": int(model.dead(s).sum()) for s in model.streams}}
 

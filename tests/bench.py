@@ -99,21 +99,21 @@ OURS, AUTHORS = "sparse (ours)", "dense, Adam's defaults (the authors' way)"
 KINDS = (OURS, "sparse, --select bf16", AUTHORS, "dense, fused Adam")
 
 
-def contender(kind, dims, device, batch=256, latents=8192, k=64):
+def contender(kind, dims, device, batch=256, latents=8192, k=64, targets=None):
     """A function that takes a training step of a kind, on a random batch of the thesis's size."""
     g = torch.Generator().manual_seed(0)
     x = {s: F.normalize(torch.randn(batch, d, generator=g)).to(device) for s, d in dims.items()}
     select = "bf16" if "bf16" in kind else "fp32"
-    model = sae.SPARC(dims, latents, k, select=select).to(device).train()
+    model = sae.SPARC(dims, latents, k, select=select, targets=targets).to(device).train()
     optimiser = (torch.optim.Adam(model.parameters(), lr=1e-4) if kind == AUTHORS
                  else sae.make_optimiser(model))
     step = dense_step if "dense" in kind else sae.train_step
     return functools.partial(step, model, optimiser, x)
 
 
-def three_steps(kind, dims, device):
+def three_steps(kind, dims, device, *sizes):
     """Make a contender, model and optimiser with it, and take three steps."""
-    step = contender(kind, dims, device)
+    step = contender(kind, dims, device, *sizes)
     for _ in range(3):
         step()
 
@@ -129,6 +129,21 @@ def bench_sparc(device):
             ways[kind]["peak MB"] = apart(device, peak_of, steps, device)
         yield (f"one training step: {len(dims)} streams, {sum(dims.values())} dimensions, "
                f"batch 256, L 8192, k 64, {torch.get_num_threads()} threads, {device}"), ways
+    yield ("one training step, a stream: width 512, batch 256, L 4096, k 32; many streams rebuild "
+           f"each other by two, {device}"), many_streams(device)
+
+
+def many_streams(device):
+    """What a stream costs among four, which all rebuild each other, and among many."""
+    found = {}
+    for M, targets in ((4, None), (32, 2), (32, None)):
+        dims, sizes = {f"s{i}": 512 for i in range(M)}, (256, 4096, 32, targets)
+        ms = median_ms(contender(OURS, dims, device, *sizes), device, 5, 20.)
+        steps = functools.partial(three_steps, OURS, dims, device, *sizes)
+        peak = apart(device, peak_of, steps, device)
+        way = f"{M} streams, {f'--targets {targets}' if targets else 'all pairs'}"
+        found[way] = {"ms a stream": ms / M, "peak MB a stream": peak and peak / M}
+    return found
 
 
 def bench_rows(device):

@@ -162,6 +162,59 @@ def test_statistics_are_those_of_the_given_rows(tmp_path):
         np.testing.assert_allclose(std, x.std(0, unbiased=False), rtol=1e-4)
 
 
+def holes(n=50):
+    """Arrays whose rows of NaN are: 3 and 4 in "a", 4 and 20 to 29 in "b"; sample 4 has nothing."""
+    found = arrays(n)
+    found["a"][3:5] = np.nan
+    found["b"][[4, *range(20, 30)]] = np.nan
+    return found
+
+
+@pytest.mark.parametrize("write", [as_file, as_folder])
+def test_rows_of_nan_are_missing_noted_and_left_out_of_statistics(write, tmp_path):
+    given = holes()
+    features = read_features(write(tmp_path, **given))
+    assert features.notes == ["stream 'a' is missing (NaN) in 2 of 50 samples", "stream 'b' is missing (NaN) in 11 of 50 samples",
+                              "1 samples have no stream at all, and are left out"]
+    for s in "ab":
+        assert np.array_equal(features.has(s, np.arange(50)), ~np.isnan(given[s]).any(1))
+    assert sorted([*features.rows("train"), *features.rows("val")]) == [i for i in range(50) if i != 4]
+    for s, (mean, std) in features.statistics(np.arange(3, 33), block=5).items():
+        x = given[s][3:33].astype(float)
+        np.testing.assert_allclose(mean, np.nanmean(x, 0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(std, np.nanstd(x, 0), rtol=1e-4)
+    assert features.hash != read_features(as_file(tmp_path, "g.npz", **{**given, "a": np.nan_to_num(given["a"])})).hash
+
+
+def test_a_sample_lacks_a_stream_of_tokens_with_all_of_them(tmp_path):
+    x = np.random.default_rng(0).standard_normal((50, 5, 6)).astype(np.float32)
+    x[7] = np.nan
+    features = read_features(as_file(tmp_path, a=x, b=np.ones((50, 5, 2), np.float32))).per_token()
+    assert np.flatnonzero(~features.has("a", np.arange(250))).tolist() == [35, 36, 37, 38, 39]
+    x[8, 2] = np.nan
+    with pytest.raises(InputError, match="stream 'a' has NaN or Inf in 1 or more rows, first row 8"):
+        read_features(as_file(tmp_path, a=x, b=np.ones((50, 5, 2), np.float32)))
+
+
+def test_a_row_that_is_partly_nan_and_a_stream_that_is_nowhere_are_refused(tmp_path):
+    given = holes()
+    given["a"][9, 2] = np.nan
+    with pytest.raises(InputError, match="stream 'a' has NaN or Inf in 1 or more rows, first row 9"):
+        read_features(as_file(tmp_path, **given))
+    given["a"][:] = np.nan
+    with pytest.raises(InputError, match="stream 'a' is NaN throughout"):
+        read_features(as_file(tmp_path, **given))
+
+
+def test_the_null_pairs_anew_what_is_there_and_leaves_gaps_where_they_are(tmp_path):
+    features = read_features(as_file(tmp_path, **holes()))
+    null, rows = features.shuffled(1), np.arange(50)
+    before, after = features.batch(rows)["b"], null.batch(rows)["b"]
+    assert torch.equal(before.isnan(), after.isnan()) and not torch.equal(before, after)
+    assert torch.equal(before.nan_to_num(9).sort(0)[0], after.nan_to_num(9).sort(0)[0])
+    assert all(torch.equal(before[i], after[i]) for i in (4, *range(20, 30)) if not before[i].isnan().any())
+
+
 # -- splitting and batching --------------------------------------------------------------------------------------------
 
 def test_without_a_split_four_fifths_train_and_the_seed_decides(tmp_path):

@@ -180,6 +180,32 @@ def test_a_constant_stream_has_no_r2():
     assert judge.reconstruction([({"t": torch.ones(5, 2)}, {("t", "s"): torch.zeros(5, 2)})])["r2"]["t"]["s"] is None
 
 
+def test_with_gaps_every_number_of_a_pair_is_that_of_the_samples_that_have_both():
+    rng = np.random.default_rng(0)
+    x = {s: rng.standard_normal((60, 5)) + (0, 3)[s == "b"] for s in "abc"}
+    x["b"] = x["a"] + 0.5 * x["b"]
+    for s, gone in (("a", slice(0, 20)), ("c", slice(10, 40))):
+        x[s][gone] = np.nan
+    here = {s: ~np.isnan(v).any(1) for s, v in x.items()}
+    x_hat = {(t, s): torch.from_numpy(rng.standard_normal((60, 5))) for t in x for s in x}
+    parts = (slice(0, 25), slice(25, 60))
+    found = judge.reconstruction(({t: torch.from_numpy(v[part]) for t, v in x.items()}, {p: v[part] for p, v in x_hat.items()})
+                                 for part in parts)
+    ranks = judge.retrieval(x, {s: here[s] for s in "ac"})
+    line = judge.linear_baseline({s: v[parts[1]] for s, v in x.items()}, x)
+    for s in x:
+        for t in x:
+            both = here[s] & here[t]
+            few = {u: v[both] for u, v in x.items()}
+            one = judge.reconstruction([({t: torch.from_numpy(few[t])}, {(t, s): x_hat[t, s][both]})])
+            assert found["r2"][t][s] == pytest.approx(one["r2"][t][s]) and 0 < both.sum() < 60 or s == t == "b"
+            assert found["nmse"][t][s] == pytest.approx(one["nmse"][t][s])
+            if s != t:
+                assert ranks[f"{s} -> {t}"] == judge.retrieval({u: few[u] for u in (s, t)})[f"{s} -> {t}"]
+                train = {u: x[u][parts[1]][both[parts[1]]] for u in (s, t)}
+                assert line[t][s] == pytest.approx(judge.linear_baseline(train, {u: few[u] for u in (s, t)})[t][s])
+
+
 def test_the_linear_baseline_is_that_of_least_squares_and_nothing_for_unrelated_streams():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((4000, 5))

@@ -1,4 +1,5 @@
 """Claims about sae.py, held against the dense textbook form, the authors' outputs, closed forms and planted truth."""
+import itertools
 import os
 import pathlib
 import shutil
@@ -198,12 +199,12 @@ def test_auxk_uses_the_dead_latents_that_the_authors_use_but_not_their_bias(gold
     for s in cfg["streams"]:
         used = []
         original = model._codes
-        model._codes = lambda c, support: used.append(original(c, support)) or used[-1]
+        model._codes = lambda *a: used.append(original(*a)) or used[-1]
         c, e = x[s] - model.b_pre[s].detach(), (x[s] - model.decode(codes[s], s)).detach()
         if not model.dead(s).any():
             assert s == "dino" and z["out.global.auxk_loss_dino"] > 0.9                     # theirs, with nothing dead
             continue
-        ours = model._auxk(c, e, s)
+        ours = model._auxk(c, e, s, {})
         model._codes = original
         z_aux = torch.from_numpy(z[f"out.global.aux_codes_{s}"])
         same(used[0][s].dense(64).detach(), z_aux, 1e-5)
@@ -216,7 +217,7 @@ def test_auxk_gradient_reaches_dead_rows_and_biases_only(golden):
     codes = model.encode(x, "joint")
     s = "clip_img"
     e = (x[s] - model.decode(codes[s], s)).detach()
-    aux = model._auxk((x[s] - model.b_pre[s]).detach(), e, s)
+    aux = model._auxk((x[s] - model.b_pre[s]).detach(), e, s, {})
     parameters = [model.W_enc[s], model.W_dec[s], model.b_lat[s], model.b_pre[s]]
     grads = torch.autograd.grad(aux, parameters, allow_unused=True)
     for g in grads[:3]:
@@ -333,11 +334,227 @@ def test_random_topk_lets_one_stream_choose_for_all_and_draws_it_anew_each_step(
     drawn = []
     for step in range(60):
         model.step.fill_(step)
-        drawn.append(model.drawn_stream())
-        assert drawn[-1] == model.drawn_stream()                                            # no hidden state
+        drawn.append(model.drawn_streams()[0])
+        assert drawn[-1] == model.drawn_streams()[0]                                            # no hidden state
     assert {drawn.count(s) > 8 for s in DIMS} == {True}
     codes = model.loss(x)[1]["codes"][0]
     assert torch.equal(codes["a"].indices.sort(1)[0], model.encode(x, "alone")[drawn[-1]].indices.sort(1)[0])
+
+
+# -- a few pairs of streams a step -------------------------------------------------------------------------------------
+
+def five(**kw):
+    dims = {"a": 6, "b": 5, "c": 7, "d": 4, "e": 3}
+    g = torch.Generator().manual_seed(2)
+    return SPARC(dims, 32, 4, norm="l2", **kw).double(), {s: torch.randn(8, d, generator=g).double() for s, d in dims.items()}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("targets", [1, 2, 3])
+def test_the_mean_gradient_over_all_choices_of_targets_is_that_of_all_pairs(targets, reduction, monkeypatch):
+    model, x = five(topk="both", targets=targets, reduction=reduction, lam=.7)
+    everything, _ = five(topk="both", reduction=reduction, lam=.7)
+    orders = [torch.tensor(order) for order in itertools.permutations(range(5)) if order[0] == 0]     # circles
+    losses, slopes = [], []
+    for order in orders:
+        monkeypatch.setattr(torch, "randperm", lambda n, generator, order=order: order)
+        losses.append(model.loss(x)[0])
+        slopes.append(gradients(model, losses[-1]))
+    assert torch.stack(losses).std() > 1e-3
+    full = everything.loss(x)[0]
+    same(torch.stack(losses).mean(), full, 1e-12)
+    for name, g in gradients(everything, full).items():
+        same(torch.stack([one[name] for one in slopes]).mean(0), g, 1e-12)
+
+
+def test_every_pair_of_streams_is_drawn_as_often_and_by_the_step_alone():
+    model, _ = five(targets=2, topk="random")
+    met, with_first = {}, {}
+    for step in range(2000):
+        model.step.fill_(step)
+        drawn = model.drawn_sources()
+        assert drawn == model.drawn_sources()
+        assert all(len(v) == 3 == len({*v}) and v[0] == t for t, v in drawn.items())
+        assert all(sum(s in v for v in drawn.values()) == 3 for s in drawn)
+        for t, others in drawn.items():
+            for s in others[1:]:
+                met[s, t] = met.get((s, t), 0) + 1
+                if s == model.drawn_streams()[0]:            # who chooses has no say in who rebuilds
+                    with_first[s, t] = with_first.get((s, t), 0) + 1
+    assert len(met) == len(with_first) == 20
+    assert all(abs(n - 1000) < 110 for n in met.values()) and all(abs(n - 200) < 65 for n in with_first.values())
+
+
+def test_targets_change_nothing_where_all_pairs_are_few_and_cross_terms_nothing_without_lambda():
+    for kw in ({"targets": 4}, {"targets": 9}):
+        model, x = five(**kw)
+        assert torch.equal(model.loss(x)[0], five()[0].loss(x)[0])
+    model, x = five(targets=1, lam=0.)
+    assert model.loss(x)[1]["cross"] == 0 and torch.equal(model.loss(x)[0], five(lam=0.)[0].loss(x)[0])
+
+
+def test_the_gather_kernels_give_the_same_in_pieces(monkeypatch):
+    model, x = make(kernels="gather", topk="both")
+    whole = model.loss(x)[0]
+    slopes = gradients(model, whole)
+    monkeypatch.setattr(sae, "GATHERED", 200)                # five samples of four rows of ten
+    pieces = model.loss(x)[0]
+    same(pieces, whole, 1e-14)
+    for name, g in gradients(model, pieces).items():
+        same(g, slopes[name], 1e-14)
+    widest = []
+    monkeypatch.setattr(sae.Pattern, "pieces", lambda p, d, ask=sae.Pattern.pieces: widest.extend(
+        len(p.indices[i]) * p.indices.shape[1] * d for i in ask(p, d)) or ask(p, d))
+    model.loss(x)
+    assert 0 < max(widest) <= 200
+
+
+# -- samples that lack streams -----------------------------------------------------------------------------------------
+
+def with_gaps(x):
+    """The batch of `make` with gaps: samples that lack one stream, two, all; "a" and "b" never meet but in sample 0."""
+    x = {s: v.clone() for s, v in x.items()}
+    for s, rows in (("a", [1, 2, 3, 4, 5, 15]), ("b", [6, 7, 8, 9, 10, 11, 12, 13, 14, 15]), ("c", [3, 8, 9, 15])):
+        if s in x:
+            x[s][rows] = float("nan")
+    return x
+
+
+def slow_loss(model, x):
+    """Eq. 6-14 a sample, a stream and a latent at a time, of what is there."""
+    streams, B = list(x), len(x["a"])
+    there = {i: [s for s in streams if not x[s][i].isnan().any()] for i in range(B)}
+    v = {(i, s): model.normalise(x[s][i:i + 1], s)[0] for i in there for s in there[i]}
+    h = {(i, s): torch.stack([model.W_enc[s][j] @ (v[i, s] - model.b_pre[s]) + model.b_lat[s][j] for j in range(model.n_latents)])
+         for i, s in v}
+    order = model.drawn_streams()
+    total = 0.
+    for way in {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"], "random": ["drawn"]}[model.topk]:
+        z = {}
+        for i, s in v:
+            deciding = {"joint": there[i], "alone": [s], "drawn": [next(t for t in order if t in there[i])]}[way]
+            kept = sum(h[i, t] for t in deciding).topk(model.k).indices.tolist()
+            z[i, s] = {j: h[i, s][j].clamp(min=0) for j in kept}
+        own, cross = [], []
+        for s in streams:
+            for t in streams:
+                if s not in model.drawn_sources()[t]:
+                    continue
+                errors = []
+                for i in range(B):
+                    if s in there[i] and t in there[i] and v[i, t].norm() > 0:
+                        x_hat = model.b_pre[t] + sum(value * model.W_dec[t][j] for j, value in z[i, s].items())
+                        errors.append((v[i, t] - x_hat).square().sum() / v[i, t].square().sum())
+                if errors:
+                    (own if s == t else cross).append(sum(errors) / len(errors))
+        weight = model.lam if reduction_of_all(model) else model.lam * (len(streams) - 1) / model.targets
+        total = total + model.reduce(own) + weight * model.reduce(cross)
+    return total
+
+
+def reduction_of_all(model):
+    return model.targets is None or model.targets >= len(model.streams) - 1 or model.reduction == "mean"
+
+
+@pytest.mark.parametrize("kernels", ["csr", "gather"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("topk", sae.TOPK)
+def test_with_gaps_loss_and_gradients_equal_a_loop_over_samples_and_pairs(topk, reduction, kernels):
+    for M, step, targets in ((2, 0, None), (3, 0, None), (3, 3, 1)):
+        model, x = make(M, topk=topk, reduction=reduction, kernels=kernels, lam=.7, L=20, targets=targets)
+        model.step.fill_(step)
+        x["a"][7] = 0
+        x = with_gaps(x)
+        if M == 2:
+            x["a"][0] = float("nan")                                                        # no sample has both
+        slow = slow_loss(model, x)
+        slopes = gradients(model, slow)
+        for found in (model.loss(x)[0], sae.dense_loss(model, x)):
+            same(found, slow, 1e-12)
+            for name, g in gradients(model, found).items():
+                same(g, slopes[name], 1e-12)
+
+
+@pytest.mark.parametrize("norm", sae.NORMS)
+@pytest.mark.parametrize("topk", sae.TOPK)
+def test_no_nan_of_a_missing_stream_reaches_a_weight_a_code_or_a_counter(topk, norm):
+    model, x = make(topk=topk, norm=norm, dtype=torch.float32, dead_after=2, reinit_after=2)
+    x, optimiser = with_gaps(x), sae.make_optimiser(model, 1e-2)
+    for _ in range(8):
+        told = sae.told(model, sae.train_step(model.train(), optimiser, x))
+        assert np.isfinite(list(told.values())).all()
+    assert sum(map(bool, told.values())) > 4
+    for v in [*model.state_dict().values(), *(v for codes in map(model.encode, [x]) for v in codes.values() for v in v)]:
+        assert v.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["joint", "alone"])
+def test_a_sample_that_lacks_streams_has_the_codes_of_those_it_has(mode):
+    model, x = make()
+    x = with_gaps(x)
+    found = model.encode(x, mode)
+    for i in range(15):
+        there = {s: v[i:i + 1] for s, v in x.items() if not v[i].isnan().any()}
+        expected = model.encode(there, mode)
+        for s, code in found.items():
+            one = Codes(code.indices[i:i + 1], code.values[i:i + 1])
+            same(one.dense(64), expected[s].dense(64) if s in there else torch.zeros(1, 64).double(), 1e-12)
+            assert ((one.indices < 0).all() if s not in there else (one.indices >= 0).all())
+    assert all((code.indices[15] == -1).all() for code in found.values())
+
+
+def test_auxk_and_the_counters_of_a_stream_are_those_of_the_samples_that_have_it():
+    def trained(x, s, aux_coef):
+        model, _ = make(topk="local", lam=0., dtype=torch.float32, dead_after=2, aux_coef=aux_coef)
+        optimiser = sae.make_optimiser(model, 1e-2)
+        for _ in range(6):
+            sae.train_step(model.train(), optimiser, x)
+        return {k: v for k, v in model.state_dict().items() if k.endswith(s)}
+
+    gaps = with_gaps(make(dtype=torch.float32)[1])
+    for s in DIMS:                                           # local and without cross terms: to each stream its own
+        rows = ~gaps[s].isnan().any(1)
+        alone = trained({t: v.nan_to_num(0)[rows] for t, v in gaps.items()}, s, 1.)
+        same(trained(gaps, s, 1.), alone, 1e-5)
+        assert (trained(gaps, s, 0.)[f"W_enc.{s}"] - alone[f"W_enc.{s}"]).abs().max() > 1e-3        # AuxK was at work
+
+
+def test_a_stream_that_a_whole_batch_lacks_has_not_failed_to_fire_there():
+    model, x = make(dtype=torch.float32)
+    x["b"][:] = float("nan")
+    sae.train_step(model.train(), sae.make_optimiser(model, 1e-3), x)
+    assert (model.idle_a > 0).any() and not model.idle_b.any()
+
+
+@pytest.mark.parametrize("activation", sae.ACTIVATIONS)
+@pytest.mark.parametrize("revive", sae.REVIVE)
+def test_a_single_stream_learns_from_the_rows_that_are_there(activation, revive):
+    def trained(x):
+        model = SAE({"a": 10}, 64, activation, 4, 0.1, "sum", revive, dead_after=2)
+        model.start_bias(x, "mean")
+        optimiser = sae.make_optimiser(model, 1e-2)
+        for _ in range(6):
+            sae.train_step(model.train(), optimiser, x)
+        return model.eval()
+
+    x = make(dtype=torch.float32)[1]["a"]
+    gaps = x.repeat_interleave(2, 0)
+    gaps[::2] = float("nan")
+    with_, without = trained(gaps), trained(x)
+    for name, v in without.state_dict().items():
+        assert torch.equal(v, with_.state_dict()[name]) or v.isnan().all(), name
+    codes = with_.encode(gaps)
+    assert torch.equal(codes.dense(64)[1::2], without.encode(x).dense(64)) and not codes.dense(64)[::2].any()
+
+
+def test_with_nothing_missing_nothing_is_masked(monkeypatch):
+    model, x = make(topk="both", dead_after=0)
+    x["a"][3] = 0
+    assert model._features(x)[1] == {} and model._features(with_gaps(x))[1].keys() == set(DIMS)
+    plain, features = model.loss(x)[0], model._features(x)[0]
+    everywhere = {s: torch.ones(16, dtype=torch.bool) for s in DIMS}
+    monkeypatch.setattr(model, "_features", lambda x: (features, everywhere))
+    same(model.loss(x)[0], plain, 1e-12)                     # the masked way, with nothing to mask
 
 
 def test_both_adds_the_joint_and_the_alone_loss_of_the_same_weights():
@@ -348,10 +565,10 @@ def test_both_adds_the_joint_and_the_alone_loss_of_the_same_weights():
 def test_bfloat16_chooses_nearly_the_same_latents_and_only_in_training():
     model, x = make(1, batch=200, dtype=torch.float32, L=512, k=16, select="bf16")
     exact, _ = make(1, dtype=torch.float32, L=512, k=16)
-    support = {m: m.train()._support({"a": x["a"]}, "alone")["a"] for m in (model, exact)}
+    support = {m: m.train()._support({"a": x["a"]}, "alone", {})["a"] for m in (model, exact)}
     overlap = np.mean([len(set(a) & set(b)) / 16 for a, b in zip(*(s.tolist() for s in support.values()))])
     assert 0.95 < overlap < 1
-    assert torch.equal(model.eval()._support({"a": x["a"]}, "alone")["a"], support[exact])
+    assert torch.equal(model.eval()._support({"a": x["a"]}, "alone", {})["a"], support[exact])
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
@@ -412,7 +629,7 @@ def test_a_dictionary_row_is_what_a_latent_adds_to_the_raw_features():
 
 @pytest.mark.parametrize("kw, message", [
     ({"k": 65}, "k=65 must lie in 1..latents=64 - lower k or raise latents"), ({"k": 0}, "k=0 must lie"),
-    ({"topk": "all"}, "topk='all' - use one of global"), ({"norm": "l1"}, "norm='l1'"), ({"dims": {}}, "no streams"),
+    ({"targets": 0}, "targets=0 - give 1 or more"), ({"topk": "all"}, "topk='all' - use one of global"), ({"norm": "l1"}, "norm='l1'"), ({"dims": {}}, "no streams"),
     ({"dims": {"x.y": 3}}, "stream name 'x.y' cannot name a parameter"), ({"dims": {"keys": 3}}, "'keys' cannot name"),
     ({"dims": {"training": 3}}, "stream name 'training' cannot name"),
     ({"dims": {"_parameters": 3}}, "'_parameters' cannot name"),
@@ -865,10 +1082,10 @@ def test_impossible_saes_are_refused(kw, message):
 
 # -- training and files ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("topk", sae.TOPK)
-def test_a_resumed_model_ends_bit_identical(topk, tmp_path):
+@pytest.mark.parametrize("topk, targets", [*((topk, None) for topk in sae.TOPK), ("random", 1), ("both", 1)])
+def test_a_resumed_model_ends_bit_identical(topk, targets, tmp_path):
     def fresh():
-        model, x = make(dtype=torch.float32, topk=topk, dead_after=4, reinit_after=3)
+        model, x = make(dtype=torch.float32, topk=topk, dead_after=4, reinit_after=3, targets=targets)
         g = torch.Generator().manual_seed(3)
         batches = [{s: torch.randn(16, d, generator=g) for s, d in DIMS.items()} for _ in range(30)]
         return model, sae.make_optimiser(model, 1e-2), batches
@@ -881,6 +1098,15 @@ def test_a_resumed_model_ends_bit_identical(topk, tmp_path):
     sae.fit(half, batches.__getitem__, 30, optimiser=optimiser)
     assert extra == {"note": "x"} and whole.step == half.step == 30
     assert all(torch.equal(v, half.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_a_checkpoint_of_before_there_were_targets_goes_on_with_all_pairs(tmp_path):
+    sae.save(tmp_path / "c.pt", five(targets=None)[0].float())
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert state["config"].pop("targets", "none") is None
+    torch.save(state, tmp_path / "c.pt")
+    model = sae.load(tmp_path / "c.pt")[0]
+    assert model.drawn_sources() == dict.fromkeys("abcde", list("abcde")) and model.cross_weight == 1
 
 
 def test_a_broken_or_foreign_checkpoint_is_refused(tmp_path):
@@ -939,7 +1165,7 @@ def test_planted_concepts_are_found_by_one_latent_in_every_stream_only_when_trai
     found = {}
     for topk, lam in (("global", 1.), ("both", 1.), ("local", 0.)):
         model = SPARC(features.dims, 128, 6, topk=topk, lam=lam, norm="none")
-        sae.fit(model, lambda step: features.batch(batches.rows(step)), 900, lr=3e-3)
+        sae.fit(model, lambda step: features.batch(batches.rows(step)), 400, lr=6e-3)
         found[topk] = judge.recovery({s: model.dictionary(s).numpy() for s in features.dims}, features.truth)
         for s in features.dims:
             assert found[topk][s]["found"] >= 0.85 * found[topk][s]["of"]
@@ -974,6 +1200,7 @@ def test_settings_follow_the_number_of_samples_up_to_the_thesis_s(n, latents, k,
     assert (found["latents"], found["k"], found["batch"], found["steps"]) == (latents, k, batch, steps)
     assert found["steps"] == found["epochs"] * -(-n // batch) and found["dead_after"] == min(1000, steps // 4)
     assert found["lr"] == pytest.approx(2e-4 * (2 ** 14 / latents) ** .5)
+    assert [sae.settings_for(n, streams=M)["targets"] for M in (1, 2, 4, 5, 40)] == [1, 1, 3, 2, 2]
     assert sae.settings_for(n, latents=6)["k"] == 6 and sae.settings_for(n, epochs=3)["steps"] == 3 * -(-n // batch)
 
 
@@ -988,5 +1215,5 @@ def test_the_seed_decides_the_first_weights_and_which_stream_is_drawn():
         drawn.append([])
         for step in range(20):
             model.step.fill_(step)
-            drawn[-1].append(model.drawn_stream())
+            drawn[-1].append(model.drawn_streams()[0])
     assert drawn[0] == drawn[1] != drawn[2]
