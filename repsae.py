@@ -805,12 +805,14 @@ def explored(model, features, flags, names=None):
 
     def seen(some):
         found = normalised(model, features, some, flags.device)
-        return {s: x.mean(1) if x.ndim == 3 else x for s, x in found.items()}
+        return {s: np.nan_to_num(x.mean(1) if x.ndim == 3 else x) for s, x in found.items()}
     learn, probe = features.rows("train"), None
     learn = learn[features.labelled[learn]][:2000]
     y = learn if features.labels is None else features.labels[learn]
-    if 1 < len(np.unique(y, axis=0)) and len(features.label_names) in range(2, 200):
-        probe = {s: judge.logistic_fit(x, y, len(features.label_names))
+    there = {s: features.has(s, learn) for s in features.streams}
+    if 1 < len(np.unique(y, axis=0)) and len(features.label_names) in range(2, 200) \
+            and all(some.any() for some in there.values()):
+        probe = {s: judge.logistic_fit(x[there[s]], y[there[s]], len(features.label_names))
                  for s, x in seen(learn).items()}
     weights = {name: {s: of[s].detach().cpu().numpy() for s in features.streams}
                for name, of in (("dictionary", model.W_dec), ("bias", model.b_pre))}
