@@ -328,7 +328,7 @@ def test_impossible_flags_end_in_one_line_before_anything_is_written(features, t
                           (["--streams", "x,q"], "has no stream 'q' - it has x, y"),
                           (["--streams", "x"], "needs two streams, not x alone"),
                           (["--lam", "nan"], "--lam nan - give a number from 0"),
-                          (["--taxonomy", tmp_path / "t.json"], "no taxonomy at"),
+                          (["--taxonomy", tmp_path / "t.json"], "no file or folder"),
                           (["--device", "abacus"], "device 'abacus'")):
         assert message in error(capsys, "sparc", "--data", features, *SMALL, "--out", out, *argv)
     assert "no file or folder" in error(capsys, "sparc", "--data", tmp_path / "none.npz", "--out", out)
