@@ -871,7 +871,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["mil"], "--data is missing"), (["mil", "--data", "{b}", "--head", "clam"], "--head clam - take one or more of max, mean"),
     (["mil", "--data", "{b}", "--widths", "8,x"], "8,x - give positive whole numbers"),
     (["mil", "--data", "{p}"], "no feature files in"), (["mil", "--data", "{f}"], "lacks 'X'"),
-    (["finetune", "--images", "{f}"], "lacks train_images"),
+    (["finetune", "--images", "{f}"], "lacks 'images'"),
     (["finetune", "--images", "{p}", "--weights", "vgg1"], "vgg1 is neither a preset"),
     (["finetune", "--images", "{p}", "--label", "disc"], "has one label a picture - leave out --label"),
     (["finetune", "--images", "{p}", "--weights", "../a=vit_micro:random"], "../a=vit_micro:random - write name=RUN"),
