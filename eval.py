@@ -1044,8 +1044,9 @@ def packed_rows(*matrices):
     pattern = sum(v.astype(bool).astype(np.int32) for v in matrices).tocsr()
     pattern.sort_indices()
     row, column = pattern.nonzero()
+    values = [np.asarray(v[row, column]).ravel() if len(row) else np.zeros(0) for v in matrices]
     return {"lengths": packed(np.diff(pattern.indptr)), "columns": packed(column),
-            "values": [packed(np.asarray(v[row, column]).ravel()) for v in matrices]}
+            "values": [packed(v) for v in values]}
 
 
 def by_rank(codes, n):
