@@ -2069,7 +2069,7 @@ def test_every_setting_of_sparc_reaches_the_model_the_optimiser_and_the_batches(
                    "--lr", 0.02, "--shuffle", "samples", "--out", tmp_path / "r")
     model, known = found["model"], data.read_features(features)
     assert model.config == {**said, "n_latents": 30, "reduction": "mean", "select": "fp32",
-                            "kernels": "auto", "dims": {"x": 16, "y": 12}}
+                            "kernels": "auto", "dims": {"x": 16, "y": 12}, "targets": 1}
     assert {found["lr"], found["optimiser"].param_groups[0]["lr"]} == {0.02}
     rows = known.rows("train")
     assert found["n_steps"] == 2 * 25 and len(rows) == 800
