@@ -1249,7 +1249,7 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("sae", "--data", features, "--stream", "x", "--sparsity", 5, "--out", tmp_path / "s"), "has no effect on topk"),
             (("sae", "--data", features, "--stream", "x", *SMALL, "--lr", 1e20, "--epochs", 9, "--out", tmp_path / "s"),
              "lower --lr"),
-            (("latents", finished), "pick one with --stream"),
+            (("intervene", finished), "pick one with --stream"),
             (("latents", tmp_path), "is no run folder"),
             (("intervene", token_run, "--label", "ill"), "no label 'ill' - take one of well, sick"),
             (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
@@ -1811,10 +1811,10 @@ def test_a_damaged_config_is_refused_by_all_that_read_it(text, short, tmp_path, 
     (short / "config.json").write_text(text, "latin-1")
     for argv in (["eval", short], ["sparc", "--resume", "--out", short], ["latents", short]):
         assert "config.json" in error(capsys, *argv)
-    (short / "config.json").write_text('{"flags": {"arch": ["vit_micro"]}}')
+    torch.save({"arch": ["vit_micro"], "size": None, "patch": None, "n_classes": None}, tmp_path / "m.pt")
     Image.new("RGB", (16, 16)).save(tmp_path / "p.png")
-    assert "config.json has ['vit_micro'] as arch" in error(
-        capsys, "extract", "--images", tmp_path / "p.png", "--weights", f"a={short}", "--out", tmp_path / "o.npz")
+    assert "m.pt has ['vit_micro'] as arch" in error(
+        capsys, "extract", "--images", tmp_path / "p.png", "--weights", f"a={tmp_path / 'm.pt'}", "--out", tmp_path / "o.npz")
 
 
 def test_a_run_is_resumed_by_its_own_command(short, capsys):
