@@ -113,13 +113,12 @@ def joined(pieces):
 def nmse(x, x_hat):
     """Normalised mean squared error, thesis Eq. 13, over the samples of x, x_hat (B, d). Those of
     zeros have no scale to normalise by and are left out (the authors' code gives inf)."""
-    return ((x - x_hat).square().sum(1) * _nmse_weight(x)).sum()
+    return ((x - x_hat).square().sum(1) * _nmse_weight(x.square().sum(1))).sum()
 
 
-def _nmse_weight(x, here=None):
-    """(B, d) -> (B,): 1 / ||x||^2 over the number of samples that are not all zero; 0 for those.
-    With `here` (B, M), of sources, (B, M): the same over the samples that have the source too."""
-    energy = x.square().sum(1)
+def _nmse_weight(energy, here=None):
+    """||x||^2 (B,) -> (B,): its inverse over the number of samples that are not all zero; 0 for
+    those. With `here` (B, M), of sources, (B, M): over the samples that have the source too."""
     weight = torch.where(energy > 0, 1 / energy.clamp_min(1e-30), 0)
     if here is None:
         return weight / (energy > 0).sum().clamp_min(1)
@@ -559,7 +558,8 @@ class SPARC(nn.Module):
         """Eq. 14 plus AuxK for one batch of raw features of all streams, x as `encode` has it.
 
         Returns (total, parts): detached scalars `self` and `cross` (mean NMSE over streams and over
-        ordered pairs), `aux`, and `codes`: for each support used a dict stream -> Codes.
+        ordered pairs), `aux`; `codes`: for each support used a dict stream -> Codes; and `energy`:
+        dict stream -> (B,), ||x||^2 of the normalised features, 0 where missing.
         """
         x, here = self._features(x)
         if len(x) < len(self.streams):
@@ -569,7 +569,8 @@ class SPARC(nn.Module):
         c, sources = self._centred(x, here), None
         if here:
             sources = torch.stack([here.get(s, v[:, 0] == v[:, 0]) for s, v in x.items()], 1)
-        weight = {s: _nmse_weight(v, sources) for s, v in x.items()}   # (B,), with gaps (B, M)
+        energy = {s: v.square().sum(1) for s, v in x.items()}
+        weight = {s: _nmse_weight(e, sources) for s, e in energy.items()}    # with gaps (B, M)
         modes = {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"],
                  "random": ["drawn"]}[self.topk]
         total, terms, used = 0., {"self": [], "cross": [], "aux": []}, []
@@ -582,7 +583,7 @@ class SPARC(nn.Module):
                 terms[name] += [v.detach() for v in new]
             used.append(_marked(codes, here))
         means = {name: torch.stack(v).mean() if v else torch.zeros(()) for name, v in terms.items()}
-        return total, {**means, "codes": used}
+        return total, {**means, "codes": used, "energy": energy}
 
     def _terms(self, c, weight, codes, here):
         """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M*(M-1)), aux,
@@ -593,14 +594,16 @@ class SPARC(nn.Module):
         overlap, and the dictionary rows that one needs are still in the cache when the next does.
         It halves the time.
         """
-        own, cross, aux, before, drawn = [], [], [], None, self.drawn_sources()
+        own, cross, aux, pattern, before = [], [], [], None, None
+        drawn, one_support = self.drawn_sources(), len({id(z.indices) for z in codes.values()}) == 1
         for t in c:
             sources = drawn[t]
-            if sources is not before:                        # with all pairs one pattern serves
-                before = sources
-                indices, values = (torch.stack([codes[s][i] for s in sources], 1).flatten(0, 1)
-                                   for i in (0, 1))
+            if pattern is None or not (one_support or sources is before):
+                indices = torch.stack([codes[s].indices for s in sources], 1).flatten(0, 1)
                 pattern = self._pattern(indices)                     # (B*sources, k)
+            if sources is not before:                        # with all pairs the same for all t
+                values = torch.stack([codes[s].values for s in sources], 1).flatten(0, 1)
+            before = sources
             y = _Product.apply(values, self.W_dec[t], pattern, _combine)
             e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)       # (B, sources, d_t)
             energy = torch.linalg.vector_norm(e, dim=2).square()
@@ -788,17 +791,19 @@ class SAE(SPARC):
             z, penalty = self.activate(self.logits(c), batch=self.training)
             y = z @ self.W_dec[s]
             codes = Codes(torch.arange(self.n_latents, device=z.device).expand_as(z), z)
-        error = (y - c).square() * self._error_weight(v).unsqueeze(1)    # (B, d), sums to the mean
+        energy = v.square().sum(1)
+        error = (y - c).square() * self._error_weight(v, energy).unsqueeze(1)  # (B, d); their sum
         aux = self._revival(c, (c - y).detach(), error.detach())
         aux_coef = self.aux_coef if self.revive == "auxk" else 1
         total = error.sum() + self.sparsity * penalty + aux_coef * aux
         return total, {"self": error.sum().detach(), "sparsity": penalty.detach(),
-                       "aux": aux.detach(), "cross": c.new_zeros(()), "codes": [{s: codes}]}
+                       "aux": aux.detach(), "cross": c.new_zeros(()), "codes": [{s: codes}],
+                       "energy": {s: energy}}
 
-    def _error_weight(self, x):
-        """(B, d) -> (B,): what the squared error of each sample counts, see `error`."""
+    def _error_weight(self, x, energy):
+        """(B, d), its (B,) -> (B,): what the squared error of each sample counts, see `error`."""
         if self.error == "nmse":
-            return _nmse_weight(x)
+            return _nmse_weight(energy)
         return x.new_full((len(x),), 1 / (len(x) if self.error == "sum" else x.numel()))
 
     def _revival(self, c, residual, error):
@@ -884,19 +889,18 @@ def renormalise(model):
 
 
 @torch.no_grad()
-def _count_idle(model, x, codes):
+def _count_idle(model, codes, energy):
     """Advance the dead-latent counters by one step; what fired in any sample starts again at 0.
 
     What a latent adds to a sample is as long as its value. It fired if that exceeds FIRES times the
     length of the batch's features (root mean square, zero rows left out): their scale must not
     decide who is dead. A stream that the whole batch lacks had no chance to fire.
     """
-    x, here = model._features(x)
-    for s, v in x.items():
-        if s in here and not here[s].any():
+    for s, squares in energy.items():                        # (B,) squared lengths
+        there = (squares > 0).sum()
+        if not there:
             continue
-        idle, energy = getattr(model, f"idle_{s}"), v.square().sum(1)
-        least = FIRES * (energy.sum() / (energy > 0).sum().clamp_min(1)).sqrt()
+        idle, least = getattr(model, f"idle_{s}"), FIRES * (squares.sum() / there).sqrt()
         idle += 1
         for support in codes:
             fired = support[s].values > least
@@ -996,7 +1000,7 @@ def train_step(model, optimiser, x):
     project_gradient(model)
     optimiser.step()
     renormalise(model)
-    _count_idle(model, x, parts["codes"])
+    _count_idle(model, parts["codes"], parts["energy"])
     model.step += 1
     _reinitialise(model, optimiser)
     _resample(model, optimiser, x)
