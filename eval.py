@@ -555,7 +555,7 @@ def _doubts_of_fit(metrics, own, mean, both):
         (not below and level >= 0.3 and first[worst] < np.median(others) - 0.25, 1,
          f"{worst} is rebuilt much worse than the rest (R2 {first[worst]:.3f})",
          f"look at {worst}, or leave it out with --streams"),
-        (metrics["steps"] < 1000, 1, f"{metrics['steps']} training steps are few",
+        (metrics["steps"] < 500, 1, f"{metrics['steps']} training steps are few",
          "raise --epochs, or lower --batch"),
         (silent > 50, 1, f"{silent:.0f} % of the latents are silent", "lower --latents"),
         (mean["alone"] < joint - 0.1, 1, "with one stream at hand much is lost (self R2 "

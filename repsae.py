@@ -196,7 +196,7 @@ MODEL = {
     "smallest": (0.2, "float", "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
 TRAINING = {
-    "epochs": ("auto", "int 1..", "passes at most; auto: 50, or what makes 1,000 steps"),
+    "epochs": ("auto", "int 1..", "passes at most; auto: 50"),
     "batch": ("auto", "int 1..", "samples a step; auto: a tenth of the rows, up to 256"),
     "lr": ("auto", "float 1e-12..1e30", "auto: 2e-4 sqrt(2^14 / L); dino: at batch 256"),
     "warmup": (None, "int", "steps over which the learning rate rises; dino: epochs"),

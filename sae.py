@@ -1012,7 +1012,7 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
     batch, lr, epochs, steps, norm, dead_after, targets.
 
     A third as many latents as samples and an eighth of them kept (but 40: with fewer even small
-    files are rebuilt badly), at least 1,000 steps of a tenth of the samples, every dimension
+    files are rebuilt badly), 50 passes in steps of a tenth of the samples, every dimension
     standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning
     rate falls with the root of L (Gao et al. 2024). One stream is served as well: more latents
     rebuild its training samples better, and held-out ones no better. Up to four streams each code
@@ -1022,9 +1022,8 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
         return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
     L = latents or power_of_two(n / 3, 128, 8192)
     batch = batch or power_of_two(n / 10, 1, 256)
-    epoch = -(-n // batch)                                   # steps in one
-    epochs = epochs or max(50, -(-1000 // epoch))
-    steps = epochs * epoch
+    epochs = epochs or 50
+    steps = epochs * -(-n // batch)
     return {"latents": L, "k": k or min(max(L // 8, 40), 64, L), "batch": batch,
             "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
             "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4)),

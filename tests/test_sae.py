@@ -1193,7 +1193,7 @@ print(tuple(one.decode(one.encode({"clip": torch.randn(3, 12)})["clip"]).shape))
 
 
 @pytest.mark.parametrize("n, latents, k, batch, steps", [
-    (1, 128, 40, 1, 1000), (157, 128, 40, 8, 1000), (1500, 256, 40, 128, 1008), (2173, 512, 64, 128, 1003),
+    (1, 128, 40, 1, 50), (157, 128, 40, 8, 1000), (1500, 256, 40, 128, 600), (2173, 512, 64, 128, 850),
     (25000, 8192, 64, 256, 4900), (1_700_000, 8192, 64, 256, 332050)])
 def test_settings_follow_the_number_of_samples_up_to_the_thesis_s(n, latents, k, batch, steps):
     found = sae.settings_for(n)
