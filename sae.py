@@ -17,12 +17,14 @@ Glossary     B batch . M streams . L latents . k latents kept per sample . d_s w
              joint     a code whose support was chosen from all given streams together (Eq. 7-8)
              alone     a code whose support was chosen from its own stream only
              here[s]   (B,) bool: the samples that have stream s. Raw features that are NaN
-                       throughout mean that a sample lacks the stream
+                       throughout mean that a sample lacks the stream; NaN in part is not looked
+                       for here, and spoils all weights: refuse it where you read
+             topk      of several streams who chooses the k latents; of one stream an activation
 
 Deviations   from the authors' code, where it differs from the papers or is wrong:
              the loss sums over streams as Eq. 14 does; theirs averages (`reduction="mean"`);
-             AuxK is exactly 0 when no latent is dead, adds no bias, sends gradient to dead latents
-             only, and divides by the residual's energy over the batch; theirs sample by sample;
+             AuxK (see `SPARC._auxk`) is 0 when no latent is dead, has no bias, sends gradient to
+             dead latents only, and divides by the batch's residual energy, theirs each sample's;
              latents are drawn anew `reinit_after` steps after they died, with their Adam moments;
              theirs at once, which leaves AuxK nothing to do;
              dictionary rows are renormalised after the optimiser step: saved ones have unit norm;
@@ -207,7 +209,6 @@ class Pattern:
         starts, sample, order = self._columns
         return torch.sparse_csr_tensor(starts, sample, values.reshape(-1)[order],
                                        (self.n_latents, B), check_invariants=False)
-
 
     def pieces(self, d):
         """Slices of the batch whose gathered rows, (b, k, d), are at most GATHERED numbers."""
@@ -432,13 +433,14 @@ class SPARC(nn.Module):
     # gradients.
 
     def _logits(self, c, streams, here):
-        """All L logits, Eq. 6, summed over those of `streams` that a sample has, (B, L)."""
+        """All L logits, Eq. 6, summed over those of `streams` that a sample has, Eq. 7: (B, L).
+        Both equations are one product, added in place from the second stream on."""
         h = sum(self.b_lat[s] * here[s].unsqueeze(1) if s in here else self.b_lat[s]
                 for s in streams)                                                    # (L,), (B, L)
         for s in streams:
             if self.select == "bf16" and self.training:
                 h = (c[s].bfloat16() @ self.W_enc[s].bfloat16().T).float().add_(h)
-            else:                                                                    # Eq. 7
+            else:
                 h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)
         return h
 
@@ -630,9 +632,11 @@ class SPARC(nn.Module):
     def _auxk(self, c, e, stream, here):
         """AuxK (Gao et al.): how the best dead latents rebuild e = x - x_hat (B, d).
 
-        c, e detached: gradient reaches the dead latents' rows and biases only. (The authors' code
-        adds b_pre to both sides and masks with 0 instead of -inf, so it pulls at the bias, and is
-        about 1 when nothing is dead.)
+        c, e detached: gradient reaches the dead latents' rows and biases only, once for every
+        support that is trained on. Who is dead was counted up to the step before. (The authors'
+        code adds b_pre to both sides and masks with 0 instead of -inf, so it pulls at the bias, and
+        is about 1 when nothing is dead. It divides each sample's error by its own residual's
+        energy, which lets the best rebuilt samples, whose residual is noise, decide.)
         """
         dead = self.dead(stream).nonzero().squeeze(1)
         with torch.no_grad():
@@ -734,7 +738,7 @@ class SAE(SPARC):
         if not (sparsity >= 0 and bandwidth > 0 and threshold > 0):
             raise InputError(f"sparsity={sparsity}, bandwidth={bandwidth}, threshold={threshold} - "
                              "give numbers above 0, or sparsity 0")
-        k = k if "topk" in activation else min(k, n_latents)
+        k = k if activation in ("topk", "batchtopk") else min(k, n_latents)    # of no use there
         super().__init__(dims, n_latents, k, "local", 0., **shared)
         for name in ("topk", "lam", "reduction", "targets"):
             del self.config[name]
