@@ -66,7 +66,7 @@ class Samples:
     labels   (N,) int, negative where unlabelled, or (N, C) bool, or None; of label_names
     mask     (N,) bool, False where (N, C) labels are not known, or None
     split    (N,) of "train", "val", "test", or None
-    about    dict of a file's other arrays for each sample: ids, groups, captions, images
+    about    dict of a file's other arrays for each sample: ids, groups, captions, images, coords
     notes    lines that the user should see
     """
     labels: np.ndarray = None
@@ -291,7 +291,9 @@ class Source:
         if key in self.made:
             return self.made[key]
         if self.npz is None:
-            return _load_npy(os.path.join(self.path, f"{key}.npy"))
+            path = os.path.join(self.path, f"{key}.npy")
+            with reading(path, ".npy file"):                 # a map checks the declared size itself
+                return _plain(np.lib.format.open_memmap(path, "r"), path)
         what = f"{self.path}, key '{key}'"
         with reading(what, "array of an .npz file"):
             return _plain(self._member(f"{key}.npy"), what)
@@ -308,9 +310,6 @@ class Source:
                 raise ValueError(f"declares {size} bytes")
         return self.npz[name]
 
-    def get(self, key):
-        return self[key] if key in self else None
-
     def need(self, *keys, give):
         """Refuse a file that lacks one of the keys; give: what to do about it."""
         for key in keys:
@@ -320,9 +319,9 @@ class Source:
     def checked(self, key, wanted, *allowed):
         """The array of a key, or None without it. It must be as one of `allowed`, each (a kind of
         numpy, *shape), where None is any length."""
-        a = self.get(key)
-        if a is None:
+        if key not in self:
             return None
+        a = self[key]
         for kind, *shape in allowed:
             alike = len(shape) == a.ndim and all(n in (None, m) for n, m in zip(shape, a.shape))
             if alike and np.issubdtype(a.dtype, kind):
@@ -385,12 +384,6 @@ def _plain(x, what):
     if x.dtype.kind == "U":
         "".join(x.ravel().tolist()).encode().decode()        # a ValueError for what is no text
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
-
-
-def _load_npy(path):
-    """One array, memory-mapped, which also checks the size that it declares."""
-    with reading(path, ".npy file"):
-        return _plain(np.lib.format.open_memmap(path, "r"), path)
 
 
 def _stream(arrays, name, most=3):
@@ -609,11 +602,6 @@ def number_list(text):
     if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
         raise InputError(f"{text} - give positive whole numbers, separated by commas")
     return tuple(map(int, text.split(",")))
-
-
-def relative(paths, out):
-    """Paths (N,) as they are seen from the folder of the file `out`."""
-    return np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(out))) for p in paths])
 
 
 # ---- A made-up world -----------------------------------------------------------------------------
@@ -905,8 +893,8 @@ def _caption(kinds, ground, mucin, rng):
     def pick(*options):
         return options[rng.integers(len(options))]
     found = []
-    for k in dict.fromkeys(kinds.tolist()):
-        name, many = CELLS[k][0], (kinds == k).sum()
+    for k, many in Counter(kinds.tolist()).items():
+        name = CELLS[k][0]
         if rng.random() >= .85:
             continue
         if many == 1:
@@ -1084,36 +1072,32 @@ def vision():
 
 @dataclass
 class Images(Samples):
-    """Pictures and what is known about them.
+    """Pictures and what is known about them: all as a feature file has it, except that `about` has
+    `images` only where they are pixels. With `coords` a picture is that part of its file.
 
-    paths    list of N          pixels  (N, H, W[, 3]) uint8 where the file holds them, or None
-    boxes    (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one
-    objects  (n, 6) boxes of what is in the pictures, as in a feature file, or None
-    side     pixels that a part needs, at least, where a slide has levels
-    window   see `as_rgb`
+    paths   list of N files
+    boxes   (n, 6) of what is in the pictures, or None
+    side    pixels that a part needs, at least, where a slide has levels
+    window  see `as_rgb`
     """
     paths: list
-    pixels: np.ndarray = None
     boxes: np.ndarray = None
-    objects: np.ndarray = None
     side: int = 224
     window: tuple = None
 
     def open(self, i):
         """Picture i in RGB."""
-        if self.boxes is not None:
-            return _slide(self.paths[i], self.window).read(self.boxes[i], self.side)
-        images = self.paths if self.pixels is None else self.pixels
-        return open_image(images[i], window=self.window)
+        if "coords" in self.about:
+            return _slide(self.paths[i], self.window).read(self.about["coords"][i], self.side)
+        return open_image(self.about.get("images", self.paths)[i], window=self.window)
 
     def __len__(self):
         return len(self.paths)
 
     @property
     def whole(self):
-        """Whether views must not cut anything off: tiles have no margin, and boxes are shares of
-        the whole picture."""
-        return self.boxes is not None or self.objects is not None
+        """Whether views must cut nothing off: tiles have no margin, boxes are shares of all."""
+        return "coords" in self.about or self.boxes is not None
 
     def rows(self, *splits):
         """Those of the splits; all, where there is no split."""
@@ -1121,23 +1105,21 @@ class Images(Samples):
         return np.flatnonzero(inside)
 
     def take(self, rows):
-        """The pictures `rows`, which may repeat, without their objects."""
-        known = {key: a[rows] for key, a in self._arrays().items()}
-        return replace(self, paths=[self.paths[i] for i in rows], objects=None, **known,
-                       about={key: a[rows] for key, a in self.about.items()})
+        """The pictures `rows`, which may repeat, without their boxes."""
+        known = {key: a[rows] for key, a in self.each().items()}
+        return replace(self, paths=[self.paths[i] for i in rows], boxes=None, **_fields(known))
 
-    def _arrays(self):
-        """The fields that hold something for each picture."""
-        found = {key: getattr(self, key) for key in ("labels", "mask", "split", "pixels", "boxes")}
+    def each(self):
+        """What there is for each picture, by key."""
+        found = {"labels": self.labels, "mask": self.mask, "split": self.split, **self.about}
         return {key: a for key, a in found.items() if a is not None}
 
     def arrays(self, out):
         """What is known about the pictures, as the feature file `out` has it."""
-        found = {**self.about, **self._arrays()}
-        found["images"] = found.pop("pixels", relative(self.paths, out))
-        found["coords"], found["boxes"] = found.get("boxes"), self.objects
+        here = os.path.dirname(os.path.abspath(out))
+        found = {"images": np.array([os.path.relpath(p, here) for p in self.paths]), **self.each()}
         found["label_names"] = None if self.labels is None else np.array(self.label_names)
-        return {key: a for key, a in found.items() if a is not None}
+        return {key: a for key, a in {**found, "boxes": self.boxes}.items() if a is not None}
 
     def knn_rows(self, seed, most):
         """Pictures that vote and pictures that are judged, some, if many: train against the other
@@ -1151,8 +1133,13 @@ class Images(Samples):
         """Changes with the files' names, their folders' and sizes, not with where they all lie."""
         told = "\n".join(f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}"
                          for p in self.paths)
-        inside = [a for a in (self.boxes, self.pixels) if a is not None]
+        inside = [self.about[key] for key in ("coords", "images") if key in self.about]
         return _digest(np.frombuffer(told.encode(), np.uint8), *inside)
+
+
+def _fields(known):
+    """Arrays of `Images.each` as the fields of `Samples` that hold them."""
+    return {key: known.pop(key, None) for key in ("labels", "mask", "split")} | {"about": known}
 
 
 def _digest(*arrays):
@@ -1176,12 +1163,12 @@ def read_images(path):
         if min(_slide(path).size) < 448:                     # hardly two tiles: one picture
             return Images([path])
         boxes, _ = tile_slide(path)
-        return Images([path] * len(boxes), boxes=boxes)
+        return Images([path] * len(boxes), about={"coords": boxes})
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
         return _read_voc_folder(path)
     listed = os.fspath(path).endswith(".npz")
     found = _read_listed(path) if listed else _walk(path, PICTURES, "pictures")
-    for file in found.paths if found.pixels is None and found.boxes is None else ():
+    for file in found.paths if not {"images", "coords"} & {*found.about} else ():
         open_image(file, decode=False)
     return found
 
@@ -1195,14 +1182,13 @@ def _read_listed(path):
     n = len(np.atleast_1d(arrays["images"]))
     if not n:
         raise InputError(f"{path} has empty 'images' - name another file")
-    told = _told(arrays, n)
-    images, boxes = (told["about"].pop(key, None) for key in ("images", "coords"))
-    if boxes is not None and images.ndim > 1:
-        raise InputError(f"'images' has shape {images.shape} beside 'coords' - give paths")
-    here = os.path.dirname(os.path.abspath(path))
-    paths = [path] * n if images.ndim > 1 else [os.path.join(here, p) for p in images]
-    return Images(paths, images if images.ndim > 1 else None, objects=arrays.get("boxes"),
-                  boxes=None if boxes is None else boxes.astype(int), **told)
+    told, here, paths = _told(arrays, n), os.path.dirname(os.path.abspath(path)), [path] * n
+    about, boxes = told["about"], _read_boxes(arrays, n, len(told["label_names"]))
+    if about["images"].ndim == 1:
+        paths = [os.path.join(here, p) for p in about.pop("images")]
+    elif "coords" in about:
+        raise InputError(f"'images' has shape {about['images'].shape} beside 'coords' - give paths")
+    return Images(paths, boxes, **told)
 
 
 def _stack_splits(arrays):
@@ -1219,8 +1205,9 @@ def _stack_splits(arrays):
                                split=np.repeat(there, size))
 
 
-def _listed(folder):
-    """Yield (split, name of a picture) as ImageSets/Main of a Pascal VOC folder lists them."""
+def _voc(folder, window=None):
+    """Yield (split, name, path, width and height, objects) of the pictures that ImageSets/Main of a
+    Pascal VOC folder lists."""
     for part, split in (("trainval", "train"), ("test", "test")):
         path = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
         if not os.path.exists(path):
@@ -1228,7 +1215,10 @@ def _listed(folder):
         with reading(path, "list"), open(path, errors="replace") as f:
             stems = f.read().split()
         for stem in stems:
-            yield split, plain_name(stem, f"{path} lists a picture")
+            plain_name(stem, f"{path} lists a picture")
+            picture = os.path.join(folder, "JPEGImages", f"{stem}.jpg")
+            objects = read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))
+            yield split, stem, picture, np.array(_slide(picture, window).size), objects
 
 
 def read_voc(path):
@@ -1246,22 +1236,20 @@ def read_voc(path):
 
 def _read_voc_folder(folder):
     """The pictures of a Pascal VOC folder with its splits; its objects as labels and boxes."""
-    listed = list(_listed(folder))
+    listed, objects = list(_voc(folder)), []
     if not listed:
         raise InputError(f"{folder}: ImageSets/Main lists no pictures - add their names")
-    splits, stems = map(list, zip(*listed))
-    paths, objects = [os.path.join(folder, "JPEGImages", f"{stem}.jpg") for stem in stems], []
-    for i, stem in enumerate(stems):
-        sides = np.array([*_slide(paths[i]).size] * 2)
-        for name, box in read_voc(os.path.join(folder, "Annotations", f"{stem}.xml")):
-            x0, y0, x1, y1 = np.clip(box / sides, 0, 1)
+    splits, _, paths, sizes, found = map(list, zip(*listed))
+    for i, (size, things) in enumerate(zip(sizes, found)):
+        for name, box in things:
+            x0, y0, x1, y1 = np.clip(box / [*size, *size], 0, 1)
             if x0 < x1 and y0 < y1:
                 objects.append((i, name, x0, y0, x1, y1))
     names = sorted({name for _, name, *_ in objects})
     boxes = np.array([(i, names.index(name), *box) for i, name, *box in objects]).reshape(-1, 6)
     labels = np.zeros((len(paths), len(names)), bool)
     labels[tuple(boxes[:, :2].astype(int).T)] = True
-    return Images(paths, split=np.array(splits), labels=labels, label_names=names, objects=boxes)
+    return Images(paths, boxes, split=np.array(splits), labels=labels, label_names=names)
 
 
 def _files(folder, endings):
@@ -1459,7 +1447,7 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
 
 
 def read_pictures(path, size, label=None, window=None):
-    """Labelled pictures in memory, Images with `pixels` (N, size, size, 3), of whatever
+    """Labelled pictures in memory, (N, size, size, 3) as `images` in `about`, of whatever
     `read_images` reads; those without a label are left out. Where several labels hold at once,
     `label` is the name of the one to find. window: see `as_rgb`."""
     images = replace(read_images(path), window=window)
@@ -1478,7 +1466,9 @@ def read_pictures(path, size, label=None, window=None):
         found = "".join(names[c] for c in there) or "none"
         raise InputError(f"{path} has the one class {found} - there is nothing to tell apart")
     views = [images.open(i).resize((size, size), Image.BICUBIC) for i in range(len(images))]
-    return replace(images, pixels=np.stack([np.asarray(view) for view in views]), boxes=None)
+    images.about.pop("coords", None)                         # the parts are cut out now
+    images.about["images"] = np.stack([np.asarray(view) for view in views])
+    return images
 
 
 def picture_parts(pictures, split, seed, source):
@@ -1598,10 +1588,8 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
     saturation = np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1]
     saturation = scipy.ndimage.median_filter(saturation, median)    # (H, W)
     mask = saturation > (otsu(saturation) if threshold is None else threshold)
-    square, eight = np.ones((close, close)), np.ones((3, 3))
-    mask = scipy.ndimage.binary_dilation(mask, square)
-    mask = scipy.ndimage.binary_erosion(mask, square, border_value=1)
-    label, _ = scipy.ndimage.label(mask, eight)
+    mask = scipy.ndimage.grey_closing(mask, (close, close))
+    label, _ = scipy.ndimage.label(mask, np.ones((3, 3)))    # of eight neighbours
     out, n = np.zeros(mask.shape, np.int32), 0
     for i, where in enumerate(scipy.ndimage.find_objects(label), 1):
         piece = label[where] == i
@@ -1671,7 +1659,8 @@ def tile_arrays(slides, i, boxes, out, regions=None, share=0.5):
     """What the file `out` says of the tiles `boxes` of slide i of `read_slides`: where they are and
     the slide's label and split. With regions (`read_polygons`), tiles that lie in them by at least
     `share` have the label "region" instead (thesis 3.2.2: half of the patch)."""
-    tiles = replace(slides.take(np.full(len(boxes), i)), boxes=boxes)
+    tiles = slides.take(np.full(len(boxes), i))
+    tiles.about["coords"] = boxes
     if regions is not None:
         inside = [region_share(regions, box) >= share for box in boxes]
         tiles.labels, tiles.label_names = np.array(inside).astype(int), ["outside", "region"]
@@ -1682,20 +1671,17 @@ def _read_tiles(files):
     """Tiles as the `tile` command writes them; what not all files say is left out."""
     parts = [_read_listed(file) for file in files]
     for file, part in zip(files, parts):
-        if part.boxes is None:
+        if "coords" not in part.about:
             raise InputError(f"{file} lacks 'coords' - name a file that `tile` wrote")
         if part.label_names != parts[0].label_names:
             raise InputError(f"{file} has other 'label_names' than {files[0]} - tile them together")
     for part in parts if any(part.mask is not None for part in parts) else ():
         part.mask = part.labelled
-
-    def joined(dicts):
-        shared = set.intersection(*map(set, dicts))
-        return {key: np.concatenate([d[key] for d in dicts]) for key in shared}
-    told = joined([part._arrays() for part in parts])
-    return Images([path for part in parts for path in part.paths], **told,
-                  label_names=parts[0].label_names if "labels" in told else [],
-                  about=joined([part.about for part in parts]))
+    known = [part.each() for part in parts]
+    shared = {key: np.concatenate([one[key] for one in known])
+              for key in known[0] if all(key in one for one in known)}
+    return Images([path for part in parts for path in part.paths], **_fields(shared),
+                  label_names=parts[0].label_names)
 
 
 def read_polygons(path):
@@ -1732,10 +1718,7 @@ def cut_boxes(folder, margin=0.2, window=None):
     shifted inwards at the picture's edge. Boxes with a side of 8 pixels or less are left out.
     """
     paths, squares, ids = [], [], []
-    for split, stem in _listed(folder):
-        path = os.path.join(folder, "JPEGImages", f"{stem}.jpg")
-        size = np.array(_slide(path, window).size)
-        objects = read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))
+    for split, stem, path, size, objects in _voc(folder, window):
         for i, (name, box) in enumerate(objects):
             sides, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
             if sides.min() <= 8:
@@ -1748,7 +1731,8 @@ def cut_boxes(folder, margin=0.2, window=None):
             ids.append(f"{split}/{name}/{stem}_{i}")
     if not paths:
         raise InputError(f"{folder} has no box of more than 8 pixels - name another folder")
-    return Images(paths, boxes=np.array(squares), window=window, about={"ids": np.array(ids)})
+    about = {"coords": np.array(squares), "ids": np.array(ids)}
+    return Images(paths, window=window, about=about)
 
 
 # ---- Bags of instances ---------------------------------------------------------------------------

@@ -2336,7 +2336,7 @@ def cmd_finetune(flags):
               for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
     log, progress, sizes = Log(run.path("log.csv")), Progress(len(specs) * n), {}
-    pixels = pictures.pixels.transpose(0, 3, 1, 2)
+    pixels = pictures.about["images"].transpose(0, 3, 1, 2)
     baseline = [judge.pixel_probe(pixels, pictures.labels, parts, C) for parts in rounds]
     found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
     for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
@@ -2378,7 +2378,7 @@ def finetune_one(pictures, parts, model, flags):
     torch.set_flush_denormal(True)
     torch.manual_seed(flags.seed)
     train, val, test = parts
-    x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
+    x, y = data.normalised(pictures.about["images"]), torch.from_numpy(pictures.labels)
 
     def batches(epoch):
         order = np.random.default_rng([flags.seed, epoch]).permutation(train)    # new each epoch
