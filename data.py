@@ -501,16 +501,16 @@ def _split(given, groups, n, seed):
 def _scan(features, block_bytes=1 << 24):
     """One pass over all streams: find what samples lack (rows of NaN), refuse other NaN and Inf,
     count zero rows, and hash what a run depends on. A sample without any stream is in no split."""
-    digest, lacks = hashlib.sha256(), {}
+    digest, lacks, notes = hashlib.sha256(), {}, features.notes
     for s, x in features.streams.items():
         digest.update(f"{s} {x.dtype} {x.shape}".encode())
         step, zeros = max(1, block_bytes // (x[0].size * x.itemsize)), 0
-        lacks[s] = np.zeros(len(x), bool)
+        gap = lacks[s] = np.zeros(len(x), bool)
         for start in range(0, len(x), step):
             block = np.ascontiguousarray(x[start:start + step]).reshape(-1, x[0].size)
             bad = ~(np.abs(block) <= LARGEST).all(1)         # so compared, NaN is bad too
-            lacks[s][start:start + step][bad] = np.isnan(block[bad]).all(1)
-            bad &= ~lacks[s][start:start + step]
+            gap[start:start + step][bad] = np.isnan(block[bad]).all(1)
+            bad &= ~gap[start:start + step]
             if bad.any():
                 finite = np.isfinite(block[bad.argmax()]).all()
                 what = "numbers beyond 1e15" if finite else "NaN or Inf"
@@ -519,18 +519,17 @@ def _scan(features, block_bytes=1 << 24):
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:
-            features.notes.append(f"stream '{s}' has {zeros} all-zero rows: the loss skips them, "
-                                  "retrieval counts them as missed")
-        if lacks[s].all():
+            notes.append(f"stream '{s}' has {zeros} all-zero rows: the loss skips them, retrieval "
+                         "counts them as missed")
+        if gap.all():
             raise InputError(f"stream '{s}' is NaN throughout - mend it, or leave it out")
-        if lacks[s].any():
-            features.lacks[s] = lacks[s]
-            features.notes.append(f"stream '{s}' is missing (NaN) in {lacks[s].sum()} of {len(x)} "
-                                  "samples")
+        if gap.any():
+            features.lacks[s] = gap
+            notes.append(f"stream '{s}' is missing (NaN) in {gap.sum()} of {len(x)} samples")
     nothing = np.logical_and.reduce(list(lacks.values()))
     if nothing.any():
         features.split = np.where(nothing, "", features.split)
-        features.notes.append(f"{nothing.sum()} samples have no stream at all, and are left out")
+        notes.append(f"{nothing.sum()} samples have no stream at all, and are left out")
     for a in (features.labels, features.mask, features.split):
         digest.update(b"" if a is None else np.ascontiguousarray(a).tobytes())
     for a in (features.label_names, sorted(features.parents.items(), key=str)):
@@ -595,13 +594,6 @@ def read_head(path, d):
     if w.size != d or b.size != 1:
         raise InputError(f"{path} has weight {w.shape} and bias {b.shape} - give {give}")
     return w.reshape(-1), float(b.reshape(-1)[0])
-
-
-def number_list(text):
-    """"256,64" -> (256, 64)."""
-    if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
-        raise InputError(f"{text} - give positive whole numbers, separated by commas")
-    return tuple(map(int, text.split(",")))
 
 
 # ---- A made-up world -----------------------------------------------------------------------------
@@ -772,8 +764,7 @@ def _cloud(n, size, cells, rng):
 
 def _circles(n, middle, radius, rng):
     """n random circles: x and y of their middles and their radii, each (n, 1, 1)."""
-    return (rng.uniform(*span, n).astype(np.float32)[:, None, None]
-            for span in (middle, middle, radius))
+    return (rng.uniform(*span, (n, 1, 1)).astype(np.float32) for span in (middle, middle, radius))
 
 
 def _draw_fields(n, size, ground, mucin, kind, count, rng):
@@ -840,8 +831,8 @@ def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     corner, step = np.round(middle).astype(int) - half, np.arange(2 * half)
     py, px = corner[:, 1, None, None] + step[:, None], corner[:, 0, None, None] + step
     angle = rng.uniform(0, 2 * np.pi, m).astype(np.float32)[:, None, None]
-    dx, dy = (px - middle[:, 0, None, None], py - middle[:, 1, None, None])
-    dx, dy = dx.astype(np.float32), dy.astype(np.float32)    # (m, 1, w), (m, w, 1), in pixels
+    cx, cy = middle.T[..., None, None]                       # (m, 1, 1) each
+    dx, dy = (px - cx).astype(np.float32), (py - cy).astype(np.float32)    # (m, 1, w), (m, w, 1)
     u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
     rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)            # no disc is quite round
 
@@ -1519,15 +1510,10 @@ class Slide:
 
     def __init__(self, path, window=None):
         self.slide = None
-        with reading(path, "slide"):
-            try:
-                import openslide
+        with reading(path, "slide"), contextlib.suppress(ImportError, OSError):    # not installed
+            import openslide
+            if openslide.OpenSlide.detect_format(path):
                 self.slide = openslide.OpenSlide(path)
-            except (ImportError, OSError, ValueError):       # not installed, or a plain picture
-                pass
-            except Exception as e:                           # openslide's own errors
-                if "Unsupported" not in type(e).__name__:
-                    raise
         self.image = None if self.slide else open_image(path, window=window)
         self.size = self.slide.dimensions if self.slide else self.image.size
 
@@ -1628,8 +1614,7 @@ def tile_boxes(pieces, scale, size, side, step):
     return np.concatenate(found)
 
 
-def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0.2, window=None,
-               **how):
+def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None, **how):
     """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the
     overview with both drawn in.
 
@@ -1639,20 +1624,18 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
     if side < 1 or step is not None and step < 1:
         raise InputError(f"tiles of {side} pixels every {step} - give a larger --size")
     slide = _slide(path, window)
-    image, scale = slide.overview(overview)
+    image, scale = slide.overview(2048)
     area = 512 ** 2 / scale ** 2
     pieces = find_tissue(np.asarray(image), least=least * area, least_hole=least_hole * area, **how)
     boxes = tile_boxes(pieces, scale, slide.size, side, step or side)
     if not len(boxes):
-        raise InputError(f"{path} has no tissue for tiles of {side} pixels - lower --threshold, "
-                         "--least or --size")
-    shown = np.array(image)
-    shown[(pieces > 0) & ~scipy.ndimage.binary_erosion(pieces > 0, iterations=2)] = (0, 160, 0)
-    shown = Image.fromarray(shown)
-    draw = ImageDraw.Draw(shown)
+        raise InputError(f"{path} has no tissue for {side} px - lower --threshold, --least, --size")
+    rim = (pieces > 0) & ~scipy.ndimage.binary_erosion(pieces > 0, iterations=2)
+    image.paste((0, 160, 0), mask=Image.fromarray(rim))
+    draw = ImageDraw.Draw(image)
     for x, y, w, h in boxes / scale:
         draw.rectangle((x, y, x + w, y + h), outline=(30, 60, 200))
-    return boxes, shown
+    return boxes, image
 
 
 def tile_arrays(slides, i, boxes, out, regions=None, share=0.5):
@@ -1894,8 +1877,7 @@ def _bags_of_file(arrays):
     folds = arrays.checked("folds", f"(repeats, folds, bags) bool for {n} bags, True = train",
                            (np.bool_, None, None, n))
     if offsets[0] != 0 or offsets[-1] != len(x):
-        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(x)}, the "
-                         "number of instances")
+        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - go from 0 to {len(x)}")
     if not n or not 0 <= y.min() <= y.max() < max(n, 1000):
         raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
     return Bags(np.split(x, offsets[1:-1]), y, [str(c) for c in range(int(y.max()) + 1)],
