@@ -438,9 +438,8 @@ def _read_labels(arrays, n):
     if labels.ndim == 1 and labels.dtype.kind == "U":
         names = sorted({*labels.tolist()} - {""}) if names is None else names
         number = {"": -1, **{name: i for i, name in enumerate(names)}}
-        for row, word in enumerate(labels.tolist()):
-            if word not in number:
-                raise InputError(f"'labels' row {row} is {word[:40]!r}, no 'label_names' - add it")
+        for i in np.flatnonzero(~np.isin(labels, [*number]))[:1]:
+            raise InputError(f"'labels' row {i} is {labels[i][:40]!r}, no 'label_names' - add it")
         labels = np.array([number[word] for word in labels.tolist()])
     labels, count = _numbers(labels, names)
     if names is None:
@@ -561,9 +560,8 @@ def read_taxonomy(path, label_names):
     if len(parents) - len(above) != 1:
         raise InputError(f"taxonomy has {len(parents) - len(above)} roots - give exactly one entry "
                          "the parent null")
-    for name in label_names:
-        if name not in parents:
-            raise InputError(f"taxonomy lacks the label '{name}' - add it")
+    for name in [name for name in label_names if name not in parents][:1]:
+        raise InputError(f"taxonomy lacks the label '{name}' - add it")
     return parents
 
 
@@ -966,8 +964,7 @@ class Merges(Words):
 
     @staticmethod
     def split(text):
-        text = " ".join(str(text).lower().split())
-        return re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", text)
+        return re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", str(text).lower())
 
     def merged(self, word):
         """The pieces of a word."""
@@ -1011,8 +1008,8 @@ def latent_semantics(captions, known, longest=1, width=32):
     shape = len(grams), len(number)
     counts = scipy.sparse.csr_matrix((np.ones(len(cells)), tuple(zip(*cells))), shape)
     counts = counts.multiply(np.log(len(known) / (counts[known] > 0).sum(0)) + 1).tocsr()    # idf
-    length = np.asarray(np.sqrt(counts.multiply(counts).sum(1))).ravel()
-    counts = scipy.sparse.diags(1 / np.maximum(length, 1e-12)) @ counts
+    length = np.maximum(scipy.sparse.linalg.norm(counts, axis=1), 1e-12)
+    counts = scipy.sparse.diags(1 / length) @ counts
     width = min(width, len(number) - 1, len(known) - 1)
     start = np.ones(min(len(number), len(known)))
     _, values, axes = scipy.sparse.linalg.svds(counts[known], width, v0=start)
@@ -1054,9 +1051,8 @@ def vision():
     try:
         import torchvision.transforms
     except RuntimeError:
-        vision.library = torch.library.Library("torchvision", "DEF")     # keeps its operators alive
-        for name in ("nms", "qnms"):
-            vision.library.define(name + "(Tensor dets, Tensor scores, float limit) -> Tensor")
+        for name in ("torchvision::nms", "torchvision::qnms"):
+            torch.library.define(name, "(Tensor dets, Tensor scores, float limit) -> Tensor")
         import torchvision.transforms
     return torchvision
 
@@ -1166,9 +1162,18 @@ def read_images(path):
 
 def _read_listed(path):
     """Pictures that an .npz holds in `images`, or names there, relative to itself, with what else
-    it says of them. With `coords` they are tiles."""
+    it says of them. With `coords` they are tiles. What a MedMNIST file has for each split, as in
+    train_images and train_labels, stands for its `images`, `labels` and `split`."""
     arrays = Source(path)
-    _stack_splits(arrays)
+    there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
+    if there:
+        with reading(path, "MedMNIST file"):
+            images, labels = ([arrays[f"{s}_{key}"] for s in there] for key in ("images", "labels"))
+            size, known = [len(x) for x in images], [len(y) for y in labels]
+            if size != known:
+                raise ValueError(f"{known} labels of {size} images")
+            arrays.made = {"images": np.concatenate(images), "labels": np.concatenate(labels),
+                           "split": np.repeat(there, size)}
     arrays.need("images", give="a list of pictures or tiles, a MedMNIST .npz, or class folders")
     n = len(np.atleast_1d(arrays["images"]))
     if not n:
@@ -1180,20 +1185,6 @@ def _read_listed(path):
     elif "coords" in about:
         raise InputError(f"'images' has shape {about['images'].shape} beside 'coords' - give paths")
     return Images(paths, boxes, **told)
-
-
-def _stack_splits(arrays):
-    """Let what a MedMNIST file has for each split, train_images and train_labels, stand for its
-    `images`, `labels` and `split`."""
-    there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
-    with reading(arrays.path, "MedMNIST file"):
-        images, labels = ([arrays[f"{s}_{what}"] for s in there] for what in ("images", "labels"))
-        size = [len(x) for x in images]
-        if size != [len(y) for y in labels]:
-            raise ValueError(f"{[len(y) for y in labels]} labels of {size} images")
-        if there:
-            arrays.made.update(images=np.concatenate(images), labels=np.concatenate(labels),
-                               split=np.repeat(there, size))
 
 
 def _voc(folder, window=None):
@@ -1351,9 +1342,8 @@ def plain_view(size, whole=False):
 def pixel_statistics(images, rows, most=500, side=64):
     """Mean and standard deviation (3,) of R, G, B in 0..1, of pictures spread over `rows`."""
     chosen = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
-    pixels = np.stack([np.asarray(images.open(i).resize((side, side))) for i in chosen])
-    pixels = pixels.reshape(-1, 3) / 255
-    return pixels.mean(0), np.maximum(pixels.std(0), 1e-3)
+    pixels = np.stack([np.asarray(images.open(i).resize((side, side))) for i in chosen]) / 255
+    return pixels.mean((0, 1, 2)), np.maximum(pixels.std((0, 1, 2)), 1e-3)
 
 
 class Crops:
@@ -1700,7 +1690,7 @@ def cut_boxes(folder, margin=0.2, window=None):
     A part is the square around a box's centre, as long as the box's longer side and `margin` more,
     shifted inwards at the picture's edge. Boxes with a side of 8 pixels or less are left out.
     """
-    paths, squares, ids = [], [], []
+    found = []
     for split, stem, path, size, objects in _voc(folder, window):
         for i, (name, box) in enumerate(objects):
             sides, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
@@ -1708,12 +1698,11 @@ def cut_boxes(folder, margin=0.2, window=None):
                 continue
             half = min(sides.max() / 2 * (1 + margin), size.min() / 2)
             middle = middle.clip(half, size - half)
-            corner = np.round(middle - half).astype(int)
-            squares.append([*corner, *np.round(middle + half).astype(int) - corner])
-            paths.append(path)
-            ids.append(f"{split}/{name}/{stem}_{i}")
-    if not paths:
+            low, high = np.round([middle - half, middle + half]).astype(int)
+            found.append((path, [*low, *(high - low)], f"{split}/{name}/{stem}_{i}"))
+    if not found:
         raise InputError(f"{folder} has no box of more than 8 pixels - name another folder")
+    paths, squares, ids = map(list, zip(*found))
     about = {"coords": np.array(squares), "ids": np.array(ids)}
     return Images(paths, window=window, about=about)
 
