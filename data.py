@@ -7,8 +7,7 @@ Glossary     N samples . T tokens of a sample . d_s width of stream s . C labels
 
 A feature file is an .npz, or a folder of .npy files, with one floating array per stream, (N, d_s),
 or (N, T, d_s) for tokens, its key (or file name) the stream's name; row i is the same sample
-everywhere. A row of NaN throughout says that the sample lacks the stream. Reserved keys, all
-optional:
+everywhere. A row of NaN throughout: the sample lacks the stream. Reserved keys, all optional:
     labels (N,) or (N, 1) of any integer type, or (N,) text, whose sorted values are then the names
            of the labels; or (N, C) bool, where a row of False means "none of these"
     mask   (N,) bool, False = the labels of this row are not known
@@ -19,8 +18,7 @@ optional:
     boxes (n, 6): sample, label, x0, y0, x1, y1 in shares of the picture
 A row is unlabelled where its label is negative or "" or `mask` is False: it then counts neither
 for nor against any label. Nothing is ever unpickled. A folder is memory-mapped: a batch reads its
-own rows and no others. What a user can mend is raised as InputError, which names the file, and the
-key or row at fault.
+own rows and no others. What a user can mend is an InputError that names the file, key or row.
 
 Deviations   from the authors' code: rows are never joined by position alone, without a check that
              the counts agree; the short last block is shuffled among the others, not put last;
@@ -49,8 +47,7 @@ import scipy.sparse.linalg
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords",
-            "grid", "mask", "boxes")
+RESERVED = "labels label_names ids groups split captions images coords grid mask boxes".split()
 SPLITS = ("train", "val", "test")
 LARGEST = np.float32(1e15)  # of a feature: sums of squares must stay below 3e38, float32's end
 
@@ -114,10 +111,8 @@ class Features(Samples):
 
     def picture(self, row):
         """A sample's picture in RGB, or None where there is none that can be read."""
-        try:
+        with contextlib.suppress(KeyError, InputError):
             return open_image(self.about["images"][row], folder=self.folder)
-        except (KeyError, InputError):
-            return None
 
     @property
     def dims(self):
@@ -128,11 +123,6 @@ class Features(Samples):
         """T, or None where a sample is a single vector."""
         x = next(iter(self.streams.values()))
         return x.shape[1] if x.ndim == 3 else None
-
-    @property
-    def mapped(self):
-        """Whether a batch is read from disk, where neighbouring rows are cheap."""
-        return any(isinstance(x, np.memmap) for x in self.streams.values())
 
     def sorted_rows(self):
         """Whether the training rows come sorted by their label, so that neighbours are alike."""
@@ -180,8 +170,7 @@ class Features(Samples):
         return labels & self.labelled[rows][:, None]
 
     def statistics(self, rows, block=4096):
-        """Mean and standard deviation (d_s,) over those of `rows` that have the stream, read block
-        by block: dict of stream."""
+        """Mean and standard deviation (d_s,) of those of `rows` that have it: dict of stream."""
         there = {s: rows[self.has(s, rows)] for s in self.streams}
         total, shift = {}, {s: self.batch(some[:1])[s][0].double() for s, some in there.items()}
         for start in range(0, len(rows), block):
@@ -197,8 +186,7 @@ class Features(Samples):
         return out
 
     def shuffled(self, seed):
-        """The null: every stream but the first permuted inside each split; nothing is shared. A
-        sample goes on lacking what it lacks."""
+        """The null: every stream but the first permuted inside each split, gaps left in place."""
         rng, order = np.random.default_rng([seed, 1]), {}
         for s in list(self.streams)[1:]:
             order[s] = np.arange(len(self))
@@ -238,9 +226,8 @@ class Batches:
 def read_features(path, streams=None, taxonomy=None, seed=42, most=3):
     """Read and check a feature file (see the top of this module).
 
-    streams: names to use, in this order; all by default. taxonomy: a JSON file, see
-    `read_taxonomy`. seed: of the split, when the file has none; None to draw none. most: dimensions
-    of a stream.
+    streams: names to use, in this order; all by default. taxonomy: see `read_taxonomy`. seed: of
+    the split, when the file has none; None to draw none. most: dimensions of a stream.
     """
     arrays = Source(path)
     x = {s: _stream(arrays, s, most) for s in streams or arrays.streams}
@@ -299,8 +286,7 @@ class Source:
             return _plain(self._member(f"{key}.npy"), what)
 
     def _member(self, name):
-        """An array of the .npz, if it declares the size that it has: numpy makes room for what is
-        declared, then reads."""
+        """An array of the .npz, if it has the size it declares: numpy makes room for that first."""
         info = self.npz.zip.getinfo(name)
         with self.npz.zip.open(info) as f:
             version = np.lib.format.read_magic(f)[0]
@@ -336,8 +322,7 @@ def read_arrays(path):
 
 
 def plain_file(path):
-    """The path, unless a pipe, a device or a folder is there, or it is no path at all. A file that
-    is missing is left to who opens it."""
+    """The path, unless a pipe, device or folder is there; a missing file is for who opens it."""
     if "\0" in os.fspath(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise InputError(f"{path} is no plain file - name one")
     return path
@@ -360,7 +345,7 @@ def read_json(path):
 @contextlib.contextmanager
 def reading(path, what):
     """Whatever is raised of the file `path`, which is to be a `what`, becomes one line: libraries
-    raise many kinds of errors for files that are cut off, damaged, or of another format."""
+    raise many kinds of errors for damaged files."""
     try:
         plain_file(path)
         yield
@@ -403,8 +388,7 @@ def _stream(arrays, name, most=3):
 
 
 def _told(arrays, n, seed=None):
-    """What a file says of its n samples: the fields of `Samples`. With a seed there is always a
-    split."""
+    """What a file says of its n samples: the fields of `Samples`; with a seed always a split."""
     each, pixels, notes = (np.generic, n), (np.uint8, n, None, None), []
     about = {key: arrays.checked(key, f"(N,) values, N = {n}", each)
              for key in ("ids", "groups", "captions", "split")}
@@ -425,8 +409,7 @@ def _told(arrays, n, seed=None):
 
 
 def _read_labels(arrays, n):
-    """(labels, names, mask) of a file of n samples, as in `Samples`; a mask of (N,) labels has made
-    them negative."""
+    """(labels, names, mask) of n samples; a mask of (N,) labels has made these negative."""
     mask = arrays.checked("mask", "(N,) booleans, False = labels not known", (np.bool_, n))
     if "labels" not in arrays:
         return None, [], None
@@ -457,9 +440,8 @@ def _numbers(labels, names):
     if whole and labels.ndim == 2 and labels.shape[1] == 1 and len(names or ()) != 1:
         labels = labels[:, 0]                                # as MedMNIST has it
     if whole and labels.ndim == 1:
-        most = int(labels.max()) if labels.size else -1
+        row, most = labels.argmax(), int(labels.max())
         if most >= max(len(labels), 1000, len(names or ())):       # each takes a column
-            row = labels.argmax()
             raise InputError(f"'labels' row {row} is {most} - number the classes from 0")
         return labels.astype(np.int64), max(most + 1, 0)
     flags = labels.dtype == bool or whole and labels.size and 0 <= labels.min() <= labels.max() <= 1
@@ -485,8 +467,7 @@ def _read_boxes(arrays, n, labels):
 
 
 def _split(given, groups, n, seed):
-    """(N,) of train / val / test: as given; else 80 % of the groups, or of the samples, train, the
-    rest val (thesis A.1.2)."""
+    """(N,) of train / val / test: as given; else 80 % of groups or samples train (thesis A.1.2)."""
     if given is not None:
         for row in np.flatnonzero(~np.isin(given, SPLITS))[:1]:
             raise InputError(f"'split' row {row} is '{given[row]}' - use train, val or test")
@@ -499,7 +480,7 @@ def _split(given, groups, n, seed):
 
 def _scan(features, block_bytes=1 << 24):
     """One pass over all streams: find what samples lack (rows of NaN), refuse other NaN and Inf,
-    count zero rows, and hash what a run depends on. A sample without any stream is in no split."""
+    count zero rows, and hash. A sample without any stream is in no split."""
     digest, lacks, notes = hashlib.sha256(), {}, features.notes
     for s, x in features.streams.items():
         digest.update(f"{s} {x.dtype} {x.shape}".encode())
@@ -597,7 +578,7 @@ def read_head(path, d):
 # ---- A made-up world -----------------------------------------------------------------------------
 
 def planted_streams(n=6000, dims=None, seed=42):
-    """Streams whose concepts are known: the embedded default, and the truth that tests use.
+    """Streams whose concepts are known: the truth that tests use.
 
     A sample is a sparse non-negative mixture of concepts: one family is the theme, some concepts
     come from it, some from anywhere, frequent ones more often. Every stream (dims: name -> width)
@@ -614,7 +595,6 @@ def planted_streams(n=6000, dims=None, seed=42):
     for leaf in leaves:                                      # world > A > A1 > A1a
         parents |= {leaf[0]: "world", leaf[:2]: leaf[0], leaf: leaf[:2]}
     C, M = len(leaves), len(dims)
-    family_of = np.arange(C) // 4
     frequency = rng.permutation(1 / (1 + np.arange(C) / 8))  # from 1 down to 1/7
     seen = np.ones((C, M), bool)
     special = rng.permutation(C)[:4 * M].reshape(M, 2, 2)
@@ -622,14 +602,12 @@ def planted_streams(n=6000, dims=None, seed=42):
         seen[special[m, 0]] = np.arange(M) == m              # private to stream m
         if M > 1:
             seen[special[m, 1], m] = False                   # stream m is blind to these
-
     labels = np.zeros((n, C), bool)
     theme = rng.integers(C // 4, size=n)
     for i in range(n):
-        p = frequency * np.where(family_of == theme[i], 8., 1.)
+        p = frequency * np.where(np.arange(C) // 4 == theme[i], 8., 1.)    # four a family
         labels[i, rng.choice(C, size=rng.integers(2, 6), replace=False, p=p / p.sum())] = True
     amount = labels * rng.uniform(0.5, 1.5, size=(n, C))     # (n, C), 0 where a concept is absent
-
     streams, truth = {}, {}
     for m, (s, d) in enumerate(dims.items()):
         D = rng.standard_normal((C, d))                      # one direction a concept
@@ -687,7 +665,6 @@ def tissue(n, size=64, seed=0):
     kind = (rng.random((n, 4, 1)) > share[:, None]).sum(2).clip(max=len(CELLS) - 1)
     ground = rng.integers(len(GROUNDS), size=n)
     mucin = rng.random(n) < np.where(illness[of] == 3, .2, .04)
-
     image, instances = _draw_fields(n, size, ground, mucin, kind, count, rng)
     kinds = [[len(CELLS)] * int(mucin[i]) + kind[i, :count[i]].tolist() for i in range(n)]
     labels = np.zeros((n, len(CELLS) + 1 + len(GROUNDS)), bool)
@@ -730,8 +707,7 @@ def tissue_files(made):
 
 
 def _boxes_of(instances, kinds):
-    """(m, 6) boxes of the numbered objects in `instances`, whose kinds are a list for each image;
-    those that others hide have none."""
+    """(m, 6) boxes of the objects in `instances`, numbered as in each image's list of `kinds`."""
     boxes = []
     for i, (numbers, found) in enumerate(zip(instances, kinds)):
         for k, place in zip(found, scipy.ndimage.find_objects(numbers, len(found))):
@@ -742,8 +718,7 @@ def _boxes_of(instances, kinds):
 
 
 def true_masks(arrays):
-    """{(image, label): bool mask} of the objects of each label together, from a tissue's
-    `instances` and `boxes`; hidden objects have no box."""
+    """{(image, label): bool mask} of a label's objects; hidden ones have neither pixel nor box."""
     out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
     for i in np.unique(boxes[:, 0].astype(int)):
         numbers = [number for number in np.unique(instances[i]) if number]
@@ -783,8 +758,7 @@ def _draw_fields(n, size, ground, mucin, kind, count, rng):
 
 
 def _draw_grounds(n, size, ground, rng):
-    """Empty tissue, float32 (n, size, size, 3): pale stroma, fibres in one direction, or fat
-    vacuoles."""
+    """Empty tissue, float32 (n, size, size, 3): stroma, fibres in one direction, fat vacuoles."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     base = np.array([(240, 222, 232), (236, 196, 214), (238, 212, 224)], np.float32)[ground]
     noise = 4 * _cloud(n, size, 9, rng)
@@ -821,8 +795,7 @@ def _mucin(image, mucin, size, rng):
 
 
 def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
-    """Paint one cell of a kind at `middle` (rows, 2: x, y) into each of the images `rows`, and its
-    number into `instances`."""
+    """Paint a cell at `middle` (x, y) into each of the images `rows`, its number in `instances`."""
     name, _, radii, discs, cytoplasm, granules, cut = (*cell, None, None, None)[:7]
     m, size, half = len(rows), image.shape[1], int(np.ceil(14 * f))
     r = (rng.uniform(*radii, m) * f).astype(np.float32)[:, None, None]
@@ -922,8 +895,7 @@ class Words:
         return re.findall(r"[\w']+", str(text).lower())
 
     def pieces(self, text, strict=True):
-        """[(token, (number of the word, word))] of a text; an unknown word is an error if `strict`,
-        else left out."""
+        """[(token, (number of the word, word))] of a text; unknown words, unless `strict`, go."""
         words = self.split(text)
         unknown = [w for w in words if w not in self.number]
         if strict and unknown:
@@ -941,12 +913,10 @@ class Words:
 
 class Merges(Words):
     """CLIP's own tokenizer: a word starts as its bytes, and of neighbours the pair that stands
-    first in the list is merged, again and again (byte-pair encoding, Sennrich et al. 2016). Knows
-    every text.
+    first in the list is merged, again and again (byte-pair encoding, Sennrich et al. 2016).
 
-    merges: list of pairs "a b" (`read_merges`). Tokens are numbered: 256 bytes, the same at the end
-    of a word, merges, start, end. Letters and digits are Python's, not Unicode's L and N; broken
-    text is not mended first (CLIP's ftfy and html.unescape).
+    merges: list of pairs "a b". Tokens: 256 bytes, the same at the end of a word, merges, start,
+    end. Letters are Python's, not Unicode's L; broken text is not mended first (CLIP's ftfy).
     """
 
     def __init__(self, merges):
@@ -991,10 +961,9 @@ def read_merges(path):
 
 def latent_semantics(captions, known, longest=1, width=32):
     """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture.
-    (N, width) float32.
 
     Counts of words, and of runs of up to `longest` words, that stand in the rows `known`, times the
-    log of how rare they are, scaled to length 1, on the first right singular vectors of these rows.
+    log of their rarity, scaled to length 1, on these rows' first right singular vectors (N, width).
     """
     grams = []
     for text in captions:
@@ -1109,8 +1078,7 @@ class Images(Samples):
         return {key: a for key, a in {**found, "boxes": self.boxes}.items() if a is not None}
 
     def knn_rows(self, seed, most):
-        """Pictures that vote and pictures that are judged, some, if many: train against the other
-        splits, else 80 / 20, groups whole."""
+        """Pictures that vote and that are judged, up to `most`: train or not; else 80 / 20."""
         rng = np.random.default_rng([seed, 8])
         train = _split(self.split, self.about.get("groups"), len(self), seed) == "train"
         return [np.sort(rng.permutation(np.flatnonzero(part))[:most]) for part in (train, ~train)]
@@ -1118,10 +1086,9 @@ class Images(Samples):
     @property
     def hash(self):
         """Changes with the files' names, their folders' and sizes, not with where they all lie."""
-        told = "\n".join(f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}"
-                         for p in self.paths)
+        told = [f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}" for p in self.paths]
         inside = [self.about[key] for key in ("coords", "images") if key in self.about]
-        return _digest(np.frombuffer(told.encode(), np.uint8), *inside)
+        return _digest(np.frombuffer("\n".join(told).encode(), np.uint8), *inside)
 
 
 def _fields(known):
@@ -1188,8 +1155,7 @@ def _read_listed(path):
 
 
 def _voc(folder, window=None):
-    """Yield (split, name, path, width and height, objects) of the pictures that ImageSets/Main of a
-    Pascal VOC folder lists."""
+    """Yield (split, name, path, (width, height), objects) of what a Pascal VOC folder lists."""
     for part, split in (("trainval", "train"), ("test", "test")):
         path = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
         if not os.path.exists(path):
@@ -1280,8 +1246,7 @@ def _walk(folder, endings, what):
 
 
 def open_image(image, decode=True, window=None, folder=""):
-    """A picture, its pixels or its path as seen from `folder`, as `as_rgb` gives it; without
-    `decode` it is only looked at."""
+    """A picture, its pixels or its path from `folder`, in RGB; without `decode` only looked at."""
     if isinstance(image, np.ndarray):
         return as_rgb(Image.fromarray(image), window)
     path = os.path.join(folder, image)
@@ -1403,9 +1368,8 @@ def stain_jitter(image, strength=0.05):
 
 
 class CropBatches(torch.utils.data.Dataset):
-    """Item (step, i): the views of image i as they are drawn in that step. Its own seed makes an
-    item the same whoever asks, in whatever order: a resumed run sees what an uninterrupted one saw,
-    with any number of workers."""
+    """Item (step, i): the views of image i as they are drawn in that step. By its own seed it is
+    the same in a resumed run, and with any number of workers."""
 
     def __init__(self, images, crops, seed):
         self.images, self.crops, self.seed = images, crops, seed
@@ -1419,8 +1383,7 @@ class CropBatches(torch.utils.data.Dataset):
 
 
 def crop_batches(images, crops, batches, seed, first, last, workers=0):
-    """Iterate over steps first .. last - 1: a list of V tensors (B, 3, h, w). batches: a `Batches`
-    over the images."""
+    """Of steps first .. last - 1 of `batches` over the images: a list of V tensors (B, 3, h, w)."""
     steps = [[(step, int(i)) for i in batches.rows(step)] for step in range(first, last)]
     _slide.cache_clear()                                     # workers must not share file handles
     return iter(torch.utils.data.DataLoader(CropBatches(images, crops, seed), batch_sampler=steps,
@@ -1454,7 +1417,7 @@ def read_pictures(path, size, label=None, window=None):
 
 def picture_parts(pictures, split, seed, source):
     """Rows to train on, to stop by and to report: the file's own split ("given"), or 70 / 15 / 15
-    ("random") as `stratified_parts` draws them. source: the file, for messages."""
+    ("random"). source: the file, for messages."""
     y, groups = pictures.labels, pictures.about.get("groups")
     if split == "random":
         parts = stratified_parts(y, (70, 15, 15), seed, groups)
@@ -1483,8 +1446,7 @@ def normalised(pixels):
 
 
 def jittered(x):
-    """Each picture of a batch (B, 3, S, S) mirrored by chance and shifted by up to an eighth, its
-    edge repeated."""
+    """Pictures (B, 3, S, S) mirrored by chance and shifted by up to S/8, their edges repeated."""
     side, pad = x.shape[-1], x.shape[-1] // 8
     x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
     x = torch.nn.functional.pad(x, [pad] * 4, mode="replicate")
@@ -1495,8 +1457,7 @@ def jittered(x):
 # ---- Slides: tissue, tiles and regions of interest (thesis 3.2.2; CLAM, Lu et al. 2021) ----------
 
 class Slide:
-    """A large picture: through openslide where that is installed and knows the file, else through
-    Pillow, in memory."""
+    """A large picture: by openslide, if installed, of what it knows; else by Pillow, in memory."""
 
     def __init__(self, path, window=None):
         self.slide = None
@@ -1508,15 +1469,13 @@ class Slide:
         self.size = self.slide.dimensions if self.slide else self.image.size
 
     def overview(self, side):
-        """The whole slide in RGB with a longer side of at most `side`, and how many of its pixels
-        one of that spans."""
+        """All of it in RGB, the longer side at most `side`, and how many pixels one then spans."""
         scale = max(1., max(self.size) / side)
         small = tuple(max(1, round(v / scale)) for v in self.size)
         return self.read((0, 0, *self.size), small[0]).resize(small, Image.BOX), scale
 
     def read(self, box, side=224):
-        """x, y, width, height of the slide in RGB, from the coarsest level on which it is at least
-        `side` pixels wide."""
+        """x, y, width, height of it, from the coarsest level where that is `side` pixels wide."""
         x, y, w, h = map(int, box)
         if self.slide is None:
             return self.image.crop((x, y, x + w, y + h))
@@ -1536,16 +1495,14 @@ def read_slides(path):
     are the slides' names. None of them is opened."""
     out = _walk(path, SLIDES, "slides") if os.path.isdir(path) else Images([path])
     names = [pathlib.Path(p).stem for p in out.paths]
-    for name, n in Counter(names).items():
-        if n > 1:
-            raise InputError(f"two slides are called {name} - rename one, or tile them apart")
+    for name in [name for name, n in Counter(names).items() if n > 1][:1]:
+        raise InputError(f"two slides are called {name} - rename one, or tile them apart")
     out.about["groups"] = np.array(names)
     return out
 
 
 def otsu(values):
-    """The threshold that splits uint8 values into the two classes with the largest variance between
-    them (Otsu 1979)."""
+    """The threshold of uint8 values with the largest variance between classes (Otsu 1979)."""
     count = np.bincount(np.ravel(values), minlength=256).astype(float)
     below, total = np.cumsum(count), np.cumsum(count * np.arange(256))    # at each threshold
     both = below * (below[-1] - below)                       # 0 where a class is empty
@@ -1589,9 +1546,8 @@ def tile_boxes(pieces, scale, size, side, step):
     outline, and its centre in no hole.
     """
     def at(x, y):
-        row, column = (np.clip((v / scale).astype(int), 0, n - 1)
-                       for v, n in zip((y, x), pieces.shape))
-        return pieces[row, column]
+        i, j = (np.clip((v / scale).astype(int), 0, n - 1) for v, n in zip((y, x), pieces.shape))
+        return pieces[i, j]
     found = [np.zeros((0, 4), int)]
     for i, (rows, columns) in enumerate(scipy.ndimage.find_objects(np.abs(pieces)), 1):
         x, y = (np.arange(int(s.start * scale), min(int(s.stop * scale), n - side + 1), step)
@@ -1659,8 +1615,7 @@ def _read_tiles(files):
 
 def read_polygons(path):
     """The regions of an ASAP annotation file (Camelyon's XML): list of ((n, 2) array of x, y in
-    pixels of the slide, inside), outer ones first; inside is False for what is cut out of them
-    (Camelyon's group _2)."""
+    pixels of the slide, inside), outer ones first; not inside: cut out of them (group _2)."""
     found = []
     with reading(path, "ASAP annotation file"):
         for region in ElementTree.parse(path).getroot().iter("Annotation"):
@@ -1703,8 +1658,7 @@ def cut_boxes(folder, margin=0.2, window=None):
     if not found:
         raise InputError(f"{folder} has no box of more than 8 pixels - name another folder")
     paths, squares, ids = map(list, zip(*found))
-    about = {"coords": np.array(squares), "ids": np.array(ids)}
-    return Images(paths, window=window, about=about)
+    return Images(paths, window=window, about={"coords": np.array(squares), "ids": np.array(ids)})
 
 
 # ---- Bags of instances ---------------------------------------------------------------------------
@@ -1754,8 +1708,7 @@ class Bags:
         return x, mask, torch.from_numpy(self.y[np.asarray(rows)]).long()
 
     def drawn(self, rows, rng, weighted=False):
-        """The bags `rows` in random order; weighted: as many of each class, drawn with
-        replacement."""
+        """The bags `rows` in random order; weighted: drawn with replacement, as many of a class."""
         y = self.y[rows]
         weight = 1 / np.bincount(y)[y] if weighted else np.ones(len(y))
         return rng.choice(rows, len(rows), replace=weighted, p=weight / weight.sum())
@@ -1763,8 +1716,7 @@ class Bags:
     def rounds(self, folds, seed, source):
         """[(rows to learn from, rows to stop by, perhaps none, rows to report)]: `folds` parts of
         which each is reported in turn; if that is 0, the file's own folds, else its splits, else
-        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. source: for
-        messages."""
+        70 / 15 / 15 %. Parts hold every class in proportion and no group twice."""
         everything, none = np.arange(len(self)), np.arange(0)
         if folds:
             parts = stratified_parts(self.y, [1] * folds, seed, self.groups)
@@ -1874,8 +1826,7 @@ def _bags_of_file(arrays):
 
 
 def stratified_parts(y, shares, seed, groups=None):
-    """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending
-    arrays.
+    """Cut positions 0..n-1 into parts (ascending) of these shares, every class in proportion.
 
     No group of groups (n,) lies in two parts, and without them each position is one. It is groups
     that are in proportion, to one, each counted as the rarest class among its samples. Where they

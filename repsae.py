@@ -677,7 +677,8 @@ def resolved(flags, features):
                          "has no penalty - leave it out, or set --k")
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
     auto = sae.settings_for(n, **typed, streams=len(features.streams))
-    auto["shuffle"] = "blocks" if features.mapped else "samples"
+    mapped = any(isinstance(x, np.memmap) for x in features.streams.values())
+    auto["shuffle"] = "blocks" if mapped else "samples"      # on disk neighbouring rows are cheap
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
