@@ -1078,7 +1078,7 @@ class Images(Samples):
         return {key: a for key, a in {**found, "boxes": self.boxes}.items() if a is not None}
 
     def knn_rows(self, seed, most):
-        """Pictures that vote and that are judged, up to `most`: train or not; else 80 / 20."""
+        """Pictures that vote and that are judged, up to `most`: train and rest, else 80 / 20."""
         rng = np.random.default_rng([seed, 8])
         train = _split(self.split, self.about.get("groups"), len(self), seed) == "train"
         return [np.sort(rng.permutation(np.flatnonzero(part))[:most]) for part in (train, ~train)]
