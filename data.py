@@ -7,8 +7,7 @@ Glossary     N samples . T tokens of a sample . d_s width of stream s . C labels
 
 A feature file is an .npz, or a folder of .npy files, with one floating array per stream, (N, d_s),
 or (N, T, d_s) for tokens, its key (or file name) the stream's name; row i is the same sample
-everywhere. A row of NaN throughout says that the sample lacks the stream. Reserved keys, all
-optional:
+everywhere. A row of NaN throughout: the sample lacks the stream. Reserved keys, all optional:
     labels (N,) or (N, 1) of any integer type, or (N,) text, whose sorted values are then the names
            of the labels; or (N, C) bool, where a row of False means "none of these"
     mask   (N,) bool, False = the labels of this row are not known
@@ -19,8 +18,7 @@ optional:
     boxes (n, 6): sample, label, x0, y0, x1, y1 in shares of the picture
 A row is unlabelled where its label is negative or "" or `mask` is False: it then counts neither
 for nor against any label. Nothing is ever unpickled. A folder is memory-mapped: a batch reads its
-own rows and no others. What a user can mend is raised as InputError, which names the file, and the
-key or row at fault.
+own rows and no others. What a user can mend is an InputError that names the file, key or row.
 
 Deviations   from the authors' code: rows are never joined by position alone, without a check that
              the counts agree; the short last block is shuffled among the others, not put last;
@@ -49,8 +47,7 @@ import scipy.sparse.linalg
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-RESERVED = ("labels", "label_names", "ids", "groups", "split", "captions", "images", "coords",
-            "grid", "mask", "boxes")
+RESERVED = "labels label_names ids groups split captions images coords grid mask boxes".split()
 SPLITS = ("train", "val", "test")
 LARGEST = np.float32(1e15)  # of a feature: sums of squares must stay below 3e38, float32's end
 
@@ -66,7 +63,7 @@ class Samples:
     labels   (N,) int, negative where unlabelled, or (N, C) bool, or None; of label_names
     mask     (N,) bool, False where (N, C) labels are not known, or None
     split    (N,) of "train", "val", "test", or None
-    about    dict of a file's other arrays for each sample: ids, groups, captions, images
+    about    dict of a file's other arrays for each sample: ids, groups, captions, images, coords
     notes    lines that the user should see
     """
     labels: np.ndarray = None
@@ -114,10 +111,8 @@ class Features(Samples):
 
     def picture(self, row):
         """A sample's picture in RGB, or None where there is none that can be read."""
-        try:
+        with contextlib.suppress(KeyError, InputError):
             return open_image(self.about["images"][row], folder=self.folder)
-        except (KeyError, InputError):
-            return None
 
     @property
     def dims(self):
@@ -128,11 +123,6 @@ class Features(Samples):
         """T, or None where a sample is a single vector."""
         x = next(iter(self.streams.values()))
         return x.shape[1] if x.ndim == 3 else None
-
-    @property
-    def mapped(self):
-        """Whether a batch is read from disk, where neighbouring rows are cheap."""
-        return any(isinstance(x, np.memmap) for x in self.streams.values())
 
     def sorted_rows(self):
         """Whether the training rows come sorted by their label, so that neighbours are alike."""
@@ -180,8 +170,7 @@ class Features(Samples):
         return labels & self.labelled[rows][:, None]
 
     def statistics(self, rows, block=4096):
-        """Mean and standard deviation (d_s,) over those of `rows` that have the stream, read block
-        by block: dict of stream."""
+        """Mean and standard deviation (d_s,) of those of `rows` that have it: dict of stream."""
         there = {s: rows[self.has(s, rows)] for s in self.streams}
         total, shift = {}, {s: self.batch(some[:1])[s][0].double() for s, some in there.items()}
         for start in range(0, len(rows), block):
@@ -197,8 +186,7 @@ class Features(Samples):
         return out
 
     def shuffled(self, seed):
-        """The null: every stream but the first permuted inside each split; nothing is shared. A
-        sample goes on lacking what it lacks."""
+        """The null: every stream but the first permuted inside each split, gaps left in place."""
         rng, order = np.random.default_rng([seed, 1]), {}
         for s in list(self.streams)[1:]:
             order[s] = np.arange(len(self))
@@ -238,9 +226,8 @@ class Batches:
 def read_features(path, streams=None, taxonomy=None, seed=42, most=3):
     """Read and check a feature file (see the top of this module).
 
-    streams: names to use, in this order; all by default. taxonomy: a JSON file, see
-    `read_taxonomy`. seed: of the split, when the file has none; None to draw none. most: dimensions
-    of a stream.
+    streams: names to use, in this order; all by default. taxonomy: see `read_taxonomy`. seed: of
+    the split, when the file has none; None to draw none. most: dimensions of a stream.
     """
     arrays = Source(path)
     x = {s: _stream(arrays, s, most) for s in streams or arrays.streams}
@@ -291,14 +278,15 @@ class Source:
         if key in self.made:
             return self.made[key]
         if self.npz is None:
-            return _load_npy(os.path.join(self.path, f"{key}.npy"))
+            path = os.path.join(self.path, f"{key}.npy")
+            with reading(path, ".npy file"):                 # a map checks the declared size itself
+                return _plain(np.lib.format.open_memmap(path, "r"), path)
         what = f"{self.path}, key '{key}'"
         with reading(what, "array of an .npz file"):
             return _plain(self._member(f"{key}.npy"), what)
 
     def _member(self, name):
-        """An array of the .npz, if it declares the size that it has: numpy makes room for what is
-        declared, then reads."""
+        """An array of the .npz, if it has the size it declares: numpy makes room for that first."""
         info = self.npz.zip.getinfo(name)
         with self.npz.zip.open(info) as f:
             version = np.lib.format.read_magic(f)[0]
@@ -307,9 +295,6 @@ class Source:
             if not dtype.hasobject and size != info.file_size - f.tell():
                 raise ValueError(f"declares {size} bytes")
         return self.npz[name]
-
-    def get(self, key):
-        return self[key] if key in self else None
 
     def need(self, *keys, give):
         """Refuse a file that lacks one of the keys; give: what to do about it."""
@@ -320,9 +305,9 @@ class Source:
     def checked(self, key, wanted, *allowed):
         """The array of a key, or None without it. It must be as one of `allowed`, each (a kind of
         numpy, *shape), where None is any length."""
-        a = self.get(key)
-        if a is None:
+        if key not in self:
             return None
+        a = self[key]
         for kind, *shape in allowed:
             alike = len(shape) == a.ndim and all(n in (None, m) for n, m in zip(shape, a.shape))
             if alike and np.issubdtype(a.dtype, kind):
@@ -337,8 +322,7 @@ def read_arrays(path):
 
 
 def plain_file(path):
-    """The path, unless a pipe, a device or a folder is there, or it is no path at all. A file that
-    is missing is left to who opens it."""
+    """The path, unless a pipe, device or folder is there; a missing file is for who opens it."""
     if "\0" in os.fspath(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise InputError(f"{path} is no plain file - name one")
     return path
@@ -361,7 +345,7 @@ def read_json(path):
 @contextlib.contextmanager
 def reading(path, what):
     """Whatever is raised of the file `path`, which is to be a `what`, becomes one line: libraries
-    raise many kinds of errors for files that are cut off, damaged, or of another format."""
+    raise many kinds of errors for damaged files."""
     try:
         plain_file(path)
         yield
@@ -387,12 +371,6 @@ def _plain(x, what):
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
-def _load_npy(path):
-    """One array, memory-mapped, which also checks the size that it declares."""
-    with reading(path, ".npy file"):
-        return _plain(np.lib.format.open_memmap(path, "r"), path)
-
-
 def _stream(arrays, name, most=3):
     """A stream's array, of two dimensions or at most `most`."""
     if name not in arrays.streams:
@@ -410,8 +388,7 @@ def _stream(arrays, name, most=3):
 
 
 def _told(arrays, n, seed=None):
-    """What a file says of its n samples: the fields of `Samples`. With a seed there is always a
-    split."""
+    """What a file says of its n samples: the fields of `Samples`; with a seed always a split."""
     each, pixels, notes = (np.generic, n), (np.uint8, n, None, None), []
     about = {key: arrays.checked(key, f"(N,) values, N = {n}", each)
              for key in ("ids", "groups", "captions", "split")}
@@ -432,8 +409,7 @@ def _told(arrays, n, seed=None):
 
 
 def _read_labels(arrays, n):
-    """(labels, names, mask) of a file of n samples, as in `Samples`; a mask of (N,) labels has made
-    them negative."""
+    """(labels, names, mask) of n samples; a mask of (N,) labels has made these negative."""
     mask = arrays.checked("mask", "(N,) booleans, False = labels not known", (np.bool_, n))
     if "labels" not in arrays:
         return None, [], None
@@ -445,9 +421,8 @@ def _read_labels(arrays, n):
     if labels.ndim == 1 and labels.dtype.kind == "U":
         names = sorted({*labels.tolist()} - {""}) if names is None else names
         number = {"": -1, **{name: i for i, name in enumerate(names)}}
-        for row, word in enumerate(labels.tolist()):
-            if word not in number:
-                raise InputError(f"'labels' row {row} is {word[:40]!r}, no 'label_names' - add it")
+        for i in np.flatnonzero(~np.isin(labels, [*number]))[:1]:
+            raise InputError(f"'labels' row {i} is {labels[i][:40]!r}, no 'label_names' - add it")
         labels = np.array([number[word] for word in labels.tolist()])
     labels, count = _numbers(labels, names)
     if names is None:
@@ -465,9 +440,8 @@ def _numbers(labels, names):
     if whole and labels.ndim == 2 and labels.shape[1] == 1 and len(names or ()) != 1:
         labels = labels[:, 0]                                # as MedMNIST has it
     if whole and labels.ndim == 1:
-        most = int(labels.max()) if labels.size else -1
+        row, most = labels.argmax(), int(labels.max())
         if most >= max(len(labels), 1000, len(names or ())):       # each takes a column
-            row = labels.argmax()
             raise InputError(f"'labels' row {row} is {most} - number the classes from 0")
         return labels.astype(np.int64), max(most + 1, 0)
     flags = labels.dtype == bool or whole and labels.size and 0 <= labels.min() <= labels.max() <= 1
@@ -493,8 +467,7 @@ def _read_boxes(arrays, n, labels):
 
 
 def _split(given, groups, n, seed):
-    """(N,) of train / val / test: as given; else 80 % of the groups, or of the samples, train, the
-    rest val (thesis A.1.2)."""
+    """(N,) of train / val / test: as given; else 80 % of groups or samples train (thesis A.1.2)."""
     if given is not None:
         for row in np.flatnonzero(~np.isin(given, SPLITS))[:1]:
             raise InputError(f"'split' row {row} is '{given[row]}' - use train, val or test")
@@ -507,17 +480,17 @@ def _split(given, groups, n, seed):
 
 def _scan(features, block_bytes=1 << 24):
     """One pass over all streams: find what samples lack (rows of NaN), refuse other NaN and Inf,
-    count zero rows, and hash what a run depends on. A sample without any stream is in no split."""
-    digest, lacks = hashlib.sha256(), {}
+    count zero rows, and hash. A sample without any stream is in no split."""
+    digest, lacks, notes = hashlib.sha256(), {}, features.notes
     for s, x in features.streams.items():
         digest.update(f"{s} {x.dtype} {x.shape}".encode())
         step, zeros = max(1, block_bytes // (x[0].size * x.itemsize)), 0
-        lacks[s] = np.zeros(len(x), bool)
+        gap = lacks[s] = np.zeros(len(x), bool)
         for start in range(0, len(x), step):
             block = np.ascontiguousarray(x[start:start + step]).reshape(-1, x[0].size)
             bad = ~(np.abs(block) <= LARGEST).all(1)         # so compared, NaN is bad too
-            lacks[s][start:start + step][bad] = np.isnan(block[bad]).all(1)
-            bad &= ~lacks[s][start:start + step]
+            gap[start:start + step][bad] = np.isnan(block[bad]).all(1)
+            bad &= ~gap[start:start + step]
             if bad.any():
                 finite = np.isfinite(block[bad.argmax()]).all()
                 what = "numbers beyond 1e15" if finite else "NaN or Inf"
@@ -526,18 +499,17 @@ def _scan(features, block_bytes=1 << 24):
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:
-            features.notes.append(f"stream '{s}' has {zeros} all-zero rows: the loss skips them, "
-                                  "retrieval counts them as missed")
-        if lacks[s].all():
+            notes.append(f"stream '{s}' has {zeros} all-zero rows: the loss skips them, retrieval "
+                         "counts them as missed")
+        if gap.all():
             raise InputError(f"stream '{s}' is NaN throughout - mend it, or leave it out")
-        if lacks[s].any():
-            features.lacks[s] = lacks[s]
-            features.notes.append(f"stream '{s}' is missing (NaN) in {lacks[s].sum()} of {len(x)} "
-                                  "samples")
+        if gap.any():
+            features.lacks[s] = gap
+            notes.append(f"stream '{s}' is missing (NaN) in {gap.sum()} of {len(x)} samples")
     nothing = np.logical_and.reduce(list(lacks.values()))
     if nothing.any():
         features.split = np.where(nothing, "", features.split)
-        features.notes.append(f"{nothing.sum()} samples have no stream at all, and are left out")
+        notes.append(f"{nothing.sum()} samples have no stream at all, and are left out")
     for a in (features.labels, features.mask, features.split):
         digest.update(b"" if a is None else np.ascontiguousarray(a).tobytes())
     for a in (features.label_names, sorted(features.parents.items(), key=str)):
@@ -569,9 +541,8 @@ def read_taxonomy(path, label_names):
     if len(parents) - len(above) != 1:
         raise InputError(f"taxonomy has {len(parents) - len(above)} roots - give exactly one entry "
                          "the parent null")
-    for name in label_names:
-        if name not in parents:
-            raise InputError(f"taxonomy lacks the label '{name}' - add it")
+    for name in [name for name in label_names if name not in parents][:1]:
+        raise InputError(f"taxonomy lacks the label '{name}' - add it")
     return parents
 
 
@@ -604,22 +575,10 @@ def read_head(path, d):
     return w.reshape(-1), float(b.reshape(-1)[0])
 
 
-def number_list(text):
-    """"256,64" -> (256, 64)."""
-    if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
-        raise InputError(f"{text} - give positive whole numbers, separated by commas")
-    return tuple(map(int, text.split(",")))
-
-
-def relative(paths, out):
-    """Paths (N,) as they are seen from the folder of the file `out`."""
-    return np.array([os.path.relpath(p, os.path.dirname(os.path.abspath(out))) for p in paths])
-
-
 # ---- A made-up world -----------------------------------------------------------------------------
 
 def planted_streams(n=6000, dims=None, seed=42):
-    """Streams whose concepts are known: the embedded default, and the truth that tests use.
+    """Streams whose concepts are known: the truth that tests use.
 
     A sample is a sparse non-negative mixture of concepts: one family is the theme, some concepts
     come from it, some from anywhere, frequent ones more often. Every stream (dims: name -> width)
@@ -636,7 +595,6 @@ def planted_streams(n=6000, dims=None, seed=42):
     for leaf in leaves:                                      # world > A > A1 > A1a
         parents |= {leaf[0]: "world", leaf[:2]: leaf[0], leaf: leaf[:2]}
     C, M = len(leaves), len(dims)
-    family_of = np.arange(C) // 4
     frequency = rng.permutation(1 / (1 + np.arange(C) / 8))  # from 1 down to 1/7
     seen = np.ones((C, M), bool)
     special = rng.permutation(C)[:4 * M].reshape(M, 2, 2)
@@ -644,14 +602,12 @@ def planted_streams(n=6000, dims=None, seed=42):
         seen[special[m, 0]] = np.arange(M) == m              # private to stream m
         if M > 1:
             seen[special[m, 1], m] = False                   # stream m is blind to these
-
     labels = np.zeros((n, C), bool)
     theme = rng.integers(C // 4, size=n)
     for i in range(n):
-        p = frequency * np.where(family_of == theme[i], 8., 1.)
+        p = frequency * np.where(np.arange(C) // 4 == theme[i], 8., 1.)    # four a family
         labels[i, rng.choice(C, size=rng.integers(2, 6), replace=False, p=p / p.sum())] = True
     amount = labels * rng.uniform(0.5, 1.5, size=(n, C))     # (n, C), 0 where a concept is absent
-
     streams, truth = {}, {}
     for m, (s, d) in enumerate(dims.items()):
         D = rng.standard_normal((C, d))                      # one direction a concept
@@ -709,7 +665,6 @@ def tissue(n, size=64, seed=0):
     kind = (rng.random((n, 4, 1)) > share[:, None]).sum(2).clip(max=len(CELLS) - 1)
     ground = rng.integers(len(GROUNDS), size=n)
     mucin = rng.random(n) < np.where(illness[of] == 3, .2, .04)
-
     image, instances = _draw_fields(n, size, ground, mucin, kind, count, rng)
     kinds = [[len(CELLS)] * int(mucin[i]) + kind[i, :count[i]].tolist() for i in range(n)]
     labels = np.zeros((n, len(CELLS) + 1 + len(GROUNDS)), bool)
@@ -752,8 +707,7 @@ def tissue_files(made):
 
 
 def _boxes_of(instances, kinds):
-    """(m, 6) boxes of the numbered objects in `instances`, whose kinds are a list for each image;
-    those that others hide have none."""
+    """(m, 6) boxes of the objects in `instances`, numbered as in each image's list of `kinds`."""
     boxes = []
     for i, (numbers, found) in enumerate(zip(instances, kinds)):
         for k, place in zip(found, scipy.ndimage.find_objects(numbers, len(found))):
@@ -764,8 +718,7 @@ def _boxes_of(instances, kinds):
 
 
 def true_masks(arrays):
-    """{(image, label): bool mask} of the objects of each label together, from a tissue's
-    `instances` and `boxes`; hidden objects have no box."""
+    """{(image, label): bool mask} of a label's objects; hidden ones have neither pixel nor box."""
     out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
     for i in np.unique(boxes[:, 0].astype(int)):
         numbers = [number for number in np.unique(instances[i]) if number]
@@ -784,8 +737,7 @@ def _cloud(n, size, cells, rng):
 
 def _circles(n, middle, radius, rng):
     """n random circles: x and y of their middles and their radii, each (n, 1, 1)."""
-    return (rng.uniform(*span, n).astype(np.float32)[:, None, None]
-            for span in (middle, middle, radius))
+    return (rng.uniform(*span, (n, 1, 1)).astype(np.float32) for span in (middle, middle, radius))
 
 
 def _draw_fields(n, size, ground, mucin, kind, count, rng):
@@ -806,8 +758,7 @@ def _draw_fields(n, size, ground, mucin, kind, count, rng):
 
 
 def _draw_grounds(n, size, ground, rng):
-    """Empty tissue, float32 (n, size, size, 3): pale stroma, fibres in one direction, or fat
-    vacuoles."""
+    """Empty tissue, float32 (n, size, size, 3): stroma, fibres in one direction, fat vacuoles."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     base = np.array([(240, 222, 232), (236, 196, 214), (238, 212, 224)], np.float32)[ground]
     noise = 4 * _cloud(n, size, 9, rng)
@@ -844,16 +795,15 @@ def _mucin(image, mucin, size, rng):
 
 
 def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
-    """Paint one cell of a kind at `middle` (rows, 2: x, y) into each of the images `rows`, and its
-    number into `instances`."""
+    """Paint a cell at `middle` (x, y) into each of the images `rows`, its number in `instances`."""
     name, _, radii, discs, cytoplasm, granules, cut = (*cell, None, None, None)[:7]
     m, size, half = len(rows), image.shape[1], int(np.ceil(14 * f))
     r = (rng.uniform(*radii, m) * f).astype(np.float32)[:, None, None]
     corner, step = np.round(middle).astype(int) - half, np.arange(2 * half)
     py, px = corner[:, 1, None, None] + step[:, None], corner[:, 0, None, None] + step
     angle = rng.uniform(0, 2 * np.pi, m).astype(np.float32)[:, None, None]
-    dx, dy = (px - middle[:, 0, None, None], py - middle[:, 1, None, None])
-    dx, dy = dx.astype(np.float32), dy.astype(np.float32)    # (m, 1, w), (m, w, 1), in pixels
+    cx, cy = middle.T[..., None, None]                       # (m, 1, 1) each
+    dx, dy = (px - cx).astype(np.float32), (py - cy).astype(np.float32)    # (m, 1, w), (m, w, 1)
     u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
     rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)            # no disc is quite round
 
@@ -905,8 +855,8 @@ def _caption(kinds, ground, mucin, rng):
     def pick(*options):
         return options[rng.integers(len(options))]
     found = []
-    for k in dict.fromkeys(kinds.tolist()):
-        name, many = CELLS[k][0], (kinds == k).sum()
+    for k, many in Counter(kinds.tolist()).items():
+        name = CELLS[k][0]
         if rng.random() >= .85:
             continue
         if many == 1:
@@ -945,8 +895,7 @@ class Words:
         return re.findall(r"[\w']+", str(text).lower())
 
     def pieces(self, text, strict=True):
-        """[(token, (number of the word, word))] of a text; an unknown word is an error if `strict`,
-        else left out."""
+        """[(token, (number of the word, word))] of a text; unknown words, unless `strict`, go."""
         words = self.split(text)
         unknown = [w for w in words if w not in self.number]
         if strict and unknown:
@@ -964,12 +913,10 @@ class Words:
 
 class Merges(Words):
     """CLIP's own tokenizer: a word starts as its bytes, and of neighbours the pair that stands
-    first in the list is merged, again and again (byte-pair encoding, Sennrich et al. 2016). Knows
-    every text.
+    first in the list is merged, again and again (byte-pair encoding, Sennrich et al. 2016).
 
-    merges: list of pairs "a b" (`read_merges`). Tokens are numbered: 256 bytes, the same at the end
-    of a word, merges, start, end. Letters and digits are Python's, not Unicode's L and N; broken
-    text is not mended first (CLIP's ftfy and html.unescape).
+    merges: list of pairs "a b". Tokens: 256 bytes, the same at the end of a word, merges, start,
+    end. Letters are Python's, not Unicode's L; broken text is not mended first (CLIP's ftfy).
     """
 
     def __init__(self, merges):
@@ -987,8 +934,7 @@ class Merges(Words):
 
     @staticmethod
     def split(text):
-        text = " ".join(str(text).lower().split())
-        return re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", text)
+        return re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", str(text).lower())
 
     def merged(self, word):
         """The pieces of a word."""
@@ -1015,10 +961,9 @@ def read_merges(path):
 
 def latent_semantics(captions, known, longest=1, width=32):
     """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture.
-    (N, width) float32.
 
     Counts of words, and of runs of up to `longest` words, that stand in the rows `known`, times the
-    log of how rare they are, scaled to length 1, on the first right singular vectors of these rows.
+    log of their rarity, scaled to length 1, on these rows' first right singular vectors (N, width).
     """
     grams = []
     for text in captions:
@@ -1032,8 +977,8 @@ def latent_semantics(captions, known, longest=1, width=32):
     shape = len(grams), len(number)
     counts = scipy.sparse.csr_matrix((np.ones(len(cells)), tuple(zip(*cells))), shape)
     counts = counts.multiply(np.log(len(known) / (counts[known] > 0).sum(0)) + 1).tocsr()    # idf
-    length = np.asarray(np.sqrt(counts.multiply(counts).sum(1))).ravel()
-    counts = scipy.sparse.diags(1 / np.maximum(length, 1e-12)) @ counts
+    length = np.maximum(scipy.sparse.linalg.norm(counts, axis=1), 1e-12)
+    counts = scipy.sparse.diags(1 / length) @ counts
     width = min(width, len(number) - 1, len(known) - 1)
     start = np.ones(min(len(number), len(known)))
     _, values, axes = scipy.sparse.linalg.svds(counts[known], width, v0=start)
@@ -1075,45 +1020,40 @@ def vision():
     try:
         import torchvision.transforms
     except RuntimeError:
-        vision.library = torch.library.Library("torchvision", "DEF")     # keeps its operators alive
-        for name in ("nms", "qnms"):
-            vision.library.define(name + "(Tensor dets, Tensor scores, float limit) -> Tensor")
+        for name in ("torchvision::nms", "torchvision::qnms"):
+            torch.library.define(name, "(Tensor dets, Tensor scores, float limit) -> Tensor")
         import torchvision.transforms
     return torchvision
 
 
 @dataclass
 class Images(Samples):
-    """Pictures and what is known about them.
+    """Pictures and what is known about them: all as a feature file has it, except that `about` has
+    `images` only where they are pixels. With `coords` a picture is that part of its file.
 
-    paths    list of N          pixels  (N, H, W[, 3]) uint8 where the file holds them, or None
-    boxes    (N, 4) int, x, y, width, height in its file's pixels, where a picture is a part of one
-    objects  (n, 6) boxes of what is in the pictures, as in a feature file, or None
-    side     pixels that a part needs, at least, where a slide has levels
-    window   see `as_rgb`
+    paths   list of N files
+    boxes   (n, 6) of what is in the pictures, or None
+    side    pixels that a part needs, at least, where a slide has levels
+    window  see `as_rgb`
     """
     paths: list
-    pixels: np.ndarray = None
     boxes: np.ndarray = None
-    objects: np.ndarray = None
     side: int = 224
     window: tuple = None
 
     def open(self, i):
         """Picture i in RGB."""
-        if self.boxes is not None:
-            return _slide(self.paths[i], self.window).read(self.boxes[i], self.side)
-        images = self.paths if self.pixels is None else self.pixels
-        return open_image(images[i], window=self.window)
+        if "coords" in self.about:
+            return _slide(self.paths[i], self.window).read(self.about["coords"][i], self.side)
+        return open_image(self.about.get("images", self.paths)[i], window=self.window)
 
     def __len__(self):
         return len(self.paths)
 
     @property
     def whole(self):
-        """Whether views must not cut anything off: tiles have no margin, and boxes are shares of
-        the whole picture."""
-        return self.boxes is not None or self.objects is not None
+        """Whether views must cut nothing off: tiles have no margin, boxes are shares of all."""
+        return "coords" in self.about or self.boxes is not None
 
     def rows(self, *splits):
         """Those of the splits; all, where there is no split."""
@@ -1121,27 +1061,24 @@ class Images(Samples):
         return np.flatnonzero(inside)
 
     def take(self, rows):
-        """The pictures `rows`, which may repeat, without their objects."""
-        known = {key: a[rows] for key, a in self._arrays().items()}
-        return replace(self, paths=[self.paths[i] for i in rows], objects=None, **known,
-                       about={key: a[rows] for key, a in self.about.items()})
+        """The pictures `rows`, which may repeat, without their boxes."""
+        known = {key: a[rows] for key, a in self.each().items()}
+        return replace(self, paths=[self.paths[i] for i in rows], boxes=None, **_fields(known))
 
-    def _arrays(self):
-        """The fields that hold something for each picture."""
-        found = {key: getattr(self, key) for key in ("labels", "mask", "split", "pixels", "boxes")}
+    def each(self):
+        """What there is for each picture, by key."""
+        found = {"labels": self.labels, "mask": self.mask, "split": self.split, **self.about}
         return {key: a for key, a in found.items() if a is not None}
 
     def arrays(self, out):
         """What is known about the pictures, as the feature file `out` has it."""
-        found = {**self.about, **self._arrays()}
-        found["images"] = found.pop("pixels", relative(self.paths, out))
-        found["coords"], found["boxes"] = found.get("boxes"), self.objects
+        here = os.path.dirname(os.path.abspath(out))
+        found = {"images": np.array([os.path.relpath(p, here) for p in self.paths]), **self.each()}
         found["label_names"] = None if self.labels is None else np.array(self.label_names)
-        return {key: a for key, a in found.items() if a is not None}
+        return {key: a for key, a in {**found, "boxes": self.boxes}.items() if a is not None}
 
     def knn_rows(self, seed, most):
-        """Pictures that vote and pictures that are judged, some, if many: train against the other
-        splits, else 80 / 20, groups whole."""
+        """Pictures that vote and that are judged, up to `most`: train and rest, else 80 / 20."""
         rng = np.random.default_rng([seed, 8])
         train = _split(self.split, self.about.get("groups"), len(self), seed) == "train"
         return [np.sort(rng.permutation(np.flatnonzero(part))[:most]) for part in (train, ~train)]
@@ -1149,10 +1086,14 @@ class Images(Samples):
     @property
     def hash(self):
         """Changes with the files' names, their folders' and sizes, not with where they all lie."""
-        told = "\n".join(f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}"
-                         for p in self.paths)
-        inside = [a for a in (self.boxes, self.pixels) if a is not None]
-        return _digest(np.frombuffer(told.encode(), np.uint8), *inside)
+        told = [f"{os.path.join(*p.split(os.sep)[-2:])} {os.path.getsize(p)}" for p in self.paths]
+        inside = [self.about[key] for key in ("coords", "images") if key in self.about]
+        return _digest(np.frombuffer("\n".join(told).encode(), np.uint8), *inside)
+
+
+def _fields(known):
+    """Arrays of `Images.each` as the fields of `Samples` that hold them."""
+    return {key: known.pop(key, None) for key in ("labels", "mask", "split")} | {"about": known}
 
 
 def _digest(*arrays):
@@ -1176,51 +1117,45 @@ def read_images(path):
         if min(_slide(path).size) < 448:                     # hardly two tiles: one picture
             return Images([path])
         boxes, _ = tile_slide(path)
-        return Images([path] * len(boxes), boxes=boxes)
+        return Images([path] * len(boxes), about={"coords": boxes})
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
         return _read_voc_folder(path)
     listed = os.fspath(path).endswith(".npz")
     found = _read_listed(path) if listed else _walk(path, PICTURES, "pictures")
-    for file in found.paths if found.pixels is None and found.boxes is None else ():
+    for file in found.paths if not {"images", "coords"} & {*found.about} else ():
         open_image(file, decode=False)
     return found
 
 
 def _read_listed(path):
     """Pictures that an .npz holds in `images`, or names there, relative to itself, with what else
-    it says of them. With `coords` they are tiles."""
+    it says of them. With `coords` they are tiles. What a MedMNIST file has for each split, as in
+    train_images and train_labels, stands for its `images`, `labels` and `split`."""
     arrays = Source(path)
-    _stack_splits(arrays)
+    there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
+    if there:
+        with reading(path, "MedMNIST file"):
+            images, labels = ([arrays[f"{s}_{key}"] for s in there] for key in ("images", "labels"))
+            size, known = [len(x) for x in images], [len(y) for y in labels]
+            if size != known:
+                raise ValueError(f"{known} labels of {size} images")
+            arrays.made = {"images": np.concatenate(images), "labels": np.concatenate(labels),
+                           "split": np.repeat(there, size)}
     arrays.need("images", give="a list of pictures or tiles, a MedMNIST .npz, or class folders")
     n = len(np.atleast_1d(arrays["images"]))
     if not n:
         raise InputError(f"{path} has empty 'images' - name another file")
-    told = _told(arrays, n)
-    images, boxes = (told["about"].pop(key, None) for key in ("images", "coords"))
-    if boxes is not None and images.ndim > 1:
-        raise InputError(f"'images' has shape {images.shape} beside 'coords' - give paths")
-    here = os.path.dirname(os.path.abspath(path))
-    paths = [path] * n if images.ndim > 1 else [os.path.join(here, p) for p in images]
-    return Images(paths, images if images.ndim > 1 else None, objects=arrays.get("boxes"),
-                  boxes=None if boxes is None else boxes.astype(int), **told)
+    told, here, paths = _told(arrays, n), os.path.dirname(os.path.abspath(path)), [path] * n
+    about, boxes = told["about"], _read_boxes(arrays, n, len(told["label_names"]))
+    if about["images"].ndim == 1:
+        paths = [os.path.join(here, p) for p in about.pop("images")]
+    elif "coords" in about:
+        raise InputError(f"'images' has shape {about['images'].shape} beside 'coords' - give paths")
+    return Images(paths, boxes, **told)
 
 
-def _stack_splits(arrays):
-    """Let what a MedMNIST file has for each split, train_images and train_labels, stand for its
-    `images`, `labels` and `split`."""
-    there = [s for s in SPLITS if f"{s}_images" in arrays and f"{s}_labels" in arrays]
-    with reading(arrays.path, "MedMNIST file"):
-        images, labels = ([arrays[f"{s}_{what}"] for s in there] for what in ("images", "labels"))
-        size = [len(x) for x in images]
-        if size != [len(y) for y in labels]:
-            raise ValueError(f"{[len(y) for y in labels]} labels of {size} images")
-        if there:
-            arrays.made.update(images=np.concatenate(images), labels=np.concatenate(labels),
-                               split=np.repeat(there, size))
-
-
-def _listed(folder):
-    """Yield (split, name of a picture) as ImageSets/Main of a Pascal VOC folder lists them."""
+def _voc(folder, window=None):
+    """Yield (split, name, path, (width, height), objects) of what a Pascal VOC folder lists."""
     for part, split in (("trainval", "train"), ("test", "test")):
         path = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
         if not os.path.exists(path):
@@ -1228,7 +1163,10 @@ def _listed(folder):
         with reading(path, "list"), open(path, errors="replace") as f:
             stems = f.read().split()
         for stem in stems:
-            yield split, plain_name(stem, f"{path} lists a picture")
+            plain_name(stem, f"{path} lists a picture")
+            picture = os.path.join(folder, "JPEGImages", f"{stem}.jpg")
+            objects = read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))
+            yield split, stem, picture, np.array(_slide(picture, window).size), objects
 
 
 def read_voc(path):
@@ -1246,22 +1184,20 @@ def read_voc(path):
 
 def _read_voc_folder(folder):
     """The pictures of a Pascal VOC folder with its splits; its objects as labels and boxes."""
-    listed = list(_listed(folder))
+    listed, objects = list(_voc(folder)), []
     if not listed:
         raise InputError(f"{folder}: ImageSets/Main lists no pictures - add their names")
-    splits, stems = map(list, zip(*listed))
-    paths, objects = [os.path.join(folder, "JPEGImages", f"{stem}.jpg") for stem in stems], []
-    for i, stem in enumerate(stems):
-        sides = np.array([*_slide(paths[i]).size] * 2)
-        for name, box in read_voc(os.path.join(folder, "Annotations", f"{stem}.xml")):
-            x0, y0, x1, y1 = np.clip(box / sides, 0, 1)
+    splits, _, paths, sizes, found = map(list, zip(*listed))
+    for i, (size, things) in enumerate(zip(sizes, found)):
+        for name, box in things:
+            x0, y0, x1, y1 = np.clip(box / [*size, *size], 0, 1)
             if x0 < x1 and y0 < y1:
                 objects.append((i, name, x0, y0, x1, y1))
     names = sorted({name for _, name, *_ in objects})
     boxes = np.array([(i, names.index(name), *box) for i, name, *box in objects]).reshape(-1, 6)
     labels = np.zeros((len(paths), len(names)), bool)
     labels[tuple(boxes[:, :2].astype(int).T)] = True
-    return Images(paths, split=np.array(splits), labels=labels, label_names=names, objects=boxes)
+    return Images(paths, boxes, split=np.array(splits), labels=labels, label_names=names)
 
 
 def _files(folder, endings):
@@ -1310,8 +1246,7 @@ def _walk(folder, endings, what):
 
 
 def open_image(image, decode=True, window=None, folder=""):
-    """A picture, its pixels or its path as seen from `folder`, as `as_rgb` gives it; without
-    `decode` it is only looked at."""
+    """A picture, its pixels or its path from `folder`, in RGB; without `decode` only looked at."""
     if isinstance(image, np.ndarray):
         return as_rgb(Image.fromarray(image), window)
     path = os.path.join(folder, image)
@@ -1372,9 +1307,8 @@ def plain_view(size, whole=False):
 def pixel_statistics(images, rows, most=500, side=64):
     """Mean and standard deviation (3,) of R, G, B in 0..1, of pictures spread over `rows`."""
     chosen = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
-    pixels = np.stack([np.asarray(images.open(i).resize((side, side))) for i in chosen])
-    pixels = pixels.reshape(-1, 3) / 255
-    return pixels.mean(0), np.maximum(pixels.std(0), 1e-3)
+    pixels = np.stack([np.asarray(images.open(i).resize((side, side))) for i in chosen]) / 255
+    return pixels.mean((0, 1, 2)), np.maximum(pixels.std((0, 1, 2)), 1e-3)
 
 
 class Crops:
@@ -1434,9 +1368,8 @@ def stain_jitter(image, strength=0.05):
 
 
 class CropBatches(torch.utils.data.Dataset):
-    """Item (step, i): the views of image i as they are drawn in that step. Its own seed makes an
-    item the same whoever asks, in whatever order: a resumed run sees what an uninterrupted one saw,
-    with any number of workers."""
+    """Item (step, i): the views of image i as they are drawn in that step. By its own seed it is
+    the same in a resumed run, and with any number of workers."""
 
     def __init__(self, images, crops, seed):
         self.images, self.crops, self.seed = images, crops, seed
@@ -1450,8 +1383,7 @@ class CropBatches(torch.utils.data.Dataset):
 
 
 def crop_batches(images, crops, batches, seed, first, last, workers=0):
-    """Iterate over steps first .. last - 1: a list of V tensors (B, 3, h, w). batches: a `Batches`
-    over the images."""
+    """Of steps first .. last - 1 of `batches` over the images: a list of V tensors (B, 3, h, w)."""
     steps = [[(step, int(i)) for i in batches.rows(step)] for step in range(first, last)]
     _slide.cache_clear()                                     # workers must not share file handles
     return iter(torch.utils.data.DataLoader(CropBatches(images, crops, seed), batch_sampler=steps,
@@ -1459,7 +1391,7 @@ def crop_batches(images, crops, batches, seed, first, last, workers=0):
 
 
 def read_pictures(path, size, label=None, window=None):
-    """Labelled pictures in memory, Images with `pixels` (N, size, size, 3), of whatever
+    """Labelled pictures in memory, (N, size, size, 3) as `images` in `about`, of whatever
     `read_images` reads; those without a label are left out. Where several labels hold at once,
     `label` is the name of the one to find. window: see `as_rgb`."""
     images = replace(read_images(path), window=window)
@@ -1478,12 +1410,14 @@ def read_pictures(path, size, label=None, window=None):
         found = "".join(names[c] for c in there) or "none"
         raise InputError(f"{path} has the one class {found} - there is nothing to tell apart")
     views = [images.open(i).resize((size, size), Image.BICUBIC) for i in range(len(images))]
-    return replace(images, pixels=np.stack([np.asarray(view) for view in views]), boxes=None)
+    images.about.pop("coords", None)                         # the parts are cut out now
+    images.about["images"] = np.stack([np.asarray(view) for view in views])
+    return images
 
 
 def picture_parts(pictures, split, seed, source):
     """Rows to train on, to stop by and to report: the file's own split ("given"), or 70 / 15 / 15
-    ("random") as `stratified_parts` draws them. source: the file, for messages."""
+    ("random"). source: the file, for messages."""
     y, groups = pictures.labels, pictures.about.get("groups")
     if split == "random":
         parts = stratified_parts(y, (70, 15, 15), seed, groups)
@@ -1512,8 +1446,7 @@ def normalised(pixels):
 
 
 def jittered(x):
-    """Each picture of a batch (B, 3, S, S) mirrored by chance and shifted by up to an eighth, its
-    edge repeated."""
+    """Pictures (B, 3, S, S) mirrored by chance and shifted by up to S/8, their edges repeated."""
     side, pad = x.shape[-1], x.shape[-1] // 8
     x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
     x = torch.nn.functional.pad(x, [pad] * 4, mode="replicate")
@@ -1524,33 +1457,25 @@ def jittered(x):
 # ---- Slides: tissue, tiles and regions of interest (thesis 3.2.2; CLAM, Lu et al. 2021) ----------
 
 class Slide:
-    """A large picture: through openslide where that is installed and knows the file, else through
-    Pillow, in memory."""
+    """A large picture: by openslide, if installed, of what it knows; else by Pillow, in memory."""
 
     def __init__(self, path, window=None):
         self.slide = None
-        with reading(path, "slide"):
-            try:
-                import openslide
+        with reading(path, "slide"), contextlib.suppress(ImportError, OSError):    # not installed
+            import openslide
+            if openslide.OpenSlide.detect_format(path):
                 self.slide = openslide.OpenSlide(path)
-            except (ImportError, OSError, ValueError):       # not installed, or a plain picture
-                pass
-            except Exception as e:                           # openslide's own errors
-                if "Unsupported" not in type(e).__name__:
-                    raise
         self.image = None if self.slide else open_image(path, window=window)
         self.size = self.slide.dimensions if self.slide else self.image.size
 
     def overview(self, side):
-        """The whole slide in RGB with a longer side of at most `side`, and how many of its pixels
-        one of that spans."""
+        """All of it in RGB, the longer side at most `side`, and how many pixels one then spans."""
         scale = max(1., max(self.size) / side)
         small = tuple(max(1, round(v / scale)) for v in self.size)
         return self.read((0, 0, *self.size), small[0]).resize(small, Image.BOX), scale
 
     def read(self, box, side=224):
-        """x, y, width, height of the slide in RGB, from the coarsest level on which it is at least
-        `side` pixels wide."""
+        """x, y, width, height of it, from the coarsest level where that is `side` pixels wide."""
         x, y, w, h = map(int, box)
         if self.slide is None:
             return self.image.crop((x, y, x + w, y + h))
@@ -1570,16 +1495,14 @@ def read_slides(path):
     are the slides' names. None of them is opened."""
     out = _walk(path, SLIDES, "slides") if os.path.isdir(path) else Images([path])
     names = [pathlib.Path(p).stem for p in out.paths]
-    for name, n in Counter(names).items():
-        if n > 1:
-            raise InputError(f"two slides are called {name} - rename one, or tile them apart")
+    for name in [name for name, n in Counter(names).items() if n > 1][:1]:
+        raise InputError(f"two slides are called {name} - rename one, or tile them apart")
     out.about["groups"] = np.array(names)
     return out
 
 
 def otsu(values):
-    """The threshold that splits uint8 values into the two classes with the largest variance between
-    them (Otsu 1979)."""
+    """The threshold of uint8 values with the largest variance between classes (Otsu 1979)."""
     count = np.bincount(np.ravel(values), minlength=256).astype(float)
     below, total = np.cumsum(count), np.cumsum(count * np.arange(256))    # at each threshold
     both = below * (below[-1] - below)                       # 0 where a class is empty
@@ -1598,10 +1521,8 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
     saturation = np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1]
     saturation = scipy.ndimage.median_filter(saturation, median)    # (H, W)
     mask = saturation > (otsu(saturation) if threshold is None else threshold)
-    square, eight = np.ones((close, close)), np.ones((3, 3))
-    mask = scipy.ndimage.binary_dilation(mask, square)
-    mask = scipy.ndimage.binary_erosion(mask, square, border_value=1)
-    label, _ = scipy.ndimage.label(mask, eight)
+    mask = scipy.ndimage.grey_closing(mask, (close, close))
+    label, _ = scipy.ndimage.label(mask, np.ones((3, 3)))    # of eight neighbours
     out, n = np.zeros(mask.shape, np.int32), 0
     for i, where in enumerate(scipy.ndimage.find_objects(label), 1):
         piece = label[where] == i
@@ -1625,9 +1546,8 @@ def tile_boxes(pieces, scale, size, side, step):
     outline, and its centre in no hole.
     """
     def at(x, y):
-        row, column = (np.clip((v / scale).astype(int), 0, n - 1)
-                       for v, n in zip((y, x), pieces.shape))
-        return pieces[row, column]
+        i, j = (np.clip((v / scale).astype(int), 0, n - 1) for v, n in zip((y, x), pieces.shape))
+        return pieces[i, j]
     found = [np.zeros((0, 4), int)]
     for i, (rows, columns) in enumerate(scipy.ndimage.find_objects(np.abs(pieces)), 1):
         x, y = (np.arange(int(s.start * scale), min(int(s.stop * scale), n - side + 1), step)
@@ -1640,8 +1560,7 @@ def tile_boxes(pieces, scale, size, side, step):
     return np.concatenate(found)
 
 
-def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0.2, window=None,
-               **how):
+def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None, **how):
     """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the
     overview with both drawn in.
 
@@ -1651,27 +1570,26 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
     if side < 1 or step is not None and step < 1:
         raise InputError(f"tiles of {side} pixels every {step} - give a larger --size")
     slide = _slide(path, window)
-    image, scale = slide.overview(overview)
+    image, scale = slide.overview(2048)
     area = 512 ** 2 / scale ** 2
     pieces = find_tissue(np.asarray(image), least=least * area, least_hole=least_hole * area, **how)
     boxes = tile_boxes(pieces, scale, slide.size, side, step or side)
     if not len(boxes):
-        raise InputError(f"{path} has no tissue for tiles of {side} pixels - lower --threshold, "
-                         "--least or --size")
-    shown = np.array(image)
-    shown[(pieces > 0) & ~scipy.ndimage.binary_erosion(pieces > 0, iterations=2)] = (0, 160, 0)
-    shown = Image.fromarray(shown)
-    draw = ImageDraw.Draw(shown)
+        raise InputError(f"{path} has no tissue for {side} px - lower --threshold, --least, --size")
+    rim = (pieces > 0) & ~scipy.ndimage.binary_erosion(pieces > 0, iterations=2)
+    image.paste((0, 160, 0), mask=Image.fromarray(rim))
+    draw = ImageDraw.Draw(image)
     for x, y, w, h in boxes / scale:
         draw.rectangle((x, y, x + w, y + h), outline=(30, 60, 200))
-    return boxes, shown
+    return boxes, image
 
 
 def tile_arrays(slides, i, boxes, out, regions=None, share=0.5):
     """What the file `out` says of the tiles `boxes` of slide i of `read_slides`: where they are and
     the slide's label and split. With regions (`read_polygons`), tiles that lie in them by at least
     `share` have the label "region" instead (thesis 3.2.2: half of the patch)."""
-    tiles = replace(slides.take(np.full(len(boxes), i)), boxes=boxes)
+    tiles = slides.take(np.full(len(boxes), i))
+    tiles.about["coords"] = boxes
     if regions is not None:
         inside = [region_share(regions, box) >= share for box in boxes]
         tiles.labels, tiles.label_names = np.array(inside).astype(int), ["outside", "region"]
@@ -1682,26 +1600,22 @@ def _read_tiles(files):
     """Tiles as the `tile` command writes them; what not all files say is left out."""
     parts = [_read_listed(file) for file in files]
     for file, part in zip(files, parts):
-        if part.boxes is None:
+        if "coords" not in part.about:
             raise InputError(f"{file} lacks 'coords' - name a file that `tile` wrote")
         if part.label_names != parts[0].label_names:
             raise InputError(f"{file} has other 'label_names' than {files[0]} - tile them together")
     for part in parts if any(part.mask is not None for part in parts) else ():
         part.mask = part.labelled
-
-    def joined(dicts):
-        shared = set.intersection(*map(set, dicts))
-        return {key: np.concatenate([d[key] for d in dicts]) for key in shared}
-    told = joined([part._arrays() for part in parts])
-    return Images([path for part in parts for path in part.paths], **told,
-                  label_names=parts[0].label_names if "labels" in told else [],
-                  about=joined([part.about for part in parts]))
+    known = [part.each() for part in parts]
+    shared = {key: np.concatenate([one[key] for one in known])
+              for key in known[0] if all(key in one for one in known)}
+    return Images([path for part in parts for path in part.paths], **_fields(shared),
+                  label_names=parts[0].label_names)
 
 
 def read_polygons(path):
     """The regions of an ASAP annotation file (Camelyon's XML): list of ((n, 2) array of x, y in
-    pixels of the slide, inside), outer ones first; inside is False for what is cut out of them
-    (Camelyon's group _2)."""
+    pixels of the slide, inside), outer ones first; not inside: cut out of them (group _2)."""
     found = []
     with reading(path, "ASAP annotation file"):
         for region in ElementTree.parse(path).getroot().iter("Annotation"):
@@ -1731,24 +1645,20 @@ def cut_boxes(folder, margin=0.2, window=None):
     A part is the square around a box's centre, as long as the box's longer side and `margin` more,
     shifted inwards at the picture's edge. Boxes with a side of 8 pixels or less are left out.
     """
-    paths, squares, ids = [], [], []
-    for split, stem in _listed(folder):
-        path = os.path.join(folder, "JPEGImages", f"{stem}.jpg")
-        size = np.array(_slide(path, window).size)
-        objects = read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))
+    found = []
+    for split, stem, path, size, objects in _voc(folder, window):
         for i, (name, box) in enumerate(objects):
             sides, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
             if sides.min() <= 8:
                 continue
             half = min(sides.max() / 2 * (1 + margin), size.min() / 2)
             middle = middle.clip(half, size - half)
-            corner = np.round(middle - half).astype(int)
-            squares.append([*corner, *np.round(middle + half).astype(int) - corner])
-            paths.append(path)
-            ids.append(f"{split}/{name}/{stem}_{i}")
-    if not paths:
+            low, high = np.round([middle - half, middle + half]).astype(int)
+            found.append((path, [*low, *(high - low)], f"{split}/{name}/{stem}_{i}"))
+    if not found:
         raise InputError(f"{folder} has no box of more than 8 pixels - name another folder")
-    return Images(paths, boxes=np.array(squares), window=window, about={"ids": np.array(ids)})
+    paths, squares, ids = map(list, zip(*found))
+    return Images(paths, window=window, about={"coords": np.array(squares), "ids": np.array(ids)})
 
 
 # ---- Bags of instances ---------------------------------------------------------------------------
@@ -1798,8 +1708,7 @@ class Bags:
         return x, mask, torch.from_numpy(self.y[np.asarray(rows)]).long()
 
     def drawn(self, rows, rng, weighted=False):
-        """The bags `rows` in random order; weighted: as many of each class, drawn with
-        replacement."""
+        """The bags `rows` in random order; weighted: drawn with replacement, as many of a class."""
         y = self.y[rows]
         weight = 1 / np.bincount(y)[y] if weighted else np.ones(len(y))
         return rng.choice(rows, len(rows), replace=weighted, p=weight / weight.sum())
@@ -1807,8 +1716,7 @@ class Bags:
     def rounds(self, folds, seed, source):
         """[(rows to learn from, rows to stop by, perhaps none, rows to report)]: `folds` parts of
         which each is reported in turn; if that is 0, the file's own folds, else its splits, else
-        70 / 15 / 15 %. Parts hold every class in proportion and no group twice. source: for
-        messages."""
+        70 / 15 / 15 %. Parts hold every class in proportion and no group twice."""
         everything, none = np.arange(len(self)), np.arange(0)
         if folds:
             parts = stratified_parts(self.y, [1] * folds, seed, self.groups)
@@ -1910,8 +1818,7 @@ def _bags_of_file(arrays):
     folds = arrays.checked("folds", f"(repeats, folds, bags) bool for {n} bags, True = train",
                            (np.bool_, None, None, n))
     if offsets[0] != 0 or offsets[-1] != len(x):
-        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - end at {len(x)}, the "
-                         "number of instances")
+        raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - go from 0 to {len(x)}")
     if not n or not 0 <= y.min() <= y.max() < max(n, 1000):
         raise InputError(f"'y' goes from {min(y, default=0)} to {max(y, default=0)} - count from 0")
     return Bags(np.split(x, offsets[1:-1]), y, [str(c) for c in range(int(y.max()) + 1)],
@@ -1919,8 +1826,7 @@ def _bags_of_file(arrays):
 
 
 def stratified_parts(y, shares, seed, groups=None):
-    """Cut positions 0..n-1 into parts of these shares, every class in proportion: list of ascending
-    arrays.
+    """Cut positions 0..n-1 into parts (ascending) of these shares, every class in proportion.
 
     No group of groups (n,) lies in two parts, and without them each position is one. It is groups
     that are in proportion, to one, each counted as the rarest class among its samples. Where they

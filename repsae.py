@@ -81,6 +81,10 @@ def value_of(kind, text, said, default=None):
     number, _, ends = kind.partition(" ")
     if kind == "text" or text == default == "auto":
         return text
+    if kind == "numbers":
+        if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
+            return text
+        raise InputError(f"{said} - give positive whole numbers, separated by commas")
     if number in ("int", "float"):
         least, _, most = ends.partition("..")
         least, most = float(least or 0), float(most or 1e6)
@@ -98,9 +102,9 @@ def value_of(kind, text, said, default=None):
     return choices[text]
 
 
-# name: (default, kind, help). A kind is "text", "switch", choices "a|b", or "int" or "float" with a
-# range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills it in, and
-# "auto" can be typed where it is the default.
+# name: (default, kind, help). A kind is "text", "numbers", "switch", choices "a|b", or "int" or
+# "float" with a range, 0..1e6 where none is given. What is None or "auto" is open: who uses it
+# fills it in, and "auto" can be typed where it is the default.
 WHAT = {
     "data": (None, "text", "features: .npz or folder of .npy (mil: bags); else the run's, or "
              "--world"),
@@ -175,7 +179,7 @@ MODEL = {
     "prototypes": (65536, "int 2..", "K, outputs of DINO's head"),
     "head-hidden": (2048, "int 1..1e5", "width of DINO's head"),
     "head": ("gated", "text", "of a bag: max, mean, abmil, gated, clam_sb, clam_mb, or several"),
-    "widths": ("512", "text", "of the layers that embed an instance, a,b"),
+    "widths": ("512", "numbers", "of the layers that embed an instance, a,b"),
     "attention": (256, "int 1..1e5", "hidden width of the attention"),
     "instances": (8, "int 1..", "CLAM: instances called positive, and as many negative"),
     "dropout": (0.25, "float 0..0.99", "after the embedding; CLAM: in the attention too"),
@@ -673,7 +677,8 @@ def resolved(flags, features):
                          "has no penalty - leave it out, or set --k")
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
     auto = sae.settings_for(n, **typed, streams=len(features.streams))
-    auto["shuffle"] = "blocks" if features.mapped else "samples"
+    mapped = any(isinstance(x, np.memmap) for x in features.streams.values())
+    auto["shuffle"] = "blocks" if mapped else "samples"      # on disk neighbouring rows are cheap
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
@@ -2237,7 +2242,7 @@ def cmd_mil(flags):
     rounds = bags.rounds(flags.folds, flags.seed, flags.data)
     if not len(rounds[0][1]) and {"patience", "min_epochs"} & flags.given:
         say("note: no bags to validate by, so that --patience and --min-epochs have no effect")
-    make = {**flags.pick("attention dropout"), "widths": data.number_list(flags.widths)}
+    make = {**flags.pick("attention dropout"), "widths": [*map(int, flags.widths.split(","))]}
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
     page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
     progress = Progress(len(heads) * len(rounds))
@@ -2336,7 +2341,7 @@ def cmd_finetune(flags):
               for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
     log, progress, sizes = Log(run.path("log.csv")), Progress(len(specs) * n), {}
-    pixels = pictures.pixels.transpose(0, 3, 1, 2)
+    pixels = pictures.about["images"].transpose(0, 3, 1, 2)
     baseline = [judge.pixel_probe(pixels, pictures.labels, parts, C) for parts in rounds]
     found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
     for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
@@ -2378,7 +2383,7 @@ def finetune_one(pictures, parts, model, flags):
     torch.set_flush_denormal(True)
     torch.manual_seed(flags.seed)
     train, val, test = parts
-    x, y = data.normalised(pictures.pixels), torch.from_numpy(pictures.labels)
+    x, y = data.normalised(pictures.about["images"]), torch.from_numpy(pictures.labels)
 
     def batches(epoch):
         order = np.random.default_rng([flags.seed, epoch]).permutation(train)    # new each epoch

@@ -35,8 +35,7 @@ def status_mb(name):
 
 
 def watch_memory(peak):
-    """Keep in the list `peak` the most anonymous memory (RssAnon, MB) of this process: mapped files
-    are the system's, not ours."""
+    """Keep in the list `peak` the most RssAnon (MB) of this process: mapped files do not count."""
     with contextlib.suppress(OSError, StopIteration):        # no Linux: no figure, not a wrong one
         while True:
             peak[0] = max(peak[0], status_mb("RssAnon"))
@@ -86,8 +85,7 @@ def median_ms(run, device, rounds=15, patience=3.):
 # -- a training step, and large folders --------------------------------------------------------
 
 def dense_step(model, optimiser, x):
-    """A step as the authors' code does it: dense codes, M^2 dense decoders, renormalise, project,
-    Adam. Without AuxK, which their code computes in every step: left out in their favour."""
+    """The authors' step: dense codes, M^2 dense decoders, Adam; in their favour without AuxK."""
     optimiser.zero_grad()
     sae.dense_loss(model, x).backward()
     sae.renormalise(model)
@@ -119,7 +117,7 @@ def three_steps(kind, dims, device, *sizes):
 
 
 def bench_sparc(device):
-    """A training step of SPARC against the authors' dense one, for three streams and for ten."""
+    """A training step of SPARC against the authors' dense one; what a stream costs among many."""
     three = {"dino": 1024, "clip_img": 768, "clip_txt": 768}
     for dims in (three, {f"s{i}": 768 for i in range(10)}):
         ms = {kind: median_ms(contender(kind, dims, device), device, 7, 60.) for kind in KINDS}
@@ -129,13 +127,7 @@ def bench_sparc(device):
             ways[kind]["peak MB"] = apart(device, peak_of, steps, device)
         yield (f"one training step: {len(dims)} streams, {sum(dims.values())} dimensions, "
                f"batch 256, L 8192, k 64, {torch.get_num_threads()} threads, {device}"), ways
-    yield ("one training step, a stream: width 512, batch 256, L 4096, k 32; many streams rebuild "
-           f"each other by two, {device}"), many_streams(device)
-
-
-def many_streams(device):
-    """What a stream costs among four, which all rebuild each other, and among many."""
-    found = {}
+    found = {}                                               # for each of many streams
     for M, targets in ((4, None), (32, 2), (32, None)):
         dims, sizes = {f"s{i}": 512 for i in range(M)}, (256, 4096, 32, targets)
         ms = median_ms(contender(OURS, dims, device, *sizes), device, 5, 20.)
@@ -143,7 +135,8 @@ def many_streams(device):
         peak = apart(device, peak_of, steps, device)
         way = f"{M} streams, {f'--targets {targets}' if targets else 'all pairs'}"
         found[way] = {"ms a stream": ms / M, "peak MB a stream": peak and peak / M}
-    return found
+    yield ("one training step, a stream: width 512, batch 256, L 4096, k 32; many streams rebuild "
+           f"each other by two, {device}"), found
 
 
 def bench_rows(device):
@@ -153,11 +146,9 @@ def bench_rows(device):
         with tempfile.TemporaryDirectory() as folder:
             rng = np.random.default_rng(0)
             for s, d in (("dino", 1024), ("clip_img", 768), ("clip_txt", 768)):
-                file = pathlib.Path(folder, f"{s}.npy")
-                out = np.lib.format.open_memmap(file, "w+", np.float16, (rows, d))
+                out = np.lib.format.open_memmap(f"{folder}/{s}.npy", "w+", np.float16, (rows, d))
                 for block in np.array_split(out, -(-rows // 4096)):
                     block[:] = rng.standard_normal(block.shape, np.float32)
-                del out
             np.save(pathlib.Path(folder, "labels.npy"), rng.integers(0, 20, rows))
             found[f"{rows:,} rows"] = apart("cpu", train_on_rows, folder)
     yield ("300 steps and an evaluation on a memory-mapped folder of float16, "
@@ -209,7 +200,6 @@ def parallel_scan(a, b):
 
 def textbook_scan(u, delta, A, B, C):
     """The scan by `parallel_scan`, forward and (reversed in time) backward: all states at once."""
-
     class Scan(torch.autograd.Function):
         @staticmethod
         def forward(ctx, a, b):
@@ -240,9 +230,8 @@ def scan_contenders(size, device):
 
     def whole(core):
         """Around a bare scan what selective_scan does around its own."""
-        def run(u, delta, A, B, C, skip, z, bias):
-            return (core(u, F.softplus(delta + bias), A, B, C) + skip * u) * F.silu(z)
-        return run
+        return lambda u, delta, A, B, C, skip, z, bias: F.silu(z) * (
+            core(u, F.softplus(delta + bias), A, B, C) + skip * u)
 
     def both(scan):
         return lambda: (torch.no_grad()(lambda: scan(*inputs)),
@@ -331,8 +320,7 @@ def draw_backbones(found, svg):
     """`bench_backbones`' figures as curves over the number of tokens, in the file `svg`."""
     tokens, tables, charts = [title.split()[0] for title in found], list(found.values()), []
     for key in ("forward, ms", "forward + backward, ms", "forward, MB", "forward + backward, MB"):
-        curves = {name: [(i, ways[name].get(key)) for i, ways in enumerate(tables)]
-                  for name in tables[0]}
+        curves = {name: [(i, t[name].get(key)) for i, t in enumerate(tables)] for name in tables[0]}
         charts.append(judge.svg_lines(curves, "tokens", key, tokens, log=True))
     judge.write_text(svg, judge.standalone_svg(*charts))
     repsae.say(f"wrote {svg}")

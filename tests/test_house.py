@@ -13,9 +13,9 @@ import repsae
 from conftest import ROOT
 
 # at most so many lines, and at least this share of them comments and docstrings
-ROOMS = {"repsae.py": (2600, .1), "data.py": (1950, .2), "eval.py": (2230, .2),
+ROOMS = {"repsae.py": (2600, .1), "data.py": (1850, .2), "eval.py": (2230, .2),
          "ssm.py": (1500, .28), "sae.py": (1200, .28)}
-ALL_LINES, ALL_LETTERS = 9_450, 495_000
+ALL_LINES, ALL_LETTERS = 9_301, 489_000
 MAY_IMPORT = {"sae": {"torch"}, "ssm": {"torch"}, "eval": {"torch", "numpy", "scipy", "PIL"},
               "data": {"torch", "torchvision", "numpy", "scipy", "PIL", "openslide"}}
 FRONT_DOOR = {"torch", "torchvision", "numpy", "scipy", "PIL", *MAY_IMPORT}
@@ -74,7 +74,7 @@ def test_there_are_five_modules_and_a_readme_that_is_read_in_one_go():
     readme = (ROOT / "README.md").read_text().splitlines()
     assert len(readme) <= 330 and any(line.startswith("![") for line in readme[:30])
     others = "".join((ROOT / "tests" / name).read_text() for name in ("thesis.py", "bench.py"))
-    assert len(others.splitlines()) <= 770 and max(map(len, others.splitlines())) <= 100
+    assert len(others.splitlines()) <= 750 and max(map(len, others.splitlines())) <= 100
 
 
 def test_six_packages_are_enough():

@@ -8,9 +8,8 @@ Four tables are the experiment; below them stands the runner, which knows nothin
               [a: b > c] is short for [a, b] > [a, c], {*name} takes all choices of a name, joined
     CHOICES   what the {names} of all three stand for: a line is meant for every choice of those in
               it. Of a dict the keys are for people, the values go into files and keys
-Commands also use SIZES and PIECES. A figure that is not there makes a claim "not measured", never
-"no"; over several seeds one that holds or fails by less than the standard deviation is
-"undecided". `--quick` judges nothing.
+Commands also use SIZES and PIECES. Without its figures a claim is "not measured", never "no"; over
+several seeds one that holds or fails by less than the standard deviation is "undecided".
 
 Numbers before claims are the papers' tables, the thesis's unless another is named; "ours" are our
 own questions. G and L: Global and Local TopK as trained, the one joint, the other alone.
@@ -36,8 +35,7 @@ SIZES = {  # of the demo, and of --quick
     True: {"pictures": 600, "dino_epochs": 1, "clip_epochs": 2, "mil_epochs": 5, "runs": 2,
            "tune_epochs": 1, "code_epochs": 4, "token_epochs": 1, "least": 20, "most": 40}}
 PIECES = {  # that commands share
-    "tissue": "--images ./tissue/tissue.npz",
-    "both": "dino_vit=./dino_vit,dino_vim=./dino_vim",
+    "tissue": "--images ./tissue/tissue.npz", "both": "dino_vit=./dino_vit,dino_vim=./dino_vim",
     # pixels in their own units: by ImageNet's these pale pictures are all alike, and DINO collapses
     "dino": "--patch 8 --size 64 --local-size 32 --local-crops 4 --local-scale 0.2,0.6 "
             "--global-scale 0.5,1 --standardise --colour 0.2 --blur 0.5 --prototypes 1024 "
@@ -54,7 +52,7 @@ SETS = {"a CLIP's encoders": "clip_img+clip_txt", "another CLIP's": "small_img+s
         "all eight": "clip_img+clip_txt+small_img+small_txt+dino_vit+dino_vim+words+pairs",
         "words alone": "words+pairs", "texts": "clip_txt+small_txt+words+pairs"}
 CHOICES = {
-    "side": ["64", "32"], "a": ["vit", "vim"], "s": ["dino", "random"],
+    "side": ["64", "32"], "a": ["vit", "vim"], "s": ["dino", "random"], "topk": ["global", "local"],
     "head": ["mean of the bag, logistic", "abmil", "clam_sb"],
     "m": ["vit_micro", "vim_micro", "vmamba_micro", "resnet18", "dino_vit"],
     "win": ["vit_micro", "resnet18"], "lose": ["vim_micro", "vmamba_micro"],
@@ -66,9 +64,8 @@ CHOICES = {
     "codes": {"apart": "the two runs, best pairing", "one": "SPARC alone, same latent"},
     "size": {f"{x} {n}": f"{x}/{x}{n}" for x, values in SWEPT.items() for n in values},
     **{x: [f"{x} {n}" for n in values] for x, values in SWEPT.items()}, "x": [*SWEPT],
-    "topk": ["global", "local"], "what": ["self", "cross"],
     "way": {"G": "global : joint", "L": "local : alone", "G alone": "global : alone"},
-    "set": SETS, "seen": [*SETS][:5], "read": [*SETS][5:],
+    "set": SETS, "seen": [*SETS][:5], "read": [*SETS][5:], "what": ["self", "cross"],
     "b": ["dino_vit", "dino_vim (Grad-CAM)", "clip"], "b2": ["dino_vit", "clip"],
     "t": [SUMMED, NAMED, f"{NAMED}, joint"], "t2": [SUMMED, NAMED], "in": ["", "_local"],
     "when": ["tuned", "before"], "of": {"features": "original features", "code": "reconstructed"},
