@@ -495,7 +495,7 @@ def _scan(features, block_bytes=1 << 24):
                 finite = np.isfinite(block[bad.argmax()]).all()
                 what = "numbers beyond 1e15" if finite else "NaN or Inf"
                 raise InputError(f"stream '{s}' has {what} in {bad.sum()} or more rows, first row "
-                                 f"{start + bad.argmax()} - mend or scale them")
+                                 f"{start + bad.argmax()} - mend or scale it, or have it all NaN")
             zeros += int((~block.any(1)).sum())
             digest.update(block)
         if zeros:

@@ -1014,7 +1014,7 @@ def test_weighted_entropy_of_fewer_samples_than_it_needs_is_a_dash(features, tmp
     ({"split": np.repeat(["train", "test"], [1, 39])},
      "the train split has 1 sample - give at least two"),
     ({"a": np.full((40, 3), 1e39)},
-     "stream 'a' has numbers beyond 1e15 in 40 or more rows, first row 0 - mend or scale them"),
+     "stream 'a' has numbers beyond 1e15 in 40 or more rows, first row 0 - mend or scale it"),
     ({"training": np.ones((40, 3))}, "stream name 'training' cannot name a parameter - rename it")])
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         change, message, tmp_path, capsys):
