@@ -852,9 +852,19 @@ def shared(samples):
     return f": {each}; two given streams in {min(pairs)} to {max(pairs)}" if pairs else ""
 
 
-def tell_run(page, metrics, log, settings):
-    """What a run's report has beyond `tell_summary` and what one explores, folded: log, rows of
-    log.csv."""
+def training_curves(rows):
+    """Of the rows of log.csv what a page draws: {title: {name: [(step, value)]}}."""
+    names = list(rows[0]) if rows else []
+    lines = {k: [(int(row["step"]), float(row[k])) for row in rows] for k in names
+             if k in ("self", "cross") or k.startswith("dead_")}
+    dead = {k[5:]: line for k, line in lines.items() if k.startswith("dead_")}
+    loss = {k: line for k, line in lines.items() if k[5:] not in dead and any(y for _, y in line)}
+    return {"mean NMSE of the batch; lower is better:": loss,
+            "dead, have not fired for long; lower is better:": dead}
+
+
+def tell_run(page, metrics, settings):
+    """What a run's report has beyond `tell_summary` and what one explores, folded."""
     blocks = {mode: metrics[mode] for mode in ("joint", "alone") if mode in metrics}
     first = next(iter(blocks.values()))
     grids = {mode: block["r2"] for mode, block in blocks.items()}
@@ -874,12 +884,6 @@ def tell_run(page, metrics, log, settings):
         rows = [{"": f"{pair}, {mode}", **v} for mode, block in blocks.items()
                 for pair, v in block["retrieval"].items()]
         page.table(*columns(rows), "Retrieval", quiet=True)
-    keys = [k for k in (log[0] if log else ()) if k in ("self", "cross") or k.startswith("dead_")]
-    lines = {k: [(int(row["step"]), float(row[k])) for row in log] for k in keys}
-    dead = {k[5:]: line for k, line in lines.items() if k.startswith("dead_")}
-    loss = {k: line for k, line in lines.items() if k[5:] not in dead and any(y for _, y in line)}
-    page.picture("Training", svg_lines(loss, "step", "mean NMSE of the batch; lower is better")
-                 + svg_lines(dead, "step", "dead: have not fired for long; lower is better"))
     page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
                quiet=True)
 
@@ -1065,9 +1069,9 @@ def explorer(features, rows, runs, most):
 
     runs: {name: dict} of `codes` {mode: {stream: CSR (n, L)}}, of tokens with `places` alike, 1 +
     the token where a latent is strongest; `null`, the same codes of the null, of which histograms
-    are kept; what decodes, `dictionary` {stream: (L, d)} and `bias` {stream: (d,)}; `seen`(rows) ->
-    {stream: (len(rows), d)}, features as the model sees them; `probe` {stream: (weights (d, C),
-    biases (C,))} of the labels or None; `names` {latent: name}.
+    are kept; `training_curves`; what decodes, `dictionary` {stream: (L, d)} and `bias` {stream:
+    (d,)}; `seen`(rows) -> {stream: (len(rows), d)}, features as the model sees them; `probe`
+    {stream: (weights (d, C), biases (C,))} of the labels or None; `names` {latent: name}.
     """
     codes = [code for run in runs.values() for code in run["codes"]["alone"].values()]
     order, picture = by_rank(codes, len(rows)), functools.cache(features.picture)
@@ -1113,12 +1117,16 @@ def _shown_run(run, rows, some, most):
         groups = [list(of)] if mode == "joint" else [[s] for s in of]
         codes[mode] = [packed_rows(*(part[mode][s][some] for part in kept if part for s in group))
                        for group in groups]
-    unit = unit_rows(np.concatenate([unit_rows(v) for v in D.values()], 1))
+    unit, null = unit_rows(np.concatenate([unit_rows(v) for v in D.values()], 1)), run.get("null")
+    alone = [code[some] for code in run["codes"]["alone"].values()]
     out = {"latents": len(unit), "streams": list(D), "codes": codes, "names": run["names"] or {},
-           "near": packed(nearest(unit, unit, 7)[0]),
-           "null": {mode: [{"top": float(code.data.max(initial=1e-9)), "counts": packed(
-               np.histogram(code.data, 256, (0, code.data.max(initial=1e-9)))[0])}
-               for code in of.values()] for mode, of in (run.get("null") or {}).items()}}
+           "near": nearest(unit, unit, 7)[0].tolist(), "curves": run.get("curves"), "null": null,
+           "agreement": {"latents": overlap([code.T.tocsr() for code in alone], 5),
+                         "samples": overlap(alone)}}
+    if null:                                                 # its activations as 400 of them
+        out["null"] = {mode: [packed(np.quantile(np.r_[code.data, 0], np.linspace(0, 1, 400)))
+                              for code in of.values()] for mode, of in null.items()}
+        out["null"]["agreement"] = _mean(overlap([v.T.tocsr() for v in null["alone"].values()], 5))
     numbers = (len(unit) + len(some)) * sum(v.shape[1] for v in D.values())
     if numbers > most:
         return {**out, "edit": f"Left out: what it needs would take {numbers * 8 / 3e6:.1f} MB."}
@@ -1127,6 +1135,19 @@ def _shown_run(run, rows, some, most):
     if run["probe"]:
         edit["probe"] = [[packed(v) for v in run["probe"][s]] for s in D]
     return {**out, "edit": edit}
+
+
+def overlap(matrices, least=1):
+    """How alike the rows of non-negative matrices (n, m) are: sum of minima / sum of maxima, rows
+    scaled to sum 1, the mean over pairs of matrices; a list (n,), None where fewer than two have
+    `least` entries or more."""
+    own = [(sp.diags_array(1 / np.maximum(np.ravel(z.sum(1)), 1e-30)) @ z.astype(float),
+            z.getnnz(axis=1) >= least) for z in matrices]
+    found = [np.ma.masked_all(len(own[0][1]))]
+    for (a, some), (b, others) in itertools.combinations(own, 2):
+        shared = 1 - np.ravel(abs(a - b).sum(1)) / 2         # minima of two rows of sum 1
+        found.append(np.ma.array(shared / (2 - shared), mask=~(some & others)))
+    return np.ma.stack(found).mean(0).round(5).tolist()
 
 
 def strongest_tokens(code, T):

@@ -835,11 +835,11 @@ def judged(run, features, whole=None, quiet=False):
         metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
                            f"{shlex.quote(whole.folder)}")
     name, shown = os.path.basename(os.path.abspath(run.folder)), explored(model, features, flags)
-    shown[2].update(null=twin)
+    shown[2].update(null=twin, curves=judge.training_curves(log.rows))
     page = judge.Page(f"repsae {flags.command}: {name}")
     judge.tell_summary(page, metrics, quiet, judge.explorer(
         *shown[:2], {name: shown[2]}, flags.page_rows))
-    judge.tell_run(page, metrics, log.rows, flags)
+    judge.tell_run(page, metrics, flags)
     page.write(run.path, metrics)
     if not quiet:
         say(f"wrote {run.join('report.html')}")
