@@ -53,6 +53,7 @@ import scipy.stats
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+Z95 = 1.96  # standard errors on either side within which 95 in 100 lie
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
@@ -124,7 +125,8 @@ def jaccard(counts, n_top):
     stream where n_top > 0. Returns `jaccard`, the mean over latents alive in two streams or more of
     their mean over such pairs of streams; `jaccard_all`, the same with all other latents counted as
     0, as the published numbers do; `control`, the first with each latent paired with another of
-    those alive in both streams, half of them further on; `pairs`, the first for each pair.
+    those alive in both streams, half of them further on; `pairs`, the first for each pair;
+    `within`, half the interval of the first for other latents as these.
     """
     pairs, L = list(itertools.combinations(counts, 2)), len(next(iter(counts.values())))
     own, other = (np.ma.masked_all((len(pairs), L)) for _ in range(2))
@@ -137,6 +139,7 @@ def jaccard(counts, n_top):
             other[i] = np.ma.masked
     mean = own.mean(0)                                       # (L,) of the pairs where it is alive
     return {"jaccard": _mean(mean.compressed()), "jaccard_all": float(mean.filled(0).mean()),
+            "within": plain(Z95 * mean.std() / math.sqrt(max(mean.count(), 1))),
             "pairs": {f"{s} / {t}": _mean(v.compressed()) for (s, t), v in zip(pairs, own)},
             "control": _mean(other.mean(0).compressed())}
 
@@ -170,36 +173,42 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
 
 # -- Reconstruction ------------------------------------------------------------------------------
 
+PARTS = 20  # of the samples, each left out in turn: a jackknife
+
+
 def reconstruction(blocks):
     """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass:
-    {"r2": {t: {s: value}}, "nmse": ...}, None where nothing varies, or is left.
+    {"r2": {t: {s: value}}, "nmse": ..., "r2_within": half the interval of R^2 by a jackknife}, None
+    where nothing varies, or is left.
 
     blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors; of t from
     s those samples count that have both (rows of NaN say that one is missing).
     R^2 is weighted by variance, around each dimension's mean over the samples that count:
     predicting that mean scores 0. NMSE leaves out samples of zeros.
     """
-    total = collections.defaultdict(float)                   # of sums over samples
+    total = collections.defaultdict(float)                   # of sums over each part of the samples
     for x, x_hat in blocks:
         here = {t: ~v.isnan().all(1) for t, v in x.items()}
         for (t, s), v in x_hat.items():
-            both, now = here[t] & here.get(s, here[t]), x[t]
-            if not both.all():
-                v, now = v[both], now[both]
-            e, energy = (a.double().square().sum(1) for a in (v - now, now))
-            for name, value in (("n", len(e)), ("x", now.double().sum(0)), ("x^2", energy.sum()),
-                                ("scaled", int((energy > 0).sum())), ("error", e.sum()),
-                                ("ratio", (e / energy)[energy > 0].sum())):
-                total[name, t, s] += value
-    r2, nmse = {}, {}
-    for pair in [key[1:] for key in total if key[0] == "n"]:
-        n, x, square, some, error, ratio = (
-            total[name, *pair] for name in ("n", "x", "x^2", "scaled", "error", "ratio"))
-        variance = square - x.square().sum() / max(n, 1)
-        varies, (t, s) = variance > 1e-12 * square, pair
-        r2.setdefault(t, {})[s] = float(1 - error / variance) if varies else None
-        nmse.setdefault(t, {})[s] = float(ratio / some) if some else None
-    return {"r2": r2, "nmse": nmse}
+            both = here[t] & here.get(s, here[t])
+            now, part = x[t][both].double(), torch.arange(len(v), device=v.device)[both] % PARTS
+            e, energy = (v[both] - x[t][both]).double().square().sum(1), now.square().sum(1)
+            member = torch.nn.functional.one_hot(part, PARTS).T.double()          # (PARTS, b)
+            for name, value in (("n", torch.ones_like(e)), ("x", now), ("x^2", energy),
+                                ("scaled", (energy > 0).double()), ("error", e),
+                                ("ratio", torch.where(energy > 0, e / energy, 0))):
+                total[name, t, s] += member @ value
+    out = {"r2": {}, "nmse": {}, "r2_within": {}}
+    for t, s in [key[1:] for key in total if key[0] == "n"]:
+        sums = {name: total[name, t, s] for name in ("n", "x", "x^2", "error", "ratio", "scaled")}
+        n, x, square, error, ratio, some = (torch.cat([v.sum(0)[None], v.sum(0) - v])
+                                            for v in sums.values())       # of all, and of all but
+        variance = square - x.square().sum(1) / n.clamp(min=1)            # each of the parts
+        r2 = torch.where(variance > 1e-12 * square, 1 - error / variance, torch.nan)
+        half = Z95 * ((PARTS - 1) * r2[1:].var(unbiased=False)).sqrt()
+        for name, v in (("r2", r2[0]), ("nmse", (ratio / some)[0]), ("r2_within", half)):
+            out[name].setdefault(t, {})[s] = plain(v.item())
+    return out
 
 
 def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
@@ -325,9 +334,10 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
     The `candidates` latents most often active on a task's training positives (or those `chosen` for
     it) are each fitted on train, input z > 0 or z itself if not `binary`; the best on val is
     reported on test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats,
-    "tasks": [{label, latent or None, val, test}]}.
+    "within": half its interval, "tasks": [{label, latent or None, val, test}]}.
     """
     active, results, chance = (code > 0).astype(np.float64), [], math.log(2)
+    moved = np.zeros(code.shape[0])                          # the mean loss, by each sample
     z = active if binary else code.astype(np.float64)
     for i, (label, parts) in enumerate(tasks):
         results.append({"label": int(label), "latent": None, "val": chance, "test": chance})
@@ -337,11 +347,14 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
         best = best[hits[best] > 0] if chosen is None else np.asarray(chosen[i])
         if len(best):
             line = logistic_1d(z[rows][:, best].toarray().T, y)             # of (candidates, rows)
-            val, test = (log_loss(*line, z[held][:, best].toarray().T, truth).mean(1)
+            val, test = (log_loss(*line, z[held][:, best].toarray().T, truth)
                          for held, truth in (parts["val"], parts["test"]))
-            j = int(np.argmin(val.round(9)))                 # of equals the first
-            results[-1].update(latent=int(best[j]), val=float(val[j]), test=float(test[j]))
-    return {"loss": _mean(r["test"] for r in results), "tasks": results}
+            j = int(np.argmin(val.mean(1).round(9)))         # of equals the first
+            loss = float(test[j].mean())
+            moved[parts["test"][0]] += (test[j] - loss) / test[j].size / len(tasks)
+            results[-1].update(latent=int(best[j]), val=float(val[j].mean()), test=loss)
+    return {"loss": _mean(r["test"] for r in results), "tasks": results,
+            "within": float(Z95 * np.linalg.norm(moved))}
 
 
 # -- Retrieval -----------------------------------------------------------------------------------
@@ -406,8 +419,8 @@ def retrieval_ranks(query, reference, block=1024):
 
 
 def retrieval(features, here=()):
-    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}},
-    from {stream: (n, d)}; only streams of one width are compared.
+    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR, R@1
+    within}}, from {stream: (n, d)}; only streams of one width are compared.
 
     here: {stream: (n,) bool} of those with gaps; queries and gallery are the samples that have
     both. MedR is the lower median. R@k depends on n: compare only galleries of one size.
@@ -417,9 +430,12 @@ def retrieval(features, here=()):
         both = here[s] & here[t]
         if features[s].shape[1] == features[t].shape[1] and both.any():
             ranks = retrieval_ranks(features[s][both], features[t][both])
+            first = scipy.stats.binomtest(int((ranks == 1).sum()), len(ranks))
+            low, high = first.proportion_ci(method="wilson")
             out[f"{s} -> {t}"] = {**{f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)},
                                   "MedR": int(np.sort(ranks)[(len(ranks) - 1) // 2]),
-                                  "MRR": float((1 / ranks).mean())}
+                                  "MRR": float((1 / ranks).mean()),
+                                  "R@1 within": float(high - low) / 2}
     return out
 
 
@@ -473,6 +489,19 @@ def headline(block):
     if block.get("probe"):
         out["1-D probe loss (chance 0.693)"] = _mean(v["loss"] for v in block["probe"].values())
     return out
+
+
+def within(block):
+    """Half the 95 in 100 interval of what in `headline` has one: where it would lie for other
+    samples as these (Jaccard: other latents). Of a mean over streams it is the mean of theirs,
+    which is never too small, however these depend on each other."""
+    r2 = [(s == t, v) for t, row in block.get("r2_within", {}).items() for s, v in row.items()]
+    ranks, probes = (block.get(name, {}).values() for name in ("retrieval", "probe"))
+    each = {"R2 self": [v for own, v in r2 if own], "R2 cross": [v for own, v in r2 if not own],
+            "retrieval R@1": [v.get("R@1 within") for v in ranks],
+            "Jaccard of top-50 labels": [block.get("concepts", {}).get("within")],
+            "1-D probe loss (chance 0.693)": [v.get("within") for v in probes]}
+    return {name: _mean(halves) for name, halves in each.items()}
 
 
 HIGHER = {                                                   # rows of `headline`, by what is better
@@ -801,29 +830,38 @@ HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
              "latents alive in all streams, %", "1-D probe loss (chance 0.693)")
 
 
-def _numbers(header, rows):
-    """The headline numbers of `summary`, HTML: alone large, the others and controls beside it."""
-    parts = {}
+def _numbers(metrics):
+    """The headline numbers of `summary`, HTML: alone large, with its interval, and beside it the
+    others and controls."""
+    (header, rows), parts, half = summary(metrics), {}, within(metrics["alone"])
     for (name, *cells), (other, *values) in zip(rows, [*rows[1:], [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
         alone = told.pop("alone")
         if other.startswith("  "):
             told[other.strip()] = fmt(values[header.index("alone") - 1])
         beside = "".join(f" · <i>{mode} {v}</i>" for mode, v in told.items())
-        parts[name] = (f"<div><dt>{html.escape(name)}</dt><dd><b>{alone}</b> alone{beside}</dd>"
+        alone = f"<b>{alone}</b>" + (f" ± {fmt(half[name])}" if half.get(name) else "")
+        parts[name] = (f"<div><dt>{html.escape(name)}</dt><dd>{alone} alone{beside}</dd>"
                        f"<dd>{html.escape(MEANING.get(name, ''))}</dd></div>")
-    return f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
+    return (f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
+            '<p class="note">±: where 95 in 100 such figures would lie, were other samples judged '
+            "by the same model (Jaccard: other latents).</p>")
+
+
+def tell_verdict(page, found):
+    """The three sentences of `verdict`, on the page alone; returns them."""
+    lines = [found[part] for part in ("learned", "trust", "next")]
+    told = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    page.picture("", f'<div class="verdict level{found["level"]}">{told}</div>')
+    return lines
 
 
 def tell_summary(page, metrics, quiet=False, payload=None):
     """The verdict on a run, its table and the planted concepts found; the verdict comes first on
     the page and last on the terminal, in colour where that is one. quiet: on the page alone;
     payload: what one explores, after the verdict and its numbers."""
-    if found := metrics.get("verdict"):
-        lines = [found[part] for part in ("learned", "trust", "next")]
-        page.picture("", f'<div class="verdict level{found["level"]}">' + "".join(
-            f"<p>{html.escape(line)}</p>" for line in lines) + "</div>")
-    page.picture("", _numbers(*summary(metrics)))
+    lines = tell_verdict(page, found) if (found := metrics.get("verdict")) else []
+    page.picture("", _numbers(metrics))
     if payload:
         page.explore(payload)
     page.table(*summary(metrics), "Result", quiet=quiet)

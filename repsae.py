@@ -1486,6 +1486,7 @@ def cmd_latents(flags):
         return search(coded, names, flags)
     run = analysis_run(flags, "latents")
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
+    tell_verdict(page, flags.run)
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
     files = tell_stream(page, coded, flags) if one else {}
@@ -1495,6 +1496,16 @@ def cmd_latents(flags):
         write(run.path(name), content)
     page.write(run.path)
     say(f"wrote {run.join('report.html')}")
+
+
+def tell_verdict(page, run):
+    """Tell what was found of a run when it was trained, if that is known."""
+    path = os.path.join(run, "metrics.json")
+    found = data.read_json(path) if os.path.exists(path) else None
+    found = found.get("verdict") if isinstance(found, dict) else None
+    kinds = {"learned": str, "trust": str, "next": str, "level": int}
+    if isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in kinds.items()):
+        judge.tell_verdict(page, found)
 
 
 def tell_stream(page, coded, flags):

@@ -321,6 +321,7 @@ def test_ranks_and_recalls_are_the_authors(golden):
         for a, b in ((q, r), (sp.csr_matrix(q), sp.csr_matrix(r))):
             np.testing.assert_array_equal(judge.retrieval_ranks(a, b, block=31), z[f"out.case{i}.ranks"])
         found = judge.retrieval({"q": q, "r": r})["q -> r"]
+        del found["R@1 within"]                              # ours
         for name, value in found.items():
             assert value == pytest.approx(z[f"out.case{i}.{name}"].item(), abs=1e-6)
 
@@ -362,6 +363,51 @@ def test_recovery_counts_each_concept_and_each_latent_once():
     twice = {"a": np.stack([eye[0], eye[0], eye[4]])}
     assert judge.recovery(twice, {"a": np.stack([eye[0], eye[0]])})["a"] == {"found": 2, "of": 2}
     assert judge.recovery({"a": eye[[0]]}, {"a": np.stack([eye[0], eye[0]])})["a"] == {"found": 1, "of": 2}
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+def test_half_of_r2s_interval_is_its_spread_over_many_drawings_of_samples():
+    """Errors that grow with a sample's length, two blocks, a mean far from 0: nothing that a textbook formula would ask for."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(600):
+        x = rng.standard_normal((400, 3)) * rng.uniform(.5, 2, (400, 1)) + 5
+        x_hat = x + rng.standard_normal(x.shape) * abs(x - 5) * .7
+        blocks = [({"t": torch.tensor(x[part])}, {("t", "s"): torch.tensor(x_hat[part])}) for part in np.split(np.arange(400), [150])]
+        one = judge.reconstruction(blocks)
+        found.append([one[key]["t"]["s"] for key in ("r2", "r2_within")])
+    r2, half = np.array(found).T
+    assert np.sqrt((half ** 2).mean()) == pytest.approx(1.96 * r2.std(), rel=.1)
+    assert .9 < (abs(r2 - r2.mean()) < half).mean() < .97
+
+
+def test_intervals_of_shares_losses_and_means_over_latents_are_their_closed_forms():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 60, 5)) + 2 * rng.standard_normal((60, 5))
+    found = judge.retrieval({"x": x, "y": y})["x -> y"]
+    p, n, z = found["R@1"], 60, 1.96                         # Wilson 1927
+    assert found["R@1 within"] == pytest.approx(z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / 4 / n ** 2), rel=1e-3)
+    labels = rng.random((400, 1)) < .4
+    code = sp.csr_matrix((rng.random((400, 3)) < np.c_[.2 + .5 * labels, np.full((400, 2), .3)]).astype(float))
+    tasks = judge.probe_tasks(labels)
+    one, rows = judge.probe(code, tasks), tasks[0][1]["test"]
+    w, b = judge.logistic_1d(*(v for v in (code[tasks[0][1]["train"][0], one["tasks"][0]["latent"]].toarray()[:, 0],
+                                           tasks[0][1]["train"][1])))
+    losses = judge.log_loss(w, b, code[rows[0], one["tasks"][0]["latent"]].toarray()[:, 0], rows[1])
+    assert one["loss"] == pytest.approx(losses.mean()) and one["within"] == pytest.approx(1.96 * losses.std() / np.sqrt(losses.size))
+    twice = judge.probe(code, tasks * 2)                     # the same samples say nothing new
+    assert twice["within"] == pytest.approx(one["within"])
+    counts, full = {s: rng.integers(0, 9, (30, 4)) for s in "ab"}, np.full(30, 9)
+    each = np.minimum(counts["a"], counts["b"]).sum(1) / np.maximum(counts["a"], counts["b"]).sum(1)
+    found = judge.jaccard(counts, {"a": full, "b": full})
+    assert found["within"] == pytest.approx(1.96 * each.std() / np.sqrt(30))
+
+
+def test_the_interval_of_a_mean_over_streams_is_the_mean_of_theirs_and_what_has_none_is_left_out():
+    block = {"r2_within": {"a": {"a": .1, "b": .4}, "b": {"a": .2, "b": None}}, "retrieval": {"a -> b": {"R@1 within": .3}}}
+    half = judge.within(block)
+    assert half["R2 self"] == .1 and half["R2 cross"] == pytest.approx(.3) and half["retrieval R@1"] == .3
+    assert half["Jaccard of top-50 labels"] is None and half["1-D probe loss (chance 0.693)"] is None
 
 
 # -- tables and pictures -----------------------------------------------------------------------------------------------
@@ -728,7 +774,7 @@ def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
 def test_there_is_a_dash_where_there_is_nothing_to_measure():
     nothing = torch.zeros(4, 2)
     found = judge.reconstruction([({"a": nothing}, {("a", "a"): nothing + 1})])
-    assert found == {"r2": {"a": {"a": None}}, "nmse": {"a": {"a": None}}}
+    assert found == {name: {"a": {"a": None}} for name in ("r2", "nmse", "r2_within")}
     assert judge.fmt(float("nan")) == judge.fmt(None) == "-"
     assert judge.segmentation_scores({}, {})["mIoU"] is None
     rows, _ = judge.nearest(np.eye(3), np.eye(3), 5, (np.arange(3), np.arange(3)))
