@@ -699,7 +699,7 @@ def grid_row(grids):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True):
+def svg_lines(series, x_label, y_label, x_names=None, log=False, zero=True):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
 
     x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
@@ -710,7 +710,7 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
     if not xs:
         return "<p>nothing to draw</p>"
-    (w, h), x0, x1, y0, y1 = size, min(xs), max(xs), min(ys), max(ys)
+    w, h, x0, x1, y0, y1 = 640, 260, min(xs), max(xs), min(ys), max(ys)
     y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (min(0, y0) if zero else y0, y1)
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
 
@@ -892,11 +892,10 @@ def shared(samples):
 
 def training_curves(rows):
     """Of the rows of log.csv what a page draws: {title: {name: [(step, value)]}}."""
-    names = list(rows[0]) if rows else []
-    lines = {k: [(int(row["step"]), float(row[k])) for row in rows] for k in names
-             if k in ("self", "cross") or k.startswith("dead_")}
+    lines = {k: [(int(row["step"]), float(row[k])) for row in rows]
+             for k in (rows[0] if rows else ()) if k.startswith(("self", "cross", "dead_"))}
     dead = {k[5:]: line for k, line in lines.items() if k.startswith("dead_")}
-    loss = {k: line for k, line in lines.items() if k[5:] not in dead and any(y for _, y in line)}
+    loss = {k: line for k, line in lines.items() if k[0] != "d" and any(y for _, y in line)}
     return {"mean NMSE of the batch; lower is better:": loss,
             "dead, have not fired for long; lower is better:": dead}
 
@@ -1745,31 +1744,27 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
         "features": full, "latents": score(code[:, alive]) if small else None, "chance": chance}}
 
 
-def chance_share(y, groups):
-    """For each row the share of its candidates, the rows of other groups (n,), that have its label
-    y (n,): what guessing finds."""
-    y, groups = y.tolist(), groups.tolist()
-    label, group, mates = map(collections.Counter, (y, groups, zip(y, groups)))
-    return np.array([(label[c] - mates[c, g]) / max(len(y) - group[g], 1)
-                     for c, g in zip(y, groups)])
-
-
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? Rows of the same group are no
     neighbours. A list with, for each k: the overlap of the two lists and, with labels y (n,) int,
     the share of hits with the query's: sparse, dense, by chance among the same candidates."""
     groups, rows = np.arange(len(dense)) if groups is None else groups, []
+    groups = np.unique(groups, return_inverse=True)[1]
     lists = {name: nearest(x, x, max(ks), (groups, groups))[0]
              for name, x in (("sparse", code), ("dense", dense))}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
     lists = {name: v[enough] for name, v in lists.items()}
+    if y is not None:                                        # what guessing among them finds
+        both = np.zeros((y.max() + 1, groups.max() + 1))
+        np.add.at(both, (y, groups), 1)
+        chance = (both.sum(1)[y] - both[y, groups]) / np.maximum(len(y) - both.sum(0)[groups], 1)
     for k in ks if enough.any() else ():
         both = [len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())]
         row = {"k": k, "overlap": float(np.mean(both))}
         if y is not None:
             row.update({f"precision, {name}": float((y[v[:, :k]] == y[enough][:, None]).mean())
                         for name, v in lists.items()})
-            row["precision, chance"] = float(chance_share(y, groups)[enough].mean())
+            row["precision, chance"] = float(chance[enough].mean())
         rows.append(row)
     return rows
 
@@ -1828,17 +1823,10 @@ def relevancy(attention, target):
     attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
     a sample, was computed from.
     """
-    if target.requires_grad:
-        gradient = torch.autograd.grad(target, attention, allow_unused=True)
-    else:
-        gradient = [None] * len(attention)
-    return roll_out(attention, gradient)
-
-
-def roll_out(attention, gradient):
-    """R (B, T, T) of lists of (B, heads, T, T); a gradient that is None counts as 0."""
     B, _, T, _ = attention[0].shape
     R = torch.eye(T, device=attention[0].device, dtype=attention[0].dtype).repeat(B, 1, 1)
+    moves = target.requires_grad
+    gradient = torch.autograd.grad(target, attention, allow_unused=True) if moves else ()
     for a, g in zip(attention, gradient):
         if g is not None:
             R = R + (g * a).detach().clamp(min=0).mean(1) @ R
