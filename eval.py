@@ -40,6 +40,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import sys
 
@@ -482,10 +483,9 @@ def headline(block):
     for name in ("R@1", "MRR") if "retrieval" in block else ():
         out[f"retrieval {name}"] = _mean(v[name] for v in block["retrieval"].values())
     for name, matrix in (("R2", block["r2"]), ("NMSE", block["nmse"])):
-        cells = [(s == t, v) for t, row in matrix.items() for s, v in row.items()]
-        out[f"{name} self"] = _mean(v for own, v in cells if own)
+        out[f"{name} self"] = mean_cell(matrix, True)
         if M > 1:
-            out[f"{name} cross"] = _mean(v for own, v in cells if not own)
+            out[f"{name} cross"] = mean_cell(matrix, False)
     if block.get("probe"):
         out["1-D probe loss (chance 0.693)"] = _mean(v["loss"] for v in block["probe"].values())
     return out
@@ -495,13 +495,12 @@ def within(block):
     """Half the 95 in 100 interval of what in `headline` has one: where it would lie for other
     samples as these (Jaccard: other latents). Of a mean over streams it is the mean of theirs,
     which is never too small, however these depend on each other."""
-    r2 = [(s == t, v) for t, row in block.get("r2_within", {}).items() for s, v in row.items()]
-    ranks, probes = (block.get(name, {}).values() for name in ("retrieval", "probe"))
-    each = {"R2 self": [v for own, v in r2 if own], "R2 cross": [v for own, v in r2 if not own],
-            "retrieval R@1": [v.get("R@1 within") for v in ranks],
-            "Jaccard of top-50 labels": [block.get("concepts", {}).get("within")],
-            "1-D probe loss (chance 0.693)": [v.get("within") for v in probes]}
-    return {name: _mean(halves) for name, halves in each.items()}
+    r2, ranks, concepts, probes = (
+        block.get(name, {}) for name in ("r2_within", "retrieval", "concepts", "probe"))
+    return {"R2 self": mean_cell(r2, True), "R2 cross": mean_cell(r2, False),
+            "retrieval R@1": _mean(v.get("R@1 within") for v in ranks.values()),
+            "Jaccard of top-50 labels": concepts.get("within"),
+            "1-D probe loss (chance 0.693)": _mean(v.get("within") for v in probes.values())}
 
 
 HIGHER = {                                                   # rows of `headline`, by what is better
@@ -628,9 +627,9 @@ def summary(metrics):
     return ["", *columns], rows
 
 
-def mean_cell(matrix):
-    """The mean of the numbers in {t: {s: value or None}}."""
-    return _mean(v for row in matrix.values() for v in row.values())
+def mean_cell(matrix, own=False):
+    """The mean over {t: {s: value or None}} of those of a stream from itself, or from others."""
+    return _mean(v for t, row in matrix.items() for s, v in row.items() if (s == t) == own)
 
 
 # -- Tables and charts ---------------------------------------------------------------------------
@@ -865,8 +864,11 @@ def tell_summary(page, metrics, quiet=False, payload=None):
     if payload:
         page.explore(payload)
     page.table(*summary(metrics), "Result", quiet=quiet)
-    page.text(f"{metrics['rows']} samples of the {metrics['split']} split"
-              + shared(metrics.get("samples", {})), quiet)
+    there = metrics.get("samples", {})                       # of streams and pairs, where are gaps
+    pairs = [n for name, n in there.items() if " / " in name]
+    each = ", ".join(f"{name} in {n}" for name, n in there.items() if " / " not in name)
+    gaps = f": {each}; two given streams in {min(pairs)} to {max(pairs)}" if pairs else ""
+    page.text(f"{metrics['rows']} samples of the {metrics['split']} split{gaps}", quiet)
     told = [name.strip() for name, *_ in summary(metrics)[1]]
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name])}</dd>"
                    for name in told if name in MEANING and name not in HEADLINES)
@@ -881,13 +883,6 @@ def tell_summary(page, metrics, quiet=False, payload=None):
         if sys.stdout.isatty():
             start, end = f"\033[3{(2, 3, 1)[found['level']]}m", "\033[0m"
         print("\n" + start + "\n".join(lines) + end)
-
-
-def shared(samples):
-    """What gaps left to judge by, in words; samples {stream or "s / t": how many have it}."""
-    pairs = [n for name, n in samples.items() if " / " in name]
-    each = ", ".join(f"{name} in {n}" for name, n in samples.items() if " / " not in name)
-    return f": {each}; two given streams in {min(pairs)} to {max(pairs)}" if pairs else ""
 
 
 def training_curves(rows):
@@ -1036,7 +1031,9 @@ def tell_activations(page, results):
 def write_report(path, title, sections, payload=None):
     """One self-contained HTML file that asks for nothing, without a style and a script where
     `assets` was not copied with this module. sections: list of (heading or "", HTML)."""
-    style, code = (_asset(name) for name in ("report.css", "explorer.js" if payload else ""))
+    assets = pathlib.Path(__file__).parent / "assets"
+    style, code = (path.read_text("utf-8") if path.is_file() else "" for path in (
+        assets / "report.css", assets / ("explorer.js" if payload else "")))
     allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     body = "".join((f"<h2>{html.escape(heading)}</h2>" if heading else "") + content
                    for heading, content in sections)
@@ -1051,13 +1048,6 @@ def write_report(path, title, sections, payload=None):
                      f'style-src \'unsafe-inline\'; script-src \'sha256-{allowed}\'">'
                      f'<title>{title}</title><style>{style}</style>'
                      f'<main><h1>{title}</h1>{body}</main></html>\n')
-
-
-def _asset(name):
-    """The text of a file in `assets`, "" where it is not there."""
-    path = os.path.join(os.path.dirname(__file__), "assets", name)
-    with open(path if os.path.isfile(path) else os.devnull, encoding="utf-8") as f:
-        return f.read()
 
 
 # -- The page that one explores: what assets/explorer.js reads ------------------------------------
@@ -2158,13 +2148,12 @@ def compare(runs):
     runs: dict model -> (R,) numbers, run r with the same split and seed for all. Tests are
     two-sided; p is None where all differences are alike, or a run has none: nothing to test.
     """
-    out, keys = [], ("a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d")
+    out = []
     for a, b in itertools.combinations(runs, 2):
         gap = np.subtract(*(np.asarray(runs[model], float) for model in (a, b)))
-        mean, spread = float(gap.mean()), float(gap.std(ddof=1)) if len(gap) > 1 else 0.
-        pair = {**dict.fromkeys(keys), "a": a, "b": b}
-        if math.isfinite(mean):                              # a run may lack that number
-            pair["difference"] = mean
+        mean, spread = gap.mean().item(), gap.std(ddof=1).item() if len(gap) > 1 else 0.
+        pair = {"a": a, "b": b, "difference": plain(mean),   # a run may lack that number
+                **dict.fromkeys(("t_p", "holm_p", "wilcoxon_p", "d"))}
         if spread > 1e-12:
             pair.update(t_p=float(scipy.stats.ttest_1samp(gap, 0).pvalue), d=mean / spread,
                         wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue))

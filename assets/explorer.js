@@ -177,12 +177,12 @@ function spark(run, j) {                 // the same in the list, all streams to
 // Lines {name: [[x, y], ...]} from 0 up; a single point shows by its round ends.
 function chart(title, lines) {
   const all = Object.values(lines).flat();
-  const most = [0, 1].map(k => Math.max(1e-9, ...all.map(point => point[k])));
+  const most = [0, 1].map(k => Math.max(0, ...all.map(point => point[k])) || 1);
   const at = ([x, y]) => `${50 + 380 * x / most[0]} ${165 - 145 * y / most[1]}`;
   const ink = n => `hsl(${210 + 67 * n} 55% 50%)`;
   return h("figure", {}, h("figcaption", {}, title, Object.keys(lines).map((name, n) =>
     h("b", {style: `color:${ink(n)}`}, ` ${name}`))), drawing(440, 185, title, "chart",
-    axes(50, 165, 430, shown(most[1]), `step ${most[0]}`),
+    axes(50, 165, 430, +most[1].toFixed(3), `step ${most[0]}`),
     Object.values(lines).map((line, n) => h("path", {style: `stroke:${ink(n)}`,
       d: `M${[line[0], ...line].map(at).join("L")}`}))));
 }
