@@ -844,7 +844,8 @@ def _numbers(metrics):
                        f"<dd>{html.escape(MEANING.get(name, ''))}</dd></div>")
     return (f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
             '<p class="note">±: where 95 in 100 such figures would lie, were other samples judged '
-            "by the same model (Jaccard: other latents).</p>")
+            "by the same model (Jaccard: other latents). Of tokens, or many pictures of a patient, "
+            "it is too narrow: samples count as independent.</p>")
 
 
 def tell_verdict(page, found):

@@ -204,6 +204,7 @@ def test_latents_stand_on_one_sheet_for_all_streams_and_configurations(made, tmp
     page.write(lambda name: tmp_path / name)
     first, all_ = browse(tmp_path / "report.html", ["view=configurations&latent=7", "view=configurations&sort=frequency"])[0]
     assert [part[:2] for part in first["sheet"]] == [["one", 7], ["other", 7]] and first["chosen"] == "7"
+    assert max(first["wide"], all_["wide"]) <= 390
     for (_, j, shown), mode in zip(first["sheet"], ("alone", "joint")):
         for own, code in zip(shown, codes[mode].values()):
             column = code[:, [j]].toarray().ravel()
