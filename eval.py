@@ -55,6 +55,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 Z95 = 1.96  # standard errors on either side within which 95 in 100 lie
+PARTS = 20  # of the samples, each left out in turn: a jackknife
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
@@ -139,8 +140,9 @@ def jaccard(counts, n_top):
         if len(both) == 1:                                   # one alone has no other
             other[i] = np.ma.masked
     mean = own.mean(0)                                       # (L,) of the pairs where it is alive
-    return {"jaccard": _mean(mean.compressed()), "jaccard_all": float(mean.filled(0).mean()),
-            "within": plain(Z95 * mean.std() / math.sqrt(max(mean.count(), 1))),
+    alive = mean.compressed()
+    return {"jaccard": _mean(alive), "jaccard_all": float(mean.filled(0).mean()),
+            "within": float(Z95 * alive.std() / len(alive) ** 0.5) if len(alive) else None,
             "pairs": {f"{s} / {t}": _mean(v.compressed()) for (s, t), v in zip(pairs, own)},
             "control": _mean(other.mean(0).compressed())}
 
@@ -173,9 +175,6 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
 
 
 # -- Reconstruction ------------------------------------------------------------------------------
-
-PARTS = 20  # of the samples, each left out in turn: a jackknife
-
 
 def reconstruction(blocks):
     """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass:
@@ -243,29 +242,28 @@ def logistic_1d(x, y, C=1., iterations=100):
     """The w, b (...) that minimise w^2/2 + C sum log-loss(y, sigma(w x + b)), thesis Eq. 15 with
     L2, exact to rounding; x, y (..., n), y in {0, 1}. Newton's method with step halving."""
     x, y = np.broadcast_arrays(np.asarray(x, np.float64), y)
-    w, b = np.zeros(x.shape[:-1]), np.zeros(x.shape[:-1])
+    line, X = np.zeros((*x.shape[:-1], 2)), np.stack([x, np.ones_like(x)], -1)    # (..., n, 2)
 
-    def cost(w, b):
+    def cost(line):
+        w, b = line[..., 0], line[..., 1]
         return w * w / 2 + C * log_loss(w, b, x, y).sum(-1)
-    now = cost(w, b)
+    now = cost(line)
     for _ in range(iterations):
-        p = scipy.special.expit(w[..., None] * x + b[..., None])
-        r, q = C * (p - y), C * p * (1 - p)
-        gw, gb = (r * x).sum(-1) + w, r.sum(-1)
-        hww, hwb, hbb = (q * x * x).sum(-1) + 1, (q * x).sum(-1), q.sum(-1) + 1e-12
-        det = hww * hbb - hwb * hwb
-        dw, db = (hbb * gw - hwb * gb) / det, (hww * gb - hwb * gw) / det
-        step = np.ones_like(w)
+        p = scipy.special.expit((X @ line[..., None])[..., 0])
+        gradient = ((C * (p - y))[..., None] * X).sum(-2) + line * [1, 0]
+        curvature = np.swapaxes(X, -1, -2) @ (X * (C * p * (1 - p))[..., None])
+        move = np.linalg.solve(curvature + np.diag([1, 1e-12]), gradient[..., None])[..., 0]
+        step = np.ones((*x.shape[:-1], 1))
         for _ in range(40):
-            worse = cost(w - step * dw, b - step * db) > now + 1e-12 * np.abs(now)
+            worse = cost(line - step * move) > now + 1e-12 * np.abs(now)
             if not worse.any():
                 break
-            step = np.where(worse, step / 2, step)
-        w, b = w - step * dw, b - step * db
-        now = cost(w, b)
-        if max(np.abs(gw).max(initial=0), np.abs(gb).max(initial=0)) < 1e-9:
+            step = np.where(worse[..., None], step / 2, step)
+        line = line - step * move
+        now = cost(line)
+        if np.abs(gradient).max(initial=0) < 1e-9:
             break
-    return w, b
+    return line[..., 0], line[..., 1]
 
 
 def log_loss(w, b, x, y):
@@ -652,10 +650,8 @@ def text_table(header, rows):
     """Rows of cells as aligned plain text: the first column to the left, others to the right."""
     cells = [list(map(str, header)), *(_cells(header, row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for first, *others in cells:
-        right = [cell.rjust(w) for cell, w in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
+    sides = [str.ljust, *[str.rjust] * len(header)]
+    lines = ["  ".join(side(*v) for side, *v in zip(sides, row, widths)).rstrip() for row in cells]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
 
@@ -687,12 +683,12 @@ def html_table(header, rows, colours=False):
 def grid_row(grids):
     """{name: {t: {s: value}}} -> tables side by side, HTML, rows targets, columns sources (as
     sparc.txt Table 3)."""
-    parts = []
+    shown = ""
     for name, matrix in grids.items():
         rows = [[t, *(row.get(s) for s in matrix)] for t, row in matrix.items()]
         table = html_table(["target \\ source", *matrix], rows, True)
-        parts.append(f"<div><h3>{html.escape(name)}</h3>{table}</div>")
-    return f'<div class="pair">{"".join(parts)}</div>'
+        shown += f"<div><h3>{html.escape(name)}</h3>{table}</div>"
+    return f'<div class="pair">{shown}</div>'
 
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
@@ -747,15 +743,15 @@ def _tick(v):
 def standalone_svg(*charts):
     """Inline charts, one below the other, as a file of their own; those that had nothing to draw
     are left out."""
-    placed, width, top = "", 1, 0
+    placed, top = "", 0
     for chart in charts:
         if chart.startswith("<svg"):
-            w, h = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups())
-            placed += chart.replace("<svg ", f'<svg y="{top}" width="{w}" height="{h}" ', 1)
-            width, top = max(width, w), top + h + 24
+            h = int(re.search(r'viewBox="0 0 640 (\d+)"', chart)[1])
+            placed += chart.replace("<svg ", f'<svg y="{top}" width="640" height="{h}" ', 1)
+            top += h + 24
     style = ("svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
              ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}")
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {max(top, 1)}">'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {max(top, 1)}">'
             f"<style>{style}</style>{placed}</svg>\n")
 
 
@@ -880,20 +876,18 @@ def tell_summary(page, metrics, quiet=False, payload=None):
         page.table(["cosine at least 0.9", "found", "of"], rows, "Planted concepts recovered",
                    quiet=quiet)
     if found and not quiet:
-        start, end = ("", "")
-        if sys.stdout.isatty():
-            start, end = f"\033[3{(2, 3, 1)[found['level']]}m", "\033[0m"
-        print("\n" + start + "\n".join(lines) + end)
+        colour = f"\033[3{(2, 3, 1)[found['level']]}m" * sys.stdout.isatty()
+        print("\n" + colour + "\n".join(lines) + "\033[0m" * bool(colour))
 
 
 def training_curves(rows):
     """Of the rows of log.csv what a page draws: {title: {name: [(step, value)]}}."""
-    lines = {k: [(int(row["step"]), float(row[k])) for row in rows]
-             for k in (rows[0] if rows else ()) if k.startswith(("self", "cross", "dead_"))}
-    dead = {k[5:]: line for k, line in lines.items() if k.startswith("dead_")}
-    loss = {k: line for k, line in lines.items() if k[0] != "d" and any(y for _, y in line)}
-    return {"mean NMSE of the batch; lower is better:": loss,
-            "dead, have not fired for long; lower is better:": dead}
+    def lines(names):
+        return {k.removeprefix("dead_"): [(int(row["step"]), float(row[k])) for row in rows]
+                for k in names if any(float(row[k]) for row in rows) or k.startswith("dead_")}
+    dead = [k for k in (rows[0] if rows else ()) if k.startswith("dead_")]
+    return {"mean NMSE of the batch; lower is better:": lines(("self", "cross")),
+            "dead, have not fired for long; lower is better:": lines(dead)}
 
 
 def tell_run(page, metrics, settings):
@@ -995,11 +989,6 @@ def tell_sweep(page, results, axes):
     for name, metrics in results.items() if "streams" in axes else ():
         page.picture(f"R2 of every target from every source: {name}",
                      grid_row({mode: metrics[mode]["r2"] for mode in heads[name]}))
-    return _sweep_chart(page, heads, axes)
-
-
-def _sweep_chart(page, heads, axes):
-    """NMSE along the first setting of numbers; heads {name: {mode: headline}}."""
     along = next((k for k, v in axes.items() if len(v) > 1 and not isinstance(v[0], str)), None)
     if along is None:
         return None
@@ -1421,25 +1410,15 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
             "label": np.where(seen.any(1), seen.argmax(1), -1)}
 
 
-def best_first(ranks, latent):
-    """Samples that rank 1, 2, ... for a latent, from ranks (L, n) of `top_samples`."""
-    row = ranks[[latent]]
-    return row.indices[row.data.argsort()]
-
-
-def threshold_counts(mean, exponents=range(-6, 1)):
-    """How many latents have a mean activation >= 10^t: dict t -> count (CytoSAE Fig. 2A)."""
-    return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
-
-
 def tell_latents(page, table, n, labels):
-    """Tell, from `latent_table` of n samples, how many latents live, how strong they are, and how
-    many labels they fire for."""
-    alive, counts = np.flatnonzero(table["frequency"]), threshold_counts(table["mean"])
+    """Tell, from `latent_table` of n samples, how many latents live, how many have a mean
+    activation >= 10^t (CytoSAE Fig. 2A), and how many labels they fire for."""
+    alive, mean = np.flatnonzero(table["frequency"]), np.nan_to_num(table["mean"])
+    counts = {f"1e{t}": int((mean >= 10. ** t).sum()) for t in range(-6, 1)}
     page.metrics.update(latents=len(table["mean"]), alive=len(alive))
     page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
-    page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
-               [["latents", *counts.values()]], key="mean at least 10^t")
+    page.table(["mean activation at least", *counts], [["latents", *counts.values()]],
+               key="mean at least 10^t")
     if "entropy" in table:
         page.metrics["mean entropy"] = _mean(table["entropy"][np.isfinite(table["entropy"])])
         page.text(f"mean label entropy {fmt(page.metrics['mean entropy'])} nats of ln "
@@ -1529,8 +1508,7 @@ def class_means(strength, y):
     return np.reshape(means, (-1, strength.shape[1]))
 
 
-# of which all below L are tried, and L
-KS = 0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000
+KS = 0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000      # all below L, and L
 
 
 def intervention(strength, effect, base, y, means, ks=KS):
@@ -2068,8 +2046,7 @@ def map_gallery(maps, asked, names, picture):
         rows = [["", *(embedded(picture(key[0]), 112) + "without it" * (not asked[key])
                        for key in keys)]]
         rows += [[html.escape(method), *(cell(method, key) for key in keys)] for method in maps]
-        lines = ["".join(f"<td>{v}</td>" for v in row) for row in rows]
-        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        table = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
         parts.append(f'<h3>{html.escape(names[c])}</h3><table class="maps">{table}</table>')
     return "".join(parts), drawn
 
@@ -2165,16 +2142,6 @@ def compare(runs):
     return out
 
 
-def beaten(pairs, level=0.05):
-    """dict model -> [models that it beats at p < level in the paired t-test], from `compare`."""
-    wins = collections.defaultdict(list)
-    for p in pairs:
-        if p["t_p"] is not None and p["t_p"] < level:
-            better, worse = (p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"])
-            wins[better].append(worse)
-    return wins
-
-
 def tell_models(page, found, tested):
     """The table of thesis 3.3.3, and who beats whom. found: model -> list of `scores`, one a run;
     tested: the models among them that are compared in pairs."""
@@ -2185,14 +2152,17 @@ def tell_models(page, found, tested):
     page.metrics.update(scores=found, pairs={}, beats={})
     for name in names[:2] if n > 1 else ():
         pairs = compare({model: [run[name] for run in found[model]] for model in tested})
-        wins = beaten(pairs)
-        page.metrics["pairs"][name] = pairs
-        page.metrics["beats"][name] = {a: {b: int(b in wins.get(a, ())) for b in tested if b != a}
-                                       for a in tested}
+        beats = {a: {b: 0 for b in tested if b != a} for a in tested}
+        for p in pairs:
+            if p["t_p"] is not None and p["t_p"] < 0.05:
+                better, worse = (p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"])
+                beats[better][worse] = 1
+        page.metrics["pairs"][name], page.metrics["beats"][name] = pairs, beats
         rows = [[f"{a} - {b}", *numbers] for a, b, *numbers in map(dict.values, pairs)]
         page.table(["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)",
                     "effect size d"], rows, f"{name}: pairs of models")
-        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()]
+        wins = {a: [b for b in won if won[b]] for a, won in beats.items()}
+        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items() if b]
         page.text(f"{name}, paired t-test at p < 0.05, {len(pairs)} pairs: "
                   f"{'; '.join(lines) or 'no model beats another'}.")
     page.text(f"{n} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** n:.4f}, and "

@@ -1515,13 +1515,13 @@ def tell_stream(page, coded, flags):
     table = judge.latent_table(coded.strength[train], coded.count[train],
                                features.label_matrix(train) if known.any() else None, flags.top,
                                flags.weighted, known)
-    references = table.pop("references")
+    references = [train[ranks.indices[ranks.data.argsort()]].tolist()    # best first
+                  for ranks in table.pop("references")]
     judge.tell_latents(page, table, len(train), features.label_names)
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
     return {**({"barcodes.npz": barcodes} if barcodes else {}), "latents.json": [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
-         "references": train[judge.best_first(references, j)].tolist()}
-        for j in np.flatnonzero(table["frequency"])]}
+         "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
 
 
 def tell_barcodes(page, coded, mean, between):

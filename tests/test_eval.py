@@ -401,6 +401,7 @@ def test_intervals_of_shares_losses_and_means_over_latents_are_their_closed_form
     each = np.minimum(counts["a"], counts["b"]).sum(1) / np.maximum(counts["a"], counts["b"]).sum(1)
     found = judge.jaccard(counts, {"a": full, "b": full})
     assert found["within"] == pytest.approx(1.96 * each.std() / np.sqrt(30))
+    assert judge.jaccard(counts, {"a": full, "b": 0 * full})["within"] is None
 
 
 def test_the_interval_of_a_mean_over_streams_is_the_mean_of_theirs_and_what_has_none_is_left_out():
@@ -532,14 +533,23 @@ def test_pairs_of_models_are_tested_by_the_textbook_formulas():
     low, middle, high = sorted(p["t_p"] for p in pairs.values())
     assert [p["holm_p"] for p in sorted(pairs.values(), key=lambda p: p["t_p"])] == pytest.approx(
         [3 * low, max(3 * low, 2 * middle), max(3 * low, 2 * middle, high)])
-    assert judge.beaten(pairs.values()) == {"a": ["b", "c"]}
+    assert beats(runs) == {"a": {"b": 1, "c": 1}, "b": {"a": 0, "c": 0}, "c": {"a": 0, "b": 0}}
+
+
+def beats(runs):
+    """Who beats whom, as it is told of runs of which all scores are alike."""
+    page, names = judge.Page(""), ("AUC", "accuracy", "balanced accuracy", "F1")
+    judge.tell_models(page, {model: [dict.fromkeys(names, v) for v in each] for model, each in runs.items()}, list(runs))
+    return page.metrics["beats"]["AUC"]
 
 
 def test_runs_that_differ_by_a_constant_get_no_p():
     pair, = judge.compare({"a": [0.5, 0.6], "b": [0.4, 0.5]})
-    assert pair["t_p"] is None and pair["difference"] == pytest.approx(0.1) and judge.beaten([pair]) == {}
+    assert pair["t_p"] is None and pair["difference"] == pytest.approx(0.1)
     lacking, = judge.compare({"a": [0.5, None], "b": [0.4, 0.5]})
-    assert lacking["difference"] is None and lacking["t_p"] is None and judge.beaten([lacking]) == {}
+    assert lacking["difference"] is None and lacking["t_p"] is None
+    for runs in ({"a": [0.5, 0.6], "b": [0.4, 0.5]}, {"a": [0.5, None], "b": [0.4, 0.5]}):
+        assert beats(runs) == {"a": {"b": 0}, "b": {"a": 0}}
     assert judge.mean_std([1., 2., 3.]) == "2.000 ± 1.000" and judge.mean_std([0.5, None]) == "0.500 ± 0.000" and judge.mean_std([None]) == "-"
 
 
@@ -619,7 +629,9 @@ def test_a_table_of_latents_by_hand():
     np.testing.assert_allclose(weighted[[0, 2]], judge.label_entropy(np.array([[3., 0], [0.1, 0.3]])), rtol=1e-6)
     fewer = judge.latent_table(strength, count, labels, top=3, weighted=True, known=known)
     assert np.isnan(fewer["entropy"][0]) and fewer["references"].toarray()[0].tolist() == [1, 2, 0, 0]      # by strength alone
-    assert judge.threshold_counts(table["mean"]) == {-6: 2, -5: 2, -4: 2, -3: 2, -2: 2, -1: 2, 0: 1}
+    page = judge.Page("")
+    judge.tell_latents(page, table, 4, ["a", "b"])
+    assert [*page.metrics["mean at least 10^t"]["latents"].values()] == [2, 2, 2, 2, 2, 2, 1]
 
 
 def test_barcodes_are_means_over_a_patients_images_and_differential_latents_those_that_differ():
