@@ -40,6 +40,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import sys
 
@@ -53,6 +54,8 @@ import scipy.stats
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+Z95 = 1.96  # standard errors on either side within which 95 in 100 lie
+PARTS = 20  # of the samples, each left out in turn: a jackknife
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
@@ -124,7 +127,8 @@ def jaccard(counts, n_top):
     stream where n_top > 0. Returns `jaccard`, the mean over latents alive in two streams or more of
     their mean over such pairs of streams; `jaccard_all`, the same with all other latents counted as
     0, as the published numbers do; `control`, the first with each latent paired with another of
-    those alive in both streams, half of them further on; `pairs`, the first for each pair.
+    those alive in both streams, half of them further on; `pairs`, the first for each pair;
+    `within`, half the interval of the first for other latents as these.
     """
     pairs, L = list(itertools.combinations(counts, 2)), len(next(iter(counts.values())))
     own, other = (np.ma.masked_all((len(pairs), L)) for _ in range(2))
@@ -136,7 +140,9 @@ def jaccard(counts, n_top):
         if len(both) == 1:                                   # one alone has no other
             other[i] = np.ma.masked
     mean = own.mean(0)                                       # (L,) of the pairs where it is alive
-    return {"jaccard": _mean(mean.compressed()), "jaccard_all": float(mean.filled(0).mean()),
+    alive = mean.compressed()
+    return {"jaccard": _mean(alive), "jaccard_all": float(mean.filled(0).mean()),
+            "within": float(Z95 * alive.std() / len(alive) ** 0.5) if len(alive) else None,
             "pairs": {f"{s} / {t}": _mean(v.compressed()) for (s, t), v in zip(pairs, own)},
             "control": _mean(other.mean(0).compressed())}
 
@@ -172,34 +178,37 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
 
 def reconstruction(blocks):
     """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass:
-    {"r2": {t: {s: value}}, "nmse": ...}, None where nothing varies, or is left.
+    {"r2": {t: {s: value}}, "nmse": ..., "r2_within": half the interval of R^2 by a jackknife}, None
+    where nothing varies, or is left.
 
     blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors; of t from
     s those samples count that have both (rows of NaN say that one is missing).
     R^2 is weighted by variance, around each dimension's mean over the samples that count:
     predicting that mean scores 0. NMSE leaves out samples of zeros.
     """
-    total = collections.defaultdict(float)                   # of sums over samples
+    total = collections.defaultdict(float)                   # of sums over each part of the samples
     for x, x_hat in blocks:
         here = {t: ~v.isnan().all(1) for t, v in x.items()}
         for (t, s), v in x_hat.items():
-            both, now = here[t] & here.get(s, here[t]), x[t]
-            if not both.all():
-                v, now = v[both], now[both]
-            e, energy = (a.double().square().sum(1) for a in (v - now, now))
-            for name, value in (("n", len(e)), ("x", now.double().sum(0)), ("x^2", energy.sum()),
-                                ("scaled", int((energy > 0).sum())), ("error", e.sum()),
-                                ("ratio", (e / energy)[energy > 0].sum())):
-                total[name, t, s] += value
-    r2, nmse = {}, {}
-    for pair in [key[1:] for key in total if key[0] == "n"]:
-        n, x, square, some, error, ratio = (
-            total[name, *pair] for name in ("n", "x", "x^2", "scaled", "error", "ratio"))
-        variance = square - x.square().sum() / max(n, 1)
-        varies, (t, s) = variance > 1e-12 * square, pair
-        r2.setdefault(t, {})[s] = float(1 - error / variance) if varies else None
-        nmse.setdefault(t, {})[s] = float(ratio / some) if some else None
-    return {"r2": r2, "nmse": nmse}
+            both = here[t] & here.get(s, here[t])
+            now, part = x[t][both].double(), torch.arange(len(v), device=v.device)[both] % PARTS
+            e, energy = (v[both] - x[t][both]).double().square().sum(1), now.square().sum(1)
+            member = torch.nn.functional.one_hot(part, PARTS).T.double()          # (PARTS, b)
+            for name, value in (("n", torch.ones_like(e)), ("x", now), ("x^2", energy),
+                                ("scaled", (energy > 0).double()), ("error", e),
+                                ("ratio", torch.where(energy > 0, e / energy, 0))):
+                total[name, t, s] += member @ value
+    out = {"r2": {}, "nmse": {}, "r2_within": {}}
+    for t, s in [key[1:] for key in total if key[0] == "n"]:
+        sums = {name: total[name, t, s] for name in ("n", "x", "x^2", "error", "ratio", "scaled")}
+        n, x, square, error, ratio, some = (torch.cat([v.sum(0)[None], v.sum(0) - v])
+                                            for v in sums.values())       # of all, and of all but
+        variance = square - x.square().sum(1) / n.clamp(min=1)            # each of the parts
+        r2 = torch.where(variance > 1e-12 * square, 1 - error / variance, torch.nan)
+        half = Z95 * ((PARTS - 1) * r2[1:].var(unbiased=False)).sqrt()
+        for name, v in (("r2", r2[0]), ("nmse", (ratio / some)[0]), ("r2_within", half)):
+            out[name].setdefault(t, {})[s] = plain(v.item())
+    return out
 
 
 def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
@@ -233,29 +242,28 @@ def logistic_1d(x, y, C=1., iterations=100):
     """The w, b (...) that minimise w^2/2 + C sum log-loss(y, sigma(w x + b)), thesis Eq. 15 with
     L2, exact to rounding; x, y (..., n), y in {0, 1}. Newton's method with step halving."""
     x, y = np.broadcast_arrays(np.asarray(x, np.float64), y)
-    w, b = np.zeros(x.shape[:-1]), np.zeros(x.shape[:-1])
+    line, X = np.zeros((*x.shape[:-1], 2)), np.stack([x, np.ones_like(x)], -1)    # (..., n, 2)
 
-    def cost(w, b):
+    def cost(line):
+        w, b = line[..., 0], line[..., 1]
         return w * w / 2 + C * log_loss(w, b, x, y).sum(-1)
-    now = cost(w, b)
+    now = cost(line)
     for _ in range(iterations):
-        p = scipy.special.expit(w[..., None] * x + b[..., None])
-        r, q = C * (p - y), C * p * (1 - p)
-        gw, gb = (r * x).sum(-1) + w, r.sum(-1)
-        hww, hwb, hbb = (q * x * x).sum(-1) + 1, (q * x).sum(-1), q.sum(-1) + 1e-12
-        det = hww * hbb - hwb * hwb
-        dw, db = (hbb * gw - hwb * gb) / det, (hww * gb - hwb * gw) / det
-        step = np.ones_like(w)
+        p = scipy.special.expit((X @ line[..., None])[..., 0])
+        gradient = ((C * (p - y))[..., None] * X).sum(-2) + line * [1, 0]
+        curvature = np.swapaxes(X, -1, -2) @ (X * (C * p * (1 - p))[..., None])
+        move = np.linalg.solve(curvature + np.diag([1, 1e-12]), gradient[..., None])[..., 0]
+        step = np.ones((*x.shape[:-1], 1))
         for _ in range(40):
-            worse = cost(w - step * dw, b - step * db) > now + 1e-12 * np.abs(now)
+            worse = cost(line - step * move) > now + 1e-12 * np.abs(now)
             if not worse.any():
                 break
-            step = np.where(worse, step / 2, step)
-        w, b = w - step * dw, b - step * db
-        now = cost(w, b)
-        if max(np.abs(gw).max(initial=0), np.abs(gb).max(initial=0)) < 1e-9:
+            step = np.where(worse[..., None], step / 2, step)
+        line = line - step * move
+        now = cost(line)
+        if np.abs(gradient).max(initial=0) < 1e-9:
             break
-    return w, b
+    return line[..., 0], line[..., 1]
 
 
 def log_loss(w, b, x, y):
@@ -325,9 +333,10 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
     The `candidates` latents most often active on a task's training positives (or those `chosen` for
     it) are each fitted on train, input z > 0 or z itself if not `binary`; the best on val is
     reported on test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats,
-    "tasks": [{label, latent or None, val, test}]}.
+    "within": half its interval, "tasks": [{label, latent or None, val, test}]}.
     """
     active, results, chance = (code > 0).astype(np.float64), [], math.log(2)
+    moved = np.zeros(code.shape[0])                          # the mean loss, by each sample
     z = active if binary else code.astype(np.float64)
     for i, (label, parts) in enumerate(tasks):
         results.append({"label": int(label), "latent": None, "val": chance, "test": chance})
@@ -337,11 +346,14 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
         best = best[hits[best] > 0] if chosen is None else np.asarray(chosen[i])
         if len(best):
             line = logistic_1d(z[rows][:, best].toarray().T, y)             # of (candidates, rows)
-            val, test = (log_loss(*line, z[held][:, best].toarray().T, truth).mean(1)
+            val, test = (log_loss(*line, z[held][:, best].toarray().T, truth)
                          for held, truth in (parts["val"], parts["test"]))
-            j = int(np.argmin(val.round(9)))                 # of equals the first
-            results[-1].update(latent=int(best[j]), val=float(val[j]), test=float(test[j]))
-    return {"loss": _mean(r["test"] for r in results), "tasks": results}
+            j = int(np.argmin(val.mean(1).round(9)))         # of equals the first
+            loss = float(test[j].mean())
+            moved[parts["test"][0]] += (test[j] - loss) / test[j].size / len(tasks)
+            results[-1].update(latent=int(best[j]), val=float(val[j].mean()), test=loss)
+    return {"loss": _mean(r["test"] for r in results), "tasks": results,
+            "within": float(Z95 * np.linalg.norm(moved))}
 
 
 # -- Retrieval -----------------------------------------------------------------------------------
@@ -406,8 +418,8 @@ def retrieval_ranks(query, reference, block=1024):
 
 
 def retrieval(features, here=()):
-    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}},
-    from {stream: (n, d)}; only streams of one width are compared.
+    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR, R@1
+    within}}, from {stream: (n, d)}; only streams of one width are compared.
 
     here: {stream: (n,) bool} of those with gaps; queries and gallery are the samples that have
     both. MedR is the lower median. R@k depends on n: compare only galleries of one size.
@@ -417,9 +429,12 @@ def retrieval(features, here=()):
         both = here[s] & here[t]
         if features[s].shape[1] == features[t].shape[1] and both.any():
             ranks = retrieval_ranks(features[s][both], features[t][both])
+            first = scipy.stats.binomtest(int((ranks == 1).sum()), len(ranks))
+            low, high = first.proportion_ci(method="wilson")
             out[f"{s} -> {t}"] = {**{f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)},
                                   "MedR": int(np.sort(ranks)[(len(ranks) - 1) // 2]),
-                                  "MRR": float((1 / ranks).mean())}
+                                  "MRR": float((1 / ranks).mean()),
+                                  "R@1 within": float(high - low) / 2}
     return out
 
 
@@ -466,13 +481,24 @@ def headline(block):
     for name in ("R@1", "MRR") if "retrieval" in block else ():
         out[f"retrieval {name}"] = _mean(v[name] for v in block["retrieval"].values())
     for name, matrix in (("R2", block["r2"]), ("NMSE", block["nmse"])):
-        cells = [(s == t, v) for t, row in matrix.items() for s, v in row.items()]
-        out[f"{name} self"] = _mean(v for own, v in cells if own)
+        out[f"{name} self"] = mean_cell(matrix, True)
         if M > 1:
-            out[f"{name} cross"] = _mean(v for own, v in cells if not own)
+            out[f"{name} cross"] = mean_cell(matrix, False)
     if block.get("probe"):
         out["1-D probe loss (chance 0.693)"] = _mean(v["loss"] for v in block["probe"].values())
     return out
+
+
+def within(block):
+    """Half the 95 in 100 interval of what in `headline` has one: where it would lie for other
+    samples as these (Jaccard: other latents). Of a mean over streams it is the mean of theirs,
+    which is never too small, however these depend on each other."""
+    r2, ranks, concepts, probes = (
+        block.get(name, {}) for name in ("r2_within", "retrieval", "concepts", "probe"))
+    return {"R2 self": mean_cell(r2, True), "R2 cross": mean_cell(r2, False),
+            "retrieval R@1": _mean(v.get("R@1 within") for v in ranks.values()),
+            "Jaccard of top-50 labels": concepts.get("within"),
+            "1-D probe loss (chance 0.693)": _mean(v.get("within") for v in probes.values())}
 
 
 HIGHER = {                                                   # rows of `headline`, by what is better
@@ -599,9 +625,9 @@ def summary(metrics):
     return ["", *columns], rows
 
 
-def mean_cell(matrix):
-    """The mean of the numbers in {t: {s: value or None}}."""
-    return _mean(v for row in matrix.values() for v in row.values())
+def mean_cell(matrix, own=False):
+    """The mean over {t: {s: value or None}} of those of a stream from itself, or from others."""
+    return _mean(v for t, row in matrix.items() for s, v in row.items() if (s == t) == own)
 
 
 # -- Tables and charts ---------------------------------------------------------------------------
@@ -624,10 +650,8 @@ def text_table(header, rows):
     """Rows of cells as aligned plain text: the first column to the left, others to the right."""
     cells = [list(map(str, header)), *(_cells(header, row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for first, *others in cells:
-        right = [cell.rjust(w) for cell, w in zip(others, widths[1:])]
-        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
+    sides = [str.ljust, *[str.rjust] * len(header)]
+    lines = ["  ".join(side(*v) for side, *v in zip(sides, row, widths)).rstrip() for row in cells]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
 
@@ -659,18 +683,18 @@ def html_table(header, rows, colours=False):
 def grid_row(grids):
     """{name: {t: {s: value}}} -> tables side by side, HTML, rows targets, columns sources (as
     sparc.txt Table 3)."""
-    parts = []
+    shown = ""
     for name, matrix in grids.items():
         rows = [[t, *(row.get(s) for s in matrix)] for t, row in matrix.items()]
         table = html_table(["target \\ source", *matrix], rows, True)
-        parts.append(f"<div><h3>{html.escape(name)}</h3>{table}</div>")
-    return f'<div class="pair">{"".join(parts)}</div>'
+        shown += f"<div><h3>{html.escape(name)}</h3>{table}</div>"
+    return f'<div class="pair">{shown}</div>'
 
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False, zero=True):
+def svg_lines(series, x_label, y_label, x_names=None, log=False, zero=True):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
 
     x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
@@ -681,7 +705,7 @@ def svg_lines(series, x_label, y_label, x_names=None, size=(640, 260), log=False
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
     if not xs:
         return "<p>nothing to draw</p>"
-    (w, h), x0, x1, y0, y1 = size, min(xs), max(xs), min(ys), max(ys)
+    w, h, x0, x1, y0, y1 = 640, 260, min(xs), max(xs), min(ys), max(ys)
     y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (min(0, y0) if zero else y0, y1)
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
 
@@ -719,15 +743,15 @@ def _tick(v):
 def standalone_svg(*charts):
     """Inline charts, one below the other, as a file of their own; those that had nothing to draw
     are left out."""
-    placed, width, top = "", 1, 0
+    placed, top = "", 0
     for chart in charts:
         if chart.startswith("<svg"):
-            w, h = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups())
-            placed += chart.replace("<svg ", f'<svg y="{top}" width="{w}" height="{h}" ', 1)
-            width, top = max(width, w), top + h + 24
+            h = int(re.search(r'viewBox="0 0 640 (\d+)"', chart)[1])
+            placed += chart.replace("<svg ", f'<svg y="{top}" width="640" height="{h}" ', 1)
+            top += h + 24
     style = ("svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
              ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}")
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {max(top, 1)}">'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {max(top, 1)}">'
             f"<style>{style}</style>{placed}</svg>\n")
 
 
@@ -801,34 +825,47 @@ HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
              "latents alive in all streams, %", "1-D probe loss (chance 0.693)")
 
 
-def _numbers(header, rows):
-    """The headline numbers of `summary`, HTML: alone large, the others and controls beside it."""
-    parts = {}
+def _numbers(metrics):
+    """The headline numbers of `summary`, HTML: alone large, with its interval, and beside it the
+    others and controls."""
+    (header, rows), parts, half = summary(metrics), {}, within(metrics["alone"])
     for (name, *cells), (other, *values) in zip(rows, [*rows[1:], [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
         alone = told.pop("alone")
         if other.startswith("  "):
             told[other.strip()] = fmt(values[header.index("alone") - 1])
         beside = "".join(f" · <i>{mode} {v}</i>" for mode, v in told.items())
-        parts[name] = (f"<div><dt>{html.escape(name)}</dt><dd><b>{alone}</b> alone{beside}</dd>"
+        alone = f"<b>{alone}</b>" + (f" ± {fmt(half[name])}" if half.get(name) else "")
+        parts[name] = (f"<div><dt>{html.escape(name)}</dt><dd>{alone} alone{beside}</dd>"
                        f"<dd>{html.escape(MEANING.get(name, ''))}</dd></div>")
-    return f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
+    return (f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
+            '<p class="note">±: where 95 in 100 such figures would lie, were other samples judged '
+            "by the same model (Jaccard: other latents). Of tokens, or many pictures of a patient, "
+            "it is too narrow: samples count as independent.</p>")
+
+
+def tell_verdict(page, found):
+    """The three sentences of `verdict`, on the page alone; returns them."""
+    lines = [found[part] for part in ("learned", "trust", "next")]
+    told = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    page.picture("", f'<div class="verdict level{found["level"]}">{told}</div>')
+    return lines
 
 
 def tell_summary(page, metrics, quiet=False, payload=None):
     """The verdict on a run, its table and the planted concepts found; the verdict comes first on
     the page and last on the terminal, in colour where that is one. quiet: on the page alone;
     payload: what one explores, after the verdict and its numbers."""
-    if found := metrics.get("verdict"):
-        lines = [found[part] for part in ("learned", "trust", "next")]
-        page.picture("", f'<div class="verdict level{found["level"]}">' + "".join(
-            f"<p>{html.escape(line)}</p>" for line in lines) + "</div>")
-    page.picture("", _numbers(*summary(metrics)))
+    lines = tell_verdict(page, found) if (found := metrics.get("verdict")) else []
+    page.picture("", _numbers(metrics))
     if payload:
         page.explore(payload)
     page.table(*summary(metrics), "Result", quiet=quiet)
-    page.text(f"{metrics['rows']} samples of the {metrics['split']} split"
-              + shared(metrics.get("samples", {})), quiet)
+    there = metrics.get("samples", {})                       # of streams and pairs, where are gaps
+    pairs = [n for name, n in there.items() if " / " in name]
+    each = ", ".join(f"{name} in {n}" for name, n in there.items() if " / " not in name)
+    gaps = f": {each}; two given streams in {min(pairs)} to {max(pairs)}" if pairs else ""
+    page.text(f"{metrics['rows']} samples of the {metrics['split']} split{gaps}", quiet)
     told = [name.strip() for name, *_ in summary(metrics)[1]]
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name])}</dd>"
                    for name in told if name in MEANING and name not in HEADLINES)
@@ -839,22 +876,22 @@ def tell_summary(page, metrics, quiet=False, payload=None):
         page.table(["cosine at least 0.9", "found", "of"], rows, "Planted concepts recovered",
                    quiet=quiet)
     if found and not quiet:
-        start, end = ("", "")
-        if sys.stdout.isatty():
-            start, end = f"\033[3{(2, 3, 1)[found['level']]}m", "\033[0m"
-        print("\n" + start + "\n".join(lines) + end)
+        colour = f"\033[3{(2, 3, 1)[found['level']]}m" * sys.stdout.isatty()
+        print("\n" + colour + "\n".join(lines) + "\033[0m" * bool(colour))
 
 
-def shared(samples):
-    """What gaps left to judge by, in words; samples {stream or "s / t": how many have it}."""
-    pairs = [n for name, n in samples.items() if " / " in name]
-    each = ", ".join(f"{name} in {n}" for name, n in samples.items() if " / " not in name)
-    return f": {each}; two given streams in {min(pairs)} to {max(pairs)}" if pairs else ""
+def training_curves(rows):
+    """Of the rows of log.csv what a page draws: {title: {name: [(step, value)]}}."""
+    def lines(names):
+        return {k.removeprefix("dead_"): [(int(row["step"]), float(row[k])) for row in rows]
+                for k in names if any(float(row[k]) for row in rows) or k.startswith("dead_")}
+    dead = [k for k in (rows[0] if rows else ()) if k.startswith("dead_")]
+    return {"mean NMSE of the batch; lower is better:": lines(("self", "cross")),
+            "dead, have not fired for long; lower is better:": lines(dead)}
 
 
-def tell_run(page, metrics, log, settings):
-    """What a run's report has beyond `tell_summary` and what one explores, folded: log, rows of
-    log.csv."""
+def tell_run(page, metrics, settings):
+    """What a run's report has beyond `tell_summary` and what one explores, folded."""
     blocks = {mode: metrics[mode] for mode in ("joint", "alone") if mode in metrics}
     first = next(iter(blocks.values()))
     grids = {mode: block["r2"] for mode, block in blocks.items()}
@@ -874,12 +911,6 @@ def tell_run(page, metrics, log, settings):
         rows = [{"": f"{pair}, {mode}", **v} for mode, block in blocks.items()
                 for pair, v in block["retrieval"].items()]
         page.table(*columns(rows), "Retrieval", quiet=True)
-    keys = [k for k in (log[0] if log else ()) if k in ("self", "cross") or k.startswith("dead_")]
-    lines = {k: [(int(row["step"]), float(row[k])) for row in log] for k in keys}
-    dead = {k[5:]: line for k, line in lines.items() if k.startswith("dead_")}
-    loss = {k: line for k, line in lines.items() if k[5:] not in dead and any(y for _, y in line)}
-    page.picture("Training", svg_lines(loss, "step", "mean NMSE of the batch; lower is better")
-                 + svg_lines(dead, "step", "dead: have not fired for long; lower is better"))
     page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
                quiet=True)
 
@@ -958,11 +989,6 @@ def tell_sweep(page, results, axes):
     for name, metrics in results.items() if "streams" in axes else ():
         page.picture(f"R2 of every target from every source: {name}",
                      grid_row({mode: metrics[mode]["r2"] for mode in heads[name]}))
-    return _sweep_chart(page, heads, axes)
-
-
-def _sweep_chart(page, heads, axes):
-    """NMSE along the first setting of numbers; heads {name: {mode: headline}}."""
     along = next((k for k, v in axes.items() if len(v) > 1 and not isinstance(v[0], str)), None)
     if along is None:
         return None
@@ -995,7 +1021,9 @@ def tell_activations(page, results):
 def write_report(path, title, sections, payload=None):
     """One self-contained HTML file that asks for nothing, without a style and a script where
     `assets` was not copied with this module. sections: list of (heading or "", HTML)."""
-    style, code = (_asset(name) for name in ("report.css", "explorer.js" if payload else ""))
+    assets = pathlib.Path(__file__).parent / "assets"
+    style, code = (path.read_text("utf-8") if path.is_file() else "" for path in (
+        assets / "report.css", assets / ("explorer.js" if payload else "")))
     allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     body = "".join((f"<h2>{html.escape(heading)}</h2>" if heading else "") + content
                    for heading, content in sections)
@@ -1010,13 +1038,6 @@ def write_report(path, title, sections, payload=None):
                      f'style-src \'unsafe-inline\'; script-src \'sha256-{allowed}\'">'
                      f'<title>{title}</title><style>{style}</style>'
                      f'<main><h1>{title}</h1>{body}</main></html>\n')
-
-
-def _asset(name):
-    """The text of a file in `assets`, "" where it is not there."""
-    path = os.path.join(os.path.dirname(__file__), "assets", name)
-    with open(path if os.path.isfile(path) else os.devnull, encoding="utf-8") as f:
-        return f.read()
 
 
 # -- The page that one explores: what assets/explorer.js reads ------------------------------------
@@ -1065,9 +1086,9 @@ def explorer(features, rows, runs, most):
 
     runs: {name: dict} of `codes` {mode: {stream: CSR (n, L)}}, of tokens with `places` alike, 1 +
     the token where a latent is strongest; `null`, the same codes of the null, of which histograms
-    are kept; what decodes, `dictionary` {stream: (L, d)} and `bias` {stream: (d,)}; `seen`(rows) ->
-    {stream: (len(rows), d)}, features as the model sees them; `probe` {stream: (weights (d, C),
-    biases (C,))} of the labels or None; `names` {latent: name}.
+    are kept; `training_curves`; what decodes, `dictionary` {stream: (L, d)} and `bias` {stream:
+    (d,)}; `seen`(rows) -> {stream: (len(rows), d)}, features as the model sees them; `probe`
+    {stream: (weights (d, C), biases (C,))} of the labels or None; `names` {latent: name}.
     """
     codes = [code for run in runs.values() for code in run["codes"]["alone"].values()]
     order, picture = by_rank(codes, len(rows)), functools.cache(features.picture)
@@ -1113,12 +1134,16 @@ def _shown_run(run, rows, some, most):
         groups = [list(of)] if mode == "joint" else [[s] for s in of]
         codes[mode] = [packed_rows(*(part[mode][s][some] for part in kept if part for s in group))
                        for group in groups]
-    unit = unit_rows(np.concatenate([unit_rows(v) for v in D.values()], 1))
+    unit, null = unit_rows(np.concatenate([unit_rows(v) for v in D.values()], 1)), run.get("null")
+    alone = [code[some] for code in run["codes"]["alone"].values()]
     out = {"latents": len(unit), "streams": list(D), "codes": codes, "names": run["names"] or {},
-           "near": packed(nearest(unit, unit, 7)[0]),
-           "null": {mode: [{"top": float(code.data.max(initial=1e-9)), "counts": packed(
-               np.histogram(code.data, 256, (0, code.data.max(initial=1e-9)))[0])}
-               for code in of.values()] for mode, of in (run.get("null") or {}).items()}}
+           "near": nearest(unit, unit, 7)[0].tolist(), "curves": run.get("curves"), "null": null,
+           "agreement": {"latents": overlap([code.T.tocsr() for code in alone], 5),
+                         "samples": overlap(alone)}}
+    if null:                                                 # its activations as 400 of them
+        out["null"] = {mode: [packed(np.quantile(np.r_[code.data, 0], np.linspace(0, 1, 400)))
+                              for code in of.values()] for mode, of in null.items()}
+        out["null"]["agreement"] = _mean(overlap([v.T.tocsr() for v in null["alone"].values()], 5))
     numbers = (len(unit) + len(some)) * sum(v.shape[1] for v in D.values())
     if numbers > most:
         return {**out, "edit": f"Left out: what it needs would take {numbers * 8 / 3e6:.1f} MB."}
@@ -1127,6 +1152,19 @@ def _shown_run(run, rows, some, most):
     if run["probe"]:
         edit["probe"] = [[packed(v) for v in run["probe"][s]] for s in D]
     return {**out, "edit": edit}
+
+
+def overlap(matrices, least=1):
+    """How alike the rows of non-negative matrices (n, m) are: sum of minima / sum of maxima, rows
+    scaled to sum 1, the mean over pairs of matrices; a list (n,), None where fewer than two have
+    `least` entries or more."""
+    own = [(sp.diags_array(1 / np.maximum(np.ravel(z.sum(1)), 1e-30)) @ z.astype(float),
+            z.getnnz(axis=1) >= least) for z in matrices]
+    found = [np.ma.masked_all(len(own[0][1]))]
+    for (a, some), (b, others) in itertools.combinations(own, 2):
+        shared = 1 - np.ravel(abs(a - b).sum(1)) / 2         # minima of two rows of sum 1
+        found.append(np.ma.array(shared / (2 - shared), mask=~(some & others)))
+    return np.ma.stack(found).mean(0).round(5).tolist()
 
 
 def strongest_tokens(code, T):
@@ -1372,25 +1410,15 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
             "label": np.where(seen.any(1), seen.argmax(1), -1)}
 
 
-def best_first(ranks, latent):
-    """Samples that rank 1, 2, ... for a latent, from ranks (L, n) of `top_samples`."""
-    row = ranks[[latent]]
-    return row.indices[row.data.argsort()]
-
-
-def threshold_counts(mean, exponents=range(-6, 1)):
-    """How many latents have a mean activation >= 10^t: dict t -> count (CytoSAE Fig. 2A)."""
-    return {t: int((np.nan_to_num(mean) >= 10. ** t).sum()) for t in exponents}
-
-
 def tell_latents(page, table, n, labels):
-    """Tell, from `latent_table` of n samples, how many latents live, how strong they are, and how
-    many labels they fire for."""
-    alive, counts = np.flatnonzero(table["frequency"]), threshold_counts(table["mean"])
+    """Tell, from `latent_table` of n samples, how many latents live, how many have a mean
+    activation >= 10^t (CytoSAE Fig. 2A), and how many labels they fire for."""
+    alive, mean = np.flatnonzero(table["frequency"]), np.nan_to_num(table["mean"])
+    counts = {f"1e{t}": int((mean >= 10. ** t).sum()) for t in range(-6, 1)}
     page.metrics.update(latents=len(table["mean"]), alive=len(alive))
     page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
-    page.table(["mean activation at least", *(f"1e{t}" for t in counts)],
-               [["latents", *counts.values()]], key="mean at least 10^t")
+    page.table(["mean activation at least", *counts], [["latents", *counts.values()]],
+               key="mean at least 10^t")
     if "entropy" in table:
         page.metrics["mean entropy"] = _mean(table["entropy"][np.isfinite(table["entropy"])])
         page.text(f"mean label entropy {fmt(page.metrics['mean entropy'])} nats of ln "
@@ -1480,8 +1508,7 @@ def class_means(strength, y):
     return np.reshape(means, (-1, strength.shape[1]))
 
 
-# of which all below L are tried, and L
-KS = 0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000
+KS = 0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000      # all below L, and L
 
 
 def intervention(strength, effect, base, y, means, ks=KS):
@@ -1686,31 +1713,27 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
         "features": full, "latents": score(code[:, alive]) if small else None, "chance": chance}}
 
 
-def chance_share(y, groups):
-    """For each row the share of its candidates, the rows of other groups (n,), that have its label
-    y (n,): what guessing finds."""
-    y, groups = y.tolist(), groups.tolist()
-    label, group, mates = map(collections.Counter, (y, groups, zip(y, groups)))
-    return np.array([(label[c] - mates[c, g]) / max(len(y) - group[g], 1)
-                     for c, g in zip(y, groups)])
-
-
 def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? Rows of the same group are no
     neighbours. A list with, for each k: the overlap of the two lists and, with labels y (n,) int,
     the share of hits with the query's: sparse, dense, by chance among the same candidates."""
     groups, rows = np.arange(len(dense)) if groups is None else groups, []
+    groups = np.unique(groups, return_inverse=True)[1]
     lists = {name: nearest(x, x, max(ks), (groups, groups))[0]
              for name, x in (("sparse", code), ("dense", dense))}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
     lists = {name: v[enough] for name, v in lists.items()}
+    if y is not None:                                        # what guessing among them finds
+        both = np.zeros((y.max() + 1, groups.max() + 1))
+        np.add.at(both, (y, groups), 1)
+        chance = (both.sum(1)[y] - both[y, groups]) / np.maximum(len(y) - both.sum(0)[groups], 1)
     for k in ks if enough.any() else ():
         both = [len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())]
         row = {"k": k, "overlap": float(np.mean(both))}
         if y is not None:
             row.update({f"precision, {name}": float((y[v[:, :k]] == y[enough][:, None]).mean())
                         for name, v in lists.items()})
-            row["precision, chance"] = float(chance_share(y, groups)[enough].mean())
+            row["precision, chance"] = float(chance[enough].mean())
         rows.append(row)
     return rows
 
@@ -1769,17 +1792,10 @@ def relevancy(attention, target):
     attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
     a sample, was computed from.
     """
-    if target.requires_grad:
-        gradient = torch.autograd.grad(target, attention, allow_unused=True)
-    else:
-        gradient = [None] * len(attention)
-    return roll_out(attention, gradient)
-
-
-def roll_out(attention, gradient):
-    """R (B, T, T) of lists of (B, heads, T, T); a gradient that is None counts as 0."""
     B, _, T, _ = attention[0].shape
     R = torch.eye(T, device=attention[0].device, dtype=attention[0].dtype).repeat(B, 1, 1)
+    moves = target.requires_grad
+    gradient = torch.autograd.grad(target, attention, allow_unused=True) if moves else ()
     for a, g in zip(attention, gradient):
         if g is not None:
             R = R + (g * a).detach().clamp(min=0).mean(1) @ R
@@ -2030,8 +2046,7 @@ def map_gallery(maps, asked, names, picture):
         rows = [["", *(embedded(picture(key[0]), 112) + "without it" * (not asked[key])
                        for key in keys)]]
         rows += [[html.escape(method), *(cell(method, key) for key in keys)] for method in maps]
-        lines = ["".join(f"<td>{v}</td>" for v in row) for row in rows]
-        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        table = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
         parts.append(f'<h3>{html.escape(names[c])}</h3><table class="maps">{table}</table>')
     return "".join(parts), drawn
 
@@ -2111,13 +2126,12 @@ def compare(runs):
     runs: dict model -> (R,) numbers, run r with the same split and seed for all. Tests are
     two-sided; p is None where all differences are alike, or a run has none: nothing to test.
     """
-    out, keys = [], ("a", "b", "difference", "t_p", "holm_p", "wilcoxon_p", "d")
+    out = []
     for a, b in itertools.combinations(runs, 2):
         gap = np.subtract(*(np.asarray(runs[model], float) for model in (a, b)))
-        mean, spread = float(gap.mean()), float(gap.std(ddof=1)) if len(gap) > 1 else 0.
-        pair = {**dict.fromkeys(keys), "a": a, "b": b}
-        if math.isfinite(mean):                              # a run may lack that number
-            pair["difference"] = mean
+        mean, spread = gap.mean().item(), gap.std(ddof=1).item() if len(gap) > 1 else 0.
+        pair = {"a": a, "b": b, "difference": plain(mean),   # a run may lack that number
+                **dict.fromkeys(("t_p", "holm_p", "wilcoxon_p", "d"))}
         if spread > 1e-12:
             pair.update(t_p=float(scipy.stats.ttest_1samp(gap, 0).pvalue), d=mean / spread,
                         wilcoxon_p=float(scipy.stats.wilcoxon(gap).pvalue))
@@ -2126,16 +2140,6 @@ def compare(runs):
     for rank, pair in enumerate(tested):                     # Holm 1979, the smallest p first
         pair["holm_p"] = worst = max(worst, min(1., (len(tested) - rank) * pair["t_p"]))
     return out
-
-
-def beaten(pairs, level=0.05):
-    """dict model -> [models that it beats at p < level in the paired t-test], from `compare`."""
-    wins = collections.defaultdict(list)
-    for p in pairs:
-        if p["t_p"] is not None and p["t_p"] < level:
-            better, worse = (p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"])
-            wins[better].append(worse)
-    return wins
 
 
 def tell_models(page, found, tested):
@@ -2148,14 +2152,17 @@ def tell_models(page, found, tested):
     page.metrics.update(scores=found, pairs={}, beats={})
     for name in names[:2] if n > 1 else ():
         pairs = compare({model: [run[name] for run in found[model]] for model in tested})
-        wins = beaten(pairs)
-        page.metrics["pairs"][name] = pairs
-        page.metrics["beats"][name] = {a: {b: int(b in wins.get(a, ())) for b in tested if b != a}
-                                       for a in tested}
+        beats = {a: {b: 0 for b in tested if b != a} for a in tested}
+        for p in pairs:
+            if p["t_p"] is not None and p["t_p"] < 0.05:
+                better, worse = (p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"])
+                beats[better][worse] = 1
+        page.metrics["pairs"][name], page.metrics["beats"][name] = pairs, beats
         rows = [[f"{a} - {b}", *numbers] for a, b, *numbers in map(dict.values, pairs)]
         page.table(["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)",
                     "effect size d"], rows, f"{name}: pairs of models")
-        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items()]
+        wins = {a: [b for b in won if won[b]] for a, won in beats.items()}
+        lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items() if b]
         page.text(f"{name}, paired t-test at p < 0.05, {len(pairs)} pairs: "
                   f"{'; '.join(lines) or 'no model beats another'}.")
     page.text(f"{n} runs make a weak test: the Wilcoxon p cannot fall below {2 / 2 ** n:.4f}, and "

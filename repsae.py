@@ -840,11 +840,11 @@ def judged(run, features, whole=None, quiet=False):
         metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
                            f"{shlex.quote(whole.folder)}")
     name, shown = os.path.basename(os.path.abspath(run.folder)), explored(model, features, flags)
-    shown[2].update(null=twin)
+    shown[2].update(null=twin, curves=judge.training_curves(log.rows))
     page = judge.Page(f"repsae {flags.command}: {name}")
     judge.tell_summary(page, metrics, quiet, judge.explorer(
         *shown[:2], {name: shown[2]}, flags.page_rows))
-    judge.tell_run(page, metrics, log.rows, flags)
+    judge.tell_run(page, metrics, flags)
     page.write(run.path, metrics)
     if not quiet:
         say(f"wrote {run.join('report.html')}")
@@ -1491,6 +1491,7 @@ def cmd_latents(flags):
         return search(coded, names, flags)
     run = analysis_run(flags, "latents")
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
+    tell_verdict(page, flags.run)
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
     files = tell_stream(page, coded, flags) if one else {}
@@ -1502,6 +1503,16 @@ def cmd_latents(flags):
     say(f"wrote {run.join('report.html')}")
 
 
+def tell_verdict(page, run):
+    """Tell what was found of a run when it was trained, if that is known."""
+    path = os.path.join(run, "metrics.json")
+    found = data.read_json(path) if os.path.exists(path) else None
+    found = found.get("verdict") if isinstance(found, dict) else None
+    kinds = {"learned": str, "trust": str, "next": str, "level": int}
+    if isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in kinds.items()):
+        judge.tell_verdict(page, found)
+
+
 def tell_stream(page, coded, flags):
     """Tell what latents of one stream are, on training samples; returns files to write."""
     features, train = coded.features, coded.train
@@ -1509,13 +1520,13 @@ def tell_stream(page, coded, flags):
     table = judge.latent_table(coded.strength[train], coded.count[train],
                                features.label_matrix(train) if known.any() else None, flags.top,
                                flags.weighted, known)
-    references = table.pop("references")
+    references = [train[ranks.indices[ranks.data.argsort()]].tolist()    # best first
+                  for ranks in table.pop("references")]
     judge.tell_latents(page, table, len(train), features.label_names)
     barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
     return {**({"barcodes.npz": barcodes} if barcodes else {}), "latents.json": [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
-         "references": train[judge.best_first(references, j)].tolist()}
-        for j in np.flatnonzero(table["frequency"])]}
+         "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
 
 
 def tell_barcodes(page, coded, mean, between):

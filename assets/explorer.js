@@ -46,42 +46,30 @@ const numbers = packed => packed.numbers ||= scaled(levels(packed), packed.scale
 // A sparse matrix by rows: entries start[i] .. start[i + 1] of row i, each of a column `at`.
 function sparse(group, part, places) {
   const [lengths, columns, all] = [group.lengths, group.columns, group.values[part]].map(levels);
-  const start = new Uint32Array(lengths.length + 1), at = new Uint32Array(all.length);
-  const level = new Uint16Array(all.length), place = new Uint16Array(places ? all.length : 0);
-  let from = 0, to = 0;
-  lengths.forEach((length, i) => {
-    for (const end = from + length; from < end; from++) {
-      if (!all[from]) continue;          // another stream of the group has it
-      if (places) place[to] = levels(places)[from];
-      at[to] = columns[from];
-      level[to++] = all[from];
-    }
-    start[i + 1] = to;
+  const start = new Uint32Array(lengths.length + 1), kept = [];
+  let from = 0;
+  lengths.forEach((length, i) => {       // where it has none, another stream of the group has one
+    for (const end = from + length; from < end; from++) if (all[from]) kept.push(from);
+    start[i + 1] = kept.length;
   });
-  const value = scaled(level, group.values[part].scale);
-  return {start, at: at.subarray(0, to), level, place, value};
+  const of = values => Uint32Array.from(kept, e => values[e]), level = of(all);
+  return {start, at: of(columns), level, value: scaled(level, group.values[part].scale),
+          place: of(places ? levels(places) : [])};
 }
-// The same by columns, greatest values first, ties to the lower row: by two counting sorts.
+// The same by columns, greatest values first, ties to the lower row: one sort of whole numbers.
 function turned(m, width) {
-  const n = m.at.length, below = new Uint32Array(65538), order = new Uint32Array(n);
-  const row = new Uint32Array(n), start = new Uint32Array(width + 1), at = new Uint32Array(n);
-  for (let e = 0; e < n; e++) below[65537 - m.level[e]]++;
-  for (let v = 1; v < below.length; v++) below[v] += below[v - 1];
-  for (let e = 0; e < n; e++) order[below[65536 - m.level[e]]++] = e;
+  const n = m.at.length, row = new Uint32Array(n), start = new Uint32Array(width + 1);
   for (let i = 0; i + 1 < m.start.length; i++) row.fill(i, m.start[i], m.start[i + 1]);
-  for (let e = 0; e < n; e++) start[m.at[e] + 1]++;
+  for (const j of m.at) start[j + 1]++;
   for (let j = 0; j < width; j++) start[j + 1] += start[j];
-  const next = start.slice(), value = new Float32Array(n), place = m.place.slice();
-  for (let o = 0; o < n; o++) {
-    const e = order[o], to = next[m.at[e]]++;
-    at[to] = row[e];
-    value[to] = m.value[e];
-    if (place.length) place[to] = m.place[e];
-  }
-  return {start, at, value, place};
+  const order = Float64Array.from(m.at, (j, e) => (j * 65536 + 65535 - m.level[e]) * n + e).sort()
+    .map(key => key % n);
+  const ordered = values => values.map((_, to) => values[order[to]]);
+  return {start, at: ordered(row), value: ordered(m.value), place: ordered(m.place)};
 }
-const slice = (m, n, name, most = Infinity) =>
-  m[name].subarray(m.start[n], Math.min(m.start[n + 1], m.start[n] + most));
+const slice = (m, n, name) => m[name].subarray(m.start[n], m.start[n + 1]);
+const entries = (m, n) =>                // of a row: [column, value]
+  Array.from(slice(m, n, "at"), (key, e) => [key, m.value[m.start[n] + e]]);
 const count = (m, n) => m.start[n + 1] - m.start[n];
 
 const ROWS = levels(P.rows), N = ROWS.length, KNOWN = levels(P.known), NAMES = P.label_names;
@@ -104,30 +92,6 @@ function profile(m, j, counts) {         // adds the labels of its top samples; 
   for (const i of known) for (const c of labelsOf(i)) counts[c]++;
   return known.length;
 }
-// How alike streams that chose alone are, for every latent over samples (of "latents") or every
-// sample over latents: sum of minima / sum of maxima, activations scaled to sum 1, the mean over
-// pairs of streams; null where fewer than two have enough of them.
-function agreement(run, of) {
-  return once(`${run.name} ${of} agreement`, () => {
-    const streams = codes(run, "alone").map(one => one[of]), least = of === "latents" ? FEWEST : 1;
-    const scratch = new Float64Array(Math.max(N, run.latents));
-    return Array.from({length: streams[0].start.length - 1}, (_, n) => {
-      const own = streams.filter(m => count(m, n) >= least), found = [];
-      const sums = own.map(m => total(slice(m, n, "value")));
-      own.forEach((m, s) => {
-        const keys = slice(m, n, "at"), values = slice(m, n, "value");
-        keys.forEach((key, e) => { scratch[key] = values[e] / sums[s]; });
-        for (let t = 0; t < s; t++) {
-          const theirs = slice(own[t], n, "value"), shared = slice(own[t], n, "at").reduce(
-            (sum, key, e) => sum + Math.min(scratch[key], theirs[e] / sums[t]), 0);
-          found.push(shared / (2 - shared));
-        }
-        for (const key of keys) scratch[key] = 0;
-      });
-      return found.length ? total(found) / found.length : null;
-    });
-  });
-}
 function latentTable(run, mode) {
   return once(`${run.name} ${mode} table`, () => Array.from({length: run.latents}, (_, j) => {
     const counts = new Uint32Array(NAMES.length), all = codes(run, mode).map(one => one.latents);
@@ -137,13 +101,13 @@ function latentTable(run, mode) {
     const named = purity >= 0.3;         // thesis A.3
     return {j, alive: own.length, frequency: active / (N * all.length), purity,
             mean: active ? total(own.map(m => total(slice(m, j, "value")))) / active : null,
-            agreement: agreement(run, "latents")[j], label: named ? label : -1,
+            agreement: run.agreement.latents[j], label: named ? label : -1,
             name: run.names[j] || (named ? NAMES[label] : "")};
   }));
 }
-// What "Find" looks in: a latent's name, and labels and captions of its top samples.
+// What one finds it by: a latent's name, and labels and captions of its top samples.
 const searched = (run, j) => once(`${run.name} ${j} text`, () => [latentTable(run, "alone")[j].name,
-  ...codes(run, "alone").flatMap(one => Array.from(slice(one.latents, j, "at", 8),
+  ...codes(run, "alone").flatMap(one => Array.from(slice(one.latents, j, "at").subarray(0, 8),
     i => `${told(i)} ${caption(i)}`))].join("\n").toLowerCase());
 
 // -- The address: all that is shown ---------------------------------------------------------------
@@ -155,7 +119,8 @@ let A = DEFAULTS, list = [], listed = "";
 const address = changes => `#${new URLSearchParams(        // of what is shown after these changes
   Object.entries({...A, ...changes}).filter(([k, v]) => String(v) !== DEFAULTS[k]))}`;
 const go = changes => { location.hash = address(changes); };
-const beside = changes => address({latent: "", sample: "", view: "", edit: "", ...changes});
+const beside = changes => address({latent: "", sample: "", edit: "", view:      // of another thing
+  "latent" in changes && A.view === "configurations" ? A.view : "", ...changes});
 
 // -- Pieces ---------------------------------------------------------------------------------------
 function picture(i, place) {             // its part of the sheet, or the name of one that is lost
@@ -185,33 +150,41 @@ const shares = rows => h("dl", {class: "profile"}, rows.map(([c, share, words]) 
   [h("dt", {title: NAMES[c]}, NAMES[c]), h("dd", {}, meter(share, words))]));
 function binned(values, top, n) {
   const bins = new Array(n).fill(0);
-  for (const v of values) bins[Math.min(n - 1, Math.floor(v / top * n))]++;
+  for (const v of values) if (v <= top) bins[Math.min(n - 1, Math.floor(v / top * n))]++;
   return bins;
 }
+const drawing = (width, height, name, kind, ...all) => h("svg", {viewBox: `0 0 ${width} ${height}`,
+  class: kind, role: "img", "aria-label": name}, all);
+const said = (x, y, kind, v) => h("text", {x, y, class: kind}, v);
+const axes = (x, y, right, most, last) => [h("path", {d: `M${x} ${y}.5H${right}`, class: "axis"}),
+  said(x - 4, 14, "end", most), said(x - 4, y, "end", 0), said(x, y + 14, "", 0),
+  said(right, y + 14, "end", last)];
+const strokes = (kind, bins, most, step, x, y, height) => h("path", {class: kind, d: bins.map(
+  (v, b) => v ? `M${x + step * (b + 0.5)} ${y}v${-height * Math.min(1, v / most)}` : "").join("")});
 // How many samples reach which activation, and in grey what all latents of the null do.
 function histogram(values, twin, name) {
   const top = values[0], own = binned(values, top, 20), most = Math.max(...own);
-  const grey = new Array(20).fill(0), reach = twin ? twin.top / top : 0;
-  for (const [b, v] of twin ? levels(twin.counts).entries() : []) {
-    grey[Math.floor((b + 0.5) / 256 * reach * 20)] += v;     // what is beyond the axis is left out
-  }
-  const scale = values.length / (total(grey.slice(0, 20)) || 1);
-  const text = (x, y, kind, v) => h("text", {x, y, class: kind}, v);
-  const bar = (kind, v, x, width) => h("rect", {class: kind, x: 22 + x, width,
-    y: 62 - 54 * Math.min(1, v / most), height: 54 * Math.min(1, v / most)});
-  return h("svg", {viewBox: "0 0 210 80", class: "histogram", role: "img",
-                   "aria-label": `${name}: ${values.length} samples, up to ${shown(top)}`},
-    grey.slice(0, 20).map((v, b) => bar("null", v * scale, 9 * b, 9)),
-    own.map((v, b) => bar("own", v, 9 * b + 2, 5)), h("path", {d: "M22 62.5H202", class: "axis"}),
-    text(18, 14, "end", most), text(18, 62, "end", 0), text(22, 76, "", 0),
-    text(202, 76, "end", shown(top)));
+  const grey = binned(twin ? numbers(twin) : [], top, 20);
+  return drawing(210, 80, `${name}: ${values.length} samples, up to ${shown(top)}`, "histogram",
+    strokes("null", grey, most * total(grey) / values.length, 9, 22, 62, 54),
+    strokes("own", own, most, 9, 22, 62, 54), axes(22, 62, 202, most, shown(top)));
 }
 function spark(run, j) {                 // the same in the list, all streams together
   const all = codes(run, A.mode).flatMap(one => [...slice(one.latents, j, "value")]);
-  const bins = binned(all, Math.max(...all), 16), most = Math.max(...bins);
-  const line = (v, b) => v ? `M${4 * b + 2} 16V${(15 - 14 * v / most).toFixed(1)}` : "";
-  return h("svg", {viewBox: "0 0 64 16", class: "spark", "aria-hidden": "true"},
-           h("path", {d: bins.map(line).join("")}));
+  const bins = binned(all, Math.max(...all), 16);
+  return drawing(64, 16, "", "spark", strokes("", bins, Math.max(...bins), 4, 0, 15, 14));
+}
+// Lines {name: [[x, y], ...]} from 0 up; a single point shows by its round ends.
+function chart(title, lines) {
+  const all = Object.values(lines).flat();
+  const most = [0, 1].map(k => Math.max(0, ...all.map(point => point[k])) || 1);
+  const at = ([x, y]) => `${50 + 380 * x / most[0]} ${165 - 145 * y / most[1]}`;
+  const ink = n => `hsl(${210 + 67 * n} 55% 50%)`;
+  return h("figure", {}, h("figcaption", {}, title, Object.keys(lines).map((name, n) =>
+    h("b", {style: `color:${ink(n)}`}, ` ${name}`))), drawing(440, 185, title, "chart",
+    axes(50, 165, 430, +most[1].toFixed(3), `step ${most[0]}`),
+    Object.values(lines).map((line, n) => h("path", {style: `stroke:${ink(n)}`,
+      d: `M${[line[0], ...line].map(at).join("L")}`}))));
 }
 
 // -- The list -------------------------------------------------------------------------------------
@@ -226,11 +199,13 @@ const COLUMNS = {                        // key: heading, what it says, text of 
 function filtered(run) {
   const words = A.find.toLowerCase(), M = run.streams.length, way = A.up ? 1 : -1;
   const key = l => l[A.sort] ?? way * 1e9;                       // what has none comes last
-  const lives = {all: n => n === M, some: n => n && n < M, one: n => n === 1}[A.alive] || (n => n);
+  const lives = {all: n => n === M, some: n => n && n < M, one: n => n === 1}[A.alive] || Boolean;
   return latentTable(run, A.mode).filter(l => lives(l.alive) &&
     (!words || searched(run, l.j).includes(words)) && (!A.label || l.label === Number(A.label)))
     .sort((a, b) => way * (key(a) - key(b)) || b.frequency - a.frequency || a.j - b.j);
 }
+const asked = (label, found, type, settings) => h("label", {}, label, h("input", {type,
+  onchange: e => found(e.target.value), ...settings}));
 const choose = (name, label, options) => h("label", {}, label, h("select", {name, onchange: e =>
   go({[name]: e.target.value})}, options.map(([value, text]) =>
   h("option", {value, selected: A[name] === String(value) ? "" : null}, text))));
@@ -247,8 +222,7 @@ function listView(run) {
     h("th", {}, h("a", {href: beside({latent: l.j})}, h("b", {}, l.j), ` ${l.name}`)),
     h("td", {}, spark(run, l.j)), keys.map(k => h("td", {class: k}, COLUMNS[k][2](l[k])))));
   return [h("form", {class: "filters", onsubmit: e => e.preventDefault()},
-    h("label", {}, "Find", h("input", {type: "search", value: A.find, placeholder:
-      "name, label, caption", onchange: e => go({find: e.target.value})})),
+    asked("Name, label, caption", find => go({find}), "search", {value: A.find}),
     NAMES.length ? choose("label", "Label", [["", "any"], ...NAMES.map((v, c) => [c, v])]) : null,
     several ? choose("alive", "Alive in", [["", "any stream"], ["all", "all streams"],
       ["some", "some, not all"], ["one", "one alone"]]) : null),
@@ -259,14 +233,14 @@ function listView(run) {
 }
 
 // -- A latent -------------------------------------------------------------------------------------
-function firesWith(run, j) {             // [latent, samples of both / of either], the best 6
+function firesWith(run, j) {             // samples of both / of either, the best 6
   const both = new Uint32Array(run.latents), streams = codes(run, A.mode);
   const size = k => total(streams.map(one => count(one.latents, k)));
   for (const {latents, samples} of streams) {
     for (const i of slice(latents, j, "at")) for (const k of slice(samples, i, "at")) both[k]++;
   }
   const share = Array.from(both, (n, k) => k === j || !n ? null : n / (size(k) + size(j) - n));
-  return best(share, 6).map(k => [k, share[k]]);
+  return best(share, 6).map(k => chip(run, k, percent(share[k])));
 }
 function latentStream(run, j, {name, latents: m}, s) {
   const values = slice(m, j, "value"), n = values.length, counts = new Uint32Array(NAMES.length);
@@ -276,34 +250,32 @@ function latentStream(run, j, {name, latents: m}, s) {
     card(i, name, shown(values[from + e]), m.place[m.start[j] + from + e])));
   return streamed(name, ` ${n} of ${N} samples`, h("div", {}, some(0, 8),
     n > middle ? h("small", {}, "middling") : null, some(middle, middle + 6)),
-  h("div", {}, histogram(values, (run.null[A.mode] || [])[s], name),
+  h("div", {}, histogram(values, run.null && run.null[A.mode][s], name),
     shares(best(counts, 5).filter(c => counts[c]).map(c => [c, counts[c] / used, counts[c]]))));
 }
 function latentView(run, j) {
-  const l = latentTable(run, A.mode)[j], near = levels(run.near), width = near.length / run.latents;
+  const l = latentTable(run, A.mode)[j], near = run.near[j];
+  if (!l) return [note(`There is no latent ${A.latent}.`)];
   return [h("h3", {}, `Latent ${j} `, h("em", {}, l.name)),
     note(`${A.mode}: alive in ${l.alive} of ${run.streams.length}, purity ${shown(l.purity)}, ` +
-      `agreement alone ${shown(l.agreement)}. Under a sample its activation; bars: samples by ` +
-      `activation${run.null[A.mode] ? ", in grey all latents of the null" : ""}` +
-      `${P.grid ? "; a frame: the patch where it is strongest" : ""}.`),
+      `agreement alone ${shown(l.agreement)}${run.null ?
+        ` (${shown(run.null.agreement)} in the mean of the null, whose latents are the grey)` : ""
+      }. Under a sample its activation; bars: samples by activation${
+        P.grid ? "; a frame: the patch where it is strongest" : ""}.`),
     codes(run, A.mode).map((stream, s) => latentStream(run, j, stream, s)),
-    h("h4", {}, "Fires with"), h("p", {class: "chips", id: "with"},
-      firesWith(run, j).map(([k, share]) => chip(run, k, percent(share)))),
-    h("h4", {}, "Nearest rows of the dictionary"), h("p", {class: "chips", id: "near"}, Array.from(
-      near.subarray(j * width, (j + 1) * width)).filter(k => k !== j).map(k => chip(run, k, "")))];
+    h("h4", {}, "Fires with"), h("p", {class: "chips", id: "with"}, firesWith(run, j)),
+    h("h4", {}, "Nearest rows of the dictionary"), h("p", {class: "chips", id: "near"},
+      near.filter(k => k !== j).map(k => chip(run, k, "")))];
 }
 
 // -- A sample -------------------------------------------------------------------------------------
 function partners(run, i, s) {           // what its code in stream s is nearest to in the others
   const streams = codes(run, A.mode), query = new Float64Array(run.latents);
   const own = streams[s].samples, length = Math.hypot(...slice(own, i, "value"));
-  slice(own, i, "at").forEach((j, e) => { query[j] = slice(own, i, "value")[e]; });
+  for (const [j, v] of entries(own, i)) query[j] = v;
   return streams.filter((_, t) => t !== s).map(({name, samples: m}) => {
-    const similar = Float64Array.from(ROWS, (_, k) => {
-      const at = slice(m, k, "at"), values = slice(m, k, "value");
-      const dot = values.reduce((sum, v, e) => sum + v * query[at[e]], 0);
-      return dot / Math.max(1e-24, length * Math.hypot(...values));
-    });
+    const similar = Float64Array.from(ROWS, (_, k) => total(entries(m, k).map(([j, v]) =>
+      v * query[j])) / Math.max(1e-24, length * Math.hypot(...slice(m, k, "value"))));
     const rank = similar.filter(v => v >= similar[i]).length;      // ties count against it
     return streamed(name, ` true partner: rank ${rank} of ${N}, cosine ${shown(similar[i])}`,
       cards([...new Set([...best(similar, 6), i])].map(k =>
@@ -312,26 +284,27 @@ function partners(run, i, s) {           // what its code in stream s is nearest
 }
 function bars(run, i) {                  // its latents, those of most streams first
   const streams = codes(run, A.mode), found = new Map();
-  streams.forEach(({samples: m, latents}, s) => slice(m, i, "at").forEach((j, e) => {
+  streams.forEach(({samples, latents}, s) => entries(samples, i).forEach(([j, v]) => {
     if (!found.has(j)) found.set(j, new Array(streams.length).fill(0));
-    found.get(j)[s] = slice(m, i, "value")[e] / latents.value[latents.start[j]];
+    found.get(j)[s] = v / latents.value[latents.start[j]];
   }));
   const all = [...found], spread = all.map(([, v]) => 100 * v.filter(Boolean).length + total(v));
-  return [note(`${all.length} latents, as shares of the most that each reaches in a stream; ` +
-    `${all.filter(([, v]) => v.every(Boolean)).length} are active in every stream`),
+  return [note(`${all.length} latents, ${all.filter(([, v]) => v.every(Boolean)).length} of them ` +
+    "in every stream; as shares of the most that each reaches there"),
   h("div", {class: "scroll"}, h("table", {class: "bars"}, h("thead", {}, h("tr", {},
     h("th", {}, "latent"), streams.map(one => h("th", {}, one.name)))),
   h("tbody", {}, best(spread, 24).map(n => h("tr", {}, h("th", {}, chip(run, all[n][0], "")),
     all[n][1].map(v => h("td", {}, v ? meter(v, v.toFixed(2)) : "")))))))];
 }
 function sampleView(run, i) {
+  if (i < 0) return [note(`Sample ${A.sample} is not on this page.`)];
   const s = Math.min(A.stream, run.streams.length - 1), words = ["ids", "groups"].map(
     key => P.texts[key] ? ` ${key.slice(0, -1)} ${P.texts[key][i]}` : "");
-  const asks = choose("stream", "by ", run.streams.map((name, t) => [t, name]));
   return [h("h3", {}, `Sample ${ROWS[i]} `, h("em", {}, told(i))),
     cards(P.sheet ? picture(i) : null, h("p", {}, caption(i), h("small", {}, words))),
     h("h4", {}, "Its latents"), bars(run, i), run.streams.length > 1 ?
-      [h("h4", {}, "Nearest by code, asked ", asks), partners(run, i, s)] : [],
+      [h("h4", {}, "Nearest by code, asked ", choose("stream", "by ", run.streams.map(
+        (name, t) => [t, name]))), partners(run, i, s)] : [],
     h("h4", {}, "Edit its code"), editor(run, i, s)];
 }
 
@@ -364,11 +337,11 @@ function editedStream(edit, t, name, own, changed) {
 }
 function editor(run, i, s) {
   if (typeof run.edit === "string") return note(run.edit);
-  const {samples: m, latents} = codes(run, A.mode)[s], results = h("div", {id: "edited"});
-  const own = new Map(Array.from(slice(m, i, "at"), (j, e) => [j, slice(m, i, "value")[e]]));
+  const {samples: m, latents} = codes(run, A.mode)[s], own = new Map(entries(m, i));
   const changed = new Map(A.edit.split(",").map(v => v.split(":").map(Number)).filter(
     ([j, v]) => latentTable(run, A.mode)[j] && isFinite(v)));
   const most = j => count(latents, j) ? latents.value[latents.start[j]] : 1;
+  const results = h("div", {id: "edited"});
   const show = () => results.replaceChildren(...run.streams.map((name, t) =>
     editedStream(run.edit, t, name, own, changed)));
   const slider = j => {
@@ -382,29 +355,39 @@ function editor(run, i, s) {
       }}));
   };
   const strongest = best([...own.values()], 10).map(n => [...own.keys()][n]);
+  const added = j => go({edit: [A.edit, `${j}:${most(Number(j))}`].filter(Boolean).join()});
   show();
-  return [note(`What the code of ${run.streams[s]} decodes to in every stream: the samples ` +
-    "nearest to it by cosine, and what a linear probe of the labels makes of it. ",
-  h("a", {href: address({edit: ""})}, "undo all")), h("label", {}, "add latent ", h("input", {
-    type: "number", min: 0, max: run.latents - 1, onchange: e => go({edit: [A.edit, [e.target.value,
-      most(Number(e.target.value))].join(":")].filter(Boolean).join()})})),
+  return [note(`What the code of ${run.streams[s]} decodes to: samples nearest by cosine, and ` +
+    "what a linear probe of the labels says. ", h("a", {href: address({edit: ""})}, "undo all")),
+  asked("add latent ", added, "number", {min: 0, max: run.latents - 1}),
   h("div", {class: "sliders"}, Array.from(new Set([...strongest, ...changed.keys()]), slider)),
   results];
 }
 
 // -- Where streams differ (thesis 6.5.1), and all samples -----------------------------------------
+const strips = (run, mode, j, n) => codes(run, mode).map(({name, latents: m}) => cards(
+  h("small", {class: "name"}, name), h("small", {}, count(m, j) ? "" : "never active"),
+  Array.from(slice(m, j, "at").subarray(0, n), i => card(i, name, ""))));
 function disagreements(run) {
-  const [ofLatents, ofSamples] = ["latents", "samples"].map(of => agreement(run, of));
-  return [h("h3", {}, "Disagreements"), note("Overlap between streams that chose alone, over all " +
-    "pairs of them: 0 is nothing in common, 1 the same."),
+  const {latents, samples} = run.agreement;
+  return [h("h3", {}, "Disagreements"), note("Overlap between streams that chose alone, " +
+    "the mean over pairs: 0 is nothing in common, 1 the same."),
   h("h4", {}, "Samples coded most differently"), h("div", {class: "cards", id: "odd"},
-    best(ofSamples, 18, -1).map(i => card(i, "", shown(ofSamples[i])))),
-  h("h4", {}, "Latents that fire for different samples"), best(ofLatents, 8, -1).map(j =>
-    h("section", {class: "odd", "data-latent": j}, chip(run, j, shown(ofLatents[j])),
-      codes(run, "alone").map(({name, latents}) => cards(h("small", {class: "name"}, name),
-        Array.from(slice(latents, j, "at", 5), i => card(i, name, ""))))))];
+    best(samples, 18, -1).map(i => card(i, "", shown(samples[i])))),
+  h("h4", {}, "Latents that fire for different samples"), best(latents, 8, -1).map(j =>
+    h("section", {"data-latent": j}, chip(run, j, shown(latents[j])), strips(run, "alone", j, 5)))];
 }
-function samplesView() {
+// Latents x configurations x streams on one sheet (thesis Fig. 5.2, A.1-A.3).
+function configurations() {
+  const chosen = A.latent === "" ? list.slice(0, 3).map(l => l.j) : [Number(A.latent)];
+  return [h("h3", {}, "Configurations"), note("The same number in every configuration; a latent " +
+    "chosen in the list, or the first three there. Top samples of every stream."),
+  chosen.map(j => P.runs.filter(run => j in latentTable(run, A.mode)).map(run => h("section",
+    {"data-run": run.name, "data-latent": j}, h("h4", {}, `Latent ${j}, ${run.name}`, h("small",
+      {}, ` agreement alone ${shown(run.agreement.latents[j])}`)), strips(run, A.mode, j, 8))))];
+}
+function samplesView(run) {
+  if (A.sample !== "") return sampleView(run, ROWS.indexOf(Number(A.sample)));
   const words = A.find.toLowerCase(), found = [...ROWS.keys()].filter(i =>
     `${told(i)} ${caption(i)}`.toLowerCase().includes(words));
   return [h("h3", {}, "Samples"), note(`${found.length} of ${N}`),
@@ -412,37 +395,33 @@ function samplesView() {
 }
 
 // -- All of it ------------------------------------------------------------------------------------
-const tools = h("div", {class: "tools"}), detail = h("article", {"aria-label": "What is chosen"});
+const tools = h("div", {class: "tools"}), training = h("details");
+const detail = h("article", {"aria-label": "What is chosen"});
 const side = h("section", {class: "side", "aria-label": "List of latents"});
-function view(run, name, j) {            // what stands beside the list
-  const i = ROWS.indexOf(Number(A.sample));
-  if (name === "disagreements") return disagreements(run);
-  if (name === "samples") return A.sample === "" ? samplesView() : i < 0 ?
-    [note(`Sample ${A.sample} is not on this page.`)] : sampleView(run, i);
-  return latentTable(run, A.mode)[j] ? latentView(run, j) :
-    [note(`There is no latent ${A.latent}.`)];
-}
+const VIEWS = {latents: latentView, samples: samplesView, disagreements, configurations};
 function render() {
   A = {...DEFAULTS, ...Object.fromEntries(new URLSearchParams(location.hash.slice(1)))};
   const run = P.runs[Number(A.run)] || P.runs[0], modes = Object.keys(run.codes).sort();
   if (!modes.includes(A.mode)) A.mode = "alone";
   const wanted = Object.keys(OF_LIST).map(k => A[k]).join();
   if (wanted !== listed) side.replaceChildren(...listView(run));
-  listed = wanted;
-  const name = A.sample === "" ? A.view || "latents" : "samples";
+  listed = wanted;                       // else it stays where one has scrolled to
+  const name = A.sample !== "" ? "samples" : A.view in VIEWS ? A.view : "latents";
   const j = A.latent === "" && list.length ? list[0].j : Number(A.latent);
   const tab = (text, here, href) => h("a", {href, "aria-current": here ? "true" : null}, text);
-  const views = ["latents", "samples", ...run.streams.length > 1 ? ["disagreements"] : []];
+  const views = Object.keys(VIEWS).filter(key => key === "disagreements" ? run.streams.length > 1 :
+    key !== "configurations" || P.runs.length > 1);
   tools.replaceChildren(h("nav", {"aria-label": "Views"}, views.map(key =>
     tab(key, name === key, beside({view: key === "latents" ? "" : key})))),
   h("nav", {"aria-label": "Who chose the latents"}, modes.map(mode =>
     tab(mode, A.mode === mode, address({mode, edit: ""})))),
   P.runs.length > 1 ? choose("run", "Configuration ", P.runs.map((one, r) => [r, one.name])) : "");
-  for (const row of side.querySelectorAll("tr[data-latent]")) {
-    const here = name === "latents" && Number(row.dataset.latent) === j;
-    row.toggleAttribute("aria-current", here);
-  }
-  detail.replaceChildren(...view(run, name, j).flat(9));
+  for (const row of side.querySelectorAll("tr[data-latent]"))
+    row.toggleAttribute("aria-current", /^[lc]/.test(name) && Number(row.dataset.latent) === j);
+  detail.replaceChildren(...VIEWS[name](run, j).flat(9));
+  training.hidden = !run.curves;
+  training.replaceChildren(h("summary", {}, "Training"),
+    ...Object.entries(run.curves || {}).map(([title, lines]) => chart(title, lines)));
 }
 addEventListener("keydown", e => {       // to the next or the last latent of the list, or sample
   const step = {ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1}[e.key];
@@ -450,26 +429,22 @@ addEventListener("keydown", e => {       // to the next or the last latent of th
   const all = A.sample ? [...ROWS] : list.map(l => l.j), now = A.sample || A.latent;
   const at = (now ? all.indexOf(Number(now)) : 0) + step;
   e.preventDefault();
-  if (at in all) go(A.sample ? {sample: all[at], edit: ""} :
-    {latent: all[at], view: "", more: Math.max(A.more, at + 1)});
+  if (at in all) location.hash = beside(A.sample ? {sample: all[at]} :
+    {latent: all[at], more: Math.max(A.more, at + 1)});
 });
 addEventListener("hashchange", () => {
   const before = A.latent + A.sample + A.view;
   render();
-  const row = side.querySelector("tr[aria-current]");
-  if (row) row.scrollIntoView({block: "nearest"});
+  side.querySelector("tr[aria-current]")?.scrollIntoView({block: "nearest"});
   if (innerWidth < 960 && before !== A.latent + A.sample + A.view) detail.scrollIntoView();
 });
 addEventListener("beforeprint", () =>
   document.querySelectorAll("details").forEach(folded => { folded.open = true; }));
-if (P.sheet) {
-  document.head.append(h("style", {}, `.thumb { background: url("${P.sheet.url}"); ` +
-    `background-size: ${56 * P.sheet.columns}px; ` +
-    `image-rendering: ${P.sheet.side < 24 ? "pixelated" : "auto"}; }`));
-}
-document.getElementById("explorer").append(h("h2", {}, "Explore"), note(N < P.judged ?
-  `${N} of ${P.judged} judged samples, those that latents like most; all counts are of these. ` :
-  `All ${N} judged samples. `, "Arrow keys move on."), tools,
-h("div", {class: "split"}, side, detail));
+if (P.sheet) document.head.append(h("style", {}, `.thumb { background: url("${P.sheet.url}"); ` +
+  `background-size: ${56 * P.sheet.columns}px; ` +
+  `image-rendering: ${P.sheet.side < 24 ? "pixelated" : "auto"}; }`));
+document.getElementById("explorer").append(h("h2", {}, "Explore"),
+  note(`${N} of ${P.judged} judged samples, those that latents like most. Arrow keys move on.`),
+  tools, h("div", {class: "split"}, side, detail), training);
 render();
 })();

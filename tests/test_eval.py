@@ -321,6 +321,7 @@ def test_ranks_and_recalls_are_the_authors(golden):
         for a, b in ((q, r), (sp.csr_matrix(q), sp.csr_matrix(r))):
             np.testing.assert_array_equal(judge.retrieval_ranks(a, b, block=31), z[f"out.case{i}.ranks"])
         found = judge.retrieval({"q": q, "r": r})["q -> r"]
+        del found["R@1 within"]                              # ours
         for name, value in found.items():
             assert value == pytest.approx(z[f"out.case{i}.{name}"].item(), abs=1e-6)
 
@@ -362,6 +363,52 @@ def test_recovery_counts_each_concept_and_each_latent_once():
     twice = {"a": np.stack([eye[0], eye[0], eye[4]])}
     assert judge.recovery(twice, {"a": np.stack([eye[0], eye[0]])})["a"] == {"found": 2, "of": 2}
     assert judge.recovery({"a": eye[[0]]}, {"a": np.stack([eye[0], eye[0]])})["a"] == {"found": 1, "of": 2}
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+def test_half_of_r2s_interval_is_its_spread_over_many_drawings_of_samples():
+    """Errors that grow with a sample's length, two blocks, a mean far from 0: nothing that a textbook formula would ask for."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(600):
+        x = rng.standard_normal((400, 3)) * rng.uniform(.5, 2, (400, 1)) + 5
+        x_hat = x + rng.standard_normal(x.shape) * abs(x - 5) * .7
+        blocks = [({"t": torch.tensor(x[part])}, {("t", "s"): torch.tensor(x_hat[part])}) for part in np.split(np.arange(400), [150])]
+        one = judge.reconstruction(blocks)
+        found.append([one[key]["t"]["s"] for key in ("r2", "r2_within")])
+    r2, half = np.array(found).T
+    assert np.sqrt((half ** 2).mean()) == pytest.approx(1.96 * r2.std(), rel=.1)
+    assert .9 < (abs(r2 - r2.mean()) < half).mean() < .97
+
+
+def test_intervals_of_shares_losses_and_means_over_latents_are_their_closed_forms():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 60, 5)) + 2 * rng.standard_normal((60, 5))
+    found = judge.retrieval({"x": x, "y": y})["x -> y"]
+    p, n, z = found["R@1"], 60, 1.96                         # Wilson 1927
+    assert found["R@1 within"] == pytest.approx(z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / 4 / n ** 2), rel=1e-3)
+    labels = rng.random((400, 1)) < .4
+    code = sp.csr_matrix((rng.random((400, 3)) < np.c_[.2 + .5 * labels, np.full((400, 2), .3)]).astype(float))
+    tasks = judge.probe_tasks(labels)
+    one, rows = judge.probe(code, tasks), tasks[0][1]["test"]
+    w, b = judge.logistic_1d(*(v for v in (code[tasks[0][1]["train"][0], one["tasks"][0]["latent"]].toarray()[:, 0],
+                                           tasks[0][1]["train"][1])))
+    losses = judge.log_loss(w, b, code[rows[0], one["tasks"][0]["latent"]].toarray()[:, 0], rows[1])
+    assert one["loss"] == pytest.approx(losses.mean()) and one["within"] == pytest.approx(1.96 * losses.std() / np.sqrt(losses.size))
+    twice = judge.probe(code, tasks * 2)                     # the same samples say nothing new
+    assert twice["within"] == pytest.approx(one["within"])
+    counts, full = {s: rng.integers(0, 9, (30, 4)) for s in "ab"}, np.full(30, 9)
+    each = np.minimum(counts["a"], counts["b"]).sum(1) / np.maximum(counts["a"], counts["b"]).sum(1)
+    found = judge.jaccard(counts, {"a": full, "b": full})
+    assert found["within"] == pytest.approx(1.96 * each.std() / np.sqrt(30))
+    assert judge.jaccard(counts, {"a": full, "b": 0 * full})["within"] is None
+
+
+def test_the_interval_of_a_mean_over_streams_is_the_mean_of_theirs_and_what_has_none_is_left_out():
+    block = {"r2_within": {"a": {"a": .1, "b": .4}, "b": {"a": .2, "b": None}}, "retrieval": {"a -> b": {"R@1 within": .3}}}
+    half = judge.within(block)
+    assert half["R2 self"] == .1 and half["R2 cross"] == pytest.approx(.3) and half["retrieval R@1"] == .3
+    assert half["Jaccard of top-50 labels"] is None and half["1-D probe loss (chance 0.693)"] is None
 
 
 # -- tables and pictures -----------------------------------------------------------------------------------------------
@@ -486,14 +533,23 @@ def test_pairs_of_models_are_tested_by_the_textbook_formulas():
     low, middle, high = sorted(p["t_p"] for p in pairs.values())
     assert [p["holm_p"] for p in sorted(pairs.values(), key=lambda p: p["t_p"])] == pytest.approx(
         [3 * low, max(3 * low, 2 * middle), max(3 * low, 2 * middle, high)])
-    assert judge.beaten(pairs.values()) == {"a": ["b", "c"]}
+    assert beats(runs) == {"a": {"b": 1, "c": 1}, "b": {"a": 0, "c": 0}, "c": {"a": 0, "b": 0}}
+
+
+def beats(runs):
+    """Who beats whom, as it is told of runs of which all scores are alike."""
+    page, names = judge.Page(""), ("AUC", "accuracy", "balanced accuracy", "F1")
+    judge.tell_models(page, {model: [dict.fromkeys(names, v) for v in each] for model, each in runs.items()}, list(runs))
+    return page.metrics["beats"]["AUC"]
 
 
 def test_runs_that_differ_by_a_constant_get_no_p():
     pair, = judge.compare({"a": [0.5, 0.6], "b": [0.4, 0.5]})
-    assert pair["t_p"] is None and pair["difference"] == pytest.approx(0.1) and judge.beaten([pair]) == {}
+    assert pair["t_p"] is None and pair["difference"] == pytest.approx(0.1)
     lacking, = judge.compare({"a": [0.5, None], "b": [0.4, 0.5]})
-    assert lacking["difference"] is None and lacking["t_p"] is None and judge.beaten([lacking]) == {}
+    assert lacking["difference"] is None and lacking["t_p"] is None
+    for runs in ({"a": [0.5, 0.6], "b": [0.4, 0.5]}, {"a": [0.5, None], "b": [0.4, 0.5]}):
+        assert beats(runs) == {"a": {"b": 0}, "b": {"a": 0}}
     assert judge.mean_std([1., 2., 3.]) == "2.000 ± 1.000" and judge.mean_std([0.5, None]) == "0.500 ± 0.000" and judge.mean_std([None]) == "-"
 
 
@@ -573,7 +629,9 @@ def test_a_table_of_latents_by_hand():
     np.testing.assert_allclose(weighted[[0, 2]], judge.label_entropy(np.array([[3., 0], [0.1, 0.3]])), rtol=1e-6)
     fewer = judge.latent_table(strength, count, labels, top=3, weighted=True, known=known)
     assert np.isnan(fewer["entropy"][0]) and fewer["references"].toarray()[0].tolist() == [1, 2, 0, 0]      # by strength alone
-    assert judge.threshold_counts(table["mean"]) == {-6: 2, -5: 2, -4: 2, -3: 2, -2: 2, -1: 2, 0: 1}
+    page = judge.Page("")
+    judge.tell_latents(page, table, 4, ["a", "b"])
+    assert [*page.metrics["mean at least 10^t"]["latents"].values()] == [2, 2, 2, 2, 2, 2, 1]
 
 
 def test_barcodes_are_means_over_a_patients_images_and_differential_latents_those_that_differ():
@@ -728,7 +786,7 @@ def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
 def test_there_is_a_dash_where_there_is_nothing_to_measure():
     nothing = torch.zeros(4, 2)
     found = judge.reconstruction([({"a": nothing}, {("a", "a"): nothing + 1})])
-    assert found == {"r2": {"a": {"a": None}}, "nmse": {"a": {"a": None}}}
+    assert found == {name: {"a": {"a": None}} for name in ("r2", "nmse", "r2_within")}
     assert judge.fmt(float("nan")) == judge.fmt(None) == "-"
     assert judge.segmentation_scores({}, {})["mIoU"] is None
     rows, _ = judge.nearest(np.eye(3), np.eye(3), 5, (np.arange(3), np.arange(3)))
@@ -843,11 +901,16 @@ def test_separation_of_class_means_by_hand():
 def test_relevancy_maps_are_the_authors_from_every_start_layer(golden):
     z, _ = golden("relevancy")
     attention, gradient = ([torch.from_numpy(z[f"{kind}.attn{i}"]) for i in range(3)] for kind in ("out", "grad"))
+
+    def relevancy(attention, gradient):
+        """Of a target that has this gradient."""
+        attention = [a.clone().requires_grad_() for a in attention]
+        return judge.relevancy(attention, sum((a * g).sum() for a, g in zip(attention, gradient)))
     for start, name in ((0, "all"), (1, "1"), (2, "last")):
-        R = judge.roll_out(attention[start:], gradient[start:])
+        R = relevancy(attention[start:], gradient[start:])
         torch.testing.assert_close(R, torch.from_numpy(z[f"out.R_start_{name}"]), rtol=1e-6, atol=1e-6)
     attention, gradient = ([torch.from_numpy(z[f"{kind}.clip.image_attn{i}"]) for i in range(3)] for kind in ("out", "grad"))
-    R = judge.roll_out(attention, gradient)
+    R = relevancy(attention, gradient)
     torch.testing.assert_close(R[:, 0, 1:], torch.from_numpy(z["out.clip.all.image_relevance"]), rtol=1e-6, atol=1e-6)
 
 

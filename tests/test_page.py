@@ -30,6 +30,10 @@ function facts() {
     chosen: text("tr[aria-current] b"), heading: text("article h3"), article: text("article"), count: text(".side .note"),
     cells: Object.fromEntries(all(page, "tr[data-latent]").map(row => [row.dataset.latent,
       Object.fromEntries(all(row, "td[class]").map(cell => [cell.className, cell.textContent]))])),
+    sheet: all(page, "section[data-run]").map(part => [part.dataset.run, Number(part.dataset.latent),
+      all(part, ".cards").map(row => all(row, ".card").map(card => Number(card.dataset.row)))]),
+    curves: all(page, "details figure").map(part => [part.querySelector("figcaption").textContent,
+      all(part, "path[style]").map(line => line.getAttribute("d").match(/[ML]/g).length)]),
     odd: all(page, "#odd .card").map(card => Number(card.dataset.row)),
     streams: all(page, "article section[data-stream]").map(part => ({name: part.dataset.stream,
       words: part.querySelector("h4").textContent, rows: all(part, ".card").map(card => Number(card.dataset.row)),
@@ -179,6 +183,36 @@ def test_a_sample_finds_its_partners_with_the_rank_that_retrieval_gives(step, s,
         assert all(close(v, w) for v, w in zip(part["values"], similar[0]))
 
 
+def test_training_is_drawn_from_the_log_and_the_null_s_agreement_stands_by_a_latent_s(made, seen):
+    log = (made["report"].parent / "log.csv").read_text().splitlines()
+    shown = seen["latent=7&mode=alone"]
+    (loss, lines), (dead, others) = shown["curves"]
+    assert loss.startswith("mean NMSE") and loss.endswith(" self cross") and dead.endswith(" x y_txt z")
+    assert lines + others == [len(log)] * 5                  # one line is the heading, and the first point stands twice
+    payload = json.loads(re.search(r'id="payload">(.*?)</script>', made["report"].read_text(), re.S).group(1))
+    null = payload["runs"][0]["null"]["agreement"]
+    assert f"({null:.3f} in the mean of the null" in shown["article"] and 0 < null < 1
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed: apt-get install chromium")
+def test_latents_stand_on_one_sheet_for_all_streams_and_configurations(made, tmp_path):
+    coded, codes = made["coded"], made["codes"]
+    features, rows, one = repsae.explored(coded.model, coded.features, coded.flags)
+    other = {**one, "codes": {"alone": codes["joint"], "joint": codes["alone"]}}
+    page = judge.Page("two")
+    page.explore(judge.explorer(features, rows, {"one": one, "other": other}, 300))
+    page.write(lambda name: tmp_path / name)
+    first, all_ = browse(tmp_path / "report.html", ["view=configurations&latent=7", "view=configurations&sort=frequency"])[0]
+    assert [part[:2] for part in first["sheet"]] == [["one", 7], ["other", 7]] and first["chosen"] == "7"
+    assert max(first["wide"], all_["wide"]) <= 390
+    for (_, j, shown), mode in zip(first["sheet"], ("alone", "joint")):
+        for own, code in zip(shown, codes[mode].values()):
+            column = code[:, [j]].toarray().ravel()
+            order = np.argsort(-column, kind="stable")[:min(8, (column > 0).sum())]
+            assert len(own) == len(order) and len(set(own) ^ set(rows[order])) <= 2         # but for ties in 16 bits
+    assert [part[1] for part in all_["sheet"]] == np.repeat(all_["list"][:3], 2).tolist()
+
+
 def test_an_edited_code_decodes_exactly(made, seen):
     coded, i = made["coded"], made["sample"]
     code = made["codes"]["alone"]["x"][[i]].toarray().ravel()
@@ -217,6 +251,18 @@ def test_without_a_script_the_verdict_and_the_tables_are_there(made):
     verdict = json.loads((made["report"].parent / "metrics.json").read_text())["verdict"]
     assert judge.html.escape(verdict["trust"]) in text and text.count("<table") > 4 and "<noscript>" in text
     assert text.index("verdict") < text.index('class="numbers"') < text.index('id="explorer"') < text.index("<table")
+
+
+def test_the_page_of_latents_begins_with_the_verdict_on_the_run(made, tmp_path):
+    run = made["report"].parent
+    verdict = json.loads((run / "metrics.json").read_text())["verdict"]
+    for name, content in (("a", None), ("b", "[]"), ("c", '{"verdict": {"level": "2"}}')):
+        if content:
+            (run / "metrics.json").write_text(content)
+        repsae.main(["latents", str(run), "--out", str(tmp_path / name)])
+        text = (tmp_path / name / "report.html").read_text()
+        assert (judge.html.escape(verdict["trust"]) in text) == (content is None)
+    (run / "metrics.json").write_text(json.dumps({"verdict": verdict}))
 
 
 # -- without a browser -------------------------------------------------------------------------------------------------
