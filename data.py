@@ -587,23 +587,6 @@ def read_names(path, n_latents):
     return names
 
 
-def read_head(path, d):
-    """Weight (d,) and bias of a linear score, from an .npz with `weight` (d,) and `bias` (), or two
-    rows of both: one label against the rest."""
-    give = f"weight ({d},) and bias (), or two rows of both: one label against the rest"
-    arrays = Source(path)
-    arrays.need("weight", "bias", give=give)
-    w, b = arrays["weight"], arrays["bias"]
-    if not all(v.dtype.kind in "biuf" and np.isfinite(v).all() for v in (w, b)):
-        raise InputError(f"{path} holds something else than finite numbers - give {give}")
-    w, b = w.astype(np.float64), b.astype(np.float64)
-    if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
-        w, b = w[1] - w[0], b[1] - b[0]
-    if w.size != d or b.size != 1:
-        raise InputError(f"{path} has weight {w.shape} and bias {b.shape} - give {give}")
-    return w.reshape(-1), float(b.reshape(-1)[0])
-
-
 def number_list(text):
     """"256,64" -> (256, 64)."""
     if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):

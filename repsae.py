@@ -126,8 +126,6 @@ WHAT = {
     "query": (None, "text", "words to search by"),
     "names": (None, "text", 'JSON of names of latents, {"17": "round nucleus"}'),
     "prompts": (None, "text", "file to write: samples of every latent, and a prompt for its name"),
-    "embeddings": (None, "text", ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
-    "head-file": (None, "text", ".npz of a linear head, weight (d,), bias (); else one is fitted"),
     "sample": (0, "int 0..1e9", "number of the test sample that asks"),
     "from": (None, "text", "its stream; the first by default"),
     "to": (None, "text", "the stream to search; the last by default"),
@@ -249,12 +247,6 @@ SETTINGS = {
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
-    "strength": (1.0, "float 1e-12..", "probe: C of lbfgs, larger is less regular"),
-    "step": (None, "int 1..", "pixels from tile to tile; the size by default"),
-    "least-hole": (0.2, "float", "smallest hole in tissue, in areas of 512 x 512 pixels"),
-    "max-holes": (8, "int", "holes of a piece of tissue that count"),
-    "roi-share": (0.5, "float 1e-9..1", "share of a tile inside the regions that makes it theirs"),
-    "margin": (0.2, "float 0..100", "how much longer than a box's longer side its cut is"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
 FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
@@ -288,8 +280,8 @@ ON_RUN = "data seed device out overwrite"
 
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
 # Flags that name what a command reads.
-INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "embeddings",
-          "head_file", "features", "encoder", "merges", "voc", "rois", "run")
+INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "features", "encoder",
+          "merges", "voc", "rois", "run")
 
 
 class Run:
@@ -1429,7 +1421,7 @@ def torchvision_model(name, n_classes):
     return models.get_model(name, num_classes=n_classes)
 
 
-@command(f"{DATA} seed solver strength only json overwrite")
+@command(f"{DATA} seed solver only json overwrite")
 def cmd_probe(flags):
     """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis
     3.2.3)?"""
@@ -1453,7 +1445,7 @@ def cmd_probe(flags):
         raise InputError(f"no training sample has the label '{names[c]}' of test samples - mend "
                          "`split`, or name the others with --only")
     linear = functools.partial(judge.sgd_probe, seed=flags.seed) if flags.solver == "sgd" else \
-        functools.partial(judge.logistic_probe, strength=flags.strength)
+        judge.logistic_probe
     found, C = {}, 2 if several else len(chosen)             # has it or not, or which of them
     for s in features.streams:
         x = (features.batch(part)[s].numpy() for part in rows)
@@ -1470,19 +1462,19 @@ def cmd_probe(flags):
 # What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
 # ------------------------------------------------------------------------------------------------
 
-@command(f"{ON_RUN} stream tau top weighted between names query embeddings label prompts "
-         "eval-rows page-rows", "run")
+@command(f"{ON_RUN} stream tau top weighted between names query label prompts eval-rows "
+         "page-rows", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
     (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
     prompts, coded = flags.prompts and out_file(flags, "prompts"), Coded(flags.run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
-    one, asked = len(coded.features.streams) == 1, flags.query or flags.embeddings
-    if one or prompts or asked or flags.between:
+    one = len(coded.features.streams) == 1
+    if one or prompts or flags.query or flags.between:
         coded.pool(flags.tau)
     if prompts:
         return write_prompts(coded, prompts, flags.top)
-    if asked:
+    if flags.query:
         return search(coded, names, flags)
     run = analysis_run(flags, "latents")
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
@@ -1566,10 +1558,9 @@ def search(coded, names, flags):
     beside names shuffled."""
     if not names:
         raise InputError("--names is missing - a search needs the latents' names")
-    weights = judge.vector_weights(**read_embeddings(flags.embeddings, names)) \
-        if flags.embeddings else judge.name_weights(flags.query, names)
+    weights = judge.name_weights(flags.query, names)
     if not weights:
-        raise InputError(f"no name fits '{flags.query}' - try other words, or --embeddings")
+        raise InputError(f"no name fits '{flags.query}' - try other words")
     found = judge.search(coded.strength, weights, coded.test)[:flags.top]
     best = sorted(weights.items(), key=lambda v: -v[1])[:10]
     print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in best))
@@ -1583,14 +1574,14 @@ def search(coded, names, flags):
               f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
-@command(f"{ON_RUN} stream label head-file rank iou other eval-rows=2000", "run")
+@command(f"{ON_RUN} stream label rank iou other eval-rows=2000", "run")
 def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
     coded, label, named = Coded(flags.run, flags), None, "intervene"
-    idle = {"rank", "iou", "other", "head_file"} & flags.given if flags.label is None else ()
+    idle = {"rank", "iou", "other"} & flags.given if flags.label is None else ()
     for name in sorted(idle):
-        raise InputError(f"--{name.replace('_', '-')} has no effect without --label - give one")
+        raise InputError(f"--{name} has no effect without --label - give one")
     if flags.label is not None:
         label = label_number(coded.features, flags.label)
         named += re.sub(r"\W+", "_", f"_{coded.features.label_names[label]}")
@@ -1599,7 +1590,7 @@ def cmd_intervene(flags):
     y, train, test = coded.pool().told(flags.label)
     if label is not None:
         means = judge.class_means(coded.strength[train], y[train])
-        tell_interventions(page, coded, y > 0, train, test, means, flags.head_file)
+        tell_interventions(page, coded, y > 0, train, test, means)
         rank = rank_of(coded, label, train, means, flags.rank)
         tell_places(page, coded, label, test, rank, flags.iou)
         tell_class_means(page, means, flags)
@@ -1608,10 +1599,11 @@ def cmd_intervene(flags):
     say(f"wrote {run.join('report.html')}")
 
 
-def tell_interventions(page, coded, y, train, test, means, path):
-    """Tell what a linear head, of the file `path` or fitted, makes of features, of codes, and of
-    their top latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
-    w, bias = linear_head(coded, y, path, train)
+def tell_interventions(page, coded, y, train, test, means):
+    """Tell what a linear head, fitted to the features, makes of them, of codes, and of their top
+    latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
+    head, of_class = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
+    w, bias = head[:, 1] - head[:, 0], float(of_class[1] - of_class[0])          # of the log odds
     W, b = coded.decoder()
     effect, base = W @ w, float(b @ w) + bias
     scores = {"original features": coded.dense[test] @ w + bias,
@@ -1625,21 +1617,6 @@ def tell_interventions(page, coded, y, train, test, means, path):
     page.picture("", judge.svg_lines(
         {what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
         "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False))
-
-
-def linear_head(coded, y, path, train):
-    """Weights (d,) and bias of a linear score on normalised features: of a file, or fitted to the
-    training samples' labels."""
-    if not path:
-        W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
-        return W[:, 1] - W[:, 0], float(b[1] - b[0])         # of the log odds
-    model, s = coded.model, coded.stream
-    w, bias = data.read_head(path, model.dims[s])
-    if "l2" in model.norm:
-        raise InputError("the run scales samples to length 1, as no head for raw features does - "
-                         "train it with --norm none or standard, or leave out --head-file")
-    mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
-    return w * std, bias + float(mean @ w)
 
 
 def tell_places(page, coded, label, test, rank, iou):
@@ -1741,17 +1718,6 @@ def cmd_compare(flags):
     page.table(*judge.columns(found), key="shared")
     if path:
         judge.write_json(path, page.metrics["shared"])
-
-
-def read_embeddings(path, names):
-    """What any text model makes of names: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
-    found, keys = data.read_arrays(path), ("query", "latents", "vectors")
-    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys)
-    if not fits or found["vectors"].shape != (len(found["latents"]), *found["query"].shape) \
-            or not np.isin(found["latents"], list(names)).all():
-        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of their "
-                         "names, and query (e,), all of them numbers")
-    return {k: found[k] for k in keys}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2180,8 +2146,7 @@ def given_query(model, stream, flags):
 # Slides and bags (thesis 3.2.2)
 # ------------------------------------------------------------------------------------------------
 
-@command("images voc window size step downsample threshold otsu smallest least-hole max-holes rois "
-         "roi-share margin overwrite out=tiles")
+@command("images voc window size downsample threshold otsu smallest rois overwrite out=tiles")
 def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
@@ -2197,15 +2162,14 @@ def cmd_tile(flags):
     if flags.rois and len(slides) > 1:
         raise InputError("--rois annotates one slide - name that slide with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
-    how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
-           "threshold": None if flags.otsu else flags.threshold, "window": window}
+    side, threshold = round(size * flags.downsample), None if flags.otsu else flags.threshold
     for i, name in enumerate(slides.about["groups"]):
-        boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
+        boxes, shown = data.tile_slide(slides.paths[i], side, least=flags.smallest,
+                                       window=window, threshold=threshold)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
         out = run.path(f"{name}.npz")
-        arrays = data.tile_arrays(slides, i, boxes, out, regions, flags.roi_share)
+        arrays = data.tile_arrays(slides, i, boxes, out, regions)
         judge.write_npz(out, arrays)
         judge.save_picture(run.path(f"{name}.png"), shown)
         inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
@@ -2214,7 +2178,7 @@ def cmd_tile(flags):
 
 def cut_voc(flags, window):
     """The annotated boxes of --voc as pictures in folders of split and class."""
-    cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
+    cuts, side = data.cut_boxes(flags.voc, window=window), flags.size or 64
     names = [f"{name}.png" for name in cuts.about["ids"]]
     for i, path in enumerate(Run(flags).begin().paths(names)):
         judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
