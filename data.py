@@ -1632,7 +1632,7 @@ def tile_slide(path, side=224, step=None, overview=2048, least=0.2, least_hole=0
     as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`.
     """
     if side < 1 or step is not None and step < 1:
-        raise InputError(f"tiles of {side} pixels every {step} - give a larger --size")
+        raise InputError(f"tiles of {side} pixels - give a larger --size")
     slide = _slide(path, window)
     image, scale = slide.overview(overview)
     area = 512 ** 2 / scale ** 2
