@@ -46,7 +46,7 @@ class Late:
 
 data, judge, sae, ssm = Late("data"), Late("eval"), Late("sae"), Late("ssm")
 np, sp, scipy, torch = Late("numpy"), Late("scipy.sparse"), Late("scipy"), Late("torch")
-Image, ImageDraw = Late("PIL.Image"), Late("PIL.ImageDraw")
+Image = Late("PIL.Image")
 
 
 class InputError(ValueError):
@@ -85,17 +85,21 @@ def value_of(kind, text, said, default=None):
     """The value of a kind that `text` means, whoever says so: a command line, a config.json, a
     command's own defaults. InputError begins with what was `said`."""
     number, _, ends = kind.partition(" ")
-    if kind == "text" or text == default == "auto":
+    if kind in ("text", "path", "file") or text == default == "auto":
         return text
-    if number in ("int", "float"):
+    if number in ("int", "float", "pair"):
         least, _, most = ends.partition("..")
         least, most = float(least or 0), float(most or 1e6)
         with contextlib.suppress(ValueError, OverflowError):
+            if number == "pair":                             # "[0.4, 1.0]" is that of a config.json
+                low, high = map(float, text.strip("[]").split(","))
+                if least <= low < high <= most:
+                    return [low, high]
             value = int(text) if number == "int" else float(text)
             if least <= value <= most:                       # NaN is in no range
                 return value
-        number = {"int": "whole number", "float": "number"}[number]
-        raise InputError(f"{said} - give a {number} from {least:.10g} to {most:.10g}")
+        name = {"int": "a whole number", "pair": "two numbers in order"}.get(number, "a number")
+        raise InputError(f"{said} - give {name} from {least:.10g} to {most:.10g}")
     choices = {"no": False, "yes": True, "False": False, "True": True}
     if kind != "switch":
         choices = {choice: choice for choice in kind.split("|")}
@@ -103,42 +107,43 @@ def value_of(kind, text, said, default=None):
     return choices[text]
 
 
-# name: (default, kind, help). A kind is "text", "switch", choices "a|b", or "int" or "float" with a
-# range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills it in, and
-# "auto" can be typed where it is the default.
+# name: (default, kind, help). A kind is "text", "path" (of what is read), "file" (that is written),
+# "switch", choices "a|b", or "int", "float" or "pair" (of numbers a,b) with a range, 0..1e6 where
+# none is given. What is None or "auto" is open: who uses it fills it in, and "auto" can be typed
+# where it is the default.
 WHAT = {
-    "data": (None, "text", "features, .npz or folder of .npy (mil: bags); else the run's, --world"),
+    "data": (None, "path", "features, .npz or folder of .npy (mil: bags); else the run's, --world"),
     "world": ("tissue", "tissue|planted", "made up without --data: pictures of drawn tissue as "
               "three models see them, or streams whose concepts are planted"),
     "streams": (None, "text", "names of the streams to use, a,b,c; all by default"),
     "stream": (None, "text", "the one stream to use, where there are several"),
-    "taxonomy": (None, "text", 'JSON, {"child": "parent", "root": null} or as in Open Images'),
-    "images": (None, "text", "pictures: a folder, of class or of train, val, test folders, an "
+    "taxonomy": (None, "path", 'JSON, {"child": "parent", "root": null} or as in Open Images'),
+    "images": (None, "path", "pictures: a folder, of class or of train, val, test folders, an "
                ".npz of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
-    "weights": (None, "text", "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
+    "weights": (None, "path", "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
                 "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
                 "runs of N words; clip: a file of released weights"),
     "label": (None, "text", "the label in question, by name or number"),
-    "window": (None, "text", "low,high: grey values shown black and white (--window=-1000,400)"),
+    "window": (None, "pair -1e9..1e9", "grey values shown black and white (--window=-1000,400)"),
     "mode": ("alone", "alone|joint", "each stream chooses its latents, or all together"),
     "over": (None, "text", 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
-    "other": (None, "text", "features of the same samples by another backbone, to set beside"),
-    "sparc": (None, "text", "a run of sparc on both streams, to set beside"),
+    "other": (None, "path", "features of the same samples by another backbone, to set beside"),
+    "sparc": (None, "path", "a run of sparc on both streams, to set beside"),
     "split": ("random", "random|given", "70 / 15 / 15 drawn anew each run, or the file's"),
     "only": (None, "text", "labels a,b to tell apart, or to find one by one; all by default"),
     "between": (None, "text", "two labels a,b: which latents tell their groups apart?"),
     "query": (None, "text", "words to search by"),
-    "names": (None, "text", 'JSON of names of latents, {"17": "round nucleus"}'),
-    "prompts": (None, "text", "file to write: samples of every latent, and a prompt for its name"),
+    "names": (None, "path", 'JSON of names of latents, {"17": "round nucleus"}'),
+    "prompts": (None, "file", "file to write: samples of every latent, and a prompt for its name"),
     "sample": (0, "int 0..1e9", "number of the test sample that asks"),
     "from": (None, "text", "its stream; the first by default"),
     "to": (None, "text", "the stream to search; the last by default"),
-    "features": (None, "text", "another file, whose row --sample asks"),
-    "encoder": (None, "text", "run of clip whose text encoder reads --query"),
+    "features": (None, "path", "another file, whose row --sample asks"),
+    "encoder": (None, "path", "run of clip whose text encoder reads --query"),
     "latent": (None, "text", "latents to show, 3,17; else some of labels, alive everywhere"),
-    "merges": (None, "text", "CLIP's merges file; else words of the captions are the tokens"),
-    "voc": (None, "text", "Pascal VOC folder, whose boxes become the pictures"),
-    "rois": (None, "text", "ASAP annotations (XML): label the tiles by them"),
+    "merges": (None, "path", "CLIP's merges file; else words of the captions are the tokens"),
+    "voc": (None, "path", "Pascal VOC folder, whose boxes become the pictures"),
+    "rois": (None, "path", "ASAP annotations (XML): label the tiles by them"),
     "pictures": (4000, "int 8..", "how many to draw"),
     "most": (12, "int 1..", "pictures at most"),
     "least": (50, "int", "training samples of a label a latent needs to be one of its own"),
@@ -206,8 +211,8 @@ TRAINING = {
     "momentum": (0.996, "float 0..1", "of DINO's teacher at the start; 1 at the end"),
     "local-size": (96, "int 1..8192", "side of DINO's local crops"),
     "local-crops": (8, "int 0..100", "their number"),
-    "local-scale": ("0.05,0.4", "text", "share of the area that they cover, from,to"),
-    "global-scale": ("0.4,1", "text", "the same of global crops"),
+    "local-scale": ([0.05, 0.4], "pair 0..1", "share of the area that they cover, from,to"),
+    "global-scale": ([0.4, 1.], "pair 0..1", "the same of global crops"),
     "blur": (2.0, "float 0..100", "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1.0, "float 0..2", "strength of colour changes; less where colour matters"),
     "pathology": (False, "switch", "vertical flips, right-angle turns, stain jitter too (ours)"),
@@ -218,8 +223,8 @@ TRAINING = {
 }
 RUN = {
     "out": (None, "text", "where to write; a folder inside the run by default"),
-    "json": (None, "text", "file for every figure"),
-    "svg": (None, "text", "file for the picture that `bench backbones` draws"),
+    "json": (None, "file", "file for every figure"),
+    "svg": (None, "file", "file for the picture that `bench backbones` draws"),
     "device": ("cpu", "text", "torch device"),
     "workers": (2, "int 0..256", "processes that make crops"),
     "page-rows": (2000, "int 1..1e5", "samples of these that report.html shows"),
@@ -278,9 +283,6 @@ ON_RUN = "data seed device out overwrite"
 # ---- Runs: folders that a command owns while it writes ------------------------------------------
 
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
-# Flags that name what a command reads.
-INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "features", "encoder",
-          "merges", "voc", "rois", "run")
 
 
 class Run:
@@ -416,6 +418,13 @@ class Run:
             judge.write_json(self.join("config.json"), {**self.about, "files": self.files})
         return [self.join(name) for name in names]
 
+    def write(self, files):
+        """Write outputs {name: content}, each as the ending of its name says."""
+        how = {"npz": judge.write_npz, "json": judge.write_json, "pt": judge.write_torch,
+               "png": judge.save_picture, "svg": judge.write_text}
+        for path, content in zip(self.paths(list(files)), files.values()):
+            how[path.rpartition(".")[2]](path, content)
+
     def tell(self, page, metrics=None):
         """Write report.html and metrics.json, and say where they are."""
         page.write(self.path, metrics)
@@ -440,8 +449,8 @@ def plain(name):
 
 def inputs_of(flags):
     """The real paths of what exists of all that the flags name to be read."""
-    named = [piece for k in INPUTS if isinstance(flags.get(k), str)
-             for piece in {flags[k], *re.split("[,=:]", flags[k])}]
+    named = [piece for k in ("run", *FLAGS) if k == "run" or FLAGS[k][1] == "path"
+             for piece in {flags.get(k), *re.split("[,=:]", flags.get(k) or "")}]
     return {os.path.realpath(p) for p in named if p and os.path.exists(p)}
 
 
@@ -575,8 +584,7 @@ class Keeper:
         self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
 
     def __enter__(self):
-        self.before = {n: signal.signal(n, self.on_signal)
-                       for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
@@ -618,8 +626,7 @@ def train(run, features):
     def on_step(step, result):
         loss = float(result["loss"]) if step % flags.log_every == 0 else 0.
         if not math.isfinite(loss):                          # reading it waits for a GPU
-            raise InputError(f"the loss is {loss} at step {step} - lower --lr, or scale the "
-                             "features with --norm")
+            raise InputError(f"the loss is {loss} at step {step} - lower --lr, or try a --norm")
         keep(step, lambda: {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)},
              lambda: f"loss {float(result['loss']):.4f}  dead "
              + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
@@ -850,7 +857,7 @@ def compared(run, changes, tell, whole=None):
         parts = {name: part for name, (_, _, part) in shown.items()}
         page.explore(judge.explorer(same, rows, parts, flags.page_rows))
     if chart:
-        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
+        run.write({"sweep.svg": judge.standalone_svg(chart)})
     run.tell(page, results)
 
 
@@ -866,9 +873,14 @@ def read(flags):
         refuse(not {*names} <= {*features.streams}, "the made-up data has no stream "
                f"{flags.streams} - it has {', '.join(features.streams)}")
         features.streams = {s: features.streams[s] for s in names}
-    for note in features.notes:
+    return noted(features)
+
+
+def noted(found):
+    """What was read, once its notes are said."""
+    for note in found.notes:
         say_once("note: " + note)
-    return features
+    return found
 
 
 def drawn_tissue(seed, n=1200):
@@ -905,14 +917,12 @@ def read_to_train(flags, least=1):
     refuse("activation" in flags and len(features.streams) > 1,
            f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
     flat = features.per_token()
-    refuse(len(flat.rows("train")) < 2,
-           "the train split has 1 sample - give at least two to learn from")
+    refuse(len(flat.rows("train")) < 2, "the train split has 1 sample - give at least two")
     for s in flat.lacks:
         refuse(flat.has(s, flat.rows("train")).sum() < 2,
                f"stream '{s}' is missing in the train split - leave it out")
     if features.tokens:
-        say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token "
-                 "counts as a sample")
+        say_once(f"note: each of the {features.tokens} tokens of a sample counts as a sample")
     return features.per_token()
 
 
@@ -947,10 +957,6 @@ class Coded:
                    f"data has {self.features.dims} - take streams that it knows")
         self.T, self.flat = self.features.tokens or 1, self.features.per_token()
 
-    def encoded(self, rows, mode="alone", block=1024):
-        """`sae.encoded` of rows of `flat`, which are tokens."""
-        return sae.encoded(self.model, self.flat.batch, rows, mode, block)
-
     def codes(self, rows, mode="alone"):
         """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
         return token_codes(self.model, self.features, rows, mode)
@@ -963,7 +969,8 @@ class Coded:
                f"{self.run} has {', '.join(self.features.streams)} - pick one with {way}")
         (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
         whole_samples = T * max(1, 4096 // T)                # tokens in a block
-        for x, codes in self.encoded(np.arange(N * T), block=whole_samples):
+        for x, codes in sae.encoded(self.model, self.flat.batch, np.arange(N * T), "alone",
+                                    whole_samples):
             code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
             pooled.append(judge.pool_tokens(code, T, tau))
             dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
@@ -1082,7 +1089,8 @@ def cmd_encode(flags):
     path, coded = out_file(flags), Coded(flags.run, flags)
     features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    blocks = coded.encoded(np.arange(len(coded.flat)), flags.mode)
+    every = np.arange(len(coded.flat))
+    blocks = sae.encoded(coded.model, coded.flat.batch, every, flags.mode)
     for s, code in sae.joined([codes for _, codes in blocks]).items():
         for name, v in code._asdict().items():
             kept[f"{s}_{name}"] = v.reshape(shape)
@@ -1158,9 +1166,8 @@ def cmd_dino(flags):
     with torch.no_grad():                                    # sizes that do not fit fail here
         teacher([torch.zeros(1, 3, side, side, device=flags.device)
                  for side in (flags.size, flags.local_size)])
-    areas = [two_numbers(flags, name, 0, 1) for name in ("global_scale", "local_scale")]
-    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
-                       flags.colour, flags.pathology)
+    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, flags.global_scale,
+                       flags.local_scale, flags.blur, flags.colour, flags.pathology)
     run.begin(data_hash=images.hash, pictures=len(images))
     watch = Watch(images, flags)                             # labels serve this alone
     before = watch.knn(teacher.backbone)                     # random weights
@@ -1170,23 +1177,9 @@ def cmd_dino(flags):
 
 def pictures_of(flags):
     """The pictures that --images names, grey values as --window says."""
-    images = data.read_images(flags.images)
-    images.window = two_numbers(flags, "window")
-    for note in images.notes:
-        say_once("note: " + note)
+    images = noted(data.read_images(flags.images))
+    images.window = flags.window
     return images
-
-
-def two_numbers(flags, name, least=-math.inf, most=sys.float_info.max):
-    """"0.4,1" -> (0.4, 1.0), rising, above `least`, at most `most`; None if not given."""
-    if flags[name] is None:
-        return None
-    with contextlib.suppress(ValueError):
-        low, high = map(float, flags[name].split(","))
-        if least < low < high <= most:
-            return low, high
-    raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two numbers in order, for "
-                     f"example {FLAGS[name.replace('_', '-')][0] or '0,4095'}")
 
 
 def train_dino(run, nets, images, crops, watch):
@@ -1234,8 +1227,7 @@ class Watch:
             self.classes = 2 if several else len(images.label_names)
 
     def knn(self, backbone=None):
-        """`measure` of the 20 nearest neighbours, without a backbone by raw pixels; None without
-        labels."""
+        """`measure` of 20-NN, by raw pixels without a backbone; None where there are no labels."""
         if self.tasks:
             x = [image_features(self.images, rows, backbone, self.size) for rows in self.rows]
             found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
@@ -1272,7 +1264,7 @@ def tell_dino(run, rows, watch, before):
         for name, key in (("random weights", "knn_random"), ("raw pixels", "knn_pixels")):
             lines[name] = [(step, found[key]) for step, _ in curves["knn"]]
         charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
-    judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
+    run.write({"curves.svg": judge.standalone_svg(*charts)})
     page.picture("Training", "".join(charts))
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
     run.tell(page, found)
@@ -1281,8 +1273,7 @@ def tell_dino(run, rows, watch, before):
 @command("images! weights! window size standardise last tokens whole seed=0 device overwrite "
          "out=feats.npz")
 def cmd_extract(flags):
-    """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe`
-    read."""
+    """Features of pictures by backbones: an .npz of streams that `sparc` and `probe` read."""
     images, out, streams = pictures_of(flags), out_file(flags), {}
     specs = flags.weights.split(",")
     models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]
@@ -1311,8 +1302,8 @@ def caption_stream(images, spec, flags):
 def picture_streams(images, name, model, flags):
     """{name: features (N, d) or tokens (N, T, d)} of a backbone; of a CLIP's two encoders, where
     there are captions, name_txt and name_img."""
-    clip, captions = getattr(model, "clip", None), images.about.get("captions")
-    how = {"whole": flags.whole or bool(clip)}               # clip learns from whole pictures
+    clip, captions = hasattr(model, "clip"), images.about.get("captions")
+    how = {"whole": flags.whole or clip}                     # clip learns from whole pictures
     if flags.standardise and model.random:
         statistics = data.pixel_statistics(images, images.rows("train"))
         ssm.standardise_pixels(model, *statistics, data.IMAGENET)
@@ -1325,8 +1316,7 @@ def picture_streams(images, name, model, flags):
         return {name: x}
     if captions is None or flags.tokens:
         return {f"{name}_img": x}
-    texts = ssm.text_features(clip, model.words, captions)
-    return {f"{name}_txt": texts.cpu().numpy(), f"{name}_img": x}
+    return {f"{name}_txt": model.read(captions).cpu().numpy(), f"{name}_img": x}
 
 
 def source_of(spec, flags):
@@ -1350,8 +1340,7 @@ def source_of(spec, flags):
     if os.path.exists(os.path.join(where, "clip.pt")):
         return name, {"arch": "clip"}, where
     file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
-    refuse(not os.path.exists(file),
-           f"no run or file at {where} - check it, or write {name}=arch:FILE")
+    refuse(not os.path.exists(file), f"no run or file at {where} - check it, or {name}=arch:FILE")
     advice = f"write {name}=arch:FILE for others"
     with unpacked(file, "is no file of dino or finetune", advice) as kept:
         made = {key: kept[key] for key in made}              # our own files say what they are
@@ -1386,13 +1375,10 @@ def load_backbone(spec, flags, n_classes=0, head=False):
 
 @command(f"{DATA} seed solver only json overwrite")
 def cmd_probe(flags):
-    """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis
-    3.2.3)?"""
+    """Linear probe and weighted k-NN on features: do they tell the labels apart (thesis 3.2.3)?"""
     features = read_to_train(flags)
     y, names = features.labels, features.label_names
-    if y is None:                                            # tokens have none
-        raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample "
-                         "- add them as `labels`")
+    refuse(y is None, "the data has no labels, or is of tokens - add them as `labels`")
     wanted = flags.only.split(",") if flags.only else names
     chosen = sorted({label_number(features, name) for name in wanted})           # their numbers
     several = y.ndim == 2                                    # may hold at once: one by one
@@ -1426,13 +1412,13 @@ def cmd_probe(flags):
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
     (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
-    prompts, coded = flags.prompts and out_file(flags, "prompts"), Coded(flags.run, flags)
+    coded = Coded(flags.run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
     one = len(coded.features.streams) == 1
-    if one or prompts or flags.query or flags.between:
+    if one or flags.prompts or flags.query or flags.between:
         coded.pool(flags.tau)
-    if prompts:
-        return write_prompts(coded, prompts, flags.top)
+    if flags.prompts:
+        return write_prompts(coded, flags.prompts, flags.top)
     if flags.query:
         return search(coded, names, flags)
     run = analysis_run(flags, "latents")
@@ -1440,10 +1426,7 @@ def cmd_latents(flags):
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
     files = tell_stream(page, coded, flags) if one else {}
-    run.begin()
-    for name, content in files.items():
-        write = judge.write_npz if name.endswith("npz") else judge.write_json
-        write(run.path(name), content)
+    run.begin().write(files)
     run.tell(page)
 
 
@@ -1534,9 +1517,8 @@ def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
     coded, label, named = Coded(flags.run, flags), None, "intervene"
-    idle = {"rank", "iou", "other"} & flags.given if flags.label is None else ()
-    for name in sorted(idle):
-        raise InputError(f"--{name} has no effect without --label - give one")
+    refuse(flags.label is None and {"rank", "iou", "other"} & flags.given,
+           "--rank, --iou and --other have no effect without --label - give one")
     if flags.label is not None:
         label = label_number(coded.features, flags.label)
         named += re.sub(r"\W+", "_", f"_{coded.features.label_names[label]}")
@@ -1580,8 +1562,7 @@ def tell_places(page, coded, label, test, rank, iou):
     page.metrics["top latents"] = top.tolist()
     if not features.grid:
         if features.boxes is not None:
-            say("note: boxes but no token grid, so that no latent is localised - extract with "
-                "--tokens")
+            say("note: boxes but no token grid, so no latent is localised - extract with --tokens")
         return
     if features.boxes is not None:
         found = judge.localisation(top, (coded.heat(row, top) for row in test),
@@ -1607,8 +1588,7 @@ def rank_of(coded, label, train, means, rank):
 
 
 def tell_class_means(page, means, flags):
-    """Tell how far the class means of the latents are apart, here and in --other (Mammo-SAE
-    Fig. 4)."""
+    """Tell how far apart the class means of latents are, here and in --other (Mammo-SAE Fig. 4)."""
     pairs = {"--data": means}
     if flags.other:
         theirs = flags.replaced({"data": flags.other})
@@ -1645,8 +1625,7 @@ def tell_fidelity(page, coded, y, train, test, eval_rows):
 
 @command("data streams seed device json overwrite sparc", "run", "other")
 def cmd_compare(flags):
-    """Do two runs have latents in common? Best pairing by activation, against shuffled samples and
-    a shared code."""
+    """Do two runs have latents in common? Best pairing, against shuffled samples and one code."""
     streams = (flags.streams or "").split(",") * 2
     a, b = (Coded(run, flags, s).pool() for run, s in zip((flags.run, flags.other), streams))
     runs, rows, page = [a, b], a.test, judge.Page("repsae compare")
@@ -1676,15 +1655,13 @@ def cmd_compare(flags):
 def cmd_tissue(flags):
     """Draw microscope-like pictures whose cells, captions, masks and diseases are known."""
     run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
-    files = data.tissue_files(made)
-    write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
-             "npz": judge.write_npz, "json": judge.write_json}
-    for path, content in zip(run.begin().paths(list(files)), files.values()):
-        write[path.rpartition(".")[2]](path, content)
+    files = {name: Image.fromarray(content) if name.endswith("png") else content
+             for name, content in data.tissue_files(made).items()}
     kinds = made["label_names"][:len(data.CELLS) + 1].tolist()
     rows = [np.flatnonzero(made["labels"][:, c])[:8] for c in range(len(kinds))]
     sheet = [[Image.fromarray(made["pixels"][i]) for i in some] for some in rows]
-    judge.save_picture(run.path("sheet.png"), judge.contact_sheet(sheet, [""] * 8, 96, kinds))
+    files["sheet.png"] = judge.contact_sheet(sheet, [""] * 8, 96, kinds)
+    run.begin().write(files)
     for name, n in zip(made["label_names"], made["labels"].sum(0)):
         print(f"{name}: in {n} pictures")
     say(f"wrote {run.join('tissue.npz')}, {flags.pictures} pictures, and sheet.png")
@@ -1756,13 +1733,12 @@ def import_clip(flags):
 
 def write_clip(run, model, words):
     kind = "merges" if isinstance(words, data.Merges) else "words"
-    judge.write_torch(run.path("clip.pt"), {"model": model.state_dict(), "config": model.config,
-                                            kind: words.words})
+    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config, kind: words.words}})
 
 
 def load_clip(folder, device):
-    """The image encoder of a run of clip; its .clip and .words are the whole model and its
-    tokenizer."""
+    """The image encoder of a run of clip; its .clip and .words are the whole model and tokenizer,
+    its .read(captions) gives their features (n, d)."""
     with unpacked(os.path.join(folder, "clip.pt"), "is no readable clip.pt",
                   "train it again") as kept:
         model = ssm.CLIP(**kept["config"])
@@ -1771,6 +1747,7 @@ def load_clip(folder, device):
     seen = model.eval().to(device).visual
     object.__setattr__(seen, "clip", model)                  # no submodule: the other way round
     seen.words, seen.random, seen.side = words, False, seen.size
+    seen.read = functools.partial(ssm.text_features, model, words)
     return seen
 
 
@@ -1795,13 +1772,11 @@ def cmd_explain(flags):
         score = None if flags.label is None else lambda out: out[:, int(flags.label)]
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         sheet[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
-    run.begin(data_hash=images.hash)
-    for name, column in sheet.items():
-        for i, picture in zip(rows, column):
-            stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
-            judge.save_picture(run.path(f"{name}_{i}_{stem}.png"), picture)
-    judge.save_picture(run.path("sheet.png"), judge.contact_sheet(
-        list(zip(pictures, *sheet.values())), ["picture", *sheet]))
+    stems = [f"{i}_{os.path.splitext(os.path.basename(images.paths[i]))[0]}" for i in rows]
+    run.begin(data_hash=images.hash).write({
+        "sheet.png": judge.contact_sheet(list(zip(pictures, *sheet.values())), ["picture", *sheet]),
+        **{f"{name}_{stem}.png": picture for name, column in sheet.items()
+           for stem, picture in zip(stems, column)}})
     print(f"wrote {len(rows) * len(sheet)} heat maps and {run.join('sheet.png')}")
 
 
@@ -1815,14 +1790,14 @@ def explain_concepts(flags):
                       judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
     tell_latents(seen, page, chosen)
     tell_captions(seen, page)
-    run.begin()
     empty = np.full_like(next(iter(maps[f"{seen.text[:-4]}, raw similarity"].values())), np.nan)
-    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **{
+    files = {"maps.npz": {"keys": np.array(list(seen.truth)), **{
         name: np.stack([found.get(key, empty) for key in seen.truth])
-        for name, found in maps.items() if found}})
+        for name, found in maps.items() if found}}}
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
-        judge.save_picture(run.path(f"overlays/{name}.png"), image)
+        files[f"overlays/{name}.png"] = image
+    run.begin().write(files)
     run.tell(page)
 
 
@@ -1881,10 +1856,6 @@ class Concepts(Coded):
         """Features (B, d) -> dense codes (B, L) of a stream alone."""
         return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
 
-    def read(self, captions):
-        """Features (n, d) of captions."""
-        return ssm.text_features(self.encoder.clip, self.encoder.words, captions)
-
     def maps(self, backbone, score, asked):
         """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
         view = data.plain_view(backbone.side, whole=True)
@@ -1931,7 +1902,7 @@ def methods(seen):
     out, every = {}, range(len(seen.label_names))
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
-    prompts = seen.read(seen.label_names)
+    prompts = seen.encoder.read(seen.label_names)
     with torch.no_grad():
         z_names = seen.code(seen.text, prompts)
 
@@ -1979,8 +1950,8 @@ def shown_labels(seen):
 
 
 def tell_latents(seen, page, chosen, most=4):
-    """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all
-    streams."""
+    """Single latents z_j (thesis Fig. 5.4) in the test samples where all streams together are most
+    active."""
     codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
     for c, j in enumerate(chosen):
         strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
@@ -1995,12 +1966,11 @@ def tell_latents(seen, page, chosen, most=4):
 
 
 def tell_captions(seen, page, most=4):
-    """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
-    itself."""
+    """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t and by CLIP."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
     asked, pictured = {(i, n): True for n, i in enumerate(test)}, f"{seen.text[:-4]}_img"
     with torch.no_grad():
-        said = seen.read([seen.captions[i] for i in test])
+        said = seen.encoder.read([seen.captions[i] for i in test])
         z_text = seen.code(seen.text, said)
         z_image = seen.code(pictured, seen.features.batch(test)[pictured].to(seen.flags.device))
     maps = {name: seen.maps(backbone, seen.weighted(s, z_text), asked)[0]
@@ -2020,24 +1990,22 @@ def cmd_retrieve(flags):
     for s in (source, target):
         refuse(s not in features.streams,
                f"no stream '{s}' - the run and its data have {', '.join(features.streams)}")
-    page = judge.Page("repsae retrieve" + f": {flags.query}" * bool(flags.query))
-    rows = features.rows("test", "val")
-    own = None if flags.query is not None or flags.features else flags.sample
-    for s in {source, target} if own is not None else {target}:
+    given = flags.query is not None or flags.features is not None
+    rows, own = features.rows("test", "val"), flags.sample
+    for s in {target} if given else {source, target}:
         rows = rows[features.has(s, rows)]
-    refuse(own is not None and own >= len(rows),
+    refuse(not given and own >= len(rows),
            f"--sample {own} - give one of the {len(rows)} held-out samples, from 0")
-    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if own is None else own}")
-
-    given = given_query(coded.model, source, flags) if own is None else None
-    for mode in ("alone",) if own is None else ("joint", "alone"):
-        codes = coded.codes(rows, mode)
-        query, partner = given if own is None else codes[source][[own]], ""
+    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if given else own}")
+    page = judge.Page("repsae retrieve" + f": {flags.query}" * bool(flags.query))
+    for mode in ("alone",) if given else ("joint", "alone"):
+        codes, partner = coded.codes(rows, mode), ""
+        query = given_query(coded.model, source, flags) if given else codes[source][[own]]
         if not query.nnz:
             page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
             continue
         (near,), (similar,) = judge.nearest(query, codes[target], len(rows))
-        if own is not None:
+        if not given:
             rank = (similar >= similar[near == own]).sum()
             partner = f"the true partner has rank {rank} of {len(rows)}; "
         page.text(f"{mode}: {partner}nearest samples {rows[near[:10]].tolist()}")
@@ -2055,7 +2023,7 @@ def given_query(model, stream, flags):
         check_needed(flags, "encoder")
         encoder = load_clip(flags.encoder, flags.device)
         refuse(not encoder.words.pieces(flags.query), "--query has no words - give some")
-        x = ssm.text_features(encoder.clip, encoder.words, [flags.query])
+        x = encoder.read([flags.query])
     else:
         others = data.read_features(flags.features, [stream])
         refuse(flags.sample >= len(others), f"--sample {flags.sample}, but {flags.features} has "
@@ -2076,34 +2044,28 @@ def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
-    window = two_numbers(flags, "window")
     if flags.voc:
-        return cut_voc(flags, window)
+        return cut_voc(flags)
     check_needed(flags, "images")
-    slides, size = data.read_slides(flags.images), flags.size or 224
-    run = Run(flags)
-    for note in slides.notes:
-        say_once("note: " + note)
-    refuse(flags.rois and len(slides) > 1,
-           "--rois annotates one slide - name that slide with --images")
+    slides, size, run = noted(data.read_slides(flags.images)), flags.size or 224, Run(flags)
+    refuse(flags.rois and len(slides) > 1, "--rois annotates one slide - name it with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
     side, threshold = round(size * flags.downsample), None if flags.otsu else flags.threshold
     for i, name in enumerate(slides.about["groups"]):
         boxes, shown = data.tile_slide(slides.paths[i], side, least=flags.smallest,
-                                       window=window, threshold=threshold)
+                                       window=flags.window, threshold=threshold)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
-        out = run.path(f"{name}.npz")
+        out = run.join(f"{name}.npz")
         arrays = data.tile_arrays(slides, i, boxes, out, regions)
-        judge.write_npz(out, arrays)
-        judge.save_picture(run.path(f"{name}.png"), shown)
+        run.write({f"{name}.npz": arrays, f"{name}.png": shown})
         inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
         print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
-def cut_voc(flags, window):
+def cut_voc(flags):
     """The annotated boxes of --voc as pictures in folders of split and class."""
-    cuts, side = data.cut_boxes(flags.voc, window=window), flags.size or 64
+    cuts, side = data.cut_boxes(flags.voc, window=flags.window), flags.size or 64
     names = [f"{name}.png" for name in cuts.about["ids"]]
     for i, path in enumerate(Run(flags).begin().paths(names)):
         judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
@@ -2142,9 +2104,9 @@ def cmd_mil(flags):
             progress(len(log.rows), lambda: head)
         log.write()
         if len(rounds) == 1:
-            judge.write_torch(run.path(f"{head}.pt"), {
+            run.write({f"{head}.pt": {
                 "models": [model.state_dict() for model in models], "head": head,
-                "dim": bags.x[0].shape[1], "label_names": bags.label_names, **make})
+                "dim": bags.x[0].shape[1], "label_names": bags.label_names, **make}})
             page.picture(f"Attention of {head} over test slides",
                          attention_maps(bags, models, rounds[0][2], head, run))
     names = ("AUC", "accuracy", "F1")
@@ -2192,7 +2154,7 @@ def attention_maps(bags, models, rows, head, run, most=6):
             heat = sum(model(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        judge.save_picture(run.path(f"heat_{label}_{bags.names[i]}_{head}.png"), picture)
+        run.write({f"heat_{label}_{bags.names[i]}_{head}.png": picture})
         shown[f"{bags.names[i]}: {label}"] = judge.embedded(image), judge.embedded(picture)
     return judge.strips(shown) or "<p>The bags name no pictures.</p>"
 
@@ -2204,10 +2166,7 @@ def attention_maps(bags, models, rows, head, run, most=6):
          "device overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    window = two_numbers(flags, "window")
-    pictures = data.read_pictures(flags.images, flags.size, flags.label, window)
-    for note in pictures.notes:
-        say_once("note: " + note)
+    pictures = noted(data.read_pictures(flags.images, flags.size, flags.label, flags.window))
     C, n = len(pictures.label_names), flags.runs
     specs = {try_classifier(spec, flags, C): spec for spec in flags.weights.split(",")}
     refuse(len(specs) < len(flags.weights.split(",")), f"--weights {flags.weights} names a model "
@@ -2231,8 +2190,7 @@ def cmd_finetune(flags):
         progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
         if r == 0:                                           # the file that `explain` reads
             sizes[name] = sum(p.numel() for p in model.parameters())
-            state = {"model": model.state_dict(), **model.made}
-            judge.write_torch(run.path(f"{name}.pt"), state)
+            run.write({f"{name}.pt": {"model": model.state_dict(), **model.made}})
     page = judge.Page("repsae finetune")                     # thesis 3.3.3
     judge.tell_models(page, found, list(specs))
     run.tell(page, {"parameters": sizes, "test pictures": len(rounds[0][2])})
@@ -2294,7 +2252,7 @@ def cmd_demo(flags):
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`,
     `page` (report.html at its largest)."""
-    return in_tests("bench").run(flags.what, flags.device, flags.svg and out_file(flags, "svg"))
+    return in_tests("bench").run(flags.what, flags.device, flags.svg)
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -2371,7 +2329,7 @@ def add_command(subs, name, each):
             elif flag in each.needed:
                 text += " (needed)"
             elif default not in (None, "auto"):
-                text += f" (default: {default})"
+                text += f" (default: {str(default).strip('[]')})"
             if flag == "set":
                 option["action"] = "append"
             group.add_argument(f"--{flag}", help=text.replace("%", "%%"),
@@ -2379,15 +2337,6 @@ def add_command(subs, name, each):
 
 
 BENCHES = ("all", "sparc", "rows", "scan", "backbones", "page")
-
-
-def check_device(flags):
-    """Raise InputError unless torch can use --device."""
-    try:
-        torch.zeros(1, device=flags.device)
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0][:60]
-        raise InputError(f"device '{flags.device}' cannot be used ({why}...) - try cpu")
 
 
 def say(text):
@@ -2408,12 +2357,19 @@ def fail(text):
 
 
 def perform(run, flags):
-    """Run a command; what it returns are figures for the file --json."""
-    path = flags.get("json") and out_file(flags, "json")
+    """Run a command on a device that torch can use; what it returns are figures for --json."""
+    try:
+        torch.zeros(1, device=flags.get("device") or "cpu")
+    except (RuntimeError, AssertionError) as e:
+        why = str(e).splitlines()[0][:60]
+        raise InputError(f"device '{flags.device}' cannot be used ({why}...) - try cpu")
+    for name in flags:
+        if flags[name] and name in FLAGS and FLAGS[name][1] == "file":
+            out_file(flags, name)
     figures = run(flags)
-    if path:
-        judge.write_json(path, figures)
-        say(f"wrote {path}")
+    if flags.get("json"):
+        judge.write_json(flags.json, figures)
+        say(f"wrote {flags.json}")
 
 
 def main(argv=None):
@@ -2422,8 +2378,6 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")    # names of files need not be text
     try:
         run, flags = parse(argv)
-        if "device" in flags:
-            check_device(flags)
         perform(run, flags)
     except Interrupted as e:
         say(f"\n{e}; go on with: python repsae.py {flags.command} --resume --out "

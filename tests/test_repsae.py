@@ -2124,7 +2124,7 @@ def test_every_setting_of_the_views_reaches_them(pictures, tmp_path, monkeypatch
     said = {"global_scale": "0.6,0.9", "local_scale": "0.1,0.3", "blur": 1.5, "colour": 0.25}
     found = caught(monkeypatch, data, "Crops", "dino", "--images", pictures, *TINY_DINO,
                    *as_flags(said), "--pathology", "--out", tmp_path / "r")
-    assert list(found.values()) == [16, 8, 2, (0.6, 0.9), (0.1, 0.3), 1.5, 0.25, True]
+    assert list(found.values()) == [16, 8, 2, [0.6, 0.9], [0.1, 0.3], 1.5, 0.25, True]
 
 
 @pytest.fixture(scope="module")
