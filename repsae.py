@@ -157,8 +157,7 @@ MODEL = {
     "latents": ("auto", "int 1..16777216", "L, width of the code; auto: by the rows"),
     "k": ("auto", "int 1..", "latents kept per sample; auto: an eighth of L, 40 to 64"),
     "topk": ("global", "global|local|both|random", "who chooses them in training: all streams "
-             "together, each for itself, both with the losses added (ours), one stream drawn "
-             "each step (Universal SAE)"),
+             "together, each for itself, both (ours), one stream drawn a step (Universal SAE)"),
     "lam": (1.0, "float", "weight of cross reconstruction (thesis Eq. 14)"),
     "targets": ("auto", "int 1..", "others that a code rebuilds a step; auto: all up to 4, then 2"),
     "loss": ("sum", "sum|mean", "over streams: Eq. 14, or as the authors' code averages"),
@@ -327,7 +326,6 @@ class Run:
         command = theirs.get("command", flags.command)
         refuse(command != flags.command,
                f"{self.folder} holds a run of {command} - resume it with that command")
-        check_kinds(theirs, COMMANDS[flags.command].flags, self.join("config.json"))
         for name in sorted(flags.given - FREE_ON_RESUME):
             refuse(flags[name] not in (theirs.get(name), "auto"),
                    f"--{name.replace('_', '-')} {flags[name]} differs from the run in "
@@ -475,9 +473,9 @@ def out_file(flags, flag="out"):
     return path
 
 
-def read_config(folder, names=()):
-    """config.json of a run: a dict of dicts "flags" and "versions" and the list "files", its
-    manifest. Those of the flags that are among `names` are of their kinds."""
+def read_config(folder):
+    """config.json of a run: a dict of dicts "flags", of their kinds, and "versions", and the list
+    "files", its manifest."""
     path = os.path.join(folder, "config.json")
     config = data.read_json(path)
     if isinstance(config, dict):
@@ -486,7 +484,7 @@ def read_config(folder, names=()):
            or not isinstance(config["versions"], dict) or not isinstance(config["files"], list)
            or not all(isinstance(name, str) and plain(name) for name in config["files"]),
            f"{path} is no config of a run - restore it, or train anew elsewhere")
-    check_kinds(config["flags"], {name: FLAGS[name][0] for name in names}, path)
+    check_kinds(config["flags"], {name: default for name, (default, *_) in FLAGS.items()}, path)
     return config
 
 
@@ -727,9 +725,8 @@ def codes_and_fit(model, features, rows, mode):
 
 
 def measure(model, features, flags):
-    """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone.
-
-    Returns (metrics, codes {mode: {stream: CSR}}, rows judged)."""
+    """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone: (metrics, the codes
+    that were judged, {mode: {stream: CSR}})."""
     features, several = features.per_token(), len(model.streams) > 1
     rows = evaluation_rows(features, flags, "test", "val")
     codes, out = {}, {"split": str(features.split[rows[0]]), "rows": len(rows),
@@ -757,7 +754,7 @@ def measure(model, features, flags):
     if features.truth:
         found = {s: model.dictionary(s).cpu().numpy() for s in model.streams}
         out["recovery"] = judge.recovery(found, features.truth)
-    return out, codes, rows
+    return out, codes
 
 
 def normalised(model, features, rows, device):
@@ -814,7 +811,7 @@ def judged(run, features, whole=None, quiet=False):
     if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
         shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
-        null, twin, _ = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
+        null, twin = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
     metrics["verdict"] = judge.verdict(
         metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
@@ -939,7 +936,7 @@ class Coded:
     def __init__(self, run, flags, streams=None):
         refuse(not os.path.exists(os.path.join(run, "config.json")),
                f"{run} is no run folder - name one that sparc or sae wrote")
-        own = read_config(run, ("data", "taxonomy", "seed", "world"))["flags"]
+        own = read_config(run)["flags"]
         own = {k: own[k] for k in ("data", "taxonomy", "seed", "world")
                if k in own and (k in flags or k == "world") and k not in flags.given}
         flags = flags.replaced({"taxonomy": None, "world": "planted", **flags, **own})
@@ -1076,7 +1073,7 @@ def cmd_eval(flags):
     for s in coded.model.streams:
         refuse(s not in coded.features.streams, f"the data lacks the run's stream '{s}' - eval "
                f"needs {', '.join(coded.model.streams)}")
-    metrics, _, _ = measure(coded.model, coded.features, coded.flags)
+    metrics, _ = measure(coded.model, coded.features, coded.flags)
     judge.tell_summary(judge.Page(""), metrics)
     return metrics
 
@@ -2274,15 +2271,14 @@ def parse(argv):
                                  parser_class=Parser)
     for name, each in COMMANDS.items():
         add_command(subs, name, each)
-    if any("\0" in word for word in argv or ()):             # no file can be named so
-        raise InputError("a NUL character on the command line - leave it out")
+    refuse(any("\0" in word for word in argv or ()),         # no file can be named so
+           "a NUL character on the command line - leave it out")
     typed, said = vars(parser.parse_args(argv)), {}
     each = COMMANDS[typed["command"]]
     for word in " ".join(typed.pop("set", [])).split():
         name, _, text = word.partition("=")
-        if name not in each.flags or name not in SETTINGS:
-            mine = ", ".join(n for n in each.flags if n in SETTINGS) or "none"
-            raise InputError(f"--set {word}: no such setting - this command has {mine}")
+        mine = [n for n in each.flags if n in SETTINGS]
+        refuse(name not in mine, f"--set {word}: no such setting - take one of {mine or 'none'}")
         typed[name.replace("-", "_")], said[name] = text, f"--set {word}"
     defaults = {name.replace("-", "_"): default for name, default in each.flags.items()}
     flags = Flags({**defaults, **typed})

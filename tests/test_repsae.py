@@ -530,8 +530,10 @@ def _peaks():
     return bench.peak_of(apart, "cpu"), bench.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
 
 
-def test_bench_refuses_a_file_in_no_folder(capsys):
+def test_bench_refuses_a_file_in_no_folder_and_one_that_is_there(tmp_path, capsys):
     assert "no such folder" in error(capsys, "bench", "scan", "--svg", "/no/such/x.svg")
+    (tmp_path / "x.json").write_text("keep")
+    assert "exists - use --overwrite" in error(capsys, "bench", "scan", "--json", tmp_path / "x.json")
 
 
 # -- backbones ---------------------------------------------------------------------------------------------------------
