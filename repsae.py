@@ -447,7 +447,7 @@ def plain(name):
 
 def inputs_of(flags):
     """The real paths of what exists of all that the flags name to be read."""
-    named = [piece for k in ("run", *FLAGS) if k == "run" or FLAGS[k][1] == "path"
+    named = [piece for k in ("run", *FLAGS) if k == "run" or FLAGS[k][1] == "path"    # name=A:FILE
              for piece in {flags.get(k), *re.split("[,=:]", flags.get(k) or "")}]
     return {os.path.realpath(p) for p in named if p and os.path.exists(p)}
 
@@ -1366,7 +1366,7 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     if weights:
         ssm.load_weights(model, weights, new_head=bool(n_classes))
     model.made, model.random = made, not weights
-    model.side = getattr(model, "size", made["size"] or 224)
+    model.side = getattr(model, "size", made["size"] or 224)                 # a scan takes any size
     return name, model.eval().to(flags.device)
 
 
@@ -2359,7 +2359,7 @@ def perform(run, flags):
     except (RuntimeError, AssertionError) as e:
         why = str(e).splitlines()[0][:60]
         raise InputError(f"device '{flags.device}' cannot be used ({why}...) - try cpu")
-    for name in flags:
+    for name in flags:                                       # before hours of work, not after
         if flags[name] and name in FLAGS and FLAGS[name][1] == "file":
             out_file(flags, name)
     figures = run(flags)
