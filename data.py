@@ -558,23 +558,6 @@ def read_names(path, n_latents):
     return names
 
 
-def read_head(path, d):
-    """Weight (d,) and bias of a linear score, from an .npz with `weight` (d,) and `bias` (), or two
-    rows of both: one label against the rest."""
-    give = f"weight ({d},) and bias (), or two rows of both: one label against the rest"
-    arrays = Source(path)
-    arrays.need("weight", "bias", give=give)
-    w, b = arrays["weight"], arrays["bias"]
-    if not all(v.dtype.kind in "biuf" and np.isfinite(v).all() for v in (w, b)):
-        raise InputError(f"{path} holds something else than finite numbers - give {give}")
-    w, b = w.astype(np.float64), b.astype(np.float64)
-    if w.ndim == 2 and len(w) == 2 and b.shape == (2,):
-        w, b = w[1] - w[0], b[1] - b[0]
-    if w.size != d or b.size != 1:
-        raise InputError(f"{path} has weight {w.shape} and bias {b.shape} - give {give}")
-    return w.reshape(-1), float(b.reshape(-1)[0])
-
-
 # ---- A made-up world -----------------------------------------------------------------------------
 
 def planted_streams(n=6000, dims=None, seed=42):
@@ -1568,7 +1551,7 @@ def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None
     as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`.
     """
     if side < 1 or step is not None and step < 1:
-        raise InputError(f"tiles of {side} pixels every {step} - give a larger --size")
+        raise InputError(f"tiles of {side} pixels - give a larger --size")
     slide = _slide(path, window)
     image, scale = slide.overview(2048)
     area = 512 ** 2 / scale ** 2

@@ -1755,13 +1755,6 @@ def name_weights(query, names):
     return {j: len(asked & v) / len(asked | v) for j, v in zip(names, found) if asked & v}
 
 
-def vector_weights(query, latents, vectors, most=10):
-    """The same by vectors of a text model: cosine of the query (e,) and the names (n, e) of latents
-    (n,), the `most` best, those above 0."""
-    fit = unit_rows(vectors) @ unit_rows(query[None])[0]
-    return {int(latents[i]): float(fit[i]) for i in np.argsort(-fit)[:most] if fit[i] > 0}
-
-
 def search(strength, weights, rows):
     """Of codes (n, L) CSR the rows that latents {number: weight} point to, best first: by their
     weighted sum, every latent as a share of its greatest value, so that they count alike."""

@@ -46,11 +46,17 @@ class Late:
 
 data, judge, sae, ssm = Late("data"), Late("eval"), Late("sae"), Late("ssm")
 np, sp, scipy, torch = Late("numpy"), Late("scipy.sparse"), Late("scipy"), Late("torch")
-Image, ImageDraw = Late("PIL.Image"), Late("PIL.ImageDraw")
+Image = Late("PIL.Image")
 
 
 class InputError(ValueError):
     """What the caller can mend. Each room raises its own; `main` knows them by name."""
+
+
+def refuse(when, why):
+    """Raise InputError with the words `why` where `when` holds; `why` is made in any case."""
+    if when:
+        raise InputError(why)
 
 
 # ---- Every flag, once ---------------------------------------------------------------------------
@@ -79,68 +85,69 @@ def value_of(kind, text, said, default=None):
     """The value of a kind that `text` means, whoever says so: a command line, a config.json, a
     command's own defaults. InputError begins with what was `said`."""
     number, _, ends = kind.partition(" ")
-    if kind == "text" or text == default == "auto":
+    if kind in ("text", "path", "file") or text == default == "auto":
         return text
     if kind == "numbers":
         if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
             return text
         raise InputError(f"{said} - give positive whole numbers, separated by commas")
-    if number in ("int", "float"):
+    if number in ("int", "float", "pair"):
         least, _, most = ends.partition("..")
         least, most = float(least or 0), float(most or 1e6)
         with contextlib.suppress(ValueError, OverflowError):
+            if number == "pair":                             # "[0.4, 1.0]" is that of a config.json
+                low, high = map(float, text.strip("[]").split(","))
+                if least <= low < high <= most:
+                    return [low, high]
             value = int(text) if number == "int" else float(text)
             if least <= value <= most:                       # NaN is in no range
                 return value
-        number = {"int": "whole number", "float": "number"}[number]
-        raise InputError(f"{said} - give a {number} from {least:.10g} to {most:.10g}")
+        name = {"int": "a whole number", "pair": "two numbers in order"}.get(number, "a number")
+        raise InputError(f"{said} - give {name} from {least:.10g} to {most:.10g}")
     choices = {"no": False, "yes": True, "False": False, "True": True}
     if kind != "switch":
         choices = {choice: choice for choice in kind.split("|")}
-    if text not in choices:
-        raise InputError(f"{said} - take one of {', '.join(choices)}")
+    refuse(text not in choices, f"{said} - take one of {', '.join(choices)}")
     return choices[text]
 
 
-# name: (default, kind, help). A kind is "text", "numbers", "switch", choices "a|b", or "int" or
-# "float" with a range, 0..1e6 where none is given. What is None or "auto" is open: who uses it
-# fills it in, and "auto" can be typed where it is the default.
+# name: (default, kind, help). A kind is "text", "path" (of what is read), "file" (that is written),
+# "numbers" (a,b,c), "switch", choices "a|b", or "int", "float" or "pair" (of numbers a,b) with a
+# range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills it in, and
+# "auto" can be typed where it is the default.
 WHAT = {
-    "data": (None, "text", "features: .npz or folder of .npy (mil: bags); else the run's, or "
-             "--world"),
+    "data": (None, "path", "features, .npz or folder of .npy (mil: bags); else the run's, --world"),
     "world": ("tissue", "tissue|planted", "made up without --data: pictures of drawn tissue as "
               "three models see them, or streams whose concepts are planted"),
     "streams": (None, "text", "names of the streams to use, a,b,c; all by default"),
     "stream": (None, "text", "the one stream to use, where there are several"),
-    "taxonomy": (None, "text", 'JSON, {"child": "parent", "root": null} or as in Open Images'),
-    "images": (None, "text", "pictures: a folder, of class or of train, val, test folders, an "
+    "taxonomy": (None, "path", 'JSON, {"child": "parent", "root": null} or as in Open Images'),
+    "images": (None, "path", "pictures: a folder, of class or of train, val, test folders, an "
                ".npz of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
-    "weights": (None, "text", "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
+    "weights": (None, "path", "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
                 "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
                 "runs of N words; clip: a file of released weights"),
     "label": (None, "text", "the label in question, by name or number"),
-    "window": (None, "text", "low,high: grey values shown black and white (--window=-1000,400)"),
+    "window": (None, "pair -1e9..1e9", "grey values shown black and white (--window=-1000,400)"),
     "mode": ("alone", "alone|joint", "each stream chooses its latents, or all together"),
     "over": (None, "text", 'the grid: "topk=global,local lam=0,1", streams=a+b,a+b+c'),
-    "other": (None, "text", "features of the same samples by another backbone, to set beside"),
-    "sparc": (None, "text", "a run of sparc on both streams, to set beside"),
+    "other": (None, "path", "features of the same samples by another backbone, to set beside"),
+    "sparc": (None, "path", "a run of sparc on both streams, to set beside"),
     "split": ("random", "random|given", "70 / 15 / 15 drawn anew each run, or the file's"),
     "only": (None, "text", "labels a,b to tell apart, or to find one by one; all by default"),
     "between": (None, "text", "two labels a,b: which latents tell their groups apart?"),
     "query": (None, "text", "words to search by"),
-    "names": (None, "text", 'JSON of names of latents, {"17": "round nucleus"}'),
-    "prompts": (None, "text", "file to write: samples of every latent, and a prompt for its name"),
-    "embeddings": (None, "text", ".npz of a text model: latents (n,), vectors (n, e), query (e,)"),
-    "head-file": (None, "text", ".npz of a linear head, weight (d,), bias (); else one is fitted"),
+    "names": (None, "path", 'JSON of names of latents, {"17": "round nucleus"}'),
+    "prompts": (None, "file", "file to write: samples of every latent, and a prompt for its name"),
     "sample": (0, "int 0..1e9", "number of the test sample that asks"),
     "from": (None, "text", "its stream; the first by default"),
     "to": (None, "text", "the stream to search; the last by default"),
-    "features": (None, "text", "another file, whose row --sample asks"),
-    "encoder": (None, "text", "run of clip whose text encoder reads --query"),
+    "features": (None, "path", "another file, whose row --sample asks"),
+    "encoder": (None, "path", "run of clip whose text encoder reads --query"),
     "latent": (None, "text", "latents to show, 3,17; else some of labels, alive everywhere"),
-    "merges": (None, "text", "CLIP's merges file; else words of the captions are the tokens"),
-    "voc": (None, "text", "Pascal VOC folder, whose boxes become the pictures"),
-    "rois": (None, "text", "ASAP annotations (XML): label the tiles by them"),
+    "merges": (None, "path", "CLIP's merges file; else words of the captions are the tokens"),
+    "voc": (None, "path", "Pascal VOC folder, whose boxes become the pictures"),
+    "rois": (None, "path", "ASAP annotations (XML): label the tiles by them"),
     "pictures": (4000, "int 8..", "how many to draw"),
     "most": (12, "int 1..", "pictures at most"),
     "least": (50, "int", "training samples of a label a latent needs to be one of its own"),
@@ -150,19 +157,15 @@ WHAT = {
     "quick": (False, "switch", "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
-    "preset": (None, "thesis|mammo|cyto", "sparc: the thesis's; sae: thesis 4.1, Mammo-SAE, "
-               "CytoSAE"),
+    "preset": (None, "thesis|mammo|cyto", "the thesis's; sae: of thesis 4.1, Mammo-SAE or CytoSAE"),
     "latents": ("auto", "int 1..16777216", "L, width of the code; auto: by the rows"),
     "k": ("auto", "int 1..", "latents kept per sample; auto: an eighth of L, 40 to 64"),
     "topk": ("global", "global|local|both|random", "who chooses them in training: all streams "
-             "together, each for itself, both with the losses added (ours), one stream drawn "
-             "each step (Universal SAE)"),
+             "together, each for itself, both (ours), one stream drawn a step (Universal SAE)"),
     "lam": (1.0, "float", "weight of cross reconstruction (thesis Eq. 14)"),
-    "targets": ("auto", "int 1..", "other streams that each code rebuilds in a step, drawn anew; "
-                "auto: all up to 4 streams, then 2"),
+    "targets": ("auto", "int 1..", "others that a code rebuilds a step; auto: all up to 4, then 2"),
     "loss": ("sum", "sum|mean", "over streams: Eq. 14, or as the authors' code averages"),
-    "norm": ("auto", "l2|standard|standard,l2|none", "length 1, mean 0 and deviation 1, or both "
-             "(auto)"),
+    "norm": ("auto", "l2|standard|standard,l2|none", "length 1; mean 0, deviation 1; both (auto)"),
     "dead-after": ("auto", "int 1..1e9", "steps without firing; auto: 1000, or a quarter"),
     "activation": (None, "text", "topk (default), relu with an L1, jumprelu with an L0 penalty, "
                    "batchtopk, or all kinds in one table"),
@@ -211,8 +214,8 @@ TRAINING = {
     "momentum": (0.996, "float 0..1", "of DINO's teacher at the start; 1 at the end"),
     "local-size": (96, "int 1..8192", "side of DINO's local crops"),
     "local-crops": (8, "int 0..100", "their number"),
-    "local-scale": ("0.05,0.4", "text", "share of the area that they cover, from,to"),
-    "global-scale": ("0.4,1", "text", "the same of global crops"),
+    "local-scale": ([0.05, 0.4], "pair 0..1", "share of the area that they cover, from,to"),
+    "global-scale": ([0.4, 1.], "pair 0..1", "the same of global crops"),
     "blur": (2.0, "float 0..100", "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1.0, "float 0..2", "strength of colour changes; less where colour matters"),
     "pathology": (False, "switch", "vertical flips, right-angle turns, stain jitter too (ours)"),
@@ -223,8 +226,8 @@ TRAINING = {
 }
 RUN = {
     "out": (None, "text", "where to write; a folder inside the run by default"),
-    "json": (None, "text", "file for every figure"),
-    "svg": (None, "text", "file for the picture that `bench backbones` draws"),
+    "json": (None, "file", "file for every figure"),
+    "svg": (None, "file", "file for the picture that `bench backbones` draws"),
     "device": ("cpu", "text", "torch device"),
     "workers": (2, "int 0..256", "processes that make crops"),
     "page-rows": (2000, "int 1..1e5", "samples of these that report.html shows"),
@@ -239,26 +242,18 @@ RUN = {
 SETTINGS = {
     "aux-k": (64, "int 1..", "dead latents that rebuild the residual (AuxK)"),
     "aux-coef": (1 / 32, "float", "weight of AuxK; 0 for none"),
-    "reinit-after": (1000, "int 0..1e9", "steps more until a dead latent is drawn anew (authors: "
-                     "0)"),
+    "reinit-after": (1000, "int 0..1e9", "dead for so long, a latent is drawn anew (authors: 0)"),
     "expansion": (None, "int 1..", "L over the stream's width, instead of --latents"),
     "bandwidth": (None, "float 1e-12..", "jumprelu: epsilon of the threshold's gradient, 0.1"),
     "bottleneck": (256, "int 1..1e5", "DINO's head: width of its last layer"),
     "teacher-temp": (0.04, "float 1e-6..", "DINO: of the teacher"),
-    "decay-ssm": (False, "switch", "DINO: decay state-space parameters too, as the authors' run "
-                  "did"),
+    "decay-ssm": (False, "switch", "DINO: decay state-space parameters too (the authors' run)"),
     "knn-every": (1, "int 1..", "DINO: epochs between k-NN evaluations"),
     "layers": (4, "int 1..1000", "CLIP: of both transformers"),
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
-    "strength": (1.0, "float 1e-12..", "probe: C of lbfgs, larger is less regular"),
-    "step": (None, "int 1..", "pixels from tile to tile; the size by default"),
-    "least-hole": (0.2, "float", "smallest hole in tissue, in areas of 512 x 512 pixels"),
-    "max-holes": (8, "int", "holes of a piece of tissue that count"),
-    "roi-share": (0.5, "float 1e-9..1", "share of a tile inside the regions that makes it theirs"),
-    "margin": (0.2, "float 0..100", "how much longer than a box's longer side its cut is"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
 FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
@@ -291,9 +286,6 @@ ON_RUN = "data seed device out overwrite"
 # ---- Runs: folders that a command owns while it writes ------------------------------------------
 
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
-# Flags that name what a command reads.
-INPUTS = ("data", "images", "weights", "taxonomy", "other", "sparc", "names", "embeddings",
-          "head_file", "features", "encoder", "merges", "voc", "rois", "run")
 
 
 class Run:
@@ -313,16 +305,16 @@ class Run:
         """`folder`: instead of --out. Changes nothing there yet."""
         self.folder, self.flags = folder or flags.out, flags
         self.saved, self.files, self.about = None, [], {}
-        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
-            raise InputError(f"{self.folder} is a file - name a folder with --out")
+        refuse(os.path.lexists(self.folder) and not os.path.isdir(self.folder),
+               f"{self.folder} is a file - name a folder with --out")
         if not os.path.isdir(self.folder) or not set(os.listdir(self.folder)) - {".lock"}:
             return
-        if os.path.realpath(self.folder) in inputs_of(flags):
-            raise InputError(f"{self.folder} is read by this command - name another --out")
+        refuse(os.path.realpath(self.folder) in inputs_of(flags),
+               f"{self.folder} is read by this command - name another --out")
         self._lock()
-        if not flags.get("resume") and not flags.get("overwrite"):
-            raise InputError(f"{self.folder} holds files already - use --overwrite" +
-                             ", --resume" * ("resume" in flags) + " or another --out")
+        more = ", --resume" if "resume" in flags else ""
+        refuse(not flags.get("resume") and not flags.get("overwrite"),
+               f"{self.folder} holds files already - use --overwrite{more} or another --out")
         if os.path.lexists(self.join("config.json")):
             config = read_config(self.folder)
             self.files = config["files"]
@@ -335,16 +327,13 @@ class Run:
     def _go_on(self, config):
         """Take the settings that the run was started with; those typed now must be the same."""
         theirs, flags = config["flags"], self.flags
-        if theirs.get("command", flags.command) != flags.command:
-            raise InputError(f"{self.folder} holds a run of {theirs['command']} - resume it with "
-                             "that command")
-        check_kinds(theirs, COMMANDS[flags.command].flags, self.join("config.json"))
+        command = theirs.get("command", flags.command)
+        refuse(command != flags.command,
+               f"{self.folder} holds a run of {command} - resume it with that command")
         for name in sorted(flags.given - FREE_ON_RESUME):
-            if flags[name] not in (theirs.get(name), "auto"):
-                raise InputError(
-                    f"--{name.replace('_', '-')} {flags[name]} differs from the run in "
-                    f"{self.folder}, which has {theirs.get(name)} - resume without it, or train "
-                    "anew with --overwrite")
+            refuse(flags[name] not in (theirs.get(name), "auto"),
+                   f"--{name.replace('_', '-')} {flags[name]} differs from the run in "
+                   f"{self.folder} - resume without it, or train anew with --overwrite")
         typed = FREE_ON_RESUME & flags.given | {"out", "resume", "overwrite"}
         self.flags = flags.replaced({k: v for k, v in theirs.items() if k not in typed})
         self.saved = config
@@ -380,13 +369,11 @@ class Run:
                 os.unlink(path)
             lock.close()
 
-    def begin(self, flags=None, **about):
+    def begin(self, **about):
         """Make the folder, rid it of what its manifest lists unless the run goes on, and write
-        config.json: the resolved `flags` and what `about` tells."""
-        self.flags = self.flags if flags is None else flags
-        if self.saved and self.saved.get("data_hash") != about.get("data_hash"):
-            raise InputError(f"{self.flags.get('data') or self.flags.get('images')} is not what "
-                             f"the run in {self.folder} was trained on - restore it, or train anew")
+        config.json: the flags and what `about` tells."""
+        refuse(self.saved and self.saved.get("data_hash") != about.get("data_hash"),
+               f"the data is not what the run in {self.folder} was trained on - restore it")
         self._lock()
         if not self.saved:
             self._clear()
@@ -400,8 +387,8 @@ class Run:
         inputs = inputs_of(self.flags)
         for name in self.files:
             self._check(name)
-            if os.path.realpath(self.join(name)) in inputs:
-                raise InputError(f"{self.join(name)} is read by this command - name another --out")
+            refuse(os.path.realpath(self.join(name)) in inputs,
+                   f"{self.join(name)} is read by this command - name another --out")
         for path in map(self.join, self.files):
             for left in [path, *glob.glob(glob.escape(path) + ".*.tmp")]:
                 if os.path.isfile(left) and not os.path.islink(left):
@@ -410,11 +397,10 @@ class Run:
 
     def _check(self, name):
         """Raise InputError unless a name stays in the folder, and no link leads out of it."""
-        if not plain(name):
-            raise InputError(f"{name!r} cannot be the name of a file - rename it")
-        if os.path.realpath(self.join(name)) != os.path.join(os.path.realpath(self.folder), name):
-            raise InputError(f"{self.join(name)} was not written by this run, but is a link - move "
-                             "it away, or name another --out")
+        refuse(not plain(name), f"{name!r} cannot be the name of a file - rename it")
+        straight = os.path.join(os.path.realpath(self.folder), name)
+        refuse(os.path.realpath(self.join(name)) != straight,
+               f"{self.join(name)} is a link - move it away, or name another --out")
 
     def path(self, name):
         """The path of an output, which may lie in a folder of the run's: see `paths`."""
@@ -425,15 +411,27 @@ class Run:
         a file is that is not ours to replace."""
         for name in names:
             self._check(name)
-            if os.path.lexists(self.join(name)) and name not in self.files:
-                raise InputError(f"{self.join(name)} was not written by this run - move it away, "
-                                 "or name another --out")
+            refuse(os.path.lexists(self.join(name)) and name not in self.files,
+                   f"{self.join(name)} was not written by this run - move it away")
             os.makedirs(os.path.dirname(self.join(name)), exist_ok=True)
         listed = [*dict.fromkeys([*self.files, *names])]
         if listed != self.files or "config.json" in names:
             self.files = listed
             judge.write_json(self.join("config.json"), {**self.about, "files": self.files})
         return [self.join(name) for name in names]
+
+    def write(self, files):
+        """Write outputs {name: content}, each as the ending of its name says."""
+        how = {"npz": judge.write_npz, "json": judge.write_json, "pt": judge.write_torch,
+               "png": judge.save_picture, "svg": judge.write_text}
+        for path, content in zip(self.paths(list(files)), files.values()):
+            how[path.rpartition(".")[2]](path, content)
+
+    def tell(self, page, metrics=None, quiet=False):
+        """Write report.html and metrics.json, and say where they are."""
+        page.write(self.path, metrics)
+        if not quiet:
+            say(f"wrote {self.join('report.html')}")
 
     def part(self, name, flags):
         """A run within this one. It goes on only if it was started with these very flags: another
@@ -454,52 +452,44 @@ def plain(name):
 
 def inputs_of(flags):
     """The real paths of what exists of all that the flags name to be read."""
-    named = [piece for k in INPUTS if isinstance(flags.get(k), str)
-             for piece in {flags[k], *re.split("[,=:]", flags[k])}]
+    named = [piece for k in ("run", *FLAGS) if k == "run" or FLAGS[k][1] == "path"    # name=A:FILE
+             for piece in {flags.get(k), *re.split("[,=:]", flags.get(k) or "")}]
     return {os.path.realpath(p) for p in named if p and os.path.exists(p)}
 
 
-def is_read(path, flags):
-    """Whether a file is read by the command itself: named, in a folder of data, or of a run."""
-    path = os.path.realpath(path)
-    for given in inputs_of(flags):
-        name = os.path.relpath(path, given)
-        if path == given:
-            return True
-        if os.path.isdir(given) and not name.startswith(".."):
-            if not os.path.exists(os.path.join(given, "config.json")) \
-                    or name in read_config(given)["files"]:
-                return True
-    return False
-
-
-def out_file(flags, name="out"):
-    """The path in flags[name], once it is clear that a file may be written there: no file of the
-    user's without --overwrite, no link, no input of this very command ever."""
-    path = flags[name]
+def out_file(flags, flag="out"):
+    """The path in flags[flag], once it is clear that a file may be written there: no file of the
+    user's without --overwrite, no link, and never what this very command reads."""
+    path = flags[flag]
+    refuse(not os.path.isdir(os.path.dirname(path) or "."),
+           f"--{flag} {path}: no such folder - make it first")
     if not os.path.lexists(path):
         return path
-    if is_read(path, flags):
-        raise InputError(f"{path} is read by this command - name another --{name}")
-    if os.path.islink(path) or not os.path.isfile(path):
-        raise InputError(f"{path} is no plain file - name another --{name}")
-    if not flags.overwrite:
-        raise InputError(f"{path} exists - use --overwrite, or another --{name}")
+    for given in inputs_of(flags):
+        name = os.path.relpath(os.path.realpath(path), given)                # "." is `given` itself
+        # beside a run's own files others may lie, such as the codes that an earlier call wrote
+        beside = os.path.exists(os.path.join(given, "config.json")) \
+            and name not in read_config(given)["files"]
+        refuse(name == "." or not name.startswith("..") and not beside,
+               f"{path} is read by this command - name another --{flag}")
+    refuse(os.path.islink(path) or not os.path.isfile(path),
+           f"{path} is no plain file - name another --{flag}")
+    refuse(not flags.overwrite, f"{path} exists - use --overwrite, or another --{flag}")
     return path
 
 
-def read_config(folder, names=()):
-    """config.json of a run: a dict of dicts "flags" and "versions" and the list "files", its
-    manifest. Those of the flags that are among `names` are of their kinds."""
+def read_config(folder):
+    """config.json of a run: a dict of dicts "flags", of their kinds, and "versions", and the list
+    "files", its manifest."""
     path = os.path.join(folder, "config.json")
     config = data.read_json(path)
     if isinstance(config, dict):
         config = {"files": [], "versions": {}, **config}
-    if not isinstance(config, dict) or not isinstance(config.get("flags"), dict) \
-            or not isinstance(config["versions"], dict) or not isinstance(config["files"], list) \
-            or not all(isinstance(name, str) and plain(name) for name in config["files"]):
-        raise InputError(f"{path} is no config of a run - restore it, or train anew elsewhere")
-    check_kinds(config["flags"], {name: FLAGS[name][0] for name in names}, path)
+    refuse(not isinstance(config, dict) or not isinstance(config.get("flags"), dict)
+           or not isinstance(config["versions"], dict) or not isinstance(config["files"], list)
+           or not all(isinstance(name, str) and plain(name) for name in config["files"]),
+           f"{path} is no config of a run - restore it, or train anew elsewhere")
+    check_kinds(config["flags"], {name: default for name, (default, *_) in FLAGS.items()}, path)
     return config
 
 
@@ -508,9 +498,8 @@ def check_kinds(values, defaults, path):
     for name, default in defaults.items():
         value = values.get(name.replace("-", "_"), default)
         said = f"{path} has {value!r} as {name}"
-        if value is not default and value != value_of(
-                FLAGS[name][1], str(value), said, default):
-            raise InputError(f"{said} - restore it, or train anew")
+        fits = value is default or value == value_of(FLAGS[name][1], str(value), said, default)
+        refuse(not fits, f"{said} - restore it, or train anew")
 
 
 @contextlib.contextmanager
@@ -573,8 +562,8 @@ class Log:
             raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves")
 
     def add(self, row):
-        if self.rows and self.rows[0].keys() != row.keys():
-            raise InputError(f"{self.path} has other columns than this run - restore or remove it")
+        refuse(self.rows and self.rows[0].keys() != row.keys(),
+               f"{self.path} has other columns than this run - restore or remove it")
         self.rows.append({k: str(v) for k, v in row.items()})
 
     def write(self):
@@ -598,8 +587,7 @@ class Keeper:
         self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
 
     def __enter__(self):
-        self.before = {n: signal.signal(n, self.on_signal)
-                       for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
@@ -630,7 +618,7 @@ def train(run, features):
     flags, rows = run.flags, features.rows("train")
     model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
-    run.begin(flags, dims=features.dims, data_hash=features.hash, train_rows=len(rows))
+    run.begin(dims=features.dims, data_hash=features.hash, train_rows=len(rows))
     checkpoint = run.path("checkpoint.pt")
     if run.saved and os.path.exists(checkpoint):
         model, optimiser, _ = sae.load(checkpoint, flags.device)
@@ -641,8 +629,7 @@ def train(run, features):
     def on_step(step, result):
         loss = float(result["loss"]) if step % flags.log_every == 0 else 0.
         if not math.isfinite(loss):                          # reading it waits for a GPU
-            raise InputError(f"the loss is {loss} at step {step} - lower --lr, or scale the "
-                             "features with --norm")
+            raise InputError(f"the loss is {loss} at step {step} - lower --lr, or try a --norm")
         keep(step, lambda: {"epoch": round(step / batches.epoch, 3), **sae.told(model, result)},
              lambda: f"loss {float(result['loss']):.4f}  dead "
              + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
@@ -663,18 +650,16 @@ def resolved(flags, features):
     single, n = "activation" in flags, len(features.rows("train"))
     layers = sae.known_settings(single, flags.preset, flags.get("activation"),
                                 flags.data is None and flags.world == "planted")
-    if {"expansion", "latents"} <= flags.given:
-        raise InputError(f"--set expansion={flags.expansion} and --latents {flags.latents} - give "
-                         "one of the two")
+    refuse({"expansion", "latents"} <= flags.given,
+           f"--set expansion and --latents {flags.latents} - give one of the two")
     if flags.preset:                                         # all pairs
         layers["targets"] = max(1, len(features.streams) - 1)
     if expansion := flags.get("expansion") or layers.get("expansion"):
         layers["latents"] = expansion * max(features.dims.values())
     flags = flags.replaced({k: layers[k] for k, v in flags.items()
                             if v in (None, "auto") and k in layers})
-    if single and flags.sparsity and not sae.ACTIVATIONS[flags.activation].sparsity:
-        raise InputError(f"--sparsity {flags.sparsity} has no effect on {flags.activation}, which "
-                         "has no penalty - leave it out, or set --k")
+    refuse(single and flags.sparsity and not sae.ACTIVATIONS[flags.activation].sparsity,
+           f"--sparsity has no effect on {flags.get('activation')} - leave it out, or set --k")
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
     auto = sae.settings_for(n, **typed, streams=len(features.streams))
     mapped = any(isinstance(x, np.memmap) for x in features.streams.values())
@@ -698,9 +683,8 @@ def resolved(flags, features):
 def make_model(features, flags, rows):
     """The untrained SAE or SPARC of `flags`; its statistics and bias are of the training rows."""
     needs = 32 * flags.latents * sum(features.dims.values())  # weights, gradients, Adam's moments
-    if needs > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-        raise InputError(f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB for the "
-                         "weights alone - lower it")
+    refuse(needs > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+           f"--latents {flags.latents} needs {needs / 2 ** 30:.0f} GiB of memory - lower it")
     shared = flags.pick("k norm aux_k aux_coef dead_after reinit_after seed")
     if "standard" in flags.norm:
         shared["stats"] = features.statistics(rows)
@@ -747,9 +731,8 @@ def codes_and_fit(model, features, rows, mode):
 
 
 def measure(model, features, flags):
-    """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone.
-
-    Returns (metrics, codes {mode: {stream: CSR}}, rows judged)."""
+    """All numbers of thesis 5.4.1-5.4.5 and sparc.txt 4.3, joint and alone: (metrics, the codes
+    that were judged, {mode: {stream: CSR}})."""
     features, several = features.per_token(), len(model.streams) > 1
     rows = evaluation_rows(features, flags, "test", "val")
     codes, out = {}, {"split": str(features.split[rows[0]]), "rows": len(rows),
@@ -777,7 +760,7 @@ def measure(model, features, flags):
     if features.truth:
         found = {s: model.dictionary(s).cpu().numpy() for s in model.streams}
         out["recovery"] = judge.recovery(found, features.truth)
-    return out, codes, rows
+    return out, codes
 
 
 def normalised(model, features, rows, device):
@@ -834,7 +817,7 @@ def judged(run, features, whole=None, quiet=False):
     if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
         shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
-        null, twin, _ = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
+        null, twin = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
     metrics["verdict"] = judge.verdict(
         metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
@@ -845,9 +828,7 @@ def judged(run, features, whole=None, quiet=False):
     judge.tell_summary(page, metrics, quiet, judge.explorer(
         *shown[:2], {name: shown[2]}, flags.page_rows))
     judge.tell_run(page, metrics, flags)
-    page.write(run.path, metrics)
-    if not quiet:
-        say(f"wrote {run.join('report.html')}")
+    run.tell(page, metrics, quiet)
     return metrics, shown
 
 
@@ -866,7 +847,8 @@ def compared(run, changes, tell, whole=None):
         # sizes that do not fit fail before anything is written, and what torch loads for its first
         # optimiser is in no trial's seconds
         sae.make_optimiser(sae.SPARC(mine.dims, trials[name][0].latents, trials[name][0].k))
-    run.begin(flags, data_hash=features.hash)
+    run.flags = flags
+    run.begin(data_hash=features.hash)
     page = judge.Page(f"repsae {flags.command}: {os.path.basename(run.folder)}")
     for name, (trial, mine) in trials.items():
         say(f"-- {name}")
@@ -878,9 +860,8 @@ def compared(run, changes, tell, whole=None):
         parts = {name: part for name, (_, _, part) in shown.items()}
         page.explore(judge.explorer(same, rows, parts, flags.page_rows))
     if chart:
-        judge.write_text(run.path("sweep.svg"), judge.standalone_svg(chart))
-    page.write(run.path, results)
-    say(f"wrote {run.join('report.html')}; each run has its own in a folder beside it")
+        run.write({"sweep.svg": judge.standalone_svg(chart)})
+    run.tell(page, results)
 
 
 def read(flags):
@@ -889,18 +870,20 @@ def read(flags):
     if flags.data is not None:
         features = data.read_features(flags.data, names, flags.taxonomy, flags.seed)
     else:
-        planted = flags.world == "planted"
-        features = data.planted_streams(seed=flags.seed) if planted else drawn_tissue(flags.seed)
+        make = data.planted_streams if flags.world == "planted" else drawn_tissue
+        features = make(seed=flags.seed)
         names = names or [*features.streams]
-        if not {*names} <= {*features.streams}:
-            raise InputError(f"the made-up data has no stream {flags.streams} - it has "
-                             f"{', '.join(features.streams)}")
+        refuse(not {*names} <= {*features.streams}, "the made-up data has no stream "
+               f"{flags.streams} - it has {', '.join(features.streams)}")
         features.streams = {s: features.streams[s] for s in names}
-        if planted:
-            features.truth = {s: features.truth[s] for s in features.streams}
-    for note in features.notes:
+    return noted(features)
+
+
+def noted(found):
+    """What was read, once its notes are said."""
+    for note in found.notes:
         say_once("note: " + note)
-    return features
+    return found
 
 
 def drawn_tissue(seed, n=1200):
@@ -932,21 +915,17 @@ def read_to_train(flags, least=1):
         flags = flags.replaced({"streams": stream or flags.streams})
     features = read(flags)
     features.rows("test", "val")
-    if len(features.streams) < least:
-        raise InputError(f"{flags.command} shares a code among streams and needs two streams, not "
-                         f"{list(features.streams)[0]} alone - give more, or use sae for one")
-    if "activation" in flags and len(features.streams) > 1:
-        raise InputError(f"{flags.data} has the streams {', '.join(features.streams)} - "
-                         "pick one with --stream")
+    refuse(len(features.streams) < least, f"{flags.command} shares a code among streams and needs "
+           f"two streams, not {list(features.streams)[0]} alone - give more, or use sae for one")
+    refuse("activation" in flags and len(features.streams) > 1,
+           f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
     flat = features.per_token()
-    if len(flat.rows("train")) < 2:
-        raise InputError("the train split has 1 sample - give at least two to learn from")
+    refuse(len(flat.rows("train")) < 2, "the train split has 1 sample - give at least two")
     for s in flat.lacks:
-        if flat.has(s, flat.rows("train")).sum() < 2:
-            raise InputError(f"stream '{s}' is missing in the train split - leave it out")
+        refuse(flat.has(s, flat.rows("train")).sum() < 2,
+               f"stream '{s}' is missing in the train split - leave it out")
     if features.tokens:
-        say_once(f"note: {len(features)} samples of {features.tokens} tokens, and each token "
-                 "counts as a sample")
+        say_once(f"note: each of the {features.tokens} tokens of a sample counts as a sample")
     return features.per_token()
 
 
@@ -961,9 +940,9 @@ class Coded:
     """
 
     def __init__(self, run, flags, streams=None):
-        if not os.path.exists(os.path.join(run, "config.json")):
-            raise InputError(f"{run} is no run folder - name one that sparc or sae wrote")
-        own = read_config(run, ("data", "taxonomy", "seed", "world"))["flags"]
+        refuse(not os.path.exists(os.path.join(run, "config.json")),
+               f"{run} is no run folder - name one that sparc or sae wrote")
+        own = read_config(run)["flags"]
         own = {k: own[k] for k in ("data", "taxonomy", "seed", "world")
                if k in own and (k in flags or k == "world") and k not in flags.given}
         flags = flags.replaced({"taxonomy": None, "world": "planted", **flags, **own})
@@ -972,20 +951,14 @@ class Coded:
         there = data.Source(flags.data).streams if flags.data else self.model.streams
         known = [s for s in self.model.streams if s in there]
         streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
-        if not known:
-            raise InputError(f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
-                             f"{', '.join(self.model.streams)} - check the keys")
+        refuse(not known, f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
+               f"{', '.join(self.model.streams)} - check the keys")
         self.flags = flags.replaced({"streams": streams})
         self.features = read(self.flags)
         for s, d in self.features.dims.items():
-            if self.model.dims.get(s) != d:
-                raise InputError(f"the run was trained on {self.model.dims}, the data has "
-                                 f"{self.features.dims} - take streams that it knows")
+            refuse(self.model.dims.get(s) != d, f"the run was trained on {self.model.dims}, the "
+                   f"data has {self.features.dims} - take streams that it knows")
         self.T, self.flat = self.features.tokens or 1, self.features.per_token()
-
-    def encoded(self, rows, mode="alone", block=1024):
-        """`sae.encoded` of rows of `flat`, which are tokens."""
-        return sae.encoded(self.model, self.flat.batch, rows, mode, block)
 
     def codes(self, rows, mode="alone"):
         """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
@@ -994,22 +967,22 @@ class Coded:
     def pool(self, tau=0.):
         """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
         `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
-        if len(self.features.streams) > 1:
-            raise InputError(f"{self.run} has the streams {', '.join(self.features.streams)} - "
-                             f"pick one with --stream{'' if 'stream' in self.flags else 's a,b'}")
+        way = "--stream" if "stream" in self.flags else "--streams a,b"
+        refuse(len(self.features.streams) > 1,
+               f"{self.run} has {', '.join(self.features.streams)} - pick one with {way}")
         (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
         whole_samples = T * max(1, 4096 // T)                # tokens in a block
-        for x, codes in self.encoded(np.arange(N * T), block=whole_samples):
+        for x, codes in sae.encoded(self.model, self.flat.batch, np.arange(N * T), "alone",
+                                    whole_samples):
             code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
             pooled.append(judge.pool_tokens(code, T, tau))
             dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
         self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
         self.stream, self.dense = s, np.nan_to_num(np.concatenate(dense))      # 0 where missing
-        if not np.isfinite(self.strength.data).all():
-            raise InputError(f"the codes of {self.run} are not finite - train it with a lower --lr")
-        if not self.strength.nnz:
-            raise InputError(f"no latent of {self.run} is active on any sample - train it longer, "
-                             "or with less sparsity")
+        refuse(not np.isfinite(self.strength.data).all(),
+               f"the codes of {self.run} are not finite - train it with a lower --lr")
+        refuse(not self.strength.nnz, f"no latent of {self.run} is active on any sample - train it "
+               "longer, or with less sparsity")
         self.groups = self.features.about.get("groups", np.arange(N))
         self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
         return self
@@ -1068,8 +1041,8 @@ def label_number(features, label):
 
 def analysis_run(flags, name):
     """The Run that an analysis of a run writes: --out, or the folder `name` inside that run."""
-    if not flags.out and (not plain(name) or "/" in name):
-        raise InputError(f"{name!r} cannot be the name of a folder - name one with --out")
+    refuse(not flags.out and (not plain(name) or "/" in name),
+           f"{name!r} cannot be the name of a folder - name one with --out")
     return Run(flags, flags.out or os.path.join(flags.run, name))
 
 
@@ -1102,16 +1075,13 @@ def cmd_sae(flags):
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
-    path, coded = flags.json and out_file(flags, "json"), Coded(flags.run, flags)
+    coded = Coded(flags.run, flags)
     for s in coded.model.streams:
-        if s not in coded.features.streams:
-            raise InputError(f"the data lacks the run's stream '{s}' - "
-                             f"eval needs {', '.join(coded.model.streams)}")
-    metrics, _, _ = measure(coded.model, coded.features, coded.flags)
+        refuse(s not in coded.features.streams, f"the data lacks the run's stream '{s}' - eval "
+               f"needs {', '.join(coded.model.streams)}")
+    metrics, _ = measure(coded.model, coded.features, coded.flags)
     judge.tell_summary(judge.Page(""), metrics)
-    if path:
-        judge.write_json(path, metrics)
-        say(f"wrote {path}")
+    return metrics
 
 
 @command(f"{DATA} seed device mode overwrite out=codes.npz", "run")
@@ -1122,7 +1092,8 @@ def cmd_encode(flags):
     path, coded = out_file(flags), Coded(flags.run, flags)
     features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    blocks = coded.encoded(np.arange(len(coded.flat)), flags.mode)
+    every = np.arange(len(coded.flat))
+    blocks = sae.encoded(coded.model, coded.flat.batch, every, flags.mode)
     for s, code in sae.joined([codes for _, codes in blocks]).items():
         for name, v in code._asdict().items():
             kept[f"{s}_{name}"] = v.reshape(shape)
@@ -1175,9 +1146,7 @@ def cmd_ablate(flags):
     compared(run, ABLATION, judge.tell_ablation, run)
 
 
-# ------------------------------------------------------------------------------------------------
-# Backbones: DINO, features, probes (thesis 3.2)
-# ------------------------------------------------------------------------------------------------
+# ---- Backbones: DINO, features, probes (thesis 3.2) ---------------------------------------------
 
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
          "colour pathology standardise prototypes head-hidden bottleneck teacher-temp momentum "
@@ -1189,8 +1158,7 @@ def cmd_dino(flags):
     run = Run(flags)
     flags, images = run.flags, pictures_of(run.flags)
     rows = images.rows("train")                              # all, where there is no split
-    if len(rows) < 2:
-        raise InputError(f"{flags.images} has {len(rows)} picture to train on - give at least two")
+    refuse(len(rows) < 2, f"{flags.images} has {len(rows)} picture to train on - give at least two")
     torch.set_flush_denormal(True)                           # far tokens' gradients get that small
     torch.manual_seed(flags.seed)
     nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck decay_ssm "
@@ -1201,10 +1169,9 @@ def cmd_dino(flags):
     with torch.no_grad():                                    # sizes that do not fit fail here
         teacher([torch.zeros(1, 3, side, side, device=flags.device)
                  for side in (flags.size, flags.local_size)])
-    areas = [two_numbers(flags, name, 0, 1) for name in ("global_scale", "local_scale")]
-    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, *areas, flags.blur,
-                       flags.colour, flags.pathology)
-    run.begin(flags, data_hash=images.hash, pictures=len(images))
+    crops = data.Crops(flags.size, flags.local_size, flags.local_crops, flags.global_scale,
+                       flags.local_scale, flags.blur, flags.colour, flags.pathology)
+    run.begin(data_hash=images.hash, pictures=len(images))
     watch = Watch(images, flags)                             # labels serve this alone
     before = watch.knn(teacher.backbone)                     # random weights
     log = train_dino(run, nets, images, crops, watch)
@@ -1213,23 +1180,9 @@ def cmd_dino(flags):
 
 def pictures_of(flags):
     """The pictures that --images names, grey values as --window says."""
-    images = data.read_images(flags.images)
-    images.window = two_numbers(flags, "window")
-    for note in images.notes:
-        say_once("note: " + note)
+    images = noted(data.read_images(flags.images))
+    images.window = flags.window
     return images
-
-
-def two_numbers(flags, name, least=-math.inf, most=sys.float_info.max):
-    """"0.4,1" -> (0.4, 1.0), rising, above `least`, at most `most`; None if not given."""
-    if flags[name] is None:
-        return None
-    with contextlib.suppress(ValueError):
-        low, high = map(float, flags[name].split(","))
-        if least < low < high <= most:
-            return low, high
-    raise InputError(f"--{name.replace('_', '-')} {flags[name]} - give two numbers in order, for "
-                     f"example {FLAGS[name.replace('_', '-')][0] or '0,4095'}")
 
 
 def train_dino(run, nets, images, crops, watch):
@@ -1277,8 +1230,7 @@ class Watch:
             self.classes = 2 if several else len(images.label_names)
 
     def knn(self, backbone=None):
-        """`measure` of the 20 nearest neighbours, without a backbone by raw pixels; None without
-        labels."""
+        """`measure` of 20-NN, by raw pixels without a backbone; None where there are no labels."""
         if self.tasks:
             x = [image_features(self.images, rows, backbone, self.size) for rows in self.rows]
             found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
@@ -1315,18 +1267,16 @@ def tell_dino(run, rows, watch, before):
         for name, key in (("random weights", "knn_random"), ("raw pixels", "knn_pixels")):
             lines[name] = [(step, found[key]) for step, _ in curves["knn"]]
         charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
-    judge.write_text(run.path("curves.svg"), judge.standalone_svg(*charts))
+    run.write({"curves.svg": judge.standalone_svg(*charts)})
     page.picture("Training", "".join(charts))
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
-    page.write(run.path, found)
-    say(f"wrote {run.join('report.html')}")
+    run.tell(page, found)
 
 
 @command("images! weights! window size standardise last tokens whole seed=0 device overwrite "
          "out=feats.npz")
 def cmd_extract(flags):
-    """Features of pictures by one or more backbones: an .npz of streams that `sparc` and `probe`
-    read."""
+    """Features of pictures by backbones: an .npz of streams that `sparc` and `probe` read."""
     images, out, streams = pictures_of(flags), out_file(flags), {}
     specs = flags.weights.split(",")
     models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]
@@ -1347,17 +1297,16 @@ def cmd_extract(flags):
 def caption_stream(images, spec, flags):
     """{name: (N, d)} of name=lsa:N, what runs of up to N words tell of the captions."""
     (name, longest), captions = spec.split("=lsa:"), images.about.get("captions")
-    if captions is None or flags.tokens or longest not in ("1", "2", "3"):
-        raise InputError(f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and "
-                         "have no tokens")
+    refuse(captions is None or flags.tokens or longest not in ("1", "2", "3"),
+           f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
     return {name: data.latent_semantics(captions, images.rows("train"), int(longest))}
 
 
-def picture_streams(images, name, model, side, flags):
+def picture_streams(images, name, model, flags):
     """{name: features (N, d) or tokens (N, T, d)} of a backbone; of a CLIP's two encoders, where
     there are captions, name_txt and name_img."""
-    clip, captions = getattr(model, "clip", None), images.about.get("captions")
-    how = {"whole": flags.whole or bool(clip)}               # clip learns from whole pictures
+    clip, captions = hasattr(model, "clip"), images.about.get("captions")
+    how = {"whole": flags.whole or clip}                     # clip learns from whole pictures
     if flags.standardise and model.random:
         statistics = data.pixel_statistics(images, images.rows("train"))
         ssm.standardise_pixels(model, *statistics, data.IMAGENET)
@@ -1365,13 +1314,12 @@ def picture_streams(images, name, model, side, flags):
         how.update(tokens=True, block=16)                    # T times the memory
     elif hasattr(model, "blocks"):
         how["last"] = flags.last                             # a ViT has a class token in each
-    x = image_features(images, range(len(images)), model, flags.size or side, **how)
+    x = image_features(images, range(len(images)), model, flags.size or model.side, **how)
     if not clip:
         return {name: x}
     if captions is None or flags.tokens:
         return {f"{name}_img": x}
-    texts = ssm.text_features(clip, model.words, captions)
-    return {f"{name}_txt": texts.cpu().numpy(), f"{name}_img": x}
+    return {f"{name}_txt": model.read(captions).cpu().numpy(), f"{name}_img": x}
 
 
 def source_of(spec, flags):
@@ -1395,8 +1343,7 @@ def source_of(spec, flags):
     if os.path.exists(os.path.join(where, "clip.pt")):
         return name, {"arch": "clip"}, where
     file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
-    if not os.path.exists(file):
-        raise InputError(f"no run or file at {where} - check it, or write {name}=arch:FILE")
+    refuse(not os.path.exists(file), f"no run or file at {where} - check it, or {name}=arch:FILE")
     advice = f"write {name}=arch:FILE for others"
     with unpacked(file, "is no file of dino or finetune", advice) as kept:
         made = {key: kept[key] for key in made}              # our own files say what they are
@@ -1406,43 +1353,35 @@ def source_of(spec, flags):
 
 
 def load_backbone(spec, flags, n_classes=0, head=False):
-    """(name, model, the side it was trained at) of a spec, see `source_of`. With n_classes it gets
-    a new head of so many; with `head` it keeps its file's. `made` of the model builds it again;
-    `random` says whether its weights are."""
+    """(name, model) of a spec, see `source_of`. With n_classes it gets a new head of so many; with
+    `head` it keeps its file's. `made` of the model builds it again, `random` says whether its
+    weights are, `side` is that of the pictures it was trained on."""
     name, made, weights = source_of(spec, flags)
     if made["arch"] == "clip":
-        return name, *load_clip(weights, flags.device)
+        return name, load_clip(weights, flags.device)
     torch.manual_seed(flags.seed)
     made["n_classes"] = n_classes or (made["n_classes"] if head else None)
     if made["arch"] in ssm.PRESETS or not n_classes:
         model = ssm.make_backbone(**made)
     else:
         made.update(size=flags.size, patch=None)
-        model = torchvision_model(made["arch"], n_classes)
+        known = data.vision().models
+        refuse(made["arch"] not in known.list_models(module=known), f"{made['arch']} is neither a "
+               "preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
+        model = known.get_model(made["arch"], num_classes=n_classes)
     if weights:
         ssm.load_weights(model, weights, new_head=bool(n_classes))
     model.made, model.random = made, not weights
-    return name, model.eval().to(flags.device), getattr(model, "size", made["size"] or 224)
+    model.side = getattr(model, "size", made["size"] or 224)                 # a scan takes any size
+    return name, model.eval().to(flags.device)
 
 
-def torchvision_model(name, n_classes):
-    """A classifier of torchvision by name."""
-    models = data.vision().models
-    if name not in models.list_models(module=models):
-        raise InputError(f"{name} is neither a preset of ssm.py nor a classifier of torchvision - "
-                         "try vit_micro, resnet18")
-    return models.get_model(name, num_classes=n_classes)
-
-
-@command(f"{DATA} seed solver strength only json overwrite")
+@command(f"{DATA} seed solver only json overwrite")
 def cmd_probe(flags):
-    """Linear probe and weighted k-NN on features: how well do they tell the labels apart (thesis
-    3.2.3)?"""
-    path, features = flags.json and out_file(flags, "json"), read_to_train(flags)
+    """Linear probe and weighted k-NN on features: do they tell the labels apart (thesis 3.2.3)?"""
+    features = read_to_train(flags)
     y, names = features.labels, features.label_names
-    if y is None:                                            # tokens have none
-        raise InputError(f"{flags.data or 'the made-up data'} has no labels, one or more a sample "
-                         "- add them as `labels`")
+    refuse(y is None, "the data has no labels, or is of tokens - add them as `labels`")
     wanted = flags.only.split(",") if flags.only else names
     chosen = sorted({label_number(features, name) for name in wanted})           # their numbers
     several = y.ndim == 2                                    # may hold at once: one by one
@@ -1451,14 +1390,13 @@ def cmd_probe(flags):
     rows = [np.intersect1d(features.rows(*s), known) for s in (("train",), ("test", "val"))]
     train, test = rows
     tasks = judge.label_tasks(y[:, chosen] if several else np.searchsorted(chosen, y), *rows)
-    if not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2:
-        raise InputError("the training split has fewer than two classes, or nothing is left to "
-                         "test on - mend `split` or `labels`")
-    for c in [] if several else np.setdiff1d(y[test], y[train])[:1]:
+    refuse(not len(test) or not tasks or len(np.unique(tasks[0][train])) < 2,
+           "fewer than two classes to learn, or nothing to test on - mend `split` or `labels`")
+    for c in [] if several else np.setdiff1d(y[test], y[train]):
         raise InputError(f"no training sample has the label '{names[c]}' of test samples - mend "
                          "`split`, or name the others with --only")
     linear = functools.partial(judge.sgd_probe, seed=flags.seed) if flags.solver == "sgd" else \
-        functools.partial(judge.logistic_probe, strength=flags.strength)
+        judge.logistic_probe
     found, C = {}, 2 if several else len(chosen)             # has it or not, or which of them
     for s in features.streams:
         x = (features.batch(part)[s].numpy() for part in rows)
@@ -1467,27 +1405,24 @@ def cmd_probe(flags):
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
     print(f"{len(train)} samples to learn from, {len(test)} to test on" + several
           * f"; mean over {len(tasks)} of {len(chosen)} labels, those that some have and some lack")
-    if path:
-        judge.write_json(path, found)
+    return found
 
 
-# ------------------------------------------------------------------------------------------------
-# What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3
-# ------------------------------------------------------------------------------------------------
+# ---- What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3 --------
 
-@command(f"{ON_RUN} stream tau top weighted between names query embeddings label prompts "
-         "eval-rows page-rows", "run")
+@command(f"{ON_RUN} stream tau top weighted between names query label prompts eval-rows "
+         "page-rows", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
     (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
-    prompts, coded = flags.prompts and out_file(flags, "prompts"), Coded(flags.run, flags)
+    coded = Coded(flags.run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
-    one, asked = len(coded.features.streams) == 1, flags.query or flags.embeddings
-    if one or prompts or asked or flags.between:
+    one = len(coded.features.streams) == 1
+    if one or flags.prompts or flags.query or flags.between:
         coded.pool(flags.tau)
-    if prompts:
-        return write_prompts(coded, prompts, flags.top)
-    if asked:
+    if flags.prompts:
+        return write_prompts(coded, flags.prompts, flags.top)
+    if flags.query:
         return search(coded, names, flags)
     run = analysis_run(flags, "latents")
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
@@ -1495,12 +1430,8 @@ def cmd_latents(flags):
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
     files = tell_stream(page, coded, flags) if one else {}
-    run.begin()
-    for name, content in files.items():
-        write = judge.write_npz if name.endswith("npz") else judge.write_json
-        write(run.path(name), content)
-    page.write(run.path)
-    say(f"wrote {run.join('report.html')}")
+    run.begin().write(files)
+    run.tell(page)
 
 
 def tell_verdict(page, run):
@@ -1535,16 +1466,15 @@ def tell_barcodes(page, coded, mean, between):
     nothing to tell."""
     features, grouped = coded.features, "groups" in coded.features.about
     y = features.labels if np.ndim(features.labels) == 1 else None
-    if between and (y is None or not grouped):
-        raise InputError(f"{coded.flags.data} has no groups, or no single label a sample - "
-                         "--between compares patients: add `groups` and `labels`")
+    refuse(between and (y is None or not grouped), f"{coded.flags.data} has no groups, or no "
+           "single label a sample - --between compares patients: add `groups` and `labels`")
     if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
         return None
     groups, codes, label = judge.barcodes(coded.count, coded.groups, y)    # a_p of Eq. 4
     known, names = label >= 0, np.array(features.label_names)
     pair = [label_number(features, name) for name in between.split(",")] if between else []
-    if between and (len(pair) != 2 or not np.isin(pair, label).all()):
-        raise InputError(f"--between {between} - give two labels that groups have, a,b")
+    refuse(between and (len(pair) != 2 or not np.isin(pair, label).all()),
+           f"--between {between} - give two labels that groups have, a,b")
     n = np.unique(label[known], return_counts=True)[1]
     folds = data.stratified_parts(label[known], [1] * min(5, n.min()), coded.flags.seed) \
         if len(n) > 1 and n.min() > 1 else []
@@ -1580,12 +1510,9 @@ def write_prompts(coded, path, top):
 def search(coded, names, flags):
     """Tell the samples that latents of fitting names find, and with --label how many are right,
     beside names shuffled."""
-    if not names:
-        raise InputError("--names is missing - a search needs the latents' names")
-    weights = judge.vector_weights(**read_embeddings(flags.embeddings, names)) \
-        if flags.embeddings else judge.name_weights(flags.query, names)
-    if not weights:
-        raise InputError(f"no name fits '{flags.query}' - try other words, or --embeddings")
+    refuse(not names, "--names is missing - a search needs the latents' names")
+    weights = judge.name_weights(flags.query, names)
+    refuse(not weights, f"no name fits '{flags.query}' - try other words")
     found = judge.search(coded.strength, weights, coded.test)[:flags.top]
     best = sorted(weights.items(), key=lambda v: -v[1])[:10]
     print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in best))
@@ -1599,14 +1526,13 @@ def search(coded, names, flags):
               f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
-@command(f"{ON_RUN} stream label head-file rank iou other eval-rows=2000", "run")
+@command(f"{ON_RUN} stream label rank iou other eval-rows=2000", "run")
 def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
     coded, label, named = Coded(flags.run, flags), None, "intervene"
-    idle = {"rank", "iou", "other", "head_file"} & flags.given if flags.label is None else ()
-    for name in sorted(idle):
-        raise InputError(f"--{name.replace('_', '-')} has no effect without --label - give one")
+    refuse(flags.label is None and {"rank", "iou", "other"} & flags.given,
+           "--rank, --iou and --other have no effect without --label - give one")
     if flags.label is not None:
         label = label_number(coded.features, flags.label)
         named += re.sub(r"\W+", "_", f"_{coded.features.label_names[label]}")
@@ -1615,19 +1541,19 @@ def cmd_intervene(flags):
     y, train, test = coded.pool().told(flags.label)
     if label is not None:
         means = judge.class_means(coded.strength[train], y[train])
-        tell_interventions(page, coded, y > 0, train, test, means, flags.head_file)
+        tell_interventions(page, coded, y > 0, train, test, means)
         rank = rank_of(coded, label, train, means, flags.rank)
         tell_places(page, coded, label, test, rank, flags.iou)
         tell_class_means(page, means, flags)
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
-    page.write(run.begin().path)
-    say(f"wrote {run.join('report.html')}")
+    run.begin().tell(page)
 
 
-def tell_interventions(page, coded, y, train, test, means, path):
-    """Tell what a linear head, of the file `path` or fitted, makes of features, of codes, and of
-    their top latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
-    w, bias = linear_head(coded, y, path, train)
+def tell_interventions(page, coded, y, train, test, means):
+    """Tell what a linear head, fitted to the features, makes of them, of codes, and of their top
+    latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
+    head, of_class = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
+    w, bias = head[:, 1] - head[:, 0], float(of_class[1] - of_class[0])          # of the log odds
     W, b = coded.decoder()
     effect, base = W @ w, float(b @ w) + bias
     scores = {"original features": coded.dense[test] @ w + bias,
@@ -1643,21 +1569,6 @@ def tell_interventions(page, coded, y, train, test, means, path):
         "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False))
 
 
-def linear_head(coded, y, path, train):
-    """Weights (d,) and bias of a linear score on normalised features: of a file, or fitted to the
-    training samples' labels."""
-    if not path:
-        W, b = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
-        return W[:, 1] - W[:, 0], float(b[1] - b[0])         # of the log odds
-    model, s = coded.model, coded.stream
-    w, bias = data.read_head(path, model.dims[s])
-    if "l2" in model.norm:
-        raise InputError("the run scales samples to length 1, as no head for raw features does - "
-                         "train it with --norm none or standard, or leave out --head-file")
-    mean, std = (getattr(model, f"{v}_{s}").cpu().double().numpy() for v in ("mean", "std"))
-    return w * std, bias + float(mean @ w)
-
-
 def tell_places(page, coded, label, test, rank, iou):
     """Tell where the latents of highest `rank` (L,) for a label fire: average precision of their
     heat maps as detectors of its boxes (Mammo-SAE Table 2), and the maps of six pictures."""
@@ -1665,8 +1576,7 @@ def tell_places(page, coded, label, test, rank, iou):
     page.metrics["top latents"] = top.tolist()
     if not features.grid:
         if features.boxes is not None:
-            say("note: boxes but no token grid, so that no latent is localised - extract with "
-                "--tokens")
+            say("note: boxes but no token grid, so no latent is localised - extract with --tokens")
         return
     if features.boxes is not None:
         found = judge.localisation(top, (coded.heat(row, top) for row in test),
@@ -1685,16 +1595,14 @@ def rank_of(coded, label, train, means, rank):
     if rank != "boxes":
         return means[1] - means[0] * (rank == "difference")
     grid = coded.features.grid
-    if grid is None or coded.features.boxes is None:
-        raise InputError(f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - write it "
-                         "with extract --tokens from a Pascal VOC folder")
+    refuse(grid is None or coded.features.boxes is None,
+           f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - extract --tokens of boxes")
     inside = [judge.in_boxes(coded.boxes(row, label), grid) for row in train]
     return judge.contrast(coded.codes(train)[coded.stream], np.concatenate(inside))
 
 
 def tell_class_means(page, means, flags):
-    """Tell how far the class means of the latents are apart, here and in --other (Mammo-SAE
-    Fig. 4)."""
+    """Tell how far apart the class means of latents are, here and in --other (Mammo-SAE Fig. 4)."""
     pairs = {"--data": means}
     if flags.other:
         theirs = flags.replaced({"data": flags.other})
@@ -1731,19 +1639,16 @@ def tell_fidelity(page, coded, y, train, test, eval_rows):
 
 @command("data streams seed device json overwrite sparc", "run", "other")
 def cmd_compare(flags):
-    """Do two runs have latents in common? Best pairing by activation, against shuffled samples and
-    a shared code."""
-    path, streams = flags.json and out_file(flags, "json"), (flags.streams or "").split(",") * 2
+    """Do two runs have latents in common? Best pairing, against shuffled samples and one code."""
+    streams = (flags.streams or "").split(",") * 2
     a, b = (Coded(run, flags, s).pool() for run, s in zip((flags.run, flags.other), streams))
     runs, rows, page = [a, b], a.test, judge.Page("repsae compare")
     if flags.sparc:
-        if a.stream == b.stream:
-            raise InputError(f"both runs are on '{a.stream}' - --sparc wants two streams")
+        refuse(a.stream == b.stream, f"both runs are on '{a.stream}' - --sparc wants two streams")
         runs.append(Coded(flags.sparc, flags, f"{a.stream},{b.stream}"))
     for one in runs:
-        if len(one.features) != len(a.features):
-            raise InputError(f"{a.run} has {len(a.features)} samples, {one.run} has "
-                             f"{len(one.features)} - compare runs on the same, or name a --data")
+        refuse(len(one.features) != len(a.features), f"{a.run} has {len(a.features)} samples, "
+               f"{one.run} has {len(one.features)} - compare runs on the same, or name a --data")
         rows = rows[np.all([one.features.has(s, rows) for s in one.features.streams], 0)]
     codes = {"the two runs, best pairing": (a.strength[rows], b.strength[rows])}
     for mode in ("joint", "alone") if flags.sparc else ():
@@ -1755,38 +1660,22 @@ def cmd_compare(flags):
             r = judge.index_correlations(x, z) if "same" in name else judge.match_latents(x, z)[2]
             found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
     page.table(*judge.columns(found), key="shared")
-    if path:
-        judge.write_json(path, page.metrics["shared"])
+    return page.metrics["shared"]
 
 
-def read_embeddings(path, names):
-    """What any text model makes of names: {"query" (e,), "latents" (n,), "vectors" (n, e)}."""
-    found, keys = data.read_arrays(path), ("query", "latents", "vectors")
-    fits = {*keys} <= found.keys() and all(found[k].dtype.kind in "iuf" for k in keys)
-    if not fits or found["vectors"].shape != (len(found["latents"]), *found["query"].shape) \
-            or not np.isin(found["latents"], list(names)).all():
-        raise InputError(f"{path} - give latents (n,) that --names names, vectors (n, e) of their "
-                         "names, and query (e,), all of them numbers")
-    return {k: found[k] for k in keys}
-
-
-# ------------------------------------------------------------------------------------------------
-# Images and words (thesis 5.3-5.4, A.3-A.4): tissue, a small CLIP, heat maps, retrieval
-# ------------------------------------------------------------------------------------------------
+# ---- Images and words (thesis 5.3-5.4, A.3-A.4): tissue, a small CLIP, heat maps, retrieval -----
 
 @command("pictures size=64 seed=0 overwrite out=tissue")
 def cmd_tissue(flags):
     """Draw microscope-like pictures whose cells, captions, masks and diseases are known."""
     run, made = Run(flags), data.tissue(flags.pictures, flags.size, flags.seed)
-    files = data.tissue_files(made)
-    write = {"png": lambda path, x: judge.save_picture(path, Image.fromarray(x)),
-             "npz": judge.write_npz, "json": judge.write_json}
-    for path, content in zip(run.begin().paths(list(files)), files.values()):
-        write[path.rpartition(".")[2]](path, content)
+    files = {name: Image.fromarray(content) if name.endswith("png") else content
+             for name, content in data.tissue_files(made).items()}
     kinds = made["label_names"][:len(data.CELLS) + 1].tolist()
     rows = [np.flatnonzero(made["labels"][:, c])[:8] for c in range(len(kinds))]
     sheet = [[Image.fromarray(made["pixels"][i]) for i in some] for some in rows]
-    judge.save_picture(run.path("sheet.png"), judge.contact_sheet(sheet, [""] * 8, 96, kinds))
+    files["sheet.png"] = judge.contact_sheet(sheet, [""] * 8, 96, kinds)
+    run.begin().write(files)
     for name, n in zip(made["label_names"], made["labels"].sum(0)):
         print(f"{name}: in {n} pictures")
     say(f"wrote {run.join('tissue.npz')}, {flags.pictures} pictures, and sheet.png")
@@ -1798,7 +1687,13 @@ def cmd_clip(flags):
     """Train a small CLIP on pictures and captions (thesis 5.3.1), or import a released one."""
     if flags.weights:
         return import_clip(flags)
-    images, captions, train, test = captioned(flags)
+    images = pictures_of(flags)
+    refuse("captions" not in images.about,
+           f"{flags.images} has no captions - give an .npz with `images` and `captions`")
+    captions = np.array([str(c) for c in images.about["captions"]])
+    train, test = images.rows("train"), images.rows("test", "val")       # all, where none is split
+    refuse(len(train) < flags.batch or len(test) < 2, f"{len(train)} pictures to train on, "
+           f"{len(test)} to test - --batch {flags.batch} of the first are needed, and two to test")
     words = data.Merges(data.read_merges(flags.merges)) if flags.merges else \
         data.Words(captions[train])
     torch.manual_seed(flags.seed)
@@ -1834,19 +1729,6 @@ def cmd_clip(flags):
     page.write(run.path, {"loss": float(log.rows[-1]["loss"])})
 
 
-def captioned(flags):
-    """(pictures, captions, rows to train on, rows to test on) of --images."""
-    images = pictures_of(flags)
-    if "captions" not in images.about:
-        raise InputError(f"{flags.images} has no captions - give an .npz with `images` and "
-                         "`captions`")
-    train, test = images.rows("train"), images.rows("test", "val")       # all, where none is split
-    if len(train) < flags.batch or len(test) < 2:
-        raise InputError(f"{len(train)} pictures to train on and {len(test)} to test - --batch "
-                         f"{flags.batch} of the first are needed, and two of the second")
-    return images, np.array([str(c) for c in images.about["captions"]]), train, test
-
-
 def import_clip(flags):
     """A released CLIP as a run like our own: its weights, its tokenizer, and its first layer in our
     units of pixels."""
@@ -1855,9 +1737,8 @@ def import_clip(flags):
     with unpacked(flags.weights, "is no state_dict of a CLIP",
                   "of OpenAI's files save torch.jit.load(FILE).state_dict()") as state:
         model = ssm.clip_from_state(state)
-    if words.size != model.config["vocab"]:
-        raise InputError(f"{flags.merges} makes {words.size} tokens, {flags.weights} knows "
-                         f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
+    refuse(words.size != model.config["vocab"], f"{flags.merges} makes {words.size} tokens, not "
+           f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
     ssm.standardise_pixels(model.visual, *data.CLIP_PIXELS, data.IMAGENET)
     run = Run(flags).begin()
     write_clip(run, model, words)
@@ -1866,13 +1747,12 @@ def import_clip(flags):
 
 def write_clip(run, model, words):
     kind = "merges" if isinstance(words, data.Merges) else "words"
-    judge.write_torch(run.path("clip.pt"), {"model": model.state_dict(), "config": model.config,
-                                            kind: words.words})
+    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config, kind: words.words}})
 
 
 def load_clip(folder, device):
-    """(image encoder, the side it was trained at) of a run of clip; the encoder's .clip and .words
-    are the whole model and its tokenizer."""
+    """The image encoder of a run of clip; its .clip and .words are the whole model and tokenizer,
+    its .read(captions) gives their features (n, d)."""
     with unpacked(os.path.join(folder, "clip.pt"), "is no readable clip.pt",
                   "train it again") as kept:
         model = ssm.CLIP(**kept["config"])
@@ -1880,8 +1760,9 @@ def load_clip(folder, device):
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
     seen = model.eval().to(device).visual
     object.__setattr__(seen, "clip", model)                  # no submodule: the other way round
-    seen.words, seen.random = words, False
-    return seen, seen.size
+    seen.words, seen.random, seen.side = words, False, seen.size
+    seen.read = functools.partial(ssm.text_features, model, words)
+    return seen
 
 
 @command(f"{ON_RUN} window images! weights! size label latent least most seed=0", "run?")
@@ -1895,24 +1776,21 @@ def cmd_explain(flags):
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
     for spec in flags.weights.split(","):
-        name, model, trained = load_backbone(spec, flags, head=True)
-        view = data.plain_view(flags.size or trained, whole=True)
+        name, model = load_backbone(spec, flags, head=True)
+        view = data.plain_view(flags.size or model.side, whole=True)
         x = torch.stack([view(p) for p in pictures]).to(flags.device)
         with torch.no_grad():
             outputs = [str(i) for i in range(model(x[:1]).shape[1])]
-        if flags.label not in (None, *outputs):
-            raise InputError(f"--label {flags.label}, but {name} has {len(outputs)} outputs - give "
-                             f"0 to {outputs[-1]}")
+        refuse(flags.label not in (None, *outputs), f"--label {flags.label}, but {name} has "
+               f"{len(outputs)} outputs - give 0 to {outputs[-1]}")
         score = None if flags.label is None else lambda out: out[:, int(flags.label)]
         heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         sheet[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
-    run.begin(data_hash=images.hash)
-    for name, column in sheet.items():
-        for i, picture in zip(rows, column):
-            stem = os.path.splitext(os.path.basename(images.paths[i]))[0]
-            judge.save_picture(run.path(f"{name}_{i}_{stem}.png"), picture)
-    judge.save_picture(run.path("sheet.png"), judge.contact_sheet(
-        list(zip(pictures, *sheet.values())), ["picture", *sheet]))
+    stems = [f"{i}_{os.path.splitext(os.path.basename(images.paths[i]))[0]}" for i in rows]
+    run.begin(data_hash=images.hash).write({
+        "sheet.png": judge.contact_sheet(list(zip(pictures, *sheet.values())), ["picture", *sheet]),
+        **{f"{name}_{stem}.png": picture for name, column in sheet.items()
+           for stem, picture in zip(stems, column)}})
     print(f"wrote {len(rows) * len(sheet)} heat maps and {run.join('sheet.png')}")
 
 
@@ -1926,16 +1804,15 @@ def explain_concepts(flags):
                       judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
     tell_latents(seen, page, chosen)
     tell_captions(seen, page)
-    run.begin()
     empty = np.full_like(next(iter(maps[f"{seen.text[:-4]}, raw similarity"].values())), np.nan)
-    judge.write_npz(run.path("maps.npz"), {"keys": np.array(list(seen.truth)), **{
+    files = {"maps.npz": {"keys": np.array(list(seen.truth)), **{
         name: np.stack([found.get(key, empty) for key in seen.truth])
-        for name, found in maps.items() if found}})
+        for name, found in maps.items() if found}}}
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
-        judge.save_picture(run.path(f"overlays/{name}.png"), image)
-    page.write(run.path)
-    say(f"wrote {run.join('report.html')}")
+        files[f"overlays/{name}.png"] = image
+    run.begin().write(files)
+    run.tell(page)
 
 
 class Concepts(Coded):
@@ -1953,9 +1830,8 @@ class Concepts(Coded):
         features, arrays = self.features, data.read_arrays(flags.images)
         self.images, self.label_names = pictures_of(flags), features.label_names
         shape = len(features), *self.images.open(0).size[::-1]
-        if "boxes" not in arrays or np.shape(arrays.get("instances")) != shape:
-            raise InputError(f"{flags.images} has no 'boxes', or no 'instances' {shape}, masks of "
-                             "the features' pictures - give what `tissue` wrote")
+        refuse("boxes" not in arrays or np.shape(arrays.get("instances")) != shape,
+               f"{flags.images} has no 'boxes', or no 'instances' {shape} - make it by `tissue`")
         known = *features.streams, *features.about, *["labels"][:len(self.label_names)]
         for name in {*self.model.streams, "captions", "labels"}.difference(known):
             raise InputError(f"{self.flags.data} has no '{name}' - explain needs captions, labels "
@@ -1971,39 +1847,32 @@ class Concepts(Coded):
         truth = data.true_masks(arrays)
         self.test = [i for i in features.rows("test", "val") if i in {i for i, _ in truth}][:most]
         self.truth = {key: mask for key, mask in truth.items() if key[0] in self.test}
-        if not self.truth:
-            raise InputError(f"no test picture of {flags.images} has an object - give others")
+        refuse(not self.truth, f"no test picture of {flags.images} has an object - give others")
 
     def _see(self):
         """Load the backbones; one without attention goes by the name of what it gets instead."""
         self.sees, clips = {}, []
         for spec in self.flags.weights.split(","):
-            name, backbone, _ = load_backbone(spec, self.flags)
+            name, backbone = load_backbone(spec, self.flags)
             stream = name
             if hasattr(backbone, "clip"):
                 stream = f"{name}_img"
                 clips.append((backbone, f"{name}_txt"))
-            if stream not in self.model.dims:
-                raise InputError(f"the run has no stream '{stream}' - it has "
-                                 f"{', '.join(self.model.streams)}")
+            refuse(stream not in self.model.dims,
+                   f"the run has no stream '{stream}' - it has {', '.join(self.model.streams)}")
             plain = not judge.kept_attention(backbone)
             self.sees[name + " (Grad-CAM)" * plain] = backbone, stream
-        if len(clips) != 1 or clips[0][1] not in self.model.dims:
-            raise InputError(f"{len(clips)} runs of clip in --weights - name one, whose words are "
-                             "meant, and have its text stream in the sparc run")
+        refuse(len(clips) != 1 or clips[0][1] not in self.model.dims,
+               f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
         (self.encoder, self.text), = clips
 
     def code(self, stream, x):
         """Features (B, d) -> dense codes (B, L) of a stream alone."""
         return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
 
-    def read(self, captions):
-        """Features (n, d) of captions."""
-        return ssm.text_features(self.encoder.clip, self.encoder.words, captions)
-
     def maps(self, backbone, score, asked):
         """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
-        view = data.plain_view(getattr(backbone, "size", 224), True)
+        view = data.plain_view(backbone.side, whole=True)
         return judge.pair_maps(backbone, score, list(asked),
                                lambda i: view(self.images.open(i)).to(self.flags.device),
                                functools.partial(ssm.cam_layer, backbone))
@@ -2036,9 +1905,8 @@ def chosen_latents(text, J, alive):
         return sorted({int(v[0]) for v in shared if len(v)})[:3]
     living = set(map(str, np.concatenate(list(alive.values()))))
     for j in text.split(","):
-        if j not in living:
-            raise InputError(f"--latent {text}: {j} is no latent that a stream has alive - give "
-                             "numbers of others, separated by commas")
+        refuse(j not in living, f"--latent {text}: {j} is no latent that a stream has alive - give "
+               "numbers of others, separated by commas")
     return [int(j) for j in text.split(",")]
 
 
@@ -2048,7 +1916,7 @@ def methods(seen):
     out, every = {}, range(len(seen.label_names))
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
-    prompts = seen.read(seen.label_names)
+    prompts = seen.encoder.read(seen.label_names)
     with torch.no_grad():
         z_names = seen.code(seen.text, prompts)
 
@@ -2096,8 +1964,8 @@ def shown_labels(seen):
 
 
 def tell_latents(seen, page, chosen, most=4):
-    """Single latents z_j (thesis Fig. 5.4) in the test samples where they are most active over all
-    streams."""
+    """Single latents z_j (thesis Fig. 5.4) in the test samples where all streams together are most
+    active."""
     codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
     for c, j in enumerate(chosen):
         strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
@@ -2112,12 +1980,11 @@ def tell_latents(seen, page, chosen, most=4):
 
 
 def tell_captions(seen, page, most=4):
-    """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t alone and by CLIP
-    itself."""
+    """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t and by CLIP."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
     asked, pictured = {(i, n): True for n, i in enumerate(test)}, f"{seen.text[:-4]}_img"
     with torch.no_grad():
-        said = seen.read([seen.captions[i] for i in test])
+        said = seen.encoder.read([seen.captions[i] for i in test])
         z_text = seen.code(seen.text, said)
         z_image = seen.code(pictured, seen.features.batch(test)[pictured].to(seen.flags.device))
     maps = {name: seen.maps(backbone, seen.weighted(s, z_text), asked)[0]
@@ -2135,102 +2002,84 @@ def cmd_retrieve(flags):
     features, streams, flags = coded.features, coded.model.streams, coded.flags
     source, target = flags["from"] or streams[0], flags.to or streams[-1]
     for s in (source, target):
-        if s not in features.streams:
-            raise InputError(f"no stream '{s}' - the run and its data have "
-                             f"{', '.join(features.streams)}")
-    page = judge.Page("repsae retrieve" + f": {flags.query}" * bool(flags.query))
-    rows = features.rows("test", "val")
-    own = None if flags.query is not None or flags.features else flags.sample
-    for s in {source, target} if own is not None else {target}:
+        refuse(s not in features.streams,
+               f"no stream '{s}' - the run and its data have {', '.join(features.streams)}")
+    given = flags.query is not None or flags.features is not None
+    rows, own = features.rows("test", "val"), flags.sample
+    for s in {target} if given else {source, target}:
         rows = rows[features.has(s, rows)]
-    if own is not None and own >= len(rows):
-        raise InputError(f"--sample {own} - give one of the {len(rows)} "
-                         f"{features.split[rows[0]]} samples, from 0")
-    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if own is None else own}")
-
-    given = given_query(coded.model, source, flags) if own is None else None
-    for mode in ("alone",) if own is None else ("joint", "alone"):
-        codes = coded.codes(rows, mode)
-        query, partner = given if own is None else codes[source][[own]], ""
+    refuse(not given and own >= len(rows),
+           f"--sample {own} - give one of the {len(rows)} held-out samples, from 0")
+    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if given else own}")
+    page = judge.Page("repsae retrieve" + f": {flags.query}" * bool(flags.query))
+    for mode in ("alone",) if given else ("joint", "alone"):
+        codes, partner = coded.codes(rows, mode), ""
+        query = given_query(coded.model, source, flags) if given else codes[source][[own]]
         if not query.nnz:
             page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
             continue
         (near,), (similar,) = judge.nearest(query, codes[target], len(rows))
-        if own is not None:
+        if not given:
             rank = (similar >= similar[near == own]).sum()
             partner = f"the true partner has rank {rank} of {len(rows)}; "
         page.text(f"{mode}: {partner}nearest samples {rows[near[:10]].tolist()}")
         found = [{**coded.about(rows[i]), "cosine": similar[n]} for n, i in enumerate(near[:10])]
         page.table(*judge.columns(found), f"{source} to {target}, {mode}", quiet=True)
-    page.write(run.begin().path)
-    say(f"wrote {run.join('report.html')}")
+    run.begin().tell(page)
 
 
 def given_query(model, stream, flags):
     """The code (1, L) in `stream` of --query, read by the text encoder of --encoder, or of the row
     --sample of the file --features."""
     if flags.query is not None:
-        if not stream.endswith("_txt"):
-            raise InputError(f"--query cannot ask in '{stream}' - name the text stream with --from")
+        refuse(not stream.endswith("_txt"),
+               f"--query cannot ask in '{stream}' - name the text stream with --from")
         check_needed(flags, "encoder")
-        encoder, _ = load_clip(flags.encoder, flags.device)
-        if not encoder.words.pieces(flags.query):
-            raise InputError("--query has no words - give some")
-        x = ssm.text_features(encoder.clip, encoder.words, [flags.query])
+        encoder = load_clip(flags.encoder, flags.device)
+        refuse(not encoder.words.pieces(flags.query), "--query has no words - give some")
+        x = encoder.read([flags.query])
     else:
         others = data.read_features(flags.features, [stream])
-        if flags.sample >= len(others):
-            raise InputError(f"--sample {flags.sample}, but {flags.features} has {len(others)} "
-                             "samples - count from 0")
+        refuse(flags.sample >= len(others), f"--sample {flags.sample}, but {flags.features} has "
+               f"{len(others)} samples - count from 0")
         x = others.batch([flags.sample])[stream]
-    if x.shape[1] != model.dims[stream]:
-        raise InputError(f"the query has {x.shape[1]} numbers, stream '{stream}' has "
-                         f"{model.dims[stream]} - name its stream with --from")
+    refuse(x.shape[1] != model.dims[stream], f"the query has {x.shape[1]} numbers, stream "
+           f"'{stream}' has {model.dims[stream]} - name its stream with --from")
     with torch.no_grad():
         codes = model.encode({stream: x.to(flags.device)}, "alone")[stream]
     return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(),
                              model.n_latents)
 
 
-# ------------------------------------------------------------------------------------------------
-# Slides and bags (thesis 3.2.2)
-# ------------------------------------------------------------------------------------------------
+# ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
 
-@command("images voc window size step downsample threshold otsu smallest least-hole max-holes rois "
-         "roi-share margin overwrite out=tiles")
+@command("images voc window size downsample threshold otsu smallest rois overwrite out=tiles")
 def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
-    window = two_numbers(flags, "window")
     if flags.voc:
-        return cut_voc(flags, window)
+        return cut_voc(flags)
     check_needed(flags, "images")
-    slides, size = data.read_slides(flags.images), flags.size or 224
-    run = Run(flags)
-    for note in slides.notes:
-        say_once("note: " + note)
-    if flags.rois and len(slides) > 1:
-        raise InputError("--rois annotates one slide - name that slide with --images")
+    slides, size, run = noted(data.read_slides(flags.images)), flags.size or 224, Run(flags)
+    refuse(flags.rois and len(slides) > 1, "--rois annotates one slide - name it with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    side, step = (round(v * flags.downsample) for v in (size, flags.step or size))
-    how = {"least": flags.smallest, "least_hole": flags.least_hole, "max_holes": flags.max_holes,
-           "threshold": None if flags.otsu else flags.threshold, "window": window}
+    side, threshold = round(size * flags.downsample), None if flags.otsu else flags.threshold
     for i, name in enumerate(slides.about["groups"]):
-        boxes, shown = data.tile_slide(slides.paths[i], side, step, **how)
+        boxes, shown = data.tile_slide(slides.paths[i], side, least=flags.smallest,
+                                       window=flags.window, threshold=threshold)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
-        out = run.path(f"{name}.npz")
-        arrays = data.tile_arrays(slides, i, boxes, out, regions, flags.roi_share)
-        judge.write_npz(out, arrays)
-        judge.save_picture(run.path(f"{name}.png"), shown)
+        out = run.join(f"{name}.npz")
+        arrays = data.tile_arrays(slides, i, boxes, out, regions)
+        run.write({f"{name}.npz": arrays, f"{name}.png": shown})
         inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
         print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
 
 
-def cut_voc(flags, window):
+def cut_voc(flags):
     """The annotated boxes of --voc as pictures in folders of split and class."""
-    cuts, side = data.cut_boxes(flags.voc, flags.margin, window), flags.size or 64
+    cuts, side = data.cut_boxes(flags.voc, window=flags.window), flags.size or 64
     names = [f"{name}.png" for name in cuts.about["ids"]]
     for i, path in enumerate(Run(flags).begin().paths(names)):
         judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
@@ -2247,8 +2096,7 @@ def cmd_mil(flags):
     other is reported: plain, though two processes would halve the time on two cores."""
     heads = flags.head.split(",")
     for head in heads:
-        if head not in ssm.HEADS:
-            raise InputError(f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
+        refuse(head not in ssm.HEADS, f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
     bags = data.read_bags(flags.data, flags.stream)
     rounds = bags.rounds(flags.folds, flags.seed, flags.data)
     if not len(rounds[0][1]) and {"patience", "min_epochs"} & flags.given:
@@ -2257,7 +2105,10 @@ def cmd_mil(flags):
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
     page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
     progress = Progress(len(heads) * len(rounds))
-    found = {"mean of the bag, logistic": [mean_of_bags(bags, *parts) for parts in rounds]}
+    mean, y, C = bags.means(), bags.y, len(bags.label_names)
+    found = {"mean of the bag, logistic": [
+        judge.scores(y[test], judge.logistic_probe(mean[train], y[train], mean[test], C, 0.01))
+        for train, _, test in rounds]}
     for head in heads:
         found[head] = []
         for r, parts in enumerate(rounds):
@@ -2267,9 +2118,9 @@ def cmd_mil(flags):
             progress(len(log.rows), lambda: head)
         log.write()
         if len(rounds) == 1:
-            judge.write_torch(run.path(f"{head}.pt"), {
+            run.write({f"{head}.pt": {
                 "models": [model.state_dict() for model in models], "head": head,
-                "dim": bags.x[0].shape[1], "label_names": bags.label_names, **make})
+                "dim": bags.x[0].shape[1], "label_names": bags.label_names, **make}})
             page.picture(f"Attention of {head} over test slides",
                          attention_maps(bags, models, rounds[0][2], head, run))
     names = ("AUC", "accuracy", "F1")
@@ -2277,15 +2128,7 @@ def cmd_mil(flags):
                                            for name in names)] for head, scores in found.items()])
     page.text(f"{len(rounds)} test part{'s' * (len(rounds) > 1)} of about {len(rounds[0][2])} "
               "bags; mean ± standard deviation over them")
-    page.write(run.path, found)
-    say(f"wrote {run.join('report.html')}")
-
-
-def mean_of_bags(bags, train, _, test):
-    """Scores, on bags `test`, of logistic regression on the mean instance of bags `train`."""
-    means = bags.means()
-    p = judge.logistic_probe(means[train], bags.y[train], means[test], len(bags.label_names), 0.01)
-    return judge.scores(bags.y[test], p)
+    run.tell(page, found)
 
 
 def mil_round(bags, make, flags, r, train, val, test):
@@ -2325,29 +2168,23 @@ def attention_maps(bags, models, rows, head, run, most=6):
             heat = sum(model(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
-        judge.save_picture(run.path(f"heat_{label}_{bags.names[i]}_{head}.png"), picture)
+        run.write({f"heat_{label}_{bags.names[i]}_{head}.png": picture})
         shown[f"{bags.names[i]}: {label}"] = judge.embedded(image), judge.embedded(picture)
     return judge.strips(shown) or "<p>The bags name no pictures.</p>"
 
 
-# ------------------------------------------------------------------------------------------------
-# Transfer learning (thesis 3.3)
-# ------------------------------------------------------------------------------------------------
+# ---- Transfer learning (thesis 3.3) -------------------------------------------------------------
 
 @command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 "
          "patch frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window "
          "device overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    window = two_numbers(flags, "window")
-    pictures = data.read_pictures(flags.images, flags.size, flags.label, window)
-    for note in pictures.notes:
-        say_once("note: " + note)
+    pictures = noted(data.read_pictures(flags.images, flags.size, flags.label, flags.window))
     C, n = len(pictures.label_names), flags.runs
     specs = {try_classifier(spec, flags, C): spec for spec in flags.weights.split(",")}
-    if len(specs) < len(flags.weights.split(",")):
-        raise InputError(f"--weights {flags.weights} names a model twice - write "
-                         "a=vit_micro:random,b=vit_micro:random")
+    refuse(len(specs) < len(flags.weights.split(",")), f"--weights {flags.weights} names a model "
+           "twice - write a=vit_micro:random,b=vit_micro:random")
     rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
               for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
@@ -2367,17 +2204,15 @@ def cmd_finetune(flags):
         progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
         if r == 0:                                           # the file that `explain` reads
             sizes[name] = sum(p.numel() for p in model.parameters())
-            state = {"model": model.state_dict(), **model.made}
-            judge.write_torch(run.path(f"{name}.pt"), state)
+            run.write({f"{name}.pt": {"model": model.state_dict(), **model.made}})
     page = judge.Page("repsae finetune")                     # thesis 3.3.3
     judge.tell_models(page, found, list(specs))
-    page.write(run.path, {"parameters": sizes, "test pictures": len(rounds[0][2])})
-    say(f"wrote {run.join('report.html')}")
+    run.tell(page, {"parameters": sizes, "test pictures": len(rounds[0][2])})
 
 
 def try_classifier(spec, flags, n_classes):
     """The name of a model; InputError if it does not classify a picture of zeros."""
-    name, model, _ = load_backbone(spec, flags, n_classes)
+    name, model = load_backbone(spec, flags, n_classes)
     ssm.last_linear(model)                                   # refuses what ends in none
     x = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
     with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
@@ -2412,9 +2247,7 @@ def finetune_one(pictures, parts, model, flags):
     return judge.scores(pictures.labels[test], p.cpu().numpy()), history
 
 
-# ------------------------------------------------------------------------------------------------
-# Commands that live in tests/
-# ------------------------------------------------------------------------------------------------
+# ---- Commands that live in tests/ ---------------------------------------------------------------
 
 def in_tests(name):
     """The module tests/`name`.py."""
@@ -2429,16 +2262,11 @@ def cmd_demo(flags):
     in_tests("thesis").demo(os.path.normpath(flags.out), flags.quick, flags.seed, flags.seeds)
 
 
-@command("json svg device", "what")
+@command("json svg device overwrite", "what")
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`,
     `page` (report.html at its largest)."""
-    for name in ("svg", "json"):
-        if flags[name] and not os.path.isdir(os.path.dirname(flags[name]) or "."):
-            raise InputError(f"--{name} {flags[name]}: no such folder - make it first")
-    figures = in_tests("bench").run(flags.what, flags.device, flags.svg)
-    if flags.json:
-        judge.write_json(flags.json, figures)
+    return in_tests("bench").run(flags.what, flags.device, flags.svg)
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -2460,15 +2288,14 @@ def parse(argv):
                                  parser_class=Parser)
     for name, each in COMMANDS.items():
         add_command(subs, name, each)
-    if any("\0" in word for word in argv or ()):             # no file can be named so
-        raise InputError("a NUL character on the command line - leave it out")
+    refuse(any("\0" in word for word in argv or ()),         # no file can be named so
+           "a NUL character on the command line - leave it out")
     typed, said = vars(parser.parse_args(argv)), {}
     each = COMMANDS[typed["command"]]
     for word in " ".join(typed.pop("set", [])).split():
         name, _, text = word.partition("=")
-        if name not in each.flags or name not in SETTINGS:
-            mine = ", ".join(n for n in each.flags if n in SETTINGS) or "none"
-            raise InputError(f"--set {word}: no such setting - this command has {mine}")
+        mine = [n for n in each.flags if n in SETTINGS]
+        refuse(name not in mine, f"--set {word}: no such setting - take one of {mine or 'none'}")
         typed[name.replace("-", "_")], said[name] = text, f"--set {word}"
     defaults = {name.replace("-", "_"): default for name, default in each.flags.items()}
     flags = Flags({**defaults, **typed})
@@ -2486,8 +2313,8 @@ def parse(argv):
 def check_needed(flags, *names):
     """Raise InputError when one of the flags `names`, else of those needed, was not given."""
     for name in names or sorted(COMMANDS[flags.command].needed):
-        if not flags[name.replace("-", "_")]:
-            raise InputError(f"--{name} is missing - see python repsae.py {flags.command} --help")
+        refuse(not flags[name.replace("-", "_")],
+               f"--{name} is missing - see python repsae.py {flags.command} --help")
 
 
 def add_command(subs, name, each):
@@ -2515,7 +2342,7 @@ def add_command(subs, name, each):
             elif flag in each.needed:
                 text += " (needed)"
             elif default not in (None, "auto"):
-                text += f" (default: {default})"
+                text += f" (default: {str(default).strip('[]')})"
             if flag == "set":
                 option["action"] = "append"
             group.add_argument(f"--{flag}", help=text.replace("%", "%%"),
@@ -2523,15 +2350,6 @@ def add_command(subs, name, each):
 
 
 BENCHES = ("all", "sparc", "rows", "scan", "backbones", "page")
-
-
-def check_device(flags):
-    """Raise InputError unless torch can use --device."""
-    try:
-        torch.zeros(1, device=flags.device)
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0][:60]
-        raise InputError(f"device '{flags.device}' cannot be used ({why}...) - try cpu")
 
 
 def say(text):
@@ -2551,15 +2369,29 @@ def fail(text):
     raise SystemExit(2)
 
 
+def perform(run, flags):
+    """Run a command on a device that torch can use; what it returns are figures for --json."""
+    try:
+        torch.zeros(1, device=flags.get("device") or "cpu")
+    except (RuntimeError, AssertionError) as e:
+        why = str(e).splitlines()[0][:60]
+        raise InputError(f"device '{flags.device}' cannot be used ({why}...) - try cpu")
+    for name in flags:                                       # before hours of work, not after
+        if flags[name] and name in FLAGS and FLAGS[name][1] == "file":
+            out_file(flags, name)
+    figures = run(flags)
+    if flags.get("json"):
+        judge.write_json(flags.json, figures)
+        say(f"wrote {flags.json}")
+
+
 def main(argv=None):
     """Run the command that argv names. What a user can mend ends in `fail`; bugs of ours do not."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")    # names of files need not be text
     try:
         run, flags = parse(argv)
-        if "device" in flags:
-            check_device(flags)
-        run(flags)
+        perform(run, flags)
     except Interrupted as e:
         say(f"\n{e}; go on with: python repsae.py {flags.command} --resume --out "
             f"{shlex.quote(flags.out)}")

@@ -81,11 +81,10 @@ CASES = [case.split() for case in [
     "latents tokens --between well,sick --out o",
     "latents sae --data f.npz --top 3",
     "intervene tokens --label sick --out o",
-    "intervene tokens --label 1 --head-file head.npz --other tok.npz --out o",
+    "intervene tokens --label 1 --other tok.npz --out o",
     "intervene tokens --out o",
     "latents tokens --top 2 --prompts o.json",
     "latents tokens --names names.json --query nucleus --label sick",
-    "latents tokens --names names.json --embeddings emb.npz",
     "compare sae tokens --data f.npz --streams x,x --json o.json",
     "compare sae sae --json o.json",
     "tissue --pictures 8 --size 16 --out o",
@@ -144,8 +143,6 @@ def make_zoo(folder):
              label_names=np.array(["well", "sick"]), split=features["split"], groups=n,
              images=np.array(["pics/train/a/0.png"] * 40),
              boxes=np.stack([sick, 2 * half, 0 * half, 0 * half, half, half], 1))
-    np.savez("emb.npz", latents=n[:12], vectors=rng.random((12, 4)), query=rng.random(4))
-    np.savez("head.npz", weight=rng.random(6), bias=0.)
     np.savez("bags.npz", X=rng.random((72, 4)), offsets=3 * n[:25], y=n[:24] % 2,
              folds=n[None, None, :24] % 3 > 0)
     for i in range(24):

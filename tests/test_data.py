@@ -1408,21 +1408,6 @@ def test_a_window_holds_for_the_pictures_of_a_medmnist_file(tmp_path):
     np.testing.assert_allclose(wide, np.minimum(pixels * 2.55, 255), atol=0.51)
 
 
-def test_a_head_is_one_row_of_weights_or_two_whose_difference_counts(tmp_path):
-    w, b = np.arange(6.).reshape(2, 3), np.array([1., 4.])
-    for weight, bias, found in ((w, b, ([3, 3, 3], 3)), (w[0], b[0], ([0, 1, 2], 1)),
-                                (w[:1], b[:1], ([0, 1, 2], 1))):
-        np.savez(tmp_path / "h.npz", weight=weight, bias=bias)
-        weight, bias = data.read_head(str(tmp_path / "h.npz"), 3)
-        assert (weight.tolist(), bias) == found
-    for change, message in (({"bias": b * np.nan}, "something else than finite"), ({"weight": w.T}, "has weight"),
-                            ({"weight": None}, "lacks 'weight'")):
-        arrays = {"weight": w, "bias": b, **change}
-        np.savez(tmp_path / "h.npz", **{k: v for k, v in arrays.items() if v is not None})
-        with pytest.raises(InputError, match=message):
-            data.read_head(str(tmp_path / "h.npz"), 3)
-
-
 def test_names_of_latents_are_numbers_below_their_number(tmp_path):
     path = tmp_path / "n.json"
     path.write_text('{"3": "red", "7": "blue"}')

@@ -855,8 +855,6 @@ def test_a_search_lets_faint_and_strong_latents_count_alike_and_its_control_draw
     y = code[:, 0] > np.quantile(code[:, 0], .9)             # what latent 0 is named after
     right, control = judge.search_precision(codes_of(code), {0: 1.}, rows, y, range(6), 5)
     assert right == 1 and len(control) == 100 and .1 < np.mean(control) < .6
-    found = judge.vector_weights(np.array([2., 0]), np.array([7, 8, 9]), np.array([[1., 1], [3, 0], [-1, 0]]))
-    assert found == pytest.approx({8: 1, 7: .5 ** .5})
 
 
 def test_latents_inside_boxes_are_those_that_differ_from_outside_by_most_deviations():

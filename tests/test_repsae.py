@@ -477,8 +477,8 @@ def test_a_run_and_data_that_do_not_fit_are_refused(finished, features, tmp_path
     other = error(capsys, "encode", finished, "--data", tmp_path / "other.npz", "--out", tmp_path / "c")
     assert "has q, the run knows x, y - check the keys" in other
     assert "is no run folder" in error(capsys, "eval", tmp_path)
-    assert "No such file or directory: " in error(capsys, "eval", finished, "--json", tmp_path / "no" / "m.json")
-    assert "No such file or directory: " in error(capsys, "encode", finished, "--out", tmp_path / "no" / "c.npz")
+    assert "no such folder" in error(capsys, "eval", finished, "--json", tmp_path / "no" / "m.json")
+    assert "no such folder" in error(capsys, "encode", finished, "--out", tmp_path / "no" / "c.npz")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "config.json").write_text((finished / "config.json").read_text())
     (tmp_path / "cut" / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:500])
@@ -530,8 +530,10 @@ def _peaks():
     return bench.peak_of(apart, "cpu"), bench.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
 
 
-def test_bench_refuses_a_file_in_no_folder(capsys):
+def test_bench_refuses_a_file_in_no_folder_and_one_that_is_there(tmp_path, capsys):
     assert "no such folder" in error(capsys, "bench", "scan", "--svg", "/no/such/x.svg")
+    (tmp_path / "x.json").write_text("keep")
+    assert "exists - use --overwrite" in error(capsys, "bench", "scan", "--json", tmp_path / "x.json")
 
 
 # -- backbones ---------------------------------------------------------------------------------------------------------
@@ -878,7 +880,7 @@ def test_a_frozen_backbone_stays_and_its_head_learns(pictures, trained, tmp_path
     (["finetune", "--images", "{p}", "--weights", "vit_micro,vit_micro", "--size", "16"], "names a model twice"),
     (["finetune", "--images", "{p}", "--size", "20", "--weights", "vit_micro"], "images are 20x20 - this ViT wants multiples of 8"),
     (["finetune", "--images", "{p}", "--size", "32", "--weights", "squeezenet1_0"], "SqueezeNet ends in no linear layer"),
-    (["tile", "--images", "{p}/test/disc/0.png", "--downsample", "0.001"], "tiles of 0 pixels every 0"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0 to 0.99"),
+    (["tile", "--images", "{p}/test/disc/0.png", "--downsample", "0.001"], "tiles of 0 pixels"), (["mil", "--data", "{b}", "--dropout", "2"], "--dropout 2 - give a number from 0 to 0.99"),
     (["mil", "--data", "{b}", "--folds", "99"], "bags to learn from"), (["tile", "--images", "{p}"], "two slides are called 0 - rename"),
     (["explain", "--images", "{p}", "--weights", "a=vit_micro:random", "--size", "16", "--label", "999"], "--label 999, but a has 96 outputs"),
     (["explain", "--images", "{p}"], "--weights is missing"),
@@ -1130,20 +1132,6 @@ def test_interventions_find_the_planted_latent_and_its_boxes(rank, tokens, token
     assert (tmp_path / "i" / "report.html").read_text().count("<img") >= 6
 
 
-def test_a_given_head_is_used_as_it_is(tokens, token_run, tmp_path):
-    with np.load(tokens) as z:
-        x, y = z["x"].mean(1), z["labels"]
-    W, b = judge.logistic_fit(x[:40], y[:40], 2)
-    np.savez(tmp_path / "h.npz", weight=W.T, bias=b)
-    for argv in ((), ("--head-file", tmp_path / "h.npz")):
-        run("intervene", token_run, "--label", 1, *argv, "--out", tmp_path / "i")
-        found = json.loads((tmp_path / "i" / "metrics.json").read_text())
-        if argv:
-            for k, c in found["curve"].items():
-                assert abs(before["curve"][k]["keep"] - c["keep"]) < 1e-6
-        before = found
-
-
 def test_samples_without_a_label_count_for_neither_class(tokens, token_run, tmp_path, capsys):
     with np.load(tokens) as z:
         hidden = np.where(np.arange(60) % 5 == 0, -1, z["labels"])
@@ -1205,11 +1193,6 @@ def test_described_latents_come_back_as_names_that_find_samples(tokens, token_ru
     run("latents", token_run, "--names", tmp_path / "names.json", "--query", "granules", "--label", "sick", "--top", 8)
     out = capsys.readouterr().out
     assert "precision at 8 for 'sick': 1.000" in out and f"{strongest} 'dark granules'" in out
-    vectors = np.eye(len(names))
-    np.savez(tmp_path / "e.npz", latents=np.array(list(map(int, names))), vectors=vectors,
-             query=vectors[list(names).index(str(strongest))])
-    run("latents", token_run, "--names", tmp_path / "names.json", "--embeddings", tmp_path / "e.npz", "--label", "sick", "--top", 8)
-    assert "precision at 8 for 'sick': 1.000" in capsys.readouterr().out
 
 
 def test_a_run_has_all_latents_in_common_with_itself_and_fewer_with_another(features, finished, tmp_path, capsys):
@@ -1236,7 +1219,6 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
         path = tmp_path / f"f{len(os.listdir(tmp_path))}.npz"
         np.savez(path, **{k: v for k, v in {**everything, **change}.items() if k not in drop})
         return path
-    run("sae", "--data", tokens, *TOKEN_SAE, "--epochs", 1, "--norm", "l2", "--out", tmp_path / "l2")
     for argv, message in (
             (("latents", token_run, "--data", without(labels=np.eye(60, 2, dtype=bool)), "--between", "sick,well"), "single label"),
             (("latents", token_run, "--data", without("groups"), "--between", "sick,well"), "has no groups"),
@@ -1260,12 +1242,6 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("latents", token_run, "--query", "x"), "--names is missing"),
             (("compare", token_run, token_run, "--data", without(x=everything["x"][:, :, :5])), "the run was trained on")):
         assert message in error(capsys, *argv), argv
-    np.savez(tmp_path / "wide.npz", weight=np.ones(5), bias=0.)
-    np.savez(tmp_path / "head.npz", weight=np.ones(12), bias=0.)
-    np.savez(tmp_path / "bare.npz", weight=np.ones(12))
-    assert "give weight (12,) and bias ()" in error(capsys, "intervene", token_run, "--label", 1, "--head-file", tmp_path / "wide.npz")
-    assert "lacks 'bias'" in error(capsys, "intervene", token_run, "--label", 1, "--head-file", tmp_path / "bare.npz")
-    assert "--norm none or standard" in error(capsys, "intervene", tmp_path / "l2", "--label", 1, "--head-file", tmp_path / "head.npz")
     (tmp_path / "n.json").write_text('{"99": "far"}')
     assert "latent 99 is not among" in error(capsys, "latents", token_run, "--query", "far", "--names", tmp_path / "n.json")
     (tmp_path / "n.json").write_text('{"3": "near"}')
@@ -1429,7 +1405,7 @@ def test_concepts_point_at_pixels_and_words_and_absent_ones_at_nothing(world, tm
     drawn = list((tmp_path / "a" / "overlays").glob("*_clip_raw_similarity.png"))
     assert drawn and Image.open(drawn[0]).size == (112, 112)
     model, _, _ = sae.load(world / "run" / "checkpoint.pt")
-    backbone, _ = repsae.load_clip(world / "clip", "cpu")
+    backbone = repsae.load_clip(world / "clip", "cpu")
     x = torch.randn(2, 3, 32, 32)
     def code(f):
         return model.encode({"clip_img": f}, "alone")["clip_img"].dense(48)
@@ -1491,7 +1467,7 @@ def test_words_alone_are_a_stream_of_their_own(world, tmp_path, capsys):
 def test_extracted_features_see_the_view_that_attribution_sees(world):
     """Boxes are shares of whole pictures, and CLIP learned from whole pictures."""
     images, features = data.read_images(world / "tissue" / "tissue.npz"), data.read_features(world / "feats.npz")
-    backbone, _ = repsae.load_clip(world / "clip", "cpu")
+    backbone = repsae.load_clip(world / "clip", "cpu")
     x = torch.stack([data.plain_view(32, True)(images.open(i)) for i in range(3)])
     with torch.no_grad():
         torch.testing.assert_close(backbone.features(x), features.batch(np.arange(3))["clip_img"], rtol=1e-4, atol=1e-4)
@@ -1701,7 +1677,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("explain", world / "run", "--images", tissue, "--weights", "vit=vit_micro:random"), "0 runs of clip"),
             (("explain", world / "run", "--images", tissue, "--weights", weights, "--latent", "48"), "--latent 48: 48 is no latent that a stream has alive"),
             (("explain", world / "run", "--images", tissue, "--weights", weights, "--latent", "1,two"), "--latent 1,two: two is no latent"),
-            (("explain", world / "run", "--images", world / "tissue" / "small.npz", "--weights", weights), "no 'instances' (240, 32, 32), masks of"),
+            (("explain", world / "run", "--images", world / "tissue" / "small.npz", "--weights", weights), "no 'instances' (240, 32, 32)"),
             (("explain", world / "named", "--images", tissue, "--weights", weights), "the word 'aardvark' is in no caption"),
             (("explain", world / "run", "--images", tissue, "--weights", f"{weights},clip={world / 'clip'}"), "2 runs of clip"),
             (("explain", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "3 is no latent that a stream has alive"),
@@ -1783,7 +1759,7 @@ def test_a_command_of_the_demo_that_was_begun_is_resumed_and_any_other_overwritt
     def go(flags):
         if stop:
             raise stop
-    monkeypatch.setattr(repsae, "parse", lambda argv: (ran.append(argv) or go, None))
+    monkeypatch.setattr(repsae, "parse", lambda argv: (ran.append(argv) or go, repsae.Flags()))
     dino = ["dino", "--images", "x", "--lr", "1"]
     for stop, expected in ((repsae.Interrupted("stopped"), "--overwrite"), (None, "--resume"), (None, "--overwrite")):
         if stop:
@@ -1792,8 +1768,8 @@ def test_a_command_of_the_demo_that_was_begun_is_resumed_and_any_other_overwritt
         else:
             thesis.run_command(dino, "command", told)
         assert ran[-1] == [*dino, expected]
-    thesis.run_command(["bench", "scan"], "another", told)
-    assert ran[-1] == ["bench", "scan"] and os.listdir(tmp_path) == ["told.txt"]
+    thesis.run_command(["demo", "--quick"], "another", told)
+    assert ran[-1] == ["demo", "--quick"] and os.listdir(tmp_path) == ["told.txt"]
 
 
 # -- damaged runs and odd words ------------------------------------------------------------------------------------------
@@ -2150,7 +2126,7 @@ def test_every_setting_of_the_views_reaches_them(pictures, tmp_path, monkeypatch
     said = {"global_scale": "0.6,0.9", "local_scale": "0.1,0.3", "blur": 1.5, "colour": 0.25}
     found = caught(monkeypatch, data, "Crops", "dino", "--images", pictures, *TINY_DINO,
                    *as_flags(said), "--pathology", "--out", tmp_path / "r")
-    assert list(found.values()) == [16, 8, 2, (0.6, 0.9), (0.1, 0.3), 1.5, 0.25, True]
+    assert list(found.values()) == [16, 8, 2, [0.6, 0.9], [0.1, 0.3], 1.5, 0.25, True]
 
 
 @pytest.fixture(scope="module")
@@ -2255,11 +2231,10 @@ def test_with_the_test_labels_swapped_the_same_probes_are_exactly_wrong(argv, ha
     assert all(v["AUC"] + wrong[way]["AUC"] == pytest.approx(1) for way, v in right.items())
 
 
-def test_the_strength_and_the_seed_of_a_probe_count(halves, tmp_path):
+def test_the_solver_and_the_seed_of_a_probe_count(halves, tmp_path):
     folder, x, y = halves
     parts = x[:80], y[:80], x[80:], 2
-    cases = ((("--set", "strength=1."), judge.logistic_probe(*parts, 1.)),
-             (("--set", "strength=1e-4"), judge.logistic_probe(*parts, 1e-4)),
+    cases = (((), judge.logistic_probe(*parts)),
              (("--solver", "sgd", "--seed", 3), judge.sgd_probe(*parts, seed=3)),
              (("--solver", "sgd", "--seed", 4), judge.sgd_probe(*parts, seed=4)))
     found = []
@@ -2267,7 +2242,7 @@ def test_the_strength_and_the_seed_of_a_probe_count(halves, tmp_path):
         run("probe", "--data", folder / "whole.npz", *argv, "--json", tmp_path / f"{i}.json")
         found.append(told(tmp_path / f"{i}.json")["x"]["linear"])
         assert found[-1] == pytest.approx(judge.scores(y[80:], p))
-    assert found[0] != found[1] and found[2] != found[3]     # else the above would prove nothing
+    assert found[0] != found[1] != found[2]                  # else the above would prove nothing
 
 
 # -- the same for bags, slides and latents
@@ -2327,27 +2302,23 @@ def test_weighted_bags_are_drawn_as_if_classes_were_equally_frequent(
 
 
 def test_every_setting_of_tile_reaches_the_tiles(tmp_path, monkeypatch):
-    said = {"size": 16, "step": 8, "downsample": 2, "threshold": 12, "smallest": 0.1,
-            "least_hole": 0.3, "max_holes": 3}
+    said = {"size": 16, "downsample": 2, "threshold": 12, "smallest": 0.1}
     image = np.full((200, 260, 3), 245, np.uint8)
     image[20:180, 30:220] = (220, 150, 180)
     Image.fromarray(image).save(tmp_path / "s.png")
     tile = ["tile", "--images", tmp_path / "s.png", "--out", tmp_path / "t"]
     found = caught(monkeypatch, data, "tile_slide", *tile, *as_flags(said))
-    assert found["how"] == {"threshold": 12, "max_holes": 3}
-    assert [found[k] for k in ("side", "step", "least", "least_hole")] == [32, 16, 0.1, 0.3]
+    assert found["how"] == {"threshold": 12}
+    assert [found[k] for k in ("side", "least")] == [32, 0.1]
     left_half = "".join(f'<Coordinate Order="{i}" X="{x}" Y="{y}"/>' for i, (x, y) in enumerate(
         ((0, 0), (130, 0), (130, 200), (0, 200))))
     (tmp_path / "a.xml").write_text(
         f"<A><Annotation><Coordinates>{left_half}</Coordinates></Annotation></A>")
-    run(*tile, "--size", 32, "--smallest", 0.01, "--rois", tmp_path / "a.xml", "--set", "roi-share=0.1")
+    run(*tile, "--size", 32, "--smallest", 0.01, "--rois", tmp_path / "a.xml")
     with np.load(tmp_path / "t" / "s.npz") as z:
         covered = (130 - z["coords"][:, 0]) / 32
-        assert np.array_equal(z["labels"] == 1, covered >= 0.1)
+        assert np.array_equal(z["labels"] == 1, covered >= 0.5)
         assert ((0.1 <= covered) & (covered < 0.5)).any()
-    found = caught(monkeypatch, data, "cut_boxes", "tile", "--voc", tmp_path, "--set", "margin=0.7",
-                   "--out", tmp_path / "c")
-    assert found["margin"] == 0.7
 
 
 def test_boxes_are_cut_into_class_folders_by_the_official_splits_or_nothing_is(tmp_path, capsys):

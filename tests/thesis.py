@@ -370,8 +370,7 @@ def run_command(argv, command, file):
     judge.write_text(file, command)
     try:
         with contextlib.redirect_stdout(printed):
-            run, flags = repsae.parse([*argv, *[f"--{again}"] * (again in takes)])
-            run(flags)
+            repsae.perform(*repsae.parse([*argv, *[f"--{again}"] * (again in takes)]))
     except repsae.Interrupted as e:
         repsae.say(f"\n{e}; the same demo command goes on from there")
         raise SystemExit(130)
