@@ -1882,7 +1882,8 @@ def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stre
     chosen = {k: flags[k] for k in ("latents", "k", "norm", "shuffle", "null")}
     assert chosen == {"latents": 256 if n == 1100 else 128, "k": 40, "norm": "standard,l2",
                       "shuffle": "samples", "null": n == 1100} and ("null" in metrics) == (n == 1100)
-    assert "auto" not in flags.values() and 1000 <= metrics["steps"] < 1100 and flags["dead_after"] == metrics["steps"] // 4
+    assert "auto" not in flags.values() and metrics["steps"] == 50 * -(-round(.8 * n) // flags["batch"]) >= 500
+    assert flags["dead_after"] == metrics["steps"] // 4
     assert f"chosen by the number of training rows, {round(.8 * n)}: latents {chosen['latents']}, k" in capsys.readouterr().err
 
 
