@@ -1800,6 +1800,8 @@ def _bags_of_file(arrays):
     groups = arrays.checked("groups", f"one for each of {n} bags", (np.generic, n))
     folds = arrays.checked("folds", f"(repeats, folds, bags) bool for {n} bags, True = train",
                            (np.bool_, None, None, n))
+    if folds is not None and not folds.size:
+        raise InputError("'folds' has no fold - leave the key out, or give one")
     if offsets[0] != 0 or offsets[-1] != len(x):
         raise InputError(f"'offsets' go from {offsets[0]} to {offsets[-1]} - go from 0 to {len(x)}")
     if not n or not 0 <= y.min() <= y.max() < max(n, 1000):

@@ -836,6 +836,7 @@ def test_padded_bags_are_their_instances_and_a_mask(tmp_path):
     ({"X": np.where(np.arange(10)[:, None] == 4, np.nan, np.ones((10, 3)))}, "bag 2 holds NaN"),
     ({"offsets": np.array([0., 2, 3, 7, 10])}, "'offsets' has shape .* float64 - give"), ({"y": np.array([[0], [1], [0], [1]])}, r"'y' has shape \(4, 1\)"),
     ({"y": np.array(1)}, r"'y' has shape \(\)"), ({"y": np.array(["a", "b", "a", "b"])}, "'y' has shape .* type <U1"),
+    ({"folds": np.zeros((0, 2, 4), bool)}, "'folds' has no fold - leave the key out"),
     ({"y": np.zeros(0, int)}, "'y' goes from|'offsets' has shape"), ({"offsets": np.zeros(0, int)}, r"'offsets' has shape \(0,\)"),
     ({"folds": np.ones((2, 5), bool)}, "'folds' has shape"), ({"folds": np.ones((1, 2, 4), int)}, "and type int64 - give .* for 4 bags")])
 def test_bad_bags_are_refused_by_name(change, message, tmp_path):
