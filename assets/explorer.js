@@ -46,13 +46,13 @@ const numbers = packed => packed.numbers ||= scaled(levels(packed), packed.scale
 // A sparse matrix by rows: entries start[i] .. start[i + 1] of row i, each of a column `at`.
 function sparse(group, part, places) {
   const [lengths, columns, all] = [group.lengths, group.columns, group.values[part]].map(levels);
-  const start = new Uint32Array(lengths.length + 1), kept = [];
-  let from = 0;
+  const start = new Uint32Array(lengths.length + 1), kept = new Uint32Array(all.length);
+  let from = 0, n = 0;
   lengths.forEach((length, i) => {       // where it has none, another stream of the group has one
-    for (const end = from + length; from < end; from++) if (all[from]) kept.push(from);
-    start[i + 1] = kept.length;
+    for (const end = from + length; from < end; from++) if (all[from]) kept[n++] = from;
+    start[i + 1] = n;
   });
-  const of = values => Uint32Array.from(kept, e => values[e]), level = of(all);
+  const of = values => kept.subarray(0, n).map(e => values[e]), level = of(all);
   return {start, at: of(columns), level, value: scaled(level, group.values[part].scale),
           place: of(places ? levels(places) : [])};
 }
@@ -62,8 +62,8 @@ function turned(m, width) {
   for (let i = 0; i + 1 < m.start.length; i++) row.fill(i, m.start[i], m.start[i + 1]);
   for (const j of m.at) start[j + 1]++;
   for (let j = 0; j < width; j++) start[j + 1] += start[j];
-  const order = Float64Array.from(m.at, (j, e) => (j * 65536 + 65535 - m.level[e]) * n + e).sort()
-    .map(key => key % n);
+  const order = new Float64Array(m.at).map((j, e) => (j * 65536 + 65535 - m.level[e]) * n + e)
+    .sort().map(key => key % n);
   const ordered = values => values.map((_, to) => values[order[to]]);
   return {start, at: ordered(row), value: ordered(m.value), place: ordered(m.place)};
 }
