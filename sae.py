@@ -632,11 +632,10 @@ class SPARC(nn.Module):
     def _auxk(self, c, e, stream, here):
         """AuxK (Gao et al.): how the best dead latents rebuild e = x - x_hat (B, d).
 
-        c, e detached: gradient reaches the dead latents' rows and biases only, once for every
-        support that is trained on. Who is dead was counted up to the step before. (The authors'
-        code adds b_pre to both sides and masks with 0 instead of -inf, so it pulls at the bias, and
-        is about 1 when nothing is dead. It divides each sample's error by its own residual's
-        energy, which lets the best rebuilt samples, whose residual is noise, decide.)
+        c, e detached: gradient reaches the dead latents' rows and biases only. Who is dead was
+        counted up to the step before. (The authors' code adds b_pre to both sides and masks with 0
+        instead of -inf: it pulls at the bias, and is about 1 when nothing is dead. It divides each
+        sample's error by its own residual, so that the best rebuilt, whose residual is noise, lead.)
         """
         dead = self.dead(stream).nonzero().squeeze(1)
         with torch.no_grad():
