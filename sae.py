@@ -635,7 +635,7 @@ class SPARC(nn.Module):
         c, e detached: gradient reaches the dead latents' rows and biases only. Who is dead was
         counted up to the step before. (The authors' code adds b_pre to both sides and masks with 0
         instead of -inf: it pulls at the bias, and is about 1 when nothing is dead. It divides each
-        sample's error by its own residual, so that the best rebuilt, whose residual is noise, lead.)
+        sample's error by its own residual, so that the best rebuilt, whose rest is noise, lead.)
         """
         dead = self.dead(stream).nonzero().squeeze(1)
         with torch.no_grad():
