@@ -9,12 +9,11 @@ const P = JSON.parse(document.getElementById("payload").textContent);
 const TOP = 50;                          // samples that define a latent's meaning (thesis 5.3.5)
 const FEWEST = 5;                        // active samples below which a share says little
 const KINDS = {u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array};
-const DRAWN = new Set(["svg", "path", "rect", "text"]);
 
 // An element, its attributes and listeners, and its children: every string becomes a text node.
 function h(tag, attributes, ...children) {
-  const made = DRAWN.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) :
-    document.createElement(tag);
+  const kind = /^(svg|path|text)$/.test(tag) ? "2000/svg" : "1999/xhtml";
+  const made = document.createElementNS(`http://www.w3.org/${kind}`, tag);
   for (const [name, value] of Object.entries(attributes || {})) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else if (value !== null) made.setAttribute(name, value);
@@ -41,42 +40,47 @@ function levels(packed) {                // whole numbers, as they were packed
   for (let p = 0; p < text.length; p++) bytes[p] = text.charCodeAt(p);
   return packed.levels = new KINDS[packed.type](bytes.buffer);
 }
-const scaled = (whole, scale) => new Float32Array(whole).map(v => v * (scale || 1));
-const numbers = packed => packed.numbers ||= scaled(levels(packed), packed.scale);
+const numbers = packed => packed.numbers ||=
+  new Float32Array(levels(packed)).map(v => v * (packed.scale || 1));
+function picked(values, order, n) {      // values[order[0]], ..., values[order[n - 1]]
+  const to = new values.constructor(values.length && n);
+  for (let e = 0; e < to.length; e++) to[e] = values[order[e]];
+  return to;
+}
 // A sparse matrix by rows: entries start[i] .. start[i + 1] of row i, each of a column `at`.
 function sparse(group, part, places) {
   const [lengths, columns, all] = [group.lengths, group.columns, group.values[part]].map(levels);
   const start = new Uint32Array(lengths.length + 1), kept = new Uint32Array(all.length);
-  let from = 0, n = 0;
-  lengths.forEach((length, i) => {       // where it has none, another stream of the group has one
-    for (const end = from + length; from < end; from++) if (all[from]) kept[n++] = from;
-    start[i + 1] = n;
-  });
-  const of = values => kept.subarray(0, n).map(e => values[e]), level = of(all);
-  return {start, at: of(columns), level, value: scaled(level, group.values[part].scale),
+  for (let i = 0, from = 0, n = 0; i < lengths.length; i++) {
+    for (const end = from + lengths[i]; from < end; from++) if (all[from]) kept[n++] = from;
+    start[i + 1] = n;                    // what is 0 here, another stream of the group has
+  }
+  const of = values => picked(values, kept, start[lengths.length]);
+  return {start, at: of(columns), level: of(all), value: of(numbers(group.values[part])),
           place: of(places ? levels(places) : [])};
 }
-// The same by columns, greatest values first, ties to the lower row: one sort of whole numbers.
+// The same by columns, greatest values first, ties to the lower row.
 function turned(m, width) {
   const n = m.at.length, row = new Uint32Array(n), start = new Uint32Array(width + 1);
+  const key = new Float64Array(n);
   for (let i = 0; i + 1 < m.start.length; i++) row.fill(i, m.start[i], m.start[i + 1]);
-  for (const j of m.at) start[j + 1]++;
+  for (let e = 0; e < n; e++) start[m.at[e] + 1]++;
   for (let j = 0; j < width; j++) start[j + 1] += start[j];
-  const order = new Float64Array(m.at).map((j, e) => (j * 65536 + 65535 - m.level[e]) * n + e)
-    .sort().map(key => key % n);
-  const ordered = values => values.map((_, to) => values[order[to]]);
-  return {start, at: ordered(row), value: ordered(m.value), place: ordered(m.place)};
+  const next = start.slice();
+  for (let e = 0; e < n; e++) key[next[m.at[e]]++] = (65535 - m.level[e]) * n + e;
+  for (let j = 0; j < width; j++) key.subarray(start[j], start[j + 1]).sort();
+  const order = key.map(v => v - n * Math.floor(v / n));
+  const [at, value, place] = [row, m.value, m.place].map(values => picked(values, order, n));
+  return {start, at, value, place};
 }
 const slice = (m, n, name) => m[name].subarray(m.start[n], m.start[n + 1]);
-const entries = (m, n) =>                // of a row: [column, value]
-  Array.from(slice(m, n, "at"), (key, e) => [key, m.value[m.start[n] + e]]);
+const entries = (m, n) => Array.from(slice(m, n, "at"), (j, e) => [j, m.value[m.start[n] + e]]);
 const count = (m, n) => m.start[n + 1] - m.start[n];
 
 const ROWS = levels(P.rows), N = ROWS.length, KNOWN = levels(P.known), NAMES = P.label_names;
 const labels = P.labels && sparse(P.labels, 0);
 const labelsOf = i => labels ? slice(labels, i, "at") : [];
 const told = i => Array.from(labelsOf(i), c => NAMES[c]).join(", ") || `sample ${ROWS[i]}`;
-
 function codes(run, mode) {              // of each stream: `samples` (N, L) and `latents` (L, N)
   return once(`${run.name} ${mode} codes`, () => run.streams.map((name, s) => {
     const joint = run.codes[mode].length === 1, group = run.codes[mode][joint ? 0 : s];
@@ -195,7 +199,6 @@ const COLUMNS = {                        // key: heading, what it says, text of 
   purity: ["purity", "share of its label among the 50 top samples of each stream", shown],
   agreement: ["agrees", "overlap of where it is active, between streams that chose alone", shown],
   alive: ["alive", "in how many streams it is ever active", String]};
-
 function filtered(run) {
   const words = A.find.toLowerCase(), M = run.streams.length, way = A.up ? 1 : -1;
   const key = l => l[A.sort] ?? way * 1e9;                       // what has none comes last
@@ -236,9 +239,8 @@ function listView(run) {
 function firesWith(run, j) {             // samples of both / of either, the best 6
   const both = new Uint32Array(run.latents), streams = codes(run, A.mode);
   const size = k => total(streams.map(one => count(one.latents, k)));
-  for (const {latents, samples} of streams) {
+  for (const {latents, samples} of streams)
     for (const i of slice(latents, j, "at")) for (const k of slice(samples, i, "at")) both[k]++;
-  }
   const share = Array.from(both, (n, k) => k === j || !n ? null : n / (size(k) + size(j) - n));
   return best(share, 6).map(k => chip(run, k, percent(share[k])));
 }
@@ -258,10 +260,9 @@ function latentView(run, j) {
   if (!l) return [note(`There is no latent ${A.latent}.`)];
   return [h("h3", {}, `Latent ${j} `, h("em", {}, l.name)),
     note(`${A.mode}: alive in ${l.alive} of ${run.streams.length}, purity ${shown(l.purity)}, ` +
-      `agreement alone ${shown(l.agreement)}${run.null ?
-        ` (${shown(run.null.agreement)} in the mean of the null, whose latents are the grey)` : ""
-      }. Under a sample its activation; bars: samples by activation${
-        P.grid ? "; a frame: the patch where it is strongest" : ""}.`),
+      `agreement alone ${shown(l.agreement)}`, run.null ? ` (${shown(run.null.agreement)} in the ` +
+      "mean of the null, whose latents are the grey)" : null, ". Under a sample its activation; " +
+      "bars: samples by activation", P.grid ? "; a frame: the patch where it is strongest." : "."),
     codes(run, A.mode).map((stream, s) => latentStream(run, j, stream, s)),
     h("h4", {}, "Fires with"), h("p", {class: "chips", id: "with"}, firesWith(run, j)),
     h("h4", {}, "Nearest rows of the dictionary"), h("p", {class: "chips", id: "near"},
@@ -438,8 +439,7 @@ addEventListener("hashchange", () => {
   side.querySelector("tr[aria-current]")?.scrollIntoView({block: "nearest"});
   if (innerWidth < 960 && before !== A.latent + A.sample + A.view) detail.scrollIntoView();
 });
-addEventListener("beforeprint", () =>
-  document.querySelectorAll("details").forEach(folded => { folded.open = true; }));
+onbeforeprint = () => document.querySelectorAll("details").forEach(part => part.open = true);
 if (P.sheet) document.head.append(h("style", {}, `.thumb { background: url("${P.sheet.url}"); ` +
   `background-size: ${56 * P.sheet.columns}px; ` +
   `image-rendering: ${P.sheet.side < 24 ? "pixelated" : "auto"}; }`));
