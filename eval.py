@@ -45,12 +45,8 @@ import re
 import sys
 
 import numpy as np
-import scipy.ndimage
-import scipy.optimize
+import scipy                                                 # its parts when they are first used
 import scipy.sparse as sp
-import scipy.sparse.linalg
-import scipy.special
-import scipy.stats
 import torch
 from PIL import Image, ImageDraw, ImageOps
 

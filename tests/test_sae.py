@@ -1165,7 +1165,7 @@ def test_planted_concepts_are_found_by_one_latent_in_every_stream_only_when_trai
     found = {}
     for topk, lam in (("global", 1.), ("both", 1.), ("local", 0.)):
         model = SPARC(features.dims, 128, 6, topk=topk, lam=lam, norm="none")
-        sae.fit(model, lambda step: features.batch(batches.rows(step)), 400, lr=6e-3)
+        sae.fit(model, lambda step: features.batch(batches.rows(step)), 250, lr=6e-3)
         found[topk] = judge.recovery({s: model.dictionary(s).numpy() for s in features.dims}, features.truth)
         for s in features.dims:
             assert found[topk][s]["found"] >= 0.85 * found[topk][s]["of"]

@@ -742,8 +742,8 @@ def test_a_mixer_learns_to_remember_its_first_token():
         optimiser = torch.optim.Adam([*words.parameters(), *model.parameters(), *read.parameters()], 1e-2)
         recent = [1.] * 10
         for _ in range(400):
-            sentence = torch.randint(2, 4, (64, 64))
-            sentence[:, 0] = torch.randint(0, 2, (64,))
+            sentence = torch.randint(2, 4, (32, 64))
+            sentence[:, 0] = torch.randint(0, 2, (32,))
             guess = read(model(words(sentence))[:, -1]).squeeze(1)
             loss = F.binary_cross_entropy_with_logits(guess, sentence[:, 0].float())
             optimiser.zero_grad()
