@@ -614,9 +614,11 @@ class Keeper:
 
 
 def train(run, features):
-    """Train, or go on training, the model of run.flags on `features`. Returns (model, Log)."""
+    """Train, or go on training, the model of run.flags on `features`. Returns (model, Log). Where
+    the flags name a run, --stream learns to join the code of its streams, which stay as they are.
+    """
     flags, rows = run.flags, features.rows("train")
-    model = make_model(features, flags, rows).to(flags.device)
+    model, old = make_model(features, flags, rows).to(flags.device), None
     optimiser = sae.make_optimiser(model, flags.lr)
     run.begin(dims=features.dims, data_hash=features.hash, train_rows=len(rows))
     checkpoint = run.path("checkpoint.pt")
@@ -634,12 +636,21 @@ def train(run, features):
              lambda: f"loss {float(result['loss']):.4f}  dead "
              + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
 
-    def batch(step):
-        return {s: x.to(flags.device) for s, x in features.batch(batches.rows(step)).items()}
+    def seen(some):
+        x = {s: v.to(flags.device) for s, v in features.batch(some).items()}
+        return {flags.stream: x.pop(flags.stream), **old.encode(x, "alone")} if old else x
+    if "run" in flags and len(model.streams) == 1:           # else it has joined already
+        old, _, _ = sae.load(os.path.join(flags.run, "checkpoint.pt"), flags.device)
+        if not model.step:
+            sae.join_start(model, seen(rows[::1 + len(rows) // 4096]))
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda: sae.save(checkpoint, model, optimiser)) as keep:
-        sae.fit(model, batch, n_steps, lr=flags.lr, optimiser=optimiser, on_step=on_step,
-                warmup=flags.get("warmup", 0))
+        sae.fit(model, lambda step: seen(batches.rows(step)), n_steps, lr=flags.lr,
+                optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0),
+                loss=sae.join_loss if old else None)
+    if old:
+        model = sae.merged(old, model)
+        sae.save(checkpoint, model)
     return model, log
 
 
@@ -648,8 +659,9 @@ def resolved(flags, features):
     activation or made-up data want it, else by the number of training rows; says what those chose.
     """
     single, n = "activation" in flags, len(features.rows("train"))
-    layers = sae.known_settings(single, flags.preset, flags.get("activation"),
-                                flags.data is None and flags.world == "planted")
+    layers = sae.known_settings(single, flags.preset, flags.get("activation"))
+    if flags.data is None and flags.world == "planted" and not flags.preset:
+        layers |= {**PLANTED, **PLANTED_ONE.get(layers.get("activation"), {})}
     refuse({"expansion", "latents"} <= flags.given,
            f"--set expansion and --latents {flags.latents} - give one of the two")
     if flags.preset:                                         # all pairs
@@ -667,8 +679,8 @@ def resolved(flags, features):
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
     flags = flags.replaced(chosen)
     if flags.get("null") == "auto":
-        seconds = sae.planned_seconds(features.dims, topk=flags.get("topk"),
-                                      **flags.pick("latents k batch targets"))
+        seconds = planned_seconds(features.dims, topk=flags.get("topk"),
+                                  **flags.pick("latents k batch targets"))
         flags["null"] = auto["steps"] * seconds < 60
     if chosen:
         shown = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}"
@@ -680,6 +692,18 @@ def resolved(flags, features):
     return flags
 
 
+# Settings that find the 48 planted concepts, three or four in a sample.
+PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
+PLANTED_ONE = {"batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
+
+
+def planned_seconds(dims, latents, k, batch, topk="local", targets=1):
+    """About how long a step takes on two cores: all logits of a batch, products by sources."""
+    logits, products = batch * latents, min(len(dims), targets + 1) * batch * k
+    seconds = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
+    return 2 * seconds if topk == "both" else seconds
+
+
 def make_model(features, flags, rows):
     """The untrained SAE or SPARC of `flags`; its statistics and bias are of the training rows."""
     needs = 32 * flags.latents * sum(features.dims.values())  # weights, gradients, Adam's moments
@@ -688,6 +712,9 @@ def make_model(features, flags, rows):
     shared = flags.pick("k norm aux_k aux_coef dead_after reinit_after seed")
     if "standard" in flags.norm:
         shared["stats"] = features.statistics(rows)
+    if "run" in flags:
+        return sae.SPARC({flags.stream: features.dims[flags.stream]}, flags.latents, topk="local",
+                         **shared)
     if "activation" not in flags:
         return sae.SPARC(features.dims, flags.latents, reduction=flags.loss, **shared,
                          **flags.pick("topk lam targets"))
@@ -1070,6 +1097,27 @@ def cmd_sae(flags):
     features = read_to_train(run.flags)
     run.flags = resolved(run.flags, features)
     judged(run, features)
+
+
+@command(f"{DATA} stream! null {STEPS} {FOLDER} out=runs/add", "run")
+def cmd_add(flags):
+    """A further stream learns the code of a run of sparc, whose streams stay as they are, from
+    samples of both; the new run has them all."""
+    run = Run(flags)
+    coded = Coded(run.flags.run, run.flags.replaced({"stream": None}))
+    refuse("activation" in coded.model.config, f"{run.flags.run} is a run of sae - add to a run of "
+           "sparc, or train both streams with sparc")
+    refuse(run.flags.stream in coded.model.streams,
+           f"the run has a stream '{run.flags.stream}' already - give the new one another name")
+    own = {k: v for k, v in coded.model.config.items() if k in ("k", "norm", "topk", "aux_k",
+                                                                "aux_coef", "reinit_after")}
+    flags = coded.flags.replaced({
+        **own, "latents": coded.model.n_latents, "targets": len(coded.model.streams),
+        "dead_after": "auto", "stream": run.flags.stream,
+        "streams": ",".join([*coded.model.streams, run.flags.stream])})
+    features = read_to_train(Flags({k: v for k, v in flags.items() if k != "stream"}))
+    run.flags = resolved(flags, features)
+    judged(run, features, run)
 
 
 @command(f"{DATA} seed device eval-rows json overwrite", "run")

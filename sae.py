@@ -37,7 +37,7 @@ Deviations   from the authors' code, where it differs from the papers or is wron
              has the gradient of its paper, which two public libraries miss by a factor.
 Ours         topk="both" (train on the joint and on the alone support), samples that lack streams
              (the sums and means of Eq. 7, 13, 14 are over what is there), `targets` (Eq. 14 from a
-             few pairs of streams, drawn anew each step), settings by the number of
+             few pairs of streams, drawn anew each step), `join_loss`, settings by the number of
              samples, features standardised before they are scaled to length 1 (the authors' code
              only scales, the papers say neither), and the sparse arithmetic.
 Not here     learning-rate decay, mixed precision, several GPUs.
@@ -795,19 +795,15 @@ class SAE(SPARC):
             y = z @ self.W_dec[s]
             codes = Codes(torch.arange(self.n_latents, device=z.device).expand_as(z), z)
         energy = v.square().sum(1)
-        error = (y - c).square() * self._error_weight(v, energy).unsqueeze(1)  # (B, d); their sum
+        each = 1 / max(1, len(v) if self.error == "sum" else v.numel())
+        weight = _nmse_weight(energy) if self.error == "nmse" else torch.full_like(energy, each)
+        error = (y - c).square() * weight.unsqueeze(1)       # (B, d), whose sum is the error
         aux = self._revival(c, (c - y).detach(), error.detach())
         aux_coef = self.aux_coef if self.revive == "auxk" else 1
         total = error.sum() + self.sparsity * penalty + aux_coef * aux
         return total, {"self": error.sum().detach(), "sparsity": penalty.detach(),
                        "aux": aux.detach(), "cross": c.new_zeros(()), "codes": [{s: codes}],
                        "energy": {s: energy}}
-
-    def _error_weight(self, x, energy):
-        """(B, d), its (B,) -> (B,): what the squared error of each sample counts, see `error`."""
-        if self.error == "nmse":
-            return _nmse_weight(energy)
-        return x.new_full((len(x),), 1 / (len(x) if self.error == "sum" else x.numel()))
 
     def _revival(self, c, residual, error):
         """The term of the loss that dead latents get, not yet weighted; 0 when there are none."""
@@ -836,11 +832,9 @@ def ghost_error(residual, h, W, error):
     logits and W (D, d) dictionary rows of the D dead latents. Returns (B, d): `error`'s value, and
     gradients to h and W alone.
     """
-    # only the direction counts, and exp must not overflow
-    excess = (h.detach().amax(-1, keepdim=True) - 20).clamp(min=0)
+    excess = (h.detach().amax(-1, keepdim=True) - 20).clamp(min=0)   # only the direction counts
     ghost = (h - excess).exp() @ W
-    length = residual.norm(dim=-1, keepdim=True)
-    # half as long as the residual
+    length = residual.norm(dim=-1, keepdim=True)                     # twice that of the ghost
     ghost = ghost * (length / (1e-6 + 2 * ghost.norm(dim=-1, keepdim=True))).detach()
     e = (ghost - residual).square() / length.clamp_min(1e-30)
     return e * (error / (e + 1e-6)).detach()
@@ -869,6 +863,57 @@ def geometric_median(x, iterations=1000, tolerance=1e-9):
         if moved <= tolerance * distance.mean():
             break
     return y.float()
+
+
+# ---- A stream that joins a trained code: ours ---------------------------------------------------
+# x: the raw features (B, d) of a model's one stream, by the names of others their alone Codes.
+
+def join_loss(model, x):
+    """For `fit`: (total, parts) of a batch. With z the stream's own alone code, z^s another's and m
+    the mean of those: NMSE (Eq. 13) of D(z), of D(z^s), of its own values on the support of z^s,
+    and ||z - m||^2 / ||m||^2, without which others cannot read z. Over s the mean."""
+    (own,) = model.streams
+    v, here = model._features({own: x[own]})
+    c, energy = model._centred(v, here), v[own].square().sum(1)
+
+    def error(code, values):                                 # index -1: the sample lacks s
+        rest = model.decode(Codes(code.indices, values), own) - v[own]
+        return (_nmse_weight(energy * (code.indices[:, 0] >= 0)) * rest.square().sum(1)).sum()
+    z, cross, m = model._encode(c, "alone", here)[own], [], 0.
+    others = [code for s, code in x.items() if s != own]
+    for code in others:
+        on = model._codes(c, {own: code.indices.clamp(min=0)}, here)[own].values
+        cross += [error(code, code.values), error(code, on * (code.indices >= 0))]
+        m = m + code.dense(model.n_latents)                                          # (B, L)
+    m = m / sum((code.indices[:, :1] >= 0).int() for code in others).clamp_min(1)
+    squares, own_error, cross_error = m.square().sum(1), error(z, z.values), sum(cross) / len(cross)
+    apart = squares + (z.values * (z.values - 2 * m.gather(1, z.indices))).sum(1)    # ||z - m||^2
+    total = own_error + 2 * cross_error + (_nmse_weight(squares * (energy > 0)) * apart).sum()
+    return total, {"self": own_error.detach(), "cross": cross_error.detach(),
+                   "codes": [{own: z}], "energy": {own: energy}}
+
+
+@torch.no_grad()
+def join_start(model, x):
+    """Start at what is to be learned: dictionary rows by ridge regression of the features on the
+    others' summed codes (in the samples' own space: at most some thousands), encoder rows along."""
+    (own,) = model.streams
+    here = ~missing(x[own])
+    v = model.normalise(x[own][here], own)
+    z = sum(code.dense(model.n_latents) for s, code in x.items() if s != own)[here]
+    model.b_pre[own].copy_(v.mean(0))
+    ridge = 0.1 * z.square().sum() / z.shape[1] * torch.eye(len(z), device=z.device)
+    rows = F.normalize(z.T @ torch.linalg.solve(z @ z.T + ridge, v - v.mean(0)))     # (L, d)
+    W, E = model.W_dec[own], model.W_enc[own]
+    W.copy_(torch.where(rows.any(1, keepdim=True), rows, W))
+    E.copy_(W * E.norm(dim=1, keepdim=True))
+
+
+def merged(model, joined):
+    """A SPARC of the streams of `model` and of one that joined its code, weights as they are."""
+    whole = SPARC(**{**model.config, "dims": {**model.dims, **joined.dims}, "targets": None})
+    whole.load_state_dict({**joined.state_dict(), **model.state_dict(), "step": joined.step})
+    return whole.to(model.step.device).eval()
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -990,15 +1035,16 @@ def _recycle(model):
 
 
 @_no_autocast
-def train_step(model, optimiser, x):
-    """One step on one batch x of raw features. Returns a dict: `loss` and the parts of the loss.
+def train_step(model, optimiser, x, loss=None):
+    """One step on one batch x of raw features, down loss(model, x) or else model.loss(x). Returns
+    a dict: `loss` and its parts.
 
     The order matters: gradient projected, optimiser step, rows renormalised. The authors
     renormalise before the step, which leaves what they save off unit norm.
     """
     _recycle(model)
     x = model._named(x)
-    total, parts = model.loss(x)
+    total, parts = loss(model, x) if loss else model.loss(x)
     total.backward()
     project_gradient(model)
     optimiser.step()
@@ -1018,8 +1064,8 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
     files are rebuilt badly), 50 passes in steps of a tenth of the samples, every dimension
     standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning
     rate falls with the root of L (Gao et al. 2024). One stream is served as well: more latents
-    rebuild its training samples better, and held-out ones no better. Up to four streams each code
-    rebuilds all others in every step, of more two others: the cost of Eq. 14 grows with M^2.
+    rebuild held-out samples no better. A code rebuilds all of up to four streams a step, of more
+    two others: the cost of Eq. 14 grows with M^2.
     """
     def power_of_two(most, least, limit):
         return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
@@ -1036,7 +1082,7 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
 # What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...
 THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
           "shuffle": "blocks", "dead_after": 1000}
-PRESETS = {                                                  # ... of one, in the papers' code, ...
+PRESETS = {                                                  # ... and of one, in the papers' code
     "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
     "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
               "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
@@ -1045,50 +1091,36 @@ PRESETS = {                                                  # ... of one, in th
              "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
              "batch": 16448, "epochs": 24, "dead_after": 64},
 }
-# ... and of made-up streams: they have 48 concepts, three or four in a sample.
-PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
-PLANTED_ONE = {"batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
 
 
-def known_settings(single, preset=None, activation=None, planted=False):
-    """Settings, {name: value}, that do not depend on the samples: the preset's, else those that
-    find planted concepts, else, of a single stream, the activation's own (the preset's, or topk).
-    Raises InputError when there is no such activation, or preset for several streams."""
-    found = dict(PLANTED) if planted else {}
+def known_settings(single, preset=None, activation=None):
+    """Settings, {name: value}, whatever the samples are: the preset's, and of a single stream its
+    activation's own (the preset's, or topk). Raises InputError where one is unknown or unfit."""
     if not single:
         if preset not in (None, "thesis"):
             raise InputError(f"preset {preset} is of one stream - use it with sae")
-        return {**found, **(THESIS if preset else {})}
+        return dict(THESIS) if preset else {}
     typical = PRESETS.get(preset, {})
     activation = activation or typical.get("activation", "topk")
     one_of("activation", activation, ACTIVATIONS)
     own = ACTIVATIONS[activation]
-    if planted:
-        found |= PLANTED_ONE.get(activation, {})
     return {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, "bias": "zeros",
-            "warmup": 0, "bandwidth": 0.1, **found, **typical, "activation": activation}
+            "warmup": 0, "bandwidth": 0.1, **typical, "activation": activation}
 
 
-def planned_seconds(dims, latents, k, batch, topk="local", targets=1):
-    """About how long a step takes on two cores: all logits of a batch, products by sources."""
-    logits, products = batch * latents, min(len(dims), targets + 1) * batch * k
-    seconds = 2e-3 + sum(dims.values()) * (3e-11 * logits + 1e-9 * products)
-    return 2 * seconds if topk == "both" else seconds
-
-
-def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0):
+def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0, loss=None):
     """Train until the model has taken `n_steps` steps in all, and return the optimiser.
 
     batch: step -> dict stream -> (B, d_s) raw; a pure function of the step makes resuming exact.
     warmup: steps over which the learning rate rises to lr (CytoSAE; SPARC has none).
-    on_step(step, result): called after each step, from 1, with what `train_step` returned.
+    on_step(step, result): called after each step, from 1; loss: both as in `train_step`.
     """
     optimiser = optimiser or make_optimiser(model, lr)
     model.train()
     for step in range(int(model.step), n_steps):
         if warmup and step <= warmup:
             optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / warmup)
-        result = train_step(model, optimiser, batch(step))
+        result = train_step(model, optimiser, batch(step), loss)
         if on_step:
             on_step(step + 1, result)
     model.zero_grad(set_to_none=True)                        # they take the memory of the weights

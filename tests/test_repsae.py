@@ -1876,7 +1876,7 @@ def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stre
     argv = ["sparc", "--data", str(odd_file(tmp_path / "f.npz", n)), "--out", str(tmp_path / "r")]
     assert repsae.resolved(repsae.parse(argv)[1], data.read_features(tmp_path / "f.npz")).null
     if n == 1100:                                            # one null is trained, of the smaller file
-        monkeypatch.setattr(sae, "planned_seconds", lambda *a, **kw: 61)
+        monkeypatch.setattr(repsae, "planned_seconds", lambda *a, **kw: 61)
     run(*argv)
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     own = {mode: [metrics[mode]["r2"][s][s] for s in metrics[mode]["r2"]] for mode in ("joint", "alone")}
@@ -1916,7 +1916,7 @@ def test_rows_are_shuffled_singly_in_memory_and_in_blocks_on_disk_with_a_warning
 
 
 def test_a_run_too_long_for_its_null_says_so_and_resuming_adds_it_without_training_again(features, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sae, "planned_seconds", lambda *a, **kw: 61)
+    monkeypatch.setattr(repsae, "planned_seconds", lambda *a, **kw: 61)
     run("sparc", "--data", features, *SMALL, "--out", tmp_path / "r")
     told = capsys.readouterr().out
     assert "joint figures stand without their null" in told and "--resume --null" in told and "null alone" not in told
@@ -1927,9 +1927,9 @@ def test_a_run_too_long_for_its_null_says_so_and_resuming_adds_it_without_traini
 
 
 def test_planned_seconds_tell_a_minute_from_an_hour():
-    assert 1000 * sae.planned_seconds({"x": 300, "y": 349}, batch=128, latents=256, k=16) < 60
+    assert 1000 * repsae.planned_seconds({"x": 300, "y": 349}, batch=128, latents=256, k=16) < 60
     dims = {"x": 768, "y": 768, "z": 512}
-    assert 200000 * sae.planned_seconds(dims, batch=256, latents=8192, k=64) > 600
+    assert 200000 * repsae.planned_seconds(dims, batch=256, latents=8192, k=64) > 600
 
 
 def test_a_code_that_cannot_fit_into_memory_is_refused_before_anything_is_written(features, tmp_path, capsys):
