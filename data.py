@@ -24,7 +24,7 @@ Deviations   from the authors' code: rows are never joined by position alone, wi
              the counts agree; the short last block is shuffled among the others, not put last;
              a tile counts as tumour when half of it lies in a region (Vim4Path's notebook compares
              a sixteenth), and no tiles reach over a slide's edge (CLAM's do).
-Ours         the made-up streams and tissue; weaker colour changes and pathology's turns in `Crops`.
+Ours         the made-up streams and tissue; weaker colour changes in `Crops`.
 """
 import contextlib
 import functools
@@ -1302,17 +1302,15 @@ class Crops:
     scale, local_scale  share of the image's area that a crop covers
     blur       largest radius of the Gaussian blur: 2 px suits 224 px, smaller images want less
     colour     strength of colour jitter, grey and solarised views: 1 is DINO's
-    pathology  vertical flips, right-angle turns and mild stain jitter as well: ours, for tissue
     All randomness comes from torch's global generator.
     """
 
     def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.),
-                 local_scale=(0.05, 0.4), blur=2., colour=1., pathology=False):
+                 local_scale=(0.05, 0.4), blur=2., colour=1.):
         t = vision().transforms
-        tissue = [t.RandomVerticalFlip(), t.Lambda(quarter_turns), t.Lambda(stain_jitter)]
         jitter = t.ColorJitter(0.4 * colour, 0.4 * colour, 0.2 * colour, 0.1 * colour)
-        change = [t.RandomHorizontalFlip(), *(tissue if pathology else []),
-                  t.RandomApply([jitter], 0.8), t.RandomGrayscale(0.2 * colour)]
+        change = [t.RandomHorizontalFlip(), t.RandomApply([jitter], 0.8),
+                  t.RandomGrayscale(0.2 * colour)]
         blurred = t.Lambda(functools.partial(random_blur, most=blur))
 
         def view(side, area, blur_share, *more):
@@ -1331,23 +1329,6 @@ def random_blur(image, most):
     """Gaussian blur of a random radius, from 0.1 (or `most`, if less) to `most` pixels."""
     radius = torch.empty(1).uniform_(min(0.1, most), most).item()
     return image.filter(ImageFilter.GaussianBlur(radius))
-
-
-def quarter_turns(image):
-    """A random number of right-angle turns."""
-    return image.rotate(90 * int(torch.randint(4, (1,))))
-
-
-# Optical density of R, G, B per unit of haematoxylin, eosin and DAB: Ruifrok & Johnston 2001
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-
-
-def stain_jitter(image, strength=0.05):
-    """Scale and shift the amount of each stain by up to `strength` (Tellez et al. 2018)."""
-    density = -np.log((np.asarray(image, np.float64) + 1) / 256)                 # (H, W, 3)
-    scale, shift = torch.empty(2, 3).uniform_(-strength, strength).double().numpy()
-    density = (density @ np.linalg.inv(STAINS) * (1 + scale) + shift) @ STAINS
-    return Image.fromarray((256 * np.exp(-density) - 1).round().clip(0, 255).astype(np.uint8))
 
 
 class CropBatches(torch.utils.data.Dataset):

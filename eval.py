@@ -1305,30 +1305,6 @@ def pixel_probe(pixels, y, parts, n_classes):
     return scores(y[test], best[len(val):])
 
 
-def sgd_probe(train, labels, test, n_classes=None, epochs=20, batch=64, lr=1e-3, seed=0):
-    """DINO's linear evaluation on fixed features (thesis 3.2.3): probabilities (n, C) of `test`.
-
-    SGD with momentum 0.9, lr * batch / 256 falling as half a cosine, epoch by epoch; weights from
-    N(0, 0.01); no decay. After the last epoch: the published number is that of the best epoch
-    *on the test set*."""
-    n_classes = n_classes or int(labels.max()) + 1
-    x, y = torch.as_tensor(train, dtype=torch.float32), torch.as_tensor(labels).long()
-    g = torch.Generator().manual_seed(seed)
-    layer = torch.nn.Linear(x.shape[1], n_classes)
-    torch.nn.init.normal_(layer.weight, std=0.01, generator=g)
-    torch.nn.init.zeros_(layer.bias)
-    optimiser = torch.optim.SGD(layer.parameters(), lr * batch / 256, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=g).split(batch):
-            optimiser.zero_grad()
-            torch.nn.functional.cross_entropy(layer(x[rows]), y[rows]).backward()
-            optimiser.step()
-        schedule.step()
-    with torch.no_grad():
-        return torch.softmax(layer(torch.as_tensor(test, dtype=torch.float32)), 1).numpy()
-
-
 def label_tasks(labels, *parts):
     """What features are judged by, a list of (N,) int: the labels (N,) as they are; of labels
     (N, C) that hold at once each that every part (rows) both has and lacks."""

@@ -193,10 +193,9 @@ MODEL = {
     "whole": (False, "switch", "squeeze pictures to a square instead of cutting their middle out"),
     "tau": (0.0, "float", "activation above which a patch counts (CytoSAE Eq. 3; barcodes .2)"),
     "weighted": (False, "switch", "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", "mean|difference|boxes", "latents of a label by mean activation (Mammo-SAE), "
-             "by the difference to the rest or inside its boxes (ours)"),
+    "rank": ("mean", "mean|boxes", "latents of a label by mean activation (Mammo-SAE), or inside "
+             "its boxes (ours)"),
     "iou": (0.25, "float 1e-9..1", "overlap with a true box that makes a box right"),
-    "solver": ("lbfgs", "lbfgs|sgd", "of the linear probe: exact, or DINO's 20 epochs"),
     "downsample": (1.0, "float 1e-9..", "pixels of the slide in one of the tile's"),
     "threshold": (8, "int 0..255", "saturation above which a pixel is tissue"),
     "otsu": (False, "switch", "find that threshold by Otsu's method"),
@@ -218,7 +217,6 @@ TRAINING = {
     "global-scale": ([0.4, 1.], "pair 0..1", "the same of global crops"),
     "blur": (2.0, "float 0..100", "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1.0, "float 0..2", "strength of colour changes; less where colour matters"),
-    "pathology": (False, "switch", "vertical flips, right-angle turns, stain jitter too (ours)"),
     "balanced": (False, "switch", "draw bags so that classes are equally frequent"),
     "folds": (0, "int 0..1000", "parts of all bags, in turn; 0: the file's, or 70 / 15 / 15"),
     "votes": (1, "int 1..1000", "models that vote on a bag, each from its own weights"),
@@ -1099,24 +1097,22 @@ def cmd_sae(flags):
     judged(run, features)
 
 
-@command(f"{DATA} stream! null {STEPS} {FOLDER} out=runs/add", "run")
+@command(f"data taxonomy stream! null {STEPS} {FOLDER} out=runs/add", "run")
 def cmd_add(flags):
     """A further stream learns the code of a run of sparc, whose streams stay as they are, from
     samples of both; the new run has them all."""
     run = Run(flags)
-    coded = Coded(run.flags.run, run.flags.replaced({"stream": None}))
-    refuse("activation" in coded.model.config, f"{run.flags.run} is a run of sae - add to a run of "
-           "sparc, or train both streams with sparc")
-    refuse(run.flags.stream in coded.model.streams,
-           f"the run has a stream '{run.flags.stream}' already - give the new one another name")
-    own = {k: v for k, v in coded.model.config.items() if k in ("k", "norm", "topk", "aux_k",
-                                                                "aux_coef", "reinit_after")}
+    new, theirs = run.flags.stream, run.flags.replaced({"stream": None, "streams": None})
+    coded = Coded(theirs.run, theirs)
+    own = coded.model.config
+    refuse("activation" in own or new in own["dims"], f"{theirs.run} is of sae, or has a stream "
+           f"'{new}' already - name a run of sparc, and a new stream")
     flags = coded.flags.replaced({
-        **own, "latents": coded.model.n_latents, "targets": len(coded.model.streams),
-        "dead_after": "auto", "stream": run.flags.stream,
-        "streams": ",".join([*coded.model.streams, run.flags.stream])})
+        **{k: own[k] for k in ("k", "norm", "topk", "aux_k", "aux_coef", "reinit_after")},
+        "latents": own["n_latents"], "targets": len(own["dims"]), "dead_after": "auto",
+        "streams": ",".join([*own["dims"], new])})
     features = read_to_train(Flags({k: v for k, v in flags.items() if k != "stream"}))
-    run.flags = resolved(flags, features)
+    run.flags = resolved(flags.replaced({"stream": new}), features)
     judged(run, features, run)
 
 
@@ -1197,7 +1193,7 @@ def cmd_ablate(flags):
 # ---- Backbones: DINO, features, probes (thesis 3.2) ---------------------------------------------
 
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
-         "colour pathology standardise prototypes head-hidden bottleneck teacher-temp momentum "
+         "colour standardise prototypes head-hidden bottleneck teacher-temp momentum "
          "epochs=100 batch=512 lr=5e-4 warmup=10 weight-decay=0.04 decay-ssm knn-every workers "
          "seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
@@ -1218,7 +1214,7 @@ def cmd_dino(flags):
         teacher([torch.zeros(1, 3, side, side, device=flags.device)
                  for side in (flags.size, flags.local_size)])
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, flags.global_scale,
-                       flags.local_scale, flags.blur, flags.colour, flags.pathology)
+                       flags.local_scale, flags.blur, flags.colour)
     run.begin(data_hash=images.hash, pictures=len(images))
     watch = Watch(images, flags)                             # labels serve this alone
     before = watch.knn(teacher.backbone)                     # random weights
@@ -1424,7 +1420,7 @@ def load_backbone(spec, flags, n_classes=0, head=False):
     return name, model.eval().to(flags.device)
 
 
-@command(f"{DATA} seed solver only json overwrite")
+@command(f"{DATA} seed only json overwrite")
 def cmd_probe(flags):
     """Linear probe and weighted k-NN on features: do they tell the labels apart (thesis 3.2.3)?"""
     features = read_to_train(flags)
@@ -1443,12 +1439,10 @@ def cmd_probe(flags):
     for c in [] if several else np.setdiff1d(y[test], y[train]):
         raise InputError(f"no training sample has the label '{names[c]}' of test samples - mend "
                          "`split`, or name the others with --only")
-    linear = functools.partial(judge.sgd_probe, seed=flags.seed) if flags.solver == "sgd" else \
-        judge.logistic_probe
     found, C = {}, 2 if several else len(chosen)             # has it or not, or which of them
     for s in features.streams:
         x = (features.batch(part)[s].numpy() for part in rows)
-        found[s] = judge.judged_features(*x, tasks, rows, C, linear)
+        found[s] = judge.judged_features(*x, tasks, rows, C, judge.logistic_probe)
     cells = [[f"{s}, {way}", *v.values()] for s in found for way, v in found[s].items()]
     print(judge.text_table(["", "accuracy", "balanced accuracy", "F1", "AUC"], cells))
     print(f"{len(train)} samples to learn from, {len(test)} to test on" + several
@@ -1590,7 +1584,7 @@ def cmd_intervene(flags):
     if label is not None:
         means = judge.class_means(coded.strength[train], y[train])
         tell_interventions(page, coded, y > 0, train, test, means)
-        rank = rank_of(coded, label, train, means, flags.rank)
+        rank = inside_boxes(coded, label, train) if flags.rank == "boxes" else means[1]
         tell_places(page, coded, label, test, rank, flags.iou)
         tell_class_means(page, means, flags)
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
@@ -1637,11 +1631,8 @@ def tell_places(page, coded, label, test, rank, iou):
             for row, image in shown.items()))
 
 
-def rank_of(coded, label, train, means, rank):
-    """How much each latent belongs to a label (L,): by its class mean (Mammo-SAE section 2.2), by
-    what that exceeds the other class's, or by its activity inside boxes (both ours)."""
-    if rank != "boxes":
-        return means[1] - means[0] * (rank == "difference")
+def inside_boxes(coded, label, train):
+    """How much more active each latent is inside a label's boxes than elsewhere (L,)."""
     grid = coded.features.grid
     refuse(grid is None or coded.features.boxes is None,
            f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - extract --tokens of boxes")

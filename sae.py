@@ -278,7 +278,7 @@ def _has_csr():
 
 def _no_autocast(function):
     """Run a function of a model in the precision of its weights, whatever autocast surrounds the
-    call: CSR kernels know no other, and for choosing in bfloat16 there is `select`."""
+    call: CSR kernels know no other."""
     @wraps(function)
     def run(model, *args, **kw):
         with torch.autocast(model.step.device.type, enabled=False):
@@ -313,7 +313,6 @@ class SPARC(nn.Module):
                 AuxK (thesis A.1.2): a latent that has not fired for `dead_after` training steps is
                 dead; the `aux_k` best dead latents rebuild the residual, weighted `aux_coef`. One
                 still dead `reinit_after` steps later is drawn anew (theirs: at once)
-    select      "fp32", or "bf16" to choose in bfloat16 while training: faster, nearly the same
     kernels     "auto", "csr" or "gather": see the sparse products above
     seed        of the initial weights and of every later draw
 
@@ -325,12 +324,12 @@ class SPARC(nn.Module):
 
     def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2",
                  stats=None, aux_k=64, aux_coef=1 / 32, dead_after=1000, reinit_after=1000,
-                 select="fp32", kernels="auto", seed=42, targets=None):
+                 kernels="auto", seed=42, targets=None):
         super().__init__()
         self.config = dict(dims=dict(dims), n_latents=n_latents, k=k, topk=topk, lam=lam,
                            reduction=reduction, norm=norm, aux_k=aux_k, aux_coef=aux_coef,
-                           dead_after=dead_after, reinit_after=reinit_after, select=select,
-                           kernels=kernels, seed=seed, targets=targets)
+                           dead_after=dead_after, reinit_after=reinit_after, kernels=kernels,
+                           seed=seed, targets=targets)
         self._check()
         for name, value in self.config.items():
             setattr(self, name, value)
@@ -368,7 +367,7 @@ class SPARC(nn.Module):
             raise InputError(f"k={c['k']} must lie in 1..latents={c['n_latents']} - "
                              "lower k or raise latents")
         for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")),
-                              ("select", ("fp32", "bf16")), ("kernels", ("auto", "csr", "gather"))):
+                              ("kernels", ("auto", "csr", "gather"))):
             one_of(name, c[name], allowed)
 
     # -- features in -----------------------------------------------------------------------------
@@ -438,10 +437,7 @@ class SPARC(nn.Module):
         h = sum(self.b_lat[s] * here[s].unsqueeze(1) if s in here else self.b_lat[s]
                 for s in streams)                                                    # (L,), (B, L)
         for s in streams:
-            if self.select == "bf16" and self.training:
-                h = (c[s].bfloat16() @ self.W_enc[s].bfloat16().T).float().add_(h)
-            else:
-                h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)
+            h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)
         return h
 
     @torch.no_grad()
@@ -896,7 +892,7 @@ def join_loss(model, x):
 @torch.no_grad()
 def join_start(model, x):
     """Start at what is to be learned: dictionary rows by ridge regression of the features on the
-    others' summed codes (in the samples' own space: at most some thousands), encoder rows along."""
+    others' summed codes, of some thousand samples at most, and encoder rows along them."""
     (own,) = model.streams
     here = ~missing(x[own])
     v = model.normalise(x[own][here], own)
@@ -1185,6 +1181,7 @@ def load(path, device="cpu"):
 def _unpacked(state, device):
     """(model, optimiser or None, extra) of what `save` packed; raises anything for other things."""
     kind = SAE if "activation" in state["config"] else SPARC
+    state["config"].pop("select", None)                      # a setting of before
     model = kind(**state["config"]).to(device)
     model.load_state_dict(state["model"])
     if model.step < 0:

@@ -94,15 +94,14 @@ def dense_step(model, optimiser, x):
 
 
 OURS, AUTHORS = "sparse (ours)", "dense, Adam's defaults (the authors' way)"
-KINDS = (OURS, "sparse, --select bf16", AUTHORS, "dense, fused Adam")
+KINDS = (OURS, AUTHORS, "dense, fused Adam")
 
 
 def contender(kind, dims, device, batch=256, latents=8192, k=64, targets=None):
     """A function that takes a training step of a kind, on a random batch of the thesis's size."""
     g = torch.Generator().manual_seed(0)
     x = {s: F.normalize(torch.randn(batch, d, generator=g)).to(device) for s, d in dims.items()}
-    select = "bf16" if "bf16" in kind else "fp32"
-    model = sae.SPARC(dims, latents, k, select=select, targets=targets).to(device).train()
+    model = sae.SPARC(dims, latents, k, targets=targets).to(device).train()
     optimiser = (torch.optim.Adam(model.parameters(), lr=1e-4) if kind == AUTHORS
                  else sae.make_optimiser(model))
     step = dense_step if "dense" in kind else sae.train_step

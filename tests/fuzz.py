@@ -60,6 +60,7 @@ MAKE = [
     f"sae --data f.npz --stream x {FIT} --out sae",
     f"sae --data tok.npz --norm none {FIT} --out tokens",
     f"sparc --data feats.npz {FIT} --out world",
+    f"sparc --data feats.npz --streams clip_img,clip_txt {FIT} --out pair",
     f"finetune --images pics {SMALL_TUNE.replace('vit_micro', 'v=vit_micro:random')} --out tuned",
     "tile --images slide.png --size 16 --smallest 0.001 --out tiles",
 ]
@@ -71,6 +72,7 @@ CASES = [case.split() for case in [
     f"sae --data f.npz --stream y --activation relu {FIT} --out o",
     "sae --data tok.npz --resume --out tokens",
     f"sae --activation all --data f.npz --stream x {FIT} --out o",
+    "add pair --stream vit --batch 16 --epochs 1 --out o",
     "eval sparc --json o.json",
     "eval sparc --data folder --json o.json",
     "encode sparc --data f.npz --out o.npz",
@@ -101,7 +103,7 @@ CASES = [case.split() for case in [
     "extract --images voc --weights d=dino --tokens --out o.npz",
     "extract --images tiles/slide.npz --weights v=tuned/v.pt --size 16 --out o.npz",
     "probe --data f.npz --json o.json",
-    "probe --data feats.npz --solver sgd --only lymphocyte",
+    "probe --data feats.npz --seed 3 --only lymphocyte",
     "tile --voc voc --size 8 --out o",
     "tile --images slide.png --size 16 --smallest 0.001 --rois rois.xml --out o",
     "tile --images slide.png --size 16 --smallest 0.001 --otsu --out o",
@@ -117,6 +119,7 @@ CASES = [case.split() for case in [
 COMMANDS = sorted({case[0] for case in CASES})
 # Files that a command reads though its command line does not name them.
 BEHIND = {"sparc": ["f.npz"], "sae": ["f.npz"], "tokens": ["tok.npz"], "world": ["feats.npz"],
+          "pair": ["feats.npz"],
           "tissue/tissue.npz": ["tissue/images/00001.png"], "tiles/slide.npz": ["slide.png"]}
 
 
