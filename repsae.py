@@ -371,7 +371,8 @@ class Run:
         """Make the folder, rid it of what its manifest lists unless the run goes on, and write
         config.json: the flags and what `about` tells."""
         refuse(self.saved and self.saved.get("data_hash") != about.get("data_hash"),
-               f"the data is not what the run in {self.folder} was trained on - restore it")
+               f"the data, or the run it joins, is not what {self.folder} was trained on - "
+               "restore it")
         self._lock()
         if not self.saved:
             self._clear()
@@ -615,10 +616,13 @@ def train(run, features):
     """Train, or go on training, the model of run.flags on `features`. Returns (model, Log). Where
     the flags name a run, --stream learns to join the code of its streams, which stay as they are.
     """
-    flags, rows = run.flags, features.rows("train")
-    model, old = make_model(features, flags, rows).to(flags.device), None
+    flags, rows, old, known = run.flags, features.rows("train"), None, features.hash
+    if "run" in flags:
+        old, _, _ = sae.load(os.path.join(flags.run, "checkpoint.pt"), flags.device)
+        known += f" {sum(W.detach().sum().item() for W in old.W_enc.values())}"
+    model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
-    run.begin(dims=features.dims, data_hash=features.hash, train_rows=len(rows))
+    run.begin(dims=features.dims, data_hash=known, train_rows=len(rows))
     checkpoint = run.path("checkpoint.pt")
     if run.saved and os.path.exists(checkpoint):
         model, optimiser, _ = sae.load(checkpoint, flags.device)
@@ -634,13 +638,14 @@ def train(run, features):
              lambda: f"loss {float(result['loss']):.4f}  dead "
              + "/".join(str(int(model.dead(s).sum())) for s in model.streams))
 
+    @torch.no_grad()
     def seen(some):
         x = {s: v.to(flags.device) for s, v in features.batch(some).items()}
         return {flags.stream: x.pop(flags.stream), **old.encode(x, "alone")} if old else x
-    if "run" in flags and len(model.streams) == 1:           # else it has joined already
-        old, _, _ = sae.load(os.path.join(flags.run, "checkpoint.pt"), flags.device)
-        if not model.step:
-            sae.join_start(model, seen(rows[::1 + len(rows) // 4096]))
+    old = old if len(model.streams) == 1 else None           # it has joined already
+    if old and not model.step:
+        some = rows[features.has(flags.stream, rows)]
+        sae.join_start(model, seen(some[::1 + len(some) // 4096]))
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda: sae.save(checkpoint, model, optimiser)) as keep:
         sae.fit(model, lambda step: seen(batches.rows(step)), n_steps, lr=flags.lr,
@@ -658,8 +663,9 @@ def resolved(flags, features):
     """
     single, n = "activation" in flags, len(features.rows("train"))
     layers = sae.known_settings(single, flags.preset, flags.get("activation"))
-    if flags.data is None and flags.world == "planted" and not flags.preset:
-        layers |= {**PLANTED, **PLANTED_ONE.get(layers.get("activation"), {})}
+    if flags.data is None and flags.world == "planted":      # the preset goes first
+        typical = sae.PRESETS.get(flags.preset, {}) if single else layers
+        layers = {**layers, **PLANTED, **PLANTED_ONE.get(layers.get("activation"), {}), **typical}
     refuse({"expansion", "latents"} <= flags.given,
            f"--set expansion and --latents {flags.latents} - give one of the two")
     if flags.preset:                                         # all pairs
@@ -844,9 +850,8 @@ def judged(run, features, whole=None, quiet=False):
         shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
         null, twin = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
-    metrics["verdict"] = judge.verdict(
-        metrics, whole and f"add it with python repsae.py {flags.command} --resume --null --out "
-                           f"{shlex.quote(whole.folder)}")
+    metrics["verdict"] = judge.verdict(metrics, whole and "add it with "
+                                       f"{resuming(flags)} --null --out {shlex.quote(whole.folder)}")
     name, shown = os.path.basename(os.path.abspath(run.folder)), explored(model, features, flags)
     shown[2].update(null=twin, curves=judge.training_curves(log.rows))
     page = judge.Page(f"repsae {flags.command}: {name}")
@@ -965,13 +970,7 @@ class Coded:
     """
 
     def __init__(self, run, flags, streams=None):
-        refuse(not os.path.exists(os.path.join(run, "config.json")),
-               f"{run} is no run folder - name one that sparc or sae wrote")
-        own = read_config(run)["flags"]
-        own = {k: own[k] for k in ("data", "taxonomy", "seed", "world")
-               if k in own and (k in flags or k == "world") and k not in flags.given}
-        flags = flags.replaced({"taxonomy": None, "world": "planted", **flags, **own})
-        self.run = run
+        self.run, flags = run, as_trained(run, flags)
         self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
         there = data.Source(flags.data).streams if flags.data else self.model.streams
         known = [s for s in self.model.streams if s in there]
@@ -1054,6 +1053,16 @@ class Coded:
         return {"sample": int(row), **found}
 
 
+def as_trained(run, flags):
+    """The flags, with what a run was trained on where it was not typed: data, seed, taxonomy."""
+    refuse(not os.path.exists(os.path.join(run, "config.json")),
+           f"{run} is no run folder - name one that sparc or sae wrote")
+    own = read_config(run)["flags"]
+    own = {k: own[k] for k in ("data", "taxonomy", "seed", "world") if k in own
+           and (k in flags or k in ("seed", "world")) and k not in flags.given}
+    return flags.replaced({"taxonomy": None, "world": "planted", **flags, **own})
+
+
 def label_number(features, label):
     """The number of a label given by name or number; raises InputError when there is none of it."""
     if label in features.label_names:
@@ -1097,22 +1106,23 @@ def cmd_sae(flags):
     judged(run, features)
 
 
-@command(f"data taxonomy stream! null {STEPS} {FOLDER} out=runs/add", "run")
+@command(f"data taxonomy stream! null preset epochs batch lr shuffle {FOLDER} out=runs/add", "run")
 def cmd_add(flags):
     """A further stream learns the code of a run of sparc, whose streams stay as they are, from
-    samples of both; the new run has them all."""
+    samples of both; the new run has them all. The seed, which draws the split, is the run's."""
     run = Run(flags)
-    new, theirs = run.flags.stream, run.flags.replaced({"stream": None, "streams": None})
-    coded = Coded(theirs.run, theirs)
-    own = coded.model.config
-    refuse("activation" in own or new in own["dims"], f"{theirs.run} is of sae, or has a stream "
-           f"'{new}' already - name a run of sparc, and a new stream")
-    flags = coded.flags.replaced({
-        **{k: own[k] for k in ("k", "norm", "topk", "aux_k", "aux_coef", "reinit_after")},
-        "latents": own["n_latents"], "targets": len(own["dims"]), "dead_after": "auto",
-        "streams": ",".join([*own["dims"], new])})
-    features = read_to_train(Flags({k: v for k, v in flags.items() if k != "stream"}))
-    run.flags = resolved(flags.replaced({"stream": new}), features)
+    if not run.saved:
+        old, _, _ = sae.load(os.path.join(flags.run, "checkpoint.pt"))
+        own, new = old.config, flags.stream
+        refuse("activation" in own or new in own["dims"], f"{flags.run} is of sae, or has a stream "
+               f"'{new}' already - name a run of sparc, and a new stream")
+        run.flags = as_trained(flags.run, flags).replaced({
+            **{k: own[k] for k in ("k", "norm", "topk", "aux_k", "aux_coef", "reinit_after")},
+            "latents": own["n_latents"], "targets": len(own["dims"]), "dead_after": "auto",
+            "streams": ",".join([*own["dims"], new])})
+    features = read_to_train(Flags({k: v for k, v in run.flags.items() if k != "stream"}))
+    refuse(run.flags.stream not in features.dims, "--stream names one stream - add one by one")
+    run.flags = resolved(run.flags, features)
     judged(run, features, run)
 
 
@@ -2338,7 +2348,7 @@ def parse(argv):
         typed[name.replace("-", "_")], said[name] = text, f"--set {word}"
     defaults = {name.replace("-", "_"): default for name, default in each.flags.items()}
     flags = Flags({**defaults, **typed})
-    flags.given = frozenset(typed) & frozenset(defaults)
+    flags.given = frozenset(typed) & frozenset([*defaults, "run"])
     for flag, default in each.flags.items():
         text = typed.get(flag.replace("-", "_"))
         if isinstance(text, str):                            # not of a switch, on or off
@@ -2399,6 +2409,12 @@ def say(text):
 say_once = functools.cache(say)                              # the same line once in a process
 
 
+def resuming(flags):
+    """The command that goes on with a run, but for its --out."""
+    base = f"{shlex.quote(flags.run)} " if flags.get("run") else ""
+    return f"python repsae.py {flags.command} {base}--resume"
+
+
 def fail(text):
     """End as every user error does: one line of at most 400 characters, exit code 2. Of a longer
     one the middle goes, since its end says what to do."""
@@ -2432,8 +2448,7 @@ def main(argv=None):
         run, flags = parse(argv)
         perform(run, flags)
     except Interrupted as e:
-        say(f"\n{e}; go on with: python repsae.py {flags.command} --resume --out "
-            f"{shlex.quote(flags.out)}")
+        say(f"\n{e}; go on with: {resuming(flags)} --out {shlex.quote(flags.out)}")
         raise SystemExit(130)
     except KeyboardInterrupt:
         raise SystemExit(130)

@@ -872,21 +872,22 @@ def join_loss(model, x):
     v, here = model._features({own: x[own]})
     c, energy = model._centred(v, here), v[own].square().sum(1)
 
-    def error(code, values):                                 # index -1: the sample lacks s
-        rest = model.decode(Codes(code.indices, values), own) - v[own]
-        return (_nmse_weight(energy * (code.indices[:, 0] >= 0)) * rest.square().sum(1)).sum()
+    def error(indices, values):                              # index -1: the sample lacks s
+        rest = model.decode(Codes(indices, values.to(v[own])), own) - v[own]
+        return (_nmse_weight(energy * (indices[:, 0] >= 0)) * rest.square().sum(1)).sum()
     z, cross, m = model._encode(c, "alone", here)[own], [], 0.
-    others = [code for s, code in x.items() if s != own]
+    others, used = [code for s, code in x.items() if s != own], [{own: z}]
     for code in others:
         on = model._codes(c, {own: code.indices.clamp(min=0)}, here)[own].values
-        cross += [error(code, code.values), error(code, on * (code.indices >= 0))]
+        used.append({own: Codes(code.indices, on * (code.indices >= 0))})
+        cross += [error(*code), error(*used[-1][own])]
         m = m + code.dense(model.n_latents)                                          # (B, L)
     m = m / sum((code.indices[:, :1] >= 0).int() for code in others).clamp_min(1)
-    squares, own_error, cross_error = m.square().sum(1), error(z, z.values), sum(cross) / len(cross)
+    squares, own_error, cross_error = m.square().sum(1), error(*z), sum(cross) / len(cross)
     apart = squares + (z.values * (z.values - 2 * m.gather(1, z.indices))).sum(1)    # ||z - m||^2
     total = own_error + 2 * cross_error + (_nmse_weight(squares * (energy > 0)) * apart).sum()
     return total, {"self": own_error.detach(), "cross": cross_error.detach(),
-                   "codes": [{own: z}], "energy": {own: energy}}
+                   "codes": used, "energy": {own: energy}}
 
 
 @torch.no_grad()
@@ -898,7 +899,7 @@ def join_start(model, x):
     v = model.normalise(x[own][here], own)
     z = sum(code.dense(model.n_latents) for s, code in x.items() if s != own)[here]
     model.b_pre[own].copy_(v.mean(0))
-    ridge = 0.1 * z.square().sum() / z.shape[1] * torch.eye(len(z), device=z.device)
+    ridge = (0.1 * z.square().sum() / z.shape[1]).clamp_min(1e-12) * torch.eye(len(z)).to(z)
     rows = F.normalize(z.T @ torch.linalg.solve(z @ z.T + ridge, v - v.mean(0)))     # (L, d)
     W, E = model.W_dec[own], model.W_enc[own]
     W.copy_(torch.where(rows.any(1, keepdim=True), rows, W))
@@ -1091,7 +1092,7 @@ PRESETS = {                                                  # ... and of one, i
 
 def known_settings(single, preset=None, activation=None):
     """Settings, {name: value}, whatever the samples are: the preset's, and of a single stream its
-    activation's own (the preset's, or topk). Raises InputError where one is unknown or unfit."""
+    activation's own (the preset's, or topk). Raises InputError for what does not exist, or fit."""
     if not single:
         if preset not in (None, "thesis"):
             raise InputError(f"preset {preset} is of one stream - use it with sae")
@@ -1109,7 +1110,8 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0, 
 
     batch: step -> dict stream -> (B, d_s) raw; a pure function of the step makes resuming exact.
     warmup: steps over which the learning rate rises to lr (CytoSAE; SPARC has none).
-    on_step(step, result): called after each step, from 1; loss: both as in `train_step`.
+    on_step(step, result): called after each step, from 1, with what `train_step`, to which `loss`
+    goes, returned.
     """
     optimiser = optimiser or make_optimiser(model, lr)
     model.train()
