@@ -371,8 +371,8 @@ class Run:
         """Make the folder, rid it of what its manifest lists unless the run goes on, and write
         config.json: the flags and what `about` tells."""
         refuse(self.saved and self.saved.get("data_hash") != about.get("data_hash"),
-               f"the data, or the run it joins, is not what {self.folder} was trained on - "
-               "restore it")
+               f"the data (or the run it joins) is not what the run in {self.folder} was trained "
+               "on - restore it")
         self._lock()
         if not self.saved:
             self._clear()
@@ -850,8 +850,9 @@ def judged(run, features, whole=None, quiet=False):
         shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
         null, twin = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
-    metrics["verdict"] = judge.verdict(metrics, whole and "add it with "
-                                       f"{resuming(flags)} --null --out {shlex.quote(whole.folder)}")
+    metrics["verdict"] = judge.verdict(
+        metrics, whole and f"add it with {resuming(flags)} --null --out "
+                           f"{shlex.quote(whole.folder)}")
     name, shown = os.path.basename(os.path.abspath(run.folder)), explored(model, features, flags)
     shown[2].update(null=twin, curves=judge.training_curves(log.rows))
     page = judge.Page(f"repsae {flags.command}: {name}")
