@@ -29,9 +29,8 @@ const note = (...words) => h("p", {class: "note"}, ...words);
 // Positions of the n best values that are not null, ties to the lower.
 const best = (values, n, up = 1) => [...values.keys()].filter(k => values[k] !== null)
   .sort((a, b) => up * (values[b] - values[a]) || a - b).slice(0, n);
-const cached = new Map();
-const once = (key, make) =>               // what takes time is made when first asked for
-  cached.has(key) ? cached.get(key) : cached.set(key, make()).get(key);
+const cached = {};
+const once = (key, make) => cached[key] ??= make();     // what takes time, when first asked for
 
 // -- Arrays ---------------------------------------------------------------------------------------
 function levels(packed) {                // whole numbers, as they were packed
@@ -55,28 +54,30 @@ function sparse(group, part, places) {
     for (const end = from + lengths[i]; from < end; from++) if (all[from]) kept[n++] = from;
     start[i + 1] = n;                    // what is 0 here, another stream of the group has
   }
-  const of = values => picked(values, kept, start[lengths.length]);
+  const n = start[lengths.length];
+  const of = values => n < all.length ? picked(values, kept, n) : values;
   return {start, at: of(columns), level: of(all), value: of(numbers(group.values[part])),
           place: of(places ? levels(places) : [])};
 }
-// The same by columns, greatest values first, ties to the lower row.
-function turned(m, width) {
-  const n = m.at.length, row = new Uint32Array(n), start = new Uint32Array(width + 1);
-  const key = new Float64Array(n);
+// The entries `from` in the order of whole keys below `size`, and where those of each key start.
+function sorted(from, key, size) {
+  const start = new Uint32Array(size + 1), order = new Uint32Array(from.length);
+  for (let e = 0; e < key.length; e++) start[key[e] + 1]++;
+  for (let k = 0; k < size; k++) start[k + 1] += start[k];
+  for (let e = 0, to = start.slice(); e < from.length; e++) order[to[key[from[e]]]++] = from[e];
+  return {order, start};
+}
+function turned(m, width) {              // by columns, greatest values first, ties to the lower row
+  const row = new Uint32Array(m.at.length), rising = row.map((_, e) => e);
   for (let i = 0; i + 1 < m.start.length; i++) row.fill(i, m.start[i], m.start[i + 1]);
-  for (let e = 0; e < n; e++) start[m.at[e] + 1]++;
-  for (let j = 0; j < width; j++) start[j + 1] += start[j];
-  const next = start.slice();
-  for (let e = 0; e < n; e++) key[next[m.at[e]]++] = (65535 - m.level[e]) * n + e;
-  for (let j = 0; j < width; j++) key.subarray(start[j], start[j + 1]).sort();
-  const order = key.map(v => v - n * Math.floor(v / n));
-  const [at, value, place] = [row, m.value, m.place].map(values => picked(values, order, n));
+  const falling = sorted(rising, m.level.map(v => 65535 - v), 65536).order;
+  const {order, start} = sorted(falling, m.at, width);
+  const [at, value, place] = [row, m.value, m.place].map(v => picked(v, order, order.length));
   return {start, at, value, place};
 }
 const slice = (m, n, name) => m[name].subarray(m.start[n], m.start[n + 1]);
 const entries = (m, n) => Array.from(slice(m, n, "at"), (j, e) => [j, m.value[m.start[n] + e]]);
 const count = (m, n) => m.start[n + 1] - m.start[n];
-
 const ROWS = levels(P.rows), N = ROWS.length, KNOWN = levels(P.known), NAMES = P.label_names;
 const labels = P.labels && sparse(P.labels, 0);
 const labelsOf = i => labels ? slice(labels, i, "at") : [];
@@ -115,9 +116,8 @@ const searched = (run, j) => once(`${run.name} ${j} text`, () => [latentTable(ru
     i => `${told(i)} ${caption(i)}`))].join("\n").toLowerCase());
 
 // -- The address: all that is shown ---------------------------------------------------------------
-const SEVERAL = P.runs[0].streams.length > 1 || !NAMES.length;
-const OF_LIST = {run: "0", mode: "alone", sort: SEVERAL ? "agreement" : "purity", up: "", find: "",
-                 alive: "", label: "", more: "100"};
+const OF_LIST = {run: "0", mode: "alone", up: "", find: "", alive: "", label: "", more: "100",
+                 sort: P.runs[0].streams.length > 1 || !NAMES.length ? "agreement" : "purity"};
 const DEFAULTS = {...OF_LIST, latent: "", sample: "", view: "", stream: "0", edit: ""};
 let A = DEFAULTS, list = [], listed = "";
 const address = changes => `#${new URLSearchParams(        // of what is shown after these changes

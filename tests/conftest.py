@@ -1,9 +1,12 @@
 """Puts the modules on the path, and reads the golden files: what the authors' public code made of random weights."""
 import contextlib
 import json
+import os
 import pathlib
 import resource
 import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")               # on matrices this small a second thread only waits
 
 import numpy as np
 import pytest
