@@ -1057,12 +1057,17 @@ def packed(x):
 
 def packed_rows(*matrices):
     """Sparse matrices (n, m) of non-negative values by their common pattern: how many entries a row
-    has, the columns of these, and the values of each matrix."""
+    has, the steps from column to column, the first from -1, and the values of each matrix. A step
+    is its rest by 255, after as many bytes 255 as it holds: nearly always one byte."""
     pattern = sum(v.astype(bool).astype(np.int32) for v in matrices).tocsr()
     pattern.sort_indices()
     row, column = pattern.nonzero()
     values = [np.asarray(v[row, column]).ravel() if len(row) else np.zeros(0) for v in matrices]
-    return {"lengths": packed(np.diff(pattern.indptr)), "columns": packed(column),
+    first = np.r_[True, row[1:] != row[:-1]][:len(row)]
+    step = np.where(first, column + 1, np.diff(column, prepend=0))
+    steps = np.full((step // 255 + 1).sum(), 255, np.uint8)
+    steps[np.cumsum(step // 255 + 1) - 1] = step % 255
+    return {"lengths": packed(np.diff(pattern.indptr)), "steps": packed(steps),
             "values": [packed(v) for v in values]}
 
 
@@ -1128,8 +1133,8 @@ def _shown_run(run, rows, some, most):
     D, codes, kept = run["dictionary"], {}, [run["codes"], run.get("places") or {}]
     for mode, of in run["codes"].items():                    # together they share their pattern
         groups = [list(of)] if mode == "joint" else [[s] for s in of]
-        codes[mode] = [packed_rows(*(part[mode][s][some] for part in kept if part for s in group))
-                       for group in groups]
+        codes[mode] = [packed_rows(*(part[mode][s][some].T for part in kept if part for s in group))
+                       for group in groups]                  # (L, n): the page begins with latents
     unit, null = unit_rows(np.concatenate([unit_rows(v) for v in D.values()], 1)), run.get("null")
     alone = [code[some] for code in run["codes"]["alone"].values()]
     out = {"latents": len(unit), "streams": list(D), "codes": codes, "names": run["names"] or {},

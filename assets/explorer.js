@@ -41,82 +41,80 @@ function levels(packed) {                // whole numbers, as they were packed
 }
 const numbers = packed => packed.numbers ||=
   new Float32Array(levels(packed)).map(v => v * (packed.scale || 1));
-function picked(values, order, n) {      // values[order[0]], ..., values[order[n - 1]]
-  const to = new values.constructor(values.length && n);
-  for (let e = 0; e < to.length; e++) to[e] = values[order[e]];
-  return to;
-}
-// A sparse matrix by rows: entries start[i] .. start[i + 1] of row i, each of a column `at`.
+// A sparse matrix by rows: entries start[n] .. start[n + 1] of row n, each of a column `at`.
 function sparse(group, part, places) {
-  const [lengths, columns, all] = [group.lengths, group.columns, group.values[part]].map(levels);
-  const start = new Uint32Array(lengths.length + 1), kept = new Uint32Array(all.length);
-  for (let i = 0, from = 0, n = 0; i < lengths.length; i++) {
-    for (const end = from + lengths[i]; from < end; from++) if (all[from]) kept[n++] = from;
-    start[i + 1] = n;                    // what is 0 here, another stream of the group has
+  const [lengths, steps, all] = [group.lengths, group.steps, group.values[part]].map(levels);
+  const {scale} = group.values[part], start = new Uint32Array(lengths.length + 1);
+  const [at, value, place] = [Uint32Array, Float32Array, Uint32Array].map(A => new A(all.length));
+  let [from, byte, kept] = [0, 0, 0];
+  for (let n = 0; n < lengths.length; n++) {
+    for (let column = -1, end = from + lengths[n]; from < end; from++) {
+      while (steps[byte] === 255) column += steps[byte++];       // and the step goes on
+      at[kept] = column += steps[byte++];
+      value[kept] = all[from] * scale;
+      if (places) place[kept] = places[from];
+      if (all[from]) kept++;             // what is 0 here, another stream of the group has
+    }
+    start[n + 1] = kept;
   }
-  const n = start[lengths.length];
-  const of = values => n < all.length ? picked(values, kept, n) : values;
-  return {start, at: of(columns), level: of(all), value: of(numbers(group.values[part])),
-          place: of(places ? levels(places) : [])};
-}
-// The entries `from` in the order of whole keys below `size`, and where those of each key start.
-function sorted(from, key, size) {
-  const start = new Uint32Array(size + 1), order = new Uint32Array(from.length);
-  for (let e = 0; e < key.length; e++) start[key[e] + 1]++;
-  for (let k = 0; k < size; k++) start[k + 1] += start[k];
-  for (let e = 0, to = start.slice(); e < from.length; e++) order[to[key[from[e]]]++] = from[e];
-  return {order, start};
-}
-function turned(m, width) {              // by columns, greatest values first, ties to the lower row
-  const row = new Uint32Array(m.at.length), rising = row.map((_, e) => e);
-  for (let i = 0; i + 1 < m.start.length; i++) row.fill(i, m.start[i], m.start[i + 1]);
-  const falling = sorted(rising, m.level.map(v => 65535 - v), 65536).order;
-  const {order, start} = sorted(falling, m.at, width);
-  const [at, value, place] = [row, m.value, m.place].map(v => picked(v, order, order.length));
-  return {start, at, value, place};
+  return {start, at, value, place, sorted: new Uint8Array(lengths.length)};
 }
 const slice = (m, n, name) => m[name].subarray(m.start[n], m.start[n + 1]);
+// The same of a latent, greatest first, ties to the lower sample: brought there when first asked.
+function top(m, j, name = "value") {
+  const order = m.sorted[j]++ ? [] : best(slice(m, j, "value"), Infinity);
+  for (const row of ["at", "value", "place"].map(key => slice(m, j, key)))
+    row.set(order.map(e => row[e]));
+  return slice(m, j, name);
+}
 const entries = (m, n) => Array.from(slice(m, n, "at"), (j, e) => [j, m.value[m.start[n] + e]]);
 const count = (m, n) => m.start[n + 1] - m.start[n];
+function turned(m) {                     // the entries of each column, in the order of the rows
+  const columns = Array.from(ROWS, () => []);
+  for (let j = 0; j + 1 < m.start.length; j++)
+    for (const [i, v] of entries(m, j)) columns[i].push([j, v]);
+  return columns;
+}
 const ROWS = levels(P.rows), N = ROWS.length, KNOWN = levels(P.known), NAMES = P.label_names;
 const labels = P.labels && sparse(P.labels, 0);
-const labelsOf = i => labels ? slice(labels, i, "at") : [];
-const told = i => Array.from(labelsOf(i), c => NAMES[c]).join(", ") || `sample ${ROWS[i]}`;
-function codes(run, mode) {              // of each stream: `samples` (N, L) and `latents` (L, N)
-  return once(`${run.name} ${mode} codes`, () => run.streams.map((name, s) => {
-    const joint = run.codes[mode].length === 1, group = run.codes[mode][joint ? 0 : s];
-    const part = joint ? s : 0, places = group.values[part + (joint ? run.streams.length : 1)];
-    const samples = sparse(group, part, places);
-    return {name, samples, latents: turned(samples, run.latents)};
-  }));
-}
+const LABELS = Array.from(ROWS, (_, i) => labels ? [...slice(labels, i, "at")] : []);
+const told = i => Array.from(LABELS[i], c => NAMES[c]).join(", ") || `sample ${ROWS[i]}`;
+// Of each stream the `latents`, rows of samples, and the `samples`, each a list of [latent, value].
+const codes = (run, mode) => once(`${run.name} ${mode} codes`, () => run.streams.map((name, s) => {
+  const joint = run.codes[mode].length === 1, group = run.codes[mode][joint ? 0 : s];
+  const part = joint ? s : 0, places = group.values[part + (joint ? run.streams.length : 1)];
+  const latents = sparse(group, part, places && levels(places));
+  return {name, latents, get samples() { return latents.turned ||= turned(latents); }};
+}));
 
 // -- Numbers of latents and of samples ------------------------------------------------------------
 function profile(m, j, counts) {         // adds the labels of its top samples; returns their number
-  const known = slice(m, j, "at").filter(i => KNOWN[i]).subarray(0, TOP);
-  for (const i of known) for (const c of labelsOf(i)) counts[c]++;
-  return known.length;
+  let n = 0;
+  for (const i of count(m, j) > TOP ? top(m, j, "at") : slice(m, j, "at")) {
+    if (n < TOP) LABELS[i].forEach(c => counts[c]++);
+    n += KNOWN[i];
+  }
+  return Math.min(n, TOP);
 }
-function latentTable(run, mode) {
-  return once(`${run.name} ${mode} table`, () => Array.from({length: run.latents}, (_, j) => {
-    const counts = new Uint32Array(NAMES.length), all = codes(run, mode).map(one => one.latents);
-    const own = all.filter(m => count(m, j)), active = total(own.map(m => count(m, j)));
-    const n = NAMES.length ? total(own.map(m => profile(m, j, counts))) : 0;
-    const [label] = best(counts, 1), purity = n < FEWEST ? null : counts[label] / n;
-    const named = purity >= 0.3;         // thesis A.3
-    return {j, alive: own.length, frequency: active / (N * all.length), purity,
-            mean: active ? total(own.map(m => total(slice(m, j, "value")))) / active : null,
-            agreement: run.agreement.latents[j], label: named ? label : -1,
-            name: run.names[j] || (named ? NAMES[label] : "")};
-  }));
+function described(run, streams, j) {    // a latent's line of the table
+  const counts = new Uint32Array(NAMES.length), all = streams.map(one => one.latents);
+  const active = total(all.map(m => count(m, j))), n = total(all.map(m => profile(m, j, counts)));
+  const sum = total(all.map(m => total(slice(m, j, "value"))));
+  const most = Math.max(...counts), purity = n < FEWEST ? null : most / n;
+  const label = purity >= 0.3 ? counts.indexOf(most) : -1;       // thesis A.3
+  return {j, alive: all.filter(m => count(m, j)).length, frequency: active / (N * all.length),
+          mean: active ? sum / active : null, purity, agreement: run.agreement.latents[j],
+          label, name: run.names[j] || NAMES[label] || ""};
 }
+const latentTable = (run, mode) => once(`${run.name} ${mode} table`, () => Array.from(
+  {length: run.latents}, (_, j) => described(run, codes(run, mode), j)));
 // What one finds it by: a latent's name, and labels and captions of its top samples.
 const searched = (run, j) => once(`${run.name} ${j} text`, () => [latentTable(run, "alone")[j].name,
-  ...codes(run, "alone").flatMap(one => Array.from(slice(one.latents, j, "at").subarray(0, 8),
+  ...codes(run, "alone").flatMap(one => Array.from(top(one.latents, j, "at").subarray(0, 8),
     i => `${told(i)} ${caption(i)}`))].join("\n").toLowerCase());
 
 // -- The address: all that is shown ---------------------------------------------------------------
-const OF_LIST = {run: "0", mode: "alone", up: "", find: "", alive: "", label: "", more: "100",
+const OF_LIST = {run: "0", mode: "alone", up: "", find: "", alive: "", label: "", more: "50",
                  sort: P.runs[0].streams.length > 1 || !NAMES.length ? "agreement" : "purity"};
 const DEFAULTS = {...OF_LIST, latent: "", sample: "", view: "", stream: "0", edit: ""};
 let A = DEFAULTS, list = [], listed = "";
@@ -239,16 +237,19 @@ function listView(run) {
 function firesWith(run, j) {             // samples of both / of either, the best 6
   const both = new Uint32Array(run.latents), streams = codes(run, A.mode);
   const size = k => total(streams.map(one => count(one.latents, k)));
-  for (const {latents, samples} of streams)
-    for (const i of slice(latents, j, "at")) for (const k of slice(samples, i, "at")) both[k]++;
+  for (const {latents: m} of streams) {
+    const own = new Uint8Array(N);
+    for (const i of slice(m, j, "at")) own[i] = 1;
+    for (let k = 0; k < both.length; k++) for (const i of slice(m, k, "at")) both[k] += own[i];
+  }
   const share = Array.from(both, (n, k) => k === j || !n ? null : n / (size(k) + size(j) - n));
   return best(share, 6).map(k => chip(run, k, percent(share[k])));
 }
 function latentStream(run, j, {name, latents: m}, s) {
-  const values = slice(m, j, "value"), n = values.length, counts = new Uint32Array(NAMES.length);
+  const values = top(m, j), n = values.length, counts = new Uint32Array(NAMES.length);
   const middle = Math.max(8, Math.floor(n / 2) - 3), used = profile(m, j, counts);
   if (!n) return streamed(name, " never active");
-  const some = (from, to) => cards(Array.from(slice(m, j, "at").subarray(from, to), (i, e) =>
+  const some = (from, to) => cards(Array.from(top(m, j, "at").subarray(from, to), (i, e) =>
     card(i, name, shown(values[from + e]), m.place[m.start[j] + from + e])));
   return streamed(name, ` ${n} of ${N} samples`, h("div", {}, some(0, 8),
     n > middle ? h("small", {}, "middling") : null, some(middle, middle + 6)),
@@ -271,12 +272,11 @@ function latentView(run, j) {
 
 // -- A sample -------------------------------------------------------------------------------------
 function partners(run, i, s) {           // what its code in stream s is nearest to in the others
-  const streams = codes(run, A.mode), query = new Float64Array(run.latents);
-  const own = streams[s].samples, length = Math.hypot(...slice(own, i, "value"));
-  for (const [j, v] of entries(own, i)) query[j] = v;
+  const streams = codes(run, A.mode), own = streams[s].samples[i], query = new Map(own);
+  const length = z => Math.hypot(...z.map(([, v]) => v));
   return streams.filter((_, t) => t !== s).map(({name, samples: m}) => {
-    const similar = Float64Array.from(ROWS, (_, k) => total(entries(m, k).map(([j, v]) =>
-      v * query[j])) / Math.max(1e-24, length * Math.hypot(...slice(m, k, "value"))));
+    const similar = Float64Array.from(m, z => total(z.map(([j, v]) => v * (query.get(j) || 0))) /
+      Math.max(1e-24, length(own) * length(z)));
     const rank = similar.filter(v => v >= similar[i]).length;      // ties count against it
     return streamed(name, ` true partner: rank ${rank} of ${N}, cosine ${shown(similar[i])}`,
       cards([...new Set([...best(similar, 6), i])].map(k =>
@@ -285,9 +285,9 @@ function partners(run, i, s) {           // what its code in stream s is nearest
 }
 function bars(run, i) {                  // its latents, those of most streams first
   const streams = codes(run, A.mode), found = new Map();
-  streams.forEach(({samples, latents}, s) => entries(samples, i).forEach(([j, v]) => {
+  streams.forEach(({samples, latents}, s) => samples[i].forEach(([j, v]) => {
     if (!found.has(j)) found.set(j, new Array(streams.length).fill(0));
-    found.get(j)[s] = v / latents.value[latents.start[j]];
+    found.get(j)[s] = v / top(latents, j)[0];
   }));
   const all = [...found], spread = all.map(([, v]) => 100 * v.filter(Boolean).length + total(v));
   return [note(`${all.length} latents, ${all.filter(([, v]) => v.every(Boolean)).length} of them ` +
@@ -338,10 +338,10 @@ function editedStream(edit, t, name, own, changed) {
 }
 function editor(run, i, s) {
   if (typeof run.edit === "string") return note(run.edit);
-  const {samples: m, latents} = codes(run, A.mode)[s], own = new Map(entries(m, i));
+  const {samples: m, latents} = codes(run, A.mode)[s], own = new Map(m[i]);
   const changed = new Map(A.edit.split(",").map(v => v.split(":").map(Number)).filter(
     ([j, v]) => latentTable(run, A.mode)[j] && isFinite(v)));
-  const most = j => count(latents, j) ? latents.value[latents.start[j]] : 1;
+  const most = j => top(latents, j)[0] || 1;
   const results = h("div", {id: "edited"});
   const show = () => results.replaceChildren(...run.streams.map((name, t) =>
     editedStream(run.edit, t, name, own, changed)));
@@ -368,7 +368,7 @@ function editor(run, i, s) {
 // -- Where streams differ (thesis 6.5.1), and all samples -----------------------------------------
 const strips = (run, mode, j, n) => codes(run, mode).map(({name, latents: m}) => cards(
   h("small", {class: "name"}, name), h("small", {}, count(m, j) ? "" : "never active"),
-  Array.from(slice(m, j, "at").subarray(0, n), i => card(i, name, ""))));
+  Array.from(top(m, j, "at").subarray(0, n), i => card(i, name, ""))));
 function disagreements(run) {
   const {latents, samples} = run.agreement;
   return [h("h3", {}, "Disagreements"), note("Overlap between streams that chose alone, " +

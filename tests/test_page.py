@@ -274,12 +274,20 @@ def test_packed_arrays_and_rows_can_be_read_back():
     for x in (rng.standard_normal(50), rng.random(50), np.array([3, 70000]), np.array([True, False]), np.zeros(0), np.zeros(3)):
         np.testing.assert_allclose(read(judge.packed(x)), x, atol=1e-4)
     a, b = (sp.random(20, 2000, .02, random_state=seed, format="csr") for seed in (0, 1))
-    a = sp.vstack([sp.csr_matrix((1, 2000)), a, sp.csr_matrix(([7.], ([0], [1999])), (1, 2000))]).tocsr()
+    a = sp.vstack([sp.csr_matrix((1, 2000)), a, sp.csr_matrix(([7., 8., 9.], ([0, 0, 0], [254, 509, 1999])), (1, 2000))]).tocsr()
     b = sp.vstack([b, sp.csr_matrix((2, 2000))]).tocsr()
     packed = judge.packed_rows(a, b)
-    lengths, columns = (read(packed[key]).astype(int) for key in ("lengths", "columns"))
-    found, rows = np.zeros((2, 22, 2000)), np.repeat(np.arange(22), lengths)
-    found[:, rows, columns] = [read(v) for v in packed["values"]]
+    lengths, steps = (read(packed[key]).astype(int) for key in ("lengths", "steps"))
+    found, values, n = np.zeros((2, 22, 2000)), np.array([read(v) for v in packed["values"]]), 0
+    steps = iter(steps)
+    for row, length in enumerate(lengths):
+        column = -1
+        for _ in range(length):
+            while (step := next(steps)) == 255:
+                column += 255
+            column += step
+            found[:, row, column], n = values[:, n], n + 1
+    assert n == values.shape[1] and list(steps) == []
     np.testing.assert_allclose(found, [a.toarray(), b.toarray()], atol=1e-3)
 
 
