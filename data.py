@@ -93,6 +93,7 @@ class Features(Samples):
     order        dict stream -> (N,) rows: sample i of the stream is its row order[i] (the null)
     lacks        dict stream -> (N,) bool: samples without it, NaN there; streams with gaps alone
     folder       the file's own, which `images` are relative to
+    codes        of streams whose features are elsewhere: dict stream -> (indices, values), (N, k)
     whole        of `per_token`: the features whose tokens these are
     """
     streams: dict
@@ -102,6 +103,7 @@ class Features(Samples):
     truth: dict = None
     order: dict = field(default_factory=dict)
     lacks: dict = field(default_factory=dict)
+    codes: dict = field(default_factory=dict)
     hash: str = ""
     folder: str = "."
     whole: "Features" = None
@@ -188,13 +190,14 @@ class Features(Samples):
     def shuffled(self, seed):
         """The null: every stream but the first permuted inside each split, gaps left in place."""
         rng, order = np.random.default_rng([seed, 1]), {}
-        for s in list(self.streams)[1:]:
+        for s in [*list(self.streams)[1:], *self.codes]:
             order[s] = np.arange(len(self))
             for name in SPLITS:
                 rows = np.flatnonzero(self.split == name)
                 rows = rows[self.has(s, rows)]
                 order[s][rows] = rng.permutation(rows)
-        return replace(self, order=order, truth=None)
+        codes = {s: tuple(v[order[s]] for v in pair) for s, pair in self.codes.items()}
+        return replace(self, order=order, truth=None, codes=codes)
 
 
 class Batches:
@@ -556,6 +559,32 @@ def read_names(path, n_latents):
     if not names or last >= n_latents:
         raise InputError(f"{path}: latent {last} is not among the run's {n_latents} - mend it")
     return names
+
+
+def with_codes(features, path):
+    """The features beside codes of the same samples, which `encode` wrote of streams that are
+    elsewhere: (Features, number of latents, most latents of a sample)."""
+    arrays, codes, lacks, n = Source(path), {}, {**features.lacks}, len(features)
+    names = [key[:-8] for key in arrays.keys if key.endswith("_indices")]
+    arrays.need("n_latents", *[f"{s}_values" for s in names], give="a file that encode wrote")
+    L = int(arrays.checked("n_latents", "one whole number", (np.integer,)))
+    for s in names:
+        j = arrays.checked(f"{s}_indices", f"(N, k) latents, N = {n}", (np.integer, n, None))
+        v = arrays.checked(f"{s}_values", f"{j.shape} numbers", (np.floating, *j.shape))
+        if not (j.size and -1 <= j.min() <= j.max() < L and v.min() >= 0 and np.isfinite(v).all()):
+            raise InputError(f"{path}: '{s}' is no code of {L} latents - write it by encode")
+        codes[s] = j.astype(np.int64), v.astype(np.float32)
+        if (j[:, 0] < 0).any():
+            lacks[s] = j[:, 0] < 0
+    own, ids = features.about.get("ids"), arrays.checked("ids", f"(N,), N = {n}", (np.generic, n))
+    if own is not None and ids is not None and (own != ids).any():
+        raise InputError(f"{path} has other 'ids' - give the same samples in the same order")
+    if not codes or codes.keys() & features.streams.keys():
+        raise InputError(f"{path} has codes of {', '.join(codes) or 'nothing'} - give those of "
+                         "other streams")
+    found = f"{features.hash} {_digest(*(v for pair in codes.values() for v in pair))}"
+    wide = max(j.shape[1] for j, _ in codes.values())
+    return replace(features, codes=codes, lacks=lacks, hash=found), L, wide
 
 
 # ---- A made-up world -----------------------------------------------------------------------------

@@ -614,10 +614,9 @@ class Keeper:
 
 def train(run, features):
     """Train, or go on training, the model of run.flags on `features`. Returns (model, Log). Where
-    the flags name a run, --stream learns to join the code of its streams, which stay as they are.
-    """
+    the flags name a run, or codes, --stream learns to join these, which stay as they are."""
     flags, rows, old, known = run.flags, features.rows("train"), None, features.hash
-    if "run" in flags:
+    if "run" in flags and not features.codes:
         old, _, _ = sae.load(os.path.join(flags.run, "checkpoint.pt"), flags.device)
         known += f" {sum(W.detach().sum().item() for W in old.W_enc.values())}"
     model = make_model(features, flags, rows).to(flags.device)
@@ -641,20 +640,29 @@ def train(run, features):
     @torch.no_grad()
     def seen(some):
         x = {s: v.to(flags.device) for s, v in features.batch(some).items()}
-        return {flags.stream: x.pop(flags.stream), **old.encode(x, "alone")} if old else x
+        if old:
+            x = {flags.stream: x.pop(flags.stream), **old.encode(x, "alone")}
+        return {**x, **given_codes(features, some, flags.device)}
     old = old if len(model.streams) == 1 else None           # it has joined already
-    if old and not model.step:
+    joins = old or features.codes
+    if joins and not model.step:
         some = rows[features.has(flags.stream, rows)]
         sae.join_start(model, seen(some[::1 + len(some) // 4096]))
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda: sae.save(checkpoint, model, optimiser)) as keep:
         sae.fit(model, lambda step: seen(batches.rows(step)), n_steps, lr=flags.lr,
                 optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0),
-                loss=sae.join_loss if old else None)
+                loss=sae.join_loss if joins else None)
     if old:
         model = sae.merged(old, model)
         sae.save(checkpoint, model)
     return model, log
+
+
+def given_codes(features, rows, device):
+    """The codes of `rows` that a file gave, of streams whose features are elsewhere."""
+    return {s: sae.Codes(*(torch.from_numpy(v[rows]).to(device) for v in pair))
+            for s, pair in features.codes.items()}
 
 
 def resolved(flags, features):
@@ -747,10 +755,14 @@ def codes_and_fit(model, features, rows, mode):
     pieces = []
 
     def reconstructions():
-        for x, codes in sae.encoded(model, features.batch, rows, mode):
-            pieces.append(codes)
-            yield ({t: model.normalise(v, t) for t, v in x.items()},
-                   {(t, s): model.decode(c, t).detach() for t in x for s, c in codes.items()})
+        for some in np.split(rows, range(1024, len(rows), 1024)):
+            (x, codes), = sae.encoded(model, features.batch, some, mode)
+            given = given_codes(features, some, model.step.device)
+            pieces.append(codes | given)
+            yield ({**{t: model.normalise(v, t) for t, v in x.items()},
+                    **{s: torch.where(z.indices[:, :1] < 0, torch.nan, 0.)   # NaN: it is missing
+                       for s, z in given.items()}},
+                   {(t, s): model.decode(z, t).detach() for t in x for s, z in pieces[-1].items()})
     fit = judge.reconstruction(reconstructions())
     codes = sae.joined(pieces)
     first = np.full((1, 1), -1)                              # of the first stream that is there
@@ -770,18 +782,26 @@ def measure(model, features, flags):
                       "of": len(features.rows("test", "val")), "steps": int(model.step),
                       "latents": model.n_latents, "topk": model.topk}
     for mode in ("joint", "alone") if several else ("alone",):
-        codes[mode], fit = codes_and_fit(model, features, rows, mode)
-        out[mode] = {**judge.code_metrics(codes[mode], features, rows), **fit}
+        found, fit = codes_and_fit(model, features, rows, mode)
+        codes[mode] = {s: found[s] for s in model.streams}
+        out[mode] = {**judge.code_metrics(found, features, rows), **fit}
+        if features.codes:                                   # of given ones the pairs are given too
+            pairs = out[mode]["retrieval"]
+            out[mode]["retrieval"] = {pair: v for pair, v in pairs.items()
+                                      if model.streams[0] in pair.split(" -> ")}
         out[mode]["headline"] = judge.headline(out[mode])
     if features.labels is not None:
         out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / max(features.has(s, rows).sum(), 1)
                                for s, code in codes["alone"].items()]))
-    if several:
-        seen = [normalised(model, features, part, flags.device)
+    if several or features.codes and model.n_latents <= 2048:     # else it would take too long
+        seen = [{**normalised(model, features, part, flags.device),
+                 **{s: z.dense(model.n_latents).numpy()
+                    for s, z in given_codes(features, part, "cpu").items()}}
                 for part in (evaluation_rows(features, flags, "train"), rows)]
+        out["linear_baseline"] = judge.linear_baseline(*seen, model.streams)
+    if several:
         raw = {s: x.numpy() for s, x in features.batch(rows).items()}
-        out["linear_baseline"] = judge.linear_baseline(*seen)
         here = {s: features.has(s, rows) for s in model.streams}
         out["raw_retrieval"] = judge.retrieval(raw, here)
         if features.lacks:
@@ -849,7 +869,7 @@ def judged(run, features, whole=None, quiet=False):
         say("the null: the same again with every stream but the first shuffled")
         shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
         null, twin = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
-        metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
+        metrics["null"] = {mode: null[mode] for mode in ("joint", "alone") if mode in null}
     metrics["verdict"] = judge.verdict(
         metrics, whole and f"add it with {resuming(flags)} --null --out "
                            f"{shlex.quote(whole.folder)}")
@@ -1110,8 +1130,13 @@ def cmd_sae(flags):
 @command(f"data taxonomy stream! null preset epochs batch lr shuffle {FOLDER} out=runs/add", "run")
 def cmd_add(flags):
     """A further stream learns the code of a run of sparc, whose streams stay as they are, from
-    samples of both; the new run has them all. The seed, which draws the split, is the run's."""
+    samples of both; the new run has them all. The seed, which draws the split, is the run's.
+
+    For RUN also stands a file of codes that encode wrote: whoever has neither its models nor its
+    features joins it by the codes of samples that both have, and gets a run of the stream alone."""
     run = Run(flags)
+    if os.path.isfile(run.flags.run):
+        return add_to_codes(run)
     if not run.saved:
         old, _, _ = sae.load(os.path.join(flags.run, "checkpoint.pt"))
         own, new = old.config, flags.stream
@@ -1124,6 +1149,17 @@ def cmd_add(flags):
     features = read_to_train(Flags({k: v for k, v in run.flags.items() if k != "stream"}))
     refuse(run.flags.stream not in features.dims, "--stream names one stream - add one by one")
     run.flags = resolved(run.flags, features)
+    judged(run, features, run)
+
+
+def add_to_codes(run):
+    """`add` to a file of codes; where no seed is typed, the split is drawn by that of `sparc`."""
+    flags = run.flags
+    check_needed(flags, "data")
+    usual = {name.replace("-", "_"): FLAGS[name][0] for name in f"{CODE} {SHARED} seed".split()}
+    flags = Flags({**usual, "world": "planted", "streams": flags.stream, **flags})
+    features, latents, k = data.with_codes(read_to_train(flags), flags.run)
+    run.flags = resolved(flags.replaced({"latents": latents, "k": k}), features)
     judged(run, features, run)
 
 

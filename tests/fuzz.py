@@ -61,6 +61,7 @@ MAKE = [
     f"sae --data tok.npz --norm none {FIT} --out tokens",
     f"sparc --data feats.npz {FIT} --out world",
     f"sparc --data feats.npz --streams clip_img,clip_txt {FIT} --out pair",
+    "encode pair --out codes.npz",
     f"finetune --images pics {SMALL_TUNE.replace('vit_micro', 'v=vit_micro:random')} --out tuned",
     "tile --images slide.png --size 16 --smallest 0.001 --out tiles",
 ]
@@ -73,6 +74,7 @@ CASES = [case.split() for case in [
     "sae --data tok.npz --resume --out tokens",
     f"sae --activation all --data f.npz --stream x {FIT} --out o",
     "add pair --stream vit --batch 16 --epochs 1 --out o",
+    "add codes.npz --data feats.npz --stream vit --batch 16 --epochs 1 --out o",
     "eval sparc --json o.json",
     "eval sparc --data folder --json o.json",
     "encode sparc --data f.npz --out o.npz",

@@ -2011,6 +2011,59 @@ def test_a_stream_that_cannot_be_added_is_refused_by_name(three, features, tmp_p
     assert not (tmp_path / "r").exists()
 
 
+@pytest.fixture(scope="module")
+def elsewhere(three):
+    """The same samples with the third stream alone, and the codes that the others' owner gives away."""
+    with np.load(three / "f.npz") as f:
+        np.savez(three / "z.npz", z=f["z"], split=f["split"], ids=np.arange(1000))
+        np.savez(three / "named.npz", **f, ids=np.arange(1000))
+    run("encode", three / "r", "--data", three / "named.npz", "--out", three / "codes.npz")
+    return three
+
+
+def test_who_has_but_the_codes_learns_what_the_owner_of_the_run_would(elsewhere, tmp_path, capsys):
+    run("add", elsewhere / "r", *JOIN, "--no-null", "--out", tmp_path / "owner")
+    argv = ["add", elsewhere / "codes.npz", "--data", elsewhere / "z.npz", *JOIN, "--out", tmp_path / "r"]
+    run(*argv, "--null")
+    own, owner = (sae.load(tmp_path / name / "checkpoint.pt")[0] for name in ("r", "owner"))
+    assert own.streams == ["z"] and own.step == owner.step == 39
+    for name in ("W_enc", "W_dec", "b_pre"):
+        assert torch.equal(getattr(own, name)["z"], getattr(owner, name)["z"])
+    found, full = (told(tmp_path / name / "metrics.json") for name in ("r", "owner"))
+    for pair, there in found["alone"]["retrieval"].items():
+        assert "z" in pair.split(" -> ") and there["R@1"] == full["alone"]["retrieval"][pair]["R@1"]
+        assert there["R@1"] > 3 * found["null"]["alone"]["retrieval"][pair]["R@1"]
+    assert len(found["alone"]["retrieval"]) == 4 and found["alone"]["r2"]["z"] == pytest.approx(full["alone"]["r2"]["z"])
+    assert set(found["linear_baseline"]) == {"z"} and set(found["linear_baseline"]["z"]) == {"x", "y"}
+    assert 3 < found["l0"] <= 4                              # of the stream alone
+    run("eval", tmp_path / "r", "--json", tmp_path / "m.json")
+    assert told(tmp_path / "m.json")["alone"]["r2"]["z"]["z"] == found["alone"]["r2"]["z"]["z"]
+    run(*argv, "--null", "--resume")
+    assert told(tmp_path / "r" / "metrics.json")["alone"] == found["alone"]
+
+
+def test_codes_that_cannot_be_joined_are_refused(elsewhere, tmp_path, capsys):
+    with np.load(elsewhere / "codes.npz") as f:
+        codes = dict(f)
+
+    def refused(says, *argv, **changes):
+        changed = {k: v for k, v in {**codes, **changes}.items() if v is not None}
+        np.savez(tmp_path / "c.npz", **changed)
+        argv = argv or ("--data", elsewhere / "z.npz", "--stream", "z")
+        assert says in error(capsys, "add", tmp_path / "c.npz", *argv, "--out", tmp_path / "r")
+        assert not (tmp_path / "r").exists()
+    refused("has other 'ids'", ids=np.arange(1000)[::-1])
+    refused("lacks 'n_latents'", n_latents=None)
+    refused("lacks 'x_values'", x_values=None)
+    refused("is no code of 3 latents", n_latents=np.array(3))
+    refused("is no code of 40 latents", n_latents=np.array(40), x_values=-codes["x_values"])
+    refused("N = 1000", x_indices=codes["x_indices"][:-1])
+    refused("codes of nothing", **{k: None for k in codes if k[1:] in ("_indices", "_values")})
+    refused("codes of x, y", "--data", elsewhere / "f.npz", "--stream", "x")
+    refused("--data is missing", "--stream", "z")
+    refused("no stream 'q'", "--data", elsewhere / "z.npz", "--stream", "q")
+
+
 def test_planned_seconds_tell_a_minute_from_an_hour():
     assert 1000 * repsae.planned_seconds({"x": 300, "y": 349}, batch=128, latents=256, k=16) < 60
     dims = {"x": 768, "y": 768, "z": 512}
