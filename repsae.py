@@ -579,7 +579,7 @@ class Interrupted(Exception):
 
 
 class Keeper:
-    """Logs, shows progress, saves by save(), and obeys signals between two steps, never inside."""
+    """Logs, shows progress, saves by save(step); obeys signals between two steps, never inside."""
 
     def __init__(self, flags, n_steps, start, log, save):
         self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
@@ -606,7 +606,7 @@ class Keeper:
         self.progress(step, text)
         if self.stop or last or time.time() - self.last_save >= self.flags.save_every:
             self.log.write()                                 # first: resuming cuts a longer log
-            self.save()
+            self.save(step)
             self.last_save = time.time()
         if self.stop:
             raise Interrupted(f"stopped at step {step} of {self.n_steps}")
@@ -647,7 +647,7 @@ def train(run, features):
         some = rows[features.has(flags.stream, rows)]
         sae.join_start(model, seen(some[::1 + len(some) // 4096]))
     with Keeper(flags, n_steps, int(model.step), log,
-                lambda: sae.save(checkpoint, model, optimiser)) as keep:
+                lambda step: sae.save(checkpoint, model, optimiser)) as keep:
         sae.fit(model, lambda step: seen(batches.rows(step)), n_steps, lr=flags.lr,
                 optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0),
                 loss=sae.join_loss if old else None)
@@ -796,9 +796,8 @@ def measure(model, features, flags):
 
 def normalised(model, features, rows, device):
     """Features of rows as the model sees them: {stream: (len(rows), d)}."""
-    with torch.no_grad():
-        return {s: model.normalise(x.to(device), s).cpu().numpy()
-                for s, x in features.batch(rows).items()}
+    return {s: model.normalise(x.to(device), s).cpu().numpy()
+            for s, x in features.batch(rows).items()}
 
 
 def token_codes(model, features, rows, mode):
@@ -840,19 +839,20 @@ def explored(model, features, flags, names=None):
                             "seen": seen, "probe": probe, "names": names, **weights}
 
 
-def judged(run, features, whole=None, quiet=False):
-    """Train, with --null once more on shuffled streams, and measure; write metrics.json and
-    report.html. whole: the run that --null would be added to. Returns metrics, and `explored`."""
-    flags, (model, log) = run.flags, train(run, features)
+def judged(run, features=None, quiet=False):
+    """Train on the features, else on those that the flags name, with --null once more on shuffled
+    streams, and measure; write metrics.json and report.html. Returns metrics, and `explored`."""
+    features = features or read_to_train(run.flags)
+    run.flags = flags = resolved(run.flags, features)
+    model, log = train(run, features)
     metrics, twin = measure(model, features, flags)[0], None
     if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
         shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
         null, twin = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone")}
-    metrics["verdict"] = judge.verdict(
-        metrics, whole and f"add it with {resuming(flags)} --null --out "
-                           f"{shlex.quote(whole.folder)}")
+    again = f"add it with {resuming(flags, ' --null')}" if "null" in flags else None
+    metrics["verdict"] = judge.verdict(metrics, again)
     name, shown = os.path.basename(os.path.abspath(run.folder)), explored(model, features, flags)
     shown[2].update(null=twin, curves=judge.training_curves(log.rows))
     page = judge.Page(f"repsae {flags.command}: {name}")
@@ -863,17 +863,17 @@ def judged(run, features, whole=None, quiet=False):
     return metrics, shown
 
 
-def compared(run, changes, tell, whole=None):
+def compared(run, changes, tell):
     """Train and judge a run for each of `changes`, {name: {flag: value}}, in a folder of the run,
     and put them beside each other: tell(page, {name: metrics}) may return a chart."""
     flags, single, trials, results, shown = run.flags, "activation" in run.flags, {}, {}, {}
-    features = read_to_train(flags, 1 if single else 2)
+    features = read_to_train(flags)
     if not single:                                           # kinds of SAE have their own settings
         flags = resolved(flags, features)
     for name, change in changes.items():
         trial, mine = flags.replaced(change), features
         if {"streams", "seed"} & change.keys():              # the seed draws the split too
-            mine = read_to_train(trial, 2)
+            mine = read_to_train(trial)
         trials[name] = resolved(trial, mine), mine
         # sizes that do not fit fail before anything is written, and what torch loads for its first
         # optimiser is in no trial's seconds
@@ -884,7 +884,7 @@ def compared(run, changes, tell, whole=None):
     for name, (trial, mine) in trials.items():
         say(f"-- {name}")
         began = time.time()
-        results[name], shown[name] = judged(run.part(name, trial), mine, whole, quiet=True)
+        results[name], shown[name] = judged(run.part(name, trial), mine, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
     chart, (same, rows, _) = tell(page, results), next(iter(shown.values()))
     if all(one[0] is same for one in shown.values()) and len(shown) <= 8:
@@ -937,17 +937,18 @@ def drawn_tissue(seed, n=1200):
                                 "groups": made["groups"]})
 
 
-def read_to_train(flags, least=1):
-    """`read`, once there is something to train on, something to judge by, and `least` streams, or
-    one of --stream; every token is a sample."""
+def read_to_train(flags):
+    """`read`, once there is something to train on, something to judge by, and as many streams as
+    the command needs: two to share a code, else that of --stream; every token is a sample."""
     if "stream" in flags:
         first = {"planted": "vision", "tissue": "vit"}[flags.world]
         stream = flags.stream or (first if flags.data is None else None)
         flags = flags.replaced({"streams": stream or flags.streams})
     features = read(flags)
     features.rows("test", "val")
-    refuse(len(features.streams) < least, f"{flags.command} shares a code among streams and needs "
-           f"two streams, not {list(features.streams)[0]} alone - give more, or use sae for one")
+    refuse("targets" in flags and len(features.streams) < 2, f"{flags.command} shares a code among "
+           f"streams and needs two streams, not {list(features.streams)[0]} alone - give more, or "
+           "use sae for one")
     refuse("activation" in flags and len(features.streams) > 1,
            f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
     flat = features.per_token()
@@ -980,9 +981,9 @@ class Coded:
                f"{', '.join(self.model.streams)} - check the keys")
         self.flags = flags.replaced({"streams": streams})
         self.features = read(self.flags)
-        for s, d in self.features.dims.items():
-            refuse(self.model.dims.get(s) != d, f"the run was trained on {self.model.dims}, the "
-                   f"data has {self.features.dims} - take streams that it knows")
+        mine, theirs = self.features.dims, self.model.dims
+        refuse(not mine.items() <= theirs.items(), f"the run was trained on {theirs}, the data has "
+               f"{mine} - take streams that it knows")
         self.T, self.flat = self.features.tokens or 1, self.features.per_token()
 
     def codes(self, rows, mode="alone"):
@@ -1086,10 +1087,7 @@ def analysis_run(flags, name):
 @command(f"{DATA} {CODE} {SHARED} null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
-    run = Run(flags)
-    features = read_to_train(run.flags, 2)
-    run.flags = resolved(run.flags, features)
-    judged(run, features, run)
+    judged(Run(flags))
 
 
 @command(f"{DATA} stream {CODE} {KINDS} {STEPS} {FOLDER} out=runs/sae")
@@ -1102,9 +1100,7 @@ def cmd_sae(flags):
         changes = {f"{name}_{revive}": {"activation": name, "revive": revive}
                    for name, revive in sorted(kinds)}
         return compared(run, changes, judge.tell_activations)
-    features = read_to_train(run.flags)
-    run.flags = resolved(run.flags, features)
-    judged(run, features)
+    judged(run)
 
 
 @command(f"data taxonomy stream! null preset epochs batch lr shuffle {FOLDER} out=runs/add", "run")
@@ -1123,8 +1119,7 @@ def cmd_add(flags):
             "streams": ",".join([*own["dims"], new])})
     features = read_to_train(Flags({k: v for k, v in run.flags.items() if k != "stream"}))
     refuse(run.flags.stream not in features.dims, "--stream names one stream - add one by one")
-    run.flags = resolved(run.flags, features)
-    judged(run, features, run)
+    judged(run, features)
 
 
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
@@ -1197,8 +1192,7 @@ ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
 @command(f"{DATA} {CODE} loss targets null {STEPS} {FOLDER} out=runs/ablate")
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
-    run = Run(flags)
-    compared(run, ABLATION, judge.tell_ablation, run)
+    compared(Run(flags), ABLATION, judge.tell_ablation)
 
 
 # ---- Backbones: DINO, features, probes (thesis 3.2) ---------------------------------------------
@@ -1248,17 +1242,16 @@ def train_dino(run, nets, images, crops, watch):
                       flags.device) as kept:
             done = ssm.restore_dino(nets, kept)
     batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, n_steps, at = batches.epoch, flags.epochs * batches.epoch, done
+    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch
     log = Log(run.path("log.csv"), done, ("loss", "entropy", "information", "knn"), gaps=("knn",))
     views = data.crop_batches(images, crops, batches, flags.seed, done, n_steps, flags.workers)
 
-    def save():
-        judge.write_torch(checkpoint, {**ssm.dino_state(nets, at), "n_classes": None,
+    def save(step):
+        judge.write_torch(checkpoint, {**ssm.dino_state(nets, step), "n_classes": None,
                                        **flags.pick("arch size patch")})
 
     def on_step(step, told):
-        nonlocal at
-        at, ended, knn = step, step % epoch == 0, ""
+        ended, knn = step % epoch == 0, ""
         if ended and watch.tasks and (step // epoch % flags.knn_every == 0 or step == n_steps):
             knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
         keep(step, lambda: {"epoch": round(step / epoch, 3), **told, "knn": knn},
@@ -1507,22 +1500,21 @@ def tell_stream(page, coded, flags):
     references = [train[ranks.indices[ranks.data.argsort()]].tolist()    # best first
                   for ranks in table.pop("references")]
     judge.tell_latents(page, table, len(train), features.label_names)
-    barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
-    return {**({"barcodes.npz": barcodes} if barcodes else {}), "latents.json": [
+    return {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
 
 
 def tell_barcodes(page, coded, mean, between):
-    """Tell the barcodes of groups (CytoSAE Eq. 4); returns the arrays for a file. Without groups
-    each sample is one, if it has tokens and there are some 20,000 at most; None where there is
-    nothing to tell."""
+    """Tell the barcodes of groups (CytoSAE Eq. 4); returns files to write, none where there is
+    nothing to tell. Without groups each sample is one, if it has tokens and there are some 20,000
+    at most."""
     features, grouped = coded.features, "groups" in coded.features.about
     y = features.labels if np.ndim(features.labels) == 1 else None
     refuse(between and (y is None or not grouped), f"{coded.flags.data} has no groups, or no "
            "single label a sample - --between compares patients: add `groups` and `labels`")
     if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
-        return None
+        return {}
     groups, codes, label = judge.barcodes(coded.count, coded.groups, y)    # a_p of Eq. 4
     known, names = label >= 0, np.array(features.label_names)
     pair = [label_number(features, name) for name in between.split(",")] if between else []
@@ -1533,8 +1525,8 @@ def tell_barcodes(page, coded, mean, between):
         if len(n) > 1 and n.min() > 1 else []
     page.text(f"{known.sum()} of {len(groups)} groups have one label, and count")
     means = judge.tell_barcodes(page, codes[known], label[known], names, mean, folds, pair)
-    return {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names,
-            "diseases": means}
+    return {"barcodes.npz": {"groups": groups, "labels": label, "barcodes": codes.toarray(),
+                             "label_names": names, "diseases": means}}
 
 
 PROMPT = """Below are samples that activate one latent of a sparse autoencoder strongly, samples \
@@ -1916,9 +1908,10 @@ class Concepts(Coded):
                f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
         (self.encoder, self.text), = clips
 
-    def code(self, stream, x):
-        """Features (B, d) -> dense codes (B, L) of a stream alone."""
-        return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
+    def code(self, stream):
+        """The function features (B, d) -> dense codes (B, L) of a stream alone."""
+        model = self.model
+        return lambda x: model.encode({stream: x}, "alone")[stream].dense(model.n_latents)
 
     def maps(self, backbone, score, asked):
         """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
@@ -1927,15 +1920,16 @@ class Concepts(Coded):
                                lambda i: view(self.images.open(i)).to(self.flags.device),
                                functools.partial(ssm.cam_layer, backbone))
 
-    def weighted(self, stream, weight):
-        """score(features (B, d), c (B,)) -> (B,): codes of a stream times rows c of weight."""
-        return judge.weighted_code(functools.partial(self.code, stream), weight)
+    def code_maps(self, weight, asked):
+        """Of every backbone the maps of its code times row c of weight (n, L), for (picture, c)."""
+        return {name: self.maps(backbone, judge.weighted_code(self.code(s), weight), asked)[0]
+                for name, (backbone, s) in self.sees.items()}
 
     def tell(self, page, key, title, names, asked, maps, weight):
         """Tell the maps of pairs `asked`, {(picture, c): is it there?}, and what each word of the
         pictures' captions adds to the code weighted by row c of weight (n, L), where that is not 0.
         Returns the overlays of `judge.map_gallery`."""
-        score = self.weighted(self.text, weight)
+        score = judge.weighted_code(self.code(self.text), weight)
         words = [{"concept": names[c], "caption": self.captions[i], "here": here, "words":
                   judge.word_heat(self.encoder.clip, self.encoder.words, self.captions[i],
                                   lambda f: score(f, [c]))}
@@ -1968,14 +1962,14 @@ def methods(seen):
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
     prompts = seen.encoder.read(seen.label_names)
     with torch.no_grad():
-        z_names = seen.code(seen.text, prompts)
+        z_names = seen.code(seen.text)(prompts)
 
     def together(stream, f, c):                              # picture and name choose the support
         both = seen.model.encode({stream: f, seen.text: prompts[c]}, "joint").values()
         return math.prod(codes.dense(seen.model.n_latents) for codes in both).sum(1)
     for name, (backbone, s) in seen.sees.items():
-        targets = judge.concept_scores(functools.partial(seen.code, s), z_names, seen.J,
-                                       seen.alive[s], seen.flags.seed)
+        targets = judge.concept_scores(seen.code(s), z_names, seen.J, seen.alive[s],
+                                       seen.flags.seed)
         if seen.model.topk != "local":
             targets["similarity to the name, joint"] = functools.partial(together, s), every
         out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
@@ -2023,8 +2017,7 @@ def tell_latents(seen, page, chosen, most=4):
         best = np.argsort(-strength, kind="stable")[:most]
         asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
     single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
-    maps = {name: seen.maps(backbone, seen.weighted(s, single), asked)[0]
-            for name, (backbone, s) in seen.sees.items()}
+    maps = seen.code_maps(single, asked)
     seen.tell(page, "latents", "Single latents, where they are most active",
               [f"latent {j}" for j in chosen], asked, maps, single)
 
@@ -2035,10 +2028,9 @@ def tell_captions(seen, page, most=4):
     asked, pictured = {(i, n): True for n, i in enumerate(test)}, f"{seen.text[:-4]}_img"
     with torch.no_grad():
         said = seen.encoder.read([seen.captions[i] for i in test])
-        z_text = seen.code(seen.text, said)
-        z_image = seen.code(pictured, seen.features.batch(test)[pictured].to(seen.flags.device))
-    maps = {name: seen.maps(backbone, seen.weighted(s, z_text), asked)[0]
-            for name, (backbone, s) in seen.sees.items()}
+        z_text = seen.code(seen.text)(said)
+        z_image = seen.code(pictured)(seen.features.batch(test)[pictured].to(seen.flags.device))
+    maps = seen.code_maps(z_text, asked)
     maps["cosine, CLIP itself"], _ = seen.maps(seen.encoder, judge.weighted_code(unit, unit(said)),
                                                asked)
     seen.tell(page, "captions", "Pictures with their captions: similarity z . z' of the two",
@@ -2096,9 +2088,8 @@ def given_query(model, stream, flags):
     refuse(x.shape[1] != model.dims[stream], f"the query has {x.shape[1]} numbers, stream "
            f"'{stream}' has {model.dims[stream]} - name its stream with --from")
     with torch.no_grad():
-        codes = model.encode({stream: x.to(flags.device)}, "alone")[stream]
-    return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(),
-                             model.n_latents)
+        codes = sae.joined([model.encode({stream: x.to(flags.device)}, "alone")])
+    return judge.sparse_code(*codes[stream], model.n_latents)
 
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
@@ -2410,10 +2401,10 @@ def say(text):
 say_once = functools.cache(say)                              # the same line once in a process
 
 
-def resuming(flags):
-    """The command that goes on with a run, but for its --out."""
+def resuming(flags, more=""):
+    """The command that goes on with a run, and with what is `more`."""
     base = f"{shlex.quote(flags.run)} " if flags.get("run") else ""
-    return f"python repsae.py {flags.command} {base}--resume"
+    return f"python repsae.py {flags.command} {base}--resume{more} --out {shlex.quote(flags.out)}"
 
 
 def fail(text):
@@ -2449,7 +2440,7 @@ def main(argv=None):
         run, flags = parse(argv)
         perform(run, flags)
     except Interrupted as e:
-        say(f"\n{e}; go on with: {resuming(flags)} --out {shlex.quote(flags.out)}")
+        say(f"\n{e}; go on with: {resuming(flags)}")
         raise SystemExit(130)
     except KeyboardInterrupt:
         raise SystemExit(130)
