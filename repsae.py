@@ -13,7 +13,6 @@ whole or not at all. What a user can mend ends as one line on stderr and exit co
 imported when it is first used, so that --help is quick.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import fcntl
@@ -25,7 +24,6 @@ import io
 import itertools
 import math
 import os
-import platform
 import re
 import shlex
 import signal
@@ -66,10 +64,9 @@ class Flags(dict):
     given = frozenset()                                      # names of those that were typed
 
     def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
+        if name not in self:
             raise AttributeError(name)
+        return self[name]
 
     def pick(self, names):
         """Those of `names`, "lr batch", as keyword arguments."""
@@ -517,7 +514,7 @@ def unpacked(path, wrong, advice, device="cpu"):
 
 def versions():
     """What a run depends on besides its flags: a dict for config.json."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__),
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__),
             "numpy": np.__version__, "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -992,7 +989,8 @@ class Coded:
 
     def pool(self, tau=0.):
         """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
-        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
+        `dense` (N, d), normalised features, the mean over tokens, `groups` (N,), and `W` (L, d)
+        and `b` (d,), dictionary and bias."""
         way = "--stream" if "stream" in self.flags else "--streams a,b"
         refuse(len(self.features.streams) > 1,
                f"{self.run} has {', '.join(self.features.streams)} - pick one with {way}")
@@ -1009,14 +1007,11 @@ class Coded:
                f"the codes of {self.run} are not finite - train it with a lower --lr")
         refuse(not self.strength.nnz, f"no latent of {self.run} is active on any sample - train it "
                "longer, or with less sparsity")
+        self.W, self.b = (v[s].detach().cpu().double().numpy()
+                          for v in (self.model.W_dec, self.model.b_pre))
         self.groups = self.features.about.get("groups", np.arange(N))
         self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
         return self
-
-    def decoder(self):
-        """Dictionary (L, d) and bias (d,) of the one stream."""
-        return (v[self.stream].detach().cpu().double().numpy()
-                for v in (self.model.W_dec, self.model.b_pre))
 
     def heat(self, row, latents):
         """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
@@ -1142,11 +1137,9 @@ def cmd_encode(flags):
     path, coded = out_file(flags), Coded(flags.run, flags)
     features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    every = np.arange(len(coded.flat))
-    blocks = sae.encoded(coded.model, coded.flat.batch, every, flags.mode)
+    blocks = sae.encoded(coded.model, coded.flat.batch, np.arange(len(coded.flat)), flags.mode)
     for s, code in sae.joined([codes for _, codes in blocks]).items():
-        for name, v in code._asdict().items():
-            kept[f"{s}_{name}"] = v.reshape(shape)
+        kept |= {f"{s}_{name}": v.reshape(shape) for name, v in code._asdict().items()}
     if "ids" in features.about:
         kept["ids"] = features.about["ids"]
     judge.write_npz(path, kept)
@@ -1331,8 +1324,11 @@ def cmd_extract(flags):
     for spec, loaded in zip(specs, models):
         if loaded:
             streams |= picture_streams(images, *loaded, flags)
-        else:
-            streams |= caption_stream(images, spec, flags)
+        else:                                                # what runs of N words tell of captions
+            (name, longest), captions = spec.split("=lsa:"), images.about.get("captions")
+            refuse(captions is None or flags.tokens or longest not in ("1", "2", "3"), f"{spec} - "
+                   "lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
+            streams[name] = data.latent_semantics(captions, images.rows("train"), int(longest))
     for name, x in streams.items():
         say(f"{name}: {x.shape}")
     about = images.arrays(out)
@@ -1340,14 +1336,6 @@ def cmd_extract(flags):
         about["grid"] = np.repeat(math.isqrt(x.shape[1]), 2)                     # views are square
     judge.write_npz(out, {**streams, **about})
     say(f"wrote {out}")
-
-
-def caption_stream(images, spec, flags):
-    """{name: (N, d)} of name=lsa:N, what runs of up to N words tell of the captions."""
-    (name, longest), captions = spec.split("=lsa:"), images.about.get("captions")
-    refuse(captions is None or flags.tokens or longest not in ("1", "2", "3"),
-           f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
-    return {name: data.latent_semantics(captions, images.rows("train"), int(longest))}
 
 
 def picture_streams(images, name, model, flags):
@@ -1599,8 +1587,7 @@ def tell_interventions(page, coded, y, train, test, means):
     latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
     head, of_class = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
     w, bias = head[:, 1] - head[:, 0], float(of_class[1] - of_class[0])          # of the log odds
-    W, b = coded.decoder()
-    effect, base = W @ w, float(b @ w) + bias
+    effect, base = coded.W @ w, float(coded.b @ w) + bias
     scores = {"original features": coded.dense[test] @ w + bias,
               "reconstructed": coded.strength[test] @ effect + base}
     rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
@@ -1662,8 +1649,8 @@ def tell_class_means(page, means, flags):
 def tell_fidelity(page, coded, y, train, test, eval_rows):
     """Tell how well codes rebuild features, what few latents tell of classes y (N,), if there are
     any, and whether codes find the neighbours that features find."""
-    seed, dense, (W, b) = coded.flags.seed, coded.dense.astype(np.float64), coded.decoder()
-    r2 = judge.r2_both(dense[test], coded.strength[test] @ W + b)
+    seed, dense = coded.flags.seed, coded.dense.astype(np.float64)
+    r2 = judge.r2_both(dense[test], coded.strength[test] @ coded.W + coded.b)
     page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
                list(r2.items()), "Reconstruction", key="r2")
     if y is not None:
@@ -1821,8 +1808,7 @@ def cmd_explain(flags):
         name, model = load_backbone(spec, flags, head=True)
         view = data.plain_view(flags.size or model.side, whole=True)
         x = torch.stack([view(p) for p in pictures]).to(flags.device)
-        with torch.no_grad():
-            outputs = [str(i) for i in range(model(x[:1]).shape[1])]
+        outputs = [str(i) for i in range(model(x[:1]).shape[1])]
         refuse(flags.label not in (None, *outputs), f"--label {flags.label}, but {name} has "
                f"{len(outputs)} outputs - give 0 to {outputs[-1]}")
         score = None if flags.label is None else lambda out: out[:, int(flags.label)]
@@ -1961,8 +1947,7 @@ def methods(seen):
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
     prompts = seen.encoder.read(seen.label_names)
-    with torch.no_grad():
-        z_names = seen.code(seen.text)(prompts)
+    z_names = seen.code(seen.text)(prompts).detach()
 
     def together(stream, f, c):                              # picture and name choose the support
         both = seen.model.encode({stream: f, seen.text: prompts[c]}, "joint").values()
@@ -2026,15 +2011,14 @@ def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t and by CLIP."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
     asked, pictured = {(i, n): True for n, i in enumerate(test)}, f"{seen.text[:-4]}_img"
-    with torch.no_grad():
-        said = seen.encoder.read([seen.captions[i] for i in test])
-        z_text = seen.code(seen.text)(said)
-        z_image = seen.code(pictured)(seen.features.batch(test)[pictured].to(seen.flags.device))
+    said = seen.encoder.read([seen.captions[i] for i in test])
+    z_text = seen.code(seen.text)(said).detach()
+    z_image = seen.code(pictured)(seen.features.batch(test)[pictured].to(seen.flags.device))
     maps = seen.code_maps(z_text, asked)
     maps["cosine, CLIP itself"], _ = seen.maps(seen.encoder, judge.weighted_code(unit, unit(said)),
                                                asked)
     seen.tell(page, "captions", "Pictures with their captions: similarity z . z' of the two",
-              [f"picture {i}" for i in test], asked, maps, z_image)
+              [f"picture {i}" for i in test], asked, maps, z_image.detach())
 
 
 @command(f"{ON_RUN} streams sample from to query features encoder", "run")
@@ -2124,7 +2108,7 @@ def cut_voc(flags):
     names = [f"{name}.png" for name in cuts.about["ids"]]
     for i, path in enumerate(Run(flags).begin().paths(names)):
         judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
-    for name, n in sorted(collections.Counter(map(os.path.dirname, names)).items()):
+    for name, n in zip(*np.unique([*map(os.path.dirname, names)], return_counts=True)):
         print(f"{name}: {n}")
 
 
@@ -2205,8 +2189,7 @@ def attention_maps(bags, models, rows, head, run, most=6):
     shown, there = {}, bags.coords and bags.images
     for i in [i for i in rows if there and bags.coords[i] is not None and bags.images[i]][:most]:
         label, (x, _, _) = bags.label_names[bags.y[i]], bags.padded([i])
-        with torch.no_grad():
-            heat = sum(model(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
+        heat = sum(model(x)[1].softmax(-1)[0].mean(0) for model in models).detach().numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
         run.write({f"heat_{label}_{bags.names[i]}_{head}.png": picture})
@@ -2369,7 +2352,8 @@ def add_command(subs, name, each):
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:
         if what == "what":
-            sub.add_argument(what, nargs="?", choices=BENCHES, default="all")
+            sub.add_argument(what, nargs="?", default="all", choices=(
+                "all", "sparc", "rows", "scan", "backbones", "page"))
         else:
             sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
                              help="a run folder")
@@ -2388,9 +2372,6 @@ def add_command(subs, name, each):
                 option["action"] = "append"
             group.add_argument(f"--{flag}", help=text.replace("%", "%%"),
                                default=argparse.SUPPRESS, **option)      # only what was typed
-
-
-BENCHES = ("all", "sparc", "rows", "scan", "backbones", "page")
 
 
 def say(text):
