@@ -351,8 +351,7 @@ class Run:
         except OSError as e:
             raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another --out")
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        print(os.getpid(), file=lock, flush=True)
         self.held[path] = lock
 
     @classmethod
@@ -1494,9 +1493,8 @@ def tell_stream(page, coded, flags):
 
 
 def tell_barcodes(page, coded, mean, between):
-    """Tell the barcodes of groups (CytoSAE Eq. 4); returns files to write, none where there is
-    nothing to tell. Without groups each sample is one, if it has tokens and there are some 20,000
-    at most."""
+    """Tell the barcodes of groups (CytoSAE Eq. 4); returns the files to write, if any. Without
+    groups each sample is one, if it has tokens and there are some 20,000 at most."""
     features, grouped = coded.features, "groups" in coded.features.about
     y = features.labels if np.ndim(features.labels) == 1 else None
     refuse(between and (y is None or not grouped), f"{coded.flags.data} has no groups, or no "
@@ -1701,8 +1699,8 @@ def cmd_tissue(flags):
     files = {name: Image.fromarray(content) if name.endswith("png") else content
              for name, content in data.tissue_files(made).items()}
     kinds = made["label_names"][:len(data.CELLS) + 1].tolist()
-    rows = [np.flatnonzero(made["labels"][:, c])[:8] for c in range(len(kinds))]
-    sheet = [[Image.fromarray(made["pixels"][i]) for i in some] for some in rows]
+    sheet = [[Image.fromarray(pixels) for pixels in made["pixels"][has][:8]]
+             for has in made["labels"].T[:len(kinds)]]
     files["sheet.png"] = judge.contact_sheet(sheet, [""] * 8, 96, kinds)
     run.begin().write(files)
     for name, n in zip(made["label_names"], made["labels"].sum(0)):
@@ -1993,8 +1991,7 @@ def shown_labels(seen):
 
 
 def tell_latents(seen, page, chosen, most=4):
-    """Single latents z_j (thesis Fig. 5.4) in the test samples where all streams together are most
-    active."""
+    """Single latents z_j (thesis Fig. 5.4) in test samples where all streams are most active."""
     codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
     for c, j in enumerate(chosen):
         strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
@@ -2221,9 +2218,8 @@ def cmd_finetune(flags):
         model = load_backbone(specs[name], one, C)[1]
         scores, history = finetune_one(pictures, rounds[r], model, one)
         found[name].append(scores)
-        for epoch, (loss, validation) in enumerate(history, 1):
-            log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss,
-                     "validation": validation})
+        for epoch, (loss, held) in enumerate(history, 1):
+            log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss, "validation": held})
         log.write()
         progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
         if r == 0:                                           # the file that `explain` reads
