@@ -13,7 +13,6 @@ whole or not at all. What a user can mend ends as one line on stderr and exit co
 imported when it is first used, so that --help is quick.
 """
 import argparse
-import collections
 import contextlib
 import csv
 import fcntl
@@ -25,7 +24,6 @@ import io
 import itertools
 import math
 import os
-import platform
 import re
 import shlex
 import signal
@@ -66,10 +64,9 @@ class Flags(dict):
     given = frozenset()                                      # names of those that were typed
 
     def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
+        if name not in self:
             raise AttributeError(name)
+        return self[name]
 
     def pick(self, names):
         """Those of `names`, "lr batch", as keyword arguments."""
@@ -354,8 +351,7 @@ class Run:
         except OSError as e:
             raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another --out")
         lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        print(os.getpid(), file=lock, flush=True)
         self.held[path] = lock
 
     @classmethod
@@ -517,7 +513,7 @@ def unpacked(path, wrong, advice, device="cpu"):
 
 def versions():
     """What a run depends on besides its flags: a dict for config.json."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__),
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__),
             "numpy": np.__version__, "scipy": scipy.__version__, "threads": torch.get_num_threads()}
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -579,7 +575,7 @@ class Interrupted(Exception):
 
 
 class Keeper:
-    """Logs, shows progress, saves by save(), and obeys signals between two steps, never inside."""
+    """Logs, shows progress, saves by save(step); obeys signals between two steps, never inside."""
 
     def __init__(self, flags, n_steps, start, log, save):
         self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
@@ -606,7 +602,7 @@ class Keeper:
         self.progress(step, text)
         if self.stop or last or time.time() - self.last_save >= self.flags.save_every:
             self.log.write()                                 # first: resuming cuts a longer log
-            self.save()
+            self.save(step)
             self.last_save = time.time()
         if self.stop:
             raise Interrupted(f"stopped at step {step} of {self.n_steps}")
@@ -649,7 +645,7 @@ def train(run, features):
         some = rows[features.has(flags.stream, rows)]
         sae.join_start(model, seen(some[::1 + len(some) // 4096]))
     with Keeper(flags, n_steps, int(model.step), log,
-                lambda: sae.save(checkpoint, model, optimiser)) as keep:
+                lambda step: sae.save(checkpoint, model, optimiser)) as keep:
         sae.fit(model, lambda step: seen(batches.rows(step)), n_steps, lr=flags.lr,
                 optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0),
                 loss=sae.join_loss if joins else None)
@@ -816,9 +812,8 @@ def measure(model, features, flags):
 
 def normalised(model, features, rows, device):
     """Features of rows as the model sees them: {stream: (len(rows), d)}."""
-    with torch.no_grad():
-        return {s: model.normalise(x.to(device), s).cpu().numpy()
-                for s, x in features.batch(rows).items()}
+    return {s: model.normalise(x.to(device), s).cpu().numpy()
+            for s, x in features.batch(rows).items()}
 
 
 def token_codes(model, features, rows, mode):
@@ -860,19 +855,20 @@ def explored(model, features, flags, names=None):
                             "seen": seen, "probe": probe, "names": names, **weights}
 
 
-def judged(run, features, whole=None, quiet=False):
-    """Train, with --null once more on shuffled streams, and measure; write metrics.json and
-    report.html. whole: the run that --null would be added to. Returns metrics, and `explored`."""
-    flags, (model, log) = run.flags, train(run, features)
+def judged(run, features=None, quiet=False):
+    """Train on the features, else on those that the flags name, with --null once more on shuffled
+    streams, and measure; write metrics.json and report.html. Returns metrics, and `explored`."""
+    features = features or read_to_train(run.flags)
+    run.flags = flags = resolved(run.flags, features)
+    model, log = train(run, features)
     metrics, twin = measure(model, features, flags)[0], None
     if flags.get("null"):
         say("the null: the same again with every stream but the first shuffled")
         shuffled, part = features.shuffled(flags.seed), flags.replaced({"null": False})
         null, twin = measure(train(run.part("null", part), shuffled)[0], shuffled, flags)
         metrics["null"] = {mode: null[mode] for mode in ("joint", "alone") if mode in null}
-    metrics["verdict"] = judge.verdict(
-        metrics, whole and f"add it with {resuming(flags)} --null --out "
-                           f"{shlex.quote(whole.folder)}")
+    again = f"add it with {resuming(flags, ' --null')}" if "null" in flags else None
+    metrics["verdict"] = judge.verdict(metrics, again)
     name, shown = os.path.basename(os.path.abspath(run.folder)), explored(model, features, flags)
     shown[2].update(null=twin, curves=judge.training_curves(log.rows))
     page = judge.Page(f"repsae {flags.command}: {name}")
@@ -883,17 +879,17 @@ def judged(run, features, whole=None, quiet=False):
     return metrics, shown
 
 
-def compared(run, changes, tell, whole=None):
+def compared(run, changes, tell):
     """Train and judge a run for each of `changes`, {name: {flag: value}}, in a folder of the run,
     and put them beside each other: tell(page, {name: metrics}) may return a chart."""
     flags, single, trials, results, shown = run.flags, "activation" in run.flags, {}, {}, {}
-    features = read_to_train(flags, 1 if single else 2)
+    features = read_to_train(flags)
     if not single:                                           # kinds of SAE have their own settings
         flags = resolved(flags, features)
     for name, change in changes.items():
         trial, mine = flags.replaced(change), features
         if {"streams", "seed"} & change.keys():              # the seed draws the split too
-            mine = read_to_train(trial, 2)
+            mine = read_to_train(trial)
         trials[name] = resolved(trial, mine), mine
         # sizes that do not fit fail before anything is written, and what torch loads for its first
         # optimiser is in no trial's seconds
@@ -904,7 +900,7 @@ def compared(run, changes, tell, whole=None):
     for name, (trial, mine) in trials.items():
         say(f"-- {name}")
         began = time.time()
-        results[name], shown[name] = judged(run.part(name, trial), mine, whole, quiet=True)
+        results[name], shown[name] = judged(run.part(name, trial), mine, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
     chart, (same, rows, _) = tell(page, results), next(iter(shown.values()))
     if all(one[0] is same for one in shown.values()) and len(shown) <= 8:
@@ -957,17 +953,18 @@ def drawn_tissue(seed, n=1200):
                                 "groups": made["groups"]})
 
 
-def read_to_train(flags, least=1):
-    """`read`, once there is something to train on, something to judge by, and `least` streams, or
-    one of --stream; every token is a sample."""
+def read_to_train(flags):
+    """`read`, once there is something to train on, something to judge by, and as many streams as
+    the command needs: two to share a code, else that of --stream; every token is a sample."""
     if "stream" in flags:
         first = {"planted": "vision", "tissue": "vit"}[flags.world]
         stream = flags.stream or (first if flags.data is None else None)
         flags = flags.replaced({"streams": stream or flags.streams})
     features = read(flags)
     features.rows("test", "val")
-    refuse(len(features.streams) < least, f"{flags.command} shares a code among streams and needs "
-           f"two streams, not {list(features.streams)[0]} alone - give more, or use sae for one")
+    refuse("targets" in flags and len(features.streams) < 2, f"{flags.command} shares a code among "
+           f"streams and needs two streams, not {list(features.streams)[0]} alone - give more, or "
+           "use sae for one")
     refuse("activation" in flags and len(features.streams) > 1,
            f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
     flat = features.per_token()
@@ -1000,9 +997,9 @@ class Coded:
                f"{', '.join(self.model.streams)} - check the keys")
         self.flags = flags.replaced({"streams": streams})
         self.features = read(self.flags)
-        for s, d in self.features.dims.items():
-            refuse(self.model.dims.get(s) != d, f"the run was trained on {self.model.dims}, the "
-                   f"data has {self.features.dims} - take streams that it knows")
+        mine, theirs = self.features.dims, self.model.dims
+        refuse(not mine.items() <= theirs.items(), f"the run was trained on {theirs}, the data has "
+               f"{mine} - take streams that it knows")
         self.T, self.flat = self.features.tokens or 1, self.features.per_token()
 
     def codes(self, rows, mode="alone"):
@@ -1011,7 +1008,8 @@ class Coded:
 
     def pool(self, tau=0.):
         """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
-        `dense` (N, d), normalised features, the mean over tokens, and `groups` (N,)."""
+        `dense` (N, d), normalised features, the mean over tokens, `groups` (N,), and `W` (L, d)
+        and `b` (d,), dictionary and bias."""
         way = "--stream" if "stream" in self.flags else "--streams a,b"
         refuse(len(self.features.streams) > 1,
                f"{self.run} has {', '.join(self.features.streams)} - pick one with {way}")
@@ -1028,14 +1026,11 @@ class Coded:
                f"the codes of {self.run} are not finite - train it with a lower --lr")
         refuse(not self.strength.nnz, f"no latent of {self.run} is active on any sample - train it "
                "longer, or with less sparsity")
+        self.W, self.b = (v[s].detach().cpu().double().numpy()
+                          for v in (self.model.W_dec, self.model.b_pre))
         self.groups = self.features.about.get("groups", np.arange(N))
         self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
         return self
-
-    def decoder(self):
-        """Dictionary (L, d) and bias (d,) of the one stream."""
-        return (v[self.stream].detach().cpu().double().numpy()
-                for v in (self.model.W_dec, self.model.b_pre))
 
     def heat(self, row, latents):
         """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
@@ -1106,10 +1101,7 @@ def analysis_run(flags, name):
 @command(f"{DATA} {CODE} {SHARED} null {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
-    run = Run(flags)
-    features = read_to_train(run.flags, 2)
-    run.flags = resolved(run.flags, features)
-    judged(run, features, run)
+    judged(Run(flags))
 
 
 @command(f"{DATA} stream {CODE} {KINDS} {STEPS} {FOLDER} out=runs/sae")
@@ -1122,9 +1114,7 @@ def cmd_sae(flags):
         changes = {f"{name}_{revive}": {"activation": name, "revive": revive}
                    for name, revive in sorted(kinds)}
         return compared(run, changes, judge.tell_activations)
-    features = read_to_train(run.flags)
-    run.flags = resolved(run.flags, features)
-    judged(run, features)
+    judged(run)
 
 
 @command(f"data taxonomy stream! null preset epochs batch lr shuffle {FOLDER} out=runs/add", "run")
@@ -1148,8 +1138,7 @@ def cmd_add(flags):
             "streams": ",".join([*own["dims"], new])})
     features = read_to_train(Flags({k: v for k, v in run.flags.items() if k != "stream"}))
     refuse(run.flags.stream not in features.dims, "--stream names one stream - add one by one")
-    run.flags = resolved(run.flags, features)
-    judged(run, features, run)
+    judged(run, features)
 
 
 def add_to_codes(run):
@@ -1159,8 +1148,8 @@ def add_to_codes(run):
     usual = {name.replace("-", "_"): FLAGS[name][0] for name in f"{CODE} {SHARED} seed".split()}
     flags = Flags({**usual, "world": "planted", "streams": flags.stream, **flags})
     features, latents, k = data.with_codes(read_to_train(flags), flags.run)
-    run.flags = resolved(flags.replaced({"latents": latents, "k": k}), features)
-    judged(run, features, run)
+    run.flags = flags.replaced({"latents": latents, "k": k})
+    judged(run, features)
 
 
 @command(f"{DATA} seed device eval-rows json overwrite", "run")
@@ -1183,11 +1172,9 @@ def cmd_encode(flags):
     path, coded = out_file(flags), Coded(flags.run, flags)
     features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
     shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    every = np.arange(len(coded.flat))
-    blocks = sae.encoded(coded.model, coded.flat.batch, every, flags.mode)
+    blocks = sae.encoded(coded.model, coded.flat.batch, np.arange(len(coded.flat)), flags.mode)
     for s, code in sae.joined([codes for _, codes in blocks]).items():
-        for name, v in code._asdict().items():
-            kept[f"{s}_{name}"] = v.reshape(shape)
+        kept |= {f"{s}_{name}": v.reshape(shape) for name, v in code._asdict().items()}
     if "ids" in features.about:
         kept["ids"] = features.about["ids"]
     judge.write_npz(path, kept)
@@ -1233,8 +1220,7 @@ ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
 @command(f"{DATA} {CODE} loss targets null {STEPS} {FOLDER} out=runs/ablate")
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
-    run = Run(flags)
-    compared(run, ABLATION, judge.tell_ablation, run)
+    compared(Run(flags), ABLATION, judge.tell_ablation)
 
 
 # ---- Backbones: DINO, features, probes (thesis 3.2) ---------------------------------------------
@@ -1284,17 +1270,16 @@ def train_dino(run, nets, images, crops, watch):
                       flags.device) as kept:
             done = ssm.restore_dino(nets, kept)
     batches = data.Batches(images.rows("train"), flags.batch, flags.seed, "samples", drop_last=True)
-    epoch, n_steps, at = batches.epoch, flags.epochs * batches.epoch, done
+    epoch, n_steps = batches.epoch, flags.epochs * batches.epoch
     log = Log(run.path("log.csv"), done, ("loss", "entropy", "information", "knn"), gaps=("knn",))
     views = data.crop_batches(images, crops, batches, flags.seed, done, n_steps, flags.workers)
 
-    def save():
-        judge.write_torch(checkpoint, {**ssm.dino_state(nets, at), "n_classes": None,
+    def save(step):
+        judge.write_torch(checkpoint, {**ssm.dino_state(nets, step), "n_classes": None,
                                        **flags.pick("arch size patch")})
 
     def on_step(step, told):
-        nonlocal at
-        at, ended, knn = step, step % epoch == 0, ""
+        ended, knn = step % epoch == 0, ""
         if ended and watch.tasks and (step // epoch % flags.knn_every == 0 or step == n_steps):
             knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
         keep(step, lambda: {"epoch": round(step / epoch, 3), **told, "knn": knn},
@@ -1374,8 +1359,11 @@ def cmd_extract(flags):
     for spec, loaded in zip(specs, models):
         if loaded:
             streams |= picture_streams(images, *loaded, flags)
-        else:
-            streams |= caption_stream(images, spec, flags)
+        else:                                                # what runs of N words tell of captions
+            (name, longest), captions = spec.split("=lsa:"), images.about.get("captions")
+            refuse(captions is None or flags.tokens or longest not in ("1", "2", "3"), f"{spec} - "
+                   "lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
+            streams[name] = data.latent_semantics(captions, images.rows("train"), int(longest))
     for name, x in streams.items():
         say(f"{name}: {x.shape}")
     about = images.arrays(out)
@@ -1383,14 +1371,6 @@ def cmd_extract(flags):
         about["grid"] = np.repeat(math.isqrt(x.shape[1]), 2)                     # views are square
     judge.write_npz(out, {**streams, **about})
     say(f"wrote {out}")
-
-
-def caption_stream(images, spec, flags):
-    """{name: (N, d)} of name=lsa:N, what runs of up to N words tell of the captions."""
-    (name, longest), captions = spec.split("=lsa:"), images.about.get("captions")
-    refuse(captions is None or flags.tokens or longest not in ("1", "2", "3"),
-           f"{spec} - lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
-    return {name: data.latent_semantics(captions, images.rows("train"), int(longest))}
 
 
 def picture_streams(images, name, model, flags):
@@ -1543,22 +1523,20 @@ def tell_stream(page, coded, flags):
     references = [train[ranks.indices[ranks.data.argsort()]].tolist()    # best first
                   for ranks in table.pop("references")]
     judge.tell_latents(page, table, len(train), features.label_names)
-    barcodes = tell_barcodes(page, coded, table["mean"], flags.between)
-    return {**({"barcodes.npz": barcodes} if barcodes else {}), "latents.json": [
+    return {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
         {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
          "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
 
 
 def tell_barcodes(page, coded, mean, between):
-    """Tell the barcodes of groups (CytoSAE Eq. 4); returns the arrays for a file. Without groups
-    each sample is one, if it has tokens and there are some 20,000 at most; None where there is
-    nothing to tell."""
+    """Tell the barcodes of groups (CytoSAE Eq. 4); returns the files to write, if any. Without
+    groups each sample is one, if it has tokens and there are some 20,000 at most."""
     features, grouped = coded.features, "groups" in coded.features.about
     y = features.labels if np.ndim(features.labels) == 1 else None
     refuse(between and (y is None or not grouped), f"{coded.flags.data} has no groups, or no "
            "single label a sample - --between compares patients: add `groups` and `labels`")
     if y is None or not grouped and (coded.T == 1 or len(y) > 20000):
-        return None
+        return {}
     groups, codes, label = judge.barcodes(coded.count, coded.groups, y)    # a_p of Eq. 4
     known, names = label >= 0, np.array(features.label_names)
     pair = [label_number(features, name) for name in between.split(",")] if between else []
@@ -1569,8 +1547,8 @@ def tell_barcodes(page, coded, mean, between):
         if len(n) > 1 and n.min() > 1 else []
     page.text(f"{known.sum()} of {len(groups)} groups have one label, and count")
     means = judge.tell_barcodes(page, codes[known], label[known], names, mean, folds, pair)
-    return {"groups": groups, "labels": label, "barcodes": codes.toarray(), "label_names": names,
-            "diseases": means}
+    return {"barcodes.npz": {"groups": groups, "labels": label, "barcodes": codes.toarray(),
+                             "label_names": names, "diseases": means}}
 
 
 PROMPT = """Below are samples that activate one latent of a sparse autoencoder strongly, samples \
@@ -1643,8 +1621,7 @@ def tell_interventions(page, coded, y, train, test, means):
     latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
     head, of_class = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
     w, bias = head[:, 1] - head[:, 0], float(of_class[1] - of_class[0])          # of the log odds
-    W, b = coded.decoder()
-    effect, base = W @ w, float(b @ w) + bias
+    effect, base = coded.W @ w, float(coded.b @ w) + bias
     scores = {"original features": coded.dense[test] @ w + bias,
               "reconstructed": coded.strength[test] @ effect + base}
     rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
@@ -1706,8 +1683,8 @@ def tell_class_means(page, means, flags):
 def tell_fidelity(page, coded, y, train, test, eval_rows):
     """Tell how well codes rebuild features, what few latents tell of classes y (N,), if there are
     any, and whether codes find the neighbours that features find."""
-    seed, dense, (W, b) = coded.flags.seed, coded.dense.astype(np.float64), coded.decoder()
-    r2 = judge.r2_both(dense[test], coded.strength[test] @ W + b)
+    seed, dense = coded.flags.seed, coded.dense.astype(np.float64)
+    r2 = judge.r2_both(dense[test], coded.strength[test] @ coded.W + coded.b)
     page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
                list(r2.items()), "Reconstruction", key="r2")
     if y is not None:
@@ -1758,8 +1735,8 @@ def cmd_tissue(flags):
     files = {name: Image.fromarray(content) if name.endswith("png") else content
              for name, content in data.tissue_files(made).items()}
     kinds = made["label_names"][:len(data.CELLS) + 1].tolist()
-    rows = [np.flatnonzero(made["labels"][:, c])[:8] for c in range(len(kinds))]
-    sheet = [[Image.fromarray(made["pixels"][i]) for i in some] for some in rows]
+    sheet = [[Image.fromarray(pixels) for pixels in made["pixels"][has][:8]]
+             for has in made["labels"].T[:len(kinds)]]
     files["sheet.png"] = judge.contact_sheet(sheet, [""] * 8, 96, kinds)
     run.begin().write(files)
     for name, n in zip(made["label_names"], made["labels"].sum(0)):
@@ -1865,8 +1842,7 @@ def cmd_explain(flags):
         name, model = load_backbone(spec, flags, head=True)
         view = data.plain_view(flags.size or model.side, whole=True)
         x = torch.stack([view(p) for p in pictures]).to(flags.device)
-        with torch.no_grad():
-            outputs = [str(i) for i in range(model(x[:1]).shape[1])]
+        outputs = [str(i) for i in range(model(x[:1]).shape[1])]
         refuse(flags.label not in (None, *outputs), f"--label {flags.label}, but {name} has "
                f"{len(outputs)} outputs - give 0 to {outputs[-1]}")
         score = None if flags.label is None else lambda out: out[:, int(flags.label)]
@@ -1952,9 +1928,10 @@ class Concepts(Coded):
                f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
         (self.encoder, self.text), = clips
 
-    def code(self, stream, x):
-        """Features (B, d) -> dense codes (B, L) of a stream alone."""
-        return self.model.encode({stream: x}, "alone")[stream].dense(self.model.n_latents)
+    def code(self, stream):
+        """The function features (B, d) -> dense codes (B, L) of a stream alone."""
+        model = self.model
+        return lambda x: model.encode({stream: x}, "alone")[stream].dense(model.n_latents)
 
     def maps(self, backbone, score, asked):
         """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
@@ -1963,15 +1940,16 @@ class Concepts(Coded):
                                lambda i: view(self.images.open(i)).to(self.flags.device),
                                functools.partial(ssm.cam_layer, backbone))
 
-    def weighted(self, stream, weight):
-        """score(features (B, d), c (B,)) -> (B,): codes of a stream times rows c of weight."""
-        return judge.weighted_code(functools.partial(self.code, stream), weight)
+    def code_maps(self, weight, asked):
+        """Of every backbone the maps of its code times row c of weight (n, L), for (picture, c)."""
+        return {name: self.maps(backbone, judge.weighted_code(self.code(s), weight), asked)[0]
+                for name, (backbone, s) in self.sees.items()}
 
     def tell(self, page, key, title, names, asked, maps, weight):
         """Tell the maps of pairs `asked`, {(picture, c): is it there?}, and what each word of the
         pictures' captions adds to the code weighted by row c of weight (n, L), where that is not 0.
         Returns the overlays of `judge.map_gallery`."""
-        score = self.weighted(self.text, weight)
+        score = judge.weighted_code(self.code(self.text), weight)
         words = [{"concept": names[c], "caption": self.captions[i], "here": here, "words":
                   judge.word_heat(self.encoder.clip, self.encoder.words, self.captions[i],
                                   lambda f: score(f, [c]))}
@@ -2003,15 +1981,14 @@ def methods(seen):
     for c in {c for _, c in seen.truth}:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
     prompts = seen.encoder.read(seen.label_names)
-    with torch.no_grad():
-        z_names = seen.code(seen.text, prompts)
+    z_names = seen.code(seen.text)(prompts).detach()
 
     def together(stream, f, c):                              # picture and name choose the support
         both = seen.model.encode({stream: f, seen.text: prompts[c]}, "joint").values()
         return math.prod(codes.dense(seen.model.n_latents) for codes in both).sum(1)
     for name, (backbone, s) in seen.sees.items():
-        targets = judge.concept_scores(functools.partial(seen.code, s), z_names, seen.J,
-                                       seen.alive[s], seen.flags.seed)
+        targets = judge.concept_scores(seen.code(s), z_names, seen.J, seen.alive[s],
+                                       seen.flags.seed)
         if seen.model.topk != "local":
             targets["similarity to the name, joint"] = functools.partial(together, s), every
         out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
@@ -2050,8 +2027,7 @@ def shown_labels(seen):
 
 
 def tell_latents(seen, page, chosen, most=4):
-    """Single latents z_j (thesis Fig. 5.4) in the test samples where all streams together are most
-    active."""
+    """Single latents z_j (thesis Fig. 5.4) in test samples where all streams are most active."""
     codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
     for c, j in enumerate(chosen):
         strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
@@ -2059,8 +2035,7 @@ def tell_latents(seen, page, chosen, most=4):
         best = np.argsort(-strength, kind="stable")[:most]
         asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
     single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
-    maps = {name: seen.maps(backbone, seen.weighted(s, single), asked)[0]
-            for name, (backbone, s) in seen.sees.items()}
+    maps = seen.code_maps(single, asked)
     seen.tell(page, "latents", "Single latents, where they are most active",
               [f"latent {j}" for j in chosen], asked, maps, single)
 
@@ -2069,16 +2044,14 @@ def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t and by CLIP."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
     asked, pictured = {(i, n): True for n, i in enumerate(test)}, f"{seen.text[:-4]}_img"
-    with torch.no_grad():
-        said = seen.encoder.read([seen.captions[i] for i in test])
-        z_text = seen.code(seen.text, said)
-        z_image = seen.code(pictured, seen.features.batch(test)[pictured].to(seen.flags.device))
-    maps = {name: seen.maps(backbone, seen.weighted(s, z_text), asked)[0]
-            for name, (backbone, s) in seen.sees.items()}
+    said = seen.encoder.read([seen.captions[i] for i in test])
+    z_text = seen.code(seen.text)(said).detach()
+    z_image = seen.code(pictured)(seen.features.batch(test)[pictured].to(seen.flags.device))
+    maps = seen.code_maps(z_text, asked)
     maps["cosine, CLIP itself"], _ = seen.maps(seen.encoder, judge.weighted_code(unit, unit(said)),
                                                asked)
     seen.tell(page, "captions", "Pictures with their captions: similarity z . z' of the two",
-              [f"picture {i}" for i in test], asked, maps, z_image)
+              [f"picture {i}" for i in test], asked, maps, z_image.detach())
 
 
 @command(f"{ON_RUN} streams sample from to query features encoder", "run")
@@ -2132,9 +2105,8 @@ def given_query(model, stream, flags):
     refuse(x.shape[1] != model.dims[stream], f"the query has {x.shape[1]} numbers, stream "
            f"'{stream}' has {model.dims[stream]} - name its stream with --from")
     with torch.no_grad():
-        codes = model.encode({stream: x.to(flags.device)}, "alone")[stream]
-    return judge.sparse_code(codes.indices.cpu().numpy(), codes.values.cpu().numpy(),
-                             model.n_latents)
+        codes = sae.joined([model.encode({stream: x.to(flags.device)}, "alone")])
+    return judge.sparse_code(*codes[stream], model.n_latents)
 
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
@@ -2169,7 +2141,7 @@ def cut_voc(flags):
     names = [f"{name}.png" for name in cuts.about["ids"]]
     for i, path in enumerate(Run(flags).begin().paths(names)):
         judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
-    for name, n in sorted(collections.Counter(map(os.path.dirname, names)).items()):
+    for name, n in zip(*np.unique([*map(os.path.dirname, names)], return_counts=True)):
         print(f"{name}: {n}")
 
 
@@ -2250,8 +2222,7 @@ def attention_maps(bags, models, rows, head, run, most=6):
     shown, there = {}, bags.coords and bags.images
     for i in [i for i in rows if there and bags.coords[i] is not None and bags.images[i]][:most]:
         label, (x, _, _) = bags.label_names[bags.y[i]], bags.padded([i])
-        with torch.no_grad():
-            heat = sum(model(x)[1].softmax(-1)[0].mean(0) for model in models).numpy()
+        heat = sum(model(x)[1].softmax(-1)[0].mean(0) for model in models).detach().numpy()
         image, scale = data.Slide(bags.images[i]).overview(1024)
         picture = judge.box_overlay(image, bags.coords[i], heat, scale)
         run.write({f"heat_{label}_{bags.names[i]}_{head}.png": picture})
@@ -2283,9 +2254,8 @@ def cmd_finetune(flags):
         model = load_backbone(specs[name], one, C)[1]
         scores, history = finetune_one(pictures, rounds[r], model, one)
         found[name].append(scores)
-        for epoch, (loss, validation) in enumerate(history, 1):
-            log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss,
-                     "validation": validation})
+        for epoch, (loss, held) in enumerate(history, 1):
+            log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss, "validation": held})
         log.write()
         progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
         if r == 0:                                           # the file that `explain` reads
@@ -2414,7 +2384,8 @@ def add_command(subs, name, each):
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
     for what in each.positional:
         if what == "what":
-            sub.add_argument(what, nargs="?", choices=BENCHES, default="all")
+            sub.add_argument(what, nargs="?", default="all", choices=(
+                "all", "sparc", "rows", "scan", "backbones", "page"))
         else:
             sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
                              help="a run folder")
@@ -2435,9 +2406,6 @@ def add_command(subs, name, each):
                                default=argparse.SUPPRESS, **option)      # only what was typed
 
 
-BENCHES = ("all", "sparc", "rows", "scan", "backbones", "page")
-
-
 def say(text):
     """A line for the user on stderr: results alone go to stdout."""
     print(text, file=sys.stderr, flush=True)
@@ -2446,10 +2414,10 @@ def say(text):
 say_once = functools.cache(say)                              # the same line once in a process
 
 
-def resuming(flags):
-    """The command that goes on with a run, but for its --out."""
+def resuming(flags, more=""):
+    """The command that goes on with a run, and with what is `more`."""
     base = f"{shlex.quote(flags.run)} " if flags.get("run") else ""
-    return f"python repsae.py {flags.command} {base}--resume"
+    return f"python repsae.py {flags.command} {base}--resume{more} --out {shlex.quote(flags.out)}"
 
 
 def fail(text):
@@ -2485,7 +2453,7 @@ def main(argv=None):
         run, flags = parse(argv)
         perform(run, flags)
     except Interrupted as e:
-        say(f"\n{e}; go on with: {resuming(flags)} --out {shlex.quote(flags.out)}")
+        say(f"\n{e}; go on with: {resuming(flags)}")
         raise SystemExit(130)
     except KeyboardInterrupt:
         raise SystemExit(130)
