@@ -41,9 +41,7 @@ from dataclasses import dataclass, field, replace
 from xml.etree import ElementTree
 
 import numpy as np
-import scipy.ndimage
-import scipy.sparse
-import scipy.sparse.linalg
+import scipy                                                 # its parts when they are first used
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
@@ -173,8 +171,7 @@ class Features(Samples):
         """Mean and standard deviation (d_s,) of those of `rows` that have it: dict of stream."""
         there = {s: rows[self.has(s, rows)] for s in self.streams}
         total, shift = {}, {s: self.batch(some[:1])[s][0].double() for s, some in there.items()}
-        for start in range(0, len(rows), block):
-            part = rows[start:start + block]
+        for part in np.split(rows, range(block, len(rows), block)):
             for s, x in self.batch(part).items():            # (block, d_s), shifted not to cancel
                 x = (x.double() - shift[s]).numpy()[self.has(s, part)]
                 total[s] = total.get(s, 0) + np.stack([x.sum(0), (x * x).sum(0)])
@@ -277,30 +274,18 @@ class Source:
     def __getitem__(self, key):
         if key in self.made:
             return self.made[key]
+        name, what = f"{key}.npy", f"{self.path}, key '{key}'"
         if self.npz is None:
-            path = os.path.join(self.path, f"{key}.npy")
+            path = os.path.join(self.path, name)
             with reading(path, ".npy file"):                 # a map checks the declared size itself
                 return _plain(np.lib.format.open_memmap(path, "r"), path)
-        what = f"{self.path}, key '{key}'"
-        with reading(what, "array of an .npz file"):
-            return _plain(self._member(f"{key}.npy"), what)
-
-    def _member(self, name):
-        """An array of the .npz, if it has the size it declares: numpy makes room for that first."""
-        info = self.npz.zip.getinfo(name)
-        with self.npz.zip.open(info) as f:
+        with reading(what, "array of an .npz file"), self.npz.zip.open(name) as f:
             version = np.lib.format.read_magic(f)[0]
             shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(f)
-            size = math.prod(shape) * dtype.itemsize
-            if not dtype.hasobject and size != info.file_size - f.tell():
+            size = math.prod(shape) * dtype.itemsize         # numpy makes room for that first
+            if not dtype.hasobject and size != self.npz.zip.getinfo(name).file_size - f.tell():
                 raise ValueError(f"declares {size} bytes")
-        return self.npz[name]
-
-    def need(self, *keys, give):
-        """Refuse a file that lacks one of the keys; give: what to do about it."""
-        for key in keys:
-            if key not in self:
-                raise InputError(f"{self.path} lacks '{key}' - give {give}")
+            return _plain(self.npz[name], what)
 
     def checked(self, key, wanted, *allowed):
         """The array of a key, or None without it. It must be as one of `allowed`, each (a kind of
@@ -313,12 +298,6 @@ class Source:
             if alike and np.issubdtype(a.dtype, kind):
                 return a
         raise InputError(f"'{key}' has shape {a.shape} and type {a.dtype} - give {wanted}")
-
-
-def read_arrays(path):
-    """All arrays of an .npz, or of a folder of .npy, by key; nothing is unpickled."""
-    source = Source(path)
-    return {key: source[key] for key in source.keys}
 
 
 def plain_file(path):
@@ -1124,7 +1103,9 @@ def _read_listed(path):
                 raise ValueError(f"{known} labels of {size} images")
             arrays.made = {"images": np.concatenate(images), "labels": np.concatenate(labels),
                            "split": np.repeat(there, size)}
-    arrays.need("images", give="a list of pictures or tiles, a MedMNIST .npz, or class folders")
+    if "images" not in arrays:
+        raise InputError(f"{path} lacks 'images' - give a list of pictures or tiles, a MedMNIST "
+                         ".npz, or class folders")
     n = len(np.atleast_1d(arrays["images"]))
     if not n:
         raise InputError(f"{path} has empty 'images' - name another file")
@@ -1774,7 +1755,10 @@ def _instances(path, stream):
 
 def _bags_of_file(arrays):
     """Bags of an .npz, the shapes and types of its arrays checked against each other."""
-    arrays.need("X", "offsets", "y", give="X (instances, d), offsets and y (bags,)")
+    for key in ("X", "offsets", "y"):
+        if key not in arrays:
+            raise InputError(f"{arrays.path} lacks '{key}' - give X (instances, d), offsets and y "
+                             "(bags,)")
     x, y = _stream(arrays, "X", 2), arrays.checked("y", "(bags,) integers", (np.integer, None))
     n = len(y)
     offsets = arrays.checked("offsets", f"{n} + 1 integers for {n} bags", (np.integer, n + 1))
