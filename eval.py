@@ -182,7 +182,7 @@ def reconstruction(blocks):
     R^2 is weighted by variance, around each dimension's mean over the samples that count:
     predicting that mean scores 0. NMSE leaves out samples of zeros.
     """
-    total = collections.defaultdict(float)                   # of sums over each part of the samples
+    total = collections.defaultdict(lambda: [0.] * 6)        # sums over each part of the samples
     for x, x_hat in blocks:
         here = {t: ~v.isnan().all(1) for t, v in x.items()}
         for (t, s), v in x_hat.items():
@@ -190,16 +190,13 @@ def reconstruction(blocks):
             now, part = x[t][both].double(), torch.arange(len(v), device=v.device)[both] % PARTS
             e, energy = (v[both] - x[t][both]).double().square().sum(1), now.square().sum(1)
             member = torch.nn.functional.one_hot(part, PARTS).T.double()          # (PARTS, b)
-            for name, value in (("n", torch.ones_like(e)), ("x", now), ("x^2", energy),
-                                ("scaled", (energy > 0).double()), ("error", e),
-                                ("ratio", torch.where(energy > 0, e / energy, 0))):
-                total[name, t, s] += member @ value
+            values = (torch.ones_like(e), now, energy, e, torch.where(energy > 0, e / energy, 0),
+                      (energy > 0).double())
+            total[t, s] = [v + member @ value for v, value in zip(total[t, s], values)]
     out = {"r2": {}, "nmse": {}, "r2_within": {}}
-    for t, s in [key[1:] for key in total if key[0] == "n"]:
-        sums = {name: total[name, t, s] for name in ("n", "x", "x^2", "error", "ratio", "scaled")}
-        n, x, square, error, ratio, some = (torch.cat([v.sum(0)[None], v.sum(0) - v])
-                                            for v in sums.values())       # of all, and of all but
-        variance = square - x.square().sum(1) / n.clamp(min=1)            # each of the parts
+    for (t, s), sums in total.items():                       # of all, and of all but each part
+        n, x, square, error, ratio, some = (torch.cat([v.sum(0)[None], v.sum(0) - v]) for v in sums)
+        variance = square - x.square().sum(1) / n.clamp(min=1)
         r2 = torch.where(variance > 1e-12 * square, 1 - error / variance, torch.nan)
         half = Z95 * ((PARTS - 1) * r2[1:].var(unbiased=False)).sqrt()
         for name, v in (("r2", r2[0]), ("nmse", (ratio / some)[0]), ("r2_within", half)):
@@ -243,8 +240,8 @@ def logistic_1d(x, y, C=1., iterations=100):
     def cost(line):
         w, b = line[..., 0], line[..., 1]
         return w * w / 2 + C * log_loss(w, b, x, y).sum(-1)
-    now = cost(line)
     for _ in range(iterations):
+        now = cost(line)
         p = scipy.special.expit((X @ line[..., None])[..., 0])
         gradient = ((C * (p - y))[..., None] * X).sum(-2) + line * [1, 0]
         curvature = np.swapaxes(X, -1, -2) @ (X * (C * p * (1 - p))[..., None])
@@ -256,7 +253,6 @@ def logistic_1d(x, y, C=1., iterations=100):
                 break
             step = np.where(worse[..., None], step / 2, step)
         line = line - step * move
-        now = cost(line)
         if np.abs(gradient).max(initial=0) < 1e-9:
             break
     return line[..., 0], line[..., 1]
@@ -968,9 +964,8 @@ def tell_sweep(page, results, axes):
     setting that is a number, or None."""
     columns = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}
     page.table(*runs_table(results, columns))
-    ways = {name: "alone" if m["topk"] == "local" else "joint" for name, m in results.items()}
-    heads = {name: {mode: headline(m[mode]) for mode in dict.fromkeys((ways[name], "alone"))}
-             for name, m in results.items()}
+    heads = {name: {mode: headline(m[mode]) for mode in ("joint", "alone")
+                    if mode == "alone" or m["topk"] != "local"} for name, m in results.items()}
     rows = []
     for name, metrics in results.items():
         other = name.replace("global", "local", 1)
@@ -1764,11 +1759,10 @@ def relevancy(attention, target):
     """
     B, _, T, _ = attention[0].shape
     R = torch.eye(T, device=attention[0].device, dtype=attention[0].dtype).repeat(B, 1, 1)
-    moves = target.requires_grad
-    gradient = torch.autograd.grad(target, attention, allow_unused=True) if moves else ()
-    for a, g in zip(attention, gradient):
-        if g is not None:
-            R = R + (g * a).detach().clamp(min=0).mean(1) @ R
+    if not target.requires_grad:
+        return R
+    for a, g in zip(attention, torch.autograd.grad(target, attention, materialize_grads=True)):
+        R = R + (g * a).detach().clamp(min=0).mean(1) @ R
     return R
 
 
@@ -2122,16 +2116,14 @@ def tell_models(page, found, tested):
     page.metrics.update(scores=found, pairs={}, beats={})
     for name in names[:2] if n > 1 else ():
         pairs = compare({model: [run[name] for run in found[model]] for model in tested})
-        beats = {a: {b: 0 for b in tested if b != a} for a in tested}
-        for p in pairs:
-            if p["t_p"] is not None and p["t_p"] < 0.05:
-                better, worse = (p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"])
-                beats[better][worse] = 1
+        clear = [p for p in pairs if p["t_p"] is not None and p["t_p"] < 0.05]
+        won = {(p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"]) for p in clear}
+        beats = {a: {b: int((a, b) in won) for b in tested if b != a} for a in tested}
         page.metrics["pairs"][name], page.metrics["beats"][name] = pairs, beats
         rows = [[f"{a} - {b}", *numbers] for a, b, *numbers in map(dict.values, pairs)]
         page.table(["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)",
                     "effect size d"], rows, f"{name}: pairs of models")
-        wins = {a: [b for b in won if won[b]] for a, won in beats.items()}
+        wins = {a: [b for b in others if others[b]] for a, others in beats.items()}
         lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items() if b]
         page.text(f"{name}, paired t-test at p < 0.05, {len(pairs)} pairs: "
                   f"{'; '.join(lines) or 'no model beats another'}.")
