@@ -841,6 +841,7 @@ def _caption(kinds, ground, mucin, rng):
 class Words:
     """A word-level tokenizer: 0 pads, words count from 1 in alphabetical order, then `start` and,
     highest, `end`. words: the vocabulary, or None to take what stands in two `captions` or more."""
+    word = r"[\w']+"                                         # its pattern
 
     def __init__(self, captions=None, words=None):
         if words is None:
@@ -852,9 +853,9 @@ class Words:
         self.number = {w: i + 1 for i, w in enumerate(self.words)}
         self.start, self.end, self.size = len(words) + 1, len(words) + 2, len(words) + 3
 
-    @staticmethod
-    def split(text):
-        return re.findall(r"[\w']+", str(text).lower())
+    @classmethod
+    def split(cls, text):
+        return re.findall(cls.word, str(text).lower())
 
     def pieces(self, text, strict=True):
         """[(token, (number of the word, word))] of a text; unknown words, unless `strict`, go."""
@@ -880,6 +881,7 @@ class Merges(Words):
     merges: list of pairs "a b". Tokens: 256 bytes, the same at the end of a word, merges, start,
     end. Letters are Python's, not Unicode's L; broken text is not mended first (CLIP's ftfy).
     """
+    word = r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+"
 
     def __init__(self, merges):
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -893,10 +895,6 @@ class Merges(Words):
         self.words, self.rank = list(merges), {pair: i for i, pair in enumerate(pairs)}
         self.number = {name: i for i, name in enumerate(names)}
         self.start, self.end, self.size = len(names), len(names) + 1, len(names) + 2
-
-    @staticmethod
-    def split(text):
-        return re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", str(text).lower())
 
     def merged(self, word):
         """The pieces of a word."""
@@ -1430,9 +1428,7 @@ class Slide:
         return self.slide.read_region((x, y), level, small).convert("RGB")
 
 
-@functools.lru_cache(maxsize=4)
-def _slide(path, window=None):
-    return Slide(path, window)
+_slide = functools.lru_cache(maxsize=4)(Slide)
 
 
 def read_slides(path):

@@ -164,9 +164,8 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
         depths = [jaccard({s: c @ level for s, c in counts.items()}, n_top)
                   for level in taxonomy_levels(label_names, parents)]
         alike = [v[0] is not None and len(set(v)) == 1 for v in zip(*names.values())]
-        kept = ("jaccard", "jaccard_all", "control")
-        out.update(depths[-1], by_depth=[{k: d[k] for k in kept} for d in depths],
-                   named_alike=sum(alike))
+        kept = [{k: d[k] for k in ("jaccard", "jaccard_all", "control")} for d in depths]
+        out.update(depths[-1], by_depth=kept, named_alike=sum(alike))
     return out
 
 
@@ -445,9 +444,8 @@ def recovery(dictionaries, truth, threshold=0.9):
     if len(cosine) > 1:
         everywhere = np.minimum.reduce(list(cosine.values())) >= threshold
         near["same latent"] = everywhere[np.logical_and.reduce(list(seen.values()))]
-    assign = scipy.optimize.linear_sum_assignment
-    return {s: {"found": int(v[assign(v, maximize=True)].sum()), "of": len(v)}
-            for s, v in near.items()}
+    return {s: {"found": int(v[scipy.optimize.linear_sum_assignment(v, maximize=True)].sum()),
+                "of": len(v)} for s, v in near.items()}
 
 
 def _mean(values):
@@ -1775,13 +1773,10 @@ def grad_cam(model, layer, to_map, x, score=None):
     """
     kept = []
     hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    try:
-        with torch.enable_grad():
-            out = model(x.requires_grad_())                  # so that frozen weights do not matter
-            total = (out.max(1).values if score is None else score(out)).sum()
-            gradient, = torch.autograd.grad(total, kept[0])
-    finally:
-        hook.remove()
+    with hook, torch.enable_grad():
+        out = model(x.requires_grad_())                      # so that frozen weights do not matter
+        total = (out.max(1).values if score is None else score(out)).sum()
+        gradient, = torch.autograd.grad(total, kept[0])
     with torch.no_grad():
         a, g = to_map(kept[0]), to_map(gradient)
         cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)       # (B, h, w)
