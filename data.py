@@ -706,16 +706,14 @@ def _draw_fields(n, size, ground, mucin, kind, count, rng):
     """Images (n, size, size, 3) float32, and which object is on top in each pixel."""
     image, f = _draw_grounds(n, size, ground, rng), size / 64
     instances = np.zeros((n, size, size), np.uint8)
-    if mucin.any():
-        instances[mucin] = _mucin(image, mucin, size, rng)
+    instances[mucin] = _mucin(image, mucin, size, rng)
     quarter = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
     middle = np.stack([quarter % 2, quarter // 2], -1) * 32 + 16 + rng.uniform(-4, 4, (n, 4, 2))
     for slot in range(4):
         for k, cell in enumerate(CELLS):
             rows = np.flatnonzero((kind[:, slot] == k) & (slot < count))
-            if len(rows):
-                number = 1 + mucin[rows] + slot
-                _draw_cells(image, instances, rows, cell, middle[rows, slot] * f, number, f, rng)
+            number = 1 + mucin[rows] + slot
+            _draw_cells(image, instances, rows, cell, middle[rows, slot] * f, number, f, rng)
     return image, instances
 
 

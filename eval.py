@@ -211,11 +211,10 @@ def linear_baseline(train, test, strengths=10. ** np.arange(-6, 3)):
     a pair the samples count that have both. Ridge regression with an intercept; its strength is
     the one that predicts every tenth training row best from the other rows.
     """
-    out = {t: {} for t in train}
+    out = {t: {s: None for s in train if s != t} for t in train}
     for s, t in itertools.permutations(train, 2):
         both = ~np.isnan(train[s][:, 0] + train[t][:, 0])
         if both.sum() < 2:
-            out[t][s] = None
             continue
         X, Y = (train[v][both].astype(np.float64) for v in (s, t))
         held = np.arange(len(X)) % 10 == 0
@@ -245,13 +244,12 @@ def logistic_1d(x, y, C=1., iterations=100):
         gradient = ((C * (p - y))[..., None] * X).sum(-2) + line * [1, 0]
         curvature = np.swapaxes(X, -1, -2) @ (X * (C * p * (1 - p))[..., None])
         move = np.linalg.solve(curvature + np.diag([1, 1e-12]), gradient[..., None])[..., 0]
-        step = np.ones((*x.shape[:-1], 1))
         for _ in range(40):
-            worse = cost(line - step * move) > now + 1e-12 * np.abs(now)
+            worse = cost(line - move) > now + 1e-12 * np.abs(now)
             if not worse.any():
                 break
-            step = np.where(worse[..., None], step / 2, step)
-        line = line - step * move
+            move = np.where(worse[..., None], move / 2, move)
+        line = line - move
         if np.abs(gradient).max(initial=0) < 1e-9:
             break
     return line[..., 0], line[..., 1]
