@@ -152,11 +152,9 @@ class Features(Samples):
 
     def batch(self, rows):
         """Raw features of `rows` (B,): dict stream -> (B, d_s) or (B, T, d_s) float32 tensor."""
-        out = {}
-        for s, x in self.streams.items():
-            x = x[self.order[s][rows] if s in self.order else rows]
-            out[s] = torch.from_numpy(np.asarray(x, dtype=np.float32))
-        return out
+        at = {s: self.order[s][rows] if s in self.order else rows for s in self.streams}
+        return {s: torch.from_numpy(np.asarray(x[at[s]], dtype=np.float32))
+                for s, x in self.streams.items()}
 
     def label_matrix(self, rows):
         """(len(rows), C) bool, unlabelled rows all False: see `labelled`. None without labels."""

@@ -1217,7 +1217,6 @@ def write_whole(path, write):
 def knn(train, labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None):
     """Votes of the k nearest neighbours by cosine, weighted by exp(similarity / temperature) as in
     DINO: dict k -> (n, C), rows summing to 1. k larger than the training set is cut to it."""
-    labels = np.asarray(labels)
     near, similarity = nearest(test, train, max(ks))
     weight, out = np.exp((similarity - similarity[:, :1]) / temperature), {}
     for k in ks:
