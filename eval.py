@@ -348,8 +348,7 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
 # -- Retrieval -----------------------------------------------------------------------------------
 
 def ridge(X, Y, strengths):
-    """Yields (W, intercept) of ridge regression of Y (n, m) on X (n, d) for each of the strengths,
-    which count in mean eigenvalues of X."""
+    """Yields (W, intercept) of ridge: Y (n, m) on X (n, d), strengths in mean eigenvalues of X."""
     mean = X.mean(0)
     values, V = np.linalg.eigh((X - mean).T @ (X - mean))
     values, scale = np.maximum(values, 0), max(values.mean(), 1e-30)
@@ -376,12 +375,10 @@ def cosines(query, reference, block=1024):
 
 
 def nearest(query, reference, n, groups=None, block=1024):
-    """The n most similar references (cosine) of each query, best first: rows and similarities,
-    both (q, n).
+    """The n most similar references (cosine) of each query, best first: rows, similarities (q, n).
 
-    query (q, d), reference (m, d), both dense or both CSR. groups: a pair (q,), (m,); references of
-    the query's own group do not count: where no more are left stand row -1, similarity -inf. n is
-    at most m.
+    query (q, d), reference (m, d), both dense or both CSR; at most m are found. groups: (q,), (m,);
+    references of the query's own group do not count: row -1, similarity -inf where none is left.
     """
     n, rows, values = min(n, reference.shape[0]), [], []
     for start, similar in cosines(query, reference, block):
@@ -600,8 +597,7 @@ def _doubts_of_sharing(metrics, again, both):
 
 
 def summary(metrics):
-    """The table at the end of a run: (header, rows), joint and alone side by side, and the null
-    where it was run."""
+    """The table at the end of a run: (header, rows), joint beside alone, and the null if it ran."""
     columns = {mode: headline(metrics[mode]) for mode in ("joint", "alone") if mode in metrics}
     columns.update({f"null {mode}": headline(v) for mode, v in metrics.get("null", {}).items()})
     names = list(next(iter(columns.values())))
@@ -650,8 +646,7 @@ def columns(found):
 
 
 def html_table(header, rows, colours=False):
-    """Rows of cells as an HTML table. With `colours` every number is shaded, 1 dark blue, 0 white,
-    negative red."""
+    """Rows of cells as HTML; with `colours` numbers are shaded: 1 dark blue, 0 white, -1 red."""
     def cell(v, text):
         shade = ""
         if colours and isinstance(v, float):
@@ -669,8 +664,7 @@ def html_table(header, rows, colours=False):
 
 
 def grid_row(grids):
-    """{name: {t: {s: value}}} -> tables side by side, HTML, rows targets, columns sources (as
-    sparc.txt Table 3)."""
+    """{name: {t: {s: value}}} -> HTML tables in a row, targets by sources (sparc.txt Table 3)."""
     shown = ""
     for name, matrix in grids.items():
         rows = [[t, *(row.get(s) for s in matrix)] for t, row in matrix.items()]
@@ -765,13 +759,13 @@ class Page:
             print(words)
         self.picture("", f"<p>{html.escape(words)}</p>")
 
-    def table(self, header, rows, title="", key=None, quiet=False, colours=False):
+    def table(self, header, rows, title="", key=None, quiet=False):
         """Rows of cells under a header, the first of a row its name. key: they also go into
         `metrics[key]`, as {name of the row: {column: value}}."""
         rows = [[plain(cell) for cell in row] for row in rows]
         if not quiet:
             print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
-        self.picture(title, html_table(header, rows, colours))
+        self.picture(title, html_table(header, rows))
         if key is not None:
             columns = list(map(str, header[1:]))
             self.metrics[key] = {str(name): dict(zip(columns, cells)) for name, *cells in rows}
@@ -1228,8 +1222,7 @@ def knn(train, labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=
 
 def scores(truth, probability):
     """Accuracy, balanced accuracy, F1 (macro), AUC (macro, one class against the rest) of (n, C)
-    probabilities. A class that the truth lacks counts in none of them; AUC is None when only one
-    class is there."""
+    probabilities. A class that the truth lacks counts in none of them; AUC of one class is None."""
     guess, there = probability.argmax(1), np.unique(truth)
     recall = [(guess[truth == c] == c).mean() for c in there]
     areas = [auc(truth == c, probability[:, c]) for c in there] if len(there) > 1 else []
@@ -1562,8 +1555,7 @@ def box_iou(a, b):
 
 
 def average_precision(found, truth, iou=0.25):
-    """Area under the precision-recall curve, precision made non-increasing; None without true
-    boxes.
+    """Area under the precision-recall curve, made non-increasing; None without true boxes.
 
     found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of
     boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
@@ -1994,8 +1986,7 @@ def map_gallery(maps, asked, names, picture):
         heat = maps[method].get(key)
         if heat is None or not heat.max() > 0:
             return "no latents" if heat is None else "silent" if asked[key] else "absent"
-        image = picture(key[0]).resize((112, 112))
-        drawn[(*key, method)] = overlay(image, heat / heat.max())
+        drawn[(*key, method)] = overlay(picture(key[0]).resize((112, 112)), heat / heat.max())
         return embedded(drawn[(*key, method)])
     for c in sorted({c for _, c in asked}):
         keys = [key for key in asked if key[1] == c]
