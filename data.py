@@ -732,10 +732,9 @@ def _draw_grounds(n, size, ground, rng):
     fat = image[rows]
     for _ in range(4):
         cx, cy, r = _circles(len(rows), (0, 1), (.07, .15), rng)
-        d = (r - np.sqrt((x - cx) ** 2 + (y - cy) ** 2)) * size    # pixels inside the rim
-        at = np.nonzero(d > -2)
-        inside, rim = np.clip(d[at], 0, 1)[:, None], np.clip(1 - abs(d[at]) / 1.5, 0, 1)[:, None]
-        fat[at] += inside * (250 - fat[at]) - rim * np.array((40, 70, 50), np.float32)
+        d = (r - np.sqrt((x - cx) ** 2 + (y - cy) ** 2))[..., None] * size    # pixels inside it
+        inside, rim = np.clip(d, 0, 1), np.clip(1 - abs(d) / 1.5, 0, 1)
+        fat += inside * (250 - fat) - rim * np.array((40, 70, 50), np.float32)
     image[rows] = fat
     return image
 
@@ -955,9 +954,8 @@ def colour_and_texture(pixels):
     for step in (1, 2, 4):
         down, across = np.gradient(grey[:, ::step, ::step], axis=(1, 2))
         size, way = np.hypot(down, across), np.arctan2(down, across) % np.pi * 8 // np.pi
-        found += [(size * (way == d)).mean((1, 2))[:, None] for d in range(8)]
-        found.append(size.std((1, 2))[:, None])
-    return np.concatenate(found, 1, dtype=np.float32)
+        found += [*((size * (way == d)).mean((1, 2)) for d in range(8)), size.std((1, 2))]
+    return np.column_stack(found).astype(np.float32)
 
 
 # ---- Images, and DINO's crops of them (thesis 3.2.1; Caron et al. 2021, section 3) ---------------

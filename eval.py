@@ -1225,9 +1225,8 @@ def scores(truth, probability):
     probabilities. A class that the truth lacks counts in none of them; AUC of one class is None."""
     guess, there = probability.argmax(1), np.unique(truth)
     recall = [(guess[truth == c] == c).mean() for c in there]
-    areas = [auc(truth == c, probability[:, c]) for c in there] if len(there) > 1 else []
-    if probability.shape[1] == 2:
-        areas = areas[1:]                                    # two classes share one curve
+    curves = there[1:] if probability.shape[1] == 2 else there             # two classes share one
+    areas = [auc(truth == c, probability[:, c]) for c in curves] if len(there) > 1 else []
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
             "F1": f1(truth, guess), "AUC": _mean(areas)}
 
@@ -1324,8 +1323,7 @@ def pool_tokens(code, T=1, tau=0.):
     """Codes of tokens, CSR (n * T, L), -> of samples, both CSR (n, L): the mean over a sample's T
     tokens, and the number of its tokens above tau (CytoSAE Eq. 3-4, a_i)."""
     N = code.shape[0]
-    member = np.arange(N) // T, np.arange(N)
-    group = sp.csr_matrix((np.ones(N, np.float32), member), shape=(N // T, N))
+    group = sp.csr_matrix((np.ones(N, np.float32), np.arange(N), np.arange(0, N + 1, T)))
     return (group @ code).tocsr() / T, (group @ (code > tau).astype(np.float32)).tocsr()
 
 
