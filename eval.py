@@ -808,8 +808,7 @@ HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
 
 
 def _numbers(metrics):
-    """The headline numbers of `summary`, HTML: alone large, with its interval, and beside it the
-    others and controls."""
+    """Headlines of `summary`, HTML: alone, large, with its interval; beside it others, controls."""
     (header, rows), parts, half = summary(metrics), {}, within(metrics["alone"])
     for (name, *cells), (other, *values) in zip(rows, [*rows[1:], [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
@@ -1328,8 +1327,7 @@ def pool_tokens(code, T=1, tau=0.):
 
 
 def label_entropy(weight):
-    """Entropy in nats of each row of non-negative weights (L, C): 0 for one label, ln C for C
-    alike; NaN for a row of 0."""
+    """Entropy (nats) of rows of weights (L, C): 0 of one label, ln C of C alike, NaN of zeros."""
     with np.errstate(invalid="ignore"):
         return scipy.stats.entropy(weight, axis=1) + 0.      # not -0
 
@@ -1489,8 +1487,7 @@ def intervention(strength, effect, base, y, means, ks=KS):
 
 
 def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
-    """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool; groups (n,), e.g. patients, are drawn
-    with all their samples."""
+    """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool, whole groups (n,), patients, drawn."""
     rng, found = np.random.default_rng([seed, 6]), []
     _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
     for _ in range(rounds):
@@ -1571,8 +1568,7 @@ def average_precision(found, truth, iou=0.25):
 
 
 def heat_strip(image, boxes, heats, side=150):
-    """A PIL image with its boxes (in shares of it) in red, beside heat maps (n, h, w) over it, as
-    HTML."""
+    """A PIL image, its boxes (in shares of it) in red, beside heat maps (n, h, w) over it: HTML."""
     image.thumbnail((side, side))
     for box in boxes:
         corners = [v * pixels for v, pixels in zip(box, image.size * 2)]
@@ -1582,8 +1578,7 @@ def heat_strip(image, boxes, heats, side=150):
 
 
 def separation(means):
-    """How far apart two class means (2, L) lie (Mammo-SAE Fig. 4): distance, cosine, and the latent
-    that differs most."""
+    """How far apart class means (2, L) lie (Mammo-SAE Fig. 4), and the latent that differs most."""
     difference = means[1] - means[0]
     length, most = np.linalg.norm(means, axis=1).prod(), int(np.abs(difference).argmax())
     return {"distance": float(np.linalg.norm(difference)),
@@ -2013,8 +2008,7 @@ def word_table(examples):
 # -- Do two codes share latents (thesis 4.2-4.3)? --------------------------------------------------
 
 def _standard_columns(code, latents):
-    """Columns of some latents of a code, (n, m), less their means and of length 1; what is constant
-    but for rounding, 0."""
+    """Some latents of a code, (n, m), less their means, of length 1; 0 if they do not vary."""
     x = code[:, latents].toarray().astype(np.float64)
     c = x - x.mean(0)
     length = np.linalg.norm(c, axis=0)
@@ -2142,8 +2136,7 @@ def box_overlay(image, boxes, heat, scale, alpha=0.6):
 
 
 def contact_sheet(rows, titles, side=160, names=()):
-    """Rows of PIL images as one picture, columns under `titles`, rows after `names`; an image
-    becomes `side` pixels wide."""
+    """Rows of PIL images, `side` pixels wide, as one picture, below `titles` and after `names`."""
     left, step = 90 if names else 8, side + 8
     sheet = Image.new("RGB", (left + step * len(titles), step * len(rows) + 28), "white")
     draw = ImageDraw.Draw(sheet)
