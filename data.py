@@ -41,9 +41,7 @@ from dataclasses import dataclass, field, replace
 from xml.etree import ElementTree
 
 import numpy as np
-import scipy.ndimage
-import scipy.sparse
-import scipy.sparse.linalg
+import scipy                                                 # its parts when they are first used
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
@@ -156,11 +154,9 @@ class Features(Samples):
 
     def batch(self, rows):
         """Raw features of `rows` (B,): dict stream -> (B, d_s) or (B, T, d_s) float32 tensor."""
-        out = {}
-        for s, x in self.streams.items():
-            x = x[self.order[s][rows] if s in self.order else rows]
-            out[s] = torch.from_numpy(np.asarray(x, dtype=np.float32))
-        return out
+        at = {s: self.order[s][rows] if s in self.order else rows for s in self.streams}
+        return {s: torch.from_numpy(np.asarray(x[at[s]], dtype=np.float32))
+                for s, x in self.streams.items()}
 
     def label_matrix(self, rows):
         """(len(rows), C) bool, unlabelled rows all False: see `labelled`. None without labels."""
@@ -175,8 +171,7 @@ class Features(Samples):
         """Mean and standard deviation (d_s,) of those of `rows` that have it: dict of stream."""
         there = {s: rows[self.has(s, rows)] for s in self.streams}
         total, shift = {}, {s: self.batch(some[:1])[s][0].double() for s, some in there.items()}
-        for start in range(0, len(rows), block):
-            part = rows[start:start + block]
+        for part in np.split(rows, range(block, len(rows), block)):
             for s, x in self.batch(part).items():            # (block, d_s), shifted not to cancel
                 x = (x.double() - shift[s]).numpy()[self.has(s, part)]
                 total[s] = total.get(s, 0) + np.stack([x.sum(0), (x * x).sum(0)])
@@ -280,30 +275,18 @@ class Source:
     def __getitem__(self, key):
         if key in self.made:
             return self.made[key]
+        name, what = f"{key}.npy", f"{self.path}, key '{key}'"
         if self.npz is None:
-            path = os.path.join(self.path, f"{key}.npy")
+            path = os.path.join(self.path, name)
             with reading(path, ".npy file"):                 # a map checks the declared size itself
                 return _plain(np.lib.format.open_memmap(path, "r"), path)
-        what = f"{self.path}, key '{key}'"
-        with reading(what, "array of an .npz file"):
-            return _plain(self._member(f"{key}.npy"), what)
-
-    def _member(self, name):
-        """An array of the .npz, if it has the size it declares: numpy makes room for that first."""
-        info = self.npz.zip.getinfo(name)
-        with self.npz.zip.open(info) as f:
+        with reading(what, "array of an .npz file"), self.npz.zip.open(name) as f:
             version = np.lib.format.read_magic(f)[0]
             shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(f)
-            size = math.prod(shape) * dtype.itemsize
-            if not dtype.hasobject and size != info.file_size - f.tell():
+            size = math.prod(shape) * dtype.itemsize         # numpy makes room for that first
+            if not dtype.hasobject and size != self.npz.zip.getinfo(name).file_size - f.tell():
                 raise ValueError(f"declares {size} bytes")
-        return self.npz[name]
-
-    def need(self, *keys, give):
-        """Refuse a file that lacks one of the keys; give: what to do about it."""
-        for key in keys:
-            if key not in self:
-                raise InputError(f"{self.path} lacks '{key}' - give {give}")
+            return _plain(self.npz[name], what)
 
     def checked(self, key, wanted, *allowed):
         """The array of a key, or None without it. It must be as one of `allowed`, each (a kind of
@@ -316,12 +299,6 @@ class Source:
             if alike and np.issubdtype(a.dtype, kind):
                 return a
         raise InputError(f"'{key}' has shape {a.shape} and type {a.dtype} - give {wanted}")
-
-
-def read_arrays(path):
-    """All arrays of an .npz, or of a folder of .npy, by key; nothing is unpickled."""
-    source = Source(path)
-    return {key: source[key] for key in source.keys}
 
 
 def plain_file(path):
@@ -756,16 +733,14 @@ def _draw_fields(n, size, ground, mucin, kind, count, rng):
     """Images (n, size, size, 3) float32, and which object is on top in each pixel."""
     image, f = _draw_grounds(n, size, ground, rng), size / 64
     instances = np.zeros((n, size, size), np.uint8)
-    if mucin.any():
-        instances[mucin] = _mucin(image, mucin, size, rng)
+    instances[mucin] = _mucin(image, mucin, size, rng)
     quarter = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
     middle = np.stack([quarter % 2, quarter // 2], -1) * 32 + 16 + rng.uniform(-4, 4, (n, 4, 2))
     for slot in range(4):
         for k, cell in enumerate(CELLS):
             rows = np.flatnonzero((kind[:, slot] == k) & (slot < count))
-            if len(rows):
-                number = 1 + mucin[rows] + slot
-                _draw_cells(image, instances, rows, cell, middle[rows, slot] * f, number, f, rng)
+            number = 1 + mucin[rows] + slot
+            _draw_cells(image, instances, rows, cell, middle[rows, slot] * f, number, f, rng)
     return image, instances
 
 
@@ -786,10 +761,9 @@ def _draw_grounds(n, size, ground, rng):
     fat = image[rows]
     for _ in range(4):
         cx, cy, r = _circles(len(rows), (0, 1), (.07, .15), rng)
-        d = (r - np.sqrt((x - cx) ** 2 + (y - cy) ** 2)) * size    # pixels inside the rim
-        at = np.nonzero(d > -2)
-        inside, rim = np.clip(d[at], 0, 1)[:, None], np.clip(1 - abs(d[at]) / 1.5, 0, 1)[:, None]
-        fat[at] += inside * (250 - fat[at]) - rim * np.array((40, 70, 50), np.float32)
+        d = (r - np.sqrt((x - cx) ** 2 + (y - cy) ** 2))[..., None] * size    # pixels inside it
+        inside, rim = np.clip(d, 0, 1), np.clip(1 - abs(d) / 1.5, 0, 1)
+        fat += inside * (250 - fat) - rim * np.array((40, 70, 50), np.float32)
     image[rows] = fat
     return image
 
@@ -891,6 +865,7 @@ def _caption(kinds, ground, mucin, rng):
 class Words:
     """A word-level tokenizer: 0 pads, words count from 1 in alphabetical order, then `start` and,
     highest, `end`. words: the vocabulary, or None to take what stands in two `captions` or more."""
+    word = r"[\w']+"                                         # its pattern
 
     def __init__(self, captions=None, words=None):
         if words is None:
@@ -902,9 +877,9 @@ class Words:
         self.number = {w: i + 1 for i, w in enumerate(self.words)}
         self.start, self.end, self.size = len(words) + 1, len(words) + 2, len(words) + 3
 
-    @staticmethod
-    def split(text):
-        return re.findall(r"[\w']+", str(text).lower())
+    @classmethod
+    def split(cls, text):
+        return re.findall(cls.word, str(text).lower())
 
     def pieces(self, text, strict=True):
         """[(token, (number of the word, word))] of a text; unknown words, unless `strict`, go."""
@@ -930,6 +905,7 @@ class Merges(Words):
     merges: list of pairs "a b". Tokens: 256 bytes, the same at the end of a word, merges, start,
     end. Letters are Python's, not Unicode's L; broken text is not mended first (CLIP's ftfy).
     """
+    word = r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+"
 
     def __init__(self, merges):
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -943,10 +919,6 @@ class Merges(Words):
         self.words, self.rank = list(merges), {pair: i for i, pair in enumerate(pairs)}
         self.number = {name: i for i, name in enumerate(names)}
         self.start, self.end, self.size = len(names), len(names) + 1, len(names) + 2
-
-    @staticmethod
-    def split(text):
-        return re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+", str(text).lower())
 
     def merged(self, word):
         """The pieces of a word."""
@@ -1011,9 +983,8 @@ def colour_and_texture(pixels):
     for step in (1, 2, 4):
         down, across = np.gradient(grey[:, ::step, ::step], axis=(1, 2))
         size, way = np.hypot(down, across), np.arctan2(down, across) % np.pi * 8 // np.pi
-        found += [(size * (way == d)).mean((1, 2))[:, None] for d in range(8)]
-        found.append(size.std((1, 2))[:, None])
-    return np.concatenate(found, 1, dtype=np.float32)
+        found += [*((size * (way == d)).mean((1, 2)) for d in range(8)), size.std((1, 2))]
+    return np.column_stack(found).astype(np.float32)
 
 
 # ---- Images, and DINO's crops of them (thesis 3.2.1; Caron et al. 2021, section 3) ---------------
@@ -1153,7 +1124,9 @@ def _read_listed(path):
                 raise ValueError(f"{known} labels of {size} images")
             arrays.made = {"images": np.concatenate(images), "labels": np.concatenate(labels),
                            "split": np.repeat(there, size)}
-    arrays.need("images", give="a list of pictures or tiles, a MedMNIST .npz, or class folders")
+    if "images" not in arrays:
+        raise InputError(f"{path} lacks 'images' - give a list of pictures or tiles, a MedMNIST "
+                         ".npz, or class folders")
     n = len(np.atleast_1d(arrays["images"]))
     if not n:
         raise InputError(f"{path} has empty 'images' - name another file")
@@ -1478,9 +1451,7 @@ class Slide:
         return self.slide.read_region((x, y), level, small).convert("RGB")
 
 
-@functools.lru_cache(maxsize=4)
-def _slide(path, window=None):
-    return Slide(path, window)
+_slide = functools.lru_cache(maxsize=4)(Slide)
 
 
 def read_slides(path):
@@ -1803,7 +1774,10 @@ def _instances(path, stream):
 
 def _bags_of_file(arrays):
     """Bags of an .npz, the shapes and types of its arrays checked against each other."""
-    arrays.need("X", "offsets", "y", give="X (instances, d), offsets and y (bags,)")
+    for key in ("X", "offsets", "y"):
+        if key not in arrays:
+            raise InputError(f"{arrays.path} lacks '{key}' - give X (instances, d), offsets and y "
+                             "(bags,)")
     x, y = _stream(arrays, "X", 2), arrays.checked("y", "(bags,) integers", (np.integer, None))
     n = len(y)
     offsets = arrays.checked("offsets", f"{n} + 1 integers for {n} bags", (np.integer, n + 1))

@@ -164,9 +164,8 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
         depths = [jaccard({s: c @ level for s, c in counts.items()}, n_top)
                   for level in taxonomy_levels(label_names, parents)]
         alike = [v[0] is not None and len(set(v)) == 1 for v in zip(*names.values())]
-        kept = ("jaccard", "jaccard_all", "control")
-        out.update(depths[-1], by_depth=[{k: d[k] for k in kept} for d in depths],
-                   named_alike=sum(alike))
+        kept = [{k: d[k] for k in ("jaccard", "jaccard_all", "control")} for d in depths]
+        out.update(depths[-1], by_depth=kept, named_alike=sum(alike))
     return out
 
 
@@ -182,7 +181,7 @@ def reconstruction(blocks):
     R^2 is weighted by variance, around each dimension's mean over the samples that count:
     predicting that mean scores 0. NMSE leaves out samples of zeros.
     """
-    total = collections.defaultdict(float)                   # of sums over each part of the samples
+    total = collections.defaultdict(lambda: [0.] * 6)        # sums over each part of the samples
     for x, x_hat in blocks:
         here = {t: ~v.isnan().all(1) for t, v in x.items()}
         for (t, s), v in x_hat.items():
@@ -190,16 +189,13 @@ def reconstruction(blocks):
             now, part = x[t][both].double(), torch.arange(len(v), device=v.device)[both] % PARTS
             e, energy = (v[both] - x[t][both]).double().square().sum(1), now.square().sum(1)
             member = torch.nn.functional.one_hot(part, PARTS).T.double()          # (PARTS, b)
-            for name, value in (("n", torch.ones_like(e)), ("x", now), ("x^2", energy),
-                                ("scaled", (energy > 0).double()), ("error", e),
-                                ("ratio", torch.where(energy > 0, e / energy, 0))):
-                total[name, t, s] += member @ value
+            values = (torch.ones_like(e), now, energy, e, torch.where(energy > 0, e / energy, 0),
+                      (energy > 0).double())
+            total[t, s] = [v + member @ value for v, value in zip(total[t, s], values)]
     out = {"r2": {}, "nmse": {}, "r2_within": {}}
-    for t, s in [key[1:] for key in total if key[0] == "n"]:
-        sums = {name: total[name, t, s] for name in ("n", "x", "x^2", "error", "ratio", "scaled")}
-        n, x, square, error, ratio, some = (torch.cat([v.sum(0)[None], v.sum(0) - v])
-                                            for v in sums.values())       # of all, and of all but
-        variance = square - x.square().sum(1) / n.clamp(min=1)            # each of the parts
+    for (t, s), sums in total.items():                       # of all, and of all but each part
+        n, x, square, error, ratio, some = (torch.cat([v.sum(0)[None], v.sum(0) - v]) for v in sums)
+        variance = square - x.square().sum(1) / n.clamp(min=1)
         r2 = torch.where(variance > 1e-12 * square, 1 - error / variance, torch.nan)
         half = Z95 * ((PARTS - 1) * r2[1:].var(unbiased=False)).sqrt()
         for name, v in (("r2", r2[0]), ("nmse", (ratio / some)[0]), ("r2_within", half)):
@@ -215,11 +211,10 @@ def linear_baseline(train, test, targets=None, strengths=10. ** np.arange(-6, 3)
     a pair the samples count that have both. Ridge regression with an intercept; its strength is
     the one that predicts every tenth training row best from the other rows.
     """
-    out = {t: {} for t in targets or train}
-    for s, t in [(s, t) for s, t in itertools.permutations(train, 2) if t in out]:
+    out = {t: {s: None for s in train if s != t} for t in targets or train}
+    for t, s in [(t, s) for t, row in out.items() for s in row]:
         both = ~np.isnan(train[s][:, 0] + train[t][:, 0])
         if both.sum() < 2:
-            out[t][s] = None
             continue
         X, Y = (train[v][both].astype(np.float64) for v in (s, t))
         held = np.arange(len(X)) % 10 == 0
@@ -243,20 +238,18 @@ def logistic_1d(x, y, C=1., iterations=100):
     def cost(line):
         w, b = line[..., 0], line[..., 1]
         return w * w / 2 + C * log_loss(w, b, x, y).sum(-1)
-    now = cost(line)
     for _ in range(iterations):
+        now = cost(line)
         p = scipy.special.expit((X @ line[..., None])[..., 0])
         gradient = ((C * (p - y))[..., None] * X).sum(-2) + line * [1, 0]
         curvature = np.swapaxes(X, -1, -2) @ (X * (C * p * (1 - p))[..., None])
         move = np.linalg.solve(curvature + np.diag([1, 1e-12]), gradient[..., None])[..., 0]
-        step = np.ones((*x.shape[:-1], 1))
         for _ in range(40):
-            worse = cost(line - step * move) > now + 1e-12 * np.abs(now)
+            worse = cost(line - move) > now + 1e-12 * np.abs(now)
             if not worse.any():
                 break
-            step = np.where(worse[..., None], step / 2, step)
-        line = line - step * move
-        now = cost(line)
+            move = np.where(worse[..., None], move / 2, move)
+        line = line - move
         if np.abs(gradient).max(initial=0) < 1e-9:
             break
     return line[..., 0], line[..., 1]
@@ -355,8 +348,7 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
 # -- Retrieval -----------------------------------------------------------------------------------
 
 def ridge(X, Y, strengths):
-    """Yields (W, intercept) of ridge regression of Y (n, m) on X (n, d) for each of the strengths,
-    which count in mean eigenvalues of X."""
+    """Yields (W, intercept) of ridge: Y (n, m) on X (n, d), strengths in mean eigenvalues of X."""
     mean = X.mean(0)
     values, V = np.linalg.eigh((X - mean).T @ (X - mean))
     values, scale = np.maximum(values, 0), max(values.mean(), 1e-30)
@@ -383,12 +375,10 @@ def cosines(query, reference, block=1024):
 
 
 def nearest(query, reference, n, groups=None, block=1024):
-    """The n most similar references (cosine) of each query, best first: rows and similarities,
-    both (q, n).
+    """The n most similar references (cosine) of each query, best first: rows, similarities (q, n).
 
-    query (q, d), reference (m, d), both dense or both CSR. groups: a pair (q,), (m,); references of
-    the query's own group do not count: where no more are left stand row -1, similarity -inf. n is
-    at most m.
+    query (q, d), reference (m, d), both dense or both CSR; at most m are found. groups: (q,), (m,);
+    references of the query's own group do not count: row -1, similarity -inf where none is left.
     """
     n, rows, values = min(n, reference.shape[0]), [], []
     for start, similar in cosines(query, reference, block):
@@ -449,9 +439,8 @@ def recovery(dictionaries, truth, threshold=0.9):
     if len(cosine) > 1:
         everywhere = np.minimum.reduce(list(cosine.values())) >= threshold
         near["same latent"] = everywhere[np.logical_and.reduce(list(seen.values()))]
-    assign = scipy.optimize.linear_sum_assignment
-    return {s: {"found": int(v[assign(v, maximize=True)].sum()), "of": len(v)}
-            for s, v in near.items()}
+    return {s: {"found": int(v[scipy.optimize.linear_sum_assignment(v, maximize=True)].sum()),
+                "of": len(v)} for s, v in near.items()}
 
 
 def _mean(values):
@@ -608,8 +597,7 @@ def _doubts_of_sharing(metrics, again, both):
 
 
 def summary(metrics):
-    """The table at the end of a run: (header, rows), joint and alone side by side, and the null
-    where it was run."""
+    """The table at the end of a run: (header, rows), joint beside alone, and the null if it ran."""
     columns = {mode: headline(metrics[mode]) for mode in ("joint", "alone") if mode in metrics}
     columns.update({f"null {mode}": headline(v) for mode, v in metrics.get("null", {}).items()})
     names = list(next(iter(columns.values())))
@@ -658,8 +646,7 @@ def columns(found):
 
 
 def html_table(header, rows, colours=False):
-    """Rows of cells as an HTML table. With `colours` every number is shaded, 1 dark blue, 0 white,
-    negative red."""
+    """Rows of cells as HTML; with `colours` numbers are shaded: 1 dark blue, 0 white, -1 red."""
     def cell(v, text):
         shade = ""
         if colours and isinstance(v, float):
@@ -677,8 +664,7 @@ def html_table(header, rows, colours=False):
 
 
 def grid_row(grids):
-    """{name: {t: {s: value}}} -> tables side by side, HTML, rows targets, columns sources (as
-    sparc.txt Table 3)."""
+    """{name: {t: {s: value}}} -> HTML tables in a row, targets by sources (sparc.txt Table 3)."""
     shown = ""
     for name, matrix in grids.items():
         rows = [[t, *(row.get(s) for s in matrix)] for t, row in matrix.items()]
@@ -773,13 +759,13 @@ class Page:
             print(words)
         self.picture("", f"<p>{html.escape(words)}</p>")
 
-    def table(self, header, rows, title="", key=None, quiet=False, colours=False):
+    def table(self, header, rows, title="", key=None, quiet=False):
         """Rows of cells under a header, the first of a row its name. key: they also go into
         `metrics[key]`, as {name of the row: {column: value}}."""
         rows = [[plain(cell) for cell in row] for row in rows]
         if not quiet:
             print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
-        self.picture(title, html_table(header, rows, colours))
+        self.picture(title, html_table(header, rows))
         if key is not None:
             columns = list(map(str, header[1:]))
             self.metrics[key] = {str(name): dict(zip(columns, cells)) for name, *cells in rows}
@@ -822,8 +808,7 @@ HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
 
 
 def _numbers(metrics):
-    """The headline numbers of `summary`, HTML: alone large, with its interval, and beside it the
-    others and controls."""
+    """Headlines of `summary`, HTML: alone, large, with its interval; beside it others, controls."""
     (header, rows), parts, half = summary(metrics), {}, within(metrics["alone"])
     for (name, *cells), (other, *values) in zip(rows, [*rows[1:], [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
@@ -968,9 +953,8 @@ def tell_sweep(page, results, axes):
     setting that is a number, or None."""
     columns = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}
     page.table(*runs_table(results, columns))
-    ways = {name: "alone" if m["topk"] == "local" else "joint" for name, m in results.items()}
-    heads = {name: {mode: headline(m[mode]) for mode in dict.fromkeys((ways[name], "alone"))}
-             for name, m in results.items()}
+    heads = {name: {mode: headline(m[mode]) for mode in ("joint", "alone")
+                    if mode == "alone" or m["topk"] != "local"} for name, m in results.items()}
     rows = []
     for name, metrics in results.items():
         other = name.replace("global", "local", 1)
@@ -1226,7 +1210,6 @@ def write_whole(path, write):
 def knn(train, labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None):
     """Votes of the k nearest neighbours by cosine, weighted by exp(similarity / temperature) as in
     DINO: dict k -> (n, C), rows summing to 1. k larger than the training set is cut to it."""
-    labels = np.asarray(labels)
     near, similarity = nearest(test, train, max(ks))
     weight, out = np.exp((similarity - similarity[:, :1]) / temperature), {}
     for k in ks:
@@ -1238,13 +1221,11 @@ def knn(train, labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=
 
 def scores(truth, probability):
     """Accuracy, balanced accuracy, F1 (macro), AUC (macro, one class against the rest) of (n, C)
-    probabilities. A class that the truth lacks counts in none of them; AUC is None when only one
-    class is there."""
+    probabilities. A class that the truth lacks counts in none of them; AUC of one class is None."""
     guess, there = probability.argmax(1), np.unique(truth)
     recall = [(guess[truth == c] == c).mean() for c in there]
-    areas = [auc(truth == c, probability[:, c]) for c in there] if len(there) > 1 else []
-    if probability.shape[1] == 2:
-        areas = areas[1:]                                    # two classes share one curve
+    curves = there[1:] if probability.shape[1] == 2 else there             # two classes share one
+    areas = [auc(truth == c, probability[:, c]) for c in curves] if len(there) > 1 else []
     return {"accuracy": float((guess == truth).mean()), "balanced accuracy": float(np.mean(recall)),
             "F1": f1(truth, guess), "AUC": _mean(areas)}
 
@@ -1341,14 +1322,12 @@ def pool_tokens(code, T=1, tau=0.):
     """Codes of tokens, CSR (n * T, L), -> of samples, both CSR (n, L): the mean over a sample's T
     tokens, and the number of its tokens above tau (CytoSAE Eq. 3-4, a_i)."""
     N = code.shape[0]
-    member = np.arange(N) // T, np.arange(N)
-    group = sp.csr_matrix((np.ones(N, np.float32), member), shape=(N // T, N))
+    group = sp.csr_matrix((np.ones(N, np.float32), np.arange(N), np.arange(0, N + 1, T)))
     return (group @ code).tocsr() / T, (group @ (code > tau).astype(np.float32)).tocsr()
 
 
 def label_entropy(weight):
-    """Entropy in nats of each row of non-negative weights (L, C): 0 for one label, ln C for C
-    alike; NaN for a row of 0."""
+    """Entropy (nats) of rows of weights (L, C): 0 of one label, ln C of C alike, NaN of zeros."""
     with np.errstate(invalid="ignore"):
         return scipy.stats.entropy(weight, axis=1) + 0.      # not -0
 
@@ -1508,8 +1487,7 @@ def intervention(strength, effect, base, y, means, ks=KS):
 
 
 def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
-    """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool; groups (n,), e.g. patients, are drawn
-    with all their samples."""
+    """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool, whole groups (n,), patients, drawn."""
     rng, found = np.random.default_rng([seed, 6]), []
     _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
     for _ in range(rounds):
@@ -1572,8 +1550,7 @@ def box_iou(a, b):
 
 
 def average_precision(found, truth, iou=0.25):
-    """Area under the precision-recall curve, precision made non-increasing; None without true
-    boxes.
+    """Area under the precision-recall curve, made non-increasing; None without true boxes.
 
     found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of
     boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
@@ -1591,8 +1568,7 @@ def average_precision(found, truth, iou=0.25):
 
 
 def heat_strip(image, boxes, heats, side=150):
-    """A PIL image with its boxes (in shares of it) in red, beside heat maps (n, h, w) over it, as
-    HTML."""
+    """A PIL image, its boxes (in shares of it) in red, beside heat maps (n, h, w) over it: HTML."""
     image.thumbnail((side, side))
     for box in boxes:
         corners = [v * pixels for v, pixels in zip(box, image.size * 2)]
@@ -1602,8 +1578,7 @@ def heat_strip(image, boxes, heats, side=150):
 
 
 def separation(means):
-    """How far apart two class means (2, L) lie (Mammo-SAE Fig. 4): distance, cosine, and the latent
-    that differs most."""
+    """How far apart class means (2, L) lie (Mammo-SAE Fig. 4), and the latent that differs most."""
     difference = means[1] - means[0]
     length, most = np.linalg.norm(means, axis=1).prod(), int(np.abs(difference).argmax())
     return {"distance": float(np.linalg.norm(difference)),
@@ -1764,11 +1739,10 @@ def relevancy(attention, target):
     """
     B, _, T, _ = attention[0].shape
     R = torch.eye(T, device=attention[0].device, dtype=attention[0].dtype).repeat(B, 1, 1)
-    moves = target.requires_grad
-    gradient = torch.autograd.grad(target, attention, allow_unused=True) if moves else ()
-    for a, g in zip(attention, gradient):
-        if g is not None:
-            R = R + (g * a).detach().clamp(min=0).mean(1) @ R
+    if not target.requires_grad:
+        return R
+    for a, g in zip(attention, torch.autograd.grad(target, attention, materialize_grads=True)):
+        R = R + (g * a).detach().clamp(min=0).mean(1) @ R
     return R
 
 
@@ -1781,13 +1755,10 @@ def grad_cam(model, layer, to_map, x, score=None):
     """
     kept = []
     hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    try:
-        with torch.enable_grad():
-            out = model(x.requires_grad_())                  # so that frozen weights do not matter
-            total = (out.max(1).values if score is None else score(out)).sum()
-            gradient, = torch.autograd.grad(total, kept[0])
-    finally:
-        hook.remove()
+    with hook, torch.enable_grad():
+        out = model(x.requires_grad_())                      # so that frozen weights do not matter
+        total = (out.max(1).values if score is None else score(out)).sum()
+        gradient, = torch.autograd.grad(total, kept[0])
     with torch.no_grad():
         a, g = to_map(kept[0]), to_map(gradient)
         cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)       # (B, h, w)
@@ -2008,8 +1979,7 @@ def map_gallery(maps, asked, names, picture):
         heat = maps[method].get(key)
         if heat is None or not heat.max() > 0:
             return "no latents" if heat is None else "silent" if asked[key] else "absent"
-        image = picture(key[0]).resize((112, 112))
-        drawn[(*key, method)] = overlay(image, heat / heat.max())
+        drawn[(*key, method)] = overlay(picture(key[0]).resize((112, 112)), heat / heat.max())
         return embedded(drawn[(*key, method)])
     for c in sorted({c for _, c in asked}):
         keys = [key for key in asked if key[1] == c]
@@ -2038,8 +2008,7 @@ def word_table(examples):
 # -- Do two codes share latents (thesis 4.2-4.3)? --------------------------------------------------
 
 def _standard_columns(code, latents):
-    """Columns of some latents of a code, (n, m), less their means and of length 1; what is constant
-    but for rounding, 0."""
+    """Some latents of a code, (n, m), less their means, of length 1; 0 if they do not vary."""
     x = code[:, latents].toarray().astype(np.float64)
     c = x - x.mean(0)
     length = np.linalg.norm(c, axis=0)
@@ -2122,16 +2091,14 @@ def tell_models(page, found, tested):
     page.metrics.update(scores=found, pairs={}, beats={})
     for name in names[:2] if n > 1 else ():
         pairs = compare({model: [run[name] for run in found[model]] for model in tested})
-        beats = {a: {b: 0 for b in tested if b != a} for a in tested}
-        for p in pairs:
-            if p["t_p"] is not None and p["t_p"] < 0.05:
-                better, worse = (p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"])
-                beats[better][worse] = 1
+        clear = [p for p in pairs if p["t_p"] is not None and p["t_p"] < 0.05]
+        won = {(p["a"], p["b"]) if p["difference"] > 0 else (p["b"], p["a"]) for p in clear}
+        beats = {a: {b: int((a, b) in won) for b in tested if b != a} for a in tested}
         page.metrics["pairs"][name], page.metrics["beats"][name] = pairs, beats
         rows = [[f"{a} - {b}", *numbers] for a, b, *numbers in map(dict.values, pairs)]
         page.table(["pair", "mean difference", "p (paired t)", "p (Holm)", "p (Wilcoxon)",
                     "effect size d"], rows, f"{name}: pairs of models")
-        wins = {a: [b for b in won if won[b]] for a, won in beats.items()}
+        wins = {a: [b for b in others if others[b]] for a, others in beats.items()}
         lines = [f"{a} beats {', '.join(b)}" for a, b in wins.items() if b]
         page.text(f"{name}, paired t-test at p < 0.05, {len(pairs)} pairs: "
                   f"{'; '.join(lines) or 'no model beats another'}.")
@@ -2169,8 +2136,7 @@ def box_overlay(image, boxes, heat, scale, alpha=0.6):
 
 
 def contact_sheet(rows, titles, side=160, names=()):
-    """Rows of PIL images as one picture, columns under `titles`, rows after `names`; an image
-    becomes `side` pixels wide."""
+    """Rows of PIL images, `side` pixels wide, as one picture, below `titles` and after `names`."""
     left, step = 90 if names else 8, side + 8
     sheet = Image.new("RGB", (left + step * len(titles), step * len(rows) + 28), "white")
     draw = ImageDraw.Draw(sheet)

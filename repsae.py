@@ -1889,10 +1889,10 @@ class Concepts(Coded):
 
     def __init__(self, flags):
         super().__init__(flags.run, flags)
-        features, arrays = self.features, data.read_arrays(flags.images)
+        features, arrays = self.features, data.Source(flags.images)
         self.images, self.label_names = pictures_of(flags), features.label_names
         shape = len(features), *self.images.open(0).size[::-1]
-        refuse("boxes" not in arrays or np.shape(arrays.get("instances")) != shape,
+        refuse(not {"boxes", "instances"} <= {*arrays.keys} or arrays["instances"].shape != shape,
                f"{flags.images} has no 'boxes', or no 'instances' {shape} - make it by `tissue`")
         known = *features.streams, *features.about, *["labels"][:len(self.label_names)]
         for name in {*self.model.streams, "captions", "labels"}.difference(known):
