@@ -962,9 +962,9 @@ def read_to_train(flags):
         flags = flags.replaced({"streams": stream or flags.streams})
     features = read(flags)
     features.rows("test", "val")
-    refuse("targets" in flags and len(features.streams) < 2, f"{flags.command} shares a code among "
-           f"streams and needs two streams, not {list(features.streams)[0]} alone - give more, or "
-           "use sae for one")
+    refuse("targets" in flags and "stream" not in flags and len(features.streams) < 2,
+           f"{flags.command} shares a code among streams and needs two streams, not "
+           f"{list(features.streams)[0]} alone - give more, or use sae for one")
     refuse("activation" in flags and len(features.streams) > 1,
            f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
     flat = features.per_token()
