@@ -543,7 +543,9 @@ def with_codes(features, path):
     elsewhere: (Features, number of latents, most latents of a sample)."""
     arrays, codes, lacks, n = Source(path), {}, {**features.lacks}, len(features)
     names = [key[:-8] for key in arrays.keys if key.endswith("_indices")]
-    arrays.need("n_latents", *[f"{s}_values" for s in names], give="a file that encode wrote")
+    for key in ("n_latents", *(f"{s}_values" for s in names)):
+        if key not in arrays:
+            raise InputError(f"{path} lacks '{key}' - give a file that encode wrote")
     L = int(arrays.checked("n_latents", "one whole number", (np.integer,)))
     for s in names:
         j = arrays.checked(f"{s}_indices", f"(N, k) latents, N = {n}", (np.integer, n, None))
