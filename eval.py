@@ -452,7 +452,11 @@ def _mean(values):
 # -- The table and the verdict of a run ----------------------------------------------------------
 
 def headline(block):
-    """The numbers of one mode ("joint" or "alone") that fit a column: name -> value or None."""
+    """The numbers of one mode ("joint" or "alone") that fit a column: name -> value or None; of
+    `over_seeds` their mean and deviation, as text."""
+    if "over" in block:
+        heads = list(map(headline, block["over"]))
+        return {key: mean_std([head.get(key) for head in heads]) for key in heads[0]}
     alive, L = block["activation"]["alive_in"], block["activation"]["latents"]
     M, out = len(alive) - 1, {"latents alive in all streams, %": 100 * alive[-1] / L}
     if M > 1:
@@ -947,6 +951,52 @@ def tell_ablation(page, results):
     page.picture("", WHY_BOTH_WAYS)
 
 
+def over_seeds(runs):
+    """The metrics of one setting's runs from several seeds, [metrics], as those of one run, whose
+    `headline` has means and deviations; the linear baseline's mean."""
+    modes = [mode for mode in ("joint", "alone") if mode in runs[0]]
+    out = {**runs[0], **{mode: {**runs[0][mode], "over": [m[mode] for m in runs]}
+                         for mode in modes}}
+    if "null" in runs[0]:
+        out["null"] = {mode: {"over": [m["null"][mode] for m in runs]} for mode in runs[0]["null"]}
+    if "linear_baseline" in runs[0]:
+        out["linear_baseline"] = {t: {s: _mean(m["linear_baseline"][t][s] for m in runs)
+                                      for s in row} for t, row in out["linear_baseline"].items()}
+    return out
+
+
+def tell_seeds(page, results):
+    """The table of `summary`, of one setting's runs from several seeds (see `over_seeds`)."""
+    metrics, = results.values()
+    page.table(*summary(metrics), f"Mean ± standard deviation of {len(metrics['alone']['over'])} "
+               "seeds, of weights, order and (where the file has none) split")
+    page.picture("", WHY_BOTH_WAYS)
+
+
+def stability(dictionaries):
+    """How near each latent of the first dictionary {stream: (L, d)} comes to its partner in the
+    others, of runs from other seeds: (L,), the mean cosine of their rows, those of all streams side
+    by side, in the best one-to-one pairing (Hungarian, which takes the cube of L)."""
+    first, *others = (unit_rows(np.concatenate([unit_rows(W) for W in of.values()], 1))
+                      for of in dictionaries)
+    pairs = ((cosine := first @ other.T)[scipy.optimize.linear_sum_assignment(-cosine)]
+             for other in others)
+    return np.mean([*pairs], 0)
+
+
+def tell_stability(page, found):
+    """Whether shared latents are the more stable ones: {setting: (stability (L,), codes alone
+    {stream: CSR (n, L)})}."""
+    rows = []
+    for name, (stable, codes) in found.items():
+        alive = sum((code.getnnz(axis=0) > 0).astype(int) for code in codes.values())
+        parts = [stable[alive == m] for m in range(len(codes) + 1)]
+        cells = [f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for v in parts]
+        rows.append([name or "cosine", *cells])
+    page.table(["latents alive in so many streams", *map(str, range(len(parts)))], rows,
+               "Stability: cosine of a latent's dictionary rows with its partner's of another seed")
+
+
 def tell_sweep(page, results, axes):
     """A grid of runs, {name: metrics}, in the order of the product of axes {setting: values}: their
     table, Global against Local TopK, and R2 for sets of streams. Returns the chart along the first
@@ -1125,6 +1175,8 @@ def _shown_run(run, rows, some, most):
            "near": nearest(unit, unit, 7)[0].tolist(), "curves": run.get("curves"), "null": null,
            "agreement": {"latents": overlap([code.T.tocsr() for code in alone], 5),
                          "samples": overlap(alone)}}
+    if "stability" in run:
+        out["stability"] = run["stability"].round(5).tolist()
     if null:                                                 # its activations as 400 of them
         out["null"] = {mode: [packed(np.quantile(np.r_[code.data, 0], np.linspace(0, 1, 400)))
                               for code in of.values()] for mode, of in null.items()}

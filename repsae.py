@@ -150,6 +150,7 @@ WHAT = {
     "least": (50, "int", "training samples of a label a latent needs to be one of its own"),
     "top": (10, "int 1..", "samples that show what a latent is, or that a search finds"),
     "seeds": (1, "int 1..1000", "how often, from --seed on, for means and deviations"),
+    "controls": (False, "switch", "also an encoder, and a dictionary, that stay as they began"),
     "runs": (5, "int 1..1000", "seeds"),
     "quick": (False, "switch", "a size at which only the mechanics count, in minutes"),
 }
@@ -640,6 +641,8 @@ def train(run, features):
             x = {flags.stream: x.pop(flags.stream), **old.encode(x, "alone")}
         return {**x, **given_codes(features, some, flags.device)}
     old = old if len(model.streams) == 1 else None           # it has joined already
+    if control := flags.get("control"):
+        (model.W_enc if control == "encoder" else model.W_dec).requires_grad_(False)
     joins = old or features.codes
     if joins and not model.step:
         some = rows[features.has(flags.stream, rows)]
@@ -886,9 +889,15 @@ def compared(run, changes, tell):
     features = read_to_train(flags)
     if not single:                                           # kinds of SAE have their own settings
         flags = resolved(flags, features)
+    groups, seeds = {}, flags.get("seeds", 1)
+    if seeds > 1:
+        groups = {name: {f"{name}_seed{n}".lstrip("_"): {**change, "seed": n, "seeds": 1}
+                         for n in range(flags.seed, flags.seed + seeds)}
+                  for name, change in changes.items()}
+        changes = {k: v for group in groups.values() for k, v in group.items()}
     for name, change in changes.items():
         trial, mine = flags.replaced(change), features
-        if {"streams", "seed"} & change.keys():              # the seed draws the split too
+        if "streams" in change or trial.seed != flags.seed:  # the seed draws the split too
             mine = read_to_train(trial)
         trials[name] = resolved(trial, mine), mine
         # sizes that do not fit fail before anything is written, and what torch loads for its first
@@ -902,9 +911,19 @@ def compared(run, changes, tell):
         began = time.time()
         results[name], shown[name] = judged(run.part(name, trial), mine, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    chart, (same, rows, _) = tell(page, results), next(iter(shown.values()))
-    if all(one[0] is same for one in shown.values()) and len(shown) <= 8:
-        parts = {name: part for name, (_, _, part) in shown.items()}
+    whole, stable = results, {}
+    if groups:
+        whole = {name: judge.over_seeds([results[one] for one in group])
+                 for name, group in groups.items()}
+    for name, group in groups.items():
+        first, *_ = parts = [shown[one][2] for one in group]
+        first["stability"] = judge.stability([part["dictionary"] for part in parts])
+        stable[name] = first["stability"], first["codes"]["alone"]
+    chart, (same, rows, _) = tell(page, whole), next(iter(shown.values()))
+    if stable:
+        judge.tell_stability(page, stable)
+    parts = {name: part for name, (one, _, part) in shown.items() if one is same}
+    if len(parts) <= 8:
         page.explore(judge.explorer(same, rows, parts, flags.page_rows))
     if chart:
         run.write({"sweep.svg": judge.standalone_svg(chart)})
@@ -1098,13 +1117,16 @@ def analysis_run(flags, name):
 
 # ---- Sparse codes: training and using them (thesis 4.1, 5) --------------------------------------
 
-@command(f"{DATA} {CODE} {SHARED} null {STEPS} {FOLDER} out=runs/sparc")
+@command(f"{DATA} {CODE} {SHARED} null seeds {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
-    judged(Run(flags))
+    run = Run(flags)
+    if run.flags.seeds > 1:
+        return compared(run, {"": {}}, judge.tell_seeds)
+    judged(run)
 
 
-@command(f"{DATA} stream {CODE} {KINDS} {STEPS} {FOLDER} out=runs/sae")
+@command(f"{DATA} stream {CODE} {KINDS} seeds {STEPS} {FOLDER} out=runs/sae")
 def cmd_sae(flags):
     """Train a sparse autoencoder on one stream (thesis 4.1 and its relatives), or every kind."""
     run = Run(flags)
@@ -1114,6 +1136,8 @@ def cmd_sae(flags):
         changes = {f"{name}_{revive}": {"activation": name, "revive": revive}
                    for name, revive in sorted(kinds)}
         return compared(run, changes, judge.tell_activations)
+    if run.flags.seeds > 1:
+        return compared(run, {"": {}}, judge.tell_seeds)
     judged(run)
 
 
@@ -1217,10 +1241,13 @@ ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
     ("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))}
 
 
-@command(f"{DATA} {CODE} loss targets null {STEPS} {FOLDER} out=runs/ablate")
+@command(f"{DATA} {CODE} loss targets null controls seeds {STEPS} {FOLDER} out=runs/ablate")
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
-    compared(Run(flags), ABLATION, judge.tell_ablation)
+    controls = {f"frozen_{part}": {"topk": "global", "lam": 1., "control": part,
+                                  "reinit_after": 10 ** 9}
+                for part in ("encoder", "dictionary") if flags.controls}
+    compared(Run(flags), {**ABLATION, **controls}, judge.tell_ablation)
 
 
 # ---- Backbones: DINO, features, probes (thesis 3.2) ---------------------------------------------

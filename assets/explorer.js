@@ -1,6 +1,5 @@
 "use strict";
 /* The page one explores: what latents mean, and what a sample's code says, stream by stream.
-
    Read first: `A`, the address, from which all that is shown follows; `codes`; `latentTable`; then
    the views. It reads one JSON payload (eval.explorer) and asks for nothing. Text of files becomes
    text nodes, never markup. Letters: i sample of this page, j latent, s, t streams, c label. */
@@ -104,7 +103,7 @@ function described(run, streams, j) {    // a latent's line of the table
   const label = purity >= 0.3 ? counts.indexOf(most) : -1;       // thesis A.3
   return {j, alive: all.filter(m => count(m, j)).length, frequency: active / (N * all.length),
           mean: active ? sum / active : null, purity, agreement: run.agreement.latents[j],
-          label, name: run.names[j] || NAMES[label] || ""};
+          stable: run.stability?.[j] ?? null, label, name: run.names[j] || NAMES[label] || ""};
 }
 const latentTable = (run, mode) => once(`${run.name} ${mode} table`, () => Array.from(
   {length: run.latents}, (_, j) => described(run, codes(run, mode), j)));
@@ -196,6 +195,7 @@ const COLUMNS = {                        // key: heading, what it says, text of 
   mean: ["mean", "mean activation where it is active", shown],
   purity: ["purity", "share of its label among the 50 top samples of each stream", shown],
   agreement: ["agrees", "overlap of where it is active, between streams that chose alone", shown],
+  stable: ["stable", "cosine with its partner in runs from other seeds", shown],
   alive: ["alive", "in how many streams it is ever active", String]};
 function filtered(run) {
   const words = A.find.toLowerCase(), M = run.streams.length, way = A.up ? 1 : -1;
@@ -217,7 +217,7 @@ function heading(k) {
 }
 function listView(run) {
   const several = run.streams.length > 1, [first, ...keys] = Object.keys(COLUMNS).filter(k =>
-    k === "purity" ? NAMES.length : several || k !== "agreement" && k !== "alive");
+    (several || k !== "alive") && latentTable(run, A.mode).some(l => l[k] !== null));
   list = filtered(run);
   const rows = list.slice(0, A.more).map(l => h("tr", {"data-latent": l.j},
     h("th", {}, h("a", {href: beside({latent: l.j})}, h("b", {}, l.j), ` ${l.name}`)),

@@ -1,4 +1,5 @@
 """Claims about eval.py, held against slow loops, closed forms, scipy, and the authors' own figures."""
+import itertools
 import json
 import re
 import os
@@ -845,6 +846,22 @@ def test_a_search_lets_faint_and_strong_latents_count_alike_and_its_control_draw
     y = code[:, 0] > np.quantile(code[:, 0], .9)             # what latent 0 is named after
     right, control = judge.search_precision(codes_of(code), {0: 1.}, rows, y, range(6), 5)
     assert right == 1 and len(control) == 100 and .1 < np.mean(control) < .6
+
+
+def test_stability_is_that_of_the_best_pairing_of_all_and_1_for_the_same_rows_in_another_order():
+    rng = np.random.default_rng(0)
+    first, second, third = ({s: rng.standard_normal((6, d)) for s, d in (("x", 4), ("y", 3))} for _ in range(3))
+    order = rng.permutation(6)
+    np.testing.assert_allclose(judge.stability([first, {s: 3 * W[order] for s, W in first.items()}]), 1)
+
+    def rows(of):
+        return np.concatenate([W / np.linalg.norm(W, axis=1, keepdims=True) for W in of.values()], 1) / 2 ** .5
+    expected = []
+    for other in (second, third):
+        cosine = rows(first) @ rows(other).T
+        best = max(itertools.permutations(range(6)), key=lambda p: sum(cosine[i, j] for i, j in enumerate(p)))
+        expected.append([cosine[i, j] for i, j in enumerate(best)])
+    np.testing.assert_allclose(judge.stability([first, second, third]), np.mean(expected, 0))
 
 
 def test_latents_inside_boxes_are_those_that_differ_from_outside_by_most_deviations():

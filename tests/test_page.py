@@ -291,6 +291,22 @@ def test_packed_arrays_and_rows_can_be_read_back():
     np.testing.assert_allclose(found, [a.toarray(), b.toarray()], atol=1e-3)
 
 
+def test_a_run_of_several_seeds_lists_latents_by_how_stable_they_are(tmp_path):
+    np.savez(tmp_path / "f.npz", **data.planted_streams(300, {"x": 8, "y": 6}).streams)
+    repsae.main(["sparc", "--data", str(tmp_path / "f.npz"), "--latents", "12", "--k", "3", "--batch", "32", "--epochs", "3",
+                 "--seeds", "2", "--no-null", "--out", str(tmp_path / "r")])
+    found = []
+    for seed in (42, 43):
+        state = torch.load(tmp_path / "r" / f"seed{seed}" / "checkpoint.pt", weights_only=True)["model"]
+        found.append({s: state[f"W_dec.{s}"].numpy() for s in "xy"})
+    stable = judge.stability(found)
+    if not CHROMIUM:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    (shown,), console, _ = browse(tmp_path / "r" / "report.html", ["sort=stable"])
+    assert console == [] and (np.diff(stable[shown["list"]]) <= 0).all()
+    assert all(close(cells["stable"], stable[int(j)]) for j, cells in shown["cells"].items()) and len(shown["cells"]) == 12
+
+
 def test_the_strongest_token_is_the_slow_loops():
     code = sp.random(12, 5, .5, random_state=0, format="csr")
     dense = code.toarray().reshape(4, 3, 5)

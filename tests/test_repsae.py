@@ -195,6 +195,38 @@ def test_ablate_trains_six_configurations_each_with_its_null(features, tmp_path,
     assert "null" not in json.loads((tmp_path / "r" / "metrics.json").read_text())["both_lam1"]
 
 
+def test_seeds_give_means_and_deviations_of_runs_as_each_seed_gives_them(features, tmp_path, capsys):
+    argv = ["sparc", "--data", features, *SMALL, "--no-null"]
+    run(*argv, "--seed", 7, "--seeds", 2, "--out", tmp_path / "both")
+    out, found = capsys.readouterr().out, told(tmp_path / "both" / "metrics.json")
+    run(*argv, "--seed", 8, "--out", tmp_path / "own")
+    assert found["seed8"]["alone"] == told(tmp_path / "own" / "metrics.json")["alone"] != found["seed7"]["alone"]
+    for name, key in (("R2 self", "R2 self"), ("retrieval R@1", "retrieval R@1")):
+        line, = (line for line in out.splitlines() if line.startswith(f"{name}  "))
+        for mode, cell in zip(("joint", "alone"), re.findall(r"(\S+) ± (\S+)", line)):
+            values = [found[f"seed{n}"][mode]["headline"][key] for n in (7, 8)]
+            assert np.allclose(list(map(float, cell)), [np.mean(values), np.std(values, ddof=1)], atol=6e-4)
+    weights = (tmp_path / "both" / "seed8" / "checkpoint.pt").stat().st_mtime_ns
+    run("sparc", "--resume", "--out", tmp_path / "both")
+    assert (tmp_path / "both" / "seed8" / "checkpoint.pt").stat().st_mtime_ns == weights
+    run("sae", "--data", features, "--stream", "x", *SMALL, "--epochs", 1, "--seeds", 2, "--out", tmp_path / "sae")
+    assert list(told(tmp_path / "sae" / "metrics.json")) == ["seed42", "seed43"] and "Stability" in capsys.readouterr().out
+
+
+def test_controls_keep_an_encoder_or_a_dictionary_as_it_began_and_learn_the_rest(features, tmp_path, capsys):
+    argv = ["ablate", "--data", features, *SMALL, "--no-null", "--seeds", 2, "--controls"]
+    run(*argv, "--epochs", 4, "--out", tmp_path / "r")
+    for seed in (42, 43):
+        drawn = sae.SPARC({"x": 16, "y": 12}, 40, 4, seed=seed)
+        for part, frozen, other in (("encoder", "W_enc", "W_dec"), ("dictionary", "W_dec", "W_enc")):
+            model, _, _ = sae.load(tmp_path / "r" / f"frozen_{part}_seed{seed}" / "checkpoint.pt")
+            for s in model.streams:
+                torch.testing.assert_close(getattr(model, frozen)[s], getattr(drawn, frozen)[s], rtol=0, atol=1e-6)
+                assert (getattr(model, other)[s] - getattr(drawn, other)[s]).abs().max() > 1e-3
+    out = capsys.readouterr().out
+    assert out.count("frozen_encoder  ") == 2 and "±" in out                     # in both tables
+
+
 @pytest.mark.parametrize("over", ["k=2,4", "lam=0.5,1", "latents=20,30", "lr=1e-3,1e-2"])
 def test_sweep_gives_a_table_and_a_chart(over, features, tmp_path, capsys):
     run("sweep", "--data", features, *SMALL, "--epochs", 1, "--over", f"topk=global,local {over}",
