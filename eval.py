@@ -906,7 +906,8 @@ def code_metrics(codes, features, rows):
     out = {"activation": activation_patterns(codes)}
     here = {s: features.has(s, rows) for s in features.lacks if s in codes}
     if len(codes) > 1:
-        out["retrieval"] = retrieval(codes, here)
+        out["retrieval"] = {pair: v for pair, v in retrieval(codes, here).items()
+                            if {*pair.split(" -> ")} - {*features.codes}}    # not of given ones
     labels, known = features.label_matrix(rows), features.labelled[rows]
     if labels is None or not known.any():
         return out
@@ -985,10 +986,12 @@ def stability(dictionaries):
 
 
 def tell_stability(page, found):
-    """Whether shared latents are the more stable ones: {setting: (stability (L,), codes alone
-    {stream: CSR (n, L)})}."""
+    """Whether shared latents are the more stable ones; found {setting: its runs, as `explorer` has
+    them}, of which the first is told of its `stability`."""
     rows = []
-    for name, (stable, codes) in found.items():
+    for name, runs in found.items():
+        stable = runs[0]["stability"] = stability([run["dictionary"] for run in runs])
+        codes = runs[0]["codes"]["alone"]
         alive = sum((code.getnnz(axis=0) > 0).astype(int) for code in codes.values())
         parts = [stable[alive == m] for m in range(len(codes) + 1)]
         cells = [f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for v in parts]

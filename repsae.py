@@ -784,10 +784,6 @@ def measure(model, features, flags):
         found, fit = codes_and_fit(model, features, rows, mode)
         codes[mode] = {s: found[s] for s in model.streams}
         out[mode] = {**judge.code_metrics(found, features, rows), **fit}
-        if features.codes:                                   # of given ones the pairs are given too
-            pairs = out[mode]["retrieval"]
-            out[mode]["retrieval"] = {pair: v for pair, v in pairs.items()
-                                      if model.streams[0] in pair.split(" -> ")}
         out[mode]["headline"] = judge.headline(out[mode])
     if features.labels is not None:
         out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
@@ -911,17 +907,12 @@ def compared(run, changes, tell):
         began = time.time()
         results[name], shown[name] = judged(run.part(name, trial), mine, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    whole, stable = results, {}
+    whole = {name: judge.over_seeds([results[one] for one in group])
+             for name, group in groups.items()}
+    chart, (same, rows, _) = tell(page, whole or results), next(iter(shown.values()))
     if groups:
-        whole = {name: judge.over_seeds([results[one] for one in group])
-                 for name, group in groups.items()}
-    for name, group in groups.items():
-        first, *_ = parts = [shown[one][2] for one in group]
-        first["stability"] = judge.stability([part["dictionary"] for part in parts])
-        stable[name] = first["stability"], first["codes"]["alone"]
-    chart, (same, rows, _) = tell(page, whole), next(iter(shown.values()))
-    if stable:
-        judge.tell_stability(page, stable)
+        judge.tell_stability(page, {name: [shown[one][2] for one in group]
+                                    for name, group in groups.items()})
     parts = {name: part for name, (one, _, part) in shown.items() if one is same}
     if len(parts) <= 8:
         page.explore(judge.explorer(same, rows, parts, flags.page_rows))
