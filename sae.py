@@ -664,7 +664,9 @@ def _batchtopk(model, h, batch):
         kept = h.detach().flatten().topk(len(h) * model.k, sorted=False).indices
         on = torch.zeros(h.numel(), dtype=torch.bool, device=h.device)
         z = torch.relu(h) * on.index_fill_(0, kept, True).view_as(h)
-        model.learn_threshold(z.detach())
+        least, old = torch.where(z > 0, z.detach(), torch.inf).min(), model.kept_above
+        if least.isfinite():                                 # the mean over steps, begun with it
+            old.copy_(least if old.isnan() else old.lerp(least, 0.01))
     elif model.kept_above.isnan():
         raise InputError("the threshold of batchtopk is not set - "
                          "train for a step at least before encoding")
@@ -810,14 +812,6 @@ class SAE(SPARC):
             h = torch.addmm(self.b_lat[self.stream][dead], c, self.W_enc[self.stream][dead].T)
             return ghost_error(residual, h, self.W_dec[self.stream][dead], error).sum()
         return c.new_zeros(())
-
-    @torch.no_grad()
-    def learn_threshold(self, z, rate=0.01):
-        """Running mean over steps of the least positive value of z; the first step sets it."""
-        least = torch.where(z > 0, z, torch.inf).min()
-        if least.isfinite():
-            old = self.kept_above
-            old.copy_(least if old.isnan() else old.lerp(least, rate))
 
 
 def ghost_error(residual, h, W, error):
