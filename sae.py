@@ -1166,28 +1166,21 @@ def load(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
         if state["format"] != FORMAT:
             raise InputError(f"{path} has format {state['format']!r} - this version reads {FORMAT}")
-        return _unpacked(state, device)
+        kind, optimiser = SAE if "activation" in state["config"] else SPARC, None
+        model = kind(**state["config"]).to(device)
+        model.load_state_dict(state["model"])
+        if model.step < 0:
+            raise ValueError("a step before the first")
+        if state["optimiser"]:
+            optimiser = make_optimiser(model)
+            optimiser.load_state_dict(state["optimiser"])
+            for weights, moments in optimiser.state.items():     # torch would miss it until a step
+                shapes = {weights.shape, moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
+                if len(shapes) > 1 or moments["step"].dim():
+                    raise ValueError("moments of other weights")
+        return model.eval(), optimiser, state["extra"]
     except InputError:
         raise
     except Exception as e:                                   # torch raises many kinds
         raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - "
                          "train again or restore the file")
-
-
-def _unpacked(state, device):
-    """(model, optimiser or None, extra) of what `save` packed; raises anything for other things."""
-    kind = SAE if "activation" in state["config"] else SPARC
-    state["config"].pop("select", None)                      # a setting of before
-    model = kind(**state["config"]).to(device)
-    model.load_state_dict(state["model"])
-    if model.step < 0:
-        raise ValueError("a step before the first")
-    optimiser = None
-    if state["optimiser"]:
-        optimiser = make_optimiser(model)
-        optimiser.load_state_dict(state["optimiser"])
-        for weights, moments in optimiser.state.items():     # torch would miss it until a step
-            shapes = {weights.shape, moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
-            if len(shapes) > 1 or moments["step"].dim():
-                raise ValueError("moments of other weights")
-    return model.eval(), optimiser, state["extra"]
