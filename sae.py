@@ -61,7 +61,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-TOPK = ("global", "local", "both", "random")
+TOPK = {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"], "random": ["drawn"]}
 NORMS = ("l2", "standard", "standard,l2", "none")
 ERRORS = ("nmse", "sum", "mean")
 REVIVE = ("none", "auxk", "ghost", "resample")
@@ -202,9 +202,8 @@ class Pattern:
         if self._columns is None:
             flat = self.indices.reshape(-1).int()
             order = flat.argsort(stable=True)
-            starts = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=flat.device)
             counts = torch.bincount(flat, minlength=self.n_latents)
-            torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
+            starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
             self._columns = starts, (order // k).int(), order
         starts, sample, order = self._columns
         return torch.sparse_csr_tensor(starts, sample, values.reshape(-1)[order],
@@ -560,8 +559,7 @@ class SPARC(nn.Module):
         dict stream -> (B,), ||x||^2 of the normalised features, 0 where missing.
         """
         x, here = self._features(x)
-        if len(x) < len(self.streams):
-            absent = set(self.streams) - set(x)
+        if absent := [s for s in self.streams if s not in x]:
             raise InputError("training needs every stream (rows of NaN where a sample lacks it) - "
                              "missing " + ", ".join(absent))
         c, sources = self._centred(x, here), None
@@ -569,11 +567,9 @@ class SPARC(nn.Module):
             sources = torch.stack([here.get(s, v[:, 0] == v[:, 0]) for s, v in x.items()], 1)
         energy = {s: v.square().sum(1) for s, v in x.items()}
         weight = {s: _nmse_weight(e, sources) for s, e in energy.items()}    # with gaps (B, M)
-        modes = {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"],
-                 "random": ["drawn"]}[self.topk]
         total, terms, used = 0., {"self": [], "cross": [], "aux": []}, []
-        for mode in modes:
-            codes = self._codes(c, self._support(c, mode, here), here)
+        for mode in TOPK[self.topk]:
+            codes = self._encode(c, mode, here)
             own, cross, aux = self._terms(c, weight, codes, here)
             total = total + self.reduce(own) + self.cross_weight * self.reduce(cross)    # Eq. 14
             total = total + self.aux_coef * self.reduce(aux)
