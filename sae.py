@@ -530,9 +530,10 @@ class SPARC(nn.Module):
         return self._codes(c, self._support(c, mode, here), here)
 
     @_no_autocast
-    def decode(self, codes, stream):
+    def decode(self, codes, stream=None):
         """Any stream's Codes -> (B, d) reconstruction of `stream`, in normalised units: D_t(z^s),
-        Eq. 10-12."""
+        Eq. 10-12. The stream may be left out where there is but one."""
+        (stream,) = [stream] if stream else self.streams
         pattern, W = self._pattern(codes.indices.clamp(min=0)), self.W_dec[stream]
         return _Product.apply(codes.values.to(W.dtype), W, pattern, _combine) + self.b_pre[stream]
 
@@ -541,7 +542,7 @@ class SPARC(nn.Module):
         normalised units: dict stream -> (B, d_s), or (B, d) of a bare tensor."""
         codes = self.encode(x, mode)
         if isinstance(codes, Codes):
-            return self.decode(codes, self.streams[0])
+            return self.decode(codes)
         return {s: self.decode(code, s) for s, code in codes.items()}
 
     # -- the loss --------------------------------------------------------------------------------
@@ -592,11 +593,11 @@ class SPARC(nn.Module):
         drawn, one_support = self.drawn_sources(), len({id(z.indices) for z in codes.values()}) == 1
         for t in c:
             sources = drawn[t]
-            if pattern is None or not (one_support or sources is before):
-                indices = torch.stack([codes[s].indices for s in sources], 1).flatten(0, 1)
-                pattern = self._pattern(indices)                     # (B*sources, k)
             if sources is not before:                        # with all pairs the same for all t
                 values = torch.stack([codes[s].values for s in sources], 1).flatten(0, 1)
+                if pattern is None or not one_support:
+                    indices = torch.stack([codes[s].indices for s in sources], 1).flatten(0, 1)
+                    pattern = self._pattern(indices)                 # (B*sources, k)
             before = sources
             y = _Product.apply(values, self.W_dec[t], pattern, _combine)
             e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)       # (B, sources, d_t)
@@ -765,10 +766,6 @@ class SAE(SPARC):
         width = max(1, int((z > 0).sum(1).max())) if len(z) else 1
         values, indices = z.topk(width, sorted=False)
         return {self.stream: Codes(indices, values)}
-
-    def decode(self, codes, stream=None):
-        """Codes -> (B, d) reconstruction in normalised units, thesis Eq. 3-4."""
-        return super().decode(codes, stream or self.stream)
 
     @_no_autocast
     def loss(self, x):
