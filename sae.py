@@ -448,11 +448,9 @@ class SPARC(nn.Module):
             return {s: top([s]) for s in c}
         if mode == "joint":
             return dict.fromkeys(c, top(list(c)))
-        first, *others = self.drawn_streams()
-        kept, wanting = top([first]), ~here[first] if first in here else None
-        for s in others if first in here else ():
-            mine = wanting & here[s] if s in here else wanting
-            kept, wanting = torch.where(mine.unsqueeze(1), top([s]), kept), wanting & ~mine
+        order, kept = self.drawn_streams(), 0
+        for s in reversed(order if order[0] in here else order[:1]):       # the first that is there
+            kept = torch.where(here[s].unsqueeze(1), top([s]), kept) if s in here else top([s])
         return dict.fromkeys(c, kept)
 
     def drawn_streams(self):
@@ -789,22 +787,17 @@ class SAE(SPARC):
         each = 1 / max(1, len(v) if self.error == "sum" else v.numel())
         weight = _nmse_weight(energy) if self.error == "nmse" else torch.full_like(energy, each)
         error = (y - c).square() * weight.unsqueeze(1)       # (B, d), whose sum is the error
-        aux = self._revival(c, (c - y).detach(), error.detach())
-        aux_coef = self.aux_coef if self.revive == "auxk" else 1
+        aux, aux_coef, residual = c.new_zeros(()), 1, (c - y).detach()
+        dead = self.dead(s)
+        if self.revive == "auxk" and self.aux_coef and dead.any():
+            aux, aux_coef = self._auxk(c.detach(), residual, s, {}), self.aux_coef
+        elif self.revive == "ghost" and dead.any():
+            h = torch.addmm(self.b_lat[s][dead], c, self.W_enc[s][dead].T)
+            aux = ghost_error(residual, h, self.W_dec[s][dead], error.detach()).sum()
         total = error.sum() + self.sparsity * penalty + aux_coef * aux
         return total, {"self": error.sum().detach(), "sparsity": penalty.detach(),
                        "aux": aux.detach(), "cross": c.new_zeros(()), "codes": [{s: codes}],
                        "energy": {s: energy}}
-
-    def _revival(self, c, residual, error):
-        """The term of the loss that dead latents get, not yet weighted; 0 when there are none."""
-        dead = self.dead(self.stream)
-        if dead.any() and self.revive == "auxk" and self.aux_coef:
-            return self._auxk(c.detach(), residual, self.stream, {})
-        if dead.any() and self.revive == "ghost":
-            h = torch.addmm(self.b_lat[self.stream][dead], c, self.W_enc[self.stream][dead].T)
-            return ghost_error(residual, h, self.W_dec[self.stream][dead], error).sum()
-        return c.new_zeros(())
 
 
 def ghost_error(residual, h, W, error):
