@@ -945,17 +945,17 @@ def _reinitialise(model, optimiser):
         rows = (idle >= model.dead_after + model.reinit_after).nonzero().squeeze(1)
         if not len(rows):
             continue
-        W, b = model.W_enc[s], model.b_lat[s]
+        W = model.W_enc[s]
         drawn = torch.randn(len(rows), W.shape[1], generator=model._generator())
         W[rows] = 0.01 * drawn.to(W)
-        b[rows] = 0
-        _forget(optimiser, rows, W, b)
-        idle[rows] = 0
+        _start_anew(model, optimiser, s, rows, W)
 
 
-def _forget(optimiser, rows, *parameters):
-    """Set Adam's moments of these rows to 0."""
-    for p in parameters:
+def _start_anew(model, optimiser, s, rows, *weights):
+    """Of latents whose `weights` are new: bias, Adam's moments and idle steps become 0."""
+    model.b_lat[s][rows] = 0
+    getattr(model, f"idle_{s}")[rows] = 0
+    for p in (model.b_lat[s], *weights):
         for moment in ("exp_avg", "exp_avg_sq"):
             optimiser.state[p][moment][rows] = 0
 
@@ -982,9 +982,7 @@ def _resample(model, optimiser, x):
     drawn = torch.multinomial(weight, len(rows), generator=model._generator()).to(v.device)
     model.W_dec[s][rows], model.W_enc[s][rows] = resampled_rows(
         v[drawn] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
-    model.b_lat[s][rows] = 0
-    _forget(optimiser, rows, model.W_enc[s], model.W_dec[s], model.b_lat[s])
-    getattr(model, f"idle_{s}")[rows] = 0
+    _start_anew(model, optimiser, s, rows, model.W_enc[s], model.W_dec[s])
 
 
 def resampled_rows(c, alive):
