@@ -315,9 +315,8 @@ class SPARC(nn.Module):
     kernels     "auto", "csr" or "gather": see the sparse products above
     seed        of the initial weights and of every later draw
 
-    Parameters live in dicts by stream: W_enc, W_dec (L, d_s), b_pre (d_s,), b_lat (L,). Statistics,
-    the dead-latent counters and the step count are buffers, so one state_dict holds all that a run
-    needs to go on. Raises InputError for what cannot be.
+    Parameters live in dicts by stream. Statistics, dead-latent counters and the step count are
+    buffers: one state_dict has all that a run needs to go on. Raises InputError for what cannot be.
     """
     activation, revive = "topk", "auxk"                      # `SAE` has others
 
@@ -801,8 +800,7 @@ class SAE(SPARC):
 
 
 def ghost_error(residual, h, W, error):
-    """Ghost gradients (CytoSAE's code): how the dead would rebuild the residual, were exp(h) their
-    activation.
+    """Ghost gradients (CytoSAE's code): the dead rebuild the residual, exp(h) as their activation.
 
     residual (B, d) = x - x_hat and error (B, d) of the reconstruction, without gradient; h (B, D)
     logits and W (D, d) dictionary rows of the D dead latents. Returns (B, d): `error`'s value, and
@@ -817,8 +815,7 @@ def ghost_error(residual, h, W, error):
 
 
 def geometric_median(x, iterations=1000, tolerance=1e-9):
-    """The point (d,) with the least sum of distances to the rows of x (n, d), by Weiszfeld's
-    iteration.
+    """The point (d,) of least summed distance to the rows of x (n, d), by Weiszfeld's iteration.
 
     A row that the iteration comes to lie on would divide by 0 or hold it there for ever; the step
     of Vardi and Zhang (2000) leaves it, unless it is the median.
@@ -1012,11 +1009,8 @@ def _recycle(model):
 @_no_autocast
 def train_step(model, optimiser, x, loss=None):
     """One step on one batch x of raw features, down loss(model, x) or else model.loss(x). Returns
-    a dict: `loss` and its parts.
-
-    The order matters: gradient projected, optimiser step, rows renormalised. The authors
-    renormalise before the step, which leaves what they save off unit norm.
-    """
+    a dict: `loss` and its parts. The order matters: gradient projected, optimiser step, rows
+    renormalised. (The authors renormalise before the step: what they save is off unit norm.)"""
     _recycle(model)
     x = model._named(x)
     total, parts = loss(model, x) if loss else model.loss(x)
@@ -1032,8 +1026,7 @@ def train_step(model, optimiser, x, loss=None):
 
 
 def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
-    """Settings that fit n training samples; what is given stays. Returns a dict of latents, k,
-    batch, lr, epochs, steps, norm, dead_after, targets.
+    """Settings, {name: value}, that fit n training samples; what is given stays.
 
     A third as many latents as samples and an eighth of them kept (but 40: with fewer even small
     files are rebuilt badly), 50 passes in steps of a tenth of the samples, every dimension
