@@ -149,15 +149,13 @@ def dense_loss(model, x):
     h_drawn = 0.
     for s in reversed(model.drawn_streams()):                          # the first that is there
         h_drawn = torch.where(here[s].unsqueeze(1), h[s], h_drawn)
-    together, drawn = dict.fromkeys(x, h_agg), dict.fromkeys(x, h_drawn)
-    deciders = {"global": [together], "local": [h], "both": [together, h],
-                "random": [drawn]}[model.topk]
+    decider = {"joint": dict.fromkeys(x, h_agg), "alone": h, "drawn": dict.fromkeys(x, h_drawn)}
     sources = model.drawn_sources()                                    # without `targets`: all
     total = 0.
-    for decider in deciders:
+    for mode in TOPK[model.topk]:
         z = {}
         for s in x:
-            kept = decider[s].topk(model.k).indices                                  # Eq. 8, (B, k)
+            kept = decider[mode][s].topk(model.k).indices                            # Eq. 8, (B, k)
             on = torch.zeros_like(h[s]).scatter(1, kept, 1.)
             z[s] = torch.relu(h[s] * on)                                             # Eq. 9, (B, L)
         own, cross = [], []
@@ -599,16 +597,16 @@ class SPARC(nn.Module):
             y = _Product.apply(values, self.W_dec[t], pattern, _combine)
             e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)       # (B, sources, d_t)
             energy = torch.linalg.vector_norm(e, dim=2).square()
-            for s, term in self._pairs(t, sources, weight[t], energy):               # Eq. 13
+            for s, term in self._pairs(sources, weight[t], energy):                  # Eq. 13
                 (own if s == t else cross).append(term)
             some = t not in here or here[t].any()
             if self.aux_coef and some and self.dead(t).any():
                 aux.append(self._auxk(c[t].detach(), -e[:, sources.index(t)].detach(), t, here))
         return own, cross, aux
 
-    def _pairs(self, t, sources, weight, energy):
-        """(source, its NMSE in t) where any sample has both; energy (B, sources) of the errors,
-        weight (B,) or, with gaps, (B, M)."""
+    def _pairs(self, sources, weight, energy):
+        """(source, NMSE of a target from it) where any sample has both; energy (B, sources) of the
+        errors, weight (B,) or, with gaps, (B, M)."""
         if weight.dim() == 1:
             return zip(sources, weight @ energy)
         weight = weight[:, [self.streams.index(s) for s in sources]]
@@ -940,12 +938,11 @@ def _reinitialise(model, optimiser):
     for s in model.streams:
         idle = getattr(model, f"idle_{s}")
         rows = (idle >= model.dead_after + model.reinit_after).nonzero().squeeze(1)
-        if not len(rows):
-            continue
-        W = model.W_enc[s]
-        drawn = torch.randn(len(rows), W.shape[1], generator=model._generator())
-        W[rows] = 0.01 * drawn.to(W)
-        _start_anew(model, optimiser, s, rows, W)
+        if len(rows):
+            W = model.W_enc[s]
+            drawn = torch.randn(len(rows), W.shape[1], generator=model._generator())
+            W[rows] = 0.01 * drawn.to(W)
+            _start_anew(model, optimiser, s, rows, W)
 
 
 def _start_anew(model, optimiser, s, rows, *weights):
@@ -1025,7 +1022,7 @@ def train_step(model, optimiser, x, loss=None):
     return {"loss": total.detach(), **parts}
 
 
-def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
+def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
     """Settings, {name: value}, that fit n training samples; what is given stays.
 
     A third as many latents as samples and an eighth of them kept (but 40: with fewer even small
@@ -1039,7 +1036,6 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
         return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
     L = latents or power_of_two(n / 3, 128, 8192)
     batch = batch or power_of_two(n / 10, 1, 256)
-    epochs = epochs or 50
     steps = epochs * -(-n // batch)
     return {"latents": L, "k": k or min(max(L // 8, 40), 64, L), "batch": batch,
             "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
