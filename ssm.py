@@ -4,7 +4,7 @@ Read first   thesis 3.2.1 (Vim, DINO), 3.2.2 (MIL), 3.3.1 (VMamba). [1] Gu & Dao
              2312.00752, sections 2-3 and Algorithm 2; [2] Zhu et al., Vision Mamba; [3] Liu et
              al., VMamba; Caron et al., DINO; Oquab et al., DINOv2.
 Read in      `_scan_reference` (the recurrence), `selective_scan`, then `_TorchScan` (the same,
-this order   fast), `Mixer` and `Vim`, `SS2D` and `VMamba`, `ViT`; `train`, `dino_step`, `MIL`;
+this order   fast), `Mixer`, `Vim`, `SS2D`, `VMamba`, `ViT`; `dino_step`, `fit_dino`, `MIL`;
              presets and released weights come last.
 
 Glossary     B batch . L or T tokens . D channels . N state size . G groups of channels that share
@@ -776,7 +776,7 @@ class VMamba(nn.Module):
         return self.classifier.head(self.features(x))
 
 
-# -- Training: one update, one loop over steps, one over epochs with early stopping ----------------
+# -- Training: one update, and one loop over epochs with early stopping ----------------------------
 
 def descend(optimiser, loss, mend=None):
     """One step of the optimiser down the gradient of the scalar `loss`, returned as a float; mend()
@@ -789,19 +789,6 @@ def descend(optimiser, loss, mend=None):
         mend()
     optimiser.step()
     return loss.item()
-
-
-def train(step, batch, n_steps, on_step=None, start=0):
-    """The loop that DINO and CLIP go through: batch -> step -> log -> checkpoint.
-
-    step(t, batch)    one update; returns what is worth telling, a dict of numbers
-    batch(t)          the data of step t, from 0; a pure function of t makes resuming exact
-    on_step(t, told)  after each step, t counting from 1: logs, saves, or raises to stop
-    """
-    for t in range(start, n_steps):
-        told = step(t, batch(t))
-        if on_step:
-            on_step(t + 1, told)
 
 
 def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.inf, least=0):
@@ -974,17 +961,17 @@ class CLIP(nn.Module):
 
 
 def fit_clip(model, batch, n_steps, lr, on_step=None):
-    """Train a CLIP with AdamW along a cosine. batch(t): images and tokens; on_step: see `train`."""
+    """Train a CLIP with AdamW along a cosine. batch(t): images, tokens; on_step: see `fit_dino`."""
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, fused=True)
     mend = partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1.)
-
-    def step(t, pair):
+    model.train()
+    for t in range(n_steps):
         now = cosine_schedule(t, n_steps, lr, 0., min(100, n_steps // 10))
         optimiser.param_groups[0]["lr"] = now
-        images, tokens = (v.to(model.logit_scale.device) for v in pair)
-        return {"loss": descend(optimiser, model.loss(images, tokens), mend)}
-    model.train()
-    train(step, batch, n_steps, on_step)
+        images, tokens = (v.to(model.logit_scale.device) for v in batch(t))
+        loss = descend(optimiser, model.loss(images, tokens), mend)
+        if on_step:
+            on_step(t + 1, {"loss": loss})
     model.eval()
 
 
@@ -1214,22 +1201,21 @@ def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, moment
 def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **schedule):
     """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
 
-    batch(t)           the views of step t: V tensors (B, 3, h, w), global ones first
+    batch(t)           the views of step t, from 0: V tensors (B, 3, h, w), global ones first; a
+                       pure function of t makes resuming exact
     epoch, schedule    see `dino_schedule`
-    on_step(t, told)   see `train`; told: loss, entropy and information
+    on_step(t, told)   after each step, t from 1: logs, saves, or raises to stop; told: a dict of
+                       loss, entropy and information
     Raises InputError after an epoch in which the teacher's output never told 1e-3 nats of its
     picture: it has collapsed, and training will not bring it back.
     """
     (K,), device = nets[2].shape, nets[2].device
-    most = math.inf if start % epoch else 0.                 # information told in an epoch so far;
-                                                             # one that was resumed is not judged
-
-    def step(t, views):
-        nonlocal most
+    most = math.inf if start % epoch else 0.                 # a resumed epoch is not judged
+    for t in range(start, n_steps):
+        views = [v.to(device) for v in batch(t)]
         torch.manual_seed(seed * 1_000_003 + t)              # drop path: the same after resuming
-        settings = dino_schedule(t, epoch, n_steps, **schedule)
-        told = dino_step(*nets, [v.to(device) for v in views], **settings)
-        most = max(most, told["information"])
+        told = dino_step(*nets, views, **dino_schedule(t, epoch, n_steps, **schedule))
+        most = max(most, told["information"])                # in this epoch so far
         at, since = divmod(t + 1, epoch)                     # epochs done, steps since then
         if not since and most < 1e-3:
             kind = "uniform" if told["entropy"] > 0.9 * math.log(K) else "constant"
@@ -1238,8 +1224,8 @@ def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **sched
                 f"{at} (entropy {told['entropy']:.3f} of ln K = {math.log(K):.3f}) - lower --lr "
                 "or the teacher's temperature, or raise --batch or --warmup")
         most = most if since else 0.
-        return told
-    train(step, batch, n_steps, on_step, start)
+        if on_step:
+            on_step(t + 1, told)
 
 
 def cam_layer(model, x):
