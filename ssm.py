@@ -458,9 +458,9 @@ class SwiGLU(nn.Module):
 class LayerScale(nn.Module):
     """DINOv2: a learnt factor for each channel of a branch."""
 
-    def __init__(self, dim, value):
+    def __init__(self, dim):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
         return x * self.gamma
@@ -469,13 +469,11 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, d) -> same."""
 
-    def __init__(self, dim, heads, layer_scale, mlp, drop_path):
+    def __init__(self, dim, heads, scale, mlp, drop_path):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), mlp(dim, 4 * dim)
-        self.ls1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
-        self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path)
+        self.ls1, self.ls2, self.drop_path = scale(dim), scale(dim), DropPath(drop_path)
 
     def forward(self, x):
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
@@ -498,9 +496,9 @@ class ViT(PatchTokens):
         if registers:
             self.resize = {"offset": 0., "antialias": True}
             self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, 1. if v2 else None, SwiGLU if swiglu else Mlp, p)
-            for p in torch.linspace(0, drop_path, depth).tolist())
+        scale, mlp = LayerScale if v2 else nn.Identity, SwiGLU if swiglu else Mlp
+        self.blocks = nn.ModuleList(Block(dim, heads, scale, mlp, p)
+                                    for p in torch.linspace(0, drop_path, depth).tolist())
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, n_classes) if n_classes else nn.Identity()
         _trunc_normal(self.pos_embed, *(() if v2 else (self.cls_token,)))
@@ -552,8 +550,7 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(E, dim, bias=False)
         rates = torch.log(torch.arange(1., d_state + 1)).repeat(E, 1)            # (E, N)
         for end in ("", "_b"):
-            conv = nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1)
-            setattr(self, f"conv1d{end}", conv)
+            setattr(self, f"conv1d{end}", nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1))
             setattr(self, f"x_proj{end}", nn.Linear(E, self.r + 2 * d_state, bias=False))
             setattr(self, f"dt_proj{end}", nn.Linear(self.r, E))
             setattr(self, f"A{end}_log", nn.Parameter(rates.clone()))
@@ -582,10 +579,10 @@ class Mixer(nn.Module):
         return self.out_proj((self._direction(xz, "") + backwards) / 2)
 
 
-def _delta_bias(n, low=1e-3, high=0.1, floor=1e-4):
-    """Mamba's initial bias of delta (n,): softplus of it is log-uniform in low..high."""
-    log = torch.rand(n) * (math.log(high) - math.log(low)) + math.log(low)
-    delta = torch.exp(log).clamp_min(floor)
+def _delta_bias(n):
+    """Mamba's initial bias of delta (n,): softplus of it is log-uniform in 0.001..0.1."""
+    low, high = math.log(1e-3), math.log(0.1)
+    delta = torch.exp(torch.rand(n) * (high - low) + low)
     return delta + torch.log(-torch.expm1(-delta))           # inverse softplus
 
 
@@ -615,8 +612,7 @@ class Vim(PatchTokens):
         _trunc_normal(self.cls_token, self.pos_embed)
         # LeCun's normal (variance 1 / fan_in), widened against a truncation that in the timm which
         # Vim pins cuts off nothing.
-        fan_in = 3 * patch * patch
-        nn.init.normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
+        nn.init.normal_(self.patch_embed.proj.weight, std=(3 * patch ** 2) ** -0.5 / 0.87962566)
         nn.init.zeros_(self.patch_embed.proj.bias)
         _init_linear(self.head)
 
@@ -631,14 +627,6 @@ class Vim(PatchTokens):
         x = torch.cat([x[:, :middle], cls, x[:, middle:]], 1)                    # (B, L, d)
         return x if self.double_cls else x + pos, grid
 
-    def run(self, x):
-        """Tokens (B, L, d) -> the final norm of every token."""
-        residual = None
-        for layer in self.layers:
-            residual = _float32_up(x) if residual is None else residual + layer.drop_path(x)
-            x = layer.mixer(layer.norm(residual.to(layer.norm.weight.dtype)))
-        return self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
-
     def patches(self, x):
         """All tokens -> those of patches (B, T, d)."""
         middle = (x.shape[1] - 1) // 2
@@ -646,8 +634,12 @@ class Vim(PatchTokens):
 
     def features(self, x, tokens=False):
         """The middle class token (B, d); with `tokens` patch tokens (B, T, d) and their grid."""
-        x, grid = self.embed(x)
-        x = self.run(x)                                      # (B, L, d)
+        x, grid = self.embed(x)                              # (B, L, d)
+        residual = None
+        for layer in self.layers:
+            residual = _float32_up(x) if residual is None else residual + layer.drop_path(x)
+            x = layer.mixer(layer.norm(residual.to(layer.norm.weight.dtype)))
+        x = self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
         return (self.patches(x), grid) if tokens else x[:, (x.shape[1] - 1) // 2]
 
 
@@ -674,13 +666,13 @@ class SS2D(nn.Module):
 
     def __init__(self, dim, d_state=1):
         super().__init__()
-        E, r, self.N = 2 * dim, math.ceil(dim / 16), d_state
+        E, self.r, self.N = 2 * dim, math.ceil(dim / 16), d_state
         self.in_proj = nn.Linear(dim, E, bias=False)
         self.out_proj = nn.Linear(E, dim, bias=False)
         self.conv2d = nn.Conv2d(E, E, 3, padding=1, groups=E, bias=False)
         self.out_norm = nn.LayerNorm(E)
-        x_proj = torch.empty(4, r + 2 * d_state, E).uniform_(-E ** -0.5, E ** -0.5)
-        dt_projs = torch.empty(4, E, r).uniform_(-r ** -0.5, r ** -0.5)
+        x_proj = torch.empty(4, self.r + 2 * d_state, E).uniform_(-E ** -0.5, E ** -0.5)
+        dt_projs = torch.empty(4, E, self.r).uniform_(-self.r ** -0.5, self.r ** -0.5)
         self.x_proj_weight, self.dt_projs_weight = nn.Parameter(x_proj), nn.Parameter(dt_projs)
         self.dt_projs_bias = nn.Parameter(torch.stack([_delta_bias(E) for _ in range(4)]))
         self.A_logs = nn.Parameter(torch.log(torch.arange(1., d_state + 1)).repeat(4 * E, 1))
@@ -692,8 +684,7 @@ class SS2D(nn.Module):
         x = self.conv2d(self.in_proj(x).permute(0, 3, 1, 2))                     # (B, E, H, W)
         u = cross_scan(F.silu(x.permute(0, 2, 3, 1)))                            # (B, L, 4, E)
         weights = torch.einsum("blke,kce->blkc", u, self.x_proj_weight)  # (B, L, 4, r + 2 N)
-        r = self.dt_projs_weight.shape[2]
-        delta, B, C = weights.split([r, self.N, self.N], -1)
+        delta, B, C = weights.split([self.r, self.N, self.N], -1)
         delta = torch.einsum("blkr,ker->blke", delta, self.dt_projs_weight)      # (B, L, 4, E)
         A = -torch.exp(_float32_up(self.A_logs))                                 # (4 E, N)
         y = selective_scan(u.flatten(2), delta.flatten(2), A, B, C, self.Ds, None,
@@ -839,8 +830,7 @@ def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience, fro
     def loss(model, x, y):
         model.train(not frozen)                              # frozen: batch statistics stay, too
         return F.cross_entropy(model(x), y)
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
     return fit(model, optimiser, batches, loss, epochs, lambda m: held_loss(m, held()), patience)
 
 
@@ -1003,8 +993,7 @@ def clip_from_state(state):
     """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those
     weights. Raises InputError for any other."""
     def tower(side, dim):
-        blocks = [k for k in state if k.startswith(f"{side}transformer.resblocks.")]
-        layers = sum(k.endswith("ln_1.bias") for k in blocks)
+        layers = sum(k.startswith(f"{side}transformer.") and k.endswith("ln_1.bias") for k in state)
         return dim, layers, max(dim // 64, 1)
     plain = ("input_resolution", "context_length", "vocab_size")        # no weights
     try:
@@ -1058,9 +1047,8 @@ class MultiCrop(nn.Module):
         self.backbone, self.head = backbone, head
 
     def forward(self, crops):
-        features = []
-        for _, same in groupby(crops, lambda x: x.shape[-2:]):
-            features.append(self.backbone.features(torch.cat(list(same))))
+        features = [self.backbone.features(torch.cat(list(same)))
+                    for _, same in groupby(crops, lambda x: x.shape[-2:])]
         return self.head(torch.cat(features))                # (V B, d) -> (V B, K)
 
 
