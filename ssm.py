@@ -905,10 +905,7 @@ class CLIPVision(nn.Module):
         x = self.ln_post(self.transformer(self.ln_pre(x)))
         return (self.patches(x), grid) if tokens else x[:, 0] @ self.proj
 
-    def patches(self, x):
-        """All tokens -> those of patches (B, T, dim)."""
-        return x[:, 1:]
-
+    registers, patches = 0, ViT.patches                      # all tokens but the class token
     forward = features
 
 
@@ -1331,14 +1328,13 @@ def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_t
         few = min(k, n // 2)                                 # none both first and last
         for c, classifier in enumerate(model.instance_classifiers):
             own = c == y[b]
-            if few == 0 or not (own or subtyping):
-                continue
-            attention = scores[b, c if scores.shape[1] > 1 else 0, :n]
-            order = attention.argsort(descending=True)
-            chosen = torch.cat([order[:few], order[-few:]]) if own else order[:few]
-            target = torch.zeros_like(chosen)
-            target[:few] = int(own)                          # 1: evidence of class c
-            total = total + loss(classifier(h[b, chosen]), target) / (C if subtyping else 1)
+            if few and (own or subtyping):
+                attention = scores[b, c if scores.shape[1] > 1 else 0, :n]
+                order = attention.argsort(descending=True)
+                chosen = torch.cat([order[:few], order[-few:]]) if own else order[:few]
+                target = torch.zeros_like(chosen)
+                target[:few] = int(own)                      # 1: evidence of class c
+                total = total + loss(classifier(h[b, chosen]), target) / (C if subtyping else 1)
     return total / len(h)
 
 
