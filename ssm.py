@@ -481,18 +481,15 @@ class Block(nn.Module):
 
 
 class ViT(PatchTokens):
-    """Vision transformer with a class token, as in DINO; with `v2` as in DINOv2.
-
-    v2          DINOv2: LayerScale and a mask token (unused here)
-    registers   DINOv2's extra tokens, 0 or 4, between class token and patches
-    """
+    """Vision transformer with a class token, as in DINO; with `v2` (LayerScale, a mask token) as in
+    DINOv2, whose `registers`, 0 or 4, are extra tokens between class token and patches."""
 
     def __init__(self, dim, depth, heads, patch=16, size=224, n_classes=0, drop_path=0., v2=False,
                  registers=0, swiglu=False):
         super().__init__(dim, patch, size)
         self.registers = registers
         if v2:
-            self.mask_token = nn.Parameter(torch.zeros(1, dim))  # released files hold one
+            self.mask_token = nn.Parameter(torch.zeros(1, dim))  # unused: released files hold one
         if registers:
             self.resize = {"offset": 0., "antialias": True}
             self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim))
@@ -659,10 +656,7 @@ def cross_merge(y, h, w):
 
 class SS2D(nn.Module):
     """2D selective scan ([3]), (B, H, W, d) -> same: a convolution, then the sum of scans in four
-    directions, which are the four groups of one scan.
-
-    VMamba's "v05_noz": no gate, state size 1 in the released models.
-    """
+    directions, the four groups of one scan. "v05_noz": no gate, state size 1 as released."""
 
     def __init__(self, dim, d_state=1):
         super().__init__()
@@ -1013,9 +1007,7 @@ def clip_from_state(state):
 
 class DINOHead(nn.Module):
     """Features (B, d) -> logits (B, K): three layers, then the cosine with each of K prototypes.
-
-    norm_last keeps the prototypes' length (`weight_g`) at 1; DINO's switch for stability.
-    """
+    norm_last keeps the prototypes' length (`weight_g`) at 1; DINO's switch for stability."""
 
     def __init__(self, dim, K=65536, hidden=2048, bottleneck=256, norm_last=True):
         super().__init__()
@@ -1035,9 +1027,7 @@ class DINOHead(nn.Module):
 
 class MultiCrop(nn.Module):
     """A backbone and a head: a list of crops, each (B, 3, h, w), -> logits (V B, K), view by view.
-
-    Neighbours of the same size go through the backbone together, all features through the head.
-    """
+    Neighbours of the same size go through the backbone together, all features through the head."""
 
     def __init__(self, backbone, head):
         super().__init__()
@@ -1305,11 +1295,9 @@ class MIL(nn.Module):
 
 
 def smooth_top1_svm(s, y):
-    """log sum_j exp(s_j + [j != y] - s_y), the mean over rows of s (n, C): CLAM's instance loss.
-
+    """log sum_j exp(s_j + [j != y] - s_y), the mean over rows of s (n, C): CLAM's instance loss,
     "svm" of Berrada et al. 2018 with alpha = tau = 1. Their code takes the hard hinge where scores
-    differ by 6.9 or more; we stay with the formula.
-    """
+    differ by 6.9 or more; we stay with the formula."""
     return F.cross_entropy(s + 1 - F.one_hot(y, s.shape[1]), y)
 
 
