@@ -61,7 +61,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-TOPK = ("global", "local", "both", "random")
+TOPK = {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"], "random": ["drawn"]}
 NORMS = ("l2", "standard", "standard,l2", "none")
 ERRORS = ("nmse", "sum", "mean")
 REVIVE = ("none", "auxk", "ghost", "resample")
@@ -149,15 +149,13 @@ def dense_loss(model, x):
     h_drawn = 0.
     for s in reversed(model.drawn_streams()):                          # the first that is there
         h_drawn = torch.where(here[s].unsqueeze(1), h[s], h_drawn)
-    together, drawn = dict.fromkeys(x, h_agg), dict.fromkeys(x, h_drawn)
-    deciders = {"global": [together], "local": [h], "both": [together, h],
-                "random": [drawn]}[model.topk]
+    decider = {"joint": dict.fromkeys(x, h_agg), "alone": h, "drawn": dict.fromkeys(x, h_drawn)}
     sources = model.drawn_sources()                                    # without `targets`: all
     total = 0.
-    for decider in deciders:
+    for mode in TOPK[model.topk]:
         z = {}
         for s in x:
-            kept = decider[s].topk(model.k).indices                                  # Eq. 8, (B, k)
+            kept = decider[mode][s].topk(model.k).indices                            # Eq. 8, (B, k)
             on = torch.zeros_like(h[s]).scatter(1, kept, 1.)
             z[s] = torch.relu(h[s] * on)                                             # Eq. 9, (B, L)
         own, cross = [], []
@@ -202,9 +200,8 @@ class Pattern:
         if self._columns is None:
             flat = self.indices.reshape(-1).int()
             order = flat.argsort(stable=True)
-            starts = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=flat.device)
             counts = torch.bincount(flat, minlength=self.n_latents)
-            torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
+            starts = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
             self._columns = starts, (order // k).int(), order
         starts, sample, order = self._columns
         return torch.sparse_csr_tensor(starts, sample, values.reshape(-1)[order],
@@ -316,9 +313,8 @@ class SPARC(nn.Module):
     kernels     "auto", "csr" or "gather": see the sparse products above
     seed        of the initial weights and of every later draw
 
-    Parameters live in dicts by stream: W_enc, W_dec (L, d_s), b_pre (d_s,), b_lat (L,). Statistics,
-    the dead-latent counters and the step count are buffers, so one state_dict holds all that a run
-    needs to go on. Raises InputError for what cannot be.
+    Parameters live in dicts by stream. Statistics, dead-latent counters and the step count are
+    buffers: one state_dict has all that a run needs to go on. Raises InputError for what cannot be.
     """
     activation, revive = "topk", "auxk"                      # `SAE` has others
 
@@ -449,11 +445,9 @@ class SPARC(nn.Module):
             return {s: top([s]) for s in c}
         if mode == "joint":
             return dict.fromkeys(c, top(list(c)))
-        first, *others = self.drawn_streams()
-        kept, wanting = top([first]), ~here[first] if first in here else None
-        for s in others if first in here else ():
-            mine = wanting & here[s] if s in here else wanting
-            kept, wanting = torch.where(mine.unsqueeze(1), top([s]), kept), wanting & ~mine
+        order, kept = self.drawn_streams(), 0
+        for s in reversed(order if order[0] in here else order[:1]):       # the first that is there
+            kept = torch.where(here[s].unsqueeze(1), top([s]), kept) if s in here else top([s])
         return dict.fromkeys(c, kept)
 
     def drawn_streams(self):
@@ -531,9 +525,10 @@ class SPARC(nn.Module):
         return self._codes(c, self._support(c, mode, here), here)
 
     @_no_autocast
-    def decode(self, codes, stream):
+    def decode(self, codes, stream=None):
         """Any stream's Codes -> (B, d) reconstruction of `stream`, in normalised units: D_t(z^s),
-        Eq. 10-12."""
+        Eq. 10-12. The stream may be left out where there is but one."""
+        (stream,) = [stream] if stream else self.streams
         pattern, W = self._pattern(codes.indices.clamp(min=0)), self.W_dec[stream]
         return _Product.apply(codes.values.to(W.dtype), W, pattern, _combine) + self.b_pre[stream]
 
@@ -542,7 +537,7 @@ class SPARC(nn.Module):
         normalised units: dict stream -> (B, d_s), or (B, d) of a bare tensor."""
         codes = self.encode(x, mode)
         if isinstance(codes, Codes):
-            return self.decode(codes, self.streams[0])
+            return self.decode(codes)
         return {s: self.decode(code, s) for s, code in codes.items()}
 
     # -- the loss --------------------------------------------------------------------------------
@@ -560,8 +555,7 @@ class SPARC(nn.Module):
         dict stream -> (B,), ||x||^2 of the normalised features, 0 where missing.
         """
         x, here = self._features(x)
-        if len(x) < len(self.streams):
-            absent = set(self.streams) - set(x)
+        if absent := [s for s in self.streams if s not in x]:
             raise InputError("training needs every stream (rows of NaN where a sample lacks it) - "
                              "missing " + ", ".join(absent))
         c, sources = self._centred(x, here), None
@@ -569,11 +563,9 @@ class SPARC(nn.Module):
             sources = torch.stack([here.get(s, v[:, 0] == v[:, 0]) for s, v in x.items()], 1)
         energy = {s: v.square().sum(1) for s, v in x.items()}
         weight = {s: _nmse_weight(e, sources) for s, e in energy.items()}    # with gaps (B, M)
-        modes = {"global": ["joint"], "local": ["alone"], "both": ["joint", "alone"],
-                 "random": ["drawn"]}[self.topk]
         total, terms, used = 0., {"self": [], "cross": [], "aux": []}, []
-        for mode in modes:
-            codes = self._codes(c, self._support(c, mode, here), here)
+        for mode in TOPK[self.topk]:
+            codes = self._encode(c, mode, here)
             own, cross, aux = self._terms(c, weight, codes, here)
             total = total + self.reduce(own) + self.cross_weight * self.reduce(cross)    # Eq. 14
             total = total + self.aux_coef * self.reduce(aux)
@@ -596,25 +588,25 @@ class SPARC(nn.Module):
         drawn, one_support = self.drawn_sources(), len({id(z.indices) for z in codes.values()}) == 1
         for t in c:
             sources = drawn[t]
-            if pattern is None or not (one_support or sources is before):
-                indices = torch.stack([codes[s].indices for s in sources], 1).flatten(0, 1)
-                pattern = self._pattern(indices)                     # (B*sources, k)
             if sources is not before:                        # with all pairs the same for all t
                 values = torch.stack([codes[s].values for s in sources], 1).flatten(0, 1)
+                if pattern is None or not one_support:
+                    indices = torch.stack([codes[s].indices for s in sources], 1).flatten(0, 1)
+                    pattern = self._pattern(indices)                 # (B*sources, k)
             before = sources
             y = _Product.apply(values, self.W_dec[t], pattern, _combine)
             e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)       # (B, sources, d_t)
             energy = torch.linalg.vector_norm(e, dim=2).square()
-            for s, term in self._pairs(t, sources, weight[t], energy):               # Eq. 13
+            for s, term in self._pairs(sources, weight[t], energy):                  # Eq. 13
                 (own if s == t else cross).append(term)
             some = t not in here or here[t].any()
             if self.aux_coef and some and self.dead(t).any():
                 aux.append(self._auxk(c[t].detach(), -e[:, sources.index(t)].detach(), t, here))
         return own, cross, aux
 
-    def _pairs(self, t, sources, weight, energy):
-        """(source, its NMSE in t) where any sample has both; energy (B, sources) of the errors,
-        weight (B,) or, with gaps, (B, M)."""
+    def _pairs(self, sources, weight, energy):
+        """(source, NMSE of a target from it) where any sample has both; energy (B, sources) of the
+        errors, weight (B,) or, with gaps, (B, M)."""
         if weight.dim() == 1:
             return zip(sources, weight @ energy)
         weight = weight[:, [self.streams.index(s) for s in sources]]
@@ -664,7 +656,9 @@ def _batchtopk(model, h, batch):
         kept = h.detach().flatten().topk(len(h) * model.k, sorted=False).indices
         on = torch.zeros(h.numel(), dtype=torch.bool, device=h.device)
         z = torch.relu(h) * on.index_fill_(0, kept, True).view_as(h)
-        model.learn_threshold(z.detach())
+        least, old = torch.where(z > 0, z.detach(), torch.inf).min(), model.kept_above
+        if least.isfinite():                                 # the mean over steps, begun with it
+            old.copy_(least if old.isnan() else old.lerp(least, 0.01))
     elif model.kept_above.isnan():
         raise InputError("the threshold of batchtopk is not set - "
                          "train for a step at least before encoding")
@@ -768,10 +762,6 @@ class SAE(SPARC):
         values, indices = z.topk(width, sorted=False)
         return {self.stream: Codes(indices, values)}
 
-    def decode(self, codes, stream=None):
-        """Codes -> (B, d) reconstruction in normalised units, thesis Eq. 3-4."""
-        return super().decode(codes, stream or self.stream)
-
     @_no_autocast
     def loss(self, x):
         """Thesis Eq. 5, or its relatives, for a batch of raw features; missing rows are left out.
@@ -794,35 +784,21 @@ class SAE(SPARC):
         each = 1 / max(1, len(v) if self.error == "sum" else v.numel())
         weight = _nmse_weight(energy) if self.error == "nmse" else torch.full_like(energy, each)
         error = (y - c).square() * weight.unsqueeze(1)       # (B, d), whose sum is the error
-        aux = self._revival(c, (c - y).detach(), error.detach())
-        aux_coef = self.aux_coef if self.revive == "auxk" else 1
+        aux, aux_coef, residual = c.new_zeros(()), 1, (c - y).detach()
+        dead = self.dead(s)
+        if self.revive == "auxk" and self.aux_coef and dead.any():
+            aux, aux_coef = self._auxk(c.detach(), residual, s, {}), self.aux_coef
+        elif self.revive == "ghost" and dead.any():
+            h = torch.addmm(self.b_lat[s][dead], c, self.W_enc[s][dead].T)
+            aux = ghost_error(residual, h, self.W_dec[s][dead], error.detach()).sum()
         total = error.sum() + self.sparsity * penalty + aux_coef * aux
         return total, {"self": error.sum().detach(), "sparsity": penalty.detach(),
                        "aux": aux.detach(), "cross": c.new_zeros(()), "codes": [{s: codes}],
                        "energy": {s: energy}}
 
-    def _revival(self, c, residual, error):
-        """The term of the loss that dead latents get, not yet weighted; 0 when there are none."""
-        dead = self.dead(self.stream)
-        if dead.any() and self.revive == "auxk" and self.aux_coef:
-            return self._auxk(c.detach(), residual, self.stream, {})
-        if dead.any() and self.revive == "ghost":
-            h = torch.addmm(self.b_lat[self.stream][dead], c, self.W_enc[self.stream][dead].T)
-            return ghost_error(residual, h, self.W_dec[self.stream][dead], error).sum()
-        return c.new_zeros(())
-
-    @torch.no_grad()
-    def learn_threshold(self, z, rate=0.01):
-        """Running mean over steps of the least positive value of z; the first step sets it."""
-        least = torch.where(z > 0, z, torch.inf).min()
-        if least.isfinite():
-            old = self.kept_above
-            old.copy_(least if old.isnan() else old.lerp(least, rate))
-
 
 def ghost_error(residual, h, W, error):
-    """Ghost gradients (CytoSAE's code): how the dead would rebuild the residual, were exp(h) their
-    activation.
+    """Ghost gradients (CytoSAE's code): the dead rebuild the residual, exp(h) as their activation.
 
     residual (B, d) = x - x_hat and error (B, d) of the reconstruction, without gradient; h (B, D)
     logits and W (D, d) dictionary rows of the D dead latents. Returns (B, d): `error`'s value, and
@@ -837,8 +813,7 @@ def ghost_error(residual, h, W, error):
 
 
 def geometric_median(x, iterations=1000, tolerance=1e-9):
-    """The point (d,) with the least sum of distances to the rows of x (n, d), by Weiszfeld's
-    iteration.
+    """The point (d,) of least summed distance to the rows of x (n, d), by Weiszfeld's iteration.
 
     A row that the iteration comes to lie on would divide by 0 or hold it there for ever; the step
     of Vardi and Zhang (2000) leaves it, unless it is the median.
@@ -963,19 +938,18 @@ def _reinitialise(model, optimiser):
     for s in model.streams:
         idle = getattr(model, f"idle_{s}")
         rows = (idle >= model.dead_after + model.reinit_after).nonzero().squeeze(1)
-        if not len(rows):
-            continue
-        W, b = model.W_enc[s], model.b_lat[s]
-        drawn = torch.randn(len(rows), W.shape[1], generator=model._generator())
-        W[rows] = 0.01 * drawn.to(W)
-        b[rows] = 0
-        _forget(optimiser, rows, W, b)
-        idle[rows] = 0
+        if len(rows):
+            W = model.W_enc[s]
+            drawn = torch.randn(len(rows), W.shape[1], generator=model._generator())
+            W[rows] = 0.01 * drawn.to(W)
+            _start_anew(model, optimiser, s, rows, W)
 
 
-def _forget(optimiser, rows, *parameters):
-    """Set Adam's moments of these rows to 0."""
-    for p in parameters:
+def _start_anew(model, optimiser, s, rows, *weights):
+    """Of latents whose `weights` are new: bias, Adam's moments and idle steps become 0."""
+    model.b_lat[s][rows] = 0
+    getattr(model, f"idle_{s}")[rows] = 0
+    for p in (model.b_lat[s], *weights):
         for moment in ("exp_avg", "exp_avg_sq"):
             optimiser.state[p][moment][rows] = 0
 
@@ -1002,9 +976,7 @@ def _resample(model, optimiser, x):
     drawn = torch.multinomial(weight, len(rows), generator=model._generator()).to(v.device)
     model.W_dec[s][rows], model.W_enc[s][rows] = resampled_rows(
         v[drawn] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
-    model.b_lat[s][rows] = 0
-    _forget(optimiser, rows, model.W_enc[s], model.W_dec[s], model.b_lat[s])
-    getattr(model, f"idle_{s}")[rows] = 0
+    _start_anew(model, optimiser, s, rows, model.W_enc[s], model.W_dec[s])
 
 
 def resampled_rows(c, alive):
@@ -1034,11 +1006,8 @@ def _recycle(model):
 @_no_autocast
 def train_step(model, optimiser, x, loss=None):
     """One step on one batch x of raw features, down loss(model, x) or else model.loss(x). Returns
-    a dict: `loss` and its parts.
-
-    The order matters: gradient projected, optimiser step, rows renormalised. The authors
-    renormalise before the step, which leaves what they save off unit norm.
-    """
+    a dict: `loss` and its parts. The order matters: gradient projected, optimiser step, rows
+    renormalised. (The authors renormalise before the step: what they save is off unit norm.)"""
     _recycle(model)
     x = model._named(x)
     total, parts = loss(model, x) if loss else model.loss(x)
@@ -1053,9 +1022,8 @@ def train_step(model, optimiser, x, loss=None):
     return {"loss": total.detach(), **parts}
 
 
-def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
-    """Settings that fit n training samples; what is given stays. Returns a dict of latents, k,
-    batch, lr, epochs, steps, norm, dead_after, targets.
+def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
+    """Settings, {name: value}, that fit n training samples; what is given stays.
 
     A third as many latents as samples and an eighth of them kept (but 40: with fewer even small
     files are rebuilt badly), 50 passes in steps of a tenth of the samples, every dimension
@@ -1068,7 +1036,6 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=None, streams=1):
         return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
     L = latents or power_of_two(n / 3, 128, 8192)
     batch = batch or power_of_two(n / 10, 1, 256)
-    epochs = epochs or 50
     steps = epochs * -(-n // batch)
     return {"latents": L, "k": k or min(max(L // 8, 40), 64, L), "batch": batch,
             "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
@@ -1172,28 +1139,21 @@ def load(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
         if state["format"] != FORMAT:
             raise InputError(f"{path} has format {state['format']!r} - this version reads {FORMAT}")
-        return _unpacked(state, device)
+        kind, optimiser = SAE if "activation" in state["config"] else SPARC, None
+        model = kind(**state["config"]).to(device)
+        model.load_state_dict(state["model"])
+        if model.step < 0:
+            raise ValueError("a step before the first")
+        if state["optimiser"]:
+            optimiser = make_optimiser(model)
+            optimiser.load_state_dict(state["optimiser"])
+            for weights, moments in optimiser.state.items():     # torch would miss it until a step
+                shapes = {weights.shape, moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
+                if len(shapes) > 1 or moments["step"].dim():
+                    raise ValueError("moments of other weights")
+        return model.eval(), optimiser, state["extra"]
     except InputError:
         raise
     except Exception as e:                                   # torch raises many kinds
         raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - "
                          "train again or restore the file")
-
-
-def _unpacked(state, device):
-    """(model, optimiser or None, extra) of what `save` packed; raises anything for other things."""
-    kind = SAE if "activation" in state["config"] else SPARC
-    state["config"].pop("select", None)                      # a setting of before
-    model = kind(**state["config"]).to(device)
-    model.load_state_dict(state["model"])
-    if model.step < 0:
-        raise ValueError("a step before the first")
-    optimiser = None
-    if state["optimiser"]:
-        optimiser = make_optimiser(model)
-        optimiser.load_state_dict(state["optimiser"])
-        for weights, moments in optimiser.state.items():     # torch would miss it until a step
-            shapes = {weights.shape, moments["exp_avg"].shape, moments["exp_avg_sq"].shape}
-            if len(shapes) > 1 or moments["step"].dim():
-                raise ValueError("moments of other weights")
-    return model.eval(), optimiser, state["extra"]

@@ -4,7 +4,7 @@ Read first   thesis 3.2.1 (Vim, DINO), 3.2.2 (MIL), 3.3.1 (VMamba). [1] Gu & Dao
              2312.00752, sections 2-3 and Algorithm 2; [2] Zhu et al., Vision Mamba; [3] Liu et
              al., VMamba; Caron et al., DINO; Oquab et al., DINOv2.
 Read in      `_scan_reference` (the recurrence), `selective_scan`, then `_TorchScan` (the same,
-this order   fast), `Mixer` and `Vim`, `SS2D` and `VMamba`, `ViT`; `train`, `dino_step`, `MIL`;
+this order   fast), `Mixer`, `Vim`, `SS2D`, `VMamba`, `ViT`; `dino_step`, `fit_dino`, `MIL`;
              presets and released weights come last.
 
 Glossary     B batch . L or T tokens . D channels . N state size . G groups of channels that share
@@ -458,9 +458,9 @@ class SwiGLU(nn.Module):
 class LayerScale(nn.Module):
     """DINOv2: a learnt factor for each channel of a branch."""
 
-    def __init__(self, dim, value):
+    def __init__(self, dim):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
         return x * self.gamma
@@ -469,13 +469,11 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, d) -> same."""
 
-    def __init__(self, dim, heads, layer_scale, mlp, drop_path):
+    def __init__(self, dim, heads, scale, mlp, drop_path):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), mlp(dim, 4 * dim)
-        self.ls1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
-        self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path)
+        self.ls1, self.ls2, self.drop_path = scale(dim), scale(dim), DropPath(drop_path)
 
     def forward(self, x):
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
@@ -483,24 +481,21 @@ class Block(nn.Module):
 
 
 class ViT(PatchTokens):
-    """Vision transformer with a class token, as in DINO; with `v2` as in DINOv2.
-
-    v2          DINOv2: LayerScale and a mask token (unused here)
-    registers   DINOv2's extra tokens, 0 or 4, between class token and patches
-    """
+    """Vision transformer with a class token, as in DINO; with `v2` (LayerScale, a mask token) as in
+    DINOv2, whose `registers`, 0 or 4, are extra tokens between class token and patches."""
 
     def __init__(self, dim, depth, heads, patch=16, size=224, n_classes=0, drop_path=0., v2=False,
                  registers=0, swiglu=False):
         super().__init__(dim, patch, size)
         self.registers = registers
         if v2:
-            self.mask_token = nn.Parameter(torch.zeros(1, dim))  # released files hold one
+            self.mask_token = nn.Parameter(torch.zeros(1, dim))  # unused: released files hold one
         if registers:
             self.resize = {"offset": 0., "antialias": True}
             self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, 1. if v2 else None, SwiGLU if swiglu else Mlp, p)
-            for p in torch.linspace(0, drop_path, depth).tolist())
+        scale, mlp = LayerScale if v2 else nn.Identity, SwiGLU if swiglu else Mlp
+        self.blocks = nn.ModuleList(Block(dim, heads, scale, mlp, p)
+                                    for p in torch.linspace(0, drop_path, depth).tolist())
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, n_classes) if n_classes else nn.Identity()
         _trunc_normal(self.pos_embed, *(() if v2 else (self.cls_token,)))
@@ -552,8 +547,7 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(E, dim, bias=False)
         rates = torch.log(torch.arange(1., d_state + 1)).repeat(E, 1)            # (E, N)
         for end in ("", "_b"):
-            conv = nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1)
-            setattr(self, f"conv1d{end}", conv)
+            setattr(self, f"conv1d{end}", nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1))
             setattr(self, f"x_proj{end}", nn.Linear(E, self.r + 2 * d_state, bias=False))
             setattr(self, f"dt_proj{end}", nn.Linear(self.r, E))
             setattr(self, f"A{end}_log", nn.Parameter(rates.clone()))
@@ -582,10 +576,10 @@ class Mixer(nn.Module):
         return self.out_proj((self._direction(xz, "") + backwards) / 2)
 
 
-def _delta_bias(n, low=1e-3, high=0.1, floor=1e-4):
-    """Mamba's initial bias of delta (n,): softplus of it is log-uniform in low..high."""
-    log = torch.rand(n) * (math.log(high) - math.log(low)) + math.log(low)
-    delta = torch.exp(log).clamp_min(floor)
+def _delta_bias(n):
+    """Mamba's initial bias of delta (n,): softplus of it is log-uniform in 0.001..0.1."""
+    low, high = math.log(1e-3), math.log(0.1)
+    delta = torch.exp(torch.rand(n) * (high - low) + low)
     return delta + torch.log(-torch.expm1(-delta))           # inverse softplus
 
 
@@ -615,8 +609,7 @@ class Vim(PatchTokens):
         _trunc_normal(self.cls_token, self.pos_embed)
         # LeCun's normal (variance 1 / fan_in), widened against a truncation that in the timm which
         # Vim pins cuts off nothing.
-        fan_in = 3 * patch * patch
-        nn.init.normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
+        nn.init.normal_(self.patch_embed.proj.weight, std=(3 * patch ** 2) ** -0.5 / 0.87962566)
         nn.init.zeros_(self.patch_embed.proj.bias)
         _init_linear(self.head)
 
@@ -631,14 +624,6 @@ class Vim(PatchTokens):
         x = torch.cat([x[:, :middle], cls, x[:, middle:]], 1)                    # (B, L, d)
         return x if self.double_cls else x + pos, grid
 
-    def run(self, x):
-        """Tokens (B, L, d) -> the final norm of every token."""
-        residual = None
-        for layer in self.layers:
-            residual = _float32_up(x) if residual is None else residual + layer.drop_path(x)
-            x = layer.mixer(layer.norm(residual.to(layer.norm.weight.dtype)))
-        return self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
-
     def patches(self, x):
         """All tokens -> those of patches (B, T, d)."""
         middle = (x.shape[1] - 1) // 2
@@ -646,8 +631,12 @@ class Vim(PatchTokens):
 
     def features(self, x, tokens=False):
         """The middle class token (B, d); with `tokens` patch tokens (B, T, d) and their grid."""
-        x, grid = self.embed(x)
-        x = self.run(x)                                      # (B, L, d)
+        x, grid = self.embed(x)                              # (B, L, d)
+        residual = None
+        for layer in self.layers:
+            residual = _float32_up(x) if residual is None else residual + layer.drop_path(x)
+            x = layer.mixer(layer.norm(residual.to(layer.norm.weight.dtype)))
+        x = self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
         return (self.patches(x), grid) if tokens else x[:, (x.shape[1] - 1) // 2]
 
 
@@ -667,20 +656,17 @@ def cross_merge(y, h, w):
 
 class SS2D(nn.Module):
     """2D selective scan ([3]), (B, H, W, d) -> same: a convolution, then the sum of scans in four
-    directions, which are the four groups of one scan.
-
-    VMamba's "v05_noz": no gate, state size 1 in the released models.
-    """
+    directions, the four groups of one scan. "v05_noz": no gate, state size 1 as released."""
 
     def __init__(self, dim, d_state=1):
         super().__init__()
-        E, r, self.N = 2 * dim, math.ceil(dim / 16), d_state
+        E, self.r, self.N = 2 * dim, math.ceil(dim / 16), d_state
         self.in_proj = nn.Linear(dim, E, bias=False)
         self.out_proj = nn.Linear(E, dim, bias=False)
         self.conv2d = nn.Conv2d(E, E, 3, padding=1, groups=E, bias=False)
         self.out_norm = nn.LayerNorm(E)
-        x_proj = torch.empty(4, r + 2 * d_state, E).uniform_(-E ** -0.5, E ** -0.5)
-        dt_projs = torch.empty(4, E, r).uniform_(-r ** -0.5, r ** -0.5)
+        x_proj = torch.empty(4, self.r + 2 * d_state, E).uniform_(-E ** -0.5, E ** -0.5)
+        dt_projs = torch.empty(4, E, self.r).uniform_(-self.r ** -0.5, self.r ** -0.5)
         self.x_proj_weight, self.dt_projs_weight = nn.Parameter(x_proj), nn.Parameter(dt_projs)
         self.dt_projs_bias = nn.Parameter(torch.stack([_delta_bias(E) for _ in range(4)]))
         self.A_logs = nn.Parameter(torch.log(torch.arange(1., d_state + 1)).repeat(4 * E, 1))
@@ -692,8 +678,7 @@ class SS2D(nn.Module):
         x = self.conv2d(self.in_proj(x).permute(0, 3, 1, 2))                     # (B, E, H, W)
         u = cross_scan(F.silu(x.permute(0, 2, 3, 1)))                            # (B, L, 4, E)
         weights = torch.einsum("blke,kce->blkc", u, self.x_proj_weight)  # (B, L, 4, r + 2 N)
-        r = self.dt_projs_weight.shape[2]
-        delta, B, C = weights.split([r, self.N, self.N], -1)
+        delta, B, C = weights.split([self.r, self.N, self.N], -1)
         delta = torch.einsum("blkr,ker->blke", delta, self.dt_projs_weight)      # (B, L, 4, E)
         A = -torch.exp(_float32_up(self.A_logs))                                 # (4 E, N)
         y = selective_scan(u.flatten(2), delta.flatten(2), A, B, C, self.Ds, None,
@@ -776,7 +761,7 @@ class VMamba(nn.Module):
         return self.classifier.head(self.features(x))
 
 
-# -- Training: one update, one loop over steps, one over epochs with early stopping ----------------
+# -- Training: one update, and one loop over epochs with early stopping ----------------------------
 
 def descend(optimiser, loss, mend=None):
     """One step of the optimiser down the gradient of the scalar `loss`, returned as a float; mend()
@@ -789,19 +774,6 @@ def descend(optimiser, loss, mend=None):
         mend()
     optimiser.step()
     return loss.item()
-
-
-def train(step, batch, n_steps, on_step=None, start=0):
-    """The loop that DINO and CLIP go through: batch -> step -> log -> checkpoint.
-
-    step(t, batch)    one update; returns what is worth telling, a dict of numbers
-    batch(t)          the data of step t, from 0; a pure function of t makes resuming exact
-    on_step(t, told)  after each step, t counting from 1: logs, saves, or raises to stop
-    """
-    for t in range(start, n_steps):
-        told = step(t, batch(t))
-        if on_step:
-            on_step(t + 1, told)
 
 
 def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.inf, least=0):
@@ -852,8 +824,7 @@ def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience, fro
     def loss(model, x, y):
         model.train(not frozen)                              # frozen: batch statistics stay, too
         return F.cross_entropy(model(x), y)
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
     return fit(model, optimiser, batches, loss, epochs, lambda m: held_loss(m, held()), patience)
 
 
@@ -928,10 +899,7 @@ class CLIPVision(nn.Module):
         x = self.ln_post(self.transformer(self.ln_pre(x)))
         return (self.patches(x), grid) if tokens else x[:, 0] @ self.proj
 
-    def patches(self, x):
-        """All tokens -> those of patches (B, T, dim)."""
-        return x[:, 1:]
-
+    registers, patches = 0, ViT.patches                      # all tokens but the class token
     forward = features
 
 
@@ -974,17 +942,17 @@ class CLIP(nn.Module):
 
 
 def fit_clip(model, batch, n_steps, lr, on_step=None):
-    """Train a CLIP with AdamW along a cosine. batch(t): images and tokens; on_step: see `train`."""
+    """Train a CLIP with AdamW along a cosine. batch(t): images, tokens; on_step: see `fit_dino`."""
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, fused=True)
     mend = partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1.)
-
-    def step(t, pair):
+    model.train()
+    for t in range(n_steps):
         now = cosine_schedule(t, n_steps, lr, 0., min(100, n_steps // 10))
         optimiser.param_groups[0]["lr"] = now
-        images, tokens = (v.to(model.logit_scale.device) for v in pair)
-        return {"loss": descend(optimiser, model.loss(images, tokens), mend)}
-    model.train()
-    train(step, batch, n_steps, on_step)
+        images, tokens = (v.to(model.logit_scale.device) for v in batch(t))
+        loss = descend(optimiser, model.loss(images, tokens), mend)
+        if on_step:
+            on_step(t + 1, {"loss": loss})
     model.eval()
 
 
@@ -1016,8 +984,7 @@ def clip_from_state(state):
     """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those
     weights. Raises InputError for any other."""
     def tower(side, dim):
-        blocks = [k for k in state if k.startswith(f"{side}transformer.resblocks.")]
-        layers = sum(k.endswith("ln_1.bias") for k in blocks)
+        layers = sum(k.startswith(f"{side}transformer.") and k.endswith("ln_1.bias") for k in state)
         return dim, layers, max(dim // 64, 1)
     plain = ("input_resolution", "context_length", "vocab_size")        # no weights
     try:
@@ -1040,9 +1007,7 @@ def clip_from_state(state):
 
 class DINOHead(nn.Module):
     """Features (B, d) -> logits (B, K): three layers, then the cosine with each of K prototypes.
-
-    norm_last keeps the prototypes' length (`weight_g`) at 1; DINO's switch for stability.
-    """
+    norm_last keeps the prototypes' length (`weight_g`) at 1; DINO's switch for stability."""
 
     def __init__(self, dim, K=65536, hidden=2048, bottleneck=256, norm_last=True):
         super().__init__()
@@ -1062,18 +1027,15 @@ class DINOHead(nn.Module):
 
 class MultiCrop(nn.Module):
     """A backbone and a head: a list of crops, each (B, 3, h, w), -> logits (V B, K), view by view.
-
-    Neighbours of the same size go through the backbone together, all features through the head.
-    """
+    Neighbours of the same size go through the backbone together, all features through the head."""
 
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, crops):
-        features = []
-        for _, same in groupby(crops, lambda x: x.shape[-2:]):
-            features.append(self.backbone.features(torch.cat(list(same))))
+        features = [self.backbone.features(torch.cat(list(same)))
+                    for _, same in groupby(crops, lambda x: x.shape[-2:])]
         return self.head(torch.cat(features))                # (V B, d) -> (V B, K)
 
 
@@ -1214,22 +1176,21 @@ def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, moment
 def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **schedule):
     """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
 
-    batch(t)           the views of step t: V tensors (B, 3, h, w), global ones first
+    batch(t)           the views of step t, from 0: V tensors (B, 3, h, w), global ones first; a
+                       pure function of t makes resuming exact
     epoch, schedule    see `dino_schedule`
-    on_step(t, told)   see `train`; told: loss, entropy and information
+    on_step(t, told)   after each step, t from 1: logs, saves, or raises to stop; told: a dict of
+                       loss, entropy and information
     Raises InputError after an epoch in which the teacher's output never told 1e-3 nats of its
     picture: it has collapsed, and training will not bring it back.
     """
     (K,), device = nets[2].shape, nets[2].device
-    most = math.inf if start % epoch else 0.                 # information told in an epoch so far;
-                                                             # one that was resumed is not judged
-
-    def step(t, views):
-        nonlocal most
+    most = math.inf if start % epoch else 0.                 # a resumed epoch is not judged
+    for t in range(start, n_steps):
+        views = [v.to(device) for v in batch(t)]
         torch.manual_seed(seed * 1_000_003 + t)              # drop path: the same after resuming
-        settings = dino_schedule(t, epoch, n_steps, **schedule)
-        told = dino_step(*nets, [v.to(device) for v in views], **settings)
-        most = max(most, told["information"])
+        told = dino_step(*nets, views, **dino_schedule(t, epoch, n_steps, **schedule))
+        most = max(most, told["information"])                # in this epoch so far
         at, since = divmod(t + 1, epoch)                     # epochs done, steps since then
         if not since and most < 1e-3:
             kind = "uniform" if told["entropy"] > 0.9 * math.log(K) else "constant"
@@ -1238,8 +1199,8 @@ def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **sched
                 f"{at} (entropy {told['entropy']:.3f} of ln K = {math.log(K):.3f}) - lower --lr "
                 "or the teacher's temperature, or raise --batch or --warmup")
         most = most if since else 0.
-        return told
-    train(step, batch, n_steps, on_step, start)
+        if on_step:
+            on_step(t + 1, told)
 
 
 def cam_layer(model, x):
@@ -1334,11 +1295,9 @@ class MIL(nn.Module):
 
 
 def smooth_top1_svm(s, y):
-    """log sum_j exp(s_j + [j != y] - s_y), the mean over rows of s (n, C): CLAM's instance loss.
-
+    """log sum_j exp(s_j + [j != y] - s_y), the mean over rows of s (n, C): CLAM's instance loss,
     "svm" of Berrada et al. 2018 with alpha = tau = 1. Their code takes the hard hinge where scores
-    differ by 6.9 or more; we stay with the formula.
-    """
+    differ by 6.9 or more; we stay with the formula."""
     return F.cross_entropy(s + 1 - F.one_hot(y, s.shape[1]), y)
 
 
@@ -1357,14 +1316,13 @@ def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_t
         few = min(k, n // 2)                                 # none both first and last
         for c, classifier in enumerate(model.instance_classifiers):
             own = c == y[b]
-            if few == 0 or not (own or subtyping):
-                continue
-            attention = scores[b, c if scores.shape[1] > 1 else 0, :n]
-            order = attention.argsort(descending=True)
-            chosen = torch.cat([order[:few], order[-few:]]) if own else order[:few]
-            target = torch.zeros_like(chosen)
-            target[:few] = int(own)                          # 1: evidence of class c
-            total = total + loss(classifier(h[b, chosen]), target) / (C if subtyping else 1)
+            if few and (own or subtyping):
+                attention = scores[b, c if scores.shape[1] > 1 else 0, :n]
+                order = attention.argsort(descending=True)
+                chosen = torch.cat([order[:few], order[-few:]]) if own else order[:few]
+                target = torch.zeros_like(chosen)
+                target[:few] = int(own)                      # 1: evidence of class c
+                total = total + loss(classifier(h[b, chosen]), target) / (C if subtyping else 1)
     return total / len(h)
 
 
