@@ -543,14 +543,14 @@ def with_codes(features, path):
     elsewhere: (Features, number of latents, most latents of a sample)."""
     arrays, codes, lacks, n = Source(path), {}, {**features.lacks}, len(features)
     names = [key[:-8] for key in arrays.keys if key.endswith("_indices")]
-    for key in ("n_latents", *(f"{s}_values" for s in names)):
-        if key not in arrays:
-            raise InputError(f"{path} lacks '{key}' - give a file that encode wrote")
+    if "n_latents" not in arrays:
+        raise InputError(f"{path} lacks 'n_latents' - give a file that encode wrote")
     L = int(arrays.checked("n_latents", "one whole number", (np.integer,)))
     for s in names:
         j = arrays.checked(f"{s}_indices", f"(N, k) latents, N = {n}", (np.integer, n, None))
         v = arrays.checked(f"{s}_values", f"{j.shape} numbers", (np.floating, *j.shape))
-        if not (j.size and -1 <= j.min() <= j.max() < L and v.min() >= 0 and np.isfinite(v).all()):
+        if v is None or not (j.size and v.min() >= 0 and np.isfinite(v).all()
+                             and -1 <= j.min() <= j.max() < L):
             raise InputError(f"{path}: '{s}' is no code of {L} latents - write it by encode")
         codes[s] = j.astype(np.int64), v.astype(np.float32)
         if (j[:, 0] < 0).any():

@@ -795,14 +795,11 @@ def measure(model, features, flags):
                     for s, z in given_codes(features, part, "cpu").items()}}
                 for part in (evaluation_rows(features, flags, "train"), rows)]
         out["linear_baseline"] = judge.linear_baseline(*seen, model.streams)
-    if several:
-        raw = {s: x.numpy() for s, x in features.batch(rows).items()}
+    if several and features.lacks:
         here = {s: features.has(s, rows) for s in model.streams}
-        out["raw_retrieval"] = judge.retrieval(raw, here)
-        if features.lacks:
-            out["samples"] = {" / ".join(names): int(np.logical_and.reduce(
-                [here[s] for s in names]).sum()) for n in (1, 2)
-                for names in itertools.combinations(here, n)}
+        out["samples"] = {" / ".join(names): int(np.logical_and.reduce(
+            [here[s] for s in names]).sum()) for n in (1, 2)
+            for names in itertools.combinations(here, n)}
     if features.truth:
         found = {s: model.dictionary(s).cpu().numpy() for s in model.streams}
         out["recovery"] = judge.recovery(found, features.truth)

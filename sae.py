@@ -1139,6 +1139,7 @@ def load(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
         if state["format"] != FORMAT:
             raise InputError(f"{path} has format {state['format']!r} - this version reads {FORMAT}")
+        state["config"].pop("select", None)                  # a setting of before
         kind, optimiser = SAE if "activation" in state["config"] else SPARC, None
         model = kind(**state["config"]).to(device)
         model.load_state_dict(state["model"])

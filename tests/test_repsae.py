@@ -2086,7 +2086,7 @@ def test_codes_that_cannot_be_joined_are_refused(elsewhere, tmp_path, capsys):
         assert not (tmp_path / "r").exists()
     refused("has other 'ids'", ids=np.arange(1000)[::-1])
     refused("lacks 'n_latents'", n_latents=None)
-    refused("lacks 'x_values'", x_values=None)
+    refused("'x' is no code", x_values=None)
     refused("is no code of 3 latents", n_latents=np.array(3))
     refused("is no code of 40 latents", n_latents=np.array(40), x_values=-codes["x_values"])
     refused("N = 1000", x_indices=codes["x_indices"][:-1])
@@ -2672,7 +2672,7 @@ def test_samples_that_lack_streams_train_and_are_judged_by_what_they_have(tmp_pa
     test = data.read_features(tmp_path / "f.npz").rows("val")
     assert found["samples"]["a"] == here["a"][test].sum() and found["samples"]["a / b"] == (here["a"] & here["b"])[test].sum()
     assert f"a in {found['samples']['a']}, b in" in capsys.readouterr().out
-    assert found["joint"]["same_choice"] == 1 and found["raw_retrieval"].keys() == {f"{s} -> {t}" for s in "abc" for t in "abc" if s != t}
+    assert found["joint"]["same_choice"] == 1
     repsae.main(["encode", run, "--mode", "joint", "--out", str(tmp_path / "codes.npz")])
     codes = np.load(tmp_path / "codes.npz")
     for s in streams:
