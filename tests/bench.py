@@ -94,6 +94,7 @@ def dense_step(model, optimiser, x):
 
 
 OURS, AUTHORS = "sparse (ours)", "dense, Adam's defaults (the authors' way)"
+KINDS = (OURS, AUTHORS, "dense, fused Adam")
 
 
 def contender(kind, dims, device, batch=256, latents=8192, k=64, targets=None):
