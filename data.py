@@ -543,11 +543,12 @@ def with_codes(features, path):
     elsewhere: (Features, number of latents, most latents of a sample)."""
     arrays, codes, lacks, n = Source(path), {}, {**features.lacks}, len(features)
     names = [key[:-8] for key in arrays.keys if key.endswith("_indices")]
-    if "n_latents" not in arrays:
-        raise InputError(f"{path} lacks 'n_latents' - give a file that encode wrote")
+    if "n_latents" not in arrays or "mode" in arrays and arrays["mode"] != "alone":
+        raise InputError(f"{path} holds no codes that streams chose alone - let encode write them")
     L = int(arrays.checked("n_latents", "one whole number", (np.integer,)))
     for s in names:
-        j = arrays.checked(f"{s}_indices", f"(N, k) latents, N = {n}", (np.integer, n, None))
+        j = arrays.checked(f"{s}_indices", f"(N, k) latents, N = {n}, none of tokens",
+                           (np.integer, n, None))
         v = arrays.checked(f"{s}_values", f"{j.shape} numbers", (np.floating, *j.shape))
         if v is None or not (j.size and v.min() >= 0 and np.isfinite(v).all()
                              and -1 <= j.min() <= j.max() < L):
@@ -562,8 +563,12 @@ def with_codes(features, path):
         raise InputError(f"{path} has codes of {', '.join(codes) or 'nothing'} - give those of "
                          "other streams")
     found = f"{features.hash} {_digest(*(v for pair in codes.values() for v in pair))}"
-    wide = max(j.shape[1] for j, _ in codes.values())
-    return replace(features, codes=codes, lacks=lacks, hash=found), L, wide
+    wide, split = max(j.shape[1] for j, _ in codes.values()), features.split
+    codes = {s: tuple(np.pad(v, ((0, 0), (0, wide - v.shape[1])), constant_values=rest)
+                      for v, rest in zip(pair, (-1, 0))) for s, pair in codes.items()}
+    if "split" in arrays:                                    # of who trained: test stays unseen
+        split = _split(arrays.checked("split", f"(N,), N = {n}", (np.character, n)), None, n, 0)
+    return replace(features, codes=codes, lacks=lacks, hash=found, split=split), L, wide
 
 
 # ---- A made-up world -----------------------------------------------------------------------------

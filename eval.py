@@ -526,9 +526,10 @@ def verdict(metrics, again=None):
     mean = {mode: _mean(v.values()) for mode, v in own.items()}
     first = next(iter(own.values()))
     several = len(first) > 1 and "joint" in metrics
-    both = "train with --topk both" if metrics.get("topk") != "both" else ""
+    given = "joint" not in metrics and "retrieval" in metrics["alone"]       # codes of others
+    both = "train with --topk both" if metrics.get("topk") != "both" and not given else ""
     doubts = _doubts_of_fit(metrics, own, mean, both)
-    if several:
+    if several or given:
         doubts += _doubts_of_sharing(metrics, again, both)
     doubts = [doubt[1:] for doubt in doubts if doubt[0]]
     level = max((doubt[0] for doubt in doubts), default=0)
@@ -540,6 +541,8 @@ def verdict(metrics, again=None):
                     "one stream predicts another at R2 "
                     f"{fmt(headline(metrics['alone'])['R2 cross'])} alone "
                     f"(linear baseline {fmt(mean_cell(metrics['linear_baseline']))})")
+    if given:
+        learned += f", from codes of others at {fmt(headline(metrics['alone'])['R2 cross'])}"
     wrong, remedies = ("; ".join(dict.fromkeys(doubt[i] for doubt in doubts if doubt[i]))
                        for i in (1, 2))
     trust = ("Trust it", "Trust it with care", "Do not trust it")[level]
@@ -581,17 +584,18 @@ def _doubts_of_fit(metrics, own, mean, both):
 
 def _doubts_of_sharing(metrics, again, both):
     """What streams share, which shuffled pairs and chance must not reach: as `_doubts_of_fit`."""
+    mode = "joint" if "joint" in metrics else "alone"
     joint, alone, null = (headline(block)["R2 cross"] if block else None for block in (
-        metrics["joint"], metrics["alone"], metrics.get("null", {}).get("joint")))
+        metrics[mode], metrics["alone"], metrics.get("null", {}).get(mode)))
     best = {s: max((v["R@1"] for pair, v in metrics["alone"]["retrieval"].items()
                     if s in pair.split(" -> ")), default=1) for s in metrics["alone"]["r2"]}
     lost = [s for s, share in best.items() if share <= 3 / metrics["rows"]]
-    baseline = mean_cell(metrics["linear_baseline"])
+    baseline = mean_cell(metrics.get("linear_baseline", {}))
     same_rows = "check that row i is the same sample in every stream"
     return [
-        ("null" not in metrics, 1, "the joint figures stand without their null", again or ""),
+        ("null" not in metrics, 1, f"the {mode} figures stand without their null", again or ""),
         (None not in (joint, null) and joint < null + 0.02, 2,
-         f"joint cross R2 is no better than for shuffled pairs ({fmt(joint)}, null {fmt(null)})",
+         f"{mode} cross R2 is no better than for shuffled pairs ({fmt(joint)}, null {fmt(null)})",
          same_rows),
         (lost, 1, f"alone, {', '.join(lost)} find no partners, or only by chance", same_rows),
         (lost, 1, "", both),
@@ -885,14 +889,15 @@ def tell_run(page, metrics, settings):
     page.picture("R2 of every target from every source", grid_row(grids))
     counts = [[mode, *block["activation"]["alive_in"], *block["activation"]["silent"].values()]
              for mode, block in blocks.items()]
-    page.table(["", *range(len(first["r2"]) + 1), *(f"silent in {s}" for s in first["r2"])], counts,
+    silent = [f"silent in {s}" for s in first["activation"]["silent"]]
+    page.table(["", *range(len(silent) + 1), *silent], counts,
                "Latents alive in so many streams", quiet=True)
     depths = {mode: block.get("concepts", {}).get("by_depth", []) for mode, block in blocks.items()}
     if len(next(iter(depths.values()))) > 1:
         table = [[mode, *(d["jaccard"] for d in v)] for mode, v in depths.items()]
         page.table(["", *range(len(table[0]) - 1)], table,
                    "Jaccard by depth of the taxonomy (the last column: the labels)", quiet=True)
-    if "retrieval" in first:
+    if first.get("retrieval"):
         rows = [{"": f"{pair}, {mode}", **v} for mode, block in blocks.items()
                 for pair, v in block["retrieval"].items()]
         page.table(*columns(rows), "Retrieval", quiet=True)
@@ -958,6 +963,7 @@ def over_seeds(runs):
     modes = [mode for mode in ("joint", "alone") if mode in runs[0]]
     out = {**runs[0], **{mode: {**runs[0][mode], "over": [m[mode] for m in runs]}
                          for mode in modes}}
+    out.update({key: mean_std([m[key] for m in runs]) for key in ("l0", "seconds")}, recovery={})
     if "null" in runs[0]:
         out["null"] = {mode: {"over": [m["null"][mode] for m in runs]} for mode in runs[0]["null"]}
     if "linear_baseline" in runs[0]:
@@ -970,19 +976,23 @@ def tell_seeds(page, results):
     """The table of `summary`, of one setting's runs from several seeds (see `over_seeds`)."""
     metrics, = results.values()
     page.table(*summary(metrics), f"Mean ± standard deviation of {len(metrics['alone']['over'])} "
-               "seeds, of weights, order and (where the file has none) split")
+               "seeds, which draw weights, order, and a split or data where none are given")
     page.picture("", WHY_BOTH_WAYS)
 
 
-def stability(dictionaries):
+def stability(dictionaries, alive):
     """How near each latent of the first dictionary {stream: (L, d)} comes to its partner in the
-    others, of runs from other seeds: (L,), the mean cosine of their rows, those of all streams side
-    by side, in the best one-to-one pairing (Hungarian, which takes the cube of L)."""
-    first, *others = (unit_rows(np.concatenate([unit_rows(W) for W in of.values()], 1))
-                      for of in dictionaries)
-    pairs = ((cosine := first @ other.T)[scipy.optimize.linear_sum_assignment(-cosine)]
-             for other in others)
-    return np.mean([*pairs], 0)
+    others, of runs from other seeds: (L,), the mean cosine of their rows over the streams where it
+    is `alive` (L, M), over all if in none. Partners are the best one-to-one pairing by the sum over
+    all streams (Hungarian, which takes the cube of L)."""
+    first, *others = ([unit_rows(W) for W in of.values()] for of in dictionaries)
+    alive, found = alive | ~alive.any(1, keepdims=True), []
+    for other in others:
+        _, partner = scipy.optimize.linear_sum_assignment(-sum(
+            a @ b.T for a, b in zip(first, other)))
+        each = np.stack([(a * b[partner]).sum(1) for a, b in zip(first, other)], 1)      # (L, M)
+        found.append((each * alive).sum(1) / alive.sum(1))
+    return np.mean(found, 0)
 
 
 def tell_stability(page, found):
@@ -990,14 +1000,15 @@ def tell_stability(page, found):
     them}, of which the first is told of its `stability`."""
     rows = []
     for name, runs in found.items():
-        stable = runs[0]["stability"] = stability([run["dictionary"] for run in runs])
-        codes = runs[0]["codes"]["alone"]
-        alive = sum((code.getnnz(axis=0) > 0).astype(int) for code in codes.values())
-        parts = [stable[alive == m] for m in range(len(codes) + 1)]
+        codes = runs[0]["codes"]["alone"].values()
+        alive = np.stack([code.getnnz(axis=0) > 0 for code in codes], 1)
+        stable = runs[0]["stability"] = stability([run["dictionary"] for run in runs], alive)
+        parts = [stable[alive.sum(1) == m] for m in range(len(codes) + 1)]
         cells = [f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for v in parts]
         rows.append([name or "cosine", *cells])
     page.table(["latents alive in so many streams", *map(str, range(len(parts)))], rows,
-               "Stability: cosine of a latent's dictionary rows with its partner's of another seed")
+               "Stability: cosine of a latent's dictionary rows with those of its partner of "
+               "another seed, in the streams where it is alive")
 
 
 def tell_sweep(page, results, axes):

@@ -436,7 +436,9 @@ class Run:
         folder, resume = self.join(name), False
         if self.saved and os.path.exists(os.path.join(folder, "config.json")):
             theirs = read_config(folder)["flags"]
-            resume = all(theirs.get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
+            usual = {k.replace("-", "_"): default for k, (default, *_) in FLAGS.items()}
+            resume = all({**usual, **theirs}.get(k) == v
+                         for k, v in flags.items() if k not in FREE_ON_RESUME)
         return Run(flags.replaced({"overwrite": True, "resume": resume}), folder)
 
 
@@ -641,8 +643,9 @@ def train(run, features):
             x = {flags.stream: x.pop(flags.stream), **old.encode(x, "alone")}
         return {**x, **given_codes(features, some, flags.device)}
     old = old if len(model.streams) == 1 else None           # it has joined already
-    if control := flags.get("control"):
-        (model.W_enc if control == "encoder" else model.W_dec).requires_grad_(False)
+    parts = {"encoder": [model.W_enc, model.b_lat], "dictionary": [model.W_dec]}
+    for weights in parts.get(flags.get("control"), ()):
+        weights.requires_grad_(False)
     joins = old or features.codes
     if joins and not model.step:
         some = rows[features.has(flags.stream, rows)]
@@ -790,10 +793,12 @@ def measure(model, features, flags):
     out["l0"] = float(np.mean([code.nnz / max(features.has(s, rows).sum(), 1)
                                for s, code in codes["alone"].items()]))
     if several or features.codes and model.n_latents <= 2048:     # else it would take too long
-        seen = [{**normalised(model, features, part, flags.device),
-                 **{s: z.dense(model.n_latents).numpy()
-                    for s, z in given_codes(features, part, "cpu").items()}}
-                for part in (evaluation_rows(features, flags, "train"), rows)]
+        parts = evaluation_rows(features, flags, "train"), rows
+        seen = [normalised(model, features, part, flags.device) for part in parts]
+        for x, part in zip(seen, parts):
+            for s, z in given_codes(features, part, "cpu").items():
+                x[s] = z.dense(model.n_latents).numpy()
+                x[s][z.indices[:, 0] < 0] = np.nan           # it is missing
         out["linear_baseline"] = judge.linear_baseline(*seen, model.streams)
     if several and features.lacks:
         here = {s: features.has(s, rows) for s in model.streams}
@@ -883,19 +888,21 @@ def compared(run, changes, tell):
     if not single:                                           # kinds of SAE have their own settings
         flags = resolved(flags, features)
     groups, seeds = {}, flags.get("seeds", 1)
-    if seeds > 1:
-        groups = {name: {f"{name}_seed{n}".lstrip("_"): {**change, "seed": n, "seeds": 1}
-                         for n in range(flags.seed, flags.seed + seeds)}
-                  for name, change in changes.items()}
-        changes = {k: v for group in groups.values() for k, v in group.items()}
+    refuse(flags.seed + seeds > 2 ** 32, f"--seed {flags.seed} --seeds {seeds} - lower one of them")
     for name, change in changes.items():
         trial, mine = flags.replaced(change), features
-        if "streams" in change or trial.seed != flags.seed:  # the seed draws the split too
+        if {"streams", "seed"} & change.keys():              # the seed draws the split too
             mine = read_to_train(trial)
-        trials[name] = resolved(trial, mine), mine
+        trials[name] = trial, mine = resolved(trial, mine), mine
         # sizes that do not fit fail before anything is written, and what torch loads for its first
         # optimiser is in no trial's seconds
-        sae.make_optimiser(sae.SPARC(mine.dims, trials[name][0].latents, trials[name][0].k))
+        sae.make_optimiser(sae.SPARC(mine.dims, trial.latents, trial.k))
+    for name, (trial, mine) in list(trials.items()) if seeds > 1 else ():
+        groups[name] = {f"{name}_seed{n}".lstrip("_"): trial.replaced({"seed": n, "seeds": 1})
+                        for n in range(flags.seed, flags.seed + seeds)}
+        del trials[name]
+        trials.update({one: (how, mine if how.seed == flags.seed else read_to_train(how))
+                       for one, how in groups[name].items()})
     run.flags = flags
     run.begin(data_hash=features.hash)
     page = judge.Page(f"repsae {flags.command}: {os.path.basename(run.folder)}")
@@ -907,7 +914,7 @@ def compared(run, changes, tell):
     whole = {name: judge.over_seeds([results[one] for one in group])
              for name, group in groups.items()}
     chart, (same, rows, _) = tell(page, whole or results), next(iter(shown.values()))
-    if groups:
+    if groups and flags.data:                                # made-up data each seed draws anew
         judge.tell_stability(page, {name: [shown[one][2] for one in group]
                                     for name, group in groups.items()})
     parts = {name: part for name, (one, _, part) in shown.items() if one is same}
@@ -1132,7 +1139,7 @@ def cmd_sae(flags):
 @command(f"data taxonomy stream! null preset epochs batch lr shuffle {FOLDER} out=runs/add", "run")
 def cmd_add(flags):
     """A further stream learns the code of a run of sparc, whose streams stay as they are, from
-    samples of both; the new run has them all. The seed, which draws the split, is the run's.
+    samples of both; the new run has them all. Seed and split are the run's.
 
     For RUN also stands a file of codes that encode wrote: whoever has neither its models nor its
     features joins it by the codes of samples that both have, and gets a run of the stream alone."""
@@ -1154,7 +1161,7 @@ def cmd_add(flags):
 
 
 def add_to_codes(run):
-    """`add` to a file of codes; where no seed is typed, the split is drawn by that of `sparc`."""
+    """`add` to a file of codes, whose split counts."""
     flags = run.flags
     check_needed(flags, "data")
     usual = {name.replace("-", "_"): FLAGS[name][0] for name in f"{CODE} {SHARED} seed".split()}
@@ -1187,6 +1194,8 @@ def cmd_encode(flags):
     blocks = sae.encoded(coded.model, coded.flat.batch, np.arange(len(coded.flat)), flags.mode)
     for s, code in sae.joined([codes for _, codes in blocks]).items():
         kept |= {f"{s}_{name}": v.reshape(shape) for name, v in code._asdict().items()}
+    if not features.tokens:                                  # for who adds a stream to them
+        kept["split"] = features.split
     if "ids" in features.about:
         kept["ids"] = features.about["ids"]
     judge.write_npz(path, kept)
@@ -1232,10 +1241,11 @@ ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
 @command(f"{DATA} {CODE} loss targets null controls seeds {STEPS} {FOLDER} out=runs/ablate")
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
+    run = Run(flags)
     controls = {f"frozen_{part}": {"topk": "global", "lam": 1., "control": part,
                                   "reinit_after": 10 ** 9}
-                for part in ("encoder", "dictionary") if flags.controls}
-    compared(Run(flags), {**ABLATION, **controls}, judge.tell_ablation)
+                for part in ("encoder", "dictionary") if run.flags.controls}
+    compared(run, {**ABLATION, **controls}, judge.tell_ablation)
 
 
 # ---- Backbones: DINO, features, probes (thesis 3.2) ---------------------------------------------
@@ -2403,7 +2413,7 @@ def add_command(subs, name, each):
                 "all", "sparc", "rows", "scan", "backbones", "page"))
         else:
             sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
-                             help="a run folder")
+                             help="a run folder" + ", or codes of encode" * (name == "add"))
     for title, table in GROUPS.items():
         group = sub.add_argument_group(title)
         for flag in [flag for flag in table if flag in each.flags or flag == "set" and settings]:

@@ -852,16 +852,19 @@ def test_stability_is_that_of_the_best_pairing_of_all_and_1_for_the_same_rows_in
     rng = np.random.default_rng(0)
     first, second, third = ({s: rng.standard_normal((6, d)) for s, d in (("x", 4), ("y", 3))} for _ in range(3))
     order = rng.permutation(6)
-    np.testing.assert_allclose(judge.stability([first, {s: 3 * W[order] for s, W in first.items()}]), 1)
+    alive = rng.random((6, 2)) < .6
+    alive[0], alive[1] = (False, False), (True, False)
+    np.testing.assert_allclose(judge.stability([first, {s: 3 * W[order] for s, W in first.items()}], alive), 1)
 
-    def rows(of):
-        return np.concatenate([W / np.linalg.norm(W, axis=1, keepdims=True) for W in of.values()], 1) / 2 ** .5
-    expected = []
+    def cosine(a, b):
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    expected = np.zeros(6)
     for other in (second, third):
-        cosine = rows(first) @ rows(other).T
-        best = max(itertools.permutations(range(6)), key=lambda p: sum(cosine[i, j] for i, j in enumerate(p)))
-        expected.append([cosine[i, j] for i, j in enumerate(best)])
-    np.testing.assert_allclose(judge.stability([first, second, third]), np.mean(expected, 0))
+        near = np.array([[[cosine(first[s][i], other[s][j]) for s in "xy"] for j in range(6)] for i in range(6)])
+        best = max(itertools.permutations(range(6)), key=lambda p: sum(near[i, j].sum() for i, j in enumerate(p)))
+        for i, j in enumerate(best):
+            expected[i] += np.mean([v for v, on in zip(near[i, j], alive[i]) if on or not alive[i].any()]) / 2
+    np.testing.assert_allclose(judge.stability([first, second, third], alive), expected)
 
 
 def test_latents_inside_boxes_are_those_that_differ_from_outside_by_most_deviations():

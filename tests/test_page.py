@@ -295,11 +295,13 @@ def test_a_run_of_several_seeds_lists_latents_by_how_stable_they_are(tmp_path):
     np.savez(tmp_path / "f.npz", **data.planted_streams(300, {"x": 8, "y": 6}).streams)
     repsae.main(["sparc", "--data", str(tmp_path / "f.npz"), "--latents", "12", "--k", "3", "--batch", "32", "--epochs", "3",
                  "--seeds", "2", "--no-null", "--out", str(tmp_path / "r")])
-    found = []
+    coded = repsae.Coded(str(tmp_path / "r" / "seed42"), repsae.parse(["latents", str(tmp_path / "r" / "seed42")])[1])
+    codes = coded.codes(coded.features.rows("test", "val")).values()
+    found, alive = [], np.stack([code.getnnz(axis=0) > 0 for code in codes], 1)
     for seed in (42, 43):
         state = torch.load(tmp_path / "r" / f"seed{seed}" / "checkpoint.pt", weights_only=True)["model"]
         found.append({s: state[f"W_dec.{s}"].numpy() for s in "xy"})
-    stable = judge.stability(found)
+    stable = judge.stability(found, alive)
     if not CHROMIUM:
         pytest.skip("Chromium is not installed: apt-get install chromium")
     (shown,), console, _ = browse(tmp_path / "r" / "report.html", ["sort=stable"])

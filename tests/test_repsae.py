@@ -222,9 +222,13 @@ def test_controls_keep_an_encoder_or_a_dictionary_as_it_began_and_learn_the_rest
             model, _, _ = sae.load(tmp_path / "r" / f"frozen_{part}_seed{seed}" / "checkpoint.pt")
             for s in model.streams:
                 torch.testing.assert_close(getattr(model, frozen)[s], getattr(drawn, frozen)[s], rtol=0, atol=1e-6)
+                assert (part == "dictionary") == model.b_lat[s].any()
                 assert (getattr(model, other)[s] - getattr(drawn, other)[s]).abs().max() > 1e-3
     out = capsys.readouterr().out
     assert out.count("frozen_encoder  ") == 2 and "±" in out                     # in both tables
+    shutil.rmtree(tmp_path / "r" / "frozen_dictionary_seed43")
+    run("ablate", "--resume", "--out", tmp_path / "r")       # with the controls that it was started with
+    assert capsys.readouterr().out == out and (tmp_path / "r" / "frozen_dictionary_seed43").exists()
 
 
 @pytest.mark.parametrize("over", ["k=2,4", "lam=0.5,1", "latents=20,30", "lr=1e-3,1e-2"])
@@ -2068,6 +2072,8 @@ def test_who_has_but_the_codes_learns_what_the_owner_of_the_run_would(elsewhere,
     assert len(found["alone"]["retrieval"]) == 4 and found["alone"]["r2"]["z"] == pytest.approx(full["alone"]["r2"]["z"])
     assert set(found["linear_baseline"]) == {"z"} and set(found["linear_baseline"]["z"]) == {"x", "y"}
     assert 3 < found["l0"] <= 4                              # of the stream alone
+    assert f"from codes of others at {found['alone']['headline']['R2 cross']:.3f}" in found["verdict"]["learned"]
+    assert "linear map" in found["verdict"]["trust"] and "both" not in found["verdict"]["next"]
     run("eval", tmp_path / "r", "--json", tmp_path / "m.json")
     assert told(tmp_path / "m.json")["alone"]["r2"]["z"]["z"] == found["alone"]["r2"]["z"]["z"]
     run(*argv, "--null", "--resume")
@@ -2085,7 +2091,10 @@ def test_codes_that_cannot_be_joined_are_refused(elsewhere, tmp_path, capsys):
         assert says in error(capsys, "add", tmp_path / "c.npz", *argv, "--out", tmp_path / "r")
         assert not (tmp_path / "r").exists()
     refused("has other 'ids'", ids=np.arange(1000)[::-1])
-    refused("lacks 'n_latents'", n_latents=None)
+    refused("holds no codes that streams chose alone", n_latents=None)
+    refused("holds no codes that streams chose alone", mode=np.array("joint"))
+    refused("none of tokens", x_indices=codes["x_indices"][:, None])
+    refused("'split' row 3", split=np.where(np.arange(1000) == 3, "no", codes["split"]))
     refused("'x' is no code", x_values=None)
     refused("is no code of 3 latents", n_latents=np.array(3))
     refused("is no code of 40 latents", n_latents=np.array(40), x_values=-codes["x_values"])
