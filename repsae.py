@@ -881,8 +881,9 @@ def judged(run, features=None, quiet=False):
 
 
 def compared(run, changes, tell):
-    """Train and judge a run for each of `changes`, {name: {flag: value}}, in a folder of the run,
-    and put them beside each other: tell(page, {name: metrics}) may return a chart."""
+    """Train and judge a run, or --seeds of them, for each of `changes`, {name: {flag: value}}, in a
+    folder of `run`, and put them beside each other: tell(page, {name: metrics}) may return a chart.
+    """
     flags, single, trials, results, shown = run.flags, "activation" in run.flags, {}, {}, {}
     features = read_to_train(flags)
     if not single:                                           # kinds of SAE have their own settings
@@ -893,7 +894,8 @@ def compared(run, changes, tell):
         trial, mine = flags.replaced(change), features
         if {"streams", "seed"} & change.keys():              # the seed draws the split too
             mine = read_to_train(trial)
-        trials[name] = trial, mine = resolved(trial, mine), mine
+        trial = resolved(trial, mine)
+        trials[name] = trial, mine
         # sizes that do not fit fail before anything is written, and what torch loads for its first
         # optimiser is in no trial's seconds
         sae.make_optimiser(sae.SPARC(mine.dims, trial.latents, trial.k))
