@@ -569,6 +569,15 @@ def _peaks():
     return bench.peak_of(apart, "cpu"), bench.peak_of(lambda: [torch.ones(2 ** 24) for _ in range(2)], "cpu")
 
 
+def test_the_bench_of_steps_sets_every_contender_beside_ours(monkeypatch):
+    monkeypatch.setattr(bench, "contender", lambda kind, *sizes: {bench.OURS: 2., bench.AUTHORS: 8.}.get(kind, 4.))
+    monkeypatch.setattr(bench, "median_ms", lambda run, *how: run)
+    monkeypatch.setattr(bench, "apart", lambda *of: 64.)
+    three, ten, each = (ways for _, ways in bench.bench_sparc("cpu"))
+    assert three == ten and [way["times ours"] for way in three.values()] == [1, 4, 2]
+    assert each["32 streams, all pairs"] == {"ms a stream": 2 / 32, "peak MB a stream": 2}
+
+
 def test_bench_refuses_a_file_in_no_folder_and_one_that_is_there(tmp_path, capsys):
     assert "no such folder" in error(capsys, "bench", "scan", "--svg", "/no/such/x.svg")
     (tmp_path / "x.json").write_text("keep")
