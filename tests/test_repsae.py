@@ -201,10 +201,10 @@ def test_seeds_give_means_and_deviations_of_runs_as_each_seed_gives_them(feature
     out, found = capsys.readouterr().out, told(tmp_path / "both" / "metrics.json")
     run(*argv, "--seed", 8, "--out", tmp_path / "own")
     assert found["seed8"]["alone"] == told(tmp_path / "own" / "metrics.json")["alone"] != found["seed7"]["alone"]
-    for name, key in (("R2 self", "R2 self"), ("retrieval R@1", "retrieval R@1")):
+    for name in ("R2 self", "retrieval R@1"):
         line, = (line for line in out.splitlines() if line.startswith(f"{name}  "))
         for mode, cell in zip(("joint", "alone"), re.findall(r"(\S+) ± (\S+)", line)):
-            values = [found[f"seed{n}"][mode]["headline"][key] for n in (7, 8)]
+            values = [found[f"seed{n}"][mode]["headline"][name] for n in (7, 8)]
             assert np.allclose(list(map(float, cell)), [np.mean(values), np.std(values, ddof=1)], atol=6e-4)
     weights = (tmp_path / "both" / "seed8" / "checkpoint.pt").stat().st_mtime_ns
     run("sparc", "--resume", "--out", tmp_path / "both")
