@@ -279,6 +279,24 @@ FOLDER = "device log-every save-every eval-rows page-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
 
+# ---- Several processes, of torchrun --------------------------------------------------------------
+# Each trains on its share of every batch (`SPARC.across`) and does all else for itself; the first
+# alone writes and speaks.
+
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
+RANK, PROCESSES = (int(os.environ[name]) if LAUNCHED else alone
+                   for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def join_processes(flags):
+    """Meet the others; each takes the GPU of its own number."""
+    refuse(flags.command != "sparc", f"{flags.command} runs in one process - leave torchrun out")
+    gpu = flags.device.startswith("cuda")
+    if gpu:
+        flags["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.distributed.init_process_group("nccl" if gpu else "gloo")
+
+
 # ---- Runs: folders that a command owns while it writes ------------------------------------------
 
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
@@ -301,6 +319,16 @@ class Run:
         """`folder`: instead of --out. Changes nothing there yet."""
         self.folder, self.flags = folder or flags.out, flags
         self.saved, self.files, self.about = None, [], {}
+        if RANK == 0:
+            self._enter()
+        if PROCESSES > 1:                                    # the others take what the first found
+            found = [self.flags, self.saved]
+            torch.distributed.broadcast_object_list(found)
+            self.flags, self.saved = found[0].replaced({"device": flags.device}), found[1]
+
+    def _enter(self):
+        """Look at what is there: may this command write, does it go on?"""
+        flags = self.flags
         refuse(os.path.lexists(self.folder) and not os.path.isdir(self.folder),
                f"{self.folder} is a file - name a folder with --out")
         if not os.path.isdir(self.folder) or not set(os.listdir(self.folder)) - {".lock"}:
@@ -370,6 +398,8 @@ class Run:
         refuse(self.saved and self.saved.get("data_hash") != about.get("data_hash"),
                f"the data (or the run it joins) is not what the run in {self.folder} was trained "
                "on - restore it")
+        if RANK:
+            return self
         self._lock()
         if not self.saved:
             self._clear()
@@ -405,13 +435,13 @@ class Run:
     def paths(self, names):
         """The paths of outputs, in the manifest before they are written. Raises InputError where
         a file is that is not ours to replace."""
-        for name in names:
+        for name in () if RANK else names:
             self._check(name)
             refuse(os.path.lexists(self.join(name)) and name not in self.files,
                    f"{self.join(name)} was not written by this run - move it away")
             os.makedirs(os.path.dirname(self.join(name)), exist_ok=True)
         listed = [*dict.fromkeys([*self.files, *names])]
-        if listed != self.files or "config.json" in names:
+        if not RANK and (listed != self.files or "config.json" in names):
             self.files = listed
             judge.write_json(self.join("config.json"), {**self.about, "files": self.files})
         return [self.join(name) for name in names]
@@ -420,12 +450,13 @@ class Run:
         """Write outputs {name: content}, each as the ending of its name says."""
         how = {"npz": judge.write_npz, "json": judge.write_json, "pt": judge.write_torch,
                "png": judge.save_picture, "svg": judge.write_text}
-        for path, content in zip(self.paths(list(files)), files.values()):
+        for path, content in zip(self.paths(list(files)), () if RANK else files.values()):
             how[path.rpartition(".")[2]](path, content)
 
     def tell(self, page, metrics=None, quiet=False):
         """Write report.html and metrics.json, and say where they are."""
-        page.write(self.path, metrics)
+        if RANK == 0:
+            page.write(self.path, metrics)
         if not quiet:
             say(f"wrote {self.join('report.html')}")
 
@@ -517,7 +548,10 @@ def unpacked(path, wrong, advice, device="cpu"):
 def versions():
     """What a run depends on besides its flags: a dict for config.json."""
     return {"python": sys.version.split()[0], "torch": str(torch.__version__),
-            "numpy": np.__version__, "scipy": scipy.__version__, "threads": torch.get_num_threads()}
+            "numpy": np.__version__, "scipy": scipy.__version__,
+            "threads": torch.get_num_threads(),
+            **({"processes": PROCESSES} if PROCESSES > 1 else {})}
+
 
 # ---- Training -----------------------------------------------------------------------------------
 
@@ -593,6 +627,8 @@ class Keeper:
             signal.signal(n, handler)
 
     def on_signal(self, number, frame):
+        if RANK:
+            return                                           # it ends when the first has saved
         if self.stop:
             raise KeyboardInterrupt                          # the second time at once, unsaved
         self.stop.append(number)
@@ -603,7 +639,8 @@ class Keeper:
         if log or step % self.flags.log_every == 0 or last:
             self.log.add({"step": step, **row()})
         self.progress(step, text)
-        if self.stop or last or time.time() - self.last_save >= self.flags.save_every:
+        due = self.stop or last or time.time() - self.last_save >= self.flags.save_every
+        if due and RANK == 0:
             self.log.write()                                 # first: resuming cuts a longer log
             self.save(step)
             self.last_save = time.time()
@@ -626,6 +663,8 @@ def train(run, features):
         model, optimiser, _ = sae.load(checkpoint, flags.device)
     batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
     n_steps = flags.epochs * batches.epoch
+    refuse(flags.batch < PROCESSES, f"--batch {flags.batch} for {PROCESSES} processes - give each "
+           "a sample")
     log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
 
     def on_step(step, result):
@@ -652,7 +691,8 @@ def train(run, features):
         sae.join_start(model, seen(some[::1 + len(some) // 4096]))
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda step: sae.save(checkpoint, model, optimiser)) as keep:
-        sae.fit(model, lambda step: seen(batches.rows(step)), n_steps, lr=flags.lr,
+        sae.fit(model, lambda step: seen(np.array_split(batches.rows(step), PROCESSES)[RANK]),
+                n_steps, lr=flags.lr,
                 optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0),
                 loss=sae.join_loss if joins else None)
     if old:
@@ -2466,7 +2506,14 @@ def perform(run, flags):
     for name in flags:                                       # before hours of work, not after
         if flags[name] and name in FLAGS and FLAGS[name][1] == "file":
             out_file(flags, name)
-    figures = run(flags)
+    if PROCESSES > 1:
+        join_processes(flags)
+    with contextlib.ExitStack() as mute:
+        if RANK:
+            nowhere = mute.enter_context(open(os.devnull, "w"))
+            mute.enter_context(contextlib.redirect_stdout(nowhere))
+            mute.enter_context(contextlib.redirect_stderr(nowhere))
+        figures = run(flags)
     if flags.get("json"):
         judge.write_json(flags.json, figures)
         say(f"wrote {flags.json}")
@@ -2492,7 +2539,13 @@ def main(argv=None):
     except ValueError as e:
         if type(e).__name__ != "InputError":
             raise
+        if RANK:                                             # the first mostly says the same, and
+            time.sleep(10)                                   # torchrun then ends the rest
         fail(e)
+    except RuntimeError as e:
+        if PROCESSES == 1 or not re.search("onnection|peer|NCCL|timed out", str(e)):
+            raise
+        fail(f"another process of this run ended - go on with {resuming(flags)}")
     finally:
         Run.release()
 

@@ -40,7 +40,10 @@ Ours         topk="both" (train on the joint and on the alone support), samples 
              few pairs of streams, drawn anew each step), `join_loss`, settings by the number of
              samples, features standardised before they are scaled to length 1 (the authors' code
              only scales, the papers say neither), and the sparse arithmetic.
-Not here     learning-rate decay, mixed precision, several GPUs.
+Processes    where torch.distributed was begun, `fit` of a SPARC takes in each process that one's
+             share of a batch. What the loss divides by, gradients and counters are summed over
+             all (`SPARC.across`), so that the steps are those of the whole batch.
+Not here     learning-rate decay, mixed precision.
 
 This file needs nothing but torch: copy it alone into your project.
 
@@ -57,6 +60,7 @@ from functools import lru_cache, wraps
 from typing import Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -118,14 +122,15 @@ def nmse(x, x_hat):
     return ((x - x_hat).square().sum(1) * _nmse_weight(x.square().sum(1))).sum()
 
 
-def _nmse_weight(energy, here=None):
+def _nmse_weight(energy, here=None, across=lambda n: n):
     """||x||^2 (B,) -> (B,): its inverse over the number of samples that are not all zero; 0 for
-    those. With `here` (B, M), of sources, (B, M): over the samples that have the source too."""
+    those. With `here` (B, M), of sources, (B, M): over the samples that have the source too.
+    across: the number in this process -> in all of them."""
     weight = torch.where(energy > 0, 1 / energy.clamp_min(1e-30), 0)
     if here is None:
-        return weight / (energy > 0).sum().clamp_min(1)
+        return weight / across((energy > 0).sum()).clamp_min(1)
     counted = here & (energy > 0).unsqueeze(1)
-    return weight.unsqueeze(1) * counted / counted.sum(0).clamp_min(1)
+    return weight.unsqueeze(1) * counted / across(counted.sum(0)).clamp_min(1)
 
 
 def missing(x):
@@ -410,7 +415,9 @@ class SPARC(nn.Module):
                 raise InputError(f"stream '{s}' has {len(v)} rows but '{first}' has "
                                  f"{len(x[first])} - rows must be the same samples")
         x = {s: x[s] for s in self.streams if s in x}
-        gone = {s: rows for s, v in x.items() if (rows := missing(v)).any()}
+        gone = {s: missing(v) for s, v in x.items()}
+        some = self.across(torch.stack([rows.any() for rows in gone.values()]).int()).tolist()
+        gone = {s: rows for (s, rows), n in zip(gone.items(), some) if n}
         for s, rows in gone.items():                         # before and after: NaN * 0 is NaN
             x[s] = x[s].masked_fill(rows.unsqueeze(1), 0)
         x = {s: self.normalise(v, s) for s, v in x.items()}
@@ -477,6 +484,15 @@ class SPARC(nn.Module):
         M, n = len(self.streams), self.targets
         drawn = n is not None and n < M - 1 and self.reduction == "sum"
         return self.lam * (M - 1) / n if drawn else self.lam
+
+    def across(self, x):
+        """The sum of a tensor, in place, over all processes that train together. In evaluation each
+        is for itself."""
+        if self.training and dist.is_available() and dist.is_initialized():
+            if "activation" in self.config:
+                raise InputError("an SAE trains in one process - use SPARC for several")
+            dist.all_reduce(x)
+        return x
 
     def _generator(self):
         """Of what a step draws: by seed and step alone, so that resuming is exact."""
@@ -562,7 +578,7 @@ class SPARC(nn.Module):
         if here:
             sources = torch.stack([here.get(s, v[:, 0] == v[:, 0]) for s, v in x.items()], 1)
         energy = {s: v.square().sum(1) for s, v in x.items()}
-        weight = {s: _nmse_weight(e, sources) for s, e in energy.items()}    # with gaps (B, M)
+        weight = {s: _nmse_weight(e, sources, self.across) for s, e in energy.items()}   # or (B, M)
         total, terms, used = 0., {"self": [], "cross": [], "aux": []}, []
         for mode in TOPK[self.topk]:
             codes = self._encode(c, mode, here)
@@ -599,7 +615,7 @@ class SPARC(nn.Module):
             energy = torch.linalg.vector_norm(e, dim=2).square()
             for s, term in self._pairs(sources, weight[t], energy):                  # Eq. 13
                 (own if s == t else cross).append(term)
-            some = t not in here or here[t].any()
+            some = t not in here or self.across(here[t].sum())
             if self.aux_coef and some and self.dead(t).any():
                 aux.append(self._auxk(c[t].detach(), -e[:, sources.index(t)].detach(), t, here))
         return own, cross, aux
@@ -610,7 +626,7 @@ class SPARC(nn.Module):
         if weight.dim() == 1:
             return zip(sources, weight @ energy)
         weight = weight[:, [self.streams.index(s) for s in sources]]
-        there = (weight > 0).any(0).tolist()
+        there = self.across((weight > 0).sum(0)).tolist()
         return [(s, term) for s, term, one in zip(sources, (weight * energy).sum(0), there) if one]
 
     def dead(self, stream):
@@ -632,7 +648,7 @@ class SPARC(nn.Module):
         z = self._codes({stream: c}, {stream: indices}, here)[stream].values
         # thesis A.1.2: without a bias
         e_hat = _Product.apply(z, self.W_dec[stream], self._pattern(indices), _combine)
-        return (e - e_hat).square().sum() / e.square().sum().clamp_min(1e-30)
+        return (e - e_hat).square().sum() / self.across(e.square().sum()).clamp_min(1e-30)
 
 
 def _marked(codes, here):
@@ -917,10 +933,10 @@ def _count_idle(model, codes, energy):
     decide who is dead. A stream that the whole batch lacks had no chance to fire.
     """
     for s, squares in energy.items():                        # (B,) squared lengths
-        there = (squares > 0).sum()
+        there, length = model.across(torch.stack([(squares > 0).sum(), squares.sum()]))
         if not there:
             continue
-        idle, least = getattr(model, f"idle_{s}"), FIRES * (squares.sum() / there).sqrt()
+        idle, least = getattr(model, f"idle_{s}"), FIRES * (length / there).sqrt()
         idle += 1
         for support in codes:
             fired = support[s].values > least
@@ -928,6 +944,7 @@ def _count_idle(model, codes, energy):
                 idle[support[s].indices[fired]] = 0
             else:                                            # dense codes: latent j is column j
                 idle[fired.any(0)] = 0
+        idle[model.across((idle == 0).int()) > 0] = 0        # in any process
 
 
 @torch.no_grad()
@@ -1012,6 +1029,9 @@ def train_step(model, optimiser, x, loss=None):
     x = model._named(x)
     total, parts = loss(model, x) if loss else model.loss(x)
     total.backward()
+    for p in model.parameters():
+        if p.grad is not None:                               # in all processes, or in none
+            p.grad = model.across(p.grad)
     project_gradient(model)
     optimiser.step()
     renormalise(model)
@@ -1019,7 +1039,8 @@ def train_step(model, optimiser, x, loss=None):
     model.step += 1
     _reinitialise(model, optimiser)
     _resample(model, optimiser, x)
-    return {"loss": total.detach(), **parts}
+    terms = {"loss": total.detach(), **{k: v for k, v in parts.items() if torch.is_tensor(v)}}
+    return {**parts, **dict(zip(terms, model.across(torch.stack([*terms.values()]))))}
 
 
 def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
@@ -1106,9 +1127,11 @@ def encoded(model, batch, rows, mode, block=1024):
 def told(model, result):
     """A step as numbers: its losses, active latents per sample, dead latents of each stream."""
     parts = [k for k in ("loss", "self", "cross", "aux", "sparsity") if k in result]
-    active = [(c.values[c.indices[:, 0] >= 0] > 0).sum(1).float().mean()
-              for codes in result["codes"] for c in codes.values() if (c.indices >= 0).any()]
-    return {**{k: float(result[k]) for k in parts}, "active": float(sum(active) / len(active)),
+    counts = torch.stack([torch.stack([(z.values > 0).sum(), (z.indices[:, 0] >= 0).sum()])
+                          for codes in result["codes"] for z in codes.values()])
+    on, there = model.across(counts).float().T               # of each support and stream
+    return {**{k: float(result[k]) for k in parts},
+            "active": float((on / there)[there > 0].mean()),
             **{f"dead_{s}": int(model.dead(s).sum()) for s in model.streams}}
 
 

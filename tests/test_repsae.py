@@ -332,6 +332,62 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(features, unin
     assert_same_run(out, uninterrupted)
 
 
+@pytest.fixture(scope="module")
+def with_gaps(tmp_path_factory):
+    """Three streams, each missing in a third of the samples."""
+    made, rng = data.planted_streams(400, {"x": 16, "y": 12, "z": 9}), np.random.default_rng(0)
+    lacks = rng.permuted(np.tile([True, False, False], (400, 1)), axis=1)
+    streams = {s: np.where(lacks[:, [i]], np.nan, v) for i, (s, v) in enumerate(made.streams.items())}
+    path = tmp_path_factory.mktemp("gaps") / "f.npz"
+    np.savez(path, **streams, split=made.split)
+    return path
+
+
+def processes(n, features, out, *more):
+    """The same run by `n` processes, which torchrun starts."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] if n > 1 else []
+    command = [sys.executable, *launch, ROOT / "repsae.py", "sparc", "--data", features, *LONG, "--targets", "1",
+               "--log-every", "1", "--out", out, *more]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_take_the_steps_of_one_and_the_first_alone_writes(with_gaps, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "two"]
+    said = [processes(n, with_gaps, out, "--epochs", "3").communicate() for n, out in enumerate(outs, 1)]
+    steps = [list(csv.DictReader(open(out / "log.csv"))) for out in outs]
+    assert len(steps[0]) == len(steps[1]) >= 50 and any(float(row["aux"]) for row in steps[0])
+    for a, b in zip(*steps):
+        assert [float(v) for v in a.values()] == pytest.approx([float(v) for v in b.values()], rel=1e-5, abs=1e-5)
+    one, two = (torch.load(out / "checkpoint.pt", weights_only=True)["model"] for out in outs)
+    assert all(torch.allclose(one[k].double(), two[k].double(), rtol=0, atol=1e-4, equal_nan=True) for k in one)
+    assert json.loads((outs[1] / "config.json").read_text())["versions"]["processes"] == 2
+    assert sorted(os.listdir(outs[0])) == sorted(os.listdir(outs[1]))
+    assert said[1][0].count("Result") == said[1][1].count("wrote") == 1
+
+
+def test_a_process_that_dies_ends_the_run_with_one_line_and_the_rest_resumes(with_gaps, tmp_path):
+    child = processes(2, with_gaps, tmp_path / "r", "--epochs", "4000", "--save-every", "0.05")
+    while not (tmp_path / "r" / "checkpoint.pt").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    workers = subprocess.run(["ps", "--ppid", str(child.pid), "-o", "pid="], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    _, err = child.communicate()
+    lines = [line for line in err.splitlines() if "repsae: error" in line]
+    assert lines == ["repsae: error: another process of this run ended - go on with python repsae.py sparc --resume "
+                     f"--out {tmp_path / 'r'}"]
+    assert sorted(os.listdir(tmp_path / "r")) == ["checkpoint.pt", "config.json", "log.csv"]
+    model, optimiser, _ = sae.load(tmp_path / "r" / "checkpoint.pt")
+    assert model.step > 0 and optimiser.state
+
+
+def test_what_runs_in_one_process_alone_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(repsae, "PROCESSES", 2)
+    with pytest.raises(SystemExit):
+        run("sae", "--world", "planted")
+    assert "sae runs in one process - leave torchrun out" in capsys.readouterr().err
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(features, uninterrupted, tmp_path):
     out = tmp_path / "r"
     child = start(features, out)
