@@ -51,7 +51,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 Z95 = 1.96  # standard errors on either side within which 95 in 100 lie
-PARTS = 20  # of the samples, each left out in turn: a jackknife
+PARTS = 20  # of the groups, each left out in turn: a jackknife
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
@@ -169,37 +169,70 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
     return out
 
 
+# -- How far a figure would move, were other samples judged ---------------------------------------
+# `times` (1 + R, n) says how often each of n samples counts: in the first row once, in the others
+# as drawn again. What is measured with it is an array (1 + R,): the figure, and its other draws.
+
+def drawn_again(groups, draws=0, seed=0):
+    """`times`, of samples of groups (n,), patients or the like, each in or out as a whole: without
+    a 20th of the groups in turn (a jackknife), or as many, drawn with replacement, `draws` times
+    (a bootstrap)."""
+    _, member = np.unique(groups, return_inverse=True)
+    n, rng = member.max() + 1, np.random.default_rng([seed, 6])
+    parts = np.arange(n) % PARTS
+    of_group = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)] or \
+        [parts != part for part in range(min(n, PARTS))]
+    return np.stack([np.ones(n, int), *of_group])[:, member]
+
+
+def half_interval(values, bootstrap=False):
+    """Half the 95 in 100 interval of a figure from its draws, values (R,): see `drawn_again`."""
+    return Z95 * float(np.std(values)) * (1 if bootstrap else (len(values) - 1) ** 0.5)
+
+
+def average(values, times=None):
+    """The mean of values (n,); with `times` (R, n) of each draw, (R,)."""
+    return float(np.mean(values)) if times is None else times @ values / times.sum(1).clip(1)
+
+
+def taken(block, r):
+    """Of what was measured with `times`, dicts of arrays (1 + R,) and of other things, draw r."""
+    if isinstance(block, dict):
+        return {key: taken(value, r) for key, value in block.items()}
+    return plain(block[r]) if isinstance(block, np.ndarray) else block
+
+
 # -- Reconstruction ------------------------------------------------------------------------------
 
-def reconstruction(blocks):
+def reconstruction(blocks, times=None):
     """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass:
-    {"r2": {t: {s: value}}, "nmse": ..., "r2_within": half the interval of R^2 by a jackknife}, None
-    where nothing varies, or is left.
+    {"r2": {t: {s: value}}, "nmse": ...}, None where nothing varies, or is left; with `times` arrays
+    (1 + R,), NaN there.
 
     blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors; of t from
     s those samples count that have both (rows of NaN say that one is missing).
     R^2 is weighted by variance, around each dimension's mean over the samples that count:
     predicting that mean scores 0. NMSE leaves out samples of zeros.
     """
-    total = collections.defaultdict(lambda: [0.] * 6)        # sums over each part of the samples
+    total, done = collections.defaultdict(lambda: [0.] * 6), 0
     for x, x_hat in blocks:
         here = {t: ~v.isnan().all(1) for t, v in x.items()}
+        b = len(next(iter(here.values())))
+        count = torch.ones(1, b) if times is None else torch.from_numpy(times[:, done:done + b])
         for (t, s), v in x_hat.items():
             both = here[t] & here.get(s, here[t])
-            now, part = x[t][both].double(), torch.arange(len(v), device=v.device)[both] % PARTS
+            now, weight = x[t][both].double(), count.to(v.device)[:, both].double()
             e, energy = (v[both] - x[t][both]).double().square().sum(1), now.square().sum(1)
-            member = torch.nn.functional.one_hot(part, PARTS).T.double()          # (PARTS, b)
             values = (torch.ones_like(e), now, energy, e, torch.where(energy > 0, e / energy, 0),
                       (energy > 0).double())
-            total[t, s] = [v + member @ value for v, value in zip(total[t, s], values)]
-    out = {"r2": {}, "nmse": {}, "r2_within": {}}
-    for (t, s), sums in total.items():                       # of all, and of all but each part
-        n, x, square, error, ratio, some = (torch.cat([v.sum(0)[None], v.sum(0) - v]) for v in sums)
+            total[t, s] = [v + weight @ value for v, value in zip(total[t, s], values)]
+        done += b
+    out = {"r2": {}, "nmse": {}}
+    for (t, s), (n, x, square, error, ratio, some) in total.items():
         variance = square - x.square().sum(1) / n.clamp(min=1)
         r2 = torch.where(variance > 1e-12 * square, 1 - error / variance, torch.nan)
-        half = Z95 * ((PARTS - 1) * r2[1:].var(unbiased=False)).sqrt()
-        for name, v in (("r2", r2[0]), ("nmse", (ratio / some)[0]), ("r2_within", half)):
-            out[name].setdefault(t, {})[s] = plain(v.item())
+        for name, v in (("r2", r2), ("nmse", ratio / some)):
+            out[name].setdefault(t, {})[s] = plain(v.item()) if times is None else v.cpu().numpy()
     return out
 
 
@@ -316,16 +349,16 @@ def probe_tasks(labels, min_positives=50, known=True, groups=None):
     return tasks
 
 
-def probe(code, tasks, candidates=20, binary=True, chosen=None):
+def probe(code, tasks, candidates=20, binary=True, chosen=None, times=None):
     """1-D logistic probes (thesis 5.4.3, A.1.3): for each task the latent that predicts it best.
 
     The `candidates` latents most often active on a task's training positives (or those `chosen` for
     it) are each fitted on train, input z > 0 or z itself if not `binary`; the best on val is
-    reported on test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats,
-    "within": half its interval, "tasks": [{label, latent or None, val, test}]}.
+    reported on test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats, with
+    `times` (1 + R,), "tasks": [{label, latent or None, val, test}]}.
     """
     active, results, chance = (code > 0).astype(np.float64), [], math.log(2)
-    moved = np.zeros(code.shape[0])                          # the mean loss, by each sample
+    losses = []
     z = active if binary else code.astype(np.float64)
     for i, (label, parts) in enumerate(tasks):
         results.append({"label": int(label), "latent": None, "val": chance, "test": chance})
@@ -338,11 +371,13 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
             val, test = (log_loss(*line, z[held][:, best].toarray().T, truth)
                          for held, truth in (parts["val"], parts["test"]))
             j = int(np.argmin(val.mean(1).round(9)))         # of equals the first
-            loss = float(test[j].mean())
-            moved[parts["test"][0]] += (test[j] - loss) / test[j].size / len(tasks)
-            results[-1].update(latent=int(best[j]), val=float(val[j].mean()), test=loss)
-    return {"loss": _mean(r["test"] for r in results), "tasks": results,
-            "within": float(Z95 * np.linalg.norm(moved))}
+            results[-1].update(latent=int(best[j]), val=float(val[j].mean()),
+                               test=float(test[j].mean()))
+            mine = None if times is None else times[:, parts["test"][0]]
+            losses.append(average(test[j], mine))
+        else:
+            losses.append(chance)
+    return {"loss": sum(losses) / len(losses) if losses else None, "tasks": results}
 
 
 # -- Retrieval -----------------------------------------------------------------------------------
@@ -403,24 +438,23 @@ def retrieval_ranks(query, reference, block=1024):
                            for start, similar in cosines(query, reference, block)])
 
 
-def retrieval(features, here=()):
-    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR, R@1
-    within}}, from {stream: (n, d)}; only streams of one width are compared.
+def retrieval(features, here=(), times=None):
+    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}},
+    from {stream: (n, d)}; only streams of one width are compared.
 
     here: {stream: (n,) bool} of those with gaps; queries and gallery are the samples that have
-    both. MedR is the lower median. R@k depends on n: compare only galleries of one size.
+    both. MedR is the lower median. R@k depends on n: compare only galleries of one size. `times`
+    count queries; the gallery stays, as a reference drawn twice would tie with itself.
     """
     out, here = {}, {s: np.ones(x.shape[0], bool) for s, x in features.items()} | dict(here)
     for s, t in itertools.permutations(features, 2):
         both = here[s] & here[t]
         if features[s].shape[1] == features[t].shape[1] and both.any():
             ranks = retrieval_ranks(features[s][both], features[t][both])
-            first = scipy.stats.binomtest(int((ranks == 1).sum()), len(ranks))
-            low, high = first.proportion_ci(method="wilson")
-            out[f"{s} -> {t}"] = {**{f"R@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)},
+            mine = None if times is None else times[:, both]
+            out[f"{s} -> {t}"] = {**{f"R@{k}": average(ranks <= k, mine) for k in (1, 5, 10)},
                                   "MedR": int(np.sort(ranks)[(len(ranks) - 1) // 2]),
-                                  "MRR": float((1 / ranks).mean()),
-                                  "R@1 within": float(high - low) / 2}
+                                  "MRR": average(1 / ranks, mine)}
     return out
 
 
@@ -478,16 +512,20 @@ def headline(block):
     return out
 
 
-def within(block):
-    """Half the 95 in 100 interval of what in `headline` has one: where it would lie for other
-    samples as these (Jaccard: other latents). Of a mean over streams it is the mean of theirs,
-    which is never too small, however these depend on each other."""
-    r2, ranks, concepts, probes = (
-        block.get(name, {}) for name in ("r2_within", "retrieval", "concepts", "probe"))
-    return {"R2 self": mean_cell(r2, True), "R2 cross": mean_cell(r2, False),
-            "retrieval R@1": _mean(v.get("R@1 within") for v in ranks.values()),
-            "Jaccard of top-50 labels": concepts.get("within"),
-            "1-D probe loss (chance 0.693)": _mean(v.get("within") for v in probes.values())}
+def within(block, times, anew=None):
+    """Half the 95 in 100 interval of what in `headline` has one, of a block measured with `times`:
+    where it would lie for other samples as these. anew: rows of a draw -> what latents are there,
+    as `latent_metrics`, for a bootstrap; without it Jaccard's interval is for other latents."""
+    heads = []
+    for r, counts in enumerate(times[1:], 1):
+        rows = np.repeat(np.arange(len(counts)), counts)
+        heads.append(headline({**taken(block, r), **(anew(rows) if anew else {})}))
+    found = {} if anew else {"Jaccard of top-50 labels": block.get("concepts", {}).get("within")}
+    for name in heads[0] if len(heads) > 1 else ():
+        values = [head.get(name) for head in heads]
+        if None not in values and np.ptp(values):
+            found[name] = half_interval(values, bool(anew))
+    return found
 
 
 HIGHER = {                                                   # rows of `headline`, by what is better
@@ -607,6 +645,9 @@ def _doubts_of_sharing(metrics, again, both):
 def summary(metrics):
     """The table at the end of a run: (header, rows), joint beside alone, and the null if it ran."""
     columns = {mode: headline(metrics[mode]) for mode in ("joint", "alone") if mode in metrics}
+    for mode, column in columns.items() if "bootstrap" in metrics else ():
+        column.update({name: f"{fmt(column[name], name)} ± {fmt(half, name)}"
+                       for name, half in metrics[mode]["within"].items()})
     columns.update({f"null {mode}": headline(v) for mode, v in metrics.get("null", {}).items()})
     names = list(next(iter(columns.values())))
     rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
@@ -817,7 +858,7 @@ HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
 
 def _numbers(metrics):
     """Headlines of `summary`, HTML: alone, large, with its interval; beside it others, controls."""
-    (header, rows), parts, half = summary(metrics), {}, within(metrics["alone"])
+    (header, rows), parts, half = summary(metrics), {}, metrics["alone"].get("within", {})
     for (name, *cells), (other, *values) in zip(rows, [*rows[1:], [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
         alone = told.pop("alone")
@@ -829,8 +870,8 @@ def _numbers(metrics):
                        f"<dd>{html.escape(MEANING.get(name, ''))}</dd></div>")
     return (f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
             '<p class="note">±: where 95 in 100 such figures would lie, were other samples judged '
-            "by the same model (Jaccard: other latents). Of tokens, or many pictures of a patient, "
-            "it is too narrow: samples count as independent.</p>")
+            "by the same model, or other groups, where the file has any (Jaccard: other latents)."
+            "</p>")
 
 
 def tell_verdict(page, found):
@@ -905,23 +946,34 @@ def tell_run(page, metrics, settings):
                quiet=True)
 
 
-def code_metrics(codes, features, rows):
-    """What thesis 5.4.1-5.4.5 measure of the codes {stream: CSR (n, L)} of one mode: "activation";
-    "retrieval" of several streams; "concepts" and "probe" where the rows have labels."""
+def latent_metrics(codes, features, rows):
+    """What thesis 5.4.1-5.4.2 say of the latents of codes {stream: CSR (n, L)}: "activation", and
+    "concepts" where the rows have labels."""
     out = {"activation": activation_patterns(codes)}
+    labels, known = features.label_matrix(rows), features.labelled[rows]
+    if labels is not None and known.any():
+        out["concepts"] = concept_alignment(codes, labels, features.label_names, features.parents,
+                                            known)
+    return out
+
+
+def code_metrics(codes, features, rows, times=None):
+    """What thesis 5.4.1-5.4.5 measure of the codes {stream: CSR (n, L)} of one mode:
+    `latent_metrics`, "retrieval" of several streams, "probe" where the rows have labels."""
+    out = latent_metrics(codes, features, rows)
     here = {s: features.has(s, rows) for s in features.lacks if s in codes}
     if len(codes) > 1:
-        out["retrieval"] = {pair: v for pair, v in retrieval(codes, here).items()
+        out["retrieval"] = {pair: v for pair, v in retrieval(codes, here, times).items()
                             if {*pair.split(" -> ")} - {*features.codes}}    # not of given ones
-    labels, known = features.label_matrix(rows), features.labelled[rows]
-    if labels is None or not known.any():
+    if "concepts" not in out:
         return out
-    names, groups = features.label_names, features.about.get("groups")
-    out["concepts"] = concept_alignment(codes, labels, names, features.parents, known)
+    labels, known = features.label_matrix(rows), features.labelled[rows]
+    groups = features.about.get("groups")
     of = None if groups is None else groups[rows]
     tasks = probe_tasks(labels, known=known, groups=of)
     own = {s: probe_tasks(labels, known=known & some, groups=of) for s, some in here.items()}
-    found = {s: probe(code, own.get(s, tasks)) for s, code in codes.items() if own.get(s, tasks)}
+    found = {s: probe(code, own.get(s, tasks), times=times)
+             for s, code in codes.items() if own.get(s, tasks)}
     if found:
         out["probe"] = found
     return out
@@ -1554,11 +1606,9 @@ def intervention(strength, effect, base, y, means, ks=KS):
 
 def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
     """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool, whole groups (n,), patients, drawn."""
-    rng, found = np.random.default_rng([seed, 6]), []
-    _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
-    for _ in range(rounds):
-        drawn = rng.integers(member.max() + 1, size=member.max() + 1)
-        rows = np.repeat(np.arange(len(y)), np.bincount(drawn, minlength=len(drawn))[member])
+    found = []
+    for times in drawn_again(np.arange(len(y)) if groups is None else groups, rounds, seed)[1:]:
+        rows = np.repeat(np.arange(len(y)), times)
         if 0 < y[rows].sum() < len(rows):
             found.append(auc(y[rows], score[rows]))
     interval = map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None)

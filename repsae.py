@@ -152,6 +152,7 @@ WHAT = {
     "seeds": (1, "int 1..1000", "how often, from --seed on, for means and deviations"),
     "controls": (False, "switch", "also an encoder, and a dictionary, that stay as they began"),
     "runs": (5, "int 1..1000", "seeds"),
+    "bootstrap": (0, "int 0..100000", "draws of test samples, or groups, for intervals"),
     "quick": (False, "switch", "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
@@ -791,9 +792,10 @@ def evaluation_rows(features, flags, *splits):
     return rows
 
 
-def codes_and_fit(model, features, rows, mode):
+def codes_and_fit(model, features, rows, mode, times=None):
     """In one pass the codes of `rows`, {stream: CSR (n, L)}, and how they rebuild each stream: a
-    dict of r2, nmse and the share of (sample, stream) with its first stream's latents."""
+    dict of r2, nmse (see `judge.reconstruction`) and the share of (sample, stream) with its first
+    stream's latents."""
     pieces = []
 
     def reconstructions():
@@ -805,7 +807,7 @@ def codes_and_fit(model, features, rows, mode):
                     **{s: torch.where(z.indices[:, :1] < 0, torch.nan, 0.)   # NaN: it is missing
                        for s, z in given.items()}},
                    {(t, s): model.decode(z, t).detach() for t in x for s, z in pieces[-1].items()})
-    fit = judge.reconstruction(reconstructions())
+    fit = judge.reconstruction(reconstructions(), times)
     codes = sae.joined(pieces)
     first = np.full((1, 1), -1)                              # of the first stream that is there
     for indices, _ in codes.values():
@@ -820,14 +822,26 @@ def measure(model, features, flags):
     that were judged, {mode: {stream: CSR}})."""
     features, several = features.per_token(), len(model.streams) > 1
     rows = evaluation_rows(features, flags, "test", "val")
+    whole, draws = features.whole or features, flags.get("bootstrap", 0)
+    groups = whole.about.get("groups", np.arange(len(whole)))
+    times = judge.drawn_again(np.repeat(groups, len(features) // len(whole))[rows], draws,
+                              flags.seed)
     codes, out = {}, {"split": str(features.split[rows[0]]), "rows": len(rows),
                       "of": len(features.rows("test", "val")), "steps": int(model.step),
                       "latents": model.n_latents, "topk": model.topk}
     for mode in ("joint", "alone") if several else ("alone",):
-        found, fit = codes_and_fit(model, features, rows, mode)
+        found, fit = codes_and_fit(model, features, rows, mode, times)
         codes[mode] = {s: found[s] for s in model.streams}
-        out[mode] = {**judge.code_metrics(found, features, rows), **fit}
+        block = {**judge.code_metrics(found, features, rows, times), **fit}
+        out[mode] = judge.taken(block, 0)
         out[mode]["headline"] = judge.headline(out[mode])
+
+        def anew(some):                                      # samples drawn twice stand twice
+            return judge.latent_metrics({s: code[some] for s, code in found.items()}, features,
+                                        rows[some])
+        out[mode]["within"] = judge.within(block, times, anew if draws else None)
+    if draws:
+        out["bootstrap"] = draws
     if features.labels is not None:
         out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / max(features.has(s, rows).sum(), 1)
@@ -1213,7 +1227,7 @@ def add_to_codes(run):
     judged(run, features)
 
 
-@command(f"{DATA} seed device eval-rows json overwrite", "run")
+@command(f"{DATA} seed device eval-rows bootstrap json overwrite", "run")
 def cmd_eval(flags):
     """Measure a trained run again, on its own data or on other features of the same streams."""
     coded = Coded(flags.run, flags)
