@@ -172,6 +172,23 @@ def test_eval_leaves_no_patient_in_two_parts_of_a_probe(features, finished, tmp_
         assert sum(map(len, of)) == len(set.union(*of))
 
 
+def test_intervals_draw_whole_patients_by_bootstrap_for_all_headlines_that_move(features, finished, tmp_path, capsys):
+    same, found = np.arange(1000) // 5 * 5, {}                # five samples of a patient are one
+    arrays = {k: v[same] if len(v) == 1000 else v for k, v in np.load(features).items()} | {"split": np.where(same < 300, "train", "test")}
+    for name, more in (("singly", {}), ("patients", {"groups": same})):
+        np.savez(tmp_path / "f.npz", **arrays, **more)
+        for way in ([], ["--bootstrap", 80]):
+            run("eval", finished, "--data", tmp_path / "f.npz", *way, "--json", tmp_path / "m.json")
+            found[name, bool(way)] = json.loads((tmp_path / "m.json").read_text())["alone"]["within"]
+    for drawn in (False, True):
+        for key in ("R2 self", "R2 cross", "NMSE cross", "retrieval MRR"):
+            ratio = found["patients", drawn][key] / found["singly", drawn][key]
+            assert ratio > 1.5, (drawn, key, ratio)
+    assert {"Jaccard of top-50 labels", "retrieval MRR", "NMSE self", "1-D probe loss (chance 0.693)"} <= {*found["patients", True]}
+    assert re.search(r"R2 cross +\d\.\d{3} ± \d\.\d{3}", capsys.readouterr().out)
+    assert found["patients", True]["R2 self"] == pytest.approx(found["patients", False]["R2 self"], rel=.5)    # two ways
+
+
 def test_encode_takes_a_file_with_one_of_the_streams(finished, features, tmp_path):
     np.savez(tmp_path / "one.npz", y=np.load(features)["y"])
     run("encode", finished, "--data", tmp_path / "one.npz", "--out", tmp_path / "c.npz")
