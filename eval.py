@@ -169,6 +169,39 @@ def concept_alignment(codes, labels, label_names, parents, known=None):
     return out
 
 
+def monosemanticity(code, x):
+    """How alike are samples that share a latent, in the eyes of another model? Of each latent (L,)
+    the mean cosine of that model's features x (n, d) over all pairs of samples, weighted by the
+    product of their activations (Pach et al. 2025); NaN where fewer than two are active.
+
+    Features are centred (ours), so that pairs at random come to about 0. With unit vectors u and
+    activations a the sum over pairs i != j is ||sum a_i u_i||^2 - sum ||a_i u_i||^2.
+    """
+    u, code = unit_rows(x - x.mean(0)), code.astype(np.float64)
+    square = code.power(2)
+    pairs = np.square(code.T @ u).sum(1) - square.T @ np.square(u).sum(1)                # (L,)
+    total, energy = (np.asarray(v.sum(0)).ravel() for v in (code, square))
+    weight = total ** 2 - energy
+    several = code.getnnz(axis=0) > 1
+    return np.where(several, pairs / np.where(several, weight, 1), np.nan)
+
+
+def tell_monosemanticity(page, codes, features, rows, seed=0):
+    """Tell the mean `monosemanticity` of latents, {stream: CSR (n, L)} of samples `rows`, in the
+    eyes of streams of `features` that had no part in them; and with samples shuffled, the null."""
+    found, rng = [], np.random.default_rng([seed, 13])
+    for other, x in features.batch(rows).items():
+        here = features.has(other, rows)
+        seen = x[here].double().numpy()
+        for s, code in codes.items():
+            own, null = (monosemanticity(code[here], v) for v in (seen, rng.permutation(seen)))
+            found.append({"latents of": f"{s}, judged by {other}", "cosine": np.nanmean(own),
+                          "samples shuffled": np.nanmean(null),
+                          "above it, % (chance 50)": 100 * np.mean((own > null)[own == own])})
+    page.table(*columns(found), "Are samples that share a latent alike in other eyes?",
+               key="monosemanticity")
+
+
 # -- How far a figure would move, were other samples judged ---------------------------------------
 # `times` (1 + R, n) says how often each of n samples counts: in the first row once, in the others
 # as drawn again. What is measured with it is an array (1 + R,): the figure, and its other draws.

@@ -1234,9 +1234,15 @@ def cmd_eval(flags):
     for s in coded.model.streams:
         refuse(s not in coded.features.streams, f"the data lacks the run's stream '{s}' - eval "
                f"needs {', '.join(coded.model.streams)}")
-    metrics, _ = measure(coded.model, coded.features, coded.flags)
-    judge.tell_summary(judge.Page(""), metrics)
-    return metrics
+    metrics, codes = measure(coded.model, coded.features, coded.flags)
+    page, theirs = judge.Page(""), data.Source(coded.flags.data).streams if coded.flags.data else []
+    judge.tell_summary(page, metrics)
+    others = [s for s in theirs if s not in coded.model.streams]
+    if others and coded.T == 1:                              # they can judge: they took no part
+        seen = read(coded.flags.replaced({"streams": ",".join(others)}))
+        rows = evaluation_rows(seen, coded.flags, "test", "val")
+        judge.tell_monosemanticity(page, codes["alone"], seen, rows, coded.flags.seed)
+    return {**metrics, **page.metrics}
 
 
 @command(f"{DATA} seed device mode overwrite out=codes.npz", "run")

@@ -365,6 +365,21 @@ def test_recovery_counts_each_concept_and_each_latent_once():
     assert judge.recovery({"a": eye[[0]]}, {"a": np.stack([eye[0], eye[0]])})["a"] == {"found": 1, "of": 2}
 
 
+def test_monosemanticity_is_the_mean_cosine_over_pairs_weighted_by_both_activations():
+    rng = np.random.default_rng(0)
+    code, x = rng.random((30, 6)) * (rng.random((30, 6)) < .4), rng.standard_normal((30, 4)) + 3
+    code[:, 4], code[1:, 5] = 0, 0                           # of none, of one
+    u = x - x.mean(0)
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    pairs = [(i, j) for i in range(30) for j in range(30) if i != j]
+    found = judge.monosemanticity(codes_of(code), x)
+    for latent in range(4):
+        a = code[:, latent].astype(np.float32)
+        weights = [a[i] * a[j] for i, j in pairs]
+        assert found[latent] == pytest.approx(np.average([u[i] @ u[j] for i, j in pairs], weights=weights), rel=1e-6)
+    assert np.isnan(found[4:]).all()
+
+
 # -- intervals ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("draws", [0, 200])

@@ -189,6 +189,19 @@ def test_intervals_draw_whole_patients_by_bootstrap_for_all_headlines_that_move(
     assert found["patients", True]["R2 self"] == pytest.approx(found["patients", False]["R2 self"], rel=.5)    # two ways
 
 
+def test_a_stream_that_a_run_does_not_know_judges_its_latents_by_what_it_sees_itself(features, finished, tmp_path):
+    """One that sees the concepts finds samples of a latent alike, one of noise does not, and neither when shuffled."""
+    raw, rng = dict(np.load(features)), np.random.default_rng(0)
+    lacks = np.where(rng.random((1000, 1)) < .2, np.nan, 0)
+    np.savez(tmp_path / "f.npz", **raw, z=raw["x"] @ rng.standard_normal((16, 9)) + lacks, noise=rng.standard_normal((1000, 9)))
+    run("eval", finished, "--data", tmp_path / "f.npz", "--json", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())["monosemanticity"]
+    assert list(found) == [f"{s}, judged by {other}" for other in ("z", "noise") for s in "xy"]
+    for s in "xy":
+        assert found[f"{s}, judged by z"]["cosine"] > .05 and found[f"{s}, judged by z"]["above it, % (chance 50)"] > 75
+        assert all(abs(row["samples shuffled"]) < .03 for row in found.values()) and abs(found[f"{s}, judged by noise"]["cosine"]) < .03
+
+
 def test_encode_takes_a_file_with_one_of_the_streams(finished, features, tmp_path):
     np.savez(tmp_path / "one.npz", y=np.load(features)["y"])
     run("encode", finished, "--data", tmp_path / "one.npz", "--out", tmp_path / "c.npz")
