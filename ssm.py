@@ -785,7 +785,7 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
                       and the best epoch's weights are put back
     Without validate all epochs are trained. Returns [(mean loss, validation or None)] by epoch.
     """
-    history, best, kept, since = [], math.inf, None, 0
+    history, best, kept, at = [], math.inf, None, 0          # at: the best epoch
     for epoch in range(epochs):
         model.train()
         spent = [descend(optimiser, loss(model, *batch)) for batch in batches(epoch)]
@@ -793,11 +793,10 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
         with torch.no_grad():
             value = validate(model) if validate else None
         history.append((sum(spent) / len(spent), value))
-        since += 1
         if validate and (value < best or kept is None):
-            best, since = value, 0
-            kept = {k: v.clone() for k, v in model.state_dict().items()}         # the best epoch's
-        if validate and since >= patience and epoch + 1 >= least:
+            best, at = value, epoch
+            kept = {k: v.clone() for k, v in model.state_dict().items()}
+        if validate and epoch - at >= patience and epoch + 1 >= least:
             break
     if kept:
         model.load_state_dict(kept)
@@ -974,9 +973,8 @@ def standardise_pixels(model, mean, std, assumed):
     numbers = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
     mean, std, was_mean, was_std = numbers
     # A pixel is x was_std + was_mean.
-    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))            # (d,)
     bias = model.positional_embedding[1:] if conv.bias is None else conv.bias    # CLIP's has none
-    bias += offset
+    bias += (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))             # (d,)
     conv.weight *= was_std / std
 
 
@@ -1079,8 +1077,7 @@ def decay_groups(model, decay_ssm=False):
 def clip_each(model, most):
     """Shrink every parameter's gradient to an L2 norm of at most `most`, each by itself (DINO)."""
     for p in model.parameters():
-        if p.grad is not None:
-            p.grad.mul_((most / (p.grad.norm() + 1e-6)).clamp(max=1))  # as DINO's clip_gradients
+        nn.utils.clip_grad_norm_(p, most)
 
 
 def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, momentum,
@@ -1280,8 +1277,7 @@ class MIL(nn.Module):
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         real = self.embed((x[mask] - self.mean) / self.std)  # (n, E): without the padding
-        h = real.new_zeros(*mask.shape, real.shape[-1])
-        h = h.masked_scatter(mask[..., None], real)          # (B, N, E)
+        h = real.new_zeros(*mask.shape, real.shape[-1]).masked_scatter(mask[..., None], real)
         scores = self.scores(h, mask)
         if self.head == "max":
             pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)  # (B, 1, E)
@@ -1406,9 +1402,9 @@ def load_weights(model, path, new_head=False):
     Raises InputError listing every missing, unexpected and mis-shaped key.
     """
     own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
-    prefix = "backbone."
-    if any(k.startswith(prefix) for k in state):
-        state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+    inner = {k: v for k, v in state.items() if k.startswith("backbone.")}
+    if inner:
+        state = {k.removeprefix("backbone."): v for k, v in inner.items()}
     heads = [f"{last_linear(model)[0]}."] if new_head else \
         [head for head in ("head.", "classifier.head.") if not any(k.startswith(head) for k in own)]
     own, state = ({k: v for k, v in each.items() if not k.startswith(tuple(heads))}
