@@ -940,7 +940,7 @@ class CLIP(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def fit_clip(model, batch, n_steps, lr, on_step=None):
+def fit_clip(model, batch, n_steps, lr, on_step):
     """Train a CLIP with AdamW along a cosine. batch(t): images, tokens; on_step: see `fit_dino`."""
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, fused=True)
     mend = partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1.)
@@ -950,8 +950,7 @@ def fit_clip(model, batch, n_steps, lr, on_step=None):
         optimiser.param_groups[0]["lr"] = now
         images, tokens = (v.to(model.logit_scale.device) for v in batch(t))
         loss = descend(optimiser, model.loss(images, tokens), mend)
-        if on_step:
-            on_step(t + 1, {"loss": loss})
+        on_step(t + 1, {"loss": loss})
     model.eval()
 
 
@@ -1170,7 +1169,7 @@ def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, moment
             "teacher_temp": temperature, "freeze_last": step < epoch}
 
 
-def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **schedule):
+def fit_dino(nets, batch, n_steps, epoch, on_step, start=0, seed=0, **schedule):
     """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
 
     batch(t)           the views of step t, from 0: V tensors (B, 3, h, w), global ones first; a
@@ -1196,8 +1195,7 @@ def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **sched
                 f"{at} (entropy {told['entropy']:.3f} of ln K = {math.log(K):.3f}) - lower --lr "
                 "or the teacher's temperature, or raise --batch or --warmup")
         most = most if since else 0.
-        if on_step:
-            on_step(t + 1, told)
+        on_step(t + 1, told)
 
 
 def cam_layer(model, x):
