@@ -1047,13 +1047,6 @@ def dino_loss(student, teacher, center, views, teacher_temp=0.04, student_temp=0
     return pairs.mean() / (2 * views - 2)
 
 
-def teacher_temperature(epoch, start=0.04, final=0.04, warmup=0):
-    """Linear from start to final over `warmup` epochs, both ends included, then constant."""
-    if epoch >= warmup:
-        return final
-    return start + (final - start) * epoch / max(warmup - 1, 1)
-
-
 STATE_SPACE = ("A_log", "A_b_log", "A_logs", "Ds", "dt_projs_bias")    # D, dt_proj.bias: vectors
 
 
@@ -1155,18 +1148,16 @@ def restore_dino(nets, kept):
 
 
 def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, momentum=0.996,
-                  teacher_temp=0.04, teacher_temp_start=0.04, teacher_warmup=0):
+                  teacher_temp=0.04):
     """The settings of `dino_step` in a step; `epoch` is the number of steps in one, n_steps in all.
 
     Defaults and constants are those of DINO's code: after `warmup` epochs lr is reached, and falls
     to 1e-6; weight decay rises to 0.4, momentum to 1; prototypes stay fixed in the first epoch.
     """
-    temperature = teacher_temperature(step // epoch, teacher_temp_start, teacher_temp,
-                                      teacher_warmup)
     return {"lr": cosine_schedule(step, n_steps, lr, 1e-6, warmup * epoch),
             "weight_decay": cosine_schedule(step, n_steps, weight_decay, 0.4),
             "momentum": cosine_schedule(step, n_steps, momentum, 1.),
-            "teacher_temp": temperature, "freeze_last": step < epoch}
+            "teacher_temp": teacher_temp, "freeze_last": step < epoch}
 
 
 def fit_dino(nets, batch, n_steps, epoch, on_step, start=0, seed=0, **schedule):
