@@ -1525,8 +1525,7 @@ def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None
     side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels,
     as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`.
     """
-    if side < 1 or step is not None and step < 1:
-        raise InputError(f"tiles of {side} pixels - give a larger --size")
+    refuse(side < 1, f"tiles of {side} pixels - give a larger --size")
     slide = _slide(path, window)
     image, scale = slide.overview(2048)
     area = 512 ** 2 / scale ** 2
@@ -1708,8 +1707,7 @@ def read_bags(path, stream=None):
         if not len(x) or not np.isfinite(x).all():
             raise InputError(f"bag {name} {'holds NaN or Inf' if len(x) else 'is empty'} - drop it")
     widths = {x.shape[1] for x in bags.x}
-    refuse(len(widths) > 1,
-           f"the bags in {path} have widths {sorted(widths)} - take one backbone")
+    refuse(len(widths) > 1, f"the bags in {path} have widths {sorted(widths)} - take one backbone")
     refuse(len(np.unique(bags.y)) < 2,
            f"all bags have the label {bags.y[0]} - there is nothing to learn")
     return replace(bags, x=[x.astype(np.float32) for x in bags.x], y=bags.y.astype(int))
@@ -1718,8 +1716,7 @@ def read_bags(path, stream=None):
 def _bags_of_folder(path, stream):
     """Each feature file in a folder of class folders as a bag."""
     files = _walk(path, (".npz",), "feature files")
-    refuse(files.labels is None,
-           f"{path} has no class folders - name them after the bags' labels")
+    refuse(files.labels is None, f"{path} has no class folders - name them after the bags' labels")
     x, told, pictures = map(list, zip(*(_instances(file, stream) for file in files.paths)))
     groups = [np.unique(found.about.get("groups", [])) for found in told]
     lone = [file for file, found in zip(files.paths, groups) if len(found) != 1]

@@ -540,14 +540,14 @@ class Mixer(nn.Module):
     """
     backend = "auto"
 
-    def __init__(self, dim, depth, d_state=16, d_conv=4):
+    def __init__(self, dim, depth, d_state=16):
         super().__init__()
         E, self.r, self.N = 2 * dim, math.ceil(dim / 16), d_state
         self.in_proj = nn.Linear(dim, 2 * E, bias=False)
         self.out_proj = nn.Linear(E, dim, bias=False)
         rates = torch.log(torch.arange(1., d_state + 1)).repeat(E, 1)            # (E, N)
         for end in ("", "_b"):
-            setattr(self, f"conv1d{end}", nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1))
+            setattr(self, f"conv1d{end}", nn.Conv1d(E, E, 4, groups=E, padding=3))
             setattr(self, f"x_proj{end}", nn.Linear(E, self.r + 2 * d_state, bias=False))
             setattr(self, f"dt_proj{end}", nn.Linear(self.r, E))
             setattr(self, f"A{end}_log", nn.Parameter(rates.clone()))
@@ -689,9 +689,9 @@ class SS2D(nn.Module):
 class VSSBlock(nn.Module):
     """Pre-norm block: SS2D, then an MLP, (B, H, W, d) -> same."""
 
-    def __init__(self, dim, d_state, drop_path):
+    def __init__(self, dim, drop_path):
         super().__init__()
-        self.norm, self.op = nn.LayerNorm(dim), SS2D(dim, d_state)
+        self.norm, self.op = nn.LayerNorm(dim), SS2D(dim)
         self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
@@ -719,7 +719,7 @@ class VMamba(nn.Module):
     (B, 8 dim) when n_classes = 0.
     """
 
-    def __init__(self, dim, depths, n_classes=0, drop_path=0., d_state=1):
+    def __init__(self, dim, depths, n_classes=0, drop_path=0.):
         super().__init__()
         dims = [dim * 2 ** i for i in range(len(depths))]
         self.dim, self.reduction = dims[-1], 4 * 2 ** (len(depths) - 1)
@@ -731,7 +731,7 @@ class VMamba(nn.Module):
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
-            blocks = [VSSBlock(dims[i], d_state, next(rates)) for _ in range(depth)]
+            blocks = [VSSBlock(dims[i], next(rates)) for _ in range(depth)]
             halve = nn.Identity()
             if i + 1 < len(depths):
                 norm = nn.LayerNorm(dims[i + 1])
@@ -958,9 +958,8 @@ def fit_clip(model, batch, n_steps, lr, on_step):
 def text_features(clip, words, captions, block=512):
     """Features (n, out) of captions; words that the tokenizer `words` does not know are left out:
     words(captions, context, strict=False) -> (n, context) tokens."""
-    tokens = words(captions, clip.config["context"], strict=False)
-    device = clip.logit_scale.device
-    return torch.cat([clip.encode_text(part.to(device)) for part in tokens.split(block)])
+    tokens = words(captions, clip.config["context"], strict=False).to(clip.logit_scale.device)
+    return torch.cat([clip.encode_text(part) for part in tokens.split(block)])
 
 
 @torch.no_grad()
