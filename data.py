@@ -54,6 +54,12 @@ class InputError(ValueError):
     """What the caller can mend: what was wrong and, after a dash, what to do."""
 
 
+def refuse(when, why):
+    """Raise InputError with the words `why` where `when` holds; `why` is made in any case."""
+    if when:
+        raise InputError(why)
+
+
 @dataclass(kw_only=True)
 class Samples:
     """What is known about N samples, whatever they are.
@@ -61,6 +67,7 @@ class Samples:
     labels   (N,) int, negative where unlabelled, or (N, C) bool, or None; of label_names
     mask     (N,) bool, False where (N, C) labels are not known, or None
     split    (N,) of "train", "val", "test", or None
+    boxes    (n, 6) of what is in the pictures, as in a file, or None
     about    dict of a file's other arrays for each sample: ids, groups, captions, images, coords
     notes    lines that the user should see
     """
@@ -68,6 +75,7 @@ class Samples:
     label_names: list = field(default_factory=list)
     mask: np.ndarray = None
     split: np.ndarray = None
+    boxes: np.ndarray = None
     about: dict = field(default_factory=dict)
     notes: list = field(default_factory=list)
 
@@ -86,7 +94,7 @@ class Features(Samples):
 
     streams      dict stream -> (N, d_s) or (N, T, d_s) array of floats, perhaps memory-mapped
     parents      taxonomy: dict name -> name of its parent, None for the root; or empty
-    grid, boxes  (rows, columns) of the tokens, and boxes as in the file, or None
+    grid         (rows, columns) of the tokens, or None
     truth        made-up data only: dict stream -> (C, d_s), each concept's direction, zeros unseen
     order        dict stream -> (N,) rows: sample i of the stream is its row order[i] (the null)
     lacks        dict stream -> (N,) bool: samples without it, NaN there; streams with gaps alone
@@ -97,7 +105,6 @@ class Features(Samples):
     streams: dict
     parents: dict = field(default_factory=dict)
     grid: tuple = None
-    boxes: np.ndarray = None
     truth: dict = None
     order: dict = field(default_factory=dict)
     lacks: dict = field(default_factory=dict)
@@ -229,16 +236,12 @@ def read_features(path, streams=None, taxonomy=None, seed=42, most=3):
     """
     arrays = Source(path)
     x = {s: _stream(arrays, s, most) for s in streams or arrays.streams}
-    if not x:
-        raise InputError(f"{path} holds no stream - give a floating array (N, d) under its name")
+    refuse(not x, f"{path} holds no stream - give a floating array (N, d) under its name")
     first, n, *tokens = next(iter(x)), *next(iter(x.values())).shape[:-1]
     for s, a in x.items():
-        if a.shape[:-1] != (n, *tokens):
-            raise InputError(f"stream '{s}' has shape {a.shape} but '{first}' {x[first].shape} - "
-                             "give the same samples, with as many tokens")
-    told = _told(arrays, n, seed)
-    out = Features(x, **told, boxes=_read_boxes(arrays, n, len(told["label_names"])),
-                   folder=os.path.dirname(os.path.abspath(path)))
+        refuse(a.shape[:-1] != (n, *tokens), f"stream '{s}' has shape {a.shape} but '{first}' "
+               f"{x[first].shape} - give the same samples, with as many tokens")
+    out = Features(x, **_told(arrays, n, seed), folder=os.path.dirname(os.path.abspath(path)))
     if tokens and "grid" in arrays:
         grid = arrays.checked("grid", "two numbers: rows and columns", (np.number, 2))
         if not (grid > 0).all() or grid.prod() != tokens[0]:
@@ -260,14 +263,14 @@ class Source:
         else:
             with reading(path, ".npz file"):
                 self.npz = np.load(path, allow_pickle=False)
-            if isinstance(self.npz, np.ndarray):
-                raise InputError(f"{path} holds an array without a name - write it by numpy.savez")
+            refuse(isinstance(self.npz, np.ndarray),
+                   f"{path} holds an array without a name - write it by numpy.savez")
             names = self.npz.zip.namelist()
         self.keys = [name[:-4] for name in names if name.endswith(".npy")]
         self.streams = [key for key in self.keys if key not in RESERVED]
         for key in self.keys:
-            if not key.isprintable():
-                raise InputError(f"{path} has the key {key!r} - name it in printable letters")
+            refuse(not key.isprintable(),
+                   f"{path} has the key {key!r} - name it in printable letters")
 
     def __contains__(self, key):
         return key in self.keys or key in self.made
@@ -342,8 +345,7 @@ def reading(path, what):
 
 def _plain(x, what):
     """The array x, if it holds numbers or text; text that comes as UTF-8 bytes is decoded."""
-    if x.dtype.kind not in "biufUS":
-        raise InputError(f"{what} holds {x.dtype} - save plain numbers or strings")
+    refuse(x.dtype.kind not in "biufUS", f"{what} holds {x.dtype} - save plain numbers or strings")
     if x.dtype.kind == "S":
         return np.char.decode(x, "utf-8", "replace")
     if x.dtype.kind == "U":
@@ -353,17 +355,14 @@ def _plain(x, what):
 
 def _stream(arrays, name, most=3):
     """A stream's array, of two dimensions or at most `most`."""
-    if name not in arrays.streams:
-        there = ", ".join(arrays.streams) or "none"
-        raise InputError(f"{arrays.path} has no stream '{name}' - it has {there}")
+    refuse(name not in arrays.streams, f"{arrays.path} has no stream '{name}' - it has "
+           f"{', '.join(arrays.streams) or 'none'}")
     x = arrays[name]
-    if not np.issubdtype(x.dtype, np.floating):
-        raise InputError(f"stream '{name}' holds {x.dtype} - convert it to a float type "
-                         f"(reserved keys: {', '.join(RESERVED)})")
-    if not 2 <= x.ndim <= most or 0 in x.shape:
-        tokens = " or (samples, tokens, width)" if most > 2 else ", no tokens"
-        raise InputError(f"{arrays.path}: stream '{name}' has shape {x.shape} - give (samples, "
-                         f"width){tokens}, at least one of each")
+    tokens = " or (samples, tokens, width)" if most > 2 else ", no tokens"
+    refuse(not np.issubdtype(x.dtype, np.floating), f"stream '{name}' holds {x.dtype} - convert it "
+           f"to a float type (reserved keys: {', '.join(RESERVED)})")
+    refuse(not 2 <= x.ndim <= most or 0 in x.shape, f"{arrays.path}: stream '{name}' has shape "
+           f"{x.shape} - give (samples, width){tokens}, at least one of each")
     return x
 
 
@@ -385,7 +384,8 @@ def _told(arrays, n, seed=None):
             torn = sorted(g for g, parts in found.items() if parts > 1)
             notes = [f"{len(torn)} of {len(found)} groups (first: {g}) lie in several splits"
                      for g in torn[:1]]
-    return dict(labels=labels, label_names=names, mask=mask, about=about, split=split, notes=notes)
+    return dict(labels=labels, label_names=names, mask=mask, about=about, split=split, notes=notes,
+                boxes=_read_boxes(arrays, n, len(names)))
 
 
 def _read_labels(arrays, n):
@@ -481,8 +481,7 @@ def _scan(features, block_bytes=1 << 24):
         if zeros:
             notes.append(f"stream '{s}' has {zeros} all-zero rows: the loss skips them, retrieval "
                          "counts them as missed")
-        if gap.all():
-            raise InputError(f"stream '{s}' is NaN throughout - mend it, or leave it out")
+        refuse(gap.all(), f"stream '{s}' is NaN throughout - mend it, or leave it out")
         if gap.any():
             features.lacks[s] = gap
             notes.append(f"stream '{s}' is missing (NaN) in {gap.sum()} of {len(x)} samples")
@@ -511,18 +510,17 @@ def read_taxonomy(path, label_names):
                 parents[node["LabelName"]] = parent
                 queue += [(child, node["LabelName"]) for child in node.get("Subcategory", [])]
         for child, parent in parents.items():
-            if parent is not None and parent not in parents:
-                raise InputError(f"taxonomy: '{child}' has the unknown parent '{parent}' - add it")
+            refuse(parent is not None and parent not in parents,
+                   f"taxonomy: '{child}' has the unknown parent '{parent}' - add it")
     above = {child: [parent] for child, parent in parents.items() if parent is not None}
     try:
         graphlib.TopologicalSorter(above).prepare()
     except graphlib.CycleError as e:
         raise InputError(f"taxonomy: '{min(e.args[1])}' is its own ancestor - break the cycle")
-    if len(parents) - len(above) != 1:
-        raise InputError(f"taxonomy has {len(parents) - len(above)} roots - give exactly one entry "
-                         "the parent null")
-    for name in [name for name in label_names if name not in parents][:1]:
-        raise InputError(f"taxonomy lacks the label '{name}' - add it")
+    roots = len(parents) - len(above)
+    refuse(roots != 1, f"taxonomy has {roots} roots - give exactly one entry the parent null")
+    for name in label_names:
+        refuse(name not in parents, f"taxonomy lacks the label '{name}' - add it")
     return parents
 
 
@@ -543,8 +541,8 @@ def with_codes(features, path):
     elsewhere: (Features, number of latents, most latents of a sample)."""
     arrays, codes, lacks, n = Source(path), {}, {**features.lacks}, len(features)
     names = [key[:-8] for key in arrays.keys if key.endswith("_indices")]
-    if "n_latents" not in arrays or "mode" in arrays and arrays["mode"] != "alone":
-        raise InputError(f"{path} holds no codes that streams chose alone - let encode write them")
+    refuse("n_latents" not in arrays or "mode" in arrays and arrays["mode"] != "alone",
+           f"{path} holds no codes that streams chose alone - let encode write them")
     L = int(arrays.checked("n_latents", "one whole number", (np.integer,)))
     for s in names:
         j = arrays.checked(f"{s}_indices", f"(N, k) latents, N = {n}, none of tokens",
@@ -557,11 +555,10 @@ def with_codes(features, path):
         if (j[:, 0] < 0).any():
             lacks[s] = j[:, 0] < 0
     own, ids = features.about.get("ids"), arrays.checked("ids", f"(N,), N = {n}", (np.generic, n))
-    if own is not None and ids is not None and (own != ids).any():
-        raise InputError(f"{path} has other 'ids' - give the same samples in the same order")
-    if not codes or codes.keys() & features.streams.keys():
-        raise InputError(f"{path} has codes of {', '.join(codes) or 'nothing'} - give those of "
-                         "other streams")
+    refuse(own is not None and ids is not None and (own != ids).any(),
+           f"{path} has other 'ids' - give the same samples in the same order")
+    refuse(not codes or codes.keys() & features.streams.keys(),
+           f"{path} has codes of {', '.join(codes) or 'nothing'} - give those of other streams")
     found = f"{features.hash} {_digest(*(v for pair in codes.values() for v in pair))}"
     wide, split = max(j.shape[1] for j, _ in codes.values()), features.split
     codes = {s: tuple(np.pad(v, ((0, 0), (0, wide - v.shape[1])), constant_values=rest)
@@ -878,8 +875,7 @@ class Words:
         if words is None:
             seen = Counter(word for text in captions for word in {*self.split(text)})
             words = sorted(word for word, n in seen.items() if n > 1)
-        if not words:
-            raise InputError("no word stands in two captions - give more captions")
+        refuse(not words, "no word stands in two captions - give more captions")
         self.words = list(words)
         self.number = {w: i + 1 for i, w in enumerate(self.words)}
         self.start, self.end, self.size = len(words) + 1, len(words) + 2, len(words) + 3
@@ -919,8 +915,8 @@ class Merges(Words):
         rest = [b for b in range(256) if b not in printable]             # letters from 256 on
         self.letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
         pairs = [tuple(line.split()) for line in merges]
-        if not pairs or any(len(pair) != 2 for pair in pairs):
-            raise InputError("a merges file has two pieces a line - give CLIP's bpe_simple_vocab")
+        refuse(not pairs or any(len(pair) != 2 for pair in pairs),
+               "a merges file has two pieces a line - give CLIP's bpe_simple_vocab")
         letters = [*self.letter.values()]
         names = [*letters, *(v + "</w>" for v in letters), *map("".join, pairs)]
         self.words, self.rank = list(merges), {pair: i for i, pair in enumerate(pairs)}
@@ -962,8 +958,8 @@ def latent_semantics(captions, known, longest=1, width=32):
         grams.append([" ".join(words[i:i + n]) for n in range(1, longest + 1)
                       for i in range(len(words) - n + 1)])
     number = {gram: j for j, gram in enumerate(sorted({gram for i in known for gram in grams[i]}))}
-    if len(number) < 2 or len(known) < 2:
-        raise InputError("the captions to learn from hold fewer than two words - give more")
+    refuse(len(number) < 2 or len(known) < 2,
+           "the captions to learn from hold fewer than two words - give more")
     cells = [(i, number[gram]) for i, found in enumerate(grams) for gram in found if gram in number]
     shape = len(grams), len(number)
     counts = scipy.sparse.csr_matrix((np.ones(len(cells)), tuple(zip(*cells))), shape)
@@ -1022,12 +1018,10 @@ class Images(Samples):
     `images` only where they are pixels. With `coords` a picture is that part of its file.
 
     paths   list of N files
-    boxes   (n, 6) of what is in the pictures, or None
     side    pixels that a part needs, at least, where a slide has levels
     window  see `as_rgb`
     """
     paths: list
-    boxes: np.ndarray = None
     side: int = 224
     window: tuple = None
 
@@ -1131,27 +1125,25 @@ def _read_listed(path):
                 raise ValueError(f"{known} labels of {size} images")
             arrays.made = {"images": np.concatenate(images), "labels": np.concatenate(labels),
                            "split": np.repeat(there, size)}
-    if "images" not in arrays:
-        raise InputError(f"{path} lacks 'images' - give a list of pictures or tiles, a MedMNIST "
-                         ".npz, or class folders")
+    refuse("images" not in arrays, f"{path} lacks 'images' - give a list of pictures or tiles, a "
+           "MedMNIST .npz, or class folders")
     n = len(np.atleast_1d(arrays["images"]))
-    if not n:
-        raise InputError(f"{path} has empty 'images' - name another file")
+    refuse(not n, f"{path} has empty 'images' - name another file")
     told, here, paths = _told(arrays, n), os.path.dirname(os.path.abspath(path)), [path] * n
-    about, boxes = told["about"], _read_boxes(arrays, n, len(told["label_names"]))
+    about = told["about"]
     if about["images"].ndim == 1:
         paths = [os.path.join(here, p) for p in about.pop("images")]
     elif "coords" in about:
         raise InputError(f"'images' has shape {about['images'].shape} beside 'coords' - give paths")
-    return Images(paths, boxes, **told)
+    return Images(paths, **told)
 
 
 def _voc(folder, window=None):
     """Yield (split, name, path, (width, height), objects) of what a Pascal VOC folder lists."""
     for part, split in (("trainval", "train"), ("test", "test")):
         path = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
-        if not os.path.exists(path):
-            raise InputError(f"no {path} - expected a Pascal VOC folder with JPEGImages")
+        refuse(not os.path.exists(path),
+               f"no {path} - expected a Pascal VOC folder with JPEGImages")
         with reading(path, "list"), open(path, errors="replace") as f:
             stems = f.read().split()
         for stem in stems:
@@ -1169,16 +1161,15 @@ def read_voc(path):
                  for thing in ElementTree.parse(path).iter("object")]
     for name, box in found:
         plain_name(name, f"{path} names an object")
-        if not np.isfinite(box).all():
-            raise InputError(f"{path} has the box {box.tolist()} of '{name}' - give finite numbers")
+        refuse(not np.isfinite(box).all(),
+               f"{path} has the box {box.tolist()} of '{name}' - give finite numbers")
     return found
 
 
 def _read_voc_folder(folder):
     """The pictures of a Pascal VOC folder with its splits; its objects as labels and boxes."""
     listed, objects = list(_voc(folder)), []
-    if not listed:
-        raise InputError(f"{folder}: ImageSets/Main lists no pictures - add their names")
+    refuse(not listed, f"{folder}: ImageSets/Main lists no pictures - add their names")
     splits, _, paths, sizes, found = map(list, zip(*listed))
     for i, (size, things) in enumerate(zip(sizes, found)):
         for name, box in things:
@@ -1189,7 +1180,7 @@ def _read_voc_folder(folder):
     boxes = np.array([(i, names.index(name), *box) for i, name, *box in objects]).reshape(-1, 6)
     labels = np.zeros((len(paths), len(names)), bool)
     labels[tuple(boxes[:, :2].astype(int).T)] = True
-    return Images(paths, boxes, split=np.array(splits), labels=labels, label_names=names)
+    return Images(paths, split=np.array(splits), boxes=boxes, labels=labels, label_names=names)
 
 
 def _files(folder, endings):
@@ -1207,8 +1198,8 @@ def _files(folder, endings):
 
 def _walk(folder, endings, what):
     """The files of a folder laid out as `read_images` says, as Images, none of them opened."""
-    if not os.path.isdir(folder):
-        raise InputError(f"no folder {folder} - name one of {what}, or of class folders of {what}")
+    refuse(not os.path.isdir(folder),
+           f"no folder {folder} - name one of {what}, or of class folders of {what}")
     split_of = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
     parted = any(os.path.isdir(os.path.join(folder, s)) for s in SPLITS)
     files, found = _files(folder, endings), []
@@ -1218,13 +1209,12 @@ def _walk(folder, endings, what):
         picture = re.fullmatch(r"(.+)_mask(_\d+)?\.[^.]+", path, re.DOTALL)
         if picture and picture[1] in stems and path.lower().endswith(PICTURES):
             continue
-        if parted and (not under or under[0] not in split_of):
-            raise InputError(f"{path} lies beside the train, val and test folders - move it")
-        if len(under) > parted + 1:
-            raise InputError(f"{path} lies deeper than one level of class folders - move it up")
+        refuse(parted and (not under or under[0] not in split_of),
+               f"{path} lies beside the train, val and test folders - move it")
+        refuse(len(under) > parted + 1,
+               f"{path} lies deeper than one level of class folders - move it up")
         found.append((path, split_of[under[0]] if parted else "", "".join(under[parted:])))
-    if not found:
-        raise InputError(f"no {what} in {folder} - expected {', '.join(endings)}")
+    refuse(not found, f"no {what} in {folder} - expected {', '.join(endings)}")
     paths, split, classes = map(list, zip(*found))
     names, masks = sorted({*classes}), len(files) - len(paths)
     if len(names) > 1 and names[0] == "":
@@ -1369,19 +1359,17 @@ def read_pictures(path, size, label=None, window=None):
     `label` is the name of the one to find. window: see `as_rgb`."""
     images = replace(read_images(path), window=window)
     images, names = images.take(np.flatnonzero(images.labelled)), images.label_names
-    if images.labels is None:
-        raise InputError(f"{path} has no labels - put the pictures into folders named after them")
-    if images.labels.ndim == 1 and label:
-        raise InputError(f"{path} has one label a picture - leave out --label")
-    if images.labels.ndim == 2:
-        if label not in names:
-            raise InputError(f"{path}: no label '{label}' - use --label: {', '.join(names)}")
+    refuse(images.labels is None,
+           f"{path} has no labels - put the pictures into folders named after them")
+    several = images.labels.ndim == 2
+    refuse(label and not several, f"{path} has one label a picture - leave out --label")
+    if several:
+        refuse(label not in names, f"{path}: no label '{label}' - use --label: {', '.join(names)}")
         images.labels = images.labels[:, names.index(label)].astype(int)
         images.label_names = names = [f"no {label}", label]
-    there = np.unique(images.labels)
-    if len(there) < 2:
-        found = "".join(names[c] for c in there) or "none"
-        raise InputError(f"{path} has the one class {found} - there is nothing to tell apart")
+    there = [names[c] for c in np.unique(images.labels)]
+    refuse(len(there) < 2, f"{path} has the one class {''.join(there) or 'none'} - there is "
+           "nothing to tell apart")
     views = [images.open(i).resize((size, size), Image.BICUBIC) for i in range(len(images))]
     images.about.pop("coords", None)                         # the parts are cut out now
     images.about["images"] = np.stack([np.asarray(view) for view in views])
@@ -1405,10 +1393,9 @@ def picture_parts(pictures, split, seed, source):
     C = len(pictures.label_names)
     train, stop, test = (np.bincount(y[part], minlength=C) for part in parts)    # (C,) each
     few = min(np.count_nonzero(train), np.count_nonzero(test)) < 2
-    if few or not stop.any() or test[train == 0].any():
-        raise InputError(f"{source}: {train.tolist()} pictures of the classes to train on, "
-                         f"{stop.tolist()} to stop by, {test.tolist()} to test on - add pictures, "
-                         "or use --split random")
+    refuse(few or not stop.any() or test[train == 0].any(),
+           f"{source}: {train.tolist()} pictures of the classes to train on, {stop.tolist()} to "
+           f"stop by, {test.tolist()} to test on - add pictures, or use --split random")
     return parts
 
 
@@ -1538,15 +1525,14 @@ def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None
     side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels,
     as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`.
     """
-    if side < 1 or step is not None and step < 1:
-        raise InputError(f"tiles of {side} pixels - give a larger --size")
+    refuse(side < 1, f"tiles of {side} pixels - give a larger --size")
     slide = _slide(path, window)
     image, scale = slide.overview(2048)
     area = 512 ** 2 / scale ** 2
     pieces = find_tissue(np.asarray(image), least=least * area, least_hole=least_hole * area, **how)
     boxes = tile_boxes(pieces, scale, slide.size, side, step or side)
-    if not len(boxes):
-        raise InputError(f"{path} has no tissue for {side} px - lower --threshold, --least, --size")
+    refuse(not len(boxes),
+           f"{path} has no tissue for {side} px - lower --threshold, --least, --size")
     rim = (pieces > 0) & ~scipy.ndimage.binary_erosion(pieces > 0, iterations=2)
     image.paste((0, 160, 0), mask=Image.fromarray(rim))
     draw = ImageDraw.Draw(image)
@@ -1571,10 +1557,9 @@ def _read_tiles(files):
     """Tiles as the `tile` command writes them; what not all files say is left out."""
     parts = [_read_listed(file) for file in files]
     for file, part in zip(files, parts):
-        if "coords" not in part.about:
-            raise InputError(f"{file} lacks 'coords' - name a file that `tile` wrote")
-        if part.label_names != parts[0].label_names:
-            raise InputError(f"{file} has other 'label_names' than {files[0]} - tile them together")
+        refuse("coords" not in part.about, f"{file} lacks 'coords' - name a file that `tile` wrote")
+        refuse(part.label_names != parts[0].label_names,
+               f"{file} has other 'label_names' than {files[0]} - tile them together")
     for part in parts if any(part.mask is not None for part in parts) else ():
         part.mask = part.labelled
     known = [part.each() for part in parts]
@@ -1626,8 +1611,7 @@ def cut_boxes(folder, margin=0.2, window=None):
             middle = middle.clip(half, size - half)
             low, high = np.round([middle - half, middle + half]).astype(int)
             found.append((path, [*low, *(high - low)], f"{split}/{name}/{stem}_{i}"))
-    if not found:
-        raise InputError(f"{folder} has no box of more than 8 pixels - name another folder")
+    refuse(not found, f"{folder} has no box of more than 8 pixels - name another folder")
     paths, squares, ids = map(list, zip(*found))
     return Images(paths, window=window, about={"coords": np.array(squares), "ids": np.array(ids)})
 
@@ -1701,9 +1685,8 @@ class Bags:
             rounds = [[np.flatnonzero(self.split == name) for name in SPLITS]]
         for train, _, test in rounds:
             rarest = min((self.y[train] == c).sum() for c in np.unique(self.y))
-            if not len(test) or rarest < 2:
-                raise InputError(f"{source}: {len(train)} bags to learn from, {rarest} of a class, "
-                                 f"and {len(test)} to test on are too few - add bags")
+            refuse(not len(test) or rarest < 2, f"{source}: {len(train)} bags to learn from, "
+                   f"{rarest} of a class, and {len(test)} to test on are too few - add bags")
         return rounds
 
 
@@ -1724,18 +1707,16 @@ def read_bags(path, stream=None):
         if not len(x) or not np.isfinite(x).all():
             raise InputError(f"bag {name} {'holds NaN or Inf' if len(x) else 'is empty'} - drop it")
     widths = {x.shape[1] for x in bags.x}
-    if len(widths) > 1:
-        raise InputError(f"the bags in {path} have widths {sorted(widths)} - take one backbone")
-    if len(np.unique(bags.y)) < 2:
-        raise InputError(f"all bags have the label {bags.y[0]} - there is nothing to learn")
+    refuse(len(widths) > 1, f"the bags in {path} have widths {sorted(widths)} - take one backbone")
+    refuse(len(np.unique(bags.y)) < 2,
+           f"all bags have the label {bags.y[0]} - there is nothing to learn")
     return replace(bags, x=[x.astype(np.float32) for x in bags.x], y=bags.y.astype(int))
 
 
 def _bags_of_folder(path, stream):
     """Each feature file in a folder of class folders as a bag."""
     files = _walk(path, (".npz",), "feature files")
-    if files.labels is None:
-        raise InputError(f"{path} has no class folders - name them after the bags' labels")
+    refuse(files.labels is None, f"{path} has no class folders - name them after the bags' labels")
     x, told, pictures = map(list, zip(*(_instances(file, stream) for file in files.paths)))
     groups = [np.unique(found.about.get("groups", [])) for found in told]
     lone = [file for file, found in zip(files.paths, groups) if len(found) != 1]
@@ -1770,9 +1751,8 @@ def _instances(path, stream):
     """Of a feature file: the stream (n, d), the Features, and the paths of the pictures that the
     instances were cut from, or None: pixels lie nowhere else."""
     told = read_features(path, stream and [stream], seed=None, most=2)
-    if len(told.streams) > 1:
-        there = ", ".join(told.streams)
-        raise InputError(f"{path} has the streams {there} - pick one with --stream")
+    refuse(len(told.streams) > 1,
+           f"{path} has the streams {', '.join(told.streams)} - pick one with --stream")
     (x,), images = told.streams.values(), told.about.get("images")
     if images is None or images.ndim > 1:
         return x, told, None
@@ -1782,9 +1762,8 @@ def _instances(path, stream):
 def _bags_of_file(arrays):
     """Bags of an .npz, the shapes and types of its arrays checked against each other."""
     for key in ("X", "offsets", "y"):
-        if key not in arrays:
-            raise InputError(f"{arrays.path} lacks '{key}' - give X (instances, d), offsets and y "
-                             "(bags,)")
+        refuse(key not in arrays,
+               f"{arrays.path} lacks '{key}' - give X (instances, d), offsets and y (bags,)")
     x, y = _stream(arrays, "X", 2), arrays.checked("y", "(bags,) integers", (np.integer, None))
     n = len(y)
     offsets = arrays.checked("offsets", f"{n} + 1 integers for {n} bags", (np.integer, n + 1))

@@ -540,14 +540,14 @@ class Mixer(nn.Module):
     """
     backend = "auto"
 
-    def __init__(self, dim, depth, d_state=16, d_conv=4):
+    def __init__(self, dim, depth, d_state=16):
         super().__init__()
         E, self.r, self.N = 2 * dim, math.ceil(dim / 16), d_state
         self.in_proj = nn.Linear(dim, 2 * E, bias=False)
         self.out_proj = nn.Linear(E, dim, bias=False)
         rates = torch.log(torch.arange(1., d_state + 1)).repeat(E, 1)            # (E, N)
         for end in ("", "_b"):
-            setattr(self, f"conv1d{end}", nn.Conv1d(E, E, d_conv, groups=E, padding=d_conv - 1))
+            setattr(self, f"conv1d{end}", nn.Conv1d(E, E, 4, groups=E, padding=3))
             setattr(self, f"x_proj{end}", nn.Linear(E, self.r + 2 * d_state, bias=False))
             setattr(self, f"dt_proj{end}", nn.Linear(self.r, E))
             setattr(self, f"A{end}_log", nn.Parameter(rates.clone()))
@@ -689,9 +689,9 @@ class SS2D(nn.Module):
 class VSSBlock(nn.Module):
     """Pre-norm block: SS2D, then an MLP, (B, H, W, d) -> same."""
 
-    def __init__(self, dim, d_state, drop_path):
+    def __init__(self, dim, drop_path):
         super().__init__()
-        self.norm, self.op = nn.LayerNorm(dim), SS2D(dim, d_state)
+        self.norm, self.op = nn.LayerNorm(dim), SS2D(dim)
         self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
@@ -719,7 +719,7 @@ class VMamba(nn.Module):
     (B, 8 dim) when n_classes = 0.
     """
 
-    def __init__(self, dim, depths, n_classes=0, drop_path=0., d_state=1):
+    def __init__(self, dim, depths, n_classes=0, drop_path=0.):
         super().__init__()
         dims = [dim * 2 ** i for i in range(len(depths))]
         self.dim, self.reduction = dims[-1], 4 * 2 ** (len(depths) - 1)
@@ -731,7 +731,7 @@ class VMamba(nn.Module):
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
-            blocks = [VSSBlock(dims[i], d_state, next(rates)) for _ in range(depth)]
+            blocks = [VSSBlock(dims[i], next(rates)) for _ in range(depth)]
             halve = nn.Identity()
             if i + 1 < len(depths):
                 norm = nn.LayerNorm(dims[i + 1])
@@ -785,7 +785,7 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
                       and the best epoch's weights are put back
     Without validate all epochs are trained. Returns [(mean loss, validation or None)] by epoch.
     """
-    history, best, kept, since = [], math.inf, None, 0
+    history, best, kept, at = [], math.inf, None, 0          # at: the best epoch
     for epoch in range(epochs):
         model.train()
         spent = [descend(optimiser, loss(model, *batch)) for batch in batches(epoch)]
@@ -793,11 +793,10 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
         with torch.no_grad():
             value = validate(model) if validate else None
         history.append((sum(spent) / len(spent), value))
-        since += 1
         if validate and (value < best or kept is None):
-            best, since = value, 0
-            kept = {k: v.clone() for k, v in model.state_dict().items()}         # the best epoch's
-        if validate and since >= patience and epoch + 1 >= least:
+            best, at = value, epoch
+            kept = {k: v.clone() for k, v in model.state_dict().items()}
+        if validate and epoch - at >= patience and epoch + 1 >= least:
             break
     if kept:
         model.load_state_dict(kept)
@@ -941,7 +940,7 @@ class CLIP(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def fit_clip(model, batch, n_steps, lr, on_step=None):
+def fit_clip(model, batch, n_steps, lr, on_step):
     """Train a CLIP with AdamW along a cosine. batch(t): images, tokens; on_step: see `fit_dino`."""
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, fused=True)
     mend = partial(nn.utils.clip_grad_norm_, list(model.parameters()), 1.)
@@ -951,8 +950,7 @@ def fit_clip(model, batch, n_steps, lr, on_step=None):
         optimiser.param_groups[0]["lr"] = now
         images, tokens = (v.to(model.logit_scale.device) for v in batch(t))
         loss = descend(optimiser, model.loss(images, tokens), mend)
-        if on_step:
-            on_step(t + 1, {"loss": loss})
+        on_step(t + 1, {"loss": loss})
     model.eval()
 
 
@@ -960,9 +958,8 @@ def fit_clip(model, batch, n_steps, lr, on_step=None):
 def text_features(clip, words, captions, block=512):
     """Features (n, out) of captions; words that the tokenizer `words` does not know are left out:
     words(captions, context, strict=False) -> (n, context) tokens."""
-    tokens = words(captions, clip.config["context"], strict=False)
-    device = clip.logit_scale.device
-    return torch.cat([clip.encode_text(part.to(device)) for part in tokens.split(block)])
+    tokens = words(captions, clip.config["context"], strict=False).to(clip.logit_scale.device)
+    return torch.cat([clip.encode_text(part) for part in tokens.split(block)])
 
 
 @torch.no_grad()
@@ -974,9 +971,8 @@ def standardise_pixels(model, mean, std, assumed):
     numbers = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
     mean, std, was_mean, was_std = numbers
     # A pixel is x was_std + was_mean.
-    offset = (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))            # (d,)
     bias = model.positional_embedding[1:] if conv.bias is None else conv.bias    # CLIP's has none
-    bias += offset
+    bias += (conv.weight * ((was_mean - mean) / std)).sum((1, 2, 3))             # (d,)
     conv.weight *= was_std / std
 
 
@@ -1050,13 +1046,6 @@ def dino_loss(student, teacher, center, views, teacher_temp=0.04, student_temp=0
     return pairs.mean() / (2 * views - 2)
 
 
-def teacher_temperature(epoch, start=0.04, final=0.04, warmup=0):
-    """Linear from start to final over `warmup` epochs, both ends included, then constant."""
-    if epoch >= warmup:
-        return final
-    return start + (final - start) * epoch / max(warmup - 1, 1)
-
-
 STATE_SPACE = ("A_log", "A_b_log", "A_logs", "Ds", "dt_projs_bias")    # D, dt_proj.bias: vectors
 
 
@@ -1079,8 +1068,7 @@ def decay_groups(model, decay_ssm=False):
 def clip_each(model, most):
     """Shrink every parameter's gradient to an L2 norm of at most `most`, each by itself (DINO)."""
     for p in model.parameters():
-        if p.grad is not None:
-            p.grad.mul_((most / (p.grad.norm() + 1e-6)).clamp(max=1))  # as DINO's clip_gradients
+        nn.utils.clip_grad_norm_(p, most)
 
 
 def dino_step(student, teacher, center, optimiser, crops, lr, weight_decay, momentum,
@@ -1159,21 +1147,19 @@ def restore_dino(nets, kept):
 
 
 def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, momentum=0.996,
-                  teacher_temp=0.04, teacher_temp_start=0.04, teacher_warmup=0):
+                  teacher_temp=0.04):
     """The settings of `dino_step` in a step; `epoch` is the number of steps in one, n_steps in all.
 
     Defaults and constants are those of DINO's code: after `warmup` epochs lr is reached, and falls
     to 1e-6; weight decay rises to 0.4, momentum to 1; prototypes stay fixed in the first epoch.
     """
-    temperature = teacher_temperature(step // epoch, teacher_temp_start, teacher_temp,
-                                      teacher_warmup)
     return {"lr": cosine_schedule(step, n_steps, lr, 1e-6, warmup * epoch),
             "weight_decay": cosine_schedule(step, n_steps, weight_decay, 0.4),
             "momentum": cosine_schedule(step, n_steps, momentum, 1.),
-            "teacher_temp": temperature, "freeze_last": step < epoch}
+            "teacher_temp": teacher_temp, "freeze_last": step < epoch}
 
 
-def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **schedule):
+def fit_dino(nets, batch, n_steps, epoch, on_step, start=0, seed=0, **schedule):
     """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
 
     batch(t)           the views of step t, from 0: V tensors (B, 3, h, w), global ones first; a
@@ -1199,8 +1185,7 @@ def fit_dino(nets, batch, n_steps, epoch, on_step=None, start=0, seed=0, **sched
                 f"{at} (entropy {told['entropy']:.3f} of ln K = {math.log(K):.3f}) - lower --lr "
                 "or the teacher's temperature, or raise --batch or --warmup")
         most = most if since else 0.
-        if on_step:
-            on_step(t + 1, told)
+        on_step(t + 1, told)
 
 
 def cam_layer(model, x):
@@ -1280,8 +1265,7 @@ class MIL(nn.Module):
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         real = self.embed((x[mask] - self.mean) / self.std)  # (n, E): without the padding
-        h = real.new_zeros(*mask.shape, real.shape[-1])
-        h = h.masked_scatter(mask[..., None], real)          # (B, N, E)
+        h = real.new_zeros(*mask.shape, real.shape[-1]).masked_scatter(mask[..., None], real)
         scores = self.scores(h, mask)
         if self.head == "max":
             pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)  # (B, 1, E)
@@ -1406,9 +1390,9 @@ def load_weights(model, path, new_head=False):
     Raises InputError listing every missing, unexpected and mis-shaped key.
     """
     own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
-    prefix = "backbone."
-    if any(k.startswith(prefix) for k in state):
-        state = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+    inner = {k: v for k, v in state.items() if k.startswith("backbone.")}
+    if inner:
+        state = {k.removeprefix("backbone."): v for k, v in inner.items()}
     heads = [f"{last_linear(model)[0]}."] if new_head else \
         [head for head in ("head.", "classifier.head.") if not any(k.startswith(head) for k in own)]
     own, state = ({k: v for k, v in each.items() if not k.startswith(tuple(heads))}
