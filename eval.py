@@ -90,13 +90,12 @@ def top_samples(code, top=TOP):
     return sp.csr_matrix((rank[keep], places), shape=code.shape[::-1])
 
 
-def label_counts(code, labels, top=TOP, known=None):
+def label_counts(code, labels, top=TOP, known=slice(None)):
     """How often each label occurs among each latent's `top` samples (all active ones if None):
     counts (L, C), and the number of samples behind them (L,), 0 where a latent is not active.
 
     labels (n, C) bool; known (n,) bool: which samples were labelled and so count, by default all.
     """
-    known = slice(None) if known is None else known
     best = top_samples(code[known], top)
     best.data[:] = 1
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
@@ -143,21 +142,20 @@ def jaccard(counts, n_top):
             "control": _mean(other.mean(0).compressed())}
 
 
-def concept_names(counts, n_top, label_names, purity=0.3):
-    """Names of the latents, and purities (L,), from `label_counts`: the dominant label of the top
-    samples if its share, the purity, reaches `purity` (thesis A.3), else None."""
-    share = counts.max(1) / np.maximum(n_top, 1)
-    names = [label_names[j] if p >= purity else None for j, p in zip(counts.argmax(1), share)]
-    return names, share
+def concept_names(counts, n_top, label_names):
+    """Names of the latents, from `label_counts`: the dominant label of the top samples if its
+    share, the purity, reaches 0.3 (thesis A.3), else None."""
+    purity = counts.max(1) / np.maximum(n_top, 1)
+    return [label_names[j] if p >= 0.3 else None for j, p in zip(counts.argmax(1), purity)]
 
 
-def concept_alignment(codes, labels, label_names, parents, known=None):
+def concept_alignment(codes, labels, label_names, parents, known=slice(None)):
     """Jaccard at every taxonomy depth (Table 5.2) and named latents, from {stream: code} and
     labels (n, C) bool; known as in `label_counts`."""
     counts, n_top, names, named = {}, {}, {}, {}
     for s, code in codes.items():
         counts[s], n_top[s] = label_counts(code, labels, known=known)
-        names[s], _ = concept_names(counts[s], n_top[s], label_names)
+        names[s] = concept_names(counts[s], n_top[s], label_names)
         named[s] = collections.Counter(sorted(name for name in names[s] if name is not None))
     out = {"named": {s: v.total() for s, v in named.items()}, "latents_per_name": named}
     if len(codes) > 1:
@@ -229,20 +227,20 @@ def linear_baseline(train, test, targets=None, strengths=10. ** np.arange(-6, 3)
 
 # -- 1-D logistic probes -------------------------------------------------------------------------
 
-def logistic_1d(x, y, C=1., iterations=100):
-    """The w, b (...) that minimise w^2/2 + C sum log-loss(y, sigma(w x + b)), thesis Eq. 15 with
-    L2, exact to rounding; x, y (..., n), y in {0, 1}. Newton's method with step halving."""
+def logistic_1d(x, y):
+    """The w, b (...) that minimise w^2/2 + sum log-loss(y, sigma(w x + b)), thesis Eq. 15 with L2,
+    exact to rounding; x, y (..., n), y in {0, 1}. Newton's method with step halving."""
     x, y = np.broadcast_arrays(np.asarray(x, np.float64), y)
     line, X = np.zeros((*x.shape[:-1], 2)), np.stack([x, np.ones_like(x)], -1)    # (..., n, 2)
 
     def cost(line):
         w, b = line[..., 0], line[..., 1]
-        return w * w / 2 + C * log_loss(w, b, x, y).sum(-1)
-    for _ in range(iterations):
+        return w * w / 2 + log_loss(w, b, x, y).sum(-1)
+    for _ in range(100):
         now = cost(line)
         p = scipy.special.expit((X @ line[..., None])[..., 0])
-        gradient = ((C * (p - y))[..., None] * X).sum(-2) + line * [1, 0]
-        curvature = np.swapaxes(X, -1, -2) @ (X * (C * p * (1 - p))[..., None])
+        gradient = ((p - y)[..., None] * X).sum(-2) + line * [1, 0]
+        curvature = np.swapaxes(X, -1, -2) @ (X * (p * (1 - p))[..., None])
         move = np.linalg.solve(curvature + np.diag([1, 1e-12]), gradient[..., None])[..., 0]
         for _ in range(40):
             worse = cost(line - move) > now + 1e-12 * np.abs(now)
@@ -290,19 +288,19 @@ def stratified_split(y, held_out, seed, groups=None):
     return tuple(rng.permutation(np.concatenate(part)) for part in zip(*parts))
 
 
-def probe_tasks(labels, min_positives=50, known=True, groups=None):
+def probe_tasks(labels, known=True, groups=None):
     """Balanced binary tasks, thesis A.1.3: list of (label, {train / val / test: (rows, y)}).
 
-    A task is a label with at least `min_positives` positives; task t draws as many negatives (seed
-    1000 + t), or positives where they are more, and splits 70 / 15 / 15, classes in proportion
-    (seeds 2000 + t, 3000 + t). Rows that are not `known` (n,) bool are neither. With groups (n,) no
-    group is in two parts, and a label of too few groups for both classes in each is no task.
+    A task is a label with at least 50 positives; task t draws as many negatives (seed 1000 + t),
+    or positives where they are more, and splits 70 / 15 / 15, classes in proportion (seeds
+    2000 + t, 3000 + t). Rows that are not `known` (n,) bool are neither. With groups (n,) no group
+    is in two parts, and a label of too few groups for both classes in each is no task.
     """
     tasks = []
     for t in range(labels.shape[1]):
         pos, neg = (np.flatnonzero(known & (labels[:, t] == c)) for c in (True, False))
         n = min(len(pos), len(neg))
-        if n < min_positives:
+        if n < 50:
             continue
         rng = np.random.RandomState(1000 + t)
         pos, neg = (v if len(v) == n else rng.choice(v, n, replace=False) for v in (pos, neg))
@@ -316,13 +314,13 @@ def probe_tasks(labels, min_positives=50, known=True, groups=None):
     return tasks
 
 
-def probe(code, tasks, candidates=20, binary=True, chosen=None):
+def probe(code, tasks, binary=True, chosen=None):
     """1-D logistic probes (thesis 5.4.3, A.1.3): for each task the latent that predicts it best.
 
-    The `candidates` latents most often active on a task's training positives (or those `chosen` for
-    it) are each fitted on train, input z > 0 or z itself if not `binary`; the best on val is
-    reported on test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats,
-    "within": half its interval, "tasks": [{label, latent or None, val, test}]}.
+    The 20 latents most often active on a task's training positives (or those `chosen` for it) are
+    each fitted on train, input z > 0 or z itself if not `binary`; the best on val is reported on
+    test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats, "within": half its
+    interval, "tasks": [{label, latent or None, val, test}]}.
     """
     active, results, chance = (code > 0).astype(np.float64), [], math.log(2)
     moved = np.zeros(code.shape[0])                          # the mean loss, by each sample
@@ -330,8 +328,8 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
     for i, (label, parts) in enumerate(tasks):
         results.append({"label": int(label), "latent": None, "val": chance, "test": chance})
         rows, y = parts["train"]
-        hits = np.asarray(active[rows[y == 1]].sum(0)).ravel()
-        best = np.argsort(-hits, kind="stable")[:candidates]
+        hits = active[rows[y == 1]].getnnz(axis=0)
+        best = np.argsort(-hits, kind="stable")[:20]
         best = best[hits[best] > 0] if chosen is None else np.asarray(chosen[i])
         if len(best):
             line = logistic_1d(z[rows][:, best].toarray().T, y)             # of (candidates, rows)
@@ -653,20 +651,16 @@ def columns(found):
     return list(found[0]), [list(one.values()) for one in found]
 
 
-def html_table(header, rows, colours=False):
-    """Rows of cells as HTML; with `colours` numbers are shaded: 1 dark blue, 0 white, -1 red."""
-    def cell(v, text):
-        shade = ""
-        if colours and isinstance(v, float):
-            level, full = min(abs(v), 1), "43,108,176" if v >= 0 else "197,48,48"
-            ink = ";color:white" * (level > 0.55)
-            shade = f' style="background:rgba({full},{level:.2f}){ink}"'
-        return f"<td{shade}>{html.escape(text)}</td>"
-
+def html_table(header, rows, shade=False):
+    """Rows of cells as HTML; with `shade` the style sheet colours numbers by their level."""
     head, body = "".join(f"<th>{html.escape(str(text))}</th>" for text in header), ""
     for row in rows:
-        name, *texts = _cells(header, row)
-        body += f"<tr><th>{html.escape(name)}</th>{''.join(map(cell, row[1:], texts))}</tr>"
+        name, *texts = map(html.escape, _cells(header, row))
+        body += f"<tr><th>{name}</th>"
+        for v, text in zip(row[1:], texts):
+            level = f' style="--level:{v:.2f}"' if shade and isinstance(v, float) else ""
+            body += f"<td{level}>{text}</td>"
+        body += "</tr>"
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f'<tbody>{body}</tbody></table></div>')
 
@@ -746,10 +740,9 @@ def standalone_svg(*charts):
 
 
 def strips(found):
-    """{heading: pieces of HTML}: the pieces of each in a row below it."""
-    shown = ("".join(f"<span>{v}</span>" for v in pieces) for pieces in found.values())
-    return "".join(f"<h3>{html.escape(name)}</h3>" * bool(name) + f'<div class="strip">{row}</div>'
-                   for name, row in zip(found, shown))
+    """{heading: pictures, HTML}: those of each in a row below it."""
+    return "".join(f'<h3>{html.escape(name)}</h3><div class="strip">{"".join(pictures)}</div>'
+                   for name, pictures in found.items())
 
 
 # -- The page: one self-contained HTML file ------------------------------------------------------
@@ -791,12 +784,30 @@ class Page:
         self.payload = payload
 
     def write(self, path, metrics=None):
-        """report.html and, if there are any, metrics.json; metrics: more of them, a dict. path:
-        name -> where that file goes."""
+        """report.html, one self-contained file that asks for nothing, without a style and a script
+        where `assets` was not copied with this module; and, if there are any, metrics.json.
+        metrics: more of them, a dict; path: name -> where that file goes."""
         self.metrics.update(metrics or {})
         if self.metrics:
             write_json(path("metrics.json"), self.metrics)
-        write_report(path("report.html"), self.title, self.sections, self.payload)
+        assets = pathlib.Path(__file__).parent / "assets"
+        style, code = (file.read_text("utf-8") if file.is_file() else "" for file in (
+            assets / "report.css", assets / ("explorer.js" if self.payload else "")))
+        allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        body = "".join(f"<h2>{html.escape(heading)}</h2>" * bool(heading) + content
+                       for heading, content in self.sections)
+        if code:                                             # "<" would let a text end the script
+            data = json.dumps(self.payload, allow_nan=False).replace("<", "\\u003c")
+            body += (f'<script type="application/json" id="payload">{data}</script>'
+                     f"<script>{code}</script>")
+        title = html.escape(self.title)
+        write_text(path("report.html"), (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+            'content="width=device-width,initial-scale=1"><meta http-equiv='
+            '"Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+            f'style-src \'unsafe-inline\'; script-src \'sha256-{allowed}\'">'
+            f'<title>{title}</title><style>{style}</style>'
+            f'<main><h1>{title}</h1>{body}</main></html>\n'))
 
 
 def plain(value):
@@ -919,9 +930,8 @@ def code_metrics(codes, features, rows):
     names, groups = features.label_names, features.about.get("groups")
     out["concepts"] = concept_alignment(codes, labels, names, features.parents, known)
     of = None if groups is None else groups[rows]
-    tasks = probe_tasks(labels, known=known, groups=of)
-    own = {s: probe_tasks(labels, known=known & some, groups=of) for s, some in here.items()}
-    found = {s: probe(code, own.get(s, tasks)) for s, code in codes.items() if own.get(s, tasks)}
+    tasks = {s: probe_tasks(labels, known & here.get(s, True), of) for s in codes}
+    found = {s: probe(code, tasks[s]) for s, code in codes.items() if tasks[s]}
     if found:
         out["probe"] = found
     return out
@@ -1060,28 +1070,6 @@ def tell_activations(page, results):
                      metrics["seconds"]])
     page.table(["activation, revival of the dead", "R2", "L0", "silent %", "concepts found",
                 "seconds"], rows)
-
-
-def write_report(path, title, sections, payload=None):
-    """One self-contained HTML file that asks for nothing, without a style and a script where
-    `assets` was not copied with this module. sections: list of (heading or "", HTML)."""
-    assets = pathlib.Path(__file__).parent / "assets"
-    style, code = (path.read_text("utf-8") if path.is_file() else "" for path in (
-        assets / "report.css", assets / ("explorer.js" if payload else "")))
-    allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    body = "".join((f"<h2>{html.escape(heading)}</h2>" if heading else "") + content
-                   for heading, content in sections)
-    if code:                                                 # "<" would let a text end the script
-        data = json.dumps(payload, allow_nan=False).replace("<", "\\u003c")
-        body += (f'<script type="application/json" id="payload">{data}</script>'
-                 f"<script>{code}</script>")
-    title = html.escape(title)
-    write_text(path, '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-                     'content="width=device-width,initial-scale=1"><meta http-equiv='
-                     '"Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-                     f'style-src \'unsafe-inline\'; script-src \'sha256-{allowed}\'">'
-                     f'<title>{title}</title><style>{style}</style>'
-                     f'<main><h1>{title}</h1>{body}</main></html>\n')
 
 
 # -- The page that one explores: what assets/explorer.js reads ------------------------------------
@@ -1640,7 +1628,7 @@ def heat_strip(image, boxes, heats, side=150):
         corners = [v * pixels for v, pixels in zip(box, image.size * 2)]
         ImageDraw.Draw(image).rectangle(corners, outline="red", width=2)
     over = [overlay(image, heat / max(heat.max(), 1e-9)) for heat in heats]
-    return strips({"": map(embedded, (image, *over))})
+    return f'<div class="strip">{"".join(map(embedded, [image, *over]))}</div>'
 
 
 def separation(means):
