@@ -1458,13 +1458,12 @@ def barcodes(count, groups, y):
     return names, (share @ count).tocsr().astype(np.float32), label
 
 
-def differential(codes, y, a, b, top=50):
-    """The `top` latents more active in class a than in b and the reverse, by class means a_d of
-    barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
-    difference = class_means(codes, y == a)[-1] - class_means(codes, y == b)[-1]
+def differential(difference):
+    """The 50 latents more active in one class than in another, and the reverse, by the difference
+    (L,) of their class means a_d."""
     order = np.argsort(-difference, kind="stable")
-    most, least = order[:top], order[::-1][:top]
-    return most[difference[most] > 0], least[difference[least] < 0], difference
+    most, least = order[:50], order[::-1][:50]
+    return most[difference[most] > 0], least[difference[least] < 0]
 
 
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
@@ -1502,8 +1501,9 @@ def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
              "weighted F1": mean_std(v["f1"])} for t, v in found["f1"].items()]),
             f"Logistic regression on barcodes: {len(y)} groups, {len(folds)} stratified folds")
     if len(pair):
-        *chosen, difference = differential(codes, y, *pair)
-        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
+        difference = np.subtract(*means[np.searchsorted(there, pair)])
+        found["differential"] = {names[c]: latents.tolist()
+                                 for c, latents in zip(pair, differential(difference))}
         page.table(["more active in", "latents (difference of the mean count)"], [
             [name, " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
             for name, v in found["differential"].items()])
@@ -1656,7 +1656,8 @@ def r2_both(x, x_hat):
 def contrast(code, y):
     """How much more active each latent is in rows where y (n,) bool holds than in the others, in
     standard deviations of the latent (L,)."""
-    return (class_means(code, y)[-1] - class_means(code, ~y)[-1]) / deviations(code)
+    means = class_means(code, y)                             # of one class alone: no difference
+    return (means[-1] - means[0]) / deviations(code)
 
 
 def deviations(code):
@@ -1802,7 +1803,8 @@ def relevancy(attention, target):
 
 def grad_cam(model, layer, to_map, x, score=None):
     """Grad-CAM (Selvaraju et al. 2017; thesis 3.2.4): where the output of `layer` raises the score,
-    (B, h, w) in 0..1. A channel weighs as much as its mean gradient; negative sums are cut to 0.
+    (B, h, w) in 0..1, and the scores. A channel weighs as much as its mean gradient; negative sums
+    are cut to 0.
 
     to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output (B, C)) -> (B,),
     by default the largest: a class with a head, a feature dimension without one (as Vim4Path did).
@@ -1811,13 +1813,14 @@ def grad_cam(model, layer, to_map, x, score=None):
     hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
     with hook, torch.enable_grad():
         out = model(x.requires_grad_())                      # so that frozen weights do not matter
-        total = (out.max(1).values if score is None else score(out)).sum()
-        gradient, = torch.autograd.grad(total, kept[0])
+        values = out.max(1).values if score is None else score(out)
+        gradient, = torch.autograd.grad(values.sum(), kept[0])
     with torch.no_grad():
         a, g = to_map(kept[0]), to_map(gradient)
         cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)       # (B, h, w)
         low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
-        return ((cam - low) / (high - low).clamp(min=1e-12)).cpu().numpy()
+        heat = (cam - low) / (high - low).clamp(min=1e-12)
+    return heat.cpu().numpy(), values.detach().cpu().numpy()
 
 
 def kept_attention(model):
@@ -1836,19 +1839,14 @@ def heat_maps(backbone, x, score, cam_layer):
     backbone.features(x) -> (B, d), backbone.patch: a patch's side in pixels; cam_layer(x) ->
     (layer, to_map) of `grad_cam`. A picture whose score nothing moves gets all 0.
     """
-    layers, told = kept_attention(backbone), []
-
-    def heard(features):
-        told.append(score(features))
-        return told[-1]
-    if layers:
-        target = heard(backbone.features(x)).sum()
-        R = relevancy([m.kept for m in layers], target)
-        rows, columns = (side // backbone.patch for side in x.shape[2:])
-        heat = R[:, 0, -rows * columns:].unflatten(1, (rows, columns)).cpu().numpy()
-    else:
-        heat = grad_cam(backbone.features, *cam_layer(x), x, heard)
-    return heat, told[0].detach().cpu().numpy()
+    layers = kept_attention(backbone)
+    if not layers:
+        return grad_cam(backbone.features, *cam_layer(x), x, score)
+    values = score(backbone.features(x))
+    R = relevancy([m.kept for m in layers], values.sum())
+    rows, columns = (side // backbone.patch for side in x.shape[2:])
+    heat = R[:, 0, -rows * columns:].unflatten(1, (rows, columns))
+    return heat.cpu().numpy(), values.detach().cpu().numpy()
 
 
 def word_heat(clip, words, text, score):
@@ -1861,22 +1859,19 @@ def word_heat(clip, words, text, score):
     tokens = words([text], context, strict=False).to(clip.logit_scale.device)
     target = score(clip.encode_text(tokens)).sum()
     R = relevancy([m.kept for m in layers], target)
-    pieces = [None, *(word for _, word in known), *[None] * (tokens.shape[1] - 1 - len(known))]
-    return word_scores(R[0, len(known) + 1].tolist(), pieces)
+    start, end = 1, len(known) + 1                           # the end's is the text's feature
+    return word_scores(R[0, end, start:end].tolist(), [word for _, word in known])
 
 
-def word_scores(relevance, pieces, least=0.1):
-    """Relevance (T,) of the pieces of a text -> [(word, score)]: the pieces of a word added up,
-    divided by the largest, those below `least` set to 0 (thesis Fig. A.6 hides them).
-
-    pieces: for each token the word it belongs to, as (number, text), or None.
-    """
+def word_scores(relevance, pieces):
+    """Relevance of each piece of a text, with the word it belongs to as (number, text), ->
+    [(word, score)]: the pieces of a word added up, divided by the largest, those below 0.1 set to
+    0 (thesis Fig. A.6 hides them)."""
     total = collections.Counter()
-    for r, piece in zip(relevance, pieces):
-        if piece is not None:
-            total[piece] += max(float(r), 0.)
+    for r, word in zip(relevance, pieces):
+        total[word] += max(r, 0.)
     most = max(total.values(), default=0.) or 1.
-    return [(word, v / most if v / most >= least else 0.) for (_, word), v in total.items()]
+    return [(text, v / most if v / most >= 0.1 else 0.) for (_, text), v in total.items()]
 
 
 # -- What maps of concepts segment (thesis Table 5.4) --------------------------------------------
@@ -2070,27 +2065,22 @@ def _standard_columns(code, latents):
     return np.where(varies, c / np.maximum(length, 1e-30), 0)
 
 
-def match_latents(a, b, least=5, most=4096):
-    """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the
-    same samples (Hungarian): (latents of a, latents of b, correlations), best first.
-
-    Latents active in fewer than `least` samples are left out, and of more than `most` the less
-    frequent: the assignment takes their cube.
-    """
+def match_latents(a, b):
+    """Correlations (P,) of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of
+    the same samples (Hungarian). Latents active in fewer than 5 samples are left out, and of more
+    than 4,096 the less frequent: the assignment takes their cube."""
     kept = []
     for active in (a.getnnz(axis=0), b.getnnz(axis=0)):
-        often = np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]
+        often = np.argsort(-active, kind="stable")[:min(4096, (active >= 5).sum())]
         kept.append(np.sort(often))
     r = _standard_columns(a, kept[0]).T @ _standard_columns(b, kept[1])
-    i, j = scipy.optimize.linear_sum_assignment(-r)
-    order = np.argsort(-r[i, j], kind="stable")
-    return kept[0][i[order]], kept[1][j[order]], r[i, j][order]
+    return r[scipy.optimize.linear_sum_assignment(-r)]
 
 
-def index_correlations(a, b, least=5):
-    """Correlation of latent j of one code with latent j of the other, for those active in `least`
-    samples or more in both."""
-    both = (a.getnnz(axis=0) >= least) & (b.getnnz(axis=0) >= least)
+def index_correlations(a, b):
+    """Correlation of latent j of one code with latent j of the other, for those active in 5 samples
+    or more in both."""
+    both = (a.getnnz(axis=0) >= 5) & (b.getnnz(axis=0) >= 5)
     return (_standard_columns(a, both) * _standard_columns(b, both)).sum(0)
 
 

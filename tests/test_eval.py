@@ -554,12 +554,14 @@ def test_grad_cam_of_a_linear_model_is_its_weighted_channels():
     x = torch.randn(4, 3, 5, 6)
     for classes in (None, [1, 1, 0, 0]):
         score = None if classes is None else lambda out: out[range(4), classes]
-        heat = judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), x.clone(), score)
+        heat, values = judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), x.clone(), score)
         chosen = model(x).argmax(1) if classes is None else torch.tensor(classes)
         expected = torch.einsum("bdhw,bd->bhw", x, w[chosen]).clamp(min=0)
         low, high = expected.amin((1, 2), keepdim=True), expected.amax((1, 2), keepdim=True)
         np.testing.assert_allclose(heat, (expected - low) / (high - low), atol=1e-5)
-    assert (judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), -torch.ones(1, 3, 2, 2), lambda out: out[:, 1]) == 0).all()
+        np.testing.assert_allclose(values, model(x)[range(4), chosen], rtol=1e-6)
+    silent, _ = judge.grad_cam(model, layer, lambda a: a.permute(0, 2, 3, 1), -torch.ones(1, 3, 2, 2), lambda out: out[:, 1])
+    assert not silent.any()
 
 
 def test_overlays_colour_high_red_and_low_blue_in_the_right_place():
@@ -632,8 +634,9 @@ def test_barcodes_are_means_over_a_patients_images_and_differential_latents_thos
     mixed, none = (judge.barcodes(count, np.array([0, 0, 1]), np.array(y))[2] for y in ([1, 0, 0], [-1, -1, -1]))
     assert mixed.tolist() == [-1, 0] and none.tolist() == [-1, -1]
     np.testing.assert_allclose(codes.toarray(), [[3, 0, 1], [0, 6, 1]])
-    first, second, difference = judge.differential(codes, np.array([0, 1]), 0, 1, top=2)
-    assert first.tolist() == [0] and second.tolist() == [1] and difference.tolist() == [3, -6, 0]
+    means = judge.class_means(codes, np.array([0, 1]))
+    first, second = judge.differential(means[0] - means[1])
+    assert first.tolist() == [0] and second.tolist() == [1]
 
 
 def test_weighted_f1_by_hand_and_barcodes_of_two_diseases_are_told_apart_until_their_latent_is_removed():
@@ -890,12 +893,11 @@ def test_latents_are_paired_by_activation_whatever_their_order_and_shuffled_samp
     rng = np.random.default_rng(0)
     a = rng.random((400, 8)) * (rng.random((400, 8)) < 0.3)
     order = rng.permutation(8)
-    i, j, r = judge.match_latents(codes_of(a), codes_of(2 * a[:, order]))
-    assert (order[j] == i).all() and r.min() > 0.999
+    r = judge.match_latents(codes_of(a), codes_of(2 * a[:, order]))
+    assert len(r) == 8 and r.min() > 0.999                   # pairs of any other are below 0.3
     np.testing.assert_allclose(judge.index_correlations(codes_of(a), codes_of(a)), 1)
-    _, _, r = judge.match_latents(codes_of(a), codes_of(a[rng.permutation(400)]))
-    assert r.max() < 0.3
-    assert len(judge.match_latents(codes_of(np.zeros((9, 3))), codes_of(np.zeros((9, 3))))[2]) == 0
+    assert judge.match_latents(codes_of(a), codes_of(a[rng.permutation(400)])).max() < 0.3
+    assert len(judge.match_latents(codes_of(np.zeros((9, 3))), codes_of(np.zeros((9, 3))))) == 0
 
 
 def test_separation_of_class_means_by_hand():
@@ -1000,9 +1002,9 @@ def test_a_constant_map_is_no_prediction_and_a_bright_square_its_own_mask():
 
 
 def test_words_add_up_their_pieces_and_small_ones_are_hidden():
-    pieces = [None, (0, "eosinophil"), (0, "eosinophil"), (1, "in"), (2, "fat"), None]
-    assert judge.word_scores([9., 1., 3., 0.3, 1., 9.], pieces) == [("eosinophil", 1.), ("in", 0.), ("fat", 0.25)]
-    assert judge.word_scores([0.] * 6, pieces) == [("eosinophil", 0.), ("in", 0.), ("fat", 0.)]
+    pieces = [(0, "eosinophil"), (0, "eosinophil"), (1, "in"), (2, "fat")]
+    assert judge.word_scores([1., 3., 0.3, 1.], pieces) == [("eosinophil", 1.), ("in", 0.), ("fat", 0.25)]
+    assert judge.word_scores([0.] * 4, pieces) == [("eosinophil", 0.), ("in", 0.), ("fat", 0.)]
 
 
 

@@ -1493,7 +1493,7 @@ def test_single_latents_are_drawn_where_they_are_most_active_and_by_grad_cam_wit
         model, x = model.eval(), torch.randn(2, 3, size, size)
         cam_layer = functools.partial(ssm.cam_layer, model)
         heat, _ = judge.heat_maps(model, x, lambda f: f[:, 5], cam_layer)
-        np.testing.assert_array_equal(heat, judge.grad_cam(model.features, *cam_layer(x), x, lambda out: out[:, 5]))
+        np.testing.assert_array_equal(heat, judge.grad_cam(model.features, *cam_layer(x), x, lambda out: out[:, 5])[0])
         silent, zero = judge.heat_maps(model, x, lambda f: 0 * f[:, 5], cam_layer)
         assert heat.shape == (2, side, side) and heat.max() == 1 and not silent.any() and not zero.any()
 
@@ -2396,7 +2396,7 @@ def test_explain_shows_the_output_that_was_asked_for(pictures, tmp_path):
             "--label", label, "--out", out)
         name, = (f for f in os.listdir(out) if f.startswith("a_0_"))
         maps.append(np.asarray(Image.open(out / name)))
-        heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, lambda out: out[:, label])
+        heat, _ = judge.grad_cam(model, *ssm.cam_layer(model, x), x, lambda out: out[:, label])
         assert np.array_equal(maps[-1], np.asarray(judge.overlay(picture, heat[0])))
     assert not np.array_equal(*maps)
 
