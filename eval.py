@@ -1261,14 +1261,14 @@ def write_whole(path, write):
 
 # -- Features judged by a classifier: k nearest neighbours, linear probe (thesis 3.2.3) ------------
 
-def knn(train, labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None):
+def knn(train, labels, test, n_classes, ks=(10, 20, 100, 200), temperature=0.07):
     """Votes of the k nearest neighbours by cosine, weighted by exp(similarity / temperature) as in
     DINO: dict k -> (n, C), rows summing to 1. k larger than the training set is cut to it."""
     near, similarity = nearest(test, train, max(ks))
     weight, out = np.exp((similarity - similarity[:, :1]) / temperature), {}
     for k in ks:
         votes = np.stack([(weight * (labels[near] == c))[:, :k].sum(1)
-                          for c in range(n_classes or labels.max() + 1)], 1)
+                          for c in range(n_classes)], 1)
         out[k] = votes / votes.sum(1, keepdims=True)
     return out
 
@@ -1299,11 +1299,10 @@ def auc(positive, score):
     return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(rank) - n)))
 
 
-def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
+def logistic_fit(x, labels, n_classes, strength=1.):
     """Multinomial logistic regression on standardised features by L-BFGS: the summed loss plus
     ||W||^2 / (2 strength); of labels (n, C) bool one for each. Returns weights (d, C), biases (C,)
     for the features as they are."""
-    n_classes = n_classes or int(labels.max()) + 1
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
     std[std <= 1.2e-7 * mean.abs()] = 1                      # constant up to float32's rounding
@@ -1311,7 +1310,7 @@ def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     y, loss_of = (y.long(), torch.nn.functional.cross_entropy) if y.ndim == 1 else (
         y.double(), torch.nn.functional.binary_cross_entropy_with_logits)
     W = torch.zeros(x.shape[1] + 1, n_classes, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
+    optimiser = torch.optim.LBFGS([W], max_iter=200, history_size=20, tolerance_grad=1e-6,
                                   line_search_fn="strong_wolfe")
 
     def closure():
@@ -1326,7 +1325,7 @@ def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     return slope.numpy(), (W[-1] - mean @ slope).numpy()
 
 
-def logistic_probe(train, labels, test, n_classes=None, strength=1.):
+def logistic_probe(train, labels, test, n_classes, strength=1.):
     """Probabilities (n, C) of `test` by `logistic_fit` on `train`."""
     W, b = logistic_fit(train, labels, n_classes, strength)
     return torch.softmax(torch.as_tensor(np.asarray(test, np.float64) @ W + b), 1).numpy()
@@ -1364,7 +1363,7 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
     for y in tasks:
         given = x_train, y[rows[0]], x_test
         ways = {"linear": linear(*given, n_classes)} if linear else {}
-        ways.update({f"{k}-NN": p for k, p in knn(*given, ks, n_classes=n_classes).items()})
+        ways.update({f"{k}-NN": p for k, p in knn(*given, n_classes, ks).items()})
         each.append({way: scores(y[rows[1]], p) for way, p in ways.items()})
     return {way: {key: _mean(one[way][key] for one in each) for key in each[0][way]}
             for way in each[0]}
@@ -1380,13 +1379,7 @@ def pool_tokens(code, T=1, tau=0.):
     return (group @ code).tocsr() / T, (group @ (code > tau).astype(np.float32)).tocsr()
 
 
-def label_entropy(weight):
-    """Entropy (nats) of rows of weights (L, C): 0 of one label, ln C of C alike, NaN of zeros."""
-    with np.errstate(invalid="ignore"):
-        return scipy.stats.entropy(weight, axis=1) + 0.      # not -0
-
-
-def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
+def latent_table(strength, count, labels=None, top=10, weighted=False, known=slice(None)):
     """What each latent is, from `pool_tokens`' strength and count (n, L): a dict of arrays (L,).
 
     frequency   share of samples in which any token is active
@@ -1400,23 +1393,23 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     label, purity   the most frequent label among the active samples, -1 for none, and its share
     """
     n, active = strength.shape[0], strength.getnnz(axis=0)
-    with np.errstate(invalid="ignore"):
-        mean = np.asarray(strength.sum(0)).ravel() / active
+    mean = np.ravel(strength.sum(0)) / np.where(active, active, np.nan)
     # strength decides between equal counts
     score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))
     references = top_samples((score if weighted else score + count).tocsr(), top)
     out = {"frequency": active / n, "mean": mean, "references": references}
     if labels is None or not labels.shape[1]:
         return out
-    known = np.ones(n, bool) if known is None else known
-    told = np.c_[labels, ~labels.any(1)] & known[:, None]                     # (n, C + 1)
+    told = np.c_[labels, ~labels.any(1)]                     # (n, C + 1)
     weight, used = label_counts(strength, told, None, known)
     seen = weight[:, :-1]
     if weighted:
         best = references.astype(bool).multiply(strength.T).tocsr()
-        weight = np.asarray(best @ told.astype(float))
+        weight = best[:, known] @ told[known].astype(float)
         weight[np.diff(references.indptr) < top] = 0
-    return {**out, "entropy": label_entropy(weight), "purity": seen.max(1) / np.maximum(used, 1),
+    with np.errstate(invalid="ignore"):                      # NaN of zeros
+        entropy = scipy.stats.entropy(weight, axis=1) + 0.   # not -0
+    return {**out, "entropy": entropy, "purity": seen.max(1) / np.maximum(used, 1),
             "label": np.where(seen.any(1), seen.argmax(1), -1)}
 
 
@@ -1540,10 +1533,10 @@ def intervention(strength, effect, base, y, means, ks=KS):
     return out
 
 
-def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
+def bootstrap_auc(y, score, groups, rounds=1000, seed=0):
     """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool, whole groups (n,), patients, drawn."""
     rng, found = np.random.default_rng([seed, 6]), []
-    _, member = np.unique(np.arange(len(y)) if groups is None else groups, return_inverse=True)
+    _, member = np.unique(groups, return_inverse=True)
     for _ in range(rounds):
         drawn = rng.integers(member.max() + 1, size=member.max() + 1)
         rows = np.repeat(np.arange(len(y)), np.bincount(drawn, minlength=len(drawn))[member])
@@ -1720,12 +1713,11 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
         "features": full, "latents": score(code[:, alive]) if small else None, "chance": chance}}
 
 
-def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
+def retrieval_fidelity(dense, code, y, groups, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? Rows of the same group are no
     neighbours. A list with, for each k: the overlap of the two lists and, with labels y (n,) int,
     the share of hits with the query's: sparse, dense, by chance among the same candidates."""
-    groups, rows = np.arange(len(dense)) if groups is None else groups, []
-    groups = np.unique(groups, return_inverse=True)[1]
+    groups, rows = np.unique(groups, return_inverse=True)[1], []
     lists = {name: nearest(x, x, max(ks), (groups, groups))[0]
              for name, x in (("sparse", code), ("dense", dense))}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
