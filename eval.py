@@ -1218,45 +1218,35 @@ def strongest_tokens(code, T):
 
 # -- Files, whole or not at all ------------------------------------------------------------------
 
-def write_json(path, value):
-    """NaN is refused, since JSON has none."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path, text):
-    """UTF-8; half a character, as a file's name may have it, is written as its number."""
-    write_whole(path, lambda f: f.write(text.encode(errors="backslashreplace")))
-
-
-def write_torch(path, state):
-    write_whole(path, lambda f: torch.save(state, f))        # of a name, the name is in the bytes
-
-
-def write_npz(path, arrays):
-    write_whole(path, lambda f: np.savez(f, **arrays))
-
-
-def save_picture(path, image):
-    write_whole(path, lambda f: image.save(f, "PNG"))
-
-
-def write_whole(path, write):
-    """write(f) to a binary file of a temporary name, then renamed: a run that is killed and a write
-    that fails, as on a full disk, leave the old file or none. The name is fresh, so that no file
-    and no link of others is written to. Raises OSError."""
+def write_whole(write, path, content):
+    """write(f, content) to a binary file of a temporary name, then renamed: a run that is killed
+    and a write that fails, as on a full disk, leave the old file or none. The name is fresh, so
+    that no file and no link of others is written to. Raises OSError."""
     if os.path.exists(path) and not os.path.isfile(path):    # not in the place of /dev/null
         raise OSError(errno.EEXIST, "not a plain file", path)
     temporary = f"{path}.{os.urandom(8).hex()}.tmp"
     f = open(temporary, "xb")
     try:
         with f:
-            write(f)
+            write(f, content)
         os.replace(temporary, path)
     except BaseException as e:
         os.remove(temporary)
         if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):
             raise e.__context__                              # torch's words hide the system's
         raise
+
+
+# Each is called with a path and what to write there. Of text, half a character, as a file's name
+# may have it, is written as its number; NaN is no JSON, and refused; torch, which would put a path
+# into the bytes, gets none.
+write_text = functools.partial(
+    write_whole, lambda f, text: f.write(text.encode(errors="backslashreplace")))
+write_json = functools.partial(write_whole, lambda f, value: f.write(
+    (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()))
+write_torch = functools.partial(write_whole, lambda f, state: torch.save(state, f))
+write_npz = functools.partial(write_whole, lambda f, arrays: np.savez(f, **arrays))
+save_picture = functools.partial(write_whole, lambda f, image: image.save(f, "PNG"))
 
 
 # -- Features judged by a classifier: k nearest neighbours, linear probe (thesis 3.2.3) ------------
@@ -1374,9 +1364,8 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
 def pool_tokens(code, T=1, tau=0.):
     """Codes of tokens, CSR (n * T, L), -> of samples, both CSR (n, L): the mean over a sample's T
     tokens, and the number of its tokens above tau (CytoSAE Eq. 3-4, a_i)."""
-    N = code.shape[0]
-    group = sp.csr_matrix((np.ones(N, np.float32), np.arange(N), np.arange(0, N + 1, T)))
-    return (group @ code).tocsr() / T, (group @ (code > tau).astype(np.float32)).tocsr()
+    group = sp.kron(sp.eye(code.shape[0] // T), np.ones((1, T)), "csr").astype(np.float32)
+    return group @ code / T, group @ (code > tau).astype(np.float32)
 
 
 def latent_table(strength, count, labels=None, top=10, weighted=False, known=slice(None)):
@@ -1562,13 +1551,12 @@ def localisation(latents, heats, truth, iou=0.25):
 
     heats: of each picture (len(latents), h, w); truth: of each picture its true boxes.
     """
-    found, out = [list(map(heat_boxes, maps)) for maps in heats], []
+    found = [list(map(heat_boxes, maps)) for maps in heats]
     there = [i for i, boxes in enumerate(truth) if boxes]
-    for j, mine in zip(latents, zip(*found)):
-        present = [mine[i] for i in there], [truth[i] for i in there]
-        out.append({"latent": int(j), "AP": average_precision(mine, truth, iou),
-                    "AP, pictures with boxes": average_precision(*present, iou)})
-    return out
+    return [{"latent": int(j), "AP": average_precision(mine, truth, iou),
+             "AP, pictures with boxes": average_precision(
+                 [mine[i] for i in there], [truth[i] for i in there], iou)}
+            for j, mine in zip(latents, zip(*found))]
 
 
 def heat_boxes(heat, side=224, percentile=95.):
