@@ -242,10 +242,7 @@ def logistic_1d(x, y):
         gradient = ((p - y)[..., None] * X).sum(-2) + line * [1, 0]
         curvature = np.swapaxes(X, -1, -2) @ (X * (p * (1 - p))[..., None])
         move = np.linalg.solve(curvature + np.diag([1, 1e-12]), gradient[..., None])[..., 0]
-        for _ in range(40):
-            worse = cost(line - move) > now + 1e-12 * np.abs(now)
-            if not worse.any():
-                break
+        while (worse := cost(line - move) > now + 1e-12 * np.abs(now)).any():
             move = np.where(worse[..., None], move / 2, move)
         line = line - move
         if np.abs(gradient).max(initial=0) < 1e-9:
@@ -343,7 +340,7 @@ def probe(code, tasks, binary=True, chosen=None):
             "within": float(Z95 * np.linalg.norm(moved))}
 
 
-# -- Retrieval -----------------------------------------------------------------------------------
+# -- Retrieval, and planted truth ----------------------------------------------------------------
 
 def ridge(X, Y, strengths):
     """Yields (W, intercept) of ridge: Y (n, m) on X (n, d), strengths in mean eigenvalues of X."""
@@ -421,8 +418,6 @@ def retrieval(features, here=()):
                                   "R@1 within": float(high - low) / 2}
     return out
 
-
-# -- Planted truth -------------------------------------------------------------------------------
 
 def recovery(dictionaries, truth, threshold=0.9):
     """How many planted concepts a model found: stream -> (L, d) learned and (C, d) true directions.
@@ -1440,14 +1435,6 @@ def barcodes(count, groups, y):
     return names, (share @ count).tocsr().astype(np.float32), label
 
 
-def differential(difference):
-    """The 50 latents more active in one class than in another, and the reverse, by the difference
-    (L,) of their class means a_d."""
-    order = np.argsort(-difference, kind="stable")
-    most, least = order[:50], order[::-1][:50]
-    return most[difference[most] > 0], least[difference[least] < 0]
-
-
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
     """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of
     mean activation >= 10^t.
@@ -1470,7 +1457,8 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
 
 def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
     """Tell of barcodes (P, L) CSR with labels y (P,) the class means a_d, how well they classify
-    (`barcode_f1` of `mean` and `folds`), and in which latents two labels differ; returns a_d."""
+    (`barcode_f1` of `mean` and `folds`), and in which 50 latents two labels, `pair`, differ most;
+    returns a_d."""
     means, there = class_means(codes, y), np.unique(y)
     found = page.metrics["barcodes"] = {"groups": len(y)}
     if len(there):
@@ -1484,8 +1472,10 @@ def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
             f"Logistic regression on barcodes: {len(y)} groups, {len(folds)} stratified folds")
     if len(pair):
         difference = np.subtract(*means[np.searchsorted(there, pair)])
-        found["differential"] = {names[c]: latents.tolist()
-                                 for c, latents in zip(pair, differential(difference))}
+        order = np.argsort(-difference, kind="stable")
+        more, less = order[:50], order[::-1][:50]
+        found["differential"] = {names[pair[0]]: more[difference[more] > 0].tolist(),
+                                 names[pair[1]]: less[difference[less] < 0].tolist()}
         page.table(["more active in", "latents (difference of the mean count)"], [
             [name, " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
             for name, v in found["differential"].items()])
@@ -1500,18 +1490,17 @@ def class_means(strength, y):
     return np.reshape(means, (-1, strength.shape[1]))
 
 
-KS = 0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000      # all below L, and L
-
-
-def intervention(strength, effect, base, y, means, ks=KS):
+def intervention(strength, effect, base, y, means, ks=(
+        0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)):
     """AUC after keeping only, and after silencing, the union of the k top latents of both classes
-    (Mammo-SAE Eq. 3-4): a list of {"k", "latents" kept or silenced, "keep", "silence"}.
+    (Mammo-SAE Eq. 3-4), for the k below L, and L: a list of {"k", "latents" kept or silenced,
+    "keep", "silence"}.
 
     strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head
     commute, so that what an intervention at every position does to the score is
     score = base + sum_j z_j effect_j over the latents that are left.
-    effect (L,): dictionary row times head; base: the head's score of the decoder's bias.
-    means (2, L) of `class_means`.
+    effect (L,): dictionary row times head; base: the head's score of the decoder's bias; means
+    (2, L) of the classes.
     """
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in sorted({min(k, len(effect)) for k in (*ks, len(effect))}):
@@ -2025,9 +2014,8 @@ def word_table(examples):
     `here` (is it?) and `words`; a concept that moves nothing is absent, or its latents silent."""
     parts = []
     for e in examples:
-        shown = " ".join(f'<span style="background:rgba(197,48,48,{score:.2f})">{html.escape(word)}'
-                         "</span>" + f"<sub>{score:.2f}</sub>" * (score > 0)
-                         for word, score in e["words"])
+        shown = " ".join(f'<span style="--level:-{score:.2f}">{html.escape(word)}</span>'
+                         + f"<sub>{score:.2f}</sub>" * (score > 0) for word, score in e["words"])
         moved = any(score for _, score in e["words"])
         told = "" if moved else f" <b>{'silent' if e['here'] else 'absent'}</b>"
         parts.append(f"<p><b>{html.escape(e['concept'])}</b>: {shown}{told}</p>")

@@ -642,9 +642,9 @@ def test_barcodes_are_means_over_a_patients_images_and_differential_latents_thos
     mixed, none = (judge.barcodes(count, np.array([0, 0, 1]), np.array(y))[2] for y in ([1, 0, 0], [-1, -1, -1]))
     assert mixed.tolist() == [-1, 0] and none.tolist() == [-1, -1]
     np.testing.assert_allclose(codes.toarray(), [[3, 0, 1], [0, 6, 1]])
-    means = judge.class_means(codes, np.array([0, 1]))
-    first, second = judge.differential(means[0] - means[1])
-    assert first.tolist() == [0] and second.tolist() == [1]
+    page = judge.Page("")
+    judge.tell_barcodes(page, codes, np.array([0, 1]), np.array(["a", "b"]), np.ones(3), pair=(0, 1))
+    assert page.metrics["barcodes"]["differential"] == {"a": [0], "b": [1]}
 
 
 def test_weighted_f1_by_hand_and_barcodes_of_two_diseases_are_told_apart_until_their_latent_is_removed():
