@@ -93,9 +93,7 @@ def top_samples(code, top=TOP):
 def label_counts(code, labels, top=TOP, known=slice(None)):
     """How often each label occurs among each latent's `top` samples (all active ones if None):
     counts (L, C), and the number of samples behind them (L,), 0 where a latent is not active.
-
-    labels (n, C) bool; known (n,) bool: which samples were labelled and so count, by default all.
-    """
+    labels (n, C) bool; known (n,) bool: the samples that count, those that were labelled."""
     best = top_samples(code[known], top)
     best.data[:] = 1
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
@@ -201,7 +199,7 @@ def reconstruction(blocks):
     return out
 
 
-def linear_baseline(train, test, targets=None, strengths=10. ** np.arange(-6, 3)):
+def linear_baseline(train, test, targets=None):
     """How much of stream t, any or one of `targets`, a linear map from stream s explains: R^2 on
     `test`, {t: {s: value}}, s != t. A code may pass it.
 
@@ -209,6 +207,7 @@ def linear_baseline(train, test, targets=None, strengths=10. ** np.arange(-6, 3)
     a pair the samples count that have both. Ridge regression with an intercept; its strength is
     the one that predicts every tenth training row best from the other rows.
     """
+    strengths = 10. ** np.arange(-6, 3)
     out = {t: {s: None for s in train if s != t} for t in targets or train}
     for t, s in [(t, s) for t, row in out.items() for s in row]:
         both = ~np.isnan(train[s][:, 0] + train[t][:, 0])
@@ -258,10 +257,8 @@ def log_loss(w, b, x, y):
 
 def stratified_split(y, held_out, seed, groups=None):
     """Split positions 0..n-1 in two, classes in proportion: (kept, held out), with the sizes and
-    draws of scikit-learn's StratifiedShuffleSplit, so that splits are the published ones.
-
-    With groups (n,), whole groups are split so, each counted as the highest class of its samples.
-    """
+    draws of scikit-learn's StratifiedShuffleSplit, so that splits are the published ones; or whole
+    groups (n,), each counted as the highest class of its samples."""
     if groups is not None:
         member = np.unique(groups, return_inverse=True)[1]
         kind = np.zeros(member.max() + 1, int)
@@ -371,10 +368,8 @@ def cosines(query, reference, block=1024):
 
 def nearest(query, reference, n, groups=None, block=1024):
     """The n most similar references (cosine) of each query, best first: rows, similarities (q, n).
-
     query (q, d), reference (m, d), both dense or both CSR; at most m are found. groups: (q,), (m,);
-    references of the query's own group do not count: row -1, similarity -inf where none is left.
-    """
+    references of the query's own group do not count: row -1, similarity -inf where none is left."""
     n, rows, values = min(n, reference.shape[0]), [], []
     for start, similar in cosines(query, reference, block):
         if groups is not None:
@@ -390,21 +385,17 @@ def nearest(query, reference, n, groups=None, block=1024):
 
 def retrieval_ranks(query, reference, block=1024):
     """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
-
-    A tie counts against the query: rank = number of references at least as similar. So an all-zero
-    code, which is equally far from everything, ranks last.
-    """
+    A tie counts against the query, so that an all-zero code, equally far from everything, ranks
+    last."""
     return np.concatenate([(similar >= similar[:, start:].diagonal()[:, None]).sum(1)
                            for start, similar in cosines(query, reference, block)])
 
 
 def retrieval(features, here=()):
     """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR, R@1
-    within}}, from {stream: (n, d)}; only streams of one width are compared.
-
-    here: {stream: (n,) bool} of those with gaps; queries and gallery are the samples that have
-    both. MedR is the lower median. R@k depends on n: compare only galleries of one size.
-    """
+    within}}, from {stream: (n, d)}; only streams of one width are compared. here: {stream: (n,)
+    bool} of those with gaps; queries and gallery are the samples that have both. MedR is the lower
+    median. R@k depends on n: compare only galleries of one size."""
     out, here = {}, {s: np.ones(x.shape[0], bool) for s, x in features.items()} | dict(here)
     for s, t in itertools.permutations(features, 2):
         both = here[s] & here[t]
@@ -419,18 +410,16 @@ def retrieval(features, here=()):
     return out
 
 
-def recovery(dictionaries, truth, threshold=0.9):
+def recovery(dictionaries, truth):
     """How many planted concepts a model found: stream -> (L, d) learned and (C, d) true directions.
-
-    As many as can have a latent of their own with cosine >= `threshold`, of those that the stream
-    sees; `same latent`: that is near in all streams at once, of those that every stream sees.
-    """
+    As many as can have a latent of their own with cosine >= 0.9, of those that the stream sees;
+    `same latent`: that is near in all streams at once, of those that every stream sees."""
     cosine = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T
               for s, D in dictionaries.items()}              # (C, L)
     seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
-    near = {s: (c >= threshold)[seen[s]] for s, c in cosine.items()}
+    near = {s: (c >= 0.9)[seen[s]] for s, c in cosine.items()}
     if len(cosine) > 1:
-        everywhere = np.minimum.reduce(list(cosine.values())) >= threshold
+        everywhere = np.minimum.reduce(list(cosine.values())) >= 0.9
         near["same latent"] = everywhere[np.logical_and.reduce(list(seen.values()))]
     return {s: {"found": int(v[scipy.optimize.linear_sum_assignment(v, maximize=True)].sum()),
                 "of": len(v)} for s, v in near.items()}
@@ -508,12 +497,8 @@ MEANING = {name: f"{told}; {way} is better" for way, table in (("higher", HIGHER
 
 
 def verdict(metrics, again=None):
-    """Three plain sentences on a run: {"learned", "trust", "next", "level"}, level 0 good, 1 with
-    care, 2 not to be trusted.
-
-    metrics: of a run, its blocks as `headline` reads them, "null" where it was trained. again: how
-    to add the null, if one can.
-    """
+    """Three plain sentences on the metrics of a run: {"learned", "trust", "next", "level"}, level 0
+    good, 1 with care, 2 not to be trusted. again: how to add the null, if one can."""
     own = {mode: {s: row[s] for s, row in metrics[mode]["r2"].items() if row[s] is not None}
            for mode in ("joint", "alone") if mode in metrics}
     mean = {mode: _mean(v.values()) for mode, v in own.items()}
@@ -675,10 +660,8 @@ COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 def svg_lines(series, x_label, y_label, x_names=None, log=False, zero=True):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
-
     x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
-    0. zero: the y axis starts at 0 or below.
-    """
+    0. zero: the y axis starts at 0 or below."""
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
@@ -1340,10 +1323,8 @@ def label_tasks(labels, *parts):
 
 def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10, 20, 100, 200)):
     """How well features tell labels apart: {"linear", "20-NN", ...: `scores`, means over tasks}.
-
-    tasks: from `label_tasks`; rows: those of x_train and of x_test; linear: a probe, called with
-    (features to learn from, their labels, features to test on, n_classes), or None.
-    """
+    tasks: from `label_tasks`; rows: those of x_train and of x_test; linear: None, or a probe like
+    `logistic_probe`."""
     each = []
     for y in tasks:
         given = x_train, y[rows[0]], x_test
@@ -1421,12 +1402,10 @@ def latent_chart(lines, interest, unit, most=100):
 
 
 def barcodes(count, groups, y):
-    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts, by the number
-    of the samples as the equation says (the published code divides by the number of latents).
-
-    y (n,) int: the samples' labels, negative where unknown. Returns names (P,), CSR (P, L) and the
-    label (P,) that all known samples of a group have, -1 where there is none, or there are several.
-    """
+    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts (the published
+    code divides by the number of latents). y (n,) int: the samples' labels, negative where unknown.
+    Returns names (P,), CSR (P, L) and the label (P,) that all known samples of a group have, -1
+    where there is none, or there are several."""
     names, member = np.unique(groups, return_inverse=True)
     share = sp.csr_matrix((1 / np.bincount(member)[member], (member, np.arange(len(member)))))
     told = np.zeros((len(names), max(y.max(), 0) + 1), bool)
@@ -1437,11 +1416,8 @@ def barcodes(count, groups, y):
 
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
     """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of
-    mean activation >= 10^t.
-
-    parts: the test rows of each fold. The penalty is the paper's, C = (number of classes) *
-    (training samples) / 100. Returns dict t -> {"latents", "f1": one value a fold}.
-    """
+    mean activation >= 10^t: dict t -> {"latents", "f1": one value a fold}. parts: the test rows of
+    each fold. The penalty is the paper's, C = (number of classes) * (training samples) / 100."""
     out = {}
     for t in exponents:
         used, found = np.flatnonzero(np.nan_to_num(mean) >= 10. ** t), []
@@ -1536,10 +1512,8 @@ def in_boxes(boxes, grid):
 
 def localisation(latents, heats, truth, iou=0.25):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
-    list of {"latent", "AP", "AP, pictures with boxes": on those alone}.
-
-    heats: of each picture (len(latents), h, w); truth: of each picture its true boxes.
-    """
+    list of {"latent", "AP", "AP, pictures with boxes": on those alone}. heats: of each picture
+    (len(latents), h, w); truth: of each picture its true boxes."""
     found = [list(map(heat_boxes, maps)) for maps in heats]
     there = [i for i, boxes in enumerate(truth) if boxes]
     return [{"latent": int(j), "AP": average_precision(mine, truth, iou),
@@ -1574,12 +1548,9 @@ def box_iou(a, b):
 
 
 def average_precision(found, truth, iou=0.25):
-    """Area under the precision-recall curve, made non-increasing; None without true boxes.
-
-    found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of
-    boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
-    has no partner yet.
-    """
+    """Area under the precision-recall curve, see `curve_area`. found: for each picture a list of
+    (score, x0, y0, x1, y1); truth: for each picture a list of boxes. Best score first, a box is
+    right when its best-overlapping true box reaches `iou` and has no partner yet."""
     taken, right = set(), []
     boxes = [(b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes]
     for _, picture, box in sorted(boxes, key=lambda v: -v[0]):
@@ -1639,11 +1610,9 @@ def deviations(code):
 
 def select_latents(code, y, n):
     """The n latents that tell the classes y (rows,) apart together, in order of choice (n,):
-    orthogonal matching pursuit. To be called with training rows only.
-
-    Each time the latent whose standardised column explains most of what is left of the classes'
-    indicators is taken, among the 1,000 whose class means differ most, in standard deviations.
-    """
+    orthogonal matching pursuit. To be called with training rows only. Each time the latent whose
+    standardised column explains most of what is left of the classes' indicators is taken, among
+    the 1,000 whose class means differ most, in standard deviations."""
     differ = class_means(code, y).std(0) / deviations(code)
     few = np.sort(np.argsort(-differ, kind="stable")[:1000])
     Z, chosen = _standard_columns(code, few), []
@@ -1849,10 +1818,7 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
     """The latents J of each label (thesis 5.4.4, A.3), a list of C arrays: those active with it in
     `least` training samples or more, counted over all streams together; and of them those that have
     it in at least half of their samples, else the 10 with the largest share (ours: the count alone
-    picks latents that fire for everything).
-
-    codes: {stream: CSR (n, L)}, labels (n, C) bool, known (n,) bool: the samples that count.
-    """
+    picks latents that fire for everything). labels, known: as in `label_counts`."""
     found = [label_counts(code, labels, None, known) for code in codes.values()]
     with_label, total = (sum(v) for v in zip(*found))        # (L, C), (L,)
     out = []
@@ -1880,8 +1846,7 @@ def weighted_code(code, weight):
 
 def concept_scores(code, names, J, alive, seed=0):
     """What a map of a label may be a map of (thesis Table 5.4), and as many random others of the
-    living latents: {target: (score(features (B, d), labels (B,)) -> (B,), labels it can be asked
-    for)}.
+    living latents: {target: (score(features (B, d), labels (B,)) -> (B,), its labels)}.
 
     code(features) -> (B, L) of the stream alone; names (C, L): the codes of the labels' names; J:
     of `concept_latents`; alive: numbers of the latents active in training.
