@@ -1088,10 +1088,8 @@ def packed_rows(*matrices):
 def by_rank(codes, n):
     """All n samples, those first that rank highest for any latent of the codes (n, L): in any
     number of the first every latent keeps its top samples, as far as these can be so many."""
-    rank = np.full(n, n + 1)
-    for code in codes:
-        best = top_samples(code, None)
-        np.minimum.at(rank, best.indices, best.data)
+    rank, ranks = np.full(n, n + 1), sp.vstack([top_samples(code, None) for code in codes])
+    np.minimum.at(rank, ranks.indices, ranks.data)
     return np.argsort(rank, kind="stable")
 
 
@@ -1669,8 +1667,7 @@ def retrieval_fidelity(dense, code, y, groups, ks=(1, 5, 10)):
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
     lists = {name: v[enough] for name, v in lists.items()}
     if y is not None:                                        # what guessing among them finds
-        both = np.zeros((y.max() + 1, groups.max() + 1))
-        np.add.at(both, (y, groups), 1)
+        both = sp.coo_matrix((np.ones(len(y)), (y, groups))).toarray()       # (C, groups), counts
         chance = (both.sum(1)[y] - both[y, groups]) / np.maximum(len(y) - both.sum(0)[groups], 1)
     for k in ks if enough.any() else ():
         both = [len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())]
@@ -1742,11 +1739,9 @@ def relevancy(attention, target):
 def grad_cam(model, layer, to_map, x, score=None):
     """Grad-CAM (Selvaraju et al. 2017; thesis 3.2.4): where the output of `layer` raises the score,
     (B, h, w) in 0..1, and the scores. A channel weighs as much as its mean gradient; negative sums
-    are cut to 0.
-
-    to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output (B, C)) -> (B,),
-    by default the largest: a class with a head, a feature dimension without one (as Vim4Path did).
-    """
+    are cut to 0. to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output
+    (B, C)) -> (B,), by default the largest: a class with a head, a feature dimension without one
+    (as Vim4Path did)."""
     kept = []
     hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
     with hook, torch.enable_grad():
@@ -1772,11 +1767,9 @@ def kept_attention(model):
 
 def heat_maps(backbone, x, score, cam_layer):
     """What in pictures x (B, 3, H, W) raises score(features (B, d)) -> (B,): relevancy of their
-    patches (B, rows, columns), Grad-CAM where there is no attention; and the scores.
-
-    backbone.features(x) -> (B, d), backbone.patch: a patch's side in pixels; cam_layer(x) ->
-    (layer, to_map) of `grad_cam`. A picture whose score nothing moves gets all 0.
-    """
+    patches (B, rows, columns), Grad-CAM where there is no attention; and the scores. A picture
+    whose score nothing moves gets all 0. backbone.features(x) -> (B, d), backbone.patch: a patch's
+    side in pixels; cam_layer(x) -> (layer, to_map) of `grad_cam`."""
     layers = kept_attention(backbone)
     if not layers:
         return grad_cam(backbone.features, *cam_layer(x), x, score)
@@ -1789,7 +1782,6 @@ def heat_maps(backbone, x, score, cam_layer):
 
 def word_heat(clip, words, text, score):
     """[(word, relevance)] of a text for score(its feature (1, d)), as `heat_maps` for pictures.
-
     clip: encode_text(tokens), its `transformer` and `config`; words, its tokenizer: pieces(text),
     words([text], context) -> (1, T) tokens. Words that it does not know are left out."""
     layers, context = kept_attention(clip.transformer), clip.config["context"]
@@ -1998,23 +1990,18 @@ def _standard_columns(code, latents):
     return np.where(varies, c / np.maximum(length, 1e-30), 0)
 
 
-def match_latents(a, b):
-    """Correlations (P,) of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of
-    the same samples (Hungarian). Latents active in fewer than 5 samples are left out, and of more
-    than 4,096 the less frequent: the assignment takes their cube."""
-    kept = []
-    for active in (a.getnnz(axis=0), b.getnnz(axis=0)):
-        often = np.argsort(-active, kind="stable")[:min(4096, (active >= 5).sum())]
-        kept.append(np.sort(often))
-    r = _standard_columns(a, kept[0]).T @ _standard_columns(b, kept[1])
+def latent_correlations(a, b, same):
+    """Correlations (P,) of pairs of latents of two codes (n, L_a), (n, L_b) of the same samples:
+    of latent j with latent j if they are the `same`, else of the best one-to-one pairing
+    (Hungarian). Latents active in fewer than 5 samples are left out, and of more than 4,096 to be
+    paired the less frequent: the assignment takes their cube."""
+    active = [code.getnnz(axis=0) for code in (a, b)]
+    if same:
+        both = np.minimum(*active) >= 5
+        return (_standard_columns(a, both) * _standard_columns(b, both)).sum(0)
+    i, j = (np.sort(np.argsort(-n, kind="stable")[:min(4096, (n >= 5).sum())]) for n in active)
+    r = _standard_columns(a, i).T @ _standard_columns(b, j)
     return r[scipy.optimize.linear_sum_assignment(-r)]
-
-
-def index_correlations(a, b):
-    """Correlation of latent j of one code with latent j of the other, for those active in 5 samples
-    or more in both."""
-    both = (a.getnnz(axis=0) >= 5) & (b.getnnz(axis=0) >= 5)
-    return (_standard_columns(a, both) * _standard_columns(b, both)).sum(0)
 
 
 def latents_in_common(r):

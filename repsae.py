@@ -1747,7 +1747,7 @@ def cmd_compare(flags):
     found, shuffled = [], np.random.default_rng([a.flags.seed, 12]).permutation(len(rows))
     for name, (x, y) in codes.items():
         for what, z in ((name, y), (f"{name}, samples shuffled", y[shuffled])):
-            r = judge.index_correlations(x, z) if "same" in name else judge.match_latents(x, z)
+            r = judge.latent_correlations(x, z, "same" in name)
             found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
     page.table(*judge.columns(found), key="shared")
     return page.metrics["shared"]

@@ -782,7 +782,7 @@ def test_what_varies_only_by_rounding_is_constant_and_has_no_number():
     code = codes_of(np.c_[tenth, np.maximum(x, 0)])
     chosen = judge.select_latents(code, y, 9)
     assert chosen[0] == 2 and len(chosen) == 3
-    assert judge.index_correlations(code, code).tolist() == pytest.approx([0, 0, 1, 1, 1])
+    assert judge.latent_correlations(code, code, True).tolist() == pytest.approx([0, 0, 1, 1, 1])
 
 
 def test_there_is_a_dash_where_there_is_nothing_to_measure():
@@ -900,11 +900,12 @@ def test_latents_are_paired_by_activation_whatever_their_order_and_shuffled_samp
     rng = np.random.default_rng(0)
     a = rng.random((400, 8)) * (rng.random((400, 8)) < 0.3)
     order = rng.permutation(8)
-    r = judge.match_latents(codes_of(a), codes_of(2 * a[:, order]))
+    r = judge.latent_correlations(codes_of(a), codes_of(2 * a[:, order]), False)
     assert len(r) == 8 and r.min() > 0.999                   # pairs of any other are below 0.3
-    np.testing.assert_allclose(judge.index_correlations(codes_of(a), codes_of(a)), 1)
-    assert judge.match_latents(codes_of(a), codes_of(a[rng.permutation(400)])).max() < 0.3
-    assert len(judge.match_latents(codes_of(np.zeros((9, 3))), codes_of(np.zeros((9, 3))))) == 0
+    np.testing.assert_allclose(judge.latent_correlations(codes_of(a), codes_of(a), True), 1)
+    assert judge.latent_correlations(codes_of(a), codes_of(a[rng.permutation(400)]), False).max() < 0.3
+    nothing = codes_of(np.zeros((9, 3)))
+    assert all(len(judge.latent_correlations(nothing, nothing, same)) == 0 for same in (True, False))
 
 
 def test_separation_of_class_means_by_hand():

@@ -1252,7 +1252,7 @@ def test_a_run_has_all_latents_in_common_with_itself_and_fewer_with_another(feat
     assert same[best]["shared, %"] == 100 and list(same) == [best, f"{best}, samples shuffled"]
     codes = {mode: repsae.codes_and_fit(sae.load(finished / "checkpoint.pt")[0], data.read_features(features), data.read_features(
         features).rows("val"), mode)[0] for mode in ("joint", "alone")}
-    expected = np.median(judge.index_correlations(codes["alone"]["x"], codes["alone"]["y"]))
+    expected = np.median(judge.latent_correlations(codes["alone"]["x"], codes["alone"]["y"], True))
     assert abs(other["SPARC alone, same latent"]["median r"] - expected) < 1e-6
     assert other[best]["r >= 0.7"] < other[best]["pairs"] and "SPARC joint, same latent" in other
 
