@@ -90,13 +90,10 @@ def top_samples(code, top=TOP):
     return sp.csr_matrix((rank[keep], places), shape=code.shape[::-1])
 
 
-def label_counts(code, labels, top=TOP, known=None):
+def label_counts(code, labels, top=TOP, known=slice(None)):
     """How often each label occurs among each latent's `top` samples (all active ones if None):
     counts (L, C), and the number of samples behind them (L,), 0 where a latent is not active.
-
-    labels (n, C) bool; known (n,) bool: which samples were labelled and so count, by default all.
-    """
-    known = slice(None) if known is None else known
+    labels (n, C) bool; known (n,) bool: the samples that count, those that were labelled."""
     best = top_samples(code[known], top)
     best.data[:] = 1
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
@@ -143,21 +140,20 @@ def jaccard(counts, n_top):
             "control": _mean(other.mean(0).compressed())}
 
 
-def concept_names(counts, n_top, label_names, purity=0.3):
-    """Names of the latents, and purities (L,), from `label_counts`: the dominant label of the top
-    samples if its share, the purity, reaches `purity` (thesis A.3), else None."""
-    share = counts.max(1) / np.maximum(n_top, 1)
-    names = [label_names[j] if p >= purity else None for j, p in zip(counts.argmax(1), share)]
-    return names, share
+def concept_names(counts, n_top, label_names):
+    """Names of the latents, from `label_counts`: the dominant label of the top samples if its
+    share, the purity, reaches 0.3 (thesis A.3), else None."""
+    purity = counts.max(1) / np.maximum(n_top, 1)
+    return [label_names[j] if p >= 0.3 else None for j, p in zip(counts.argmax(1), purity)]
 
 
-def concept_alignment(codes, labels, label_names, parents, known=None):
+def concept_alignment(codes, labels, label_names, parents, known=slice(None)):
     """Jaccard at every taxonomy depth (Table 5.2) and named latents, from {stream: code} and
     labels (n, C) bool; known as in `label_counts`."""
     counts, n_top, names, named = {}, {}, {}, {}
     for s, code in codes.items():
         counts[s], n_top[s] = label_counts(code, labels, known=known)
-        names[s], _ = concept_names(counts[s], n_top[s], label_names)
+        names[s] = concept_names(counts[s], n_top[s], label_names)
         named[s] = collections.Counter(sorted(name for name in names[s] if name is not None))
     out = {"named": {s: v.total() for s, v in named.items()}, "latents_per_name": named}
     if len(codes) > 1:
@@ -269,7 +265,7 @@ def reconstruction(blocks, times=None):
     return out
 
 
-def linear_baseline(train, test, targets=None, strengths=10. ** np.arange(-6, 3)):
+def linear_baseline(train, test, targets=None):
     """How much of stream t, any or one of `targets`, a linear map from stream s explains: R^2 on
     `test`, {t: {s: value}}, s != t. A code may pass it.
 
@@ -277,6 +273,7 @@ def linear_baseline(train, test, targets=None, strengths=10. ** np.arange(-6, 3)
     a pair the samples count that have both. Ridge regression with an intercept; its strength is
     the one that predicts every tenth training row best from the other rows.
     """
+    strengths = 10. ** np.arange(-6, 3)
     out = {t: {s: None for s in train if s != t} for t in targets or train}
     for t, s in [(t, s) for t, row in out.items() for s in row]:
         both = ~np.isnan(train[s][:, 0] + train[t][:, 0])
@@ -295,25 +292,22 @@ def linear_baseline(train, test, targets=None, strengths=10. ** np.arange(-6, 3)
 
 # -- 1-D logistic probes -------------------------------------------------------------------------
 
-def logistic_1d(x, y, C=1., iterations=100):
-    """The w, b (...) that minimise w^2/2 + C sum log-loss(y, sigma(w x + b)), thesis Eq. 15 with
-    L2, exact to rounding; x, y (..., n), y in {0, 1}. Newton's method with step halving."""
+def logistic_1d(x, y):
+    """The w, b (...) that minimise w^2/2 + sum log-loss(y, sigma(w x + b)), thesis Eq. 15 with L2,
+    exact to rounding; x, y (..., n), y in {0, 1}. Newton's method with step halving."""
     x, y = np.broadcast_arrays(np.asarray(x, np.float64), y)
     line, X = np.zeros((*x.shape[:-1], 2)), np.stack([x, np.ones_like(x)], -1)    # (..., n, 2)
 
     def cost(line):
         w, b = line[..., 0], line[..., 1]
-        return w * w / 2 + C * log_loss(w, b, x, y).sum(-1)
-    for _ in range(iterations):
+        return w * w / 2 + log_loss(w, b, x, y).sum(-1)
+    for _ in range(100):
         now = cost(line)
         p = scipy.special.expit((X @ line[..., None])[..., 0])
-        gradient = ((C * (p - y))[..., None] * X).sum(-2) + line * [1, 0]
-        curvature = np.swapaxes(X, -1, -2) @ (X * (C * p * (1 - p))[..., None])
+        gradient = ((p - y)[..., None] * X).sum(-2) + line * [1, 0]
+        curvature = np.swapaxes(X, -1, -2) @ (X * (p * (1 - p))[..., None])
         move = np.linalg.solve(curvature + np.diag([1, 1e-12]), gradient[..., None])[..., 0]
-        for _ in range(40):
-            worse = cost(line - move) > now + 1e-12 * np.abs(now)
-            if not worse.any():
-                break
+        while (worse := cost(line - move) > now + 1e-12 * np.abs(now)).any():
             move = np.where(worse[..., None], move / 2, move)
         line = line - move
         if np.abs(gradient).max(initial=0) < 1e-9:
@@ -329,10 +323,8 @@ def log_loss(w, b, x, y):
 
 def stratified_split(y, held_out, seed, groups=None):
     """Split positions 0..n-1 in two, classes in proportion: (kept, held out), with the sizes and
-    draws of scikit-learn's StratifiedShuffleSplit, so that splits are the published ones.
-
-    With groups (n,), whole groups are split so, each counted as the highest class of its samples.
-    """
+    draws of scikit-learn's StratifiedShuffleSplit, so that splits are the published ones; or whole
+    groups (n,), each counted as the highest class of its samples."""
     if groups is not None:
         member = np.unique(groups, return_inverse=True)[1]
         kind = np.zeros(member.max() + 1, int)
@@ -356,19 +348,19 @@ def stratified_split(y, held_out, seed, groups=None):
     return tuple(rng.permutation(np.concatenate(part)) for part in zip(*parts))
 
 
-def probe_tasks(labels, min_positives=50, known=True, groups=None):
+def probe_tasks(labels, known=True, groups=None):
     """Balanced binary tasks, thesis A.1.3: list of (label, {train / val / test: (rows, y)}).
 
-    A task is a label with at least `min_positives` positives; task t draws as many negatives (seed
-    1000 + t), or positives where they are more, and splits 70 / 15 / 15, classes in proportion
-    (seeds 2000 + t, 3000 + t). Rows that are not `known` (n,) bool are neither. With groups (n,) no
-    group is in two parts, and a label of too few groups for both classes in each is no task.
+    A task is a label with at least 50 positives; task t draws as many negatives (seed 1000 + t),
+    or positives where they are more, and splits 70 / 15 / 15, classes in proportion (seeds
+    2000 + t, 3000 + t). Rows that are not `known` (n,) bool are neither. With groups (n,) no group
+    is in two parts, and a label of too few groups for both classes in each is no task.
     """
     tasks = []
     for t in range(labels.shape[1]):
         pos, neg = (np.flatnonzero(known & (labels[:, t] == c)) for c in (True, False))
         n = min(len(pos), len(neg))
-        if n < min_positives:
+        if n < 50:
             continue
         rng = np.random.RandomState(1000 + t)
         pos, neg = (v if len(v) == n else rng.choice(v, n, replace=False) for v in (pos, neg))
@@ -382,13 +374,13 @@ def probe_tasks(labels, min_positives=50, known=True, groups=None):
     return tasks
 
 
-def probe(code, tasks, candidates=20, binary=True, chosen=None, times=None):
+def probe(code, tasks, binary=True, chosen=None, times=None):
     """1-D logistic probes (thesis 5.4.3, A.1.3): for each task the latent that predicts it best.
 
-    The `candidates` latents most often active on a task's training positives (or those `chosen` for
-    it) are each fitted on train, input z > 0 or z itself if not `binary`; the best on val is
-    reported on test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats, with
-    `times` (1 + R,), "tasks": [{label, latent or None, val, test}]}.
+    The 20 latents most often active on a task's training positives (or those `chosen` for it) are
+    each fitted on train, input z > 0 or z itself if not `binary`; the best on val is reported on
+    test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats, with `times`
+    (1 + R,), "tasks": [{label, latent or None, val, test}]}.
     """
     active, results, chance = (code > 0).astype(np.float64), [], math.log(2)
     losses = []
@@ -396,8 +388,8 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None, times=None):
     for i, (label, parts) in enumerate(tasks):
         results.append({"label": int(label), "latent": None, "val": chance, "test": chance})
         rows, y = parts["train"]
-        hits = np.asarray(active[rows[y == 1]].sum(0)).ravel()
-        best = np.argsort(-hits, kind="stable")[:candidates]
+        hits = active[rows[y == 1]].getnnz(axis=0)
+        best = np.argsort(-hits, kind="stable")[:20]
         best = best[hits[best] > 0] if chosen is None else np.asarray(chosen[i])
         if len(best):
             line = logistic_1d(z[rows][:, best].toarray().T, y)             # of (candidates, rows)
@@ -413,7 +405,7 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None, times=None):
     return {"loss": sum(losses) / len(losses) if losses else None, "tasks": results}
 
 
-# -- Retrieval -----------------------------------------------------------------------------------
+# -- Retrieval, and planted truth ----------------------------------------------------------------
 
 def ridge(X, Y, strengths):
     """Yields (W, intercept) of ridge: Y (n, m) on X (n, d), strengths in mean eigenvalues of X."""
@@ -444,10 +436,8 @@ def cosines(query, reference, block=1024):
 
 def nearest(query, reference, n, groups=None, block=1024):
     """The n most similar references (cosine) of each query, best first: rows, similarities (q, n).
-
     query (q, d), reference (m, d), both dense or both CSR; at most m are found. groups: (q,), (m,);
-    references of the query's own group do not count: row -1, similarity -inf where none is left.
-    """
+    references of the query's own group do not count: row -1, similarity -inf where none is left."""
     n, rows, values = min(n, reference.shape[0]), [], []
     for start, similar in cosines(query, reference, block):
         if groups is not None:
@@ -463,22 +453,18 @@ def nearest(query, reference, n, groups=None, block=1024):
 
 def retrieval_ranks(query, reference, block=1024):
     """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
-
-    A tie counts against the query: rank = number of references at least as similar. So an all-zero
-    code, which is equally far from everything, ranks last.
-    """
+    A tie counts against the query, so that an all-zero code, equally far from everything, ranks
+    last."""
     return np.concatenate([(similar >= similar[:, start:].diagonal()[:, None]).sum(1)
                            for start, similar in cosines(query, reference, block)])
 
 
 def retrieval(features, here=(), times=None):
     """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}},
-    from {stream: (n, d)}; only streams of one width are compared.
-
-    here: {stream: (n,) bool} of those with gaps; queries and gallery are the samples that have
-    both. MedR is the lower median. R@k depends on n: compare only galleries of one size. `times`
-    count queries; the gallery stays, as a reference drawn twice would tie with itself.
-    """
+    from {stream: (n, d)}; only streams of one width are compared. here: {stream: (n,) bool} of
+    those with gaps; queries and gallery are the samples that have both. MedR is the lower median.
+    R@k depends on n: compare only galleries of one size. `times` count queries alone: a reference
+    that is drawn twice would tie with itself."""
     out, here = {}, {s: np.ones(x.shape[0], bool) for s, x in features.items()} | dict(here)
     for s, t in itertools.permutations(features, 2):
         both = here[s] & here[t]
@@ -491,20 +477,16 @@ def retrieval(features, here=(), times=None):
     return out
 
 
-# -- Planted truth -------------------------------------------------------------------------------
-
-def recovery(dictionaries, truth, threshold=0.9):
+def recovery(dictionaries, truth):
     """How many planted concepts a model found: stream -> (L, d) learned and (C, d) true directions.
-
-    As many as can have a latent of their own with cosine >= `threshold`, of those that the stream
-    sees; `same latent`: that is near in all streams at once, of those that every stream sees.
-    """
+    As many as can have a latent of their own with cosine >= 0.9, of those that the stream sees;
+    `same latent`: that is near in all streams at once, of those that every stream sees."""
     cosine = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T
               for s, D in dictionaries.items()}              # (C, L)
     seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
-    near = {s: (c >= threshold)[seen[s]] for s, c in cosine.items()}
+    near = {s: (c >= 0.9)[seen[s]] for s, c in cosine.items()}
     if len(cosine) > 1:
-        everywhere = np.minimum.reduce(list(cosine.values())) >= threshold
+        everywhere = np.minimum.reduce(list(cosine.values())) >= 0.9
         near["same latent"] = everywhere[np.logical_and.reduce(list(seen.values()))]
     return {s: {"found": int(v[scipy.optimize.linear_sum_assignment(v, maximize=True)].sum()),
                 "of": len(v)} for s, v in near.items()}
@@ -586,12 +568,8 @@ MEANING = {name: f"{told}; {way} is better" for way, table in (("higher", HIGHER
 
 
 def verdict(metrics, again=None):
-    """Three plain sentences on a run: {"learned", "trust", "next", "level"}, level 0 good, 1 with
-    care, 2 not to be trusted.
-
-    metrics: of a run, its blocks as `headline` reads them, "null" where it was trained. again: how
-    to add the null, if one can.
-    """
+    """Three plain sentences on the metrics of a run: {"learned", "trust", "next", "level"}, level 0
+    good, 1 with care, 2 not to be trusted. again: how to add the null, if one can."""
     own = {mode: {s: row[s] for s, row in metrics[mode]["r2"].items() if row[s] is not None}
            for mode in ("joint", "alone") if mode in metrics}
     mean = {mode: _mean(v.values()) for mode, v in own.items()}
@@ -727,20 +705,16 @@ def columns(found):
     return list(found[0]), [list(one.values()) for one in found]
 
 
-def html_table(header, rows, colours=False):
-    """Rows of cells as HTML; with `colours` numbers are shaded: 1 dark blue, 0 white, -1 red."""
-    def cell(v, text):
-        shade = ""
-        if colours and isinstance(v, float):
-            level, full = min(abs(v), 1), "43,108,176" if v >= 0 else "197,48,48"
-            ink = ";color:white" * (level > 0.55)
-            shade = f' style="background:rgba({full},{level:.2f}){ink}"'
-        return f"<td{shade}>{html.escape(text)}</td>"
-
+def html_table(header, rows, shade=False):
+    """Rows of cells as HTML; with `shade` the style sheet colours numbers by their level."""
     head, body = "".join(f"<th>{html.escape(str(text))}</th>" for text in header), ""
     for row in rows:
-        name, *texts = _cells(header, row)
-        body += f"<tr><th>{html.escape(name)}</th>{''.join(map(cell, row[1:], texts))}</tr>"
+        name, *texts = map(html.escape, _cells(header, row))
+        body += f"<tr><th>{name}</th>"
+        for v, text in zip(row[1:], texts):
+            level = f' style="--level:{v:.2f}"' if shade and isinstance(v, float) else ""
+            body += f"<td{level}>{text}</td>"
+        body += "</tr>"
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f'<tbody>{body}</tbody></table></div>')
 
@@ -760,10 +734,8 @@ COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 def svg_lines(series, x_label, y_label, x_names=None, log=False, zero=True):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
-
     x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
-    0. zero: the y axis starts at 0 or below.
-    """
+    0. zero: the y axis starts at 0 or below."""
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
@@ -820,10 +792,9 @@ def standalone_svg(*charts):
 
 
 def strips(found):
-    """{heading: pieces of HTML}: the pieces of each in a row below it."""
-    shown = ("".join(f"<span>{v}</span>" for v in pieces) for pieces in found.values())
-    return "".join(f"<h3>{html.escape(name)}</h3>" * bool(name) + f'<div class="strip">{row}</div>'
-                   for name, row in zip(found, shown))
+    """{heading: pictures, HTML}: those of each in a row below it."""
+    return "".join(f'<h3>{html.escape(name)}</h3><div class="strip">{"".join(pictures)}</div>'
+                   for name, pictures in found.items())
 
 
 # -- The page: one self-contained HTML file ------------------------------------------------------
@@ -865,12 +836,30 @@ class Page:
         self.payload = payload
 
     def write(self, path, metrics=None):
-        """report.html and, if there are any, metrics.json; metrics: more of them, a dict. path:
-        name -> where that file goes."""
+        """report.html, one self-contained file that asks for nothing, without a style and a script
+        where `assets` was not copied with this module; and, if there are any, metrics.json.
+        metrics: more of them, a dict; path: name -> where that file goes."""
         self.metrics.update(metrics or {})
         if self.metrics:
             write_json(path("metrics.json"), self.metrics)
-        write_report(path("report.html"), self.title, self.sections, self.payload)
+        assets = pathlib.Path(__file__).parent / "assets"
+        style, code = (file.read_text("utf-8") if file.is_file() else "" for file in (
+            assets / "report.css", assets / ("explorer.js" if self.payload else "")))
+        allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        body = "".join(f"<h2>{html.escape(heading)}</h2>" * bool(heading) + content
+                       for heading, content in self.sections)
+        if code:                                             # "<" would let a text end the script
+            data = json.dumps(self.payload, allow_nan=False).replace("<", "\\u003c")
+            body += (f'<script type="application/json" id="payload">{data}</script>'
+                     f"<script>{code}</script>")
+        title = html.escape(self.title)
+        write_text(path("report.html"), (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+            'content="width=device-width,initial-scale=1"><meta http-equiv='
+            '"Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+            f'style-src \'unsafe-inline\'; script-src \'sha256-{allowed}\'">'
+            f'<title>{title}</title><style>{style}</style>'
+            f'<main><h1>{title}</h1>{body}</main></html>\n'))
 
 
 def plain(value):
@@ -1003,10 +992,8 @@ def code_metrics(codes, features, rows, times=None):
     labels, known = features.label_matrix(rows), features.labelled[rows]
     groups = features.about.get("groups")
     of = None if groups is None else groups[rows]
-    tasks = probe_tasks(labels, known=known, groups=of)
-    own = {s: probe_tasks(labels, known=known & some, groups=of) for s, some in here.items()}
-    found = {s: probe(code, own.get(s, tasks), times=times)
-             for s, code in codes.items() if own.get(s, tasks)}
+    tasks = {s: probe_tasks(labels, known & here.get(s, True), of) for s in codes}
+    found = {s: probe(code, tasks[s], times=times) for s, code in codes.items() if tasks[s]}
     if found:
         out["probe"] = found
     return out
@@ -1147,28 +1134,6 @@ def tell_activations(page, results):
                 "seconds"], rows)
 
 
-def write_report(path, title, sections, payload=None):
-    """One self-contained HTML file that asks for nothing, without a style and a script where
-    `assets` was not copied with this module. sections: list of (heading or "", HTML)."""
-    assets = pathlib.Path(__file__).parent / "assets"
-    style, code = (path.read_text("utf-8") if path.is_file() else "" for path in (
-        assets / "report.css", assets / ("explorer.js" if payload else "")))
-    allowed = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    body = "".join((f"<h2>{html.escape(heading)}</h2>" if heading else "") + content
-                   for heading, content in sections)
-    if code:                                                 # "<" would let a text end the script
-        data = json.dumps(payload, allow_nan=False).replace("<", "\\u003c")
-        body += (f'<script type="application/json" id="payload">{data}</script>'
-                 f"<script>{code}</script>")
-    title = html.escape(title)
-    write_text(path, '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-                     'content="width=device-width,initial-scale=1"><meta http-equiv='
-                     '"Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-                     f'style-src \'unsafe-inline\'; script-src \'sha256-{allowed}\'">'
-                     f'<title>{title}</title><style>{style}</style>'
-                     f'<main><h1>{title}</h1>{body}</main></html>\n')
-
-
 # -- The page that one explores: what assets/explorer.js reads ------------------------------------
 
 PAGE_BYTES = 7_500_000  # of a payload: with tables and script the page stays under 8 MB
@@ -1207,10 +1172,8 @@ def packed_rows(*matrices):
 def by_rank(codes, n):
     """All n samples, those first that rank highest for any latent of the codes (n, L): in any
     number of the first every latent keeps its top samples, as far as these can be so many."""
-    rank = np.full(n, n + 1)
-    for code in codes:
-        best = top_samples(code, None)
-        np.minimum.at(rank, best.indices, best.data)
+    rank, ranks = np.full(n, n + 1), sp.vstack([top_samples(code, None) for code in codes])
+    np.minimum.at(rank, ranks.indices, ranks.data)
     return np.argsort(rank, kind="stable")
 
 
@@ -1315,39 +1278,17 @@ def strongest_tokens(code, T):
 
 # -- Files, whole or not at all ------------------------------------------------------------------
 
-def write_json(path, value):
-    """NaN is refused, since JSON has none."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path, text):
-    """UTF-8; half a character, as a file's name may have it, is written as its number."""
-    write_whole(path, lambda f: f.write(text.encode(errors="backslashreplace")))
-
-
-def write_torch(path, state):
-    write_whole(path, lambda f: torch.save(state, f))        # of a name, the name is in the bytes
-
-
-def write_npz(path, arrays):
-    write_whole(path, lambda f: np.savez(f, **arrays))
-
-
-def save_picture(path, image):
-    write_whole(path, lambda f: image.save(f, "PNG"))
-
-
-def write_whole(path, write):
-    """write(f) to a binary file of a temporary name, then renamed: a run that is killed and a write
-    that fails, as on a full disk, leave the old file or none. The name is fresh, so that no file
-    and no link of others is written to. Raises OSError."""
+def write_whole(write, path, content):
+    """write(f, content) to a binary file of a temporary name, then renamed: a run that is killed
+    and a write that fails, as on a full disk, leave the old file or none. The name is fresh, so
+    that no file and no link of others is written to. Raises OSError."""
     if os.path.exists(path) and not os.path.isfile(path):    # not in the place of /dev/null
         raise OSError(errno.EEXIST, "not a plain file", path)
     temporary = f"{path}.{os.urandom(8).hex()}.tmp"
     f = open(temporary, "xb")
     try:
         with f:
-            write(f)
+            write(f, content)
         os.replace(temporary, path)
     except BaseException as e:
         os.remove(temporary)
@@ -1356,16 +1297,28 @@ def write_whole(path, write):
         raise
 
 
+# Each is called with a path and what to write there. Of text, half a character, as a file's name
+# may have it, is written as its number; NaN is no JSON, and refused; torch, which would put a path
+# into the bytes, gets none.
+write_text = functools.partial(
+    write_whole, lambda f, text: f.write(text.encode(errors="backslashreplace")))
+write_json = functools.partial(write_whole, lambda f, value: f.write(
+    (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()))
+write_torch = functools.partial(write_whole, lambda f, state: torch.save(state, f))
+write_npz = functools.partial(write_whole, lambda f, arrays: np.savez(f, **arrays))
+save_picture = functools.partial(write_whole, lambda f, image: image.save(f, "PNG"))
+
+
 # -- Features judged by a classifier: k nearest neighbours, linear probe (thesis 3.2.3) ------------
 
-def knn(train, labels, test, ks=(10, 20, 100, 200), temperature=0.07, n_classes=None):
+def knn(train, labels, test, n_classes, ks=(10, 20, 100, 200), temperature=0.07):
     """Votes of the k nearest neighbours by cosine, weighted by exp(similarity / temperature) as in
     DINO: dict k -> (n, C), rows summing to 1. k larger than the training set is cut to it."""
     near, similarity = nearest(test, train, max(ks))
     weight, out = np.exp((similarity - similarity[:, :1]) / temperature), {}
     for k in ks:
         votes = np.stack([(weight * (labels[near] == c))[:, :k].sum(1)
-                          for c in range(n_classes or labels.max() + 1)], 1)
+                          for c in range(n_classes)], 1)
         out[k] = votes / votes.sum(1, keepdims=True)
     return out
 
@@ -1396,11 +1349,10 @@ def auc(positive, score):
     return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(rank) - n)))
 
 
-def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
+def logistic_fit(x, labels, n_classes, strength=1.):
     """Multinomial logistic regression on standardised features by L-BFGS: the summed loss plus
     ||W||^2 / (2 strength); of labels (n, C) bool one for each. Returns weights (d, C), biases (C,)
     for the features as they are."""
-    n_classes = n_classes or int(labels.max()) + 1
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
     std[std <= 1.2e-7 * mean.abs()] = 1                      # constant up to float32's rounding
@@ -1408,7 +1360,7 @@ def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     y, loss_of = (y.long(), torch.nn.functional.cross_entropy) if y.ndim == 1 else (
         y.double(), torch.nn.functional.binary_cross_entropy_with_logits)
     W = torch.zeros(x.shape[1] + 1, n_classes, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([W], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
+    optimiser = torch.optim.LBFGS([W], max_iter=200, history_size=20, tolerance_grad=1e-6,
                                   line_search_fn="strong_wolfe")
 
     def closure():
@@ -1423,7 +1375,7 @@ def logistic_fit(x, labels, n_classes=None, strength=1., iterations=200):
     return slope.numpy(), (W[-1] - mean @ slope).numpy()
 
 
-def logistic_probe(train, labels, test, n_classes=None, strength=1.):
+def logistic_probe(train, labels, test, n_classes, strength=1.):
     """Probabilities (n, C) of `test` by `logistic_fit` on `train`."""
     W, b = logistic_fit(train, labels, n_classes, strength)
     return torch.softmax(torch.as_tensor(np.asarray(test, np.float64) @ W + b), 1).numpy()
@@ -1453,15 +1405,13 @@ def label_tasks(labels, *parts):
 
 def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10, 20, 100, 200)):
     """How well features tell labels apart: {"linear", "20-NN", ...: `scores`, means over tasks}.
-
-    tasks: from `label_tasks`; rows: those of x_train and of x_test; linear: a probe, called with
-    (features to learn from, their labels, features to test on, n_classes), or None.
-    """
+    tasks: from `label_tasks`; rows: those of x_train and of x_test; linear: None, or a probe like
+    `logistic_probe`."""
     each = []
     for y in tasks:
         given = x_train, y[rows[0]], x_test
         ways = {"linear": linear(*given, n_classes)} if linear else {}
-        ways.update({f"{k}-NN": p for k, p in knn(*given, ks, n_classes=n_classes).items()})
+        ways.update({f"{k}-NN": p for k, p in knn(*given, n_classes, ks).items()})
         each.append({way: scores(y[rows[1]], p) for way, p in ways.items()})
     return {way: {key: _mean(one[way][key] for one in each) for key in each[0][way]}
             for way in each[0]}
@@ -1472,18 +1422,11 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
 def pool_tokens(code, T=1, tau=0.):
     """Codes of tokens, CSR (n * T, L), -> of samples, both CSR (n, L): the mean over a sample's T
     tokens, and the number of its tokens above tau (CytoSAE Eq. 3-4, a_i)."""
-    N = code.shape[0]
-    group = sp.csr_matrix((np.ones(N, np.float32), np.arange(N), np.arange(0, N + 1, T)))
-    return (group @ code).tocsr() / T, (group @ (code > tau).astype(np.float32)).tocsr()
+    group = sp.kron(sp.eye(code.shape[0] // T), np.ones((1, T)), "csr").astype(np.float32)
+    return group @ code / T, group @ (code > tau).astype(np.float32)
 
 
-def label_entropy(weight):
-    """Entropy (nats) of rows of weights (L, C): 0 of one label, ln C of C alike, NaN of zeros."""
-    with np.errstate(invalid="ignore"):
-        return scipy.stats.entropy(weight, axis=1) + 0.      # not -0
-
-
-def latent_table(strength, count, labels=None, top=10, weighted=False, known=None):
+def latent_table(strength, count, labels=None, top=10, weighted=False, known=slice(None)):
     """What each latent is, from `pool_tokens`' strength and count (n, L): a dict of arrays (L,).
 
     frequency   share of samples in which any token is active
@@ -1497,23 +1440,23 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     label, purity   the most frequent label among the active samples, -1 for none, and its share
     """
     n, active = strength.shape[0], strength.getnnz(axis=0)
-    with np.errstate(invalid="ignore"):
-        mean = np.asarray(strength.sum(0)).ravel() / active
+    mean = np.ravel(strength.sum(0)) / np.where(active, active, np.nan)
     # strength decides between equal counts
     score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))
     references = top_samples((score if weighted else score + count).tocsr(), top)
     out = {"frequency": active / n, "mean": mean, "references": references}
     if labels is None or not labels.shape[1]:
         return out
-    known = np.ones(n, bool) if known is None else known
-    told = np.c_[labels, ~labels.any(1)] & known[:, None]                     # (n, C + 1)
+    told = np.c_[labels, ~labels.any(1)]                     # (n, C + 1)
     weight, used = label_counts(strength, told, None, known)
     seen = weight[:, :-1]
     if weighted:
         best = references.astype(bool).multiply(strength.T).tocsr()
-        weight = np.asarray(best @ told.astype(float))
+        weight = best[:, known] @ told[known].astype(float)
         weight[np.diff(references.indptr) < top] = 0
-    return {**out, "entropy": label_entropy(weight), "purity": seen.max(1) / np.maximum(used, 1),
+    with np.errstate(invalid="ignore"):                      # NaN of zeros
+        entropy = scipy.stats.entropy(weight, axis=1) + 0.   # not -0
+    return {**out, "entropy": entropy, "purity": seen.max(1) / np.maximum(used, 1),
             "label": np.where(seen.any(1), seen.argmax(1), -1)}
 
 
@@ -1541,12 +1484,10 @@ def latent_chart(lines, interest, unit, most=100):
 
 
 def barcodes(count, groups, y):
-    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts, by the number
-    of the samples as the equation says (the published code divides by the number of latents).
-
-    y (n,) int: the samples' labels, negative where unknown. Returns names (P,), CSR (P, L) and the
-    label (P,) that all known samples of a group have, -1 where there is none, or there are several.
-    """
+    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts (the published
+    code divides by the number of latents). y (n,) int: the samples' labels, negative where unknown.
+    Returns names (P,), CSR (P, L) and the label (P,) that all known samples of a group have, -1
+    where there is none, or there are several."""
     names, member = np.unique(groups, return_inverse=True)
     share = sp.csr_matrix((1 / np.bincount(member)[member], (member, np.arange(len(member)))))
     told = np.zeros((len(names), max(y.max(), 0) + 1), bool)
@@ -1555,22 +1496,10 @@ def barcodes(count, groups, y):
     return names, (share @ count).tocsr().astype(np.float32), label
 
 
-def differential(codes, y, a, b, top=50):
-    """The `top` latents more active in class a than in b and the reverse, by class means a_d of
-    barcodes codes (P, L) CSR: (latents for a, latents for b, difference (L,))."""
-    difference = class_means(codes, y == a)[-1] - class_means(codes, y == b)[-1]
-    order = np.argsort(-difference, kind="stable")
-    most, least = order[:top], order[::-1][:top]
-    return most[difference[most] > 0], least[difference[least] < 0], difference
-
-
 def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
     """CytoSAE Fig. 4A: weighted F1 of logistic regression on barcodes (P, L) CSR, of latents of
-    mean activation >= 10^t.
-
-    parts: the test rows of each fold. The penalty is the paper's, C = (number of classes) *
-    (training samples) / 100. Returns dict t -> {"latents", "f1": one value a fold}.
-    """
+    mean activation >= 10^t: dict t -> {"latents", "f1": one value a fold}. parts: the test rows of
+    each fold. The penalty is the paper's, C = (number of classes) * (training samples) / 100."""
     out = {}
     for t in exponents:
         used, found = np.flatnonzero(np.nan_to_num(mean) >= 10. ** t), []
@@ -1586,7 +1515,8 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
 
 def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
     """Tell of barcodes (P, L) CSR with labels y (P,) the class means a_d, how well they classify
-    (`barcode_f1` of `mean` and `folds`), and in which latents two labels differ; returns a_d."""
+    (`barcode_f1` of `mean` and `folds`), and in which 50 latents two labels, `pair`, differ most;
+    returns a_d."""
     means, there = class_means(codes, y), np.unique(y)
     found = page.metrics["barcodes"] = {"groups": len(y)}
     if len(there):
@@ -1599,8 +1529,11 @@ def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
              "weighted F1": mean_std(v["f1"])} for t, v in found["f1"].items()]),
             f"Logistic regression on barcodes: {len(y)} groups, {len(folds)} stratified folds")
     if len(pair):
-        *chosen, difference = differential(codes, y, *pair)
-        found["differential"] = {names[c]: v.tolist() for c, v in zip(pair, chosen)}
+        difference = np.subtract(*means[np.searchsorted(there, pair)])
+        order = np.argsort(-difference, kind="stable")
+        more, less = order[:50], order[::-1][:50]
+        found["differential"] = {names[pair[0]]: more[difference[more] > 0].tolist(),
+                                 names[pair[1]]: less[difference[less] < 0].tolist()}
         page.table(["more active in", "latents (difference of the mean count)"], [
             [name, " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
             for name, v in found["differential"].items()])
@@ -1615,18 +1548,17 @@ def class_means(strength, y):
     return np.reshape(means, (-1, strength.shape[1]))
 
 
-KS = 0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000      # all below L, and L
-
-
-def intervention(strength, effect, base, y, means, ks=KS):
+def intervention(strength, effect, base, y, means, ks=(
+        0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)):
     """AUC after keeping only, and after silencing, the union of the k top latents of both classes
-    (Mammo-SAE Eq. 3-4): a list of {"k", "latents" kept or silenced, "keep", "silence"}.
+    (Mammo-SAE Eq. 3-4), for the k below L, and L: a list of {"k", "latents" kept or silenced,
+    "keep", "silence"}.
 
     strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head
     commute, so that what an intervention at every position does to the score is
     score = base + sum_j z_j effect_j over the latents that are left.
-    effect (L,): dictionary row times head; base: the head's score of the decoder's bias.
-    means (2, L) of `class_means`.
+    effect (L,): dictionary row times head; base: the head's score of the decoder's bias; means
+    (2, L) of the classes.
     """
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in sorted({min(k, len(effect)) for k in (*ks, len(effect))}):
@@ -1637,10 +1569,10 @@ def intervention(strength, effect, base, y, means, ks=KS):
     return out
 
 
-def bootstrap_auc(y, score, groups=None, rounds=1000, seed=0):
+def bootstrap_auc(y, score, groups, rounds=1000, seed=0):
     """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool, whole groups (n,), patients, drawn."""
     found = []
-    for times in drawn_again(np.arange(len(y)) if groups is None else groups, rounds, seed)[1:]:
+    for times in drawn_again(groups, rounds, seed)[1:]:
         rows = np.repeat(np.arange(len(y)), times)
         if 0 < y[rows].sum() < len(rows):
             found.append(auc(y[rows], score[rows]))
@@ -1660,17 +1592,14 @@ def in_boxes(boxes, grid):
 
 def localisation(latents, heats, truth, iou=0.25):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
-    list of {"latent", "AP", "AP, pictures with boxes": on those alone}.
-
-    heats: of each picture (len(latents), h, w); truth: of each picture its true boxes.
-    """
-    found, out = [list(map(heat_boxes, maps)) for maps in heats], []
+    list of {"latent", "AP", "AP, pictures with boxes": on those alone}. heats: of each picture
+    (len(latents), h, w); truth: of each picture its true boxes."""
+    found = [list(map(heat_boxes, maps)) for maps in heats]
     there = [i for i, boxes in enumerate(truth) if boxes]
-    for j, mine in zip(latents, zip(*found)):
-        present = [mine[i] for i in there], [truth[i] for i in there]
-        out.append({"latent": int(j), "AP": average_precision(mine, truth, iou),
-                    "AP, pictures with boxes": average_precision(*present, iou)})
-    return out
+    return [{"latent": int(j), "AP": average_precision(mine, truth, iou),
+             "AP, pictures with boxes": average_precision(
+                 [mine[i] for i in there], [truth[i] for i in there], iou)}
+            for j, mine in zip(latents, zip(*found))]
 
 
 def heat_boxes(heat, side=224, percentile=95.):
@@ -1699,12 +1628,9 @@ def box_iou(a, b):
 
 
 def average_precision(found, truth, iou=0.25):
-    """Area under the precision-recall curve, made non-increasing; None without true boxes.
-
-    found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of
-    boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
-    has no partner yet.
-    """
+    """Area under the precision-recall curve, see `curve_area`. found: for each picture a list of
+    (score, x0, y0, x1, y1); truth: for each picture a list of boxes. Best score first, a box is
+    right when its best-overlapping true box reaches `iou` and has no partner yet."""
     taken, right = set(), []
     boxes = [(b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes]
     for _, picture, box in sorted(boxes, key=lambda v: -v[0]):
@@ -1723,7 +1649,7 @@ def heat_strip(image, boxes, heats, side=150):
         corners = [v * pixels for v, pixels in zip(box, image.size * 2)]
         ImageDraw.Draw(image).rectangle(corners, outline="red", width=2)
     over = [overlay(image, heat / max(heat.max(), 1e-9)) for heat in heats]
-    return strips({"": map(embedded, (image, *over))})
+    return f'<div class="strip">{"".join(map(embedded, [image, *over]))}</div>'
 
 
 def separation(means):
@@ -1751,7 +1677,8 @@ def r2_both(x, x_hat):
 def contrast(code, y):
     """How much more active each latent is in rows where y (n,) bool holds than in the others, in
     standard deviations of the latent (L,)."""
-    return (class_means(code, y)[-1] - class_means(code, ~y)[-1]) / deviations(code)
+    means = class_means(code, y)                             # of one class alone: no difference
+    return (means[-1] - means[0]) / deviations(code)
 
 
 def deviations(code):
@@ -1763,11 +1690,9 @@ def deviations(code):
 
 def select_latents(code, y, n):
     """The n latents that tell the classes y (rows,) apart together, in order of choice (n,):
-    orthogonal matching pursuit. To be called with training rows only.
-
-    Each time the latent whose standardised column explains most of what is left of the classes'
-    indicators is taken, among the 1,000 whose class means differ most, in standard deviations.
-    """
+    orthogonal matching pursuit. To be called with training rows only. Each time the latent whose
+    standardised column explains most of what is left of the classes' indicators is taken, among
+    the 1,000 whose class means differ most, in standard deviations."""
     differ = class_means(code, y).std(0) / deviations(code)
     few = np.sort(np.argsort(-differ, kind="stable")[:1000])
     Z, chosen = _standard_columns(code, few), []
@@ -1814,19 +1739,17 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
         "features": full, "latents": score(code[:, alive]) if small else None, "chance": chance}}
 
 
-def retrieval_fidelity(dense, code, y=None, groups=None, ks=(1, 5, 10)):
+def retrieval_fidelity(dense, code, y, groups, ks=(1, 5, 10)):
     """Do sparse codes find the neighbours that dense features find? Rows of the same group are no
     neighbours. A list with, for each k: the overlap of the two lists and, with labels y (n,) int,
     the share of hits with the query's: sparse, dense, by chance among the same candidates."""
-    groups, rows = np.arange(len(dense)) if groups is None else groups, []
-    groups = np.unique(groups, return_inverse=True)[1]
+    groups, rows = np.unique(groups, return_inverse=True)[1], []
     lists = {name: nearest(x, x, max(ks), (groups, groups))[0]
              for name, x in (("sparse", code), ("dense", dense))}
     enough = (lists["dense"] >= 0).all(1)                    # queries with as many others
     lists = {name: v[enough] for name, v in lists.items()}
     if y is not None:                                        # what guessing among them finds
-        both = np.zeros((y.max() + 1, groups.max() + 1))
-        np.add.at(both, (y, groups), 1)
+        both = sp.coo_matrix((np.ones(len(y)), (y, groups))).toarray()       # (C, groups), counts
         chance = (both.sum(1)[y] - both[y, groups]) / np.maximum(len(y) - both.sum(0)[groups], 1)
     for k in ks if enough.any() else ():
         both = [len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(*lists.values())]
@@ -1897,22 +1820,22 @@ def relevancy(attention, target):
 
 def grad_cam(model, layer, to_map, x, score=None):
     """Grad-CAM (Selvaraju et al. 2017; thesis 3.2.4): where the output of `layer` raises the score,
-    (B, h, w) in 0..1. A channel weighs as much as its mean gradient; negative sums are cut to 0.
-
-    to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output (B, C)) -> (B,),
-    by default the largest: a class with a head, a feature dimension without one (as Vim4Path did).
-    """
+    (B, h, w) in 0..1, and the scores. A channel weighs as much as its mean gradient; negative sums
+    are cut to 0. to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output
+    (B, C)) -> (B,), by default the largest: a class with a head, a feature dimension without one
+    (as Vim4Path did)."""
     kept = []
     hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
     with hook, torch.enable_grad():
         out = model(x.requires_grad_())                      # so that frozen weights do not matter
-        total = (out.max(1).values if score is None else score(out)).sum()
-        gradient, = torch.autograd.grad(total, kept[0])
+        values = out.max(1).values if score is None else score(out)
+        gradient, = torch.autograd.grad(values.sum(), kept[0])
     with torch.no_grad():
         a, g = to_map(kept[0]), to_map(gradient)
         cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)       # (B, h, w)
         low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
-        return ((cam - low) / (high - low).clamp(min=1e-12)).cpu().numpy()
+        heat = (cam - low) / (high - low).clamp(min=1e-12)
+    return heat.cpu().numpy(), values.detach().cpu().numpy()
 
 
 def kept_attention(model):
@@ -1926,29 +1849,21 @@ def kept_attention(model):
 
 def heat_maps(backbone, x, score, cam_layer):
     """What in pictures x (B, 3, H, W) raises score(features (B, d)) -> (B,): relevancy of their
-    patches (B, rows, columns), Grad-CAM where there is no attention; and the scores.
-
-    backbone.features(x) -> (B, d), backbone.patch: a patch's side in pixels; cam_layer(x) ->
-    (layer, to_map) of `grad_cam`. A picture whose score nothing moves gets all 0.
-    """
-    layers, told = kept_attention(backbone), []
-
-    def heard(features):
-        told.append(score(features))
-        return told[-1]
-    if layers:
-        target = heard(backbone.features(x)).sum()
-        R = relevancy([m.kept for m in layers], target)
-        rows, columns = (side // backbone.patch for side in x.shape[2:])
-        heat = R[:, 0, -rows * columns:].unflatten(1, (rows, columns)).cpu().numpy()
-    else:
-        heat = grad_cam(backbone.features, *cam_layer(x), x, heard)
-    return heat, told[0].detach().cpu().numpy()
+    patches (B, rows, columns), Grad-CAM where there is no attention; and the scores. A picture
+    whose score nothing moves gets all 0. backbone.features(x) -> (B, d), backbone.patch: a patch's
+    side in pixels; cam_layer(x) -> (layer, to_map) of `grad_cam`."""
+    layers = kept_attention(backbone)
+    if not layers:
+        return grad_cam(backbone.features, *cam_layer(x), x, score)
+    values = score(backbone.features(x))
+    R = relevancy([m.kept for m in layers], values.sum())
+    rows, columns = (side // backbone.patch for side in x.shape[2:])
+    heat = R[:, 0, -rows * columns:].unflatten(1, (rows, columns))
+    return heat.cpu().numpy(), values.detach().cpu().numpy()
 
 
 def word_heat(clip, words, text, score):
     """[(word, relevance)] of a text for score(its feature (1, d)), as `heat_maps` for pictures.
-
     clip: encode_text(tokens), its `transformer` and `config`; words, its tokenizer: pieces(text),
     words([text], context) -> (1, T) tokens. Words that it does not know are left out."""
     layers, context = kept_attention(clip.transformer), clip.config["context"]
@@ -1956,22 +1871,19 @@ def word_heat(clip, words, text, score):
     tokens = words([text], context, strict=False).to(clip.logit_scale.device)
     target = score(clip.encode_text(tokens)).sum()
     R = relevancy([m.kept for m in layers], target)
-    pieces = [None, *(word for _, word in known), *[None] * (tokens.shape[1] - 1 - len(known))]
-    return word_scores(R[0, len(known) + 1].tolist(), pieces)
+    start, end = 1, len(known) + 1                           # the end's is the text's feature
+    return word_scores(R[0, end, start:end].tolist(), [word for _, word in known])
 
 
-def word_scores(relevance, pieces, least=0.1):
-    """Relevance (T,) of the pieces of a text -> [(word, score)]: the pieces of a word added up,
-    divided by the largest, those below `least` set to 0 (thesis Fig. A.6 hides them).
-
-    pieces: for each token the word it belongs to, as (number, text), or None.
-    """
+def word_scores(relevance, pieces):
+    """Relevance of each piece of a text, with the word it belongs to as (number, text), ->
+    [(word, score)]: the pieces of a word added up, divided by the largest, those below 0.1 set to
+    0 (thesis Fig. A.6 hides them)."""
     total = collections.Counter()
-    for r, piece in zip(relevance, pieces):
-        if piece is not None:
-            total[piece] += max(float(r), 0.)
+    for r, word in zip(relevance, pieces):
+        total[word] += max(r, 0.)
     most = max(total.values(), default=0.) or 1.
-    return [(word, v / most if v / most >= least else 0.) for (_, word), v in total.items()]
+    return [(text, v / most if v / most >= 0.1 else 0.) for (_, text), v in total.items()]
 
 
 # -- What maps of concepts segment (thesis Table 5.4) --------------------------------------------
@@ -1980,10 +1892,7 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
     """The latents J of each label (thesis 5.4.4, A.3), a list of C arrays: those active with it in
     `least` training samples or more, counted over all streams together; and of them those that have
     it in at least half of their samples, else the 10 with the largest share (ours: the count alone
-    picks latents that fire for everything).
-
-    codes: {stream: CSR (n, L)}, labels (n, C) bool, known (n,) bool: the samples that count.
-    """
+    picks latents that fire for everything). labels, known: as in `label_counts`."""
     found = [label_counts(code, labels, None, known) for code in codes.values()]
     with_label, total = (sum(v) for v in zip(*found))        # (L, C), (L,)
     out = []
@@ -2011,8 +1920,7 @@ def weighted_code(code, weight):
 
 def concept_scores(code, names, J, alive, seed=0):
     """What a map of a label may be a map of (thesis Table 5.4), and as many random others of the
-    living latents: {target: (score(features (B, d), labels (B,)) -> (B,), labels it can be asked
-    for)}.
+    living latents: {target: (score(features (B, d), labels (B,)) -> (B,), its labels)}.
 
     code(features) -> (B, L) of the stream alone; names (C, L): the codes of the labels' names; J:
     of `concept_latents`; alive: numbers of the latents active in training.
@@ -2145,9 +2053,8 @@ def word_table(examples):
     `here` (is it?) and `words`; a concept that moves nothing is absent, or its latents silent."""
     parts = []
     for e in examples:
-        shown = " ".join(f'<span style="background:rgba(197,48,48,{score:.2f})">{html.escape(word)}'
-                         "</span>" + f"<sub>{score:.2f}</sub>" * (score > 0)
-                         for word, score in e["words"])
+        shown = " ".join(f'<span style="--level:-{score:.2f}">{html.escape(word)}</span>'
+                         + f"<sub>{score:.2f}</sub>" * (score > 0) for word, score in e["words"])
         moved = any(score for _, score in e["words"])
         told = "" if moved else f" <b>{'silent' if e['here'] else 'absent'}</b>"
         parts.append(f"<p><b>{html.escape(e['concept'])}</b>: {shown}{told}</p>")
@@ -2165,28 +2072,18 @@ def _standard_columns(code, latents):
     return np.where(varies, c / np.maximum(length, 1e-30), 0)
 
 
-def match_latents(a, b, least=5, most=4096):
-    """Correlations of the best one-to-one pairing of two codes' latents (n, L_a), (n, L_b) of the
-    same samples (Hungarian): (latents of a, latents of b, correlations), best first.
-
-    Latents active in fewer than `least` samples are left out, and of more than `most` the less
-    frequent: the assignment takes their cube.
-    """
-    kept = []
-    for active in (a.getnnz(axis=0), b.getnnz(axis=0)):
-        often = np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]
-        kept.append(np.sort(often))
-    r = _standard_columns(a, kept[0]).T @ _standard_columns(b, kept[1])
-    i, j = scipy.optimize.linear_sum_assignment(-r)
-    order = np.argsort(-r[i, j], kind="stable")
-    return kept[0][i[order]], kept[1][j[order]], r[i, j][order]
-
-
-def index_correlations(a, b, least=5):
-    """Correlation of latent j of one code with latent j of the other, for those active in `least`
-    samples or more in both."""
-    both = (a.getnnz(axis=0) >= least) & (b.getnnz(axis=0) >= least)
-    return (_standard_columns(a, both) * _standard_columns(b, both)).sum(0)
+def latent_correlations(a, b, same):
+    """Correlations (P,) of pairs of latents of two codes (n, L_a), (n, L_b) of the same samples:
+    of latent j with latent j if they are the `same`, else of the best one-to-one pairing
+    (Hungarian). Latents active in fewer than 5 samples are left out, and of more than 4,096 to be
+    paired the less frequent: the assignment takes their cube."""
+    active = [code.getnnz(axis=0) for code in (a, b)]
+    if same:
+        both = np.minimum(*active) >= 5
+        return (_standard_columns(a, both) * _standard_columns(b, both)).sum(0)
+    i, j = (np.sort(np.argsort(-n, kind="stable")[:min(4096, (n >= 5).sum())]) for n in active)
+    r = _standard_columns(a, i).T @ _standard_columns(b, j)
+    return r[scipy.optimize.linear_sum_assignment(-r)]
 
 
 def latents_in_common(r):

@@ -1807,7 +1807,7 @@ def cmd_compare(flags):
     found, shuffled = [], np.random.default_rng([a.flags.seed, 12]).permutation(len(rows))
     for name, (x, y) in codes.items():
         for what, z in ((name, y), (f"{name}, samples shuffled", y[shuffled])):
-            r = judge.index_correlations(x, z) if "same" in name else judge.match_latents(x, z)[2]
+            r = judge.latent_correlations(x, z, "same" in name)
             found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
     page.table(*judge.columns(found), key="shared")
     return page.metrics["shared"]
@@ -1933,7 +1933,7 @@ def cmd_explain(flags):
         refuse(flags.label not in (None, *outputs), f"--label {flags.label}, but {name} has "
                f"{len(outputs)} outputs - give 0 to {outputs[-1]}")
         score = None if flags.label is None else lambda out: out[:, int(flags.label)]
-        heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
+        heat, _ = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         sheet[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
     stems = [f"{i}_{os.path.splitext(os.path.basename(images.paths[i]))[0]}" for i in rows]
     run.begin(data_hash=images.hash).write({

@@ -1338,7 +1338,7 @@ def test_a_run_has_all_latents_in_common_with_itself_and_fewer_with_another(feat
     assert same[best]["shared, %"] == 100 and list(same) == [best, f"{best}, samples shuffled"]
     codes = {mode: repsae.codes_and_fit(sae.load(finished / "checkpoint.pt")[0], data.read_features(features), data.read_features(
         features).rows("val"), mode)[0] for mode in ("joint", "alone")}
-    expected = np.median(judge.index_correlations(codes["alone"]["x"], codes["alone"]["y"]))
+    expected = np.median(judge.latent_correlations(codes["alone"]["x"], codes["alone"]["y"], True))
     assert abs(other["SPARC alone, same latent"]["median r"] - expected) < 1e-6
     assert other[best]["r >= 0.7"] < other[best]["pairs"] and "SPARC joint, same latent" in other
 
@@ -1579,7 +1579,7 @@ def test_single_latents_are_drawn_where_they_are_most_active_and_by_grad_cam_wit
         model, x = model.eval(), torch.randn(2, 3, size, size)
         cam_layer = functools.partial(ssm.cam_layer, model)
         heat, _ = judge.heat_maps(model, x, lambda f: f[:, 5], cam_layer)
-        np.testing.assert_array_equal(heat, judge.grad_cam(model.features, *cam_layer(x), x, lambda out: out[:, 5]))
+        np.testing.assert_array_equal(heat, judge.grad_cam(model.features, *cam_layer(x), x, lambda out: out[:, 5])[0])
         silent, zero = judge.heat_maps(model, x, lambda f: 0 * f[:, 5], cam_layer)
         assert heat.shape == (2, side, side) and heat.max() == 1 and not silent.any() and not zero.any()
 
@@ -2482,7 +2482,7 @@ def test_explain_shows_the_output_that_was_asked_for(pictures, tmp_path):
             "--label", label, "--out", out)
         name, = (f for f in os.listdir(out) if f.startswith("a_0_"))
         maps.append(np.asarray(Image.open(out / name)))
-        heat = judge.grad_cam(model, *ssm.cam_layer(model, x), x, lambda out: out[:, label])
+        heat, _ = judge.grad_cam(model, *ssm.cam_layer(model, x), x, lambda out: out[:, label])
         assert np.array_equal(maps[-1], np.asarray(judge.overlay(picture, heat[0])))
     assert not np.array_equal(*maps)
 
