@@ -295,6 +295,7 @@ def join_processes(flags):
     gpu = flags.device.startswith("cuda")
     if gpu:
         flags["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(flags.device)
     torch.distributed.init_process_group("nccl" if gpu else "gloo")
 
 
