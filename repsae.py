@@ -480,23 +480,21 @@ def read_config(folder):
     """config.json of a run: a dict of dicts "flags", of their kinds, and "versions", and the list
     "files", its manifest."""
     path = os.path.join(folder, "config.json")
-    config = data.read_json(path)
-    if isinstance(config, dict):
-        config = {"files": [], "versions": {}, **config}
-    refuse(not isinstance(config, dict) or not isinstance(config.get("flags"), dict)
-           or not isinstance(config["versions"], dict) or not isinstance(config["files"], list)
-           or not all(isinstance(name, str) and plain(name) for name in config["files"]),
+    config, kinds = data.read_json(path), {"flags": dict, "versions": dict, "files": list}
+    whole = isinstance(config, dict) and all(isinstance(config.get(key), kind)
+                                             for key, kind in kinds.items())
+    refuse(not whole or not all(isinstance(name, str) and plain(name) for name in config["files"]),
            f"{path} is no config of a run - restore it, or train anew elsewhere")
-    check_kinds(config["flags"], {name: default for name, (default, *_) in FLAGS.items()}, path)
+    check_kinds(config["flags"], path)
     return config
 
 
-def check_kinds(values, defaults, path):
-    """Raise InputError unless what the file `path` holds could be typed for these flags."""
-    for name, default in defaults.items():
+def check_kinds(values, path):
+    """Raise InputError unless the values of flags in the file `path` could be typed for them."""
+    for name, (default, kind, _) in FLAGS.items():
         value = values.get(name.replace("-", "_"), default)
         said = f"{path} has {value!r} as {name}"
-        fits = value is default or value == value_of(FLAGS[name][1], str(value), said, default)
+        fits = value is default or value == value_of(kind, str(value), said, default)
         refuse(not fits, f"{said} - restore it, or train anew")
 
 
@@ -1420,45 +1418,37 @@ def picture_streams(images, name, model, flags):
     return {f"{name}_txt": model.read(captions).cpu().numpy(), f"{name}_img": x}
 
 
-def source_of(spec, flags):
-    """(name, arguments of the backbone, the file of its weights or None) of a spec in --weights:
+def load_backbone(spec, flags, n_classes=0):
+    """(name, model) of a spec in --weights:
 
-    name=RUN        a run of dino, or of clip (whose folder is returned)
+    name=RUN        a run of dino, or of clip: see `load_clip`
     name=FILE.pt    what finetune wrote
     name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
     name=arch:random, or an arch alone: weights drawn with --seed
+
+    With n_classes it gets a new head of so many, else its file's. `made` of the model builds it
+    again, `random` says whether its weights are, `side` is that of the pictures it learned from.
     """
     name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
-    arch, _, weights = where.partition(":")
-    if not where or not plain(name) or "/" in name:          # it names files, too
-        raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated "
-                         "by commas")
+    arch, _, file = where.partition(":")
+    refuse(not where or not plain(name) or "/" in name,      # it names files, too
+           f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
     made = {"arch": arch, "size": None, "patch": flags.get("patch"), "n_classes": None}
-    if weights == "random":                                  # of any size
-        return name, {**made, "size": flags.get("size") or None}, None
-    if weights:
-        return name, made, weights
-    if os.path.exists(os.path.join(where, "clip.pt")):
-        return name, {"arch": "clip"}, where
-    file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
-    refuse(not os.path.exists(file), f"no run or file at {where} - check it, or {name}=arch:FILE")
-    advice = f"write {name}=arch:FILE for others"
-    with unpacked(file, "is no file of dino or finetune", advice) as kept:
-        made = {key: kept[key] for key in made}              # our own files say what they are
-        made["n_classes"] = int(made["n_classes"] or 0)
-    check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, file)
-    return name, made, file
-
-
-def load_backbone(spec, flags, n_classes=0, head=False):
-    """(name, model) of a spec, see `source_of`. With n_classes it gets a new head of so many; with
-    `head` it keeps its file's. `made` of the model builds it again, `random` says whether its
-    weights are, `side` is that of the pictures it was trained on."""
-    name, made, weights = source_of(spec, flags)
-    if made["arch"] == "clip":
-        return name, load_clip(weights, flags.device)
+    if file == "random":                                     # of any size
+        made["size"] = flags.get("size") or None
+    elif not file:                                           # our own files say what they are
+        if os.path.exists(os.path.join(where, "clip.pt")):
+            return name, load_clip(where, flags.device)
+        file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
+        refuse(not os.path.exists(file),
+               f"no run or file at {where} - check it, or {name}=arch:FILE")
+        with unpacked(file, "is no file of dino or finetune",
+                      f"write {name}=arch:FILE for others") as kept:
+            made = {key: kept[key] for key in made}
+            made["n_classes"] = int(made["n_classes"] or 0)
+        check_kinds(made, file)
+    made["n_classes"] = n_classes or made["n_classes"]
     torch.manual_seed(flags.seed)
-    made["n_classes"] = n_classes or (made["n_classes"] if head else None)
     if made["arch"] in ssm.PRESETS or not n_classes:
         model = ssm.make_backbone(**made)
     else:
@@ -1467,9 +1457,9 @@ def load_backbone(spec, flags, n_classes=0, head=False):
         refuse(made["arch"] not in known.list_models(module=known), f"{made['arch']} is neither a "
                "preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
         model = known.get_model(made["arch"], num_classes=n_classes)
-    if weights:
-        ssm.load_weights(model, weights, new_head=bool(n_classes))
-    model.made, model.random = made, not weights
+    model.made, model.random = made, file == "random"
+    if not model.random:
+        ssm.load_weights(model, file, new_head=bool(n_classes))
     model.side = getattr(model, "size", made["size"] or 224)                 # a scan takes any size
     return name, model.eval().to(flags.device)
 
@@ -1520,24 +1510,16 @@ def cmd_latents(flags):
         return write_prompts(coded, flags.prompts, flags.top)
     if flags.query:
         return search(coded, names, flags)
-    run = analysis_run(flags, "latents")
+    run, path = analysis_run(flags, "latents"), os.path.join(flags.run, "metrics.json")
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
-    tell_verdict(page, flags.run)
+    known = data.read_json(path) if os.path.exists(path) else {}
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):   # it has no verdict
+        judge.tell_verdict(page, known["verdict"])
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
     files = tell_stream(page, coded, flags) if one else {}
     run.begin().write(files)
     run.tell(page)
-
-
-def tell_verdict(page, run):
-    """Tell what was found of a run when it was trained, if that is known."""
-    path = os.path.join(run, "metrics.json")
-    found = data.read_json(path) if os.path.exists(path) else None
-    found = found.get("verdict") if isinstance(found, dict) else None
-    kinds = {"learned": str, "trust": str, "next": str, "level": int}
-    if isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in kinds.items()):
-        judge.tell_verdict(page, found)
 
 
 def tell_stream(page, coded, flags):
@@ -1866,7 +1848,7 @@ def cmd_explain(flags):
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
     for spec in flags.weights.split(","):
-        name, model = load_backbone(spec, flags, head=True)
+        name, model = load_backbone(spec, flags)
         view = data.plain_view(flags.size or model.side, whole=True)
         x = torch.stack([view(p) for p in pictures]).to(flags.device)
         outputs = [str(i) for i in range(model(x[:1]).shape[1])]
@@ -1893,10 +1875,11 @@ def explain_concepts(flags):
                       judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
     tell_latents(seen, page, chosen)
     tell_captions(seen, page)
-    empty = np.full_like(next(iter(maps[f"{seen.text[:-4]}, raw similarity"].values())), np.nan)
-    files = {"maps.npz": {"keys": np.array(list(seen.truth)), **{
-        name: np.stack([found.get(key, empty) for key in seen.truth])
-        for name, found in maps.items() if found}}}
+    kept = {"keys": np.array(list(seen.truth))}
+    for name, found in maps.items():
+        for some in list(found.values())[:1]:                # NaN where a label has no latents
+            kept[name] = np.stack([found.get(key, some * np.nan) for key in seen.truth])
+    files = {"maps.npz": kept}
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
         files[f"overlays/{name}.png"] = image
@@ -1908,10 +1891,12 @@ class Concepts(Coded):
     """A run of sparc with the backbones that made its streams, and pictures with true masks.
 
     sees            {name: (backbone, its stream)} of --weights
-    encoder, text   CLIP's image encoder, with its .clip and .words; the stream of its captions
+    clip, encoder   the name of CLIP; its image encoder, with its .clip and .words
+    text, pictured  the streams of its captions and pictures
     J, alive        each label's latents (`judge.concept_latents`); each stream's, active in
                     training
-    truth, test     {(picture, label): bool mask} of the test pictures `test` that have any
+    truth, there    {(picture, label): bool mask} of the test pictures `test` that have any, and
+                    their labels
     """
 
     def __init__(self, flags):
@@ -1936,24 +1921,25 @@ class Concepts(Coded):
         truth = data.true_masks(arrays)
         self.test = [i for i in features.rows("test", "val") if i in {i for i, _ in truth}][:most]
         self.truth = {key: mask for key, mask in truth.items() if key[0] in self.test}
+        self.there = sorted({c for _, c in self.truth})
         refuse(not self.truth, f"no test picture of {flags.images} has an object - give others")
 
     def _see(self):
         """Load the backbones; one without attention goes by the name of what it gets instead."""
-        self.sees, clips = {}, []
+        self.sees, clips = {}, {}
         for spec in self.flags.weights.split(","):
             name, backbone = load_backbone(spec, self.flags)
             stream = name
             if hasattr(backbone, "clip"):
-                stream = f"{name}_img"
-                clips.append((backbone, f"{name}_txt"))
+                clips[name], stream = backbone, f"{name}_img"
             refuse(stream not in self.model.dims,
                    f"the run has no stream '{stream}' - it has {', '.join(self.model.streams)}")
             plain = not judge.kept_attention(backbone)
             self.sees[name + " (Grad-CAM)" * plain] = backbone, stream
-        refuse(len(clips) != 1 or clips[0][1] not in self.model.dims,
+        refuse([f"{name}_txt" in self.model.dims for name in clips] != [True],
                f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
-        (self.encoder, self.text), = clips
+        (self.clip, self.encoder), = clips.items()
+        self.text, self.pictured = f"{self.clip}_txt", f"{self.clip}_img"
 
     def code(self, stream):
         """The function features (B, d) -> dense codes (B, L) of a stream alone."""
@@ -2001,14 +1987,21 @@ def chosen_latents(text, J, alive):
     return [int(j) for j in text.split(",")]
 
 
-def methods(seen):
-    """{name: (backbone, score(features, labels) -> (B,), labels that it can be asked for)}: the
-    targets of Table 5.4 for each backbone, and CLIP's own similarity to a label's name."""
-    out, every = {}, range(len(seen.label_names))
-    for c in {c for _, c in seen.truth}:
+def measured_maps(seen, page):
+    """Tell what heat maps segment, the maps of each backbone for the targets of Table 5.4 and of
+    CLIP's own similarity to a label's name; returns them, {name: {(picture, label): (h, w)}}."""
+    for c in seen.there:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
-    prompts = seen.encoder.read(seen.label_names)
+    prompts, unit = seen.encoder.read(seen.label_names), torch.nn.functional.normalize
     z_names = seen.code(seen.text)(prompts).detach()
+    pairs = list(itertools.product(seen.test, seen.there))   # is the label in the picture or not
+    maps, middle = {}, dict.fromkeys(pairs, judge.centre_prior())
+    found = {"centre of the picture": judge.map_scores(middle, pairs, seen.truth, data.otsu)}
+
+    def measure(name, backbone, score, possible=seen.there):
+        asked = [pair for pair in pairs if pair[1] in possible]
+        maps[name], silent = seen.maps(backbone, score, asked)
+        found[name] = judge.map_scores(maps[name], asked, seen.truth, data.otsu, silent)
 
     def together(stream, f, c):                              # picture and name choose the support
         both = seen.model.encode({stream: f, seen.text: prompts[c]}, "joint").values()
@@ -2016,24 +2009,13 @@ def methods(seen):
     for name, (backbone, s) in seen.sees.items():
         targets = judge.concept_scores(seen.code(s), z_names, seen.J, seen.alive[s],
                                        seen.flags.seed)
+        for target, how in targets.items():
+            measure(f"{name}, {target}", backbone, *how)
         if seen.model.topk != "local":
-            targets["similarity to the name, joint"] = functools.partial(together, s), every
-        out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
-    unit = torch.nn.functional.normalize
-    out[f"{seen.text[:-4]}, raw similarity"] = (
-        seen.encoder, judge.weighted_code(unit, unit(prompts)), every)
-    return out
-
-
-def measured_maps(seen, page):
-    """The maps of every method, {name: {(picture, label): (h, w)}}, and what they segment."""
-    pairs = list(itertools.product(seen.test, sorted({c for _, c in seen.truth})))    # there or not
-    maps, middle = {}, dict.fromkeys(pairs, judge.centre_prior())
-    found = {"centre of the picture": judge.map_scores(middle, pairs, seen.truth, data.otsu)}
-    for name, (backbone, score, possible) in methods(seen).items():
-        asked = [pair for pair in pairs if pair[1] in possible]
-        maps[name], silent = seen.maps(backbone, score, asked)
-        found[name] = judge.map_scores(maps[name], asked, seen.truth, data.otsu, silent)
+            measure(f"{name}, similarity to the name, joint", backbone,
+                    functools.partial(together, s))
+    measure(f"{seen.clip}, raw similarity", seen.encoder,
+            judge.weighted_code(unit, unit(prompts)))
     page.table(*judge.columns([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
                                for name, v in found.items()]),
                "Segmentation by heat maps: of the labels that are there, as published, and of all",
@@ -2045,7 +2027,7 @@ def shown_labels(seen):
     """{(picture, label): is it there?}: of each label two pictures, first those whose captions name
     it, and one without it."""
     out = {}
-    for c in sorted({c for _, c in seen.truth}):
+    for c in seen.there:
         here = sorted((i for i, k in seen.truth if k == c),
                       key=lambda i: seen.label_names[c] not in seen.captions[i])
         without = [i for i in seen.test if (i, c) not in seen.truth]
@@ -2062,23 +2044,21 @@ def tell_latents(seen, page, chosen, most=4):
         best = np.argsort(-strength, kind="stable")[:most]
         asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
     single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
-    maps = seen.code_maps(single, asked)
     seen.tell(page, "latents", "Single latents, where they are most active",
-              [f"latent {j}" for j in chosen], asked, maps, single)
+              [f"latent {j}" for j in chosen], asked, seen.code_maps(single, asked), single)
 
 
 def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t and by CLIP."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
-    asked, pictured = {(i, n): True for n, i in enumerate(test)}, f"{seen.text[:-4]}_img"
+    asked = {(i, n): True for n, i in enumerate(test)}
     said = seen.encoder.read([seen.captions[i] for i in test])
-    z_text = seen.code(seen.text)(said).detach()
-    z_image = seen.code(pictured)(seen.features.batch(test)[pictured].to(seen.flags.device))
-    maps = seen.code_maps(z_text, asked)
+    x = seen.features.batch(test)[seen.pictured].to(seen.flags.device)
+    maps = seen.code_maps(seen.code(seen.text)(said).detach(), asked)
     maps["cosine, CLIP itself"], _ = seen.maps(seen.encoder, judge.weighted_code(unit, unit(said)),
                                                asked)
     seen.tell(page, "captions", "Pictures with their captions: similarity z . z' of the two",
-              [f"picture {i}" for i in test], asked, maps, z_image.detach())
+              [f"picture {i}" for i in test], asked, maps, seen.code(seen.pictured)(x).detach())
 
 
 @command(f"{ON_RUN} streams sample from to query features encoder", "run")
@@ -2123,17 +2103,15 @@ def given_query(model, stream, flags):
         check_needed(flags, "encoder")
         encoder = load_clip(flags.encoder, flags.device)
         refuse(not encoder.words.pieces(flags.query), "--query has no words - give some")
-        x = encoder.read([flags.query])
+        asked, row = data.Features({stream: encoder.read([flags.query]).cpu().numpy()}), 0
     else:
-        others = data.read_features(flags.features, [stream])
-        refuse(flags.sample >= len(others), f"--sample {flags.sample}, but {flags.features} has "
-               f"{len(others)} samples - count from 0")
-        x = others.batch([flags.sample])[stream]
-    refuse(x.shape[1] != model.dims[stream], f"the query has {x.shape[1]} numbers, stream "
-           f"'{stream}' has {model.dims[stream]} - name its stream with --from")
-    with torch.no_grad():
-        codes = sae.joined([model.encode({stream: x.to(flags.device)}, "alone")])
-    return judge.sparse_code(*codes[stream], model.n_latents)
+        asked, row = data.read_features(flags.features, [stream]), flags.sample
+        refuse(row >= len(asked), f"--sample {row}, but {flags.features} has {len(asked)} samples "
+               "- count from 0")
+    width = asked.streams[stream].shape[1]
+    refuse(width != model.dims[stream], f"the query has {width} numbers, stream '{stream}' has "
+           f"{model.dims[stream]} - name its stream with --from")
+    return token_codes(model, asked, [row], "alone")[stream]
 
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------

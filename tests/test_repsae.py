@@ -891,7 +891,7 @@ def test_finetune_compares_models_over_seeds_and_its_models_are_explained(pictur
         "--out", tmp_path / "c")
     assert sum(f.endswith(".png") for f in os.listdir(tmp_path / "c")) == 11
     assert Image.open(tmp_path / "c" / "sheet.png").size == (3 * 168 + 8, 5 * 168 + 28)
-    model = repsae.load_backbone(f"t={tmp_path / 'r' / 'ours.pt'}", repsae.Flags(seed=0, device="cpu", size=0), head=True)[1]
+    model = repsae.load_backbone(f"t={tmp_path / 'r' / 'ours.pt'}", repsae.Flags(seed=0, device="cpu", size=0))[1]
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
 
 
@@ -2387,7 +2387,7 @@ def test_patience_epochs_and_batch_of_finetune_reach_the_training(noisy, tmp_pat
 def test_explain_shows_the_output_that_was_asked_for(pictures, tmp_path):
     import ssm
     spec, maps = "a=vit_micro:random", []
-    model = repsae.load_backbone(spec, repsae.Flags(seed=0, device="cpu", size=16), head=True)[1]
+    model = repsae.load_backbone(spec, repsae.Flags(seed=0, device="cpu", size=16))[1]
     picture = data.read_images(pictures).open(0)
     x = data.plain_view(16, whole=True)(picture)[None]
     for label in (3, 5):
