@@ -1333,24 +1333,9 @@ class Watch:
     def knn(self, backbone=None):
         """`measure` of 20-NN, by raw pixels without a backbone; None where there are no labels."""
         if self.tasks:
-            x = [image_features(self.images, rows, backbone, self.size) for rows in self.rows]
+            x = [self.images.features(rows, backbone, self.size) for rows in self.rows]
             found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
             return found["20-NN"][self.measure]
-
-
-def image_features(images, rows, backbone, size, block=256, whole=False, **how):
-    """Features (n, d) of pictures, tokens (n, T, d) in half precision; without a backbone the
-    pixels themselves. how: see `features` of the backbone."""
-    view, found = data.plain_view(size, whole or images.whole), []
-    images.side = max(size, images.side)                     # slides are read at that level
-    for start in range(0, len(rows), block):
-        out = torch.stack([view(images.open(i)) for i in rows[start:start + block]])
-        if backbone is not None:
-            with torch.no_grad():
-                out = backbone.features(out.to(next(backbone.parameters()).device), **how)
-        out = out[0].half() if isinstance(out, tuple) else out.flatten(1)        # tokens, grid
-        found.append(out.cpu().numpy())
-    return np.concatenate(found)
 
 
 def tell_dino(run, rows, watch, before):
@@ -1379,16 +1364,28 @@ def tell_dino(run, rows, watch, before):
 def cmd_extract(flags):
     """Features of pictures by backbones: an .npz of streams that `sparc` and `probe` read."""
     images, out, streams = pictures_of(flags), out_file(flags), {}
-    specs = flags.weights.split(",")
+    specs, captions = flags.weights.split(","), images.about.get("captions")
     models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]
     for spec, loaded in zip(specs, models):
-        if loaded:
-            streams |= picture_streams(images, *loaded, flags)
-        else:                                                # what runs of N words tell of captions
-            (name, longest), captions = spec.split("=lsa:"), images.about.get("captions")
+        if not loaded:                                       # what runs of N words tell of captions
+            name, longest = spec.split("=lsa:")
             refuse(captions is None or flags.tokens or longest not in ("1", "2", "3"), f"{spec} - "
                    "lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
             streams[name] = data.latent_semantics(captions, images.rows("train"), int(longest))
+            continue
+        (name, model), clip = loaded, hasattr(loaded[1], "clip")
+        if flags.standardise and model.random:
+            statistics = data.pixel_statistics(images, images.rows("train"))
+            ssm.standardise_pixels(model, *statistics, data.IMAGENET)
+        how = {"whole": flags.whole or clip}                 # clip learns from whole pictures
+        if flags.tokens:
+            how.update(tokens=True, block=16)                # T times the memory
+        elif hasattr(model, "blocks"):
+            how["last"] = flags.last                         # a ViT has a class token in each
+        if clip and captions is not None and not flags.tokens:               # both its encoders
+            streams[f"{name}_txt"] = model.read(captions).cpu().numpy()
+        x = images.features(range(len(images)), model, flags.size or model.side, **how)
+        streams[name + "_img" * clip] = x
     for name, x in streams.items():
         say(f"{name}: {x.shape}")
     about = images.arrays(out)
@@ -1396,26 +1393,6 @@ def cmd_extract(flags):
         about["grid"] = np.repeat(math.isqrt(x.shape[1]), 2)                     # views are square
     judge.write_npz(out, {**streams, **about})
     say(f"wrote {out}")
-
-
-def picture_streams(images, name, model, flags):
-    """{name: features (N, d) or tokens (N, T, d)} of a backbone; of a CLIP's two encoders, where
-    there are captions, name_txt and name_img."""
-    clip, captions = hasattr(model, "clip"), images.about.get("captions")
-    how = {"whole": flags.whole or clip}                     # clip learns from whole pictures
-    if flags.standardise and model.random:
-        statistics = data.pixel_statistics(images, images.rows("train"))
-        ssm.standardise_pixels(model, *statistics, data.IMAGENET)
-    if flags.tokens:
-        how.update(tokens=True, block=16)                    # T times the memory
-    elif hasattr(model, "blocks"):
-        how["last"] = flags.last                             # a ViT has a class token in each
-    x = image_features(images, range(len(images)), model, flags.size or model.side, **how)
-    if not clip:
-        return {name: x}
-    if captions is None or flags.tokens:
-        return {f"{name}_img": x}
-    return {f"{name}_txt": model.read(captions).cpu().numpy(), f"{name}_img": x}
 
 
 def load_backbone(spec, flags, n_classes=0):
@@ -1618,7 +1595,13 @@ def cmd_intervene(flags):
     if label is not None:
         means = judge.class_means(coded.strength[train], y[train])
         tell_interventions(page, coded, y > 0, train, test, means)
-        rank = inside_boxes(coded, label, train) if flags.rank == "boxes" else means[1]
+        rank = means[1]
+        if flags.rank == "boxes":                            # more active inside than elsewhere
+            grid, boxes = coded.features.grid, coded.features.boxes
+            refuse(grid is None or boxes is None, f"{coded.flags.data} has no "
+                   f"'{'boxes' if grid else 'grid'}' - extract --tokens of boxes")
+            inside = [judge.in_boxes(coded.boxes(row, label), grid) for row in train]
+            rank = judge.contrast(coded.codes(train)[coded.stream], np.concatenate(inside))
         tell_places(page, coded, label, test, rank, flags.iou)
         tell_class_means(page, means, flags)
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
@@ -1662,15 +1645,6 @@ def tell_places(page, coded, label, test, rank, iou):
         page.picture("The top latents over pictures with the label; true boxes in red", "".join(
             judge.heat_strip(image, coded.boxes(row, label), coded.heat(row, top))
             for row, image in shown.items()))
-
-
-def inside_boxes(coded, label, train):
-    """How much more active each latent is inside a label's boxes than elsewhere (L,)."""
-    grid = coded.features.grid
-    refuse(grid is None or coded.features.boxes is None,
-           f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - extract --tokens of boxes")
-    inside = [judge.in_boxes(coded.boxes(row, label), grid) for row in train]
-    return judge.contrast(coded.codes(train)[coded.stream], np.concatenate(inside))
 
 
 def tell_class_means(page, means, flags):
@@ -1773,8 +1747,8 @@ def cmd_clip(flags):
     model = ssm.CLIP(flags.joint, tower, tower, words.size, flags.context, flags.patch,
                      flags.size).to(flags.device)
     run = Run(flags).begin(pictures=len(images), data_hash=images.hash)
-    view, tokens = data.plain_view(flags.size, whole=True), words(captions, flags.context, False)
-    pixels = torch.stack([view(images.open(i)) for i in range(len(images))])
+    pixels = images.views(range(len(images)), flags.size, whole=True)
+    tokens = words(captions, flags.context, strict=False)
     batches = data.Batches(train, flags.batch, flags.seed, "samples", drop_last=True)
     n_steps = flags.epochs * batches.epoch
     turns = np.random.default_rng(flags.seed).integers((4, 2), size=(n_steps, 2)).tolist()
@@ -1791,8 +1765,9 @@ def cmd_clip(flags):
         progress(step, lambda: f"loss {told['loss']:.3f}")
     ssm.fit_clip(model, batch, n_steps, flags.lr, on_step)
     log.write()
-    write_clip(run, model, words)
-    seen = image_features(images, test, model.visual, flags.size, whole=True)
+    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config,
+                           "merges" if flags.merges else "words": words.words}})
+    seen = images.features(test, model.visual, flags.size, whole=True)
     said = ssm.text_features(model, words, captions[test]).cpu().numpy()
     found = judge.retrieval({"image": seen, "text": said})
     page, part = judge.Page("repsae clip"), "test" if images.split is not None else "training"
@@ -1813,13 +1788,9 @@ def import_clip(flags):
            f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
     ssm.standardise_pixels(model.visual, *data.CLIP_PIXELS, data.IMAGENET)
     run = Run(flags).begin()
-    write_clip(run, model, words)
+    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config,
+                           "merges": words.words}})
     say(f"wrote {run.join('clip.pt')}")
-
-
-def write_clip(run, model, words):
-    kind = "merges" if isinstance(words, data.Merges) else "words"
-    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config, kind: words.words}})
 
 
 def load_clip(folder, device):
@@ -1849,8 +1820,7 @@ def cmd_explain(flags):
     pictures = [images.open(i) for i in rows]
     for spec in flags.weights.split(","):
         name, model = load_backbone(spec, flags)
-        view = data.plain_view(flags.size or model.side, whole=True)
-        x = torch.stack([view(p) for p in pictures]).to(flags.device)
+        x = images.views(rows, flags.size or model.side, whole=True).to(flags.device)
         outputs = [str(i) for i in range(model(x[:1]).shape[1])]
         refuse(flags.label not in (None, *outputs), f"--label {flags.label}, but {name} has "
                f"{len(outputs)} outputs - give 0 to {outputs[-1]}")
@@ -1870,8 +1840,13 @@ def explain_concepts(flags):
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
     page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
     chosen = chosen_latents(flags.latent, seen.J, seen.alive)
-    maps = measured_maps(seen, page)
-    drawn = seen.tell(page, "words", "Concepts of the labels", names, shown_labels(seen), maps,
+    maps, shown = measured_maps(seen, page), {}
+    for c in seen.there:                                     # two with it, named first, one without
+        here = sorted((i for i, k in seen.truth if k == c),
+                      key=lambda i: names[c] not in seen.captions[i])
+        without = [i for i in seen.test if (i, c) not in seen.truth]
+        shown.update({(i, c): i in here for i in here[:2] + without[:1]})
+    drawn = seen.tell(page, "words", "Concepts of the labels", names, shown, maps,
                       judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
     tell_latents(seen, page, chosen)
     tell_captions(seen, page)
@@ -1948,9 +1923,9 @@ class Concepts(Coded):
 
     def maps(self, backbone, score, asked):
         """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
-        view = data.plain_view(backbone.side, whole=True)
-        return judge.pair_maps(backbone, score, list(asked),
-                               lambda i: view(self.images.open(i)).to(self.flags.device),
+        def view(i):
+            return self.images.views([i], backbone.side, whole=True)[0].to(self.flags.device)
+        return judge.pair_maps(backbone, score, list(asked), view,
                                functools.partial(ssm.cam_layer, backbone))
 
     def code_maps(self, weight, asked):
@@ -2021,18 +1996,6 @@ def measured_maps(seen, page):
                "Segmentation by heat maps: of the labels that are there, as published, and of all",
                key="segmentation")
     return maps
-
-
-def shown_labels(seen):
-    """{(picture, label): is it there?}: of each label two pictures, first those whose captions name
-    it, and one without it."""
-    out = {}
-    for c in seen.there:
-        here = sorted((i for i, k in seen.truth if k == c),
-                      key=lambda i: seen.label_names[c] not in seen.captions[i])
-        without = [i for i in seen.test if (i, c) not in seen.truth]
-        out.update({(i, c): i in here for i in here[:2] + without[:1]})
-    return out
 
 
 def tell_latents(seen, page, chosen, most=4):
@@ -2209,8 +2172,7 @@ def mil_round(bags, make, flags, r, train, val, test):
         rng = np.random.default_rng([flags.seed, r, vote])
         torch.manual_seed(int(rng.integers(2 ** 62)))
         model = ssm.MIL(bags.x[0].shape[1], len(bags.label_names), **make)
-        for buffer, value in zip((model.mean, model.std), bags.scale(train)):
-            buffer.copy_(value)
+        model.mean, model.std = bags.scale(train)
         ssm.fit_mil(model.to(flags.device),
                     lambda epoch: batches(bags.drawn(train, rng, flags.balanced)), batches(val),
                     **how)

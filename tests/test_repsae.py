@@ -1338,7 +1338,7 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
     assert a != b and all(both[key] == pytest.approx((a[key] + b[key]) / 2) for key in both)
     images = data.read_images(world / "tissue" / "tissue.npz")
     watch = repsae.Watch(images, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
-    x, areas = repsae.image_features(images, np.arange(240), None, 32).astype(float), []
+    x, areas = images.features(np.arange(240), None, 32).astype(float), []
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     train, test = images.split == "train", images.split != "train"
     assert watch.rows[0].tolist() == np.flatnonzero(train).tolist() and watch.measure == "AUC"
