@@ -1274,10 +1274,10 @@ def cmd_dino(flags):
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, flags.global_scale,
                        flags.local_scale, flags.blur, flags.colour)
     run.begin(data_hash=images.hash, pictures=len(images))
-    watch = Watch(images, flags)                             # labels serve this alone
-    before = watch.knn(teacher.backbone)                     # random weights
+    watch, measure = watched(images, flags)                  # labels serve this alone
+    before = watch and watch(teacher.backbone)               # random weights
     log = train_dino(run, nets, images, crops, watch)
-    tell_dino(run, log.rows, watch, before)
+    tell_dino(run, log.rows, watch, measure, before)
 
 
 def pictures_of(flags):
@@ -1288,7 +1288,7 @@ def pictures_of(flags):
 
 
 def train_dino(run, nets, images, crops, watch):
-    """Train the `nets`, or go on training them; returns the Log."""
+    """Train the `nets`, or go on training them; watch: of `watched`. Returns the Log."""
     flags, checkpoint, done = run.flags, run.path("checkpoint.pt"), 0
     if run.saved and os.path.exists(checkpoint):
         with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
@@ -1305,8 +1305,8 @@ def train_dino(run, nets, images, crops, watch):
 
     def on_step(step, told):
         ended, knn = step % epoch == 0, ""
-        if ended and watch.tasks and (step // epoch % flags.knn_every == 0 or step == n_steps):
-            knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
+        if ended and watch and (step // epoch % flags.knn_every == 0 or step == n_steps):
+            knn = watch(nets[1].backbone)                    # of the teacher, as in DINO
         keep(step, lambda: {"epoch": round(step / epoch, 3), **told, "knn": knn},
              lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
                      + (f"  k-NN {knn:.3f}" if knn else ""), log=ended)
@@ -1317,42 +1317,39 @@ def train_dino(run, nets, images, crops, watch):
     return log
 
 
-class Watch:
-    """Looks at a backbone from outside: what the nearest neighbours of pictures know of their
-    labels, where they have any (`tasks`). rows: those that vote, and those that are judged."""
+def watched(images, flags, most=4000):
+    """(watch, its measure): watch(backbone) is how well the 20 nearest neighbours of pictures tell
+    their labels, by raw pixels without a backbone. (None, None) where there is nothing to tell."""
+    rows = [part[images.labelled[part]] for part in images.knn_rows(flags.seed, most)]
+    tasks = judge.label_tasks(images.labels, *rows) if all(map(len, rows)) else []
+    if not tasks:
+        return None, None
+    measure, classes = "balanced accuracy", len(images.label_names)
+    if images.labels.ndim == 2:                              # labels that hold at once
+        measure, classes = "AUC", 2
 
-    def __init__(self, images, flags, most=4000):
-        self.images, self.size, self.tasks = images, flags.size, []
-        self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
-        if all(map(len, self.rows)):
-            self.tasks = judge.label_tasks(images.labels, *self.rows)
-            several = images.labels.ndim == 2                # labels that hold at once
-            self.measure = "AUC" if several else "balanced accuracy"
-            self.classes = 2 if several else len(images.label_names)
-
-    def knn(self, backbone=None):
-        """`measure` of 20-NN, by raw pixels without a backbone; None where there are no labels."""
-        if self.tasks:
-            x = [self.images.features(rows, backbone, self.size) for rows in self.rows]
-            found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
-            return found["20-NN"][self.measure]
+    def watch(backbone=None):
+        x = [images.features(part, backbone, flags.size) for part in rows]
+        found = judge.judged_features(*x, tasks, rows, classes, ks=(20,))
+        return found["20-NN"][measure]
+    return watch, measure
 
 
-def tell_dino(run, rows, watch, before):
-    """metrics.json, curves.svg and report.html of the `rows` of log.csv; before: k-NN of the
-    weights that training began with."""
+def tell_dino(run, rows, watch, measure, before):
+    """metrics.json, curves.svg and report.html of the `rows` of log.csv; watch, measure: of
+    `watched`; before: what it saw in the weights that training began with."""
     page = judge.Page(f"repsae dino: {run.flags.arch}")
     curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
     charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
         {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
-    if watch.tasks:
-        found.update(knn_random=before, knn_pixels=watch.knn())
+    if watch:
+        found.update(knn_random=before, knn_pixels=watch())
         lines = {"teacher": curves["knn"]}
         for name, key in (("random weights", "knn_random"), ("raw pixels", "knn_pixels")):
             lines[name] = [(step, found[key]) for step, _ in curves["knn"]]
-        charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
+        charts.append(judge.svg_lines(lines, "step", f"20-NN, {measure}", zero=False))
     run.write({"curves.svg": judge.standalone_svg(*charts)})
     page.picture("Training", "".join(charts))
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
@@ -2205,14 +2202,23 @@ def attention_maps(bags, models, rows, head, run, most=6):
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
     pictures = noted(data.read_pictures(flags.images, flags.size, flags.label, flags.window))
-    C, n = len(pictures.label_names), flags.runs
-    specs = {try_classifier(spec, flags, C): spec for spec in flags.weights.split(",")}
-    refuse(len(specs) < len(flags.weights.split(",")), f"--weights {flags.weights} names a model "
-           "twice - write a=vit_micro:random,b=vit_micro:random")
+    C, n, specs, sizes = len(pictures.label_names), flags.runs, {}, {}
+    for spec in flags.weights.split(","):
+        name, model = load_backbone(spec, flags, C)
+        refuse(name in specs, f"--weights {flags.weights} names a model twice - write "
+               "a=vit_micro:random,b=vit_micro:random")
+        ssm.last_linear(model)                               # refuses what ends in none
+        out = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
+        with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
+            out = model(out)                                 # sizes that do not fit fail here
+        refuse(not isinstance(out, torch.Tensor) or out.shape != (1, C),
+               f"{name} does not classify pictures of {flags.size} pixels - choose another "
+               "--size, or another model")
+        specs[name], sizes[name] = spec, sum(p.numel() for p in model.parameters())
     rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
               for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
-    log, progress, sizes = Log(run.path("log.csv")), Progress(len(specs) * n), {}
+    log, progress = Log(run.path("log.csv")), Progress(len(specs) * n)
     pixels = pictures.about["images"].transpose(0, 3, 1, 2)
     baseline = [judge.pixel_probe(pixels, pictures.labels, parts, C) for parts in rounds]
     found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
@@ -2226,24 +2232,10 @@ def cmd_finetune(flags):
         log.write()
         progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
         if r == 0:                                           # the file that `explain` reads
-            sizes[name] = sum(p.numel() for p in model.parameters())
             run.write({f"{name}.pt": {"model": model.state_dict(), **model.made}})
     page = judge.Page("repsae finetune")                     # thesis 3.3.3
     judge.tell_models(page, found, list(specs))
     run.tell(page, {"parameters": sizes, "test pictures": len(rounds[0][2])})
-
-
-def try_classifier(spec, flags, n_classes):
-    """The name of a model; InputError if it does not classify a picture of zeros."""
-    name, model = load_backbone(spec, flags, n_classes)
-    ssm.last_linear(model)                                   # refuses what ends in none
-    x = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
-    with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
-        out = model(x)
-        if isinstance(out, torch.Tensor) and out.shape == (1, n_classes):
-            return name
-    raise InputError(f"{name} does not classify pictures of {flags.size} pixels - choose another "
-                     "--size, or another model")
 
 
 def finetune_one(pictures, parts, model, flags):

@@ -1337,11 +1337,11 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
     a, b, both = found.values()
     assert a != b and all(both[key] == pytest.approx((a[key] + b[key]) / 2) for key in both)
     images = data.read_images(world / "tissue" / "tissue.npz")
-    watch = repsae.Watch(images, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
+    watch, measure = repsae.watched(images, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
     x, areas = images.features(np.arange(240), None, 32).astype(float), []
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     train, test = images.split == "train", images.split != "train"
-    assert watch.rows[0].tolist() == np.flatnonzero(train).tolist() and watch.measure == "AUC"
+    assert measure == "AUC"
     for y in images.labels.T:
         votes = []
         for i in np.flatnonzero(test):
@@ -1350,10 +1350,10 @@ def test_labels_that_hold_at_once_are_found_one_by_one_and_averaged(world, tmp_p
             votes.append(sum(w for w, (_, v) in zip(weight, near) if v) / sum(weight))
         pairs = [(p > q) + (p == q) / 2 for p, v in zip(votes, y[test]) if v for q, u in zip(votes, y[test]) if not u]
         areas.append(np.mean(pairs))
-    assert watch.knn() == pytest.approx(np.mean(areas), abs=2e-3)
+    assert watch() == pytest.approx(np.mean(areas), abs=2e-3)
     images.labels[:, 0], images.labels[test, 1] = True, False                               # not in both parts with and without
-    watch = repsae.Watch(images, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
-    assert len(watch.tasks) == 11 and watch.knn() == pytest.approx(np.mean(areas[2:]), abs=2e-3)
+    watch, measure = repsae.watched(images, repsae.parse(["dino", "--images", "x", "--size", "32"])[1])
+    assert len(areas) == 13 and watch() == pytest.approx(np.mean(areas[2:]), abs=2e-3)
 
 
 def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys):
@@ -1379,7 +1379,7 @@ def test_a_window_decides_what_a_backbone_sees_of_deep_pictures(tmp_path, capsys
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_unlabelled_pictures_neither_vote_nor_are_judged(several, pictures):
+def test_unlabelled_pictures_neither_vote_nor_are_judged(several, pictures, monkeypatch):
     import data
     images = data.read_images(pictures)
     if several:
@@ -1387,9 +1387,10 @@ def test_unlabelled_pictures_neither_vote_nor_are_judged(several, pictures):
         images.mask = np.arange(len(images)) % 5 > 0
     else:
         images.labels[::5] = -1
-    watch = repsae.Watch(images, repsae.parse(["dino", "--images", "x", "--size", "16"])[1])
-    assert not set(np.arange(0, len(images), 5)) & {*watch.rows[0], *watch.rows[1]}
-    assert watch.knn() > 0
+    seen = []
+    monkeypatch.setattr(images, "open", lambda i: seen.append(int(i)) or type(images).open(images, i))
+    watch, _ = repsae.watched(images, repsae.parse(["dino", "--images", "x", "--size", "16"])[1])
+    assert watch() > 0 and sorted(seen) == [i for i in range(len(images)) if i % 5]
 
 
 def test_clip_learns_which_caption_belongs_to_which_picture(world):
