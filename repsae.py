@@ -1849,8 +1849,9 @@ def explain_concepts(flags):
     tell_captions(seen, page)
     kept = {"keys": np.array(list(seen.truth))}
     for name, found in maps.items():
-        for some in list(found.values())[:1]:                # NaN where a label has no latents
-            kept[name] = np.stack([found.get(key, some * np.nan) for key in seen.truth])
+        if found:
+            nothing = np.full_like(next(iter(found.values())), np.nan)   # of labels without latents
+            kept[name] = np.stack([found.get(key, nothing) for key in seen.truth])
     files = {"maps.npz": kept}
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
@@ -1878,8 +1879,8 @@ class Concepts(Coded):
         shape = len(features), *self.images.open(0).size[::-1]
         refuse(not {"boxes", "instances"} <= {*arrays.keys} or arrays["instances"].shape != shape,
                f"{flags.images} has no 'boxes', or no 'instances' {shape} - make it by `tissue`")
-        known = *features.streams, *features.about, *["labels"][:len(self.label_names)]
-        for name in {*self.model.streams, "captions", "labels"}.difference(known):
+        known = {*features.streams, *features.about, "labels" if self.label_names else ""}
+        for name in {*self.model.streams, "captions", "labels"} - known:
             raise InputError(f"{self.flags.data} has no '{name}' - explain needs captions, labels "
                              "and all streams of the run")
         self.captions = features.about["captions"].astype(str).tolist()
@@ -1898,19 +1899,20 @@ class Concepts(Coded):
 
     def _see(self):
         """Load the backbones; one without attention goes by the name of what it gets instead."""
-        self.sees, clips = {}, {}
+        self.sees, clips = {}, []
         for spec in self.flags.weights.split(","):
             name, backbone = load_backbone(spec, self.flags)
             stream = name
             if hasattr(backbone, "clip"):
-                clips[name], stream = backbone, f"{name}_img"
+                stream = f"{name}_img"
+                clips.append((name, backbone))
             refuse(stream not in self.model.dims,
                    f"the run has no stream '{stream}' - it has {', '.join(self.model.streams)}")
             plain = not judge.kept_attention(backbone)
             self.sees[name + " (Grad-CAM)" * plain] = backbone, stream
-        refuse([f"{name}_txt" in self.model.dims for name in clips] != [True],
+        refuse([f"{name}_txt" in self.model.dims for name, _ in clips] != [True],
                f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
-        (self.clip, self.encoder), = clips.items()
+        (self.clip, self.encoder), = clips
         self.text, self.pictured = f"{self.clip}_txt", f"{self.clip}_img"
 
     def code(self, stream):
