@@ -1543,7 +1543,7 @@ def write_prompts(coded, path, top):
     """For every latent the samples that show what it means, as JSON with a prompt for any language
     model. The prompt tells no label: a name must not copy its judge; a path may hold the label."""
     rng, out = np.random.default_rng([coded.flags.seed, 10]), []
-    code = coded.strength[coded.train].tocsc()
+    code = coded.strength[coded.train].tocsc()               # columns are cut out below
     for j in np.flatnonzero(code.getnnz(axis=0)):
         column = code[:, [j]].toarray().ravel()
         shown = {kind: [{**coded.about(coded.train[i]), "activation": float(column[i])}
@@ -1608,7 +1608,7 @@ def cmd_intervene(flags):
 def tell_interventions(page, coded, y, train, test, means):
     """Tell what a linear head, fitted to the features, makes of them, of codes, and of their top
     latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
-    head, of_class = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
+    head, of_class = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)  # (d, 2)
     w, bias = head[:, 1] - head[:, 0], float(of_class[1] - of_class[0])          # of the log odds
     effect, base = coded.W @ w, float(coded.b @ w) + bias
     scores = {"original features": coded.dense[test] @ w + bias,
@@ -1646,18 +1646,18 @@ def tell_places(page, coded, label, test, rank, iou):
 
 def tell_class_means(page, means, flags):
     """Tell how far apart the class means of latents are, here and in --other (Mammo-SAE Fig. 4)."""
-    pairs = {"--data": means}
+    pairs = {"--data": means}                                # name: (2, L)
     if flags.other:
         theirs = flags.replaced({"data": flags.other})
         theirs.given |= {"data"}
         other = Coded(flags.run, theirs).pool()
         y, train, _ = other.told(flags.label)
-        pairs["--other"] = judge.class_means(other.strength[train], y[train])
+        pairs["--other"] = judge.class_means(other.strength[train], y[train])  # Eq. 2, of the others
     page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
                                for name, v in pairs.items()]), key="separation")
     for name, v in pairs.items():
         lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
-        page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))
+        page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))  # as in Fig. 4
 
 
 def tell_fidelity(page, coded, y, train, test, eval_rows):
@@ -1745,7 +1745,7 @@ def cmd_clip(flags):
                      flags.size).to(flags.device)
     run = Run(flags).begin(pictures=len(images), data_hash=images.hash)
     pixels = images.views(range(len(images)), flags.size, whole=True)
-    tokens = words(captions, flags.context, strict=False)
+    tokens = words(captions, flags.context, strict=False)    # (n, context), known words
     batches = data.Batches(train, flags.batch, flags.seed, "samples", drop_last=True)
     n_steps = flags.epochs * batches.epoch
     turns = np.random.default_rng(flags.seed).integers((4, 2), size=(n_steps, 2)).tolist()
@@ -1967,7 +1967,7 @@ def measured_maps(seen, page):
     for c in seen.there:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
     prompts, unit = seen.encoder.read(seen.label_names), torch.nn.functional.normalize
-    z_names = seen.code(seen.text)(prompts).detach()
+    z_names = seen.code(seen.text)(prompts).detach()         # (C, L), what names are coded as
     pairs = list(itertools.product(seen.test, seen.there))   # is the label in the picture or not
     maps, middle = {}, dict.fromkeys(pairs, judge.centre_prior())
     found = {"centre of the picture": judge.map_scores(middle, pairs, seen.truth, data.otsu)}
@@ -2003,7 +2003,7 @@ def tell_latents(seen, page, chosen, most=4):
     for c, j in enumerate(chosen):
         strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
                                                          for code in codes))
-        best = np.argsort(-strength, kind="stable")[:most]
+        best = np.argsort(-strength, kind="stable")[:most]   # strength (n,): streams alike
         asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
     single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
     seen.tell(page, "latents", "Single latents, where they are most active",
@@ -2067,13 +2067,13 @@ def given_query(model, stream, flags):
         refuse(not encoder.words.pieces(flags.query), "--query has no words - give some")
         asked, row = data.Features({stream: encoder.read([flags.query]).cpu().numpy()}), 0
     else:
-        asked, row = data.read_features(flags.features, [stream]), flags.sample
+        asked, row = data.read_features(flags.features, [stream]), flags.sample  # from 0
         refuse(row >= len(asked), f"--sample {row}, but {flags.features} has {len(asked)} samples "
                "- count from 0")
     width = asked.streams[stream].shape[1]
     refuse(width != model.dims[stream], f"the query has {width} numbers, stream '{stream}' has "
            f"{model.dims[stream]} - name its stream with --from")
-    return token_codes(model, asked, [row], "alone")[stream]
+    return token_codes(model, asked, [row], "alone")[stream]  # nothing else is there
 
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
@@ -2171,13 +2171,13 @@ def mil_round(bags, make, flags, r, train, val, test):
         rng = np.random.default_rng([flags.seed, r, vote])
         torch.manual_seed(int(rng.integers(2 ** 62)))
         model = ssm.MIL(bags.x[0].shape[1], len(bags.label_names), **make)
-        model.mean, model.std = bags.scale(train)
+        model.mean, model.std = bags.scale(train)            # of no bag that is reported
         ssm.fit_mil(model.to(flags.device),
                     lambda epoch: batches(bags.drawn(train, rng, flags.balanced)), batches(val),
                     **how)
         with torch.no_grad():
             logits = torch.cat([model(x, mask)[0] for x, mask, _ in batches(test, 1)])
-        p = p + logits.softmax(1).cpu().numpy() / flags.votes
+        p = p + logits.softmax(1).cpu().numpy() / flags.votes  # the mean vote
         models.append(model.cpu())
     return judge.scores(bags.y[test], p), models
 
