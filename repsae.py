@@ -1652,7 +1652,7 @@ def tell_class_means(page, means, flags):
         theirs.given |= {"data"}
         other = Coded(flags.run, theirs).pool()
         y, train, _ = other.told(flags.label)
-        pairs["--other"] = judge.class_means(other.strength[train], y[train])  # Eq. 2, of the others
+        pairs["--other"] = judge.class_means(other.strength[train], y[train])  # Eq. 2, too
     page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
                                for name, v in pairs.items()]), key="separation")
     for name, v in pairs.items():
@@ -2003,7 +2003,7 @@ def tell_latents(seen, page, chosen, most=4):
     for c, j in enumerate(chosen):
         strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
                                                          for code in codes))
-        best = np.argsort(-strength, kind="stable")[:most]   # strength (n,): streams alike
+        best = np.argsort(-strength, kind="stable")[:most]
         asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
     single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
     seen.tell(page, "latents", "Single latents, where they are most active",
@@ -2067,13 +2067,13 @@ def given_query(model, stream, flags):
         refuse(not encoder.words.pieces(flags.query), "--query has no words - give some")
         asked, row = data.Features({stream: encoder.read([flags.query]).cpu().numpy()}), 0
     else:
-        asked, row = data.read_features(flags.features, [stream]), flags.sample  # from 0
+        asked, row = data.read_features(flags.features, [stream]), flags.sample
         refuse(row >= len(asked), f"--sample {row}, but {flags.features} has {len(asked)} samples "
                "- count from 0")
     width = asked.streams[stream].shape[1]
     refuse(width != model.dims[stream], f"the query has {width} numbers, stream '{stream}' has "
            f"{model.dims[stream]} - name its stream with --from")
-    return token_codes(model, asked, [row], "alone")[stream]  # nothing else is there
+    return token_codes(model, asked, [row], "alone")[stream]  # alone
 
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
