@@ -1044,6 +1044,25 @@ class Images(Samples):
         inside = np.ones(len(self)) if self.split is None else np.isin(self.split, splits)
         return np.flatnonzero(inside)
 
+    def views(self, rows, size, whole=False):
+        """What a backbone sees of the pictures `rows`, see `plain_view`: (n, 3, size, size)."""
+        view = plain_view(size, whole or self.whole)
+        self.side = max(size, self.side)                     # slides are read at that level
+        return torch.stack([view(self.open(i)) for i in rows])
+
+    @torch.no_grad()
+    def features(self, rows, backbone, size, block=256, whole=False, **how):
+        """Features (n, d) of the pictures `rows`, tokens (n, T, d) in half precision; without a
+        backbone the pixels themselves. how: see `features` of the backbone."""
+        found = []
+        for start in range(0, len(rows), block):
+            out = self.views(rows[start:start + block], size, whole)
+            if backbone is not None:
+                out = backbone.features(out.to(next(backbone.parameters()).device), **how)
+            out = out[0].half() if isinstance(out, tuple) else out.flatten(1)    # tokens, grid
+            found.append(out.cpu().numpy())
+        return np.concatenate(found)
+
     def take(self, rows):
         """The pictures `rows`, which may repeat, without their boxes."""
         known = {key: a[rows] for key, a in self.each().items()}

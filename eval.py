@@ -900,7 +900,7 @@ def tell_verdict(page, found):
     """The three sentences of `verdict`, on the page alone; returns them."""
     lines = [found[part] for part in ("learned", "trust", "next")]
     told = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-    page.picture("", f'<div class="verdict level{found["level"]}">{told}</div>')
+    page.picture("", f'<div class="verdict level{found["level"]:d}">{told}</div>')
     return lines
 
 

@@ -513,23 +513,21 @@ def read_config(folder):
     """config.json of a run: a dict of dicts "flags", of their kinds, and "versions", and the list
     "files", its manifest."""
     path = os.path.join(folder, "config.json")
-    config = data.read_json(path)
-    if isinstance(config, dict):
-        config = {"files": [], "versions": {}, **config}
-    refuse(not isinstance(config, dict) or not isinstance(config.get("flags"), dict)
-           or not isinstance(config["versions"], dict) or not isinstance(config["files"], list)
-           or not all(isinstance(name, str) and plain(name) for name in config["files"]),
+    config, kinds = data.read_json(path), {"flags": dict, "versions": dict, "files": list}
+    whole = isinstance(config, dict) and all(isinstance(config.get(key), kind)
+                                             for key, kind in kinds.items())
+    refuse(not whole or not all(isinstance(name, str) and plain(name) for name in config["files"]),
            f"{path} is no config of a run - restore it, or train anew elsewhere")
-    check_kinds(config["flags"], {name: default for name, (default, *_) in FLAGS.items()}, path)
+    check_kinds(config["flags"], path)
     return config
 
 
-def check_kinds(values, defaults, path):
-    """Raise InputError unless what the file `path` holds could be typed for these flags."""
-    for name, default in defaults.items():
+def check_kinds(values, path):
+    """Raise InputError unless the values of flags in the file `path` could be typed for them."""
+    for name, (default, kind, _) in FLAGS.items():
         value = values.get(name.replace("-", "_"), default)
         said = f"{path} has {value!r} as {name}"
-        fits = value is default or value == value_of(FLAGS[name][1], str(value), said, default)
+        fits = value is default or value == value_of(kind, str(value), said, default)
         refuse(not fits, f"{said} - restore it, or train anew")
 
 
@@ -1337,10 +1335,10 @@ def cmd_dino(flags):
     crops = data.Crops(flags.size, flags.local_size, flags.local_crops, flags.global_scale,
                        flags.local_scale, flags.blur, flags.colour)
     run.begin(data_hash=images.hash, pictures=len(images))
-    watch = Watch(images, flags)                             # labels serve this alone
-    before = watch.knn(teacher.backbone)                     # random weights
+    watch, measure = watched(images, flags)                  # labels serve this alone
+    before = watch and watch(teacher.backbone)               # random weights
     log = train_dino(run, nets, images, crops, watch)
-    tell_dino(run, log.rows, watch, before)
+    tell_dino(run, log.rows, watch, measure, before)
 
 
 def pictures_of(flags):
@@ -1351,7 +1349,7 @@ def pictures_of(flags):
 
 
 def train_dino(run, nets, images, crops, watch):
-    """Train the `nets`, or go on training them; returns the Log."""
+    """Train the `nets`, or go on training them; watch: of `watched`. Returns the Log."""
     flags, checkpoint, done = run.flags, run.path("checkpoint.pt"), 0
     if run.saved and os.path.exists(checkpoint):
         with unpacked(checkpoint, "is no checkpoint of this run", "train anew with --overwrite",
@@ -1368,8 +1366,8 @@ def train_dino(run, nets, images, crops, watch):
 
     def on_step(step, told):
         ended, knn = step % epoch == 0, ""
-        if ended and watch.tasks and (step // epoch % flags.knn_every == 0 or step == n_steps):
-            knn = watch.knn(nets[1].backbone)                # of the teacher, as in DINO
+        if ended and watch and (step // epoch % flags.knn_every == 0 or step == n_steps):
+            knn = watch(nets[1].backbone)                    # of the teacher, as in DINO
         keep(step, lambda: {"epoch": round(step / epoch, 3), **told, "knn": knn},
              lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
                      + (f"  k-NN {knn:.3f}" if knn else ""), log=ended)
@@ -1380,57 +1378,39 @@ def train_dino(run, nets, images, crops, watch):
     return log
 
 
-class Watch:
-    """Looks at a backbone from outside: what the nearest neighbours of pictures know of their
-    labels, where they have any (`tasks`). rows: those that vote, and those that are judged."""
+def watched(images, flags, most=4000):
+    """(watch, its measure): watch(backbone) is how well the 20 nearest neighbours of pictures tell
+    their labels, by raw pixels without a backbone. (None, None) where there is nothing to tell."""
+    rows = [part[images.labelled[part]] for part in images.knn_rows(flags.seed, most)]
+    tasks = judge.label_tasks(images.labels, *rows) if all(map(len, rows)) else []
+    if not tasks:
+        return None, None
+    measure, classes = "balanced accuracy", len(images.label_names)
+    if images.labels.ndim == 2:                              # labels that hold at once
+        measure, classes = "AUC", 2
 
-    def __init__(self, images, flags, most=4000):
-        self.images, self.size, self.tasks = images, flags.size, []
-        self.rows = [rows[images.labelled[rows]] for rows in images.knn_rows(flags.seed, most)]
-        if all(map(len, self.rows)):
-            self.tasks = judge.label_tasks(images.labels, *self.rows)
-            several = images.labels.ndim == 2                # labels that hold at once
-            self.measure = "AUC" if several else "balanced accuracy"
-            self.classes = 2 if several else len(images.label_names)
-
-    def knn(self, backbone=None):
-        """`measure` of 20-NN, by raw pixels without a backbone; None where there are no labels."""
-        if self.tasks:
-            x = [image_features(self.images, rows, backbone, self.size) for rows in self.rows]
-            found = judge.judged_features(*x, self.tasks, self.rows, self.classes, ks=(20,))
-            return found["20-NN"][self.measure]
+    def watch(backbone=None):
+        x = [images.features(part, backbone, flags.size) for part in rows]
+        found = judge.judged_features(*x, tasks, rows, classes, ks=(20,))
+        return found["20-NN"][measure]
+    return watch, measure
 
 
-def image_features(images, rows, backbone, size, block=256, whole=False, **how):
-    """Features (n, d) of pictures, tokens (n, T, d) in half precision; without a backbone the
-    pixels themselves. how: see `features` of the backbone."""
-    view, found = data.plain_view(size, whole or images.whole), []
-    images.side = max(size, images.side)                     # slides are read at that level
-    for start in range(0, len(rows), block):
-        out = torch.stack([view(images.open(i)) for i in rows[start:start + block]])
-        if backbone is not None:
-            with torch.no_grad():
-                out = backbone.features(out.to(next(backbone.parameters()).device), **how)
-        out = out[0].half() if isinstance(out, tuple) else out.flatten(1)        # tokens, grid
-        found.append(out.cpu().numpy())
-    return np.concatenate(found)
-
-
-def tell_dino(run, rows, watch, before):
-    """metrics.json, curves.svg and report.html of the `rows` of log.csv; before: k-NN of the
-    weights that training began with."""
+def tell_dino(run, rows, watch, measure, before):
+    """metrics.json, curves.svg and report.html of the `rows` of log.csv; watch, measure: of
+    `watched`; before: what it saw in the weights that training began with."""
     page = judge.Page(f"repsae dino: {run.flags.arch}")
     curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
     charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
         {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
-    if watch.tasks:
-        found.update(knn_random=before, knn_pixels=watch.knn())
+    if watch:
+        found.update(knn_random=before, knn_pixels=watch())
         lines = {"teacher": curves["knn"]}
         for name, key in (("random weights", "knn_random"), ("raw pixels", "knn_pixels")):
             lines[name] = [(step, found[key]) for step, _ in curves["knn"]]
-        charts.append(judge.svg_lines(lines, "step", f"20-NN, {watch.measure}", zero=False))
+        charts.append(judge.svg_lines(lines, "step", f"20-NN, {measure}", zero=False))
     run.write({"curves.svg": judge.standalone_svg(*charts)})
     page.picture("Training", "".join(charts))
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
@@ -1442,16 +1422,28 @@ def tell_dino(run, rows, watch, before):
 def cmd_extract(flags):
     """Features of pictures by backbones: an .npz of streams that `sparc` and `probe` read."""
     images, out, streams = pictures_of(flags), out_file(flags), {}
-    specs = flags.weights.split(",")
+    specs, captions = flags.weights.split(","), images.about.get("captions")
     models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]
     for spec, loaded in zip(specs, models):
-        if loaded:
-            streams |= picture_streams(images, *loaded, flags)
-        else:                                                # what runs of N words tell of captions
-            (name, longest), captions = spec.split("=lsa:"), images.about.get("captions")
+        if not loaded:                                       # what runs of N words tell of captions
+            name, longest = spec.split("=lsa:")
             refuse(captions is None or flags.tokens or longest not in ("1", "2", "3"), f"{spec} - "
                    "lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
             streams[name] = data.latent_semantics(captions, images.rows("train"), int(longest))
+            continue
+        (name, model), clip = loaded, hasattr(loaded[1], "clip")
+        if flags.standardise and model.random:
+            statistics = data.pixel_statistics(images, images.rows("train"))
+            ssm.standardise_pixels(model, *statistics, data.IMAGENET)
+        how = {"whole": flags.whole or clip}                 # clip learns from whole pictures
+        if flags.tokens:
+            how.update(tokens=True, block=16)                # T times the memory
+        elif hasattr(model, "blocks"):
+            how["last"] = flags.last                         # a ViT has a class token in each
+        if clip and captions is not None and not flags.tokens:               # both its encoders
+            streams[f"{name}_txt"] = model.read(captions).cpu().numpy()
+        x = images.features(range(len(images)), model, flags.size or model.side, **how)
+        streams[name + "_img" * clip] = x
     for name, x in streams.items():
         say(f"{name}: {x.shape}")
     about = images.arrays(out)
@@ -1461,65 +1453,37 @@ def cmd_extract(flags):
     say(f"wrote {out}")
 
 
-def picture_streams(images, name, model, flags):
-    """{name: features (N, d) or tokens (N, T, d)} of a backbone; of a CLIP's two encoders, where
-    there are captions, name_txt and name_img."""
-    clip, captions = hasattr(model, "clip"), images.about.get("captions")
-    how = {"whole": flags.whole or clip}                     # clip learns from whole pictures
-    if flags.standardise and model.random:
-        statistics = data.pixel_statistics(images, images.rows("train"))
-        ssm.standardise_pixels(model, *statistics, data.IMAGENET)
-    if flags.tokens:
-        how.update(tokens=True, block=16)                    # T times the memory
-    elif hasattr(model, "blocks"):
-        how["last"] = flags.last                             # a ViT has a class token in each
-    x = image_features(images, range(len(images)), model, flags.size or model.side, **how)
-    if not clip:
-        return {name: x}
-    if captions is None or flags.tokens:
-        return {f"{name}_img": x}
-    return {f"{name}_txt": model.read(captions).cpu().numpy(), f"{name}_img": x}
+def load_backbone(spec, flags, n_classes=0):
+    """(name, model) of a spec in --weights:
 
-
-def source_of(spec, flags):
-    """(name, arguments of the backbone, the file of its weights or None) of a spec in --weights:
-
-    name=RUN        a run of dino, or of clip (whose folder is returned)
+    name=RUN        a run of dino, or of clip: see `load_clip`
     name=FILE.pt    what finetune wrote
     name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
     name=arch:random, or an arch alone: weights drawn with --seed
+
+    With n_classes it gets a new head of so many, else its file's. `made` of the model builds it
+    again, `random` says whether its weights are, `side` is that of the pictures it learned from.
     """
     name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
-    arch, _, weights = where.partition(":")
-    if not where or not plain(name) or "/" in name:          # it names files, too
-        raise InputError(f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated "
-                         "by commas")
+    arch, _, file = where.partition(":")
+    refuse(not where or not plain(name) or "/" in name,      # it names files, too
+           f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
     made = {"arch": arch, "size": None, "patch": flags.get("patch"), "n_classes": None}
-    if weights == "random":                                  # of any size
-        return name, {**made, "size": flags.get("size") or None}, None
-    if weights:
-        return name, made, weights
-    if os.path.exists(os.path.join(where, "clip.pt")):
-        return name, {"arch": "clip"}, where
-    file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
-    refuse(not os.path.exists(file), f"no run or file at {where} - check it, or {name}=arch:FILE")
-    advice = f"write {name}=arch:FILE for others"
-    with unpacked(file, "is no file of dino or finetune", advice) as kept:
-        made = {key: kept[key] for key in made}              # our own files say what they are
-        made["n_classes"] = int(made["n_classes"] or 0)
-    check_kinds(made, {"arch": "vim_small", "size": None, "patch": None}, file)
-    return name, made, file
-
-
-def load_backbone(spec, flags, n_classes=0, head=False):
-    """(name, model) of a spec, see `source_of`. With n_classes it gets a new head of so many; with
-    `head` it keeps its file's. `made` of the model builds it again, `random` says whether its
-    weights are, `side` is that of the pictures it was trained on."""
-    name, made, weights = source_of(spec, flags)
-    if made["arch"] == "clip":
-        return name, load_clip(weights, flags.device)
+    if file == "random":                                     # of any size
+        made["size"] = flags.get("size") or None
+    elif not file:                                           # our own files say what they are
+        if os.path.exists(os.path.join(where, "clip.pt")):
+            return name, load_clip(where, flags.device)
+        file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
+        refuse(not os.path.exists(file),
+               f"no run or file at {where} - check it, or {name}=arch:FILE")
+        with unpacked(file, "is no file of dino or finetune",
+                      f"write {name}=arch:FILE for others") as kept:
+            made = {key: kept[key] for key in made}
+            made["n_classes"] = int(made["n_classes"] or 0)
+        check_kinds(made, file)
+    made["n_classes"] = n_classes or made["n_classes"]
     torch.manual_seed(flags.seed)
-    made["n_classes"] = n_classes or (made["n_classes"] if head else None)
     if made["arch"] in ssm.PRESETS or not n_classes:
         model = ssm.make_backbone(**made)
     else:
@@ -1528,9 +1492,9 @@ def load_backbone(spec, flags, n_classes=0, head=False):
         refuse(made["arch"] not in known.list_models(module=known), f"{made['arch']} is neither a "
                "preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
         model = known.get_model(made["arch"], num_classes=n_classes)
-    if weights:
-        ssm.load_weights(model, weights, new_head=bool(n_classes))
-    model.made, model.random = made, not weights
+    model.made, model.random = made, file == "random"
+    if not model.random:
+        ssm.load_weights(model, file, new_head=bool(n_classes))
     model.side = getattr(model, "size", made["size"] or 224)                 # a scan takes any size
     return name, model.eval().to(flags.device)
 
@@ -1581,24 +1545,16 @@ def cmd_latents(flags):
         return write_prompts(coded, flags.prompts, flags.top)
     if flags.query:
         return search(coded, names, flags)
-    run = analysis_run(flags, "latents")
+    run, path = analysis_run(flags, "latents"), os.path.join(flags.run, "metrics.json")
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
-    tell_verdict(page, flags.run)
+    known = data.read_json(path) if os.path.exists(path) else {}
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):   # it has no verdict
+        judge.tell_verdict(page, known["verdict"])
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
     files = tell_stream(page, coded, flags) if one else {}
     run.begin().write(files)
     run.tell(page)
-
-
-def tell_verdict(page, run):
-    """Tell what was found of a run when it was trained, if that is known."""
-    path = os.path.join(run, "metrics.json")
-    found = data.read_json(path) if os.path.exists(path) else None
-    found = found.get("verdict") if isinstance(found, dict) else None
-    kinds = {"learned": str, "trust": str, "next": str, "level": int}
-    if isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in kinds.items()):
-        judge.tell_verdict(page, found)
 
 
 def tell_stream(page, coded, flags):
@@ -1648,7 +1604,7 @@ def write_prompts(coded, path, top):
     """For every latent the samples that show what it means, as JSON with a prompt for any language
     model. The prompt tells no label: a name must not copy its judge; a path may hold the label."""
     rng, out = np.random.default_rng([coded.flags.seed, 10]), []
-    code = coded.strength[coded.train].tocsc()
+    code = coded.strength[coded.train].tocsc()               # columns are cut out below
     for j in np.flatnonzero(code.getnnz(axis=0)):
         column = code[:, [j]].toarray().ravel()
         shown = {kind: [{**coded.about(coded.train[i]), "activation": float(column[i])}
@@ -1697,7 +1653,13 @@ def cmd_intervene(flags):
     if label is not None:
         means = judge.class_means(coded.strength[train], y[train])
         tell_interventions(page, coded, y > 0, train, test, means)
-        rank = inside_boxes(coded, label, train) if flags.rank == "boxes" else means[1]
+        rank = means[1]
+        if flags.rank == "boxes":                            # more active inside than elsewhere
+            grid, boxes = coded.features.grid, coded.features.boxes
+            refuse(grid is None or boxes is None, f"{coded.flags.data} has no "
+                   f"'{'boxes' if grid else 'grid'}' - extract --tokens of boxes")
+            inside = [judge.in_boxes(coded.boxes(row, label), grid) for row in train]
+            rank = judge.contrast(coded.codes(train)[coded.stream], np.concatenate(inside))
         tell_places(page, coded, label, test, rank, flags.iou)
         tell_class_means(page, means, flags)
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
@@ -1707,7 +1669,7 @@ def cmd_intervene(flags):
 def tell_interventions(page, coded, y, train, test, means):
     """Tell what a linear head, fitted to the features, makes of them, of codes, and of their top
     latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
-    head, of_class = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)
+    head, of_class = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)  # (d, 2)
     w, bias = head[:, 1] - head[:, 0], float(of_class[1] - of_class[0])          # of the log odds
     effect, base = coded.W @ w, float(coded.b @ w) + bias
     scores = {"original features": coded.dense[test] @ w + bias,
@@ -1743,29 +1705,20 @@ def tell_places(page, coded, label, test, rank, iou):
             for row, image in shown.items()))
 
 
-def inside_boxes(coded, label, train):
-    """How much more active each latent is inside a label's boxes than elsewhere (L,)."""
-    grid = coded.features.grid
-    refuse(grid is None or coded.features.boxes is None,
-           f"{coded.flags.data} has no '{'boxes' if grid else 'grid'}' - extract --tokens of boxes")
-    inside = [judge.in_boxes(coded.boxes(row, label), grid) for row in train]
-    return judge.contrast(coded.codes(train)[coded.stream], np.concatenate(inside))
-
-
 def tell_class_means(page, means, flags):
     """Tell how far apart the class means of latents are, here and in --other (Mammo-SAE Fig. 4)."""
-    pairs = {"--data": means}
+    pairs = {"--data": means}                                # name: (2, L)
     if flags.other:
         theirs = flags.replaced({"data": flags.other})
         theirs.given |= {"data"}
         other = Coded(flags.run, theirs).pool()
         y, train, _ = other.told(flags.label)
-        pairs["--other"] = judge.class_means(other.strength[train], y[train])
+        pairs["--other"] = judge.class_means(other.strength[train], y[train])  # Eq. 2, too
     page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
                                for name, v in pairs.items()]), key="separation")
     for name, v in pairs.items():
         lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
-        page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))
+        page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))  # as in Fig. 4
 
 
 def tell_fidelity(page, coded, y, train, test, eval_rows):
@@ -1852,8 +1805,8 @@ def cmd_clip(flags):
     model = ssm.CLIP(flags.joint, tower, tower, words.size, flags.context, flags.patch,
                      flags.size).to(flags.device)
     run = Run(flags).begin(pictures=len(images), data_hash=images.hash)
-    view, tokens = data.plain_view(flags.size, whole=True), words(captions, flags.context, False)
-    pixels = torch.stack([view(images.open(i)) for i in range(len(images))])
+    pixels = images.views(range(len(images)), flags.size, whole=True)
+    tokens = words(captions, flags.context, strict=False)    # (n, context), known words
     batches = data.Batches(train, flags.batch, flags.seed, "samples", drop_last=True)
     n_steps = flags.epochs * batches.epoch
     turns = np.random.default_rng(flags.seed).integers((4, 2), size=(n_steps, 2)).tolist()
@@ -1870,8 +1823,9 @@ def cmd_clip(flags):
         progress(step, lambda: f"loss {told['loss']:.3f}")
     ssm.fit_clip(model, batch, n_steps, flags.lr, on_step)
     log.write()
-    write_clip(run, model, words)
-    seen = image_features(images, test, model.visual, flags.size, whole=True)
+    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config,
+                           "merges" if flags.merges else "words": words.words}})
+    seen = images.features(test, model.visual, flags.size, whole=True)
     said = ssm.text_features(model, words, captions[test]).cpu().numpy()
     found = judge.retrieval({"image": seen, "text": said})
     page, part = judge.Page("repsae clip"), "test" if images.split is not None else "training"
@@ -1892,13 +1846,9 @@ def import_clip(flags):
            f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
     ssm.standardise_pixels(model.visual, *data.CLIP_PIXELS, data.IMAGENET)
     run = Run(flags).begin()
-    write_clip(run, model, words)
+    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config,
+                           "merges": words.words}})
     say(f"wrote {run.join('clip.pt')}")
-
-
-def write_clip(run, model, words):
-    kind = "merges" if isinstance(words, data.Merges) else "words"
-    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config, kind: words.words}})
 
 
 def load_clip(folder, device):
@@ -1927,9 +1877,8 @@ def cmd_explain(flags):
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
     for spec in flags.weights.split(","):
-        name, model = load_backbone(spec, flags, head=True)
-        view = data.plain_view(flags.size or model.side, whole=True)
-        x = torch.stack([view(p) for p in pictures]).to(flags.device)
+        name, model = load_backbone(spec, flags)
+        x = images.views(rows, flags.size or model.side, whole=True).to(flags.device)
         outputs = [str(i) for i in range(model(x[:1]).shape[1])]
         refuse(flags.label not in (None, *outputs), f"--label {flags.label}, but {name} has "
                f"{len(outputs)} outputs - give 0 to {outputs[-1]}")
@@ -1949,15 +1898,22 @@ def explain_concepts(flags):
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
     page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
     chosen = chosen_latents(flags.latent, seen.J, seen.alive)
-    maps = measured_maps(seen, page)
-    drawn = seen.tell(page, "words", "Concepts of the labels", names, shown_labels(seen), maps,
+    maps, shown = measured_maps(seen, page), {}
+    for c in seen.there:                                     # two with it, named first, one without
+        here = sorted((i for i, k in seen.truth if k == c),
+                      key=lambda i: names[c] not in seen.captions[i])
+        without = [i for i in seen.test if (i, c) not in seen.truth]
+        shown.update({(i, c): i in here for i in here[:2] + without[:1]})
+    drawn = seen.tell(page, "words", "Concepts of the labels", names, shown, maps,
                       judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
     tell_latents(seen, page, chosen)
     tell_captions(seen, page)
-    empty = np.full_like(next(iter(maps[f"{seen.text[:-4]}, raw similarity"].values())), np.nan)
-    files = {"maps.npz": {"keys": np.array(list(seen.truth)), **{
-        name: np.stack([found.get(key, empty) for key in seen.truth])
-        for name, found in maps.items() if found}}}
+    kept = {"keys": np.array(list(seen.truth))}
+    for name, found in maps.items():
+        if found:
+            nothing = np.full_like(next(iter(found.values())), np.nan)   # of labels without latents
+            kept[name] = np.stack([found.get(key, nothing) for key in seen.truth])
+    files = {"maps.npz": kept}
     for (i, c, method), image in drawn.items():
         name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
         files[f"overlays/{name}.png"] = image
@@ -1969,10 +1925,12 @@ class Concepts(Coded):
     """A run of sparc with the backbones that made its streams, and pictures with true masks.
 
     sees            {name: (backbone, its stream)} of --weights
-    encoder, text   CLIP's image encoder, with its .clip and .words; the stream of its captions
+    clip, encoder   the name of CLIP; its image encoder, with its .clip and .words
+    text, pictured  the streams of its captions and pictures
     J, alive        each label's latents (`judge.concept_latents`); each stream's, active in
                     training
-    truth, test     {(picture, label): bool mask} of the test pictures `test` that have any
+    truth, there    {(picture, label): bool mask} of the test pictures `test` that have any, and
+                    their labels
     """
 
     def __init__(self, flags):
@@ -1982,8 +1940,8 @@ class Concepts(Coded):
         shape = len(features), *self.images.open(0).size[::-1]
         refuse(not {"boxes", "instances"} <= {*arrays.keys} or arrays["instances"].shape != shape,
                f"{flags.images} has no 'boxes', or no 'instances' {shape} - make it by `tissue`")
-        known = *features.streams, *features.about, *["labels"][:len(self.label_names)]
-        for name in {*self.model.streams, "captions", "labels"}.difference(known):
+        known = {*features.streams, *features.about, "labels" if self.label_names else ""}
+        for name in {*self.model.streams, "captions", "labels"} - known:
             raise InputError(f"{self.flags.data} has no '{name}' - explain needs captions, labels "
                              "and all streams of the run")
         self.captions = features.about["captions"].astype(str).tolist()
@@ -1997,6 +1955,7 @@ class Concepts(Coded):
         truth = data.true_masks(arrays)
         self.test = [i for i in features.rows("test", "val") if i in {i for i, _ in truth}][:most]
         self.truth = {key: mask for key, mask in truth.items() if key[0] in self.test}
+        self.there = sorted({c for _, c in self.truth})
         refuse(not self.truth, f"no test picture of {flags.images} has an object - give others")
 
     def _see(self):
@@ -2007,14 +1966,15 @@ class Concepts(Coded):
             stream = name
             if hasattr(backbone, "clip"):
                 stream = f"{name}_img"
-                clips.append((backbone, f"{name}_txt"))
+                clips.append((name, backbone))
             refuse(stream not in self.model.dims,
                    f"the run has no stream '{stream}' - it has {', '.join(self.model.streams)}")
             plain = not judge.kept_attention(backbone)
             self.sees[name + " (Grad-CAM)" * plain] = backbone, stream
-        refuse(len(clips) != 1 or clips[0][1] not in self.model.dims,
+        refuse([f"{name}_txt" in self.model.dims for name, _ in clips] != [True],
                f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
-        (self.encoder, self.text), = clips
+        (self.clip, self.encoder), = clips
+        self.text, self.pictured = f"{self.clip}_txt", f"{self.clip}_img"
 
     def code(self, stream):
         """The function features (B, d) -> dense codes (B, L) of a stream alone."""
@@ -2023,9 +1983,9 @@ class Concepts(Coded):
 
     def maps(self, backbone, score, asked):
         """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
-        view = data.plain_view(backbone.side, whole=True)
-        return judge.pair_maps(backbone, score, list(asked),
-                               lambda i: view(self.images.open(i)).to(self.flags.device),
+        def view(i):
+            return self.images.views([i], backbone.side, whole=True)[0].to(self.flags.device)
+        return judge.pair_maps(backbone, score, list(asked), view,
                                functools.partial(ssm.cam_layer, backbone))
 
     def code_maps(self, weight, asked):
@@ -2062,14 +2022,21 @@ def chosen_latents(text, J, alive):
     return [int(j) for j in text.split(",")]
 
 
-def methods(seen):
-    """{name: (backbone, score(features, labels) -> (B,), labels that it can be asked for)}: the
-    targets of Table 5.4 for each backbone, and CLIP's own similarity to a label's name."""
-    out, every = {}, range(len(seen.label_names))
-    for c in {c for _, c in seen.truth}:
+def measured_maps(seen, page):
+    """Tell what heat maps segment, the maps of each backbone for the targets of Table 5.4 and of
+    CLIP's own similarity to a label's name; returns them, {name: {(picture, label): (h, w)}}."""
+    for c in seen.there:
         seen.encoder.words.pieces(seen.label_names[c])       # raises InputError for an unknown word
-    prompts = seen.encoder.read(seen.label_names)
-    z_names = seen.code(seen.text)(prompts).detach()
+    prompts, unit = seen.encoder.read(seen.label_names), torch.nn.functional.normalize
+    z_names = seen.code(seen.text)(prompts).detach()         # (C, L), what names are coded as
+    pairs = list(itertools.product(seen.test, seen.there))   # is the label in the picture or not
+    maps, middle = {}, dict.fromkeys(pairs, judge.centre_prior())
+    found = {"centre of the picture": judge.map_scores(middle, pairs, seen.truth, data.otsu)}
+
+    def measure(name, backbone, score, possible=seen.there):
+        asked = [pair for pair in pairs if pair[1] in possible]
+        maps[name], silent = seen.maps(backbone, score, asked)
+        found[name] = judge.map_scores(maps[name], asked, seen.truth, data.otsu, silent)
 
     def together(stream, f, c):                              # picture and name choose the support
         both = seen.model.encode({stream: f, seen.text: prompts[c]}, "joint").values()
@@ -2077,41 +2044,18 @@ def methods(seen):
     for name, (backbone, s) in seen.sees.items():
         targets = judge.concept_scores(seen.code(s), z_names, seen.J, seen.alive[s],
                                        seen.flags.seed)
+        for target, how in targets.items():
+            measure(f"{name}, {target}", backbone, *how)
         if seen.model.topk != "local":
-            targets["similarity to the name, joint"] = functools.partial(together, s), every
-        out.update({f"{name}, {target}": (backbone, *how) for target, how in targets.items()})
-    unit = torch.nn.functional.normalize
-    out[f"{seen.text[:-4]}, raw similarity"] = (
-        seen.encoder, judge.weighted_code(unit, unit(prompts)), every)
-    return out
-
-
-def measured_maps(seen, page):
-    """The maps of every method, {name: {(picture, label): (h, w)}}, and what they segment."""
-    pairs = list(itertools.product(seen.test, sorted({c for _, c in seen.truth})))    # there or not
-    maps, middle = {}, dict.fromkeys(pairs, judge.centre_prior())
-    found = {"centre of the picture": judge.map_scores(middle, pairs, seen.truth, data.otsu)}
-    for name, (backbone, score, possible) in methods(seen).items():
-        asked = [pair for pair in pairs if pair[1] in possible]
-        maps[name], silent = seen.maps(backbone, score, asked)
-        found[name] = judge.map_scores(maps[name], asked, seen.truth, data.otsu, silent)
+            measure(f"{name}, similarity to the name, joint", backbone,
+                    functools.partial(together, s))
+    measure(f"{seen.clip}, raw similarity", seen.encoder,
+            judge.weighted_code(unit, unit(prompts)))
     page.table(*judge.columns([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
                                for name, v in found.items()]),
                "Segmentation by heat maps: of the labels that are there, as published, and of all",
                key="segmentation")
     return maps
-
-
-def shown_labels(seen):
-    """{(picture, label): is it there?}: of each label two pictures, first those whose captions name
-    it, and one without it."""
-    out = {}
-    for c in sorted({c for _, c in seen.truth}):
-        here = sorted((i for i, k in seen.truth if k == c),
-                      key=lambda i: seen.label_names[c] not in seen.captions[i])
-        without = [i for i in seen.test if (i, c) not in seen.truth]
-        out.update({(i, c): i in here for i in here[:2] + without[:1]})
-    return out
 
 
 def tell_latents(seen, page, chosen, most=4):
@@ -2123,23 +2067,21 @@ def tell_latents(seen, page, chosen, most=4):
         best = np.argsort(-strength, kind="stable")[:most]
         asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
     single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
-    maps = seen.code_maps(single, asked)
     seen.tell(page, "latents", "Single latents, where they are most active",
-              [f"latent {j}" for j in chosen], asked, maps, single)
+              [f"latent {j}" for j in chosen], asked, seen.code_maps(single, asked), single)
 
 
 def tell_captions(seen, page, most=4):
     """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t and by CLIP."""
     test, unit = seen.test[:most], torch.nn.functional.normalize
-    asked, pictured = {(i, n): True for n, i in enumerate(test)}, f"{seen.text[:-4]}_img"
+    asked = {(i, n): True for n, i in enumerate(test)}
     said = seen.encoder.read([seen.captions[i] for i in test])
-    z_text = seen.code(seen.text)(said).detach()
-    z_image = seen.code(pictured)(seen.features.batch(test)[pictured].to(seen.flags.device))
-    maps = seen.code_maps(z_text, asked)
+    x = seen.features.batch(test)[seen.pictured].to(seen.flags.device)
+    maps = seen.code_maps(seen.code(seen.text)(said).detach(), asked)
     maps["cosine, CLIP itself"], _ = seen.maps(seen.encoder, judge.weighted_code(unit, unit(said)),
                                                asked)
     seen.tell(page, "captions", "Pictures with their captions: similarity z . z' of the two",
-              [f"picture {i}" for i in test], asked, maps, z_image.detach())
+              [f"picture {i}" for i in test], asked, maps, seen.code(seen.pictured)(x).detach())
 
 
 @command(f"{ON_RUN} streams sample from to query features encoder", "run")
@@ -2184,17 +2126,15 @@ def given_query(model, stream, flags):
         check_needed(flags, "encoder")
         encoder = load_clip(flags.encoder, flags.device)
         refuse(not encoder.words.pieces(flags.query), "--query has no words - give some")
-        x = encoder.read([flags.query])
+        asked, row = data.Features({stream: encoder.read([flags.query]).cpu().numpy()}), 0
     else:
-        others = data.read_features(flags.features, [stream])
-        refuse(flags.sample >= len(others), f"--sample {flags.sample}, but {flags.features} has "
-               f"{len(others)} samples - count from 0")
-        x = others.batch([flags.sample])[stream]
-    refuse(x.shape[1] != model.dims[stream], f"the query has {x.shape[1]} numbers, stream "
-           f"'{stream}' has {model.dims[stream]} - name its stream with --from")
-    with torch.no_grad():
-        codes = sae.joined([model.encode({stream: x.to(flags.device)}, "alone")])
-    return judge.sparse_code(*codes[stream], model.n_latents)
+        asked, row = data.read_features(flags.features, [stream]), flags.sample
+        refuse(row >= len(asked), f"--sample {row}, but {flags.features} has {len(asked)} samples "
+               "- count from 0")
+    width = asked.streams[stream].shape[1]
+    refuse(width != model.dims[stream], f"the query has {width} numbers, stream '{stream}' has "
+           f"{model.dims[stream]} - name its stream with --from")
+    return token_codes(model, asked, [row], "alone")[stream]  # alone
 
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
@@ -2292,14 +2232,13 @@ def mil_round(bags, make, flags, r, train, val, test):
         rng = np.random.default_rng([flags.seed, r, vote])
         torch.manual_seed(int(rng.integers(2 ** 62)))
         model = ssm.MIL(bags.x[0].shape[1], len(bags.label_names), **make)
-        for buffer, value in zip((model.mean, model.std), bags.scale(train)):
-            buffer.copy_(value)
+        model.mean, model.std = bags.scale(train)            # of no bag that is reported
         ssm.fit_mil(model.to(flags.device),
                     lambda epoch: batches(bags.drawn(train, rng, flags.balanced)), batches(val),
                     **how)
         with torch.no_grad():
             logits = torch.cat([model(x, mask)[0] for x, mask, _ in batches(test, 1)])
-        p = p + logits.softmax(1).cpu().numpy() / flags.votes
+        p = p + logits.softmax(1).cpu().numpy() / flags.votes  # the mean vote
         models.append(model.cpu())
     return judge.scores(bags.y[test], p), models
 
@@ -2326,14 +2265,23 @@ def attention_maps(bags, models, rows, head, run, most=6):
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
     pictures = noted(data.read_pictures(flags.images, flags.size, flags.label, flags.window))
-    C, n = len(pictures.label_names), flags.runs
-    specs = {try_classifier(spec, flags, C): spec for spec in flags.weights.split(",")}
-    refuse(len(specs) < len(flags.weights.split(",")), f"--weights {flags.weights} names a model "
-           "twice - write a=vit_micro:random,b=vit_micro:random")
+    C, n, specs, sizes = len(pictures.label_names), flags.runs, {}, {}
+    for spec in flags.weights.split(","):
+        name, model = load_backbone(spec, flags, C)
+        refuse(name in specs, f"--weights {flags.weights} names a model twice - write "
+               "a=vit_micro:random,b=vit_micro:random")
+        ssm.last_linear(model)                               # refuses what ends in none
+        out = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
+        with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
+            out = model(out)                                 # sizes that do not fit fail here
+        refuse(not isinstance(out, torch.Tensor) or out.shape != (1, C),
+               f"{name} does not classify pictures of {flags.size} pixels - choose another "
+               "--size, or another model")
+        specs[name], sizes[name] = spec, sum(p.numel() for p in model.parameters())
     rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
               for r in range(n)]
     run = Run(flags).begin(pictures=len(pictures.labels), data_hash=pictures.hash)
-    log, progress, sizes = Log(run.path("log.csv")), Progress(len(specs) * n), {}
+    log, progress = Log(run.path("log.csv")), Progress(len(specs) * n)
     pixels = pictures.about["images"].transpose(0, 3, 1, 2)
     baseline = [judge.pixel_probe(pixels, pictures.labels, parts, C) for parts in rounds]
     found = {"pixels, logistic": baseline, **{name: [] for name in specs}}
@@ -2347,24 +2295,10 @@ def cmd_finetune(flags):
         log.write()
         progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
         if r == 0:                                           # the file that `explain` reads
-            sizes[name] = sum(p.numel() for p in model.parameters())
             run.write({f"{name}.pt": {"model": model.state_dict(), **model.made}})
     page = judge.Page("repsae finetune")                     # thesis 3.3.3
     judge.tell_models(page, found, list(specs))
     run.tell(page, {"parameters": sizes, "test pictures": len(rounds[0][2])})
-
-
-def try_classifier(spec, flags, n_classes):
-    """The name of a model; InputError if it does not classify a picture of zeros."""
-    name, model = load_backbone(spec, flags, n_classes)
-    ssm.last_linear(model)                                   # refuses what ends in none
-    x = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
-    with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
-        out = model(x)
-        if isinstance(out, torch.Tensor) and out.shape == (1, n_classes):
-            return name
-    raise InputError(f"{name} does not classify pictures of {flags.size} pixels - choose another "
-                     "--size, or another model")
 
 
 def finetune_one(pictures, parts, model, flags):
