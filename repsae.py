@@ -2131,10 +2131,10 @@ def given_query(model, stream, flags):
         asked, row = data.read_features(flags.features, [stream]), flags.sample
         refuse(row >= len(asked), f"--sample {row}, but {flags.features} has {len(asked)} samples "
                "- count from 0")
-    width = asked.streams[stream].shape[1]
-    refuse(width != model.dims[stream], f"the query has {width} numbers, stream '{stream}' has "
-           f"{model.dims[stream]} - name its stream with --from")
-    return token_codes(model, asked, [row], "alone")[stream]  # alone
+    shape = asked.streams[stream].shape[1:]
+    refuse(shape != (model.dims[stream],), f"the query has {'x'.join(map(str, shape))} numbers, "
+           f"stream '{stream}' has {model.dims[stream]} - name its stream with --from")
+    return token_codes(model, asked, [row], "alone")[stream]
 
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
