@@ -124,8 +124,7 @@ def jaccard(counts, n_top):
     their mean over such pairs of streams; `jaccard_all`, the same with all other latents counted as
     0, as the published numbers do; `control`, the first with each latent paired with another of
     those alive in both streams, half of them further on; `pairs`, the first for each pair;
-    `within`, half the interval of the first for other latents as these.
-    """
+    `within`, half the interval of the first for other latents as these."""
     pairs, L = list(itertools.combinations(counts, 2)), len(next(iter(counts.values())))
     own, other = (np.ma.masked_all((len(pairs), L)) for _ in range(2))
     for i, (s, t) in enumerate(pairs):
@@ -179,8 +178,7 @@ def reconstruction(blocks):
     blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors; of t from
     s those samples count that have both (rows of NaN say that one is missing).
     R^2 is weighted by variance, around each dimension's mean over the samples that count:
-    predicting that mean scores 0. NMSE leaves out samples of zeros.
-    """
+    predicting that mean scores 0. NMSE leaves out samples of zeros."""
     total = collections.defaultdict(lambda: [0.] * 6)        # sums over each part of the samples
     for x, x_hat in blocks:
         here = {t: ~v.isnan().all(1) for t, v in x.items()}
@@ -209,8 +207,7 @@ def linear_baseline(train, test, targets=None, strengths=10. ** np.arange(-6, 3)
 
     train, test: {stream: (n, d)}, in the units that the model reconstructs, NaN where missing: for
     a pair the samples count that have both. Ridge regression with an intercept; its strength is
-    the one that predicts every tenth training row best from the other rows.
-    """
+    the one that predicts every tenth training row best from the other rows."""
     out = {t: {s: None for s in train if s != t} for t in targets or train}
     for t, s in [(t, s) for t, row in out.items() for s in row]:
         both = ~np.isnan(train[s][:, 0] + train[t][:, 0])
@@ -296,8 +293,7 @@ def probe_tasks(labels, min_positives=50, known=True, groups=None):
     A task is a label with at least `min_positives` positives; task t draws as many negatives (seed
     1000 + t), or positives where they are more, and splits 70 / 15 / 15, classes in proportion
     (seeds 2000 + t, 3000 + t). Rows that are not `known` (n,) bool are neither. With groups (n,) no
-    group is in two parts, and a label of too few groups for both classes in each is no task.
-    """
+    group is in two parts, and a label of too few groups for both classes in each is no task."""
     tasks = []
     for t in range(labels.shape[1]):
         pos, neg = (np.flatnonzero(known & (labels[:, t] == c)) for c in (True, False))
@@ -322,8 +318,7 @@ def probe(code, tasks, candidates=20, binary=True, chosen=None):
     The `candidates` latents most often active on a task's training positives (or those `chosen` for
     it) are each fitted on train, input z > 0 or z itself if not `binary`; the best on val is
     reported on test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats,
-    "within": half its interval, "tasks": [{label, latent or None, val, test}]}.
-    """
+    "within": half its interval, "tasks": [{label, latent or None, val, test}]}."""
     active, results, chance = (code > 0).astype(np.float64), [], math.log(2)
     moved = np.zeros(code.shape[0])                          # the mean loss, by each sample
     z = active if binary else code.astype(np.float64)
@@ -378,8 +373,7 @@ def nearest(query, reference, n, groups=None, block=1024):
     """The n most similar references (cosine) of each query, best first: rows, similarities (q, n).
 
     query (q, d), reference (m, d), both dense or both CSR; at most m are found. groups: (q,), (m,);
-    references of the query's own group do not count: row -1, similarity -inf where none is left.
-    """
+    references of the query's own group do not count: row -1, similarity -inf where none is left."""
     n, rows, values = min(n, reference.shape[0]), [], []
     for start, similar in cosines(query, reference, block):
         if groups is not None:
@@ -397,8 +391,7 @@ def retrieval_ranks(query, reference, block=1024):
     """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
 
     A tie counts against the query: rank = number of references at least as similar. So an all-zero
-    code, which is equally far from everything, ranks last.
-    """
+    code, which is equally far from everything, ranks last."""
     return np.concatenate([(similar >= similar[:, start:].diagonal()[:, None]).sum(1)
                            for start, similar in cosines(query, reference, block)])
 
@@ -408,8 +401,7 @@ def retrieval(features, here=()):
     within}}, from {stream: (n, d)}; only streams of one width are compared.
 
     here: {stream: (n,) bool} of those with gaps; queries and gallery are the samples that have
-    both. MedR is the lower median. R@k depends on n: compare only galleries of one size.
-    """
+    both. MedR is the lower median. R@k depends on n: compare only galleries of one size."""
     out, here = {}, {s: np.ones(x.shape[0], bool) for s, x in features.items()} | dict(here)
     for s, t in itertools.permutations(features, 2):
         both = here[s] & here[t]
@@ -430,8 +422,7 @@ def recovery(dictionaries, truth, threshold=0.9):
     """How many planted concepts a model found: stream -> (L, d) learned and (C, d) true directions.
 
     As many as can have a latent of their own with cosine >= `threshold`, of those that the stream
-    sees; `same latent`: that is near in all streams at once, of those that every stream sees.
-    """
+    sees; `same latent`: that is near in all streams at once, of those that every stream sees."""
     cosine = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T
               for s, D in dictionaries.items()}              # (C, L)
     seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
@@ -519,8 +510,7 @@ def verdict(metrics, again=None):
     care, 2 not to be trusted.
 
     metrics: of a run, its blocks as `headline` reads them, "null" where it was trained. again: how
-    to add the null, if one can.
-    """
+    to add the null, if one can."""
     own = {mode: {s: row[s] for s, row in metrics[mode]["r2"].items() if row[s] is not None}
            for mode in ("joint", "alone") if mode in metrics}
     mean = {mode: _mean(v.values()) for mode, v in own.items()}
@@ -688,8 +678,7 @@ def svg_lines(series, x_label, y_label, x_names=None, log=False, zero=True):
     """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
 
     x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
-    0. zero: the y axis starts at 0 or below.
-    """
+    0. zero: the y axis starts at 0 or below."""
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
@@ -1137,8 +1126,7 @@ def explorer(features, rows, runs, most):
     the token where a latent is strongest; `null`, the same codes of the null, of which histograms
     are kept; `training_curves`; what decodes, `dictionary` {stream: (L, d)} and `bias` {stream:
     (d,)}; `seen`(rows) -> {stream: (len(rows), d)}, features as the model sees them; `probe`
-    {stream: (weights (d, C), biases (C,))} of the labels or None; `names` {latent: name}.
-    """
+    {stream: (weights (d, C), biases (C,))} of the labels or None; `names` {latent: name}."""
     codes = [code for run in runs.values() for code in run["codes"]["alone"].values()]
     order, picture = by_rank(codes, len(rows)), functools.cache(features.picture)
     while True:
@@ -1246,6 +1234,49 @@ def write_torch(path, state):
 
 def write_npz(path, arrays):
     write_whole(path, lambda f: np.savez(f, **arrays))
+
+
+def write_safetensors(path, arrays):
+    """Float32 {name: array} as .safetensors: the length of a header, 8 bytes, little-endian; JSON
+    that tells where each lies; the numbers, from a multiple of 8 on."""
+    arrays, header, at = {k: np.ascontiguousarray(v, "<f4") for k, v in arrays.items()}, {}, 0
+    for name, v in arrays.items():
+        header[name] = {"dtype": "F32", "shape": v.shape, "data_offsets": [at, at + v.nbytes]}
+        at += v.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    parts = [len(text).to_bytes(8, "little"), text, *arrays.values()]
+    write_whole(path, lambda f: f.writelines(parts))
+
+
+def saelens(model, stream):
+    """The alone code of one stream as SAELens 6 reads it: (cfg.json, {name: array}).
+
+    model: a module with the parameters, the buffers and the names of activation and norm that
+    sae.py has. Raw features lead to the same codes, and to reconstructions in raw units: mean and
+    deviation go into the weights; length 1 is "constant_norm_rescale" there, which scales back too
+    (and makes NaN of a row of zeros). None if SAELens has no words for activation or norm."""
+    kind = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu",
+            "batchtopk": "jumprelu"}.get(model.activation)               # so it saves its own
+    if not kind or model.norm not in ("none", "standard", "l2"):
+        return None
+    W, V, b_lat, b_pre = (of[stream].detach().cpu().double() for of in (
+        model.W_enc, model.W_dec, model.b_lat, model.b_pre))
+    (L, d), mean, std, rescale = W.shape, 0., 1., "none"
+    if model.norm == "l2":                                   # theirs is sqrt(d) x / ||x||
+        std, rescale = d ** 0.5, "constant_norm_rescale"
+    if model.norm == "standard":
+        mean, std = (getattr(model, f"{name}_{stream}").cpu().double() for name in ("mean", "std"))
+    weights = {"W_enc": (W / std).T, "W_dec": V * std, "b_enc": b_lat, "b_dec": b_pre * std + mean}
+    config = {"architecture": kind, "d_in": d, "d_sae": L, "dtype": "float32", "device": "cpu",
+              "apply_b_dec_to_input": True, "normalize_activations": rescale,
+              "reshape_activations": "none", "metadata": {"sae_lens_version": "6.0.0"}}
+    if kind == "topk":
+        config |= {"k": model.k, "rescale_acts_by_decoder_norm": False}
+    if kind == "jumprelu":
+        theta = model.kept_above if model.activation == "batchtopk" else model.log_threshold.exp()
+        weights["threshold"] = theta.detach().cpu().expand(L)
+    return config, {name: v.numpy() for name, v in weights.items()}
 
 
 def save_picture(path, image):
@@ -1370,8 +1401,7 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
     """How well features tell labels apart: {"linear", "20-NN", ...: `scores`, means over tasks}.
 
     tasks: from `label_tasks`; rows: those of x_train and of x_test; linear: a probe, called with
-    (features to learn from, their labels, features to test on, n_classes), or None.
-    """
+    (features to learn from, their labels, features to test on, n_classes), or None."""
     each = []
     for y in tasks:
         given = x_train, y[rows[0]], x_test
@@ -1409,8 +1439,7 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=Non
     entropy     in nats, of the labels of the active samples: CytoSAE's "unique labels among
                 activated images"; to have none is one more label. With `weighted`, as in its code,
                 of the `top` samples weighted by strength; NaN for a latent that has fewer
-    label, purity   the most frequent label among the active samples, -1 for none, and its share
-    """
+    label, purity   the most frequent label among the active samples, -1 for none, and its share"""
     n, active = strength.shape[0], strength.getnnz(axis=0)
     with np.errstate(invalid="ignore"):
         mean = np.asarray(strength.sum(0)).ravel() / active
@@ -1484,8 +1513,7 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
     mean activation >= 10^t.
 
     parts: the test rows of each fold. The penalty is the paper's, C = (number of classes) *
-    (training samples) / 100. Returns dict t -> {"latents", "f1": one value a fold}.
-    """
+    (training samples) / 100. Returns dict t -> {"latents", "f1": one value a fold}."""
     out = {}
     for t in exponents:
         used, found = np.flatnonzero(np.nan_to_num(mean) >= 10. ** t), []
@@ -1541,8 +1569,7 @@ def intervention(strength, effect, base, y, means, ks=KS):
     commute, so that what an intervention at every position does to the score is
     score = base + sum_j z_j effect_j over the latents that are left.
     effect (L,): dictionary row times head; base: the head's score of the decoder's bias.
-    means (2, L) of `class_means`.
-    """
+    means (2, L) of `class_means`."""
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in sorted({min(k, len(effect)) for k in (*ks, len(effect))}):
         kept = np.isin(np.arange(len(effect)), order[:, :k])
@@ -1579,8 +1606,7 @@ def localisation(latents, heats, truth, iou=0.25):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
     list of {"latent", "AP", "AP, pictures with boxes": on those alone}.
 
-    heats: of each picture (len(latents), h, w); truth: of each picture its true boxes.
-    """
+    heats: of each picture (len(latents), h, w); truth: of each picture its true boxes."""
     found, out = [list(map(heat_boxes, maps)) for maps in heats], []
     there = [i for i, boxes in enumerate(truth) if boxes]
     for j, mine in zip(latents, zip(*found)):
@@ -1597,8 +1623,7 @@ def heat_boxes(heat, side=224, percentile=95.):
     Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is
     enlarged bilinearly to `side` pixels, the percentile is that picture's, pixels at or above it
     count, those that touch, corners included, form a box, and its score is the mean activation in
-    the box.
-    """
+    the box."""
     heat = Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR)
     heat = np.asarray(heat)
     # of a map that is 0 nearly everywhere the percentile is 0, and everything would be hot
@@ -1620,8 +1645,7 @@ def average_precision(found, truth, iou=0.25):
 
     found: for each picture a list of (score, x0, y0, x1, y1); truth: for each picture a list of
     boxes. Best score first, a box is right when its best-overlapping true box reaches `iou` and
-    has no partner yet.
-    """
+    has no partner yet."""
     taken, right = set(), []
     boxes = [(b[0], i, b[1:]) for i, boxes in enumerate(found) for b in boxes]
     for _, picture, box in sorted(boxes, key=lambda v: -v[0]):
@@ -1683,8 +1707,7 @@ def select_latents(code, y, n):
     orthogonal matching pursuit. To be called with training rows only.
 
     Each time the latent whose standardised column explains most of what is left of the classes'
-    indicators is taken, among the 1,000 whose class means differ most, in standard deviations.
-    """
+    indicators is taken, among the 1,000 whose class means differ most, in standard deviations."""
     differ = class_means(code, y).std(0) / deviations(code)
     few = np.sort(np.argsort(-differ, kind="stable")[:1000])
     Z, chosen = _standard_columns(code, few), []
@@ -1707,8 +1730,7 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
     `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
     many principal components of the dense features. "kept, %" is (score - chance) / (dense score -
     chance), None where the dense score is at or below chance: there is nothing to keep.
-    Returns {"rows": [{...}], "all": {"features", "latents", "chance"}, "chosen"}.
-    """
+    Returns {"rows": [{...}], "all": {"features", "latents", "chance"}, "chosen"}."""
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
     def score(x):
@@ -1801,8 +1823,7 @@ def relevancy(attention, target):
     saw: exactly 0 for a target that nothing moves, such as latents of an absent concept.
 
     attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
-    a sample, was computed from.
-    """
+    a sample, was computed from."""
     B, _, T, _ = attention[0].shape
     R = torch.eye(T, device=attention[0].device, dtype=attention[0].dtype).repeat(B, 1, 1)
     if not target.requires_grad:
@@ -1846,8 +1867,7 @@ def heat_maps(backbone, x, score, cam_layer):
     patches (B, rows, columns), Grad-CAM where there is no attention; and the scores.
 
     backbone.features(x) -> (B, d), backbone.patch: a patch's side in pixels; cam_layer(x) ->
-    (layer, to_map) of `grad_cam`. A picture whose score nothing moves gets all 0.
-    """
+    (layer, to_map) of `grad_cam`. A picture whose score nothing moves gets all 0."""
     layers, told = kept_attention(backbone), []
 
     def heard(features):
@@ -1881,8 +1901,7 @@ def word_scores(relevance, pieces, least=0.1):
     """Relevance (T,) of the pieces of a text -> [(word, score)]: the pieces of a word added up,
     divided by the largest, those below `least` set to 0 (thesis Fig. A.6 hides them).
 
-    pieces: for each token the word it belongs to, as (number, text), or None.
-    """
+    pieces: for each token the word it belongs to, as (number, text), or None."""
     total = collections.Counter()
     for r, piece in zip(relevance, pieces):
         if piece is not None:
@@ -1899,8 +1918,7 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
     it in at least half of their samples, else the 10 with the largest share (ours: the count alone
     picks latents that fire for everything).
 
-    codes: {stream: CSR (n, L)}, labels (n, C) bool, known (n,) bool: the samples that count.
-    """
+    codes: {stream: CSR (n, L)}, labels (n, C) bool, known (n,) bool: the samples that count."""
     found = [label_counts(code, labels, None, known) for code in codes.values()]
     with_label, total = (sum(v) for v in zip(*found))        # (L, C), (L,)
     out = []
@@ -1932,8 +1950,7 @@ def concept_scores(code, names, J, alive, seed=0):
     for)}.
 
     code(features) -> (B, L) of the stream alone; names (C, L): the codes of the labels' names; J:
-    of `concept_latents`; alive: numbers of the latents active in training.
-    """
+    of `concept_latents`; alive: numbers of the latents active in training."""
     rng, some = np.random.default_rng(seed), [c for c, own in enumerate(J) if len(own)]
     chance = [rng.permutation(np.setdiff1d(alive, own))[:len(own)] for own in J]
     own, other = (indicator(v, names.shape[1]).to(names) for v in (J, chance))
@@ -2000,8 +2017,7 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     found, truth: (image, label) -> bool mask (H, W); found may lack some, or hold labels the image
     does not have, which count against it. score: dict like found, 1 for all by default. Precision
     is interpolated at 101 recalls and averaged over labels that have true masks of the size; sizes
-    are areas of masks (`area` of a found one; the published figures took its box's).
-    """
+    are areas of masks (`area` of a found one; the published figures took its box's)."""
     overlap = {key: np.logical_and(m, truth[key]).sum() / np.logical_or(m, truth[key]).sum()
                for key, m in found.items() if key in truth}
     ranked = sorted(found, key=lambda key: (-(score[key] if score else 1), key[0]))
@@ -2087,8 +2103,7 @@ def match_latents(a, b, least=5, most=4096):
     same samples (Hungarian): (latents of a, latents of b, correlations), best first.
 
     Latents active in fewer than `least` samples are left out, and of more than `most` the less
-    frequent: the assignment takes their cube.
-    """
+    frequent: the assignment takes their cube."""
     kept = []
     for active in (a.getnnz(axis=0), b.getnnz(axis=0)):
         often = np.argsort(-active, kind="stable")[:min(most, (active >= least).sum())]
@@ -2129,8 +2144,7 @@ def compare(runs):
     ranks; with 5 runs never below 0.0625), d (mean difference / its standard deviation)}.
 
     runs: dict model -> (R,) numbers, run r with the same split and seed for all. Tests are
-    two-sided; p is None where all differences are alike, or a run has none: nothing to test.
-    """
+    two-sided; p is None where all differences are alike, or a run has none: nothing to test."""
     out = []
     for a, b in itertools.combinations(runs, 2):
         gap = np.subtract(*(np.asarray(runs[model], float) for model in (a, b)))
