@@ -1111,7 +1111,7 @@ LIBRARIES = {
     "sae.safetensors": ("cfg.json", "activation=topk", {
         "topk": ("topk", True, "encoder.weight W_dec encoder.bias b_dec")}),
     "ae.pt": ("config.json", "dict_class=", {
-        "AutoEncoder": ("relu", True, f"{LINEAR} bias"),
+        "AutoEncoder": ("relu", True, f"{LINEAR} bias"),     # their loader multiplies z by ||w||
         "AutoEncoderTopK": ("topk", True, f"{LINEAR} b_dec threshold k"),    # threshold: not used
         "BatchTopKSAE": ("batchtopk", True, f"{LINEAR} b_dec threshold k"),
         "JumpReluAutoEncoder": ("jumprelu", False, f"{FLAT} threshold")}),
@@ -1179,9 +1179,9 @@ def load_public(path, stream="x", device="cpu"):
         meant = {**MEANT, "d_in": [d], "activation_dim": [d], "d_sae": [L], "dict_size": [L],
                  "k": [int(rest[1])] if len(rest) > 1 else range(1, L + 1)}
         for name, value in config.items():
+            do = "use another" if name in meant else f"drop it from {beside} if no code needs it"
             refuse(name not in IDLE.split() and value not in meant.get(name, ()),
-                   f"{name}={value!r} of {file} is unknown here, or does not fit the weights - "
-                   f"leave it out of {beside} if no code depends on it")
+                   f"{name}={value!r} of {file} is not known here, or not of its weights - {do}")
         if activation == "topk" and config.get("rescale_acts_by_decoder_norm"):
             length = V.norm(dim=1).clamp_min(1e-30)          # TopK of h ||w||, decoded as z / ||w||
             W, V, b_lat = W * length[:, None], V / length[:, None], b_lat * length
