@@ -46,6 +46,7 @@ This file needs nothing but torch: copy it alone into your project.
     codes = model.encode({"clip": x_clip}, mode="alone")     # raw features in, {"clip": Codes} out
     dino_hat = model.decode(codes["clip"], "dino")           # Eq. 12: one model read from another
     single = SAE({"clip": 512}, n_latents=4096, activation="relu", sparsity=0.05)  # thesis 4.1
+    other = load_public("folder")                            # an SAE of one of LIBRARIES
 """
 import json
 import math
@@ -597,7 +598,7 @@ class SPARC(nn.Module):
             h = c @ self.W_enc[stream][dead].T + self.b_lat[stream][dead]            # (B, n dead)
             indices = dead[h.topk(min(self.aux_k, len(dead)), sorted=False).indices]
         z = self._codes({stream: c}, {stream: indices}, here)[stream].values
-        e_hat = _Product.apply(z, self.W_dec[stream], self._pattern(indices), _combine)    # A.1.2
+        e_hat = _Product.apply(z, self.W_dec[stream], self._pattern(indices), _combine)    # no bias
         return (e - e_hat).square().sum() / e.square().sum().clamp_min(1e-30)
 
 
@@ -902,8 +903,9 @@ def _start_anew(model, optimiser, s, rows, *weights):
 @torch.no_grad()
 def _resample(model, optimiser, x):
     """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023). Samples of
-    this batch (the published code keeps 819,200), drawn by the square of their loss, become the
-    directions; encoder rows are a fifth as long as the living; bias, Adam moments 0."""
+    this batch (the published code keeps 819,200), drawn with probability proportional to the square
+    of their loss, become the directions; encoder rows get a fifth of the mean length of the living;
+    bias and Adam moments 0."""
     s = model.streams[0]
     unset = model.activation == "batchtopk" and model.kept_above.isnan()
     if model.revive != "resample" or unset or not model.dead(s).any():
@@ -997,8 +999,7 @@ def known_settings(single, preset=None, activation=None):
     """Settings, {name: value}, whatever the samples are: the preset's, and of a single stream its
     activation's own (the preset's, or topk). Raises InputError for what does not exist, or fit."""
     if not single:
-        refuse(preset not in (None, "thesis"),
-               f"preset {preset} is of one stream - use it with sae")
+        refuse(preset and preset != "thesis", f"preset {preset} is of one stream - use it with sae")
         return dict(THESIS) if preset else {}
     typical = PRESETS.get(preset, {})
     activation = activation or typical.get("activation", "topk")
@@ -1136,7 +1137,7 @@ def read_safetensors(path):
     """{name: tensor} of a .safetensors file: the length of a header, 8 bytes, little-endian; JSON
     {name: {dtype, shape, data_offsets}}; numbers without a gap. As much memory as the file."""
     with open(path, "rb") as f:
-        blob = bytearray(f.read())
+        f.readinto(blob := bytearray(os.path.getsize(path)))
     at = begin = 8 + int.from_bytes(blob[:8], "little")
     header, tensors = json.loads(blob[8:begin], object_pairs_hook=_object), {}
     header.pop("__metadata__", None)
@@ -1187,7 +1188,7 @@ def load_public(path, stream="x", device="cpu"):
             W, V, b_lat = W * length[:, None], V / length[:, None], b_lat * length
         if not config.get("apply_b_dec_to_input", centred):  # W x + b = W (x - b_pre) + b + W b_pre
             b_lat = b_lat + W @ b_pre
-        k = config.get("k", 0) if activation.endswith("topk") else 1
+        k = int(config.get("k", 0)) if activation.endswith("topk") else 1
         model = SAE({stream: d}, L, activation, k, norm="none")
         new = {"W_enc": W, "W_dec": V, "b_lat": b_lat, "b_pre": b_pre}
         new = {f"{name}.{stream}": v for name, v in new.items()}
