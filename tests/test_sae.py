@@ -1384,11 +1384,14 @@ def test_a_safetensors_file_with_gaps_overlaps_or_a_false_header_is_refused(tmp_
                           ({"dtype": "F8"}, "KeyError"), ({"shape": [-1]}, "ValueError"), ({"shape": [2., 3.]}, "")):
         published(tmp_path / "s", "topk", b_dec=entry)
         refused(reason)
-    for entry in ({"data_offsets": [10 ** 9, 10 ** 9 + 24]}, {"data_offsets": [456, 480]}):
-        published(tmp_path / "s", "topk", b_dec=entry)       # beyond the end; a hole before it
+    file, end = tmp_path / "s" / "sae_weights.safetensors", 4 * (9 * 6 + 9 + 9 * 6 + 6)
+    for move in (8, -24, 10 ** 9):                           # a hole before the last tensor; an overlap; beyond the end
+        published(tmp_path / "s", "topk", b_dec={"data_offsets": [end - 24 + move, end + move]})
+        whole = file.read_bytes()
+        file.write_bytes(whole + b"12345678" if move > 0 else whole[:move])
         refused("ValueError")
     published(tmp_path / "s", "topk")
-    file, whole = tmp_path / "s" / "sae_weights.safetensors", (tmp_path / "s" / "sae_weights.safetensors").read_bytes()
+    whole = file.read_bytes()
     assert sae.read_safetensors(file).keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
     twice = whole[8:8 + whole[0] + 256 * whole[1]].replace(b'"W_dec"', b'"b_enc"')
     for odd in (whole[:-4], whole + b"1234", whole[:5], b"", struct.pack("<Q", 2 ** 62) + whole[8:],
