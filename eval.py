@@ -1309,6 +1309,50 @@ write_npz = functools.partial(write_whole, lambda f, arrays: np.savez(f, **array
 save_picture = functools.partial(write_whole, lambda f, image: image.save(f, "PNG"))
 
 
+def write_safetensors(path, arrays):
+    """Float32 {name: array} as .safetensors: the length of a header, 8 bytes, little-endian; JSON
+    that tells where each lies; the numbers, from a multiple of 8 on."""
+    arrays, header, at = {k: np.ascontiguousarray(v, "<f4") for k, v in arrays.items()}, {}, 0
+    for name, v in arrays.items():
+        header[name] = {"dtype": "F32", "shape": v.shape, "data_offsets": [at, at + v.nbytes]}
+        at += v.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    write_whole(lambda f, parts: f.writelines(parts), path,
+                [len(text).to_bytes(8, "little"), text, *arrays.values()])
+
+
+def saelens(model, stream):
+    """The alone code of one stream as SAELens 6 reads it: (cfg.json, {name: array}).
+
+    model: a module with the parameters, the buffers and the names of activation and norm that
+    sae.py has. Raw features lead to the same codes, and to reconstructions in raw units: mean and
+    deviation go into the weights; length 1 is "constant_norm_rescale" there, which scales back too
+    (and makes NaN of a row of zeros). None if SAELens has no words for activation or norm.
+    """
+    kind = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu",
+            "batchtopk": "jumprelu"}.get(model.activation)               # so it saves its own
+    if not kind or model.norm not in ("none", "standard", "l2"):
+        return None
+    W, V, b_lat, b_pre = (of[stream].detach().cpu().double() for of in (
+        model.W_enc, model.W_dec, model.b_lat, model.b_pre))
+    (L, d), mean, std, rescale = W.shape, 0., 1., "none"
+    if model.norm == "l2":                                   # theirs is sqrt(d) x / ||x||
+        std, rescale = d ** 0.5, "constant_norm_rescale"
+    if model.norm == "standard":
+        mean, std = (getattr(model, f"{name}_{stream}").cpu().double() for name in ("mean", "std"))
+    weights = {"W_enc": (W / std).T, "W_dec": V * std, "b_enc": b_lat, "b_dec": b_pre * std + mean}
+    config = {"architecture": kind, "d_in": d, "d_sae": L, "dtype": "float32", "device": "cpu",
+              "apply_b_dec_to_input": True, "normalize_activations": rescale,
+              "reshape_activations": "none", "metadata": {"sae_lens_version": "6.0.0"}}
+    if kind == "topk":
+        config |= {"k": model.k, "rescale_acts_by_decoder_norm": False}
+    if kind == "jumprelu":
+        theta = model.kept_above if model.activation == "batchtopk" else model.log_threshold.exp()
+        weights["threshold"] = theta.detach().cpu().expand(L)
+    return config, {name: v.numpy() for name, v in weights.items()}
+
+
 # -- Features judged by a classifier: k nearest neighbours, linear probe (thesis 3.2.3) ------------
 
 def knn(train, labels, test, n_classes, ks=(10, 20, 100, 200), temperature=0.07):

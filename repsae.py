@@ -224,6 +224,7 @@ TRAINING = {
 RUN = {
     "out": (None, "text", "where to write; a folder inside the run by default"),
     "json": (None, "file", "file for every figure"),
+    "export": (None, "text", "folder for each stream's alone code, as SAELens 6 reads it"),
     "svg": (None, "file", "file for the picture that `bench backbones` draws"),
     "device": ("cpu", "text", "torch device"),
     "workers": (2, "int 0..256", "processes that make crops"),
@@ -321,6 +322,7 @@ class Run:
         """`folder`: instead of --out. Changes nothing there yet."""
         self.folder, self.flags = folder or flags.out, flags
         self.saved, self.files, self.about = None, [], {}
+        self.way = "--out" if "out" in flags else "--export"
         if RANK == 0:
             self._enter()
         if PROCESSES > 1:                                    # the others take what the first found
@@ -332,15 +334,15 @@ class Run:
         """Look at what is there: may this command write, does it go on?"""
         flags = self.flags
         refuse(os.path.lexists(self.folder) and not os.path.isdir(self.folder),
-               f"{self.folder} is a file - name a folder with --out")
+               f"{self.folder} is a file - name a folder with {self.way}")
         if not os.path.isdir(self.folder) or not set(os.listdir(self.folder)) - {".lock"}:
             return
         refuse(os.path.realpath(self.folder) in inputs_of(flags),
-               f"{self.folder} is read by this command - name another --out")
+               f"{self.folder} is read by this command - name another {self.way}")
         self._lock()
         more = ", --resume" if "resume" in flags else ""
         refuse(not flags.get("resume") and not flags.get("overwrite"),
-               f"{self.folder} holds files already - use --overwrite{more} or another --out")
+               f"{self.folder} holds files already - use --overwrite{more} or another {self.way}")
         if os.path.lexists(self.join("config.json")):
             config = read_config(self.folder)
             self.files = config["files"]
@@ -378,9 +380,10 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"process {lock.read(20).strip()} is writing to {self.folder} - wait "
-                             "for it, or name another --out")
+                             f"for it, or name another {self.way}")
         except OSError as e:
-            raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another --out")
+            raise InputError(f"cannot write to {self.folder} ({e.strerror}) - name another "
+                             f"{self.way}")
         lock.truncate(0)
         print(os.getpid(), file=lock, flush=True)
         self.held[path] = lock
@@ -416,7 +419,7 @@ class Run:
         for name in self.files:
             self._check(name)
             refuse(os.path.realpath(self.join(name)) in inputs,
-                   f"{self.join(name)} is read by this command - name another --out")
+                   f"{self.join(name)} is read by this command - name another {self.way}")
         for path in map(self.join, self.files):
             for left in [path, *glob.glob(glob.escape(path) + ".*.tmp")]:
                 if os.path.isfile(left) and not os.path.islink(left):
@@ -428,7 +431,7 @@ class Run:
         refuse(not plain(name), f"{name!r} cannot be the name of a file - rename it")
         straight = os.path.join(os.path.realpath(self.folder), name)
         refuse(os.path.realpath(self.join(name)) != straight,
-               f"{self.join(name)} is a link - move it away, or name another --out")
+               f"{self.join(name)} is a link - move it away, or name another {self.way}")
 
     def path(self, name):
         """The path of an output, which may lie in a folder of the run's: see `paths`."""
@@ -451,7 +454,8 @@ class Run:
     def write(self, files):
         """Write outputs {name: content}, each as the ending of its name says."""
         how = {"npz": judge.write_npz, "json": judge.write_json, "pt": judge.write_torch,
-               "png": judge.save_picture, "svg": judge.write_text}
+               "png": judge.save_picture, "svg": judge.write_text,
+               "safetensors": judge.write_safetensors}
         for path, content in zip(self.paths(list(files)), () if RANK else files.values()):
             how[path.rpartition(".")[2]](path, content)
 
@@ -1049,7 +1053,8 @@ def read_to_train(flags):
 # ---- A run in use: its model, features and codes ------------------------------------------------
 
 class Coded:
-    """A run's model with features, its own or those of --data, and the codes of their streams.
+    """A run's model with features, its own or those of --data, and the codes of their streams; for
+    a run also stands the folder of another library's SAE, see `sae.load_public`.
 
     flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
             were typed
@@ -1058,10 +1063,17 @@ class Coded:
 
     def __init__(self, run, flags, streams=None):
         self.run, flags = run, as_trained(run, flags)
-        self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
-        there = data.Source(flags.data).streams if flags.data else self.model.streams
-        known = [s for s in self.model.streams if s in there]
-        streams = streams or flags.get("stream") or flags.get("streams") or ",".join(known)
+        there = data.Source(flags.data).streams if flags.data else ()
+        streams = streams or flags.get("stream") or flags.get("streams")
+        if foreign(run):
+            one = streams or ",".join(there)
+            refuse("," in one, f"{run} is of one stream, {flags.data} has {one} - pick one with "
+                   f"--stream{'' if 'stream' in flags else 's'}")
+            self.model = sae.load_public(run, one, flags.device)
+        else:
+            self.model, _, _ = sae.load(os.path.join(run, "checkpoint.pt"), flags.device)
+        known = [s for s in self.model.streams if s in there or not flags.data]
+        streams = streams or ",".join(known)
         refuse(not known, f"{flags.data} has {', '.join(there) or 'no streams'}, the run knows "
                f"{', '.join(self.model.streams)} - check the keys")
         self.flags = flags.replaced({"streams": streams})
@@ -1138,11 +1150,18 @@ class Coded:
         return {"sample": int(row), **found}
 
 
+def foreign(run):
+    """Whether `run` is what another library wrote, a folder or the file of weights in it."""
+    return any(os.path.isfile(os.path.join(run, name)) or os.path.basename(run) == name
+               for name in sae.LIBRARIES) and not os.path.exists(os.path.join(run, "checkpoint.pt"))
+
+
 def as_trained(run, flags):
     """The flags, with what a run was trained on where it was not typed: data, seed, taxonomy."""
-    refuse(not os.path.exists(os.path.join(run, "config.json")),
+    refuse(foreign(run) and not flags.data, f"{run} has no data of its own - name some with --data")
+    refuse(not foreign(run) and not os.path.exists(os.path.join(run, "config.json")),
            f"{run} is no run folder - name one that sparc or sae wrote")
-    own = read_config(run)["flags"]
+    own = {} if foreign(run) else read_config(run)["flags"]
     own = {k: own[k] for k in ("data", "taxonomy", "seed", "world") if k in own
            and (k in flags or k in ("seed", "world")) and k not in flags.given}
     return flags.replaced({"taxonomy": None, "world": "planted", **flags, **own})
@@ -1226,17 +1245,26 @@ def add_to_codes(run):
     judged(run, features)
 
 
-@command(f"{DATA} seed device eval-rows bootstrap json overwrite", "run")
+@command(f"{DATA} seed device eval-rows bootstrap json export overwrite", "run")
 def cmd_eval(flags):
-    """Measure a trained run again, on its own data or on other features of the same streams."""
-    coded = Coded(flags.run, flags)
+    """Measure a trained run again, on its own data or on other features of the same streams; other
+    streams of the file tell whether samples of a latent are alike in their eyes too."""
+    coded, files = Coded(flags.run, flags), {}
     for s in coded.model.streams:
         refuse(s not in coded.features.streams, f"the data lacks the run's stream '{s}' - eval "
                f"needs {', '.join(coded.model.streams)}")
+    run = Run(flags, flags.export) if flags.export else None
+    for s in coded.model.streams if run else ():
+        told = judge.saelens(coded.model, s)
+        refuse(not told, f"SAELens has no {coded.model.activation} with norm {coded.model.norm}: "
+               "lengths do not fold into weights - train with --norm standard, l2 or none")
+        files |= {f"{s}/cfg.json": told[0], f"{s}/sae_weights.safetensors": told[1]}
     metrics, codes = measure(coded.model, coded.features, coded.flags)
-    page, theirs = judge.Page(""), data.Source(coded.flags.data).streams if coded.flags.data else []
+    if run:
+        run.begin().write(files)
+    page, path = judge.Page(""), coded.flags.data
     judge.tell_summary(page, metrics)
-    others = [s for s in theirs if s not in coded.model.streams]
+    others = [s for s in data.Source(path).streams if s not in coded.model.streams] if path else []
     if others and coded.T == 1:                              # they can judge: they took no part
         seen = read(coded.flags.replaced({"streams": ",".join(others)}))
         rows = evaluation_rows(seen, coded.flags, "test", "val")

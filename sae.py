@@ -6,14 +6,13 @@ Read in      `dense_loss` (the equations as the thesis writes them), then `SPARC
 this order   products that make it fast, then `SAE`, then `train_step` and `fit`.
 
 Glossary     B batch . M streams . L latents . k latents kept per sample . d_s width of stream s
-             s, t      source and target stream
+             s, t      source, target stream               lambda   of cross reconstruction, `lam`
              x^s       (B, d_s) features, normalised         h^s  (B, L) logits       thesis Eq. 6
              z^s       (B, L) code, k-sparse, never stored dense: `Codes(indices, values)`, (B, k)
              W_enc[s]  (L, d_s) encoder, W_E^s in the thesis
              W_dec[s]  (L, d_s) decoder; row j is the unit dictionary vector of latent j, so it is
                        the thesis's W_D^s transposed
              b_lat[s]  (L,) latent bias                      b_pre[s]  (d_s,) pre-bias
-             lambda    weight of cross reconstruction, `lam`
              joint     a code whose support was chosen from all given streams together (Eq. 7-8)
              alone     a code whose support was chosen from its own stream only
              here[s]   (B,) bool: the samples that have stream s. Raw features that are NaN
@@ -43,7 +42,7 @@ Ours         topk="both" (train on the joint and on the alone support), samples 
 Processes    where torch.distributed was begun, `fit` of a SPARC takes in each process that one's
              share of a batch. What the loss divides by, gradients and counters are summed over
              all (`SPARC.across`), so that the steps are those of the whole batch.
-Not here     learning-rate decay, mixed precision.
+Not here     learning-rate decay, mixed precision; other libraries' gated SAEs.
 
 This file needs nothing but torch: copy it alone into your project.
 
@@ -53,9 +52,13 @@ This file needs nothing but torch: copy it alone into your project.
     codes = model.encode({"clip": x_clip}, mode="alone")     # raw features in, {"clip": Codes} out
     dino_hat = model.decode(codes["clip"], "dino")           # Eq. 12: one model read from another
     single = SAE({"clip": 512}, n_latents=4096, activation="relu", sparsity=0.05)  # thesis 4.1
+    other = load_public("folder")                            # an SAE of one of LIBRARIES
 """
+import json
+import math
 import os
 import warnings
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from typing import Callable, NamedTuple
 
@@ -79,19 +82,22 @@ class InputError(ValueError):
     """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
 
 
+def refuse(when, why):
+    """Raise InputError with the words `why` where `when` holds; `why` is made in any case."""
+    if when:
+        raise InputError(why)
+
+
 def one_of(name, value, allowed):
-    """Raise InputError unless the setting `name` has one of the values allowed."""
-    if value not in allowed:
-        raise InputError(f"{name}={value!r} - use one of {', '.join(allowed)}")
+    """Refuse a value of the setting `name` that is not one of those allowed."""
+    refuse(value not in allowed, f"{name}={value!r} - use one of {', '.join(allowed)}")
 
 
 class Codes(NamedTuple):
-    """A k-sparse code: indices (B, k) int64 in 0..L-1, distinct in a row, and values (B, k) >= 0.
-
-    A value may be 0: TopK chose the latent, ReLU silenced it (Eq. 9); such a latent is not active.
+    """A k-sparse code: indices (B, k) int64 in 0..L-1, distinct in a row, and values (B, k) >= 0. A
+    value may be 0: TopK chose the latent, ReLU silenced it (Eq. 9); such a latent is not active.
     Without a fixed k, codes of batches put together are filled up with index -1, value 0; the code
-    of a stream that the sample lacks is made of them alone.
-    """
+    of a stream that the sample lacks is made of them alone."""
     indices: torch.Tensor
     values: torch.Tensor
 
@@ -143,9 +149,7 @@ def dense_loss(model, x):
     """SPARC's loss with dense codes and M^2 dense decoders: slow, to be read beside thesis 5.2.
 
     x: dict stream -> (B, d_s), raw, NaN where a sample lacks it. Returns the scalar of Eq. 14
-    (without AuxK). `SPARC.loss` computes the same number and the same gradients; the tests hold it
-    to that.
-    """
+    (without AuxK). The tests hold `SPARC.loss` to the same number and the same gradients."""
     here = {s: ~missing(x[s]) for s in x}
     x = {s: model.normalise(x[s].nan_to_num(0), s) for s in x}
     h = {s: (x[s] - model.b_pre[s]) @ model.W_enc[s].T + model.b_lat[s] for s in x}  # Eq. 6, (B, L)
@@ -279,8 +283,8 @@ def _has_csr():
 
 
 def _no_autocast(function):
-    """Run a function of a model in the precision of its weights, whatever autocast surrounds the
-    call: CSR kernels know no other."""
+    """Run a function of a model in its weights' precision, whatever autocast is around: CSR kernels
+    know no other."""
     @wraps(function)
     def run(model, *args, **kw):
         with torch.autocast(model.step.device.type, enabled=False):
@@ -319,8 +323,7 @@ class SPARC(nn.Module):
     seed        of the initial weights and of every later draw
 
     Parameters live in dicts by stream. Statistics, dead-latent counters and the step count are
-    buffers: one state_dict has all that a run needs to go on. Raises InputError for what cannot be.
-    """
+    buffers: a state_dict has what a run needs to go on. Raises InputError for what cannot be."""
     activation, revive = "topk", "auxk"                      # `SAE` has others
 
     def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2",
@@ -332,8 +335,7 @@ class SPARC(nn.Module):
                            dead_after=dead_after, reinit_after=reinit_after, kernels=kernels,
                            seed=seed, targets=targets)
         self._check()
-        for name, value in self.config.items():
-            setattr(self, name, value)
+        vars(self).update(self.config)
         self.streams = list(dims)
         g = torch.Generator().manual_seed(seed)
         W = {s: (torch.rand(n_latents, d, generator=g) * 2 - 1) / d ** 0.5 for s, d in dims.items()}
@@ -354,19 +356,16 @@ class SPARC(nn.Module):
 
     def _check(self):
         c = self.config
-        if not c["dims"]:
-            raise InputError("no streams - give at least one")
+        refuse(not c["dims"], "no streams - give at least one")
         for s, d in c["dims"].items():
-            if not isinstance(s, str) or "." in s or not s or hasattr(nn.ParameterDict(), s):
-                raise InputError(f"stream name {str(s)[:60]!r} cannot name a parameter - "
-                                 "rename it (letters, digits, _ and -)")
-            if d < 1:
-                raise InputError(f"stream '{s}' has width {d} - give it at least one column")
-        if c["targets"] is not None and c["targets"] < 1:
-            raise InputError(f"targets={c['targets']} - give 1 or more, or lam=0 for no cross term")
-        if not 1 <= c["k"] <= c["n_latents"]:
-            raise InputError(f"k={c['k']} must lie in 1..latents={c['n_latents']} - "
-                             "lower k or raise latents")
+            refuse(not isinstance(s, str) or "." in s or not s or hasattr(nn.ParameterDict(), s),
+                   f"stream name {str(s)[:60]!r} cannot name a parameter - "
+                   "rename it (letters, digits, _ and -)")
+            refuse(d < 1, f"stream '{s}' has width {d} - give it at least one column")
+        refuse(c["targets"] is not None and c["targets"] < 1,
+               f"targets={c['targets']} - give 1 or more, or lam=0 for no cross term")
+        refuse(not 1 <= c["k"] <= c["n_latents"], f"k={c['k']} must lie in "
+               f"1..latents={c['n_latents']} - lower k or raise latents")
         for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")),
                               ("kernels", ("auto", "csr", "gather"))):
             one_of(name, c[name], allowed)
@@ -374,8 +373,7 @@ class SPARC(nn.Module):
     # -- features in -----------------------------------------------------------------------------
 
     def normalise(self, x, stream):
-        """Raw features (B, d_s) of any type -> what the model sees, in the weights' type; what is
-        missing stays NaN."""
+        """Raw features (B, d_s) of any type -> what the model sees, of its own type; NaN stays."""
         x = x.to(self.b_pre[stream].dtype)
         if "standard" in self.norm:
             x = (x - getattr(self, f"mean_{stream}")) / getattr(self, f"std_{stream}")
@@ -392,28 +390,22 @@ class SPARC(nn.Module):
         """Features by stream: a dict as it is; a bare tensor (B, d) is the only stream's."""
         if not isinstance(x, torch.Tensor):
             return x
-        if len(self.streams) > 1:
-            raise InputError(f"one tensor for {len(self.streams)} streams - "
-                             f"give a dict of {', '.join(self.streams)[:300]}")
+        refuse(len(self.streams) > 1, f"one tensor for {len(self.streams)} streams - "
+               f"give a dict of {', '.join(self.streams)[:300]}")
         return {self.streams[0]: x}
 
     def _features(self, x):
         """Raw features by stream -> (x, here): checked, normalised, in the model's order, 0 where
         missing; `here` has the streams with gaps in this batch, and no others."""
-        x = self._named(x)
-        if not x:
-            raise InputError("no streams given - give at least one of " + ", ".join(self.streams))
+        x, known = self._named(x), ", ".join(self.streams)
+        refuse(not x, f"no streams given - give at least one of {known}")
         first = next(iter(x))
         for s, v in x.items():
-            if s not in self.dims:
-                raise InputError(f"stream '{s}' is unknown to the model - "
-                                 f"it has {', '.join(self.streams)}")
-            if v.dim() != 2 or v.shape[1] != self.dims[s]:
-                raise InputError(f"stream '{s}' has shape {tuple(v.shape)} - "
-                                 f"the model wants (B, {self.dims[s]})")
-            if len(v) != len(x[first]):
-                raise InputError(f"stream '{s}' has {len(v)} rows but '{first}' has "
-                                 f"{len(x[first])} - rows must be the same samples")
+            refuse(s not in self.dims, f"stream '{s}' is unknown to the model - it has {known}")
+            refuse(v.dim() != 2 or v.shape[1] != self.dims[s], f"stream '{s}' has shape "
+                   f"{tuple(v.shape)} - the model wants (B, {self.dims[s]})")
+            refuse(len(v) != len(x[first]), f"stream '{s}' has {len(v)} rows but '{first}' has "
+                   f"{len(x[first])} - rows must be the same samples")
         x = {s: x[s] for s in self.streams if s in x}
         gone = {s: missing(v) for s, v in x.items()}
         some = self.across(torch.stack([rows.any() for rows in gone.values()]).int()).tolist()
@@ -431,8 +423,7 @@ class SPARC(nn.Module):
                 for s, v in x.items()}
 
     # -- choosing --------------------------------------------------------------------------------
-    # `c` is a dict of centred features, see `_centred`. Dense logits live only here, and without
-    # gradients.
+    # c: a dict of centred features, see `_centred`. Only here logits are dense, without gradients.
 
     def _logits(self, c, streams, here):
         """All L logits, Eq. 6, summed over those of `streams` that a sample has, Eq. 7: (B, L).
@@ -463,11 +454,9 @@ class SPARC(nn.Module):
         return self.streams[i:] + self.streams[:i]
 
     def drawn_sources(self):
-        """Whose codes rebuild stream t in this step: {t: [t, others]}, see `targets`.
-
-        The streams are put on a circle at random; each code rebuilds the n streams that follow its
-        own. So every ordered pair has the chance n / (M - 1), and every stream n sources.
-        """
+        """Whose codes rebuild stream t in this step: {t: [t, others]}, see `targets`. The streams
+        are put on a circle at random; each code rebuilds the n streams that follow its own. So
+        every ordered pair has the chance n / (M - 1), and every stream n sources."""
         M, n = len(self.streams), self.targets
         if not self.lam:
             return {t: [t] for t in self.streams}
@@ -501,22 +490,19 @@ class SPARC(nn.Module):
     # -- encoding and decoding -------------------------------------------------------------------
 
     def _pattern(self, indices):
-        kernels = self.kernels
-        if kernels == "auto":
-            kernels = "csr" if indices.device.type == "cpu" and _has_csr() else "gather"
+        auto = "csr" if indices.device.type == "cpu" and _has_csr() else "gather"
+        kernels = auto if self.kernels == "auto" else self.kernels
         return Pattern(indices, self.n_latents, kernels, self._spare)
 
     def _codes(self, c, support, here):
-        """ReLU of the chosen logits, Eq. 9: c (B, d_s) and support (B, k) by stream -> Codes, with
-        values 0 where the stream is missing."""
+        """ReLU of logits, Eq. 9: c (B, d_s), support (B, k) by stream -> Codes; missing: 0."""
         codes, pattern = {}, None
         for s, indices in support.items():
             if pattern is None or pattern.indices is not indices:                    # one if joint
                 pattern = self._pattern(indices)
             # not b_lat[indices]: the gradient of indexing is a slow serial loop
             bias = self.b_lat[s].index_select(0, indices.reshape(-1)).view_as(indices)
-            h = _Product.apply(c[s], self.W_enc[s], pattern, _sample) + bias
-            z = torch.relu(h)
+            z = torch.relu(_Product.apply(c[s], self.W_enc[s], pattern, _sample) + bias)
             codes[s] = Codes(indices, z * here[s].unsqueeze(1) if s in here else z)
         return codes
 
@@ -525,11 +511,10 @@ class SPARC(nn.Module):
         """Codes of raw features, differentiable in x and the weights: dict stream -> Codes.
 
         x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample; NaN
-        throughout where it lacks the stream.
+        throughout where it lacks the stream. A model of one stream takes a bare tensor (B, d) too,
+        and returns the bare Codes.
         mode: "joint", the given streams choose the support together; "alone", each chooses its
-        own. By default the way of training ("alone" for topk="local").
-        A model of one stream takes a bare tensor (B, d) too, and returns the bare Codes.
-        """
+        own. By default the way of training ("alone" for topk="local")."""
         if isinstance(x, torch.Tensor):
             return self.encode(self._named(x), mode)[self.streams[0]]
         mode = mode or ("alone" if self.topk == "local" else "joint")
@@ -551,10 +536,8 @@ class SPARC(nn.Module):
     def forward(self, x, mode=None):
         """x and mode as `encode` has them -> every given stream rebuilt from its own code, in
         normalised units: dict stream -> (B, d_s), or (B, d) of a bare tensor."""
-        codes = self.encode(x, mode)
-        if isinstance(codes, Codes):
-            return self.decode(codes)
-        return {s: self.decode(code, s) for s, code in codes.items()}
+        z = self.encode(x, mode)
+        return self.decode(z) if isinstance(z, Codes) else {s: self.decode(z[s], s) for s in z}
 
     # -- the loss --------------------------------------------------------------------------------
 
@@ -568,12 +551,11 @@ class SPARC(nn.Module):
 
         Returns (total, parts): detached scalars `self` and `cross` (mean NMSE over streams and over
         ordered pairs), `aux`; `codes`: for each support used a dict stream -> Codes; and `energy`:
-        dict stream -> (B,), ||x||^2 of the normalised features, 0 where missing.
-        """
+        dict stream -> (B,), ||x||^2 of the normalised features, 0 where missing."""
         x, here = self._features(x)
-        if absent := [s for s in self.streams if s not in x]:
-            raise InputError("training needs every stream (rows of NaN where a sample lacks it) - "
-                             "missing " + ", ".join(absent))
+        absent = ", ".join(s for s in self.streams if s not in x)
+        refuse(absent, "training needs every stream (rows of NaN where a sample lacks it) - "
+               f"missing {absent}")
         c, sources = self._centred(x, here), None
         if here:
             sources = torch.stack([here.get(s, v[:, 0] == v[:, 0]) for s, v in x.items()], 1)
@@ -593,13 +575,10 @@ class SPARC(nn.Module):
 
     def _terms(self, c, weight, codes, here):
         """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M*(M-1)), aux,
-        without the pairs of streams that no sample of the batch has.
-
-        x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources of a
-        target go through one product, the codes of one sample in neighbouring rows: their supports
-        overlap, and the dictionary rows that one needs are still in the cache when the next does.
-        It halves the time.
-        """
+        without the pairs of streams that no sample of the batch has. x_hat - x = W_D z + b_pre - x
+        = W_D z - c, so nothing needs the bias but c. All sources of a target go through one
+        product, the codes of a sample in neighbouring rows: supports overlap, and rows that one
+        needs are in the cache when the next does, which halves the time."""
         own, cross, aux, pattern, before = [], [], [], None, None
         drawn, one_support = self.drawn_sources(), len({id(z.indices) for z in codes.values()}) == 1
         for t in c:
@@ -634,13 +613,11 @@ class SPARC(nn.Module):
         return getattr(self, f"idle_{stream}") >= self.dead_after
 
     def _auxk(self, c, e, stream, here):
-        """AuxK (Gao et al.): how the best dead latents rebuild e = x - x_hat (B, d).
-
-        c, e detached: gradient reaches the dead latents' rows and biases only. Who is dead was
-        counted up to the step before. (The authors' code adds b_pre to both sides and masks with 0
-        instead of -inf: it pulls at the bias, and is about 1 when nothing is dead. It divides each
-        sample's error by its own residual, so that the best rebuilt, whose rest is noise, lead.)
-        """
+        """AuxK (Gao et al.): how the best dead latents rebuild e = x - x_hat (B, d). c, e detached:
+        gradient reaches the dead latents' rows and biases only. Who is dead was counted up to the
+        step before. (The authors' code adds b_pre to both sides and masks with 0 instead of -inf:
+        it pulls at the bias, and is about 1 when nothing is dead. It divides each sample's error by
+        its own residual, so that the best rebuilt, whose rest is noise, lead.)"""
         dead = self.dead(stream).nonzero().squeeze(1)
         with torch.no_grad():
             h = c @ self.W_enc[stream][dead].T + self.b_lat[stream][dead]            # (B, n dead)
@@ -675,18 +652,16 @@ def _batchtopk(model, h, batch):
         least, old = torch.where(z > 0, z.detach(), torch.inf).min(), model.kept_above
         if least.isfinite():                                 # the mean over steps, begun with it
             old.copy_(least if old.isnan() else old.lerp(least, 0.01))
-    elif model.kept_above.isnan():
-        raise InputError("the threshold of batchtopk is not set - "
-                         "train for a step at least before encoding")
     else:
+        refuse(model.kept_above.isnan(), "the threshold of batchtopk is not set - "
+               "train for a step at least before encoding")
         z = torch.relu(h) * (h > model.kept_above)
     return z, h.new_zeros(())
 
 
 def _jumprelu(model, h, batch):
     """z = h 1[h > theta]. The step's gradient at theta is that of Rajamanoharan et al. (2024):
-    -1/epsilon for logits within epsilon/2 of it, whose mean over samples estimates minus their
-    density there. None of it reaches h."""
+    -1/epsilon for logits within epsilon/2: the mean is minus their density. None reaches h."""
     theta, epsilon = model.log_threshold.exp(), model.bandwidth
     near = ((h - theta).abs() < epsilon / 2).to(h.dtype).detach()
     on = (h > theta).to(h.dtype) + near * (theta.detach() - theta) / epsilon         # adds 0
@@ -695,8 +670,7 @@ def _jumprelu(model, h, batch):
 
 
 class Activation(NamedTuple):
-    """An activation (None: TopK, sparse throughout) and the settings that suit features of length
-    1; sparsity 0 if it has no penalty."""
+    """An activation (None: TopK), and settings for features of length 1; sparsity 0: no penalty."""
     code: Callable
     error: str
     revive: str
@@ -730,19 +704,17 @@ class SAE(SPARC):
                 "ghost"     exp(logit) counts as their activation (CytoSAE 2), see `ghost_error`
                 "resample"  they become badly rebuilt samples (Bricken et al. 2023), see `_resample`
     bandwidth   epsilon of the gradients of the JumpReLU threshold; it starts at `threshold`
-    The others, and the parameters' names, are SPARC's. Raises InputError for what cannot be.
-    """
+    The others, and the parameters' names, are SPARC's. Raises InputError for what cannot be."""
 
     def __init__(self, dims, n_latents, activation="topk", k=64, sparsity=0., error="nmse",
                  revive="auxk", bandwidth=0.05, threshold=0.05, **shared):
         one_of("activation", activation, ACTIVATIONS)
         one_of("error", error, ERRORS)
         one_of("revive", revive, REVIVE)
-        if len(dims) != 1:
-            raise InputError(f"SAE takes one stream, not {len(dims)} - use SPARC for several")
-        if not (sparsity >= 0 and bandwidth > 0 and threshold > 0):
-            raise InputError(f"sparsity={sparsity}, bandwidth={bandwidth}, threshold={threshold} - "
-                             "give numbers above 0, or sparsity 0")
+        refuse(len(dims) != 1, f"SAE takes one stream, not {len(dims)} - use SPARC for several")
+        refuse(not (sparsity >= 0 and bandwidth > 0 and threshold > 0),
+               f"sparsity={sparsity}, bandwidth={bandwidth}, threshold={threshold} - "
+               "give numbers above 0, or sparsity 0")
         k = k if activation in ("topk", "batchtopk") else min(k, n_latents)    # of no use there
         super().__init__(dims, n_latents, k, "local", 0., **shared)
         for name in ("topk", "lam", "reduction", "targets"):
@@ -783,8 +755,7 @@ class SAE(SPARC):
         """Thesis Eq. 5, or its relatives, for a batch of raw features; missing rows are left out.
 
         Returns (total, parts): detached scalars `self` (the error), `sparsity` (the penalty before
-        its weight), `aux` (what revives the dead), `cross` (0), and `codes` as SPARC has them.
-        """
+        its weight), `aux` (what revives the dead), `cross` (0), and `codes` as SPARC has them."""
         s = self.stream
         x, here = self._features(x)
         v = x[s][here[s]] if here else x[s]
@@ -817,9 +788,7 @@ def ghost_error(residual, h, W, error):
     """Ghost gradients (CytoSAE's code): the dead rebuild the residual, exp(h) as their activation.
 
     residual (B, d) = x - x_hat and error (B, d) of the reconstruction, without gradient; h (B, D)
-    logits and W (D, d) dictionary rows of the D dead latents. Returns (B, d): `error`'s value, and
-    gradients to h and W alone.
-    """
+    logits and W (D, d) rows of the dead. Returns (B, d): `error`'s value, gradients to h and W."""
     excess = (h.detach().amax(-1, keepdim=True) - 20).clamp(min=0)   # only the direction counts
     ghost = (h - excess).exp() @ W
     length = residual.norm(dim=-1, keepdim=True)                     # twice that of the ghost
@@ -829,25 +798,20 @@ def ghost_error(residual, h, W, error):
 
 
 def geometric_median(x, iterations=1000, tolerance=1e-9):
-    """The point (d,) of least summed distance to the rows of x (n, d), by Weiszfeld's iteration.
-
-    A row that the iteration comes to lie on would divide by 0 or hold it there for ever; the step
-    of Vardi and Zhang (2000) leaves it, unless it is the median.
-    """
+    """The point (d,) of least summed distance to the rows of x (n, d), by Weiszfeld's iteration. A
+    row that the iteration comes to lie on would divide by 0 or hold it there for ever; the step of
+    Vardi and Zhang (2000) leaves it, unless it is the median."""
     x = x.double()
     y = x.mean(0)
     for _ in range(iterations):
         distance = (x - y).norm(dim=1)
         here = distance <= 1e-12 * distance.max()
-        if here.all():
-            break
         weight = torch.where(here, 0, 1 / distance.clamp_min(1e-300))
-        toward = (weight @ x) / weight.sum()
-        pull = (weight @ (x - y)).norm()
-        stay = (here.sum() / pull.clamp_min(1e-300)).clamp(max=1)
-        new = (1 - stay) * toward + stay * y
-        moved, y = (new - y).norm(), new
-        if moved <= tolerance * distance.mean():
+        pull = weight @ (x - y)
+        stay = (here.sum() / pull.norm().clamp_min(1e-300)).clamp(max=1)     # 1 if all are there
+        step = (1 - stay) * pull / weight.sum().clamp_min(1e-300)
+        y = y + step
+        if step.norm() <= tolerance * distance.mean():
             break
     return y.float()
 
@@ -908,8 +872,8 @@ def merged(model, joined):
 
 @torch.no_grad()
 def project_gradient(model, rows=256):
-    """Rid each dictionary row's gradient of its part along the row (thesis A.1.2), in blocks that
-    fit the cache: length is not to be learned."""
+    """Rid dictionary rows' gradients of the part along them, by blocks that fit the cache: length
+    is not to be learned (thesis A.1.2)."""
     for W in model.W_dec.values():
         if W.grad is None:                                   # of a stream that the batch lacks
             continue
@@ -927,11 +891,9 @@ def renormalise(model):
 @torch.no_grad()
 def _count_idle(model, codes, energy):
     """Advance the dead-latent counters by one step; what fired in any sample starts again at 0.
-
     What a latent adds to a sample is as long as its value. It fired if that exceeds FIRES times the
     length of the batch's features (root mean square, zero rows left out): their scale must not
-    decide who is dead. A stream that the whole batch lacks had no chance to fire.
-    """
+    decide who is dead. A stream that the whole batch lacks had no chance to fire."""
     for s, squares in energy.items():                        # (B,) squared lengths
         there, length = model.across(torch.stack([(squares > 0).sum(), squares.sum()]))
         if not there:
@@ -950,13 +912,10 @@ def _count_idle(model, codes, energy):
 @torch.no_grad()
 def _reinitialise(model, optimiser):
     """Draw anew encoder rows that AuxK could not revive: N(0, 0.01^2), rest 0 (thesis A.1.2)."""
-    if model.revive != "auxk":
-        return
-    for s in model.streams:
-        idle = getattr(model, f"idle_{s}")
+    for s in model.streams if model.revive == "auxk" else ():
+        idle, W = getattr(model, f"idle_{s}"), model.W_enc[s]
         rows = (idle >= model.dead_after + model.reinit_after).nonzero().squeeze(1)
         if len(rows):
-            W = model.W_enc[s]
             drawn = torch.randn(len(rows), W.shape[1], generator=model._generator())
             W[rows] = 0.01 * drawn.to(W)
             _start_anew(model, optimiser, s, rows, W)
@@ -973,12 +932,10 @@ def _start_anew(model, optimiser, s, rows, *weights):
 
 @torch.no_grad()
 def _resample(model, optimiser, x):
-    """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023).
-
-    Samples of this batch (the published code keeps 819,200), drawn with probability proportional to
-    the square of their loss, become the directions; encoder rows get a fifth of the mean length of
-    the living; bias and Adam moments 0.
-    """
+    """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023). Samples of
+    this batch (the published code keeps 819,200), drawn with probability proportional to the square
+    of their loss, become the directions; encoder rows get a fifth of the mean length of the living;
+    bias and Adam moments 0."""
     s = model.streams[0]
     unset = model.activation == "batchtopk" and model.kept_above.isnan()
     if model.revive != "resample" or unset or not model.dead(s).any():
@@ -989,10 +946,9 @@ def _resample(model, optimiser, x):
     rows = model.dead(s).nonzero().squeeze(1)[:int((loss > 0).sum())]
     if not len(rows):
         return
-    weight = loss.square().cpu()
-    drawn = torch.multinomial(weight, len(rows), generator=model._generator()).to(v.device)
+    drawn = torch.multinomial(loss.square().cpu(), len(rows), generator=model._generator())
     model.W_dec[s][rows], model.W_enc[s][rows] = resampled_rows(
-        v[drawn] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
+        v[drawn.to(v.device)] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
     _start_anew(model, optimiser, s, rows, model.W_enc[s], model.W_dec[s])
 
 
@@ -1008,11 +964,9 @@ def make_optimiser(model, lr=1e-4):
 
 
 def _recycle(model):
-    """Forget the gradients but keep their memory for the next ones.
-
-    Fresh memory, which comes page by page, costs more than the product written into it. A tensor
-    in `_spare` has no other owner, so autograd may keep whatever a backward pass takes from there.
-    """
+    """Forget the gradients but keep their memory for the next ones. Fresh memory, which comes page
+    by page, costs more than the product written into it. A tensor in `_spare` has no other owner,
+    so autograd may keep whatever a backward pass takes from there."""
     model._spare.clear()
     for W in [*model.W_enc.values(), *model.W_dec.values()]:
         if W.grad is not None:
@@ -1044,15 +998,12 @@ def train_step(model, optimiser, x, loss=None):
 
 
 def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
-    """Settings, {name: value}, that fit n training samples; what is given stays.
-
-    A third as many latents as samples and an eighth of them kept (but 40: with fewer even small
-    files are rebuilt badly), 50 passes in steps of a tenth of the samples, every dimension
-    standardised; from 25,000 samples on the thesis's L, k, batch and epochs (5.3.2). The learning
-    rate falls with the root of L (Gao et al. 2024). One stream is served as well: more latents
-    rebuild held-out samples no better. A code rebuilds all of up to four streams a step, of more
-    two others: the cost of Eq. 14 grows with M^2.
-    """
+    """Settings, {name: value}, that fit n training samples; what is given stays. A third as many
+    latents as samples and an eighth of them kept (but 40: with fewer even small files are rebuilt
+    badly), 50 passes in steps of a tenth of the samples, every dimension standardised; from 25,000
+    samples on the thesis's L, k, batch and epochs (5.3.2). The learning rate falls with the root of
+    L (Gao et al. 2024). For one stream too: more latents rebuild unseen samples no better. Of more
+    than 4 streams a code rebuilds 2 others: Eq. 14 costs M^2."""
     def power_of_two(most, least, limit):
         return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
     L = latents or power_of_two(n / 3, 128, 8192)
@@ -1082,8 +1033,7 @@ def known_settings(single, preset=None, activation=None):
     """Settings, {name: value}, whatever the samples are: the preset's, and of a single stream its
     activation's own (the preset's, or topk). Raises InputError for what does not exist, or fit."""
     if not single:
-        if preset not in (None, "thesis"):
-            raise InputError(f"preset {preset} is of one stream - use it with sae")
+        refuse(preset and preset != "thesis", f"preset {preset} is of one stream - use it with sae")
         return dict(THESIS) if preset else {}
     typical = PRESETS.get(preset, {})
     activation = activation or typical.get("activation", "topk")
@@ -1098,9 +1048,7 @@ def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0, 
 
     batch: step -> dict stream -> (B, d_s) raw; a pure function of the step makes resuming exact.
     warmup: steps over which the learning rate rises to lr (CytoSAE; SPARC has none).
-    on_step(step, result): called after each step, from 1, with what `train_step`, to which `loss`
-    goes, returned.
-    """
+    on_step(step, result): after each step, from 1, with what `train_step`, given `loss`, told."""
     optimiser = optimiser or make_optimiser(model, lr)
     model.train()
     for step in range(int(model.step), n_steps):
@@ -1154,14 +1102,25 @@ def save(path, model, optimiser=None, **extra):
         raise
 
 
+@contextmanager
+def _reading(path, wrong, advice):
+    """Lines that take a file apart: what fails there is said in one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:                                   # torch raises many kinds
+        raise InputError(f"{path} {wrong} ({type(e).__name__}) - {advice}")
+
+
 def load(path, device="cpu"):
     """Read what `save` wrote: (model, optimiser or None, extra). InputError if it did not."""
-    if not os.path.isfile(path):                             # or a pipe, that would be waited for
-        raise InputError(f"no checkpoint at {path} - name the folder of a finished or saved run")
-    try:
+    refuse(not os.path.isfile(path),                         # or a pipe, that would be waited for
+           f"no checkpoint at {path} - name the folder of a finished or saved run")
+    with _reading(path, "is not a readable checkpoint", "train again or restore the file"):
         state = torch.load(path, map_location=device, weights_only=True)
-        if state["format"] != FORMAT:
-            raise InputError(f"{path} has format {state['format']!r} - this version reads {FORMAT}")
+        refuse(state["format"] != FORMAT,
+               f"{path} has format {state['format']!r} - this version reads {FORMAT}")
         state["config"].pop("select", None)                  # a setting of before
         kind, optimiser = SAE if "activation" in state["config"] else SPARC, None
         model = kind(**state["config"]).to(device)
@@ -1176,8 +1135,103 @@ def load(path, device="cpu"):
                 if len(shapes) > 1 or moments["step"].dim():
                     raise ValueError("moments of other weights")
         return model.eval(), optimiser, state["extra"]
-    except InputError:
-        raise
-    except Exception as e:                                   # torch raises many kinds
-        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - "
-                         "train again or restore the file")
+
+
+# ---- Files of other libraries: SAELens 6, EleutherAI's sparsify, dictionary_learning ------------
+# Name of the weights: (the config beside them, its field that tells the kind, "=usual", {kind:
+# (activation, does it encode x - b_pre?, keys of W_enc, W_dec, b_lat, b_pre, threshold, k; .T where
+# transposed)}). SAELens saves batchtopk as jumprelu. Dictionary rows keep the length they have.
+FLAT, LINEAR = "W_enc.T W_dec b_enc b_dec", "encoder.weight decoder.weight.T encoder.bias"
+LIBRARIES = {
+    "sae_weights.safetensors": ("cfg.json", "architecture=standard", {
+        "standard": ("relu", True, FLAT), "topk": ("topk", True, FLAT),
+        "jumprelu": ("jumprelu", True, f"{FLAT} threshold")}),
+    "sae.safetensors": ("cfg.json", "activation=topk", {
+        "topk": ("topk", True, "encoder.weight W_dec encoder.bias b_dec")}),
+    "ae.pt": ("config.json", "dict_class=", {
+        "AutoEncoder": ("relu", True, f"{LINEAR} bias"),     # their loader multiplies z by ||w||
+        "AutoEncoderTopK": ("topk", True, f"{LINEAR} b_dec threshold k"),    # threshold: not used
+        "BatchTopKSAE": ("batchtopk", True, f"{LINEAR} b_dec threshold k"),
+        "JumpReluAutoEncoder": ("jumprelu", False, f"{FLAT} threshold")}),
+}
+MEANT = {                                                    # fields, and what each may be
+    "apply_b_dec_to_input": (True, False), "rescale_acts_by_decoder_norm": (True, False),
+    "normalize_activations": ("none",), "reshape_activations": ("none", "hook_z"),
+    "transcode": (False,), "skip_connection": (False,), "signed": (False,)}
+IDLE = """num_latents expansion_factor normalize_decoder multi_topk dtype device metadata lr steps
+    trainer_class buffer seed layer lm_name wandb_name submodule_name auxk_alpha top_k_aux
+    warmup_steps decay_start threshold_beta threshold_start_step bandwidth sparsity_penalty
+    sparsity_warmup_steps target_l0 l1_penalty resample_steps"""     # no code depends on these
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _object(pairs):
+    """A JSON object as a dict; None where a key comes twice, from which nothing can be read."""
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else None
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: the length of a header, 8 bytes, little-endian; JSON
+    {name: {dtype, shape, data_offsets}}; numbers without a gap. As much memory as the file."""
+    with open(path, "rb") as f:
+        f.readinto(blob := bytearray(os.path.getsize(path)))
+    at = begin = 8 + int.from_bytes(blob[:8], "little")
+    header, tensors = json.loads(blob[8:begin], object_pairs_hook=_object), {}
+    header.pop("__metadata__", None)
+    for name, v in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, n, (start, end) = DTYPES[v["dtype"]], math.prod(v["shape"]), v["data_offsets"]
+        if begin + start != at or end - start != n * dtype.itemsize or n < 1:
+            raise ValueError(f"'{name}' lies at {start} to {end}")
+        tensors[name] = torch.frombuffer(blob, dtype=dtype, count=n, offset=at).reshape(v["shape"])
+        at = begin + end
+    if at != len(blob):
+        raise ValueError(f"{len(blob)} bytes, where {at} are declared")
+    return tensors
+
+
+@torch.no_grad()
+def load_public(path, stream="x", device="cpu"):
+    """An `SAE` of one stream, for evaluation, of what another library wrote, see LIBRARIES: of the
+    folder `path`, or of the file of weights in it. InputError for what is damaged, and by name for
+    a tensor or field that might mean something else here."""
+    folder, name = os.path.split(path) if os.path.isfile(path) else (path, None)
+    name = name or next((n for n in LIBRARIES if os.path.isfile(os.path.join(path, n))), "")
+    refuse(name not in LIBRARIES, f"{path} is none of {', '.join(LIBRARIES)} - name the folder")
+    file, (beside, field, kinds) = os.path.join(folder, name), LIBRARIES[name]
+    with _reading(file, f"or the {beside} beside it is not readable", "fetch both anew"):
+        with open(os.path.join(folder, beside), "rb") as f:
+            config = json.loads(f.read(2 ** 24), object_pairs_hook=_object)
+        config |= config.pop("trainer", {})                  # of dictionary_learning
+        found = torch.load(file, "cpu", weights_only=True) if beside == "config.json" \
+            else read_safetensors(file)
+        kind = config.pop(*field.split("="))
+        refuse(kind not in kinds, f"{file} is a {kind!r} - {', '.join(kinds)} can be read")
+        activation, centred, keys = kinds[kind]
+        odd = {*found} ^ {key.removesuffix(".T") for key in keys.split()}
+        refuse(odd, f"{file} has or lacks {', '.join(sorted(odd))}, unlike a {kind} - use another")
+        W, V, b_lat, b_pre, *rest = (found[key[:-2]].T.float() if key.endswith(".T")
+                                     else found[key].float() for key in keys.split())
+        L, d = W.shape
+        refuse([*V.shape, *b_lat.shape, *b_pre.shape] != [L, d, L, d],
+               f"{file} has shapes that do not fit together - fetch it anew")
+        meant = {**MEANT, "d_in": [d], "activation_dim": [d], "d_sae": [L], "dict_size": [L],
+                 "k": [int(rest[1])] if len(rest) > 1 else range(1, L + 1)}
+        for name, value in config.items():
+            do = "use another" if name in meant else f"drop it from {beside} if no code needs it"
+            refuse(name not in IDLE.split() and value not in meant.get(name, ()),
+                   f"{name}={value!r} of {file} is not known here, or not of its weights - {do}")
+        if activation == "topk" and config.get("rescale_acts_by_decoder_norm"):
+            length = V.norm(dim=1).clamp_min(1e-30)          # TopK of h ||w||, decoded as z / ||w||
+            W, V, b_lat = W * length[:, None], V / length[:, None], b_lat * length
+        if not config.get("apply_b_dec_to_input", centred):  # W x + b = W (x - b_pre) + b + W b_pre
+            b_lat = b_lat + W @ b_pre
+        k = int(config.get("k", 0)) if activation.endswith("topk") else 1
+        model = SAE({stream: d}, L, activation, k, norm="none")
+        new = {"W_enc": W, "W_dec": V, "b_lat": b_lat, "b_pre": b_pre}
+        new = {f"{name}.{stream}": v for name, v in new.items()}
+        if rest and activation == "jumprelu":                # a ReLU follows: below 0 is as 0
+            new["log_threshold"] = rest[0].clamp_min(0).log()
+        elif rest:
+            new["kept_above"] = rest[0]
+        model.load_state_dict({**model.state_dict(), **new})
+        return model.to(device).eval()

@@ -481,6 +481,39 @@ def test_a_run_folder_is_not_overwritten_unasked(finished, features, tmp_path, c
     assert (tmp_path / "mine.txt").read_text() == "keep" and (tmp_path / "metrics.json").exists()
 
 
+def test_an_export_is_written_by_the_rules_of_runs_and_taken_in_place_of_one(features, finished, tmp_path, capsys):
+    assert "SAELens has no topk with norm standard,l2" in error(capsys, "eval", finished, "--export", tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+    one = ("--data", features, "--stream", "x")
+    run("sae", *one, *SMALL, "--norm", "standard", "--out", tmp_path / "r")
+    run("eval", tmp_path / "r", "--export", tmp_path / "e", "--json", tmp_path / "first.json")
+    made = {path: path.read_bytes() for path in (tmp_path / "e" / "x").iterdir()}
+    assert {path.name for path in made} == {"cfg.json", "sae_weights.safetensors"}
+    assert "use --overwrite or another --export" in error(capsys, "eval", tmp_path / "r", "--export", tmp_path / "e")
+    assert "is read by this command - name another --export" in error(
+        capsys, "eval", tmp_path / "r", "--export", tmp_path / "r", "--overwrite")
+
+    theirs, weights = tmp_path / "e" / "x", tmp_path / "e" / "x" / "sae_weights.safetensors"
+    assert "no data of its own - name some with --data" in error(capsys, "encode", theirs, "--out", tmp_path / "c.npz")
+    assert "of one stream, " in error(capsys, "eval", theirs, "--data", features)
+    for path, name in ((tmp_path / "r", "a"), (theirs, "b"), (weights, "c")):
+        run("encode", path, "--data", features, "--streams", "x", "--out", tmp_path / f"{name}.npz")
+    a, b, c = (np.load(tmp_path / f"{name}.npz") for name in "abc")
+    for other in (b, c):
+        dense = [sae.Codes(torch.tensor(f["x_indices"]).long(), torch.tensor(f["x_values"])).dense(40) for f in (a, other)]
+        torch.testing.assert_close(*dense, rtol=1e-4, atol=1e-5)
+    run("eval", theirs, "--data", features, "--streams", "x", "--json", tmp_path / "second.json")
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
+    assert second["l0"] == first["l0"] and second["rows"] == first["rows"]
+    run("latents", theirs, *one)
+    run("intervene", theirs, *one, "--out", tmp_path / "i")
+    assert (theirs / "latents" / "report.html").exists() and (tmp_path / "i" / "report.html").exists()
+    assert "is read by this command" in error(capsys, "latents", theirs, *one, "--out", theirs, "--overwrite")
+    assert "is read by this command" in error(capsys, "encode", theirs, *one[:2], "--streams", "x", "--out", weights,
+                                              "--overwrite")
+    assert {path: path.read_bytes() for path in made} == made
+
+
 def test_overwriting_removes_what_the_manifest_lists_and_nothing_else(features, tmp_path, capsys):
     train = ["sparc", "--data", features, *SMALL, "--epochs", 1, "--null", "--out", tmp_path / "r"]
     run(*train)

@@ -1,8 +1,10 @@
 """Claims about sae.py, held against the dense textbook form, the authors' outputs, closed forms and planted truth."""
 import itertools
+import json
 import os
 import pathlib
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -1272,3 +1274,178 @@ def test_the_seed_decides_the_first_weights_and_which_stream_is_drawn():
             model.step.fill_(step)
             drawn[-1].append(model.drawn_streams()[0])
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+# -- files of other libraries ------------------------------------------------------------------------------------------
+
+def safetensors(tensors, **changes):
+    """The bytes of {name: float32 tensor} as the format's description has them; `changes` to entries of the header."""
+    header, numbers = {"__metadata__": {"format": "pt"}}, b""
+    for name, t in tensors.items():
+        raw = struct.pack(f"<{t.numel()}f", *t.flatten().tolist())
+        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [len(numbers), len(numbers) + len(raw)]}
+        header[name] |= changes.get(name, {})
+        numbers += raw
+    head = json.dumps(header).encode()
+    return struct.pack("<Q", len(head)) + head + numbers
+
+
+TRAINER = {"trainer_class": "T", "lr": 1e-3, "steps": 9, "activation_dim": 6, "dict_size": 9}
+PUBLIC = {                                                   # kind: (config, is b_dec subtracted first, what follows h)
+    "standard": ({"architecture": "standard", "d_in": 6, "d_sae": 9, "metadata": {"a": 1}}, True, "relu"),
+    "topk": ({"architecture": "topk", "k": 3, "dtype": "float32"}, True, "topk"),
+    "rescaled": ({"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": True}, True, "topk"),
+    "jumprelu": ({"architecture": "jumprelu", "apply_b_dec_to_input": False, "reshape_activations": "none"}, False, "jump"),
+    "sparsify": ({"k": 3, "d_in": 6, "expansion_factor": 2, "normalize_decoder": True, "signed": False}, True, "topk"),
+    "AutoEncoder": ({"trainer": {**TRAINER, "dict_class": "AutoEncoder"}}, True, "relu"),
+    "AutoEncoderTopK": ({"trainer": {**TRAINER, "dict_class": "AutoEncoderTopK", "k": 3}}, True, "topk"),
+    "BatchTopKSAE": ({"trainer": {**TRAINER, "dict_class": "BatchTopKSAE", "k": 3}, "buffer": {}}, True, "batch"),
+    "JumpReluAutoEncoder": ({"trainer": {**TRAINER, "dict_class": "JumpReluAutoEncoder"}}, False, "jump")}
+
+
+def published(folder, kind, config=(), drop=(), more=(), **header):
+    """Write an SAE of random weights as its library does, with changes; its weights as our equations have them."""
+    known, centred, what = PUBLIC[kind]
+    W, V, b, b_dec = torch.randn(9, 6), torch.randn(9, 6), torch.randn(9), torch.randn(6)
+    theta = torch.linspace(-0.5, 1, 9) if what == "jump" else torch.tensor(0.4)
+    if kind in ("sparsify", *list(PUBLIC)[5:8]):
+        tensors = {"encoder.weight": W, "encoder.bias": b}
+        tensors |= {"W_dec": V} if kind == "sparsify" else {"decoder.weight": V.T}
+        tensors["bias" if kind == "AutoEncoder" else "b_dec"] = b_dec
+    else:
+        tensors = {"W_enc": W.T, "b_enc": b, "W_dec": V, "b_dec": b_dec}
+    if what == "jump" or kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+        tensors["threshold"] = theta
+    if kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+        tensors["k"] = torch.tensor(3, dtype=torch.int32)
+    tensors = {k: v for k, v in {**tensors, **dict(more)}.items() if k not in drop}
+    config = {k: v for k, v in {**known, **dict(config)}.items() if v is not None}
+    folder.mkdir(exist_ok=True)
+    name = "config.json" if "trainer" in config else "cfg.json"
+    (folder / name).write_text(json.dumps(config))
+    if "trainer" in config:
+        torch.save(tensors, folder / "ae.pt")
+    else:
+        file = "sae" if kind == "sparsify" else "sae_weights"
+        (folder / f"{file}.safetensors").write_bytes(safetensors(tensors, **header))
+    return W, V, b, b_dec, theta
+
+
+@pytest.mark.parametrize("kind", PUBLIC)
+def test_an_sae_of_another_library_gives_the_codes_and_reconstructions_that_its_source_writes_down(tmp_path, kind):
+    W, V, b, b_dec, theta = published(tmp_path / "s", kind)
+    x = torch.randn(50, 6)
+    h = (x - b_dec if PUBLIC[kind][1] else x) @ W.T + b
+    length = V.norm(dim=1) if kind == "rescaled" else 1.
+    h = h * length
+    if PUBLIC[kind][2] == "topk":
+        h = torch.where(h >= h.sort(descending=True).values[:, [2]], h, 0)
+    if PUBLIC[kind][2] in ("jump", "batch"):
+        h = torch.where(h > theta, h, 0)
+    z = h.clamp(min=0)
+    for path in (tmp_path / "s", next(path for path in (tmp_path / "s").iterdir() if path.suffix != ".json")):
+        model = sae.load_public(str(path), "eye")
+        code = model.encode(x)
+        same(code.dense(9), z, 1e-5)
+        same(model.decode(code), z / length @ V + b_dec, 1e-5)
+    assert model.streams == ["eye"] and not model.training
+
+
+def test_what_is_not_understood_in_an_sae_of_another_library_is_named(tmp_path):
+    cases = [
+        ("topk", {"config": {"architecture": "gated"}}, "'gated' - standard, topk, jumprelu can be read"),
+        ("topk", {"config": {"normalize_activations": "layer_norm"}}, "normalize_activations='layer_norm'"),
+        ("topk", {"config": {"a_new_one": 1}}, "a_new_one=1"),
+        ("topk", {"config": {"d_in": 7}}, "d_in=7"),
+        ("topk", {"config": {"k": 10}}, "k=10"),
+        ("topk", {"config": {"k": None}}, "k=0 must lie in"),
+        ("topk", {"drop": ["b_enc"]}, "b_enc"),
+        ("standard", {"more": {"scaling_factor": torch.ones(9)}}, "scaling_factor"),
+        ("standard", {"more": {"b_enc": torch.ones(1)}}, "shapes that do not fit"),
+        ("jumprelu", {"more": {"threshold": torch.ones(1)}}, "not readable"),
+        ("sparsify", {"config": {"transcode": True}}, "transcode=True"),
+        ("sparsify", {"config": {"activation": "groupmax"}}, "'groupmax'"),
+        ("sparsify", {"more": {"W_skip": torch.ones(6, 6)}}, "W_skip"),
+        ("BatchTopKSAE", {"more": {"k": torch.tensor(4)}}, "k=3"),
+        ("BatchTopKSAE", {"config": {"trainer": {**TRAINER, "dict_class": "GatedAutoEncoder"}}}, "'GatedAutoEncoder'")]
+    for i, (kind, changes, message) in enumerate(cases):
+        published(tmp_path / str(i), kind, **changes)
+        with pytest.raises(InputError, match=message):
+            sae.load_public(tmp_path / str(i))
+    with pytest.raises(InputError, match="none of sae_weights.safetensors, sae.safetensors, ae.pt"):
+        sae.load_public(tmp_path)
+
+
+def test_a_safetensors_file_with_gaps_overlaps_or_a_false_header_is_refused(tmp_path):
+    def refused(reason):
+        with pytest.raises(InputError, match=f"not readable .{reason}"):
+            sae.load_public(tmp_path / "s")
+    for entry, reason in (({"data_offsets": [0, 24]}, "ValueError"), ({"shape": [7]}, "ValueError"),
+                          ({"dtype": "F8"}, "KeyError"), ({"shape": [-1]}, "ValueError"), ({"shape": [2., 3.]}, "")):
+        published(tmp_path / "s", "topk", b_dec=entry)
+        refused(reason)
+    file, end = tmp_path / "s" / "sae_weights.safetensors", 4 * (9 * 6 + 9 + 9 * 6 + 6)
+    for move in (8, -24, 10 ** 9):                           # a hole before the last tensor; an overlap; beyond the end
+        published(tmp_path / "s", "topk", b_dec={"data_offsets": [end - 24 + move, end + move]})
+        whole = file.read_bytes()
+        file.write_bytes(whole + b"12345678" if move > 0 else whole[:move])
+        refused("ValueError")
+    published(tmp_path / "s", "topk")
+    whole = file.read_bytes()
+    assert sae.read_safetensors(file).keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
+    twice = whole[8:8 + whole[0] + 256 * whole[1]].replace(b'"W_dec"', b'"b_enc"')
+    for odd in (whole[:-4], whole + b"1234", whole[:5], b"", struct.pack("<Q", 2 ** 62) + whole[8:],
+                struct.pack("<Q", len(twice)) + twice + whole[8 + len(twice):]):
+        file.write_bytes(odd)
+        refused("")
+    file.write_bytes(whole)
+    (tmp_path / "s" / "cfg.json").write_text('{"architecture": "topk", "k": 3, "k": 3}')
+    refused("")
+
+
+@pytest.mark.parametrize("norm", ["none", "standard", "l2"])
+@pytest.mark.parametrize("activation", ["sparc", *sae.ACTIVATIONS])
+def test_what_saelens_reads_of_an_export_maps_raw_features_to_our_codes_and_to_raw_features(tmp_path, activation, norm):
+    x = torch.randn(60, 6) * torch.linspace(0.5, 9, 6) + 3
+    stats = {s: (x.mean(0), x.std(0)) for s in "ab"}
+    if activation == "sparc":
+        model = SPARC(dict.fromkeys("ab", 6), 11, 3, norm=norm, stats=stats)
+    else:
+        model = SAE({"b": 6}, 11, activation, k=3, norm=norm, stats=stats)
+        model.kept_above.fill_(0.2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += torch.rand_like(p)
+        code = model.encode({"b": x}, "alone")["b"]
+        expected = model.decode(code, "b")
+    if norm == "standard":
+        expected = expected * stats["b"][1] + stats["b"][0]
+    config, weights = judge.saelens(model, "b")
+    judge.write_safetensors(tmp_path / "sae_weights.safetensors", weights)
+    judge.write_json(tmp_path / "cfg.json", config)
+
+    blob = (tmp_path / "sae_weights.safetensors").read_bytes()           # from here on nothing of ours
+    n, = struct.unpack("<Q", blob[:8])
+    t = {name: torch.frombuffer(bytearray(blob[8 + n + v["data_offsets"][0]:8 + n + v["data_offsets"][1]]),
+                                dtype=torch.float32).reshape(v["shape"]) for name, v in json.loads(blob[8:8 + n]).items()}
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert n % 8 == 0 and t["W_enc"].shape == (config["d_in"], config["d_sae"]) == (6, 11)
+    coefficient = torch.ones(60, 1)
+    if config["normalize_activations"] == "constant_norm_rescale":
+        coefficient = 6 ** 0.5 / x.norm(dim=-1, keepdim=True)
+    h = (x * coefficient - t["b_dec"] * config["apply_b_dec_to_input"]) @ t["W_enc"] + t["b_enc"]
+    z = h.relu()
+    if config["architecture"] == "topk":
+        z = torch.where(h >= h.topk(config["k"]).values[:, -1:], z, 0)
+    if config["architecture"] == "jumprelu":
+        z = z * (h > t["threshold"])
+    same(z, code.dense(11), 1e-5)
+    same((z @ t["W_dec"] + t["b_dec"]) / coefficient, expected * (6 ** 0.5 / coefficient if norm == "l2" else 1), 1e-5)
+    if norm != "l2":
+        same(sae.load_public(tmp_path).encode(x).dense(11), z, 1e-5)
+
+
+def test_an_export_refuses_what_saelens_has_no_words_for(monkeypatch):
+    assert judge.saelens(SAE({"b": 6}, 11, "relu", norm="standard,l2"), "b") is None
+    monkeypatch.setitem(sae.ACTIVATIONS, "half", sae.Activation(lambda *_: None, "sum", "none", 0.))
+    assert judge.saelens(SAE({"b": 6}, 11, "half", norm="none"), "b") is None
