@@ -1331,7 +1331,7 @@ def saelens(model, stream):
     (and makes NaN of a row of zeros). None if SAELens has no words for activation or norm.
     """
     kind = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu",
-            "batchtopk": "jumprelu"}.get(model.activation)               # so it saves its own
+            "batchtopk": "jumprelu", "matryoshka": "jumprelu"}.get(model.activation)     # as its own
     if not kind or model.norm not in ("none", "standard", "l2"):
         return None
     W, V, b_lat, b_pre = (of[stream].detach().cpu().double() for of in (
@@ -1348,7 +1348,7 @@ def saelens(model, stream):
     if kind == "topk":
         config |= {"k": model.k, "rescale_acts_by_decoder_norm": False}
     if kind == "jumprelu":
-        theta = model.kept_above if model.activation == "batchtopk" else model.log_threshold.exp()
+        theta = model.kept_above if model.by_batch else model.log_threshold.exp()
         weights["threshold"] = theta.detach().cpu().expand(L)
     return config, {name: v.numpy() for name, v in weights.items()}
 

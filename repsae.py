@@ -167,7 +167,7 @@ MODEL = {
     "norm": ("auto", "l2|standard|standard,l2|none", "length 1; mean 0, deviation 1; both (auto)"),
     "dead-after": ("auto", "int 1..1e9", "steps without firing; auto: 1000, or a quarter"),
     "activation": (None, "text", "topk (default), relu with an L1, jumprelu with an L0 penalty, "
-                   "batchtopk, or all kinds in one table"),
+                   "batchtopk, matryoshka, or all kinds in one table"),
     "sparsity": (None, "float", "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
     "error": (None, "nmse|sum|mean", "squared, over ||x||^2; summed over d as papers write; its "
               "mean: lambda_paper = d * lambda_code"),
@@ -716,9 +716,9 @@ def resolved(flags, features):
     activation or made-up data want it, else by the number of training rows; says what those chose.
     """
     single, n = "activation" in flags, len(features.rows("train"))
-    layers = sae.known_settings(single, flags.preset, flags.get("activation"))
+    layers = known_settings(single, flags.preset, flags.get("activation"))
     if flags.data is None and flags.world == "planted":      # the preset goes first
-        typical = sae.PRESETS.get(flags.preset, {}) if single else layers
+        typical = PRESETS.get(flags.preset, {}) if single else layers
         layers = {**layers, **PLANTED, **PLANTED_ONE.get(layers.get("activation"), {}), **typical}
     refuse({"expansion", "latents"} <= flags.given,
            f"--set expansion and --latents {flags.latents} - give one of the two")
@@ -750,9 +750,38 @@ def resolved(flags, features):
     return flags
 
 
+# What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...
+THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
+          "shuffle": "blocks", "dead_after": 1000}
+PRESETS = {                                                  # ... and of one, in the papers' code
+    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
+    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
+              "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
+    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
+    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none",
+             "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
+             "batch": 16448, "epochs": 24, "dead_after": 64},
+}
+
+
+def known_settings(single, preset=None, activation=None):
+    """Settings, {name: value}, whatever the samples are: the preset's, and of a single stream its
+    activation's own (the preset's, or topk). Raises InputError for what does not exist, or fit."""
+    if not single:
+        refuse(preset and preset != "thesis", f"preset {preset} is of one stream - use it with sae")
+        return dict(THESIS) if preset else {}
+    typical = PRESETS.get(preset, {})
+    activation = activation or typical.get("activation", "topk")
+    sae.one_of("activation", activation, sae.ACTIVATIONS)
+    own = sae.ACTIVATIONS[activation]
+    return {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, "bias": "zeros",
+            "warmup": 0, "bandwidth": 0.1, **typical, "activation": activation}
+
+
 # Settings that find the 48 planted concepts, three or four in a sample.
 PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
-PLANTED_ONE = {"batchtopk": {"k": 3}, "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
+PLANTED_ONE = {"batchtopk": {"k": 3}, "matryoshka": {"k": 3},
+               "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
 
 
 def planned_seconds(dims, latents, k, batch, topk="local", targets=1):

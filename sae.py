@@ -675,12 +675,14 @@ class Activation(NamedTuple):
     error: str
     revive: str
     sparsity: float
+    prefixes: tuple = ()                                     # shares of L that rebuild x alone, too
 
 
 ACTIVATIONS = {                                              # a new one needs a line here, no more
     "relu": Activation(_relu, "sum", "resample", 0.1),
     "topk": Activation(None, "nmse", "auxk", 0.),
     "batchtopk": Activation(_batchtopk, "nmse", "auxk", 0.),
+    "matryoshka": Activation(_batchtopk, "nmse", "auxk", 0., (1 / 16, 1 / 4)),
     "jumprelu": Activation(_jumprelu, "sum", "resample", 0.01),
 }
 
@@ -693,6 +695,9 @@ class SAE(SPARC):
                     "topk"       the k largest logits of a sample (Gao et al. 2024); no penalty
                     "batchtopk"  the B*k largest logits of a batch (Bussmann et al. 2024); later
                                  all above the mean over steps of the smallest value kept
+                    "matryoshka" so too, and the first 16th and quarter of the latents each add the
+                                 error of what they alone rebuild (Bussmann et al. 2025): general
+                                 concepts come first
                     "jumprelu"   those above a learned threshold (Rajamanoharan et al. 2024)
     k           latents kept per sample (topk), on average (batchtopk)
     sparsity    lambda: weight of the mean over samples of ||z||_1 (relu) or of ||z||_0 (jumprelu)
@@ -715,7 +720,8 @@ class SAE(SPARC):
         refuse(not (sparsity >= 0 and bandwidth > 0 and threshold > 0),
                f"sparsity={sparsity}, bandwidth={bandwidth}, threshold={threshold} - "
                "give numbers above 0, or sparsity 0")
-        k = k if activation in ("topk", "batchtopk") else min(k, n_latents)    # of no use there
+        self.by_batch = ACTIVATIONS[activation].code is _batchtopk
+        k = k if activation == "topk" or self.by_batch else min(k, n_latents)    # of no use there
         super().__init__(dims, n_latents, k, "local", 0., **shared)
         for name in ("topk", "lam", "reduction", "targets"):
             del self.config[name]
@@ -759,18 +765,20 @@ class SAE(SPARC):
         s = self.stream
         x, here = self._features(x)
         v = x[s][here[s]] if here else x[s]
-        c = v - self.b_pre[s]
+        c, own, shorter = v - self.b_pre[s], ACTIVATIONS[self.activation], []
         if self.activation == "topk":
             codes, penalty = super()._encode({s: c}, "alone", {})[s], c.new_zeros(())
             y = _Product.apply(codes.values, self.W_dec[s], self._pattern(codes.indices), _combine)
         else:
             z, penalty = self.activate(self.logits(c), batch=self.training)
             y = z @ self.W_dec[s]
+            ends = [max(1, int(share * self.n_latents)) for share in own.prefixes]
+            shorter = [z[:, :end] @ self.W_dec[s][:end] for end in ends]
             codes = Codes(torch.arange(self.n_latents, device=z.device).expand_as(z), z)
         energy = v.square().sum(1)
         each = 1 / max(1, len(v) if self.error == "sum" else v.numel())
         weight = _nmse_weight(energy) if self.error == "nmse" else torch.full_like(energy, each)
-        error = (y - c).square() * weight.unsqueeze(1)       # (B, d), whose sum is the error
+        error, *nested = ((part - c).square() * weight.unsqueeze(1) for part in (y, *shorter))
         aux, aux_coef, residual = c.new_zeros(()), 1, (c - y).detach()
         dead = self.dead(s)
         if self.revive == "auxk" and self.aux_coef and dead.any():
@@ -778,7 +786,8 @@ class SAE(SPARC):
         elif self.revive == "ghost" and dead.any():
             h = torch.addmm(self.b_lat[s][dead], c, self.W_enc[s][dead].T)
             aux = ghost_error(residual, h, self.W_dec[s][dead], error.detach()).sum()
-        total = error.sum() + self.sparsity * penalty + aux_coef * aux
+        total = error.sum() + sum(part.sum() for part in nested)     # each (B, d)
+        total = total + self.sparsity * penalty + aux_coef * aux
         return total, {"self": error.sum().detach(), "sparsity": penalty.detach(),
                        "aux": aux.detach(), "cross": c.new_zeros(()), "codes": [{s: codes}],
                        "energy": {s: energy}}
@@ -937,7 +946,7 @@ def _resample(model, optimiser, x):
     of their loss, become the directions; encoder rows get a fifth of the mean length of the living;
     bias and Adam moments 0."""
     s = model.streams[0]
-    unset = model.activation == "batchtopk" and model.kept_above.isnan()
+    unset = model.by_batch and model.kept_above.isnan()
     if model.revive != "resample" or unset or not model.dead(s).any():
         return
     x = x[s][~missing(x[s])]
@@ -1014,33 +1023,6 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
             "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4)),
             "targets": max(1, streams - 1) if streams <= 4 else 2}
 
-
-# What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...
-THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
-          "shuffle": "blocks", "dead_after": 1000}
-PRESETS = {                                                  # ... and of one, in the papers' code
-    "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
-    "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
-              "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
-    # 64 images of 257 tokens a step; 10^6 of 41,906 images seen
-    "cyto": {"activation": "relu", "error": "mean", "sparsity": 8e-5, "norm": "none",
-             "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
-             "batch": 16448, "epochs": 24, "dead_after": 64},
-}
-
-
-def known_settings(single, preset=None, activation=None):
-    """Settings, {name: value}, whatever the samples are: the preset's, and of a single stream its
-    activation's own (the preset's, or topk). Raises InputError for what does not exist, or fit."""
-    if not single:
-        refuse(preset and preset != "thesis", f"preset {preset} is of one stream - use it with sae")
-        return dict(THESIS) if preset else {}
-    typical = PRESETS.get(preset, {})
-    activation = activation or typical.get("activation", "topk")
-    one_of("activation", activation, ACTIVATIONS)
-    own = ACTIVATIONS[activation]
-    return {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, "bias": "zeros",
-            "warmup": 0, "bandwidth": 0.1, **typical, "activation": activation}
 
 
 def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0, loss=None):

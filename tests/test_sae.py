@@ -734,14 +734,14 @@ def single(activation="relu", L=40, d=10, dtype=torch.float64, batch=24, **kw):
 def test_loss_of_every_variant_and_its_gradients_equal_thesis_eq_5_written_out(activation, error):
     model, x = single(activation, error=error)
     x, W, V, b, c = x["a"], model.W_enc["a"], model.W_dec["a"], model.b_pre["a"], model.b_lat["a"]
-    total, penalty = 0., 0.
+    total, penalty, L = 0., 0., len(W)
     h = (x - b) @ W.T + c                                                                   # Eq. 1-2
-    if activation == "batchtopk":
+    if activation in ("batchtopk", "matryoshka"):
         kept = h > h.flatten().sort(descending=True).values[4 * len(x)]
     for i in range(len(x)):
         if activation == "topk":
             z = torch.relu(h[i] * (h[i] >= h[i].sort(descending=True).values[3]))
-        elif activation == "batchtopk":
+        elif activation in ("batchtopk", "matryoshka"):
             z = torch.relu(h[i] * kept[i])
         elif activation == "jumprelu":
             z = h[i] * (h[i] > model.log_threshold.exp())
@@ -749,6 +749,8 @@ def test_loss_of_every_variant_and_its_gradients_equal_thesis_eq_5_written_out(a
             z = torch.relu(h[i])
             penalty = penalty + z.abs().sum() / len(x)
         e = (x[i] - (z @ V + b)).square().sum()                                             # Eq. 3-4
+        for few in (L // 16, L // 4) if activation == "matryoshka" else ():                 # the first alone
+            e = e + (x[i] - (z[:few] @ V[:few] + b)).square().sum()
         total = total + e / {"sum": 1, "mean": 10, "nmse": x[i].square().sum()}[error] / len(x)
     expected = total + 0.3 * penalty
     found, parts = model.loss({"a": x})
@@ -1449,3 +1451,29 @@ def test_an_export_refuses_what_saelens_has_no_words_for(monkeypatch):
     assert judge.saelens(SAE({"b": 6}, 11, "relu", norm="standard,l2"), "b") is None
     monkeypatch.setitem(sae.ACTIVATIONS, "half", sae.Activation(lambda *_: None, "sum", "none", 0.))
     assert judge.saelens(SAE({"b": 6}, 11, "half", norm="none"), "b") is None
+
+
+def planted_tree(n, parents=6, children=4, d=32):
+    """Samples x (n, d) of some parents each, most with one of their children; the unit directions (parents first)."""
+    rng = np.random.default_rng(1)
+    D = rng.standard_normal((parents * (1 + children), d))
+    D /= np.linalg.norm(D, axis=1, keepdims=True)
+    on = rng.random((n, parents)) < .25
+    on[np.arange(n), rng.integers(0, parents, n)] = True
+    x = .02 * rng.standard_normal((n, d))
+    for parent in range(parents):
+        child = parents + children * parent + rng.integers(0, children, n)
+        x += (on[:, parent] * rng.uniform(1, 1.3, n))[:, None] * D[parent]
+        x += (on[:, parent] * (rng.random(n) < .8) * rng.uniform(.6, .9, n))[:, None] * D[child]
+    return torch.tensor(x).float(), torch.tensor(D).float()
+
+
+def test_with_nested_prefixes_the_parents_of_a_planted_tree_come_first_and_without_they_do_not():
+    x, D = planted_tree(4000)
+    first = {}
+    for activation in ("matryoshka", "batchtopk"):
+        model = sae.SAE({"a": 32}, 48, activation, 4, norm="none", dead_after=100, seed=0)
+        sae.fit(model, lambda step: x[np.random.default_rng(step).integers(0, len(x), 128)], 1000, lr=3e-3)
+        cosine, latent = (D @ model.dictionary("a").T).max(1)
+        first[activation] = int((latent[:6][cosine[:6] > .9] < 12).sum())                # of the first quarter
+    assert first["matryoshka"] >= 5 and first["batchtopk"] <= 3
