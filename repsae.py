@@ -731,7 +731,7 @@ def resolved(flags, features):
     refuse(single and flags.sparsity and not sae.ACTIVATIONS[flags.activation].sparsity,
            f"--sparsity has no effect on {flags.get('activation')} - leave it out, or set --k")
     typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
-    auto = sae.settings_for(n, **typed, streams=len(features.streams))
+    auto = settings_for(n, **typed, streams=len(features.streams))
     mapped = any(isinstance(x, np.memmap) for x in features.streams.values())
     auto["shuffle"] = "blocks" if mapped else "samples"      # on disk neighbouring rows are cheap
     chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
@@ -748,6 +748,24 @@ def resolved(flags, features):
         say_once("note: the rows are sorted by label, so that blocks of them hold one kind each - "
                  "shuffle the file, or use --shuffle samples")
     return flags
+
+
+def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
+    """Settings, {name: value}, that fit n training samples; what is given stays. A third as many
+    latents as samples and an eighth of them kept (but 40: with fewer even small files are rebuilt
+    badly), 50 passes in steps of a tenth of the samples, every dimension standardised; from 25,000
+    samples on the thesis's L, k, batch and epochs (5.3.2). The learning rate falls with the root of
+    L (Gao et al. 2024). For one stream too: more latents rebuild unseen samples no better. Of more
+    than 4 streams a code rebuilds 2 others: Eq. 14 costs M^2."""
+    def power_of_two(most, least, limit):
+        return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
+    L = latents or power_of_two(n / 3, 128, 8192)
+    batch = batch or power_of_two(n / 10, 1, 256)
+    steps = epochs * -(-n // batch)
+    return {"latents": L, "k": k or min(max(L // 8, 40), 64, L), "batch": batch,
+            "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
+            "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4)),
+            "targets": max(1, streams - 1) if streams <= 4 else 2}
 
 
 # What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...

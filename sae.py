@@ -36,9 +36,9 @@ Deviations   from the authors' code, where it differs from the papers or is wron
              has the gradient of its paper, which two public libraries miss by a factor.
 Ours         topk="both" (train on the joint and on the alone support), samples that lack streams
              (the sums and means of Eq. 7, 13, 14 are over what is there), `targets` (Eq. 14 from a
-             few pairs of streams, drawn anew each step), `join_loss`, settings by the number of
-             samples, features standardised before they are scaled to length 1 (the authors' code
-             only scales, the papers say neither), and the sparse arithmetic.
+             few pairs of streams, drawn anew each step), `join_loss`, features standardised before
+             they are scaled to length 1 (the authors' code only scales, the papers say neither),
+             and the sparse arithmetic.
 Processes    where torch.distributed was begun, `fit` of a SPARC takes in each process that one's
              share of a batch. What the loss divides by, gradients and counters are summed over
              all (`SPARC.across`), so that the steps are those of the whole batch.
@@ -371,7 +371,6 @@ class SPARC(nn.Module):
             one_of(name, c[name], allowed)
 
     # -- features in -----------------------------------------------------------------------------
-
     def normalise(self, x, stream):
         """Raw features (B, d_s) of any type -> what the model sees, of its own type; NaN stays."""
         x = x.to(self.b_pre[stream].dtype)
@@ -488,7 +487,6 @@ class SPARC(nn.Module):
         return torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
 
     # -- encoding and decoding -------------------------------------------------------------------
-
     def _pattern(self, indices):
         auto = "csr" if indices.device.type == "cpu" and _has_csr() else "gather"
         kernels = auto if self.kernels == "auto" else self.kernels
@@ -540,7 +538,6 @@ class SPARC(nn.Module):
         return self.decode(z) if isinstance(z, Codes) else {s: self.decode(z[s], s) for s in z}
 
     # -- the loss --------------------------------------------------------------------------------
-
     def reduce(self, terms):
         """Sum of a list of loss terms as Eq. 14 has it, or their mean as the authors' code does."""
         return sum(terms) / (len(terms) if self.reduction == "mean" and terms else 1)
@@ -575,10 +572,13 @@ class SPARC(nn.Module):
 
     def _terms(self, c, weight, codes, here):
         """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M*(M-1)), aux,
-        without the pairs of streams that no sample of the batch has. x_hat - x = W_D z + b_pre - x
-        = W_D z - c, so nothing needs the bias but c. All sources of a target go through one
-        product, the codes of a sample in neighbouring rows: supports overlap, and rows that one
-        needs are in the cache when the next does, which halves the time."""
+        without the pairs of streams that no sample of the batch has.
+
+        x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources of a
+        target go through one product, the codes of one sample in neighbouring rows: their supports
+        overlap, and the dictionary rows that one needs are still in the cache when the next does.
+        It halves the time.
+        """
         own, cross, aux, pattern, before = [], [], [], None, None
         drawn, one_support = self.drawn_sources(), len({id(z.indices) for z in codes.values()}) == 1
         for t in c:
@@ -613,11 +613,13 @@ class SPARC(nn.Module):
         return getattr(self, f"idle_{stream}") >= self.dead_after
 
     def _auxk(self, c, e, stream, here):
-        """AuxK (Gao et al.): how the best dead latents rebuild e = x - x_hat (B, d). c, e detached:
-        gradient reaches the dead latents' rows and biases only. Who is dead was counted up to the
-        step before. (The authors' code adds b_pre to both sides and masks with 0 instead of -inf:
-        it pulls at the bias, and is about 1 when nothing is dead. It divides each sample's error by
-        its own residual, so that the best rebuilt, whose rest is noise, lead.)"""
+        """AuxK (Gao et al.): how the best dead latents rebuild e = x - x_hat (B, d).
+
+        c, e detached: gradient reaches the dead latents' rows and biases only. Who is dead was
+        counted up to the step before. (The authors' code adds b_pre to both sides and masks with 0
+        instead of -inf: it pulls at the bias, and is about 1 when nothing is dead. It divides each
+        sample's error by its own residual, so that the best rebuilt, whose rest is noise, lead.)
+        """
         dead = self.dead(stream).nonzero().squeeze(1)
         with torch.no_grad():
             h = c @ self.W_enc[stream][dead].T + self.b_lat[stream][dead]            # (B, n dead)
@@ -695,9 +697,8 @@ class SAE(SPARC):
                     "topk"       the k largest logits of a sample (Gao et al. 2024); no penalty
                     "batchtopk"  the B*k largest logits of a batch (Bussmann et al. 2024); later
                                  all above the mean over steps of the smallest value kept
-                    "matryoshka" so too, and the first 16th and quarter of the latents each add the
-                                 error of what they alone rebuild (Bussmann et al. 2025): general
-                                 concepts come first
+                    "matryoshka" so too, and the first 16th and quarter of the latents also rebuild
+                                 x alone: general concepts come first (Bussmann et al. 2025)
                     "jumprelu"   those above a learned threshold (Rajamanoharan et al. 2024)
     k           latents kept per sample (topk), on average (batchtopk)
     sparsity    lambda: weight of the mean over samples of ||z||_1 (relu) or of ||z||_0 (jumprelu)
@@ -900,16 +901,15 @@ def renormalise(model):
 @torch.no_grad()
 def _count_idle(model, codes, energy):
     """Advance the dead-latent counters by one step; what fired in any sample starts again at 0.
+
     What a latent adds to a sample is as long as its value. It fired if that exceeds FIRES times the
     length of the batch's features (root mean square, zero rows left out): their scale must not
     decide who is dead. A stream that the whole batch lacks had no chance to fire."""
     for s, squares in energy.items():                        # (B,) squared lengths
         there, length = model.across(torch.stack([(squares > 0).sum(), squares.sum()]))
-        if not there:
-            continue
         idle, least = getattr(model, f"idle_{s}"), FIRES * (length / there).sqrt()
-        idle += 1
-        for support in codes:
+        idle += there > 0
+        for support in codes if there else ():
             fired = support[s].values > least
             if model.activation == "topk":
                 idle[support[s].indices[fired]] = 0
@@ -994,7 +994,7 @@ def train_step(model, optimiser, x, loss=None):
     total.backward()
     for p in model.parameters():
         if p.grad is not None:                               # in all processes, or in none
-            p.grad = model.across(p.grad)
+            model.across(p.grad)
     project_gradient(model)
     optimiser.step()
     renormalise(model)
@@ -1004,25 +1004,6 @@ def train_step(model, optimiser, x, loss=None):
     _resample(model, optimiser, x)
     terms = {"loss": total.detach(), **{k: v for k, v in parts.items() if torch.is_tensor(v)}}
     return {**parts, **dict(zip(terms, model.across(torch.stack([*terms.values()]))))}
-
-
-def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
-    """Settings, {name: value}, that fit n training samples; what is given stays. A third as many
-    latents as samples and an eighth of them kept (but 40: with fewer even small files are rebuilt
-    badly), 50 passes in steps of a tenth of the samples, every dimension standardised; from 25,000
-    samples on the thesis's L, k, batch and epochs (5.3.2). The learning rate falls with the root of
-    L (Gao et al. 2024). For one stream too: more latents rebuild unseen samples no better. Of more
-    than 4 streams a code rebuilds 2 others: Eq. 14 costs M^2."""
-    def power_of_two(most, least, limit):
-        return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
-    L = latents or power_of_two(n / 3, 128, 8192)
-    batch = batch or power_of_two(n / 10, 1, 256)
-    steps = epochs * -(-n // batch)
-    return {"latents": L, "k": k or min(max(L // 8, 40), 64, L), "batch": batch,
-            "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
-            "norm": "standard,l2", "dead_after": max(1, min(1000, steps // 4)),
-            "targets": max(1, streams - 1) if streams <= 4 else 2}
-
 
 
 def fit(model, batch, n_steps, lr=1e-4, optimiser=None, on_step=None, warmup=0, loss=None):

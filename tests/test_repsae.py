@@ -2834,3 +2834,16 @@ def test_of_many_streams_each_code_rebuilds_two_others_a_step(tmp_path, capsys):
         assert repsae.resolved(flags, features).targets == targets
     run("sparc", "--data", tmp_path / "f.npz", "--latents", 8, "--k", 2, "--epochs", 2, "--no-null", "--out", tmp_path / "r")
     assert ", targets 2" in capsys.readouterr().err and sae.load(tmp_path / "r" / "checkpoint.pt")[0].targets == 2
+
+
+
+@pytest.mark.parametrize("n, latents, k, batch, steps", [
+    (1, 128, 40, 1, 50), (157, 128, 40, 8, 1000), (1500, 256, 40, 128, 600), (2173, 512, 64, 128, 850),
+    (25000, 8192, 64, 256, 4900), (1_700_000, 8192, 64, 256, 332050)])
+def test_settings_follow_the_number_of_samples_up_to_the_thesis_s(n, latents, k, batch, steps):
+    found = repsae.settings_for(n)
+    assert (found["latents"], found["k"], found["batch"], found["steps"]) == (latents, k, batch, steps)
+    assert found["steps"] == found["epochs"] * -(-n // batch) and found["dead_after"] == min(1000, steps // 4)
+    assert found["lr"] == pytest.approx(2e-4 * (2 ** 14 / latents) ** .5)
+    assert [repsae.settings_for(n, streams=M)["targets"] for M in (1, 2, 4, 5, 40)] == [1, 1, 3, 2, 2]
+    assert repsae.settings_for(n, latents=6)["k"] == 6 and repsae.settings_for(n, epochs=3)["steps"] == 3 * -(-n // batch)

@@ -1251,18 +1251,6 @@ print(tuple(one.decode(one.encode({"clip": torch.randn(3, 12)})["clip"]).shape))
     assert run.stdout.split("\n")[:2] == ["(3, 16)", "(3, 12)"], run.stderr
 
 
-@pytest.mark.parametrize("n, latents, k, batch, steps", [
-    (1, 128, 40, 1, 50), (157, 128, 40, 8, 1000), (1500, 256, 40, 128, 600), (2173, 512, 64, 128, 850),
-    (25000, 8192, 64, 256, 4900), (1_700_000, 8192, 64, 256, 332050)])
-def test_settings_follow_the_number_of_samples_up_to_the_thesis_s(n, latents, k, batch, steps):
-    found = sae.settings_for(n)
-    assert (found["latents"], found["k"], found["batch"], found["steps"]) == (latents, k, batch, steps)
-    assert found["steps"] == found["epochs"] * -(-n // batch) and found["dead_after"] == min(1000, steps // 4)
-    assert found["lr"] == pytest.approx(2e-4 * (2 ** 14 / latents) ** .5)
-    assert [sae.settings_for(n, streams=M)["targets"] for M in (1, 2, 4, 5, 40)] == [1, 1, 3, 2, 2]
-    assert sae.settings_for(n, latents=6)["k"] == 6 and sae.settings_for(n, epochs=3)["steps"] == 3 * -(-n // batch)
-
-
 # -- what must not leak, and settings that must count -------------------------------------------
 
 def test_the_seed_decides_the_first_weights_and_which_stream_is_drawn():
