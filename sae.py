@@ -324,7 +324,7 @@ class SPARC(nn.Module):
 
     Parameters live in dicts by stream. Statistics, dead-latent counters and the step count are
     buffers: a state_dict has what a run needs to go on. Raises InputError for what cannot be."""
-    activation, revive = "topk", "auxk"                      # `SAE` has others
+    activation, revive, by_batch = "topk", "auxk", False     # `SAE` has others
 
     def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2",
                  stats=None, aux_k=64, aux_coef=1 / 32, dead_after=1000, reinit_after=1000,
