@@ -564,7 +564,8 @@ def with_codes(features, path):
     codes = {s: tuple(np.pad(v, ((0, 0), (0, wide - v.shape[1])), constant_values=rest)
                       for v, rest in zip(pair, (-1, 0))) for s, pair in codes.items()}
     if "split" in arrays:                                    # of who trained: test stays unseen
-        split = _split(arrays.checked("split", f"(N,), N = {n}", (np.character, n)), None, n, 0)
+        told = arrays.checked("split", f"(N,), N = {n}", (np.character, n))
+        split = _split(np.where(told == "", split, told), None, n, 0)    # "": had no stream there
     return replace(features, codes=codes, lacks=lacks, hash=found, split=split), L, wide
 
 

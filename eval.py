@@ -182,18 +182,20 @@ def monosemanticity(code, x):
     return np.where(several, pairs / np.where(several, weight, 1), np.nan)
 
 
-def tell_monosemanticity(page, codes, features, rows, seed=0):
-    """Tell the mean `monosemanticity` of latents, {stream: CSR (n, L)} of samples `rows`, in the
-    eyes of streams of `features` that had no part in them; and with samples shuffled, the null."""
+def tell_monosemanticity(page, codes, others, seed=0):
+    """Tell the mean `monosemanticity` of latents, {stream: CSR (n, L)}, in the eyes of `others`,
+    {stream: features (n, d), NaN where missing}, that had no part in them; and with samples
+    shuffled, the null."""
     found, rng = [], np.random.default_rng([seed, 13])
-    for other, x in features.batch(rows).items():
-        here = features.has(other, rows)
-        seen = x[here].double().numpy()
+    for other, x in others.items():
+        here = ~np.isnan(x).all(1)
+        seen = x[here].astype(np.float64)
         for s, code in codes.items():
-            own, null = (monosemanticity(code[here], v) for v in (seen, rng.permutation(seen)))
-            found.append({"latents of": f"{s}, judged by {other}", "cosine": np.nanmean(own),
-                          "samples shuffled": np.nanmean(null),
-                          "above it, % (chance 50)": 100 * np.mean((own > null)[own == own])})
+            pair = [monosemanticity(code[here], v) for v in (seen, rng.permutation(seen))]
+            own, null = (v[~np.isnan(v)] for v in pair)      # of the same latents
+            found.append({"latents of": f"{s}, judged by {other}", "cosine": _mean(own),
+                          "samples shuffled": _mean(null),
+                          "above it, % (chance 50)": _mean(100. * (own > null))})
     page.table(*columns(found), "Are samples that share a latent alike in other eyes?",
                key="monosemanticity")
 
@@ -211,17 +213,22 @@ def drawn_again(groups, draws=0, seed=0):
     parts = np.arange(n) % PARTS
     of_group = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)] or \
         [parts != part for part in range(min(n, PARTS))]
-    return np.stack([np.ones(n, int), *of_group])[:, member]
+    return np.stack([np.ones(n, np.int32), *of_group])[:, member]
 
 
-def half_interval(values, bootstrap=False):
-    """Half the 95 in 100 interval of a figure from its draws, values (R,): see `drawn_again`."""
-    return Z95 * float(np.std(values)) * (1 if bootstrap else (len(values) - 1) ** 0.5)
+def half_interval(values, freedom, bootstrap=False):
+    """Half the 95 in 100 interval (Student's t) of a figure from its draws, values (R,): see
+    `drawn_again`. freedom: one less than there are groups, or parts of a jackknife."""
+    spread = float(np.std(values)) * (1 if bootstrap else (len(values) - 1) ** 0.5)
+    return float(scipy.stats.t.ppf(0.975, freedom)) * spread
 
 
 def average(values, times=None):
-    """The mean of values (n,); with `times` (R, n) of each draw, (R,)."""
-    return float(np.mean(values)) if times is None else times @ values / times.sum(1).clip(1)
+    """The mean of values (n,); with `times` (R, n) of each draw, (R,), NaN of one without any."""
+    if times is None:
+        return float(np.mean(values))
+    n = times.sum(1)
+    return np.where(n, times @ values / n.clip(1), np.nan)
 
 
 def taken(block, r):
@@ -527,19 +534,20 @@ def headline(block):
     return out
 
 
-def within(block, times, anew=None):
+def within(block, times, freedom, anew=None):
     """Half the 95 in 100 interval of what in `headline` has one, of a block measured with `times`:
-    where it would lie for other samples as these. anew: rows of a draw -> what latents are there,
-    as `latent_metrics`, for a bootstrap; without it Jaccard's interval is for other latents."""
+    where it would lie for other samples as these; freedom: see `half_interval`. anew: rows of a
+    draw -> what latents are there, as `latent_metrics`, for a bootstrap; without it Jaccard's
+    interval is for other latents."""
     heads = []
     for r, counts in enumerate(times[1:], 1):
         rows = np.repeat(np.arange(len(counts)), counts)
         heads.append(headline({**taken(block, r), **(anew(rows) if anew else {})}))
     found = {} if anew else {"Jaccard of top-50 labels": block.get("concepts", {}).get("within")}
-    for name in heads[0] if len(heads) > 1 else ():
-        values = [head.get(name) for head in heads]
-        if None not in values and np.ptp(values):
-            found[name] = half_interval(values, bool(anew))
+    for name in heads[0] if freedom > 0 else ():
+        values = [head[name] for head in heads if head.get(name) is not None]
+        if len(values) > 1 and np.ptp(values) > 1e-9 * np.abs(values).max():
+            found[name] = half_interval(values, freedom, bool(anew))
     return found
 
 
@@ -917,6 +925,8 @@ def tell_summary(page, metrics, quiet=False, payload=None):
     pairs = [n for name, n in there.items() if " / " in name]
     each = ", ".join(f"{name} in {n}" for name, n in there.items() if " / " not in name)
     gaps = f": {each}; two given streams in {min(pairs)} to {max(pairs)}" if pairs else ""
+    drawn = metrics.get("bootstrap", 0)                      # times
+    gaps += f"; ±: half the 95 in 100 interval, from {drawn} draws of them" * bool(drawn)
     page.text(f"{metrics['rows']} samples of the {metrics['split']} split{gaps}", quiet)
     told = [name.strip() for name, *_ in summary(metrics)[1]]
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name])}</dd>"

@@ -152,7 +152,7 @@ WHAT = {
     "seeds": (1, "int 1..1000", "how often, from --seed on, for means and deviations"),
     "controls": (False, "switch", "also an encoder, and a dictionary, that stay as they began"),
     "runs": (5, "int 1..1000", "seeds"),
-    "bootstrap": (0, "int 0..100000", "draws of test samples, or groups, for intervals"),
+    "bootstrap": (0, "int 2..10000", "draws of test samples, or groups, for intervals"),
     "quick": (False, "switch", "a size at which only the mechanics count, in minutes"),
 }
 MODEL = {
@@ -365,9 +365,10 @@ class Run:
         typed = FREE_ON_RESUME & flags.given | {"out", "resume", "overwrite"}
         self.flags = flags.replaced({k: v for k, v in theirs.items() if k not in typed})
         self.saved = config
-        before, now = config["versions"].get("threads"), torch.get_num_threads()
-        if before not in (None, now):                        # sums are taken in another order
-            say_once(f"note: the run had {before} threads, now {now}: last digits may differ")
+        for name in ("threads", "processes"):                # sums are taken in another order
+            before, now = config["versions"].get(name), versions()[name]
+            if before not in (None, now):
+                say_once(f"note: the run had {before} {name}, now {now}: last digits may differ")
 
     def _lock(self):
         """Keep other processes out until `release`; makes the folder if there is none."""
@@ -553,8 +554,7 @@ def versions():
     """What a run depends on besides its flags: a dict for config.json."""
     return {"python": sys.version.split()[0], "torch": str(torch.__version__),
             "numpy": np.__version__, "scipy": scipy.__version__,
-            "threads": torch.get_num_threads(),
-            **({"processes": PROCESSES} if PROCESSES > 1 else {})}
+            "threads": torch.get_num_threads(), "processes": PROCESSES}
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -659,6 +659,8 @@ def train(run, features):
     if "run" in flags and not features.codes:
         old, _, _ = sae.load(os.path.join(flags.run, "checkpoint.pt"), flags.device)
         known += f" {sum(W.detach().sum().item() for W in old.W_enc.values())}"
+    refuse(flags.batch < PROCESSES, f"--batch {flags.batch} for {PROCESSES} processes - give each "
+           "a sample")
     model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
     run.begin(dims=features.dims, data_hash=known, train_rows=len(rows))
@@ -667,8 +669,6 @@ def train(run, features):
         model, optimiser, _ = sae.load(checkpoint, flags.device)
     batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
     n_steps = flags.epochs * batches.epoch
-    refuse(flags.batch < PROCESSES, f"--batch {flags.batch} for {PROCESSES} processes - give each "
-           "a sample")
     log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
 
     def on_step(step, result):
@@ -874,8 +874,9 @@ def measure(model, features, flags):
     rows = evaluation_rows(features, flags, "test", "val")
     whole, draws = features.whole or features, flags.get("bootstrap", 0)
     groups = whole.about.get("groups", np.arange(len(whole)))
-    times = judge.drawn_again(np.repeat(groups, len(features) // len(whole))[rows], draws,
-                              flags.seed)
+    groups = np.repeat(groups, len(features) // len(whole))[rows]
+    times = judge.drawn_again(groups, draws, flags.seed)
+    freedom = (len(np.unique(groups)) if draws else len(times) - 1) - 1
     codes, out = {}, {"split": str(features.split[rows[0]]), "rows": len(rows),
                       "of": len(features.rows("test", "val")), "steps": int(model.step),
                       "latents": model.n_latents, "topk": model.topk}
@@ -889,7 +890,7 @@ def measure(model, features, flags):
         def anew(some):                                      # samples drawn twice stand twice
             return judge.latent_metrics({s: code[some] for s, code in found.items()}, features,
                                         rows[some])
-        out[mode]["within"] = judge.within(block, times, anew if draws else None)
+        out[mode]["within"] = judge.within(block, times, freedom, anew if draws else None)
     if draws:
         out["bootstrap"] = draws
     if features.labels is not None:
@@ -1198,9 +1199,10 @@ class Coded:
 
 
 def foreign(run):
-    """Whether `run` is what another library wrote, a folder or the file of weights in it."""
-    return any(os.path.isfile(os.path.join(run, name)) or os.path.basename(run) == name
-               for name in sae.LIBRARIES) and not os.path.exists(os.path.join(run, "checkpoint.pt"))
+    """Whether `run` is a folder that another library wrote."""
+    names = [name for name in ("checkpoint.pt", *sae.LIBRARIES)
+             if os.path.isfile(os.path.join(run, name))]
+    return names != [] and names[0] != "checkpoint.pt"
 
 
 def as_trained(run, flags):
@@ -1305,18 +1307,32 @@ def cmd_eval(flags):
         told = judge.saelens(coded.model, s)
         refuse(not told, f"SAELens has no {coded.model.activation} with norm {coded.model.norm}: "
                "lengths do not fold into weights - train with --norm standard, l2 or none")
-        files |= {f"{s}/cfg.json": told[0], f"{s}/sae_weights.safetensors": told[1]}
-    metrics, codes = measure(coded.model, coded.features, coded.flags)
+        files |= {f"{s}/sae_weights.safetensors": told[1], f"{s}/cfg.json": told[0]}
+    (metrics, codes), page = measure(coded.model, coded.features, coded.flags), judge.Page("")
+    judge.tell_summary(page, metrics)
+    if others := outsiders(coded):
+        judge.tell_monosemanticity(page, codes["alone"], others, coded.flags.seed)
     if run:
         run.begin().write(files)
-    page, path = judge.Page(""), coded.flags.data
-    judge.tell_summary(page, metrics)
-    others = [s for s in data.Source(path).streams if s not in coded.model.streams] if path else []
-    if others and coded.T == 1:                              # they can judge: they took no part
-        seen = read(coded.flags.replaced({"streams": ",".join(others)}))
-        rows = evaluation_rows(seen, coded.flags, "test", "val")
-        judge.tell_monosemanticity(page, codes["alone"], seen, rows, coded.flags.seed)
     return {**metrics, **page.metrics}
+
+
+def outsiders(coded):
+    """{stream: (n, d)}, of the judged samples, of the data's streams that had no part in the code:
+    not of the run, nor of the codes that it joined. What cannot be read does not judge."""
+    path, known, found = coded.flags.data, {*coded.model.streams}, {}
+    if not path or coded.T > 1:
+        return found
+    joined = {} if foreign(coded.run) else read_config(coded.run)["flags"]
+    if os.path.isfile(joined.get("run") or ""):
+        known |= {key.removesuffix("_indices") for key in data.Source(joined["run"]).keys}
+    rows = evaluation_rows(coded.features, coded.flags, "test", "val")
+    for s in [s for s in data.Source(path).streams if s not in known]:
+        with contextlib.suppress(data.InputError):
+            seen = data.read_features(path, [s], None, coded.flags.seed)
+            if not seen.tokens:
+                found[s] = seen.batch(rows)[s].numpy()
+    return found
 
 
 @command(f"{DATA} seed device mode overwrite out=codes.npz", "run")
@@ -2529,6 +2545,8 @@ def fail(text):
 def perform(run, flags):
     """Run a command on a device that torch can use; what it returns are figures for --json."""
     try:
+        if PROCESSES > 1:
+            join_processes(flags)
         torch.zeros(1, device=flags.get("device") or "cpu")
     except (RuntimeError, AssertionError) as e:
         why = str(e).splitlines()[0][:60]
@@ -2536,8 +2554,6 @@ def perform(run, flags):
     for name in flags:                                       # before hours of work, not after
         if flags[name] and name in FLAGS and FLAGS[name][1] == "file":
             out_file(flags, name)
-    if PROCESSES > 1:
-        join_processes(flags)
     with contextlib.ExitStack() as mute:
         if RANK:
             nowhere = mute.enter_context(open(os.devnull, "w"))
@@ -2564,7 +2580,7 @@ def main(argv=None):
     except MemoryError:
         fail("there is not enough memory for this - lower the sizes, or take fewer samples")
     except OSError as e:                                     # no space, no permission, no place
-        where = e.filename or flags.get("out")
+        where = e.filename or flags.get("out") or flags.get("export")
         fail(f"{e.strerror or e}: {where} - mend it, or name another place")
     except ValueError as e:
         if type(e).__name__ != "InputError":
@@ -2575,6 +2591,8 @@ def main(argv=None):
     except RuntimeError as e:
         if PROCESSES == 1 or not re.search("onnection|peer|NCCL|timed out", str(e)):
             raise
+        if RANK:                                             # the first says it
+            raise SystemExit(2)
         fail(f"another process of this run ended - go on with {resuming(flags)}")
     finally:
         Run.release()

@@ -567,7 +567,7 @@ class SPARC(nn.Module):
             for name, new in (("self", own), ("cross", cross), ("aux", aux)):
                 terms[name] += [v.detach() for v in new]
             used.append(_marked(codes, here))
-        means = {name: torch.stack(v).mean() if v else torch.zeros(()) for name, v in terms.items()}
+        means = {name: torch.stack(v).mean() if v else total.new_zeros(()) for name, v in terms.items()}
         return total, {**means, "codes": used, "energy": energy}
 
     def _terms(self, c, weight, codes, here):
@@ -1129,8 +1129,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def _object(pairs):
-    """A JSON object as a dict; None where a key comes twice, from which nothing can be read."""
-    return dict(pairs) if len(dict(pairs)) == len(pairs) else None
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else None       # a key twice: unreadable
 
 
 def read_safetensors(path):
@@ -1175,8 +1174,9 @@ def load_public(path, stream="x", device="cpu"):
         W, V, b_lat, b_pre, *rest = (found[key[:-2]].T.float() if key.endswith(".T")
                                      else found[key].float() for key in keys.split())
         L, d = W.shape
-        refuse([*V.shape, *b_lat.shape, *b_pre.shape] != [L, d, L, d],
-               f"{file} has shapes that do not fit together - fetch it anew")
+        refuse([*V.shape, *b_lat.shape, *b_pre.shape] != [L, d, L, d]
+               or not all(v.isfinite().all() for v in found.values()),
+               f"{file} has shapes that do not fit together, NaN or Inf - fetch it anew")
         meant = {**MEANT, "d_in": [d], "activation_dim": [d], "d_sae": [L], "dict_size": [L],
                  "k": [int(rest[1])] if len(rest) > 1 else range(1, L + 1)}
         for name, value in config.items():
@@ -1188,7 +1188,7 @@ def load_public(path, stream="x", device="cpu"):
             W, V, b_lat = W * length[:, None], V / length[:, None], b_lat * length
         if not config.get("apply_b_dec_to_input", centred):  # W x + b = W (x - b_pre) + b + W b_pre
             b_lat = b_lat + W @ b_pre
-        k = int(config.get("k", 0)) if activation.endswith("topk") else 1
+        k = int(config.get("k", (*rest, 0, 0)[1])) if activation.endswith("topk") else 1
         model = SAE({stream: d}, L, activation, k, norm="none")
         new = {"W_enc": W, "W_dec": V, "b_lat": b_lat, "b_pre": b_pre}
         new = {f"{name}.{stream}": v for name, v in new.items()}

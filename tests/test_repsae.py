@@ -193,13 +193,16 @@ def test_a_stream_that_a_run_does_not_know_judges_its_latents_by_what_it_sees_it
     """One that sees the concepts finds samples of a latent alike, one of noise does not, and neither when shuffled."""
     raw, rng = dict(np.load(features)), np.random.default_rng(0)
     lacks = np.where(rng.random((1000, 1)) < .2, np.nan, 0)
-    np.savez(tmp_path / "f.npz", **raw, z=raw["x"] @ rng.standard_normal((16, 9)) + lacks, noise=rng.standard_normal((1000, 9)))
-    run("eval", finished, "--data", tmp_path / "f.npz", "--json", tmp_path / "m.json")
+    broken = np.where(rng.random((1000, 9)) < .1, np.nan, 0)  # cannot be read, and does not judge
+    raw["x"][rng.random(1000) < .1] = np.nan                 # rows that other streams lack must not shift any
+    np.savez(tmp_path / "f.npz", **raw, z=np.nan_to_num(raw["x"]) @ rng.standard_normal((16, 9)) + lacks,
+             noise=rng.standard_normal((1000, 9)), broken=broken, tokens=np.zeros((1000, 4, 3), np.float32))
+    run("eval", finished, "--data", tmp_path / "f.npz", "--eval-rows", 150, "--json", tmp_path / "m.json")
     found = json.loads((tmp_path / "m.json").read_text())["monosemanticity"]
     assert list(found) == [f"{s}, judged by {other}" for other in ("z", "noise") for s in "xy"]
     for s in "xy":
-        assert found[f"{s}, judged by z"]["cosine"] > .05 and found[f"{s}, judged by z"]["above it, % (chance 50)"] > 75
-        assert all(abs(row["samples shuffled"]) < .03 for row in found.values()) and abs(found[f"{s}, judged by noise"]["cosine"]) < .03
+        assert found[f"{s}, judged by z"]["cosine"] > .05 and found[f"{s}, judged by z"]["above it, % (chance 50)"] > 60
+        assert all(abs(row["samples shuffled"]) < .05 for row in found.values()) and abs(found[f"{s}, judged by noise"]["cosine"]) < .05
 
 
 def test_encode_takes_a_file_with_one_of_the_streams(finished, features, tmp_path):
@@ -496,12 +499,12 @@ def test_an_export_is_written_by_the_rules_of_runs_and_taken_in_place_of_one(fea
     theirs, weights = tmp_path / "e" / "x", tmp_path / "e" / "x" / "sae_weights.safetensors"
     assert "no data of its own - name some with --data" in error(capsys, "encode", theirs, "--out", tmp_path / "c.npz")
     assert "of one stream, " in error(capsys, "eval", theirs, "--data", features)
-    for path, name in ((tmp_path / "r", "a"), (theirs, "b"), (weights, "c")):
+    assert "is no run folder" in error(capsys, "encode", weights, "--data", features, "--out", tmp_path / "c.npz")
+    for path, name in ((tmp_path / "r", "a"), (theirs, "b")):
         run("encode", path, "--data", features, "--streams", "x", "--out", tmp_path / f"{name}.npz")
-    a, b, c = (np.load(tmp_path / f"{name}.npz") for name in "abc")
-    for other in (b, c):
-        dense = [sae.Codes(torch.tensor(f["x_indices"]).long(), torch.tensor(f["x_values"])).dense(40) for f in (a, other)]
-        torch.testing.assert_close(*dense, rtol=1e-4, atol=1e-5)
+    both = [np.load(tmp_path / f"{name}.npz") for name in "ab"]
+    dense = [sae.Codes(torch.tensor(f["x_indices"]).long(), torch.tensor(f["x_values"])).dense(40) for f in both]
+    torch.testing.assert_close(*dense, rtol=1e-4, atol=1e-5)
     run("eval", theirs, "--data", features, "--streams", "x", "--json", tmp_path / "second.json")
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("first", "second"))
     assert second["l0"] == first["l0"] and second["rows"] == first["rows"]
@@ -1138,7 +1141,8 @@ def test_every_activation_trains_resumes_evaluates_and_encodes(activation, featu
     run("eval", tmp_path / "r", "--json", tmp_path / "again.json")
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     del metrics["verdict"]                                   # it is the run's
-    assert json.loads((tmp_path / "again.json").read_text()) == metrics and metrics["l0"] > 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert {*again.pop("monosemanticity")} == {"y, judged by x"} and again == metrics and metrics["l0"] > 0
     run("encode", tmp_path / "r", "--out", tmp_path / "c.npz")
     z = np.load(tmp_path / "c.npz")
     assert z["y_indices"].shape == z["y_values"].shape and (z["y_values"] > 0).any()
