@@ -56,8 +56,7 @@ TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
 def sparse_code(indices, values, n_latents):
-    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted; rows may be
-    filled up with index -1, value 0."""
+    """(n, k) indices, -1 where a row has fewer, and values -> CSR (n, L) float32, without zeros."""
     n, k = indices.shape
     columns = np.maximum(np.asarray(indices, np.int32), 0).ravel()
     values = np.asarray(values, np.float32).flatten()        # a copy: eliminate_zeros writes to it
@@ -203,9 +202,8 @@ def tell_monosemanticity(page, codes, features, rows, seed=0):
 # as drawn again. What is measured with it is an array (1 + R,): the figure, and its other draws.
 
 def drawn_again(groups, draws=0, seed=0):
-    """`times`, of samples of groups (n,), patients or the like, each in or out as a whole: without
-    a 20th of the groups in turn (a jackknife), or as many, drawn with replacement, `draws` times
-    (a bootstrap)."""
+    """`times`, of samples of groups (n,), patients or the like, which stay whole: without a 20th of
+    them in turn (a jackknife), or as many, drawn with replacement, `draws` times (a bootstrap)."""
     _, member = np.unique(groups, return_inverse=True)
     n, rng = member.max() + 1, np.random.default_rng([seed, 6])
     parts = np.arange(n) % PARTS
@@ -234,9 +232,8 @@ def taken(block, r):
 # -- Reconstruction ------------------------------------------------------------------------------
 
 def reconstruction(blocks, times=None):
-    """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass:
-    {"r2": {t: {s: value}}, "nmse": ...}, None where nothing varies, or is left; with `times` arrays
-    (1 + R,), NaN there.
+    """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source: {"r2": {t:
+    {s: value}}, "nmse": ...}, None where nothing varies, or is left; with `times` (1 + R,), NaN.
 
     blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors; of t from
     s those samples count that have both (rows of NaN say that one is missing).
@@ -453,18 +450,16 @@ def nearest(query, reference, n, groups=None, block=1024):
 
 def retrieval_ranks(query, reference, block=1024):
     """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
-    A tie counts against the query, so that an all-zero code, equally far from everything, ranks
-    last."""
+    A tie counts against the query: an all-zero code, equally far from everything, ranks last."""
     return np.concatenate([(similar >= similar[:, start:].diagonal()[:, None]).sum(1)
                            for start, similar in cosines(query, reference, block)])
 
 
 def retrieval(features, here=(), times=None):
-    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}},
-    from {stream: (n, d)}; only streams of one width are compared. here: {stream: (n,) bool} of
-    those with gaps; queries and gallery are the samples that have both. MedR is the lower median.
-    R@k depends on n: compare only galleries of one size. `times` count queries alone: a reference
-    that is drawn twice would tie with itself."""
+    """Ordered pairs of streams of one width (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR,
+    MRR}}, from {stream: (n, d)}. here: {stream: (n,) bool} of those with gaps; queries and gallery
+    are the samples that have both. MedR is the lower median. R@k depends on n: compare galleries
+    of one size. `times` count queries alone: a reference drawn twice would tie with itself."""
     out, here = {}, {s: np.ones(x.shape[0], bool) for s, x in features.items()} | dict(here)
     for s, t in itertools.permutations(features, 2):
         both = here[s] & here[t]
@@ -677,8 +672,7 @@ def mean_cell(matrix, own=False):
 # -- Tables and charts ---------------------------------------------------------------------------
 
 def fmt(value, name=""):
-    """A cell: three decimals, one for percentages and large numbers; whole numbers as they are; a
-    dash for None or NaN."""
+    """A cell: three decimals, one if large or in %; whole numbers as they are; - for None, NaN."""
     if value is None or value != value:
         return "-"
     if isinstance(value, float):
@@ -733,9 +727,8 @@ COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
 def svg_lines(series, x_label, y_label, x_names=None, log=False, zero=True):
-    """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
-    x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
-    0. zero: the y axis starts at 0 or below."""
+    """Line chart as inline SVG. series: name -> [(x, y)], without pairs whose y is None. x_names:
+    text under x = 0, 1, ...; log: y > 0 by powers of ten; zero: the y axis starts at 0 or below."""
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
@@ -777,8 +770,7 @@ def _tick(v):
 
 
 def standalone_svg(*charts):
-    """Inline charts, one below the other, as a file of their own; those that had nothing to draw
-    are left out."""
+    """Inline charts that had something to draw, one below the other, as a file of their own."""
     placed, top = "", 0
     for chart in charts:
         if chart.startswith("<svg"):
@@ -1084,9 +1076,9 @@ def tell_stability(page, found):
 
 
 def tell_sweep(page, results, axes):
-    """A grid of runs, {name: metrics}, in the order of the product of axes {setting: values}: their
-    table, Global against Local TopK, and R2 for sets of streams. Returns the chart along the first
-    setting that is a number, or None."""
+    """A grid of runs, {name: metrics}, ordered as the product of axes {setting: values}: a table,
+    Global against Local TopK, R2 of sets of streams. Returns a chart along the first axis of
+    numbers, or None."""
     columns = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}
     page.table(*runs_table(results, columns))
     heads = {name: {mode: headline(m[mode]) for mode in ("joint", "alone")
@@ -1224,8 +1216,7 @@ def _shown_samples(features, rows, picture):
 
 
 def _shown_run(run, rows, some, most):
-    """A run of `explorer`: codes of the samples `some` of `rows`, and what edits need, where that
-    is at most so many numbers."""
+    """A run of `explorer`: codes of `some` of the `rows`; if `most` numbers do, what edits need."""
     D, codes, kept = run["dictionary"], {}, [run["codes"], run.get("places") or {}]
     for mode, of in run["codes"].items():                    # together they share their pattern
         groups = [list(of)] if mode == "joint" else [[s] for s in of]
@@ -1254,9 +1245,8 @@ def _shown_run(run, rows, some, most):
 
 
 def overlap(matrices, least=1):
-    """How alike the rows of non-negative matrices (n, m) are: sum of minima / sum of maxima, rows
-    scaled to sum 1, the mean over pairs of matrices; a list (n,), None where fewer than two have
-    `least` entries or more."""
+    """How alike rows of non-negative matrices (n, m), scaled to sum 1, are: sum of minima / sum of
+    maxima, the mean over pairs that have `least` entries there: a list (n,), None without pairs."""
     own = [(sp.diags_array(1 / np.maximum(np.ravel(z.sum(1)), 1e-30)) @ z.astype(float),
             z.getnnz(axis=1) >= least) for z in matrices]
     found = [np.ma.masked_all(len(own[0][1]))]
@@ -1394,9 +1384,8 @@ def auc(positive, score):
 
 
 def logistic_fit(x, labels, n_classes, strength=1.):
-    """Multinomial logistic regression on standardised features by L-BFGS: the summed loss plus
-    ||W||^2 / (2 strength); of labels (n, C) bool one for each. Returns weights (d, C), biases (C,)
-    for the features as they are."""
+    """Multinomial logistic regression by L-BFGS, of labels (n, C) bool one for each: the summed
+    loss plus ||W||^2 / (2 strength), W of standardised x; weights (d, C), biases (C,) of raw x."""
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
     std[std <= 1.2e-7 * mean.abs()] = 1                      # constant up to float32's rounding
@@ -1449,8 +1438,8 @@ def label_tasks(labels, *parts):
 
 def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10, 20, 100, 200)):
     """How well features tell labels apart: {"linear", "20-NN", ...: `scores`, means over tasks}.
-    tasks: from `label_tasks`; rows: those of x_train and of x_test; linear: None, or a probe like
-    `logistic_probe`."""
+    tasks: of `label_tasks`; rows: of x_train and of x_test; linear: `logistic_probe`, its like, or
+    None."""
     each = []
     for y in tasks:
         given = x_train, y[rows[0]], x_test
@@ -1558,9 +1547,8 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
 
 
 def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
-    """Tell of barcodes (P, L) CSR with labels y (P,) the class means a_d, how well they classify
-    (`barcode_f1` of `mean` and `folds`), and in which 50 latents two labels, `pair`, differ most;
-    returns a_d."""
+    """Tell of barcodes (P, L) CSR with labels y (P,) the class means a_d, returned too, how well
+    they classify (`barcode_f1`), and the 50 latents in which a `pair` of labels differs most."""
     means, there = class_means(codes, y), np.unique(y)
     found = page.metrics["barcodes"] = {"groups": len(y)}
     if len(there):
@@ -1594,9 +1582,8 @@ def class_means(strength, y):
 
 def intervention(strength, effect, base, y, means, ks=(
         0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)):
-    """AUC after keeping only, and after silencing, the union of the k top latents of both classes
-    (Mammo-SAE Eq. 3-4), for the k below L, and L: a list of {"k", "latents" kept or silenced,
-    "keep", "silence"}.
+    """AUC with only, and without, the union of the k top latents of both classes (Mammo-SAE Eq.
+    3-4), for the k below L, and L: a list of {"k", "latents" in it, "keep", "silence"}.
 
     strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head
     commute, so that what an intervention at every position does to the score is
@@ -1652,8 +1639,7 @@ def heat_boxes(heat, side=224, percentile=95.):
 
     Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is
     enlarged bilinearly to `side` pixels, the percentile is that picture's, pixels at or above it
-    count, those that touch, corners included, form a box, and its score is the mean activation in
-    the box.
+    count, those that touch, corners included, form a box, scored by the mean activation in it.
     """
     heat = Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR)
     heat = np.asarray(heat)
@@ -1719,8 +1705,7 @@ def r2_both(x, x_hat):
 
 
 def contrast(code, y):
-    """How much more active each latent is in rows where y (n,) bool holds than in the others, in
-    standard deviations of the latent (L,)."""
+    """How much more active latents are where y (n,) holds, in standard deviations of each: (L,)."""
     means = class_means(code, y)                             # of one class alone: no difference
     return (means[-1] - means[0]) / deviations(code)
 
@@ -1817,8 +1802,7 @@ def shown_samples(column, top, rng):
 
 
 def name_weights(query, names):
-    """How well latents' names fit a query: dict latent -> weight, the Jaccard overlap of their
-    words, those above 0."""
+    """How well names of latents fit a query: {latent: Jaccard overlap of their words}, above 0."""
     asked, *found = (set(re.findall(r"\w+", text.lower())) for text in (query, *names.values()))
     return {j: len(asked & v) / len(asked | v) for j, v in zip(names, found) if asked & v}
 
@@ -1866,8 +1850,7 @@ def grad_cam(model, layer, to_map, x, score=None):
     """Grad-CAM (Selvaraju et al. 2017; thesis 3.2.4): where the output of `layer` raises the score,
     (B, h, w) in 0..1, and the scores. A channel weighs as much as its mean gradient; negative sums
     are cut to 0. to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output
-    (B, C)) -> (B,), by default the largest: a class with a head, a feature dimension without one
-    (as Vim4Path did)."""
+    (B, C)) -> (B,), by default the largest: a class, without a head a feature (as Vim4Path)."""
     kept = []
     hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
     with hook, torch.enable_grad():
@@ -1883,8 +1866,7 @@ def grad_cam(model, layer, to_map, x, score=None):
 
 
 def kept_attention(model):
-    """The attention modules of a transformer (those with `keep`), told to keep their probabilities
-    in `kept`; none in Vim and VMamba."""
+    """A transformer's attention modules, told to keep probabilities in `kept`; Mambas have none."""
     found = [m for m in model.modules() if hasattr(m, "keep")]
     for m in found:
         m.keep = True
@@ -1920,9 +1902,8 @@ def word_heat(clip, words, text, score):
 
 
 def word_scores(relevance, pieces):
-    """Relevance of each piece of a text, with the word it belongs to as (number, text), ->
-    [(word, score)]: the pieces of a word added up, divided by the largest, those below 0.1 set to
-    0 (thesis Fig. A.6 hides them)."""
+    """Relevance of pieces of a text, each of a word (number, text), -> [(word, score)]: pieces of a
+    word added up, divided by the largest, 0 below 0.1 (thesis Fig. A.6 hides those)."""
     total = collections.Counter()
     for r, word in zip(relevance, pieces):
         total[word] += max(r, 0.)
@@ -2072,8 +2053,7 @@ def map_scores(maps, asked, truth, otsu, silent=()):
 def map_gallery(maps, asked, names, picture):
     """Heat maps {method: {(picture, label): (h, w)}} as HTML, for each label a table of the pairs
     `asked`, {(picture, label): is it there?}; and their overlays, {(picture, label, method): PIL
-    image}. picture(i) -> PIL image. A map of zeros is not drawn: the concept is absent, or where it
-    is there the score is silent."""
+    image}. picture(i) -> PIL image. Maps of zeros read "absent", or "silent" if it is there."""
     drawn, parts = {}, []
 
     def cell(method, key):
@@ -2140,8 +2120,7 @@ def latents_in_common(r):
 # -- Is one model better than another (thesis 3.3.2)? ----------------------------------------------
 
 def mean_std(values):
-    """"0.893 ± 0.041" of several runs (standard deviation with n - 1), without None; a dash if
-    nothing is left."""
+    """"0.893 ± 0.041" of several runs (standard deviation with n - 1) without None, or a dash."""
     values = [v for v in values if v is not None]
     spread = np.std(values, ddof=1) if len(values) > 1 else 0
     return f"{np.mean(values):.3f} ± {spread:.3f}" if values else "-"
@@ -2213,8 +2192,7 @@ def overlay(image, heat, alpha=0.5):
 
 
 def box_overlay(image, boxes, heat, scale, alpha=0.6):
-    """A PIL image of which a pixel spans `scale` of the slide's, with the boxes (n, 4) of the slide
-    coloured by heat (n,)."""
+    """A slide, a PIL image `scale` times smaller, with its boxes (n, 4) coloured by heat (n,)."""
     heat = scipy.stats.rankdata(heat) / len(heat)            # as CLAM: a softmax is mostly near 0
     out, colours = image.convert("RGB"), heat_colours(heat[None])[0]
     for (x, y, w, h), colour in zip(np.asarray(boxes) / scale, colours):
