@@ -175,8 +175,7 @@ def monosemanticity(code, x):
     u, code = unit_rows(x - x.mean(0)), code.astype(np.float64)
     square = code.power(2)
     pairs = np.square(code.T @ u).sum(1) - square.T @ np.square(u).sum(1)                # (L,)
-    total, energy = (np.asarray(v.sum(0)).ravel() for v in (code, square))
-    weight = total ** 2 - energy
+    weight = np.ravel(code.sum(0)) ** 2 - np.ravel(square.sum(0))
     several = code.getnnz(axis=0) > 1
     return np.where(several, pairs / np.where(several, weight, 1), np.nan)
 
@@ -206,9 +205,8 @@ def drawn_again(groups, draws=0, seed=0):
     them in turn (a jackknife), or as many, drawn with replacement, `draws` times (a bootstrap)."""
     _, member = np.unique(groups, return_inverse=True)
     n, rng = member.max() + 1, np.random.default_rng([seed, 6])
-    parts = np.arange(n) % PARTS
     of_group = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)] or \
-        [parts != part for part in range(min(n, PARTS))]
+        [np.arange(n) % PARTS != part for part in range(min(n, PARTS))]
     return np.stack([np.ones(n, int), *of_group])[:, member]
 
 
@@ -379,9 +377,8 @@ def probe(code, tasks, binary=True, chosen=None, times=None):
     test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats, with `times`
     (1 + R,), "tasks": [{label, latent or None, val, test}]}.
     """
-    active, results, chance = (code > 0).astype(np.float64), [], math.log(2)
-    losses = []
-    z = active if binary else code.astype(np.float64)
+    active, chance = (code > 0).astype(np.float64), math.log(2)
+    z, results, losses = active if binary else code.astype(np.float64), [], [chance] * len(tasks)
     for i, (label, parts) in enumerate(tasks):
         results.append({"label": int(label), "latent": None, "val": chance, "test": chance})
         rows, y = parts["train"]
@@ -393,12 +390,9 @@ def probe(code, tasks, binary=True, chosen=None, times=None):
             val, test = (log_loss(*line, z[held][:, best].toarray().T, truth)
                          for held, truth in (parts["val"], parts["test"]))
             j = int(np.argmin(val.mean(1).round(9)))         # of equals the first
-            results[-1].update(latent=int(best[j]), val=float(val[j].mean()),
-                               test=float(test[j].mean()))
+            results[-1].update(latent=int(best[j]), val=average(val[j]), test=average(test[j]))
             mine = None if times is None else times[:, parts["test"][0]]
-            losses.append(average(test[j], mine))
-        else:
-            losses.append(chance)
+            losses[i] = average(test[j], mine)
     return {"loss": sum(losses) / len(losses) if losses else None, "tasks": results}
 
 
@@ -438,8 +432,7 @@ def nearest(query, reference, n, groups=None, block=1024):
     n, rows, values = min(n, reference.shape[0]), [], []
     for start, similar in cosines(query, reference, block):
         if groups is not None:
-            own = groups[0][start:start + len(similar), None] == groups[1]
-            similar = np.where(own, -np.inf, similar)
+            similar[groups[0][start:start + len(similar), None] == groups[1]] = -np.inf
         best = np.sort(np.argpartition(-similar, n - 1, axis=1)[:, :n], axis=1)
         value = np.take_along_axis(similar, best, 1)
         order = np.argsort(-value, axis=1, kind="stable")    # ties to the lower row
@@ -526,12 +519,11 @@ def within(block, times, anew=None):
     """Half the 95 in 100 interval of what in `headline` has one, of a block measured with `times`:
     where it would lie for other samples as these. anew: rows of a draw -> what latents are there,
     as `latent_metrics`, for a bootstrap; without it Jaccard's interval is for other latents."""
-    heads = []
-    for r, counts in enumerate(times[1:], 1):
-        rows = np.repeat(np.arange(len(counts)), counts)
-        heads.append(headline({**taken(block, r), **(anew(rows) if anew else {})}))
+    drawn = (np.repeat(np.arange(len(counts)), counts) for counts in times[1:])
+    heads = [headline({**taken(block, r), **(anew(rows) if anew else {})})
+             for r, rows in enumerate(drawn, 1)]
     found = {} if anew else {"Jaccard of top-50 labels": block.get("concepts", {}).get("within")}
-    for name in heads[0] if len(heads) > 1 else ():
+    for name in heads[0]:
         values = [head.get(name) for head in heads]
         if None not in values and np.ptp(values):
             found[name] = half_interval(values, bool(anew))
@@ -974,21 +966,17 @@ def latent_metrics(codes, features, rows):
 def code_metrics(codes, features, rows, times=None):
     """What thesis 5.4.1-5.4.5 measure of the codes {stream: CSR (n, L)} of one mode:
     `latent_metrics`, "retrieval" of several streams, "probe" where the rows have labels."""
-    out = latent_metrics(codes, features, rows)
-    here = {s: features.has(s, rows) for s in features.lacks if s in codes}
+    out, here = latent_metrics(codes, features, rows), {s: features.has(s, rows) for s in codes}
     if len(codes) > 1:
         out["retrieval"] = {pair: v for pair, v in retrieval(codes, here, times).items()
                             if {*pair.split(" -> ")} - {*features.codes}}    # not of given ones
     if "concepts" not in out:
         return out
     labels, known = features.label_matrix(rows), features.labelled[rows]
-    groups = features.about.get("groups")
-    of = None if groups is None else groups[rows]
-    tasks = {s: probe_tasks(labels, known & here.get(s, True), of) for s in codes}
+    of = features.about["groups"][rows] if "groups" in features.about else None
+    tasks = {s: probe_tasks(labels, known & here[s], of) for s in codes}
     found = {s: probe(code, tasks[s], times=times) for s, code in codes.items() if tasks[s]}
-    if found:
-        out["probe"] = found
-    return out
+    return {**out, "probe": found} if found else out
 
 
 # -- Many runs beside each other -----------------------------------------------------------------
@@ -1432,8 +1420,7 @@ def label_tasks(labels, *parts):
     (N, C) that hold at once each that every part (rows) both has and lacks."""
     if labels.ndim == 1:
         return [labels]
-    return [y for y in labels.T.astype(int)
-            if all(0 < y[rows].sum() < len(rows) for rows in parts)]
+    return [y for y in labels.T.astype(int) if all(0 < y[rows].sum() < len(rows) for rows in parts)]
 
 
 def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10, 20, 100, 200)):
@@ -1602,11 +1589,8 @@ def intervention(strength, effect, base, y, means, ks=(
 
 def bootstrap_auc(y, score, groups, rounds=1000, seed=0):
     """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool, whole groups (n,), patients, drawn."""
-    found = []
-    for times in drawn_again(groups, rounds, seed)[1:]:
-        rows = np.repeat(np.arange(len(y)), times)
-        if 0 < y[rows].sum() < len(rows):
-            found.append(auc(y[rows], score[rows]))
+    drawn = (np.repeat(np.arange(len(y)), times) for times in drawn_again(groups, rounds, seed)[1:])
+    found = [auc(y[rows], score[rows]) for rows in drawn if 0 < y[rows].sum() < len(rows)]
     interval = map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None)
     return auc(y, score), *interval
 
@@ -1641,8 +1625,7 @@ def heat_boxes(heat, side=224, percentile=95.):
     enlarged bilinearly to `side` pixels, the percentile is that picture's, pixels at or above it
     count, those that touch, corners included, form a box, scored by the mean activation in it.
     """
-    heat = Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR)
-    heat = np.asarray(heat)
+    heat = np.asarray(Image.fromarray(np.float32(heat)).resize((side, side), Image.BILINEAR))
     # of a map that is 0 nearly everywhere the percentile is 0, and everything would be hot
     hot = (heat >= np.percentile(heat, percentile)) & (heat > heat.min())
     places = scipy.ndimage.find_objects(scipy.ndimage.label(hot, np.ones((3, 3)))[0])
