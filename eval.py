@@ -2177,13 +2177,11 @@ def overlay(image, heat, alpha=0.5):
 def box_overlay(image, boxes, heat, scale, alpha=0.6):
     """A slide, a PIL image `scale` times smaller, with its boxes (n, 4) coloured by heat (n,)."""
     heat = scipy.stats.rankdata(heat) / len(heat)            # as CLAM: a softmax is mostly near 0
-    out, colours = image.convert("RGB"), heat_colours(heat[None])[0]
+    image, colours = image.convert("RGB"), heat_colours(heat[None])[0].tolist()
+    inked = image.copy()
     for (x, y, w, h), colour in zip(np.asarray(boxes) / scale, colours):
-        place = tuple(map(round, (x, y, x + w, y + h)))
-        part = out.crop(place)
-        ink = Image.new("RGB", part.size, tuple(map(int, colour)))
-        out.paste(Image.blend(part, ink, alpha), place)
-    return out
+        inked.paste(tuple(colour), tuple(map(round, (x, y, x + w, y + h))))
+    return Image.blend(image, inked, alpha)
 
 
 def contact_sheet(rows, titles, side=160, names=()):
