@@ -567,20 +567,18 @@ def verdict(metrics, again=None):
     doubts = _doubts_of_fit(metrics, own, mean, both)
     if several or given:
         doubts += _doubts_of_sharing(metrics, again, both)
-    doubts = [doubt[1:] for doubt in doubts if doubt[0]]
-    level = max((doubt[0] for doubt in doubts), default=0)
+    levels, *words = zip((0, "", ""), *(doubt[1:] for doubt in doubts if doubt[0]))
+    wrong, remedies = ("; ".join(filter(None, dict.fromkeys(each))) for each in words)
+    level, cross = max(levels), fmt(mean_cell(metrics["alone"]["r2"]))
     learned = (f"{metrics['latents']} latents, {metrics['l0']:.3g} a sample, rebuild "
                f"{'the streams' if several else next(iter(first), 'nothing')} "
                f"at R2 {fmt(next(iter(mean.values())))}")
     if several:
         learned += (f" when they choose together and {fmt(mean['alone'])} when each chooses alone; "
-                    "one stream predicts another at R2 "
-                    f"{fmt(headline(metrics['alone'])['R2 cross'])} alone "
+                    f"one stream predicts another at R2 {cross} alone "
                     f"(linear baseline {fmt(mean_cell(metrics['linear_baseline']))})")
     if given:
-        learned += f", from codes of others at {fmt(headline(metrics['alone'])['R2 cross'])}"
-    wrong, remedies = ("; ".join(dict.fromkeys(doubt[i] for doubt in doubts if doubt[i]))
-                       for i in (1, 2))
+        learned += f", from codes of others at {cross}"
     trust = ("Trust it", "Trust it with care", "Do not trust it")[level]
     remedies = remedies or "look at what the latents mean (latents RUN --stream NAME)"
     return {"learned": f"Learned: {learned}.", "level": level, "next": f"Next: {remedies}.",
@@ -636,8 +634,7 @@ def _doubts_of_sharing(metrics, again, both):
         (lost, 1, f"alone, {', '.join(lost)} find no partners, or only by chance", same_rows),
         (lost, 1, "", both),
         (None not in (alone, baseline) and alone < baseline - 0.05, 1,
-         "a linear map from stream to stream predicts more than the code does alone",
-         both)]
+         "a linear map from stream to stream predicts more than the code does alone", both)]
 
 
 def summary(metrics):
@@ -650,8 +647,8 @@ def summary(metrics):
     names = list(next(iter(columns.values())))
     rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
     if "linear_baseline" in metrics:
-        best = mean_cell(metrics["linear_baseline"])
-        cells = [best if mode in ("alone", "joint") else None for mode in columns]
+        best = mean_cell(metrics["linear_baseline"])         # of both modes, and of no null
+        cells = [best if mode in metrics else None for mode in columns]
         rows.insert(names.index("R2 cross") + 1, ["  its linear baseline", *cells])
     return ["", *columns], rows
 
@@ -696,11 +693,10 @@ def html_table(header, rows, shade=False):
     head, body = "".join(f"<th>{html.escape(str(text))}</th>" for text in header), ""
     for row in rows:
         name, *texts = map(html.escape, _cells(header, row))
-        body += f"<tr><th>{name}</th>"
-        for v, text in zip(row[1:], texts):
-            level = f' style="--level:{v:.2f}"' if shade and isinstance(v, float) else ""
-            body += f"<td{level}>{text}</td>"
-        body += "</tr>"
+        levels = [f' style="--level:{v:.2f}"' if shade and isinstance(v, float) else ""
+                  for v in row[1:]]
+        cells = "".join(f"<td{level}>{text}</td>" for level, text in zip(levels, texts))
+        body += f"<tr><th>{name}</th>{cells}</tr>"
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f'<tbody>{body}</tbody></table></div>')
 
@@ -764,11 +760,10 @@ def _tick(v):
 def standalone_svg(*charts):
     """Inline charts that had something to draw, one below the other, as a file of their own."""
     placed, top = "", 0
-    for chart in charts:
-        if chart.startswith("<svg"):
-            h = int(re.search(r'viewBox="0 0 640 (\d+)"', chart)[1])
-            placed += chart.replace("<svg ", f'<svg y="{top}" width="640" height="{h}" ', 1)
-            top += h + 24
+    for chart in (chart for chart in charts if chart.startswith("<svg")):
+        h = int(re.search(r'viewBox="0 0 640 (\d+)"', chart)[1])
+        placed += chart.replace("<svg ", f'<svg y="{top}" width="640" height="{h}" ', 1)
+        top += h + 24
     style = ("svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
              ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {max(top, 1)}">'
@@ -799,13 +794,12 @@ class Page:
     def table(self, header, rows, title="", key=None, quiet=False):
         """Rows of cells under a header, the first of a row its name. key: they also go into
         `metrics[key]`, as {name of the row: {column: value}}."""
-        rows = [[plain(cell) for cell in row] for row in rows]
+        header, rows = list(map(str, header)), [[plain(cell) for cell in row] for row in rows]
         if not quiet:
             print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
         self.picture(title, html_table(header, rows))
         if key is not None:
-            columns = list(map(str, header[1:]))
-            self.metrics[key] = {str(name): dict(zip(columns, cells)) for name, *cells in rows}
+            self.metrics[key] = {str(name): dict(zip(header[1:], cells)) for name, *cells in rows}
 
     def picture(self, title, content):
         """A chart, any HTML: in the report alone, folded below what one explores."""
@@ -865,7 +859,7 @@ HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
 def _numbers(metrics):
     """Headlines of `summary`, HTML: alone, large, with its interval; beside it others, controls."""
     (header, rows), parts, half = summary(metrics), {}, metrics["alone"].get("within", {})
-    for (name, *cells), (other, *values) in zip(rows, [*rows[1:], [""]]):
+    for (name, *cells), (other, *values) in itertools.pairwise([*rows, [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
         alone = told.pop("alone")
         if other.startswith("  "):
@@ -902,15 +896,14 @@ def tell_summary(page, metrics, quiet=False, payload=None):
     each = ", ".join(f"{name} in {n}" for name, n in there.items() if " / " not in name)
     gaps = f": {each}; two given streams in {min(pairs)} to {max(pairs)}" if pairs else ""
     page.text(f"{metrics['rows']} samples of the {metrics['split']} split{gaps}", quiet)
-    told = [name.strip() for name, *_ in summary(metrics)[1]]
+    names = [name.strip() for name, *_ in summary(metrics)[1]]
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name])}</dd>"
-                   for name in told if name in MEANING and name not in HEADLINES)
+                   for name in names if name not in HEADLINES)
     page.picture("", f"<details><summary>What the rows mean</summary><dl>{told}</dl></details>"
                  + WHY_BOTH_WAYS)
     if "recovery" in metrics:
-        rows = [[s, v["found"], v["of"]] for s, v in metrics["recovery"].items()]
-        page.table(["cosine at least 0.9", "found", "of"], rows, "Planted concepts recovered",
-                   quiet=quiet)
+        rows = [{"cosine at least 0.9": s, **v} for s, v in metrics["recovery"].items()]
+        page.table(*columns(rows), "Planted concepts recovered", quiet=quiet)
     if found and not quiet:
         colour = f"\033[3{(2, 3, 1)[found['level']]}m" * sys.stdout.isatty()
         print("\n" + colour + "\n".join(lines) + "\033[0m" * bool(colour))
@@ -929,22 +922,20 @@ def training_curves(rows):
 def tell_run(page, metrics, settings):
     """What a run's report has beyond `tell_summary` and what one explores, folded."""
     blocks = {mode: metrics[mode] for mode in ("joint", "alone") if mode in metrics}
-    first = next(iter(blocks.values()))
     grids = {mode: block["r2"] for mode, block in blocks.items()}
     if "linear_baseline" in metrics:
         grids["linear baseline"] = metrics["linear_baseline"]
     page.picture("R2 of every target from every source", grid_row(grids))
-    counts = [[mode, *block["activation"]["alive_in"], *block["activation"]["silent"].values()]
-             for mode, block in blocks.items()]
-    silent = [f"silent in {s}" for s in first["activation"]["silent"]]
-    page.table(["", *range(len(silent) + 1), *silent], counts,
-               "Latents alive in so many streams", quiet=True)
+    rows = [{"": mode, **dict(enumerate(block["activation"]["alive_in"])),
+             **{f"silent in {s}": n for s, n in block["activation"]["silent"].items()}}
+            for mode, block in blocks.items()]
+    page.table(*columns(rows), "Latents alive in so many streams", quiet=True)
     depths = {mode: block.get("concepts", {}).get("by_depth", []) for mode, block in blocks.items()}
-    if len(next(iter(depths.values()))) > 1:
-        table = [[mode, *(d["jaccard"] for d in v)] for mode, v in depths.items()]
-        page.table(["", *range(len(table[0]) - 1)], table,
+    if len(depths["alone"]) > 1:
+        rows = [[mode, *(d["jaccard"] for d in v)] for mode, v in depths.items()]
+        page.table(["", *range(len(depths["alone"]))], rows,
                    "Jaccard by depth of the taxonomy (the last column: the labels)", quiet=True)
-    if first.get("retrieval"):
+    if metrics["alone"].get("retrieval"):
         rows = [{"": f"{pair}, {mode}", **v} for mode, block in blocks.items()
                 for pair, v in block["retrieval"].items()]
         page.table(*columns(rows), "Retrieval", quiet=True)
@@ -1056,29 +1047,27 @@ def tell_stability(page, found):
         alive = np.stack([code.getnnz(axis=0) > 0 for code in codes], 1)
         stable = runs[0]["stability"] = stability([run["dictionary"] for run in runs], alive)
         parts = [stable[alive.sum(1) == m] for m in range(len(codes) + 1)]
-        cells = [f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for v in parts]
-        rows.append([name or "cosine", *cells])
-    page.table(["latents alive in so many streams", *map(str, range(len(parts)))], rows,
-               "Stability: cosine of a latent's dictionary rows with those of its partner of "
-               "another seed, in the streams where it is alive")
+        cells = {m: f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for m, v in enumerate(parts)}
+        rows.append({"latents alive in so many streams": name or "cosine", **cells})
+    page.table(*columns(rows), "Stability: cosine of a latent's dictionary rows with those of its "
+               "partner of another seed, in the streams where it is alive")
 
 
 def tell_sweep(page, results, axes):
     """A grid of runs, {name: metrics}, ordered as the product of axes {setting: values}: a table,
     Global against Local TopK, R2 of sets of streams. Returns a chart along the first axis of
     numbers, or None."""
-    columns = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}
-    page.table(*runs_table(results, columns))
+    errors = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross"}
+    page.table(*runs_table(results, errors | SHOWN))
     heads = {name: {mode: headline(m[mode]) for mode in ("joint", "alone")
                     if mode == "alone" or m["topk"] != "local"} for name, m in results.items()}
     rows = []
     for name, metrics in results.items():
         other = name.replace("global", "local", 1)
         if metrics["topk"] == "global" and other in results:
-            pairs = [(heads[name]["joint"][key], heads[other]["alone"][key])
-                     for key in ("NMSE self", "NMSE cross")]
-            rows.append([name, *(v for a, b in pairs
-                                 for v in (a, b, None if None in (a, b) else a - b))])
+            a, b = (np.array([head[key] for key in errors.values()], float)      # None is NaN
+                    for head in (heads[name]["joint"], heads[other]["alone"]))
+            rows.append([name, *np.stack([a, b, a - b], 1).ravel()])
     if rows:
         page.table(["NMSE, each as trained", "self global", "self local", "gap", "cross global",
                     "cross local", "gap"], rows)
@@ -1092,10 +1081,9 @@ def tell_sweep(page, results, axes):
     for modes, values in zip(heads.values(), itertools.product(*axes.values())):
         one = dict(zip(axes, values))
         x = axes[along].index(one.pop(along))
-        for mode, head in modes.items():
-            for what in ("self", "cross"):
-                line = ", ".join(map(str, [what, *one.values(), mode]))
-                curves.setdefault(line, []).append((x, head[f"NMSE {what}"]))
+        for (mode, head), what in itertools.product(modes.items(), ("self", "cross")):
+            line = ", ".join(map(str, [what, *one.values(), mode]))
+            curves.setdefault(line, []).append((x, head[f"NMSE {what}"]))
     chart = svg_lines(curves, along, "NMSE", [f"{v:g}" for v in axes[along]])
     page.picture("", chart)
     return chart
@@ -1308,8 +1296,8 @@ def saelens(model, stream):
     deviation go into the weights; length 1 is "constant_norm_rescale" there, which scales back too
     (and makes NaN of a row of zeros). None if SAELens has no words for activation or norm.
     """
-    kind = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu",
-            "batchtopk": "jumprelu", "matryoshka": "jumprelu"}.get(model.activation)     # as its own
+    kinds = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
+    kind = "jumprelu" if model.by_batch else kinds.get(model.activation)         # as its own
     if not kind or model.norm not in ("none", "standard", "l2"):
         return None
     W, V, b_lat, b_pre = (of[stream].detach().cpu().double() for of in (
@@ -1543,10 +1531,9 @@ def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
                                               "mean count of active patches", 80))
     if len(folds):
         found["f1"] = barcode_f1(codes, y, mean, folds)
-        page.table(*columns([
-            {"mean activation at least": f"1e{t}", "latents": v["latents"],
-             "weighted F1": mean_std(v["f1"])} for t, v in found["f1"].items()]),
-            f"Logistic regression on barcodes: {len(y)} groups, {len(folds)} stratified folds")
+        rows = [[f"1e{t}", v["latents"], mean_std(v["f1"])] for t, v in found["f1"].items()]
+        page.table(["mean activation at least", "latents", "weighted F1"], rows, "Logistic "
+                   f"regression on barcodes: {len(y)} groups, {len(folds)} stratified folds")
     if len(pair):
         difference = np.subtract(*means[np.searchsorted(there, pair)])
         order = np.argsort(-difference, kind="stable")
