@@ -1054,9 +1054,8 @@ def tell_stability(page, found):
 
 
 def tell_sweep(page, results, axes):
-    """A grid of runs, {name: metrics}, ordered as the product of axes {setting: values}: a table,
-    Global against Local TopK, R2 of sets of streams. Returns a chart along the first axis of
-    numbers, or None."""
+    """Runs {name: metrics}, ordered as the product of axes {setting: values}: a table, Global
+    against Local TopK, R2 of sets of streams. Returns a chart along the first numbers, or None."""
     errors = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross"}
     page.table(*runs_table(results, errors | SHOWN))
     heads = {name: {mode: headline(m[mode]) for mode in ("joint", "alone")
@@ -1413,8 +1412,7 @@ def label_tasks(labels, *parts):
 
 def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10, 20, 100, 200)):
     """How well features tell labels apart: {"linear", "20-NN", ...: `scores`, means over tasks}.
-    tasks: of `label_tasks`; rows: of x_train and of x_test; linear: `logistic_probe`, its like, or
-    None."""
+    tasks: of `label_tasks`; rows: of x_train, x_test; linear: None or one like `logistic_probe`."""
     each = []
     for y in tasks:
         given = x_train, y[rows[0]], x_test
