@@ -1262,9 +1262,8 @@ def write_whole(write, path, content):
         raise
 
 
-# Each is called with a path and what to write there. Of text, half a character, as a file's name
-# may have it, is written as its number; NaN is no JSON, and refused; torch, which would put a path
-# into the bytes, gets none.
+# Called with a path and the content. Of text half a character, as a file's name may have it, is
+# written as its number; NaN, no JSON, is refused; torch, which would write a path, too, gets none.
 write_text = functools.partial(
     write_whole, lambda f, text: f.write(text.encode(errors="backslashreplace")))
 write_json = functools.partial(write_whole, lambda f, value: f.write(
@@ -1324,12 +1323,10 @@ def knn(train, labels, test, n_classes, ks=(10, 20, 100, 200), temperature=0.07)
     """Votes of the k nearest neighbours by cosine, weighted by exp(similarity / temperature) as in
     DINO: dict k -> (n, C), rows summing to 1. k larger than the training set is cut to it."""
     near, similarity = nearest(test, train, max(ks))
-    weight, out = np.exp((similarity - similarity[:, :1]) / temperature), {}
-    for k in ks:
-        votes = np.stack([(weight * (labels[near] == c))[:, :k].sum(1)
-                          for c in range(n_classes)], 1)
-        out[k] = votes / votes.sum(1, keepdims=True)
-    return out
+    weight = np.exp((similarity - similarity[:, :1]) / temperature)
+    votes = {k: np.stack([(weight * (labels[near] == c))[:, :k].sum(1)
+                          for c in range(n_classes)], 1) for k in ks}
+    return {k: v / v.sum(1, keepdims=True) for k, v in votes.items()}
 
 
 def scores(truth, probability):
@@ -1584,10 +1581,9 @@ def in_boxes(boxes, grid):
     """Which patches of a grid (rows, columns) have their centre in a box x0, y0, x1, y1, in shares
     of the picture: (rows * columns,) bool."""
     y, x = ((np.arange(n) + 0.5) / n for n in grid)
-    inside = np.zeros(grid, bool)
-    for x0, y0, x1, y1 in boxes:
-        inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
-    return inside.ravel()
+    x0, y0, x1, y1 = np.reshape(boxes, (-1, 4)).T[..., None]                 # each (boxes, 1)
+    inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]
+    return inside.any(0).ravel()
 
 
 def localisation(latents, heats, truth, iou=0.25):
