@@ -56,8 +56,7 @@ TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
 
 def sparse_code(indices, values, n_latents):
-    """(n, k) indices and values -> CSR (n, L) float32, zeros dropped, columns sorted; rows may be
-    filled up with index -1, value 0."""
+    """(n, k) indices, -1 where a row has fewer, and values -> CSR (n, L) float32, without zeros."""
     n, k = indices.shape
     columns = np.maximum(np.asarray(indices, np.int32), 0).ravel()
     values = np.asarray(values, np.float32).flatten()        # a copy: eliminate_zeros writes to it
@@ -176,8 +175,7 @@ def monosemanticity(code, x):
     u, code = unit_rows(x - x.mean(0)), code.astype(np.float64)
     square = code.power(2)
     pairs = np.square(code.T @ u).sum(1) - square.T @ np.square(u).sum(1)                # (L,)
-    total, energy = (np.asarray(v.sum(0)).ravel() for v in (code, square))
-    weight = total ** 2 - energy
+    weight = np.ravel(code.sum(0)) ** 2 - np.ravel(square.sum(0))
     several = code.getnnz(axis=0) > 1
     return np.where(several, pairs / np.where(several, weight, 1), np.nan)
 
@@ -205,14 +203,12 @@ def tell_monosemanticity(page, codes, others, seed=0):
 # as drawn again. What is measured with it is an array (1 + R,): the figure, and its other draws.
 
 def drawn_again(groups, draws=0, seed=0):
-    """`times`, of samples of groups (n,), patients or the like, each in or out as a whole: without
-    a 20th of the groups in turn (a jackknife), or as many, drawn with replacement, `draws` times
-    (a bootstrap)."""
+    """`times`, of samples of groups (n,), patients or the like, which stay whole: without a 20th of
+    them in turn (a jackknife), or as many, drawn with replacement, `draws` times (a bootstrap)."""
     _, member = np.unique(groups, return_inverse=True)
     n, rng = member.max() + 1, np.random.default_rng([seed, 6])
-    parts = np.arange(n) % PARTS
     of_group = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(draws)] or \
-        [parts != part for part in range(min(n, PARTS))]
+        [np.arange(n) % PARTS != part for part in range(min(n, PARTS))]
     return np.stack([np.ones(n, np.int32), *of_group])[:, member]
 
 
@@ -241,9 +237,8 @@ def taken(block, r):
 # -- Reconstruction ------------------------------------------------------------------------------
 
 def reconstruction(blocks, times=None):
-    """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source, in one pass:
-    {"r2": {t: {s: value}}, "nmse": ...}, None where nothing varies, or is left; with `times` arrays
-    (1 + R,), NaN there.
+    """R^2 (sparc.txt 4.3) and NMSE (thesis Eq. 13) of every target from every source: {"r2": {t:
+    {s: value}}, "nmse": ...}, None where nothing varies, or is left; with `times` (1 + R,), NaN.
 
     blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors; of t from
     s those samples count that have both (rows of NaN say that one is missing).
@@ -389,9 +384,8 @@ def probe(code, tasks, binary=True, chosen=None, times=None):
     test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats, with `times`
     (1 + R,), "tasks": [{label, latent or None, val, test}]}.
     """
-    active, results, chance = (code > 0).astype(np.float64), [], math.log(2)
-    losses = []
-    z = active if binary else code.astype(np.float64)
+    active, chance = (code > 0).astype(np.float64), math.log(2)
+    z, results, losses = active if binary else code.astype(np.float64), [], [chance] * len(tasks)
     for i, (label, parts) in enumerate(tasks):
         results.append({"label": int(label), "latent": None, "val": chance, "test": chance})
         rows, y = parts["train"]
@@ -403,12 +397,9 @@ def probe(code, tasks, binary=True, chosen=None, times=None):
             val, test = (log_loss(*line, z[held][:, best].toarray().T, truth)
                          for held, truth in (parts["val"], parts["test"]))
             j = int(np.argmin(val.mean(1).round(9)))         # of equals the first
-            results[-1].update(latent=int(best[j]), val=float(val[j].mean()),
-                               test=float(test[j].mean()))
+            results[-1].update(latent=int(best[j]), val=average(val[j]), test=average(test[j]))
             mine = None if times is None else times[:, parts["test"][0]]
-            losses.append(average(test[j], mine))
-        else:
-            losses.append(chance)
+            losses[i] = average(test[j], mine)
     return {"loss": sum(losses) / len(losses) if losses else None, "tasks": results}
 
 
@@ -448,8 +439,7 @@ def nearest(query, reference, n, groups=None, block=1024):
     n, rows, values = min(n, reference.shape[0]), [], []
     for start, similar in cosines(query, reference, block):
         if groups is not None:
-            own = groups[0][start:start + len(similar), None] == groups[1]
-            similar = np.where(own, -np.inf, similar)
+            similar[groups[0][start:start + len(similar), None] == groups[1]] = -np.inf
         best = np.sort(np.argpartition(-similar, n - 1, axis=1)[:, :n], axis=1)
         value = np.take_along_axis(similar, best, 1)
         order = np.argsort(-value, axis=1, kind="stable")    # ties to the lower row
@@ -460,18 +450,16 @@ def nearest(query, reference, n, groups=None, block=1024):
 
 def retrieval_ranks(query, reference, block=1024):
     """Rank (1 = best) of reference i for query i by cosine similarity; both (n, d), dense or CSR.
-    A tie counts against the query, so that an all-zero code, equally far from everything, ranks
-    last."""
+    A tie counts against the query: an all-zero code, equally far from everything, ranks last."""
     return np.concatenate([(similar >= similar[:, start:].diagonal()[:, None]).sum(1)
                            for start, similar in cosines(query, reference, block)])
 
 
 def retrieval(features, here=(), times=None):
-    """All ordered pairs of streams (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR, MRR}},
-    from {stream: (n, d)}; only streams of one width are compared. here: {stream: (n,) bool} of
-    those with gaps; queries and gallery are the samples that have both. MedR is the lower median.
-    R@k depends on n: compare only galleries of one size. `times` count queries alone: a reference
-    that is drawn twice would tie with itself."""
+    """Ordered pairs of streams of one width (thesis Table 5.5): {"s -> t": {R@1, R@5, R@10, MedR,
+    MRR}}, from {stream: (n, d)}. here: {stream: (n,) bool} of those with gaps; queries and gallery
+    are the samples that have both. MedR is the lower median. R@k depends on n: compare galleries
+    of one size. `times` count queries alone: a reference drawn twice would tie with itself."""
     out, here = {}, {s: np.ones(x.shape[0], bool) for s, x in features.items()} | dict(here)
     for s, t in itertools.permutations(features, 2):
         both = here[s] & here[t]
@@ -539,10 +527,9 @@ def within(block, times, freedom, anew=None):
     where it would lie for other samples as these; freedom: see `half_interval`. anew: rows of a
     draw -> what latents are there, as `latent_metrics`, for a bootstrap; without it Jaccard's
     interval is for other latents."""
-    heads = []
-    for r, counts in enumerate(times[1:], 1):
-        rows = np.repeat(np.arange(len(counts)), counts)
-        heads.append(headline({**taken(block, r), **(anew(rows) if anew else {})}))
+    drawn = (np.repeat(np.arange(len(counts)), counts) for counts in times[1:])
+    heads = [headline({**taken(block, r), **(anew(rows) if anew else {})})
+             for r, rows in enumerate(drawn, 1)]
     found = {} if anew else {"Jaccard of top-50 labels": block.get("concepts", {}).get("within")}
     for name in heads[0] if freedom > 0 else ():
         values = [head[name] for head in heads if head.get(name) is not None]
@@ -588,20 +575,18 @@ def verdict(metrics, again=None):
     doubts = _doubts_of_fit(metrics, own, mean, both)
     if several or given:
         doubts += _doubts_of_sharing(metrics, again, both)
-    doubts = [doubt[1:] for doubt in doubts if doubt[0]]
-    level = max((doubt[0] for doubt in doubts), default=0)
+    levels, *words = zip((0, "", ""), *(doubt[1:] for doubt in doubts if doubt[0]))
+    wrong, remedies = ("; ".join(filter(None, dict.fromkeys(each))) for each in words)
+    level, cross = max(levels), fmt(mean_cell(metrics["alone"]["r2"]))
     learned = (f"{metrics['latents']} latents, {metrics['l0']:.3g} a sample, rebuild "
                f"{'the streams' if several else next(iter(first), 'nothing')} "
                f"at R2 {fmt(next(iter(mean.values())))}")
     if several:
         learned += (f" when they choose together and {fmt(mean['alone'])} when each chooses alone; "
-                    "one stream predicts another at R2 "
-                    f"{fmt(headline(metrics['alone'])['R2 cross'])} alone "
+                    f"one stream predicts another at R2 {cross} alone "
                     f"(linear baseline {fmt(mean_cell(metrics['linear_baseline']))})")
     if given:
-        learned += f", from codes of others at {fmt(headline(metrics['alone'])['R2 cross'])}"
-    wrong, remedies = ("; ".join(dict.fromkeys(doubt[i] for doubt in doubts if doubt[i]))
-                       for i in (1, 2))
+        learned += f", from codes of others at {cross}"
     trust = ("Trust it", "Trust it with care", "Do not trust it")[level]
     remedies = remedies or "look at what the latents mean (latents RUN --stream NAME)"
     return {"learned": f"Learned: {learned}.", "level": level, "next": f"Next: {remedies}.",
@@ -657,8 +642,7 @@ def _doubts_of_sharing(metrics, again, both):
         (lost, 1, f"alone, {', '.join(lost)} find no partners, or only by chance", same_rows),
         (lost, 1, "", both),
         (None not in (alone, baseline) and alone < baseline - 0.05, 1,
-         "a linear map from stream to stream predicts more than the code does alone",
-         both)]
+         "a linear map from stream to stream predicts more than the code does alone", both)]
 
 
 def summary(metrics):
@@ -671,8 +655,8 @@ def summary(metrics):
     names = list(next(iter(columns.values())))
     rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
     if "linear_baseline" in metrics:
-        best = mean_cell(metrics["linear_baseline"])
-        cells = [best if mode in ("alone", "joint") else None for mode in columns]
+        best = mean_cell(metrics["linear_baseline"])         # of both modes, and of no null
+        cells = [best if mode in metrics else None for mode in columns]
         rows.insert(names.index("R2 cross") + 1, ["  its linear baseline", *cells])
     return ["", *columns], rows
 
@@ -685,8 +669,7 @@ def mean_cell(matrix, own=False):
 # -- Tables and charts ---------------------------------------------------------------------------
 
 def fmt(value, name=""):
-    """A cell: three decimals, one for percentages and large numbers; whole numbers as they are; a
-    dash for None or NaN."""
+    """A cell: three decimals, one if large or in %; whole numbers as they are; - for None, NaN."""
     if value is None or value != value:
         return "-"
     if isinstance(value, float):
@@ -718,11 +701,10 @@ def html_table(header, rows, shade=False):
     head, body = "".join(f"<th>{html.escape(str(text))}</th>" for text in header), ""
     for row in rows:
         name, *texts = map(html.escape, _cells(header, row))
-        body += f"<tr><th>{name}</th>"
-        for v, text in zip(row[1:], texts):
-            level = f' style="--level:{v:.2f}"' if shade and isinstance(v, float) else ""
-            body += f"<td{level}>{text}</td>"
-        body += "</tr>"
+        levels = [f' style="--level:{v:.2f}"' if shade and isinstance(v, float) else ""
+                  for v in row[1:]]
+        cells = "".join(f"<td{level}>{text}</td>" for level, text in zip(levels, texts))
+        body += f"<tr><th>{name}</th>{cells}</tr>"
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
             f'<tbody>{body}</tbody></table></div>')
 
@@ -741,9 +723,8 @@ COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
 def svg_lines(series, x_label, y_label, x_names=None, log=False, zero=True):
-    """Line chart as inline SVG. series: name -> [(x, y)]; pairs whose y is None are left out.
-    x_names: text under x = 0, 1, 2, ... instead of numbers. log: powers of ten up the y axis, y >
-    0. zero: the y axis starts at 0 or below."""
+    """Line chart as inline SVG. series: name -> [(x, y)], without pairs whose y is None. x_names:
+    text under x = 0, 1, ...; log: y > 0 by powers of ten; zero: the y axis starts at 0 or below."""
     series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
               for name, points in series.items()}
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
@@ -785,14 +766,12 @@ def _tick(v):
 
 
 def standalone_svg(*charts):
-    """Inline charts, one below the other, as a file of their own; those that had nothing to draw
-    are left out."""
+    """Inline charts that had something to draw, one below the other, as a file of their own."""
     placed, top = "", 0
-    for chart in charts:
-        if chart.startswith("<svg"):
-            h = int(re.search(r'viewBox="0 0 640 (\d+)"', chart)[1])
-            placed += chart.replace("<svg ", f'<svg y="{top}" width="640" height="{h}" ', 1)
-            top += h + 24
+    for chart in (chart for chart in charts if chart.startswith("<svg")):
+        h = int(re.search(r'viewBox="0 0 640 (\d+)"', chart)[1])
+        placed += chart.replace("<svg ", f'<svg y="{top}" width="640" height="{h}" ', 1)
+        top += h + 24
     style = ("svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
              ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {max(top, 1)}">'
@@ -823,13 +802,12 @@ class Page:
     def table(self, header, rows, title="", key=None, quiet=False):
         """Rows of cells under a header, the first of a row its name. key: they also go into
         `metrics[key]`, as {name of the row: {column: value}}."""
-        rows = [[plain(cell) for cell in row] for row in rows]
+        header, rows = list(map(str, header)), [[plain(cell) for cell in row] for row in rows]
         if not quiet:
             print("\n".join(["", *[title] * bool(title), text_table(header, rows), ""]))
         self.picture(title, html_table(header, rows))
         if key is not None:
-            columns = list(map(str, header[1:]))
-            self.metrics[key] = {str(name): dict(zip(columns, cells)) for name, *cells in rows}
+            self.metrics[key] = {str(name): dict(zip(header[1:], cells)) for name, *cells in rows}
 
     def picture(self, title, content):
         """A chart, any HTML: in the report alone, folded below what one explores."""
@@ -889,7 +867,7 @@ HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
 def _numbers(metrics):
     """Headlines of `summary`, HTML: alone, large, with its interval; beside it others, controls."""
     (header, rows), parts, half = summary(metrics), {}, metrics["alone"].get("within", {})
-    for (name, *cells), (other, *values) in zip(rows, [*rows[1:], [""]]):
+    for (name, *cells), (other, *values) in itertools.pairwise([*rows, [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
         alone = told.pop("alone")
         if other.startswith("  "):
@@ -928,15 +906,14 @@ def tell_summary(page, metrics, quiet=False, payload=None):
     drawn = metrics.get("bootstrap", 0)                      # times
     gaps += f"; ±: half the 95 in 100 interval, from {drawn} draws of them" * bool(drawn)
     page.text(f"{metrics['rows']} samples of the {metrics['split']} split{gaps}", quiet)
-    told = [name.strip() for name, *_ in summary(metrics)[1]]
+    names = [name.strip() for name, *_ in summary(metrics)[1]]
     told = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(MEANING[name])}</dd>"
-                   for name in told if name in MEANING and name not in HEADLINES)
+                   for name in names if name not in HEADLINES)
     page.picture("", f"<details><summary>What the rows mean</summary><dl>{told}</dl></details>"
                  + WHY_BOTH_WAYS)
     if "recovery" in metrics:
-        rows = [[s, v["found"], v["of"]] for s, v in metrics["recovery"].items()]
-        page.table(["cosine at least 0.9", "found", "of"], rows, "Planted concepts recovered",
-                   quiet=quiet)
+        rows = [{"cosine at least 0.9": s, **v} for s, v in metrics["recovery"].items()]
+        page.table(*columns(rows), "Planted concepts recovered", quiet=quiet)
     if found and not quiet:
         colour = f"\033[3{(2, 3, 1)[found['level']]}m" * sys.stdout.isatty()
         print("\n" + colour + "\n".join(lines) + "\033[0m" * bool(colour))
@@ -955,22 +932,20 @@ def training_curves(rows):
 def tell_run(page, metrics, settings):
     """What a run's report has beyond `tell_summary` and what one explores, folded."""
     blocks = {mode: metrics[mode] for mode in ("joint", "alone") if mode in metrics}
-    first = next(iter(blocks.values()))
     grids = {mode: block["r2"] for mode, block in blocks.items()}
     if "linear_baseline" in metrics:
         grids["linear baseline"] = metrics["linear_baseline"]
     page.picture("R2 of every target from every source", grid_row(grids))
-    counts = [[mode, *block["activation"]["alive_in"], *block["activation"]["silent"].values()]
-             for mode, block in blocks.items()]
-    silent = [f"silent in {s}" for s in first["activation"]["silent"]]
-    page.table(["", *range(len(silent) + 1), *silent], counts,
-               "Latents alive in so many streams", quiet=True)
+    rows = [{"": mode, **dict(enumerate(block["activation"]["alive_in"])),
+             **{f"silent in {s}": n for s, n in block["activation"]["silent"].items()}}
+            for mode, block in blocks.items()]
+    page.table(*columns(rows), "Latents alive in so many streams", quiet=True)
     depths = {mode: block.get("concepts", {}).get("by_depth", []) for mode, block in blocks.items()}
-    if len(next(iter(depths.values()))) > 1:
-        table = [[mode, *(d["jaccard"] for d in v)] for mode, v in depths.items()]
-        page.table(["", *range(len(table[0]) - 1)], table,
+    if len(depths["alone"]) > 1:
+        rows = [[mode, *(d["jaccard"] for d in v)] for mode, v in depths.items()]
+        page.table(["", *range(len(depths["alone"]))], rows,
                    "Jaccard by depth of the taxonomy (the last column: the labels)", quiet=True)
-    if first.get("retrieval"):
+    if metrics["alone"].get("retrieval"):
         rows = [{"": f"{pair}, {mode}", **v} for mode, block in blocks.items()
                 for pair, v in block["retrieval"].items()]
         page.table(*columns(rows), "Retrieval", quiet=True)
@@ -992,21 +967,17 @@ def latent_metrics(codes, features, rows):
 def code_metrics(codes, features, rows, times=None):
     """What thesis 5.4.1-5.4.5 measure of the codes {stream: CSR (n, L)} of one mode:
     `latent_metrics`, "retrieval" of several streams, "probe" where the rows have labels."""
-    out = latent_metrics(codes, features, rows)
-    here = {s: features.has(s, rows) for s in features.lacks if s in codes}
+    out, here = latent_metrics(codes, features, rows), {s: features.has(s, rows) for s in codes}
     if len(codes) > 1:
         out["retrieval"] = {pair: v for pair, v in retrieval(codes, here, times).items()
                             if {*pair.split(" -> ")} - {*features.codes}}    # not of given ones
     if "concepts" not in out:
         return out
     labels, known = features.label_matrix(rows), features.labelled[rows]
-    groups = features.about.get("groups")
-    of = None if groups is None else groups[rows]
-    tasks = {s: probe_tasks(labels, known & here.get(s, True), of) for s in codes}
+    of = features.about["groups"][rows] if "groups" in features.about else None
+    tasks = {s: probe_tasks(labels, known & here[s], of) for s in codes}
     found = {s: probe(code, tasks[s], times=times) for s, code in codes.items() if tasks[s]}
-    if found:
-        out["probe"] = found
-    return out
+    return {**out, "probe": found} if found else out
 
 
 # -- Many runs beside each other -----------------------------------------------------------------
@@ -1086,29 +1057,26 @@ def tell_stability(page, found):
         alive = np.stack([code.getnnz(axis=0) > 0 for code in codes], 1)
         stable = runs[0]["stability"] = stability([run["dictionary"] for run in runs], alive)
         parts = [stable[alive.sum(1) == m] for m in range(len(codes) + 1)]
-        cells = [f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for v in parts]
-        rows.append([name or "cosine", *cells])
-    page.table(["latents alive in so many streams", *map(str, range(len(parts)))], rows,
-               "Stability: cosine of a latent's dictionary rows with those of its partner of "
-               "another seed, in the streams where it is alive")
+        cells = {m: f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for m, v in enumerate(parts)}
+        rows.append({"latents alive in so many streams": name or "cosine", **cells})
+    page.table(*columns(rows), "Stability: cosine of a latent's dictionary rows with those of its "
+               "partner of another seed, in the streams where it is alive")
 
 
 def tell_sweep(page, results, axes):
-    """A grid of runs, {name: metrics}, in the order of the product of axes {setting: values}: their
-    table, Global against Local TopK, and R2 for sets of streams. Returns the chart along the first
-    setting that is a number, or None."""
-    columns = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross", **SHOWN}
-    page.table(*runs_table(results, columns))
+    """Runs {name: metrics}, ordered as the product of axes {setting: values}: a table, Global
+    against Local TopK, R2 of sets of streams. Returns a chart along the first numbers, or None."""
+    errors = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross"}
+    page.table(*runs_table(results, errors | SHOWN))
     heads = {name: {mode: headline(m[mode]) for mode in ("joint", "alone")
                     if mode == "alone" or m["topk"] != "local"} for name, m in results.items()}
     rows = []
     for name, metrics in results.items():
         other = name.replace("global", "local", 1)
         if metrics["topk"] == "global" and other in results:
-            pairs = [(heads[name]["joint"][key], heads[other]["alone"][key])
-                     for key in ("NMSE self", "NMSE cross")]
-            rows.append([name, *(v for a, b in pairs
-                                 for v in (a, b, None if None in (a, b) else a - b))])
+            a, b = (np.array([head[key] for key in errors.values()], float)      # None is NaN
+                    for head in (heads[name]["joint"], heads[other]["alone"]))
+            rows.append([name, *np.stack([a, b, a - b], 1).ravel()])
     if rows:
         page.table(["NMSE, each as trained", "self global", "self local", "gap", "cross global",
                     "cross local", "gap"], rows)
@@ -1122,10 +1090,9 @@ def tell_sweep(page, results, axes):
     for modes, values in zip(heads.values(), itertools.product(*axes.values())):
         one = dict(zip(axes, values))
         x = axes[along].index(one.pop(along))
-        for mode, head in modes.items():
-            for what in ("self", "cross"):
-                line = ", ".join(map(str, [what, *one.values(), mode]))
-                curves.setdefault(line, []).append((x, head[f"NMSE {what}"]))
+        for (mode, head), what in itertools.product(modes.items(), ("self", "cross")):
+            line = ", ".join(map(str, [what, *one.values(), mode]))
+            curves.setdefault(line, []).append((x, head[f"NMSE {what}"]))
     chart = svg_lines(curves, along, "NMSE", [f"{v:g}" for v in axes[along]])
     page.picture("", chart)
     return chart
@@ -1234,8 +1201,7 @@ def _shown_samples(features, rows, picture):
 
 
 def _shown_run(run, rows, some, most):
-    """A run of `explorer`: codes of the samples `some` of `rows`, and what edits need, where that
-    is at most so many numbers."""
+    """A run of `explorer`: codes of `some` of the `rows`; if `most` numbers do, what edits need."""
     D, codes, kept = run["dictionary"], {}, [run["codes"], run.get("places") or {}]
     for mode, of in run["codes"].items():                    # together they share their pattern
         groups = [list(of)] if mode == "joint" else [[s] for s in of]
@@ -1264,9 +1230,8 @@ def _shown_run(run, rows, some, most):
 
 
 def overlap(matrices, least=1):
-    """How alike the rows of non-negative matrices (n, m) are: sum of minima / sum of maxima, rows
-    scaled to sum 1, the mean over pairs of matrices; a list (n,), None where fewer than two have
-    `least` entries or more."""
+    """How alike rows of non-negative matrices (n, m), scaled to sum 1, are: sum of minima / sum of
+    maxima, the mean over pairs that have `least` entries there: a list (n,), None without pairs."""
     own = [(sp.diags_array(1 / np.maximum(np.ravel(z.sum(1)), 1e-30)) @ z.astype(float),
             z.getnnz(axis=1) >= least) for z in matrices]
     found = [np.ma.masked_all(len(own[0][1]))]
@@ -1307,9 +1272,8 @@ def write_whole(write, path, content):
         raise
 
 
-# Each is called with a path and what to write there. Of text, half a character, as a file's name
-# may have it, is written as its number; NaN is no JSON, and refused; torch, which would put a path
-# into the bytes, gets none.
+# Called with a path and the content. Of text half a character, as a file's name may have it, is
+# written as its number; NaN, no JSON, is refused; torch, which would write a path, too, gets none.
 write_text = functools.partial(
     write_whole, lambda f, text: f.write(text.encode(errors="backslashreplace")))
 write_json = functools.partial(write_whole, lambda f, value: f.write(
@@ -1340,8 +1304,8 @@ def saelens(model, stream):
     deviation go into the weights; length 1 is "constant_norm_rescale" there, which scales back too
     (and makes NaN of a row of zeros). None if SAELens has no words for activation or norm.
     """
-    kind = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu",
-            "batchtopk": "jumprelu", "matryoshka": "jumprelu"}.get(model.activation)     # as its own
+    kinds = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
+    kind = "jumprelu" if model.by_batch else kinds.get(model.activation)         # as its own
     if not kind or model.norm not in ("none", "standard", "l2"):
         return None
     W, V, b_lat, b_pre = (of[stream].detach().cpu().double() for of in (
@@ -1369,12 +1333,10 @@ def knn(train, labels, test, n_classes, ks=(10, 20, 100, 200), temperature=0.07)
     """Votes of the k nearest neighbours by cosine, weighted by exp(similarity / temperature) as in
     DINO: dict k -> (n, C), rows summing to 1. k larger than the training set is cut to it."""
     near, similarity = nearest(test, train, max(ks))
-    weight, out = np.exp((similarity - similarity[:, :1]) / temperature), {}
-    for k in ks:
-        votes = np.stack([(weight * (labels[near] == c))[:, :k].sum(1)
-                          for c in range(n_classes)], 1)
-        out[k] = votes / votes.sum(1, keepdims=True)
-    return out
+    weight = np.exp((similarity - similarity[:, :1]) / temperature)
+    votes = {k: np.stack([(weight * (labels[near] == c))[:, :k].sum(1)
+                          for c in range(n_classes)], 1) for k in ks}
+    return {k: v / v.sum(1, keepdims=True) for k, v in votes.items()}
 
 
 def scores(truth, probability):
@@ -1404,9 +1366,8 @@ def auc(positive, score):
 
 
 def logistic_fit(x, labels, n_classes, strength=1.):
-    """Multinomial logistic regression on standardised features by L-BFGS: the summed loss plus
-    ||W||^2 / (2 strength); of labels (n, C) bool one for each. Returns weights (d, C), biases (C,)
-    for the features as they are."""
+    """Multinomial logistic regression by L-BFGS, of labels (n, C) bool one for each: the summed
+    loss plus ||W||^2 / (2 strength), W of standardised x; weights (d, C), biases (C,) of raw x."""
     x = torch.as_tensor(x, dtype=torch.float64)
     mean, std = x.mean(0), x.std(0, unbiased=False)
     std[std <= 1.2e-7 * mean.abs()] = 1                      # constant up to float32's rounding
@@ -1453,14 +1414,12 @@ def label_tasks(labels, *parts):
     (N, C) that hold at once each that every part (rows) both has and lacks."""
     if labels.ndim == 1:
         return [labels]
-    return [y for y in labels.T.astype(int)
-            if all(0 < y[rows].sum() < len(rows) for rows in parts)]
+    return [y for y in labels.T.astype(int) if all(0 < y[rows].sum() < len(rows) for rows in parts)]
 
 
 def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10, 20, 100, 200)):
     """How well features tell labels apart: {"linear", "20-NN", ...: `scores`, means over tasks}.
-    tasks: from `label_tasks`; rows: those of x_train and of x_test; linear: None, or a probe like
-    `logistic_probe`."""
+    tasks: of `label_tasks`; rows: of x_train, x_test; linear: None or one like `logistic_probe`."""
     each = []
     for y in tasks:
         given = x_train, y[rows[0]], x_test
@@ -1568,9 +1527,8 @@ def barcode_f1(codes, y, mean, parts, exponents=range(-6, 1)):
 
 
 def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
-    """Tell of barcodes (P, L) CSR with labels y (P,) the class means a_d, how well they classify
-    (`barcode_f1` of `mean` and `folds`), and in which 50 latents two labels, `pair`, differ most;
-    returns a_d."""
+    """Tell of barcodes (P, L) CSR with labels y (P,) the class means a_d, returned too, how well
+    they classify (`barcode_f1`), and the 50 latents in which a `pair` of labels differs most."""
     means, there = class_means(codes, y), np.unique(y)
     found = page.metrics["barcodes"] = {"groups": len(y)}
     if len(there):
@@ -1578,10 +1536,9 @@ def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
                                               "mean count of active patches", 80))
     if len(folds):
         found["f1"] = barcode_f1(codes, y, mean, folds)
-        page.table(*columns([
-            {"mean activation at least": f"1e{t}", "latents": v["latents"],
-             "weighted F1": mean_std(v["f1"])} for t, v in found["f1"].items()]),
-            f"Logistic regression on barcodes: {len(y)} groups, {len(folds)} stratified folds")
+        rows = [[f"1e{t}", v["latents"], mean_std(v["f1"])] for t, v in found["f1"].items()]
+        page.table(["mean activation at least", "latents", "weighted F1"], rows, "Logistic "
+                   f"regression on barcodes: {len(y)} groups, {len(folds)} stratified folds")
     if len(pair):
         difference = np.subtract(*means[np.searchsorted(there, pair)])
         order = np.argsort(-difference, kind="stable")
@@ -1604,9 +1561,8 @@ def class_means(strength, y):
 
 def intervention(strength, effect, base, y, means, ks=(
         0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)):
-    """AUC after keeping only, and after silencing, the union of the k top latents of both classes
-    (Mammo-SAE Eq. 3-4), for the k below L, and L: a list of {"k", "latents" kept or silenced,
-    "keep", "silence"}.
+    """AUC with only, and without, the union of the k top latents of both classes (Mammo-SAE Eq.
+    3-4), for the k below L, and L: a list of {"k", "latents" in it, "keep", "silence"}.
 
     strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head
     commute, so that what an intervention at every position does to the score is
@@ -1625,11 +1581,8 @@ def intervention(strength, effect, base, y, means, ks=(
 
 def bootstrap_auc(y, score, groups, rounds=1000, seed=0):
     """(AUC, 2.5 %, 97.5 %) of a score (n,) for y (n,) bool, whole groups (n,), patients, drawn."""
-    found = []
-    for times in drawn_again(groups, rounds, seed)[1:]:
-        rows = np.repeat(np.arange(len(y)), times)
-        if 0 < y[rows].sum() < len(rows):
-            found.append(auc(y[rows], score[rows]))
+    drawn = (np.repeat(np.arange(len(y)), times) for times in drawn_again(groups, rounds, seed)[1:])
+    found = [auc(y[rows], score[rows]) for rows in drawn if 0 < y[rows].sum() < len(rows)]
     interval = map(float, np.percentile(found, [2.5, 97.5])) if found else (None, None)
     return auc(y, score), *interval
 
@@ -1638,10 +1591,9 @@ def in_boxes(boxes, grid):
     """Which patches of a grid (rows, columns) have their centre in a box x0, y0, x1, y1, in shares
     of the picture: (rows * columns,) bool."""
     y, x = ((np.arange(n) + 0.5) / n for n in grid)
-    inside = np.zeros(grid, bool)
-    for x0, y0, x1, y1 in boxes:
-        inside |= ((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1))
-    return inside.ravel()
+    x0, y0, x1, y1 = np.reshape(boxes, (-1, 4)).T[..., None]                 # each (boxes, 1)
+    inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]
+    return inside.any(0).ravel()
 
 
 def localisation(latents, heats, truth, iou=0.25):
@@ -1662,11 +1614,9 @@ def heat_boxes(heat, side=224, percentile=95.):
 
     Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is
     enlarged bilinearly to `side` pixels, the percentile is that picture's, pixels at or above it
-    count, those that touch, corners included, form a box, and its score is the mean activation in
-    the box.
+    count, those that touch, corners included, form a box, scored by the mean activation in it.
     """
-    heat = Image.fromarray(np.asarray(heat, np.float32)).resize((side, side), Image.BILINEAR)
-    heat = np.asarray(heat)
+    heat = np.asarray(Image.fromarray(np.float32(heat)).resize((side, side), Image.BILINEAR))
     # of a map that is 0 nearly everywhere the percentile is 0, and everything would be hot
     hot = (heat >= np.percentile(heat, percentile)) & (heat > heat.min())
     places = scipy.ndimage.find_objects(scipy.ndimage.label(hot, np.ones((3, 3)))[0])
@@ -1729,8 +1679,7 @@ def r2_both(x, x_hat):
 
 
 def contrast(code, y):
-    """How much more active each latent is in rows where y (n,) bool holds than in the others, in
-    standard deviations of the latent (L,)."""
+    """How much more active latents are where y (n,) holds, in standard deviations of each: (L,)."""
     means = class_means(code, y)                             # of one class alone: no difference
     return (means[-1] - means[0]) / deviations(code)
 
@@ -1827,8 +1776,7 @@ def shown_samples(column, top, rng):
 
 
 def name_weights(query, names):
-    """How well latents' names fit a query: dict latent -> weight, the Jaccard overlap of their
-    words, those above 0."""
+    """How well names of latents fit a query: {latent: Jaccard overlap of their words}, above 0."""
     asked, *found = (set(re.findall(r"\w+", text.lower())) for text in (query, *names.values()))
     return {j: len(asked & v) / len(asked | v) for j, v in zip(names, found) if asked & v}
 
@@ -1876,8 +1824,7 @@ def grad_cam(model, layer, to_map, x, score=None):
     """Grad-CAM (Selvaraju et al. 2017; thesis 3.2.4): where the output of `layer` raises the score,
     (B, h, w) in 0..1, and the scores. A channel weighs as much as its mean gradient; negative sums
     are cut to 0. to_map(output) -> (B, h, w, d) of the layer's output; score(the model's output
-    (B, C)) -> (B,), by default the largest: a class with a head, a feature dimension without one
-    (as Vim4Path did)."""
+    (B, C)) -> (B,), by default the largest: a class, without a head a feature (as Vim4Path)."""
     kept = []
     hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
     with hook, torch.enable_grad():
@@ -1893,8 +1840,7 @@ def grad_cam(model, layer, to_map, x, score=None):
 
 
 def kept_attention(model):
-    """The attention modules of a transformer (those with `keep`), told to keep their probabilities
-    in `kept`; none in Vim and VMamba."""
+    """A transformer's attention modules, told to keep probabilities in `kept`; Mambas have none."""
     found = [m for m in model.modules() if hasattr(m, "keep")]
     for m in found:
         m.keep = True
@@ -1930,9 +1876,8 @@ def word_heat(clip, words, text, score):
 
 
 def word_scores(relevance, pieces):
-    """Relevance of each piece of a text, with the word it belongs to as (number, text), ->
-    [(word, score)]: the pieces of a word added up, divided by the largest, those below 0.1 set to
-    0 (thesis Fig. A.6 hides them)."""
+    """Relevance of pieces of a text, each of a word (number, text), -> [(word, score)]: pieces of a
+    word added up, divided by the largest, 0 below 0.1 (thesis Fig. A.6 hides those)."""
     total = collections.Counter()
     for r, word in zip(relevance, pieces):
         total[word] += max(r, 0.)
@@ -2082,8 +2027,7 @@ def map_scores(maps, asked, truth, otsu, silent=()):
 def map_gallery(maps, asked, names, picture):
     """Heat maps {method: {(picture, label): (h, w)}} as HTML, for each label a table of the pairs
     `asked`, {(picture, label): is it there?}; and their overlays, {(picture, label, method): PIL
-    image}. picture(i) -> PIL image. A map of zeros is not drawn: the concept is absent, or where it
-    is there the score is silent."""
+    image}. picture(i) -> PIL image. Maps of zeros read "absent", or "silent" if it is there."""
     drawn, parts = {}, []
 
     def cell(method, key):
@@ -2150,8 +2094,7 @@ def latents_in_common(r):
 # -- Is one model better than another (thesis 3.3.2)? ----------------------------------------------
 
 def mean_std(values):
-    """"0.893 ± 0.041" of several runs (standard deviation with n - 1), without None; a dash if
-    nothing is left."""
+    """"0.893 ± 0.041" of several runs (standard deviation with n - 1) without None, or a dash."""
     values = [v for v in values if v is not None]
     spread = np.std(values, ddof=1) if len(values) > 1 else 0
     return f"{np.mean(values):.3f} ± {spread:.3f}" if values else "-"
@@ -2223,16 +2166,13 @@ def overlay(image, heat, alpha=0.5):
 
 
 def box_overlay(image, boxes, heat, scale, alpha=0.6):
-    """A PIL image of which a pixel spans `scale` of the slide's, with the boxes (n, 4) of the slide
-    coloured by heat (n,)."""
+    """A slide, a PIL image `scale` times smaller, with its boxes (n, 4) coloured by heat (n,)."""
     heat = scipy.stats.rankdata(heat) / len(heat)            # as CLAM: a softmax is mostly near 0
-    out, colours = image.convert("RGB"), heat_colours(heat[None])[0]
+    image, colours = image.convert("RGB"), heat_colours(heat[None])[0].tolist()
+    inked = image.copy()
     for (x, y, w, h), colour in zip(np.asarray(boxes) / scale, colours):
-        place = tuple(map(round, (x, y, x + w, y + h)))
-        part = out.crop(place)
-        ink = Image.new("RGB", part.size, tuple(map(int, colour)))
-        out.paste(Image.blend(part, ink, alpha), place)
-    return out
+        inked.paste(tuple(colour), tuple(map(round, (x, y, x + w, y + h))))
+    return Image.blend(image, inked, alpha)
 
 
 def contact_sheet(rows, titles, side=160, names=()):
