@@ -879,7 +879,8 @@ def measure(model, features, flags):
         out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / max(features.has(s, rows).sum(), 1)
                                for s, code in codes["alone"].items()]))
-    if several or features.codes and model.n_latents <= 2048:     # else it would take too long
+    wanted = several or features.codes and model.n_latents <= 2048     # else it would take long
+    if wanted and not features.order:                        # of a null nobody asks for it
         parts = evaluation_rows(features, flags, "train"), rows
         seen = [normalised(model, features, part, flags.device) for part in parts]
         for x, part in zip(seen, parts):
