@@ -746,7 +746,8 @@ def settings_for(n, streams=1, latents=None, k=None, batch=None, epochs=None):
 # What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...
 SHARED_PRESETS = {"thesis": {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50,
                              "norm": "l2", "shuffle": "blocks", "dead_after": 1000}}
-SINGLE_PRESETS = {                                           # ... and of one, in the papers' code
+# ... and of one: thesis 4.1, Mammo-SAE 3, CytoSAE 2; what these leave open is as in their code.
+SINGLE_PRESETS = {
     "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
     "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
               "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
@@ -755,7 +756,7 @@ SINGLE_PRESETS = {                                           # ... and of one, i
              "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
              "batch": 16448, "epochs": 24, "dead_after": 64},
 }
-# Those that find the 48 planted concepts, three or four in a sample; some activations want others.
+# What finds the 48 planted concepts, three or four in a sample; some activations need their own.
 PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
 PLANTED_ONE = {"batchtopk": {"k": 3}, "matryoshka": {"k": 3},
                "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
@@ -777,7 +778,7 @@ def known_settings(flags, features):
     known |= preset
     refuse({"expansion", "latents"} <= flags.given,
            f"--set expansion and --latents {flags.latents} - give one of the two")
-    if flags.preset:                                         # all pairs
+    if flags.preset:                                         # Eq. 14 has all pairs
         known["targets"] = max(1, len(features.streams) - 1)
     if expansion := flags.get("expansion") or known.get("expansion"):
         known["latents"] = expansion * max(features.dims.values())
