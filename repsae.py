@@ -352,9 +352,8 @@ class Run:
     def _go_on(self, config):
         """Take the settings that the run was started with; those typed now must be the same."""
         theirs, flags = config["flags"], self.flags
-        command = theirs.get("command", flags.command)
-        refuse(command != flags.command,
-               f"{self.folder} holds a run of {command} - resume it with that command")
+        refuse(theirs.get("command", flags.command) != flags.command, f"{self.folder} holds a run "
+               f"of {theirs.get('command')} - resume it with that command")
         for name in sorted(flags.given - FREE_ON_RESUME):
             refuse(flags[name] not in (theirs.get(name), "auto"),
                    f"--{name.replace('_', '-')} {flags[name]} differs from the run in "
@@ -948,7 +947,8 @@ def explored(model, features, flags, names=None):
 
 def judged(run, features=None, quiet=False):
     """Train on the features, else on those that the flags name, with --null once more on shuffled
-    streams, and measure; write metrics.json and report.html. Returns metrics, and `explored`."""
+    streams, and measure; write metrics.json and report.html. Returns metrics, and `explored`.
+    Several --seeds are `compared`."""
     if run.flags.get("seeds", 1) > 1:
         return compared(run, {"": {}}, judge.tell_seeds)
     features = features or read_to_train(run.flags)
@@ -1338,16 +1338,14 @@ def cmd_sweep(flags):
 def parse_axes(flags):
     """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
     known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*COMMANDS[flags.command].flags}
-    text, axes = flags.over or " ", {}
-    for word in text.split() or [text]:
+    axes = {}
+    for word in (flags.over or "").split() or [""]:
         name, _, values = word.partition("=")
         key, values = name.replace("-", "_"), values.split(",")
-        kind = FLAGS[name][1] if name in known else None
-        if name == "streams" and all(s for v in values for s in v.split("+")):
-            kind = "text"
-        elif kind in (None, "text", "switch") or key in axes:
-            raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
-                             '"streams=a+b,a+b+c"')
+        kind = FLAGS[name][1] if name in known else "text"
+        sets = name == "streams" and all(s for v in values for s in v.split("+"))
+        refuse(key in axes or kind in ("text", "switch") and not sets, f"--over {word} - write for "
+               'example "topk=global,local lam=0,1" or "streams=a+b,a+b+c"')
         axes[key] = [*dict.fromkeys(value_of(kind, v, f"--over {word}: {v}") for v in values)]
     return axes
 
