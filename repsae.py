@@ -114,8 +114,7 @@ def value_of(kind, text, said, default=None):
 # "auto" can be typed where it is the default.
 WHAT = {
     "data": (None, "path", "features, .npz or folder of .npy (mil: bags); else the run's, --world"),
-    "world": ("tissue", "tissue|planted", "made up without --data: pictures of drawn tissue as "
-              "three models see them, or streams whose concepts are planted"),
+    "world": ("tissue", "tissue|planted", "made up without --data: pictures, or planted concepts"),
     "streams": (None, "text", "names of the streams to use, a,b,c; all by default"),
     "stream": (None, "text", "the one stream to use, where there are several"),
     "taxonomy": (None, "path", 'JSON, {"child": "parent", "root": null} or as in Open Images'),
@@ -166,8 +165,7 @@ MODEL = {
     "loss": ("sum", "sum|mean", "over streams: Eq. 14, or as the authors' code averages"),
     "norm": ("auto", "l2|standard|standard,l2|none", "length 1; mean 0, deviation 1; both (auto)"),
     "dead-after": ("auto", "int 1..1e9", "steps without firing; auto: 1000, or a quarter"),
-    "activation": (None, "text", "topk (default), relu with an L1, jumprelu with an L0 penalty, "
-                   "batchtopk, matryoshka, or all kinds in one table"),
+    "activation": (None, "text", "topk (usual), relu, jumprelu, batchtopk, matryoshka, or all"),
     "sparsity": (None, "float", "lambda of L1 (relu: 0.1) or L0 (jumprelu: 0.01), for length 1"),
     "error": (None, "nmse|sum|mean", "squared, over ||x||^2; summed over d as papers write; its "
               "mean: lambda_paper = d * lambda_code"),
@@ -192,8 +190,7 @@ MODEL = {
     "whole": (False, "switch", "squeeze pictures to a square instead of cutting their middle out"),
     "tau": (0.0, "float", "activation above which a patch counts (CytoSAE Eq. 3; barcodes .2)"),
     "weighted": (False, "switch", "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", "mean|boxes", "latents of a label by mean activation (Mammo-SAE), or inside "
-             "its boxes (ours)"),
+    "rank": ("mean", "mean|boxes", "a label's latents by mean (Mammo-SAE), or in boxes (ours)"),
     "iou": (0.25, "float 1e-9..1", "overlap with a true box that makes a box right"),
     "downsample": (1.0, "float 1e-9..", "pixels of the slide in one of the tile's"),
     "threshold": (8, "int 0..255", "saturation above which a pixel is tissue"),
@@ -340,7 +337,7 @@ class Run:
         refuse(os.path.realpath(self.folder) in inputs_of(flags),
                f"{self.folder} is read by this command - name another {self.way}")
         self._lock()
-        more = ", --resume" if "resume" in flags else ""
+        more = ", --resume" * ("resume" in flags)
         refuse(not flags.get("resume") and not flags.get("overwrite"),
                f"{self.folder} holds files already - use --overwrite{more} or another {self.way}")
         if os.path.lexists(self.join("config.json")):
@@ -355,9 +352,8 @@ class Run:
     def _go_on(self, config):
         """Take the settings that the run was started with; those typed now must be the same."""
         theirs, flags = config["flags"], self.flags
-        command = theirs.get("command", flags.command)
-        refuse(command != flags.command,
-               f"{self.folder} holds a run of {command} - resume it with that command")
+        refuse(theirs.get("command", flags.command) != flags.command, f"{self.folder} holds a run "
+               f"of {theirs.get('command')} - resume it with that command")
         for name in sorted(flags.given - FREE_ON_RESUME):
             refuse(flags[name] not in (theirs.get(name), "auto"),
                    f"--{name.replace('_', '-')} {flags[name]} differs from the run in "
@@ -539,15 +535,9 @@ def check_kinds(values, path):
 @contextlib.contextmanager
 def unpacked(path, wrong, advice, device="cpu"):
     """What a .pt file holds, for lines that take it apart: what fails there is one line."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # torch's own, of TorchScript
-            state = torch.load(data.plain_file(path), weights_only=True, map_location=device)
-        yield state
-    except Exception as e:                                   # torch raises many kinds here
-        if type(e).__name__ == "InputError":
-            raise
-        raise InputError(f"{path} {wrong} ({type(e).__name__}) - {advice}")
+    with sae.reading(path, wrong, advice), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # torch's own, of TorchScript
+        yield torch.load(data.plain_file(path), weights_only=True, map_location=device)
 
 
 def versions():
@@ -587,15 +577,13 @@ class Log:
         self.path, self.rows = path, []
         if not upto or not os.path.exists(path):
             return
-        try:
+        with sae.reading(path, "is damaged", "restore it, or remove it and lose the curves"):
             with open(data.plain_file(path), newline="") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
             for row in self.rows:
                 numbers = [float(v) for k, v in row.items() if v or k not in gaps]
                 if not all(map(math.isfinite, numbers)) or not row.keys() >= {*columns}:
                     raise ValueError
-        except (KeyError, TypeError, ValueError, csv.Error):
-            raise InputError(f"{path} is damaged - restore it, or remove it and lose the curves")
 
     def add(self, row):
         refuse(self.rows and self.rows[0].keys() != row.keys(),
@@ -663,12 +651,12 @@ def train(run, features):
            "a sample")
     model = make_model(features, flags, rows).to(flags.device)
     optimiser = sae.make_optimiser(model, flags.lr)
+    batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
+    n_steps = flags.epochs * batches.epoch
     run.begin(dims=features.dims, data_hash=known, train_rows=len(rows))
     checkpoint = run.path("checkpoint.pt")
     if run.saved and os.path.exists(checkpoint):
         model, optimiser, _ = sae.load(checkpoint, flags.device)
-    batches = data.Batches(rows, flags.batch, flags.seed, flags.shuffle)
-    n_steps = flags.epochs * batches.epoch
     log = Log(run.path("log.csv"), int(model.step), ("self", "cross"))
 
     def on_step(step, result):
@@ -696,9 +684,8 @@ def train(run, features):
     with Keeper(flags, n_steps, int(model.step), log,
                 lambda step: sae.save(checkpoint, model, optimiser)) as keep:
         sae.fit(model, lambda step: seen(np.array_split(batches.rows(step), PROCESSES)[RANK]),
-                n_steps, lr=flags.lr,
-                optimiser=optimiser, on_step=on_step, warmup=flags.get("warmup", 0),
-                loss=sae.join_loss if joins else None)
+                n_steps, flags.lr, optimiser, on_step, flags.get("warmup", 0),
+                sae.join_loss if joins else None)
     if old:
         model = sae.merged(old, model)
         sae.save(checkpoint, model)
@@ -712,30 +699,17 @@ def given_codes(features, rows, device):
 
 
 def resolved(flags, features):
-    """The flags with all that was left open, None or "auto", filled in: as the preset, the
-    activation or made-up data want it, else by the number of training rows; says what those chose.
-    """
-    single, n = "activation" in flags, len(features.rows("train"))
-    layers = known_settings(single, flags.preset, flags.get("activation"))
-    if flags.data is None and flags.world == "planted":      # the preset goes first
-        typical = PRESETS.get(flags.preset, {}) if single else layers
-        layers = {**layers, **PLANTED, **PLANTED_ONE.get(layers.get("activation"), {}), **typical}
-    refuse({"expansion", "latents"} <= flags.given,
-           f"--set expansion and --latents {flags.latents} - give one of the two")
-    if flags.preset:                                         # all pairs
-        layers["targets"] = max(1, len(features.streams) - 1)
-    if expansion := flags.get("expansion") or layers.get("expansion"):
-        layers["latents"] = expansion * max(features.dims.values())
-    flags = flags.replaced({k: layers[k] for k, v in flags.items()
-                            if v in (None, "auto") and k in layers})
-    refuse(single and flags.sparsity and not sae.ACTIVATIONS[flags.activation].sparsity,
-           f"--sparsity has no effect on {flags.get('activation')} - leave it out, or set --k")
-    typed = {k: flags[k] for k in ("latents", "k", "batch", "epochs") if flags[k] != "auto"}
-    auto = settings_for(n, **typed, streams=len(features.streams))
+    """The flags with all that was left open, None or "auto", filled in: by `known_settings`, else
+    by the number of training rows; says what those chose."""
+    n, known = len(features.rows("train")), known_settings(flags, features)
+    auto = settings_for(n, len(features.streams),
+                        *map(known.get, ("latents", "k", "batch", "epochs")))
     mapped = any(isinstance(x, np.memmap) for x in features.streams.values())
     auto["shuffle"] = "blocks" if mapped else "samples"      # on disk neighbouring rows are cheap
-    chosen = {k: auto[k] for k, v in flags.items() if v == "auto" and k in auto}
-    flags = flags.replaced(chosen)
+    chosen = {k: auto[k] for k in flags if k in auto and k not in known}
+    flags = flags.replaced({k: v for k, v in (known | chosen).items() if k in flags})
+    refuse(flags.get("sparsity") and not sae.ACTIVATIONS[flags.activation].sparsity,
+           f"--sparsity has no effect on {flags.get('activation')} - leave it out, or set --k")
     if flags.get("null") == "auto":
         seconds = planned_seconds(features.dims, topk=flags.get("topk"),
                                   **flags.pick("latents k batch targets"))
@@ -750,7 +724,7 @@ def resolved(flags, features):
     return flags
 
 
-def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
+def settings_for(n, streams=1, latents=None, k=None, batch=None, epochs=None):
     """Settings, {name: value}, that fit n training samples; what is given stays. A third as many
     latents as samples and an eighth of them kept (but 40: with fewer even small files are rebuilt
     badly), 50 passes in steps of a tenth of the samples, every dimension standardised; from 25,000
@@ -758,9 +732,9 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
     L (Gao et al. 2024). For one stream too: more latents rebuild unseen samples no better. Of more
     than 4 streams a code rebuilds 2 others: Eq. 14 costs M^2."""
     def power_of_two(most, least, limit):
-        return min(max(2 ** (int(most).bit_length() - 1) if most >= 1 else 1, least), limit)
+        return min(max(2 ** (int(most).bit_length() - 1), least), limit)
     L = latents or power_of_two(n / 3, 128, 8192)
-    batch = batch or power_of_two(n / 10, 1, 256)
+    batch, epochs = batch or power_of_two(n / 10, 1, 256), epochs or 50
     steps = epochs * -(-n // batch)
     return {"latents": L, "k": k or min(max(L // 8, 40), 64, L), "batch": batch,
             "lr": 2e-4 * (2 ** 14 / L) ** 0.5, "epochs": epochs, "steps": steps,
@@ -769,9 +743,10 @@ def settings_for(n, latents=None, k=None, batch=None, epochs=50, streams=1):
 
 
 # What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...
-THESIS = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2",
-          "shuffle": "blocks", "dead_after": 1000}
-PRESETS = {                                                  # ... and of one, in the papers' code
+SHARED_PRESETS = {"thesis": {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50,
+                             "norm": "l2", "shuffle": "blocks", "dead_after": 1000}}
+# ... and of one: thesis 4.1, Mammo-SAE 3, CytoSAE 2; what these leave open is as in their code.
+SINGLE_PRESETS = {
     "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
     "mammo": {"activation": "relu", "error": "mean", "sparsity": 3e-5, "norm": "none",
               "revive": "resample", "expansion": 8, "lr": 3e-4, "batch": 4096, "epochs": 200},
@@ -780,26 +755,33 @@ PRESETS = {                                                  # ... and of one, i
              "revive": "ghost", "bias": "median", "expansion": 64, "lr": 4e-4, "warmup": 500,
              "batch": 16448, "epochs": 24, "dead_after": 64},
 }
-
-
-def known_settings(single, preset=None, activation=None):
-    """Settings, {name: value}, whatever the samples are: the preset's, and of a single stream its
-    activation's own (the preset's, or topk). Raises InputError for what does not exist, or fit."""
-    if not single:
-        refuse(preset and preset != "thesis", f"preset {preset} is of one stream - use it with sae")
-        return dict(THESIS) if preset else {}
-    typical = PRESETS.get(preset, {})
-    activation = activation or typical.get("activation", "topk")
-    sae.one_of("activation", activation, sae.ACTIVATIONS)
-    own = sae.ACTIVATIONS[activation]
-    return {"error": own.error, "revive": own.revive, "sparsity": own.sparsity, "bias": "zeros",
-            "warmup": 0, "bandwidth": 0.1, **typical, "activation": activation}
-
-
-# Settings that find the 48 planted concepts, three or four in a sample.
+# What finds the 48 planted concepts, three or four in a sample; some activations need their own.
 PLANTED = {"latents": 128, "k": 6, "norm": "l2"}
 PLANTED_ONE = {"batchtopk": {"k": 3}, "matryoshka": {"k": 3},
                "jumprelu": {"sparsity": 0.1, "bandwidth": 0.3}}
+
+
+def known_settings(flags, features):
+    """Settings, {name: value}, that no number of samples chooses: what was typed, before the
+    preset, before what made-up data want, before the activation's own."""
+    single, known = "activation" in flags, {}
+    preset = (SINGLE_PRESETS if single else SHARED_PRESETS).get(flags.preset, {})
+    refuse(flags.preset and not preset, f"preset {flags.preset} is of one stream - use it with sae")
+    if single:
+        kind = flags.activation or preset.get("activation", "topk")
+        sae.one_of("activation", kind, sae.ACTIVATIONS)
+        known = {"activation": kind, "bias": "zeros", "warmup": 0, "bandwidth": 0.1,
+                 **sae.ACTIVATIONS[kind]._asdict()}
+    if flags.data is None and flags.world == "planted":
+        known |= PLANTED | PLANTED_ONE.get(known.get("activation"), {})
+    known |= preset
+    refuse({"expansion", "latents"} <= flags.given,
+           f"--set expansion and --latents {flags.latents} - give one of the two")
+    if flags.preset:                                         # Eq. 14 has all pairs
+        known["targets"] = max(1, len(features.streams) - 1)
+    if expansion := flags.get("expansion") or known.get("expansion"):
+        known["latents"] = expansion * max(features.dims.values())
+    return known | {k: v for k, v in flags.items() if v not in (None, "auto")}
 
 
 def planned_seconds(dims, latents, k, batch, topk="local", targets=1):
@@ -853,10 +835,11 @@ def codes_and_fit(model, features, rows, mode, times=None):
             (x, codes), = sae.encoded(model, features.batch, some, mode)
             given = given_codes(features, some, model.step.device)
             pieces.append(codes | given)
-            yield ({**{t: model.normalise(v, t) for t, v in x.items()},
-                    **{s: torch.where(z.indices[:, :1] < 0, torch.nan, 0.)   # NaN: it is missing
-                       for s, z in given.items()}},
-                   {(t, s): model.decode(z, t).detach() for t in x for s, z in pieces[-1].items()})
+            x_hat = {(t, s): model.decode(z, t).detach() for t in x for s, z in pieces[-1].items()}
+            x = {t: model.normalise(v, t) for t, v in x.items()}
+            for s, z in given.items():                       # NaN: the sample lacks it
+                x[s] = torch.where(z.indices[:, :1] < 0, torch.nan, 0.)
+            yield x, x_hat
     fit = judge.reconstruction(reconstructions(), times)
     codes = sae.joined(pieces)
     first = np.full((1, 1), -1)                              # of the first stream that is there
@@ -897,7 +880,8 @@ def measure(model, features, flags):
         out["positives"] = int(features.label_matrix(rows).sum(0).max(initial=0))
     out["l0"] = float(np.mean([code.nnz / max(features.has(s, rows).sum(), 1)
                                for s, code in codes["alone"].items()]))
-    if several or features.codes and model.n_latents <= 2048:     # else it would take too long
+    wanted = several or features.codes and model.n_latents <= 2048     # else it would take long
+    if wanted and not features.order:                        # of a null nobody asks for it
         parts = evaluation_rows(features, flags, "train"), rows
         seen = [normalised(model, features, part, flags.device) for part in parts]
         for x, part in zip(seen, parts):
@@ -938,10 +922,12 @@ def explored(model, features, flags, names=None):
     T, modes = features.tokens or 1, ("joint", "alone")[len(features.streams) == 1:]
     rows = evaluation_rows(features, flags, "test", "val")
     rows = rows if T == 1 else rows[:flags.page_rows]
-    codes = {mode: token_codes(model, features, rows, mode) for mode in modes}
-
-    def every(function):
-        return {mode: {s: function(code, T) for s, code in codes[mode].items()} for mode in modes}
+    codes, places = {}, {}
+    for mode in modes:
+        found = token_codes(model, features, rows, mode)
+        codes[mode] = {s: judge.pool_tokens(code, T)[0] for s, code in found.items()}
+        if T > 1:
+            places[mode] = {s: judge.strongest_tokens(code, T) for s, code in found.items()}
 
     def seen(some):
         found = normalised(model, features, some, flags.device)
@@ -956,14 +942,16 @@ def explored(model, features, flags, names=None):
                  for s, x in seen(learn).items()}
     weights = {name: {s: of[s].detach().cpu().numpy() for s in features.streams}
                for name, of in (("dictionary", model.W_dec), ("bias", model.b_pre))}
-    return features, rows, {"codes": every(lambda code, T: judge.pool_tokens(code, T)[0]),
-                            "places": every(judge.strongest_tokens) if T > 1 else None,
-                            "seen": seen, "probe": probe, "names": names, **weights}
+    return features, rows, {"codes": codes, "places": places, "seen": seen, "probe": probe,
+                            "names": names, **weights}
 
 
 def judged(run, features=None, quiet=False):
     """Train on the features, else on those that the flags name, with --null once more on shuffled
-    streams, and measure; write metrics.json and report.html. Returns metrics, and `explored`."""
+    streams, and measure; write metrics.json and report.html. Returns metrics, and `explored`.
+    Several --seeds are `compared`."""
+    if run.flags.get("seeds", 1) > 1:
+        return compared(run, {"": {}}, judge.tell_seeds)
     features = features or read_to_train(run.flags)
     run.flags = flags = resolved(run.flags, features)
     model, log = train(run, features)
@@ -989,27 +977,26 @@ def compared(run, changes, tell):
     """Train and judge a run, or --seeds of them, for each of `changes`, {name: {flag: value}}, in a
     folder of `run`, and put them beside each other: tell(page, {name: metrics}) may return a chart.
     """
-    flags, single, trials, results, shown = run.flags, "activation" in run.flags, {}, {}, {}
-    features = read_to_train(flags)
-    if not single:                                           # kinds of SAE have their own settings
+    flags, features = run.flags, read_to_train(run.flags)
+    if "activation" not in flags:                            # kinds of SAE have their own settings
         flags = resolved(flags, features)
-    groups, seeds = {}, flags.get("seeds", 1)
+    seeds, trials, groups, results, shown = flags.get("seeds", 1), {}, {}, {}, {}
     refuse(flags.seed + seeds > 2 ** 32, f"--seed {flags.seed} --seeds {seeds} - lower one of them")
     for name, change in changes.items():
         trial, mine = flags.replaced(change), features
         if {"streams", "seed"} & change.keys():              # the seed draws the split too
             mine = read_to_train(trial)
         trial = resolved(trial, mine)
-        trials[name] = trial, mine
         # sizes that do not fit fail before anything is written, and what torch loads for its first
         # optimiser is in no trial's seconds
         sae.make_optimiser(sae.SPARC(mine.dims, trial.latents, trial.k))
-    for name, (trial, mine) in list(trials.items()) if seeds > 1 else ():
-        groups[name] = {f"{name}_seed{n}".lstrip("_"): trial.replaced({"seed": n, "seeds": 1})
-                        for n in range(flags.seed, flags.seed + seeds)}
-        del trials[name]
-        trials.update({one: (how, mine if how.seed == flags.seed else read_to_train(how))
-                       for one, how in groups[name].items()})
+        ones = {name: trial}
+        if seeds > 1:
+            ones = groups[name] = {
+                f"{name}_seed{n}".lstrip("_"): trial.replaced({"seed": n, "seeds": 1})
+                for n in range(flags.seed, flags.seed + seeds)}
+        for one, how in ones.items():
+            trials[one] = how, mine if how.seed == trial.seed else read_to_train(how)
     run.flags = flags
     run.begin(data_hash=features.hash)
     page = judge.Page(f"repsae {flags.command}: {os.path.basename(run.folder)}")
@@ -1077,16 +1064,16 @@ def drawn_tissue(seed, n=1200):
 def read_to_train(flags):
     """`read`, once there is something to train on, something to judge by, and as many streams as
     the command needs: two to share a code, else that of --stream; every token is a sample."""
-    if "stream" in flags:
+    single = "activation" in flags
+    if single and (flags.stream or flags.data is None):
         first = {"planted": "vision", "tissue": "vit"}[flags.world]
-        stream = flags.stream or (first if flags.data is None else None)
-        flags = flags.replaced({"streams": stream or flags.streams})
+        flags = flags.replaced({"streams": flags.stream or first})
     features = read(flags)
     features.rows("test", "val")
     refuse("targets" in flags and "stream" not in flags and len(features.streams) < 2,
            f"{flags.command} shares a code among streams and needs two streams, not "
            f"{list(features.streams)[0]} alone - give more, or use sae for one")
-    refuse("activation" in flags and len(features.streams) > 1,
+    refuse(single and len(features.streams) > 1,
            f"{flags.data} has the streams {', '.join(features.streams)} - pick one with --stream")
     flat = features.per_token()
     refuse(len(flat.rows("train")) < 2, "the train split has 1 sample - give at least two")
@@ -1220,7 +1207,7 @@ def label_number(features, label):
     """The number of a label given by name or number; raises InputError when there is none of it."""
     if label in features.label_names:
         return features.label_names.index(label)
-    if label is not None and label.isdecimal() and int(label) < len(features.label_names):
+    if label.isdecimal() and int(label) < len(features.label_names):
         return int(label)
     known = ", ".join(features.label_names[:20]) or "none: the file has no labels"
     raise InputError(f"no label '{label}' - take one of {known}")
@@ -1238,10 +1225,7 @@ def analysis_run(flags, name):
 @command(f"{DATA} {CODE} {SHARED} null seeds {STEPS} {FOLDER} out=runs/sparc")
 def cmd_sparc(flags):
     """Train SPARC on two streams or more, and report every cross-stream number joint and alone."""
-    run = Run(flags)
-    if run.flags.seeds > 1:
-        return compared(run, {"": {}}, judge.tell_seeds)
-    judged(run)
+    judged(Run(flags))
 
 
 @command(f"{DATA} stream {CODE} {KINDS} seeds {STEPS} {FOLDER} out=runs/sae")
@@ -1254,8 +1238,6 @@ def cmd_sae(flags):
         changes = {f"{name}_{revive}": {"activation": name, "revive": revive}
                    for name, revive in sorted(kinds)}
         return compared(run, changes, judge.tell_activations)
-    if run.flags.seeds > 1:
-        return compared(run, {"": {}}, judge.tell_seeds)
     judged(run)
 
 
@@ -1278,7 +1260,7 @@ def cmd_add(flags):
             **{k: own[k] for k in ("k", "norm", "topk", "aux_k", "aux_coef", "reinit_after")},
             "latents": own["n_latents"], "targets": len(own["dims"]), "dead_after": "auto",
             "streams": ",".join([*own["dims"], new])})
-    features = read_to_train(Flags({k: v for k, v in run.flags.items() if k != "stream"}))
+    features = read_to_train(run.flags)
     refuse(run.flags.stream not in features.dims, "--stream names one stream - add one by one")
     judged(run, features)
 
@@ -1372,16 +1354,14 @@ def cmd_sweep(flags):
 def parse_axes(flags):
     """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
     known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*COMMANDS[flags.command].flags}
-    text, axes = flags.over or " ", {}
-    for word in text.split() or [text]:
+    axes = {}
+    for word in (flags.over or "").split() or [""]:
         name, _, values = word.partition("=")
         key, values = name.replace("-", "_"), values.split(",")
-        kind = FLAGS[name][1] if name in known else None
-        if name == "streams" and all(s for v in values for s in v.split("+")):
-            kind = "text"
-        elif kind in (None, "text", "switch") or key in axes:
-            raise InputError(f'--over {word} - write for example "topk=global,local lam=0,1" or '
-                             '"streams=a+b,a+b+c"')
+        kind = FLAGS[name][1] if name in known else "text"
+        sets = name == "streams" and all(s for v in values for s in v.split("+"))
+        refuse(key in axes or kind in ("text", "switch") and not sets, f"--over {word} - write for "
+               'example "topk=global,local lam=0,1" or "streams=a+b,a+b+c"')
         axes[key] = [*dict.fromkeys(value_of(kind, v, f"--over {word}: {v}") for v in values)]
     return axes
 

@@ -1066,13 +1066,13 @@ def save(path, model, optimiser=None, **extra):
 
 
 @contextmanager
-def _reading(path, wrong, advice):
+def reading(path, wrong, advice):
     """Lines that take a file apart: what fails there is said in one line."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as e:                                   # torch raises many kinds
+        if type(e).__name__ == "InputError":                 # whichever module's
+            raise
         raise InputError(f"{path} {wrong} ({type(e).__name__}) - {advice}")
 
 
@@ -1080,7 +1080,7 @@ def load(path, device="cpu"):
     """Read what `save` wrote: (model, optimiser or None, extra). InputError if it did not."""
     refuse(not os.path.isfile(path),                         # or a pipe, that would be waited for
            f"no checkpoint at {path} - name the folder of a finished or saved run")
-    with _reading(path, "is not a readable checkpoint", "train again or restore the file"):
+    with reading(path, "is not a readable checkpoint", "train again or restore the file"):
         state = torch.load(path, map_location=device, weights_only=True)
         refuse(state["format"] != FORMAT,
                f"{path} has format {state['format']!r} - this version reads {FORMAT}")
@@ -1160,7 +1160,7 @@ def load_public(path, stream="x", device="cpu"):
     name = name or next((n for n in LIBRARIES if os.path.isfile(os.path.join(path, n))), "")
     refuse(name not in LIBRARIES, f"{path} is none of {', '.join(LIBRARIES)} - name the folder")
     file, (beside, field, kinds) = os.path.join(folder, name), LIBRARIES[name]
-    with _reading(file, f"or the {beside} beside it is not readable", "fetch both anew"):
+    with reading(file, f"or the {beside} beside it is not readable", "fetch both anew"):
         with open(os.path.join(folder, beside), "rb") as f:
             config = json.loads(f.read(2 ** 24), object_pairs_hook=_object)
         config |= config.pop("trainer", {})                  # of dictionary_learning
