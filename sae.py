@@ -567,7 +567,7 @@ class SPARC(nn.Module):
             for name, new in (("self", own), ("cross", cross), ("aux", aux)):
                 terms[name] += [v.detach() for v in new]
             used.append(_marked(codes, here))
-        means = {name: torch.stack(v).mean() if v else total.new_zeros(()) for name, v in terms.items()}
+        means = {k: torch.stack(v).mean() if v else total.new_zeros(()) for k, v in terms.items()}
         return total, {**means, "codes": used, "energy": energy}
 
     def _terms(self, c, weight, codes, here):
