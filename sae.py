@@ -35,10 +35,9 @@ Deviations   from the authors' code, where it differs from the papers or is wron
              resampling draws from the batch, not from 819,200 stored inputs; JumpReLU's threshold
              has the gradient of its paper, which two public libraries miss by a factor.
 Ours         topk="both" (train on the joint and on the alone support), samples that lack streams
-             (the sums and means of Eq. 7, 13, 14 are over what is there), `targets` (Eq. 14 from a
-             few pairs of streams, drawn anew each step), `join_loss`, features standardised before
-             they are scaled to length 1 (the authors' code only scales, the papers say neither),
-             and the sparse arithmetic.
+             (the sums and means of Eq. 7, 13, 14 are over what is there), `targets` (few pairs of
+             streams a sample in Eq. 14), `join_loss`, features standardised before they are scaled
+             to length 1 (authors' code: only scaled, papers: neither), the sparse arithmetic.
 Processes    where torch.distributed was begun, `fit` of a SPARC takes in each process that one's
              share of a batch. What the loss divides by, gradients and counters are summed over
              all (`SPARC.across`), so that the steps are those of the whole batch.
@@ -146,10 +145,10 @@ def missing(x):
 
 
 def dense_loss(model, x):
-    """SPARC's loss with dense codes and M^2 dense decoders: slow, to be read beside thesis 5.2.
+    """SPARC's loss with dense codes and all M^2 decoders: slow, to be read beside thesis 5.2.
 
     x: dict stream -> (B, d_s), raw, NaN where a sample lacks it. Returns the scalar of Eq. 14
-    (without AuxK). The tests hold `SPARC.loss` to the same number and the same gradients."""
+    (without AuxK, all pairs). The tests hold `SPARC.loss` to the same number and gradients."""
     here = {s: ~missing(x[s]) for s in x}
     x = {s: model.normalise(x[s].nan_to_num(0), s) for s in x}
     h = {s: (x[s] - model.b_pre[s]) @ model.W_enc[s].T + model.b_lat[s] for s in x}  # Eq. 6, (B, L)
@@ -159,7 +158,6 @@ def dense_loss(model, x):
     for s in reversed(model.drawn_streams()):                          # the first that is there
         h_drawn = torch.where(here[s].unsqueeze(1), h[s], h_drawn)
     decider = {"joint": dict.fromkeys(x, h_agg), "alone": h, "drawn": dict.fromkeys(x, h_drawn)}
-    sources = model.drawn_sources()                                    # without `targets`: all
     total = 0.
     for mode in TOPK[model.topk]:
         z = {}
@@ -171,11 +169,11 @@ def dense_loss(model, x):
         for s in x:
             for t in x:
                 both = here[s] & here[t]
-                if s not in sources[t] or not both.any():
+                if not both.any():
                     continue
                 x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                       # Eq. 11, 12
                 (own if s == t else cross).append(nmse(x[t][both], x_hat[both]))     # Eq. 13
-        total = total + model.reduce(own) + model.cross_weight * model.reduce(cross)     # Eq. 14
+        total = total + model.reduce(own) + model.lam * model.reduce(cross)              # Eq. 14
     return total
 
 
@@ -309,9 +307,9 @@ class SPARC(nn.Module):
     lam         weight of cross reconstruction (Eq. 14)
     reduction   "sum" as Eq. 14, or "mean" of each sum as the authors' code:
                 lambda_paper = lambda_code / (M - 1)
-    targets     n: each code rebuilds its own stream and n of the M - 1 others, drawn anew each
-                step. The cross sum of Eq. 14 is weighted (M - 1) / n, so that its mean over the
-                draws, and that of its gradient, is the whole sum's. None: all others
+    targets     n: each code rebuilds its own stream and n of the M - 1 others, drawn for each
+                sample and step. The cross sum of Eq. 14 is weighted (M - 1) / n, so that its mean
+                over the draws, and that of its gradient, is the whole sum's. None: all others
     norm        how raw features are normalised, one of NORMS: "l2" per sample (the authors' code;
                 no paper says so), "standard" per dimension with `stats`, "standard,l2", "none"
     stats       dict stream -> (mean (d_s,), std (d_s,)) of the training samples, for "standard"
@@ -452,19 +450,25 @@ class SPARC(nn.Module):
         i = int(torch.randint(len(self.streams), (), generator=self._generator()))
         return self.streams[i:] + self.streams[:i]
 
-    def drawn_sources(self):
-        """Whose codes rebuild stream t in this step: {t: [t, others]}, see `targets`. The streams
-        are put on a circle at random; each code rebuilds the n streams that follow its own. So
-        every ordered pair has the chance n / (M - 1), and every stream n sources."""
-        M, n = len(self.streams), self.targets
-        if not self.lam:
-            return {t: [t] for t in self.streams}
+    def drawn_sources(self, B):
+        """Whose codes rebuild stream t of each of B samples in this step, see `targets`: {t: (B,
+        1 + n) numbers of streams, its own first}; (B, M) where all do. On a circle of the streams
+        a sample hands its codes on by n of the M - 1 distances. The samples of a batch take them
+        in turn, in an order drawn anew: all ordered pairs meet in as many samples, up to one."""
+        M, n = len(self.streams), self.targets if self.lam else 0
         if n is None or n >= M - 1:
-            return dict.fromkeys(self.streams, self.streams)
-        g = self._generator()
+            every = torch.arange(M, device=self.step.device).expand(B, M)
+            return dict.fromkeys(self.streams, every)
+        g, first = self._generator(), 0
         torch.randint(M, (), generator=g)                    # the draw of `drawn_streams`
-        circle = [self.streams[i] for i in torch.randperm(M, generator=g)]
-        return {t: [circle[i - j] for j in range(n + 1)] for i, t in enumerate(circle)}
+        distances = 1 + torch.randperm(M - 1, generator=g)
+        if dist.is_available() and dist.is_initialized():    # other processes have the rows before
+            rows = torch.zeros(dist.get_world_size(), dtype=torch.long, device=self.step.device)
+            rows[dist.get_rank()] = B
+            first = int(self.across(rows)[:dist.get_rank()].sum())
+        turn = (first + torch.arange(B)).unsqueeze(1) * n + torch.arange(n)      # (B, n)
+        turn = F.pad(distances[turn % (M - 1)], (1, 0)).to(self.step.device)     # (B, 1 + n)
+        return {t: (i - turn) % M for i, t in enumerate(self.streams)}
 
     @property
     def cross_weight(self):
@@ -571,42 +575,39 @@ class SPARC(nn.Module):
         return total, {**means, "codes": used, "energy": energy}
 
     def _terms(self, c, weight, codes, here):
-        """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M*(M-1)), aux,
-        without the pairs of streams that no sample of the batch has.
+        """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M times what
+        is drawn, at most M - 1), aux, without those that no sample of the batch has.
 
         x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources of a
         target go through one product, the codes of one sample in neighbouring rows: their supports
         overlap, and the dictionary rows that one needs are still in the cache when the next does.
-        It halves the time.
-        """
+        It halves the time."""
         own, cross, aux, pattern, before = [], [], [], None, None
-        drawn, one_support = self.drawn_sources(), len({id(z.indices) for z in codes.values()}) == 1
-        for t in c:
-            sources = drawn[t]
-            if sources is not before:                        # with all pairs the same for all t
-                values = torch.stack([codes[s].values for s in sources], 1).flatten(0, 1)
-                if pattern is None or not one_support:
-                    indices = torch.stack([codes[s].indices for s in sources], 1).flatten(0, 1)
-                    pattern = self._pattern(indices)                 # (B*sources, k)
-            before = sources
-            y = _Product.apply(values, self.W_dec[t], pattern, _combine)
-            e = y.unflatten(0, (-1, len(sources))) - c[t].unsqueeze(1)       # (B, sources, d_t)
+        indices, values = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*codes.values()))
+        M, B, supports = len(c), len(values) // len(c), {id(z.indices) for z in codes.values()}
+        drawn = self.drawn_sources(B)
+        for i, t in enumerate(c):
+            if drawn[t] is not before:                       # with all pairs the same for all t
+                rows = (drawn[t] + M * torch.arange(B, device=values.device).unsqueeze(1)).flatten()
+                z = values.index_select(0, rows)             # (B*sources, k)
+                if pattern is None or len(supports) > 1:
+                    pattern = self._pattern(indices.index_select(0, rows))
+            before, i = drawn[t], i if drawn[t].shape[1] == M else 0
+            y = _Product.apply(z, self.W_dec[t], pattern, _combine)
+            e = y.unflatten(0, (B, -1)) - c[t].unsqueeze(1)  # (B, sources, d_t)
             energy = torch.linalg.vector_norm(e, dim=2).square()
-            for s, term in self._pairs(sources, weight[t], energy):                  # Eq. 13
-                (own if s == t else cross).append(term)
+            if weight[t].dim() == 1:
+                terms = list(enumerate(weight[t] @ energy))                              # Eq. 13
+            else:                                            # of which any sample has both
+                w = weight[t].gather(1, drawn[t])
+                there, sums = self.across((w > 0).sum(0)), (w * energy).sum(0)
+                terms = [(j, sums[j]) for j in there.nonzero().flatten().tolist()]
+            for j, term in terms:
+                (own if j == i else cross).append(term)
             some = t not in here or self.across(here[t].sum())
             if self.aux_coef and some and self.dead(t).any():
-                aux.append(self._auxk(c[t].detach(), -e[:, sources.index(t)].detach(), t, here))
+                aux.append(self._auxk(c[t].detach(), -e[:, i].detach(), t, here))
         return own, cross, aux
-
-    def _pairs(self, sources, weight, energy):
-        """(source, NMSE of a target from it) where any sample has both; energy (B, sources) of the
-        errors, weight (B,) or, with gaps, (B, M)."""
-        if weight.dim() == 1:
-            return zip(sources, weight @ energy)
-        weight = weight[:, [self.streams.index(s) for s in sources]]
-        there = self.across((weight > 0).sum(0)).tolist()
-        return [(s, term) for s, term, one in zip(sources, (weight * energy).sum(0), there) if one]
 
     def dead(self, stream):
         """(L,) bool: latents that have not fired in this stream for `dead_after` training steps."""
@@ -618,8 +619,7 @@ class SPARC(nn.Module):
         c, e detached: gradient reaches the dead latents' rows and biases only. Who is dead was
         counted up to the step before. (The authors' code adds b_pre to both sides and masks with 0
         instead of -inf: it pulls at the bias, and is about 1 when nothing is dead. It divides each
-        sample's error by its own residual, so that the best rebuilt, whose rest is noise, lead.)
-        """
+        sample's error by its own residual, so that the best rebuilt, whose rest is noise, lead.)"""
         dead = self.dead(stream).nonzero().squeeze(1)
         with torch.no_grad():
             h = c @ self.W_enc[stream][dead].T + self.b_lat[stream][dead]            # (B, n dead)

@@ -379,7 +379,7 @@ def with_gaps(tmp_path_factory):
 def processes(n, features, out, *more):
     """The same run by `n` processes, which torchrun starts."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] if n > 1 else []
-    command = [sys.executable, *launch, ROOT / "repsae.py", "sparc", "--data", features, *LONG, "--targets", "1",
+    command = [sys.executable, *launch, ROOT / "repsae.py", "sparc", "--data", features, *LONG, "--targets", "1", "--batch", "15",
                "--log-every", "1", "--out", out, *more]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
