@@ -185,7 +185,8 @@ MODEL = {
     "dropout": (0.25, "float 0..0.99", "after the embedding; CLAM: in the attention too"),
     "frozen": (False, "switch", "train the head alone"),
     "standardise": (False, "switch", "random weights start in the pictures' own units (ours)"),
-    "last": (4, "int 1..1000", "ViT: class tokens of so many last blocks side by side"),
+    "last": (1, "int 1..1000", "ViT: class tokens of so many last blocks side by side (DINO's "
+             "linear evaluation: 4); with --tokens those of that block from the end (CytoSAE: 2)"),
     "tokens": (False, "switch", "patch tokens (N, T, d), in half precision, not the class token"),
     "whole": (False, "switch", "squeeze pictures to a square instead of cutting their middle out"),
     "tau": (0.0, "float", "activation above which a patch counts (CytoSAE Eq. 3; barcodes .2)"),
@@ -1509,11 +1510,11 @@ def cmd_extract(flags):
         how = {"whole": flags.whole or clip}                 # clip learns from whole pictures
         if flags.tokens:
             how.update(tokens=True, block=16)                # T times the memory
-        elif hasattr(model, "blocks"):
+        if hasattr(model, "blocks"):
             how["last"] = flags.last                         # a ViT has a class token in each
         if clip and captions is not None and not flags.tokens:               # both its encoders
             streams[f"{name}_txt"] = model.read(captions).cpu().numpy()
-        x = images.features(range(len(images)), model, flags.size or model.side, **how)
+        x = images.features(range(len(images)), model, model.side, **how)
         streams[name + "_img" * clip] = x
     for name, x in streams.items():
         say(f"{name}: {x.shape}")
@@ -1532,16 +1533,23 @@ def load_backbone(spec, flags, n_classes=0):
     name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
     name=arch:random, or an arch alone: weights drawn with --seed
 
-    With n_classes it gets a new head of so many, else its file's. `made` of the model builds it
-    again, `random` says whether its weights are, `side` is that of the pictures it learned from.
+    After an arch, @16 is its patch size and @16x224 that and the side of its pictures, where not
+    the preset's and --size. With n_classes it gets a new head of so many, else its file's. `made`
+    of the model builds it again, `random` says whether its weights are, `side` is that of the
+    pictures it is given: else the one it learned from.
     """
     name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
     arch, _, file = where.partition(":")
-    refuse(not where or not plain(name) or "/" in name,      # it names files, too
-           f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
-    made = {"arch": arch, "size": None, "patch": flags.get("patch"), "n_classes": None}
+    arch, at, shape = arch.partition("@") if file else (arch, "", "")
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", shape)
+    refuse(not where or not plain(name) or "/" in name or at and not found,  # it names files, too
+           f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas; "
+           "after an arch @patch or @patchxsize")
+    patch, size = (int(v) if v else None for v in (found.groups() if at else (None, None)))
+    size = size or flags.get("size") or None
+    made = {"arch": arch, "size": None, "patch": patch, "n_classes": None}
     if file == "random":                                     # of any size
-        made["size"] = flags.get("size") or None
+        made["size"] = size
     elif not file:                                           # our own files say what they are
         if os.path.exists(os.path.join(where, "clip.pt")):
             return name, load_clip(where, flags.device)
@@ -1558,7 +1566,7 @@ def load_backbone(spec, flags, n_classes=0):
     if made["arch"] in ssm.PRESETS or not n_classes:
         model = ssm.make_backbone(**made)
     else:
-        made.update(size=flags.size, patch=None)
+        made.update(size=size, patch=None)
         known = data.vision().models
         refuse(made["arch"] not in known.list_models(module=known), f"{made['arch']} is neither a "
                "preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
@@ -1566,7 +1574,8 @@ def load_backbone(spec, flags, n_classes=0):
     model.made, model.random = made, file == "random"
     if not model.random:
         ssm.load_weights(model, file, new_head=bool(n_classes))
-    model.side = getattr(model, "size", made["size"] or 224)                 # a scan takes any size
+    side = getattr(model, "size", made["size"] or 224)       # a scan takes any size
+    model.side = size or (224 if made["arch"].startswith("dinov2") else side)    # thesis A.1.2
     return name, model.eval().to(flags.device)
 
 
@@ -1910,12 +1919,24 @@ def import_clip(flags):
     units of pixels."""
     check_needed(flags, "merges")
     words = data.Merges(data.read_merges(flags.merges))
+    beside = os.path.join(os.path.dirname(flags.weights), "open_clip_config.json")
+    quick, pixels = None, data.CLIP_PIXELS
+    if os.path.exists(beside):
+        with data.reading(beside, "config of open_clip"):
+            told = data.read_json(beside)
+            quick = told["model_cfg"].get("quick_gelu", False)
+            seen = told.get("preprocess_cfg", {})
+            pixels = [seen.get(key, usual) for key, usual in zip(("mean", "std"), pixels)]
+            pixels = np.array(pixels, float).reshape(2, 3)
     with unpacked(flags.weights, "is no state_dict of a CLIP",
                   "of OpenAI's files save torch.jit.load(FILE).state_dict()") as state:
-        model = ssm.clip_from_state(state)
+        if quick is None and "input_resolution" not in state:                # OpenAI's own have it
+            say(f"note: nothing tells the activation of {flags.weights}: taken as OpenAI's "
+                f"QuickGELU - for open_clip's own models put {os.path.basename(beside)} beside it")
+        model = ssm.clip_from_state(state, quick is None or bool(quick))
     refuse(words.size != model.config["vocab"], f"{flags.merges} makes {words.size} tokens, not "
            f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
-    ssm.standardise_pixels(model.visual, *data.CLIP_PIXELS, data.IMAGENET)
+    ssm.standardise_pixels(model.visual, *pixels, data.IMAGENET)
     run = Run(flags).begin()
     run.write({"clip.pt": {"model": model.state_dict(), "config": model.config,
                            "merges": words.words}})
@@ -1949,7 +1970,7 @@ def cmd_explain(flags):
     pictures = [images.open(i) for i in rows]
     for spec in flags.weights.split(","):
         name, model = load_backbone(spec, flags)
-        x = images.views(rows, flags.size or model.side, whole=True).to(flags.device)
+        x = images.views(rows, model.side, whole=True).to(flags.device)
         outputs = [str(i) for i in range(model(x[:1]).shape[1])]
         refuse(flags.label not in (None, *outputs), f"--label {flags.label}, but {name} has "
                f"{len(outputs)} outputs - give 0 to {outputs[-1]}")
@@ -2331,7 +2352,7 @@ def attention_maps(bags, models, rows, head, run, most=6):
 # ---- Transfer learning (thesis 3.3) -------------------------------------------------------------
 
 @command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 "
-         "patch frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window "
+         "frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window "
          "device overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
@@ -2342,12 +2363,12 @@ def cmd_finetune(flags):
         refuse(name in specs, f"--weights {flags.weights} names a model twice - write "
                "a=vit_micro:random,b=vit_micro:random")
         ssm.last_linear(model)                               # refuses what ends in none
-        out = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
+        out = torch.zeros(1, 3, model.side, model.side, device=flags.device)
         with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
             out = model(out)                                 # sizes that do not fit fail here
         refuse(not isinstance(out, torch.Tensor) or out.shape != (1, C),
-               f"{name} does not classify pictures of {flags.size} pixels - choose another "
-               "--size, or another model")
+               f"{name} does not classify pictures of {model.side} pixels - choose another "
+               "size, or another model")
         specs[name], sizes[name] = spec, sum(p.numel() for p in model.parameters())
     rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
               for r in range(n)]
@@ -2379,6 +2400,8 @@ def finetune_one(pictures, parts, model, flags):
     torch.manual_seed(flags.seed)
     train, val, test = parts
     x, y = data.normalised(pictures.about["images"]), torch.from_numpy(pictures.labels)
+    if model.side != flags.size:                             # a model's own
+        x = torch.nn.functional.interpolate(x, model.side, mode="bicubic", antialias=True)
 
     def batches(epoch):
         order = np.random.default_rng([flags.seed, epoch]).permutation(train)    # new each epoch

@@ -503,8 +503,8 @@ class ViT(PatchTokens):
             nn.init.normal_(self.cls_token, std=1e-6)
         _init_linear(self)
 
-    def blocks_out(self, x, last=1):
-        """The final norm of the last blocks' outputs, oldest first, a list of
+    def blocks_out(self, x, last=1, norm=True):
+        """The last blocks' outputs, oldest first, as the final norm makes them: a list of
         (B, 1 + registers + T, d); and the grid."""
         grid, cls = _grid(x, self.patch, "this ViT"), self.cls_token.expand(len(x), -1, -1)
         patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2)            # (B, T, d)
@@ -516,7 +516,7 @@ class ViT(PatchTokens):
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i >= len(self.blocks) - last:
-                out.append(self.norm(x))
+                out.append(self.norm(x) if norm else x)
         return out, grid
 
     def patches(self, x):
@@ -524,9 +524,10 @@ class ViT(PatchTokens):
         return x[:, 1 + self.registers:]
 
     def features(self, x, tokens=False, last=1):
-        """Class tokens of the last blocks (B, last d); `tokens`: those of patches, their grid."""
-        out, grid = self.blocks_out(x, last)
-        return (self.patches(out[-1]), grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
+        """Class tokens of the last blocks (B, last d); `tokens`: those of patches, their grid, of
+        the last block, or what a block before it, last > 1, leaves in the residual stream."""
+        out, grid = self.blocks_out(x, last, norm=last == 1 or not tokens)
+        return (self.patches(out[0]), grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
 
 
 # -- Vim: Vision Mamba -----------------------------------------------------------------------------
@@ -853,10 +854,11 @@ class CLIPAttention(Attention):
 
 
 class CLIPBlock(nn.Module):
-    """Pre-norm transformer block under OpenAI's names."""
+    """Pre-norm transformer block under OpenAI's names, with OpenAI's `quick` GELU or the exact."""
 
-    def __init__(self, dim, heads, causal):
+    def __init__(self, dim, heads, causal, quick):
         super().__init__()
+        self.quick = quick
         self.attn = CLIPAttention(dim, heads, causal)
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         wide, narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -865,25 +867,25 @@ class CLIPBlock(nn.Module):
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
         h = self.mlp.c_fc(self.ln_2(x))
-        return x + self.mlp.c_proj(h * torch.sigmoid(1.702 * h))        # OpenAI's QuickGELU
+        return x + self.mlp.c_proj(h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h))
 
 
-def _clip_blocks(dim, layers, heads, causal):
-    blocks = nn.Sequential(*(CLIPBlock(dim, heads, causal) for _ in range(layers)))
+def _clip_blocks(dim, layers, heads, **how):
+    blocks = nn.Sequential(*(CLIPBlock(dim, heads, **how) for _ in range(layers)))
     return nn.Sequential(OrderedDict(resblocks=blocks))      # the name between is OpenAI's
 
 
 class CLIPVision(nn.Module):
     """CLIP's ViT: images (B, 3, size, size) -> class tokens (B, out)."""
 
-    def __init__(self, dim, layers, heads, patch, size, out):
+    def __init__(self, dim, layers, heads, patch, size, out, quick=True):
         super().__init__()
         self.dim, self.patch, self.size, T = out, patch, size, _patches(patch, size)
         self.conv1 = nn.Conv2d(3, dim, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(dim ** -0.5 * torch.randn(dim))
         self.positional_embedding = nn.Parameter(dim ** -0.5 * torch.randn(T + 1, dim))
         self.ln_pre, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.transformer = _clip_blocks(dim, layers, heads, causal=False)
+        self.transformer = _clip_blocks(dim, layers, heads, causal=False, quick=quick)
         self.proj = nn.Parameter(dim ** -0.5 * torch.randn(dim, out))
 
     def features(self, x, tokens=False):
@@ -908,18 +910,19 @@ class CLIP(nn.Module):
     out            width of that space
     vision, text   (dim, layers, heads) of each transformer
     vocab          number of tokens; context: the longest text
+    quick          QuickGELU, of OpenAI's models; open_clip's own (DataComp, LAION) have plain GELU
     Text ends in the token of the highest number, whose output is the text's feature.
     """
 
-    def __init__(self, out, vision, text, vocab, context, patch, size):
+    def __init__(self, out, vision, text, vocab, context, patch, size, quick=True):
         super().__init__()
         self.config = dict(out=out, vision=vision, text=text, vocab=vocab, context=context,
-                           patch=patch, size=size)
+                           patch=patch, size=size, quick=quick)
         dim = text[0]
-        self.visual = CLIPVision(*vision, patch, size, out)
+        self.visual = CLIPVision(*vision, patch, size, out, quick)
         self.token_embedding = nn.Embedding(vocab, dim)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, dim))
-        self.transformer = _clip_blocks(*text, causal=True)
+        self.transformer = _clip_blocks(*text, causal=True, quick=quick)
         self.ln_final = nn.LayerNorm(dim)
         self.text_projection = nn.Parameter(dim ** -0.5 * torch.randn(dim, out))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
@@ -976,9 +979,9 @@ def standardise_pixels(model, mean, std, assumed):
     conv.weight *= was_std / std
 
 
-def clip_from_state(state):
-    """A CLIP of the shapes that OpenAI's state_dict has (its ViTs; heads are 64 wide), with those
-    weights. Raises InputError for any other."""
+def clip_from_state(state, quick=True):
+    """A CLIP of the shapes that a state_dict under OpenAI's names has (ViTs; heads are 64 wide),
+    with those weights; quick: see `CLIP`. Raises InputError for any other."""
     def tower(side, dim):
         layers = sum(k.startswith(f"{side}transformer.") and k.endswith("ln_1.bias") for k in state)
         return dim, layers, max(dim // 64, 1)
@@ -989,7 +992,8 @@ def clip_from_state(state):
         vocab, dim = state["token_embedding.weight"].shape
         T = len(state["visual.positional_embedding"]) - 1
         model = CLIP(state["text_projection"].shape[1], tower("visual.", width), tower("", dim),
-                     vocab, len(state["positional_embedding"]), patch, round(T ** 0.5) * patch)
+                     vocab, len(state["positional_embedding"]), patch, round(T ** 0.5) * patch,
+                     quick)
         model.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError, IndexError, AttributeError) as e:
         raise InputError(f"these are not the weights of a CLIP with a ViT ({str(e)[:80]!r}) - "
@@ -1348,10 +1352,6 @@ vit_tiny = partial(ViT, 192, 12, 3)
 vit_small = partial(ViT, 384, 12, 6)
 vit_base = partial(ViT, 768, 12, 12)
 vit_micro = partial(ViT, 96, 4, 3, patch=8, size=32)         # ours: for teaching and tests
-dinov2_small = partial(ViT, 384, 12, 6, patch=14, size=518, v2=True)
-dinov2_base = partial(ViT, 768, 12, 12, patch=14, size=518, v2=True)
-dinov2_large = partial(ViT, 1024, 24, 16, patch=14, size=518, v2=True)
-dinov2_giant = partial(ViT, 1536, 40, 24, patch=14, size=518, v2=True, swiglu=True)
 vim_tiny = partial(Vim, 192, 24)
 vim_tiny_plus = partial(Vim, 384, 12)                        # Vim4Path's, not Vim's "tiny+"
 vim_small = partial(Vim, 384, 24)
@@ -1363,6 +1363,12 @@ vmamba_base = partial(VMamba, 128, (2, 2, 15, 2))
 vmamba_micro = partial(VMamba, 32, (1, 1, 1, 1))
 
 PRESETS = {name: f for name, f in list(globals().items()) if isinstance(f, partial)}
+# DINOv2 by the names of its files, dinov2_vits14 to dinov2_vitg14_reg (with registers)
+for letter, widths in (("s", (384, 12, 6)), ("b", (768, 12, 12)), ("l", (1024, 24, 16)),
+                       ("g", (1536, 40, 24))):
+    for ending, registers in (("", 0), ("_reg", 4)):
+        PRESETS[f"dinov2_vit{letter}14{ending}"] = partial(
+            ViT, *widths, patch=14, size=518, v2=True, registers=registers, swiglu=letter == "g")
 
 
 def make_backbone(arch, **settings):

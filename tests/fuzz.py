@@ -47,7 +47,7 @@ SMALL_DINO = ("--arch vit_micro --patch 8 --size 16 --local-size 8 --local-crops
 SMALL_CLIP = ("--size 16 --patch 8 --width 8 --set layers=1 --set joint=4 --set context=8 --epochs 1 "
               "--batch 8")
 SMALL_MIL = "--head gated --widths 4 --attention 2 --epochs 2 --min-epochs 1 --batch 4 --votes 1"
-SMALL_TUNE = "--weights vit_micro --size 16 --patch 8 --runs 1 --epochs 1"
+SMALL_TUNE = "--weights vit_micro@8 --size 16 --runs 1 --epochs 1"
 WEIGHTS = "--weights vit=vit_micro:random,clip=clip"
 
 # Command lines that make the inputs of the others, in this order.
@@ -55,7 +55,7 @@ MAKE = [
     "tissue --pictures 48 --size 16 --out tissue",
     f"dino --images pics {SMALL_DINO} --out dino",
     f"clip --images tissue/tissue.npz {SMALL_CLIP} --out clip",
-    f"extract --images tissue/tissue.npz {WEIGHTS} --last 1 --size 16 --out feats.npz",
+    f"extract --images tissue/tissue.npz {WEIGHTS} --size 16 --out feats.npz",
     f"sparc --data f.npz {FIT} --out sparc",
     f"sae --data f.npz --stream x {FIT} --out sae",
     f"sae --data tok.npz --norm none {FIT} --out tokens",
@@ -105,7 +105,7 @@ CASES = [case.split() for case in [
     f"dino --images pics {SMALL_DINO} --out o",
     f"dino --images pics {SMALL_DINO} --resume --out dino",
     "extract --images pics --weights d=dino --out o.npz",
-    f"extract --images tissue/tissue.npz {WEIGHTS},lsa=lsa:2 --last 1 --size 16 --out o.npz",
+    f"extract --images tissue/tissue.npz {WEIGHTS},lsa=lsa:2 --size 16 --out o.npz",
     "extract --images voc --weights d=dino --tokens --out o.npz",
     "extract --images tiles/slide.npz --weights v=tuned/v.pt --size 16 --out o.npz",
     "probe --data f.npz --json o.json",

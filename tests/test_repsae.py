@@ -813,6 +813,48 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
     assert np.load(tmp_path / "t.npz")["vim"].shape == (34, 4, 96)
 
 
+def test_released_dinov2_files_are_seen_at_224_pixels_by_their_last_class_token(pictures, tmp_path, capsys):
+    import ssm
+    made = ssm.make_backbone("dinov2_vits14_reg").eval()
+    with torch.no_grad():
+        made.register_tokens.normal_()
+        made.cls_token.normal_()
+    torch.save({k: v.half() for k, v in made.state_dict().items()}, tmp_path / "dinov2_vits14_reg4_pretrain.pth")
+    spec = f"dino=dinov2_vits14_reg:{tmp_path / 'dinov2_vits14_reg4_pretrain.pth'}"
+    few = data.read_images(pictures).take([0, 30])
+    np.savez(tmp_path / "few.npz", images=np.array([os.path.abspath(p) for p in few.paths]))
+    run("extract", "--images", tmp_path / "few.npz", "--weights", spec, "--out", tmp_path / "f.npz")
+    made.load_state_dict({k: v.half().float() for k, v in made.state_dict().items()})
+    x = torch.stack([data.plain_view(224)(data.open_image(p)) for p in few.paths])
+    with torch.no_grad():
+        expected = made.blocks_out(x)[0][-1][:, 0]
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "f.npz")["dino"]), expected, rtol=1e-4, atol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    assert "1 unexpected: register_tokens" in error(capsys, "extract", "--images", pictures, "--weights", spec.replace("_reg:", ":"),
+                                                    "--out", tmp_path / "g.npz")
+
+
+def test_a_models_patch_and_size_stand_behind_its_name(pictures, tmp_path, capsys):
+    import ssm
+    run("extract", "--images", pictures, "--weights", "a=vit_micro@4x16:random,b=vit_micro@4:random", "--size", 24, "--seed", 3, "--out",
+        tmp_path / "f.npz")
+    found, images = np.load(tmp_path / "f.npz"), data.read_images(pictures)
+    for name, side in (("a", 16), ("b", 24)):
+        torch.manual_seed(3)
+        model = ssm.vit_micro(patch=4, size=side).eval()
+        with torch.no_grad():
+            expected = model(images.views(range(5), side))
+        torch.testing.assert_close(torch.from_numpy(found[name][:5]), expected, rtol=1e-4, atol=1e-5)
+    run("finetune", "--images", pictures, "--weights", "a=vit_micro@8:random,b=vit_micro@4x8:random", "--size", 16, "--runs", 1,
+        "--epochs", 1, "--out", tmp_path / "r")
+    for name, patch, tokens in (("a", 8, 4), ("b", 4, 4)):   # 16 / 8 and 8 / 4 a side
+        kept = torch.load(tmp_path / "r" / f"{name}.pt", weights_only=True)
+        assert kept["patch"] == patch and kept["model"]["pos_embed"].shape[1] == 1 + tokens
+    for spec in ("a=vit_micro@:random", "a=vit_micro@0:random", "a=vit_micro@8x:random", "vit_micro@x16"):
+        assert "after an arch @patch or @patchxsize" in error(capsys, "extract", "--images", pictures, "--weights", spec,
+                                                              "--out", tmp_path / "g.npz")
+
+
 @pytest.mark.parametrize("argv, message", [
     (["dino"], "--images is missing"), (["dino", "--images", "/no/such"], "no folder /no/such"),
     (["dino", "--images", "{p}", "--arch", "vgg"], "vgg is no backbone - take one of vit_tiny"),
@@ -944,7 +986,7 @@ def slides(tmp_path_factory):
     for i in range(12):
         out = root / "bags" / ("tumour" if i % 2 else "normal")
         out.mkdir(parents=True, exist_ok=True)
-        run("extract", "--images", root / "tiles" / f"s{i}.npz", "--weights", "f=vit_micro:random", "--size", 32, "--last", 1,
+        run("extract", "--images", root / "tiles" / f"s{i}.npz", "--weights", "f=vit_micro:random", "--size", 32,
             "--out", out / f"s{i}.npz")
     return root
 
@@ -1434,7 +1476,7 @@ def world(tmp_path_factory):
     run("tissue", "--pictures", 240, "--size", 32, "--out", at / "tissue")
     run("clip", "--images", at / "tissue" / "tissue.npz", "--size", 32, "--width", 32, "--set", "layers=2", "--set", "joint=16", "--epochs", 25,
         "--batch", 32, "--lr", 2e-3, "--out", at / "clip")
-    run("extract", "--images", at / "tissue" / "tissue.npz", "--weights", f"vit=vit_micro:random,clip={at / 'clip'}", "--last", 1,
+    run("extract", "--images", at / "tissue" / "tissue.npz", "--weights", f"vit=vit_micro:random,clip={at / 'clip'}",
         "--size", 32, "--out", at / "feats.npz")
     run("sparc", "--data", at / "feats.npz", "--latents", 48, "--k", 6, "--batch", 32, "--lr", 3e-3, "--epochs", 30, "--norm",
         "standard", "--out", at / "run")
@@ -1543,6 +1585,22 @@ def test_a_released_clip_becomes_a_run_in_our_units_of_pixels(world, tmp_path, c
         words = data.Merges(merges)
         tokens = words([str(c) for c in z["captions"][:3]], 12)
         torch.testing.assert_close(torch.from_numpy(z["o_txt"][:3]), model.encode_text(tokens), rtol=1e-3, atol=1e-4)
+    assert "nothing tells the activation of" in capsys.readouterr().err
+    told = {"model_cfg": {"embed_dim": 16}, "preprocess_cfg": {"mean": [.5, .4, .3], "std": [.2, .3, .4]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(told))            # plain GELU, and pixels of its own
+    run("clip", "--weights", tmp_path / "c.pt", "--merges", tmp_path / "m.txt", "--out", tmp_path / "g")
+    run("extract", "--images", world / "tissue" / "tissue.npz", "--weights", f"o={tmp_path / 'g'}", "--out", tmp_path / "g.npz")
+    plain = ssm.clip_from_state(model.state_dict(), quick=False).eval()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in told["preprocess_cfg"].values())
+    with torch.no_grad():
+        found, expected = torch.from_numpy(np.load(tmp_path / "g.npz")["o_img"][:3]), plain.visual((pixels - mean) / std)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert "nothing tells" not in capsys.readouterr().err and (found - torch.from_numpy(z["o_img"][:3])).abs().max() > 0.01
+    for text in ("{", "[]", '{"model_cfg": 3}', '{"model_cfg": {}, "preprocess_cfg": {"mean": [1, 2]}}'):
+        (tmp_path / "open_clip_config.json").write_text(text)
+        assert "open_clip_config.json is not a readable" in error(capsys, "clip", "--weights", tmp_path / "c.pt", "--merges",
+                                                                  tmp_path / "m.txt", "--out", tmp_path / "x")
+    (tmp_path / "open_clip_config.json").unlink()
     (tmp_path / "short.txt").write_text("\n".join(["#version", *merges[:-1]]))
     for argv, message in ((("--merges", tmp_path / "short.txt"), "makes 536 tokens"), ((), "--merges is missing"),
                           (("--merges", tmp_path / "none.txt"), "no file or folder")):
@@ -1679,7 +1737,7 @@ def test_the_demo_finds_its_figures_in_what_commands_write(world, tokens, token_
         "--out", at / "finetune")
     run("mil", "--data", bags, "--head", "clam_sb,abmil", *QUICK_MIL, "--epochs", 1, "--instances", 1, "--out", at / "mil")
     weights = "dino_vit=vit_micro:random,dino_vim=vim_micro:random,random_vit=vit_micro:random,random_vim=vim_micro:random"
-    run("extract", "--images", tissue, "--weights", weights, "--last", 1, "--size", 16, "--out", at / "views.npz")
+    run("extract", "--images", tissue, "--weights", weights, "--size", 16, "--out", at / "views.npz")
     run("probe", "--data", at / "views.npz", "--only", "fibroblast,goblet cell", "--json", at / "views.json")
     for link, name in (("segment_local", "segment"), ("mammo_before", "mammo_tuned"), ("few", "mammo_tuned"),
                        *((f"mil_{side}_{arch}", "mil") for side in ("64", "32") for arch in ("vit", "vim")),

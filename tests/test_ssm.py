@@ -327,6 +327,37 @@ def test_dinov2_tokens_and_gradients_are_the_authors(variant, golden):
         same(torch.autograd.grad(total, x)[0], torch.from_numpy(z[f"grad.{key}.x"]), 1e-5)
 
 
+@pytest.mark.parametrize("letter, widths, n", [
+    ("s", (384, 12, 6), 22_056_576), ("b", (768, 12, 12), 86_580_480), ("l", (1024, 24, 16), 304_368_640), ("g", (1536, 40, 24), None)])
+def test_dinov2_presets_have_the_names_and_shapes_of_the_released_files(letter, widths, n):
+    """Their keys, written out: hub files name blocks.0 to blocks.N, and hold a mask token."""
+    d, depth, heads = widths
+    hidden = 4096 if letter == "g" else 4 * d
+    block = {"norm1.weight": (d,), "norm1.bias": (d,), "attn.qkv.weight": (3 * d, d), "attn.qkv.bias": (3 * d,), "attn.proj.weight": (d, d),
+             "attn.proj.bias": (d,), "ls1.gamma": (d,), "norm2.weight": (d,), "norm2.bias": (d,), "ls2.gamma": (d,)}
+    block |= {"mlp.w12.weight": (2 * hidden, d), "mlp.w12.bias": (2 * hidden,), "mlp.w3.weight": (d, hidden), "mlp.w3.bias": (d,)} \
+        if letter == "g" else {"mlp.fc1.weight": (hidden, d), "mlp.fc1.bias": (hidden,), "mlp.fc2.weight": (d, hidden), "mlp.fc2.bias": (d,)}
+    expected = {"cls_token": (1, 1, d), "pos_embed": (1, 1370, d), "mask_token": (1, d), "patch_embed.proj.weight": (d, 3, 14, 14),
+                "patch_embed.proj.bias": (d,), "norm.weight": (d,), "norm.bias": (d,)}
+    weights = [sum(map(np.prod, shapes.values())) for shapes in (expected, block)]
+    assert n in (None, weights[0] + depth * weights[1])      # as counted in the files
+    expected |= {f"blocks.0.{k}": v for k, v in block.items()}
+    for ending, more in (("", {}), ("_reg", {"register_tokens": (1, 4, d)})):
+        preset = ssm.PRESETS[f"dinov2_vit{letter}14{ending}"]
+        model = preset.func(d, 1, heads, **preset.keywords)  # one block, as all are alike
+        assert preset.args == widths and model.blocks[0].attn.heads == heads
+        assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == {**expected, **more}
+
+
+def test_tokens_of_an_earlier_block_are_its_residual_stream_and_of_the_last_its_norm():
+    model, x, kept = ssm.vit_micro().eval(), torch.randn(2, 3, 32, 32), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, i, o: kept.append(o))
+    (last, grid), (second, _) = model.features(x, tokens=True), model.features(x, tokens=True, last=2)
+    assert grid == (4, 4) and torch.equal(second, kept[2][:, 1:]) and torch.equal(last, model.norm(kept[3])[:, 1:])
+    assert torch.equal(model.features(x, last=2), torch.cat([model.norm(kept[2])[:, 0], model.norm(kept[3])[:, 0]], 1))
+
+
 # -- Vim ---------------------------------------------------------------------------------------------------------------
 
 def test_vim_blocks_mixer_and_gradients_are_the_authors(golden):
@@ -994,6 +1025,9 @@ def test_a_clip_has_openais_names_and_shapes_and_such_a_file_loads():
     state = {**model.half().state_dict(), "input_resolution": torch.tensor(224)}
     again = ssm.clip_from_state(state)
     assert again.config == model.config
+    block, x = ssm.clip_from_state(state, quick=False).visual.transformer.resblocks[0], torch.randn(2, 5, 768)
+    between = x + block.attn(block.ln_1(x))                  # open_clip's own models: the exact GELU
+    same(block(x), between + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(between)))), 1e-5)
     with pytest.raises(ssm.InputError, match="not the weights of a CLIP"):
         ssm.clip_from_state({"visual.conv1.weight": torch.zeros(2, 3, 4, 4)})
 

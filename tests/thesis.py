@@ -80,19 +80,19 @@ STAGES = {
         "explain {tissue} --weights vit=./dino_vit,vim=./dino_vim --most 6 --out ./cam"]),
     "3. Linear evaluation": ("3.2.3, Tables 3.6; 3.8: at half the magnification.", [
         "extract {tissue} --weights {both},random_vit=vit_micro:random,random_vim=vim_micro:random "
-        "--last 1 --size {side} --standardise --out ./views_{side}.npz",
+        "--size {side} --standardise --out ./views_{side}.npz",
         "probe --data ./views_{side}.npz --json ./views_{side}.json"]),
     "4. Four streams": ("5.3.1: a small CLIP, and features by every encoder.", [
         "clip {tissue} --epochs {clip_epochs} --out ./clip",
-        "extract {tissue} --weights {both},clip=./clip --last 1 --out ./feats.npz"]),
+        "extract {tissue} --weights {both},clip=./clip --out ./feats.npz"]),
     "5. Patients as bags": ("Table 3.5; 3.7: at half the magnification.", [
-        "extract --images ./tissue/patients.npz --weights {both} --last 1 --size {side} "
+        "extract --images ./tissue/patients.npz --weights {both} --size {side} "
         "--out ./patients_{side}.npz",
         "mil --data ./patients_{side}.npz --stream dino_{a} --folds 5 --head abmil,clam_sb {mil} "
         "--out ./mil_{side}_{a}"]),
     "6. Slides": ("3.2.2: tiles of tissue, their features, what a head attends to.", [
         "tile --images ./tissue/slides --size 64 --out ./tiles",
-        "extract --images ./tiles --weights dino_vim=./dino_vim --last 1 --out ./slides.npz",
+        "extract --images ./tiles --weights dino_vim=./dino_vim --out ./slides.npz",
         "mil --data ./slides.npz --head abmil {mil} --out ./mil_slides"]),
     "7. Transfer": ("Tables 3.4, 3.9-3.11; ours is a pre-trained ViT beside them.", [
         "finetune {tissue} --label 'tumour cell' --split given --weights vit_micro,vim_micro,"
@@ -109,7 +109,7 @@ STAGES = {
     "12. Other sets of models": ("sparc.txt Tables 6-13; two only count words.", [
         "clip {tissue} --width 64 --set 'layers=3 joint=48' --epochs {clip_epochs} --out ./small",
         "extract {tissue} --weights {both},clip=./clip,small=./small,words=lsa:1,pairs=lsa:2 "
-        "--last 1 --out ./eight.npz",
+        "--out ./eight.npz",
         f"sweep --over 'streams={','.join(SETS.values())} topk=global,local' "
         "--data ./eight.npz {code} --out ./sweep_streams"]),
     "13. Back to pixels and words": ("5.4.4, Table 5.4, A.3, A.4: heat maps.", [
@@ -122,7 +122,7 @@ STAGES = {
         "retrieve {shared} --query 'several tumour cells and a mitosis' "
         "--encoder ./clip --from clip_txt --to dino_vit --out ./retrieve_words",
         "tissue --pictures 40 --out ./elsewhere --seed 1{seed}",
-        "extract --images ./elsewhere/tissue.npz --weights dino_vit=./dino_vit --last 1 "
+        "extract --images ./elsewhere/tissue.npz --weights dino_vit=./dino_vit "
         "--out ./elsewhere.npz",
         "retrieve {shared} --features ./elsewhere.npz --sample 3 --from dino_vit "
         "--to clip_txt --out ./retrieve_elsewhere"]),
