@@ -2533,11 +2533,9 @@ def perform(run, flags):
     for name in flags:                                       # before hours of work, not after
         if flags[name] and name in FLAGS and FLAGS[name][1] == "file":
             out_file(flags, name)
-    with contextlib.ExitStack() as mute:
-        if RANK:
-            nowhere = mute.enter_context(open(os.devnull, "w"))
-            mute.enter_context(contextlib.redirect_stdout(nowhere))
-            mute.enter_context(contextlib.redirect_stderr(nowhere))
+    with (open(os.devnull, "w") as nowhere,
+          contextlib.redirect_stdout(nowhere if RANK else sys.stdout),
+          contextlib.redirect_stderr(nowhere if RANK else sys.stderr)):
         figures = run(flags)
     if flags.get("json"):
         judge.write_json(flags.json, figures)
