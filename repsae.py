@@ -2432,8 +2432,7 @@ def parse(argv):
     """argv -> (command function, Flags). argparse finds the words, `value_of` what they mean."""
     parser = Parser(prog="repsae", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    subs = parser.add_subparsers(dest="command", metavar="command", required=True,
-                                 parser_class=Parser)
+    subs = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, each in COMMANDS.items():
         add_command(subs, name, each)
     refuse(any("\0" in word for word in argv or ()),         # no file can be named so
