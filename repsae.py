@@ -1249,8 +1249,13 @@ def cmd_add(flags):
     For RUN also stands a file of codes that encode wrote: whoever has neither its models nor its
     features joins it by the codes of samples that both have, and gets a run of the stream alone."""
     run = Run(flags)
-    if os.path.isfile(run.flags.run):
-        return add_to_codes(run)
+    if os.path.isfile(run.flags.run):                        # of codes, whose split counts
+        check_needed(run.flags, "data")
+        usual = {name.replace("-", "_"): FLAGS[name][0] for name in f"{CODE} {SHARED} seed".split()}
+        flags = Flags({**usual, "world": "planted", "streams": run.flags.stream, **run.flags})
+        features, latents, k = data.with_codes(read_to_train(flags), flags.run)
+        run.flags = flags.replaced({"latents": latents, "k": k})
+        return judged(run, features)
     if not run.saved:
         old, _, _ = sae.load(os.path.join(flags.run, "checkpoint.pt"))
         own, new = old.config, flags.stream
@@ -1262,17 +1267,6 @@ def cmd_add(flags):
             "streams": ",".join([*own["dims"], new])})
     features = read_to_train(run.flags)
     refuse(run.flags.stream not in features.dims, "--stream names one stream - add one by one")
-    judged(run, features)
-
-
-def add_to_codes(run):
-    """`add` to a file of codes, whose split counts."""
-    flags = run.flags
-    check_needed(flags, "data")
-    usual = {name.replace("-", "_"): FLAGS[name][0] for name in f"{CODE} {SHARED} seed".split()}
-    flags = Flags({**usual, "world": "planted", "streams": flags.stream, **flags})
-    features, latents, k = data.with_codes(read_to_train(flags), flags.run)
-    run.flags = flags.replaced({"latents": latents, "k": k})
     judged(run, features)
 
 
