@@ -891,9 +891,8 @@ def measure(model, features, flags):
         out["linear_baseline"] = judge.linear_baseline(*seen, model.streams)
     if several and features.lacks:
         here = {s: features.has(s, rows) for s in model.streams}
-        out["samples"] = {" / ".join(names): int(np.logical_and.reduce(
-            [here[s] for s in names]).sum()) for n in (1, 2)
-            for names in itertools.combinations(here, n)}
+        out["samples"] = {" / ".join(names): int(np.all([here[s] for s in names], 0).sum())
+                          for n in (1, 2) for names in itertools.combinations(here, n)}
     if features.truth:
         found = {s: model.dictionary(s).cpu().numpy() for s in model.streams}
         out["recovery"] = judge.recovery(found, features.truth)
@@ -1126,9 +1125,8 @@ class Coded:
         """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
         `dense` (N, d), normalised features, the mean over tokens, `groups` (N,), and `W` (L, d)
         and `b` (d,), dictionary and bias."""
-        way = "--stream" if "stream" in self.flags else "--streams a,b"
-        refuse(len(self.features.streams) > 1,
-               f"{self.run} has {', '.join(self.features.streams)} - pick one with {way}")
+        refuse(len(self.features.streams) > 1, f"{self.run} has {', '.join(self.features.streams)}"
+               f" - pick one with --stream{'' if 'stream' in self.flags else 's a,b'}")
         (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
         whole_samples = T * max(1, 4096 // T)                # tokens in a block
         for x, codes in sae.encoded(self.model, self.flat.batch, np.arange(N * T), "alone",
@@ -2113,8 +2111,7 @@ def measured_maps(seen, page):
         if seen.model.topk != "local":
             measure(f"{name}, similarity to the name, joint", backbone,
                     functools.partial(together, s))
-    measure(f"{seen.clip}, raw similarity", seen.encoder,
-            judge.weighted_code(unit, unit(prompts)))
+    measure(f"{seen.clip}, raw similarity", seen.encoder, judge.weighted_code(unit, unit(prompts)))
     page.table(*judge.columns([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
                                for name, v in found.items()]),
                "Segmentation by heat maps: of the labels that are there, as published, and of all",
@@ -2338,9 +2335,8 @@ def cmd_finetune(flags):
         out = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
         with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
             out = model(out)                                 # sizes that do not fit fail here
-        refuse(not isinstance(out, torch.Tensor) or out.shape != (1, C),
-               f"{name} does not classify pictures of {flags.size} pixels - choose another "
-               "--size, or another model")
+        refuse(not isinstance(out, torch.Tensor) or out.shape != (1, C), f"{name} does not "
+               f"classify pictures of {flags.size} pixels - choose another --size or another model")
         specs[name], sizes[name] = spec, sum(p.numel() for p in model.parameters())
     rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
               for r in range(n)]
