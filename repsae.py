@@ -989,13 +989,11 @@ def compared(run, changes, tell):
         # sizes that do not fit fail before anything is written, and what torch loads for its first
         # optimiser is in no trial's seconds
         sae.make_optimiser(sae.SPARC(mine.dims, trial.latents, trial.k))
-        ones = {name: trial}
-        if seeds > 1:
-            ones = groups[name] = {
-                f"{name}_seed{n}".lstrip("_"): trial.replaced({"seed": n, "seeds": 1})
-                for n in range(flags.seed, flags.seed + seeds)}
-        for one, how in ones.items():
-            trials[one] = how, mine if how.seed == trial.seed else read_to_train(how)
+        for n in range(trial.seed, trial.seed + seeds):
+            how = trial.replaced({"seed": n, "seeds": 1}) if seeds > 1 else trial
+            one = f"{name}_seed{n}".lstrip("_") if seeds > 1 else name
+            trials[one] = how, mine if n == trial.seed else read_to_train(how)
+            groups.setdefault(name, []).append(one)
     run.flags = flags
     run.begin(data_hash=features.hash)
     page = judge.Page(f"repsae {flags.command}: {os.path.basename(run.folder)}")
@@ -1004,10 +1002,10 @@ def compared(run, changes, tell):
         began = time.time()
         results[name], shown[name] = judged(run.part(name, trial), mine, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    whole = {name: judge.over_seeds([results[one] for one in group])
-             for name, group in groups.items()}
-    chart, (same, rows, _) = tell(page, whole or results), next(iter(shown.values()))
-    if groups and flags.data:                                # made-up data each seed draws anew
+    whole = results if seeds == 1 else {
+        name: judge.over_seeds([results[one] for one in group]) for name, group in groups.items()}
+    chart, (same, rows, _) = tell(page, whole), next(iter(shown.values()))
+    if seeds > 1 and flags.data:                             # made-up data each seed draws anew
         judge.tell_stability(page, {name: [shown[one][2] for one in group]
                                     for name, group in groups.items()})
     parts = {name: part for name, (one, _, part) in shown.items() if one is same}
