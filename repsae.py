@@ -514,13 +514,12 @@ def read_config(folder):
     """config.json of a run: a dict of dicts "flags", of their kinds, and "versions", and the list
     "files", its manifest."""
     path = os.path.join(folder, "config.json")
-    config, kinds = data.read_json(path), {"flags": dict, "versions": dict, "files": list}
-    whole = isinstance(config, dict) and all(isinstance(config.get(key), kind)
-                                             for key, kind in kinds.items())
-    refuse(not whole or not all(isinstance(name, str) and plain(name) for name in config["files"]),
-           f"{path} is no config of a run - restore it, or train anew elsewhere")
-    check_kinds(config["flags"], path)
-    return config
+    match config := data.read_json(path):
+        case {"flags": dict(flags), "versions": dict(), "files": list(files)} if all(
+                isinstance(name, str) and plain(name) for name in files):
+            check_kinds(flags, path)
+            return config
+    raise InputError(f"{path} is no config of a run - restore it, or train anew elsewhere")
 
 
 def check_kinds(values, path):
