@@ -515,13 +515,12 @@ def read_config(folder):
     """config.json of a run: a dict of dicts "flags", of their kinds, and "versions", and the list
     "files", its manifest."""
     path = os.path.join(folder, "config.json")
-    config, kinds = data.read_json(path), {"flags": dict, "versions": dict, "files": list}
-    whole = isinstance(config, dict) and all(isinstance(config.get(key), kind)
-                                             for key, kind in kinds.items())
-    refuse(not whole or not all(isinstance(name, str) and plain(name) for name in config["files"]),
-           f"{path} is no config of a run - restore it, or train anew elsewhere")
-    check_kinds(config["flags"], path)
-    return config
+    match config := data.read_json(path):
+        case {"flags": dict(flags), "versions": dict(), "files": list(files)} if all(
+                isinstance(name, str) and plain(name) for name in files):
+            check_kinds(flags, path)
+            return config
+    raise InputError(f"{path} is no config of a run - restore it, or train anew elsewhere")
 
 
 def check_kinds(values, path):
@@ -892,9 +891,8 @@ def measure(model, features, flags):
         out["linear_baseline"] = judge.linear_baseline(*seen, model.streams)
     if several and features.lacks:
         here = {s: features.has(s, rows) for s in model.streams}
-        out["samples"] = {" / ".join(names): int(np.logical_and.reduce(
-            [here[s] for s in names]).sum()) for n in (1, 2)
-            for names in itertools.combinations(here, n)}
+        out["samples"] = {" / ".join(names): int(np.all([here[s] for s in names], 0).sum())
+                          for n in (1, 2) for names in itertools.combinations(here, n)}
     if features.truth:
         found = {s: model.dictionary(s).cpu().numpy() for s in model.streams}
         out["recovery"] = judge.recovery(found, features.truth)
@@ -991,13 +989,11 @@ def compared(run, changes, tell):
         # sizes that do not fit fail before anything is written, and what torch loads for its first
         # optimiser is in no trial's seconds
         sae.make_optimiser(sae.SPARC(mine.dims, trial.latents, trial.k))
-        ones = {name: trial}
-        if seeds > 1:
-            ones = groups[name] = {
-                f"{name}_seed{n}".lstrip("_"): trial.replaced({"seed": n, "seeds": 1})
-                for n in range(flags.seed, flags.seed + seeds)}
-        for one, how in ones.items():
-            trials[one] = how, mine if how.seed == trial.seed else read_to_train(how)
+        for n in range(trial.seed, trial.seed + seeds):
+            how = trial.replaced({"seed": n, "seeds": 1}) if seeds > 1 else trial
+            one = f"{name}_seed{n}".lstrip("_") if seeds > 1 else name
+            trials[one] = how, mine if n == trial.seed else read_to_train(how)
+            groups.setdefault(name, []).append(one)
     run.flags = flags
     run.begin(data_hash=features.hash)
     page = judge.Page(f"repsae {flags.command}: {os.path.basename(run.folder)}")
@@ -1006,10 +1002,10 @@ def compared(run, changes, tell):
         began = time.time()
         results[name], shown[name] = judged(run.part(name, trial), mine, quiet=True)
         results[name]["seconds"] = round(time.time() - began, 2)
-    whole = {name: judge.over_seeds([results[one] for one in group])
-             for name, group in groups.items()}
-    chart, (same, rows, _) = tell(page, whole or results), next(iter(shown.values()))
-    if groups and flags.data:                                # made-up data each seed draws anew
+    whole = results if seeds == 1 else {
+        name: judge.over_seeds([results[one] for one in group]) for name, group in groups.items()}
+    chart, (same, rows, _) = tell(page, whole), next(iter(shown.values()))
+    if seeds > 1 and flags.data:                             # made-up data each seed draws anew
         judge.tell_stability(page, {name: [shown[one][2] for one in group]
                                     for name, group in groups.items()})
     parts = {name: part for name, (one, _, part) in shown.items() if one is same}
@@ -1127,9 +1123,8 @@ class Coded:
         """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
         `dense` (N, d), normalised features, the mean over tokens, `groups` (N,), and `W` (L, d)
         and `b` (d,), dictionary and bias."""
-        way = "--stream" if "stream" in self.flags else "--streams a,b"
-        refuse(len(self.features.streams) > 1,
-               f"{self.run} has {', '.join(self.features.streams)} - pick one with {way}")
+        refuse(len(self.features.streams) > 1, f"{self.run} has {', '.join(self.features.streams)}"
+               f" - pick one with --stream{'' if 'stream' in self.flags else 's a,b'}")
         (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
         whole_samples = T * max(1, 4096 // T)                # tokens in a block
         for x, codes in sae.encoded(self.model, self.flat.batch, np.arange(N * T), "alone",
@@ -1250,8 +1245,13 @@ def cmd_add(flags):
     For RUN also stands a file of codes that encode wrote: whoever has neither its models nor its
     features joins it by the codes of samples that both have, and gets a run of the stream alone."""
     run = Run(flags)
-    if os.path.isfile(run.flags.run):
-        return add_to_codes(run)
+    if os.path.isfile(run.flags.run):                        # of codes, whose split counts
+        check_needed(run.flags, "data")
+        usual = {name.replace("-", "_"): FLAGS[name][0] for name in f"{CODE} {SHARED} seed".split()}
+        flags = Flags({**usual, "world": "planted", "streams": run.flags.stream, **run.flags})
+        features, latents, k = data.with_codes(read_to_train(flags), flags.run)
+        run.flags = flags.replaced({"latents": latents, "k": k})
+        return judged(run, features)
     if not run.saved:
         old, _, _ = sae.load(os.path.join(flags.run, "checkpoint.pt"))
         own, new = old.config, flags.stream
@@ -1263,17 +1263,6 @@ def cmd_add(flags):
             "streams": ",".join([*own["dims"], new])})
     features = read_to_train(run.flags)
     refuse(run.flags.stream not in features.dims, "--stream names one stream - add one by one")
-    judged(run, features)
-
-
-def add_to_codes(run):
-    """`add` to a file of codes, whose split counts."""
-    flags = run.flags
-    check_needed(flags, "data")
-    usual = {name.replace("-", "_"): FLAGS[name][0] for name in f"{CODE} {SHARED} seed".split()}
-    flags = Flags({**usual, "world": "planted", "streams": flags.stream, **flags})
-    features, latents, k = data.with_codes(read_to_train(flags), flags.run)
-    run.flags = flags.replaced({"latents": latents, "k": k})
     judged(run, features)
 
 
@@ -1311,10 +1300,9 @@ def outsiders(coded):
         known |= {key.removesuffix("_indices") for key in data.Source(joined["run"]).keys}
     rows = evaluation_rows(coded.features, coded.flags, "test", "val")
     for s in [s for s in data.Source(path).streams if s not in known]:
-        with contextlib.suppress(data.InputError):
-            seen = data.read_features(path, [s], None, coded.flags.seed)
-            if not seen.tokens:
-                found[s] = seen.batch(rows)[s].numpy()
+        with contextlib.suppress(data.InputError):           # nor does a stream of tokens
+            seen = data.read_features(path, [s], None, coded.flags.seed, most=2)
+            found[s] = seen.batch(rows)[s].numpy()
     return found
 
 
@@ -2141,8 +2129,7 @@ def measured_maps(seen, page):
         if seen.model.topk != "local":
             measure(f"{name}, similarity to the name, joint", backbone,
                     functools.partial(together, s))
-    measure(f"{seen.clip}, raw similarity", seen.encoder,
-            judge.weighted_code(unit, unit(prompts)))
+    measure(f"{seen.clip}, raw similarity", seen.encoder, judge.weighted_code(unit, unit(prompts)))
     page.table(*judge.columns([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
                                for name, v in found.items()]),
                "Segmentation by heat maps: of the labels that are there, as published, and of all",
@@ -2366,9 +2353,8 @@ def cmd_finetune(flags):
         out = torch.zeros(1, 3, model.side, model.side, device=flags.device)
         with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
             out = model(out)                                 # sizes that do not fit fail here
-        refuse(not isinstance(out, torch.Tensor) or out.shape != (1, C),
-               f"{name} does not classify pictures of {model.side} pixels - choose another "
-               "size, or another model")
+        refuse(not isinstance(out, torch.Tensor) or out.shape != (1, C), f"{name} does not "
+               f"classify pictures of {model.side} pixels - choose another size or another model")
         specs[name], sizes[name] = spec, sum(p.numel() for p in model.parameters())
     rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
               for r in range(n)]
@@ -2456,8 +2442,7 @@ def parse(argv):
     """argv -> (command function, Flags). argparse finds the words, `value_of` what they mean."""
     parser = Parser(prog="repsae", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    subs = parser.add_subparsers(dest="command", metavar="command", required=True,
-                                 parser_class=Parser)
+    subs = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, each in COMMANDS.items():
         add_command(subs, name, each)
     refuse(any("\0" in word for word in argv or ()),         # no file can be named so
@@ -2557,11 +2542,9 @@ def perform(run, flags):
     for name in flags:                                       # before hours of work, not after
         if flags[name] and name in FLAGS and FLAGS[name][1] == "file":
             out_file(flags, name)
-    with contextlib.ExitStack() as mute:
-        if RANK:
-            nowhere = mute.enter_context(open(os.devnull, "w"))
-            mute.enter_context(contextlib.redirect_stdout(nowhere))
-            mute.enter_context(contextlib.redirect_stderr(nowhere))
+    with (open(os.devnull, "w") as nowhere,
+          contextlib.redirect_stdout(nowhere if RANK else sys.stdout),
+          contextlib.redirect_stderr(nowhere if RANK else sys.stderr)):
         figures = run(flags)
     if flags.get("json"):
         judge.write_json(flags.json, figures)
