@@ -93,8 +93,7 @@ def label_counts(code, labels, top=TOP, known=slice(None)):
     """How often each label occurs among each latent's `top` samples (all active ones if None):
     counts (L, C), and the number of samples behind them (L,), 0 where a latent is not active.
     labels (n, C) bool; known (n,) bool: the samples that count, those that were labelled."""
-    best = top_samples(code[known], top)
-    best.data[:] = 1
+    best = top_samples(code[known], top).astype(bool)
     return best @ labels[known].astype(np.int32), np.diff(best.indptr)
 
 
