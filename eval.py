@@ -1904,10 +1904,8 @@ def concept_latents(codes, labels, least=50, known=slice(None)):
 
 def indicator(latents, n_latents):
     """(C, L) of 0 and 1: which of the L latents are in each of C lists."""
-    out = torch.zeros(len(latents), n_latents)
-    for row, own in zip(out, latents):
-        row[own] = 1
-    return out
+    found = [np.isin(np.arange(n_latents), own) for own in latents]
+    return torch.from_numpy(np.reshape(found, (-1, n_latents)).astype(np.float32))
 
 
 def weighted_code(code, weight):
