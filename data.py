@@ -848,13 +848,11 @@ def _caption(kinds, ground, mucin, rng):
     found = []
     for k, many in Counter(kinds.tolist()).items():
         name = CELLS[k][0]
-        if rng.random() >= .85:
-            continue
-        if many == 1:
-            found.append(f"{pick('an' if name[0] == 'e' else 'a', 'one')} {name}")
-        else:
-            plural = "mitoses" if name == "mitosis" else name + "s"
-            found.append(f"{pick(('two', 'three', 'four')[many - 2], 'several')} {plural}")
+        numbers = "an" if name[0] == "e" else "a", "two", "three", "four"
+        plural = "mitoses" if name == "mitosis" else name + "s"
+        if rng.random() < .85:
+            number = pick(numbers[many - 1], "one" if many == 1 else "several")
+            found.append(f"{number} {name if many == 1 else plural}")
     if mucin and rng.random() < .85:
         found.append(pick("mucin", "a pool of mucin"))
     place = ("pale stroma", "fibrous stroma", "fat vacuoles")[ground]
