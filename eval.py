@@ -1054,7 +1054,8 @@ def tell_stability(page, found):
     for name, runs in found.items():
         codes = runs[0]["codes"]["alone"].values()
         alive = np.stack([code.getnnz(axis=0) > 0 for code in codes], 1)
-        stable = runs[0]["stability"] = stability([run["dictionary"] for run in runs], alive)
+        stable = stability([run["dictionary"] for run in runs], alive)
+        runs[0]["stability"] = stable.round(5).tolist()
         parts = [stable[alive.sum(1) == m] for m in range(len(codes) + 1)]
         cells = {m: f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for m, v in enumerate(parts)}
         rows.append({"latents alive in so many streams": name or "cosine", **cells})
@@ -1211,9 +1212,7 @@ def _shown_run(run, rows, some, most):
     out = {"latents": len(unit), "streams": list(D), "codes": codes, "names": run["names"] or {},
            "near": nearest(unit, unit, 7)[0].tolist(), "curves": run.get("curves"), "null": null,
            "agreement": {"latents": overlap([code.T.tocsr() for code in alone], 5),
-                         "samples": overlap(alone)}}
-    if "stability" in run:
-        out["stability"] = run["stability"].round(5).tolist()
+                         "samples": overlap(alone)}, "stability": run.get("stability")}
     if null:                                                 # its activations as 400 of them
         out["null"] = {mode: [packed(np.quantile(np.r_[code.data, 0], np.linspace(0, 1, 400)))
                               for code in of.values()] for mode, of in null.items()}
@@ -1223,9 +1222,8 @@ def _shown_run(run, rows, some, most):
         return {**out, "edit": f"Left out: what it needs would take {numbers * 8 / 3e6:.1f} MB."}
     edit = {name: [packed(of[s]) for s in D] for name, of in (
         ("W", D), ("b", run["bias"]), ("x", run["seen"](rows[some])))}
-    if run["probe"]:
-        edit["probe"] = [[packed(v) for v in run["probe"][s]] for s in D]
-    return {**out, "edit": edit}
+    probe = run["probe"] and [[packed(v) for v in run["probe"][s]] for s in D]
+    return {**out, "edit": {**edit, "probe": probe}}
 
 
 def overlap(matrices, least=1):
