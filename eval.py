@@ -764,19 +764,6 @@ def _tick(v):
     return f"{v:,.0f}" if abs(v) >= 100 or v == int(v) else f"{v:.2g}"
 
 
-def standalone_svg(*charts):
-    """Inline charts that had something to draw, one below the other, as a file of their own."""
-    placed, top = "", 0
-    for chart in (chart for chart in charts if chart.startswith("<svg")):
-        h = int(re.search(r'viewBox="0 0 640 (\d+)"', chart)[1])
-        placed += chart.replace("<svg ", f'<svg y="{top}" width="640" height="{h}" ', 1)
-        top += h + 24
-    style = ("svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
-             ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}")
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {max(top, 1)}">'
-            f"<style>{style}</style>{placed}</svg>\n")
-
-
 def strips(found):
     """{heading: pictures, HTML}: those of each in a row below it."""
     return "".join(f'<h3>{html.escape(name)}</h3><div class="strip">{"".join(pictures)}</div>'
@@ -1065,7 +1052,7 @@ def tell_stability(page, found):
 
 def tell_sweep(page, results, axes):
     """Runs {name: metrics}, ordered as the product of axes {setting: values}: a table, Global
-    against Local TopK, R2 of sets of streams. Returns a chart along the first numbers, or None."""
+    against Local TopK, R2 of sets of streams, a chart along the first numbers."""
     errors = {"self NMSE": "NMSE self", "cross NMSE": "NMSE cross"}
     page.table(*runs_table(results, errors | SHOWN))
     heads = {name: {mode: headline(m[mode]) for mode in ("joint", "alone")
@@ -1085,7 +1072,7 @@ def tell_sweep(page, results, axes):
                      grid_row({mode: metrics[mode]["r2"] for mode in heads[name]}))
     along = next((k for k, v in axes.items() if len(v) > 1 and not isinstance(v[0], str)), None)
     if along is None:
-        return None
+        return
     curves = {}
     for modes, values in zip(heads.values(), itertools.product(*axes.values())):
         one = dict(zip(axes, values))
@@ -1093,9 +1080,7 @@ def tell_sweep(page, results, axes):
         for (mode, head), what in itertools.product(modes.items(), ("self", "cross")):
             line = ", ".join(map(str, [what, *one.values(), mode]))
             curves.setdefault(line, []).append((x, head[f"NMSE {what}"]))
-    chart = svg_lines(curves, along, "NMSE", [f"{v:g}" for v in axes[along]])
-    page.picture("", chart)
-    return chart
+    page.picture("", svg_lines(curves, along, "NMSE", [f"{v:g}" for v in axes[along]]))
 
 
 def tell_activations(page, results):
@@ -1584,15 +1569,6 @@ def bootstrap_auc(y, score, groups, rounds=1000, seed=0):
     return auc(y, score), *interval
 
 
-def in_boxes(boxes, grid):
-    """Which patches of a grid (rows, columns) have their centre in a box x0, y0, x1, y1, in shares
-    of the picture: (rows * columns,) bool."""
-    y, x = ((np.arange(n) + 0.5) / n for n in grid)
-    x0, y0, x1, y1 = np.reshape(boxes, (-1, 4)).T[..., None]                 # each (boxes, 1)
-    inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]
-    return inside.any(0).ravel()
-
-
 def localisation(latents, heats, truth, iou=0.25):
     """Average precision of the heat maps of latents as detectors of boxes (Mammo-SAE Table 2): a
     list of {"latent", "AP", "AP, pictures with boxes": on those alone}. heats: of each picture
@@ -1675,25 +1651,15 @@ def r2_both(x, x_hat):
             "uniform": float(np.mean(1 - wrong[varies] / spread[varies]))}
 
 
-def contrast(code, y):
-    """How much more active latents are where y (n,) holds, in standard deviations of each: (L,)."""
-    means = class_means(code, y)                             # of one class alone: no difference
-    return (means[-1] - means[0]) / deviations(code)
-
-
-def deviations(code):
-    """Standard deviation of each latent, (L,), of a CSR (n, L)."""
-    code = code.astype(float)                                # sums of float32 would be too coarse
-    square, mean = (np.ravel(v.mean(0)) for v in (code.multiply(code), code))
-    return np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
-
-
 def select_latents(code, y, n):
     """The n latents that tell the classes y (rows,) apart together, in order of choice (n,):
     orthogonal matching pursuit. To be called with training rows only. Each time the latent whose
     standardised column explains most of what is left of the classes' indicators is taken, among
     the 1,000 whose class means differ most, in standard deviations."""
-    differ = class_means(code, y).std(0) / deviations(code)
+    code = code.astype(float)                                # sums of float32 would be too coarse
+    square, mean = (np.ravel(v.mean(0)) for v in (code.multiply(code), code))
+    deviation = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
+    differ = class_means(code, y).std(0) / deviation
     few = np.sort(np.argsort(-differ, kind="stable")[:1000])
     Z, chosen = _standard_columns(code, few), []
     R = (y[:, None] == np.unique(y)).astype(float)
@@ -2021,16 +1987,15 @@ def map_scores(maps, asked, truth, otsu, silent=()):
 
 def map_gallery(maps, asked, names, picture):
     """Heat maps {method: {(picture, label): (h, w)}} as HTML, for each label a table of the pairs
-    `asked`, {(picture, label): is it there?}; and their overlays, {(picture, label, method): PIL
-    image}. picture(i) -> PIL image. Maps of zeros read "absent", or "silent" if it is there."""
-    drawn, parts = {}, []
+    `asked`, {(picture, label): is it there?}. picture(i) -> PIL image. Maps of zeros read "absent",
+    or "silent" if it is there."""
+    parts = []
 
     def cell(method, key):
         heat = maps[method].get(key)
         if heat is None or not heat.max() > 0:
             return "no latents" if heat is None else "silent" if asked[key] else "absent"
-        drawn[(*key, method)] = overlay(picture(key[0]).resize((112, 112)), heat / heat.max())
-        return embedded(drawn[(*key, method)])
+        return embedded(overlay(picture(key[0]).resize((112, 112)), heat / heat.max()))
     for c in sorted({c for _, c in asked}):
         keys = [key for key in asked if key[1] == c]
         rows = [["", *(embedded(picture(key[0]), 112) + "without it" * (not asked[key])
@@ -2038,7 +2003,7 @@ def map_gallery(maps, asked, names, picture):
         rows += [[html.escape(method), *(cell(method, key) for key in keys)] for method in maps]
         table = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
         parts.append(f'<h3>{html.escape(names[c])}</h3><table class="maps">{table}</table>')
-    return "".join(parts), drawn
+    return "".join(parts)
 
 
 def word_table(examples):

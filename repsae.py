@@ -121,8 +121,8 @@ WHAT = {
     "images": (None, "path", "pictures: a folder, of class or of train, val, test folders, an "
                ".npz of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
     "weights": (None, "path", "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random, an arch alone; name=lsa:N reads captions by "
-                "runs of N words; clip: a file of released weights"),
+                "name=arch:FILE, name=arch:random, an arch alone (arch@16: its patch); name=lsa:N "
+                "reads captions by runs of N words; clip: a file of released weights"),
     "label": (None, "text", "the label in question, by name or number"),
     "window": (None, "pair -1e9..1e9", "grey values shown black and white (--window=-1000,400)"),
     "mode": ("alone", "alone|joint", "each stream chooses its latents, or all together"),
@@ -183,15 +183,12 @@ MODEL = {
     "attention": (256, "int 1..1e5", "hidden width of the attention"),
     "instances": (8, "int 1..", "CLAM: instances called positive, and as many negative"),
     "dropout": (0.25, "float 0..0.99", "after the embedding; CLAM: in the attention too"),
-    "frozen": (False, "switch", "train the head alone"),
     "standardise": (False, "switch", "random weights start in the pictures' own units (ours)"),
-    "last": (1, "int 1..1000", "ViT: class tokens of so many last blocks side by side (DINO's "
-             "linear evaluation: 4); with --tokens those of that block from the end (CytoSAE: 2)"),
+    "last": (1, "int 1..1000", "ViT: class tokens of so many last blocks; --tokens: of that one"),
     "tokens": (False, "switch", "patch tokens (N, T, d), in half precision, not the class token"),
     "whole": (False, "switch", "squeeze pictures to a square instead of cutting their middle out"),
     "tau": (0.0, "float", "activation above which a patch counts (CytoSAE Eq. 3; barcodes .2)"),
     "weighted": (False, "switch", "entropy weighted by activation, as CytoSAE's code has it"),
-    "rank": ("mean", "mean|boxes", "a label's latents by mean (Mammo-SAE), or in boxes (ours)"),
     "iou": (0.25, "float 1e-9..1", "overlap with a true box that makes a box right"),
     "downsample": (1.0, "float 1e-9..", "pixels of the slide in one of the tile's"),
     "threshold": (8, "int 0..255", "saturation above which a pixel is tissue"),
@@ -244,12 +241,10 @@ SETTINGS = {
     "bottleneck": (256, "int 1..1e5", "DINO's head: width of its last layer"),
     "teacher-temp": (0.04, "float 1e-6..", "DINO: of the teacher"),
     "decay-ssm": (False, "switch", "DINO: decay state-space parameters too (the authors' run)"),
-    "knn-every": (1, "int 1..", "DINO: epochs between k-NN evaluations"),
     "layers": (4, "int 1..1000", "CLIP: of both transformers"),
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
-    "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
 FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
@@ -452,8 +447,7 @@ class Run:
     def write(self, files):
         """Write outputs {name: content}, each as the ending of its name says."""
         how = {"npz": judge.write_npz, "json": judge.write_json, "pt": judge.write_torch,
-               "png": judge.save_picture, "svg": judge.write_text,
-               "safetensors": judge.write_safetensors}
+               "png": judge.save_picture, "safetensors": judge.write_safetensors}
         for path, content in zip(self.paths(list(files)), () if RANK else files.values()):
             how[path.rpartition(".")[2]](path, content)
 
@@ -1004,15 +998,14 @@ def compared(run, changes, tell):
         results[name]["seconds"] = round(time.time() - began, 2)
     whole = results if seeds == 1 else {
         name: judge.over_seeds([results[one] for one in group]) for name, group in groups.items()}
-    chart, (same, rows, _) = tell(page, whole), next(iter(shown.values()))
+    tell(page, whole)
+    same, rows, _ = next(iter(shown.values()))
     if seeds > 1 and flags.data:                             # made-up data each seed draws anew
         judge.tell_stability(page, {name: [shown[one][2] for one in group]
                                     for name, group in groups.items()})
     parts = {name: part for name, (one, _, part) in shown.items() if one is same}
     if len(parts) <= 8:
         page.explore(judge.explorer(same, rows, parts, flags.page_rows))
-    if chart:
-        run.write({"sweep.svg": judge.standalone_svg(chart)})
     run.tell(page, results)
 
 
@@ -1373,15 +1366,25 @@ def cmd_ablate(flags):
 
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
          "colour standardise prototypes head-hidden bottleneck teacher-temp momentum "
-         "epochs=100 batch=512 lr=5e-4 warmup=10 weight-decay=0.04 decay-ssm knn-every workers "
-         "seed=0 device log-every save-every overwrite resume out=runs/dino")
+         "epochs=100 batch=512 lr=5e-4 warmup=10 weight-decay=0.04 decay-ssm workers "
+         "preset seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
     """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only
-    watch over it (k-NN)."""
+    watch over it (k-NN). Under 20,000 pictures, without --preset thesis, what is not typed is
+    chosen for so few."""
     run = Run(flags)
-    flags, images = run.flags, pictures_of(run.flags)
+    images = pictures_of(run.flags)
     rows = images.rows("train")                              # all, where there is no split
-    refuse(len(rows) < 2, f"{flags.images} has {len(rows)} picture to train on - give at least two")
+    refuse(len(rows) < 2,
+           f"{run.flags.images} has {len(rows)} picture to train on - give at least two")
+    refuse(flags.preset not in (None, "thesis"), f"--preset {flags.preset} is of sae - use thesis")
+    if not run.saved and not flags.preset and len(rows) < 20_000:
+        given = {k: v for k, v in flags.items() if k in flags.given}
+        chosen = ssm.dino_settings_for(len(rows), given)
+        say(f"chosen for {len(rows)} pictures to train on: " + ", ".join(
+            f"{name} {v}" for name, v in chosen.items()).replace("_", "-"))
+        run.flags = flags.replaced(chosen)
+    flags = run.flags
     torch.set_flush_denormal(True)                           # far tokens' gradients get that small
     torch.manual_seed(flags.seed)
     nets = ssm.dino_nets(**flags.pick("arch size patch prototypes head_hidden bottleneck decay_ssm "
@@ -1426,7 +1429,7 @@ def train_dino(run, nets, images, crops, watch):
 
     def on_step(step, told):
         ended, knn = step % epoch == 0, ""
-        if ended and watch and (step // epoch % flags.knn_every == 0 or step == n_steps):
+        if ended and watch and (step // epoch % -(-flags.epochs // 20) == 0 or step == n_steps):
             knn = watch(nets[1].backbone)                    # of the teacher, as in DINO
         keep(step, lambda: {"epoch": round(step / epoch, 3), **told, "knn": knn},
              lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
@@ -1457,23 +1460,27 @@ def watched(images, flags, most=4000):
 
 
 def tell_dino(run, rows, watch, measure, before):
-    """metrics.json, curves.svg and report.html of the `rows` of log.csv; watch, measure: of
-    `watched`; before: what it saw in the weights that training began with."""
+    """metrics.json and report.html of the `rows` of log.csv; watch, measure: of `watched`; before:
+    what it saw of random weights."""
     page = judge.Page(f"repsae dino: {run.flags.arch}")
     curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
-    charts = [judge.svg_lines({"loss": curves["loss"]}, "step", "loss"), judge.svg_lines(
-        {k: curves[k] for k in ("entropy", "information")}, "step", "the teacher's output, nats")]
+    lines = {"loss": curves["loss"], "teacher's entropy": curves["entropy"],
+             "its information": curves["information"]}
+    charts = [judge.svg_lines(lines, "step", "nats")]
     if watch:
-        found.update(knn_random=before, knn_pixels=watch())
-        lines = {"teacher": curves["knn"]}
-        for name, key in (("random weights", "knn_random"), ("raw pixels", "knn_pixels")):
-            lines[name] = [(step, found[key]) for step, _ in curves["knn"]]
+        others = {"random weights": before, "raw pixels": watch()}
+        found.update(zip(("knn_random", "knn_pixels"), others.values()))
+        lines = {name: [(step, v) for step, _ in curves["knn"]] for name, v in others.items()}
+        lines["teacher"] = curves["knn"]
         charts.append(judge.svg_lines(lines, "step", f"20-NN, {measure}", zero=False))
-    run.write({"curves.svg": judge.standalone_svg(*charts)})
     page.picture("Training", "".join(charts))
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    if watch:
+        ahead = " and ".join(name for name, value in others.items() if value >= found["knn"])
+        page.text(f"Do not trust it yet: {ahead} tell the labels as well by 20-NN - train longer, "
+                  "or give more pictures." if ahead else "It is ahead of both.")
     run.tell(page, found)
 
 
@@ -1513,6 +1520,19 @@ def cmd_extract(flags):
     say(f"wrote {out}")
 
 
+def parse_model(spec):
+    """A spec of `load_backbone` -> name, what stands behind it, and of an arch its name, patch and
+    size, None where they are open, and file."""
+    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
+    arch, _, file = where.partition(":")
+    arch, at, shape = arch.partition("@") if file else (arch, "", "")
+    found = re.fullmatch(r"(?:([1-9]\d*)(?:x([1-9]\d*))?)?", shape)
+    refuse(not where or not plain(name) or "/" in name or not found or at and not shape,
+           f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas, "
+           "and after an arch @patch or @patchxsize")
+    return name, where, arch, *(int(v) if v else None for v in found.groups()), file
+
+
 def load_backbone(spec, flags, n_classes=0):
     """(name, model) of a spec in --weights:
 
@@ -1521,24 +1541,15 @@ def load_backbone(spec, flags, n_classes=0):
     name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
     name=arch:random, or an arch alone: weights drawn with --seed
 
-    After an arch, @16 is its patch size and @16x224 that and the side of its pictures, where not
-    the preset's and --size. With n_classes it gets a new head of so many, else its file's. `made`
-    of the model builds it again, `random` says whether its weights are, `side` is that of the
-    pictures it is given: else the one it learned from.
+    arch@16, arch@16x224: with this patch size, and side of its pictures. With n_classes it gets a
+    new head of so many, else its file's. `made` of the model builds it again, `random` says whether
+    its weights are, `side` is that of its pictures: --size, or the one it learned from.
     """
-    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
-    arch, _, file = where.partition(":")
-    arch, at, shape = arch.partition("@") if file else (arch, "", "")
-    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", shape)
-    refuse(not where or not plain(name) or "/" in name or at and not found,  # it names files, too
-           f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas; "
-           "after an arch @patch or @patchxsize")
-    patch, size = (int(v) if v else None for v in (found.groups() if at else (None, None)))
+    name, where, arch, patch, size, file = parse_model(spec)
     size = size or flags.get("size") or None
-    made = {"arch": arch, "size": None, "patch": patch, "n_classes": None}
-    if file == "random":                                     # of any size
-        made["size"] = size
-    elif not file:                                           # our own files say what they are
+    made = {"arch": arch, "size": size if file == "random" else None, "patch": patch,
+            "n_classes": None}
+    if not file:                                             # our own files say what they are
         if os.path.exists(os.path.join(where, "clip.pt")):
             return name, load_clip(where, flags.device)
         file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
@@ -1705,13 +1716,13 @@ def search(coded, names, flags):
               f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
-@command(f"{ON_RUN} stream label rank iou other eval-rows=2000", "run")
+@command(f"{ON_RUN} stream label iou other eval-rows=2000", "run")
 def cmd_intervene(flags):
     """What latents do: with --label, keep or silence its top latents and see what a linear head
     still tells (Mammo-SAE); and how much few latents keep (the TotalSegmentator study)."""
     coded, label, named = Coded(flags.run, flags), None, "intervene"
-    refuse(flags.label is None and {"rank", "iou", "other"} & flags.given,
-           "--rank, --iou and --other have no effect without --label - give one")
+    refuse(flags.label is None and {"iou", "other"} & flags.given,
+           "--iou and --other have no effect without --label - give one")
     if flags.label is not None:
         label = label_number(coded.features, flags.label)
         named += re.sub(r"\W+", "_", f"_{coded.features.label_names[label]}")
@@ -1721,14 +1732,7 @@ def cmd_intervene(flags):
     if label is not None:
         means = judge.class_means(coded.strength[train], y[train])
         tell_interventions(page, coded, y > 0, train, test, means)
-        rank = means[1]
-        if flags.rank == "boxes":                            # more active inside than elsewhere
-            grid, boxes = coded.features.grid, coded.features.boxes
-            refuse(grid is None or boxes is None, f"{coded.flags.data} has no "
-                   f"'{'boxes' if grid else 'grid'}' - extract --tokens of boxes")
-            inside = [judge.in_boxes(coded.boxes(row, label), grid) for row in train]
-            rank = judge.contrast(coded.codes(train)[coded.stream], np.concatenate(inside))
-        tell_places(page, coded, label, test, rank, flags.iou)
+        tell_places(page, coded, label, test, means[1], flags.iou)
         tell_class_means(page, means, flags)
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
     run.begin().tell(page)
@@ -1907,24 +1911,19 @@ def import_clip(flags):
     units of pixels."""
     check_needed(flags, "merges")
     words = data.Merges(data.read_merges(flags.merges))
-    beside = os.path.join(os.path.dirname(flags.weights), "open_clip_config.json")
-    quick, pixels = None, data.CLIP_PIXELS
+    beside, quick = os.path.join(os.path.dirname(flags.weights), "open_clip_config.json"), None
     if os.path.exists(beside):
         with data.reading(beside, "config of open_clip"):
-            told = data.read_json(beside)
-            quick = told["model_cfg"].get("quick_gelu", False)
-            seen = told.get("preprocess_cfg", {})
-            pixels = [seen.get(key, usual) for key, usual in zip(("mean", "std"), pixels)]
-            pixels = np.array(pixels, float).reshape(2, 3)
+            quick = data.read_json(beside)["model_cfg"].get("quick_gelu", False)
     with unpacked(flags.weights, "is no state_dict of a CLIP",
                   "of OpenAI's files save torch.jit.load(FILE).state_dict()") as state:
         if quick is None and "input_resolution" not in state:                # OpenAI's own have it
-            say(f"note: nothing tells the activation of {flags.weights}: taken as OpenAI's "
-                f"QuickGELU - for open_clip's own models put {os.path.basename(beside)} beside it")
+            say(f"note: nothing tells the GELU of {flags.weights}: OpenAI's QuickGELU is "
+                f"taken - open_clip's own need {os.path.basename(beside)} there")
         model = ssm.clip_from_state(state, quick is None or bool(quick))
     refuse(words.size != model.config["vocab"], f"{flags.merges} makes {words.size} tokens, not "
            f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
-    ssm.standardise_pixels(model.visual, *pixels, data.IMAGENET)
+    ssm.standardise_pixels(model.visual, *data.CLIP_PIXELS, data.IMAGENET)
     run = Run(flags).begin()
     run.write({"clip.pt": {"model": model.state_dict(), "config": model.config,
                            "merges": words.words}})
@@ -1965,11 +1964,10 @@ def cmd_explain(flags):
         score = None if flags.label is None else lambda out: out[:, int(flags.label)]
         heat, _ = judge.grad_cam(model, *ssm.cam_layer(model, x), x, score)
         sheet[name] = [judge.overlay(p, h) for p, h in zip(pictures, heat)]
-    stems = [f"{i}_{os.path.splitext(os.path.basename(images.paths[i]))[0]}" for i in rows]
     run.begin(data_hash=images.hash).write({
         "sheet.png": judge.contact_sheet(list(zip(pictures, *sheet.values())), ["picture", *sheet]),
-        **{f"{name}_{stem}.png": picture for name, column in sheet.items()
-           for stem, picture in zip(stems, column)}})
+        **{f"{name}_{i}.png": picture for name, column in sheet.items()
+           for i, picture in zip(rows, column)}})
     print(f"wrote {len(rows) * len(sheet)} heat maps and {run.join('sheet.png')}")
 
 
@@ -1984,8 +1982,8 @@ def explain_concepts(flags):
                       key=lambda i: names[c] not in seen.captions[i])
         without = [i for i in seen.test if (i, c) not in seen.truth]
         shown.update({(i, c): i in here for i in here[:2] + without[:1]})
-    drawn = seen.tell(page, "words", "Concepts of the labels", names, shown, maps,
-                      judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
+    seen.tell(page, "words", "Concepts of the labels", names, shown, maps,
+              judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
     tell_latents(seen, page, chosen)
     tell_captions(seen, page)
     kept = {"keys": np.array(list(seen.truth))}
@@ -1993,11 +1991,7 @@ def explain_concepts(flags):
         if found:
             nothing = np.full_like(next(iter(found.values())), np.nan)   # of labels without latents
             kept[name] = np.stack([found.get(key, nothing) for key in seen.truth])
-    files = {"maps.npz": kept}
-    for (i, c, method), image in drawn.items():
-        name = re.sub(r"[^\w-]+", "_", f"{i}_{names[c]}_{method}")
-        files[f"overlays/{name}.png"] = image
-    run.begin().write(files)
+    run.begin().write({"maps.npz": kept})
     run.tell(page)
 
 
@@ -2076,17 +2070,16 @@ class Concepts(Coded):
     def tell(self, page, key, title, names, asked, maps, weight):
         """Tell the maps of pairs `asked`, {(picture, c): is it there?}, and what each word of the
         pictures' captions adds to the code weighted by row c of weight (n, L), where that is not 0.
-        Returns the overlays of `judge.map_gallery`."""
+        """
         score = judge.weighted_code(self.code(self.text), weight)
         words = [{"concept": names[c], "caption": self.captions[i], "here": here, "words":
                   judge.word_heat(self.encoder.clip, self.encoder.words, self.captions[i],
                                   lambda f: score(f, [c]))}
                  for (i, c), here in asked.items() if weight[c].any()]
-        gallery, drawn = judge.map_gallery(maps, asked, names, self.images.open)
+        gallery = judge.map_gallery(maps, asked, names, self.images.open)
         page.picture(title, gallery + judge.word_table(words) or "<p>No latent of a label is alive "
                      "in every stream; --latent names others.</p>")
         page.metrics[key] = words
-        return drawn
 
 
 def chosen_latents(text, J, alive):
@@ -2253,7 +2246,7 @@ def cut_voc(flags):
 
 
 @command("data! stream head widths attention dropout instances subtyping epochs=200 patience=20 "
-         "min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds votes seed=0 device "
+         "min-epochs batch=1 lr=2e-4 weight-decay=1e-5 balanced folds votes seed=0 device "
          "overwrite out=runs/mil")
 def cmd_mil(flags):
     """Multiple-instance learning: bags of instances to labels. Bags of a validation part stop the
@@ -2301,7 +2294,7 @@ def mil_round(bags, make, flags, r, train, val, test):
     from bags `train`, each from its own weights, and stop by bags `val` if there are any; and the
     models. r: the number of the round."""
     models, p = [], 0
-    how = {**flags.pick("epochs lr weight_decay patience cosine subtyping"), "k": flags.instances,
+    how = {**flags.pick("epochs lr weight_decay patience subtyping"), "k": flags.instances,
            "least": flags.min_epochs}
 
     def batches(rows, size=flags.batch):
@@ -2339,7 +2332,7 @@ def attention_maps(bags, models, rows, head, run, most=6):
 # ---- Transfer learning (thesis 3.3) -------------------------------------------------------------
 
 @command("images! label weights=vit_micro,vim_micro,vmamba_micro,resnet18 split runs size=224 "
-         "frozen epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window "
+         "epochs=50 patience=10 batch=32 lr=1e-4 weight-decay=0.05 seed=0 window "
          "device overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
@@ -2399,7 +2392,7 @@ def finetune_one(pictures, parts, model, flags):
         for part in torch.from_numpy(rows).split(256):
             yield x[part].to(flags.device), y[part].to(flags.device)
     history = ssm.fit_classifier(model, batches, lambda: plainly(val), flags.epochs, flags.lr,
-                                 flags.weight_decay, flags.patience, flags.frozen)
+                                 flags.weight_decay, flags.patience)
     with torch.no_grad():
         p = torch.cat([torch.softmax(model(x), 1) for x, _ in plainly(test)])
     return judge.scores(pictures.labels[test], p.cpu().numpy()), history

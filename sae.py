@@ -453,8 +453,8 @@ class SPARC(nn.Module):
     def drawn_sources(self, B):
         """Whose codes rebuild stream t of each of B samples in this step, see `targets`: {t: (B,
         1 + n) numbers of streams, its own first}; (B, M) where all do. On a circle of the streams
-        a sample hands its codes on by n of the M - 1 distances. The samples of a batch take them
-        in turn, in an order drawn anew: all ordered pairs meet in as many samples, up to one."""
+        a sample hands its codes on by n of the M - 1 distances, which samples take in turn, in an
+        order drawn anew: all ordered pairs meet in as many samples, up to one."""
         M, n = len(self.streams), self.targets if self.lam else 0
         if n is None or n >= M - 1:
             every = torch.arange(M, device=self.step.device).expand(B, M)
@@ -575,8 +575,8 @@ class SPARC(nn.Module):
         return total, {**means, "codes": used, "energy": energy}
 
     def _terms(self, c, weight, codes, here):
-        """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M times what
-        is drawn, at most M - 1), aux, without those that no sample of the batch has.
+        """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M times
+        the number drawn), aux, without those that no sample of the batch has.
 
         x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources of a
         target go through one product, the codes of one sample in neighbouring rows: their supports

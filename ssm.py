@@ -524,8 +524,8 @@ class ViT(PatchTokens):
         return x[:, 1 + self.registers:]
 
     def features(self, x, tokens=False, last=1):
-        """Class tokens of the last blocks (B, last d); `tokens`: those of patches, their grid, of
-        the last block, or what a block before it, last > 1, leaves in the residual stream."""
+        """Class tokens of the last blocks (B, last d); `tokens`: those of patches, their grid;
+        with last > 1 of the residual stream after that block."""
         out, grid = self.blocks_out(x, last, norm=last == 1 or not tokens)
         return (self.patches(out[0]), grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
 
@@ -811,18 +811,11 @@ def held_loss(logits, held):
     return F.cross_entropy(torch.cat(found), torch.cat(y)).item()
 
 
-def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience, frozen=False):
+def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience):
     """Fine-tune a classifier of pictures (thesis 3.3) with AdamW; returns what `fit` returns.
 
-    batches(epoch) and held() yield x (B, 3, H, W) and y (B,); training stops by the cross-entropy
-    of what is held out. frozen: the last linear layer alone learns.
-    """
-    if frozen:
-        model.requires_grad_(False)
-        last_linear(model)[1].requires_grad_(True)
-
+    batches(epoch) and held() yield x (B, 3, H, W) and y (B,); held() says when to stop."""
     def loss(model, x, y):
-        model.train(not frozen)                              # frozen: batch statistics stay, too
         return F.cross_entropy(model(x), y)
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
     return fit(model, optimiser, batches, loss, epochs, lambda m: held_loss(m, held()), patience)
@@ -910,7 +903,7 @@ class CLIP(nn.Module):
     out            width of that space
     vision, text   (dim, layers, heads) of each transformer
     vocab          number of tokens; context: the longest text
-    quick          QuickGELU, of OpenAI's models; open_clip's own (DataComp, LAION) have plain GELU
+    quick          OpenAI's QuickGELU; open_clip's own models (DataComp, LAION) have GELU
     Text ends in the token of the highest number, whose output is the text's feature.
     """
 
@@ -1163,6 +1156,20 @@ def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, moment
             "teacher_temp": teacher_temp, "freeze_last": step < epoch}
 
 
+def dino_settings_for(n, given):
+    """Settings that some thousand pictures, n, learn by, {name: value}, but those `given`: a
+    backbone that learns within minutes on a CPU, and what kept it from collapse in our trials. For
+    random weights two views with all of DINO's colour changes, or its small crops, have nothing in
+    common; a quick teacher and a small head help, too."""
+    size, epochs = given.get("size", 32), given.get("epochs", min(max(96_000 // n, 10), 200))
+    few = {"arch": "vit_micro", "size": size, "patch": 8, "local_size": max(8, size // 16 * 8),
+           "local_crops": 6, "local_scale": [0.2, 0.6], "blur": size / 80, "colour": 0.2,
+           "standardise": True, "prototypes": 1024, "head_hidden": 512, "bottleneck": 64,
+           "momentum": 0.99, "lr": 2e-3, "batch": min(64, 2 ** (n // 2).bit_length() // 2),
+           "epochs": epochs, "warmup": -(-epochs // 10)}
+    return {name: value for name, value in few.items() if name not in given}
+
+
 def fit_dino(nets, batch, n_steps, epoch, on_step, start=0, seed=0, **schedule):
     """Train by DINO, from step `start` on. nets: student, teacher, centre (K,), optimiser.
 
@@ -1324,24 +1331,17 @@ def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smoot
     return bag_weight * bag + (1 - bag_weight) * of_instances
 
 
-def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, patience=math.inf,
-            least=0, **how):
+def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, patience=math.inf, least=0, **how):
     """Train a `MIL` with Adam; returns what `fit` returns.
 
     batches(epoch)   yields (x, mask, y); held: a list of such, whose labels stop the training, see
-                     `fit`; all epochs are trained if it is empty
-    how              settings of `mil_loss`; cosine: lr falls to 0 along half a cosine
+                     `fit`; all epochs are trained if it is empty; how: settings of `mil_loss`
     """
     optimiser = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay, fused=True)
 
-    def scheduled(epoch):
-        if cosine:
-            optimiser.param_groups[0]["lr"] = cosine_schedule(epoch, epochs, lr, 0.)
-        return batches(epoch)
-
     def validate(model):
         return held_loss(lambda *bags: model(*bags)[0], held)
-    return fit(model, optimiser, scheduled, partial(mil_loss, **how), epochs,
+    return fit(model, optimiser, batches, partial(mil_loss, **how), epochs,
                validate if held else None, patience, least)
 
 
@@ -1363,7 +1363,7 @@ vmamba_base = partial(VMamba, 128, (2, 2, 15, 2))
 vmamba_micro = partial(VMamba, 32, (1, 1, 1, 1))
 
 PRESETS = {name: f for name, f in list(globals().items()) if isinstance(f, partial)}
-# DINOv2 by the names of its files, dinov2_vits14 to dinov2_vitg14_reg (with registers)
+# DINOv2 by the names of its files, with and without registers
 for letter, widths in (("s", (384, 12, 6)), ("b", (768, 12, 12)), ("l", (1024, 24, 16)),
                        ("g", (1536, 40, 24))):
     for ending, registers in (("", 0), ("_reg", 4)):

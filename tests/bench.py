@@ -319,8 +319,13 @@ def draw_backbones(found, svg):
     tokens, tables, charts = [title.split()[0] for title in found], list(found.values()), []
     for key in ("forward, ms", "forward + backward, ms", "forward, MB", "forward + backward, MB"):
         curves = {name: [(i, t[name].get(key)) for i, t in enumerate(tables)] for name in tables[0]}
-        charts.append(judge.svg_lines(curves, "tokens", key, tokens, log=True))
-    judge.write_text(svg, judge.standalone_svg(*charts))
+        chart = judge.svg_lines(curves, "tokens", key, tokens, log=True)
+        placed = f'<svg y="{320 * len(charts)}" width="640" height="300" '
+        charts.append(chart.replace("<svg ", placed, 1))
+    style = ("svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
+             ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}")
+    whole = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {320 * len(charts)}">'
+    judge.write_text(svg, f"{whole}<style>{style}</style>{''.join(charts)}</svg>\n")
     repsae.say(f"wrote {svg}")
 
 

@@ -117,7 +117,7 @@ CASES = [case.split() for case in [
     f"mil --data bags {SMALL_MIL} --lr 0.01 --out o",
     f"finetune --images pics {SMALL_TUNE} --out o",
     f"finetune --images med.npz {SMALL_TUNE} --split given --out o",
-    f"finetune --images tissue/tissue.npz --label mucin {SMALL_TUNE} --frozen --out o",
+    f"finetune --images tissue/tissue.npz --label mucin {SMALL_TUNE} --out o",
     "explain --images pics --weights d=dino,t=tuned/v.pt --most 1 --size 16 --out o",
     "demo --quick --seed 3 --seeds 2 --out o",
     "bench sparc --json o.json",

@@ -36,11 +36,7 @@ SIZES = {  # of the demo, and of --quick
            "tune_epochs": 1, "code_epochs": 4, "token_epochs": 1, "least": 20, "most": 40}}
 PIECES = {  # that commands share
     "tissue": "--images ./tissue/tissue.npz", "both": "dino_vit=./dino_vit,dino_vim=./dino_vim",
-    # pixels in their own units: by ImageNet's these pale pictures are all alike, and DINO collapses
-    "dino": "--patch 8 --size 64 --local-size 32 --local-crops 4 --local-scale 0.2,0.6 "
-            "--global-scale 0.5,1 --standardise --colour 0.2 --blur 0.5 --prototypes 1024 "
-            "--head-hidden 512 --set bottleneck=64 --batch 64 --warmup 1 --lr 2e-3 --momentum 0.99 "
-            "--workers 1 --epochs {dino_epochs}",
+    "dino": "--size 64 --local-crops 4 --global-scale 0.5,1 --workers 1 --epochs {dino_epochs}",
     "mil": "--epochs {mil_epochs} --widths 64 --attention 32 --votes 3",
     "code": "--latents 256 --k 16 --batch 128 --lr 1e-3 --norm standard,l2 --epochs {code_epochs}",
     "segment": "--least {least} --most {most}",
