@@ -326,7 +326,6 @@ def draw_backbones(found, svg):
              ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}")
     whole = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {320 * len(charts)}">'
     judge.write_text(svg, f"{whole}<style>{style}</style>{''.join(charts)}</svg>\n")
-    repsae.say(f"wrote {svg}")
 
 
 def bench_page(device):
