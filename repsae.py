@@ -1381,8 +1381,8 @@ def cmd_dino(flags):
     if not run.saved and not flags.preset and len(rows) < 20_000:
         given = {k: v for k, v in flags.items() if k in flags.given}
         chosen = ssm.dino_settings_for(len(rows), given)
-        say(f"chosen for {len(rows)} pictures to train on: " + ", ".join(
-            f"{name} {v}" for name, v in chosen.items()).replace("_", "-"))
+        shown = ", ".join(f"{name.replace('_', '-')} {v}" for name, v in chosen.items())
+        say(f"chosen for {len(rows)} pictures: {shown}")
         run.flags = flags.replaced(chosen)
     flags = run.flags
     torch.set_flush_denormal(True)                           # far tokens' gradients get that small

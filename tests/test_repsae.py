@@ -740,7 +740,7 @@ def test_dinos_settings_fit_few_pictures_what_is_typed_goes_first_and_the_preset
             argv += ["--arch", "vit_micro", "--size", 16, "--local-size", 8, "--batch", 8, "--prototypes", 16]
         run(*argv)
     said = capsys.readouterr().err
-    assert said.count("chosen for 24 pictures to train on: ") == 2 and "momentum 0.99, lr 0.002, batch 8" in said
+    assert said.count("chosen for 24 pictures: arch vit_micro, ") == 2 and "momentum 0.99, lr 0.002, batch 8" in said
     few, typed, thesis = (json.loads((tmp_path / out / "config.json").read_text())["flags"] for out in ("few", "typed", "thesis"))
     assert [few[k] for k in ("arch", "size", "local_size", "blur", "momentum", "standardise")] == ["vit_micro", 32, 16, 0.4, 0.99, True]
     assert [typed[k] for k in ("arch", "size", "local_size", "blur", "momentum", "standardise")] == ["vit_micro", 16, 8, 0.2, 0.9, False]
