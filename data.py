@@ -1490,14 +1490,13 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
     """Pieces of tissue in an overview, as CLAM finds them: saturation, median filter, threshold,
     closing, size.
 
-    rgb (H, W, 3) uint8. threshold of the saturation (0..255), None for Otsu's; median, close: sides
-    of the filters; least: pixels of a piece without its holes, of which the `max_holes` largest of
-    more than `least_hole` pixels stay. Returns (H, W) int: 0, i in piece i, -i in a hole of it.
+    rgb (H, W, 3) uint8. threshold of the saturation (0..255); median, close: sides of the filters;
+    least: pixels of a piece without its holes, of which the `max_holes` largest of more than
+    `least_hole` pixels stay. Returns (H, W) int: 0, i in piece i, -i in a hole of it.
     """
     saturation = np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1]
     saturation = scipy.ndimage.median_filter(saturation, median)    # (H, W)
-    mask = saturation > (otsu(saturation) if threshold is None else threshold)
-    mask = scipy.ndimage.grey_closing(mask, (close, close))
+    mask = scipy.ndimage.grey_closing(saturation > threshold, (close, close))
     label, _ = scipy.ndimage.label(mask, np.ones((3, 3)))    # of eight neighbours
     out, n = np.zeros(mask.shape, np.int32), 0
     for i, where in enumerate(scipy.ndimage.find_objects(label), 1):
@@ -1550,7 +1549,7 @@ def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None
     pieces = find_tissue(np.asarray(image), least=least * area, least_hole=least_hole * area, **how)
     boxes = tile_boxes(pieces, scale, slide.size, side, step or side)
     refuse(not len(boxes),
-           f"{path} has no tissue for {side} px - lower --threshold, --least, --size")
+           f"{path} has no tissue for {side} px - lower --threshold, --smallest, --size")
     rim = (pieces > 0) & ~scipy.ndimage.binary_erosion(pieces > 0, iterations=2)
     image.paste((0, 160, 0), mask=Image.fromarray(rim))
     draw = ImageDraw.Draw(image)

@@ -1139,7 +1139,7 @@ def by_rank(codes, n):
     return np.argsort(rank, kind="stable")
 
 
-def explorer(features, rows, runs, most):
+def explorer(features, rows, runs, most=2000):
     """The payload of assets/explorer.js: at most `most` of the samples `rows` of features, and what
     `runs` make of them; fewer samples where the page would grow too large.
 

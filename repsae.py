@@ -192,7 +192,6 @@ MODEL = {
     "iou": (0.25, "float 1e-9..1", "overlap with a true box that makes a box right"),
     "downsample": (1.0, "float 1e-9..", "pixels of the slide in one of the tile's"),
     "threshold": (8, "int 0..255", "saturation above which a pixel is tissue"),
-    "otsu": (False, "switch", "find that threshold by Otsu's method"),
     "smallest": (0.2, "float", "smallest piece of tissue, in areas of 512 x 512 pixels"),
 }
 TRAINING = {
@@ -223,7 +222,6 @@ RUN = {
     "svg": (None, "file", "file for the picture that `bench backbones` draws"),
     "device": ("cpu", "text", "torch device"),
     "workers": (2, "int 0..256", "processes that make crops"),
-    "page-rows": (2000, "int 1..1e5", "samples of these that report.html shows"),
     "eval-rows": (10000, "int 0..1e9", "samples judged, of test, else of val; 0: all"),
     "log-every": (20, "int 1..", "steps between rows of log.csv"),
     "save-every": (60.0, "float", "seconds between checkpoints"),
@@ -270,7 +268,7 @@ SHARED = "topk lam loss targets"
 CODE = "latents k norm dead-after aux-k aux-coef reinit-after"
 KINDS = "activation revive sparsity error bias expansion bandwidth warmup"
 STEPS = "preset epochs batch lr shuffle seed"
-FOLDER = "device log-every save-every eval-rows page-rows overwrite resume"
+FOLDER = "device log-every save-every eval-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
 
@@ -914,7 +912,7 @@ def explored(model, features, flags, names=None):
     features = features.whole or features
     T, modes = features.tokens or 1, ("joint", "alone")[len(features.streams) == 1:]
     rows = evaluation_rows(features, flags, "test", "val")
-    rows = rows if T == 1 else rows[:flags.page_rows]
+    rows = rows if T == 1 else rows[:2000]                   # as many as a page shows
     codes, places = {}, {}
     for mode in modes:
         found = token_codes(model, features, rows, mode)
@@ -959,8 +957,7 @@ def judged(run, features=None, quiet=False):
     name, shown = os.path.basename(os.path.abspath(run.folder)), explored(model, features, flags)
     shown[2].update(null=twin, curves=judge.training_curves(log.rows))
     page = judge.Page(f"repsae {flags.command}: {name}")
-    judge.tell_summary(page, metrics, quiet, judge.explorer(
-        *shown[:2], {name: shown[2]}, flags.page_rows))
+    judge.tell_summary(page, metrics, quiet, judge.explorer(*shown[:2], {name: shown[2]}))
     judge.tell_run(page, metrics, flags)
     run.tell(page, metrics, quiet)
     return metrics, shown
@@ -1005,7 +1002,7 @@ def compared(run, changes, tell):
                                     for name, group in groups.items()})
     parts = {name: part for name, (one, _, part) in shown.items() if one is same}
     if len(parts) <= 8:
-        page.explore(judge.explorer(same, rows, parts, flags.page_rows))
+        page.explore(judge.explorer(same, rows, parts))
     run.tell(page, results)
 
 
@@ -1370,8 +1367,8 @@ def cmd_ablate(flags):
          "preset seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
     """Pre-train a backbone on pictures without labels (DINO, thesis 3.2.1); labels, if there, only
-    watch over it (k-NN). Under 20,000 pictures, without --preset thesis, what is not typed is
-    chosen for so few."""
+    watch over it (k-NN). Under 20,000 pictures what is not typed is chosen for so few, and said;
+    the defaults below are the thesis's (--preset thesis)."""
     run = Run(flags)
     images = pictures_of(run.flags)
     rows = images.rows("train")                              # all, where there is no split
@@ -1466,8 +1463,7 @@ def tell_dino(run, rows, watch, measure, before):
     curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
-    lines = {"loss": curves["loss"], "teacher's entropy": curves["entropy"],
-             "its information": curves["information"]}
+    lines = {k: curves[k] for k in ("loss", "entropy", "information")}
     charts = [judge.svg_lines(lines, "step", "nats")]
     if watch:
         others = {"random weights": before, "raw pixels": watch()}
@@ -1505,11 +1501,14 @@ def cmd_extract(flags):
         how = {"whole": flags.whole or clip}                 # clip learns from whole pictures
         if flags.tokens:
             how.update(tokens=True, block=16)                # T times the memory
-        if hasattr(model, "blocks"):
-            how["last"] = flags.last                         # a ViT has a class token in each
+        blocks = len(getattr(model, "blocks", "1"))          # of a ViT
+        refuse(flags.last > blocks and (flags.tokens or blocks > 1),
+               f"--last {flags.last}, but {name} can show {blocks} - give no more")
+        if blocks > 1:
+            how["last"] = flags.last
         if clip and captions is not None and not flags.tokens:               # both its encoders
             streams[f"{name}_txt"] = model.read(captions).cpu().numpy()
-        x = images.features(range(len(images)), model, model.side, **how)
+        x = images.features(range(len(images)), model, flags.size or model.side, **how)
         streams[name + "_img" * clip] = x
     for name, x in streams.items():
         say(f"{name}: {x.shape}")
@@ -1520,19 +1519,6 @@ def cmd_extract(flags):
     say(f"wrote {out}")
 
 
-def parse_model(spec):
-    """A spec of `load_backbone` -> name, what stands behind it, and of an arch its name, patch and
-    size, None where they are open, and file."""
-    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
-    arch, _, file = where.partition(":")
-    arch, at, shape = arch.partition("@") if file else (arch, "", "")
-    found = re.fullmatch(r"(?:([1-9]\d*)(?:x([1-9]\d*))?)?", shape)
-    refuse(not where or not plain(name) or "/" in name or not found or at and not shape,
-           f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas, "
-           "and after an arch @patch or @patchxsize")
-    return name, where, arch, *(int(v) if v else None for v in found.groups()), file
-
-
 def load_backbone(spec, flags, n_classes=0):
     """(name, model) of a spec in --weights:
 
@@ -1541,15 +1527,20 @@ def load_backbone(spec, flags, n_classes=0):
     name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
     name=arch:random, or an arch alone: weights drawn with --seed
 
-    arch@16, arch@16x224: with this patch size, and side of its pictures. With n_classes it gets a
-    new head of so many, else its file's. `made` of the model builds it again, `random` says whether
-    its weights are, `side` is that of its pictures: --size, or the one it learned from.
+    After an arch, @16 is its patch size. With n_classes it gets a new head of so many, else its
+    file's. `made` of the model builds it again, `random` says whether its weights are, `side` is
+    that of the pictures it learned from.
     """
-    name, where, arch, patch, size, file = parse_model(spec)
-    size = size or flags.get("size") or None
-    made = {"arch": arch, "size": size if file == "random" else None, "patch": patch,
-            "n_classes": None}
-    if not file:                                             # our own files say what they are
+    name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
+    arch, _, file = where.partition(":")
+    refuse(not where or not plain(name) or "/" in name,      # it names files, too
+           f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
+    arch, at, patch = arch.partition("@") if file else (arch, "", "")
+    patch = value_of(FLAGS["patch"][1], patch, f"{spec}: patch {patch}", None) if at else None
+    made = {"arch": arch, "size": None, "patch": patch, "n_classes": None}
+    if file == "random":                                     # of any size
+        made["size"] = flags.get("size") or None
+    elif not file:                                           # our own files say what they are
         if os.path.exists(os.path.join(where, "clip.pt")):
             return name, load_clip(where, flags.device)
         file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
@@ -1565,7 +1556,7 @@ def load_backbone(spec, flags, n_classes=0):
     if made["arch"] in ssm.PRESETS or not n_classes:
         model = ssm.make_backbone(**made)
     else:
-        made.update(size=size, patch=None)
+        made.update(size=flags.size, patch=None)
         known = data.vision().models
         refuse(made["arch"] not in known.list_models(module=known), f"{made['arch']} is neither a "
                "preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
@@ -1573,8 +1564,10 @@ def load_backbone(spec, flags, n_classes=0):
     model.made, model.random = made, file == "random"
     if not model.random:
         ssm.load_weights(model, file, new_head=bool(n_classes))
-    side = getattr(model, "size", made["size"] or 224)       # a scan takes any size
-    model.side = size or (224 if made["arch"].startswith("dinov2") else side)    # thesis A.1.2
+    refuse(patch not in (None, getattr(model, "patch", 0)), f"{spec} - {arch} has no such patches")
+    model.side = made["size"] or getattr(model, "size", 224)                 # a scan takes any size
+    if arch.startswith("dinov2") and file and not made["size"]:
+        model.side = 224                                     # thesis A.1.2, not 518
     return name, model.eval().to(flags.device)
 
 
@@ -1610,8 +1603,7 @@ def cmd_probe(flags):
 
 # ---- What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3 --------
 
-@command(f"{ON_RUN} stream tau top weighted between names query label prompts eval-rows "
-         "page-rows", "run")
+@command(f"{ON_RUN} stream tau top weighted between names query label prompts eval-rows", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
     (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
@@ -1630,7 +1622,7 @@ def cmd_latents(flags):
     with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):   # it has no verdict
         judge.tell_verdict(page, known["verdict"])
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
-    page.explore(judge.explorer(features, rows, {"": shown}, flags.page_rows))
+    page.explore(judge.explorer(features, rows, {"": shown}))
     files = tell_stream(page, coded, flags) if one else {}
     run.begin().write(files)
     run.tell(page)
@@ -1911,19 +1903,28 @@ def import_clip(flags):
     units of pixels."""
     check_needed(flags, "merges")
     words = data.Merges(data.read_merges(flags.merges))
-    beside, quick = os.path.join(os.path.dirname(flags.weights), "open_clip_config.json"), None
-    if os.path.exists(beside):
-        with data.reading(beside, "config of open_clip"):
-            quick = data.read_json(beside)["model_cfg"].get("quick_gelu", False)
+    beside = os.path.join(os.path.dirname(flags.weights), "open_clip_config.json")
+    told, pixels = {}, data.CLIP_PIXELS
     with unpacked(flags.weights, "is no state_dict of a CLIP",
                   "of OpenAI's files save torch.jit.load(FILE).state_dict()") as state:
-        if quick is None and "input_resolution" not in state:                # OpenAI's own have it
-            say(f"note: nothing tells the GELU of {flags.weights}: OpenAI's QuickGELU is "
-                f"taken - open_clip's own need {os.path.basename(beside)} there")
-        model = ssm.clip_from_state(state, quick is None or bool(quick))
+        openai = "input_resolution" in state
+    if os.path.exists(beside) and not openai:
+        with data.reading(beside, "config of a CLIP with heads of 64"):
+            whole = data.read_json(beside)
+            told, seen = whole["model_cfg"], whole.get("preprocess_cfg", {})
+            pixels = [seen.get(key, usual) for key, usual in zip(("mean", "std"), pixels)]
+            pixels = np.array(pixels, float).reshape(2, 3)
+            told = {"quick_gelu": False, **told, **told.get("vision_cfg", {})}
+            if told["quick_gelu"] not in (True, False) or told.get("head_width", 64) != 64:
+                raise ValueError("another activation or heads")
+    elif not openai:
+        say(f"note: nothing tells the GELU of {flags.weights}: OpenAI's QuickGELU is taken - "
+            f"open_clip's own need {os.path.basename(beside)} there")
+    with sae.reading(flags.weights, "is no state_dict of a CLIP", "give another"):
+        model = ssm.clip_from_state(state, told.get("quick_gelu", True))
     refuse(words.size != model.config["vocab"], f"{flags.merges} makes {words.size} tokens, not "
            f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
-    ssm.standardise_pixels(model.visual, *data.CLIP_PIXELS, data.IMAGENET)
+    ssm.standardise_pixels(model.visual, *pixels, data.IMAGENET)
     run = Run(flags).begin()
     run.write({"clip.pt": {"model": model.state_dict(), "config": model.config,
                            "merges": words.words}})
@@ -1957,7 +1958,7 @@ def cmd_explain(flags):
     pictures = [images.open(i) for i in rows]
     for spec in flags.weights.split(","):
         name, model = load_backbone(spec, flags)
-        x = images.views(rows, model.side, whole=True).to(flags.device)
+        x = images.views(rows, flags.size or model.side, whole=True).to(flags.device)
         outputs = [str(i) for i in range(model(x[:1]).shape[1])]
         refuse(flags.label not in (None, *outputs), f"--label {flags.label}, but {name} has "
                f"{len(outputs)} outputs - give 0 to {outputs[-1]}")
@@ -2211,7 +2212,7 @@ def given_query(model, stream, flags):
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
 
-@command("images voc window size downsample threshold otsu smallest rois overwrite out=tiles")
+@command("images voc window size downsample threshold smallest rois overwrite out=tiles")
 def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
@@ -2222,10 +2223,10 @@ def cmd_tile(flags):
     slides, size, run = noted(data.read_slides(flags.images)), flags.size or 224, Run(flags)
     refuse(flags.rois and len(slides) > 1, "--rois annotates one slide - name it with --images")
     regions = data.read_polygons(flags.rois) if flags.rois else None
-    side, threshold = round(size * flags.downsample), None if flags.otsu else flags.threshold
+    side = round(size * flags.downsample)
     for i, name in enumerate(slides.about["groups"]):
         boxes, shown = data.tile_slide(slides.paths[i], side, least=flags.smallest,
-                                       window=flags.window, threshold=threshold)
+                                       window=flags.window, threshold=flags.threshold)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
         out = run.join(f"{name}.npz")
@@ -2250,8 +2251,7 @@ def cut_voc(flags):
          "overwrite out=runs/mil")
 def cmd_mil(flags):
     """Multiple-instance learning: bags of instances to labels. Bags of a validation part stop the
-    training early; where there is none, as in folds, all epochs are trained. One part after the
-    other is reported: plain, though two processes would halve the time on two cores."""
+    training early; where there is none, as in folds, all epochs are trained."""
     heads = flags.head.split(",")
     for head in heads:
         refuse(head not in ssm.HEADS, f"--head {head} - take one or more of {', '.join(ssm.HEADS)}")
@@ -2343,11 +2343,11 @@ def cmd_finetune(flags):
         refuse(name in specs, f"--weights {flags.weights} names a model twice - write "
                "a=vit_micro:random,b=vit_micro:random")
         ssm.last_linear(model)                               # refuses what ends in none
-        out = torch.zeros(1, 3, model.side, model.side, device=flags.device)
+        out = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
         with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
             out = model(out)                                 # sizes that do not fit fail here
         refuse(not isinstance(out, torch.Tensor) or out.shape != (1, C), f"{name} does not "
-               f"classify pictures of {model.side} pixels - choose another size or another model")
+               f"classify pictures of {flags.size} pixels - choose another --size or another model")
         specs[name], sizes[name] = spec, sum(p.numel() for p in model.parameters())
     rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
               for r in range(n)]
@@ -2379,8 +2379,6 @@ def finetune_one(pictures, parts, model, flags):
     torch.manual_seed(flags.seed)
     train, val, test = parts
     x, y = data.normalised(pictures.about["images"]), torch.from_numpy(pictures.labels)
-    if model.side != flags.size:                             # a model's own
-        x = torch.nn.functional.interpolate(x, model.side, mode="bicubic", antialias=True)
 
     def batches(epoch):
         order = np.random.default_rng([flags.seed, epoch]).permutation(train)    # new each epoch

@@ -470,13 +470,6 @@ class SPARC(nn.Module):
         turn = F.pad(distances[turn % (M - 1)], (1, 0)).to(self.step.device)     # (B, 1 + n)
         return {t: (i - turn) % M for i, t in enumerate(self.streams)}
 
-    @property
-    def cross_weight(self):
-        """lambda of Eq. 14, where it sums over drawn pairs for the share that they are."""
-        M, n = len(self.streams), self.targets
-        drawn = n is not None and n < M - 1 and self.reduction == "sum"
-        return self.lam * (M - 1) / n if drawn else self.lam
-
     def across(self, x):
         """The sum of a tensor, in place, over all processes that train together. In evaluation each
         is for itself."""
@@ -542,9 +535,10 @@ class SPARC(nn.Module):
         return self.decode(z) if isinstance(z, Codes) else {s: self.decode(z[s], s) for s in z}
 
     # -- the loss --------------------------------------------------------------------------------
-    def reduce(self, terms):
-        """Sum of a list of loss terms as Eq. 14 has it, or their mean as the authors' code does."""
-        return sum(terms) / (len(terms) if self.reduction == "mean" and terms else 1)
+    def reduce(self, terms, n=None):
+        """Sum of a list of loss terms as Eq. 14 has it, or their mean as the authors' code does: of
+        n, where few stand for all."""
+        return sum(terms) / ((n or len(terms)) if self.reduction == "mean" and terms else 1)
 
     @_no_autocast
     def loss(self, x):
@@ -562,27 +556,29 @@ class SPARC(nn.Module):
             sources = torch.stack([here.get(s, v[:, 0] == v[:, 0]) for s, v in x.items()], 1)
         energy = {s: v.square().sum(1) for s, v in x.items()}
         weight = {s: _nmse_weight(e, sources, self.across) for s, e in energy.items()}   # or (B, M)
-        total, terms, used = 0., {"self": [], "cross": [], "aux": []}, []
+        total, terms, used, pairs = 0., {"self": [], "cross": [], "aux": []}, [], 0
         for mode in TOPK[self.topk]:
             codes = self._encode(c, mode, here)
-            own, cross, aux = self._terms(c, weight, codes, here)
-            total = total + self.reduce(own) + self.cross_weight * self.reduce(cross)    # Eq. 14
+            own, cross, aux, n = self._terms(c, weight, codes, here)
+            total, pairs = total + self.reduce(own) + self.lam * self.reduce(cross, n), pairs + n
             total = total + self.aux_coef * self.reduce(aux)
             for name, new in (("self", own), ("cross", cross), ("aux", aux)):
                 terms[name] += [v.detach() for v in new]
             used.append(_marked(codes, here))
-        means = {k: torch.stack(v).mean() if v else total.new_zeros(()) for k, v in terms.items()}
+        counts = {"self": len(terms["self"]), "cross": pairs, "aux": len(terms["aux"])}
+        means = {k: sum(v, total.new_zeros(())) / max(counts[k], 1) for k, v in terms.items()}
         return total, {**means, "codes": used, "energy": energy}
 
     def _terms(self, c, weight, codes, here):
-        """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross (M times
-        the number drawn), aux, without those that no sample of the batch has.
+        """NMSE of every reconstruction, AuxK of every stream: lists own (M), cross, aux, without
+        those that no sample of the batch has. What is drawn for cross is times (M - 1) / n: the sum
+        is that of all pairs, on average. The last result: how many pairs any sample has.
 
         x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources of a
         target go through one product, the codes of one sample in neighbouring rows: their supports
-        overlap, and the dictionary rows that one needs are still in the cache when the next does.
-        It halves the time."""
-        own, cross, aux, pattern, before = [], [], [], None, None
+        overlap, and the dictionary rows that one needs are still in the cache when the next does:
+        half the time."""
+        own, cross, aux, pairs, pattern, before = [], [], [], 0, None, None
         indices, values = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*codes.values()))
         M, B, supports = len(c), len(values) // len(c), {id(z.indices) for z in codes.values()}
         drawn = self.drawn_sources(B)
@@ -592,22 +588,23 @@ class SPARC(nn.Module):
                 z = values.index_select(0, rows)             # (B*sources, k)
                 if pattern is None or len(supports) > 1:
                     pattern = self._pattern(indices.index_select(0, rows))
-            before, i = drawn[t], i if drawn[t].shape[1] == M else 0
+            before, n = drawn[t], drawn[t].shape[1] - 1
             y = _Product.apply(z, self.W_dec[t], pattern, _combine)
             e = y.unflatten(0, (B, -1)) - c[t].unsqueeze(1)  # (B, sources, d_t)
-            energy = torch.linalg.vector_norm(e, dim=2).square()
+            energy, there = torch.linalg.vector_norm(e, dim=2).square(), [True] * M
             if weight[t].dim() == 1:
-                terms = list(enumerate(weight[t] @ energy))                              # Eq. 13
-            else:                                            # of which any sample has both
-                w = weight[t].gather(1, drawn[t])
-                there, sums = self.across((w > 0).sum(0)), (w * energy).sum(0)
-                terms = [(j, sums[j]) for j in there.nonzero().flatten().tolist()]
-            for j, term in terms:
-                (own if j == i else cross).append(term)
+                terms = list(weight[t] @ energy)                                         # Eq. 13
+            else:
+                terms = list((weight[t].gather(1, drawn[t]) * energy).sum(0))
+                there = (self.across((weight[t] > 0).sum(0)) > 0).tolist()   # any sample has both
+            pairs += (sum(there) - there[i]) * bool(n)
+            mine = i if n == M - 1 else 0                    # among the sources
+            own += [terms[mine]] if there[i] else []
+            cross += [(M - 1) / n * term for j, term in enumerate(terms) if j != mine]
             some = t not in here or self.across(here[t].sum())
             if self.aux_coef and some and self.dead(t).any():
-                aux.append(self._auxk(c[t].detach(), -e[:, i].detach(), t, here))
-        return own, cross, aux
+                aux.append(self._auxk(c[t].detach(), -e[:, mine].detach(), t, here))
+        return own, cross, aux, pairs
 
     def dead(self, stream):
         """(L,) bool: latents that have not fired in this stream for `dead_after` training steps."""

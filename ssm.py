@@ -847,7 +847,7 @@ class CLIPAttention(Attention):
 
 
 class CLIPBlock(nn.Module):
-    """Pre-norm transformer block under OpenAI's names, with OpenAI's `quick` GELU or the exact."""
+    """Pre-norm transformer block under OpenAI's names; quick: see `CLIP`."""
 
     def __init__(self, dim, heads, causal, quick):
         super().__init__()
@@ -1158,15 +1158,18 @@ def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, moment
 
 def dino_settings_for(n, given):
     """Settings that some thousand pictures, n, learn by, {name: value}, but those `given`: a
-    backbone that learns within minutes on a CPU, and what kept it from collapse in our trials. For
-    random weights two views with all of DINO's colour changes, or its small crops, have nothing in
-    common; a quick teacher and a small head help, too."""
-    size, epochs = given.get("size", 32), given.get("epochs", min(max(96_000 // n, 10), 200))
-    few = {"arch": "vit_micro", "size": size, "patch": 8, "local_size": max(8, size // 16 * 8),
-           "local_crops": 6, "local_scale": [0.2, 0.6], "blur": size / 80, "colour": 0.2,
-           "standardise": True, "prototypes": 1024, "head_hidden": 512, "bottleneck": 64,
-           "momentum": 0.99, "lr": 2e-3, "batch": min(64, 2 ** (n // 2).bit_length() // 2),
-           "epochs": epochs, "warmup": -(-epochs // 10)}
+    backbone that learns within minutes on a CPU, and what kept it from collapse in our trials: to
+    random weights two views with all of DINO's colour changes, or its small crops, are strangers.
+    """
+    step = 32 if "vmamba" in given.get("arch", "") else given.get("patch", 8)
+    size = given.get("size", -(-max(32, 2 * step) // step) * step)               # whole patches
+    epochs = given.get("epochs", min(max(96_000 // n, 10), 200))
+    few = {"arch": "vit_micro", "size": size, "patch": 8, "local_crops": 6,
+           "local_size": max(step, size // 2 // step * step), "local_scale": [0.2, 0.6],
+           "blur": min(2., size / 80), "colour": 0.2, "standardise": True, "prototypes": 1024,
+           "head_hidden": 512, "bottleneck": 64, "momentum": 0.99, "lr": 2e-3,
+           "batch": min(64, 2 ** (n // 2).bit_length() // 2), "epochs": epochs,
+           "warmup": -(-epochs // 10)}
     return {name: value for name, value in few.items() if name not in given}
 
 
@@ -1363,7 +1366,7 @@ vmamba_base = partial(VMamba, 128, (2, 2, 15, 2))
 vmamba_micro = partial(VMamba, 32, (1, 1, 1, 1))
 
 PRESETS = {name: f for name, f in list(globals().items()) if isinstance(f, partial)}
-# DINOv2 by the names of its files, with and without registers
+# DINOv2 by its files' names
 for letter, widths in (("s", (384, 12, 6)), ("b", (768, 12, 12)), ("l", (1024, 24, 16)),
                        ("g", (1536, 40, 24))):
     for ending, registers in (("", 0), ("_reg", 4)):

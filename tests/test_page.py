@@ -88,7 +88,7 @@ def made(tmp_path_factory):
              captions=np.array([f"{EVIL[i % 3]} caption {i}" for i in range(500)]), ids=np.array([EVIL[1]] * 500),
              images=rng.integers(0, 255, (500, 8, 8, 3), dtype=np.uint8))
     repsae.main(["sparc", "--data", str(folder / "f.npz"), "--latents", "40", "--k", "4", "--batch", "64", "--lr", "3e-3",
-                 "--epochs", "8", "--page-rows", "300", "--null", "--out", str(folder / EVIL[0].replace("/", "|"))])
+                 "--epochs", "8", "--null", "--out", str(folder / EVIL[0].replace("/", "|"))])
     run = next(path for path in folder.iterdir() if path.is_dir())
     coded = repsae.Coded(str(run), repsae.parse(["latents", str(run)])[1])
     rows = coded.features.rows("test", "val")

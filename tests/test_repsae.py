@@ -748,6 +748,9 @@ def test_dinos_settings_fit_few_pictures_what_is_typed_goes_first_and_the_preset
     many = repsae.ssm.dino_settings_for
     assert [many(n, {})["epochs"] for n in (100, 546, 3941, 19_999)] == [200, 175, 24, 10]
     assert [many(n, {})["batch"] for n in (2, 30, 128, 5000)] == [1, 8, 64, 64]
+    for given in ({"arch": "vmamba_micro"}, {"patch": 14}, {"size": 48, "patch": 16}, {"size": 24}, {"size": 224, "arch": "vit_small"}):
+        step, known = 32 if "vmamba_micro" in given.values() else given.get("patch", 8), {**many(500, given), **given}
+        assert known["size"] % step == known["local_size"] % step == 0 < known["local_size"] <= known["size"] and known["blur"] <= 2
     assert "--preset mammo is of sae" in error(capsys, "dino", "--images", pictures, "--preset", "mammo", "--out", tmp_path / "x")
 
 
@@ -859,25 +862,28 @@ def test_released_dinov2_files_are_seen_at_224_pixels_by_their_last_class_token(
                                                     "--out", tmp_path / "g.npz")
 
 
-def test_a_models_patch_and_size_stand_behind_its_name(pictures, tmp_path, capsys):
+def test_a_models_patch_size_stands_behind_its_name(pictures, tmp_path, capsys):
     import ssm
-    run("extract", "--images", pictures, "--weights", "a=vit_micro@4x16:random,b=vit_micro@4:random", "--size", 24, "--seed", 3, "--out",
+    run("extract", "--images", pictures, "--weights", "a=vit_micro@4:random,vit_micro", "--size", 24, "--seed", 3, "--out",
         tmp_path / "f.npz")
     found, images = np.load(tmp_path / "f.npz"), data.read_images(pictures)
-    for name, side in (("a", 16), ("b", 24)):
+    for name, patch in (("a", 4), ("vit_micro", 8)):
         torch.manual_seed(3)
-        model = ssm.vit_micro(patch=4, size=side).eval()
+        model = ssm.vit_micro(patch=patch, size=24).eval()
         with torch.no_grad():
-            expected = model(images.views(range(5), side))
+            expected = model(images.views(range(5), 24))
         torch.testing.assert_close(torch.from_numpy(found[name][:5]), expected, rtol=1e-4, atol=1e-5)
-    run("finetune", "--images", pictures, "--weights", "a=vit_micro@8:random,b=vit_micro@4x8:random", "--size", 16, "--runs", 1,
+    run("finetune", "--images", pictures, "--weights", "a=vit_micro@8:random,b=vit_micro@4:random", "--size", 16, "--runs", 1,
         "--epochs", 1, "--out", tmp_path / "r")
-    for name, patch, tokens in (("a", 8, 4), ("b", 4, 4)):   # 16 / 8 and 8 / 4 a side
+    for name, patch in (("a", 8), ("b", 4)):
         kept = torch.load(tmp_path / "r" / f"{name}.pt", weights_only=True)
-        assert kept["patch"] == patch and kept["model"]["pos_embed"].shape[1] == 1 + tokens
-    for spec in ("a=vit_micro@:random", "a=vit_micro@0:random", "a=vit_micro@8x:random", "vit_micro@x16"):
-        assert "and after an arch @patch or @patchxsize" in error(capsys, "extract", "--images", pictures, "--weights", spec,
-                                                              "--out", tmp_path / "g.npz")
+        assert kept["patch"] == patch and kept["model"]["pos_embed"].shape[1] == 1 + (16 // patch) ** 2
+    for spec, message in (("a=vit_micro@:random", "a whole number"), ("a=vit_micro@0:random", "a whole number from 1 to 2048"),
+                          ("a=vit_micro@99999999:random", "from 1 to 2048"), ("vmamba_micro@8", "vmamba_micro has no such patches")):
+        assert message in error(capsys, "extract", "--images", pictures, "--weights", spec, "--out", tmp_path / "g.npz")
+    for last, spec in ((5, "vit_micro"), (2, "vim_micro")):
+        assert f"--last {last}, but {spec} can show" in error(capsys, "extract", "--images", pictures, "--weights", spec, "--tokens",
+                                                            "--last", last, "--size", 16, "--out", tmp_path / "g.npz")
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -1027,14 +1033,14 @@ def test_slides_become_tiles_features_bags_and_attention_maps(slides, tmp_path, 
     assert report.count("data:image/jpeg") == 4 and "Attention of clam_sb" in report
 
 
-def test_otsu_finds_pale_tissue_that_the_fixed_threshold_misses(tmp_path, capsys):
+def test_a_lower_threshold_finds_pale_tissue_that_the_usual_one_misses(tmp_path, capsys):
     """Tissue of saturation 5 of 255 on white: CLAM's threshold of 8 sees nothing there."""
     image = np.full((200, 260, 3), 250, np.uint8)
     image[20:180, 30:220, 1] = 245
     Image.fromarray(image).save(tmp_path / "pale.png")
     said = error(capsys, "tile", "--images", tmp_path / "pale.png", "--size", 32, "--smallest", 0.01, "--out", tmp_path / "t")
-    assert "tissue" in said
-    run("tile", "--images", tmp_path / "pale.png", "--size", 32, "--smallest", 0.01, "--otsu", "--out", tmp_path / "t")
+    assert "lower --threshold" in said
+    run("tile", "--images", tmp_path / "pale.png", "--size", 32, "--smallest", 0.01, "--threshold", 3, "--out", tmp_path / "t")
     assert len(np.load(tmp_path / "t" / "pale.npz")["coords"]) > 20
 
 
@@ -1598,19 +1604,26 @@ def test_a_released_clip_becomes_a_run_in_our_units_of_pixels(world, tmp_path, c
         tokens = words([str(c) for c in z["captions"][:3]], 12)
         torch.testing.assert_close(torch.from_numpy(z["o_txt"][:3]), model.encode_text(tokens), rtol=1e-3, atol=1e-4)
     assert "nothing tells the GELU of" in capsys.readouterr().err
-    told = {"model_cfg": {"embed_dim": 16}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(told))            # plain GELU
+    told = {"model_cfg": {"embed_dim": 16}, "preprocess_cfg": {"mean": [.5, .4, .3], "std": [.2, .3, .4]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(told))            # plain GELU, and pixels of its own
     run("clip", "--weights", tmp_path / "c.pt", "--merges", tmp_path / "m.txt", "--out", tmp_path / "g")
     run("extract", "--images", world / "tissue" / "tissue.npz", "--weights", f"o={tmp_path / 'g'}", "--out", tmp_path / "g.npz")
     plain = ssm.clip_from_state(model.state_dict(), quick=False).eval()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in told["preprocess_cfg"].values())
     with torch.no_grad():
         found, expected = torch.from_numpy(np.load(tmp_path / "g.npz")["o_img"][:3]), plain.visual((pixels - mean) / std)
+        quick = model.visual((pixels - mean) / std)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    assert "nothing tells" not in capsys.readouterr().err and (found - torch.from_numpy(z["o_img"][:3])).abs().max() > 0.004
-    for text in ("{", "[]", '{"model_cfg": 3}'):
-        (tmp_path / "open_clip_config.json").write_text(text)
+    assert "nothing tells" not in capsys.readouterr().err and not torch.allclose(quick, expected, rtol=1e-3, atol=1e-4)
+    for config in ([], {"model_cfg": 3}, {"model_cfg": {"quick_gelu": "no"}}, {"model_cfg": {"vision_cfg": {"head_width": 80}}},
+                   {"model_cfg": {}, "preprocess_cfg": {"mean": [1, 2]}}):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
         assert "open_clip_config.json is not a readable" in error(capsys, "clip", "--weights", tmp_path / "c.pt", "--merges",
                                                                   tmp_path / "m.txt", "--out", tmp_path / "x")
+    torch.save({**model.state_dict(), "input_resolution": torch.tensor(32)}, tmp_path / "openai.pt")          # says itself what it is
+    run("clip", "--weights", tmp_path / "openai.pt", "--merges", tmp_path / "m.txt", "--out", tmp_path / "openai")
+    assert torch.load(tmp_path / "openai" / "clip.pt", weights_only=True)["config"]["quick"] is True
+    assert "nothing tells" not in capsys.readouterr().err
     (tmp_path / "open_clip_config.json").unlink()
     (tmp_path / "short.txt").write_text("\n".join(["#version", *merges[:-1]]))
     for argv, message in ((("--merges", tmp_path / "short.txt"), "makes 536 tokens"), ((), "--merges is missing"),

@@ -352,19 +352,25 @@ def five(**kw):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("targets", [1, 2, 3])
-def test_the_mean_gradient_over_all_choices_of_targets_is_that_of_all_pairs(targets, reduction, monkeypatch):
+def test_the_mean_gradient_over_all_choices_of_targets_is_that_of_all_pairs(targets, gaps, reduction, monkeypatch):
     model, x = five(topk="both", targets=targets, reduction=reduction, lam=.7)
     everything, _ = five(topk="both", reduction=reduction, lam=.7)
+    if gaps:                                                 # a and b never meet, as in unpaired sets
+        x["a"][:4], x["b"][4:], x["c"][2] = float("nan"), float("nan"), float("nan")
     orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
-    losses, slopes = [], []
+    losses, slopes, told = [], [], []
     for order in orders:
         monkeypatch.setattr(torch, "randperm", lambda n, generator, order=order: order)
-        losses.append(model.loss(x)[0])
+        loss, parts = model.loss(x)
+        losses.append(loss)
+        told.append(parts["cross"])
         slopes.append(gradients(model, losses[-1]))
     assert torch.stack(losses).std() > 1e-3
-    full = everything.loss(x)[0]
+    full, parts = everything.loss(x)
     same(torch.stack(losses).mean(), full, 1e-12)
+    same(torch.stack(told).mean(), parts["cross"], 1e-12)
     for name, g in gradients(everything, full).items():
         same(torch.stack([one[name] for one in slopes]).mean(0), g, 1e-12)
 
@@ -441,22 +447,21 @@ def slow_loss(model, x):
             kept = sum(h[i, t] for t in deciding).topk(model.k).indices.tolist()
             z[i, s] = {j: h[i, s][j].clamp(min=0) for j in kept}
         n = {(s, t): sum(s in there[i] and t in there[i] and v[i, t].norm() > 0 for i in there) for s in streams for t in streams}
-        terms, drawn = {}, model.drawn_sources(B)
+        own, cross, drawn = {}, 0., model.drawn_sources(B)
         for t in streams:
             for i in there:
                 for place, s in enumerate(streams[number] for number in drawn[t][i]):
                     if s in there[i] and t in there[i] and v[i, t].norm() > 0:
                         x_hat = model.b_pre[t] + sum(value * model.W_dec[t][j] for j, value in z[i, s].items())
                         error = (v[i, t] - x_hat).square().sum() / v[i, t].square().sum() / n[s, t]
-                        terms[s == t, t, place] = terms.get((s == t, t, place), 0.) + error
-        own, cross = ([term for (one, *_), term in terms.items() if one == which] for which in (True, False))
-        weight = model.lam if reduction_of_all(model) else model.lam * (len(streams) - 1) / model.targets
-        total = total + model.reduce(own) + weight * model.reduce(cross)
+                        if s == t:
+                            own[t] = own.get(t, 0.) + error
+                        else:                                # as often drawn as not
+                            cross = cross + error * (len(streams) - 1) / (len(drawn[t][i]) - 1)
+        pairs = sum(n[s, t] > 0 for s in streams for t in streams if s != t)
+        total = total + model.reduce([*own.values()])
+        total = total + model.lam * cross / (pairs if model.reduction == "mean" and pairs else 1)
     return total
-
-
-def reduction_of_all(model):
-    return model.targets is None or model.targets >= len(model.streams) - 1 or model.reduction == "mean"
 
 
 @pytest.mark.parametrize("kernels", ["csr", "gather"])
@@ -1102,7 +1107,7 @@ def test_a_checkpoint_of_before_there_were_targets_goes_on_with_all_pairs(tmp_pa
     assert state["config"].pop("targets", "none") is None
     torch.save(state, tmp_path / "c.pt")
     model = sae.load(tmp_path / "c.pt")[0]
-    assert all(v[0].tolist() == [*range(5)] for v in model.drawn_sources(8).values()) and model.cross_weight == 1
+    assert all(v[0].tolist() == [*range(5)] for v in model.drawn_sources(8).values())
 
 
 def test_a_broken_or_foreign_checkpoint_is_refused(tmp_path):
