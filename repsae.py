@@ -243,6 +243,7 @@ SETTINGS = {
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
+    "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
 FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
@@ -2247,7 +2248,7 @@ def cut_voc(flags):
 
 
 @command("data! stream head widths attention dropout instances subtyping epochs=200 patience=20 "
-         "min-epochs batch=1 lr=2e-4 weight-decay=1e-5 balanced folds votes seed=0 device "
+         "min-epochs batch=1 lr=2e-4 cosine weight-decay=1e-5 balanced folds votes seed=0 device "
          "overwrite out=runs/mil")
 def cmd_mil(flags):
     """Multiple-instance learning: bags of instances to labels. Bags of a validation part stop the
@@ -2294,7 +2295,7 @@ def mil_round(bags, make, flags, r, train, val, test):
     from bags `train`, each from its own weights, and stop by bags `val` if there are any; and the
     models. r: the number of the round."""
     models, p = [], 0
-    how = {**flags.pick("epochs lr weight_decay patience subtyping"), "k": flags.instances,
+    how = {**flags.pick("epochs lr weight_decay patience cosine subtyping"), "k": flags.instances,
            "least": flags.min_epochs}
 
     def batches(rows, size=flags.batch):

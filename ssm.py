@@ -1334,17 +1334,24 @@ def mil_loss(model, x, mask, y, k=8, bag_weight=0.7, subtyping=False, loss=smoot
     return bag_weight * bag + (1 - bag_weight) * of_instances
 
 
-def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, patience=math.inf, least=0, **how):
+def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, patience=math.inf,
+            least=0, **how):
     """Train a `MIL` with Adam; returns what `fit` returns.
 
     batches(epoch)   yields (x, mask, y); held: a list of such, whose labels stop the training, see
-                     `fit`; all epochs are trained if it is empty; how: settings of `mil_loss`
+                     `fit`; all epochs are trained if it is empty
+    how              settings of `mil_loss`; cosine: lr falls to 0 along half a cosine
     """
     optimiser = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay, fused=True)
 
+    def scheduled(epoch):
+        if cosine:
+            optimiser.param_groups[0]["lr"] = cosine_schedule(epoch, epochs, lr, 0.)
+        return batches(epoch)
+
     def validate(model):
         return held_loss(lambda *bags: model(*bags)[0], held)
-    return fit(model, optimiser, batches, partial(mil_loss, **how), epochs,
+    return fit(model, optimiser, scheduled, partial(mil_loss, **how), epochs,
                validate if held else None, patience, least)
 
 

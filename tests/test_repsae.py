@@ -2668,7 +2668,7 @@ def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch
     with np.load(uneven / "whole.npz") as z:
         np.savez(tmp_path / "b.npz", **{k: v for k, v in z.items() if k != "folds"})
     found = caught(monkeypatch, ssm, "fit", "mil", "--data", tmp_path / "b.npz", *as_flags(said),
-                   "--set", "subtyping=yes")
+                   "--set", "subtyping=yes", "--set", "cosine=yes")
     model, group = found["model"], found["optimiser"].param_groups[0]
     assert [found[name] for name in ("epochs", "patience", "least")] == [10, 4, 6]
     linear = [m.out_features for m in model.embed if isinstance(m, torch.nn.Linear)]
@@ -2676,7 +2676,7 @@ def test_every_setting_of_mil_reaches_the_training(uneven, tmp_path, monkeypatch
     assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.4, 0.4]
     x, mask, y = next(iter(found["batches"](5)))
     assert len(y) == 5 and group["weight_decay"] == 0.03
-    assert group["lr"] == 0.02
+    assert group["lr"] == pytest.approx(0.02 / 2)            # half of the way down the cosine
     assert found["loss"].keywords == {"k": 2, "subtyping": True}
 
 
