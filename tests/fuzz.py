@@ -47,7 +47,7 @@ SMALL_DINO = ("--arch vit_micro --patch 8 --size 16 --local-size 8 --local-crops
 SMALL_CLIP = ("--size 16 --patch 8 --width 8 --set layers=1 --set joint=4 --set context=8 --epochs 1 "
               "--batch 8")
 SMALL_MIL = "--head gated --widths 4 --attention 2 --epochs 2 --min-epochs 1 --batch 4 --votes 1"
-SMALL_TUNE = "--weights vit_micro@8 --size 16 --runs 1 --epochs 1"
+SMALL_TUNE = "--weights vit_micro --size 16 --runs 1 --epochs 1"
 WEIGHTS = "--weights vit=vit_micro:random,clip=clip"
 
 # Command lines that make the inputs of the others, in this order.
@@ -116,7 +116,7 @@ CASES = [case.split() for case in [
     f"mil --data bags.npz {SMALL_MIL} --out o",
     f"mil --data bags {SMALL_MIL} --lr 0.01 --out o",
     f"finetune --images pics {SMALL_TUNE} --out o",
-    f"finetune --images med.npz {SMALL_TUNE} --split given --out o",
+    f"finetune --images med.npz {SMALL_TUNE.replace('vit_micro', 'vit_micro@8')} --split given --out o",
     f"finetune --images tissue/tissue.npz --label mucin {SMALL_TUNE} --out o",
     "explain --images pics --weights d=dino,t=tuned/v.pt --most 1 --size 16 --out o",
     "demo --quick --seed 3 --seeds 2 --out o",
