@@ -1459,7 +1459,7 @@ def watched(images, flags, most=4000):
 
 def tell_dino(run, rows, watch, measure, before):
     """metrics.json and report.html of the `rows` of log.csv; watch, measure: of `watched`; before:
-    what it saw of random weights."""
+    of random weights."""
     page = judge.Page(f"repsae dino: {run.flags.arch}")
     curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
@@ -1476,8 +1476,8 @@ def tell_dino(run, rows, watch, measure, before):
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
     if watch:
         ahead = " and ".join(name for name, value in others.items() if value >= found["knn"])
-        page.text(f"Do not trust it yet: {ahead} tell the labels as well by 20-NN - train longer, "
-                  "or give more pictures." if ahead else "It is ahead of both.")
+        page.text(f"Do not trust it yet: {ahead} tell the labels as well by 20-NN - train longer."
+                  if ahead else "It is ahead of both.")
     run.tell(page, found)
 
 
@@ -1502,7 +1502,7 @@ def cmd_extract(flags):
         how = {"whole": flags.whole or clip}                 # clip learns from whole pictures
         if flags.tokens:
             how.update(tokens=True, block=16)                # T times the memory
-        blocks = len(getattr(model, "blocks", "1"))          # of a ViT
+        blocks = len(getattr(model, "blocks", "1"))
         refuse(flags.last > blocks and (flags.tokens or blocks > 1),
                f"--last {flags.last}, but {name} can show {blocks} - give no more")
         if blocks > 1:
@@ -1528,7 +1528,7 @@ def load_backbone(spec, flags, n_classes=0):
     name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
     name=arch:random, or an arch alone: weights drawn with --seed
 
-    After an arch, @16 is its patch size. With n_classes it gets a new head of so many, else its
+    arch@16: its patch size. With n_classes it gets a new head of so many, else its
     file's. `made` of the model builds it again, `random` says whether its weights are, `side` is
     that of the pictures it learned from.
     """
@@ -1909,19 +1909,18 @@ def import_clip(flags):
     with unpacked(flags.weights, "is no state_dict of a CLIP",
                   "of OpenAI's files save torch.jit.load(FILE).state_dict()") as state:
         openai = "input_resolution" in state
-    if os.path.exists(beside) and not openai:
-        with data.reading(beside, "config of a CLIP with heads of 64"):
-            whole = data.read_json(beside)
-            told, seen = whole["model_cfg"], whole.get("preprocess_cfg", {})
-            pixels = [seen.get(key, usual) for key, usual in zip(("mean", "std"), pixels)]
-            pixels = np.array(pixels, float).reshape(2, 3)
-            told = {"quick_gelu": False, **told, **told.get("vision_cfg", {})}
-            if told["quick_gelu"] not in (True, False) or told.get("head_width", 64) != 64:
-                raise ValueError("another activation or heads")
-    elif not openai:
-        say(f"note: nothing tells the GELU of {flags.weights}: OpenAI's QuickGELU is taken - "
-            f"open_clip's own need {os.path.basename(beside)} there")
-    with sae.reading(flags.weights, "is no state_dict of a CLIP", "give another"):
+        if os.path.exists(beside) and not openai:
+            with data.reading(beside, "config of a CLIP with heads of 64"):
+                whole = data.read_json(beside)
+                told, seen = whole["model_cfg"], whole.get("preprocess_cfg", {})
+                pixels = [seen.get(key, usual) for key, usual in zip(("mean", "std"), pixels)]
+                pixels = np.array(pixels, float).reshape(2, 3)
+                told = {"quick_gelu": False, **told, **told.get("vision_cfg", {})}
+                if told["quick_gelu"] not in (True, False) or told.get("head_width", 64) != 64:
+                    raise ValueError("GELU or heads")
+        elif not openai:
+            say(f"note: nothing tells the GELU of {flags.weights}: OpenAI's QuickGELU is taken - "
+                f"open_clip's own need {os.path.basename(beside)} there")
         model = ssm.clip_from_state(state, told.get("quick_gelu", True))
     refuse(words.size != model.config["vocab"], f"{flags.merges} makes {words.size} tokens, not "
            f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")

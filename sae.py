@@ -536,8 +536,8 @@ class SPARC(nn.Module):
 
     # -- the loss --------------------------------------------------------------------------------
     def reduce(self, terms, n=None):
-        """Sum of a list of loss terms as Eq. 14 has it, or their mean as the authors' code does: of
-        n, where few stand for all."""
+        """Sum of loss terms as Eq. 14 has it, or their mean as the authors' code does: of n, where
+        few stand for all."""
         return sum(terms) / ((n or len(terms)) if self.reduction == "mean" and terms else 1)
 
     @_no_autocast
@@ -565,7 +565,7 @@ class SPARC(nn.Module):
             for name, new in (("self", own), ("cross", cross), ("aux", aux)):
                 terms[name] += [v.detach() for v in new]
             used.append(_marked(codes, here))
-        counts = {"self": len(terms["self"]), "cross": pairs, "aux": len(terms["aux"])}
+        counts = {k: len(v) for k, v in terms.items()} | {"cross": pairs}
         means = {k: sum(v, total.new_zeros(())) / max(counts[k], 1) for k, v in terms.items()}
         return total, {**means, "codes": used, "energy": energy}
 
@@ -598,12 +598,12 @@ class SPARC(nn.Module):
                 terms = list((weight[t].gather(1, drawn[t]) * energy).sum(0))
                 there = (self.across((weight[t] > 0).sum(0)) > 0).tolist()   # any sample has both
             pairs += (sum(there) - there[i]) * bool(n)
-            mine = i if n == M - 1 else 0                    # among the sources
-            own += [terms[mine]] if there[i] else []
-            cross += [(M - 1) / n * term for j, term in enumerate(terms) if j != mine]
+            own_at = i if n == M - 1 else 0
+            own += [terms[own_at]] if there[i] else []
+            cross += [(M - 1) / n * term for j, term in enumerate(terms) if j != own_at]
             some = t not in here or self.across(here[t].sum())
             if self.aux_coef and some and self.dead(t).any():
-                aux.append(self._auxk(c[t].detach(), -e[:, mine].detach(), t, here))
+                aux.append(self._auxk(c[t].detach(), -e[:, own_at].detach(), t, here))
         return own, cross, aux, pairs
 
     def dead(self, stream):

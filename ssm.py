@@ -1157,12 +1157,10 @@ def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, moment
 
 
 def dino_settings_for(n, given):
-    """Settings that some thousand pictures, n, learn by, {name: value}, but those `given`: a
-    backbone that learns within minutes on a CPU, and what kept it from collapse in our trials: to
-    random weights two views with all of DINO's colour changes, or its small crops, are strangers.
-    """
+    """Settings, {name: value}, but those `given`, that kept some thousand pictures, n, from
+    collapse in our trials, and learn within minutes on a CPU."""
     step = 32 if "vmamba" in given.get("arch", "") else given.get("patch", 8)
-    size = given.get("size", -(-max(32, 2 * step) // step) * step)               # whole patches
+    size = given.get("size", -(-max(32, 2 * step) // step) * step)
     epochs = given.get("epochs", min(max(96_000 // n, 10), 200))
     few = {"arch": "vit_micro", "size": size, "patch": 8, "local_crops": 6,
            "local_size": max(step, size // 2 // step * step), "local_scale": [0.2, 0.6],

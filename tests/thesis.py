@@ -36,7 +36,7 @@ SIZES = {  # of the demo, and of --quick
            "tune_epochs": 1, "code_epochs": 4, "token_epochs": 1, "least": 20, "most": 40}}
 PIECES = {  # that commands share
     "tissue": "--images ./tissue/tissue.npz", "both": "dino_vit=./dino_vit,dino_vim=./dino_vim",
-    "dino": "--size 64 --local-crops 4 --global-scale 0.5,1 --workers 1 --epochs {dino_epochs}",
+    "dino": "--size 64 --local-crops 4 --global-scale 0.5,1 --blur 0.5 --epochs {dino_epochs}",
     "mil": "--epochs {mil_epochs} --widths 64 --attention 32 --votes 3",
     "code": "--latents 256 --k 16 --batch 128 --lr 1e-3 --norm standard,l2 --epochs {code_epochs}",
     "segment": "--least {least} --most {most}",
