@@ -69,8 +69,7 @@ class Samples:
     split    (N,) of "train", "val", "test", or None
     boxes    (n, 6) of what is in the pictures, as in a file, or None
     about    dict of a file's other arrays for each sample: ids, groups, captions, images, coords
-    notes    lines that the user should see
-    """
+    notes    lines that the user should see"""
     labels: np.ndarray = None
     label_names: list = field(default_factory=list)
     mask: np.ndarray = None
@@ -100,8 +99,7 @@ class Features(Samples):
     lacks        dict stream -> (N,) bool: samples without it, NaN there; streams with gaps alone
     folder       the file's own, which `images` are relative to
     codes        of streams whose features are elsewhere: dict stream -> (indices, values), (N, k)
-    whole        of `per_token`: the features whose tokens these are
-    """
+    whole        of `per_token`: the features whose tokens these are"""
     streams: dict
     parents: dict = field(default_factory=dict)
     grid: tuple = None
@@ -207,8 +205,7 @@ class Batches:
 
     shuffle="blocks": contiguous blocks of `rows` in random order (thesis A.1.2, "Data Loading
     Optimization"): what makes memory-mapped folders fast. "samples": every epoch a new permutation.
-    `epoch` is the number of steps in an epoch. drop_last: without what does not fill a batch.
-    """
+    `epoch` is the number of steps in an epoch. drop_last: without what does not fill a batch."""
 
     def __init__(self, rows, batch, seed, shuffle="blocks", drop_last=False):
         self.all, self.batch, self.seed, self.blocks = rows, batch, seed, shuffle == "blocks"
@@ -232,8 +229,7 @@ def read_features(path, streams=None, taxonomy=None, seed=42, most=3):
     """Read and check a feature file (see the top of this module).
 
     streams: names to use, in this order; all by default. taxonomy: see `read_taxonomy`. seed: of
-    the split, when the file has none; None to draw none. most: dimensions of a stream.
-    """
+    the split, when the file has none; None to draw none. most: dimensions of a stream."""
     arrays = Source(path)
     x = {s: _stream(arrays, s, most) for s in streams or arrays.streams}
     refuse(not x, f"{path} holds no stream - give a floating array (N, d) under its name")
@@ -500,8 +496,7 @@ def _scan(features, block_bytes=1 << 24):
 def read_taxonomy(path, label_names):
     """Read a taxonomy from JSON: {"child": "parent", ..., "root": null}, or nested {"LabelName",
     "Subcategory": [...]} as Open Images has it (a name that stands twice counts where it is
-    deepest). Returns dict name -> parent or None: one root, no cycle, every label in it.
-    """
+    deepest). Returns dict name -> parent or None: one root, no cycle, every label in it."""
     parents = tree = read_json(path)
     with reading(path, "taxonomy"):
         if "LabelName" in tree:
@@ -580,8 +575,7 @@ def planted_streams(n=6000, dims=None, seed=42):
     and adds its own level of noise. Each stream alone sees two concepts, and is blind to two more.
 
     Returns Features: labels (n, C) bool are the active concepts, `parents` the taxonomy (world >
-    kingdom > family > concept), `truth` the concepts' directions; 80 % train, 20 % val.
-    """
+    kingdom > family > concept), `truth` the concepts' directions; 80 % train, 20 % val."""
     dims = dims or {"vision": 64, "text": 48, "sound": 40}
     rng = np.random.default_rng([seed, 3])
     leaves = [a + b + c for a in "ABCD" for b in "123" for c in "abcd"]
@@ -646,8 +640,7 @@ def tissue(n, size=64, seed=0):
         instances (n, size, size): 0, or 1 + the number of the object on top
         boxes (m, 6): as in a feature file, an image's objects in the order of their numbers
         groups, slides (n,), disease (n,) with disease_names
-        split (n,): of each disease 30 % of the patients, at least one, are `test`
-    """
+        split (n,): of each disease 30 % of the patients, at least one, are `test`"""
     rng = np.random.default_rng([seed, 20])
     patients = max(8, n // 20)
     of = np.sort(np.arange(n) % patients)                    # (n,) whose image it is
@@ -905,8 +898,7 @@ class Merges(Words):
     first in the list is merged, again and again (byte-pair encoding, Sennrich et al. 2016).
 
     merges: list of pairs "a b". Tokens: 256 bytes, the same at the end of a word, merges, start,
-    end. Letters are Python's, not Unicode's L; broken text is not mended first (CLIP's ftfy).
-    """
+    end. Letters are Python's, not Unicode's L; broken text is not mended first (CLIP's ftfy)."""
     word = r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+"
 
     def __init__(self, merges):
@@ -1018,8 +1010,7 @@ class Images(Samples):
 
     paths   list of N files
     side    pixels that a part needs, at least, where a slide has levels
-    window  see `as_rgb`
-    """
+    window  see `as_rgb`"""
     paths: list
     side: int = 224
     window: tuple = None
@@ -1050,17 +1041,19 @@ class Images(Samples):
         return torch.stack([view(self.open(i)) for i in rows])
 
     @torch.no_grad()
-    def features(self, rows, backbone, size, block=256, whole=False, **how):
-        """Features (n, d) of the pictures `rows`, tokens (n, T, d) in half precision; without a
-        backbone the pixels themselves. how: see `features` of the backbone."""
-        found = []
+    def blocks(self, rows, backbone, size, block=256, whole=False, **how):
+        """Features (n, d) of the pictures `rows`, tokens (n, T, d) in half precision, block after
+        block; without a backbone the pixels themselves. how: see `features` of the backbone."""
         for start in range(0, len(rows), block):
             out = self.views(rows[start:start + block], size, whole)
             if backbone is not None:
                 out = backbone.features(out.to(next(backbone.parameters()).device), **how)
             out = out[0].half() if isinstance(out, tuple) else out.flatten(1)    # tokens, grid
-            found.append(out.cpu().numpy())
-        return np.concatenate(found)
+            yield out.cpu().numpy()
+
+    def features(self, *which, **how):
+        """All of `blocks` in one array."""
+        return np.concatenate([*self.blocks(*which, **how)])
 
     def take(self, rows):
         """The pictures `rows`, which may repeat, without their boxes."""
@@ -1110,8 +1103,7 @@ def read_images(path):
     of a feature file, as `tissue` writes it; a MedMNIST .npz (train_images, train_labels, ...); or
     a Pascal VOC folder, which brings its splits and its objects.
 
-    Every file but a slide's is opened to see that it is a picture, and none is decoded.
-    """
+    Every file but a slide's is opened to see that it is a picture, and none is decoded."""
     tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
     if tiles:
         return _read_tiles([os.path.join(path, f) for f in tiles])
@@ -1263,8 +1255,7 @@ def as_rgb(image, window=None):
 
     Grey of more than 8 bits is scaled: low becomes black, high white, what lies beyond is cut off.
     They are `window`, (low, high), where it is given, which then holds for grey of 8 bits too and
-    leaves colours alone; else `_grey_range`.
-    """
+    leaves colours alone; else `_grey_range`."""
     tags = dict(getattr(image, "tag_v2", {}))
     image = ImageOps.exif_transpose(image)
     if image.mode[0] not in "IF" and not (window and image.mode == "L"):
@@ -1283,8 +1274,7 @@ def _grey_range(x, tags, floating=False):
     Of whole numbers the least and largest value it states (SMin- and SMaxSampleValue, else Min- and
     MaxSampleValue); else all that its stated bits hold, if those are fewer than 16; else the first
     of 0..4095 (12 bits in 16, as detectors have) and 0..65535 that holds all its values; else, and
-    of floating numbers, its own least and largest finite value.
-    """
+    of floating numbers, its own least and largest finite value."""
     low, high = (float(np.ravel(tags.get(signed, tags.get(plain, 0)))[0])
                  for signed, plain in ((340, 280), (341, 281)))
     bits = int(np.ravel(tags.get(258, 16))[0])
@@ -1319,8 +1309,7 @@ class Crops:
     scale, local_scale  share of the image's area that a crop covers
     blur       largest radius of the Gaussian blur: 2 px suits 224 px, smaller images want less
     colour     strength of colour jitter, grey and solarised views: 1 is DINO's
-    All randomness comes from torch's global generator.
-    """
+    All randomness comes from torch's global generator."""
 
     def __init__(self, size=224, local_size=96, n_local=8, scale=(0.4, 1.),
                  local_scale=(0.05, 0.4), blur=2., colour=1.):
@@ -1492,8 +1481,7 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
 
     rgb (H, W, 3) uint8. threshold of the saturation (0..255); median, close: sides of the filters;
     least: pixels of a piece without its holes, of which the `max_holes` largest of more than
-    `least_hole` pixels stay. Returns (H, W) int: 0, i in piece i, -i in a hole of it.
-    """
+    `least_hole` pixels stay. Returns (H, W) int: 0, i in piece i, -i in a hole of it."""
     saturation = np.asarray(Image.fromarray(rgb).convert("HSV"))[..., 1]
     saturation = scipy.ndimage.median_filter(saturation, median)    # (H, W)
     mask = scipy.ndimage.grey_closing(saturation > threshold, (close, close))
@@ -1518,8 +1506,7 @@ def tile_boxes(pieces, scale, size, side, step):
     pieces: from `find_tissue`, one of whose pixels spans `scale` of the slide's, whose size is
     (width, height). Each piece has a grid of its own, from the corner of its bounding box. A tile
     is kept if one of the four points halfway from its centre to its corners is inside the piece's
-    outline, and its centre in no hole.
-    """
+    outline, and its centre in no hole."""
     def at(x, y):
         i, j = (np.clip((v / scale).astype(int), 0, n - 1) for v, n in zip((y, x), pieces.shape))
         return pieces[i, j]
@@ -1616,8 +1603,7 @@ def cut_boxes(folder, margin=0.2, window=None):
     <split>/<name of the object>/<name of the picture>_<i>.
 
     A part is the square around a box's centre, as long as the box's longer side and `margin` more,
-    shifted inwards at the picture's edge. Boxes with a side of 8 pixels or less are left out.
-    """
+    shifted inwards at the picture's edge. Boxes with a side of 8 pixels or less are left out."""
     found = []
     for split, stem, path, size, objects in _voc(folder, window):
         for i, (name, box) in enumerate(objects):
@@ -1712,8 +1698,7 @@ def read_bags(path, stream=None):
     X[offsets[i]:offsets[i + 1]], and perhaps folds (R, F, bags) and groups (bags,); a feature file
     with labels and groups, each of which is a bag; or a folder with a feature file for each bag, as
     `extract` writes them, in class folders, perhaps inside train, val and test folders. stream: of
-    feature files that have several.
-    """
+    feature files that have several."""
     if os.path.isdir(path):
         bags = _bags_of_folder(path, stream)
     else:
@@ -1802,8 +1787,7 @@ def stratified_parts(y, shares, seed, groups=None):
 
     No group of groups (n,) lies in two parts, and without them each position is one. It is groups
     that are in proportion, to one, each counted as the rarest class among its samples. Where they
-    are few, each part gets one of each class before any gets more than its share.
-    """
+    are few, each part gets one of each class before any gets more than its share."""
     rng, parts = np.random.default_rng([seed, 9]), [[] for _ in shares]
     shares = np.array(shares) / sum(shares)
     member = np.arange(len(y)) if groups is None else np.unique(groups, return_inverse=True)[1]

@@ -119,8 +119,7 @@ def jaccard(counts, n_top):
     their mean over such pairs of streams; `jaccard_all`, the same with all other latents counted as
     0, as the published numbers do; `control`, the first with each latent paired with another of
     those alive in both streams, half of them further on; `pairs`, the first for each pair;
-    `within`, half the interval of the first for other latents as these.
-    """
+    `within`, half the interval of the first for other latents as these."""
     pairs, L = list(itertools.combinations(counts, 2)), len(next(iter(counts.values())))
     own, other = (np.ma.masked_all((len(pairs), L)) for _ in range(2))
     for i, (s, t) in enumerate(pairs):
@@ -169,8 +168,7 @@ def monosemanticity(code, x):
     product of their activations (Pach et al. 2025); NaN where fewer than two are active.
 
     Features are centred (ours), so that pairs at random come to about 0. With unit vectors u and
-    activations a the sum over pairs i != j is ||sum a_i u_i||^2 - sum ||a_i u_i||^2.
-    """
+    activations a the sum over pairs i != j is ||sum a_i u_i||^2 - sum ||a_i u_i||^2."""
     u, code = unit_rows(x - x.mean(0)), code.astype(np.float64)
     square = code.power(2)
     pairs = np.square(code.T @ u).sum(1) - square.T @ np.square(u).sum(1)                # (L,)
@@ -242,8 +240,7 @@ def reconstruction(blocks, times=None):
     blocks: iterable of (x, x_hat), x: t -> (b, d_t), x_hat: (t, s) -> (b, d_t), tensors; of t from
     s those samples count that have both (rows of NaN say that one is missing).
     R^2 is weighted by variance, around each dimension's mean over the samples that count:
-    predicting that mean scores 0. NMSE leaves out samples of zeros.
-    """
+    predicting that mean scores 0. NMSE leaves out samples of zeros."""
     total, done = collections.defaultdict(lambda: [0.] * 6), 0
     for x, x_hat in blocks:
         here = {t: ~v.isnan().all(1) for t, v in x.items()}
@@ -272,8 +269,7 @@ def linear_baseline(train, test, targets=None):
 
     train, test: {stream: (n, d)}, in the units that the model reconstructs, NaN where missing: for
     a pair the samples count that have both. Ridge regression with an intercept; its strength is
-    the one that predicts every tenth training row best from the other rows.
-    """
+    the one that predicts every tenth training row best from the other rows."""
     strengths = 10. ** np.arange(-6, 3)
     out = {t: {s: None for s in train if s != t} for t in targets or train}
     for t, s in [(t, s) for t, row in out.items() for s in row]:
@@ -355,8 +351,7 @@ def probe_tasks(labels, known=True, groups=None):
     A task is a label with at least 50 positives; task t draws as many negatives (seed 1000 + t),
     or positives where they are more, and splits 70 / 15 / 15, classes in proportion (seeds
     2000 + t, 3000 + t). Rows that are not `known` (n,) bool are neither. With groups (n,) no group
-    is in two parts, and a label of too few groups for both classes in each is no task.
-    """
+    is in two parts, and a label of too few groups for both classes in each is no task."""
     tasks = []
     for t in range(labels.shape[1]):
         pos, neg = (np.flatnonzero(known & (labels[:, t] == c)) for c in (True, False))
@@ -381,8 +376,7 @@ def probe(code, tasks, binary=True, chosen=None, times=None):
     The 20 latents most often active on a task's training positives (or those `chosen` for it) are
     each fitted on train, input z > 0 or z itself if not `binary`; the best on val is reported on
     test, ln 2 where there is none. Returns {"loss": mean test log-loss in nats, with `times`
-    (1 + R,), "tasks": [{label, latent or None, val, test}]}.
-    """
+    (1 + R,), "tasks": [{label, latent or None, val, test}]}."""
     active, chance = (code > 0).astype(np.float64), math.log(2)
     z, results, losses = active if binary else code.astype(np.float64), [], [chance] * len(tasks)
     for i, (label, parts) in enumerate(tasks):
@@ -1147,8 +1141,7 @@ def explorer(features, rows, runs, most=2000):
     the token where a latent is strongest; `null`, the same codes of the null, of which histograms
     are kept; `training_curves`; what decodes, `dictionary` {stream: (L, d)} and `bias` {stream:
     (d,)}; `seen`(rows) -> {stream: (len(rows), d)}, features as the model sees them; `probe`
-    {stream: (weights (d, C), biases (C,))} of the labels or None; `names` {latent: name}.
-    """
+    {stream: (weights (d, C), biases (C,))} of the labels or None; `names` {latent: name}."""
     codes = [code for run in runs.values() for code in run["codes"]["alone"].values()]
     order, picture = by_rank(codes, len(rows)), functools.cache(features.picture)
     while True:
@@ -1265,6 +1258,17 @@ write_npz = functools.partial(write_whole, lambda f, arrays: np.savez(f, **array
 save_picture = functools.partial(write_whole, lambda f, image: image.save(f, "PNG"))
 
 
+def write_npy(path, blocks, n):
+    """An array of n rows as .npy, of `blocks` of rows that come one by one: never all in memory."""
+    def write(f, blocks):
+        first = next(blocks)
+        np.lib.format.write_array_header_1_0(f, {
+            "descr": first.dtype.str, "fortran_order": False, "shape": (n, *first.shape[1:])})
+        for block in itertools.chain([first], blocks):
+            f.write(block.tobytes())
+    write_whole(write, path, iter(blocks))
+
+
 def write_safetensors(path, arrays):
     """Float32 {name: array} as .safetensors: the length of a header, 8 bytes, little-endian; JSON
     that tells where each lies; the numbers, from a multiple of 8 on."""
@@ -1284,8 +1288,7 @@ def saelens(model, stream):
     model: a module with the parameters, the buffers and the names of activation and norm that
     sae.py has. Raw features lead to the same codes, and to reconstructions in raw units: mean and
     deviation go into the weights; length 1 is "constant_norm_rescale" there, which scales back too
-    (and makes NaN of a row of zeros). None if SAELens has no words for activation or norm.
-    """
+    (and makes NaN of a row of zeros). None if SAELens has no words for activation or norm."""
     kinds = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
     kind = "jumprelu" if model.by_batch else kinds.get(model.activation)         # as its own
     if not kind or model.norm not in ("none", "standard", "l2"):
@@ -1432,8 +1435,7 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=sli
     entropy     in nats, of the labels of the active samples: CytoSAE's "unique labels among
                 activated images"; to have none is one more label. With `weighted`, as in its code,
                 of the `top` samples weighted by strength; NaN for a latent that has fewer
-    label, purity   the most frequent label among the active samples, -1 for none, and its share
-    """
+    label, purity   the most frequent label among the active samples, -1 for none, and its share"""
     n, active = strength.shape[0], strength.getnnz(axis=0)
     mean = np.ravel(strength.sum(0)) / np.where(active, active, np.nan)
     # strength decides between equal counts
@@ -1550,8 +1552,7 @@ def intervention(strength, effect, base, y, means, ks=(
     commute, so that what an intervention at every position does to the score is
     score = base + sum_j z_j effect_j over the latents that are left.
     effect (L,): dictionary row times head; base: the head's score of the decoder's bias; means
-    (2, L) of the classes.
-    """
+    (2, L) of the classes."""
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in sorted({min(k, len(effect)) for k in (*ks, len(effect))}):
         kept = np.isin(np.arange(len(effect)), order[:, :k])
@@ -1587,8 +1588,7 @@ def heat_boxes(heat, side=224, percentile=95.):
 
     Mammo-SAE says "95th percentile" and "boxes"; what it leaves open is chosen so: heat (h, w) is
     enlarged bilinearly to `side` pixels, the percentile is that picture's, pixels at or above it
-    count, those that touch, corners included, form a box, scored by the mean activation in it.
-    """
+    count, those that touch, corners included, form a box, scored by the mean activation in it."""
     heat = np.asarray(Image.fromarray(np.float32(heat)).resize((side, side), Image.BILINEAR))
     # of a map that is 0 nearly everywhere the percentile is 0, and everything would be hot
     hot = (heat >= np.percentile(heat, percentile)) & (heat > heat.min())
@@ -1661,7 +1661,10 @@ def select_latents(code, y, n):
     deviation = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
     differ = class_means(code, y).std(0) / deviation
     few = np.sort(np.argsort(-differ, kind="stable")[:1000])
-    Z, chosen = _standard_columns(code, few), []
+    x, chosen = code[:, few].toarray(), []
+    Z = x - x.mean(0)
+    length = np.linalg.norm(Z, axis=0)                       # a latent that does not vary is 0
+    Z = np.where(length > 1e-7 * np.linalg.norm(x, axis=0), Z / np.maximum(length, 1e-30), 0)
     R = (y[:, None] == np.unique(y)).astype(float)
     R -= R.mean(0)
     for _ in range(min(n, int(Z.any(0).sum()), len(y) - 1)):
@@ -1681,8 +1684,7 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
     `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
     many principal components of the dense features. "kept, %" is (score - chance) / (dense score -
     chance), None where the dense score is at or below chance: there is nothing to keep.
-    Returns {"rows": [{...}], "all": {"features", "latents", "chance"}, "chosen"}.
-    """
+    Returns {"rows": [{...}], "all": {"features", "latents", "chance"}, "chosen"}."""
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
     def score(x):
@@ -1772,8 +1774,7 @@ def relevancy(attention, target):
     saw: exactly 0 for a target that nothing moves, such as latents of an absent concept.
 
     attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
-    a sample, was computed from.
-    """
+    a sample, was computed from."""
     B, _, T, _ = attention[0].shape
     R = torch.eye(T, device=attention[0].device, dtype=attention[0].dtype).repeat(B, 1, 1)
     if not target.requires_grad:
@@ -1810,13 +1811,13 @@ def kept_attention(model):
     return found
 
 
-def heat_maps(backbone, x, score, cam_layer):
+def heat_maps(backbone, x, score, cam_layer, cam=False):
     """What in pictures x (B, 3, H, W) raises score(features (B, d)) -> (B,): relevancy of their
-    patches (B, rows, columns), Grad-CAM where there is no attention; and the scores. A picture
+    patches (B, rows, columns), Grad-CAM without attention or with `cam`; and the scores. A picture
     whose score nothing moves gets all 0. backbone.features(x) -> (B, d), backbone.patch: a patch's
     side in pixels; cam_layer(x) -> (layer, to_map) of `grad_cam`."""
     layers = kept_attention(backbone)
-    if not layers:
+    if cam or not layers:
         return grad_cam(backbone.features, *cam_layer(x), x, score)
     values = score(backbone.features(x))
     R = relevancy([m.kept for m in layers], values.sum())
@@ -1883,8 +1884,7 @@ def concept_scores(code, names, J, alive, seed=0):
     living latents: {target: (score(features (B, d), labels (B,)) -> (B,), its labels)}.
 
     code(features) -> (B, L) of the stream alone; names (C, L): the codes of the labels' names; J:
-    of `concept_latents`; alive: numbers of the latents active in training.
-    """
+    of `concept_latents`; alive: numbers of the latents active in training."""
     rng, some = np.random.default_rng(seed), [c for c, own in enumerate(J) if len(own)]
     chance = [rng.permutation(np.setdiff1d(alive, own))[:len(own)] for own in J]
     own, other = (indicator(v, names.shape[1]).to(names) for v in (J, chance))
@@ -1893,7 +1893,7 @@ def concept_scores(code, names, J, alive, seed=0):
             "random latents": (weighted_code(code, other), some)}
 
 
-def pair_maps(backbone, score, pairs, read, cam_layer, block=64):
+def pair_maps(backbone, score, pairs, read, cam_layer, cam=False, block=64):
     """{(picture, label): (h, w)}, `heat_maps` of score(features (B, d), labels (B,)) -> (B,) for a
     list of pairs, and those of them whose score is 0. read(picture) -> (3, H, W)."""
     maps, silent = {}, []
@@ -1901,7 +1901,7 @@ def pair_maps(backbone, score, pairs, read, cam_layer, block=64):
         some = pairs[at:at + block]
         labels = [c for _, c in some]
         x = torch.stack([read(i) for i, _ in some])
-        heats, values = heat_maps(backbone, x, lambda f: score(f, labels), cam_layer)
+        heats, values = heat_maps(backbone, x, lambda f: score(f, labels), cam_layer, cam)
         maps.update(zip(some, heats))
         silent += [pair for pair, value in zip(some, values) if value == 0]
     return maps, silent
@@ -1951,8 +1951,7 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     found, truth: (image, label) -> bool mask (H, W); found may lack some, or hold labels the image
     does not have, which count against it. score: dict like found, 1 for all by default. Precision
     is interpolated at 101 recalls and averaged over labels that have true masks of the size; sizes
-    are areas of masks (`area` of a found one; the published figures took its box's).
-    """
+    are areas of masks (`area` of a found one; the published figures took its box's)."""
     overlap = {key: np.logical_and(m, truth[key]).sum() / np.logical_or(m, truth[key]).sum()
                for key, m in found.items() if key in truth}
     ranked = sorted(found, key=lambda key: (-(score[key] if score else 1), key[0]))
@@ -2021,26 +2020,22 @@ def word_table(examples):
 
 # -- Do two codes share latents (thesis 4.2-4.3)? --------------------------------------------------
 
-def _standard_columns(code, latents):
-    """Some latents of a code, (n, m), less their means, of length 1; 0 if they do not vary."""
-    x = code[:, latents].toarray().astype(np.float64)
-    c = x - x.mean(0)
-    length = np.linalg.norm(c, axis=0)
-    varies = length > 1e-7 * np.linalg.norm(x, axis=0)
-    return np.where(varies, c / np.maximum(length, 1e-30), 0)
-
-
 def latent_correlations(a, b, same):
     """Correlations (P,) of pairs of latents of two codes (n, L_a), (n, L_b) of the same samples:
     of latent j with latent j if they are the `same`, else of the best one-to-one pairing
     (Hungarian). Latents active in fewer than 5 samples are left out, and of more than 4,096 to be
-    paired the less frequent: the assignment takes their cube."""
+    paired the less frequent: the assignment takes their cube. No column is ever dense."""
     active = [code.getnnz(axis=0) for code in (a, b)]
+    chosen = [np.flatnonzero(np.minimum(*active) >= 5)] * 2 if same else [
+        np.sort(np.argsort(-n, kind="stable")[:min(4096, (n >= 5).sum())]) for n in active]
+    a, b = (code[:, some].astype(float) for code, some in zip((a, b), chosen))
+    (mean_a, mean_b), squares = ([np.ravel(code.mean(0)) for code in codes] for codes in (
+        (a, b), (a.multiply(a), b.multiply(b))))
+    deviation = [np.where(square - mean ** 2 > 1e-14 * square, square - mean ** 2, np.inf) ** 0.5
+                 for square, mean in zip(squares, (mean_a, mean_b))]         # r = 0 if it is one value
     if same:
-        both = np.minimum(*active) >= 5
-        return (_standard_columns(a, both) * _standard_columns(b, both)).sum(0)
-    i, j = (np.sort(np.argsort(-n, kind="stable")[:min(4096, (n >= 5).sum())]) for n in active)
-    r = _standard_columns(a, i).T @ _standard_columns(b, j)
+        return (np.ravel(a.multiply(b).mean(0)) - mean_a * mean_b) / np.multiply(*deviation)
+    r = ((a.T @ b).toarray() / a.shape[0] - np.outer(mean_a, mean_b)) / np.outer(*deviation)
     return r[scipy.optimize.linear_sum_assignment(-r)]
 
 
@@ -2066,8 +2061,7 @@ def compare(runs):
     ranks; with 5 runs never below 0.0625), d (mean difference / its standard deviation)}.
 
     runs: dict model -> (R,) numbers, run r with the same split and seed for all. Tests are
-    two-sided; p is None where all differences are alike, or a run has none: nothing to test.
-    """
+    two-sided; p is None where all differences are alike, or a run has none: nothing to test."""
     out = []
     for a, b in itertools.combinations(runs, 2):
         gap = np.subtract(*(np.asarray(runs[model], float) for model in (a, b)))

@@ -132,7 +132,7 @@ WHAT = {
     "split": ("random", "random|given", "70 / 15 / 15 drawn anew each run, or the file's"),
     "only": (None, "text", "labels a,b to tell apart, or to find one by one; all by default"),
     "between": (None, "text", "two labels a,b: which latents tell their groups apart?"),
-    "query": (None, "text", "words to search by"),
+    "query": (None, "text", "words to search by; explain: several, a,b, to look for"),
     "names": (None, "path", 'JSON of names of latents, {"17": "round nucleus"}'),
     "prompts": (None, "file", "file to write: samples of every latent, and a prompt for its name"),
     "sample": (0, "int 0..1e9", "number of the test sample that asks"),
@@ -305,8 +305,7 @@ class Run:
     files    its manifest, in config.json too: names of what it wrote, or is about to write
 
     What the manifest does not list is never replaced or removed, no link is followed, and no second
-    process gets in: the lock ends with the process, whatever ends that.
-    """
+    process gets in: the lock ends with the process, whatever ends that."""
 
     held = {}                                                # lock files of this process, by path
 
@@ -445,7 +444,8 @@ class Run:
 
     def write(self, files):
         """Write outputs {name: content}, each as the ending of its name says."""
-        how = {"npz": judge.write_npz, "json": judge.write_json, "pt": judge.write_torch,
+        how = {"npz": judge.write_npz, "npy": lambda path, a: judge.write_npy(path, [a], len(a)),
+               "json": judge.write_json, "pt": judge.write_torch,
                "png": judge.save_picture, "safetensors": judge.write_safetensors}
         for path, content in zip(self.paths(list(files)), () if RANK else files.values()):
             how[path.rpartition(".")[2]](path, content)
@@ -563,8 +563,7 @@ class Log:
     """The rows of log.csv, as text, so that a resumed run keeps them to the byte.
 
     Those up to step `upto` are read; they need the `columns` that are drawn, and may be empty in
-    `gaps` alone.
-    """
+    `gaps` alone."""
 
     def __init__(self, path, upto=0, columns=(), gaps=()):
         self.path, self.rows = path, []
@@ -1081,8 +1080,7 @@ class Coded:
 
     flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
             were typed
-    T       tokens of a sample, 1 where it is one vector; flat: the features, each token a sample
-    """
+    T       tokens of a sample, 1 where it is one vector; flat: the features, each token a sample"""
 
     def __init__(self, run, flags, streams=None):
         self.run, flags = run, as_trained(run, flags)
@@ -1112,28 +1110,36 @@ class Coded:
 
     def pool(self, tau=0.):
         """Of the one stream, alone: `strength` and `count`, CSR (N, L), of `judge.pool_tokens`,
-        `dense` (N, d), normalised features, the mean over tokens, `groups` (N,), and `W` (L, d)
-        and `b` (d,), dictionary and bias."""
+        `groups` (N,), and `W` (L, d) and `b` (d,), dictionary and bias."""
         refuse(len(self.features.streams) > 1, f"{self.run} has {', '.join(self.features.streams)}"
                f" - pick one with --stream{'' if 'stream' in self.flags else 's a,b'}")
-        (s,), T, N, pooled, dense = self.features.streams, self.T, len(self.features), [], []
-        whole_samples = T * max(1, 4096 // T)                # tokens in a block
-        for x, codes in sae.encoded(self.model, self.flat.batch, np.arange(N * T), "alone",
-                                    whole_samples):
-            code = judge.sparse_code(*sae.joined([codes])[s], self.model.n_latents)
-            pooled.append(judge.pool_tokens(code, T, tau))
-            dense.append(self.model.normalise(x[s], s).unflatten(0, (-1, T)).mean(1).cpu().numpy())
+        (self.stream,), N = self.features.streams, len(self.features)
+        pooled = [judge.pool_tokens(self.codes(some)[self.stream], self.T, tau)
+                  for some in self.blocks(np.arange(N))]
         self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
-        self.stream, self.dense = s, np.nan_to_num(np.concatenate(dense))      # 0 where missing
         refuse(not np.isfinite(self.strength.data).all(),
                f"the codes of {self.run} are not finite - train it with a lower --lr")
         refuse(not self.strength.nnz, f"no latent of {self.run} is active on any sample - train it "
                "longer, or with less sparsity")
-        self.W, self.b = (v[s].detach().cpu().double().numpy()
+        self.W, self.b = (v[self.stream].detach().cpu().double().numpy()
                           for v in (self.model.W_dec, self.model.b_pre))
         self.groups = self.features.about.get("groups", np.arange(N))
         self.train, self.test = self.features.rows("train"), self.features.rows("test", "val")
         return self
+
+    def blocks(self, rows):
+        """The rows in parts of some 4,096 tokens."""
+        step = max(1, 4096 // self.T)
+        return np.split(rows, range(step, len(rows), step))
+
+    def dense(self, rows):
+        """Normalised features of samples (n,) of the one stream, the mean over tokens: (n, d), 0
+        where missing."""
+        found = []
+        for some in self.blocks(rows):
+            x = normalised(self.model, self.features, some, self.flags.device)[self.stream]
+            found.append(np.nan_to_num(x.mean(1) if self.features.tokens else x))
+        return np.concatenate(found)
 
     def heat(self, row, latents):
         """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
@@ -1484,8 +1490,11 @@ def tell_dino(run, rows, watch, measure, before):
 @command("images! weights! window size standardise last tokens whole seed=0 device overwrite "
          "out=feats.npz")
 def cmd_extract(flags):
-    """Features of pictures by backbones: an .npz of streams that `sparc` and `probe` read."""
-    images, out, streams = pictures_of(flags), out_file(flags), {}
+    """Features of pictures by backbones: streams that `sparc` and `probe` read, in an .npz, or
+    where --out does not end so in a folder of .npy, with one block of pictures at a time in memory.
+    """
+    images, made = pictures_of(flags), {}
+    run = None if flags.out.endswith(".npz") and out_file(flags) else Run(flags)
     specs, captions = flags.weights.split(","), images.about.get("captions")
     models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]
     for spec, loaded in zip(specs, models):
@@ -1493,7 +1502,7 @@ def cmd_extract(flags):
             name, longest = spec.split("=lsa:")
             refuse(captions is None or flags.tokens or longest not in ("1", "2", "3"), f"{spec} - "
                    "lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
-            streams[name] = data.latent_semantics(captions, images.rows("train"), int(longest))
+            made[name] = [data.latent_semantics(captions, images.rows("train"), int(longest))]
             continue
         (name, model), clip = loaded, hasattr(loaded[1], "clip")
         if flags.standardise and model.random:
@@ -1508,16 +1517,24 @@ def cmd_extract(flags):
         if blocks > 1:
             how["last"] = flags.last
         if clip and captions is not None and not flags.tokens:               # both its encoders
-            streams[f"{name}_txt"] = model.read(captions).cpu().numpy()
-        x = images.features(range(len(images)), model, flags.size or model.side, **how)
-        streams[name + "_img" * clip] = x
-    for name, x in streams.items():
-        say(f"{name}: {x.shape}")
-    about = images.arrays(out)
-    if flags.tokens:
-        about["grid"] = np.repeat(math.isqrt(x.shape[1]), 2)                     # views are square
-    judge.write_npz(out, {**streams, **about})
-    say(f"wrote {out}")
+            made[f"{name}_txt"] = [model.read(captions).cpu().numpy()]
+        made[name + "_img" * clip] = images.blocks(range(len(images)), model,
+                                                   flags.size or model.side, **how)
+    about, streams = images.arrays(flags.out), {}
+    if run:
+        run.begin(data_hash=images.hash)
+    for s, blocks in made.items():                           # here the models see the pictures
+        if run:
+            judge.write_npy(run.path(f"{s}.npy"), blocks, len(images))
+        streams[s] = data.Source(flags.out)[s] if run else np.concatenate([*blocks])
+        say(f"{s}: {streams[s].shape}")
+    if flags.tokens:                                         # views are square
+        about["grid"] = np.repeat(math.isqrt(streams[s].shape[1]), 2)
+    if run:
+        run.write({f"{key}.npy": array for key, array in about.items()})
+    else:
+        judge.write_npz(flags.out, {**streams, **about})
+    say(f"wrote {flags.out}")
 
 
 def load_backbone(spec, flags, n_classes=0):
@@ -1530,8 +1547,7 @@ def load_backbone(spec, flags, n_classes=0):
 
     arch@16: its patch size. With n_classes it gets a new head of so many, else its
     file's. `made` of the model builds it again, `random` says whether its weights are, `side` is
-    that of the pictures it learned from.
-    """
+    that of the pictures it learned from."""
     name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
     arch, _, file = where.partition(":")
     refuse(not where or not plain(name) or "/" in name,      # it names files, too
@@ -1663,8 +1679,9 @@ def tell_barcodes(page, coded, mean, between):
         if len(n) > 1 and n.min() > 1 else []
     page.text(f"{known.sum()} of {len(groups)} groups have one label, and count")
     means = judge.tell_barcodes(page, codes[known], label[known], names, mean, folds, pair)
-    return {"barcodes.npz": {"groups": groups, "labels": label, "barcodes": codes.toarray(),
-                             "label_names": names, "diseases": means}}
+    return {"barcodes.npz": {"groups": groups, "labels": label, "label_names": names,
+                             "diseases": means, "format": b"csr", "shape": codes.shape,
+                             **{k: getattr(codes, k) for k in ("data", "indices", "indptr")}}}
 
 
 PROMPT = """Below are samples that activate one latent of a sparse autoencoder strongly, samples \
@@ -1734,10 +1751,10 @@ def cmd_intervene(flags):
 def tell_interventions(page, coded, y, train, test, means):
     """Tell what a linear head, fitted to the features, makes of them, of codes, and of their top
     latents alone or silenced (Mammo-SAE Eq. 3-4); means (2, L): of the classes."""
-    head, of_class = judge.logistic_fit(coded.dense[train], y[train].astype(int), 2)  # (d, 2)
+    head, of_class = judge.logistic_fit(coded.dense(train), y[train].astype(int), 2)  # (d, 2)
     w, bias = head[:, 1] - head[:, 0], float(of_class[1] - of_class[0])          # of the log odds
     effect, base = coded.W @ w, float(coded.b @ w) + bias
-    scores = {"original features": coded.dense[test] @ w + bias,
+    scores = {"original features": coded.dense(test) @ w + bias,
               "reconstructed": coded.strength[test] @ effect + base}
     rows = [[name, *judge.bootstrap_auc(y[test], score, coded.groups[test], seed=coded.flags.seed)]
             for name, score in scores.items()]
@@ -1789,7 +1806,7 @@ def tell_class_means(page, means, flags):
 def tell_fidelity(page, coded, y, train, test, eval_rows):
     """Tell how well codes rebuild features, what few latents tell of classes y (N,), if there are
     any, and whether codes find the neighbours that features find."""
-    seed, dense = coded.flags.seed, coded.dense.astype(np.float64)
+    seed, dense = coded.flags.seed, coded.dense(np.arange(len(coded.features))).astype(float)
     r2 = judge.r2_both(dense[test], coded.strength[test] @ coded.W + coded.b)
     page.table(["of the features" + ", averaged over tokens" * (coded.T > 1), "R2"],
                list(r2.items()), "Reconstruction", key="r2")
@@ -1946,11 +1963,12 @@ def load_clip(folder, device):
     return seen
 
 
-@command(f"{ON_RUN} window images! weights! size label latent least most seed=0", "run?")
+@command(f"{ON_RUN} window images! weights! size label latent query least most seed=0", "run?")
 def cmd_explain(flags):
     """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
 
-    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
+    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4), of --query "a,b" too;
+    --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
     run, images, sheet = Run(flags, flags.out or "runs/cam"), pictures_of(flags), {}
@@ -1977,6 +1995,9 @@ def explain_concepts(flags):
     run, seen = analysis_run(flags, "explain"), Concepts(flags)
     page, names = judge.Page("repsae explain: concepts in pixels and words"), seen.label_names
     chosen = chosen_latents(flags.latent, seen.J, seen.alive)
+    texts = flags.query.split(",") if flags.query else []
+    for text in texts:
+        refuse(not seen.encoder.words.pieces(text), f"--query {flags.query} - give words, a,b")
     maps, shown = measured_maps(seen, page), {}
     for c in seen.there:                                     # two with it, named first, one without
         here = sorted((i for i, k in seen.truth if k == c),
@@ -1986,7 +2007,7 @@ def explain_concepts(flags):
     seen.tell(page, "words", "Concepts of the labels", names, shown, maps,
               judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
     tell_latents(seen, page, chosen)
-    tell_captions(seen, page)
+    tell_texts(seen, page, texts)
     kept = {"keys": np.array(list(seen.truth))}
     for name, found in maps.items():
         if found:
@@ -2005,8 +2026,7 @@ class Concepts(Coded):
     J, alive        each label's latents (`judge.concept_latents`); each stream's, active in
                     training
     truth, there    {(picture, label): bool mask} of the test pictures `test` that have any, and
-                    their labels
-    """
+                    their labels"""
 
     def __init__(self, flags):
         super().__init__(flags.run, flags)
@@ -2056,17 +2076,23 @@ class Concepts(Coded):
         model = self.model
         return lambda x: model.encode({stream: x}, "alone")[stream].dense(model.n_latents)
 
-    def maps(self, backbone, score, asked):
+    def maps(self, backbone, score, asked, cam=False):
         """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
         def view(i):
             return self.images.views([i], backbone.side, whole=True)[0].to(self.flags.device)
         return judge.pair_maps(backbone, score, list(asked), view,
-                               functools.partial(ssm.cam_layer, backbone))
+                               functools.partial(ssm.cam_layer, backbone), cam)
 
     def code_maps(self, weight, asked):
-        """Of every backbone the maps of its code times row c of weight (n, L), for (picture, c)."""
-        return {name: self.maps(backbone, judge.weighted_code(self.code(s), weight), asked)[0]
-                for name, (backbone, s) in self.sees.items()}
+        """Of every backbone the maps of its code times row c of weight (n, L), for (picture, c); of
+        one with attention by relevancy and by Grad-CAM, as thesis A.3 has both."""
+        found = {}
+        for name, (backbone, s) in self.sees.items():
+            score = judge.weighted_code(self.code(s), weight)
+            found[name], _ = self.maps(backbone, score, asked)
+            if judge.kept_attention(backbone):
+                found[f"{name} (Grad-CAM)"], _ = self.maps(backbone, score, asked, cam=True)
+        return found
 
     def tell(self, page, key, title, names, asked, maps, weight):
         """Tell the maps of pairs `asked`, {(picture, c): is it there?}, and what each word of the
@@ -2144,49 +2170,72 @@ def tell_latents(seen, page, chosen, most=4):
               [f"latent {j}" for j in chosen], asked, seen.code_maps(single, asked), single)
 
 
-def tell_captions(seen, page, most=4):
-    """Similarity of a picture to its own caption (thesis A.4.1), by z^s . z^t and by CLIP."""
-    test, unit = seen.test[:most], torch.nn.functional.normalize
-    asked = {(i, n): True for n, i in enumerate(test)}
-    said = seen.encoder.read([seen.captions[i] for i in test])
-    x = seen.features.batch(test)[seen.pictured].to(seen.flags.device)
-    maps = seen.code_maps(seen.code(seen.text)(said).detach(), asked)
-    maps["cosine, CLIP itself"], _ = seen.maps(seen.encoder, judge.weighted_code(unit, unit(said)),
-                                               asked)
-    seen.tell(page, "captions", "Pictures with their captions: similarity z . z' of the two",
-              [f"picture {i}" for i in test], asked, maps, seen.code(seen.pictured)(x).detach())
+def tell_texts(seen, page, texts, most=4):
+    """Similarity of pictures to their own captions (thesis A.4.1), and of those that fit the first
+    of some free `texts` best to each of these (Fig. A.14-15): by z^s . z^t, and by CLIP."""
+    test, unit = np.array(seen.test), torch.nn.functional.normalize
+    z = seen.code(seen.pictured)(seen.features.batch(test)[seen.pictured].to(seen.flags.device))
+
+    def tell(key, title, names, texts, asked, weight=None):
+        said = seen.encoder.read(texts)
+        z_texts = seen.code(seen.text)(said).detach()
+        maps = seen.code_maps(z_texts, asked)
+        maps["cosine, CLIP itself"], _ = seen.maps(
+            seen.encoder, judge.weighted_code(unit, unit(said)), asked)
+        seen.tell(page, key, title, names, asked, maps, z_texts if weight is None else weight)
+    first = test[:most].tolist()
+    tell("captions", "Pictures with their captions: similarity z . z' of the two",
+         [f"picture {i}" for i in first], [seen.captions[i] for i in first],
+         {(i, n): True for n, i in enumerate(first)}, z[:most].detach())
+    if texts:
+        z_first = seen.code(seen.text)(seen.encoder.read(texts[:1]))[0]
+        best = test[(z @ z_first).argsort(descending=True)[:most].cpu()].tolist()
+        tell("query", "Free words: similarity z . z' of pictures and captions to each", texts,
+             texts, {(i, n): True for n in range(len(texts)) for i in best})
 
 
 @command(f"{ON_RUN} streams sample from to query features encoder", "run")
 def cmd_retrieve(flags):
-    """Show what a sample of one stream finds in another: the ten nearest codes, joint and alone."""
+    """Show what a sample of streams finds in others: the ten nearest codes, joint and alone, and
+    their pictures (thesis Fig. 5.6-5.7, A.16-29). --from and --to take several streams, a,b."""
     coded = Coded(flags.run, flags)
     features, streams, flags = coded.features, coded.model.streams, coded.flags
-    source, target = flags["from"] or streams[0], flags.to or streams[-1]
-    for s in (source, target):
+    sources = (flags["from"] or streams[0]).split(",")
+    targets = (flags.to or streams[-1]).split(",")
+    for s in (*sources, *targets):
         refuse(s not in features.streams,
                f"no stream '{s}' - the run and its data have {', '.join(features.streams)}")
     given = flags.query is not None or flags.features is not None
     rows, own = features.rows("test", "val"), flags.sample
-    for s in {target} if given else {source, target}:
+    for s in {*targets} if given else {*sources, *targets}:
         rows = rows[features.has(s, rows)]
     refuse(not given and own >= len(rows),
            f"--sample {own} - give one of the {len(rows)} held-out samples, from 0")
-    run = analysis_run(flags, f"retrieve_{source}_{target}_{'given' if given else own}")
+    run = analysis_run(flags, "_".join(["retrieve", *sources, *targets,
+                                        "given" if given else str(own)]))
     page = judge.Page("repsae retrieve" + f": {flags.query}" * bool(flags.query))
     for mode in ("alone",) if given else ("joint", "alone"):
         codes, partner = coded.codes(rows, mode), ""
-        query = given_query(coded.model, source, flags) if given else codes[source][[own]]
-        if not query.nnz:
-            page.text(f"{mode}: no latent is active in the query, so that nothing is near it")
-            continue
-        (near,), (similar,) = judge.nearest(query, codes[target], len(rows))
-        if not given:
-            rank = (similar >= similar[near == own]).sum()
-            partner = f"the true partner has rank {rank} of {len(rows)}; "
-        page.text(f"{mode}: {partner}nearest samples {rows[near[:10]].tolist()}")
-        found = [{**coded.about(rows[i]), "cosine": similar[n]} for n, i in enumerate(near[:10])]
-        page.table(*judge.columns(found), f"{source} to {target}, {mode}", quiet=True)
+        for source, target in itertools.product(sources, targets):
+            title = f"{source} to {target}, {mode}" if len(sources + targets) > 2 else mode
+            query = given_query(coded.model, source, flags) if given else codes[source][[own]]
+            if not query.nnz:
+                page.text(f"{title}: no latent is active in the query, so that nothing is near it")
+                continue
+            (near,), (similar,) = judge.nearest(query, codes[target], len(rows))
+            if not given:
+                rank = (similar >= similar[near == own]).sum()
+                partner = f"the true partner has rank {rank} of {len(rows)}; "
+            page.text(f"{title}: {partner}nearest samples {rows[near[:10]].tolist()}")
+            found = [{**coded.about(rows[i]), "cosine": similar[n]}
+                     for n, i in enumerate(near[:10])]
+            asked = [] if given else [own]
+            shown = [judge.embedded(picture, 120) for i in [*asked, *near[:10]]
+                     if (picture := features.picture(rows[i]))]
+            if shown:
+                page.picture("", judge.strips({f"{title}: the nearest" + "; the query first"
+                                               * (not given): shown}))
+            page.table(*judge.columns(found), f"{source} to {target}, {mode}", quiet=True)
     run.begin().tell(page)
 
 

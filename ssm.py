@@ -69,8 +69,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
                  REPSAE_NATIVE=1 and it can be built, else torch
     last_state   return (y, h_L (B, D, N))
     All backends differentiate in every input; the memory that reference keeps for that grows with
-    B L D N, that of the others with B L D. Raises InputError for shapes that do not fit.
-    """
+    B L D N, that of the others with B L D. Raises InputError for shapes that do not fit."""
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     kind, work = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
     with torch.autocast(u.device.type, enabled=False):
@@ -148,8 +147,7 @@ class _TorchScan(torch.autograd.Function):
     The states of a chunk exist only while it is worked on; of each chunk only the state it starts
     from is kept, and the backward pass makes the others again. With chunks of T >= N tokens that
     is no more memory than u. (Dividing by running products of exp(delta A) would turn the loop
-    over time into one cumulative sum, and underflow at the first long decay.)
-    """
+    over time into one cumulative sum, and underflow at the first long decay.)"""
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, bias, softplus, T):
@@ -348,8 +346,7 @@ def _interpolate(pos, grid, offset=0.1, antialias=False):
 
     DINO passes scale factors with 0.1 added against rounding, and that factor, not the ratio of
     the sizes, places the samples: the result differs visibly from asking for the size. DINOv2
-    with registers (offset 0) asks for the size.
-    """
+    with registers (offset 0) asks for the size."""
     n = int(pos.shape[1] ** 0.5)                             # rows of the trained grid
     image = _float32_up(pos).reshape(1, n, n, -1).permute(0, 3, 1, 2)            # (1, d, n, n)
     target = {"size": tuple(grid)}
@@ -383,8 +380,7 @@ class PatchTokens(nn.Module):
 
     size, patch   the trained image size and the patch size; any multiple of the patch can be given
     Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when
-    n_classes = 0.
-    """
+    n_classes = 0."""
     middle, resize = False, {}    # is the class token's row in the middle; see `_interpolate`
 
     def __init__(self, dim, patch, size):
@@ -414,8 +410,7 @@ class Attention(nn.Module):
     """Multi-head self-attention, (B, T, d) -> same.
 
     With `keep` set, the probabilities (B, heads, T, T) of the last pass stay in `kept`, and their
-    gradient with them: heat maps need both. Else torch's fused kernel, which never forms them.
-    """
+    gradient with them: heat maps need both. Else torch's fused kernel, which never forms them."""
     keep = False
 
     def __init__(self, dim, heads):
@@ -537,8 +532,7 @@ class Mixer(nn.Module):
     own between shared projections.
 
     The second direction runs over the reversed sequence, gate and convolution included. Names
-    ending in _b belong to it; `D_b` is its skip, `A_b_log` its log(-A).
-    """
+    ending in _b belong to it; `D_b` is its skip, `A_b_log` its log(-A)."""
     backend = "auto"
 
     def __init__(self, dim, depth, d_state=16):
@@ -592,8 +586,7 @@ class Vim(PatchTokens):
                   convention), and the same parameter once more in the middle, without one: 198
                   tokens at 224 px, 38 at 96. The middle one is the output in either variant.
     A layer's output is added to the residual only in the next layer ("delayed"), so layer i's
-    drop_path acts on the output of layer i - 1.
-    """
+    drop_path acts on the output of layer i - 1."""
 
     def __init__(self, dim, depth, patch=16, size=224, n_classes=0, drop_path=0.,
                  double_cls=False, d_state=16):
@@ -717,8 +710,7 @@ class VMamba(nn.Module):
     resolution in between.
 
     Input (B, 3, H, W), sides multiples of 32. `forward` gives logits, or pooled features
-    (B, 8 dim) when n_classes = 0.
-    """
+    (B, 8 dim) when n_classes = 0."""
 
     def __init__(self, dim, depths, n_classes=0, drop_path=0.):
         super().__init__()
@@ -784,8 +776,7 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
     validate(model)   a number, lower is better, of data neither trained on nor reported: training
                       stops when it has not fallen for `patience` epochs, but never before `least`,
                       and the best epoch's weights are put back
-    Without validate all epochs are trained. Returns [(mean loss, validation or None)] by epoch.
-    """
+    Without validate all epochs are trained. Returns [(mean loss, validation or None)] by epoch."""
     history, best, kept, at = [], math.inf, None, 0          # at: the best epoch
     for epoch in range(epochs):
         model.train()
@@ -904,8 +895,7 @@ class CLIP(nn.Module):
     vision, text   (dim, layers, heads) of each transformer
     vocab          number of tokens; context: the longest text
     quick          OpenAI's QuickGELU; open_clip's own models (DataComp, LAION) have GELU
-    Text ends in the token of the highest number, whose output is the text's feature.
-    """
+    Text ends in the token of the highest number, whose output is the text's feature."""
 
     def __init__(self, out, vision, text, vocab, context, patch, size, quick=True):
         super().__init__()
@@ -1051,8 +1041,7 @@ def decay_groups(model, decay_ssm=False):
 
     Without `decay_ssm` neither are the state space's decay rates, skips and step sizes, though
     matrices: to decay log(-A) is to pull every rate to 1. (The published runs did; Mamba's own
-    code marks them as exempt.)
-    """
+    code marks them as exempt.)"""
     decayed, spared = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -1148,8 +1137,7 @@ def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, moment
     """The settings of `dino_step` in a step; `epoch` is the number of steps in one, n_steps in all.
 
     Defaults and constants are those of DINO's code: after `warmup` epochs lr is reached, and falls
-    to 1e-6; weight decay rises to 0.4, momentum to 1; prototypes stay fixed in the first epoch.
-    """
+    to 1e-6; weight decay rises to 0.4, momentum to 1; prototypes stay fixed in the first epoch."""
     return {"lr": cosine_schedule(step, n_steps, lr, 1e-6, warmup * epoch),
             "weight_decay": cosine_schedule(step, n_steps, weight_decay, 0.4),
             "momentum": cosine_schedule(step, n_steps, momentum, 1.),
@@ -1180,8 +1168,7 @@ def fit_dino(nets, batch, n_steps, epoch, on_step, start=0, seed=0, **schedule):
     on_step(t, told)   after each step, t from 1: logs, saves, or raises to stop; told: a dict of
                        loss, entropy and information
     Raises InputError after an epoch in which the teacher's output never told 1e-3 nats of its
-    picture: it has collapsed, and training will not bring it back.
-    """
+    picture: it has collapsed, and training will not bring it back."""
     (K,), device = nets[2].shape, nets[2].device
     most = math.inf if start % epoch else 0.                 # a resumed epoch is not judged
     for t in range(start, n_steps):
@@ -1205,8 +1192,7 @@ def cam_layer(model, x):
     function -> (B, h, w, d)), for images x (B, 3, H, W).
 
     ViT and CLIP's: the first norm of the last block; Vim: what enters its last layer (as Vim4Path);
-    VMamba: the output of the last stage.
-    """
+    VMamba: the output of the last stage."""
     if isinstance(model, VMamba):
         return model.layers[-1].blocks, lambda out: out
     if isinstance(model, CLIPVision):
@@ -1236,8 +1222,7 @@ class MIL(nn.Module):
 
     Input x (B, N, d) and mask (B, N), False where a bag is padded (all True by default). Returns
     logits (B, C), scores (B, A, N), whose softmax is each instance's share in its bag, and
-    embeddings h (B, N, E). The instances are first standardised by the buffers `mean` and `std`.
-    """
+    embeddings h (B, N, E). The instances are first standardised by the buffers `mean` and `std`."""
 
     def __init__(self, dim, n_classes=2, head="gated", widths=(512,), attention=256, dropout=0.25):
         super().__init__()
@@ -1304,8 +1289,7 @@ def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_t
 
     scores (B, A, N), h (B, N, E), mask (B, N) as `MIL` gives them, y (B,) labels. The choice has no
     gradient, h has. In bags of fewer than 2 k instances k is what fits, so that none is called both
-    (the authors' code fails, or calls it both).
-    """
+    (the authors' code fails, or calls it both)."""
     total, C = h.new_zeros(()), len(model.instance_classifiers)
     for b in range(len(h)):
         n = int(mask[b].sum())
@@ -1338,8 +1322,7 @@ def fit_mil(model, batches, held, epochs, lr, weight_decay=1e-5, cosine=False, p
 
     batches(epoch)   yields (x, mask, y); held: a list of such, whose labels stop the training, see
                      `fit`; all epochs are trained if it is empty
-    how              settings of `mil_loss`; cosine: lr falls to 0 along half a cosine
-    """
+    how              settings of `mil_loss`; cosine: lr falls to 0 along half a cosine"""
     optimiser = torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay, fused=True)
 
     def scheduled(epoch):
@@ -1401,8 +1384,7 @@ def load_weights(model, path, new_head=False):
     Finds the state under teacher, student, model or state_dict, and strips module. and backbone.;
     of a DINO checkpoint (keys with backbone.) the projection head is left out, and so is a
     classifier when the model has none. new_head: the model's last linear layer stays as it is.
-    Raises InputError listing every missing, unexpected and mis-shaped key.
-    """
+    Raises InputError listing every missing, unexpected and mis-shaped key."""
     own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
     inner = {k: v for k, v in state.items() if k.startswith("backbone.")}
     if inner:

@@ -934,6 +934,8 @@ def test_latents_are_paired_by_activation_whatever_their_order_and_shuffled_samp
     best = max(each[range(6), ways].sum() for ways in itertools.permutations(range(6)))
     r = judge.latent_correlations(codes_of(a[:, :6]), codes_of(noisy), False)
     assert r.sum() == pytest.approx(best) and len({*each.argmax(1)}) < 6     # the best of each would not do
+    pair = judge.latent_correlations(codes_of(a[:, :6]), codes_of(noisy), True)
+    np.testing.assert_allclose(pair, [np.corrcoef(a[:, j], noisy[:, j])[0, 1] for j in range(6)], atol=1e-6)
     np.testing.assert_allclose(judge.latent_correlations(codes_of(a), codes_of(a), True), 1)
     assert judge.latent_correlations(codes_of(a), codes_of(a[rng.permutation(400)]), False).max() < 0.3
     nothing = codes_of(np.zeros((9, 3)))
@@ -1049,6 +1051,18 @@ def test_words_add_up_their_pieces_and_small_ones_are_hidden():
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
+
+def test_blocks_of_an_array_are_on_disk_before_the_next_is_made(tmp_path):
+    x = np.random.default_rng(0).normal(size=(8, 2, 2 ** 15)).astype(np.float16)
+
+    def blocks():
+        for i in range(0, 8, 3):
+            assert sum(path.stat().st_size for path in tmp_path.iterdir()) >= x[:i].nbytes
+            yield x[i:i + 3]
+    judge.write_npy(tmp_path / "x.npy", blocks(), 8)
+    found = np.load(tmp_path / "x.npy")
+    assert found.dtype == np.float16 and np.array_equal(found, x) and os.listdir(tmp_path) == ["x.npy"]
+
 
 @pytest.mark.parametrize("write", [
     lambda path: judge.write_text(path, "x" * 10 ** 5), lambda path: judge.write_npz(path, {"x": np.ones(10 ** 5)}),

@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from PIL import Image
 
@@ -841,6 +842,33 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
     assert np.load(tmp_path / "t.npz")["vim"].shape == (34, 4, 96)
 
 
+@pytest.mark.parametrize("tokens", [(), ("--tokens",)])
+def test_an_extracted_folder_holds_what_the_file_holds(pictures, tmp_path, capsys, monkeypatch, tokens):
+    how = ("extract", "--images", pictures, "--weights", "vim=vim_micro:random,vit=vit_micro:random", "--size", 24, *tokens, "--out")
+    run(*how, tmp_path / "f.npz")
+    run(*how, tmp_path / "f")
+    expected, names = np.load(tmp_path / "f.npz"), {p.stem for p in (tmp_path / "f").glob("*.npy")}
+    assert {*expected} == names >= {"vim", "vit", "labels", "label_names", "images", "split"}
+    for name in names:
+        np.testing.assert_array_equal(np.load(tmp_path / "f" / f"{name}.npy"), expected[name])
+    there, again = (data.read_features(tmp_path / name, ["vim"]) for name in ("f", "f.npz"))
+    assert isinstance(there.streams["vim"], np.memmap) and np.array_equal(there.picture(3), again.picture(3))
+    assert there.grid == again.grid == ((3, 3) if tokens else None)
+    assert "holds files already" in error(capsys, *how, tmp_path / "f")
+    seen = []
+
+    def views(self, rows, *how):                             # the third block of pictures stops it
+        seen.append(len(rows))
+        assert len(seen) < 3
+        return torch.zeros(len(rows), 3, 24, 24)
+    monkeypatch.setattr(data.Images, "views", views)
+    blocks = data.Images.blocks
+    monkeypatch.setattr(data.Images, "blocks", lambda *a, block=0, **how: blocks(*a, block=8, **how))
+    with pytest.raises(AssertionError):
+        run(*how, tmp_path / "f", "--overwrite")
+    assert os.listdir(tmp_path / "f") == ["config.json"]     # nothing of the old, nothing half written
+
+
 def test_released_dinov2_files_are_seen_at_224_pixels_by_their_last_class_token(pictures, tmp_path, capsys):
     import ssm
     made = ssm.make_backbone("dinov2_vits14_reg").eval()
@@ -1333,11 +1361,11 @@ def test_latents_tell_what_a_planted_latent_is(tokens, token_run, tmp_path, caps
     assert labels[pure[0]["references"]].all() and max(pure[0]["references"]) < 40
     assert metrics["barcodes"]["groups"] == 12 and np.mean(metrics["barcodes"]["f1"]["-6"]["f1"]) == 1
     assert pure[0]["latent"] in metrics["barcodes"]["differential"]["sick"][:2]
-    bars = np.load(tmp_path / "l" / "barcodes.npz")
-    np.testing.assert_allclose(bars["diseases"], [bars["barcodes"][bars["labels"] == c].mean(0) for c in (0, 1)], rtol=1e-5)
-    assert bars["barcodes"].shape == (12, 8) and bars["barcodes"].max() > 1
+    bars, codes = np.load(tmp_path / "l" / "barcodes.npz"), sp.load_npz(tmp_path / "l" / "barcodes.npz").toarray()
+    np.testing.assert_allclose(bars["diseases"], [codes[bars["labels"] == c].mean(0) for c in (0, 1)], rtol=1e-5)
+    assert codes.shape == (12, 8) and codes.max() > 1
     run("latents", token_run, "--tau", 5, "--out", tmp_path / "l5")
-    assert np.load(tmp_path / "l5" / "barcodes.npz")["barcodes"].max() == 0
+    assert sp.load_npz(tmp_path / "l5" / "barcodes.npz").nnz == 0
     html = (tmp_path / "l" / "report.html").read_text()
     assert "<svg" in html and '"sheet": {' in html and "weighted F1" in capsys.readouterr().out
 
@@ -1694,13 +1722,34 @@ def test_single_latents_are_drawn_where_they_are_most_active_and_by_grad_cam_wit
     found = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert found["segmentation"]["clip, sum of concept latents"]["mIoU"] == 0 and not found["words"] and len(found["captions"]) == 2
     assert "clip, sum of concept latents" not in np.load(tmp_path / "a" / "maps.npz")
-    for model, size, side in ((ssm.vmamba_micro(), 224, 7), (ssm.vim_micro(), 32, 4)):      # VMamba's last map of 224 pixels
+    for model, size, side in ((ssm.vmamba_micro(), 224, 7), (ssm.vim_micro(), 32, 4), (ssm.vit_micro(size=32), 32, 4)):
         model, x = model.eval(), torch.randn(2, 3, size, size)
         cam_layer = functools.partial(ssm.cam_layer, model)
-        heat, _ = judge.heat_maps(model, x, lambda f: f[:, 5], cam_layer)
+        heat, _ = judge.heat_maps(model, x, lambda f: f[:, 5], cam_layer, isinstance(model, ssm.ViT))
         np.testing.assert_array_equal(heat, judge.grad_cam(model.features, *cam_layer(x), x, lambda out: out[:, 5])[0])
-        silent, zero = judge.heat_maps(model, x, lambda f: 0 * f[:, 5], cam_layer)
+        silent, zero = judge.heat_maps(model, x, lambda f: 0 * f[:, 5], cam_layer, isinstance(model, ssm.ViT))
         assert heat.shape == (2, side, side) and heat.max() == 1 and not silent.any() and not zero.any()
+
+
+def test_free_words_are_sought_in_the_pictures_that_fit_the_first_best(world, tmp_path):
+    words, weights = ["two eosinophils", "mucin"], f"vit=vit_micro:random,clip={world / 'clip'}"
+    run("explain", world / "run", "--images", world / "tissue" / "tissue.npz", "--weights", weights, "--least", 5, "--most", 12,
+        "--query", ",".join(words), "--out", tmp_path / "a")
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())["query"]
+    model, features = sae.load(world / "run" / "checkpoint.pt")[0], data.read_features(world / "feats.npz")
+    rows = features.rows("test", "val")[:12]
+    said = repsae.load_clip(world / "clip", "cpu").read(words)
+    codes = {s: model.encode({s: x}, "alone")[s].dense(48).detach() for s, x in (
+        ("clip_txt", said), ("clip_img", features.batch(rows)["clip_img"]))}
+    fit = (codes["clip_img"] @ codes["clip_txt"].T)[:, 0]
+    assert sorted(fit.tolist())[-4] > sorted(fit.tolist())[-5]
+    best = features.about["captions"][rows[np.argsort(-fit.numpy(), kind="stable")[:4]]]
+    alive = [word for word, z in zip(words, codes["clip_txt"]) if z.any()]
+    assert [(one["concept"], one["caption"]) for one in found] == [(word, c) for word in alive for c in best]
+    html = (tmp_path / "a" / "report.html").read_text()
+    assert "<h3>two eosinophils</h3>" in html and "<h3>mucin</h3>" in html
+    free = html.split("<h3>two eosinophils</h3>")[1].split("</table>")[0]                  # attention and Grad-CAM, A.3
+    assert re.findall("<tr><td>([^<]+)</td>", free)[:4] == ["vit", "vit (Grad-CAM)", "clip", "clip (Grad-CAM)"]
 
 
 def test_words_alone_are_a_stream_of_their_own(world, tmp_path, capsys):
@@ -1897,6 +1946,11 @@ def test_retrieval_shows_the_true_partner_and_takes_words(world, tmp_path, capsy
     run("retrieve", world / "run", "--query", "two eosinophils", "--encoder", world / "clip", "--from", "clip_txt", "--to", "clip_img",
         "--out", tmp_path / "t.html")
     assert "two eosinophils" in (tmp_path / "t.html" / "report.html").read_text()
+    capsys.readouterr()
+    run("retrieve", world / "run", "--sample", 3, "--from", "vit,clip_img", "--to", "vit,clip_img", "--out", tmp_path / "u")
+    out, page = capsys.readouterr().out, (tmp_path / "u" / "report.html").read_text()
+    assert out.count("vit to vit, joint: the true partner has rank 1 of") == 1 and page.count("<img") == 2 * 4 * 11
+    assert nearest.strip() in out.split("vit to clip_img, alone:")[1].split("nearest")[1]
 
 
 def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tmp_path, capsys):
@@ -1934,6 +1988,8 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("explain", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "3 is no latent that a stream has alive"),
             (("explain", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
             (("explain", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "no 'instances'"),
+            (("explain", world / "run", "--images", tissue, "--weights", weights, "--query", "mucin,aardvark"), "'aardvark' is in no"),
+            (("explain", world / "run", "--images", tissue, "--weights", weights, "--query", "mucin,?"), "--query mucin,? - give words"),
             (("retrieve", world / "run", "--sample", 9999), "--sample 9999 - give one of"),
             (("retrieve", world / "run", "--from", "dino"), "no stream 'dino'"),
             (("retrieve", world / "run", "--query", "aardvark", "--encoder", world / "clip", "--from", "clip_txt"), "'aardvark' is in no"),
