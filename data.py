@@ -1212,12 +1212,13 @@ def _walk(folder, endings, what):
            f"no folder {folder} - name one of {what}, or of class folders of {what}")
     split_of = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
     parted = any(os.path.isdir(os.path.join(folder, s)) for s in SPLITS)
-    files, found = _files(folder, endings), []
+    files, found, masks = _files(folder, endings), [], {}
     stems = {os.path.splitext(path)[0] for _, path in files}
     for under, path in files:
         # a segmentation beside its picture, as in BUSI, where it would tell the class
         picture = re.fullmatch(r"(.+)_mask(_\d+)?\.[^.]+", path, re.DOTALL)
         if picture and picture[1] in stems and path.lower().endswith(PICTURES):
+            masks.setdefault(picture[1], []).append(path)
             continue
         refuse(parted and (not under or under[0] not in split_of),
                f"{path} lies beside the train, val and test folders - move it")
@@ -1226,15 +1227,27 @@ def _walk(folder, endings, what):
         found.append((path, split_of[under[0]] if parted else "", "".join(under[parted:])))
     refuse(not found, f"no {what} in {folder} - expected {', '.join(endings)}")
     paths, split, classes = map(list, zip(*found))
-    names, masks = sorted({*classes}), len(files) - len(paths)
+    names = sorted({*classes})
     if len(names) > 1 and names[0] == "":
         raise InputError(f"{paths[classes.index('')]} lies beside class folders - move it into one")
     out = Images(paths, split=np.array(split) if parted else None)
     if names != [""]:
         out.labels, out.label_names = np.array([names.index(c) for c in classes]), names
+    if masks and out.labels is not None:
+        out.boxes = np.array([(i, out.labels[i], *box) for i, path in enumerate(paths)
+                              for box in map(_mask_box, masks.get(os.path.splitext(path)[0], ()))
+                              if box], float).reshape(-1, 6)
     if masks:
-        out.notes.append(f"{folder}: {masks} masks (X_mask.png beside X.png) are left out")
+        out.notes.append(f"{folder}: {len(files) - len(paths)} masks (X_mask.png beside X.png) are "
+                         "no pictures; with class folders they tell the boxes")
     return out
+
+
+def _mask_box(path):
+    """The box x0, y0, x1, y1 around what is not black in a mask, in shares of it, or None."""
+    mask = open_image(path).convert("L")
+    box = mask.getbbox()
+    return box and tuple(v / side for v, side in zip(box, mask.size * 2))
 
 
 def open_image(image, decode=True, window=None, folder=""):
@@ -1545,16 +1558,32 @@ def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None
     return boxes, image
 
 
-def tile_arrays(slides, i, boxes, out, regions=None, share=0.5):
-    """What the file `out` says of the tiles `boxes` of slide i of `read_slides`: where they are and
-    the slide's label and split. With regions (`read_polygons`), tiles that lie in them by at least
-    `share` have the label "region" instead (thesis 3.2.2: half of the patch)."""
+def slide_tiles(slides, i, boxes, regions=None, share=0.5):
+    """The tiles `boxes` of slide i of `read_slides` as Images, with its label and split. With
+    regions (`read_polygons`), tiles that lie in them by at least `share` have the label "region"
+    instead, others "outside" (thesis 3.2.2: half of the patch)."""
     tiles = slides.take(np.full(len(boxes), i))
     tiles.about["coords"] = boxes
     if regions is not None:
         inside = [region_share(regions, box) >= share for box in boxes]
         tiles.labels, tiles.label_names = np.array(inside).astype(int), ["outside", "region"]
-    return tiles.arrays(out)
+    return tiles
+
+
+def balanced_tiles(tiles, seed):
+    """Of a list of `slide_tiles` as many of either label, drawn anew in each split (thesis Table
+    3.3, PCam-224): all of the rarer label, the others uniformly from all slides."""
+    rng, at = np.random.default_rng([seed, 14]), np.cumsum([len(some) for some in tiles])
+    y = np.concatenate([some.labels for some in tiles])
+    split = np.concatenate([np.repeat("", len(some)) if some.split is None else some.split
+                            for some in tiles])
+    kept = np.zeros(len(y), bool)
+    for part in np.unique(split):
+        rows = [rng.permutation(np.flatnonzero((split == part) & (y == c))) for c in (0, 1)]
+        for each in rows:
+            kept[each[:min(map(len, rows))]] = True
+    refuse(not kept.any(), "all tiles have one label, so that none balance - name other --rois")
+    return [some.take(np.flatnonzero(mine)) for some, mine in zip(tiles, np.split(kept, at))]
 
 
 def _read_tiles(files):

@@ -143,7 +143,7 @@ WHAT = {
     "latent": (None, "text", "latents to show, 3,17; else some of labels, alive everywhere"),
     "merges": (None, "path", "CLIP's merges file; else words of the captions are the tokens"),
     "voc": (None, "path", "Pascal VOC folder, whose boxes become the pictures"),
-    "rois": (None, "path", "ASAP annotations (XML): label the tiles by them"),
+    "rois": (None, "path", "ASAP annotations, an XML or a folder of NAME.xml: label tiles by them"),
     "pictures": (4000, "int 8..", "how many to draw"),
     "most": (12, "int 1..", "pictures at most"),
     "least": (50, "int", "training samples of a label a latent needs to be one of its own"),
@@ -210,7 +210,7 @@ TRAINING = {
     "global-scale": ([0.4, 1.], "pair 0..1", "the same of global crops"),
     "blur": (2.0, "float 0..100", "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1.0, "float 0..2", "strength of colour changes; less where colour matters"),
-    "balanced": (False, "switch", "draw bags so that classes are equally frequent"),
+    "balanced": (False, "switch", "draw bags, or keep tiles, so that labels are equally frequent"),
     "folds": (0, "int 0..1000", "parts of all bags, in turn; 0: the file's, or 70 / 15 / 15"),
     "votes": (1, "int 1..1000", "models that vote on a bag, each from its own weights"),
     "seed": (42, "int 0..4294967295", "of everything drawn: split, weights, order, pictures"),
@@ -2261,7 +2261,8 @@ def given_query(model, stream, flags):
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
 
-@command("images voc window size downsample threshold smallest rois overwrite out=tiles")
+@command("images voc window size downsample threshold smallest rois balanced seed=0 overwrite "
+         "out=tiles")
 def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
@@ -2270,19 +2271,31 @@ def cmd_tile(flags):
         return cut_voc(flags)
     check_needed(flags, "images")
     slides, size, run = noted(data.read_slides(flags.images)), flags.size or 224, Run(flags)
-    refuse(flags.rois and len(slides) > 1, "--rois annotates one slide - name it with --images")
-    regions = data.read_polygons(flags.rois) if flags.rois else None
-    side = round(size * flags.downsample)
-    for i, name in enumerate(slides.about["groups"]):
+    names, of_each = slides.about["groups"].tolist(), os.path.isdir(flags.rois or "")
+    refuse(flags.rois and not of_each and len(slides) > 1, "--rois annotates one slide - name it "
+           "with --images, or give a folder with an .xml of each slide that has any")
+    refuse(flags.balanced and not flags.rois, "--balanced is of tiles in --rois and outside - name "
+           "these")
+    side, tiles = round(size * flags.downsample), []
+    for i, name in enumerate(names):
+        file = os.path.join(flags.rois, f"{name}.xml") if of_each else flags.rois
+        regions = None if file is None else []               # a slide of no tumour has no file
+        if file and not (of_each and not os.path.exists(file)):
+            regions = data.read_polygons(file)
         boxes, shown = data.tile_slide(slides.paths[i], side, least=flags.smallest,
                                        window=flags.window, threshold=flags.threshold)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
-        out = run.join(f"{name}.npz")
-        arrays = data.tile_arrays(slides, i, boxes, out, regions)
-        run.write({f"{name}.npz": arrays, f"{name}.png": shown})
-        inside = f", {arrays['labels'].sum()} of them in the regions" if flags.rois else ""
-        print(f"{out}: {len(boxes)} tiles of {side} pixels{inside}")
+        run.write({f"{name}.png": shown})
+        tiles.append(data.slide_tiles(slides, i, boxes, regions))
+    if flags.balanced:
+        tiles = data.balanced_tiles(tiles, flags.seed)
+    for name, some in zip(names, tiles):
+        if len(some):                                        # of balanced ones may none be left
+            out = run.join(f"{name}.npz")
+            run.write({f"{name}.npz": some.arrays(out)})
+            inside = f", {some.labels.sum()} of them in the regions" if flags.rois else ""
+            print(f"{out}: {len(some)} tiles of {side} pixels{inside}")
 
 
 def cut_voc(flags):

@@ -446,6 +446,26 @@ def test_pictures_beside_the_split_folders_are_refused_and_other_things_are_not(
         data.read_images(pictures)
 
 
+def test_segmentations_beside_their_pictures_tell_its_boxes(tmp_path):
+    """As BUSI is released: a file for each lesion, an empty one where there is none."""
+    truth = {("benign", 1): [(8, 6, 20, 15)], ("malignant", 1): [(0, 0, 5, 30), (30, 10, 40, 29)], ("normal", 1): [], ("normal", 2): []}
+    for (kind, i), boxes in truth.items():
+        (tmp_path / kind).mkdir(exist_ok=True)
+        name = tmp_path / kind / f"{kind} ({i})"
+        Image.fromarray(np.full((30, 40, 3), 90, np.uint8)).save(f"{name}.png")
+        for n, (x0, y0, x1, y1) in enumerate(boxes or [(0, 0, 0, 0)]):
+            mask = np.zeros((30, 40), np.uint8)
+            mask[y0:y1, x0:x1] = 255
+            Image.fromarray(mask).convert("1").save(f"{name}_mask{f'_{n}' * (n > 0)}.png")
+    images = data.read_images(tmp_path)
+    assert len(images) == 4 and images.label_names == ["benign", "malignant", "normal"] and images.whole
+    np.testing.assert_allclose(images.boxes, [[i, label, x0 / 40, y0 / 30, x1 / 40, y1 / 30] for i, label, (x0, y0, x1, y1) in (
+        (0, 0, (8, 6, 20, 15)), (1, 1, (0, 0, 5, 30)), (1, 1, (30, 10, 40, 29)))])
+    np.savez(tmp_path / "f.npz", x=np.ones((4, 2)), **images.arrays(tmp_path / "f.npz"))
+    assert np.array_equal(data.read_features(tmp_path / "f.npz").boxes, images.boxes)
+    assert data.read_images(tmp_path / "malignant").boxes is None             # of no class: nothing to call it
+
+
 def test_segmentations_beside_their_pictures_are_left_out_with_a_note(pictures):
     """As BUSI is released: masks would tell the class, since healthy pictures have empty ones."""
     source = (pictures / "train" / "a" / "0.png").read_bytes()
@@ -455,7 +475,7 @@ def test_segmentations_beside_their_pictures_are_left_out_with_a_note(pictures):
     images = data.read_images(pictures)
     added = {p.rpartition("/")[2] for p in images.paths if "_mask" in p}
     assert len(images) == 21 and added == {"lone_mask.png", "5_mask_of_it.png", "9_mask.png"}
-    assert "2 masks" in images.notes[0]
+    assert "2 masks" in images.notes[0] and len(images.boxes) == 2
     assert data.read_pictures(str(pictures), 8).notes == images.notes
     assert data.read_images(pictures / "test").notes == []
 
@@ -785,7 +805,7 @@ def test_tiles_know_the_class_and_split_and_name_of_their_slide(tmp_path):
     boxes = np.array([[200, 100, 100, 100], [300, 100, 100, 100]])
     for i, name in enumerate(slides.about["groups"]):
         out = str(tmp_path / "t" / f"{name}.npz")
-        np.savez(out, **data.tile_arrays(slides, i, boxes, out))
+        np.savez(out, **data.slide_tiles(slides, i, boxes).arrays(out))
     tiles = data.read_images(tmp_path / "t")
     assert [tiles.label_names[y] for y in tiles.labels] == ["ill"] * 2 + ["well"] * 2 + ["ill"] * 2
     assert tiles.split.tolist() == ["train"] * 4 + ["test"] * 2
@@ -799,7 +819,7 @@ def test_tiles_know_the_class_and_split_and_name_of_their_slide(tmp_path):
             data.read_images(tmp_path / "t")
     regions = [(np.array([[200., 100], [230, 100], [230, 200], [200, 200]]), True)]
     for share, label in ((0.5, [0, 0]), (0.2, [1, 0])):
-        there = data.tile_arrays(slides, 0, boxes, out, regions, share)
+        there = data.slide_tiles(slides, 0, boxes, regions, share).arrays(out)
         assert there["labels"].tolist() == label and there["label_names"].tolist()[1] == "region"
 
 

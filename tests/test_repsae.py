@@ -1103,6 +1103,31 @@ def test_rois_label_the_tiles_that_they_cover_by_half(slides, tmp_path):
     assert np.array_equal(z["labels"] == 1, 130 - z["coords"][:, 0] >= 16) and 0 < z["labels"].mean() < 1
 
 
+def test_tiles_in_and_outside_of_regions_are_balanced_in_every_split(slides, tmp_path, capsys):
+    """As PCam-224 (thesis Table 3.3): all tiles of tumours, and as many others from all slides, which have no file or another."""
+    for i, (split, right) in enumerate((("train", 130), ("train", None), ("train", 60), ("test", 60), ("test", None))):
+        (tmp_path / "slides" / split).mkdir(parents=True, exist_ok=True)
+        shutil.copy(slides / "slides" / f"s{i}.png", tmp_path / "slides" / split)
+        if right:
+            (tmp_path / f"s{i}.xml").write_text("<A><Annotation><Coordinates>" + "".join(f'<Coordinate Order="{n}" X="{x}" Y="{y}"/>' for n, (x, y) in enumerate(
+                ((0, 0), (right, 0), (right, 200), (0, 200)))) + "</Coordinates></Annotation></A>")
+    tile = ("tile", "--images", tmp_path / "slides", "--size", 32, "--smallest", 0.01, "--rois", tmp_path, "--out")
+    run(*tile, tmp_path / "all")
+    run(*tile, tmp_path / "few", "--balanced")
+    run(*tile, tmp_path / "again", "--balanced", "--seed", 1)
+    whole, few, again = (data.read_images(tmp_path / name) for name in ("all", "few", "again"))
+    seen = [{(os.path.basename(p), *c): y for p, c, y in zip(one.paths, one.about["coords"].tolist(), one.labels)} for one in (whole, few, again)]
+    assert seen[1].items() <= seen[0].items() and seen[1].keys() != seen[2].keys()
+    for split in ("train", "test"):
+        own, kept = (one.labels[one.split == split] for one in (whole, few))
+        assert 0 < own.sum() < len(own) / 2 and kept.sum() == own.sum() == len(kept) / 2
+    assert len({p for (p, *_), y in seen[1].items() if y == 0}) == 5         # the others are of all slides
+    error_of = functools.partial(error, capsys)
+    assert "--balanced is of tiles in --rois" in error_of("tile", "--images", tmp_path / "slides", "--balanced", "--out", tmp_path / "x")
+    assert "all tiles have one label" in error_of(*tile[:-2], tmp_path / "slides", "--balanced", "--out", tmp_path / "x")
+    assert "--rois annotates one slide" in error_of(*tile[:-2], tmp_path / "s0.xml", "--out", tmp_path / "x")
+
+
 def test_finetune_compares_models_over_seeds_and_its_models_are_explained(pictures, trained, tmp_path, capsys):
     run("finetune", "--images", pictures, "--weights", f"vit_micro,ours={trained},resnet18", "--size", 16, "--runs", 3, "--epochs", 2,
         "--batch", 8, "--out", tmp_path / "r")
