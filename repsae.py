@@ -2272,15 +2272,16 @@ def cmd_tile(flags):
     check_needed(flags, "images")
     slides, size, run = noted(data.read_slides(flags.images)), flags.size or 224, Run(flags)
     names, of_each = slides.about["groups"].tolist(), os.path.isdir(flags.rois or "")
-    refuse(flags.rois and not of_each and len(slides) > 1, "--rois annotates one slide - name it "
-           "with --images, or give a folder with an .xml of each slide that has any")
+    files = [os.path.join(flags.rois, f"{name}.xml") if of_each else flags.rois for name in names]
+    refuse(flags.rois and not of_each and len(slides) > 1 or of_each and not any(
+        map(os.path.exists, files)), f"--rois {flags.rois} annotates no slide - name one slide and "
+        "its file, or a folder with NAME.xml of each slide that has regions")
     refuse(flags.balanced and not flags.rois, "--balanced is of tiles in --rois and outside - name "
            "these")
     side, tiles = round(size * flags.downsample), []
-    for i, name in enumerate(names):
-        file = os.path.join(flags.rois, f"{name}.xml") if of_each else flags.rois
-        regions = None if file is None else []               # a slide of no tumour has no file
-        if file and not (of_each and not os.path.exists(file)):
+    for i, (name, file) in enumerate(zip(names, files)):
+        regions = [] if of_each else None                    # a slide of no tumour has no file
+        if file and (not of_each or os.path.exists(file)):
             regions = data.read_polygons(file)
         boxes, shown = data.tile_slide(slides.paths[i], side, least=flags.smallest,
                                        window=flags.window, threshold=flags.threshold)

@@ -1124,8 +1124,12 @@ def test_tiles_in_and_outside_of_regions_are_balanced_in_every_split(slides, tmp
     assert len({p for (p, *_), y in seen[1].items() if y == 0}) == 5         # the others are of all slides
     error_of = functools.partial(error, capsys)
     assert "--balanced is of tiles in --rois" in error_of("tile", "--images", tmp_path / "slides", "--balanced", "--out", tmp_path / "x")
-    assert "all tiles have one label" in error_of(*tile[:-2], tmp_path / "slides", "--balanced", "--out", tmp_path / "x")
-    assert "--rois annotates one slide" in error_of(*tile[:-2], tmp_path / "s0.xml", "--out", tmp_path / "x")
+    for file in ("slides", "s0.xml"):
+        assert f"{file} annotates no slide" in error_of(*tile[:-2], tmp_path / file, "--balanced", "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    for i in (0, 2, 3):
+        (tmp_path / f"s{i}.xml").write_text("<A/>")
+    assert "all tiles have one label" in error_of(*tile, tmp_path / "x", "--balanced")
 
 
 def test_finetune_compares_models_over_seeds_and_its_models_are_explained(pictures, trained, tmp_path, capsys):
