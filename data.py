@@ -450,7 +450,7 @@ def _split(given, groups, n, seed):
         return given
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     order = np.random.default_rng([seed, 2]).permutation(unit.max() + 1)
-    held_out = order[round(0.8 * len(order)):]
+    held_out = order[round(0.8 * len(order)):]               # whole groups
     return np.where(np.isin(unit, held_out), "val", "train")
 
 
@@ -512,7 +512,7 @@ def read_taxonomy(path, label_names):
         graphlib.TopologicalSorter(above).prepare()
     except graphlib.CycleError as e:
         raise InputError(f"taxonomy: '{min(e.args[1])}' is its own ancestor - break the cycle")
-    roots = len(parents) - len(above)
+    roots = len(parents) - len(above)                        # entries without a parent
     refuse(roots != 1, f"taxonomy has {roots} roots - give exactly one entry the parent null")
     for name in label_names:
         refuse(name not in parents, f"taxonomy lacks the label '{name}' - add it")
@@ -732,7 +732,7 @@ def _draw_fields(n, size, ground, mucin, kind, count, rng):
     image, f = _draw_grounds(n, size, ground, rng), size / 64
     instances = np.zeros((n, size, size), np.uint8)
     instances[mucin] = _mucin(image, mucin, size, rng)
-    quarter = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)
+    quarter = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)        # one for each cell
     middle = np.stack([quarter % 2, quarter // 2], -1) * 32 + 16 + rng.uniform(-4, 4, (n, 4, 2))
     for slot in range(4):
         for k, cell in enumerate(CELLS):
@@ -1212,7 +1212,7 @@ def _walk(folder, endings, what):
            f"no folder {folder} - name one of {what}, or of class folders of {what}")
     split_of = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
     parted = any(os.path.isdir(os.path.join(folder, s)) for s in SPLITS)
-    files, found, masks = _files(folder, endings), [], {}
+    files, found, masks = _files(folder, endings), [], {}    # masks: of a picture's stem
     stems = {os.path.splitext(path)[0] for _, path in files}
     for under, path in files:
         # a segmentation beside its picture, as in BUSI, where it would tell the class
@@ -1581,7 +1581,7 @@ def balanced_tiles(tiles, seed):
     for part in np.unique(split):
         rows = [rng.permutation(np.flatnonzero((split == part) & (y == c))) for c in (0, 1)]
         for each in rows:
-            kept[each[:min(map(len, rows))]] = True
+            kept[each[:min(map(len, rows))]] = True          # of either as many
     refuse(not kept.any(), "all tiles have one label, so that none balance - name other --rois")
     return [some.take(np.flatnonzero(mine)) for some, mine in zip(tiles, np.split(kept, at))]
 

@@ -715,16 +715,15 @@ def grid_row(grids):
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 
 
-def svg_lines(series, x_label, y_label, x_names=None, log=False, zero=True):
+def svg_lines(series, x_label, y_label, x_names=None, zero=True):
     """Line chart as inline SVG. series: name -> [(x, y)], without pairs whose y is None. x_names:
-    text under x = 0, 1, ...; log: y > 0 by powers of ten; zero: the y axis starts at 0 or below."""
-    series = {name: [(x, math.log10(y) if log else y) for x, y in points if y is not None]
-              for name, points in series.items()}
+    text under x = 0, 1, ...; zero: the y axis starts at 0 or below."""
+    series = {name: [p for p in points if p[1] is not None] for name, points in series.items()}
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
     if not xs:
         return "<p>nothing to draw</p>"
     w, h, x0, x1, y0, y1 = 640, 260, min(xs), max(xs), min(ys), max(ys)
-    y0, y1 = (math.floor(y0), math.ceil(y1)) if log else (min(0, y0) if zero else y0, y1)
+    y0 = min(0, y0) if zero else y0
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
 
     def at(x, y):
@@ -732,10 +731,10 @@ def svg_lines(series, x_label, y_label, x_names=None, log=False, zero=True):
     parts = [f'<svg viewBox="0 0 {w} {h + 18 * math.ceil(len(series) / 3)}" role="img" '
              f'aria-label="{html.escape(y_label)}">', _text(w / 2, h - 6, x_label, "mid"),
              _text(60, 12, y_label)]
-    for y in range(y0, y1 + 1) if log else np.linspace(y0, y1, 5):
+    for y in np.linspace(y0, y1, 5):
         height = at(x0, y)[1]
         parts.append(f'<path d="M60 {height:.1f}H{w - 20}" class="grid"/>'
-                     + _text(54, height + 4, _tick(10. ** y if log else y), "end"))
+                     + _text(54, height + 4, _tick(y), "end"))
     ticks = enumerate(x_names) if x_names else ((x, _tick(x)) for x in np.linspace(x0, x1, 5))
     parts += [_text(at(x, y0)[0], h - 24, text, "mid") for x, text in ticks]
     for i, (name, line) in enumerate(series.items()):

@@ -219,7 +219,6 @@ RUN = {
     "out": (None, "text", "where to write; a folder inside the run by default"),
     "json": (None, "file", "file for every figure"),
     "export": (None, "text", "folder for each stream's alone code, as SAELens 6 reads it"),
-    "svg": (None, "file", "file for the picture that `bench backbones` draws"),
     "device": ("cpu", "text", "torch device"),
     "workers": (2, "int 0..256", "processes that make crops"),
     "eval-rows": (10000, "int 0..1e9", "samples judged, of test, else of val; 0: all"),
@@ -2453,11 +2452,11 @@ def cmd_demo(flags):
     in_tests("thesis").demo(os.path.normpath(flags.out), flags.quick, flags.seed, flags.seeds)
 
 
-@command("json svg device overwrite", "what")
+@command("json device overwrite", "what")
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`,
     `page` (report.html at its largest)."""
-    return in_tests("bench").run(flags.what, flags.device, flags.svg)
+    return in_tests("bench").run(flags.what, flags.device)
 
 
 # ---- The command line ---------------------------------------------------------------------------

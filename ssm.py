@@ -1147,9 +1147,10 @@ def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, moment
 def dino_settings_for(n, given):
     """Settings, {name: value}, but those `given`, that kept some thousand pictures, n, from
     collapse in our trials, and learn within minutes on a CPU."""
+    # sides are multiples of a patch, or of what VMamba's four stages divide by
     step = 32 if "vmamba" in given.get("arch", "") else given.get("patch", 8)
     size = given.get("size", -(-max(32, 2 * step) // step) * step)
-    epochs = given.get("epochs", min(max(96_000 // n, 10), 200))
+    epochs = given.get("epochs", min(max(96_000 // n, 10), 200))         # 20 minutes at most
     few = {"arch": "vit_micro", "size": size, "patch": 8, "local_crops": 6,
            "local_size": max(step, size // 2 // step * step), "local_scale": [0.2, 0.6],
            "blur": min(2., size / 80), "colour": 0.2, "standardise": True, "prototypes": 1024,

@@ -7,6 +7,7 @@ parallel scan in plain PyTorch) compute what ours do: see test_repsae.
 import contextlib
 import ctypes
 import functools
+import itertools
 import multiprocessing
 import pathlib
 import statistics
@@ -18,6 +19,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])
 import data
@@ -139,8 +141,9 @@ def bench_sparc(device):
 
 
 def bench_rows(device):
-    """Peak memory of training and evaluating on memory-mapped folders of float16 rows."""
-    found = {}
+    """Peak memory of training and evaluating on memory-mapped folders of float16 rows, and of
+    extracting tokens into such a folder, and into one file."""
+    found, tokens = {}, {}
     for rows in (40_000, 400_000):
         with tempfile.TemporaryDirectory() as folder:
             rng = np.random.default_rng(0)
@@ -149,24 +152,34 @@ def bench_rows(device):
                 for block in np.array_split(out, -(-rows // 4096)):
                     block[:] = rng.standard_normal(block.shape, np.float32)
             np.save(pathlib.Path(folder, "labels.npy"), rng.integers(0, 20, rows))
-            found[f"{rows:,} rows"] = apart("cpu", train_on_rows, folder)
+            found[f"{rows:,} rows"] = apart("cpu", watched, train_on_rows, folder)
     yield ("300 steps and an evaluation on a memory-mapped folder of float16, "
            "widths 1024 + 768 + 768, L 8192, k 64; memory is RssAnon"), found
+    for n, out in itertools.product((1000, 4000), ("a folder", "one.npz")):
+        with tempfile.TemporaryDirectory() as folder:
+            judge.save_picture(f"{folder}/a.png", Image.new("RGB", (128, 128), "plum"))
+            judge.write_npz(f"{folder}/list.npz", {"images": np.repeat("a.png", n)})
+            tokens[f"{n:,} pictures, {out}"] = apart("cpu", watched, repsae.main, [
+                "extract", "--images", f"{folder}/list.npz", "--weights", "vit_micro", "--size",
+                "128", "--tokens", "--out", f"{folder}/{out}"])
+    yield "extract: 256 tokens of width 96 of each picture, 49 KB; memory is RssAnon", tokens
+
+
+def watched(function, *args):
+    """Peak RssAnon in MB of this process while function(*args) runs, and seconds."""
+    peak, began = [0.], time.time()
+    threading.Thread(target=watch_memory, args=[peak], daemon=True).start()
+    function(*args)
+    return {"peak MB": round(peak[0]), "seconds": time.time() - began}
 
 
 def train_on_rows(folder, n_steps=300):
-    """Train and judge on a folder: peak RssAnon in MB, and seconds by phase."""
-    seconds, began, peak = {}, time.time(), [0.]
-    threading.Thread(target=watch_memory, args=[peak], daemon=True).start()
+    """Train and judge on a folder."""
     features = data.read_features(folder)
-    seconds["read s"], began = time.time() - began, time.time()
     model = sae.SPARC(features.dims, 8192, 64)
     batches = data.Batches(features.rows("train"), 256, 0)
     sae.fit(model, lambda step: features.batch(batches.rows(step)), n_steps)
-    seconds["train s"], began = time.time() - began, time.time()
     repsae.measure(model, features, repsae.parse(["eval", "none"])[1].replaced({"seed": 0}))
-    seconds["evaluate s"] = time.time() - began
-    return {"peak MB": round(peak[0]), **seconds}
 
 
 # -- the selective scan -----------------------------------------------------------------------
@@ -314,20 +327,6 @@ def bench_backbones(device):
         yield f"{tokens} tokens, one image, float32, {device}", ways
 
 
-def draw_backbones(found, svg):
-    """`bench_backbones`' figures as curves over the number of tokens, in the file `svg`."""
-    tokens, tables, charts = [title.split()[0] for title in found], list(found.values()), []
-    for key in ("forward, ms", "forward + backward, ms", "forward, MB", "forward + backward, MB"):
-        curves = {name: [(i, t[name].get(key)) for i, t in enumerate(tables)] for name in tables[0]}
-        chart = judge.svg_lines(curves, "tokens", key, tokens, log=True)
-        placed = f'<svg y="{320 * len(charts)}" width="640" height="300" '
-        charts.append(chart.replace("<svg ", placed, 1))
-    style = ("svg{background:#fff}text{font:12px sans-serif}path,polyline{fill:none;stroke-width:2}"
-             ".grid{stroke:#e2e8f0;stroke-width:1}.end{text-anchor:end}.mid{text-anchor:middle}")
-    whole = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {320 * len(charts)}">'
-    judge.write_text(svg, f"{whole}<style>{style}</style>{''.join(charts)}</svg>\n")
-
-
 def bench_page(device):
     """The largest page that is promised, 2,000 samples with pictures."""
     rng, n, L, k = np.random.default_rng(0), 2000, 8192, 64
@@ -354,7 +353,7 @@ BENCHES = {"sparc": bench_sparc, "page": bench_page, "rows": bench_rows, "scan":
            "backbones": bench_backbones}
 
 
-def run(what, device, svg=None):
+def run(what, device):
     """Measure and print `what` ("all" or one of BENCHES); returns every figure by title."""
     found = {"versions": repsae.versions()}
     for bench in BENCHES if what == "all" else [what]:
@@ -364,6 +363,4 @@ def run(what, device, svg=None):
             columns = list(dict.fromkeys(key for figures in ways.values() for key in figures))
             rows = [[name, *map(figures.get, columns)] for name, figures in ways.items()]
             print(f"\n{title}\n{judge.text_table(['', *columns], rows)}")
-    if svg and "backbones" in found:
-        draw_backbones(found["backbones"], svg)
     return found

@@ -700,7 +700,7 @@ def test_the_bench_of_steps_sets_every_contender_beside_ours(monkeypatch):
 
 
 def test_bench_refuses_a_file_in_no_folder_and_one_that_is_there(tmp_path, capsys):
-    assert "no such folder" in error(capsys, "bench", "scan", "--svg", "/no/such/x.svg")
+    assert "no such folder" in error(capsys, "bench", "scan", "--json", "/no/such/x.json")
     (tmp_path / "x.json").write_text("keep")
     assert "exists - use --overwrite" in error(capsys, "bench", "scan", "--json", tmp_path / "x.json")
 
