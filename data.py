@@ -937,6 +937,19 @@ def read_merges(path):
         return f.read().splitlines()[1:48895]
 
 
+def read_open_clip(path):
+    """open_clip's config of a CLIP: whether its GELU is OpenAI's, and the mean and the deviation of
+    its pixels, (2, 3)."""
+    with reading(path, "config of a CLIP with heads of 64"):
+        whole = read_json(path)
+        told, seen = whole["model_cfg"], whole.get("preprocess_cfg", {})
+        pixels = [seen.get(key, usual) for key, usual in zip(("mean", "std"), CLIP_PIXELS)]
+        told = {"quick_gelu": False, **told, **told.get("vision_cfg", {})}
+        if told["quick_gelu"] not in (True, False) or told.get("head_width", 64) != 64:
+            raise ValueError("GELU or heads")
+        return told["quick_gelu"], np.array(pixels, float).reshape(2, 3)
+
+
 def latent_semantics(captions, known, longest=1, width=32):
     """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture.
 
@@ -966,19 +979,12 @@ def latent_semantics(captions, known, longest=1, width=32):
     return (counts @ axes.T).astype(np.float32)
 
 
-def colour_and_texture(pixels):
-    """What pictures (N, h, w, 3) uint8 look like, by statistics alone, (N, 97) float32: means and
-    deviations of R, G, B; a histogram of 64 colours; and, at three scales, how strong edges are in
-    eight directions and how unequal."""
-    x, bins = pixels.astype(np.float32) / 255, pixels // 64
-    of = bins[..., 0] * 16 + bins[..., 1] * 4 + bins[..., 2]                     # (N, h, w)
-    counts = np.stack([np.bincount(one.ravel(), minlength=64) for one in of])
-    found, grey = [x.mean((1, 2)), x.std((1, 2)), np.sqrt(counts / of[0].size)], x.mean(3)
-    for step in (1, 2, 4):
-        down, across = np.gradient(grey[:, ::step, ::step], axis=(1, 2))
-        size, way = np.hypot(down, across), np.arctan2(down, across) % np.pi * 8 // np.pi
-        found += [*((size * (way == d)).mean((1, 2)) for d in range(8)), size.std((1, 2))]
-    return np.column_stack(found).astype(np.float32)
+def colours(pixels):
+    """Of pictures (N, h, w, 3) uint8 the roots of the shares that 64 colours have in each, (N, 64).
+    """
+    kind = pixels // 64 @ np.array([16, 4, 1], np.uint8)     # (N, h, w): of R, G, B two bits each
+    counts = np.stack([np.bincount(one.ravel(), minlength=64) for one in kind])
+    return np.sqrt(counts / kind[0].size).astype(np.float32)
 
 
 # ---- Images, and DINO's crops of them (thesis 3.2.1; Caron et al. 2021, section 3) ---------------
@@ -1571,17 +1577,18 @@ def slide_tiles(slides, i, boxes, regions=None, share=0.5):
 
 
 def balanced_tiles(tiles, seed):
-    """Of a list of `slide_tiles` as many of either label, drawn anew in each split (thesis Table
-    3.3, PCam-224): all of the rarer label, the others uniformly from all slides."""
+    """Of a list of `slide_tiles` as many of each label, drawn anew in each split (thesis Table 3.3,
+    PCam-224): all of the rarest, of others so many, uniformly from all slides."""
+    refuse(tiles[0].labels is None, "no tile has a label to balance - name --rois")
     rng, at = np.random.default_rng([seed, 14]), np.cumsum([len(some) for some in tiles])
     y = np.concatenate([some.labels for some in tiles])
     split = np.concatenate([np.repeat("", len(some)) if some.split is None else some.split
                             for some in tiles])
-    kept = np.zeros(len(y), bool)
+    kept, labels = np.zeros(len(y), bool), np.unique(y)
     for part in np.unique(split):
-        rows = [rng.permutation(np.flatnonzero((split == part) & (y == c))) for c in (0, 1)]
-        for each in rows:
-            kept[each[:min(map(len, rows))]] = True          # of either as many
+        rows = [rng.permutation(np.flatnonzero((split == part) & (y == c))) for c in labels]
+        for each in rows if len(labels) > 1 else ():
+            kept[each[:min(map(len, rows))]] = True          # of each as many
     refuse(not kept.any(), "all tiles have one label, so that none balance - name other --rois")
     return [some.take(np.flatnonzero(mine)) for some, mine in zip(tiles, np.split(kept, at))]
 

@@ -758,9 +758,9 @@ def _tick(v):
 
 
 def strips(found):
-    """{heading: pictures, HTML}: those of each in a row below it."""
-    return "".join(f'<h3>{html.escape(name)}</h3><div class="strip">{"".join(pictures)}</div>'
-                   for name, pictures in found.items())
+    """{heading, or none: pictures, HTML}: those of each in a row below it."""
+    return "".join(f"<h3>{html.escape(name)}</h3>" * bool(name)
+                   + f'<div class="strip">{"".join(shown)}</div>' for name, shown in found.items())
 
 
 # -- The page: one self-contained HTML file ------------------------------------------------------
@@ -1414,6 +1414,28 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
             for way in each[0]}
 
 
+def tell_dino(page, rows, others, measure):
+    """Tell how DINO trained, of the `rows` of log.csv, and whether the k-NN that watched over it is
+    ahead of the `others`, {name: their k-NN}, if any; measure: what it is. Returns the last of all.
+    """
+    curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
+              for k in ("loss", "entropy", "information", "knn")}
+    found = {k: line[-1][1] for k, line in curves.items() if line}
+    watched, ahead = curves.pop("knn"), [k for k, v in others.items() if v >= found["knn"]]
+    charts = [svg_lines(curves, "step", "nats")]
+    if others:
+        found.update(zip(("knn_random", "knn_pixels"), others.values()))
+        lines = {name: [(step, v) for step, _ in watched] for name, v in others.items()}
+        charts.append(svg_lines({**lines, "teacher": watched}, "step", f"20-NN, {measure}",
+                                zero=False))
+    page.picture("Training", "".join(charts))
+    page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    if others:
+        page.text(f"Do not trust it yet: {' and '.join(ahead)} tell the labels as well by 20-NN - "
+                  "train longer." if ahead else "It is ahead of both.")
+    return found
+
+
 # -- What a latent is (CytoSAE section 2) ----------------------------------------------------------
 
 def pool_tokens(code, T=1, tau=0.):
@@ -1739,6 +1761,16 @@ def shown_samples(column, top, rng):
     return {"top": active[:top], "middling": active[middle:][:top], "inactive": silent}
 
 
+def naming_prompt(shown):
+    """What to ask any language model for a latent's name; shown: {kind: its samples, dicts}. It is
+    told no label, as a name must not copy its judge, and no path, which may hold the label."""
+    told = {kind: [{k: v for k, v in one.items() if k not in ("sample", "label", "image")}
+                   for one in samples] for kind, samples in shown.items()}
+    return ("Below are samples that activate one latent of a sparse autoencoder strongly, samples "
+            "that activate it moderately, and samples that do not. Name in at most five words what "
+            f"the first have in common and the last lack. Answer with the name alone.\n{told}")
+
+
 # -- Back to pixels and words: relevancy maps (thesis 5.4.4, A.3-A.4) -----------------------------
 
 def relevancy(attention, target):
@@ -2006,7 +2038,7 @@ def latent_correlations(a, b, same):
     (mean_a, mean_b), squares = ([np.ravel(code.mean(0)) for code in codes] for codes in (
         (a, b), (a.multiply(a), b.multiply(b))))
     deviation = [np.where(square - mean ** 2 > 1e-14 * square, square - mean ** 2, np.inf) ** 0.5
-                 for square, mean in zip(squares, (mean_a, mean_b))]         # r = 0 if it is one value
+                 for square, mean in zip(squares, (mean_a, mean_b))]     # r = 0 if it is one value
     if same:
         return (np.ravel(a.multiply(b).mean(0)) - mean_a * mean_b) / np.multiply(*deviation)
     r = ((a.T @ b).toarray() / a.shape[0] - np.outer(mean_a, mean_b)) / np.outer(*deviation)

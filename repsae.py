@@ -1029,7 +1029,7 @@ def noted(found):
 
 def drawn_tissue(seed, n=1200):
     """Pictures of drawn tissue as three models see them that learn nothing: a ViT of random
-    weights, statistics of colour and texture, latent semantic analysis of the captions."""
+    weights, a histogram of colours, latent semantic analysis of the captions."""
     say_once(f"drawing {n} pictures of tissue; --data takes features of your own")
     made = data.tissue(n, seed=seed)
     pixels, captions = made["pixels"], list(made["captions"])
@@ -1040,7 +1040,7 @@ def drawn_tissue(seed, n=1200):
     with torch.no_grad():
         seen = torch.cat([vit.features(part) for part in x.split(256)]).numpy()
     words = data.latent_semantics(captions, np.flatnonzero(made["split"] == "train"))
-    return data.Features({"vit": seen, "colour": data.colour_and_texture(pixels), "words": words},
+    return data.Features({"vit": seen, "colour": data.colours(pixels), "words": words},
                          labels=made["labels"], label_names=made["label_names"].tolist(),
                          parents=made["parents"], split=made["split"], hash=f"tissue {n} {seed}",
                          about={"images": pixels, "captions": made["captions"],
@@ -1404,7 +1404,9 @@ def cmd_dino(flags):
     watch, measure = watched(images, flags)                  # labels serve this alone
     before = watch and watch(teacher.backbone)               # random weights
     log = train_dino(run, nets, images, crops, watch)
-    tell_dino(run, log.rows, watch, measure, before)
+    page = judge.Page(f"repsae dino: {flags.arch}")
+    others = {"random weights": before, "raw pixels": watch()} if watch else {}
+    run.tell(page, judge.tell_dino(page, log.rows, others, measure))
 
 
 def pictures_of(flags):
@@ -1460,30 +1462,6 @@ def watched(images, flags, most=4000):
         found = judge.judged_features(*x, tasks, rows, classes, ks=(20,))
         return found["20-NN"][measure]
     return watch, measure
-
-
-def tell_dino(run, rows, watch, measure, before):
-    """metrics.json and report.html of the `rows` of log.csv; watch, measure: of `watched`; before:
-    of random weights."""
-    page = judge.Page(f"repsae dino: {run.flags.arch}")
-    curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
-              for k in ("loss", "entropy", "information", "knn")}
-    found = {k: line[-1][1] for k, line in curves.items() if line}               # the last of each
-    lines = {k: curves[k] for k in ("loss", "entropy", "information")}
-    charts = [judge.svg_lines(lines, "step", "nats")]
-    if watch:
-        others = {"random weights": before, "raw pixels": watch()}
-        found.update(zip(("knn_random", "knn_pixels"), others.values()))
-        lines = {name: [(step, v) for step, _ in curves["knn"]] for name, v in others.items()}
-        lines["teacher"] = curves["knn"]
-        charts.append(judge.svg_lines(lines, "step", f"20-NN, {measure}", zero=False))
-    page.picture("Training", "".join(charts))
-    page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
-    if watch:
-        ahead = " and ".join(name for name, value in others.items() if value >= found["knn"])
-        page.text(f"Do not trust it yet: {ahead} tell the labels as well by 20-NN - train longer."
-                  if ahead else "It is ahead of both.")
-    run.tell(page, found)
 
 
 @command("images! weights! window size standardise last tokens whole seed=0 device overwrite "
@@ -1681,14 +1659,8 @@ def tell_barcodes(page, coded, mean, between):
                              **{k: getattr(codes, k) for k in ("data", "indices", "indptr")}}}
 
 
-PROMPT = """Below are samples that activate one latent of a sparse autoencoder strongly, samples \
-that activate it moderately, and samples that do not. Name in at most five words what the first \
-have in common and the last lack. Answer with the name alone."""
-
-
 def write_prompts(coded, path, top):
-    """For every latent the samples that show what it means, as JSON with a prompt for any language
-    model. The prompt tells no label: a name must not copy its judge; a path may hold the label."""
+    """For every latent the samples that show what it means, as JSON with a prompt for its name."""
     rng, out = np.random.default_rng([coded.flags.seed, 10]), []
     code = coded.strength[coded.train].tocsc()               # columns are cut out below
     for j in np.flatnonzero(code.getnnz(axis=0)):
@@ -1696,9 +1668,7 @@ def write_prompts(coded, path, top):
         shown = {kind: [{**coded.about(coded.train[i]), "activation": float(column[i])}
                         for i in rows]
                  for kind, rows in judge.shown_samples(column, top, rng).items()}
-        told = {kind: [{k: v for k, v in one.items() if k not in ("sample", "label", "image")}
-                       for one in samples] for kind, samples in shown.items()}
-        out.append({"latent": int(j), **shown, "prompt": f"{PROMPT}\n{told}"})
+        out.append({"latent": int(j), **shown, "prompt": judge.naming_prompt(shown)})
     judge.write_json(path, out)
     say(f'wrote {path}: {len(out)} latents; collect the answers in a file like '
         '{"17": "round nucleus"} for --names')
@@ -1900,23 +1870,16 @@ def import_clip(flags):
     check_needed(flags, "merges")
     words = data.Merges(data.read_merges(flags.merges))
     beside = os.path.join(os.path.dirname(flags.weights), "open_clip_config.json")
-    told, pixels = {}, data.CLIP_PIXELS
+    quick, pixels = True, data.CLIP_PIXELS
     with unpacked(flags.weights, "is no state_dict of a CLIP",
                   "of OpenAI's files save torch.jit.load(FILE).state_dict()") as state:
         openai = "input_resolution" in state
         if os.path.exists(beside) and not openai:
-            with data.reading(beside, "config of a CLIP with heads of 64"):
-                whole = data.read_json(beside)
-                told, seen = whole["model_cfg"], whole.get("preprocess_cfg", {})
-                pixels = [seen.get(key, usual) for key, usual in zip(("mean", "std"), pixels)]
-                pixels = np.array(pixels, float).reshape(2, 3)
-                told = {"quick_gelu": False, **told, **told.get("vision_cfg", {})}
-                if told["quick_gelu"] not in (True, False) or told.get("head_width", 64) != 64:
-                    raise ValueError("GELU or heads")
+            quick, pixels = data.read_open_clip(beside)
         elif not openai:
             say(f"note: nothing tells the GELU of {flags.weights}: OpenAI's QuickGELU is taken - "
                 f"open_clip's own need {os.path.basename(beside)} there")
-        model = ssm.clip_from_state(state, told.get("quick_gelu", True))
+        model = ssm.clip_from_state(state, quick)
     refuse(words.size != model.config["vocab"], f"{flags.merges} makes {words.size} tokens, not "
            f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
     ssm.standardise_pixels(model.visual, *pixels, data.IMAGENET)
@@ -2195,7 +2158,7 @@ def cmd_retrieve(flags):
     for mode in ("alone",) if given else ("joint", "alone"):
         codes, partner = coded.codes(rows, mode), ""
         for source, target in itertools.product(sources, targets):
-            title = f"{source} to {target}, {mode}" if len(sources + targets) > 2 else mode
+            title = f"{source} to {target}, {mode}"
             query = given_query(coded.model, source, flags) if given else codes[source][[own]]
             if not query.nnz:
                 page.text(f"{title}: no latent is active in the query, so that nothing is near it")
@@ -2205,15 +2168,10 @@ def cmd_retrieve(flags):
                 rank = (similar >= similar[near == own]).sum()
                 partner = f"the true partner has rank {rank} of {len(rows)}; "
             page.text(f"{title}: {partner}nearest samples {rows[near[:10]].tolist()}")
-            found = [{**coded.about(rows[i]), "cosine": similar[n]}
-                     for n, i in enumerate(near[:10])]
-            asked = [] if given else [own]
-            shown = [judge.embedded(picture, 120) for i in [*asked, *near[:10]]
-                     if (picture := features.picture(rows[i]))]
-            if shown:
-                page.picture("", judge.strips({f"{title}: the nearest" + "; the query first"
-                                               * (not given): shown}))
-            page.table(*judge.columns(found), f"{source} to {target}, {mode}", quiet=True)
+            found = [{**coded.about(i), "cosine": r} for i, r in zip(rows[near[:10]], similar)]
+            page.table(*judge.columns(found), title, quiet=True)
+            shown = map(features.picture, rows[[*[own] * (not given), *near[:10]]])
+            page.picture("", judge.strips({"": [judge.embedded(v, 120) for v in shown if v]}))
     run.begin().tell(page)
 
 
@@ -2254,8 +2212,6 @@ def cmd_tile(flags):
     refuse(flags.rois and not of_each and len(slides) > 1 or of_each and not any(
         map(os.path.exists, files)), f"--rois {flags.rois} annotates no slide - name one slide and "
         "its file, or a folder with NAME.xml of each slide that has regions")
-    refuse(flags.balanced and not flags.rois, "--balanced is of tiles in --rois and outside - name "
-           "these")
     side, tiles = round(size * flags.downsample), []
     for i, (name, file) in enumerate(zip(names, files)):
         regions = [] if of_each else None                    # a slide of no tumour has no file

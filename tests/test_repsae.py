@@ -758,10 +758,12 @@ def test_dinos_settings_fit_few_pictures_what_is_typed_goes_first_and_the_preset
 @pytest.mark.parametrize("knn, said", [(.9, "It is ahead of both."), (.8, "yet: raw pixels tell"),
                                        (.5, "yet: random weights and raw pixels tell"), (.6, "yet: raw pixels tell")])
 def test_a_dino_run_says_whether_random_weights_or_raw_pixels_see_as_much(knn, said, tmp_path, capsys):
-    flags = repsae.Flags(command="dino", out=str(tmp_path / "r"), overwrite=False, resume=False, arch="a")
-    row = {"step": "1", "loss": "1", "entropy": "1", "information": "1", "knn": str(knn)}
-    repsae.tell_dino(repsae.Run(flags).begin(), [row], lambda: .8, "balanced accuracy", .5)
-    assert said in capsys.readouterr().out and said in (tmp_path / "r" / "report.html").read_text()
+    row, page = {"step": "1", "loss": "1", "entropy": "1", "information": "1", "knn": str(knn)}, judge.Page("")
+    found = judge.tell_dino(page, [row], {"random weights": .5, "raw pixels": .8}, "balanced accuracy")
+    page.write(lambda name: tmp_path / name, found)
+    assert said in capsys.readouterr().out and said in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {
+        "loss": 1, "entropy": 1, "information": 1, "knn": knn, "knn_random": .5, "knn_pixels": .8}
 
 
 def test_a_dino_run_leaves_its_files_and_curves(trained):
@@ -1123,7 +1125,7 @@ def test_tiles_in_and_outside_of_regions_are_balanced_in_every_split(slides, tmp
         assert 0 < own.sum() < len(own) / 2 and kept.sum() == own.sum() == len(kept) / 2
     assert len({p for (p, *_), y in seen[1].items() if y == 0}) == 5         # the others are of all slides
     error_of = functools.partial(error, capsys)
-    assert "--balanced is of tiles in --rois" in error_of("tile", "--images", tmp_path / "slides", "--balanced", "--out", tmp_path / "x")
+    assert "no tile has a label" in error_of(*tile[:5], "--smallest", 0.01, "--images", slides / "slides", "--balanced", "--out", tmp_path / "y")
     for file in ("slides", "s0.xml"):
         assert f"{file} annotates no slide" in error_of(*tile[:-2], tmp_path / file, "--balanced", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
