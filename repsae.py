@@ -1274,7 +1274,7 @@ def cmd_eval(flags):
     for s in coded.model.streams if run else ():
         told = judge.saelens(coded.model, s)
         refuse(not told, f"SAELens has no {coded.model.activation} with norm {coded.model.norm}: "
-               "lengths do not fold into weights - train with --norm standard, l2 or none")
+               "not all fold into weights - topk, relu and jumprelu do, by standard, l2 or none")
         files |= {f"{s}/sae_weights.safetensors": told[1], f"{s}/cfg.json": told[0]}
     (metrics, codes), page = measure(coded.model, coded.features, coded.flags), judge.Page("")
     judge.tell_summary(page, metrics)

@@ -22,7 +22,7 @@ Glossary     B batch . M streams . L latents . k latents kept per sample . d_s w
 
 Deviations   from the authors' code, where it differs from the papers or is wrong:
              the loss sums over streams as Eq. 14 does; theirs averages (`reduction="mean"`);
-             AuxK (see `SPARC._auxk`) is 0 when no latent is dead, has no bias, sends gradient to
+             AuxK (see `SPARC._auxk`) is 0 when no latent is dead, adds no b_pre, sends gradient to
              dead latents only, and divides by the batch's residual energy, theirs each sample's;
              latents are drawn anew `reinit_after` steps after they died, with their Adam moments;
              theirs at once, which leaves AuxK nothing to do;
@@ -560,8 +560,8 @@ class SPARC(nn.Module):
         for mode in TOPK[self.topk]:
             codes = self._encode(c, mode, here)
             own, cross, aux, n = self._terms(c, weight, codes, here)
-            total, pairs = total + self.reduce(own) + self.lam * self.reduce(cross, n), pairs + n
-            total = total + self.aux_coef * self.reduce(aux)
+            total = total + self.reduce(own) + self.lam * self.reduce(cross, n)          # Eq. 14
+            total, pairs = total + self.aux_coef * self.reduce(aux), pairs + n
             for name, new in (("self", own), ("cross", cross), ("aux", aux)):
                 terms[name] += [v.detach() for v in new]
             used.append(_marked(codes, here))
@@ -677,7 +677,7 @@ class Activation(NamedTuple):
     prefixes: tuple = ()                                     # shares of L that rebuild x alone, too
 
 
-ACTIVATIONS = {                                              # a new one needs a line here, no more
+ACTIVATIONS = {                                              # one more trains with a line here
     "relu": Activation(_relu, "sum", "resample", 0.1),
     "topk": Activation(None, "nmse", "auxk", 0.),
     "batchtopk": Activation(_batchtopk, "nmse", "auxk", 0.),
