@@ -99,7 +99,9 @@ CASES = [case.split() for case in [
     f"clip --images tissue/tissue.npz {SMALL_CLIP} --out o",
     f"clip --images tissue/tissue.npz {SMALL_CLIP} --merges merges.txt --out o",
     f"explain world --images tissue/tissue.npz {WEIGHTS} --least 1 --most 2 --out o",
+    f"explain world --images tissue/tissue.npz {WEIGHTS} --most 2 --query mucin,lymphocyte --out o",
     "retrieve world --sample 1 --from vit --to clip_txt --out o.html",
+    "retrieve world --sample 1 --from vit,clip_img --to vit,clip_txt --out o",
     "retrieve world --query mucin --encoder clip --from clip_txt --to clip_img --out o.html",
     "retrieve world --features feats.npz --from clip_img --to vit --out o.html",
     f"dino --images pics {SMALL_DINO} --out o",
@@ -107,11 +109,14 @@ CASES = [case.split() for case in [
     "extract --images pics --weights d=dino --out o.npz",
     f"extract --images tissue/tissue.npz {WEIGHTS},lsa=lsa:2 --size 16 --out o.npz",
     "extract --images voc --weights d=dino --tokens --out o.npz",
+    "extract --images pics --weights d=dino --tokens --out o",
+    "extract --images busi --weights d=dino --out o",
     "extract --images tiles/slide.npz --weights v=tuned/v.pt --size 16 --out o.npz",
     "probe --data f.npz --json o.json",
     "probe --data feats.npz --seed 3 --only lymphocyte",
     "tile --voc voc --size 8 --out o",
     "tile --images slide.png --size 16 --smallest 0.001 --rois rois.xml --out o",
+    "tile --images slide.png --size 16 --smallest 0.001 --rois rois --balanced --out o",
     "tile --images slide.png --size 16 --smallest 0.001 --out o",
     f"mil --data bags.npz {SMALL_MIL} --out o",
     f"mil --data bags {SMALL_MIL} --lr 0.01 --out o",
@@ -135,8 +140,9 @@ def make_zoo(folder):
     """All inputs of CASES, in `folder`."""
     os.chdir(folder)
     rng, n = np.random.default_rng(0), np.arange(40)
-    for path in ("folder", "voc/Annotations", "voc/ImageSets/Main", "voc/JPEGImages", "bags/a",
-                 "bags/b", *(f"pics/{part}/{name}" for part in ("train", "test") for name in "ab")):
+    for path in ("folder", "rois", "busi/benign", "busi/normal", "voc/Annotations",
+                 "voc/ImageSets/Main", "voc/JPEGImages", "bags/a", "bags/b",
+                 *(f"pics/{part}/{name}" for part in ("train", "test") for name in "ab")):
         os.makedirs(path)
     features = {
         "x": rng.random((40, 6), np.float32), "y": rng.random((40, 5), np.float32),
@@ -173,7 +179,8 @@ def texts():
         ("taxonomy.json", json.dumps(parents)), ("merges.txt", "#version\na b\nc d</w>\n"),
         ("names.json", json.dumps({str(i): f"nucleus {i}" for i in range(12)})),
         ("voc/ImageSets/Main/trainval.txt", "0\n1\n"), ("voc/ImageSets/Main/test.txt", "2\n3\n"),
-        ("rois.xml", f'<A><Annotation PartOfGroup="_0">{corners}</Annotation></A>'),
+        *((name, f'<A><Annotation PartOfGroup="_0">{corners}</Annotation></A>')
+          for name in ("rois.xml", "rois/slide.xml")),
         *((f"voc/Annotations/{i}.xml", f'<?xml version="1.0" encoding="utf-8"?><a><object>'
            f"<name>n{i % 2}</name><bndbox>{box}</bndbox></object></a>") for i in range(4))]
 
@@ -185,6 +192,8 @@ def make_pictures(rng):
                   for name in "ab" for i in range(n)})
     for path, side in sides.items():
         Image.fromarray(rng.integers(0, 255, (side, side, 3), np.uint8)).save(path)
+    for name in ("benign/1.png", "benign/1_mask.png", "normal/2.png", "normal/2_mask.png"):
+        Image.fromarray(np.uint8(255 * np.eye(16)) * ("normal" not in name)).save(f"busi/{name}")
     images, labels = rng.integers(0, 255, (8, 8, 8, 3), np.uint8), np.arange(8)[:, None] % 2
     np.savez("med.npz", **{f"{s}_images": images for s in data.SPLITS},
              **{f"{s}_labels": labels for s in data.SPLITS})
