@@ -2168,10 +2168,10 @@ def cmd_retrieve(flags):
                 rank = (similar >= similar[near == own]).sum()
                 partner = f"the true partner has rank {rank} of {len(rows)}; "
             page.text(f"{title}: {partner}nearest samples {rows[near[:10]].tolist()}")
-            found = [{**coded.about(i), "cosine": r} for i, r in zip(rows[near[:10]], similar)]
-            page.table(*judge.columns(found), title, quiet=True)
             shown = map(features.picture, rows[[*[own] * (not given), *near[:10]]])
             page.picture("", judge.strips({"": [judge.embedded(v, 120) for v in shown if v]}))
+            found = [{**coded.about(i), "cosine": r} for i, r in zip(rows[near[:10]], similar)]
+            page.table(*judge.columns(found), title, quiet=True)
     run.begin().tell(page)
 
 
