@@ -1185,8 +1185,8 @@ def load_public(path, stream="x", device="cpu"):
             W, V, b_lat = W * length[:, None], V / length[:, None], b_lat * length
         if not config.get("apply_b_dec_to_input", centred):  # W x + b = W (x - b_pre) + b + W b_pre
             b_lat = b_lat + W @ b_pre
-        k = int(config.get("k", (*rest, 0, 0)[1])) if activation.endswith("topk") else 1
-        model = SAE({stream: d}, L, activation, k, norm="none")
+        k = config.get("k", rest[1] if len(rest) > 1 else 0) if "topk" in activation else 1
+        model = SAE({stream: d}, L, activation, int(k), norm="none")
         new = {"W_enc": W, "W_dec": V, "b_lat": b_lat, "b_pre": b_pre}
         new = {f"{name}.{stream}": v for name, v in new.items()}
         if rest and activation == "jumprelu":                # a ReLU follows: below 0 is as 0
