@@ -1213,7 +1213,7 @@ def _files(folder, endings):
 
 
 def _walk(folder, endings, what):
-    """The files of a folder laid out as `read_images` says, as Images, none of them opened."""
+    """The files of a folder laid out as `read_images` says, as Images; only masks are opened."""
     refuse(not os.path.isdir(folder),
            f"no folder {folder} - name one of {what}, or of class folders of {what}")
     split_of = {**{s: s for s in SPLITS}, "valid": "val", "validation": "val"}
@@ -1239,21 +1239,25 @@ def _walk(folder, endings, what):
     out = Images(paths, split=np.array(split) if parted else None)
     if names != [""]:
         out.labels, out.label_names = np.array([names.index(c) for c in classes]), names
-    if masks and out.labels is not None:
+    if masks and out.labels is not None and endings is PICTURES:         # not of slides
         out.boxes = np.array([(i, out.labels[i], *box) for i, path in enumerate(paths)
                               for box in map(_mask_box, masks.get(os.path.splitext(path)[0], ()))
                               if box], float).reshape(-1, 6)
     if masks:
         out.notes.append(f"{folder}: {len(files) - len(paths)} masks (X_mask.png beside X.png) are "
-                         "no pictures; with class folders they tell the boxes")
+                         + ("left out" if out.boxes is None else
+                            "boxes of the classes; pictures are seen whole, not cut"))
     return out
 
 
 def _mask_box(path):
-    """The box x0, y0, x1, y1 around what is not black in a mask, in shares of it, or None."""
-    mask = open_image(path).convert("L")
-    box = mask.getbbox()
-    return box and tuple(v / side for v, side in zip(box, mask.size * 2))
+    """The box x0, y0, x1, y1 around what is bright in a mask, of any depth, in shares, or None."""
+    with reading(path, "mask"):
+        x = np.asarray(Image.open(path))
+    x = x if x.ndim == 2 else x[..., :3].max(2)              # not alpha
+    for rows, columns in scipy.ndimage.find_objects((x > x.max() / 2).astype(int)):
+        h, w = x.shape
+        return columns.start / w, rows.start / h, columns.stop / w, rows.stop / h
 
 
 def open_image(image, decode=True, window=None, folder=""):
@@ -1574,23 +1578,6 @@ def slide_tiles(slides, i, boxes, regions=None, share=0.5):
         inside = [region_share(regions, box) >= share for box in boxes]
         tiles.labels, tiles.label_names = np.array(inside).astype(int), ["outside", "region"]
     return tiles
-
-
-def balanced_tiles(tiles, seed):
-    """Of a list of `slide_tiles` as many of each label, drawn anew in each split (thesis Table 3.3,
-    PCam-224): all of the rarest, of others so many, uniformly from all slides."""
-    refuse(tiles[0].labels is None, "no tile has a label to balance - name --rois")
-    rng, at = np.random.default_rng([seed, 14]), np.cumsum([len(some) for some in tiles])
-    y = np.concatenate([some.labels for some in tiles])
-    split = np.concatenate([np.repeat("", len(some)) if some.split is None else some.split
-                            for some in tiles])
-    kept, labels = np.zeros(len(y), bool), np.unique(y)
-    for part in np.unique(split):
-        rows = [rng.permutation(np.flatnonzero((split == part) & (y == c))) for c in labels]
-        for each in rows if len(labels) > 1 else ():
-            kept[each[:min(map(len, rows))]] = True          # of each as many
-    refuse(not kept.any(), "all tiles have one label, so that none balance - name other --rois")
-    return [some.take(np.flatnonzero(mine)) for some, mine in zip(tiles, np.split(kept, at))]
 
 
 def _read_tiles(files):

@@ -2030,18 +2030,19 @@ def latent_correlations(a, b, same):
     """Correlations (P,) of pairs of latents of two codes (n, L_a), (n, L_b) of the same samples:
     of latent j with latent j if they are the `same`, else of the best one-to-one pairing
     (Hungarian). Latents active in fewer than 5 samples are left out, and of more than 4,096 to be
-    paired the less frequent: the assignment takes their cube. No column is ever dense."""
+    paired the less frequent: the assignment takes their cube. No column becomes dense."""
     active = [code.getnnz(axis=0) for code in (a, b)]
     chosen = [np.flatnonzero(np.minimum(*active) >= 5)] * 2 if same else [
         np.sort(np.argsort(-n, kind="stable")[:min(4096, (n >= 5).sum())]) for n in active]
     a, b = (code[:, some].astype(float) for code, some in zip((a, b), chosen))
-    (mean_a, mean_b), squares = ([np.ravel(code.mean(0)) for code in codes] for codes in (
+    n = max(a.shape[0], 1)
+    (mean_a, mean_b), squares = ([np.ravel(code.sum(0)) / n for code in codes] for codes in (
         (a, b), (a.multiply(a), b.multiply(b))))
-    deviation = [np.where(square - mean ** 2 > 1e-14 * square, square - mean ** 2, np.inf) ** 0.5
+    deviation = [np.where(square - mean ** 2 > 1e-10 * square, square - mean ** 2, np.inf) ** 0.5
                  for square, mean in zip(squares, (mean_a, mean_b))]     # r = 0 if it is one value
     if same:
-        return (np.ravel(a.multiply(b).mean(0)) - mean_a * mean_b) / np.multiply(*deviation)
-    r = ((a.T @ b).toarray() / a.shape[0] - np.outer(mean_a, mean_b)) / np.outer(*deviation)
+        return (np.ravel(a.multiply(b).sum(0)) / n - mean_a * mean_b) / np.multiply(*deviation)
+    r = ((a.T @ b).toarray() / n - np.outer(mean_a, mean_b)) / np.outer(*deviation)
     return r[scipy.optimize.linear_sum_assignment(-r)]
 
 

@@ -210,7 +210,7 @@ TRAINING = {
     "global-scale": ([0.4, 1.], "pair 0..1", "the same of global crops"),
     "blur": (2.0, "float 0..100", "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1.0, "float 0..2", "strength of colour changes; less where colour matters"),
-    "balanced": (False, "switch", "draw bags, or keep tiles, so that labels are equally frequent"),
+    "balanced": (False, "switch", "draw bags so that classes are equally frequent"),
     "folds": (0, "int 0..1000", "parts of all bags, in turn; 0: the file's, or 70 / 15 / 15"),
     "votes": (1, "int 1..1000", "models that vote on a bag, each from its own weights"),
     "seed": (42, "int 0..4294967295", "of everything drawn: split, weights, order, pictures"),
@@ -1474,6 +1474,10 @@ def cmd_extract(flags):
     run = None if flags.out.endswith(".npz") and out_file(flags) else Run(flags)
     specs, captions = flags.weights.split(","), images.about.get("captions")
     models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]
+    names = [spec.partition("=")[0] for spec in specs]
+    for name in names:
+        refuse(name in data.RESERVED or names.count(name) > 1 or not plain(name) or "/" in name,
+               f"--weights {flags.weights}: '{name}' stands twice, or names no stream - rename it")
     for spec, loaded in zip(specs, models):
         if not loaded:                                       # what runs of N words tell of captions
             name, longest = spec.split("=lsa:")
@@ -1495,21 +1499,20 @@ def cmd_extract(flags):
             how["last"] = flags.last
         if clip and captions is not None and not flags.tokens:               # both its encoders
             made[f"{name}_txt"] = [model.read(captions).cpu().numpy()]
-        made[name + "_img" * clip] = images.blocks(range(len(images)), model,
-                                                   flags.size or model.side, **how)
+        see = functools.partial(images.blocks, backbone=model, size=flags.size or model.side, **how)
+        first, made[name + "_img" * clip] = next(see([0])), see(range(len(images)))
     about, streams = images.arrays(flags.out), {}
-    if run:
+    if flags.tokens:                                         # views are square
+        about["grid"] = np.repeat(math.isqrt(first.shape[1]), 2)
+    if run:                                                  # what is cut short keeps its labels
         run.begin(data_hash=images.hash)
+        run.write({f"{key}.npy": array for key, array in about.items()})
     for s, blocks in made.items():                           # here the models see the pictures
         if run:
             judge.write_npy(run.path(f"{s}.npy"), blocks, len(images))
         streams[s] = data.Source(flags.out)[s] if run else np.concatenate([*blocks])
         say(f"{s}: {streams[s].shape}")
-    if flags.tokens:                                         # views are square
-        about["grid"] = np.repeat(math.isqrt(streams[s].shape[1]), 2)
-    if run:
-        run.write({f"{key}.npy": array for key, array in about.items()})
-    else:
+    if not run:
         judge.write_npz(flags.out, {**streams, **about})
     say(f"wrote {flags.out}")
 
@@ -1912,6 +1915,8 @@ def cmd_explain(flags):
     --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
+    for name in sorted({"query", "latent", "least"} & flags.given):
+        raise InputError(f"--{name} has no effect without a run - name one of sparc")
     run, images, sheet = Run(flags, flags.out or "runs/cam"), pictures_of(flags), {}
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
@@ -2130,7 +2135,7 @@ def tell_texts(seen, page, texts, most=4):
          {(i, n): True for n, i in enumerate(first)}, z[:most].detach())
     if texts:
         z_first = seen.code(seen.text)(seen.encoder.read(texts[:1]))[0]
-        best = test[(z @ z_first).argsort(descending=True)[:most].cpu()].tolist()
+        best = [int(test[n]) for n in (z @ z_first).argsort(descending=True)[:most].tolist()]
         tell("query", "Free words: similarity z . z' of pictures and captions to each", texts,
              texts, {(i, n): True for n in range(len(texts)) for i in best})
 
@@ -2152,8 +2157,8 @@ def cmd_retrieve(flags):
         rows = rows[features.has(s, rows)]
     refuse(not given and own >= len(rows),
            f"--sample {own} - give one of the {len(rows)} held-out samples, from 0")
-    run = analysis_run(flags, "_".join(["retrieve", *sources, *targets,
-                                        "given" if given else str(own)]))
+    run = analysis_run(flags, f"retrieve_{'+'.join(sources)}_{'+'.join(targets)}_"
+                       f"{'given' if given else own}")
     page = judge.Page("repsae retrieve" + f": {flags.query}" * bool(flags.query))
     for mode in ("alone",) if given else ("joint", "alone"):
         codes, partner = coded.codes(rows, mode), ""
@@ -2168,8 +2173,9 @@ def cmd_retrieve(flags):
                 rank = (similar >= similar[near == own]).sum()
                 partner = f"the true partner has rank {rank} of {len(rows)}; "
             page.text(f"{title}: {partner}nearest samples {rows[near[:10]].tolist()}")
-            shown = map(features.picture, rows[[*[own] * (not given), *near[:10]]])
-            page.picture("", judge.strips({"": [judge.embedded(v, 120) for v in shown if v]}))
+            shown = [*map(features.picture, rows[[*[own] * (not given), *near[:10]]])]
+            if None not in shown:
+                page.picture("", judge.strips({"": [judge.embedded(v, 120) for v in shown]}))
             found = [{**coded.about(i), "cosine": r} for i, r in zip(rows[near[:10]], similar)]
             page.table(*judge.columns(found), title, quiet=True)
     run.begin().tell(page)
@@ -2197,8 +2203,7 @@ def given_query(model, stream, flags):
 
 # ---- Slides and bags (thesis 3.2.2) -------------------------------------------------------------
 
-@command("images voc window size downsample threshold smallest rois balanced seed=0 overwrite "
-         "out=tiles")
+@command("images voc window size downsample threshold smallest rois overwrite out=tiles")
 def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
@@ -2209,28 +2214,24 @@ def cmd_tile(flags):
     slides, size, run = noted(data.read_slides(flags.images)), flags.size or 224, Run(flags)
     names, of_each = slides.about["groups"].tolist(), os.path.isdir(flags.rois or "")
     files = [os.path.join(flags.rois, f"{name}.xml") if of_each else flags.rois for name in names]
-    refuse(flags.rois and not of_each and len(slides) > 1 or of_each and not any(
-        map(os.path.exists, files)), f"--rois {flags.rois} annotates no slide - name one slide and "
-        "its file, or a folder with NAME.xml of each slide that has regions")
-    side, tiles = round(size * flags.downsample), []
-    for i, (name, file) in enumerate(zip(names, files)):
-        regions = [] if of_each else None                    # a slide of no tumour has no file
-        if file and (not of_each or os.path.exists(file)):
-            regions = data.read_polygons(file)
+    there = {file for file in files if file and (not of_each or os.path.exists(file))}
+    refuse(flags.rois and (not there or not of_each and len(slides) > 1), f"--rois {flags.rois} "
+           "annotates no slide - name one slide and its file, or a folder with NAME.xml of each "
+           "slide that has regions")
+    if of_each and (others := {*glob.glob(glob.escape(flags.rois) + "/*.xml")} - there):
+        say(f"note: {', '.join(sorted(others)[:3])} and others fit no slide")
+    regions = [data.read_polygons(file) if file in there else [] for file in files]
+    side = round(size * flags.downsample)
+    for i, name in enumerate(names):
         boxes, shown = data.tile_slide(slides.paths[i], side, least=flags.smallest,
                                        window=flags.window, threshold=flags.threshold)
         if not run.about:                                    # an unreadable slide leaves nothing
             run.begin()
-        run.write({f"{name}.png": shown})
-        tiles.append(data.slide_tiles(slides, i, boxes, regions))
-    if flags.balanced:
-        tiles = data.balanced_tiles(tiles, flags.seed)
-    for name, some in zip(names, tiles):
-        if len(some):                                        # of balanced ones may none be left
-            out = run.join(f"{name}.npz")
-            run.write({f"{name}.npz": some.arrays(out)})
-            inside = f", {some.labels.sum()} of them in the regions" if flags.rois else ""
-            print(f"{out}: {len(some)} tiles of {side} pixels{inside}")
+        out = run.join(f"{name}.npz")
+        tiles = data.slide_tiles(slides, i, boxes, regions[i] if flags.rois else None)
+        run.write({f"{name}.npz": tiles.arrays(out), f"{name}.png": shown})
+        inside = f", {tiles.labels.sum()} of them in the regions" if flags.rois else ""
+        print(f"{out}: {len(tiles)} tiles of {side} pixels{inside}")
 
 
 def cut_voc(flags):

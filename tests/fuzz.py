@@ -116,7 +116,7 @@ CASES = [case.split() for case in [
     "probe --data feats.npz --seed 3 --only lymphocyte",
     "tile --voc voc --size 8 --out o",
     "tile --images slide.png --size 16 --smallest 0.001 --rois rois.xml --out o",
-    "tile --images slide.png --size 16 --smallest 0.001 --rois rois --balanced --out o",
+    "tile --images slide.png --size 16 --smallest 0.001 --rois rois --out o",
     "tile --images slide.png --size 16 --smallest 0.001 --out o",
     f"mil --data bags.npz {SMALL_MIL} --out o",
     f"mil --data bags {SMALL_MIL} --lr 0.01 --out o",

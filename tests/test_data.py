@@ -461,9 +461,22 @@ def test_segmentations_beside_their_pictures_tell_its_boxes(tmp_path):
     assert len(images) == 4 and images.label_names == ["benign", "malignant", "normal"] and images.whole
     np.testing.assert_allclose(images.boxes, [[i, label, x0 / 40, y0 / 30, x1 / 40, y1 / 30] for i, label, (x0, y0, x1, y1) in (
         (0, 0, (8, 6, 20, 15)), (1, 1, (0, 0, 5, 30)), (1, 1, (30, 10, 40, 29)))])
-    np.savez(tmp_path / "f.npz", x=np.ones((4, 2)), **images.arrays(tmp_path / "f.npz"))
-    assert np.array_equal(data.read_features(tmp_path / "f.npz").boxes, images.boxes)
+    out = tmp_path.parent / f"{tmp_path.name}.npz"
+    np.savez(out, x=np.ones((4, 2)), **images.arrays(out))
+    assert np.array_equal(data.read_features(out).boxes, images.boxes)
     assert data.read_images(tmp_path / "malignant").boxes is None             # of no class: nothing to call it
+    deep = np.zeros((30, 40), np.uint16)
+    for top in (1, 3, 60000):                                # masks of another depth, or with an alpha channel, or lossy
+        deep[6:15, 8:20] = top
+        Image.fromarray(deep).save(tmp_path / "benign" / "benign (1)_mask.png")
+        np.testing.assert_allclose(data.read_images(tmp_path).boxes[0, 2:], [.2, .2, .5, .5])
+    grey = np.uint8(deep > 0) * 255
+    Image.fromarray(np.dstack([grey] * 3 + [grey * 0 + 255])).save(tmp_path / "benign" / "benign (1)_mask.png")
+    np.testing.assert_allclose(data.read_images(tmp_path).boxes[0, 2:], [.2, .2, .5, .5])
+    (tmp_path / "benign" / "benign (1)_mask.png").write_bytes(b"no")
+    with pytest.raises(InputError, match=r"\(1\)_mask.png is not a readable mask"):
+        data.read_images(tmp_path)
+    assert len(data.read_slides(tmp_path)) == 4              # slides have no use for it, and may be too large to open
 
 
 def test_segmentations_beside_their_pictures_are_left_out_with_a_note(pictures):

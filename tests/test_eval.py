@@ -921,6 +921,10 @@ def test_latents_are_paired_by_activation_whatever_their_order_and_shuffled_samp
     np.testing.assert_allclose(pair, [np.corrcoef(a[:, j], noisy[:, j])[0, 1] for j in range(6)], atol=1e-6)
     np.testing.assert_allclose(judge.latent_correlations(codes_of(a), codes_of(a), True), 1)
     assert judge.latent_correlations(codes_of(a), codes_of(a[rng.permutation(400)]), False).max() < 0.3
+    same = np.full((1000, 2), .3)                            # what does not vary correlates with nothing
+    same[:500, 1] = .7
+    assert judge.latent_correlations(codes_of(same), codes_of(same), True).tolist() == pytest.approx([0, 1])
+    assert all(len(judge.latent_correlations(codes_of(a[:0]), codes_of(a[:0]), one)) == 0 for one in (True, False))
     nothing = codes_of(np.zeros((9, 3)))
     assert all(len(judge.latent_correlations(nothing, nothing, same)) == 0 for same in (True, False))
 
