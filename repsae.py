@@ -1440,9 +1440,12 @@ def train_dino(run, nets, images, crops, watch):
              lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
                      + (f"  k-NN {knn:.3f}" if knn else ""), log=ended)
     schedule = flags.pick("warmup weight_decay momentum teacher_temp")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - flags.workers))   # crops need cores of their own
     with Keeper(flags, n_steps, done, log, save) as keep:
         ssm.fit_dino(nets, lambda step: next(views), n_steps, epoch, on_step, done, flags.seed,
                      lr=flags.lr * flags.batch / 256, **schedule)        # as DINO's: by the batch
+    torch.set_num_threads(threads)
     return log
 
 
