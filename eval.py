@@ -2031,11 +2031,10 @@ def latent_correlations(a, b, same):
     of latent j with latent j if they are the `same`, else of the best one-to-one pairing
     (Hungarian). Latents active in fewer than 5 samples are left out, and of more than 4,096 to be
     paired the less frequent: the assignment takes their cube. No column becomes dense."""
-    active = [code.getnnz(axis=0) for code in (a, b)]
+    n, active = max(a.shape[0], 1), [code.getnnz(axis=0) for code in (a, b)]
     chosen = [np.flatnonzero(np.minimum(*active) >= 5)] * 2 if same else [
-        np.sort(np.argsort(-n, kind="stable")[:min(4096, (n >= 5).sum())]) for n in active]
+        np.sort(np.argsort(-v, kind="stable")[:min(4096, (v >= 5).sum())]) for v in active]
     a, b = (code[:, some].astype(float) for code, some in zip((a, b), chosen))
-    n = max(a.shape[0], 1)
     (mean_a, mean_b), squares = ([np.ravel(code.sum(0)) / n for code in codes] for codes in (
         (a, b), (a.multiply(a), b.multiply(b))))
     deviation = [np.where(square - mean ** 2 > 1e-10 * square, square - mean ** 2, np.inf) ** 0.5

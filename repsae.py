@@ -1439,12 +1439,12 @@ def train_dino(run, nets, images, crops, watch):
         keep(step, lambda: {"epoch": round(step / epoch, 3), **told, "knn": knn},
              lambda: f"loss {told['loss']:.3f}  information {told['information']:.2f}"
                      + (f"  k-NN {knn:.3f}" if knn else ""), log=ended)
-    schedule = flags.pick("warmup weight_decay momentum teacher_temp")
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - flags.workers))   # crops need cores of their own
     with Keeper(flags, n_steps, done, log, save) as keep:
         ssm.fit_dino(nets, lambda step: next(views), n_steps, epoch, on_step, done, flags.seed,
-                     lr=flags.lr * flags.batch / 256, **schedule)        # as DINO's: by the batch
+                     lr=flags.lr * flags.batch / 256,                    # as DINO's: by the batch
+                     **flags.pick("warmup weight_decay momentum teacher_temp"))
     torch.set_num_threads(threads)
     return log
 
@@ -1918,8 +1918,7 @@ def cmd_explain(flags):
     --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
-    for name in sorted({"query", "latent", "least"} & flags.given):
-        raise InputError(f"--{name} has no effect without a run - name one of sparc")
+    refuse({"query", "latent", "least"} & flags.given, "--query, --latent, --least - name a run")
     run, images, sheet = Run(flags, flags.out or "runs/cam"), pictures_of(flags), {}
     rows = range(0, len(images), max(1, len(images) // flags.most))[:flags.most]
     pictures = [images.open(i) for i in rows]
