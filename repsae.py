@@ -2221,7 +2221,7 @@ def cmd_tile(flags):
            "annotates no slide - name one slide and its file, or a folder with NAME.xml of each "
            "slide that has regions")
     if of_each and (others := {*glob.glob(glob.escape(flags.rois) + "/*.xml")} - there):
-        say(f"note: {', '.join(sorted(others)[:3])} and others fit no slide")
+        say(f"note: no slide has the name of {', '.join(sorted(others)[:3])}")
     regions = [data.read_polygons(file) if file in there else [] for file in files]
     side = round(size * flags.downsample)
     for i, name in enumerate(names):
