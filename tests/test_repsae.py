@@ -766,6 +766,21 @@ def test_a_dino_run_says_whether_random_weights_or_raw_pixels_see_as_much(knn, s
         "loss": 1, "entropy": 1, "information": 1, "knn": knn, "knn_random": .5, "knn_pixels": .8}
 
 
+@pytest.mark.parametrize("workers, left", [(0, 3), (1, 2), (3, 1)])
+def test_dino_leaves_cores_to_the_workers_that_make_its_crops(workers, left, pictures, tmp_path, monkeypatch):
+    import ssm
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(ssm, "fit_dino", lambda *_, **how: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(repsae, "watched", lambda *_: (None, None))
+    monkeypatch.setattr(judge, "tell_dino", lambda *_: {})
+    torch.set_num_threads(3)
+    try:
+        run("dino", "--images", pictures, *TINY_DINO, "--workers", workers, "--out", tmp_path / "r")
+        assert seen == [left] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_dino_run_leaves_its_files_and_curves(trained):
     assert sorted(os.listdir(trained)) == ["checkpoint.pt", "config.json", "log.csv", "metrics.json", "report.html"]
     with open(trained / "log.csv") as f:
