@@ -1659,7 +1659,7 @@ def separation(means):
             "latent": most, "difference": float(difference[most])}
 
 
-# -- Few latents suffice (the TotalSegmentator study) ----------------------------------------------
+# -- Few latents suffice, and words find them (the TotalSegmentator study) -------------------------
 
 def r2_both(x, x_hat):
     """R2 of a reconstruction (n, d): weighted by the dimensions' variances, and their plain mean.
@@ -1769,6 +1769,31 @@ def naming_prompt(shown):
     return ("Below are samples that activate one latent of a sparse autoencoder strongly, samples "
             "that activate it moderately, and samples that do not. Name in at most five words what "
             f"the first have in common and the last lack. Answer with the name alone.\n{told}")
+
+
+def name_weights(query, names):
+    """How well names of latents fit a query: {latent: Jaccard overlap of their words}, above 0."""
+    asked, *found = (set(re.findall(r"\w+", text.lower())) for text in (query, *names.values()))
+    return {j: len(asked & v) / len(asked | v) for j, v in zip(names, found) if asked & v}
+
+
+def search(strength, weights, rows):
+    """Of codes (n, L) CSR the rows that latents {number: weight} point to, best first: by their
+    weighted sum, every latent as a share of its greatest value, so that they count alike."""
+    code = strength[:, list(weights)]
+    share = np.array(list(weights.values())) / np.maximum(code.max(axis=0).toarray()[0], 1e-12)
+    return rows[np.argsort(-(code[rows] @ share), kind="stable")]
+
+
+def search_precision(strength, weights, rows, y, named, top, seed=0, rounds=100):
+    """Share of the `top` rows found by `search` for which y (n,) bool is true, and the same
+    `rounds` times with the weights given to latents drawn from those `named`."""
+    rng, found = np.random.default_rng([seed, 11]), []
+    for _ in range(rounds + 1):
+        found.append(float(y[search(strength, weights, rows)[:top]].mean()))
+        drawn = rng.choice(list(named), len(weights), replace=False).tolist()
+        weights = dict(zip(drawn, weights.values()))
+    return found[0], found[1:]
 
 
 # -- Back to pixels and words: relevancy maps (thesis 5.4.4, A.3-A.4) -----------------------------

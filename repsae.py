@@ -132,7 +132,7 @@ WHAT = {
     "split": ("random", "random|given", "70 / 15 / 15 drawn anew each run, or the file's"),
     "only": (None, "text", "labels a,b to tell apart, or to find one by one; all by default"),
     "between": (None, "text", "two labels a,b: which latents tell their groups apart?"),
-    "query": (None, "text", "words to search by, of explain several, a,b"),
+    "query": (None, "text", "words to search by; explain: several, a,b, to look for"),
     "names": (None, "path", 'JSON of names of latents, {"17": "round nucleus"}'),
     "prompts": (None, "file", "file to write: samples of every latent, and a prompt for its name"),
     "sample": (0, "int 0..1e9", "number of the test sample that asks"),
@@ -147,7 +147,7 @@ WHAT = {
     "pictures": (4000, "int 8..", "how many to draw"),
     "most": (12, "int 1..", "pictures at most"),
     "least": (50, "int", "training samples of a label a latent needs to be one of its own"),
-    "top": (10, "int 1..", "samples that show what a latent is"),
+    "top": (10, "int 1..", "samples that show what a latent is, or that a search finds"),
     "seeds": (1, "int 1..1000", "how often, from --seed on, for means and deviations"),
     "controls": (False, "switch", "also an encoder, and a dictionary, that stay as they began"),
     "runs": (5, "int 1..1000", "seeds"),
@@ -1603,17 +1603,19 @@ def cmd_probe(flags):
 
 # ---- What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3 --------
 
-@command(f"{ON_RUN} stream tau top weighted between names prompts eval-rows", "run")
+@command(f"{ON_RUN} stream tau top weighted between names query label prompts eval-rows", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
-    (CytoSAE). --prompts: a file to have them named by; --names: the answers, for the page."""
+    (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
     coded = Coded(flags.run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
     one = len(coded.features.streams) == 1
-    if one or flags.prompts or flags.between:
+    if one or flags.prompts or flags.query or flags.between:
         coded.pool(flags.tau)
     if flags.prompts:
         return write_prompts(coded, flags.prompts, flags.top)
+    if flags.query:
+        return search(coded, names, flags)
     run, path = analysis_run(flags, "latents"), os.path.join(flags.run, "metrics.json")
     page = judge.Page(f"repsae latents: {os.path.basename(os.path.abspath(flags.run))}")
     known = data.read_json(path) if os.path.exists(path) else {}
@@ -1678,6 +1680,25 @@ def write_prompts(coded, path, top):
     judge.write_json(path, out)
     say(f'wrote {path}: {len(out)} latents; collect the answers in a file like '
         '{"17": "round nucleus"} for --names')
+
+
+def search(coded, names, flags):
+    """Tell the samples that latents of fitting names find, and with --label how many are right,
+    beside names shuffled."""
+    refuse(not names, "--names is missing - a search needs the latents' names")
+    weights = judge.name_weights(flags.query, names)
+    refuse(not weights, f"no name fits '{flags.query}' - try other words")
+    found = judge.search(coded.strength, weights, coded.test)[:flags.top]
+    best = sorted(weights.items(), key=lambda v: -v[1])[:10]
+    print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in best))
+    for row in found:
+        print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
+    if flags.label is not None:
+        y, _, rows = coded.told(flags.label)
+        right, control = judge.search_precision(coded.strength, weights, rows, y, names, flags.top,
+                                                coded.flags.seed)
+        print(f"precision at {flags.top} for '{flags.label}': {right:.3f}; with names shuffled "
+              f"{judge.mean_std(control)}; share of all samples {y[rows].mean():.3f}")
 
 
 @command(f"{ON_RUN} stream label iou other eval-rows=2000", "run")

@@ -92,7 +92,7 @@ CASES = [case.split() for case in [
     "intervene tokens --label 1 --other tok.npz --out o",
     "intervene tokens --out o",
     "latents tokens --top 2 --prompts o.json",
-    "latents tokens --names names.json --out o",
+    "latents tokens --names names.json --query nucleus --label sick",
     "compare sae tokens --data f.npz --streams x,x --json o.json",
     "compare sae sae --json o.json",
     "tissue --pictures 8 --size 16 --out o",

@@ -880,6 +880,23 @@ def test_nothing_is_kept_of_a_probe_at_chance():
     assert found["all"]["features"] == 0 and found["rows"][0]["kept, %"] is None
 
 
+def test_names_fit_a_query_by_the_words_they_share():
+    names = {3: "round nucleus", 5: "Nucleus", 9: "granules"}
+    found = judge.name_weights("nucleus?", names)
+    assert found == {3: 0.5, 5: 1.0} and judge.name_weights("fibre", names) == {}
+
+
+def test_a_search_lets_faint_and_strong_latents_count_alike_and_its_control_draws_other_names():
+    rng = np.random.default_rng(0)
+    code = rng.random((200, 6)) * (rng.random((200, 6)) < .3) * [1, 100, 1, 1, 1, 1]
+    rows, share = np.arange(50, 200), code / code.max(0)
+    expected = rows[np.argsort(-(share[50:, 0] + .5 * share[50:, 1]), kind="stable")]
+    assert judge.search(codes_of(code), {0: 1., 1: .5}, rows).tolist() == expected.tolist()
+    y = code[:, 0] > np.quantile(code[:, 0], .9)             # what latent 0 is named after
+    right, control = judge.search_precision(codes_of(code), {0: 1.}, rows, y, range(6), 5)
+    assert right == 1 and len(control) == 100 and .1 < np.mean(control) < .6
+
+
 def test_stability_is_that_of_the_best_pairing_of_all_and_1_for_the_same_rows_in_another_order():
     rng = np.random.default_rng(0)
     first, second, third = ({s: rng.standard_normal((6, d)) for s, d in (("x", 4), ("y", 3))} for _ in range(3))

@@ -1482,7 +1482,7 @@ def test_fidelity_of_planted_features(tokens, token_run, tmp_path, capsys):
     assert "label 'mad'" in error(capsys, "intervene", token_run, "--label", "mad", "--out", tmp_path / "g")
 
 
-def test_described_latents_come_back_as_names_on_the_page(tokens, token_run, tmp_path):
+def test_described_latents_come_back_as_names_that_find_samples(tokens, token_run, tmp_path, capsys):
     run("latents", token_run, "--top", 8, "--prompts", tmp_path / "d.json")
     described = json.loads((tmp_path / "d.json").read_text())
     sick = [one for one in described if all("sick" == s["label"] for s in one["top"]) and len(one["top"]) == 8]
@@ -1495,10 +1495,9 @@ def test_described_latents_come_back_as_names_on_the_page(tokens, token_run, tmp
     strongest = max(sick, key=lambda one: one["top"][0]["activation"])["latent"]
     names = {str(one["latent"]): "dark granules" if one["latent"] == strongest else "stroma" for one in described}
     (tmp_path / "names.json").write_text(json.dumps(names))
-    run("latents", token_run, "--names", tmp_path / "names.json", "--out", tmp_path / "l")
-    html = (tmp_path / "l" / "report.html").read_text()
-    shown = json.loads(re.search('id="payload">(.*?)</script>', html)[1])["runs"][0]["names"]
-    assert shown == names and shown[str(strongest)] == "dark granules"
+    run("latents", token_run, "--names", tmp_path / "names.json", "--query", "granules", "--label", "sick", "--top", 8)
+    out = capsys.readouterr().out
+    assert "precision at 8 for 'sick': 1.000" in out and f"{strongest} 'dark granules'" in out
 
 
 def test_a_run_has_all_latents_in_common_with_itself_and_fewer_with_another(features, finished, tmp_path, capsys):
@@ -1543,10 +1542,13 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("intervene", token_run, "--label", "sick", "--data", without("labels", "label_names", "boxes")), "no labels"),
             (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "sick: 1 kinds of training samples, 1 of test samples"),
             (("intervene", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "the labels: 1 kinds of training samples, 2 of test samples - both need two, the same"),
+            (("latents", token_run, "--query", "x"), "--names is missing"),
             (("compare", token_run, token_run, "--data", without(x=everything["x"][:, :, :5])), "the run was trained on")):
         assert message in error(capsys, *argv), argv
     (tmp_path / "n.json").write_text('{"99": "far"}')
-    assert "latent 99 is not among" in error(capsys, "latents", token_run, "--names", tmp_path / "n.json")
+    assert "latent 99 is not among" in error(capsys, "latents", token_run, "--query", "far", "--names", tmp_path / "n.json")
+    (tmp_path / "n.json").write_text('{"3": "near"}')
+    assert "no name fits 'far'" in error(capsys, "latents", token_run, "--query", "far", "--names", tmp_path / "n.json")
     model, _, _ = sae.load(token_run / "checkpoint.pt")
     with torch.no_grad():
         model.b_lat["x"].fill_(-1e6)                         # all latents dead
@@ -2876,6 +2878,21 @@ def test_the_table_of_latents_and_their_descriptions_are_of_training_samples(
     shown = [[s["sample"] for s in one[group]] for one in told(tmp_path / "d.json")
              for group in ("top", "middling", "inactive")]
     assert max(map(len, shown)) == 3 and max(map(max, filter(None, shown))) < 40
+
+
+def test_shuffled_names_find_what_chance_finds(token_run, tmp_path, capsys):
+    """One latent is named after the sick; others find about the share of them all, a half."""
+    run("latents", token_run, "--prompts", tmp_path / "d.json")
+    amount = {one["latent"]: sum(s["activation"] for s in one["top"] if s["label"] == "sick")
+              for one in told(tmp_path / "d.json")}
+    best = max(amount, key=amount.get)
+    names = {j: "granules" if j == best else "fibre" for j in amount}
+    (tmp_path / "n.json").write_text(json.dumps(names))
+    capsys.readouterr()
+    run("latents", token_run, "--names", tmp_path / "n.json", "--query", "granules",
+        "--label", "sick", "--top", 8)
+    found = re.search(r"'sick': ([\d.]+); with names shuffled ([\d.]+)", capsys.readouterr().out)
+    assert float(found[1]) == 1 and 0.3 < float(found[2]) < 0.8
 
 
 def test_the_samples_and_draws_of_fidelity_follow_its_seed(token_run, tmp_path, monkeypatch):
