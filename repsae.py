@@ -233,6 +233,7 @@ SETTINGS = {
     "aux-k": (64, "int 1..", "dead latents that rebuild the residual (AuxK)"),
     "aux-coef": (1 / 32, "float", "weight of AuxK; 0 for none"),
     "reinit-after": (1000, "int 0..1e9", "dead for so long, a latent is drawn anew (authors: 0)"),
+    "start": (None, "float 1e-6..1e3", "length of encoder rows at first, 1/3 (authors: 1)"),
     "expansion": (None, "int 1..", "L over the stream's width, instead of --latents"),
     "bandwidth": (None, "float 1e-12..", "jumprelu: epsilon of the threshold's gradient, 0.1"),
     "bottleneck": (256, "int 1..1e5", "DINO's head: width of its last layer"),
@@ -264,7 +265,7 @@ def command(spec, *positional):
 
 
 DATA = "data world streams taxonomy"
-SHARED = "topk lam loss targets"
+SHARED = "topk lam loss targets start"
 CODE = "latents k norm dead-after aux-k aux-coef reinit-after"
 KINDS = "activation revive sparsity error bias expansion bandwidth warmup"
 STEPS = "preset epochs batch lr shuffle seed"
@@ -735,7 +736,7 @@ def settings_for(n, streams=1, latents=None, k=None, batch=None, epochs=None):
 
 # What settings are, whatever the number of samples: of several streams (thesis 5.3.2, A.1.2), ...
 SHARED_PRESETS = {"thesis": {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50,
-                             "norm": "l2", "shuffle": "blocks", "dead_after": 1000}}
+                             "norm": "l2", "shuffle": "blocks", "dead_after": 1000, "start": 1.}}
 # ... and of one: thesis 4.1, Mammo-SAE 3, CytoSAE 2; what these leave open is as in their code.
 SINGLE_PRESETS = {
     "thesis": {"activation": "relu", "error": "sum", "norm": "none", "revive": "none"},
@@ -755,7 +756,7 @@ PLANTED_ONE = {"batchtopk": {"k": 3}, "matryoshka": {"k": 3},
 def known_settings(flags, features):
     """Settings, {name: value}, that no number of samples chooses: what was typed, before the
     preset, before what made-up data want, before the activation's own."""
-    single, known = "activation" in flags, {}
+    single, known = "activation" in flags, {"start": 1 / 3}
     preset = (SINGLE_PRESETS if single else SHARED_PRESETS).get(flags.preset, {})
     refuse(flags.preset and not preset, f"preset {flags.preset} is of one stream - use it with sae")
     if single:
@@ -792,10 +793,10 @@ def make_model(features, flags, rows):
         shared["stats"] = features.statistics(rows)
     if "run" in flags:
         return sae.SPARC({flags.stream: features.dims[flags.stream]}, flags.latents, topk="local",
-                         **shared)
+                         start=1., **shared)
     if "activation" not in flags:
         return sae.SPARC(features.dims, flags.latents, reduction=flags.loss, **shared,
-                         **flags.pick("topk lam targets"))
+                         **flags.pick("topk lam targets start"))
     model = sae.SAE(features.dims, flags.latents, threshold=0.1, **shared,
                     **flags.pick("activation sparsity error revive bandwidth"))
     if flags.bias != "zeros":
@@ -1355,12 +1356,12 @@ ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
     ("global", 1.), ("global", 0.), ("local", 1.), ("local", 0.), ("both", 1.), ("random", 1.))}
 
 
-@command(f"{DATA} {CODE} loss targets null controls seeds {STEPS} {FOLDER} out=runs/ablate")
+@command(f"{DATA} {CODE} loss targets start null controls seeds {STEPS} {FOLDER} out=runs/ablate")
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
     run = Run(flags)
     controls = {f"frozen_{part}": {"topk": "global", "lam": 1., "control": part,
-                                  "reinit_after": 10 ** 9}
+                                  "reinit_after": 10 ** 9, "start": 1.}
                 for part in ("encoder", "dictionary") if run.flags.controls}
     compared(run, {**ABLATION, **controls}, judge.tell_ablation)
 

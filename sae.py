@@ -319,6 +319,8 @@ class SPARC(nn.Module):
                 still dead `reinit_after` steps later is drawn anew (theirs: at once)
     kernels     "auto", "csr" or "gather": see the sparse products above
     seed        of the initial weights and of every later draw
+    start       length of encoder rows at first (authors: 1). Where a row was drawn to point means
+                nothing to other streams, and a short one sooner points elsewhere
 
     Parameters live in dicts by stream. Statistics, dead-latent counters and the step count are
     buffers: a state_dict has what a run needs to go on. Raises InputError for what cannot be."""
@@ -326,18 +328,18 @@ class SPARC(nn.Module):
 
     def __init__(self, dims, n_latents, k, topk="global", lam=1., reduction="sum", norm="l2",
                  stats=None, aux_k=64, aux_coef=1 / 32, dead_after=1000, reinit_after=1000,
-                 kernels="auto", seed=42, targets=None):
+                 kernels="auto", seed=42, targets=None, start=1 / 3):
         super().__init__()
         self.config = dict(dims=dict(dims), n_latents=n_latents, k=k, topk=topk, lam=lam,
                            reduction=reduction, norm=norm, aux_k=aux_k, aux_coef=aux_coef,
                            dead_after=dead_after, reinit_after=reinit_after, kernels=kernels,
-                           seed=seed, targets=targets)
+                           seed=seed, targets=targets, start=start)
         self._check()
         vars(self).update(self.config)
         self.streams = list(dims)
         g = torch.Generator().manual_seed(seed)
         W = {s: (torch.rand(n_latents, d, generator=g) * 2 - 1) / d ** 0.5 for s, d in dims.items()}
-        self.W_enc = nn.ParameterDict(W)
+        self.W_enc = nn.ParameterDict({s: start * w for s, w in W.items()})
         self.W_dec = nn.ParameterDict({s: F.normalize(w) for s, w in W.items()})     # tied at first
         self.b_pre = nn.ParameterDict({s: torch.zeros(d) for s, d in dims.items()})
         self.b_lat = nn.ParameterDict({s: torch.zeros(n_latents) for s in dims})
@@ -720,7 +722,7 @@ class SAE(SPARC):
                "give numbers above 0, or sparsity 0")
         self.by_batch = ACTIVATIONS[activation].code is _batchtopk
         k = k if activation == "topk" or self.by_batch else min(k, n_latents)    # of no use there
-        super().__init__(dims, n_latents, k, "local", 0., **shared)
+        super().__init__(dims, n_latents, k, "local", 0., **{"start": 1., **shared})
         for name in ("topk", "lam", "reduction", "targets"):
             del self.config[name]
         self.config |= dict(activation=activation, sparsity=sparsity, error=error, revive=revive,

@@ -251,7 +251,7 @@ def test_controls_keep_an_encoder_or_a_dictionary_as_it_began_and_learn_the_rest
     argv = ["ablate", "--data", features, *SMALL, "--no-null", "--seeds", 2, "--controls"]
     run(*argv, "--epochs", 4, "--out", tmp_path / "r")
     for seed in (42, 43):
-        drawn = sae.SPARC({"x": 16, "y": 12}, 40, 4, seed=seed)
+        drawn = sae.SPARC({"x": 16, "y": 12}, 40, 4, seed=seed, start=1.)
         for part, frozen, other in (("encoder", "W_enc", "W_dec"), ("dictionary", "W_dec", "W_enc")):
             model, _, _ = sae.load(tmp_path / "r" / f"frozen_{part}_seed{seed}" / "checkpoint.pt")
             for s in model.streams:
@@ -2251,7 +2251,7 @@ def test_what_is_typed_goes_before_the_preset_and_the_preset_before_the_rule(fea
         _, flags = repsae.parse(["sparc", "--data", str(features), *argv])
         return repsae.resolved(flags, data.read_features(str(features)))
     thesis = {"latents": 8192, "k": 64, "batch": 256, "lr": 1e-4, "epochs": 50, "norm": "l2", "shuffle": "blocks",
-              "dead_after": 1000}
+              "dead_after": 1000, "start": 1.}
     assert thesis.items() <= flags("--preset", "thesis").items()
     mixed = flags("--preset", "thesis", "--k", "5", "--norm", "none")
     assert {**thesis, "k": 5, "norm": "none"}.items() <= mixed.items()
@@ -2544,7 +2544,7 @@ def test_a_bias_that_starts_at_the_mean_starts_at_that_of_the_training_rows(
 def test_every_setting_of_sparc_reaches_the_model_the_optimiser_and_the_batches(
         features, tmp_path, monkeypatch):
     said = {"k": 3, "topk": "both", "lam": 0.5, "norm": "standard,l2", "aux_k": 7, "aux_coef": 0.2,
-            "dead_after": 11, "reinit_after": 13, "seed": 5}
+            "dead_after": 11, "reinit_after": 13, "seed": 5, "start": 0.5}
     common = ["sparc", "--data", features, "--latents", 30, "--batch", 32, "--epochs", 2]
     found = caught(monkeypatch, sae, "fit", *common, *as_flags(said), "--loss", "mean",
                    "--lr", 0.02, "--shuffle", "samples", "--out", tmp_path / "r")

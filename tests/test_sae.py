@@ -1272,6 +1272,23 @@ def test_the_seed_decides_the_first_weights_and_which_stream_is_drawn():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize("topk", ["global", "both"])
+def test_streams_learn_to_read_each_other_sooner_from_short_encoder_rows(topk):
+    g, error = torch.Generator().manual_seed(0), {}
+    concepts = (torch.rand(600, 24, generator=g) < 0.12) * (torch.rand(600, 24, generator=g) + 0.5)
+    x = {s: concepts @ torch.randn(24, 20, generator=g) + 0.1 * torch.randn(600, 20, generator=g) for s in "abcd"}
+    order = [torch.randperm(400, generator=g)[:64] for _ in range(200)]
+    for start in (1., 1 / 3):
+        model = SPARC(dict.fromkeys(x, 20), 64, 6, topk=topk, start=start)
+        before = model.W_enc["a"].detach().norm(dim=1) / start
+        sae.fit(model, lambda step: {s: v[order[step]] for s, v in x.items()}, 200, lr=2e-3)
+        codes = model.encode({s: v[400:] for s, v in x.items()}, "alone")
+        error[start] = np.mean([sae.nmse(model.normalise(x[t][400:], t), model.decode(codes[s], t)).item()
+                                for s in x for t in x if s != t])
+    assert 0.4 < before.mean() < 0.7
+    assert error[1 / 3] < error[1] - 0.02
+
+
 # -- files of other libraries ------------------------------------------------------------------------------------------
 
 def safetensors(tensors, **changes):
