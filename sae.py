@@ -36,8 +36,9 @@ Deviations   from the authors' code, where it differs from the papers or is wron
              has the gradient of its paper, which two public libraries miss by a factor.
 Ours         topk="both" (train on the joint and on the alone support), samples that lack streams
              (the sums and means of Eq. 7, 13, 14 are over what is there), `targets` (few pairs of
-             streams a sample in Eq. 14), `join_loss`, features standardised before they are scaled
-             to length 1 (authors' code: only scaled, papers: neither), the sparse arithmetic.
+             streams a sample in Eq. 14), `join_loss`, short encoder rows at first (`start`), the
+             sparse arithmetic, features standardised before they are scaled to length 1 (authors'
+             code: only scaled, papers: neither).
 Processes    where torch.distributed was begun, `fit` of a SPARC takes in each process that one's
              share of a batch. What the loss divides by, gradients and counters are summed over
              all (`SPARC.across`), so that the steps are those of the whole batch.
