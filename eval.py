@@ -390,8 +390,7 @@ def probe(code, tasks, binary=True, chosen=None, times=None):
                          for held, truth in (parts["val"], parts["test"]))
             j = int(np.argmin(val.mean(1).round(9)))         # of equals the first
             results[-1].update(latent=int(best[j]), val=average(val[j]), test=average(test[j]))
-            mine = None if times is None else times[:, parts["test"][0]]
-            losses[i] = average(test[j], mine)
+            losses[i] = average(test[j], times if times is None else times[:, parts["test"][0]])
     return {"loss": sum(losses) / len(losses) if losses else None, "tasks": results}
 
 
@@ -983,9 +982,8 @@ def tell_ablation(page, results):
 def over_seeds(runs):
     """The metrics of one setting's runs from several seeds, [metrics], as those of one run, whose
     `headline` has means and deviations; the linear baseline's mean."""
-    modes = [mode for mode in ("joint", "alone") if mode in runs[0]]
     out = {**runs[0], **{mode: {**runs[0][mode], "over": [m[mode] for m in runs]}
-                         for mode in modes}}
+                         for mode in ("joint", "alone") if mode in runs[0]}}
     out.update({key: mean_std([m[key] for m in runs]) for key in ("l0", "seconds")}, recovery={})
     if "null" in runs[0]:
         out["null"] = {mode: {"over": [m["null"][mode] for m in runs]} for mode in runs[0]["null"]}
@@ -1404,8 +1402,7 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
 
 def tell_dino(page, rows, others, measure):
     """Tell how DINO trained, of the `rows` of log.csv, and whether the k-NN that watched over it is
-    ahead of the `others`, {name: their k-NN}, if any; measure: what it is. Returns the last of all.
-    """
+    ahead of the `others`, {name: k-NN}, if any; measure: what it is. Returns the last of all."""
     curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: line[-1][1] for k, line in curves.items() if line}
@@ -1601,9 +1598,8 @@ def heat_boxes(heat, side=224, percentile=95.):
     heat = np.asarray(Image.fromarray(np.float32(heat)).resize((side, side), Image.BILINEAR))
     # of a map that is 0 nearly everywhere the percentile is 0, and everything would be hot
     hot = (heat >= np.percentile(heat, percentile)) & (heat > heat.min())
-    places = scipy.ndimage.find_objects(scipy.ndimage.label(hot, np.ones((3, 3)))[0])
     return [(float(heat[y, x].mean()), x.start / side, y.start / side, x.stop / side, y.stop / side)
-            for y, x in places]
+            for y, x in scipy.ndimage.find_objects(scipy.ndimage.label(hot, np.ones((3, 3)))[0])]
 
 
 def box_iou(a, b):
@@ -1793,8 +1789,7 @@ def relevancy(attention, target):
 
     attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
     a sample, was computed from."""
-    B, _, T, _ = attention[0].shape
-    R = torch.eye(T, device=attention[0].device, dtype=attention[0].dtype).repeat(B, 1, 1)
+    R = torch.eye(attention[0].shape[-1]).to(attention[0]).repeat(len(attention[0]), 1, 1)
     if not target.requires_grad:
         return R
     for a, g in zip(attention, torch.autograd.grad(target, attention, materialize_grads=True)):
@@ -2149,14 +2144,13 @@ def contact_sheet(rows, titles, side=160, names=()):
     left, step = 90 if names else 8, side + 8
     sheet = Image.new("RGB", (left + step * len(titles), step * len(rows) + 28), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((left + 4 + column * step, 8), title, "black")
+    for c, title in enumerate(titles):
+        draw.text((left + 4 + c * step, 8), title, "black")
     for r, row in enumerate(rows):
         if names:
             draw.text((6, 28 + r * step + side // 2), names[r], "black")
-        for column, image in enumerate(row):
-            small = image.resize((side, side), Image.BICUBIC)
-            sheet.paste(small, (left + column * step, 28 + r * step))
+        for c, image in enumerate(row):
+            sheet.paste(image.resize((side, side), Image.BICUBIC), (left + c * step, 28 + r * step))
     return sheet
 
 
