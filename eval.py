@@ -1444,8 +1444,7 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=sli
     label, purity   the most frequent label among the active samples, -1 for none, and its share"""
     n, active = strength.shape[0], strength.getnnz(axis=0)
     mean = np.ravel(strength.sum(0)) / np.where(active, active, np.nan)
-    # strength decides between equal counts
-    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))
+    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))  # among equal counts
     references = top_samples((score if weighted else score + count).tocsr(), top)
     out = {"frequency": active / n, "mean": mean, "references": references}
     if labels is None or not labels.shape[1]:
