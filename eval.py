@@ -1396,8 +1396,7 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
         ways = {"linear": linear(*given, n_classes)} if linear else {}
         ways.update({f"{k}-NN": p for k, p in knn(*given, n_classes, ks).items()})
         each.append({way: scores(y[rows[1]], p) for way, p in ways.items()})
-    return {way: {key: _mean(one[way][key] for one in each) for key in each[0][way]}
-            for way in each[0]}
+    return {way: {k: _mean(one[way][k] for one in each) for k in each[0][way]} for way in each[0]}
 
 
 def tell_dino(page, rows, others, measure):
@@ -1786,8 +1785,7 @@ def relevancy(attention, target):
     head cut to 0, averaged over heads. Row 0 without its first column is what a class token
     saw: exactly 0 for a target that nothing moves, such as latents of an absent concept.
 
-    attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
-    a sample, was computed from."""
+    attention: of each layer (B, heads, T, T) probabilities behind `target`, a sum over samples."""
     R = torch.eye(attention[0].shape[-1]).to(attention[0]).repeat(len(attention[0]), 1, 1)
     if not target.requires_grad:
         return R
