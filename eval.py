@@ -50,7 +50,6 @@ import scipy.sparse as sp
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-Z95 = 1.96  # standard errors on either side within which 95 in 100 lie
 PARTS = 20  # of the groups, each left out in turn: a jackknife
 TOP = 50  # samples that define a latent's meaning (thesis 5.3.5, A.3)
 
@@ -119,7 +118,7 @@ def jaccard(counts, n_top):
     their mean over such pairs of streams; `jaccard_all`, the same with all other latents counted as
     0, as the published numbers do; `control`, the first with each latent paired with another of
     those alive in both streams, half of them further on; `pairs`, the first for each pair;
-    `within`, half the interval of the first for other latents as these."""
+    `within`, half the 95 in 100 interval of the first for other latents as these."""
     pairs, L = list(itertools.combinations(counts, 2)), len(next(iter(counts.values())))
     own, other = (np.ma.masked_all((len(pairs), L)) for _ in range(2))
     for i, (s, t) in enumerate(pairs):
@@ -132,7 +131,7 @@ def jaccard(counts, n_top):
     mean = own.mean(0)                                       # (L,) of the pairs where it is alive
     alive = mean.compressed()
     return {"jaccard": _mean(alive), "jaccard_all": float(mean.filled(0).mean()),
-            "within": float(Z95 * alive.std() / len(alive) ** 0.5) if len(alive) else None,
+            "within": float(1.96 * alive.std() / len(alive) ** 0.5) if len(alive) else None,
             "pairs": {f"{s} / {t}": _mean(v.compressed()) for (s, t), v in zip(pairs, own)},
             "control": _mean(other.mean(0).compressed())}
 
@@ -391,8 +390,7 @@ def probe(code, tasks, binary=True, chosen=None, times=None):
                          for held, truth in (parts["val"], parts["test"]))
             j = int(np.argmin(val.mean(1).round(9)))         # of equals the first
             results[-1].update(latent=int(best[j]), val=average(val[j]), test=average(test[j]))
-            mine = None if times is None else times[:, parts["test"][0]]
-            losses[i] = average(test[j], mine)
+            losses[i] = average(test[j], times if times is None else times[:, parts["test"][0]])
     return {"loss": sum(losses) / len(losses) if losses else None, "tasks": results}
 
 
@@ -553,6 +551,17 @@ LOWER = {
     "1-D probe loss (chance 0.693)": "log-loss in nats of the best single latent of each label"}
 MEANING = {name: f"{told}; {way} is better" for way, table in (("higher", HIGHER), ("lower", LOWER))
            for name, told in table.items()}
+HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
+             "latents alive in all streams, %", "1-D probe loss (chance 0.693)")
+SHOWN = {"mixed %": "mixed: alive in some, %", "Jaccard": "Jaccard of top-50 labels",
+         "control": "  its control: another latent", "R@1": "retrieval R@1", "cross R2": "R2 cross",
+         "self R2": "R2 self", "probe": "1-D probe loss (chance 0.693)"}
+WHY_BOTH_WAYS = (
+    '<p class="note"><b>alone</b>: each stream chose its latents, as it must when it is the only '
+    'one there. <b>joint</b>: the streams of a sample chose together; that alone makes Jaccard and '
+    'retrieval high. <b>null</b>: the same model trained on streams whose rows were shuffled '
+    'against each other. A joint number says what it has beyond its null, a Jaccard what it has '
+    'beyond its control, where each latent is paired with another.</p>')
 
 
 def verdict(metrics, again=None):
@@ -712,12 +721,10 @@ def grid_row(grids):
     return f'<div class="pair">{shown}</div>'
 
 
-COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
-
-
 def svg_lines(series, x_label, y_label, x_names=None, zero=True):
     """Line chart as inline SVG. series: name -> [(x, y)], without pairs whose y is None. x_names:
     text under x = 0, 1, ...; zero: the y axis starts at 0 or below."""
+    colours = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
     series = {name: [p for p in points if p[1] is not None] for name, points in series.items()}
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
     if not xs:
@@ -726,35 +733,33 @@ def svg_lines(series, x_label, y_label, x_names=None, zero=True):
     y0 = min(0, y0) if zero else y0
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
 
+    def text(x, y, words, kind=""):
+        return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(words)}</text>'
+
+    def tick(v):
+        return f"{v:,.0f}" if abs(v) >= 100 or v == int(v) else f"{v:.2g}"
+
     def at(x, y):
         return 60 + (w - 80) * (x - x0) / (x1 - x0), h - 40 - (h - 60) * (y - y0) / (y1 - y0)
     parts = [f'<svg viewBox="0 0 {w} {h + 18 * math.ceil(len(series) / 3)}" role="img" '
-             f'aria-label="{html.escape(y_label)}">', _text(w / 2, h - 6, x_label, "mid"),
-             _text(60, 12, y_label)]
+             f'aria-label="{html.escape(y_label)}">', text(w / 2, h - 6, x_label, "mid"),
+             text(60, 12, y_label)]
     for y in np.linspace(y0, y1, 5):
         height = at(x0, y)[1]
         parts.append(f'<path d="M60 {height:.1f}H{w - 20}" class="grid"/>'
-                     + _text(54, height + 4, _tick(y), "end"))
-    ticks = enumerate(x_names) if x_names else ((x, _tick(x)) for x in np.linspace(x0, x1, 5))
-    parts += [_text(at(x, y0)[0], h - 24, text, "mid") for x, text in ticks]
+                     + text(54, height + 4, tick(y), "end"))
+    ticks = enumerate(x_names) if x_names else ((x, tick(x)) for x in np.linspace(x0, x1, 5))
+    parts += [text(at(x, y0)[0], h - 24, words, "mid") for x, words in ticks]
     for i, (name, line) in enumerate(series.items()):
-        dashed = i >= len(COLOURS) or "null" in name or "global" in name
-        ink = f'stroke="{COLOURS[i % len(COLOURS)]}"' + ' stroke-dasharray="6 4"' * dashed
+        dashed = i >= len(colours) or "null" in name or "global" in name
+        ink = f'stroke="{colours[i % len(colours)]}"' + ' stroke-dasharray="6 4"' * dashed
         places = ["{:.1f},{:.1f}".format(*at(*p)) for p in line]
         marks = f'<polyline points="{" ".join(places)}" {ink}/>'
         if len(line) == 1:
             marks = '<circle cx="{:.1f}" cy="{:.1f}" r="3" {}/>'.format(*at(*line[0]), ink)
         x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
-        parts.append(f'{marks}<path d="M{x:.1f} {y - 4}h18" {ink}/>' + _text(x + 24, y, name))
+        parts.append(f'{marks}<path d="M{x:.1f} {y - 4}h18" {ink}/>' + text(x + 24, y, name))
     return "".join(parts) + "</svg>"
-
-
-def _text(x, y, words, kind=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(words)}</text>'
-
-
-def _tick(v):
-    return f"{v:,.0f}" if abs(v) >= 100 or v == int(v) else f"{v:.2g}"
 
 
 def strips(found):
@@ -831,16 +836,6 @@ def plain(value):
     """A cell as JSON has it: numpy's numbers as Python's, NaN as None."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if value != value else value
-
-
-WHY_BOTH_WAYS = (
-    '<p class="note"><b>alone</b>: each stream chose its latents, as it must when it is the only '
-    'one there. <b>joint</b>: the streams of a sample chose together; that alone makes Jaccard and '
-    'retrieval high. <b>null</b>: the same model trained on streams whose rows were shuffled '
-    'against each other. A joint number says what it has beyond its null, a Jaccard what it has '
-    'beyond its control, where each latent is paired with another.</p>')
-HEADLINES = ("R2 self", "R2 cross", "retrieval R@1", "Jaccard of top-50 labels",
-             "latents alive in all streams, %", "1-D probe loss (chance 0.693)")
 
 
 def _numbers(metrics):
@@ -961,11 +956,6 @@ def code_metrics(codes, features, rows, times=None):
 
 # -- Many runs beside each other -----------------------------------------------------------------
 
-SHOWN = {"mixed %": "mixed: alive in some, %", "Jaccard": "Jaccard of top-50 labels",
-         "control": "  its control: another latent", "R@1": "retrieval R@1", "cross R2": "R2 cross",
-         "self R2": "R2 self", "probe": "1-D probe loss (chance 0.693)"}
-
-
 def runs_table(results, columns):
     """{name: metrics} -> (header, rows): a row for each run and one for its null, cells "joint /
     alone". columns: {heading: name in `headline`}."""
@@ -992,9 +982,8 @@ def tell_ablation(page, results):
 def over_seeds(runs):
     """The metrics of one setting's runs from several seeds, [metrics], as those of one run, whose
     `headline` has means and deviations; the linear baseline's mean."""
-    modes = [mode for mode in ("joint", "alone") if mode in runs[0]]
     out = {**runs[0], **{mode: {**runs[0][mode], "over": [m[mode] for m in runs]}
-                         for mode in modes}}
+                         for mode in ("joint", "alone") if mode in runs[0]}}
     out.update({key: mean_std([m[key] for m in runs]) for key in ("l0", "seconds")}, recovery={})
     if "null" in runs[0]:
         out["null"] = {mode: {"over": [m["null"][mode] for m in runs]} for mode in runs[0]["null"]}
@@ -1116,8 +1105,7 @@ def packed_rows(*matrices):
     pattern.sort_indices()
     row, column = pattern.nonzero()
     values = [np.asarray(v[row, column]).ravel() if len(row) else np.zeros(0) for v in matrices]
-    first = np.r_[True, row[1:] != row[:-1]][:len(row)]
-    step = np.where(first, column + 1, np.diff(column, prepend=0))
+    step = np.where(np.diff(row, prepend=-1), column + 1, np.diff(column, prepend=0))
     steps = np.full((step // 255 + 1).sum(), 255, np.uint8)
     steps[np.cumsum(step // 255 + 1) - 1] = step % 255
     return {"lengths": packed(np.diff(pattern.indptr)), "steps": packed(steps),
@@ -1263,8 +1251,7 @@ def write_npy(path, blocks, n):
         first = next(blocks)
         np.lib.format.write_array_header_1_0(f, {
             "descr": first.dtype.str, "fortran_order": False, "shape": (n, *first.shape[1:])})
-        for block in itertools.chain([first], blocks):
-            f.write(block.tobytes())
+        f.writelines(block.tobytes() for block in itertools.chain([first], blocks))
     write_whole(write, path, iter(blocks))
 
 
@@ -1369,9 +1356,8 @@ def logistic_fit(x, labels, n_classes, strength=1.):
         loss.backward()
         return loss
     optimiser.step(closure)
-    W = W.detach()
-    slope = W[:-1] / std[:, None]
-    return slope.numpy(), (W[-1] - mean @ slope).numpy()
+    slope = W.detach()[:-1] / std[:, None]
+    return slope.numpy(), (W.detach()[-1] - mean @ slope).numpy()
 
 
 def logistic_probe(train, labels, test, n_classes, strength=1.):
@@ -1410,14 +1396,12 @@ def judged_features(x_train, x_test, tasks, rows, n_classes, linear=None, ks=(10
         ways = {"linear": linear(*given, n_classes)} if linear else {}
         ways.update({f"{k}-NN": p for k, p in knn(*given, n_classes, ks).items()})
         each.append({way: scores(y[rows[1]], p) for way, p in ways.items()})
-    return {way: {key: _mean(one[way][key] for one in each) for key in each[0][way]}
-            for way in each[0]}
+    return {way: {k: _mean(one[way][k] for one in each) for k in each[0][way]} for way in each[0]}
 
 
 def tell_dino(page, rows, others, measure):
     """Tell how DINO trained, of the `rows` of log.csv, and whether the k-NN that watched over it is
-    ahead of the `others`, {name: their k-NN}, if any; measure: what it is. Returns the last of all.
-    """
+    ahead of the `others`, {name: k-NN}, if any; measure: what it is. Returns the last of all."""
     curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: line[-1][1] for k, line in curves.items() if line}
@@ -1459,8 +1443,7 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=sli
     label, purity   the most frequent label among the active samples, -1 for none, and its share"""
     n, active = strength.shape[0], strength.getnnz(axis=0)
     mean = np.ravel(strength.sum(0)) / np.where(active, active, np.nan)
-    # strength decides between equal counts
-    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))
+    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))  # among equal counts
     references = top_samples((score if weighted else score + count).tocsr(), top)
     out = {"frequency": active / n, "mean": mean, "references": references}
     if labels is None or not labels.shape[1]:
@@ -1613,9 +1596,8 @@ def heat_boxes(heat, side=224, percentile=95.):
     heat = np.asarray(Image.fromarray(np.float32(heat)).resize((side, side), Image.BILINEAR))
     # of a map that is 0 nearly everywhere the percentile is 0, and everything would be hot
     hot = (heat >= np.percentile(heat, percentile)) & (heat > heat.min())
-    places = scipy.ndimage.find_objects(scipy.ndimage.label(hot, np.ones((3, 3)))[0])
     return [(float(heat[y, x].mean()), x.start / side, y.start / side, x.stop / side, y.stop / side)
-            for y, x in places]
+            for y, x in scipy.ndimage.find_objects(scipy.ndimage.label(hot, np.ones((3, 3)))[0])]
 
 
 def box_iou(a, b):
@@ -1679,8 +1661,7 @@ def select_latents(code, y, n):
     the 1,000 whose class means differ most, in standard deviations."""
     code = code.astype(float)                                # sums of float32 would be too coarse
     square, mean = (np.ravel(v.mean(0)) for v in (code.multiply(code), code))
-    deviation = np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
-    differ = class_means(code, y).std(0) / deviation
+    differ = class_means(code, y).std(0) / np.sqrt(np.maximum(square - mean ** 2, 0) + 1e-12)
     few = np.sort(np.argsort(-differ, kind="stable")[:1000])
     x, chosen = code[:, few].toarray(), []
     Z = x - x.mean(0)
@@ -1804,10 +1785,8 @@ def relevancy(attention, target):
     head cut to 0, averaged over heads. Row 0 without its first column is what a class token
     saw: exactly 0 for a target that nothing moves, such as latents of an absent concept.
 
-    attention: list over layers of (B, heads, T, T) probabilities that `target`, a sum of one scalar
-    a sample, was computed from."""
-    B, _, T, _ = attention[0].shape
-    R = torch.eye(T, device=attention[0].device, dtype=attention[0].dtype).repeat(B, 1, 1)
+    attention: of each layer (B, heads, T, T) probabilities behind `target`, a sum over samples."""
+    R = torch.eye(attention[0].shape[-1]).to(attention[0]).repeat(len(attention[0]), 1, 1)
     if not target.requires_grad:
         return R
     for a, g in zip(attention, torch.autograd.grad(target, attention, materialize_grads=True)):
@@ -1826,11 +1805,10 @@ def grad_cam(model, layer, to_map, x, score=None):
         out = model(x.requires_grad_())                      # so that frozen weights do not matter
         values = out.max(1).values if score is None else score(out)
         gradient, = torch.autograd.grad(values.sum(), kept[0])
-    with torch.no_grad():
-        a, g = to_map(kept[0]), to_map(gradient)
-        cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)       # (B, h, w)
-        low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
-        heat = (cam - low) / (high - low).clamp(min=1e-12)
+    a, g = to_map(kept[0].detach()), to_map(gradient)
+    cam = (a * g.mean((1, 2), keepdim=True)).sum(-1).clamp(min=0)           # (B, h, w)
+    low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
+    heat = (cam - low) / (high - low).clamp(min=1e-12)
     return heat.cpu().numpy(), values.detach().cpu().numpy()
 
 
@@ -1958,10 +1936,6 @@ def heat_mask(heat, size, otsu):
     return h >= low + (t + 0.5) / 256 * span                 # the bin's centre, as scikit-image
 
 
-SIZES = {"": (0, np.inf), " small": (0, 32 ** 2), " medium": (32 ** 2, 96 ** 2),
-         " large": (96 ** 2, np.inf)}                        # areas in pixels, as COCO's
-
-
 def curve_area(right, total, points=None):
     """Area under the precision-recall curve of detections (n,), best first, right or not, precision
     made non-increasing; or its mean at `points` recalls. None without anything to detect."""
@@ -1983,11 +1957,13 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     does not have, which count against it. score: dict like found, 1 for all by default. Precision
     is interpolated at 101 recalls and averaged over labels that have true masks of the size; sizes
     are areas of masks (`area` of a found one; the published figures took its box's)."""
+    sizes = {"": (0, np.inf), " small": (0, 32 ** 2), " medium": (32 ** 2, 96 ** 2),
+             " large": (96 ** 2, np.inf)}                    # areas in pixels, as COCO's
     overlap = {key: np.logical_and(m, truth[key]).sum() / np.logical_or(m, truth[key]).sum()
                for key, m in found.items() if key in truth}
     ranked = sorted(found, key=lambda key: (-(score[key] if score else 1), key[0]))
     right, out = {key: overlap.get(key, 0) >= iou for key in ranked}, {}
-    for name, (low, high) in SIZES.items():
+    for name, (low, high) in sizes.items():
         precisions, recalls = [], []
         counted = {key for key, m in truth.items() if low <= m.sum() <= high}
         for label in sorted({label for _, label in counted}):
@@ -2165,14 +2141,13 @@ def contact_sheet(rows, titles, side=160, names=()):
     left, step = 90 if names else 8, side + 8
     sheet = Image.new("RGB", (left + step * len(titles), step * len(rows) + 28), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((left + 4 + column * step, 8), title, "black")
+    for c, title in enumerate(titles):
+        draw.text((left + 4 + c * step, 8), title, "black")
     for r, row in enumerate(rows):
         if names:
             draw.text((6, 28 + r * step + side // 2), names[r], "black")
-        for column, image in enumerate(row):
-            small = image.resize((side, side), Image.BICUBIC)
-            sheet.paste(small, (left + column * step, 28 + r * step))
+        for c, image in enumerate(row):
+            sheet.paste(image.resize((side, side), Image.BICUBIC), (left + c * step, 28 + r * step))
     return sheet
 
 
