@@ -180,11 +180,9 @@ class Features(Samples):
             for s, x in self.batch(part).items():            # (block, d_s), shifted not to cancel
                 x = (x.double() - shift[s]).numpy()[self.has(s, part)]
                 total[s] = total.get(s, 0) + np.stack([x.sum(0), (x * x).sum(0)])
-        out = {}
-        for s, sums in total.items():
-            mean, square = torch.from_numpy(sums / len(there[s]))
-            out[s] = (mean + shift[s]).float(), (square - mean ** 2).clamp(min=0).sqrt().float()
-        return out
+        means = {s: torch.from_numpy(sums / len(there[s])) for s, sums in total.items()}  # (2, d_s)
+        return {s: ((mean + shift[s]).float(), (square - mean ** 2).clamp(min=0).sqrt().float())
+                for s, (mean, square) in means.items()}
 
     def shuffled(self, seed):
         """The null: every stream but the first permuted inside each split, gaps left in place."""
@@ -777,8 +775,7 @@ def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)            # no disc is quite round
 
     def disc(radius, x=0, y=0, stretch=1):
-        away = np.hypot((u - x * r) / stretch, v - y * r)
-        return np.clip(radius * r * rough - away + .5, 0, 1)
+        return np.clip(radius * r * rough - np.hypot((u - x * r) / stretch, v - y * r) + .5, 0, 1)
     dark = np.maximum.reduce([disc(*d) for d in discs])
     if cut:
         dark = dark * (1 - disc(*cut))
@@ -1086,9 +1083,8 @@ def read_images(path):
     folders; a single large picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of
     tiles as the `tile` command writes it, or a folder of such; an .npz with `images` and other keys
     of a feature file, as `tissue` writes it; a MedMNIST .npz (train_images, train_labels, ...); or
-    a Pascal VOC folder, which brings its splits and its objects.
-
-    Every file but a slide's is opened to see that it is a picture, and none is decoded."""
+    a Pascal VOC folder, which brings its splits and its objects. Every file but a slide's is opened
+    to see that it is a picture, and none is decoded."""
     tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
     if tiles:
         return _read_tiles([os.path.join(path, f) for f in tiles])
