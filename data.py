@@ -180,12 +180,9 @@ class Features(Samples):
             for s, x in self.batch(part).items():            # (block, d_s), shifted not to cancel
                 x = (x.double() - shift[s]).numpy()[self.has(s, part)]
                 total[s] = total.get(s, 0) + np.stack([x.sum(0), (x * x).sum(0)])
-        out = {}
-        for s, sums in total.items():
-            mean, square = torch.from_numpy(sums / len(there[s]))
-            std = (square - mean ** 2).clamp(min=0).sqrt()
-            out[s] = (mean + shift[s]).float(), std.float()
-        return out
+        means = {s: torch.from_numpy(sums / len(there[s])) for s, sums in total.items()}  # (2, d_s)
+        return {s: ((mean + shift[s]).float(), (square - mean ** 2).clamp(min=0).sqrt().float())
+                for s, (mean, square) in means.items()}
 
     def shuffled(self, seed):
         """The null: every stream but the first permuted inside each split, gaps left in place."""
@@ -450,8 +447,7 @@ def _split(given, groups, n, seed):
         return given
     unit = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     order = np.random.default_rng([seed, 2]).permutation(unit.max() + 1)
-    held_out = order[round(0.8 * len(order)):]               # whole groups
-    return np.where(np.isin(unit, held_out), "val", "train")
+    return np.where(np.isin(unit, order[round(0.8 * len(order)):]), "val", "train")   # whole groups
 
 
 def _scan(features, block_bytes=1 << 24):
@@ -487,8 +483,7 @@ def _scan(features, block_bytes=1 << 24):
         notes.append(f"{nothing.sum()} samples have no stream at all, and are left out")
     for a in (features.labels, features.mask, features.split):
         digest.update(b"" if a is None else np.ascontiguousarray(a).tobytes())
-    for a in (features.label_names, sorted(features.parents.items(), key=str)):
-        digest.update(repr(a).encode())
+    digest.update(f"{features.label_names}{sorted(features.parents.items(), key=str)}".encode())
     features.hash = digest.hexdigest()[:16]
     return features
 
@@ -535,11 +530,10 @@ def with_codes(features, path):
     """The features beside codes of the same samples, which `encode` wrote of streams that are
     elsewhere: (Features, number of latents, most latents of a sample)."""
     arrays, codes, lacks, n = Source(path), {}, {**features.lacks}, len(features)
-    names = [key[:-8] for key in arrays.keys if key.endswith("_indices")]
     refuse("n_latents" not in arrays or "mode" in arrays and arrays["mode"] != "alone",
            f"{path} holds no codes that streams chose alone - let encode write them")
     L = int(arrays.checked("n_latents", "one whole number", (np.integer,)))
-    for s in names:
+    for s in [key[:-8] for key in arrays.keys if key.endswith("_indices")]:
         j = arrays.checked(f"{s}_indices", f"(N, k) latents, N = {n}, none of tokens",
                            (np.integer, n, None))
         v = arrays.checked(f"{s}_values", f"{j.shape} numbers", (np.floating, *j.shape))
@@ -627,7 +621,6 @@ DISEASES = {"healthy": (4, 1, 2, 1, 2, 5, 0, 3, .1),         # how often it show
             "infection": (2, 3, 8, 1, 3, 3, 0, 2, .2),
             "allergy": (2, 2, 1, 8, 2, 3, 0, 3, .1),
             "carcinoma": (2, 1, 1, 1, 1, 3, 8, 2, 1.5)}
-NUCLEUS = np.array((92, 48, 140), np.float32)
 
 
 def tissue(n, size=64, seed=0):
@@ -654,9 +647,13 @@ def tissue(n, size=64, seed=0):
     mucin = rng.random(n) < np.where(illness[of] == 3, .2, .04)
     image, instances = _draw_fields(n, size, ground, mucin, kind, count, rng)
     kinds = [[len(CELLS)] * int(mucin[i]) + kind[i, :count[i]].tolist() for i in range(n)]
-    labels = np.zeros((n, len(CELLS) + 1 + len(GROUNDS)), bool)
+    labels, boxes = np.zeros((n, len(CELLS) + 1 + len(GROUNDS)), bool), []
     for i, found in enumerate(kinds):
         labels[i, [*found, len(CELLS) + 1 + ground[i]]] = True
+        for k, place in zip(found, scipy.ndimage.find_objects(instances[i], len(found))):
+            if place:                                        # what is hidden has none
+                y, x = place
+                boxes.append((i, k, x.start, y.start, x.stop, y.stop))
     test = np.zeros(patients, bool)
     for d in range(len(DISEASES)):
         mine = rng.permutation(np.flatnonzero(illness == d))
@@ -669,9 +666,9 @@ def tissue(n, size=64, seed=0):
     captions = [_caption(kind[i, :count[i]], ground[i], mucin[i], rng) for i in range(n)]
     return {"pixels": pixels, "labels": labels, "captions": np.array(captions),
             "label_names": np.array([*(c[0] for c in CELLS), *beside]), "parents": parents,
-            "instances": instances, "boxes": _boxes_of(instances, kinds), "groups": of,
-            "slides": slides, "disease": illness[of], "disease_names": np.array(list(DISEASES)),
-            "split": np.where(test[of], "test", "train")}
+            "instances": instances, "boxes": np.array(boxes, float) / ([1, 1] + [size] * 4),
+            "groups": of, "slides": slides, "disease": illness[of],
+            "disease_names": np.array(list(DISEASES)), "split": np.where(test[of], "test", "train")}
 
 
 def tissue_files(made):
@@ -693,23 +690,11 @@ def tissue_files(made):
                              "label_names": made["disease_names"], **about}}
 
 
-def _boxes_of(instances, kinds):
-    """(m, 6) boxes of the objects in `instances`, numbered as in each image's list of `kinds`."""
-    boxes = []
-    for i, (numbers, found) in enumerate(zip(instances, kinds)):
-        for k, place in zip(found, scipy.ndimage.find_objects(numbers, len(found))):
-            if place:
-                y, x = place
-                boxes.append((i, k, x.start, y.start, x.stop, y.stop))
-    return np.array(boxes, float) / ([1, 1] + [instances.shape[1]] * 4)
-
-
 def true_masks(arrays):
     """{(image, label): bool mask} of a label's objects; hidden ones have neither pixel nor box."""
     out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
     for i in np.unique(boxes[:, 0].astype(int)):
-        numbers = [number for number in np.unique(instances[i]) if number]
-        for number, box in zip(numbers, boxes[boxes[:, 0] == i]):
+        for number, box in zip(np.setdiff1d(instances[i], 0), boxes[boxes[:, 0] == i]):
             key = int(i), int(box[1])
             out[key] = out.get(key, False) | (instances[i] == number)
     return out
@@ -746,13 +731,11 @@ def _draw_grounds(n, size, ground, rng):
     """Empty tissue, float32 (n, size, size, 3): stroma, fibres in one direction, fat vacuoles."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     base = np.array([(240, 222, 232), (236, 196, 214), (238, 212, 224)], np.float32)[ground]
-    noise = 4 * _cloud(n, size, 9, rng)
-    noise += 2 * rng.standard_normal((n, size, size), dtype=np.float32)
+    noise = 4 * _cloud(n, size, 9, rng) + 2 * rng.standard_normal((n, size, size), np.float32)
     image = base[:, None, None] + noise[..., None]           # (n, size, size, 3)
     rows = np.flatnonzero(ground == 1)
     angle, phase = rng.uniform(0, 3, (2, len(rows), 1, 1)).astype(np.float32)    # of the fibres
-    wave = np.cos(angle) * x + np.sin(angle) * y
-    wave = wave + np.float32(.02) * _cloud(len(rows), size, 5, rng)
+    wave = np.cos(angle) * x + np.sin(angle) * y + np.float32(.02) * _cloud(len(rows), size, 5, rng)
     dark = 9 + 9 * np.sin(np.float32(50) * wave + 2 * phase)
     image[rows] -= dark[..., None] * np.array((.3, 1, .7), np.float32)
     rows = np.flatnonzero(ground == 2)
@@ -792,8 +775,7 @@ def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     rough = 1 + .06 * _cloud(m, 2 * half, 6, rng)            # no disc is quite round
 
     def disc(radius, x=0, y=0, stretch=1):
-        away = np.hypot((u - x * r) / stretch, v - y * r)
-        return np.clip(radius * r * rough - away + .5, 0, 1)
+        return np.clip(radius * r * rough - np.hypot((u - x * r) / stretch, v - y * r) + .5, 0, 1)
     dark = np.maximum.reduce([disc(*d) for d in discs])
     if cut:
         dark = dark * (1 - disc(*cut))
@@ -807,12 +789,11 @@ def _draw_cells(image, instances, rows, cell, middle, number, f, rng):
     if granules is not None:
         spots = body * (1 - dark) * (rng.random(body.shape) < .4)
         window += .85 * spots[..., None] * (np.array(granules, np.float32) - window)
-    chromatin = NUCLEUS * (.62 if name == "mitosis" else 1)
+    chromatin = np.array((92, 48, 140), np.float32) * (.62 if name == "mitosis" else 1)
     chromatin = chromatin + 14 * _cloud(m, 2 * half, 12, rng)[..., None]
     window += .95 * dark[..., None] * (chromatin - window)
-    if name == "tumour cell":
-        nucleolus = .8 * disc(.2, .2)[..., None]
-        window += nucleolus * (np.array((60, 14, 80), np.float32) - window)
+    if name == "tumour cell":                                # a nucleolus
+        window += .8 * disc(.2, .2)[..., None] * (np.array((60, 14, 80), np.float32) - window)
     # each pixel once: clipped ones, outside, would repeat the rim
     y, x, i = (np.broadcast_to(v, body.shape) for v in (y, x, i))
     take = inside & (body > .02)
@@ -953,12 +934,10 @@ def read_open_clip(path):
 def latent_semantics(captions, known, longest=1, width=32):
     """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture.
 
-    Counts of words, and of runs of up to `longest` words, that stand in the rows `known`, times the
-    log of their rarity, scaled to length 1, on these rows' first right singular vectors (N, width).
-    """
+    Counts of words, and runs of up to `longest`, that stand in the rows `known`, times the log of
+    their rarity, scaled to length 1, on these rows' first right singular vectors (N, width)."""
     grams = []
-    for text in captions:
-        words = Words.split(text)
+    for words in map(Words.split, captions):
         grams.append([" ".join(words[i:i + n]) for n in range(1, longest + 1)
                       for i in range(len(words) - n + 1)])
     number = {gram: j for j, gram in enumerate(sorted({gram for i in known for gram in grams[i]}))}
@@ -975,13 +954,11 @@ def latent_semantics(captions, known, longest=1, width=32):
     _, values, axes = scipy.sparse.linalg.svds(counts[known], width, v0=start)
     axes = axes[values > 1e-6 * values.max()][::-1]          # beyond the rank any vector would do
     signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])
-    axes = axes * signs[:, None]                             # so that they are always the same
-    return (counts @ axes.T).astype(np.float32)
+    return (counts @ (axes * signs[:, None]).T).astype(np.float32)     # signs: always the same
 
 
 def colours(pixels):
-    """Of pictures (N, h, w, 3) uint8 the roots of the shares that 64 colours have in each, (N, 64).
-    """
+    """Roots (N, 64) of the shares that 64 colours have in each of pictures (N, h, w, 3) uint8."""
     kind = pixels // 64 @ np.array([16, 4, 1], np.uint8)     # (N, h, w): of R, G, B two bits each
     counts = np.stack([np.bincount(one.ravel(), minlength=64) for one in kind])
     return np.sqrt(counts / kind[0].size).astype(np.float32)
@@ -1098,8 +1075,7 @@ def _fields(known):
 
 
 def _digest(*arrays):
-    whole = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
-    return hashlib.sha256(whole).hexdigest()[:16]
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()[:16]
 
 
 def read_images(path):
@@ -1107,9 +1083,8 @@ def read_images(path):
     folders; a single large picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of
     tiles as the `tile` command writes it, or a folder of such; an .npz with `images` and other keys
     of a feature file, as `tissue` writes it; a MedMNIST .npz (train_images, train_labels, ...); or
-    a Pascal VOC folder, which brings its splits and its objects.
-
-    Every file but a slide's is opened to see that it is a picture, and none is decoded."""
+    a Pascal VOC folder, which brings its splits and its objects. Every file but a slide's is opened
+    to see that it is a picture, and none is decoded."""
     tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
     if tiles:
         return _read_tiles([os.path.join(path, f) for f in tiles])
@@ -1255,9 +1230,8 @@ def _mask_box(path):
     with reading(path, "mask"):
         x = np.asarray(Image.open(path))
     x = x if x.ndim == 2 else x[..., :3].max(2)              # not alpha
-    for rows, columns in scipy.ndimage.find_objects((x > x.max() / 2).astype(int)):
-        h, w = x.shape
-        return columns.start / w, rows.start / h, columns.stop / w, rows.stop / h
+    box = Image.fromarray(x > x.max() / 2).getbbox()
+    return box and tuple(np.divide(box, 2 * x.shape[::-1]))
 
 
 def open_image(image, decode=True, window=None, folder=""):
@@ -1418,8 +1392,7 @@ def picture_parts(pictures, split, seed, source):
         parts = [np.flatnonzero(pictures.split == name) for name in SPLITS]
         if not len(parts[1]):                                # none given: cut off the training part
             train, of = parts[0], None if groups is None else groups[parts[0]]
-            halves = stratified_parts(y[train], (85, 15), seed, of)
-            parts[:2] = [train[rows] for rows in halves]
+            parts[:2] = [train[rows] for rows in stratified_parts(y[train], (85, 15), seed, of)]
     C = len(pictures.label_names)
     train, stop, test = (np.bincount(y[part], minlength=C) for part in parts)    # (C,) each
     few = min(np.count_nonzero(train), np.count_nonzero(test)) < 2
@@ -1549,9 +1522,8 @@ def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None
     """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the
     overview with both drawn in.
 
-    side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels,
-    as in CLAM, which takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`.
-    """
+    side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels;
+    CLAM takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`."""
     refuse(side < 1, f"tiles of {side} pixels - give a larger --size")
     slide = _slide(path, window)
     image, scale = slide.overview(2048)
@@ -1651,8 +1623,7 @@ class Bags:
     x        list of (N_i, d) float32      y (bags,) int, of label_names     names (bags,)
     folds    (R, F, bags) bool, True = train, or None     split (bags,) or None
     groups   (bags,), patients whose bags stay together, or None
-    coords, images  list of (N_i, 4) boxes and of paths, each perhaps None: where instances were cut
-    """
+    coords, images  list of (N_i, 4) boxes, of paths, each perhaps None: where instances were cut"""
     x: list
     y: np.ndarray
     label_names: list
@@ -1779,9 +1750,8 @@ def _instances(path, stream):
     refuse(len(told.streams) > 1,
            f"{path} has the streams {', '.join(told.streams)} - pick one with --stream")
     (x,), images = told.streams.values(), told.about.get("images")
-    if images is None or images.ndim > 1:
-        return x, told, None
-    return x, told, [os.path.join(told.folder, p) for p in images]
+    listed = images is not None and images.ndim == 1
+    return x, told, [os.path.join(told.folder, p) for p in images] if listed else None
 
 
 def _bags_of_file(arrays):

@@ -265,8 +265,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         a, W = ctx.saved_tensors
-        sampled = ctx.product is _sample
-        other, values, x = (_combine, g, a) if sampled else (_sample, a, g)
+        other, values, x = (_combine, g, a) if ctx.product is _sample else (_sample, a, g)
         return (other(g, W, ctx.pattern) if ctx.needs_input_grad[0] else None,
                 _scatter(values, x, ctx.pattern) if ctx.needs_input_grad[1] else None, None, None)
 
@@ -377,9 +376,7 @@ class SPARC(nn.Module):
         x = x.to(self.b_pre[stream].dtype)
         if "standard" in self.norm:
             x = (x - getattr(self, f"mean_{stream}")) / getattr(self, f"std_{stream}")
-        if "l2" in self.norm:
-            x = F.normalize(x, dim=-1, eps=1e-8)
-        return x
+        return F.normalize(x, dim=-1, eps=1e-8) if "l2" in self.norm else x
 
     def dictionary(self, stream):
         """The (L, d_s) dictionary in units of the raw features: what one unit of a latent adds."""
@@ -728,8 +725,7 @@ class SAE(SPARC):
             del self.config[name]
         self.config |= dict(activation=activation, sparsity=sparsity, error=error, revive=revive,
                             bandwidth=bandwidth, threshold=threshold)
-        self.activation, self.sparsity, self.error = activation, sparsity, error
-        self.revive, self.bandwidth, self.stream = revive, bandwidth, self.streams[0]
+        vars(self).update(self.config, stream=self.streams[0])
         if activation == "jumprelu":
             self.log_threshold = nn.Parameter(torch.full((n_latents,), float(threshold)).log())
         self.register_buffer("kept_above", torch.tensor(float("nan")))   # batchtopk's threshold
@@ -885,9 +881,8 @@ def project_gradient(model, rows=256):
     """Rid dictionary rows' gradients of the part along them, by blocks that fit the cache: length
     is not to be learned (thesis A.1.2)."""
     for W in model.W_dec.values():
-        if W.grad is None:                                   # of a stream that the batch lacks
-            continue
-        for g, w in zip(W.grad.split(rows), W.split(rows)):
+        # a stream that the batch lacks has no gradient
+        for g, w in zip(W.grad.split(rows), W.split(rows)) if W.grad is not None else ():
             g.addcmul_(w, (g * w).sum(1, keepdim=True), value=-1)
 
 
@@ -925,8 +920,7 @@ def _reinitialise(model, optimiser):
         idle, W = getattr(model, f"idle_{s}"), model.W_enc[s]
         rows = (idle >= model.dead_after + model.reinit_after).nonzero().squeeze(1)
         if len(rows):
-            drawn = torch.randn(len(rows), W.shape[1], generator=model._generator())
-            W[rows] = 0.01 * drawn.to(W)
+            W[rows] = 0.01 * torch.randn(len(rows), W.shape[1], generator=model._generator()).to(W)
             _start_anew(model, optimiser, s, rows, W)
 
 

@@ -75,18 +75,21 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
     with torch.autocast(u.device.type, enabled=False):
         if B.dim() == 3:
             B, C = B.unsqueeze(2), C.unsqueeze(2)            # one group
-        nothing = u.new_zeros(u.shape[2])                    # (D,)
-        D, bias = (nothing if v is None else v for v in (D, delta_bias))
+        D, bias = (u.new_zeros(u.shape[2]) if v is None else v for v in (D, delta_bias))    # (D,)
         given = u, delta, A, B, C, D, z, bias
         inputs = [v if v is None else v.to(work).contiguous() for v in given]
-        backend = _choose_backend(backend, inputs[0], A.shape[1])
+        u, delta, A, B, C, D, z, bias = inputs
+        backend = _choose_backend(backend, u, A.shape[1])
         if backend == "native":
             learns = any(v is not None and v.requires_grad for v in given)
             y, h = _NativeScan.apply(*inputs, softplus, torch.is_grad_enabled() and learns)
         elif backend == "torch":
-            y, h = _torch_scan(*inputs, softplus)
+            G, T = B.shape[2], max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))  # tokens a chunk
+            u, delta, z = (v if v is None else v.unflatten(2, (G, -1)) for v in (u, delta, z))
+            A, D, bias = (v.unflatten(0, (G, -1)) for v in (A, D, bias))     # D channels as (G, E)
+            y, h = _TorchScan.apply(u, delta, A, B, C, D, z, bias, softplus, T)
+            y, h = y.flatten(2), h.flatten(1, 2)             # (B, L, D), (B, D, N)
         else:
-            u, delta, A, B, C, D, z, bias = inputs
             delta = delta + bias
             y, h = _scan_reference(u, F.softplus(delta) if softplus else delta, A, B, C)
             y = y + D * u
@@ -116,8 +119,7 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias):
 def _scan_reference(u, delta, A, B, C):
     """The recurrence as [1] writes it (Eq. 2a, 2b), token by token; delta as it is used.
 
-    u, delta (B, L, D), A (D, N), B, C (B, L, G, N). Returns y (B, L, D) and the last h (B, D, N).
-    """
+    u, delta (B, L, D), A (D, N), B, C (B, L, G, N). Returns y (B, L, D), the last h (B, D, N)."""
     per_group = u.shape[2] // B.shape[2]                     # E = D / G
     B, C = (v.repeat_interleave(per_group, dim=2) for v in (B, C))     # (B, L, D, N)
     h = u.new_zeros(u.shape[0], *A.shape)                    # (B, D, N)
@@ -128,15 +130,6 @@ def _scan_reference(u, delta, A, B, C):
         h = A_bar * h + B_bar * u[:, t, :, None]                       # Eq. 2a
         y.append((h * C[:, t]).sum(-1))                                # Eq. 2b: <C_t, h_t>
     return torch.stack(y, 1), h
-
-
-def _torch_scan(u, delta, A, B, C, D, z, bias, softplus):
-    """`_TorchScan` with the D channels split into G groups of E."""
-    G, T = B.shape[2], max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))        # tokens a chunk
-    u, delta, z = (v if v is None else v.unflatten(2, (G, -1)) for v in (u, delta, z))
-    A, D, bias = (v.unflatten(0, (G, -1)) for v in (A, D, bias))
-    y, h = _TorchScan.apply(u, delta, A, B, C, D, z, bias, softplus, T)
-    return y.flatten(2), h.flatten(1, 2)                     # (B, L, D), (B, D, N)
 
 
 class _TorchScan(torch.autograd.Function):
@@ -594,9 +587,8 @@ class Vim(PatchTokens):
         self.double_cls, self.middle = double_cls, not double_cls
         rates, self.layers = torch.linspace(0, drop_path, depth).tolist(), nn.ModuleList()
         for p in [0., *rates[:-1]]:
-            self.layers.append(nn.ModuleDict({
-                "mixer": Mixer(dim, depth, d_state), "norm": nn.RMSNorm(dim, eps=1e-5),
-                "drop_path": DropPath(p)}))
+            parts = {"mixer": Mixer(dim, depth, d_state), "norm": nn.RMSNorm(dim, eps=1e-5)}
+            self.layers.append(nn.ModuleDict({**parts, "drop_path": DropPath(p)}))
         self.drop_path = DropPath(drop_path)
         self.norm_f = nn.RMSNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, n_classes) if n_classes else nn.Identity()
@@ -724,16 +716,14 @@ class VMamba(nn.Module):
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
-            blocks = [VSSBlock(dims[i], next(rates)) for _ in range(depth)]
+            blocks = nn.Sequential(*(VSSBlock(dims[i], next(rates)) for _ in range(depth)))
             halve = nn.Identity()
             if i + 1 < len(depths):
                 norm = nn.LayerNorm(dims[i + 1])
                 halve = nn.Sequential(first(), conv(dims[i], dims[i + 1]), last(), norm)
-            parts = {"blocks": nn.Sequential(*blocks), "downsample": halve}
-            self.layers.append(nn.ModuleDict(parts))
-        self.classifier = nn.ModuleDict({
-            "norm": nn.LayerNorm(self.dim),
-            "head": nn.Linear(self.dim, n_classes) if n_classes else nn.Identity()})
+            self.layers.append(nn.ModuleDict({"blocks": blocks, "downsample": halve}))
+        head = nn.Linear(self.dim, n_classes) if n_classes else nn.Identity()
+        self.classifier = nn.ModuleDict({"norm": nn.LayerNorm(self.dim), "head": head})
         _init_linear(self)
 
     def stages(self, x):
@@ -806,10 +796,9 @@ def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience):
     """Fine-tune a classifier of pictures (thesis 3.3) with AdamW; returns what `fit` returns.
 
     batches(epoch) and held() yield x (B, 3, H, W) and y (B,); held() says when to stop."""
-    def loss(model, x, y):
-        return F.cross_entropy(model(x), y)
     optimiser = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
-    return fit(model, optimiser, batches, loss, epochs, lambda m: held_loss(m, held()), patience)
+    return fit(model, optimiser, batches, lambda m, x, y: F.cross_entropy(m(x), y), epochs,
+               lambda m: held_loss(m, held()), patience)
 
 
 def cosine_schedule(step, n_steps, base, final, warmup=0):
@@ -935,8 +924,7 @@ def fit_clip(model, batch, n_steps, lr, on_step):
         now = cosine_schedule(t, n_steps, lr, 0., min(100, n_steps // 10))
         optimiser.param_groups[0]["lr"] = now
         images, tokens = (v.to(model.logit_scale.device) for v in batch(t))
-        loss = descend(optimiser, model.loss(images, tokens), mend)
-        on_step(t + 1, {"loss": loss})
+        on_step(t + 1, {"loss": descend(optimiser, model.loss(images, tokens), mend)})
     model.eval()
 
 
@@ -998,9 +986,8 @@ class DINOHead(nn.Module):
                                  nn.GELU(), nn.Linear(hidden, bottleneck))
         _init_linear(self.mlp)
         directions = nn.Linear(bottleneck, K, bias=False).weight.detach()        # (K, bottleneck)
-        self.last_layer = nn.ParameterDict({
-            "weight_g": nn.Parameter(torch.ones(K, 1), requires_grad=not norm_last),
-            "weight_v": nn.Parameter(directions)})
+        lengths = nn.Parameter(torch.ones(K, 1), requires_grad=not norm_last)
+        self.last_layer = nn.ParameterDict({"weight_g": lengths, "weight_v": directions})
 
     def forward(self, x):
         last = self.last_layer
@@ -1045,8 +1032,7 @@ def decay_groups(model, decay_ssm=False):
     decayed, spared = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            vector = p.dim() < 2 or name.endswith(".bias")
-            spare = vector or (not decay_ssm and name.endswith(STATE_SPACE))
+            spare = p.dim() < 2 or (not decay_ssm and name.endswith(STATE_SPACE))
             (spared if spare else decayed).append(p)
     return [{"params": decayed}, {"params": spared, "weight_decay": 0.}]
 
@@ -1298,8 +1284,7 @@ def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_t
         for c, classifier in enumerate(model.instance_classifiers):
             own = c == y[b]
             if few and (own or subtyping):
-                attention = scores[b, c if scores.shape[1] > 1 else 0, :n]
-                order = attention.argsort(descending=True)
+                order = scores[b, c if scores.shape[1] > 1 else 0, :n].argsort(descending=True)
                 chosen = torch.cat([order[:few], order[-few:]]) if own else order[:few]
                 target = torch.zeros_like(chosen)
                 target[:few] = int(own)                      # 1: evidence of class c
