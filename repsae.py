@@ -449,6 +449,7 @@ class Run:
                "png": judge.save_picture, "safetensors": judge.write_safetensors}
         for path, content in zip(self.paths(list(files)), () if RANK else files.values()):
             how[path.rpartition(".")[2]](path, content)
+        return self
 
     def tell(self, page, metrics=None, quiet=False):
         """Write report.html and metrics.json, and say where they are."""
@@ -1069,7 +1070,7 @@ def read_to_train(flags):
                f"stream '{s}' is missing in the train split - leave it out")
     if features.tokens:
         say_once(f"note: each of the {features.tokens} tokens of a sample counts as a sample")
-    return features.per_token()
+    return flat
 
 
 # ---- A run in use: its model, features and codes ------------------------------------------------
@@ -1180,9 +1181,8 @@ class Coded:
 
 def foreign(run):
     """Whether `run` is a folder that another library wrote."""
-    names = [name for name in ("checkpoint.pt", *sae.LIBRARIES)
-             if os.path.isfile(os.path.join(run, name))]
-    return names != [] and names[0] != "checkpoint.pt"
+    theirs = [name for name in sae.LIBRARIES if os.path.isfile(os.path.join(run, name))]
+    return theirs != [] and not os.path.isfile(os.path.join(run, "checkpoint.pt"))
 
 
 def as_trained(run, flags):
@@ -1383,8 +1383,7 @@ def cmd_dino(flags):
            f"{run.flags.images} has {len(rows)} picture to train on - give at least two")
     refuse(flags.preset not in (None, "thesis"), f"--preset {flags.preset} is of sae - use thesis")
     if not run.saved and not flags.preset and len(rows) < 20_000:
-        given = {k: v for k, v in flags.items() if k in flags.given}
-        chosen = ssm.dino_settings_for(len(rows), given)
+        chosen = ssm.dino_settings_for(len(rows), {k: flags[k] for k in flags.given})
         shown = ", ".join(f"{name.replace('_', '-')} {v}" for name, v in chosen.items())
         say(f"chosen for {len(rows)} pictures: {shown}")
         run.flags = flags.replaced(chosen)
@@ -1403,10 +1402,9 @@ def cmd_dino(flags):
                        flags.local_scale, flags.blur, flags.colour)
     run.begin(data_hash=images.hash, pictures=len(images))
     watch, measure = watched(images, flags)                  # labels serve this alone
-    before = watch and watch(teacher.backbone)               # random weights
+    others = {"random weights": watch(teacher.backbone), "raw pixels": watch()} if watch else {}
     log = train_dino(run, nets, images, crops, watch)
     page = judge.Page(f"repsae dino: {flags.arch}")
-    others = {"random weights": before, "raw pixels": watch()} if watch else {}
     run.tell(page, judge.tell_dino(page, log.rows, others, measure))
 
 
@@ -1457,14 +1455,12 @@ def watched(images, flags, most=4000):
     tasks = judge.label_tasks(images.labels, *rows) if all(map(len, rows)) else []
     if not tasks:
         return None, None
-    measure, classes = "balanced accuracy", len(images.label_names)
-    if images.labels.ndim == 2:                              # labels that hold at once
-        measure, classes = "AUC", 2
+    several = images.labels.ndim == 2                        # may hold at once
+    measure, classes = ("AUC", 2) if several else ("balanced accuracy", len(images.label_names))
 
     def watch(backbone=None):
         x = [images.features(part, backbone, flags.size) for part in rows]
-        found = judge.judged_features(*x, tasks, rows, classes, ks=(20,))
-        return found["20-NN"][measure]
+        return judge.judged_features(*x, tasks, rows, classes, ks=(20,))["20-NN"][measure]
     return watch, measure
 
 
@@ -1509,8 +1505,7 @@ def cmd_extract(flags):
     if flags.tokens:                                         # views are square
         about["grid"] = np.repeat(math.isqrt(first.shape[1]), 2)
     if run:                                                  # what is cut short keeps its labels
-        run.begin(data_hash=images.hash)
-        run.write({f"{key}.npy": array for key, array in about.items()})
+        run.begin(data_hash=images.hash).write({f"{key}.npy": a for key, a in about.items()})
     for s, blocks in made.items():                           # here the models see the pictures
         if run:
             judge.write_npy(run.path(f"{s}.npy"), blocks, len(images))
@@ -1538,10 +1533,9 @@ def load_backbone(spec, flags, n_classes=0):
            f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
     arch, at, patch = arch.partition("@") if file else (arch, "", "")
     patch = value_of(FLAGS["patch"][1], patch, f"{spec}: patch {patch}", None) if at else None
-    made = {"arch": arch, "size": None, "patch": patch, "n_classes": None}
-    if file == "random":                                     # of any size
-        made["size"] = flags.get("size") or None
-    elif not file:                                           # our own files say what they are
+    made = {"arch": arch, "size": flags.get("size") if file == "random" else None,   # of any size
+            "patch": patch, "n_classes": None}
+    if not file:                                             # our own files say what they are
         if os.path.exists(os.path.join(where, "clip.pt")):
             return name, load_clip(where, flags.device)
         file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
@@ -1567,7 +1561,7 @@ def load_backbone(spec, flags, n_classes=0):
         ssm.load_weights(model, file, new_head=bool(n_classes))
     refuse(patch not in (None, getattr(model, "patch", 0)), f"{spec} - {arch} has no such patches")
     model.side = made["size"] or getattr(model, "size", 224)                 # a scan takes any size
-    if arch.startswith("dinov2") and file and not made["size"]:
+    if arch.startswith("dinov2") and not made["size"]:
         model.side = 224                                     # thesis A.1.2, not 518
     return name, model.eval().to(flags.device)
 
@@ -1689,10 +1683,9 @@ def search(coded, names, flags):
     refuse(not names, "--names is missing - a search needs the latents' names")
     weights = judge.name_weights(flags.query, names)
     refuse(not weights, f"no name fits '{flags.query}' - try other words")
-    found = judge.search(coded.strength, weights, coded.test)[:flags.top]
     best = sorted(weights.items(), key=lambda v: -v[1])[:10]
     print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in best))
-    for row in found:
+    for row in judge.search(coded.strength, weights, coded.test)[:flags.top]:
         print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
     if flags.label is not None:
         y, _, rows = coded.told(flags.label)
@@ -1911,9 +1904,8 @@ def import_clip(flags):
     refuse(words.size != model.config["vocab"], f"{flags.merges} makes {words.size} tokens, not "
            f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
     ssm.standardise_pixels(model.visual, *pixels, data.IMAGENET)
-    run = Run(flags).begin()
-    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config,
-                           "merges": words.words}})
+    run = Run(flags).begin().write({"clip.pt": {
+        "model": model.state_dict(), "config": model.config, "merges": words.words}})
     say(f"wrote {run.join('clip.pt')}")
 
 
@@ -1983,8 +1975,7 @@ def explain_concepts(flags):
         if found:
             nothing = np.full_like(next(iter(found.values())), np.nan)   # of labels without latents
             kept[name] = np.stack([found.get(key, nothing) for key in seen.truth])
-    run.begin().write({"maps.npz": kept})
-    run.tell(page)
+    run.begin().write({"maps.npz": kept}).tell(page)
 
 
 class Concepts(Coded):
@@ -2316,8 +2307,6 @@ def mil_round(bags, make, flags, r, train, val, test):
     from bags `train`, each from its own weights, and stop by bags `val` if there are any; and the
     models. r: the number of the round."""
     models, p = [], 0
-    how = {**flags.pick("epochs lr weight_decay patience cosine subtyping"), "k": flags.instances,
-           "least": flags.min_epochs}
 
     def batches(rows, size=flags.batch):
         return [[v.to(flags.device) for v in bags.padded(rows[i:i + size])]
@@ -2329,7 +2318,8 @@ def mil_round(bags, make, flags, r, train, val, test):
         model.mean, model.std = bags.scale(train)            # of no bag that is reported
         ssm.fit_mil(model.to(flags.device),
                     lambda epoch: batches(bags.drawn(train, rng, flags.balanced)), batches(val),
-                    **how)
+                    k=flags.instances, least=flags.min_epochs,
+                    **flags.pick("epochs lr weight_decay patience cosine subtyping"))
         with torch.no_grad():
             logits = torch.cat([model(x, mask)[0] for x, mask, _ in batches(test, 1)])
         p = p + logits.softmax(1).cpu().numpy() / flags.votes  # the mean vote
@@ -2381,7 +2371,7 @@ def cmd_finetune(flags):
     for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
         one = flags.replaced({"seed": flags.seed + r})       # new weights and order each run
         model = load_backbone(specs[name], one, C)[1]
-        scores, history = finetune_one(pictures, rounds[r], model, one)
+        scores, history = finetune_one(pictures, model, one, *rounds[r])
         found[name].append(scores)
         for epoch, (loss, held) in enumerate(history, 1):
             log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss, "validation": held})
@@ -2394,12 +2384,11 @@ def cmd_finetune(flags):
     run.tell(page, {"parameters": sizes, "test pictures": len(rounds[0][2])})
 
 
-def finetune_one(pictures, parts, model, flags):
+def finetune_one(pictures, model, flags, train, val, test):
     """Train a classifier, stop by the validation loss, judge the best epoch on the test rows:
     (scores, history)."""
     torch.set_flush_denormal(True)
     torch.manual_seed(flags.seed)
-    train, val, test = parts
     x, y = data.normalised(pictures.about["images"]), torch.from_numpy(pictures.labels)
 
     def batches(epoch):
