@@ -273,27 +273,13 @@ FOLDER = "device log-every save-every eval-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
 
-# ---- Several processes, of torchrun --------------------------------------------------------------
-# Each trains on its share of every batch (`SPARC.across`) and does all else for itself; the first
-# alone writes and speaks.
+# ---- Runs: folders that a command owns while it writes ------------------------------------------
+# Of several processes, of torchrun, each trains on its share of every batch (`SPARC.across`) and
+# does all else for itself; the first alone writes and speaks.
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 RANK, PROCESSES = (int(os.environ[name]) if LAUNCHED else alone
                    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-
-
-def join_processes(flags):
-    """Meet the others; each takes the GPU of its own number."""
-    refuse(flags.command != "sparc", f"{flags.command} runs in one process - leave torchrun out")
-    gpu = flags.device.startswith("cuda")
-    if gpu:
-        flags["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(flags.device)
-    torch.distributed.init_process_group("nccl" if gpu else "gloo")
-
-
-# ---- Runs: folders that a command owns while it writes ------------------------------------------
-
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
 
 
@@ -389,8 +375,8 @@ class Run:
             lock.close()
 
     def begin(self, **about):
-        """Make the folder, rid it of what its manifest lists unless the run goes on, and write
-        config.json: the flags and what `about` tells."""
+        """Make the folder; unless the run goes on, remove what its manifest lists, and what a
+        killed one left of it half written; write config.json: the flags and what `about` tells."""
         refuse(self.saved and self.saved.get("data_hash") != about.get("data_hash"),
                f"the data (or the run it joins) is not what the run in {self.folder} was trained "
                "on - restore it")
@@ -398,24 +384,20 @@ class Run:
             return self
         self._lock()
         if not self.saved:
-            self._clear()
+            inputs = inputs_of(self.flags)
+            for name in self.files:
+                self._check(name)
+                refuse(os.path.realpath(self.join(name)) in inputs,
+                       f"{self.join(name)} is read by this command - name another {self.way}")
+            for path in map(self.join, self.files):
+                for left in [path, *glob.glob(glob.escape(path) + ".*.tmp")]:
+                    if os.path.isfile(left) and not os.path.islink(left):
+                        os.remove(left)
+            self.files = []
         self.about = {"command": self.flags.command, "flags": self.flags, **about,
                       "versions": versions()}
         self.path("config.json")
         return self
-
-    def _clear(self):
-        """Remove what the manifest lists, and what a killed run left of it half written."""
-        inputs = inputs_of(self.flags)
-        for name in self.files:
-            self._check(name)
-            refuse(os.path.realpath(self.join(name)) in inputs,
-                   f"{self.join(name)} is read by this command - name another {self.way}")
-        for path in map(self.join, self.files):
-            for left in [path, *glob.glob(glob.escape(path) + ".*.tmp")]:
-                if os.path.isfile(left) and not os.path.islink(left):
-                    os.remove(left)
-        self.files = []
 
     def _check(self, name):
         """Raise InputError unless a name stays in the folder, and no link leads out of it."""
@@ -2535,8 +2517,14 @@ def fail(text):
 def perform(run, flags):
     """Run a command on a device that torch can use; what it returns are figures for --json."""
     try:
-        if PROCESSES > 1:
-            join_processes(flags)
+        if PROCESSES > 1:                                    # meet the others
+            refuse(flags.command != "sparc",
+                   f"{flags.command} runs in one process - leave torchrun out")
+            gpu = flags.device.startswith("cuda")
+            if gpu:                                          # each takes that of its own number
+                flags["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(flags.device)
+            torch.distributed.init_process_group("nccl" if gpu else "gloo")
         torch.zeros(1, device=flags.get("device") or "cpu")
     except (RuntimeError, AssertionError) as e:
         why = str(e).splitlines()[0][:60]
