@@ -1308,22 +1308,9 @@ def cmd_encode(flags):
 def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
-    run = Run(flags)
-    axes, changes = parse_axes(run.flags), {}
-    for values in itertools.product(*axes.values()):
-        change = dict(zip(axes, values))
-        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in change.items())
-        if "streams" in change:
-            change["streams"] = change["streams"].replace("+", ",")
-        changes[name] = change                               # "global_lam1"
-    compared(run, changes, functools.partial(judge.tell_sweep, axes=axes))
-
-
-def parse_axes(flags):
-    """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
-    known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*COMMANDS[flags.command].flags}
-    axes = {}
-    for word in (flags.over or "").split() or [""]:
+    run, axes, changes = Run(flags), {}, {}                  # axes: {setting: its values}
+    known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*cmd_sweep.flags}
+    for word in (run.flags.over or "").split() or [""]:
         name, _, values = word.partition("=")
         key, values = name.replace("-", "_"), values.split(",")
         kind = FLAGS[name][1] if name in known else "text"
@@ -1331,7 +1318,13 @@ def parse_axes(flags):
         refuse(key in axes or kind in ("text", "switch") and not sets, f"--over {word} - write for "
                'example "topk=global,local lam=0,1" or "streams=a+b,a+b+c"')
         axes[key] = [*dict.fromkeys(value_of(kind, v, f"--over {word}: {v}") for v in values)]
-    return axes
+    for values in itertools.product(*axes.values()):
+        change = dict(zip(axes, values))
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in change.items())
+        if "streams" in change:
+            change["streams"] = change["streams"].replace("+", ",")
+        changes[name] = change                               # "global_lam1"
+    compared(run, changes, functools.partial(judge.tell_sweep, axes=axes))
 
 
 ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
