@@ -1593,24 +1593,19 @@ def cmd_latents(flags):
         judge.tell_verdict(page, known["verdict"])
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}))
-    files = tell_stream(page, coded, flags) if one else {}
-    run.begin().write(files)
-    run.tell(page)
-
-
-def tell_stream(page, coded, flags):
-    """Tell what latents of one stream are, on training samples; returns files to write."""
-    features, train = coded.features, coded.train
-    known = features.labelled[train]
-    table = judge.latent_table(coded.strength[train], coded.count[train],
-                               features.label_matrix(train) if known.any() else None, flags.top,
-                               flags.weighted, known)
-    references = [train[ranks.indices[ranks.data.argsort()]].tolist()    # best first
-                  for ranks in table.pop("references")]
-    judge.tell_latents(page, table, len(train), features.label_names)
-    return {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
-        {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
-         "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
+    files = {}
+    if one:                                                  # what its latents are in training
+        train, known = coded.train, features.labelled[coded.train]
+        table = judge.latent_table(coded.strength[train], coded.count[train],
+                                   features.label_matrix(train) if known.any() else None,
+                                   flags.top, flags.weighted, known)
+        references = [train[ranks.indices[ranks.data.argsort()]].tolist()        # best first
+                      for ranks in table.pop("references")]
+        judge.tell_latents(page, table, len(train), features.label_names)
+        files = {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
+            {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
+             "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
+    run.begin().write(files).tell(page)
 
 
 def tell_barcodes(page, coded, mean, between):
@@ -1687,7 +1682,18 @@ def cmd_intervene(flags):
         means = judge.class_means(coded.strength[train], y[train])
         tell_interventions(page, coded, y > 0, train, test, means)
         tell_places(page, coded, label, test, means[1], flags.iou)
-        tell_class_means(page, means, flags)
+        pairs = {"--data": means}                            # how far apart, and in --other, too
+        if flags.other:                                      # (Mammo-SAE Eq. 2, Fig. 4)
+            theirs = flags.replaced({"data": flags.other})
+            theirs.given |= {"data"}
+            other = Coded(flags.run, theirs).pool()
+            known, rows, _ = other.told(flags.label)
+            pairs["--other"] = judge.class_means(other.strength[rows], known[rows])
+        page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
+                                   for name, v in pairs.items()]), key="separation")
+        for name, v in pairs.items():
+            lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
+            page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
     run.begin().tell(page)
 
@@ -1729,22 +1735,6 @@ def tell_places(page, coded, label, test, rank, iou):
         page.picture("The top latents over pictures with the label; true boxes in red", "".join(
             judge.heat_strip(image, coded.boxes(row, label), coded.heat(row, top))
             for row, image in shown.items()))
-
-
-def tell_class_means(page, means, flags):
-    """Tell how far apart the class means of latents are, here and in --other (Mammo-SAE Fig. 4)."""
-    pairs = {"--data": means}                                # name: (2, L)
-    if flags.other:
-        theirs = flags.replaced({"data": flags.other})
-        theirs.given |= {"data"}
-        other = Coded(flags.run, theirs).pool()
-        y, train, _ = other.told(flags.label)
-        pairs["--other"] = judge.class_means(other.strength[train], y[train])  # Eq. 2, too
-    page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
-                               for name, v in pairs.items()]), key="separation")
-    for name, v in pairs.items():
-        lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
-        page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))  # as in Fig. 4
 
 
 def tell_fidelity(page, coded, y, train, test, eval_rows):
@@ -1943,7 +1933,15 @@ def explain_concepts(flags):
         shown.update({(i, c): i in here for i in here[:2] + without[:1]})
     seen.tell(page, "words", "Concepts of the labels", names, shown, maps,
               judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
-    tell_latents(seen, page, chosen)
+    codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
+    for c, j in enumerate(chosen):                           # where all streams are most active
+        strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
+                                                         for code in codes))
+        asked.update({(seen.test[n], c): bool(strength[n] > 0)
+                      for n in np.argsort(-strength, kind="stable")[:4]})
+    single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
+    seen.tell(page, "latents", "Single latents, where they are most active",      # thesis Fig. 5.4
+              [f"latent {j}" for j in chosen], asked, seen.code_maps(single, asked), single)
     tell_texts(seen, page, texts)
     kept = {"keys": np.array(list(seen.truth))}
     for name, found in maps.items():
@@ -1976,7 +1974,21 @@ class Concepts(Coded):
             raise InputError(f"{self.flags.data} has no '{name}' - explain needs captions, labels "
                              "and all streams of the run")
         self.captions = features.about["captions"].astype(str).tolist()
-        self._see()
+        self.sees, clips = {}, []
+        for spec in self.flags.weights.split(","):
+            name, backbone = load_backbone(spec, self.flags)
+            stream = name
+            if hasattr(backbone, "clip"):
+                stream = f"{name}_img"
+                clips.append((name, backbone))
+            refuse(stream not in self.model.dims,
+                   f"the run has no stream '{stream}' - it has {', '.join(self.model.streams)}")
+            without = not judge.kept_attention(backbone)     # attention: named by what it gets
+            self.sees[name + " (Grad-CAM)" * without] = backbone, stream
+        refuse([f"{name}_txt" in self.model.dims for name, _ in clips] != [True],
+               f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
+        (self.clip, self.encoder), = clips
+        self.text, self.pictured = f"{self.clip}_txt", f"{self.clip}_img"
         train, most = features.rows("train"), flags.most if "most" in flags.given else 400
         chose = self.codes(train, "alone" if self.model.topk == "local" else "joint")
         self.J = judge.concept_latents(chose, features.label_matrix(train), flags.least,
@@ -1988,24 +2000,6 @@ class Concepts(Coded):
         self.truth = {key: mask for key, mask in truth.items() if key[0] in self.test}
         self.there = sorted({c for _, c in self.truth})
         refuse(not self.truth, f"no test picture of {flags.images} has an object - give others")
-
-    def _see(self):
-        """Load the backbones; one without attention goes by the name of what it gets instead."""
-        self.sees, clips = {}, []
-        for spec in self.flags.weights.split(","):
-            name, backbone = load_backbone(spec, self.flags)
-            stream = name
-            if hasattr(backbone, "clip"):
-                stream = f"{name}_img"
-                clips.append((name, backbone))
-            refuse(stream not in self.model.dims,
-                   f"the run has no stream '{stream}' - it has {', '.join(self.model.streams)}")
-            plain = not judge.kept_attention(backbone)
-            self.sees[name + " (Grad-CAM)" * plain] = backbone, stream
-        refuse([f"{name}_txt" in self.model.dims for name, _ in clips] != [True],
-               f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
-        (self.clip, self.encoder), = clips
-        self.text, self.pictured = f"{self.clip}_txt", f"{self.clip}_img"
 
     def code(self, stream):
         """The function features (B, d) -> dense codes (B, L) of a stream alone."""
@@ -2091,19 +2085,6 @@ def measured_maps(seen, page):
                "Segmentation by heat maps: of the labels that are there, as published, and of all",
                key="segmentation")
     return maps
-
-
-def tell_latents(seen, page, chosen, most=4):
-    """Single latents z_j (thesis Fig. 5.4) in test samples where all streams are most active."""
-    codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
-    for c, j in enumerate(chosen):
-        strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
-                                                         for code in codes))
-        best = np.argsort(-strength, kind="stable")[:most]
-        asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
-    single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
-    seen.tell(page, "latents", "Single latents, where they are most active",
-              [f"latent {j}" for j in chosen], asked, seen.code_maps(single, asked), single)
 
 
 def tell_texts(seen, page, texts, most=4):
@@ -2199,7 +2180,13 @@ def cmd_tile(flags):
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
     if flags.voc:
-        return cut_voc(flags)
+        cuts, side = data.cut_boxes(flags.voc, window=flags.window), flags.size or 64
+        names = [f"{name}.png" for name in cuts.about["ids"]]
+        for i, path in enumerate(Run(flags).begin().paths(names)):
+            judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
+        for name, n in zip(*np.unique([*map(os.path.dirname, names)], return_counts=True)):
+            print(f"{name}: {n}")
+        return
     check_needed(flags, "images")
     slides, size, run = noted(data.read_slides(flags.images)), flags.size or 224, Run(flags)
     names, of_each = slides.about["groups"].tolist(), os.path.isdir(flags.rois or "")
@@ -2222,16 +2209,6 @@ def cmd_tile(flags):
         run.write({f"{name}.npz": tiles.arrays(out), f"{name}.png": shown})
         inside = f", {tiles.labels.sum()} of them in the regions" if flags.rois else ""
         print(f"{out}: {len(tiles)} tiles of {side} pixels{inside}")
-
-
-def cut_voc(flags):
-    """The annotated boxes of --voc as pictures in folders of split and class."""
-    cuts, side = data.cut_boxes(flags.voc, window=flags.window), flags.size or 64
-    names = [f"{name}.png" for name in cuts.about["ids"]]
-    for i, path in enumerate(Run(flags).begin().paths(names)):
-        judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
-    for name, n in zip(*np.unique([*map(os.path.dirname, names)], return_counts=True)):
-        print(f"{name}: {n}")
 
 
 @command("data! stream head widths attention dropout instances subtyping epochs=200 patience=20 "
