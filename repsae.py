@@ -1682,8 +1682,8 @@ def cmd_intervene(flags):
         means = judge.class_means(coded.strength[train], y[train])
         tell_interventions(page, coded, y > 0, train, test, means)
         tell_places(page, coded, label, test, means[1], flags.iou)
-        pairs = {"--data": means}                            # how far apart, and in --other, too
-        if flags.other:                                      # (Mammo-SAE Eq. 2, Fig. 4)
+        pairs = {"--data": means}                            # name: (2, L); Mammo-SAE Fig. 4
+        if flags.other:                                      # Eq. 2, too
             theirs = flags.replaced({"data": flags.other})
             theirs.given |= {"data"}
             other = Coded(flags.run, theirs).pool()
@@ -1934,7 +1934,7 @@ def explain_concepts(flags):
     seen.tell(page, "words", "Concepts of the labels", names, shown, maps,
               judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
     codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
-    for c, j in enumerate(chosen):                           # where all streams are most active
+    for c, j in enumerate(chosen):                           # test samples where all are strongest
         strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
                                                          for code in codes))
         asked.update({(seen.test[n], c): bool(strength[n] > 0)
