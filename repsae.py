@@ -273,27 +273,13 @@ FOLDER = "device log-every save-every eval-rows overwrite resume"
 ON_RUN = "data seed device out overwrite"
 
 
-# ---- Several processes, of torchrun --------------------------------------------------------------
-# Each trains on its share of every batch (`SPARC.across`) and does all else for itself; the first
-# alone writes and speaks.
+# ---- Runs: folders that a command owns while it writes ------------------------------------------
+# Of several processes, of torchrun, each trains on its share of every batch (`SPARC.across`) and
+# does all else for itself; the first alone writes and speaks.
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 RANK, PROCESSES = (int(os.environ[name]) if LAUNCHED else alone
                    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
-
-
-def join_processes(flags):
-    """Meet the others; each takes the GPU of its own number."""
-    refuse(flags.command != "sparc", f"{flags.command} runs in one process - leave torchrun out")
-    gpu = flags.device.startswith("cuda")
-    if gpu:
-        flags["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(flags.device)
-    torch.distributed.init_process_group("nccl" if gpu else "gloo")
-
-
-# ---- Runs: folders that a command owns while it writes ------------------------------------------
-
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
 
 
@@ -389,8 +375,8 @@ class Run:
             lock.close()
 
     def begin(self, **about):
-        """Make the folder, rid it of what its manifest lists unless the run goes on, and write
-        config.json: the flags and what `about` tells."""
+        """Make the folder; unless the run goes on, remove what its manifest lists, and what a
+        killed one left of it half written; write config.json: the flags and what `about` tells."""
         refuse(self.saved and self.saved.get("data_hash") != about.get("data_hash"),
                f"the data (or the run it joins) is not what the run in {self.folder} was trained "
                "on - restore it")
@@ -398,24 +384,20 @@ class Run:
             return self
         self._lock()
         if not self.saved:
-            self._clear()
+            inputs = inputs_of(self.flags)
+            for name in self.files:
+                self._check(name)
+                refuse(os.path.realpath(self.join(name)) in inputs,
+                       f"{self.join(name)} is read by this command - name another {self.way}")
+            for path in map(self.join, self.files):
+                for left in [path, *glob.glob(glob.escape(path) + ".*.tmp")]:
+                    if os.path.isfile(left) and not os.path.islink(left):
+                        os.remove(left)
+            self.files = []
         self.about = {"command": self.flags.command, "flags": self.flags, **about,
                       "versions": versions()}
         self.path("config.json")
         return self
-
-    def _clear(self):
-        """Remove what the manifest lists, and what a killed run left of it half written."""
-        inputs = inputs_of(self.flags)
-        for name in self.files:
-            self._check(name)
-            refuse(os.path.realpath(self.join(name)) in inputs,
-                   f"{self.join(name)} is read by this command - name another {self.way}")
-        for path in map(self.join, self.files):
-            for left in [path, *glob.glob(glob.escape(path) + ".*.tmp")]:
-                if os.path.isfile(left) and not os.path.islink(left):
-                    os.remove(left)
-        self.files = []
 
     def _check(self, name):
         """Raise InputError unless a name stays in the folder, and no link leads out of it."""
@@ -449,6 +431,7 @@ class Run:
                "png": judge.save_picture, "safetensors": judge.write_safetensors}
         for path, content in zip(self.paths(list(files)), () if RANK else files.values()):
             how[path.rpartition(".")[2]](path, content)
+        return self
 
     def tell(self, page, metrics=None, quiet=False):
         """Write report.html and metrics.json, and say where they are."""
@@ -1069,7 +1052,7 @@ def read_to_train(flags):
                f"stream '{s}' is missing in the train split - leave it out")
     if features.tokens:
         say_once(f"note: each of the {features.tokens} tokens of a sample counts as a sample")
-    return features.per_token()
+    return flat
 
 
 # ---- A run in use: its model, features and codes ------------------------------------------------
@@ -1180,9 +1163,8 @@ class Coded:
 
 def foreign(run):
     """Whether `run` is a folder that another library wrote."""
-    names = [name for name in ("checkpoint.pt", *sae.LIBRARIES)
-             if os.path.isfile(os.path.join(run, name))]
-    return names != [] and names[0] != "checkpoint.pt"
+    theirs = [name for name in sae.LIBRARIES if os.path.isfile(os.path.join(run, name))]
+    return theirs != [] and not os.path.isfile(os.path.join(run, "checkpoint.pt"))
 
 
 def as_trained(run, flags):
@@ -1326,22 +1308,9 @@ def cmd_encode(flags):
 def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
     5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
-    run = Run(flags)
-    axes, changes = parse_axes(run.flags), {}
-    for values in itertools.product(*axes.values()):
-        change = dict(zip(axes, values))
-        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in change.items())
-        if "streams" in change:
-            change["streams"] = change["streams"].replace("+", ",")
-        changes[name] = change                               # "global_lam1"
-    compared(run, changes, functools.partial(judge.tell_sweep, axes=axes))
-
-
-def parse_axes(flags):
-    """The flag --over, "lr=1e-4,5e-4 k=2,4" -> {setting of the command: its values}."""
-    known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*COMMANDS[flags.command].flags}
-    axes = {}
-    for word in (flags.over or "").split() or [""]:
+    run, axes, changes = Run(flags), {}, {}                  # axes: {setting: its values}
+    known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*cmd_sweep.flags}
+    for word in (run.flags.over or "").split() or [""]:
         name, _, values = word.partition("=")
         key, values = name.replace("-", "_"), values.split(",")
         kind = FLAGS[name][1] if name in known else "text"
@@ -1349,7 +1318,13 @@ def parse_axes(flags):
         refuse(key in axes or kind in ("text", "switch") and not sets, f"--over {word} - write for "
                'example "topk=global,local lam=0,1" or "streams=a+b,a+b+c"')
         axes[key] = [*dict.fromkeys(value_of(kind, v, f"--over {word}: {v}") for v in values)]
-    return axes
+    for values in itertools.product(*axes.values()):
+        change = dict(zip(axes, values))
+        name = "_".join(v if isinstance(v, str) else f"{key}{v:.9g}" for key, v in change.items())
+        if "streams" in change:
+            change["streams"] = change["streams"].replace("+", ",")
+        changes[name] = change                               # "global_lam1"
+    compared(run, changes, functools.partial(judge.tell_sweep, axes=axes))
 
 
 ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
@@ -1383,8 +1358,7 @@ def cmd_dino(flags):
            f"{run.flags.images} has {len(rows)} picture to train on - give at least two")
     refuse(flags.preset not in (None, "thesis"), f"--preset {flags.preset} is of sae - use thesis")
     if not run.saved and not flags.preset and len(rows) < 20_000:
-        given = {k: v for k, v in flags.items() if k in flags.given}
-        chosen = ssm.dino_settings_for(len(rows), given)
+        chosen = ssm.dino_settings_for(len(rows), {k: flags[k] for k in flags.given})
         shown = ", ".join(f"{name.replace('_', '-')} {v}" for name, v in chosen.items())
         say(f"chosen for {len(rows)} pictures: {shown}")
         run.flags = flags.replaced(chosen)
@@ -1403,10 +1377,9 @@ def cmd_dino(flags):
                        flags.local_scale, flags.blur, flags.colour)
     run.begin(data_hash=images.hash, pictures=len(images))
     watch, measure = watched(images, flags)                  # labels serve this alone
-    before = watch and watch(teacher.backbone)               # random weights
+    others = {"random weights": watch(teacher.backbone), "raw pixels": watch()} if watch else {}
     log = train_dino(run, nets, images, crops, watch)
     page = judge.Page(f"repsae dino: {flags.arch}")
-    others = {"random weights": before, "raw pixels": watch()} if watch else {}
     run.tell(page, judge.tell_dino(page, log.rows, others, measure))
 
 
@@ -1457,14 +1430,12 @@ def watched(images, flags, most=4000):
     tasks = judge.label_tasks(images.labels, *rows) if all(map(len, rows)) else []
     if not tasks:
         return None, None
-    measure, classes = "balanced accuracy", len(images.label_names)
-    if images.labels.ndim == 2:                              # labels that hold at once
-        measure, classes = "AUC", 2
+    several = images.labels.ndim == 2                        # may hold at once
+    measure, classes = ("AUC", 2) if several else ("balanced accuracy", len(images.label_names))
 
     def watch(backbone=None):
         x = [images.features(part, backbone, flags.size) for part in rows]
-        found = judge.judged_features(*x, tasks, rows, classes, ks=(20,))
-        return found["20-NN"][measure]
+        return judge.judged_features(*x, tasks, rows, classes, ks=(20,))["20-NN"][measure]
     return watch, measure
 
 
@@ -1509,8 +1480,7 @@ def cmd_extract(flags):
     if flags.tokens:                                         # views are square
         about["grid"] = np.repeat(math.isqrt(first.shape[1]), 2)
     if run:                                                  # what is cut short keeps its labels
-        run.begin(data_hash=images.hash)
-        run.write({f"{key}.npy": array for key, array in about.items()})
+        run.begin(data_hash=images.hash).write({f"{key}.npy": a for key, a in about.items()})
     for s, blocks in made.items():                           # here the models see the pictures
         if run:
             judge.write_npy(run.path(f"{s}.npy"), blocks, len(images))
@@ -1538,10 +1508,9 @@ def load_backbone(spec, flags, n_classes=0):
            f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
     arch, at, patch = arch.partition("@") if file else (arch, "", "")
     patch = value_of(FLAGS["patch"][1], patch, f"{spec}: patch {patch}", None) if at else None
-    made = {"arch": arch, "size": None, "patch": patch, "n_classes": None}
-    if file == "random":                                     # of any size
-        made["size"] = flags.get("size") or None
-    elif not file:                                           # our own files say what they are
+    made = {"arch": arch, "size": flags.get("size") if file == "random" else None,   # of any size
+            "patch": patch, "n_classes": None}
+    if not file:                                             # our own files say what they are
         if os.path.exists(os.path.join(where, "clip.pt")):
             return name, load_clip(where, flags.device)
         file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
@@ -1567,7 +1536,7 @@ def load_backbone(spec, flags, n_classes=0):
         ssm.load_weights(model, file, new_head=bool(n_classes))
     refuse(patch not in (None, getattr(model, "patch", 0)), f"{spec} - {arch} has no such patches")
     model.side = made["size"] or getattr(model, "size", 224)                 # a scan takes any size
-    if arch.startswith("dinov2") and file and not made["size"]:
+    if arch.startswith("dinov2") and not made["size"]:
         model.side = 224                                     # thesis A.1.2, not 518
     return name, model.eval().to(flags.device)
 
@@ -1624,24 +1593,19 @@ def cmd_latents(flags):
         judge.tell_verdict(page, known["verdict"])
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}))
-    files = tell_stream(page, coded, flags) if one else {}
-    run.begin().write(files)
-    run.tell(page)
-
-
-def tell_stream(page, coded, flags):
-    """Tell what latents of one stream are, on training samples; returns files to write."""
-    features, train = coded.features, coded.train
-    known = features.labelled[train]
-    table = judge.latent_table(coded.strength[train], coded.count[train],
-                               features.label_matrix(train) if known.any() else None, flags.top,
-                               flags.weighted, known)
-    references = [train[ranks.indices[ranks.data.argsort()]].tolist()    # best first
-                  for ranks in table.pop("references")]
-    judge.tell_latents(page, table, len(train), features.label_names)
-    return {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
-        {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
-         "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
+    files = {}
+    if one:                                                  # what its latents are in training
+        train, known = coded.train, features.labelled[coded.train]
+        table = judge.latent_table(coded.strength[train], coded.count[train],
+                                   features.label_matrix(train) if known.any() else None,
+                                   flags.top, flags.weighted, known)
+        references = [train[ranks.indices[ranks.data.argsort()]].tolist()        # best first
+                      for ranks in table.pop("references")]
+        judge.tell_latents(page, table, len(train), features.label_names)
+        files = {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
+            {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
+             "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
+    run.begin().write(files).tell(page)
 
 
 def tell_barcodes(page, coded, mean, between):
@@ -1689,10 +1653,9 @@ def search(coded, names, flags):
     refuse(not names, "--names is missing - a search needs the latents' names")
     weights = judge.name_weights(flags.query, names)
     refuse(not weights, f"no name fits '{flags.query}' - try other words")
-    found = judge.search(coded.strength, weights, coded.test)[:flags.top]
     best = sorted(weights.items(), key=lambda v: -v[1])[:10]
     print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in best))
-    for row in found:
+    for row in judge.search(coded.strength, weights, coded.test)[:flags.top]:
         print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
     if flags.label is not None:
         y, _, rows = coded.told(flags.label)
@@ -1719,7 +1682,18 @@ def cmd_intervene(flags):
         means = judge.class_means(coded.strength[train], y[train])
         tell_interventions(page, coded, y > 0, train, test, means)
         tell_places(page, coded, label, test, means[1], flags.iou)
-        tell_class_means(page, means, flags)
+        pairs = {"--data": means}                            # name: (2, L); Mammo-SAE Fig. 4
+        if flags.other:                                      # Eq. 2, too
+            theirs = flags.replaced({"data": flags.other})
+            theirs.given |= {"data"}
+            other = Coded(flags.run, theirs).pool()
+            known, rows, _ = other.told(flags.label)
+            pairs["--other"] = judge.class_means(other.strength[rows], known[rows])
+        page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
+                                   for name, v in pairs.items()]), key="separation")
+        for name, v in pairs.items():
+            lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
+            page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))
     tell_fidelity(page, coded, y, train, test, flags.eval_rows)
     run.begin().tell(page)
 
@@ -1761,22 +1735,6 @@ def tell_places(page, coded, label, test, rank, iou):
         page.picture("The top latents over pictures with the label; true boxes in red", "".join(
             judge.heat_strip(image, coded.boxes(row, label), coded.heat(row, top))
             for row, image in shown.items()))
-
-
-def tell_class_means(page, means, flags):
-    """Tell how far apart the class means of latents are, here and in --other (Mammo-SAE Fig. 4)."""
-    pairs = {"--data": means}                                # name: (2, L)
-    if flags.other:
-        theirs = flags.replaced({"data": flags.other})
-        theirs.given |= {"data"}
-        other = Coded(flags.run, theirs).pool()
-        y, train, _ = other.told(flags.label)
-        pairs["--other"] = judge.class_means(other.strength[train], y[train])  # Eq. 2, too
-    page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
-                               for name, v in pairs.items()]), key="separation")
-    for name, v in pairs.items():
-        lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
-        page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))  # as in Fig. 4
 
 
 def tell_fidelity(page, coded, y, train, test, eval_rows):
@@ -1911,9 +1869,8 @@ def import_clip(flags):
     refuse(words.size != model.config["vocab"], f"{flags.merges} makes {words.size} tokens, not "
            f"{model.config['vocab']} - give CLIP's bpe_simple_vocab_16e6.txt.gz")
     ssm.standardise_pixels(model.visual, *pixels, data.IMAGENET)
-    run = Run(flags).begin()
-    run.write({"clip.pt": {"model": model.state_dict(), "config": model.config,
-                           "merges": words.words}})
+    run = Run(flags).begin().write({"clip.pt": {
+        "model": model.state_dict(), "config": model.config, "merges": words.words}})
     say(f"wrote {run.join('clip.pt')}")
 
 
@@ -1976,15 +1933,22 @@ def explain_concepts(flags):
         shown.update({(i, c): i in here for i in here[:2] + without[:1]})
     seen.tell(page, "words", "Concepts of the labels", names, shown, maps,
               judge.indicator(seen.J, seen.model.n_latents).to(seen.flags.device))
-    tell_latents(seen, page, chosen)
+    codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
+    for c, j in enumerate(chosen):                           # test samples where all are strongest
+        strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
+                                                         for code in codes))
+        asked.update({(seen.test[n], c): bool(strength[n] > 0)
+                      for n in np.argsort(-strength, kind="stable")[:4]})
+    single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
+    seen.tell(page, "latents", "Single latents, where they are most active",      # thesis Fig. 5.4
+              [f"latent {j}" for j in chosen], asked, seen.code_maps(single, asked), single)
     tell_texts(seen, page, texts)
     kept = {"keys": np.array(list(seen.truth))}
     for name, found in maps.items():
         if found:
             nothing = np.full_like(next(iter(found.values())), np.nan)   # of labels without latents
             kept[name] = np.stack([found.get(key, nothing) for key in seen.truth])
-    run.begin().write({"maps.npz": kept})
-    run.tell(page)
+    run.begin().write({"maps.npz": kept}).tell(page)
 
 
 class Concepts(Coded):
@@ -2010,7 +1974,21 @@ class Concepts(Coded):
             raise InputError(f"{self.flags.data} has no '{name}' - explain needs captions, labels "
                              "and all streams of the run")
         self.captions = features.about["captions"].astype(str).tolist()
-        self._see()
+        self.sees, clips = {}, []
+        for spec in self.flags.weights.split(","):
+            name, backbone = load_backbone(spec, self.flags)
+            stream = name
+            if hasattr(backbone, "clip"):
+                stream = f"{name}_img"
+                clips.append((name, backbone))
+            refuse(stream not in self.model.dims,
+                   f"the run has no stream '{stream}' - it has {', '.join(self.model.streams)}")
+            without = not judge.kept_attention(backbone)     # attention: named by what it gets
+            self.sees[name + " (Grad-CAM)" * without] = backbone, stream
+        refuse([f"{name}_txt" in self.model.dims for name, _ in clips] != [True],
+               f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
+        (self.clip, self.encoder), = clips
+        self.text, self.pictured = f"{self.clip}_txt", f"{self.clip}_img"
         train, most = features.rows("train"), flags.most if "most" in flags.given else 400
         chose = self.codes(train, "alone" if self.model.topk == "local" else "joint")
         self.J = judge.concept_latents(chose, features.label_matrix(train), flags.least,
@@ -2022,24 +2000,6 @@ class Concepts(Coded):
         self.truth = {key: mask for key, mask in truth.items() if key[0] in self.test}
         self.there = sorted({c for _, c in self.truth})
         refuse(not self.truth, f"no test picture of {flags.images} has an object - give others")
-
-    def _see(self):
-        """Load the backbones; one without attention goes by the name of what it gets instead."""
-        self.sees, clips = {}, []
-        for spec in self.flags.weights.split(","):
-            name, backbone = load_backbone(spec, self.flags)
-            stream = name
-            if hasattr(backbone, "clip"):
-                stream = f"{name}_img"
-                clips.append((name, backbone))
-            refuse(stream not in self.model.dims,
-                   f"the run has no stream '{stream}' - it has {', '.join(self.model.streams)}")
-            plain = not judge.kept_attention(backbone)
-            self.sees[name + " (Grad-CAM)" * plain] = backbone, stream
-        refuse([f"{name}_txt" in self.model.dims for name, _ in clips] != [True],
-               f"{len(clips)} runs of clip in --weights - name the one of the run's text stream")
-        (self.clip, self.encoder), = clips
-        self.text, self.pictured = f"{self.clip}_txt", f"{self.clip}_img"
 
     def code(self, stream):
         """The function features (B, d) -> dense codes (B, L) of a stream alone."""
@@ -2125,19 +2085,6 @@ def measured_maps(seen, page):
                "Segmentation by heat maps: of the labels that are there, as published, and of all",
                key="segmentation")
     return maps
-
-
-def tell_latents(seen, page, chosen, most=4):
-    """Single latents z_j (thesis Fig. 5.4) in test samples where all streams are most active."""
-    codes, asked = seen.codes(np.array(seen.test), "alone").values(), {}
-    for c, j in enumerate(chosen):
-        strength = sum(z / max(z.max(), 1e-12) for z in (code[:, [j]].toarray()[:, 0]
-                                                         for code in codes))
-        best = np.argsort(-strength, kind="stable")[:most]
-        asked.update({(seen.test[n], c): bool(strength[n] > 0) for n in best})
-    single = judge.indicator([[j] for j in chosen], seen.model.n_latents).to(seen.flags.device)
-    seen.tell(page, "latents", "Single latents, where they are most active",
-              [f"latent {j}" for j in chosen], asked, seen.code_maps(single, asked), single)
 
 
 def tell_texts(seen, page, texts, most=4):
@@ -2233,7 +2180,13 @@ def cmd_tile(flags):
     overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
     """
     if flags.voc:
-        return cut_voc(flags)
+        cuts, side = data.cut_boxes(flags.voc, window=flags.window), flags.size or 64
+        names = [f"{name}.png" for name in cuts.about["ids"]]
+        for i, path in enumerate(Run(flags).begin().paths(names)):
+            judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
+        for name, n in zip(*np.unique([*map(os.path.dirname, names)], return_counts=True)):
+            print(f"{name}: {n}")
+        return
     check_needed(flags, "images")
     slides, size, run = noted(data.read_slides(flags.images)), flags.size or 224, Run(flags)
     names, of_each = slides.about["groups"].tolist(), os.path.isdir(flags.rois or "")
@@ -2256,16 +2209,6 @@ def cmd_tile(flags):
         run.write({f"{name}.npz": tiles.arrays(out), f"{name}.png": shown})
         inside = f", {tiles.labels.sum()} of them in the regions" if flags.rois else ""
         print(f"{out}: {len(tiles)} tiles of {side} pixels{inside}")
-
-
-def cut_voc(flags):
-    """The annotated boxes of --voc as pictures in folders of split and class."""
-    cuts, side = data.cut_boxes(flags.voc, window=flags.window), flags.size or 64
-    names = [f"{name}.png" for name in cuts.about["ids"]]
-    for i, path in enumerate(Run(flags).begin().paths(names)):
-        judge.save_picture(path, cuts.open(i).resize((side, side), Image.BICUBIC))
-    for name, n in zip(*np.unique([*map(os.path.dirname, names)], return_counts=True)):
-        print(f"{name}: {n}")
 
 
 @command("data! stream head widths attention dropout instances subtyping epochs=200 patience=20 "
@@ -2316,8 +2259,6 @@ def mil_round(bags, make, flags, r, train, val, test):
     from bags `train`, each from its own weights, and stop by bags `val` if there are any; and the
     models. r: the number of the round."""
     models, p = [], 0
-    how = {**flags.pick("epochs lr weight_decay patience cosine subtyping"), "k": flags.instances,
-           "least": flags.min_epochs}
 
     def batches(rows, size=flags.batch):
         return [[v.to(flags.device) for v in bags.padded(rows[i:i + size])]
@@ -2329,7 +2270,8 @@ def mil_round(bags, make, flags, r, train, val, test):
         model.mean, model.std = bags.scale(train)            # of no bag that is reported
         ssm.fit_mil(model.to(flags.device),
                     lambda epoch: batches(bags.drawn(train, rng, flags.balanced)), batches(val),
-                    **how)
+                    k=flags.instances, least=flags.min_epochs,
+                    **flags.pick("epochs lr weight_decay patience cosine subtyping"))
         with torch.no_grad():
             logits = torch.cat([model(x, mask)[0] for x, mask, _ in batches(test, 1)])
         p = p + logits.softmax(1).cpu().numpy() / flags.votes  # the mean vote
@@ -2381,7 +2323,7 @@ def cmd_finetune(flags):
     for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
         one = flags.replaced({"seed": flags.seed + r})       # new weights and order each run
         model = load_backbone(specs[name], one, C)[1]
-        scores, history = finetune_one(pictures, rounds[r], model, one)
+        scores, history = finetune_one(pictures, model, one, *rounds[r])
         found[name].append(scores)
         for epoch, (loss, held) in enumerate(history, 1):
             log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss, "validation": held})
@@ -2394,12 +2336,11 @@ def cmd_finetune(flags):
     run.tell(page, {"parameters": sizes, "test pictures": len(rounds[0][2])})
 
 
-def finetune_one(pictures, parts, model, flags):
+def finetune_one(pictures, model, flags, train, val, test):
     """Train a classifier, stop by the validation loss, judge the best epoch on the test rows:
     (scores, history)."""
     torch.set_flush_denormal(True)
     torch.manual_seed(flags.seed)
-    train, val, test = parts
     x, y = data.normalised(pictures.about["images"]), torch.from_numpy(pictures.labels)
 
     def batches(epoch):
@@ -2546,8 +2487,14 @@ def fail(text):
 def perform(run, flags):
     """Run a command on a device that torch can use; what it returns are figures for --json."""
     try:
-        if PROCESSES > 1:
-            join_processes(flags)
+        if PROCESSES > 1:                                    # meet the others
+            refuse(flags.command != "sparc",
+                   f"{flags.command} runs in one process - leave torchrun out")
+            gpu = flags.device.startswith("cuda")
+            if gpu:                                          # each takes that of its own number
+                flags["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(flags.device)
+            torch.distributed.init_process_group("nccl" if gpu else "gloo")
         torch.zeros(1, device=flags.get("device") or "cpu")
     except (RuntimeError, AssertionError) as e:
         why = str(e).splitlines()[0][:60]
