@@ -1753,22 +1753,22 @@ def naming_prompt(shown):
 
 
 def name_weights(query, names):
-    """How well names of latents fit a query: {latent: Jaccard overlap of their words}, above 0."""
+    """{latent: Jaccard overlap of its name's words with those of a query}, above 0."""
     asked, *found = (set(re.findall(r"\w+", text.lower())) for text in (query, *names.values()))
     return {j: len(asked & v) / len(asked | v) for j, v in zip(names, found) if asked & v}
 
 
 def search(strength, weights, rows):
-    """Of codes (n, L) CSR the rows that latents {number: weight} point to, best first: by their
-    weighted sum, every latent as a share of its greatest value, so that they count alike."""
+    """Rows of codes (n, L) CSR, best first by a sum of latents {number: weight}, each as a share of
+    its greatest value, so that they count alike."""
     code = strength[:, list(weights)]
     share = np.array(list(weights.values())) / np.maximum(code.max(axis=0).toarray()[0], 1e-12)
     return rows[np.argsort(-(code[rows] @ share), kind="stable")]
 
 
 def search_precision(strength, weights, rows, y, named, top, seed=0, rounds=100):
-    """Share of the `top` rows found by `search` for which y (n,) bool is true, and the same
-    `rounds` times with the weights given to latents drawn from those `named`."""
+    """For what share of the `top` rows found y (n,) bool is true, and the same `rounds` times for
+    latents drawn from those `named`."""
     rng, found = np.random.default_rng([seed, 11]), []
     for _ in range(rounds + 1):
         found.append(float(y[search(strength, weights, rows)[:top]].mean()))

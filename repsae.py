@@ -1648,13 +1648,12 @@ def write_prompts(coded, path, top):
 
 
 def search(coded, names, flags):
-    """Tell the samples that latents of fitting names find, and with --label how many are right,
-    beside names shuffled."""
+    """Tell what latents of fitting names find, with --label how much is right, beside chance."""
     refuse(not names, "--names is missing - a search needs the latents' names")
     weights = judge.name_weights(flags.query, names)
     refuse(not weights, f"no name fits '{flags.query}' - try other words")
     best = sorted(weights.items(), key=lambda v: -v[1])[:10]
-    print("latents: " + ", ".join(f"{j} '{names.get(j, '')}' {w:.2f}" for j, w in best))
+    print("latents: " + ", ".join(f"{j} '{names[j]}' {w:.2f}" for j, w in best))
     for row in judge.search(coded.strength, weights, coded.test)[:flags.top]:
         print("  " + ", ".join(f"{k} {v}" for k, v in coded.about(row).items()))
     if flags.label is not None:
@@ -2193,8 +2192,7 @@ def cmd_tile(flags):
     files = [os.path.join(flags.rois, f"{name}.xml") if of_each else flags.rois for name in names]
     there = {file for file in files if file and (not of_each or os.path.exists(file))}
     refuse(flags.rois and (not there or not of_each and len(slides) > 1), f"--rois {flags.rois} "
-           "annotates no slide - name one slide and its file, or a folder with NAME.xml of each "
-           "slide that has regions")
+           "annotates no slide - name one slide and its file, or a folder of NAME.xml")
     if of_each and (others := {*glob.glob(glob.escape(flags.rois) + "/*.xml")} - there):
         say(f"note: no slide has the name of {', '.join(sorted(others)[:3])}")
     regions = [data.read_polygons(file) if file in there else [] for file in files]

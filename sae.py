@@ -22,8 +22,7 @@ Glossary     B batch . M streams . L latents . k latents kept per sample . d_s w
 
 Deviations   from the authors' code, where it differs from the papers or is wrong:
              the loss sums over streams as Eq. 14 does; theirs averages (`reduction="mean"`);
-             AuxK (see `SPARC._auxk`) is 0 when no latent is dead, adds no b_pre, sends gradient to
-             dead latents only, and divides by the batch's residual energy, theirs each sample's;
+             AuxK differs in what it adds, masks and divides by: see `SPARC._auxk`;
              latents are drawn anew `reinit_after` steps after they died, with their Adam moments;
              theirs at once, which leaves AuxK nothing to do;
              dictionary rows are renormalised after the optimiser step: saved ones have unit norm;
@@ -124,7 +123,7 @@ def joined(pieces):
 
 def nmse(x, x_hat):
     """Normalised mean squared error, thesis Eq. 13, over the samples of x, x_hat (B, d). Those of
-    zeros have no scale to normalise by and are left out (the authors' code gives inf)."""
+    zeros have no scale to normalise by and are left out."""
     return ((x - x_hat).square().sum(1) * _nmse_weight(x.square().sum(1))).sum()
 
 
@@ -319,8 +318,8 @@ class SPARC(nn.Module):
                 still dead `reinit_after` steps later is drawn anew (theirs: at once)
     kernels     "auto", "csr" or "gather": see the sparse products above
     seed        of the initial weights and of every later draw
-    start       length of encoder rows at first (authors: 1). Where a row was drawn to point means
-                nothing to other streams, and a short one sooner points elsewhere
+    start       length of encoder rows at first (authors: 1). Where they were drawn to point means
+                nothing to other streams; short ones soon turn
 
     Parameters live in dicts by stream. Statistics, dead-latent counters and the step count are
     buffers: a state_dict has what a run needs to go on. Raises InputError for what cannot be."""
@@ -935,10 +934,9 @@ def _start_anew(model, optimiser, s, rows, *weights):
 
 @torch.no_grad()
 def _resample(model, optimiser, x):
-    """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023). Samples of
-    this batch (the published code keeps 819,200), drawn with probability proportional to the square
-    of their loss, become the directions; encoder rows get a fifth of the mean length of the living;
-    bias and Adam moments 0."""
+    """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023). Those of this
+    batch, drawn in proportion to the square of their loss, become the directions; encoder rows get
+    a fifth of the mean length of the living; bias and Adam moments 0."""
     s = model.streams[0]
     unset = model.by_batch and model.kept_above.isnan()
     if model.revive != "resample" or unset or not model.dead(s).any():
@@ -981,7 +979,7 @@ def _recycle(model):
 def train_step(model, optimiser, x, loss=None):
     """One step on one batch x of raw features, down loss(model, x) or else model.loss(x). Returns
     a dict: `loss` and its parts. The order matters: gradient projected, optimiser step, rows
-    renormalised. (The authors renormalise before the step: what they save is off unit norm.)"""
+    renormalised."""
     _recycle(model)
     x = model._named(x)
     total, parts = loss(model, x) if loss else model.loss(x)

