@@ -55,7 +55,7 @@ class InputError(ValueError):
 
 
 def refuse(when, why):
-    """Raise InputError with the words `why` where `when` holds; `why` is made in any case."""
+    """Raise InputError(why) where `when` holds; `why` is made in any case."""
     if when:
         raise InputError(why)
 
@@ -934,7 +934,7 @@ def read_open_clip(path):
 def latent_semantics(captions, known, longest=1, width=32):
     """Latent semantic analysis (Deerwester et al. 1990): a text encoder that never saw a picture.
 
-    Counts of words, and runs of up to `longest`, that stand in the rows `known`, times the log of
+    Counts of words, and of runs of up to `longest` of them, in the rows `known`, times the log of
     their rarity, scaled to length 1, on these rows' first right singular vectors (N, width)."""
     grams = []
     for words in map(Words.split, captions):

@@ -1443,7 +1443,7 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=sli
     label, purity   the most frequent label among the active samples, -1 for none, and its share"""
     n, active = strength.shape[0], strength.getnnz(axis=0)
     mean = np.ravel(strength.sum(0)) / np.where(active, active, np.nan)
-    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))  # among equal counts
+    score = strength.astype(np.float64) * (0.5 / max(strength.max(), 1e-30))  # for equal counts
     references = top_samples((score if weighted else score + count).tocsr(), top)
     out = {"frequency": active / n, "mean": mean, "references": references}
     if labels is None or not labels.shape[1]:
@@ -1485,10 +1485,9 @@ def latent_chart(lines, interest, unit, most=100):
 
 
 def barcodes(count, groups, y):
-    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts (the published
-    code divides by the number of latents). y (n,) int: the samples' labels, negative where unknown.
-    Returns names (P,), CSR (P, L) and the label (P,) that all known samples of a group have, -1
-    where there is none, or there are several."""
+    """CytoSAE Eq. 4: group (patient) barcodes a_p, the mean of its samples' counts. y (n,) int: the
+    samples' labels, negative where unknown. Returns names (P,), CSR (P, L) and the label (P,) that
+    all known samples of a group have, -1 where there is none, or there are several."""
     names, member = np.unique(groups, return_inverse=True)
     share = sp.csr_matrix((1 / np.bincount(member)[member], (member, np.arange(len(member)))))
     told = np.zeros((len(names), max(y.max(), 0) + 1), bool)
@@ -1785,7 +1784,7 @@ def relevancy(attention, target):
     head cut to 0, averaged over heads. Row 0 without its first column is what a class token
     saw: exactly 0 for a target that nothing moves, such as latents of an absent concept.
 
-    attention: of each layer (B, heads, T, T) probabilities behind `target`, a sum over samples."""
+    attention: of each layer (B, heads, T, T), what `target`, a sum of a scalar a sample, is of."""
     R = torch.eye(attention[0].shape[-1]).to(attention[0]).repeat(len(attention[0]), 1, 1)
     if not target.requires_grad:
         return R

@@ -52,7 +52,7 @@ class InputError(ValueError):
 
 
 def refuse(when, why):
-    """Raise InputError with the words `why` where `when` holds; `why` is made in any case."""
+    """Raise InputError(why) where `when` holds; `why` is made in any case."""
     if when:
         raise InputError(why)
 
@@ -233,7 +233,7 @@ SETTINGS = {
     "aux-k": (64, "int 1..", "dead latents that rebuild the residual (AuxK)"),
     "aux-coef": (1 / 32, "float", "weight of AuxK; 0 for none"),
     "reinit-after": (1000, "int 0..1e9", "dead for so long, a latent is drawn anew (authors: 0)"),
-    "start": (None, "float 1e-6..1e3", "length of encoder rows at first, 1/3 (authors: 1)"),
+    "start": (None, "float 1e-6..1e3", "of encoder rows: times the authors' length, 1/3"),
     "expansion": (None, "int 1..", "L over the stream's width, instead of --latents"),
     "bandwidth": (None, "float 1e-12..", "jumprelu: epsilon of the threshold's gradient, 0.1"),
     "bottleneck": (256, "int 1..1e5", "DINO's head: width of its last layer"),
@@ -274,8 +274,8 @@ ON_RUN = "data seed device out overwrite"
 
 
 # ---- Runs: folders that a command owns while it writes ------------------------------------------
-# Of several processes, of torchrun, each trains on its share of every batch (`SPARC.across`) and
-# does all else for itself; the first alone writes and speaks.
+# Of torchrun's processes each trains on its share of every batch (`SPARC.across`) and does all
+# else for itself; the first alone writes and speaks.
 
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 RANK, PROCESSES = (int(os.environ[name]) if LAUNCHED else alone
@@ -495,6 +495,8 @@ def read_config(folder):
         case {"flags": dict(flags), "versions": dict(), "files": list(files)} if all(
                 isinstance(name, str) and plain(name) for name in files):
             check_kinds(flags, path)
+            if "loss" in flags:                              # older runs do not say it
+                flags.setdefault("start", 1.)
             return config
     raise InputError(f"{path} is no config of a run - restore it, or train anew elsewhere")
 
@@ -704,8 +706,7 @@ def settings_for(n, streams=1, latents=None, k=None, batch=None, epochs=None):
     latents as samples and an eighth of them kept (but 40: with fewer even small files are rebuilt
     badly), 50 passes in steps of a tenth of the samples, every dimension standardised; from 25,000
     samples on the thesis's L, k, batch and epochs (5.3.2). The learning rate falls with the root of
-    L (Gao et al. 2024). For one stream too: more latents rebuild unseen samples no better. Of more
-    than 4 streams a code rebuilds 2 others: Eq. 14 costs M^2."""
+    L (Gao et al. 2024). Of more than 4 streams a code rebuilds 2 others: Eq. 14 costs M^2."""
     def power_of_two(most, least, limit):
         return min(max(2 ** (int(most).bit_length() - 1), least), limit)
     L = latents or power_of_two(n / 3, 128, 8192)
@@ -960,8 +961,7 @@ def compared(run, changes, tell):
         if {"streams", "seed"} & change.keys():              # the seed draws the split too
             mine = read_to_train(trial)
         trial = resolved(trial, mine)
-        # sizes that do not fit fail before anything is written, and what torch loads for its first
-        # optimiser is in no trial's seconds
+        # sizes that do not fit fail before anything is written; torch loads its first optimiser
         sae.make_optimiser(sae.SPARC(mine.dims, trial.latents, trial.k))
         for n in range(trial.seed, trial.seed + seeds):
             how = trial.replaced({"seed": n, "seeds": 1}) if seeds > 1 else trial
@@ -1227,7 +1227,8 @@ def cmd_add(flags):
     if os.path.isfile(run.flags.run):                        # of codes, whose split counts
         check_needed(run.flags, "data")
         usual = {name.replace("-", "_"): FLAGS[name][0] for name in f"{CODE} {SHARED} seed".split()}
-        flags = Flags({**usual, "world": "planted", "streams": run.flags.stream, **run.flags})
+        flags = Flags({**usual, "start": 1., "world": "planted",
+                       "streams": run.flags.stream, **run.flags})
         features, latents, k = data.with_codes(read_to_train(flags), flags.run)
         run.flags = flags.replaced({"latents": latents, "k": k})
         return judged(run, features)
@@ -1335,9 +1336,10 @@ ABLATION = {f"{topk}_lam{lam:g}": {"topk": topk, "lam": lam} for topk, lam in (
 def cmd_ablate(flags):
     """The 2x2 of thesis 5.3.4 plus `both` and `random`, joint and alone, each with its null."""
     run = Run(flags)
-    controls = {f"frozen_{part}": {"topk": "global", "lam": 1., "control": part,
-                                  "reinit_after": 10 ** 9, "start": 1.}
-                for part in ("encoder", "dictionary") if run.flags.controls}
+    parts = {"encoder": 1., "dictionary": run.flags.start}   # short frozen rows could not grow
+    controls = {f"frozen_{part}": {"topk": "global", "lam": 1., "control": part, "start": start,
+                                  "reinit_after": 10 ** 9}
+                for part, start in parts.items() if run.flags.controls}
     compared(run, {**ABLATION, **controls}, judge.tell_ablation)
 
 
@@ -1576,7 +1578,10 @@ def cmd_probe(flags):
 @command(f"{ON_RUN} stream tau top weighted between names query label prompts eval-rows", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
-    (CytoSAE). --prompts: a file to have them named by; --query: the samples that names find."""
+    (CytoSAE). --prompts: a file to have them named by; --query: what words of --names find."""
+    if flags.query:
+        check_needed(flags, "names")
+    refuse(flags.label and not flags.query, "--label judges a --query - give one")
     coded = Coded(flags.run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
     one = len(coded.features.streams) == 1
@@ -1648,8 +1653,7 @@ def write_prompts(coded, path, top):
 
 
 def search(coded, names, flags):
-    """Tell what latents of fitting names find, with --label how much is right, beside chance."""
-    refuse(not names, "--names is missing - a search needs the latents' names")
+    """Tell what latents of fitting names find; with --label what is right, beside chance."""
     weights = judge.name_weights(flags.query, names)
     refuse(not weights, f"no name fits '{flags.query}' - try other words")
     best = sorted(weights.items(), key=lambda v: -v[1])[:10]

@@ -36,8 +36,7 @@ Deviations   from the authors' code, where it differs from the papers or is wron
 Ours         topk="both" (train on the joint and on the alone support), samples that lack streams
              (the sums and means of Eq. 7, 13, 14 are over what is there), `targets` (few pairs of
              streams a sample in Eq. 14), `join_loss`, short encoder rows at first (`start`), the
-             sparse arithmetic, features standardised before they are scaled to length 1 (authors'
-             code: only scaled, papers: neither).
+             sparse arithmetic, features standardised before they are scaled (see `norm`).
 Processes    where torch.distributed was begun, `fit` of a SPARC takes in each process that one's
              share of a batch. What the loss divides by, gradients and counters are summed over
              all (`SPARC.across`), so that the steps are those of the whole batch.
@@ -78,11 +77,11 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 
 class InputError(ValueError):
-    """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
+    """What the caller can mend: what was wrong and, after a dash, what to do."""
 
 
 def refuse(when, why):
-    """Raise InputError with the words `why` where `when` holds; `why` is made in any case."""
+    """Raise InputError(why) where `when` holds; `why` is made in any case."""
     if when:
         raise InputError(why)
 
@@ -315,11 +314,11 @@ class SPARC(nn.Module):
     aux_k, aux_coef, dead_after, reinit_after
                 AuxK (thesis A.1.2): a latent that has not fired for `dead_after` training steps is
                 dead; the `aux_k` best dead latents rebuild the residual, weighted `aux_coef`. One
-                still dead `reinit_after` steps later is drawn anew (theirs: at once)
+                still dead `reinit_after` steps later is drawn anew
     kernels     "auto", "csr" or "gather": see the sparse products above
     seed        of the initial weights and of every later draw
-    start       length of encoder rows at first (authors: 1). Where they were drawn to point means
-                nothing to other streams; short ones soon turn
+    start       encoder rows begin so many times as long as the authors'. Their random directions
+                mean nothing to the other streams, and a step turns a short row further
 
     Parameters live in dicts by stream. Statistics, dead-latent counters and the step count are
     buffers: a state_dict has what a run needs to go on. Raises InputError for what cannot be."""
@@ -363,6 +362,7 @@ class SPARC(nn.Module):
             refuse(d < 1, f"stream '{s}' has width {d} - give it at least one column")
         refuse(c["targets"] is not None and c["targets"] < 1,
                f"targets={c['targets']} - give 1 or more, or lam=0 for no cross term")
+        refuse(not 0 < c["start"] < math.inf, f"start={c['start']} - give a number above 0")
         refuse(not 1 <= c["k"] <= c["n_latents"], f"k={c['k']} must lie in "
                f"1..latents={c['n_latents']} - lower k or raise latents")
         for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")),
@@ -535,8 +535,7 @@ class SPARC(nn.Module):
 
     # -- the loss --------------------------------------------------------------------------------
     def reduce(self, terms, n=None):
-        """Sum of loss terms as Eq. 14 has it, or their mean as the authors' code does: of n, where
-        few stand for all."""
+        """Sum of loss terms, Eq. 14, or their mean: of n, where few stand for all."""
         return sum(terms) / ((n or len(terms)) if self.reduction == "mean" and terms else 1)
 
     @_no_autocast
@@ -1076,7 +1075,8 @@ def load(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
         refuse(state["format"] != FORMAT,
                f"{path} has format {state['format']!r} - this version reads {FORMAT}")
-        state["config"].pop("select", None)                  # a setting of before
+        state["config"].pop("select", None)                  # settings of before
+        state["config"].setdefault("start", 1.)
         kind, optimiser = SAE if "activation" in state["config"] else SPARC, None
         model = kind(**state["config"]).to(device)
         model.load_state_dict(state["model"])

@@ -48,7 +48,7 @@ from torch.autograd.function import once_differentiable
 
 
 class InputError(ValueError):
-    """What the caller can mend: the message says what was wrong and, after a dash, what to do."""
+    """What the caller can mend: what was wrong and, after a dash, what to do."""
 
 
 # -- The selective scan ----------------------------------------------------------------------------
@@ -1275,8 +1275,7 @@ def instance_loss(model, scores, h, mask, y, k=8, subtyping=False, loss=smooth_t
     over bags.
 
     scores (B, A, N), h (B, N, E), mask (B, N) as `MIL` gives them, y (B,) labels. The choice has no
-    gradient, h has. In bags of fewer than 2 k instances k is what fits, so that none is called both
-    (the authors' code fails, or calls it both)."""
+    gradient, h has. In bags of fewer than 2 k instances k is what fits: none is called both."""
     total, C = h.new_zeros(()), len(model.instance_classifiers)
     for b in range(len(h)):
         n = int(mask[b].sum())

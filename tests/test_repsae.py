@@ -249,6 +249,24 @@ def test_seeds_give_means_and_deviations_of_runs_as_each_seed_gives_them(feature
     assert list(told(tmp_path / "sae" / "metrics.json")) == ["seed42", "seed43"] and "Stability" in capsys.readouterr().out
 
 
+def test_an_older_run_that_says_no_start_goes_on_from_the_one_it_had(features, tmp_path, capsys):
+    run("sparc", "--data", features, *SMALL, "--null", "--set", "start=1", "--out", tmp_path / "r")
+    parts = [tmp_path / "r", tmp_path / "r" / "null"]
+    before = [weights(part / "checkpoint.pt") for part in parts]
+    for part in parts:
+        config, state = told(part / "config.json"), torch.load(part / "checkpoint.pt", weights_only=True)
+        assert config["flags"].pop("start") == state["config"].pop("start") == 1
+        (part / "config.json").write_text(json.dumps(config))
+        torch.save(state, part / "checkpoint.pt")
+    assert sae.load(parts[0] / "checkpoint.pt")[0].config["start"] == 1
+    capsys.readouterr()
+    run("sparc", "--resume", "--out", tmp_path / "r")
+    assert "dead" not in capsys.readouterr().err             # nothing was trained again
+    for part, weight in zip(parts, before):
+        assert same_tensors(weights(part / "checkpoint.pt"), weight)
+    assert "--start 0.3 differs" in error(capsys, "sparc", "--resume", "--set", "start=0.3", "--out", tmp_path / "r")
+
+
 def test_controls_keep_an_encoder_or_a_dictionary_as_it_began_and_learn_the_rest(features, tmp_path, capsys):
     argv = ["ablate", "--data", features, *SMALL, "--no-null", "--seeds", 2, "--controls"]
     run(*argv, "--epochs", 4, "--out", tmp_path / "r")
@@ -1500,6 +1518,9 @@ def test_described_latents_come_back_as_names_that_find_samples(tokens, token_ru
     run("latents", token_run, "--names", tmp_path / "names.json", "--query", "granules", "--label", "sick", "--top", 8)
     out = capsys.readouterr().out
     assert "precision at 8 for 'sick': 1.000" in out and f"{strongest} 'dark granules'" in out
+    run("latents", token_run, "--names", tmp_path / "names.json", "--out", tmp_path / "l")
+    html = (tmp_path / "l" / "report.html").read_text()
+    assert json.loads(re.search('id="payload">(.*?)</script>', html)[1])["runs"][0]["names"] == names
 
 
 def test_a_run_has_all_latents_in_common_with_itself_and_fewer_with_another(features, finished, tmp_path, capsys):
@@ -1545,6 +1566,7 @@ def test_the_analyses_answer_bad_input_by_name(tokens, token_run, features, fini
             (("intervene", token_run, "--label", "sick", "--data", without(labels=np.ones(60, int))), "sick: 1 kinds of training samples, 1 of test samples"),
             (("intervene", token_run, "--data", without(labels=np.r_[np.zeros(59, int), 1])), "the labels: 1 kinds of training samples, 2 of test samples - both need two, the same"),
             (("latents", token_run, "--query", "x"), "--names is missing"),
+            (("latents", token_run, "--label", "sick"), "--label judges a --query"),
             (("compare", token_run, token_run, "--data", without(x=everything["x"][:, :, :5])), "the run was trained on")):
         assert message in error(capsys, *argv), argv
     (tmp_path / "n.json").write_text('{"99": "far"}')
