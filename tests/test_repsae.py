@@ -198,14 +198,12 @@ def test_a_stream_that_a_run_does_not_know_judges_its_latents_by_what_it_sees_it
     raw["x"][rng.random(1000) < .1] = np.nan                 # rows that other streams lack must not shift any
     np.savez(tmp_path / "f.npz", **raw, z=np.nan_to_num(raw["x"]) @ rng.standard_normal((16, 9)) + lacks,
              noise=rng.standard_normal((1000, 9)), broken=broken, tokens=np.zeros((1000, 4, 3), np.float32))
-    run("eval", finished, "--data", tmp_path / "f.npz", "--eval-rows", 150, "--json", tmp_path / "m.json")
+    run("eval", finished, "--data", tmp_path / "f.npz", "--eval-rows", 190, "--json", tmp_path / "m.json")
     found = json.loads((tmp_path / "m.json").read_text())["monosemanticity"]
     assert list(found) == [f"{s}, judged by {other}" for other in ("z", "noise") for s in "xy"]
     for s in "xy":
         assert found[f"{s}, judged by z"]["cosine"] > .05 and found[f"{s}, judged by z"]["above it, % (chance 50)"] > 60
-        assert abs(found[f"{s}, judged by noise"]["cosine"]) < .05
-    shuffled = [row["samples shuffled"] for row in found.values()]
-    assert abs(np.mean(shuffled)) < .05 and np.abs(shuffled).max() < .1
+        assert all(abs(row["samples shuffled"]) < .05 for row in found.values()) and abs(found[f"{s}, judged by noise"]["cosine"]) < .05
 
 
 def test_encode_takes_a_file_with_one_of_the_streams(finished, features, tmp_path):
