@@ -690,16 +690,6 @@ def tissue_files(made):
                              "label_names": made["disease_names"], **about}}
 
 
-def true_masks(arrays):
-    """{(image, label): bool mask} of a label's objects; hidden ones have neither pixel nor box."""
-    out, instances, boxes = {}, arrays["instances"], arrays["boxes"]
-    for i in np.unique(boxes[:, 0].astype(int)):
-        for number, box in zip(np.setdiff1d(instances[i], 0), boxes[boxes[:, 0] == i]):
-            key = int(i), int(box[1])
-            out[key] = out.get(key, False) | (instances[i] == number)
-    return out
-
-
 def _cloud(n, size, cells, rng):
     """Smooth noise (n, size, size), about N(0, 1) at each of cells x cells points, interpolated."""
     coarse = torch.from_numpy(rng.standard_normal((n, 1, cells, cells), dtype=np.float32))
@@ -993,10 +983,12 @@ class Images(Samples):
 
     paths   list of N files
     side    pixels that a part needs, at least, where a slide has levels
-    window  see `as_rgb`"""
+    window  see `as_rgb`
+    outlined  of picture i its objects, (label, (h, w) bool): a function, or None"""
     paths: list
     side: int = 224
     window: tuple = None
+    outlined: object = None
 
     def open(self, i):
         """Picture i in RGB."""
@@ -1006,6 +998,13 @@ class Images(Samples):
 
     def __len__(self):
         return len(self.paths)
+
+    def masks(self, i):
+        """{label: (h, w) bool}: where picture i shows it, all its objects together."""
+        found = {}
+        for label, mask in self.outlined(i):
+            found[label] = found.get(label, False) | mask
+        return found
 
     @property
     def whole(self):
@@ -1039,9 +1038,10 @@ class Images(Samples):
         return np.concatenate([*self.blocks(*which, **how)])
 
     def take(self, rows):
-        """The pictures `rows`, which may repeat, without their boxes."""
+        """The pictures `rows`, which may repeat, without boxes and masks of what is in them."""
         known = {key: a[rows] for key, a in self.each().items()}
-        return replace(self, paths=[self.paths[i] for i in rows], boxes=None, **_fields(known))
+        return replace(self, paths=[self.paths[i] for i in rows], boxes=None, outlined=None,
+                       **_fields(known))
 
     def each(self):
         """What there is for each picture, by key."""
@@ -1083,8 +1083,8 @@ def read_images(path):
     folders; a single large picture, which is cut into tiles (`tile_slide`'s defaults); an .npz of
     tiles as the `tile` command writes it, or a folder of such; an .npz with `images` and other keys
     of a feature file, as `tissue` writes it; a MedMNIST .npz (train_images, train_labels, ...); or
-    a Pascal VOC folder, which brings its splits and its objects. Every file but a slide's is opened
-    to see that it is a picture, and none is decoded."""
+    a folder as Pascal VOC or COCO has it, with its splits and its objects. Every file but a slide's
+    is opened to see that it is a picture, and none is decoded."""
     tiles = sorted(f for f in os.listdir(path) if f.endswith(".npz")) if os.path.isdir(path) else []
     if tiles:
         return _read_tiles([os.path.join(path, f) for f in tiles])
@@ -1095,8 +1095,10 @@ def read_images(path):
         return Images([path] * len(boxes), about={"coords": boxes})
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
         return _read_voc_folder(path)
+    coco = sorted(pathlib.Path(path).glob("annotations/instances_*.json"))
     listed = os.fspath(path).endswith(".npz")
-    found = _read_listed(path) if listed else _walk(path, PICTURES, "pictures")
+    found = _read_coco(path, coco) if coco else \
+        _read_listed(path) if listed else _walk(path, PICTURES, "pictures")
     for file in found.paths if not {"images", "coords"} & {*found.about} else ():
         open_image(file, decode=False)
     return found
@@ -1126,7 +1128,16 @@ def _read_listed(path):
         paths = [os.path.join(here, p) for p in about.pop("images")]
     elif "coords" in about:
         raise InputError(f"'images' has shape {about['images'].shape} beside 'coords' - give paths")
-    return Images(paths, **told)
+    out = Images(paths, **told)
+    if "instances" in arrays and out.boxes is not None:
+        on_top = arrays.checked("instances", f"(N, h, w) numbers of objects, N = {n}",
+                                (np.integer, n, None, None))
+
+        def outlined(i):                                     # a hidden one has no pixel and no box
+            there = zip(np.setdiff1d(on_top[i], 0), out.boxes[out.boxes[:, 0] == i])
+            return [(int(box[1]), on_top[i] == number) for number, box in there]
+        out.outlined = outlined
+    return out
 
 
 def _voc(folder, window=None):
@@ -1172,6 +1183,68 @@ def _read_voc_folder(folder):
     labels = np.zeros((len(paths), len(names)), bool)
     labels[tuple(boxes[:, :2].astype(int).T)] = True
     return Images(paths, split=np.array(splits), boxes=boxes, labels=labels, label_names=names)
+
+
+def _read_coco(folder, files):
+    """The pictures that COCO's `files`, instances_PART.json, list in folders PART, with the splits
+    that their names begin with, and their first captions; objects as labels, boxes and masks."""
+    paths, sizes, objects, splits, captions, names = [], [], [], [], [], None
+    for file in files:
+        part = file.stem.removeprefix("instances_")
+        beside, own = file.with_name(f"captions_{part}.json"), names
+        told, texts = read_json(file), read_json(beside) if beside.exists() else {"annotations": []}
+        with reading(file, "file of COCO's"):
+            row = {one["id"]: i for i, one in enumerate(told["images"], len(paths))}
+            number = {one["id"]: c for c, one in enumerate(told["categories"])}
+            names = [one["name"] for one in told["categories"]]
+            for one in told["images"]:
+                name = plain_name(one["file_name"], f"{file} lists a picture")
+                paths.append(os.path.join(folder, part, name))
+                sizes.append((one["width"], one["height"]))
+            splits += [next((s for s in SPLITS if part.startswith(s)), "train")] * len(row)
+            objects += [[] for _ in row]
+            for one in told["annotations"]:
+                i, (x, y, w, h) = row[one["image_id"]], one["bbox"]
+                corners = zip((x, y, x + w, y + h), sizes[i] * 2)
+                box = [min(max(v / side, 0), 1) for v, side in corners]
+                objects[i].append((number[one["category_id"]], box, one["segmentation"]))
+            said = {row.get(one["image_id"]): one["caption"] for one in texts["annotations"][::-1]}
+            captions += [said.get(i, "") for i in row.values()]
+        refuse(own not in (None, names), f"{file} has other categories than {files[0]} - mend them")
+    refuse(not paths, f"{files[0]} lists no pictures - add some")
+
+    def outlined(i):
+        with reading(paths[i], "picture with COCO's outlines"):
+            return [(c, _outline(told, *sizes[i])) for c, _, told in objects[i]]
+    boxes = [(i, c, *box) for i, found in enumerate(objects) for c, box, _ in found]
+    boxes, labels = np.reshape(boxes, (-1, 6)), np.zeros((len(paths), len(names)), bool)
+    labels[tuple(boxes[:, :2].astype(int).T)] = True
+    boxes = boxes[(boxes[:, 2:4] < boxes[:, 4:]).all(1)]
+    return Images(paths, split=np.array(splits), labels=labels, label_names=names, boxes=boxes,
+                  outlined=outlined, about={"captions": np.array(captions)})
+
+
+def _outline(told, width, height):
+    """A mask (h, w) as COCO tells it: polygons [x, y, x, y, ...], or how long runs of 0 and of 1
+    are in turn, column by column: numbers, or text of 5 bits a letter, lowest first; there the
+    fourth and later ones count from that two before."""
+    if isinstance(told, list):
+        raster = Image.new("L", (8 * width, 8 * height))     # a pixel half inside counts
+        for polygon in told:
+            ImageDraw.Draw(raster).polygon([8 * v - 0.5 for v in polygon], fill=255)
+        return np.asarray(raster.reduce(8)) > 127
+    runs, value, shift = told["counts"], 0, 0
+    if isinstance(runs, str):
+        runs = []
+        for letter in told["counts"].encode():
+            value |= (letter - 48 & 31) << shift
+            shift += 5
+            if letter - 48 & 32:                             # more of this number follows
+                continue
+            value -= (letter - 48 & 16) << shift - 4         # its sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def _files(folder, endings):

@@ -1979,8 +1979,9 @@ def map_scores(maps, asked, truth, otsu, silent=()):
     """What heat maps (picture, label) -> (h, w) segment of the true masks: of the labels that are
     there, as published, and of all pairs `asked`, there or not; and how many of the pairs whose
     score is 0, `silent`, have a map that is not."""
-    size = next(iter(truth.values())).shape
-    masks = {key: heat_mask(heat, size, otsu) for key, heat in maps.items()}
+    # of a label that is absent it counts alone whether there is a mask
+    masks = {key: heat_mask(heat, truth[key].shape if key in truth else heat.shape, otsu)
+             for key, heat in maps.items()}
     masks = {key: mask for key, mask in masks.items() if mask is not None}
     there = segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth)
     absent = [key in masks for key in asked if key not in truth]

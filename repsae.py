@@ -121,7 +121,7 @@ WHAT = {
     "images": (None, "path", "pictures: a folder, of class or of train, val, test folders, an "
                ".npz of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
     "weights": (None, "path", "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random, an arch alone (arch@16: its patch); name=lsa:N "
+                "name=arch:FILE, name=arch:random, an arch alone (arch@16@384: patch, size); name=lsa:N "
                 "reads captions by runs of N words; clip: a file of released weights"),
     "label": (None, "text", "the label in question, by name or number"),
     "window": (None, "pair -1e9..1e9", "grey values shown black and white (--window=-1000,400)"),
@@ -1476,7 +1476,7 @@ def cmd_extract(flags):
             how["last"] = flags.last
         if clip and captions is not None and not flags.tokens:               # both its encoders
             made[f"{name}_txt"] = [model.read(captions).cpu().numpy()]
-        see = functools.partial(images.blocks, backbone=model, size=flags.size or model.side, **how)
+        see = functools.partial(images.blocks, backbone=model, size=model.side, **how)
         first, made[name + "_img" * clip] = next(see([0])), see(range(len(images)))
     about, streams = images.arrays(flags.out), {}
     if flags.tokens:                                         # views are square
@@ -1501,34 +1501,37 @@ def load_backbone(spec, flags, n_classes=0):
     name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
     name=arch:random, or an arch alone: weights drawn with --seed
 
-    arch@16: its patch size. With n_classes it gets a new head of so many, else its
-    file's. `made` of the model builds it again, `random` says whether its weights are, `side` is
-    that of the pictures it learned from."""
+    arch@16@384: its patch size, and the side of the pictures that it sees, if not --size, else what
+    it learned from: its `side`. With n_classes it gets a new head of so many, else its file's.
+    `made` of the model builds it again, `random` says whether its weights are."""
     name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
     arch, _, file = where.partition(":")
     refuse(not where or not plain(name) or "/" in name,      # it names files, too
            f"{spec} - write name=RUN, name=arch:FILE or name=arch:random, separated by commas")
-    arch, at, patch = arch.partition("@") if file else (arch, "", "")
-    patch = value_of(FLAGS["patch"][1], patch, f"{spec}: patch {patch}", None) if at else None
-    made = {"arch": arch, "size": flags.get("size") if file == "random" else None,   # of any size
+    arch, _, sides = arch.partition("@") if file else (arch, "", "")
+    patch, side = (value_of(FLAGS[flag][1], text, f"{spec}: {flag} {text}") if text else None
+                   for flag, text in zip(("patch", "size"), sides.partition("@")[::2]))
+    side = side or flags.get("size")
+    made = {"arch": arch, "size": side if file == "random" else None,    # of any size
             "patch": patch, "n_classes": None}
     if not file:                                             # our own files say what they are
         if os.path.exists(os.path.join(where, "clip.pt")):
-            return name, load_clip(where, flags.device)
+            return name, load_clip(where, flags.device, side)
         file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
         refuse(not os.path.exists(file),
                f"no run or file at {where} - check it, or {name}=arch:FILE")
         with unpacked(file, "is no file of dino or finetune",
                       f"write {name}=arch:FILE for others") as kept:
             made = {key: kept[key] for key in made}
-            made["n_classes"] = int(made["n_classes"] or 0)
-        check_kinds(made, file)
+            made["n_classes"], side = int(made["n_classes"] or 0), side or kept.get("side")
+        for size in (made["size"], side):
+            check_kinds({**made, "size": size}, file)
     made["n_classes"] = n_classes or made["n_classes"]
     torch.manual_seed(flags.seed)
     if made["arch"] in ssm.PRESETS or not n_classes:
         model = ssm.make_backbone(**made)
     else:
-        made.update(size=flags.size, patch=None)
+        made.update(size=side, patch=None)
         known = data.vision().models
         refuse(made["arch"] not in known.list_models(module=known), f"{made['arch']} is neither a "
                "preset of ssm.py nor a classifier of torchvision - try vit_micro, resnet18")
@@ -1537,9 +1540,8 @@ def load_backbone(spec, flags, n_classes=0):
     if not model.random:
         ssm.load_weights(model, file, new_head=bool(n_classes))
     refuse(patch not in (None, getattr(model, "patch", 0)), f"{spec} - {arch} has no such patches")
-    model.side = made["size"] or getattr(model, "size", 224)                 # a scan takes any size
-    if arch.startswith("dinov2") and not made["size"]:
-        model.side = 224                                     # thesis A.1.2, not 518
+    usual = 224 if arch.startswith("dinov2") else getattr(model, "size", 224)    # thesis A.1.2
+    model.side = side or made["size"] or usual               # a scan takes any size
     return name, model.eval().to(flags.device)
 
 
@@ -1877,9 +1879,9 @@ def import_clip(flags):
     say(f"wrote {run.join('clip.pt')}")
 
 
-def load_clip(folder, device):
+def load_clip(folder, device, side=None):
     """The image encoder of a run of clip; its .clip and .words are the whole model and tokenizer,
-    its .read(captions) gives their features (n, d)."""
+    its .read(captions) gives their features (n, d). side: of its pictures, if not its own."""
     with unpacked(os.path.join(folder, "clip.pt"), "is no readable clip.pt",
                   "train it again") as kept:
         model = ssm.CLIP(**kept["config"])
@@ -1887,7 +1889,7 @@ def load_clip(folder, device):
         words = data.Merges(kept["merges"]) if "merges" in kept else data.Words(words=kept["words"])
     seen = model.eval().to(device).visual
     object.__setattr__(seen, "clip", model)                  # no submodule: the other way round
-    seen.words, seen.random, seen.side = words, False, seen.size
+    seen.words, seen.random, seen.side = words, False, side or seen.size
     seen.read = functools.partial(ssm.text_features, model, words)
     return seen
 
@@ -1906,7 +1908,7 @@ def cmd_explain(flags):
     pictures = [images.open(i) for i in rows]
     for spec in flags.weights.split(","):
         name, model = load_backbone(spec, flags)
-        x = images.views(rows, flags.size or model.side, whole=True).to(flags.device)
+        x = images.views(rows, model.side, whole=True).to(flags.device)
         outputs = [str(i) for i in range(model(x[:1]).shape[1])]
         refuse(flags.label not in (None, *outputs), f"--label {flags.label}, but {name} has "
                f"{len(outputs)} outputs - give 0 to {outputs[-1]}")
@@ -1967,11 +1969,11 @@ class Concepts(Coded):
 
     def __init__(self, flags):
         super().__init__(flags.run, flags)
-        features, arrays = self.features, data.Source(flags.images)
-        self.images, self.label_names = pictures_of(flags), features.label_names
-        shape = len(features), *self.images.open(0).size[::-1]
-        refuse(not {"boxes", "instances"} <= {*arrays.keys} or arrays["instances"].shape != shape,
-               f"{flags.images} has no 'boxes', or no 'instances' {shape} - make it by `tissue`")
+        features, self.images = self.features, pictures_of(flags)
+        self.label_names = features.label_names
+        refuse(not self.images.outlined or len(self.images) != len(features),
+               f"{flags.images} has no 'boxes' and 'instances' of {len(features)} pictures - name "
+               "what `tissue` made, or a COCO folder")
         known = {*features.streams, *features.about, "labels" if self.label_names else ""}
         for name in {*self.model.streams, "captions", "labels"} - known:
             raise InputError(f"{self.flags.data} has no '{name}' - explain needs captions, labels "
@@ -1998,9 +2000,11 @@ class Concepts(Coded):
                                        features.labelled[train])
         self.alive = {s: np.flatnonzero(code.getnnz(axis=0))
                       for s, code in self.codes(train, "alone").items()}
-        truth = data.true_masks(arrays)
-        self.test = [i for i in features.rows("test", "val") if i in {i for i, _ in truth}][:most]
-        self.truth = {key: mask for key, mask in truth.items() if key[0] in self.test}
+        self.test, self.truth = [], {}
+        for i in features.rows("test", "val"):
+            if len(self.test) < most and (found := self.images.masks(i)):
+                self.test.append(i)
+                self.truth.update({(i, c): mask for c, mask in found.items()})
         self.there = sorted({c for _, c in self.truth})
         refuse(not self.truth, f"no test picture of {flags.images} has an object - give others")
 
@@ -2302,18 +2306,20 @@ def attention_maps(bags, models, rows, head, run, most=6):
          "device overwrite out=runs/finetune")
 def cmd_finetune(flags):
     """Fine-tune classifiers over several seeds, and test which is better than which."""
-    pictures = noted(data.read_pictures(flags.images, flags.size, flags.label, flags.window))
+    seen = functools.cache(lambda side: data.read_pictures(flags.images, side, flags.label,
+                                                           flags.window))
+    pictures = noted(seen(flags.size))
     C, n, specs, sizes = len(pictures.label_names), flags.runs, {}, {}
     for spec in flags.weights.split(","):
         name, model = load_backbone(spec, flags, C)
         refuse(name in specs, f"--weights {flags.weights} names a model twice - write "
                "a=vit_micro:random,b=vit_micro:random")
         ssm.last_linear(model)                               # refuses what ends in none
-        out = torch.zeros(1, 3, flags.size, flags.size, device=flags.device)
+        out = torch.zeros(1, 3, model.side, model.side, device=flags.device)
         with contextlib.suppress(RuntimeError, AssertionError), torch.no_grad():
             out = model(out)                                 # sizes that do not fit fail here
         refuse(not isinstance(out, torch.Tensor) or out.shape != (1, C), f"{name} does not "
-               f"classify pictures of {flags.size} pixels - choose another --size or another model")
+               f"classify pictures of {model.side} pixels - choose another --size or another model")
         specs[name], sizes[name] = spec, sum(p.numel() for p in model.parameters())
     rounds = [data.picture_parts(pictures, flags.split, flags.seed + r, flags.images)
               for r in range(n)]
@@ -2325,14 +2331,15 @@ def cmd_finetune(flags):
     for i, (name, r) in enumerate([(name, r) for name in specs for r in range(n)], 1):
         one = flags.replaced({"seed": flags.seed + r})       # new weights and order each run
         model = load_backbone(specs[name], one, C)[1]
-        scores, history = finetune_one(pictures, model, one, *rounds[r])
+        scores, history = finetune_one(seen(model.side), model, one, *rounds[r])
         found[name].append(scores)
         for epoch, (loss, held) in enumerate(history, 1):
             log.add({"model": name, "run": r + 1, "epoch": epoch, "loss": loss, "validation": held})
         log.write()
         progress(i, lambda: f"{name}, run {r + 1}: AUC {scores['AUC']:.3f}")
         if r == 0:                                           # the file that `explain` reads
-            run.write({f"{name}.pt": {"model": model.state_dict(), **model.made}})
+            run.write({f"{name}.pt": {"model": model.state_dict(), "side": model.side,
+                                      **model.made}})
     page = judge.Page("repsae finetune")                     # thesis 3.3.3
     judge.tell_models(page, found, list(specs))
     run.tell(page, {"parameters": sizes, "test pictures": len(rounds[0][2])})

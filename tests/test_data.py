@@ -1,4 +1,5 @@
 """Claims about data.py: what is read, how it is split and batched, and that each bad file gets its own line."""
+import itertools
 import json
 import os
 import pickle
@@ -1441,3 +1442,103 @@ def test_names_of_latents_are_numbers_below_their_number(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             data.read_names(path, 8)
+
+
+# ---- COCO's annotations -------------------------------------------------------------------------
+
+def coco_text(runs):
+    """Runs as the format has them in text: from the fourth on less that two before, 5 bits a letter, the lowest first."""
+    text = ""
+    for i, n in enumerate(runs):
+        n -= runs[i - 2] if i > 2 else 0
+        while True:
+            bits, n = n & 31, n >> 5
+            more = n != (-1 if bits & 16 else 0)
+            text += chr(bits + 32 * more + 48)
+            if not more:
+                break
+    return text
+
+
+@pytest.mark.parametrize("chunk", (1, 9, 40))
+def test_runs_of_coco_are_masks_down_the_columns_in_numbers_and_in_text(chunk):
+    rng = np.random.default_rng(chunk)
+    for _ in range(20):
+        width, height = rng.integers(2, 120, 2).tolist()
+        mask = np.kron(rng.random((height // chunk + 1, width // chunk + 1)) < 0.4, np.ones((chunk, chunk), bool))[:height, :width]
+        runs, value = [0], False
+        for x, y in itertools.product(range(width), range(height)):
+            if mask[y, x] != value:
+                runs, value = [*runs, 0], mask[y, x]
+            runs[-1] += 1
+        for counts in (runs, coco_text(runs)):
+            assert (data._outline({"counts": counts, "size": [height, width]}, width, height) == mask).all()
+
+
+def test_polygons_of_coco_are_masks_of_the_pixels_whose_middle_is_inside():
+    """Against the even-odd rule at each pixel's middle, but for pixels that the outline cuts near there; two polygons join."""
+    rng, x, y = np.random.default_rng(0), *np.meshgrid(np.arange(90) + 0.5, np.arange(70) + 0.5)
+    for _ in range(20):
+        polygons, expected, near = [], np.zeros((70, 90), bool), np.zeros((70, 90), bool)
+        for middle in ((25, 30), (60, 40)):
+            angle = np.sort(rng.uniform(0, 2 * np.pi, 12))
+            points = np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(5, 22, (12, 1)) + middle
+            inside = np.zeros((70, 90), bool)
+            for (ax, ay), (bx, by) in zip(points, np.roll(points, -1, 0)):
+                inside ^= ((ay <= y) != (by <= y)) & (x < ax + (y - ay) / (by - ay) * (bx - ax))
+                along = (((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2)).clip(0, 1)
+                near |= np.hypot(x - ax - along * (bx - ax), y - ay - along * (by - ay)) < 0.71
+            polygons.append(points.ravel().tolist())
+            expected |= inside
+        found = data._outline(polygons, 90, 70)
+        assert found.dtype == bool and (found == expected)[~near].all() and abs(int(found.sum()) - int(expected.sum())) < 0.03 * expected.sum()
+    assert data._outline([[2, 3, 7, 3, 7, 9, 2, 9]], 12, 12).nonzero()[0].tolist() == [r for r in range(3, 9) for _ in range(5)]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Three pictures of two parts, ids that stand in both; an object of no area, a caption too many, a picture without any."""
+    def part(name, pictures, objects, captions):
+        (tmp_path / name).mkdir()
+        for _, file, width, height in pictures:
+            Image.new("RGB", (width, height)).save(tmp_path / name / file)
+        told = {"images": [dict(zip(("id", "file_name", "width", "height"), v)) for v in pictures],
+                "categories": [{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}],
+                "annotations": [{"image_id": i, "category_id": c, "bbox": box, "segmentation": outline} for i, c, box, outline in objects]}
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"instances_{name}.json").write_text(json.dumps(told))
+        if captions:
+            (tmp_path / "annotations" / f"captions_{name}.json").write_text(json.dumps({"annotations": captions}))
+    square = [[1, 1, 3, 1, 3, 3, 1, 3]]
+    part("train2017", [(5, "a.png", 8, 4), (6, "b.png", 10, 10)], [(6, 2, [0, 5, 20, 5], square), (6, 7, [2, 2, 4, 4], square),
+         (6, 2, [1, 1, 0, 2], {"counts": [98, 2], "size": [10, 10]})], [
+         {"image_id": 6, "caption": "first"}, {"image_id": 6, "caption": "second"}, {"image_id": 99, "caption": "of none"}])
+    part("val2017", [(5, "c.png", 4, 4)], [(5, 7, [0, 0, 2, 4], {"counts": [0, 8, 8], "size": [4, 4]})], [])
+    return tmp_path
+
+
+def test_a_coco_folder_is_pictures_with_their_objects_captions_and_splits(coco):
+    found = data.read_images(coco)
+    assert [os.path.relpath(p, coco) for p in found.paths] == ["train2017/a.png", "train2017/b.png", "val2017/c.png"]
+    assert found.split.tolist() == ["train", "train", "val"] and found.about["captions"].tolist() == ["", "first", ""]
+    assert found.label_names == ["cat", "dog"] and found.labels.tolist() == [[False, False], [True, True], [True, False]]
+    np.testing.assert_allclose(found.boxes, [[1, 1, 0, .5, 1, 1], [1, 0, .2, .2, .6, .6], [2, 0, 0, 0, .5, 1]])
+    assert found.masks(0) == {} and found.masks(1)[1].sum() == 4 + 2 and found.masks(1)[1][8:, 9].all()
+    assert found.masks(2)[0].tolist() == [[True, True, False, False]] * 4 and found.whole
+
+
+@pytest.mark.parametrize("name, wrong, message", (
+    ("train2017", {"images": []}, "is not a readable file of COCO's (6"),
+    ("val2017", {"categories": [{"id": 7, "name": "bird"}]}, "has other categories than"),
+    ("val2017", {"images": [{"id": 5, "file_name": "../c.png", "width": 4, "height": 4}]}, "'../c.png', which names a file"),
+    ("val2017", {"images": [{"id": 5, "file_name": "d.png", "width": 4, "height": 4}]}, "no file or folder"),
+    ("val2017", {"images": [{"id": 5, "file_name": "c.png", "width": 0, "height": 4}]}, "(division by zero)"),
+    ("val2017", {"images": [{"id": 5, "file_name": "c.png", "width": 5, "height": 4}]}, "c.png is not a readable picture with COCO's outlines"),
+    ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1]}]}, "('segmentation')"),
+    ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": [[1, 2]]}]}, "c.png is not a readable"),
+    ("val2017", [], "instances_val2017.json is not a readable file of COCO's")))
+def test_a_damaged_coco_folder_is_refused_by_name(coco, name, wrong, message):
+    file = coco / "annotations" / f"instances_{name}.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **wrong} if wrong else wrong))
+    with pytest.raises(data.InputError, match=re.escape(message)):
+        data.read_images(coco).masks(2)

@@ -931,23 +931,31 @@ def test_released_dinov2_files_are_seen_at_224_pixels_by_their_last_class_token(
                                                     "--out", tmp_path / "g.npz")
 
 
-def test_a_models_patch_size_stands_behind_its_name(pictures, tmp_path, capsys):
+def test_a_models_patch_and_size_stand_behind_its_name(pictures, tmp_path, capsys, monkeypatch):
     import ssm
-    run("extract", "--images", pictures, "--weights", "a=vit_micro@4:random,vit_micro", "--size", 24, "--seed", 3, "--out",
-        tmp_path / "f.npz")
+    run("extract", "--images", pictures, "--weights", "a=vit_micro@4:random,vit_micro,b=vit_micro@@16:random", "--size", 24, "--seed", 3,
+        "--out", tmp_path / "f.npz")
     found, images = np.load(tmp_path / "f.npz"), data.read_images(pictures)
-    for name, patch in (("a", 4), ("vit_micro", 8)):
+    for name, patch, size in (("a", 4, 24), ("vit_micro", 8, 24), ("b", 8, 16)):
         torch.manual_seed(3)
-        model = ssm.vit_micro(patch=patch, size=24).eval()
+        model = ssm.vit_micro(patch=patch, size=size).eval()
         with torch.no_grad():
-            expected = model(images.views(range(5), 24))
+            expected = model(images.views(range(5), size))
         torch.testing.assert_close(torch.from_numpy(found[name][:5]), expected, rtol=1e-4, atol=1e-5)
-    run("finetune", "--images", pictures, "--weights", "a=vit_micro@8:random,b=vit_micro@4:random", "--size", 16, "--runs", 1,
+    seen, fit = [], repsae.finetune_one
+    monkeypatch.setattr(repsae, "finetune_one", lambda pictures, *rest: seen.append(pictures.about["images"].shape[1]) or fit(pictures, *rest))
+    run("finetune", "--images", pictures, "--weights", "a=vit_micro@8:random,b=vit_micro@4@24:random", "--size", 16, "--runs", 1,
         "--epochs", 1, "--out", tmp_path / "r")
-    for name, patch in (("a", 8), ("b", 4)):
+    for name, patch, size in (("a", 8, 16), ("b", 4, 24)):
         kept = torch.load(tmp_path / "r" / f"{name}.pt", weights_only=True)
-        assert kept["patch"] == patch and kept["model"]["pos_embed"].shape[1] == 1 + (16 // patch) ** 2
-    for spec, message in (("a=vit_micro@:random", "a whole number"), ("a=vit_micro@0:random", "a whole number from 1 to 2048"),
+        assert kept["patch"] == patch and kept["model"]["pos_embed"].shape[1] == 1 + (size // patch) ** 2
+        tuned = repsae.load_backbone(f"t={tmp_path / 'r' / name}.pt", repsae.Flags(seed=0, device="cpu", size=None))[1]
+        assert tuned.side == size == seen.pop(0)
+    torch.save({**kept, "side": 0.5}, tmp_path / "odd.pt")
+    assert "has 0.5 as size" in error(capsys, "extract", "--images", pictures, "--weights", f"a={tmp_path / 'odd.pt'}", "--out",
+                                      tmp_path / "g.npz")
+    for spec, message in (("a=vit_micro@x:random", "a whole number"), ("a=vit_micro@0:random", "a whole number from 1 to 2048"),
+                          ("a=vit_micro@8@0:random", "size 0 - give a whole number from 1 to 8192"), ("a=vit_micro@8@1@2:random", "size 1@2 - give"),
                           ("a=vit_micro@99999999:random", "from 1 to 2048"), ("vmamba_micro@8", "vmamba_micro has no such patches")):
         assert message in error(capsys, "extract", "--images", pictures, "--weights", spec, "--out", tmp_path / "g.npz")
     for last, spec in ((5, "vit_micro"), (2, "vim_micro")):
@@ -1845,14 +1853,37 @@ def test_extracted_features_see_the_view_that_attribution_sees(world):
         torch.testing.assert_close(backbone.clip.encode_text(tokens), features.batch(np.arange(3))["clip_txt"], rtol=1e-4, atol=1e-4)
 
 
-def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones():
+def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones(tmp_path):
     instances = np.zeros((2, 4, 4), int)
     instances[0, 0, :2], instances[0, 3, 3], instances[1, 1, 1] = 1, 3, 1                   # object 2 of the first is hidden
     boxes = np.array([[0, 5, 0, 0, .5, .25], [0, 5, .75, .75, 1, 1], [1, 7, .25, .25, .5, .5]])
-    found = data.true_masks({"instances": instances, "boxes": boxes})
-    assert set(found) == {(0, 5), (1, 7)}
-    assert (found[0, 5] == (instances[0] > 0)).all() and (found[1, 7] == (instances[1] == 1)).all()
+    np.savez(tmp_path / "t.npz", images=np.zeros((2, 4, 4), np.uint8), instances=instances, boxes=boxes, labels=np.eye(8, dtype=bool)[[5, 7]])
+    found = [data.read_images(tmp_path / "t.npz").masks(i) for i in range(2)]
+    assert list(found[0]) == [5] and list(found[1]) == [7]
+    assert (found[0][5] == (instances[0] > 0)).all() and (found[1][7] == (instances[1] == 1)).all()
     assert judge.centre_prior(5).argmax() == 12
+
+
+def test_maps_segment_the_same_whether_masks_come_from_a_tissue_or_from_coco(world, tmp_path):
+    """The pictures of the tissue as a COCO folder, its objects as runs: every figure of the table is the same."""
+    images = data.read_images(world / "tissue" / "tissue.npz")
+    told = {"images": [], "annotations": [], "categories": [{"id": 3 * c + 1, "name": name} for c, name in enumerate(images.label_names)]}
+    (tmp_path / "coco" / "val2017").mkdir(parents=True)
+    for i in range(len(images)):
+        images.open(i).save(tmp_path / "coco" / "val2017" / f"{i:03d}.png")
+        told["images"].append({"id": 900 - i, "file_name": f"{i:03d}.png", "width": 32, "height": 32})
+        for c, mask in images.outlined(i):
+            cuts = np.flatnonzero(np.diff(np.r_[False, mask.T.ravel()]))                    # down the columns
+            told["annotations"].append({"image_id": 900 - i, "category_id": 3 * c + 1, "bbox": [1, 2, 3, 4], "iscrowd": 1, "segmentation": {
+                "size": [32, 32], "counts": np.diff(np.r_[0, cuts, mask.size]).tolist()}})
+    (tmp_path / "coco" / "annotations").mkdir()
+    (tmp_path / "coco" / "annotations" / "instances_val2017.json").write_text(json.dumps(told))
+    found = []
+    for n, where in enumerate((world / "tissue" / "tissue.npz", tmp_path / "coco")):
+        run("explain", world / "run", "--images", where, "--weights", f"vit=vit_micro:random,clip={world / 'clip'}", "--most", 12,
+            "--out", tmp_path / f"e{n}")
+        found.append(json.loads((tmp_path / f"e{n}" / "metrics.json").read_text())["segmentation"])
+    assert found[0] == found[1] and max(v["mIoU"] for v in found[0].values()) > 0.05
 
 
 def test_the_demo_finds_its_figures_in_what_commands_write(world, tokens, token_run, features, finished, bags, tmp_path):
@@ -2033,7 +2064,7 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
         np.savez(world / "tissue" / "bare.npz", **{k: v for k, v in z.items() if k not in ("captions", "instances")})
     weights = f"vit=vit_micro:random,clip={world / 'clip'}"
     with np.load(tissue) as z:
-        np.savez(world / "tissue" / "small.npz", **{**z, "instances": z["instances"][:, ::2, ::2]})
+        np.savez(world / "tissue" / "few.npz", **{key: z[key][:99] for key in ("images", "labels", "instances")}, boxes=z["boxes"][:9])
     shutil.copytree(world / "run", world / "named")
     config = json.loads((world / "run" / "config.json").read_text())
     with np.load(world / "feats.npz") as z:
@@ -2056,12 +2087,12 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("explain", world / "run", "--images", tissue, "--weights", "vit=vit_micro:random"), "0 runs of clip"),
             (("explain", world / "run", "--images", tissue, "--weights", weights, "--latent", "48"), "--latent 48: 48 is no latent that a stream has alive"),
             (("explain", world / "run", "--images", tissue, "--weights", weights, "--latent", "1,two"), "--latent 1,two: two is no latent"),
-            (("explain", world / "run", "--images", world / "tissue" / "small.npz", "--weights", weights), "no 'instances' (240, 32, 32)"),
+            (("explain", world / "run", "--images", world / "tissue" / "few.npz", "--weights", weights), "no 'boxes' and 'instances' of 240 pictures"),
             (("explain", world / "named", "--images", tissue, "--weights", weights), "the word 'aardvark' is in no caption"),
             (("explain", world / "run", "--images", tissue, "--weights", f"{weights},clip={world / 'clip'}"), "2 runs of clip"),
             (("explain", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "3 is no latent that a stream has alive"),
             (("explain", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
-            (("explain", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "no 'instances'"),
+            (("explain", world / "run", "--images", world / "tissue" / "bare.npz", "--weights", weights), "no 'boxes' and 'instances' of 240"),
             (("explain", world / "run", "--images", tissue, "--weights", weights, "--query", "mucin,aardvark"), "'aardvark' is in no"),
             (("explain", world / "run", "--images", tissue, "--weights", weights, "--query", "mucin,?"), "--query mucin,? - give words"),
             (("retrieve", world / "run", "--sample", 9999), "--sample 9999 - give one of"),
