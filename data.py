@@ -1043,6 +1043,18 @@ class Images(Samples):
         return replace(self, paths=[self.paths[i] for i in rows], boxes=None, outlined=None,
                        **_fields(known))
 
+    def balanced(self, seed):
+        """As many pictures of every label, in each split, as there are of its rarest, drawn by lot
+        (thesis Table 3.3)."""
+        y, split = self.labels, np.zeros(len(self)) if self.split is None else self.split
+        refuse(np.ndim(y) != 1, "--balanced needs one label for each picture - leave it out")
+        rng, kept = np.random.default_rng([seed, 14]), []
+        for part in np.unique(split):
+            there = [np.flatnonzero((split == part) & (y == c)) for c in np.unique(y[y >= 0])]
+            kept += [rng.permutation(rows)[:min(map(len, there))] for rows in there]
+        refuse(not any(map(len, kept)), "no split has every label - leave out --balanced")
+        return self.take(np.sort(np.concatenate(kept)))
+
     def each(self):
         """What there is for each picture, by key."""
         found = {"labels": self.labels, "mask": self.mask, "split": self.split, **self.about}

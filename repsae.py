@@ -121,8 +121,8 @@ WHAT = {
     "images": (None, "path", "pictures: a folder, of class or of train, val, test folders, an "
                ".npz of MedMNIST's kind or of `tissue`; tile: a slide or a folder of them"),
     "weights": (None, "path", "models a,b: name=RUN of dino or clip, name=FILE.pt of finetune, "
-                "name=arch:FILE, name=arch:random, an arch alone (arch@16@384: patch, size); name=lsa:N "
-                "reads captions by runs of N words; clip: a file of released weights"),
+                "name=arch:FILE, name=arch:random, an arch alone (arch@16@384: patch, size); "
+                "name=lsa:N reads captions by runs of N words; clip: a file of released weights"),
     "label": (None, "text", "the label in question, by name or number"),
     "window": (None, "pair -1e9..1e9", "grey values shown black and white (--window=-1000,400)"),
     "mode": ("alone", "alone|joint", "each stream chooses its latents, or all together"),
@@ -210,7 +210,7 @@ TRAINING = {
     "global-scale": ([0.4, 1.], "pair 0..1", "the same of global crops"),
     "blur": (2.0, "float 0..100", "largest radius of the blur, pixels; less for small pictures"),
     "colour": (1.0, "float 0..2", "strength of colour changes; less where colour matters"),
-    "balanced": (False, "switch", "draw bags so that classes are equally frequent"),
+    "balanced": (False, "switch", "classes equally often: bags drawn so, or pictures left out"),
     "folds": (0, "int 0..1000", "parts of all bags, in turn; 0: the file's, or 70 / 15 / 15"),
     "votes": (1, "int 1..1000", "models that vote on a bag, each from its own weights"),
     "seed": (42, "int 0..4294967295", "of everything drawn: split, weights, order, pictures"),
@@ -238,6 +238,7 @@ SETTINGS = {
     "bandwidth": (None, "float 1e-12..", "jumprelu: epsilon of the threshold's gradient, 0.1"),
     "bottleneck": (256, "int 1..1e5", "DINO's head: width of its last layer"),
     "teacher-temp": (0.04, "float 1e-6..", "DINO: of the teacher"),
+    "warmup-start": (0.0, "float 0..1e30", "DINO: learning rate at the first step"),
     "decay-ssm": (False, "switch", "DINO: decay state-space parameters too (the authors' run)"),
     "layers": (4, "int 1..1000", "CLIP: of both transformers"),
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
@@ -1346,7 +1347,7 @@ def cmd_ablate(flags):
 # ---- Backbones: DINO, features, probes (thesis 3.2) ---------------------------------------------
 
 @command("images! window arch patch size=224 local-size local-crops global-scale local-scale blur "
-         "colour standardise prototypes head-hidden bottleneck teacher-temp momentum "
+         "colour standardise prototypes head-hidden bottleneck teacher-temp warmup-start momentum "
          "epochs=100 batch=512 lr=5e-4 warmup=10 weight-decay=0.04 decay-ssm workers "
          "preset seed=0 device log-every save-every overwrite resume out=runs/dino")
 def cmd_dino(flags):
@@ -1420,7 +1421,7 @@ def train_dino(run, nets, images, crops, watch):
     with Keeper(flags, n_steps, done, log, save) as keep:
         ssm.fit_dino(nets, lambda step: next(views), n_steps, epoch, on_step, done, flags.seed,
                      lr=flags.lr * flags.batch / 256,                    # as DINO's: by the batch
-                     **flags.pick("warmup weight_decay momentum teacher_temp"))
+                     **flags.pick("warmup warmup_start weight_decay momentum teacher_temp"))
     torch.set_num_threads(threads)
     return log
 
@@ -1441,13 +1442,15 @@ def watched(images, flags, most=4000):
     return watch, measure
 
 
-@command("images! weights! window size standardise last tokens whole seed=0 device overwrite "
-         "out=feats.npz")
+@command("images! weights! window size standardise last tokens whole balanced seed=0 device "
+         "overwrite out=feats.npz")
 def cmd_extract(flags):
     """Features of pictures by backbones: streams that `sparc` and `probe` read, in an .npz, or
     where --out does not end so in a folder of .npy, with one block of pictures at a time in memory.
     """
     images, made = pictures_of(flags), {}
+    if flags.balanced:
+        images = images.balanced(flags.seed)
     run = None if flags.out.endswith(".npz") and out_file(flags) else Run(flags)
     specs, captions = flags.weights.split(","), images.about.get("captions")
     models = [None if "=lsa:" in spec else load_backbone(spec, flags) for spec in specs]

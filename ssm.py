@@ -801,10 +801,10 @@ def fit_classifier(model, batches, held, epochs, lr, weight_decay, patience):
                lambda m: held_loss(m, held()), patience)
 
 
-def cosine_schedule(step, n_steps, base, final, warmup=0):
-    """From 0 to base in `warmup` steps (base is the last's), then half a cosine towards final."""
+def cosine_schedule(step, n_steps, base, final, warmup=0, start=0.):
+    """From start to base in `warmup` steps (base is the last's), then half a cosine to final."""
     if step < warmup:
-        return base * step / max(warmup - 1, 1)
+        return start + (base - start) * step / max(warmup - 1, 1)
     turn = math.pi * (step - warmup) / max(n_steps - warmup, 1)
     return final + (base - final) / 2 * (1 + math.cos(turn))
 
@@ -1119,12 +1119,12 @@ def restore_dino(nets, kept):
 
 
 def dino_schedule(step, epoch, n_steps, lr, warmup=10, weight_decay=0.04, momentum=0.996,
-                  teacher_temp=0.04):
+                  teacher_temp=0.04, warmup_start=0.):
     """The settings of `dino_step` in a step; `epoch` is the number of steps in one, n_steps in all.
 
     Defaults and constants are those of DINO's code: after `warmup` epochs lr is reached, and falls
     to 1e-6; weight decay rises to 0.4, momentum to 1; prototypes stay fixed in the first epoch."""
-    return {"lr": cosine_schedule(step, n_steps, lr, 1e-6, warmup * epoch),
+    return {"lr": cosine_schedule(step, n_steps, lr, 1e-6, warmup * epoch, warmup_start),
             "weight_decay": cosine_schedule(step, n_steps, weight_decay, 0.4),
             "momentum": cosine_schedule(step, n_steps, momentum, 1.),
             "teacher_temp": teacher_temp, "freeze_last": step < epoch}

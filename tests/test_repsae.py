@@ -1168,6 +1168,26 @@ def test_rois_of_many_slides_are_files_of_their_names(slides, tmp_path, capsys):
         z = np.load(tmp_path / "t" / f"s{i}.npz")
         assert np.array_equal(z["labels"] == 1, right - z["coords"][:, 0] >= 16) and z["labels"].any() == (right > 0)
         assert z["label_names"].tolist() == ["outside", "region"]
+    # thesis Table 3.3: every tile of a tumour, and as many others, of any slide
+    tiles = data.read_images(tmp_path / "t")
+    def named(images):
+        return [(path, *box) for path, box in zip(images.paths, images.about["coords"].tolist())]
+    drawn = [tiles.balanced(seed) for seed in (0, 0, 1)]
+    for one in drawn:
+        assert {*named(one.take(np.flatnonzero(one.labels)))} == {*named(tiles.take(np.flatnonzero(tiles.labels)))}
+        assert {*named(one)} < {*named(tiles)}
+        assert len({*named(one)}) == len(one) == 2 * (tiles.labels == 1).sum() and len({*one.about["groups"]}) == 3
+    assert named(drawn[0]) == named(drawn[1]) != named(drawn[2])
+    run("extract", "--images", tmp_path / "t", "--weights", "vit_micro", "--size", 32, "--balanced", "--out", tmp_path / "pcam.npz")
+    z = np.load(tmp_path / "pcam.npz")
+    assert z["vit_micro"].shape == (len(drawn[0]), 96) and z["labels"].mean() == 0.5 and z["coords"].tolist() == drawn[0].about["coords"].tolist()
+    tiles.split = np.where(tiles.labels, "test", "train")                                   # in each split by itself
+    with pytest.raises(data.InputError, match="no split has every label"):
+        tiles.balanced(0)
+    tiles.split = np.where(tiles.about["groups"] == "s1", "test", "train")
+    assert (tiles.balanced(0).split == "train").all() and len(tiles.balanced(0)) == 2 * min(np.bincount(tiles.labels[tiles.split == "train"]))
+    assert "--balanced needs one label" in error(capsys, "extract", "--images", slides / "slides" / "s0.png", "--weights", "vit_micro",
+                                                 "--balanced", "--out", tmp_path / "x.npz")
     (tmp_path / "s1.xml").write_text("<A>")
     for rois, message in ((tmp_path / "slides", "slides annotates no slide"), (tmp_path / "s0.xml", "s0.xml annotates no slide"),
                           (tmp_path, "s1.xml is not a readable ASAP annotation file")):
@@ -2656,12 +2676,12 @@ def test_every_setting_of_dino_reaches_its_step(pictures, tmp_path, monkeypatch)
     monkeypatch.setattr(ssm, "dino_step", step)
     said = {"epochs": 4, "lr": 0.064, "warmup": 1, "weight_decay": 0.1, "momentum": 0.9,
             "teacher_temp": 0.09, "bottleneck": 12, "local_crops": 3, "out": tmp_path / "r"}
-    run("dino", "--images", pictures, *TINY_DINO, *as_flags(said), "--set", "decay-ssm=yes")
+    run("dino", "--images", pictures, *TINY_DINO, *as_flags(said), "--set", "decay-ssm=yes warmup-start=0.001")
     t, peak = np.arange(12), 0.064 * 8 / 256
 
     def cosine(first, last, warm=0):
         return last + (first - last) * (1 + np.cos(np.pi * (t - warm) / (12 - warm))) / 2
-    expected = {"lr": np.where(t < 3, peak * t / 2, cosine(peak, 1e-6, 3)),
+    expected = {"lr": np.where(t < 3, 0.001 + (peak - 0.001) * t / 2, cosine(peak, 1e-6, 3)),
                 "weight_decay": cosine(0.1, 0.4), "momentum": cosine(0.9, 1),
                 "teacher_temp": np.full(12, 0.09), "freeze_last": t < 3}
     for name, values in expected.items():
