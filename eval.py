@@ -721,9 +721,9 @@ def grid_row(grids):
     return f'<div class="pair">{shown}</div>'
 
 
-def svg_lines(series, x_label, y_label, x_names=None, zero=True):
+def svg_lines(series, x_label, y_label, x_names=None, zero=True, dots=False):
     """Line chart as inline SVG. series: name -> [(x, y)], without pairs whose y is None. x_names:
-    text under x = 0, 1, ...; zero: the y axis starts at 0 or below."""
+    text under x = 0, 1, ...; zero: the y axis starts at 0 or below; dots: points, not joined."""
     colours = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
     series = {name: [p for p in points if p[1] is not None] for name, points in series.items()}
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
@@ -755,8 +755,9 @@ def svg_lines(series, x_label, y_label, x_names=None, zero=True):
         ink = f'stroke="{colours[i % len(colours)]}"' + ' stroke-dasharray="6 4"' * dashed
         places = ["{:.1f},{:.1f}".format(*at(*p)) for p in line]
         marks = f'<polyline points="{" ".join(places)}" {ink}/>'
-        if len(line) == 1:
-            marks = '<circle cx="{:.1f}" cy="{:.1f}" r="3" {}/>'.format(*at(*line[0]), ink)
+        if len(line) == 1 or dots:
+            marks = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="{}" {}/>'.format(
+                *at(*p), 1 if dots else 3, ink) for p in line)
         x, y = 60 + (w - 80) / 3 * (i % 3), h + 8 + 18 * (i // 3)
         parts.append(f'{marks}<path d="M{x:.1f} {y - 4}h18" {ink}/>' + text(x + 24, y, name))
     return "".join(parts) + "</svg>"
@@ -1461,15 +1462,26 @@ def latent_table(strength, count, labels=None, top=10, weighted=False, known=sli
             "label": np.where(seen.any(1), seen.argmax(1), -1)}
 
 
-def tell_latents(page, table, n, labels):
-    """Tell, from `latent_table` of n samples, how many latents live, how many have a mean
-    activation >= 10^t (CytoSAE Fig. 2A), and how many labels they fire for."""
-    alive, mean = np.flatnonzero(table["frequency"]), np.nan_to_num(table["mean"])
-    counts = {f"1e{t}": int((mean >= 10. ** t).sum()) for t in range(-6, 1)}
-    page.metrics.update(latents=len(table["mean"]), alive=len(alive))
-    page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
-    page.table(["mean activation at least", *counts], [["latents", *counts.values()]],
-               key="mean at least 10^t")
+def tell_latents(page, found, n, labels):
+    """Tell, from `latent_table` of n samples, {run: table}, how many latents live, how many have a
+    mean activation >= 10^t, and at what frequency (CytoSAE Fig. 2A); of the first run how many
+    labels they fire for."""
+    counts, clouds, (table, *others) = [], {}, found.values()
+    for name, told in found.items():
+        alive, mean = np.flatnonzero(told["frequency"]), told["mean"]
+        counts.append({"mean activation at least": name, "latents": len(mean), "alive": len(alive),
+                       **{f"1e{t}": int((mean >= 10. ** t).sum()) for t in range(-6, 1)}})
+        some = alive[::1 + len(alive) // 2000]
+        parts = {name: some}
+        if "entropy" in told and not others:
+            third = np.floor(told["entropy"][some] / math.log(max(len(labels), 2)) * 3)
+            parts = {f"entropy in the {word} third": some[third.clip(0, 2) == i]
+                     for i, word in enumerate(("lowest", "middle", "highest"))}
+        clouds.update({part: np.log10(np.stack([told["frequency"][j], mean[j]], 1)).tolist()
+                       for part, j in parts.items()})
+    page.table(*columns(counts), f"On {n} training samples", key="mean at least 10^t")
+    page.picture("", svg_lines(clouds, "log10 of the share of samples", "log10 of the mean",
+                               zero=False, dots=True))
     if "entropy" in table:
         page.metrics["mean entropy"] = _mean(table["entropy"][np.isfinite(table["entropy"])])
         page.text(f"mean label entropy {fmt(page.metrics['mean entropy'])} nats of ln "
@@ -1532,6 +1544,11 @@ def tell_barcodes(page, codes, y, names, mean, folds=(), pair=()):
         more, less = order[:50], order[::-1][:50]
         found["differential"] = {names[pair[0]]: more[difference[more] > 0].tolist(),
                                  names[pair[1]]: less[difference[less] < 0].tolist()}
+        both = means[np.searchsorted(there, pair)].T         # (L, 2): CytoSAE Fig. 5A
+        rest = np.setdiff1d(order[::1 + len(order) // 2000], [*more, *less])
+        parts = {"others": rest, **found["differential"]}
+        page.picture("Mean counts", svg_lines({name: both[j].tolist() for name, j in parts.items()},
+                                              *names[[*pair]], dots=True))
         page.table(["more active in", "latents (difference of the mean count)"], [
             [name, " ".join(f"{j} ({difference[j]:+.2f})" for j in v[:10])]
             for name, v in found["differential"].items()])

@@ -136,6 +136,7 @@ WHAT = {
     "names": (None, "path", 'JSON of names of latents, {"17": "round nucleus"}'),
     "prompts": (None, "file", "file to write: samples of every latent, and a prompt for its name"),
     "sample": (0, "int 0..1e9", "number of the test sample that asks"),
+    "token": (None, "int 0..1e9", "its patch, from 0, row by row: what is in it, and where else?"),
     "from": (None, "text", "its stream; the first by default"),
     "to": (None, "text", "the stream to search; the last by default"),
     "features": (None, "path", "another file, whose row --sample asks"),
@@ -244,6 +245,7 @@ SETTINGS = {
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
+    "noisy": (0.1, "float", "--token: mean strength of latents that are nearly everywhere"),
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
@@ -1580,18 +1582,26 @@ def cmd_probe(flags):
 
 # ---- What latents are and do: CytoSAE, Mammo-SAE, the TotalSegmentator study, thesis 4.3 --------
 
-@command(f"{ON_RUN} stream tau top weighted between names query label prompts eval-rows", "run")
+@command(f"{ON_RUN} stream tau top weighted between names query label prompts sample token noisy "
+         "eval-rows", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
-    (CytoSAE). --prompts: a file to have them named by; --query: what words of --names find."""
+    (CytoSAE); RUN may be several, a,b, of one stream, such as SAEs of several sizes. --prompts: a
+    file to have latents named by; --query: what words of --names find; --token: what is in a patch.
+    """
     if flags.query:
         check_needed(flags, "names")
     refuse(flags.label and not flags.query, "--label judges a --query - give one")
-    coded = Coded(flags.run, flags)
+    refuse("sample" in flags.given and flags.token is None, "--sample wants a --token - give one")
+    run, *others = flags.run.split(",")
+    flags = flags.replaced({"run": run})
+    coded = Coded(run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
     one = len(coded.features.streams) == 1
-    if one or flags.prompts or flags.query or flags.between:
+    if one or others or flags.prompts or flags.query or flags.between or flags.token is not None:
         coded.pool(flags.tau)
+    if flags.token is not None:
+        return show_patch(coded, flags)
     if flags.prompts:
         return write_prompts(coded, flags.prompts, flags.top)
     if flags.query:
@@ -1604,18 +1614,57 @@ def cmd_latents(flags):
     features, rows, shown = explored(coded.model, coded.features, coded.flags, names)
     page.explore(judge.explorer(features, rows, {"": shown}))
     files = {}
-    if one:                                                  # what its latents are in training
-        train, known = coded.train, features.labelled[coded.train]
-        table = judge.latent_table(coded.strength[train], coded.count[train],
-                                   features.label_matrix(train) if known.any() else None,
-                                   flags.top, flags.weighted, known)
-        references = [train[ranks.indices[ranks.data.argsort()]].tolist()        # best first
-                      for ranks in table.pop("references")]
-        judge.tell_latents(page, table, len(train), features.label_names)
+    if one:
+        table = trained_latents(coded, flags)
+        references = table.pop("references")
+        judge.tell_latents(page, {flags.run: table, **{
+            name: trained_latents(Coded(name, flags).pool(flags.tau), flags) for name in others}},
+            len(coded.train), features.label_names)
         files = {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
             {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
              "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
     run.begin().write(files).tell(page)
+
+
+def trained_latents(coded, flags):
+    """What the latents are on training samples: `judge.latent_table`, with `references` a list of
+    rows for each latent, best first."""
+    train, known = coded.train, coded.features.labelled[coded.train]
+    table = judge.latent_table(coded.strength[train], coded.count[train],
+                               coded.features.label_matrix(train) if known.any() else None,
+                               flags.top, flags.weighted, known)
+    table["references"] = [train[ranks.indices[ranks.data.argsort()]].tolist()
+                           for ranks in table["references"]]
+    return table
+
+
+def show_patch(coded, flags):
+    """The latents that are active in a patch of a test sample, and where the two strongest are in
+    their reference pictures, those left out that are nearly everywhere (CytoSAE Fig. 3)."""
+    features, i, at = coded.features, flags.sample, flags.token
+    refuse(not features.grid or i >= len(coded.test) or at >= coded.T,
+           f"--sample {i} --token {at}, but there are {len(coded.test)} test samples of {coded.T} "
+           f"tokens{'' if features.grid else ' without a grid'} - count from 0")
+    run, page = analysis_run(flags, f"patch_{i}_{at}"), judge.Page("repsae latents: a patch")
+    table, row = trained_latents(coded, flags), coded.test[i]
+    code, mean = coded.codes([row])[coded.stream][at].toarray()[0], table["mean"]
+    found = [j for j in np.argsort(-code, kind="stable").tolist() if code[j]]
+    clear = [j for j in found if not mean[j] > flags.noisy][:2]          # NaN: not in training
+    page.table([f"sample {row}, token {at}: latent", "activation", "mean in training", "noisy"],
+               [[j, code[j], mean[j], "yes" if mean[j] > flags.noisy else ""] for j in found],
+               key="patch")
+    shown = {j: table["references"][j] for j in clear}       # rows
+    pictures = {r: features.picture(r) for r in [row, *itertools.chain(*shown.values())]}
+    if clear and None not in pictures.values():
+        (rows, columns), (y, x) = features.grid, divmod(at, features.grid[1])
+        box = x / columns, y / rows, (x + 1) / columns, (y + 1) / rows
+        page.picture("", judge.strips({
+            f"The patch; latents {clear}": [judge.heat_strip(pictures[row], [box],
+                                                             coded.heat(row, clear))],
+            **{f"Latent {j} in the pictures where it is strongest": [
+                judge.heat_strip(pictures[r], (), coded.heat(r, [j])) for r in shown[j]]
+               for j in clear}}))
+    run.begin().tell(page)
 
 
 def tell_barcodes(page, coded, mean, between):

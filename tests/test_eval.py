@@ -670,8 +670,13 @@ def test_a_table_of_latents_by_hand():
     fewer = judge.latent_table(strength, count, labels, top=3, weighted=True, known=known)
     assert np.isnan(fewer["entropy"][0]) and fewer["references"].toarray()[0].tolist() == [1, 2, 0, 0]      # by strength alone
     page = judge.Page("")
-    judge.tell_latents(page, table, 4, ["a", "b"])
-    assert [*page.metrics["mean at least 10^t"]["latents"].values()] == [2, 2, 2, 2, 2, 2, 1]
+    judge.tell_latents(page, {"one": table, "two": table}, 4, ["a", "b"])
+    told = page.metrics["mean at least 10^t"]
+    assert told["one"] == told["two"] and [*told["one"].values()] == [4, 2, 2, 2, 2, 2, 2, 2, 1]
+    drawn = page.sections[-2][1]                             # two latents of each run, at their logarithms
+    assert drawn.count("<circle") == 4 and drawn.count(">one<") == drawn.count(">two<") == 1 and "<polyline" not in drawn
+    judge.tell_latents(page, {"one": table}, 4, ["a", "b"])
+    assert page.sections[-2][1].count("<circle") == 2 and "entropy in the lowest third" in page.sections[-2][1]
 
 
 def test_barcodes_are_means_over_a_patients_images_and_differential_latents_those_that_differ():
@@ -684,6 +689,9 @@ def test_barcodes_are_means_over_a_patients_images_and_differential_latents_thos
     page = judge.Page("")
     judge.tell_barcodes(page, codes, np.array([0, 1]), np.array(["a", "b"]), np.ones(3), pair=(0, 1))
     assert page.metrics["barcodes"]["differential"] == {"a": [0], "b": [1]}
+    drawn = next(content for title, content in page.sections if title == "Mean counts")     # CytoSAE Fig. 5A: at (3, 0), (0, 6)
+    corners = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    assert corners == [("620.0", "220.0"), ("60.0", "20.0")] and 'aria-label="b"' in drawn
 
 
 def test_weighted_f1_by_hand_and_barcodes_of_two_diseases_are_told_apart_until_their_latent_is_removed():

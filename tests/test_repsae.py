@@ -1462,6 +1462,45 @@ def test_latents_tell_what_a_planted_latent_is(tokens, token_run, tmp_path, caps
     assert "<svg" in html and '"sheet": {' in html and "weighted F1" in capsys.readouterr().out
 
 
+def test_a_patch_is_told_by_its_latents_and_these_by_their_reference_pictures(tokens, token_run, tmp_path, capsys, monkeypatch):
+    """CytoSAE Fig. 3: the patch in a box of class `sick` has the planted latent, which is strongest in sick training pictures."""
+    z, heats = np.load(tokens), []
+    test = np.flatnonzero(z["split"] == "test")
+    row, _, x0, y0 = z["boxes"][np.isin(z["boxes"][:, 0], test)][0, :4]
+    asked = ("latents", token_run, "--sample", int(np.flatnonzero(test == row)[0]), "--token", round(16 * y0 + 4 * x0))
+    strip = judge.heat_strip
+    monkeypatch.setattr(judge, "heat_strip", lambda image, boxes, heat: heats.append((image.getpixel((5, 5)), boxes, heat)) or strip(image, boxes, heat))
+    run(*asked, "--set", "noisy=9", "--out", tmp_path / "p")
+    found = json.loads((tmp_path / "p" / "metrics.json").read_text())["patch"]
+    run("latents", token_run, "--out", tmp_path / "l")
+    first = next(iter(found))
+    pure = next(one for one in told(tmp_path / "l" / "latents.json") if str(one["latent"]) == first)
+    assert pure["label"] == 1 and pure["purity"] == 1 and pure["frequency"] == 0.5 and found[first]["mean in training"] == pytest.approx(pure["mean"]) and {v["noisy"] for v in found.values()} == {""}
+    (_, [box], heat), *references = heats
+    assert box[:2] == (x0, y0) and np.argmax(heat[0]) in (round(16 * y0 + 4 * x0), round(16 * y0 + 4 * x0) + 1)
+    assert heat[0].ravel()[round(16 * y0 + 4 * x0)] == pytest.approx(found[first]["activation"])
+    assert [colour for colour, *_ in references[:10]] == [(150, 60, 90)] * 10 and not any(len(boxes) for _, boxes, _ in references)
+    run(*asked, "--set", "noisy=0", "--overwrite", "--out", tmp_path / "p")
+    later = json.loads((tmp_path / "p" / "metrics.json").read_text())["patch"]
+    assert {v["noisy"] for v in later.values()} == {"yes"} and later.keys() == found.keys()
+    for argv, message in ((("--sample", 1), "--sample wants a --token"), (("--token", 16), "--token 16, but there are 20 test samples of 16 tokens"),
+                          (("--token", 0, "--sample", 20), "--sample 20 --token 0, but there are 20 test samples")):
+        assert message in error(capsys, "latents", token_run, *argv, "--out", tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_saes_of_several_sizes_are_counted_beside_each_other(tokens, token_run, tmp_path, capsys):
+    """CytoSAE Fig. 2A: each as `latents` counts it by itself; what is of one run alone is of the first."""
+    run("sae", "--data", tokens, *TOKEN_SAE, "--latents", 24, "--out", tmp_path / "wide")
+    alone = {}
+    for name, runs in (("a", [token_run]), ("b", [tmp_path / "wide"]), ("both", [token_run, tmp_path / "wide"])):
+        run("latents", ",".join(map(str, runs)), "--out", tmp_path / name)
+        alone[name] = json.loads((tmp_path / name / "metrics.json").read_text())["mean at least 10^t"]
+    assert alone["both"] == alone["a"] | alone["b"] and [v["latents"] for v in alone["both"].values()] == [8, 24]
+    assert (tmp_path / "both" / "latents.json").read_bytes() == (tmp_path / "a" / "latents.json").read_bytes()
+    assert "/no/such is no run folder" in error(capsys, "latents", f"{token_run},/no/such", "--out", tmp_path / "x")
+
+
 def test_interventions_find_the_planted_latent_and_its_boxes(tokens, token_run, tmp_path):
     run("intervene", token_run, "--label", "sick", "--other", tokens, "--out", tmp_path / "i")
     found = json.loads((tmp_path / "i" / "metrics.json").read_text())
