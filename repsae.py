@@ -245,7 +245,7 @@ SETTINGS = {
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
-    "noisy": (0.1, "float", "--token: mean strength of latents that are nearly everywhere"),
+    "noisy": (0.1, "float 0..1", "--token: share of all patches from which on a latent is noise"),
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
@@ -1647,12 +1647,15 @@ def show_patch(coded, flags):
            f"tokens{'' if features.grid else ' without a grid'} - count from 0")
     run, page = analysis_run(flags, f"patch_{i}_{at}"), judge.Page("repsae latents: a patch")
     table, row = trained_latents(coded, flags), coded.test[i]
-    code, mean = coded.codes([row])[coded.stream][at].toarray()[0], table["mean"]
+    code = coded.codes([row])[coded.stream][at].toarray()[0]
+    # the authors' measure, a mean activation above 0.1, depends on the features' units
+    share = np.ravel(coded.count[coded.train].mean(0)) / coded.T
     found = [j for j in np.argsort(-code, kind="stable").tolist() if code[j]]
-    clear = [j for j in found if not mean[j] > flags.noisy][:2]          # NaN: not in training
-    page.table([f"sample {row}, token {at}: latent", "activation", "mean in training", "noisy"],
-               [[j, code[j], mean[j], "yes" if mean[j] > flags.noisy else ""] for j in found],
-               key="patch")
+    clear = [j for j in found if share[j] < flags.noisy][:2]
+    page.table([f"sample {row}, token {at}: latent", "activation", "mean in training",
+                "share of patches", "noisy"],
+               [[j, code[j], table["mean"][j], share[j], "" if share[j] < flags.noisy else "yes"]
+                for j in found], key="patch")
     shown = {j: table["references"][j] for j in clear}       # rows
     pictures = {r: features.picture(r) for r in [row, *itertools.chain(*shown.values())]}
     if clear and None not in pictures.values():

@@ -1470,12 +1470,16 @@ def test_a_patch_is_told_by_its_latents_and_these_by_their_reference_pictures(to
     asked = ("latents", token_run, "--sample", int(np.flatnonzero(test == row)[0]), "--token", round(16 * y0 + 4 * x0))
     strip = judge.heat_strip
     monkeypatch.setattr(judge, "heat_strip", lambda image, boxes, heat: heats.append((image.getpixel((5, 5)), boxes, heat)) or strip(image, boxes, heat))
-    run(*asked, "--set", "noisy=9", "--out", tmp_path / "p")
+    run("encode", token_run, "--out", tmp_path / "c.npz")
+    run(*asked, "--set", "noisy=0.9", "--out", tmp_path / "p")
     found = json.loads((tmp_path / "p" / "metrics.json").read_text())["patch"]
     run("latents", token_run, "--out", tmp_path / "l")
     first = next(iter(found))
     pure = next(one for one in told(tmp_path / "l" / "latents.json") if str(one["latent"]) == first)
-    assert pure["label"] == 1 and pure["purity"] == 1 and pure["frequency"] == 0.5 and found[first]["mean in training"] == pytest.approx(pure["mean"]) and {v["noisy"] for v in found.values()} == {""}
+    assert pure["label"] == 1 and pure["purity"] == 1 and pure["frequency"] == 0.5 and found[first]["mean in training"] == pytest.approx(pure["mean"])
+    c = np.load(tmp_path / "c.npz")
+    there = (c["x_indices"] == int(first)) & (c["x_values"] > 0)                            # in two of 16 patches of every sick picture
+    assert found[first]["share of patches"] == pytest.approx(there[:40].sum() / 640) == 1 / 16 and {v["noisy"] for v in found.values()} == {""}
     (_, [box], heat), *references = heats
     assert box[:2] == (x0, y0) and np.argmax(heat[0]) in (round(16 * y0 + 4 * x0), round(16 * y0 + 4 * x0) + 1)
     assert heat[0].ravel()[round(16 * y0 + 4 * x0)] == pytest.approx(found[first]["activation"])
