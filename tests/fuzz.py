@@ -88,6 +88,8 @@ CASES = [case.split() for case in [
     f"sweep --data f.npz --over streams=x+y {FIT} --out o",
     "latents tokens --between well,sick --out o",
     "latents sae --data f.npz --top 3",
+    "latents tokens,sae --sample 1 --token 2 --out o",
+    "latents sae,sparc --stream x --out o",
     "intervene tokens --label sick --out o",
     "intervene tokens --label 1 --other tok.npz --out o",
     "intervene tokens --out o",
@@ -111,6 +113,9 @@ CASES = [case.split() for case in [
     "extract --images voc --weights d=dino --tokens --out o.npz",
     "extract --images pics --weights d=dino --tokens --out o",
     "extract --images busi --weights d=dino --out o",
+    "extract --images coco --weights d=dino,v=vit_micro@4@8:random --out o",
+    "extract --images tiles/slide.npz --weights d=dino --balanced --out o",
+    f"explain world --images coco {WEIGHTS} --least 1 --most 2 --out o",
     "extract --images tiles/slide.npz --weights v=tuned/v.pt --size 16 --out o.npz",
     "probe --data f.npz --json o.json",
     "probe --data feats.npz --seed 3 --only lymphocyte",
@@ -141,6 +146,7 @@ def make_zoo(folder):
     os.chdir(folder)
     rng, n = np.random.default_rng(0), np.arange(40)
     for path in ("folder", "rois", "busi/benign", "busi/normal", "voc/Annotations",
+                 "coco/annotations", "coco/val",
                  "voc/ImageSets/Main", "voc/JPEGImages", "bags/a", "bags/b",
                  *(f"pics/{part}/{name}" for part in ("train", "test") for name in "ab")):
         os.makedirs(path)
@@ -178,6 +184,15 @@ def texts():
     return [
         ("taxonomy.json", json.dumps(parents)), ("merges.txt", "#version\na b\nc d</w>\n"),
         ("names.json", json.dumps({str(i): f"nucleus {i}" for i in range(12)})),
+        ("coco/annotations/instances_val.json", json.dumps({
+            "images": [{"id": i, "file_name": f"{i}.png", "width": 16, "height": 16}
+                       for i in range(8)], "categories": [{"id": 3, "name": "a"}],
+            "annotations": [{"image_id": i, "category_id": 3, "bbox": [2, 2, 9, 9], "segmentation":
+                             [[[2, 2, 11, 2, 11, 11]], {"counts": "9d0S7", "size": [16, 16]},
+                              {"counts": [9, 20, 227], "size": [16, 16]}][i % 3]}
+                            for i in range(8)]})),
+        ("coco/annotations/captions_val.json", json.dumps({
+            "annotations": [{"image_id": i, "caption": f"a {i}"} for i in range(8)]})),
         ("voc/ImageSets/Main/trainval.txt", "0\n1\n"), ("voc/ImageSets/Main/test.txt", "2\n3\n"),
         *((name, f'<A><Annotation PartOfGroup="_0">{corners}</Annotation></A>')
           for name in ("rois.xml", "rois/slide.xml")),
@@ -188,6 +203,7 @@ def texts():
 def make_pictures(rng):
     """Class folders, those of Pascal VOC, a MedMNIST file and a slide."""
     sides = {f"voc/JPEGImages/{i}.jpg": 32 for i in range(4)}
+    sides.update({f"coco/val/{i}.png": 16 for i in range(8)})
     sides.update({f"pics/{split}/{name}/{i}.png": 16 for split, n in (("train", 6), ("test", 3))
                   for name in "ab" for i in range(n)})
     for path, side in sides.items():
