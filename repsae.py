@@ -2376,11 +2376,13 @@ def cmd_demo(flags):
     in_tests("thesis").demo(os.path.normpath(flags.out), flags.quick, flags.seed, flags.seeds)
 
 
-@command("json device overwrite", "what")
+@command("json device overwrite", "what?")
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`,
     `page` (report.html at its largest)."""
-    return in_tests("bench").run(flags.what, flags.device)
+    what = flags.what or "all"
+    value_of("all|sparc|rows|scan|backbones|page", what, f"bench {what}")
+    return in_tests("bench").run(what, flags.device)
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -2409,15 +2411,13 @@ def parse(argv):
         name, _, text = word.partition("=")
         mine = [n for n in each.flags if n in SETTINGS]
         refuse(name not in mine, f"--set {word}: no such setting - take one of {mine or 'none'}")
-        typed[name.replace("-", "_")], said[name] = text, f"--set {word}"
-    defaults = {name.replace("-", "_"): default for name, default in each.flags.items()}
-    flags = Flags({**defaults, **typed})
-    flags.given = frozenset(typed) & frozenset([*defaults, "run"])
+        typed[name], said[name] = text, f"--set {word}"
     for flag, default in each.flags.items():
-        text = typed.get(flag.replace("-", "_"))
-        if isinstance(text, str):                            # not of a switch, on or off
-            text = value_of(FLAGS[flag][1], text, said.get(flag, f"--{flag} {text}"), default)
-            flags[flag.replace("-", "_")] = text
+        if isinstance(text := typed.get(flag), str):         # not of a switch, on or off
+            typed[flag] = value_of(FLAGS[flag][1], text, said.get(flag, f"--{flag} {text}"),
+                                   default)
+    flags = Flags({name.replace("-", "_"): v for name, v in {**each.flags, **typed}.items()})
+    flags.given = frozenset(name.replace("-", "_") for name in typed) - {"command"}
     if not flags.get("resume") or not os.path.exists(os.path.join(flags.out, "config.json")):
         check_needed(flags)                                  # else the run there has them
     return each, flags
@@ -2439,13 +2439,10 @@ def add_command(subs, name, each):
         name, help=about.split("\n")[0], description=about,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
+    helps = {"add": "a run folder, or codes of encode", "bench": "all by default"}
     for what in each.positional:
-        if what == "what":
-            sub.add_argument(what, nargs="?", default="all", choices=(
-                "all", "sparc", "rows", "scan", "backbones", "page"))
-        else:
-            sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
-                             help="a run folder" + ", or codes of encode" * (name == "add"))
+        sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
+                         help=helps.get(name, "a run folder"))
     for title, table in GROUPS.items():
         group = sub.add_argument_group(title)
         for flag in [flag for flag in table if flag in each.flags or flag == "set" and settings]:
@@ -2459,7 +2456,7 @@ def add_command(subs, name, each):
                 text += f" (default: {str(default).strip('[]')})"
             if flag == "set":
                 option["action"] = "append"
-            group.add_argument(f"--{flag}", help=text.replace("%", "%%"),
+            group.add_argument(f"--{flag}", dest=flag, help=text.replace("%", "%%"),
                                default=argparse.SUPPRESS, **option)      # only what was typed
 
 
