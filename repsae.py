@@ -82,12 +82,10 @@ def value_of(kind, text, said, default=None):
     """The value of a kind that `text` means, whoever says so: a command line, a config.json, a
     command's own defaults. InputError begins with what was `said`."""
     number, _, ends = kind.partition(" ")
-    if kind in ("text", "path", "file") or text == default == "auto":
+    refuse(kind == "numbers" and not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text),
+           f"{said} - give positive whole numbers, separated by commas")
+    if kind in ("text", "path", "file", "numbers") or text == default == "auto":
         return text
-    if kind == "numbers":
-        if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
-            return text
-        raise InputError(f"{said} - give positive whole numbers, separated by commas")
     if number in ("int", "float", "pair"):
         least, _, most = ends.partition("..")
         least, most = float(least or 0), float(most or 1e6)
@@ -277,9 +275,8 @@ ON_RUN = "data seed device out overwrite"
 # Of torchrun's processes each trains on its share of every batch (`SPARC.across`) and does all
 # else for itself; the first alone writes and speaks.
 
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
-RANK, PROCESSES = (int(os.environ[name]) if LAUNCHED else alone
-                   for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+LAUNCHED = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, PROCESSES = int(LAUNCHED.get("RANK", 0)), int(LAUNCHED.get("WORLD_SIZE", 1))
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
 
 
@@ -446,10 +443,9 @@ class Run:
         self._check(name)
         folder, resume = self.join(name), False
         if self.saved and os.path.exists(os.path.join(folder, "config.json")):
-            theirs = read_config(folder)["flags"]
-            usual = {k.replace("-", "_"): default for k, (default, *_) in FLAGS.items()}
-            resume = all({**usual, **theirs}.get(k) == v
-                         for k, v in flags.items() if k not in FREE_ON_RESUME)
+            theirs = {k.replace("-", "_"): default for k, (default, *_) in FLAGS.items()}
+            theirs |= read_config(folder)["flags"]
+            resume = all(theirs.get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
         return Run(flags.replaced({"overwrite": True, "resume": resume}), folder)
 
 
