@@ -572,7 +572,7 @@ class Log:
         judge.write_text(self.path, text.getvalue())
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Training was asked to stop, and has saved."""
 
 
@@ -872,9 +872,10 @@ def measure(model, features, flags):
 
 
 def normalised(model, features, rows, device):
-    """Features of rows as the model sees them: {stream: (len(rows), d)}."""
-    return {s: model.normalise(x.to(device), s).cpu().numpy()
-            for s, x in features.batch(rows).items()}
+    """Features of rows as the model sees them, the mean over tokens: {stream: (len(rows), d)}."""
+    found = {s: model.normalise(x.to(device), s).cpu().numpy()
+             for s, x in features.batch(rows).items()}
+    return {s: x.mean(1) if x.ndim == 3 else x for s, x in found.items()}
 
 
 def token_codes(model, features, rows, mode):
@@ -902,7 +903,7 @@ def explored(model, features, flags, names=None):
 
     def seen(some):
         found = normalised(model, features, some, flags.device)
-        return {s: np.nan_to_num(x.mean(1) if x.ndim == 3 else x) for s, x in found.items()}
+        return {s: np.nan_to_num(x) for s, x in found.items()}
     learn, probe = features.rows("train"), None
     learn = learn[features.labelled[learn]][:2000]
     y = learn if features.labels is None else features.labels[learn]
@@ -945,8 +946,7 @@ def judged(run, features=None, quiet=False):
 
 def compared(run, changes, tell):
     """Train and judge a run, or --seeds of them, for each of `changes`, {name: {flag: value}}, in a
-    folder of `run`, and put them beside each other: tell(page, {name: metrics}) may return a chart.
-    """
+    folder of `run`, and put them beside each other: tell(page, {name: metrics})."""
     flags, features = run.flags, read_to_train(run.flags)
     if "activation" not in flags:                            # kinds of SAE have their own settings
         flags = resolved(flags, features)
@@ -1059,7 +1059,7 @@ class Coded:
 
     flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
             were typed
-    T       tokens of a sample, 1 where it is one vector; flat: the features, each token a sample"""
+    T       tokens of a sample, 1 where it is one vector"""
 
     def __init__(self, run, flags, streams=None):
         self.run, flags = run, as_trained(run, flags)
@@ -1081,7 +1081,7 @@ class Coded:
         mine, theirs = self.features.dims, self.model.dims
         refuse(not mine.items() <= theirs.items(), f"the run was trained on {theirs}, the data has "
                f"{mine} - take streams that it knows")
-        self.T, self.flat = self.features.tokens or 1, self.features.per_token()
+        self.T = self.features.tokens or 1
 
     def codes(self, rows, mode="alone"):
         """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
@@ -1114,11 +1114,9 @@ class Coded:
     def dense(self, rows):
         """Normalised features of samples (n,) of the one stream, the mean over tokens: (n, d), 0
         where missing."""
-        found = []
-        for some in self.blocks(rows):
-            x = normalised(self.model, self.features, some, self.flags.device)[self.stream]
-            found.append(np.nan_to_num(x.mean(1) if self.features.tokens else x))
-        return np.concatenate(found)
+        found = [normalised(self.model, self.features, some, self.flags.device)[self.stream]
+                 for some in self.blocks(rows)]
+        return np.nan_to_num(np.concatenate(found))
 
     def heat(self, row, latents):
         """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
@@ -1289,8 +1287,8 @@ def cmd_encode(flags):
     Samples with fewer active latents may be filled up with index -1, value 0."""
     path, coded = out_file(flags), Coded(flags.run, flags)
     features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
-    shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    blocks = sae.encoded(coded.model, coded.flat.batch, np.arange(len(coded.flat)), flags.mode)
+    shape, flat = [*next(iter(features.streams.values())).shape[:-1], -1], features.per_token()
+    blocks = sae.encoded(coded.model, flat.batch, np.arange(len(flat)), flags.mode)
     for s, code in sae.joined([codes for _, codes in blocks]).items():
         kept |= {f"{s}_{name}": v.reshape(shape) for name, v in code._asdict().items()}
     if not features.tokens:                                  # for who adds a stream to them
@@ -1441,8 +1439,7 @@ def watched(images, flags, most=4000):
          "out=feats.npz")
 def cmd_extract(flags):
     """Features of pictures by backbones: streams that `sparc` and `probe` read, in an .npz, or
-    where --out does not end so in a folder of .npy, with one block of pictures at a time in memory.
-    """
+    where --out does not end so in a folder of .npy, one block of pictures at a time in memory."""
     images, made = pictures_of(flags), {}
     run = None if flags.out.endswith(".npz") and out_file(flags) else Run(flags)
     specs, captions = flags.weights.split(","), images.about.get("captions")
@@ -1490,16 +1487,11 @@ def cmd_extract(flags):
 
 
 def load_backbone(spec, flags, n_classes=0):
-    """(name, model) of a spec in --weights:
+    """(name, model) of a spec as the help of --weights has it; of a run of clip see `load_clip`.
 
-    name=RUN        a run of dino, or of clip: see `load_clip`
-    name=FILE.pt    what finetune wrote
-    name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
-    name=arch:random, or an arch alone: weights drawn with --seed
-
-    arch@16: its patch size. With n_classes it gets a new head of so many, else its
-    file's. `made` of the model builds it again, `random` says whether its weights are, `side` is
-    that of the pictures it learned from."""
+    With n_classes it gets a new head of so many, and may be a classifier of torchvision; else it
+    has its file's. `made` of the model builds it again, `random` says whether its weights are,
+    `side` is that of the pictures it learned from."""
     name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
     arch, _, file = where.partition(":")
     refuse(not where or not plain(name) or "/" in name,      # it names files, too
@@ -1533,9 +1525,8 @@ def load_backbone(spec, flags, n_classes=0):
     if not model.random:
         ssm.load_weights(model, file, new_head=bool(n_classes))
     refuse(patch not in (None, getattr(model, "patch", 0)), f"{spec} - {arch} has no such patches")
-    model.side = made["size"] or getattr(model, "size", 224)                 # a scan takes any size
-    if arch.startswith("dinov2") and not made["size"]:
-        model.side = 224                                     # thesis A.1.2, not 518
+    own = 224 if arch.startswith("dinov2") else getattr(model, "size", 224)  # A.1.2, not 518
+    model.side = made["size"] or own                         # a scan takes any size
     return name, model.eval().to(flags.device)
 
 
@@ -2513,10 +2504,9 @@ def main(argv=None):
     try:
         run, flags = parse(argv)
         perform(run, flags)
-    except Interrupted as e:
-        say(f"\n{e}; go on with: {resuming(flags)}")
-        raise SystemExit(130)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        if isinstance(e, Interrupted):
+            say(f"\n{e}; go on with: {resuming(flags)}")
         raise SystemExit(130)
     except MemoryError:
         fail("there is not enough memory for this - lower the sizes, or take fewer samples")
