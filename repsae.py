@@ -426,7 +426,7 @@ class Run:
         how = {"npz": judge.write_npz, "npy": lambda path, a: judge.write_npy(path, [a], len(a)),
                "json": judge.write_json, "pt": judge.write_torch,
                "png": judge.save_picture, "safetensors": judge.write_safetensors}
-        for path, content in zip(self.paths(list(files)), () if RANK else files.values()):
+        for path, content in zip(self.paths(list(files)), files.values()):
             how[path.rpartition(".")[2]](path, content)
         return self
 
@@ -509,8 +509,7 @@ def check_kinds(values, path):
 @contextlib.contextmanager
 def unpacked(path, wrong, advice, device="cpu"):
     """What a .pt file holds, for lines that take it apart: what fails there is one line."""
-    with sae.reading(path, wrong, advice), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                      # torch's own, of TorchScript
+    with sae.reading(path, wrong, advice), warnings.catch_warnings(action="ignore"):   # torch's
         yield torch.load(data.plain_file(path), weights_only=True, map_location=device)
 
 
@@ -548,15 +547,14 @@ class Log:
 
     def __init__(self, path, upto=0, columns=(), gaps=()):
         self.path, self.rows = path, []
-        if not upto or not os.path.exists(path):
-            return
-        with sae.reading(path, "is damaged", "restore it, or remove it and lose the curves"):
-            with open(data.plain_file(path), newline="") as f:
+        if upto and os.path.exists(path):
+            with (sae.reading(path, "is damaged", "restore it, or remove it and lose the curves"),
+                  open(data.plain_file(path), newline="") as f):
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
-            for row in self.rows:
-                numbers = [float(v) for k, v in row.items() if v or k not in gaps]
-                if not all(map(math.isfinite, numbers)) or not row.keys() >= {*columns}:
-                    raise ValueError
+                for row in self.rows:
+                    numbers = [float(v) for k, v in row.items() if v or k not in gaps]
+                    if not all(map(math.isfinite, numbers)) or not row.keys() >= {*columns}:
+                        raise ValueError
 
     def add(self, row):
         refuse(self.rows and self.rows[0].keys() != row.keys(),
@@ -581,7 +579,7 @@ class Keeper:
 
     def __init__(self, flags, n_steps, start, log, save):
         self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
-        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
+        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), False
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -592,11 +590,10 @@ class Keeper:
             signal.signal(n, handler)
 
     def on_signal(self, number, frame):
-        if RANK:
-            return                                           # it ends when the first has saved
-        if self.stop:
-            raise KeyboardInterrupt                          # the second time at once, unsaved
-        self.stop.append(number)
+        if RANK == 0:                                        # the others end when it has saved
+            self.stop = True
+            for n in self.before:                            # the second time at once, unsaved
+                signal.signal(n, signal.default_int_handler)
 
     def __call__(self, step, row, text, log=False):
         """After each step. row() gives the row of log.csv, text() the words of progress."""
@@ -1459,9 +1456,8 @@ def cmd_extract(flags):
         if flags.standardise and model.random:
             statistics = data.pixel_statistics(images, images.rows("train"))
             ssm.standardise_pixels(model, *statistics, data.IMAGENET)
-        how = {"whole": flags.whole or clip}                 # clip learns from whole pictures
-        if flags.tokens:
-            how.update(tokens=True, block=16)                # T times the memory
+        how = {"tokens": flags.tokens, "block": 16 if flags.tokens else 256,   # T times the memory
+               "whole": flags.whole or clip}                 # clip learns from whole pictures
         blocks = len(getattr(model, "blocks", "1"))
         refuse(flags.last > blocks and (flags.tokens or blocks > 1),
                f"--last {flags.last}, but {name} can show {blocks} - give no more")
