@@ -43,7 +43,7 @@ class Late:
 
 
 data, judge, sae, ssm = Late("data"), Late("eval"), Late("sae"), Late("ssm")
-np, sp, scipy, torch = Late("numpy"), Late("scipy.sparse"), Late("scipy"), Late("torch")
+np, scipy, torch = Late("numpy"), Late("scipy"), Late("torch")
 Image = Late("PIL.Image")
 
 
@@ -1092,7 +1092,7 @@ class Coded:
         (self.stream,), N = self.features.streams, len(self.features)
         pooled = [judge.pool_tokens(self.codes(some)[self.stream], self.T, tau)
                   for some in self.blocks(np.arange(N))]
-        self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
+        self.strength, self.count = (scipy.sparse.vstack(part).tocsr() for part in zip(*pooled))
         refuse(not np.isfinite(self.strength.data).all(),
                f"the codes of {self.run} are not finite - train it with a lower --lr")
         refuse(not self.strength.nnz, f"no latent of {self.run} is active on any sample - train it "
@@ -1395,10 +1395,6 @@ def train_dino(run, nets, images, crops, watch):
     log = Log(run.path("log.csv"), done, ("loss", "entropy", "information", "knn"), gaps=("knn",))
     views = data.crop_batches(images, crops, batches, flags.seed, done, n_steps, flags.workers)
 
-    def save(step):
-        judge.write_torch(checkpoint, {**ssm.dino_state(nets, step), "n_classes": None,
-                                       **flags.pick("arch size patch")})
-
     def on_step(step, told):
         ended, knn = step % epoch == 0, ""
         if ended and watch and (step // epoch % -(-flags.epochs // 20) == 0 or step == n_steps):
@@ -1408,7 +1404,9 @@ def train_dino(run, nets, images, crops, watch):
                      + (f"  k-NN {knn:.3f}" if knn else ""), log=ended)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - flags.workers))   # crops need cores of their own
-    with Keeper(flags, n_steps, done, log, save) as keep:
+    with Keeper(flags, n_steps, done, log, lambda step: judge.write_torch(
+            checkpoint, {**ssm.dino_state(nets, step), "n_classes": None,
+                         **flags.pick("arch size patch")})) as keep:
         ssm.fit_dino(nets, lambda step: next(views), n_steps, epoch, on_step, done, flags.seed,
                      lr=flags.lr * flags.batch / 256,                    # as DINO's: by the batch
                      **flags.pick("warmup weight_decay momentum teacher_temp"))
