@@ -99,9 +99,8 @@ def value_of(kind, text, said, default=None):
                 return value
         name = {"int": "a whole number", "pair": "two numbers in order"}.get(number, "a number")
         raise InputError(f"{said} - give {name} from {least:.10g} to {most:.10g}")
-    choices = {"no": False, "yes": True, "False": False, "True": True}
-    if kind != "switch":
-        choices = {choice: choice for choice in kind.split("|")}
+    switch = {"no": False, "yes": True, "False": False, "True": True}
+    choices = switch if kind == "switch" else {choice: choice for choice in kind.split("|")}
     refuse(text not in choices, f"{said} - take one of {', '.join(choices)}")
     return choices[text]
 
