@@ -106,9 +106,9 @@ def value_of(kind, text, said, default=None):
 
 
 # name: (default, kind, help). A kind is "text", "path" (of what is read), "file" (that is written),
-# "numbers" (a,b,c), "switch", choices "a|b", or "int", "float" or "pair" (of numbers a,b) with a
-# range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills it in, and
-# "auto" can be typed where it is the default.
+# "numbers" (a,b,c), "switch", "settings", choices "a|b", or "int", "float" or "pair" (of numbers
+# a,b) with a range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills
+# it in, and "auto" can be typed where it is the default.
 WHAT = {
     "data": (None, "path", "features, .npz or folder of .npy (mil: bags); else the run's, --world"),
     "world": ("tissue", "tissue|planted", "made up without --data: pictures, or planted concepts"),
@@ -223,7 +223,7 @@ RUN = {
     "save-every": (60.0, "float", "seconds between checkpoints"),
     "overwrite": (False, "switch", "replace what an earlier run wrote there, and nothing else"),
     "resume": (False, "switch", "go on where the run there stopped, or start it"),
-    "set": (None, "text", 'settings of a reproduction, "name=value name=value": see below'),
+    "set": (None, "settings", 'settings of a reproduction, "name=value name=value": see below'),
 }
 # Constants of papers, which --set alone reaches.
 SETTINGS = {
@@ -2385,17 +2385,17 @@ def parse(argv):
         add_command(subs, name, each)
     refuse(any("\0" in word for word in argv or ()),         # no file can be named so
            "a NUL character on the command line - leave it out")
-    typed, said = vars(parser.parse_args(argv)), {}
+    typed = vars(parser.parse_args(argv))
     each = COMMANDS[typed["command"]]
     for word in " ".join(typed.pop("set", [])).split():
         name, _, text = word.partition("=")
         mine = [n for n in each.flags if n in SETTINGS]
         refuse(name not in mine, f"--set {word}: no such setting - take one of {mine or 'none'}")
-        typed[name], said[name] = text, f"--set {word}"
+        typed[name] = text
     for flag, default in each.flags.items():
         if isinstance(text := typed.get(flag), str):         # not of a switch, on or off
-            typed[flag] = value_of(FLAGS[flag][1], text, said.get(flag, f"--{flag} {text}"),
-                                   default)
+            said = f"--set {flag}={text}" if flag in SETTINGS else f"--{flag} {text}"
+            typed[flag] = value_of(FLAGS[flag][1], text, said, default)
     flags = Flags({name.replace("-", "_"): v for name, v in {**each.flags, **typed}.items()})
     flags.given = frozenset(name.replace("-", "_") for name in typed) - {"command"}
     if not flags.get("resume") or not os.path.exists(os.path.join(flags.out, "config.json")):
@@ -2423,19 +2423,16 @@ def add_command(subs, name, each):
     for what in each.positional:
         sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
                          help=helps.get(name, "a run folder"))
+    actions = {"switch": argparse.BooleanOptionalAction, "settings": "append"}
     for title, table in GROUPS.items():
         group = sub.add_argument_group(title)
         for flag in [flag for flag in table if flag in each.flags or flag == "set" and settings]:
             default, (_, kind, text) = each.flags.get(flag), FLAGS[flag]
-            option = {"metavar": kind} if "|" in kind else {}
-            if kind == "switch":
-                option["action"] = argparse.BooleanOptionalAction
-            elif flag in each.needed:
+            option = {"metavar": kind} if "|" in kind else {"action": actions.get(kind, "store")}
+            if flag in each.needed:
                 text += " (needed)"
-            elif default not in (None, "auto"):
+            elif kind != "switch" and default not in (None, "auto"):
                 text += f" (default: {str(default).strip('[]')})"
-            if flag == "set":
-                option["action"] = "append"
             group.add_argument(f"--{flag}", dest=flag, help=text.replace("%", "%%"),
                                default=argparse.SUPPRESS, **option)      # only what was typed
 
