@@ -243,7 +243,7 @@ SETTINGS = {
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
-FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
+FLAGS = WHAT | MODEL | TRAINING | RUN | SETTINGS
 COMMANDS = {}
 
 
