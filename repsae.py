@@ -43,7 +43,7 @@ class Late:
 
 
 data, judge, sae, ssm = Late("data"), Late("eval"), Late("sae"), Late("ssm")
-np, sp, scipy, torch = Late("numpy"), Late("scipy.sparse"), Late("scipy"), Late("torch")
+np, scipy, torch = Late("numpy"), Late("scipy"), Late("torch")
 Image = Late("PIL.Image")
 
 
@@ -82,12 +82,10 @@ def value_of(kind, text, said, default=None):
     """The value of a kind that `text` means, whoever says so: a command line, a config.json, a
     command's own defaults. InputError begins with what was `said`."""
     number, _, ends = kind.partition(" ")
-    if kind in ("text", "path", "file") or text == default == "auto":
+    refuse(kind == "numbers" and not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text),
+           f"{said} - give positive whole numbers, separated by commas")
+    if kind in ("text", "path", "file", "numbers") or text == default == "auto":
         return text
-    if kind == "numbers":
-        if re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
-            return text
-        raise InputError(f"{said} - give positive whole numbers, separated by commas")
     if number in ("int", "float", "pair"):
         least, _, most = ends.partition("..")
         least, most = float(least or 0), float(most or 1e6)
@@ -101,17 +99,16 @@ def value_of(kind, text, said, default=None):
                 return value
         name = {"int": "a whole number", "pair": "two numbers in order"}.get(number, "a number")
         raise InputError(f"{said} - give {name} from {least:.10g} to {most:.10g}")
-    choices = {"no": False, "yes": True, "False": False, "True": True}
-    if kind != "switch":
-        choices = {choice: choice for choice in kind.split("|")}
+    switch = {"no": False, "yes": True, "False": False, "True": True}
+    choices = switch if kind == "switch" else {choice: choice for choice in kind.split("|")}
     refuse(text not in choices, f"{said} - take one of {', '.join(choices)}")
     return choices[text]
 
 
 # name: (default, kind, help). A kind is "text", "path" (of what is read), "file" (that is written),
-# "numbers" (a,b,c), "switch", choices "a|b", or "int", "float" or "pair" (of numbers a,b) with a
-# range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills it in, and
-# "auto" can be typed where it is the default.
+# "numbers" (a,b,c), "switch", "settings", choices "a|b", or "int", "float" or "pair" (of numbers
+# a,b) with a range, 0..1e6 where none is given. What is None or "auto" is open: who uses it fills
+# it in, and "auto" can be typed where it is the default.
 WHAT = {
     "data": (None, "path", "features, .npz or folder of .npy (mil: bags); else the run's, --world"),
     "world": ("tissue", "tissue|planted", "made up without --data: pictures, or planted concepts"),
@@ -227,7 +224,7 @@ RUN = {
     "save-every": (60.0, "float", "seconds between checkpoints"),
     "overwrite": (False, "switch", "replace what an earlier run wrote there, and nothing else"),
     "resume": (False, "switch", "go on where the run there stopped, or start it"),
-    "set": (None, "text", 'settings of a reproduction, "name=value name=value": see below'),
+    "set": (None, "settings", 'settings of a reproduction, "name=value name=value": see below'),
 }
 # Constants of papers, which --set alone reaches.
 SETTINGS = {
@@ -249,7 +246,7 @@ SETTINGS = {
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
-FLAGS = {name: row for table in (*GROUPS.values(), SETTINGS) for name, row in table.items()}
+FLAGS = WHAT | MODEL | TRAINING | RUN | SETTINGS
 COMMANDS = {}
 
 
@@ -280,9 +277,8 @@ ON_RUN = "data seed device out overwrite"
 # Of torchrun's processes each trains on its share of every batch (`SPARC.across`) and does all
 # else for itself; the first alone writes and speaks.
 
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
-RANK, PROCESSES = (int(os.environ[name]) if LAUNCHED else alone
-                   for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+LAUNCHED = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, PROCESSES = int(LAUNCHED.get("RANK", 0)), int(LAUNCHED.get("WORLD_SIZE", 1))
 FREE_ON_RESUME = {"out", "resume", "overwrite", "save_every", "device", "null"}
 
 
@@ -432,7 +428,7 @@ class Run:
         how = {"npz": judge.write_npz, "npy": lambda path, a: judge.write_npy(path, [a], len(a)),
                "json": judge.write_json, "pt": judge.write_torch,
                "png": judge.save_picture, "safetensors": judge.write_safetensors}
-        for path, content in zip(self.paths(list(files)), () if RANK else files.values()):
+        for path, content in zip(self.paths(list(files)), files.values()):
             how[path.rpartition(".")[2]](path, content)
         return self
 
@@ -449,10 +445,9 @@ class Run:
         self._check(name)
         folder, resume = self.join(name), False
         if self.saved and os.path.exists(os.path.join(folder, "config.json")):
-            theirs = read_config(folder)["flags"]
-            usual = {k.replace("-", "_"): default for k, (default, *_) in FLAGS.items()}
-            resume = all({**usual, **theirs}.get(k) == v
-                         for k, v in flags.items() if k not in FREE_ON_RESUME)
+            theirs = {k.replace("-", "_"): default for k, (default, *_) in FLAGS.items()}
+            theirs |= read_config(folder)["flags"]
+            resume = all(theirs.get(k) == v for k, v in flags.items() if k not in FREE_ON_RESUME)
         return Run(flags.replaced({"overwrite": True, "resume": resume}), folder)
 
 
@@ -516,8 +511,7 @@ def check_kinds(values, path):
 @contextlib.contextmanager
 def unpacked(path, wrong, advice, device="cpu"):
     """What a .pt file holds, for lines that take it apart: what fails there is one line."""
-    with sae.reading(path, wrong, advice), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                      # torch's own, of TorchScript
+    with sae.reading(path, wrong, advice), warnings.catch_warnings(action="ignore"):   # torch's
         yield torch.load(data.plain_file(path), weights_only=True, map_location=device)
 
 
@@ -555,15 +549,14 @@ class Log:
 
     def __init__(self, path, upto=0, columns=(), gaps=()):
         self.path, self.rows = path, []
-        if not upto or not os.path.exists(path):
-            return
-        with sae.reading(path, "is damaged", "restore it, or remove it and lose the curves"):
-            with open(data.plain_file(path), newline="") as f:
+        if upto and os.path.exists(path):
+            with (sae.reading(path, "is damaged", "restore it, or remove it and lose the curves"),
+                  open(data.plain_file(path), newline="") as f):
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) <= upto]
-            for row in self.rows:
-                numbers = [float(v) for k, v in row.items() if v or k not in gaps]
-                if not all(map(math.isfinite, numbers)) or not row.keys() >= {*columns}:
-                    raise ValueError
+                for row in self.rows:
+                    numbers = [float(v) for k, v in row.items() if v or k not in gaps]
+                    if not all(map(math.isfinite, numbers)) or not row.keys() >= {*columns}:
+                        raise ValueError
 
     def add(self, row):
         refuse(self.rows and self.rows[0].keys() != row.keys(),
@@ -579,7 +572,7 @@ class Log:
         judge.write_text(self.path, text.getvalue())
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Training was asked to stop, and has saved."""
 
 
@@ -588,7 +581,7 @@ class Keeper:
 
     def __init__(self, flags, n_steps, start, log, save):
         self.flags, self.n_steps, self.log, self.save = flags, n_steps, log, save
-        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), []
+        self.progress, self.last_save, self.stop = Progress(n_steps, start), time.time(), False
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -599,11 +592,10 @@ class Keeper:
             signal.signal(n, handler)
 
     def on_signal(self, number, frame):
-        if RANK:
-            return                                           # it ends when the first has saved
-        if self.stop:
-            raise KeyboardInterrupt                          # the second time at once, unsaved
-        self.stop.append(number)
+        if RANK == 0:                                        # the others end when it has saved
+            self.stop = True
+            for n in self.before:                            # the second time at once, unsaved
+                signal.signal(n, signal.default_int_handler)
 
     def __call__(self, step, row, text, log=False):
         """After each step. row() gives the row of log.csv, text() the words of progress."""
@@ -879,9 +871,10 @@ def measure(model, features, flags):
 
 
 def normalised(model, features, rows, device):
-    """Features of rows as the model sees them: {stream: (len(rows), d)}."""
-    return {s: model.normalise(x.to(device), s).cpu().numpy()
-            for s, x in features.batch(rows).items()}
+    """Features of rows as the model sees them, the mean over tokens: {stream: (len(rows), d)}."""
+    found = {s: model.normalise(x.to(device), s).cpu().numpy()
+             for s, x in features.batch(rows).items()}
+    return {s: x.mean(1) if x.ndim == 3 else x for s, x in found.items()}
 
 
 def token_codes(model, features, rows, mode):
@@ -909,7 +902,7 @@ def explored(model, features, flags, names=None):
 
     def seen(some):
         found = normalised(model, features, some, flags.device)
-        return {s: np.nan_to_num(x.mean(1) if x.ndim == 3 else x) for s, x in found.items()}
+        return {s: np.nan_to_num(x) for s, x in found.items()}
     learn, probe = features.rows("train"), None
     learn = learn[features.labelled[learn]][:2000]
     y = learn if features.labels is None else features.labels[learn]
@@ -952,8 +945,7 @@ def judged(run, features=None, quiet=False):
 
 def compared(run, changes, tell):
     """Train and judge a run, or --seeds of them, for each of `changes`, {name: {flag: value}}, in a
-    folder of `run`, and put them beside each other: tell(page, {name: metrics}) may return a chart.
-    """
+    folder of `run`, and put them beside each other: tell(page, {name: metrics})."""
     flags, features = run.flags, read_to_train(run.flags)
     if "activation" not in flags:                            # kinds of SAE have their own settings
         flags = resolved(flags, features)
@@ -1066,7 +1058,7 @@ class Coded:
 
     flags   the command's, with the run's own data, seed and (if it takes one) taxonomy where none
             were typed
-    T       tokens of a sample, 1 where it is one vector; flat: the features, each token a sample"""
+    T       tokens of a sample, 1 where it is one vector"""
 
     def __init__(self, run, flags, streams=None):
         self.run, flags = run, as_trained(run, flags)
@@ -1088,7 +1080,7 @@ class Coded:
         mine, theirs = self.features.dims, self.model.dims
         refuse(not mine.items() <= theirs.items(), f"the run was trained on {theirs}, the data has "
                f"{mine} - take streams that it knows")
-        self.T, self.flat = self.features.tokens or 1, self.features.per_token()
+        self.T = self.features.tokens or 1
 
     def codes(self, rows, mode="alone"):
         """Codes of samples (n,), token by token: {stream: CSR (n * T, L)}."""
@@ -1102,7 +1094,7 @@ class Coded:
         (self.stream,), N = self.features.streams, len(self.features)
         pooled = [judge.pool_tokens(self.codes(some)[self.stream], self.T, tau)
                   for some in self.blocks(np.arange(N))]
-        self.strength, self.count = (sp.vstack(part).tocsr() for part in zip(*pooled))
+        self.strength, self.count = (scipy.sparse.vstack(part).tocsr() for part in zip(*pooled))
         refuse(not np.isfinite(self.strength.data).all(),
                f"the codes of {self.run} are not finite - train it with a lower --lr")
         refuse(not self.strength.nnz, f"no latent of {self.run} is active on any sample - train it "
@@ -1121,11 +1113,9 @@ class Coded:
     def dense(self, rows):
         """Normalised features of samples (n,) of the one stream, the mean over tokens: (n, d), 0
         where missing."""
-        found = []
-        for some in self.blocks(rows):
-            x = normalised(self.model, self.features, some, self.flags.device)[self.stream]
-            found.append(np.nan_to_num(x.mean(1) if self.features.tokens else x))
-        return np.concatenate(found)
+        found = [normalised(self.model, self.features, some, self.flags.device)[self.stream]
+                 for some in self.blocks(rows)]
+        return np.nan_to_num(np.concatenate(found))
 
     def heat(self, row, latents):
         """Activations of some latents over a sample's patches: (len(latents), rows, columns)."""
@@ -1296,8 +1286,8 @@ def cmd_encode(flags):
     Samples with fewer active latents may be filled up with index -1, value 0."""
     path, coded = out_file(flags), Coded(flags.run, flags)
     features, kept = coded.features, {"n_latents": coded.model.n_latents, "mode": flags.mode}
-    shape = (len(features), *([features.tokens] if features.tokens else []), -1)
-    blocks = sae.encoded(coded.model, coded.flat.batch, np.arange(len(coded.flat)), flags.mode)
+    shape, flat = [*next(iter(features.streams.values())).shape[:-1], -1], features.per_token()
+    blocks = sae.encoded(coded.model, flat.batch, np.arange(len(flat)), flags.mode)
     for s, code in sae.joined([codes for _, codes in blocks]).items():
         kept |= {f"{s}_{name}": v.reshape(shape) for name, v in code._asdict().items()}
     if not features.tokens:                                  # for who adds a stream to them
@@ -1407,10 +1397,6 @@ def train_dino(run, nets, images, crops, watch):
     log = Log(run.path("log.csv"), done, ("loss", "entropy", "information", "knn"), gaps=("knn",))
     views = data.crop_batches(images, crops, batches, flags.seed, done, n_steps, flags.workers)
 
-    def save(step):
-        judge.write_torch(checkpoint, {**ssm.dino_state(nets, step), "n_classes": None,
-                                       **flags.pick("arch size patch")})
-
     def on_step(step, told):
         ended, knn = step % epoch == 0, ""
         if ended and watch and (step // epoch % -(-flags.epochs // 20) == 0 or step == n_steps):
@@ -1420,7 +1406,9 @@ def train_dino(run, nets, images, crops, watch):
                      + (f"  k-NN {knn:.3f}" if knn else ""), log=ended)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - flags.workers))   # crops need cores of their own
-    with Keeper(flags, n_steps, done, log, save) as keep:
+    with Keeper(flags, n_steps, done, log, lambda step: judge.write_torch(
+            checkpoint, {**ssm.dino_state(nets, step), "n_classes": None,
+                         **flags.pick("arch size patch")})) as keep:
         ssm.fit_dino(nets, lambda step: next(views), n_steps, epoch, on_step, done, flags.seed,
                      lr=flags.lr * flags.batch / 256,                    # as DINO's: by the batch
                      **flags.pick("warmup warmup_start weight_decay momentum teacher_temp"))
@@ -1448,8 +1436,7 @@ def watched(images, flags, most=4000):
          "overwrite out=feats.npz")
 def cmd_extract(flags):
     """Features of pictures by backbones: streams that `sparc` and `probe` read, in an .npz, or
-    where --out does not end so in a folder of .npy, with one block of pictures at a time in memory.
-    """
+    where --out does not end so in a folder of .npy, one block of pictures at a time in memory."""
     images, made = pictures_of(flags), {}
     if flags.balanced:
         images = images.balanced(flags.seed)
@@ -1471,9 +1458,8 @@ def cmd_extract(flags):
         if flags.standardise and model.random:
             statistics = data.pixel_statistics(images, images.rows("train"))
             ssm.standardise_pixels(model, *statistics, data.IMAGENET)
-        how = {"whole": flags.whole or clip}                 # clip learns from whole pictures
-        if flags.tokens:
-            how.update(tokens=True, block=16)                # T times the memory
+        how = {"tokens": flags.tokens, "block": 16 if flags.tokens else 256,   # T times the memory
+               "whole": flags.whole or clip}                 # clip learns from whole pictures
         blocks = len(getattr(model, "blocks", "1"))
         refuse(flags.last > blocks and (flags.tokens or blocks > 1),
                f"--last {flags.last}, but {name} can show {blocks} - give no more")
@@ -1499,16 +1485,11 @@ def cmd_extract(flags):
 
 
 def load_backbone(spec, flags, n_classes=0):
-    """(name, model) of a spec in --weights:
+    """(name, model) of a spec as the help of --weights has it; of a run of clip see `load_clip`.
 
-    name=RUN        a run of dino, or of clip: see `load_clip`
-    name=FILE.pt    what finetune wrote
-    name=arch:FILE  released weights of a preset of ssm.py, or of a classifier of torchvision
-    name=arch:random, or an arch alone: weights drawn with --seed
-
-    arch@16@384: its patch size, and the side of the pictures that it sees, if not --size, else what
-    it learned from: its `side`. With n_classes it gets a new head of so many, else its file's.
-    `made` of the model builds it again, `random` says whether its weights are."""
+    With n_classes it gets a new head of so many, and may be a classifier of torchvision; else it
+    has its file's. `made` of the model builds it again, `random` says whether its weights are,
+    `side` is that of its pictures: the spec's, else --size, else what it learned from."""
     name, _, where = spec.partition("=") if "=" in spec else (spec, "", f"{spec}:random")
     arch, _, file = where.partition(":")
     refuse(not where or not plain(name) or "/" in name,      # it names files, too
@@ -2438,11 +2419,13 @@ def cmd_demo(flags):
     in_tests("thesis").demo(os.path.normpath(flags.out), flags.quick, flags.seed, flags.seeds)
 
 
-@command("json device overwrite", "what")
+@command("json device overwrite", "what?")
 def cmd_bench(flags):
     """Speed and memory: `sparc` (a step), `rows` (memory-mapped folders), `scan`, `backbones`,
     `page` (report.html at its largest)."""
-    return in_tests("bench").run(flags.what, flags.device)
+    what = flags.what or "all"
+    value_of("all|sparc|rows|scan|backbones|page", what, f"bench {what}")
+    return in_tests("bench").run(what, flags.device)
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -2465,21 +2448,19 @@ def parse(argv):
         add_command(subs, name, each)
     refuse(any("\0" in word for word in argv or ()),         # no file can be named so
            "a NUL character on the command line - leave it out")
-    typed, said = vars(parser.parse_args(argv)), {}
+    typed = vars(parser.parse_args(argv))
     each = COMMANDS[typed["command"]]
     for word in " ".join(typed.pop("set", [])).split():
         name, _, text = word.partition("=")
         mine = [n for n in each.flags if n in SETTINGS]
         refuse(name not in mine, f"--set {word}: no such setting - take one of {mine or 'none'}")
-        typed[name.replace("-", "_")], said[name] = text, f"--set {word}"
-    defaults = {name.replace("-", "_"): default for name, default in each.flags.items()}
-    flags = Flags({**defaults, **typed})
-    flags.given = frozenset(typed) & frozenset([*defaults, "run"])
+        typed[name] = text
     for flag, default in each.flags.items():
-        text = typed.get(flag.replace("-", "_"))
-        if isinstance(text, str):                            # not of a switch, on or off
-            text = value_of(FLAGS[flag][1], text, said.get(flag, f"--{flag} {text}"), default)
-            flags[flag.replace("-", "_")] = text
+        if isinstance(text := typed.get(flag), str):         # not of a switch, on or off
+            said = f"--set {flag}={text}" if flag in SETTINGS else f"--{flag} {text}"
+            typed[flag] = value_of(FLAGS[flag][1], text, said, default)
+    flags = Flags({name.replace("-", "_"): v for name, v in {**each.flags, **typed}.items()})
+    flags.given = frozenset(name.replace("-", "_") for name in typed) - {"command"}
     if not flags.get("resume") or not os.path.exists(os.path.join(flags.out, "config.json")):
         check_needed(flags)                                  # else the run there has them
     return each, flags
@@ -2501,27 +2482,21 @@ def add_command(subs, name, each):
         name, help=about.split("\n")[0], description=about,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
+    helps = {"add": "a run folder, or codes of encode", "bench": "all by default"}
     for what in each.positional:
-        if what == "what":
-            sub.add_argument(what, nargs="?", default="all", choices=(
-                "all", "sparc", "rows", "scan", "backbones", "page"))
-        else:
-            sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
-                             help="a run folder" + ", or codes of encode" * (name == "add"))
+        sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
+                         help=helps.get(name, "a run folder"))
+    actions = {"switch": argparse.BooleanOptionalAction, "settings": "append"}
     for title, table in GROUPS.items():
         group = sub.add_argument_group(title)
         for flag in [flag for flag in table if flag in each.flags or flag == "set" and settings]:
             default, (_, kind, text) = each.flags.get(flag), FLAGS[flag]
-            option = {"metavar": kind} if "|" in kind else {}
-            if kind == "switch":
-                option["action"] = argparse.BooleanOptionalAction
-            elif flag in each.needed:
+            option = {"metavar": kind} if "|" in kind else {"action": actions.get(kind, "store")}
+            if flag in each.needed:
                 text += " (needed)"
-            elif default not in (None, "auto"):
+            elif kind != "switch" and default not in (None, "auto"):
                 text += f" (default: {str(default).strip('[]')})"
-            if flag == "set":
-                option["action"] = "append"
-            group.add_argument(f"--{flag}", help=text.replace("%", "%%"),
+            group.add_argument(f"--{flag}", dest=flag, help=text.replace("%", "%%"),
                                default=argparse.SUPPRESS, **option)      # only what was typed
 
 
@@ -2582,10 +2557,9 @@ def main(argv=None):
     try:
         run, flags = parse(argv)
         perform(run, flags)
-    except Interrupted as e:
-        say(f"\n{e}; go on with: {resuming(flags)}")
-        raise SystemExit(130)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        if isinstance(e, Interrupted):
+            say(f"\n{e}; go on with: {resuming(flags)}")
         raise SystemExit(130)
     except MemoryError:
         fail("there is not enough memory for this - lower the sizes, or take fewer samples")
