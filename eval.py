@@ -467,15 +467,13 @@ def recovery(dictionaries, truth):
     """How many planted concepts a model found: stream -> (L, d) learned and (C, d) true directions.
     As many as can have a latent of their own with cosine >= 0.9, of those that the stream sees;
     `same latent`: that is near in all streams at once, of those that every stream sees."""
-    cosine = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T
-              for s, D in dictionaries.items()}              # (C, L)
-    seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
-    near = {s: (c >= 0.9)[seen[s]] for s, c in cosine.items()}
-    if len(cosine) > 1:
-        everywhere = np.minimum.reduce(list(cosine.values())) >= 0.9
-        near["same latent"] = everywhere[np.logical_and.reduce(list(seen.values()))]
+    near = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T >= 0.9
+            for s, D in dictionaries.items()}                # (C, L)
+    seen = {s: truth[s].any(1) for s in near}
+    if len(near) > 1:
+        near["same latent"], seen["same latent"] = (np.all([*v.values()], 0) for v in (near, seen))
     return {s: {"found": int(v[scipy.optimize.linear_sum_assignment(v, maximize=True)].sum()),
-                "of": len(v)} for s, v in near.items()}
+                "of": int(seen[s].sum())} for s, v in near.items()}
 
 
 def _mean(values):
