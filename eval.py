@@ -1404,13 +1404,12 @@ def tell_dino(page, rows, others, measure):
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: line[-1][1] for k, line in curves.items() if line}
     watched, ahead = curves.pop("knn"), [k for k, v in others.items() if v >= found["knn"]]
-    charts = [svg_lines(curves, "step", "nats")]
+    found.update(zip(("knn_random", "knn_pixels"), others.values()))
+    page.picture("Training", svg_lines(curves, "step", "nats"))
     if others:
-        found.update(zip(("knn_random", "knn_pixels"), others.values()))
         lines = {name: [(step, v) for step, _ in watched] for name, v in others.items()}
-        charts.append(svg_lines({**lines, "teacher": watched}, "step", f"20-NN, {measure}",
-                                zero=False))
-    page.picture("Training", "".join(charts))
+        page.picture("", svg_lines({**lines, "teacher": watched}, "step", f"20-NN, {measure}",
+                                   zero=False))
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
     if others:
         page.text(f"Do not trust it yet: {' and '.join(ahead)} tell the labels as well by 20-NN - "
