@@ -1898,20 +1898,6 @@ def concept_scores(code, names, J, alive, seed=0):
             "random latents": (weighted_code(code, other), some)}
 
 
-def pair_maps(backbone, score, pairs, read, cam_layer, cam=False, block=64):
-    """{(picture, label): (h, w)}, `heat_maps` of score(features (B, d), labels (B,)) -> (B,) for a
-    list of pairs, and those of them whose score is 0. read(picture) -> (3, H, W)."""
-    maps, silent = {}, []
-    for at in range(0, len(pairs), block):
-        some = pairs[at:at + block]
-        labels = [c for _, c in some]
-        x = torch.stack([read(i) for i, _ in some])
-        heats, values = heat_maps(backbone, x, lambda f: score(f, labels), cam_layer, cam)
-        maps.update(zip(some, heats))
-        silent += [pair for pair, value in zip(some, values) if value == 0]
-    return maps, silent
-
-
 def centre_prior(n=16):
     """(n, n) heat that falls from the middle."""
     y, x = np.mgrid[:n, :n] / (n - 1) - 0.5

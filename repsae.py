@@ -2010,11 +2010,17 @@ class Concepts(Coded):
         return lambda x: model.encode({stream: x}, "alone")[stream].dense(model.n_latents)
 
     def maps(self, backbone, score, asked, cam=False):
-        """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
-        def view(i):
-            return self.images.views([i], backbone.side, whole=True)[0].to(self.flags.device)
-        return judge.pair_maps(backbone, score, list(asked), view,
-                               functools.partial(ssm.cam_layer, backbone), cam)
+        """Of the pairs `asked`, (picture, c), the heat maps {pair: (h, w)} of score(features
+        (B, d), numbers c (B,)) -> (B,), see `judge.heat_maps`, and the pairs whose score is 0."""
+        maps, silent, pairs = {}, [], list(asked)
+        layer = functools.partial(ssm.cam_layer, backbone)
+        for at in range(0, len(pairs), 64):
+            rows, c = map(list, zip(*pairs[at:at + 64]))
+            x = self.images.views(rows, backbone.side, whole=True).to(self.flags.device)
+            heats, values = judge.heat_maps(backbone, x, lambda f: score(f, c), layer, cam)
+            maps.update(zip(pairs[at:], heats))
+            silent += [pair for pair, value in zip(pairs[at:], values) if value == 0]
+        return maps, silent
 
     def code_maps(self, weight, asked):
         """Of every backbone the maps of its code times row c of weight (n, L), for (picture, c); of
