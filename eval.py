@@ -925,9 +925,10 @@ def tell_run(page, metrics, settings):
                quiet=True)
 
 
-def latent_metrics(codes, features, rows):
+def latent_metrics(codes, features, rows, drawn=slice(None)):
     """What thesis 5.4.1-5.4.2 say of the latents of codes {stream: CSR (n, L)}: "activation", and
-    "concepts" where the rows have labels."""
+    "concepts" where the rows have labels. drawn: the samples that count, some of them twice."""
+    codes, rows = {s: code[drawn] for s, code in codes.items()}, rows[drawn]
     out = {"activation": activation_patterns(codes)}
     labels, known = features.label_matrix(rows), features.labelled[rows]
     if labels is not None and known.any():

@@ -845,11 +845,8 @@ def measure(model, features, flags):
         block = {**judge.code_metrics(found, features, rows, times), **fit}
         out[mode] = judge.taken(block, 0)
         out[mode]["headline"] = judge.headline(out[mode])
-
-        def anew(some):                                      # samples drawn twice stand twice
-            return judge.latent_metrics({s: code[some] for s, code in found.items()}, features,
-                                        rows[some])
-        out[mode]["within"] = judge.within(block, times, freedom, anew if draws else None)
+        anew = functools.partial(judge.latent_metrics, found, features, rows) if draws else None
+        out[mode]["within"] = judge.within(block, times, freedom, anew)
     if draws:
         out["bootstrap"] = draws
     if features.labels is not None:
