@@ -100,14 +100,13 @@ def taxonomy_levels(label_names, parents):
     """For every depth from 0 (root) to the deepest label: (C, nodes), 1 where a label is lifted to
     a node; one above that depth stays itself. Label counts times it are counts of nodes. parents:
     {name: its parent or None}, or None: then the labels are the one level."""
-    paths, parents, levels = [[name] for name in label_names], parents or {}, []
+    paths, parents = [[name] for name in label_names], parents or {}
     for path in paths:
         while parents.get(path[0]) is not None:
             path.insert(0, parents[path[0]])
-    for depth in range(max(map(len, paths))):
-        nodes, of = np.unique([path[:depth + 1][-1] for path in paths], return_inverse=True)
-        levels.append(np.eye(len(nodes), dtype=int)[of])
-    return levels
+    depths = range(max(map(len, paths)))
+    lifted = np.array([[path[:depth + 1][-1] for path in paths] for depth in depths])
+    return [(nodes[:, None] == np.unique(nodes)).astype(int) for nodes in lifted]
 
 
 def jaccard(counts, n_top):
