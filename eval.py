@@ -1731,11 +1731,10 @@ def retrieval_fidelity(dense, code, y, groups, ks=(1, 5, 10)):
 def shown_samples(column, top, rng):
     """Samples that show what a latent means, from its activations (n,): the `top` strongest, as
     many from the middle of the active ones, as many inactive ones by lot: dict kind -> rows."""
-    order = np.argsort(-column, kind="stable")
-    active = order[:(column > 0).sum()]
-    silent = rng.permutation(order[len(active):])[:top]
+    active, silent = np.split(np.argsort(-column, kind="stable"), [(column > 0).sum()])
     middle = max(top, len(active) // 2 - top // 2)
-    return {"top": active[:top], "middling": active[middle:][:top], "inactive": silent}
+    return {"top": active[:top], "middling": active[middle:][:top],
+            "inactive": rng.permutation(silent)[:top]}
 
 
 def naming_prompt(shown):
