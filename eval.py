@@ -1957,15 +1957,15 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     return {**out, "mIoU": _mean(overlap.get(key, 0.) for key in truth)}
 
 
-def map_scores(maps, asked, truth, otsu, silent=()):
+def map_scores(maps, truth, otsu, silent=()):
     """What heat maps (picture, label) -> (h, w) segment of the true masks: of the labels that are
-    there, as published, and of all pairs `asked`, there or not; and how many of the pairs whose
-    score is 0, `silent`, have a map that is not."""
+    there, as published, and of all, there or not; and how many of the pairs whose score is 0,
+    `silent`, have a map that is not."""
     size = next(iter(truth.values())).shape
     masks = {key: heat_mask(heat, size, otsu) for key, heat in maps.items()}
     masks = {key: mask for key, mask in masks.items() if mask is not None}
     there = segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth)
-    absent = [key in masks for key in asked if key not in truth]
+    absent = [key in masks for key in maps if key not in truth]
     return {**{name: v for name, v in there.items() if v is not None},   # of sizes that there are
             "AP, all asked": segmentation_scores(masks, truth)["AP"],
             "drawn though absent, %": 100. * sum(absent) / max(len(absent), 1),

@@ -2067,12 +2067,11 @@ def measured_maps(seen, page):
     z_names = seen.code(seen.text)(prompts).detach()         # (C, L), what names are coded as
     pairs = list(itertools.product(seen.test, seen.there))   # is the label in the picture or not
     maps, middle = {}, dict.fromkeys(pairs, judge.centre_prior())
-    found = {"centre of the picture": judge.map_scores(middle, pairs, seen.truth, data.otsu)}
+    found = {"centre of the picture": judge.map_scores(middle, seen.truth, data.otsu)}
 
     def measure(name, backbone, score, possible=seen.there):
-        asked = [pair for pair in pairs if pair[1] in possible]
-        maps[name], silent = seen.maps(backbone, score, asked)
-        found[name] = judge.map_scores(maps[name], asked, seen.truth, data.otsu, silent)
+        maps[name], silent = seen.maps(backbone, score, [p for p in pairs if p[1] in possible])
+        found[name] = judge.map_scores(maps[name], seen.truth, data.otsu, silent)
 
     def together(stream, f, c):                              # picture and name choose the support
         both = seen.model.encode({stream: f, seen.text: prompts[c]}, "joint").values()
