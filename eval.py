@@ -176,9 +176,8 @@ def monosemanticity(code, x):
 
 
 def tell_monosemanticity(page, codes, others, seed=0):
-    """Tell the mean `monosemanticity` of latents, {stream: CSR (n, L)}, in the eyes of `others`,
-    {stream: features (n, d), NaN where missing}, that had no part in them; and with samples
-    shuffled, the null."""
+    """Tell the mean `monosemanticity` of latents {stream: CSR (n, L)} in the eyes of `others` that
+    had no part in them, {stream: features (n, d), NaN where missing}; and with shuffled samples."""
     found, rng = [], np.random.default_rng([seed, 13])
     for other, x in others.items():
         here = ~np.isnan(x).all(1)
@@ -413,9 +412,8 @@ def unit_rows(x):
 
 
 def cosines(query, reference, block=1024):
-    """Cosine similarity of queries (q, d) with all references (m, d), both dense or both CSR.
-
-    Yields (number of the first query, (b, m) similarities), `block` queries at a time."""
+    """Yields (number of the first, their cosine similarities (b, m) with all references (m, d)) of
+    `block` of the queries (q, d) at a time; both dense or both CSR."""
     q, r = unit_rows(query), unit_rows(reference).T
     for start in range(0, q.shape[0], block):
         similar = q[start:start + block] @ r
@@ -511,10 +509,9 @@ def headline(block):
 
 
 def within(block, times, freedom, anew=None):
-    """Half the 95 in 100 interval of what in `headline` has one, of a block measured with `times`:
-    where it would lie for other samples as these; freedom: see `half_interval`. anew: rows of a
-    draw -> what latents are there, as `latent_metrics`, for a bootstrap; without it Jaccard's
-    interval is for other latents."""
+    """Half the 95 in 100 interval of what in `headline` has one, of a block measured with `times`;
+    freedom: see `half_interval`. anew: rows of a draw -> what latents are there, as
+    `latent_metrics`, for a bootstrap; without it Jaccard's interval is for other latents."""
     drawn = (np.repeat(np.arange(len(counts)), counts) for counts in times[1:])
     heads = [headline({**taken(block, r), **(anew(rows) if anew else {})})
              for r, rows in enumerate(drawn, 1)]
@@ -862,9 +859,8 @@ def tell_verdict(page, found):
 
 
 def tell_summary(page, metrics, quiet=False, payload=None):
-    """The verdict on a run, its table and the planted concepts found; the verdict comes first on
-    the page and last on the terminal, in colour where that is one. quiet: on the page alone;
-    payload: what one explores, after the verdict and its numbers."""
+    """The verdict on a run, first on the page and last on the terminal, its table and the planted
+    concepts found. quiet: on the page alone; payload: what one explores, above the table."""
     lines = tell_verdict(page, found) if (found := metrics.get("verdict")) else []
     page.picture("", _numbers(metrics))
     if payload:
@@ -1548,11 +1544,10 @@ def intervention(strength, effect, base, y, means, ks=(
     """AUC with only, and without, the union of the k top latents of both classes (Mammo-SAE Eq.
     3-4), for the k below L, and L: a list of {"k", "latents" in it, "keep", "silence"}.
 
-    strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head
-    commute, so that what an intervention at every position does to the score is
-    score = base + sum_j z_j effect_j over the latents that are left.
-    effect (L,): dictionary row times head; base: the head's score of the decoder's bias; means
-    (2, L) of the classes."""
+    strength (n, L) CSR, mean codes of samples; means (2, L) of the classes. Decoding, averaging
+    over positions and a linear head commute: after an intervention at every position the score is
+    base + sum_j z_j effect_j over the latents that are left. effect (L,): dictionary row times
+    head; base: the head's score of the decoder's bias."""
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in sorted({min(k, len(effect)) for k in (*ks, len(effect))}):
         kept = np.isin(np.arange(len(effect)), order[:, :k])
