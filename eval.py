@@ -188,8 +188,7 @@ def tell_monosemanticity(page, codes, others, seed=0):
             found.append({"latents of": f"{s}, judged by {other}", "cosine": _mean(own),
                           "samples shuffled": _mean(null),
                           "above it, % (chance 50)": _mean(100. * (own > null))})
-    page.table(*columns(found), "Are samples that share a latent alike in other eyes?",
-               key="monosemanticity")
+    page.records(found, "Are samples that share a latent alike in other eyes?", "monosemanticity")
 
 
 # -- How far a figure would move, were other samples judged ---------------------------------------
@@ -687,11 +686,6 @@ def text_table(header, rows):
     return "\n".join(lines)
 
 
-def columns(found):
-    """A list of dicts of the same keys as (header, rows)."""
-    return list(found[0]), [list(one.values()) for one in found]
-
-
 def html_table(header, rows, shade=False):
     """Rows of cells as HTML; with `shade` the style sheet colours numbers by their level."""
     head, body = "".join(f"<th>{html.escape(str(text))}</th>" for text in header), ""
@@ -787,6 +781,10 @@ class Page:
         if key is not None:
             self.metrics[key] = {str(name): dict(zip(header[1:], cells)) for name, *cells in rows}
 
+    def records(self, found, *told, **how):
+        """`table` of a list of dicts of the same keys."""
+        self.table(list(found[0]), [list(one.values()) for one in found], *told, **how)
+
     def picture(self, title, content):
         """A chart, any HTML: in the report alone, folded below what one explores."""
         if self.payload and title:
@@ -880,7 +878,7 @@ def tell_summary(page, metrics, quiet=False, payload=None):
                  + WHY_BOTH_WAYS)
     if "recovery" in metrics:
         rows = [{"cosine at least 0.9": s, **v} for s, v in metrics["recovery"].items()]
-        page.table(*columns(rows), "Planted concepts recovered", quiet=quiet)
+        page.records(rows, "Planted concepts recovered", quiet=quiet)
     if found and not quiet:
         colour = f"\033[3{(2, 3, 1)[found['level']]}m" * sys.stdout.isatty()
         print("\n" + colour + "\n".join(lines) + "\033[0m" * bool(colour))
@@ -906,7 +904,7 @@ def tell_run(page, metrics, settings):
     rows = [{"": mode, **dict(enumerate(block["activation"]["alive_in"])),
              **{f"silent in {s}": n for s, n in block["activation"]["silent"].items()}}
             for mode, block in blocks.items()]
-    page.table(*columns(rows), "Latents alive in so many streams", quiet=True)
+    page.records(rows, "Latents alive in so many streams", quiet=True)
     depths = {mode: block.get("concepts", {}).get("by_depth", []) for mode, block in blocks.items()}
     if len(depths["alone"]) > 1:
         rows = [[mode, *(d["jaccard"] for d in v)] for mode, v in depths.items()]
@@ -915,7 +913,7 @@ def tell_run(page, metrics, settings):
     if metrics["alone"].get("retrieval"):
         rows = [{"": f"{pair}, {mode}", **v} for mode, block in blocks.items()
                 for pair, v in block["retrieval"].items()]
-        page.table(*columns(rows), "Retrieval", quiet=True)
+        page.records(rows, "Retrieval", quiet=True)
     page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
                quiet=True)
 
@@ -1022,8 +1020,8 @@ def tell_stability(page, found):
         parts = [stable[alive.sum(1) == m] for m in range(len(codes) + 1)]
         cells = {m: f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for m, v in enumerate(parts)}
         rows.append({"latents alive in so many streams": name or "cosine", **cells})
-    page.table(*columns(rows), "Stability: cosine of a latent's dictionary rows with those of its "
-               "partner of another seed, in the streams where it is alive")
+    page.records(rows, "Stability: cosine of a latent's dictionary rows with those of its partner "
+                 "of another seed, in the streams where it is alive")
 
 
 def tell_sweep(page, results, axes):

@@ -1689,8 +1689,8 @@ def cmd_intervene(flags):
             other = Coded(flags.run, theirs).pool()
             known, rows, _ = other.told(flags.label)
             pairs["--other"] = judge.class_means(other.strength[rows], known[rows])
-        page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
-                                   for name, v in pairs.items()]), key="separation")
+        page.records([{"class means of": name, **judge.separation(v)} for name, v in pairs.items()],
+                     key="separation")
         for name, v in pairs.items():
             lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
             page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))
@@ -1710,8 +1710,8 @@ def tell_interventions(page, coded, y, train, test, means):
             for name, score in scores.items()]
     page.table(["95 in 100 bootstrap draws", "AUC", "from", "to"], rows, key="auc")
     curve = judge.intervention(coded.strength[test], effect, base, y[test], means)
-    page.table(*judge.columns(curve), "AUC with only the k top latents of each class kept, or "
-               "with these silenced", key="curve")
+    page.records(curve, "AUC with only the k top latents of each class kept, or with these "
+                 "silenced", key="curve")
     page.picture("", judge.svg_lines(
         {what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
         "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False))
@@ -1729,7 +1729,7 @@ def tell_places(page, coded, label, test, rank, iou):
     if features.boxes is not None:
         found = judge.localisation(top, (coded.heat(row, top) for row in test),
                                    [coded.boxes(row, label) for row in test], iou)
-        page.table(*judge.columns(found), f"Average precision at IoU {iou:g}", key="localisation")
+        page.records(found, f"Average precision at IoU {iou:g}", key="localisation")
     shown = {row: features.picture(row) for row in test[features.label_matrix(test)[:, label]][:6]}
     if None not in shown.values():
         page.picture("The top latents over pictures with the label; true boxes in red", "".join(
@@ -1746,15 +1746,14 @@ def tell_fidelity(page, coded, y, train, test, eval_rows):
                list(r2.items()), "Reconstruction", key="r2")
     if y is not None:
         kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
-        page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
-                   key="few")
+        page.records(kept["rows"], "Balanced accuracy of a linear probe on n latents", key="few")
         page.table(["all", "balanced accuracy"], list(kept["all"].items()), key="probe")
     some = np.sort(np.random.default_rng([seed, 4]).permutation(test)[:eval_rows or None])
     near = judge.retrieval_fidelity(dense[some], coded.strength[some], y if y is None else y[some],
                                     coded.groups[some])
     if not near:
         return say(f"note: {len(some)} test samples have no ten neighbours of other groups")
-    page.table(*judge.columns(near), "Neighbours of other groups", key="neighbours")
+    page.records(near, "Neighbours of other groups", key="neighbours")
 
 
 @command("data streams seed device json overwrite sparc", "run", "other")
@@ -1779,7 +1778,7 @@ def cmd_compare(flags):
         for what, z in ((name, y), (f"{name}, samples shuffled", y[shuffled])):
             r = judge.latent_correlations(x, z, "same" in name)
             found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
-    page.table(*judge.columns(found), key="shared")
+    page.records(found, key="shared")
     return page.metrics["shared"]
 
 
@@ -2085,10 +2084,9 @@ def measured_maps(seen, page):
             measure(f"{name}, similarity to the name, joint", backbone,
                     functools.partial(together, s))
     measure(f"{seen.clip}, raw similarity", seen.encoder, judge.weighted_code(unit, unit(prompts)))
-    page.table(*judge.columns([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
-                               for name, v in found.items()]),
-               "Segmentation by heat maps: of the labels that are there, as published, and of all",
-               key="segmentation")
+    page.records([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
+                  for name, v in found.items()], key="segmentation", title="Segmentation by heat "
+                 "maps: of the labels that are there, as published, and of all")
     return maps
 
 
@@ -2153,7 +2151,7 @@ def cmd_retrieve(flags):
             if None not in shown:
                 page.picture("", judge.strips({"": [judge.embedded(v, 120) for v in shown]}))
             found = [{**coded.about(i), "cosine": r} for i, r in zip(rows[near[:10]], similar)]
-            page.table(*judge.columns(found), title, quiet=True)
+            page.records(found, title, quiet=True)
     run.begin().tell(page)
 
 
