@@ -1459,8 +1459,7 @@ def tell_latents(page, table, n, labels):
     counts = {f"1e{t}": int((mean >= 10. ** t).sum()) for t in range(-6, 1)}
     page.metrics.update(latents=len(table["mean"]), alive=len(alive))
     page.text(f"{len(alive)} of {len(table['mean'])} latents are active on {n} training samples")
-    page.table(["mean activation at least", *counts], [["latents", *counts.values()]],
-               key="mean at least 10^t")
+    page.records([{"mean activation at least": "latents", **counts}], key="mean at least 10^t")
     if "entropy" in table:
         page.metrics["mean entropy"] = _mean(table["entropy"][np.isfinite(table["entropy"])])
         page.text(f"mean label entropy {fmt(page.metrics['mean entropy'])} nats of ln "
