@@ -1567,10 +1567,9 @@ def localisation(latents, heats, truth, iou=0.25):
     list of {"latent", "AP", "AP, pictures with boxes": on those alone}. heats: of each picture
     (len(latents), h, w); truth: of each picture its true boxes."""
     found = [list(map(heat_boxes, maps)) for maps in heats]
-    there = [i for i, boxes in enumerate(truth) if boxes]
     return [{"latent": int(j), "AP": average_precision(mine, truth, iou),
              "AP, pictures with boxes": average_precision(
-                 [mine[i] for i in there], [truth[i] for i in there], iou)}
+                 [boxes if there else [] for boxes, there in zip(mine, truth)], truth, iou)}
             for j, mine in zip(latents, zip(*found))]
 
 
