@@ -1936,14 +1936,13 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     ranked = sorted(found, key=lambda key: (-(score[key] if score else 1), key[0]))
     right, out = {key: overlap.get(key, 0) >= iou for key in ranked}, {}
     for name, (low, high) in sizes.items():
-        found_of = []
-        counted = {key for key, m in truth.items() if low <= m.sum() <= high}
+        counted, each = {key for key, m in truth.items() if low <= m.sum() <= high}, []
         for label in sorted({label for _, label in counted}):
             hits = [right[key] for key in ranked if key[1] == label and (
                 key in counted if right[key] else low <= area(found[key]) <= high)]
             total = sum(key[1] == label for key in counted)
-            found_of.append((curve_area(hits, total, 101), sum(hits) / total))
-        out[f"AP{name}"], out[f"AR{name}"] = (_mean(v[i] for v in found_of) for i in (0, 1))
+            each.append((curve_area(hits, total, 101), sum(hits) / total))
+        out[f"AP{name}"], out[f"AR{name}"] = (_mean(v[i] for v in each) for i in (0, 1))
     return {**out, "mIoU": _mean(overlap.get(key, 0.) for key in truth)}
 
 
