@@ -835,11 +835,10 @@ def _numbers(metrics):
     (header, rows), parts, half = summary(metrics), {}, metrics["alone"].get("within", {})
     for (name, *cells), (other, *values) in itertools.pairwise([*rows, [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
-        alone = told.pop("alone")
         if other.startswith("  "):
             told[other.strip()] = fmt(values[header.index("alone") - 1])
+        alone = f"<b>{told.pop('alone')}</b>" + (f" ± {fmt(half[name])}" if half.get(name) else "")
         beside = "".join(f" · <i>{mode} {v}</i>" for mode, v in told.items())
-        alone = f"<b>{alone}</b>" + (f" ± {fmt(half[name])}" if half.get(name) else "")
         parts[name] = (f"<div><dt>{html.escape(name)}</dt><dd>{alone} alone{beside}</dd>"
                        f"<dd>{html.escape(MEANING.get(name, ''))}</dd></div>")
     return (f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
