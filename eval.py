@@ -717,9 +717,8 @@ def svg_lines(series, x_label, y_label, x_names=None, zero=True):
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
     if not xs:
         return "<p>nothing to draw</p>"
-    w, h, x0, x1, y0, y1 = 640, 260, min(xs), max(xs), min(ys), max(ys)
-    y0 = min(0, y0) if zero else y0
-    x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
+    w, h, x0, y0 = 640, 260, min(xs), min(0, *ys) if zero else min(ys)
+    x1, y1 = (max(v) if max(v) > low else low + 1 for v, low in ((xs, x0), (ys, y0)))
 
     def text(x, y, words, kind=""):
         return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(words)}</text>'
