@@ -292,8 +292,7 @@ def logistic_1d(x, y):
     line, X = np.zeros((*x.shape[:-1], 2)), np.stack([x, np.ones_like(x)], -1)    # (..., n, 2)
 
     def cost(line):
-        w, b = line[..., 0], line[..., 1]
-        return w * w / 2 + log_loss(w, b, x, y).sum(-1)
+        return line[..., 0] ** 2 / 2 + log_loss(*np.moveaxis(line, -1, 0), x, y).sum(-1)
     for _ in range(100):
         now = cost(line)
         p = scipy.special.expit((X @ line[..., None])[..., 0])
@@ -305,7 +304,7 @@ def logistic_1d(x, y):
         line = line - move
         if np.abs(gradient).max(initial=0) < 1e-9:
             break
-    return line[..., 0], line[..., 1]
+    return tuple(np.moveaxis(line, -1, 0))
 
 
 def log_loss(w, b, x, y):
