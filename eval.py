@@ -10,9 +10,9 @@ Glossary     n samples evaluated . L latents . C labels . M streams . s source, 
                      against each other
 
 Joint numbers flatter: a query and its reference carry the same index set, chosen from both, so that
-retrieval and Jaccard are near 1 even under the null. Nothing here knows how a code was made; the
-callers compute every cross-stream number both ways. For the alone Jaccard the null is no control
-either, since its latents share labels by chance: pairing each latent with another one is.
+retrieval and Jaccard are near 1 even under the null. Callers compute every cross-stream number both
+ways. For the alone Jaccard the null is no control either, since its latents share labels by chance:
+pairing each latent with another one is.
 
 Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs
              sees the test rows); tasks need at least 50 positives, as the text says (theirs: more
@@ -1668,9 +1668,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
     dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of
     `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
-    many principal components of the dense features. "kept, %" is (score - chance) / (dense score -
-    chance), None where the dense score is at or below chance: there is nothing to keep.
-    Returns {"rows": [{...}], "all": {"features", "latents", "chance"}, "chosen"}."""
+    many principal components of the dense features. "kept, %" is None where the dense score is at
+    chance or below. Returns {"rows": [...], "all": {"features", "latents", "chance"}, "chosen"}."""
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
     def score(x):
