@@ -15,18 +15,17 @@ ways. For the alone Jaccard the null is no control either, since its latents sha
 pairing each latent with another one is.
 
 Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs
-             sees the test rows); tasks need at least 50 positives, as the text says (theirs: more
-             than 50); Jaccard takes the 50 top samples, as the text says, over living latents and,
-             as published, over all (the published figures took every active sample); the taxonomy
-             is indexed by label (theirs permutes it at depths 1-4); retrieval ties count against
-             the query. The linear probe reports its last epoch, not the best on the test set.
-             Barcodes are divided by the number of a patient's images (CytoSAE Eq. 4; its code: by
-             the number of latents); entropy counts all active images (`weighted`: as its code).
-             Concept latents (thesis 5.4.4) are counted on training samples, not on those that are
-             segmented: those that fire with the concept more often than not, or the ten likeliest.
-             Relevancy maps start at the same layer everywhere. Small objects count in AP, AR and
-             mIoU, as in the authors' code and not in sparc.txt. What Mammo-SAE leaves open about
-             boxes (percentile, overlap, score of a box) are arguments here.
+             sees the test rows); as the text says, tasks need at least 50 positives (theirs: more
+             than 50) and Jaccard takes the 50 top samples, over living latents and, as published,
+             over all (the published figures took every active sample); the taxonomy is indexed by
+             label (theirs permutes it at depths 1-4); retrieval ties count against the query. The
+             linear probe is not chosen by the test set. Barcodes are divided by the number of a
+             patient's images (CytoSAE Eq. 4; its code: by the number of latents); entropy counts
+             all active images (`weighted`: as its code). Concept latents (thesis 5.4.4) are counted
+             on training samples, not on those segmented, and fire with the concept more often than
+             not, or are the ten likeliest. Relevancy maps start at the same layer everywhere. Small
+             objects count in AP, AR and mIoU, as in the authors' code, not in sparc.txt. What
+             Mammo-SAE leaves open about boxes (percentile, overlap, score) are arguments here.
 Ours         the null, Jaccard's control, the linear baseline, the verdict.
 """
 import base64
