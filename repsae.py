@@ -1605,8 +1605,8 @@ def cmd_latents(flags):
                       for ranks in table.pop("references")]
         judge.tell_latents(page, table, len(train), features.label_names)
         files = {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
-            {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
-             "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
+            {"latent": int(j), **judge.taken(table, j), "references": references[j]}
+            for j in np.flatnonzero(table["frequency"])]}
     run.begin().write(files).tell(page)
 
 
