@@ -10,23 +10,22 @@ Glossary     n samples evaluated . L latents . C labels . M streams . s source, 
                      against each other
 
 Joint numbers flatter: a query and its reference carry the same index set, chosen from both, so that
-retrieval and Jaccard are near 1 even under the null. Nothing here knows how a code was made; the
-callers compute every cross-stream number both ways. For the alone Jaccard the null is no control
-either, since its latents share labels by chance: pairing each latent with another one is.
+retrieval and Jaccard are near 1 even under the null. Callers compute every cross-stream number both
+ways. For the alone Jaccard the null is no control either, since its latents share labels by chance:
+pairing each latent with another one is.
 
 Deviations   from the authors' code: probe candidates are chosen on training positives only (theirs
-             sees the test rows); tasks need at least 50 positives, as the text says (theirs: more
-             than 50); Jaccard takes the 50 top samples, as the text says, over living latents and,
-             as published, over all (the published figures took every active sample); the taxonomy
-             is indexed by label (theirs permutes it at depths 1-4); retrieval ties count against
-             the query. The linear probe reports its last epoch, not the best on the test set.
-             Barcodes are divided by the number of a patient's images (CytoSAE Eq. 4; its code: by
-             the number of latents); entropy counts all active images (`weighted`: as its code).
-             Concept latents (thesis 5.4.4) are counted on training samples, not on those that are
-             segmented: those that fire with the concept more often than not, or the ten likeliest.
-             Relevancy maps start at the same layer everywhere. Small objects count in AP, AR and
-             mIoU, as in the authors' code and not in sparc.txt. What Mammo-SAE leaves open about
-             boxes (percentile, overlap, score of a box) are arguments here.
+             sees the test rows); as the text says, tasks need at least 50 positives (theirs: more
+             than 50) and Jaccard takes the 50 top samples, over living latents and, as published,
+             over all (the published figures took every active sample); the taxonomy is indexed by
+             label (theirs permutes it at depths 1-4); retrieval ties count against the query. The
+             linear probe is not chosen by the test set. Barcodes are divided by the number of a
+             patient's images (CytoSAE Eq. 4; its code: by the number of latents); entropy counts
+             all active images (`weighted`: as its code). Concept latents (thesis 5.4.4) are counted
+             on training samples, not on those segmented, and fire with the concept more often than
+             not, or are the ten likeliest. Relevancy maps start at the same layer everywhere. Small
+             objects count in AP, AR and mIoU, as in the authors' code, not in sparc.txt. What
+             Mammo-SAE leaves open about boxes (percentile, overlap, score) are arguments here.
 Ours         the null, Jaccard's control, the linear baseline, the verdict.
 """
 import base64
@@ -100,14 +99,13 @@ def taxonomy_levels(label_names, parents):
     """For every depth from 0 (root) to the deepest label: (C, nodes), 1 where a label is lifted to
     a node; one above that depth stays itself. Label counts times it are counts of nodes. parents:
     {name: its parent or None}, or None: then the labels are the one level."""
-    paths, parents, levels = [[name] for name in label_names], parents or {}, []
+    paths, parents = [[name] for name in label_names], parents or {}
     for path in paths:
         while parents.get(path[0]) is not None:
             path.insert(0, parents[path[0]])
-    for depth in range(max(map(len, paths))):
-        nodes, of = np.unique([path[:depth + 1][-1] for path in paths], return_inverse=True)
-        levels.append(np.eye(len(nodes), dtype=int)[of])
-    return levels
+    depths = range(max(map(len, paths)))
+    lifted = np.array([[path[:depth + 1][-1] for path in paths] for depth in depths])
+    return [(nodes[:, None] == np.unique(nodes)).astype(int) for nodes in lifted]
 
 
 def jaccard(counts, n_top):
@@ -177,9 +175,8 @@ def monosemanticity(code, x):
 
 
 def tell_monosemanticity(page, codes, others, seed=0):
-    """Tell the mean `monosemanticity` of latents, {stream: CSR (n, L)}, in the eyes of `others`,
-    {stream: features (n, d), NaN where missing}, that had no part in them; and with samples
-    shuffled, the null."""
+    """Tell the mean `monosemanticity` of latents {stream: CSR (n, L)} in the eyes of `others` that
+    had no part in them, {stream: features (n, d), NaN where missing}; and with shuffled samples."""
     found, rng = [], np.random.default_rng([seed, 13])
     for other, x in others.items():
         here = ~np.isnan(x).all(1)
@@ -190,8 +187,7 @@ def tell_monosemanticity(page, codes, others, seed=0):
             found.append({"latents of": f"{s}, judged by {other}", "cosine": _mean(own),
                           "samples shuffled": _mean(null),
                           "above it, % (chance 50)": _mean(100. * (own > null))})
-    page.table(*columns(found), "Are samples that share a latent alike in other eyes?",
-               key="monosemanticity")
+    page.records(found, "Are samples that share a latent alike in other eyes?", "monosemanticity")
 
 
 # -- How far a figure would move, were other samples judged ---------------------------------------
@@ -295,8 +291,7 @@ def logistic_1d(x, y):
     line, X = np.zeros((*x.shape[:-1], 2)), np.stack([x, np.ones_like(x)], -1)    # (..., n, 2)
 
     def cost(line):
-        w, b = line[..., 0], line[..., 1]
-        return w * w / 2 + log_loss(w, b, x, y).sum(-1)
+        return line[..., 0] ** 2 / 2 + log_loss(*np.moveaxis(line, -1, 0), x, y).sum(-1)
     for _ in range(100):
         now = cost(line)
         p = scipy.special.expit((X @ line[..., None])[..., 0])
@@ -308,7 +303,7 @@ def logistic_1d(x, y):
         line = line - move
         if np.abs(gradient).max(initial=0) < 1e-9:
             break
-    return line[..., 0], line[..., 1]
+    return tuple(np.moveaxis(line, -1, 0))
 
 
 def log_loss(w, b, x, y):
@@ -414,9 +409,8 @@ def unit_rows(x):
 
 
 def cosines(query, reference, block=1024):
-    """Cosine similarity of queries (q, d) with all references (m, d), both dense or both CSR.
-
-    Yields (number of the first query, (b, m) similarities), `block` queries at a time."""
+    """Yields (number of the first, their cosine similarities (b, m) with all references (m, d)) of
+    `block` of the queries (q, d) at a time; both dense or both CSR."""
     q, r = unit_rows(query), unit_rows(reference).T
     for start in range(0, q.shape[0], block):
         similar = q[start:start + block] @ r
@@ -467,15 +461,13 @@ def recovery(dictionaries, truth):
     """How many planted concepts a model found: stream -> (L, d) learned and (C, d) true directions.
     As many as can have a latent of their own with cosine >= 0.9, of those that the stream sees;
     `same latent`: that is near in all streams at once, of those that every stream sees."""
-    cosine = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T
-              for s, D in dictionaries.items()}              # (C, L)
-    seen = {s: np.linalg.norm(truth[s], axis=1) > 0 for s in cosine}
-    near = {s: (c >= 0.9)[seen[s]] for s, c in cosine.items()}
-    if len(cosine) > 1:
-        everywhere = np.minimum.reduce(list(cosine.values())) >= 0.9
-        near["same latent"] = everywhere[np.logical_and.reduce(list(seen.values()))]
+    near = {s: unit_rows(truth[s]) @ unit_rows(np.asarray(D, np.float64)).T >= 0.9
+            for s, D in dictionaries.items()}                # (C, L)
+    seen = {s: truth[s].any(1) for s in near}
+    if len(near) > 1:
+        near["same latent"], seen["same latent"] = (np.all([*v.values()], 0) for v in (near, seen))
     return {s: {"found": int(v[scipy.optimize.linear_sum_assignment(v, maximize=True)].sum()),
-                "of": len(v)} for s, v in near.items()}
+                "of": int(seen[s].sum())} for s, v in near.items()}
 
 
 def _mean(values):
@@ -514,10 +506,9 @@ def headline(block):
 
 
 def within(block, times, freedom, anew=None):
-    """Half the 95 in 100 interval of what in `headline` has one, of a block measured with `times`:
-    where it would lie for other samples as these; freedom: see `half_interval`. anew: rows of a
-    draw -> what latents are there, as `latent_metrics`, for a bootstrap; without it Jaccard's
-    interval is for other latents."""
+    """Half the 95 in 100 interval of what in `headline` has one, of a block measured with `times`;
+    freedom: see `half_interval`. anew: rows of a draw -> what latents are there, as
+    `latent_metrics`, for a bootstrap; without it Jaccard's interval is for other latents."""
     drawn = (np.repeat(np.arange(len(counts)), counts) for counts in times[1:])
     heads = [headline({**taken(block, r), **(anew(rows) if anew else {})})
              for r, rows in enumerate(drawn, 1)]
@@ -693,11 +684,6 @@ def text_table(header, rows):
     return "\n".join(lines)
 
 
-def columns(found):
-    """A list of dicts of the same keys as (header, rows)."""
-    return list(found[0]), [list(one.values()) for one in found]
-
-
 def html_table(header, rows, shade=False):
     """Rows of cells as HTML; with `shade` the style sheet colours numbers by their level."""
     head, body = "".join(f"<th>{html.escape(str(text))}</th>" for text in header), ""
@@ -729,9 +715,8 @@ def svg_lines(series, x_label, y_label, x_names=None, zero=True, dots=False):
     xs, ys = ([p[i] for line in series.values() for p in line] for i in (0, 1))
     if not xs:
         return "<p>nothing to draw</p>"
-    w, h, x0, x1, y0, y1 = 640, 260, min(xs), max(xs), min(ys), max(ys)
-    y0 = min(0, y0) if zero else y0
-    x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
+    w, h, x0, y0 = 640, 260, min(xs), min(0, *ys) if zero else min(ys)
+    x1, y1 = (max(v) if max(v) > low else low + 1 for v, low in ((xs, x0), (ys, y0)))
 
     def text(x, y, words, kind=""):
         return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(words)}</text>'
@@ -794,6 +779,10 @@ class Page:
         if key is not None:
             self.metrics[key] = {str(name): dict(zip(header[1:], cells)) for name, *cells in rows}
 
+    def records(self, found, *told, **how):
+        """`table` of a list of dicts of the same keys."""
+        self.table(list(found[0]), [list(one.values()) for one in found], *told, **how)
+
     def picture(self, title, content):
         """A chart, any HTML: in the report alone, folded below what one explores."""
         if self.payload and title:
@@ -844,11 +833,10 @@ def _numbers(metrics):
     (header, rows), parts, half = summary(metrics), {}, metrics["alone"].get("within", {})
     for (name, *cells), (other, *values) in itertools.pairwise([*rows, [""]]):
         told = {mode: fmt(v, name) for mode, v in zip(header[1:], cells)}
-        alone = told.pop("alone")
         if other.startswith("  "):
             told[other.strip()] = fmt(values[header.index("alone") - 1])
+        alone = f"<b>{told.pop('alone')}</b>" + (f" ± {fmt(half[name])}" if half.get(name) else "")
         beside = "".join(f" · <i>{mode} {v}</i>" for mode, v in told.items())
-        alone = f"<b>{alone}</b>" + (f" ± {fmt(half[name])}" if half.get(name) else "")
         parts[name] = (f"<div><dt>{html.escape(name)}</dt><dd>{alone} alone{beside}</dd>"
                        f"<dd>{html.escape(MEANING.get(name, ''))}</dd></div>")
     return (f'<dl class="numbers">{"".join(parts.get(name, "") for name in HEADLINES)}</dl>'
@@ -866,9 +854,8 @@ def tell_verdict(page, found):
 
 
 def tell_summary(page, metrics, quiet=False, payload=None):
-    """The verdict on a run, its table and the planted concepts found; the verdict comes first on
-    the page and last on the terminal, in colour where that is one. quiet: on the page alone;
-    payload: what one explores, after the verdict and its numbers."""
+    """The verdict on a run, first on the page and last on the terminal, its table and the planted
+    concepts found. quiet: on the page alone; payload: what one explores, above the table."""
     lines = tell_verdict(page, found) if (found := metrics.get("verdict")) else []
     page.picture("", _numbers(metrics))
     if payload:
@@ -888,7 +875,7 @@ def tell_summary(page, metrics, quiet=False, payload=None):
                  + WHY_BOTH_WAYS)
     if "recovery" in metrics:
         rows = [{"cosine at least 0.9": s, **v} for s, v in metrics["recovery"].items()]
-        page.table(*columns(rows), "Planted concepts recovered", quiet=quiet)
+        page.records(rows, "Planted concepts recovered", quiet=quiet)
     if found and not quiet:
         colour = f"\033[3{(2, 3, 1)[found['level']]}m" * sys.stdout.isatty()
         print("\n" + colour + "\n".join(lines) + "\033[0m" * bool(colour))
@@ -914,7 +901,7 @@ def tell_run(page, metrics, settings):
     rows = [{"": mode, **dict(enumerate(block["activation"]["alive_in"])),
              **{f"silent in {s}": n for s, n in block["activation"]["silent"].items()}}
             for mode, block in blocks.items()]
-    page.table(*columns(rows), "Latents alive in so many streams", quiet=True)
+    page.records(rows, "Latents alive in so many streams", quiet=True)
     depths = {mode: block.get("concepts", {}).get("by_depth", []) for mode, block in blocks.items()}
     if len(depths["alone"]) > 1:
         rows = [[mode, *(d["jaccard"] for d in v)] for mode, v in depths.items()]
@@ -923,14 +910,15 @@ def tell_run(page, metrics, settings):
     if metrics["alone"].get("retrieval"):
         rows = [{"": f"{pair}, {mode}", **v} for mode, block in blocks.items()
                 for pair, v in block["retrieval"].items()]
-        page.table(*columns(rows), "Retrieval", quiet=True)
+        page.records(rows, "Retrieval", quiet=True)
     page.table(["", ""], [[k, str(v)] for k, v in settings.items() if v is not None], "Settings",
                quiet=True)
 
 
-def latent_metrics(codes, features, rows):
+def latent_metrics(codes, features, rows, drawn=slice(None)):
     """What thesis 5.4.1-5.4.2 say of the latents of codes {stream: CSR (n, L)}: "activation", and
-    "concepts" where the rows have labels."""
+    "concepts" where the rows have labels. drawn: the samples that count, some of them twice."""
+    codes, rows = {s: code[drawn] for s, code in codes.items()}, rows[drawn]
     out = {"activation": activation_patterns(codes)}
     labels, known = features.label_matrix(rows), features.labelled[rows]
     if labels is not None and known.any():
@@ -1029,8 +1017,8 @@ def tell_stability(page, found):
         parts = [stable[alive.sum(1) == m] for m in range(len(codes) + 1)]
         cells = {m: f"{v.mean():.3f} of {len(v)}" if len(v) else "-" for m, v in enumerate(parts)}
         rows.append({"latents alive in so many streams": name or "cosine", **cells})
-    page.table(*columns(rows), "Stability: cosine of a latent's dictionary rows with those of its "
-               "partner of another seed, in the streams where it is alive")
+    page.records(rows, "Stability: cosine of a latent's dictionary rows with those of its partner "
+                 "of another seed, in the streams where it is alive")
 
 
 def tell_sweep(page, results, axes):
@@ -1407,13 +1395,12 @@ def tell_dino(page, rows, others, measure):
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: line[-1][1] for k, line in curves.items() if line}
     watched, ahead = curves.pop("knn"), [k for k, v in others.items() if v >= found["knn"]]
-    charts = [svg_lines(curves, "step", "nats")]
+    found.update(zip(("knn_random", "knn_pixels"), others.values()))
+    page.picture("Training", svg_lines(curves, "step", "nats"))
     if others:
-        found.update(zip(("knn_random", "knn_pixels"), others.values()))
         lines = {name: [(step, v) for step, _ in watched] for name, v in others.items()}
-        charts.append(svg_lines({**lines, "teacher": watched}, "step", f"20-NN, {measure}",
-                                zero=False))
-    page.picture("Training", "".join(charts))
+        page.picture("", svg_lines({**lines, "teacher": watched}, "step", f"20-NN, {measure}",
+                                   zero=False))
     page.text("  ".join(f"{k} {v:.3f}" for k, v in found.items()))
     if others:
         page.text(f"Do not trust it yet: {' and '.join(ahead)} tell the labels as well by 20-NN - "
@@ -1479,7 +1466,7 @@ def tell_latents(page, found, n, labels):
                      for i, word in enumerate(("lowest", "middle", "highest"))}
         clouds.update({part: np.log10(np.stack([told["frequency"][j], mean[j]], 1)).tolist()
                        for part, j in parts.items()})
-    page.table(*columns(counts), f"On {n} training samples", key="mean at least 10^t")
+    page.records(counts, f"On {n} training samples", key="mean at least 10^t")
     page.picture("", svg_lines(clouds, "log10 of the share of samples", "log10 of the mean",
                                zero=False, dots=True))
     if "entropy" in table:
@@ -1568,11 +1555,10 @@ def intervention(strength, effect, base, y, means, ks=(
     """AUC with only, and without, the union of the k top latents of both classes (Mammo-SAE Eq.
     3-4), for the k below L, and L: a list of {"k", "latents" in it, "keep", "silence"}.
 
-    strength (n, L) CSR, mean codes of samples: decoding, averaging over positions and a linear head
-    commute, so that what an intervention at every position does to the score is
-    score = base + sum_j z_j effect_j over the latents that are left.
-    effect (L,): dictionary row times head; base: the head's score of the decoder's bias; means
-    (2, L) of the classes."""
+    strength (n, L) CSR, mean codes of samples; means (2, L) of the classes. Decoding, averaging
+    over positions and a linear head commute: after an intervention at every position the score is
+    base + sum_j z_j effect_j over the latents that are left. effect (L,): dictionary row times
+    head; base: the head's score of the decoder's bias."""
     order, out = np.argsort(-means, axis=1, kind="stable"), []
     for k in sorted({min(k, len(effect)) for k in (*ks, len(effect))}):
         kept = np.isin(np.arange(len(effect)), order[:, :k])
@@ -1595,10 +1581,9 @@ def localisation(latents, heats, truth, iou=0.25):
     list of {"latent", "AP", "AP, pictures with boxes": on those alone}. heats: of each picture
     (len(latents), h, w); truth: of each picture its true boxes."""
     found = [list(map(heat_boxes, maps)) for maps in heats]
-    there = [i for i, boxes in enumerate(truth) if boxes]
     return [{"latent": int(j), "AP": average_precision(mine, truth, iou),
              "AP, pictures with boxes": average_precision(
-                 [mine[i] for i in there], [truth[i] for i in there], iou)}
+                 [boxes if there else [] for boxes, there in zip(mine, truth)], truth, iou)}
             for j, mine in zip(latents, zip(*found))]
 
 
@@ -1700,9 +1685,8 @@ def kept_performance(dense, code, y, train, test, sizes=(1, 2, 5, 10, 20, 50), s
 
     dense (n, d), code (n, L) CSR, y (n,) int, train and test rows. For each size: the latents of
     `select_latents` (chosen on train), so many living latents drawn at random (mean of `draws`), so
-    many principal components of the dense features. "kept, %" is (score - chance) / (dense score -
-    chance), None where the dense score is at or below chance: there is nothing to keep.
-    Returns {"rows": [{...}], "all": {"features", "latents", "chance"}, "chosen"}."""
+    many principal components of the dense features. "kept, %" is None where the dense score is at
+    chance or below. Returns {"rows": [...], "all": {"features", "latents", "chance"}, "chosen"}."""
     C, rng = int(y.max()) + 1, np.random.default_rng([seed, 7])
 
     def score(x):
@@ -1751,11 +1735,10 @@ def retrieval_fidelity(dense, code, y, groups, ks=(1, 5, 10)):
 def shown_samples(column, top, rng):
     """Samples that show what a latent means, from its activations (n,): the `top` strongest, as
     many from the middle of the active ones, as many inactive ones by lot: dict kind -> rows."""
-    order = np.argsort(-column, kind="stable")
-    active = order[:(column > 0).sum()]
-    silent = rng.permutation(order[len(active):])[:top]
+    active, silent = np.split(np.argsort(-column, kind="stable"), [(column > 0).sum()])
     middle = max(top, len(active) // 2 - top // 2)
-    return {"top": active[:top], "middling": active[middle:][:top], "inactive": silent}
+    return {"top": active[:top], "middling": active[middle:][:top],
+            "inactive": rng.permutation(silent)[:top]}
 
 
 def naming_prompt(shown):
@@ -1918,20 +1901,6 @@ def concept_scores(code, names, J, alive, seed=0):
             "random latents": (weighted_code(code, other), some)}
 
 
-def pair_maps(backbone, score, pairs, read, cam_layer, cam=False, block=64):
-    """{(picture, label): (h, w)}, `heat_maps` of score(features (B, d), labels (B,)) -> (B,) for a
-    list of pairs, and those of them whose score is 0. read(picture) -> (3, H, W)."""
-    maps, silent = {}, []
-    for at in range(0, len(pairs), block):
-        some = pairs[at:at + block]
-        labels = [c for _, c in some]
-        x = torch.stack([read(i) for i, _ in some])
-        heats, values = heat_maps(backbone, x, lambda f: score(f, labels), cam_layer, cam)
-        maps.update(zip(some, heats))
-        silent += [pair for pair, value in zip(some, values) if value == 0]
-    return maps, silent
-
-
 def centre_prior(n=16):
     """(n, n) heat that falls from the middle."""
     y, x = np.mgrid[:n, :n] / (n - 1) - 0.5
@@ -1980,28 +1949,26 @@ def segmentation_scores(found, truth, iou=0.2, score=None, area=np.sum):
     ranked = sorted(found, key=lambda key: (-(score[key] if score else 1), key[0]))
     right, out = {key: overlap.get(key, 0) >= iou for key in ranked}, {}
     for name, (low, high) in sizes.items():
-        precisions, recalls = [], []
-        counted = {key for key, m in truth.items() if low <= m.sum() <= high}
+        counted, each = {key for key, m in truth.items() if low <= m.sum() <= high}, []
         for label in sorted({label for _, label in counted}):
             hits = [right[key] for key in ranked if key[1] == label and (
                 key in counted if right[key] else low <= area(found[key]) <= high)]
             total = sum(key[1] == label for key in counted)
-            precisions.append(curve_area(hits, total, 101))
-            recalls.append(sum(hits) / total)
-        out[f"AP{name}"], out[f"AR{name}"] = _mean(precisions), _mean(recalls)
+            each.append((curve_area(hits, total, 101), sum(hits) / total))
+        out[f"AP{name}"], out[f"AR{name}"] = (_mean(v[i] for v in each) for i in (0, 1))
     return {**out, "mIoU": _mean(overlap.get(key, 0.) for key in truth)}
 
 
-def map_scores(maps, asked, truth, otsu, silent=()):
+def map_scores(maps, truth, otsu, silent=()):
     """What heat maps (picture, label) -> (h, w) segment of the true masks: of the labels that are
-    there, as published, and of all pairs `asked`, there or not; and how many of the pairs whose
-    score is 0, `silent`, have a map that is not."""
+    there, as published, and of all, there or not; and how many of the pairs whose score is 0,
+    `silent`, have a map that is not."""
     # of a label that is absent it counts alone whether there is a mask
     masks = {key: heat_mask(heat, truth[key].shape if key in truth else heat.shape, otsu)
              for key, heat in maps.items()}
     masks = {key: mask for key, mask in masks.items() if mask is not None}
     there = segmentation_scores({key: m for key, m in masks.items() if key in truth}, truth)
-    absent = [key in masks for key in asked if key not in truth]
+    absent = [key in masks for key in maps if key not in truth]
     return {**{name: v for name, v in there.items() if v is not None},   # of sizes that there are
             "AP, all asked": segmentation_scores(masks, truth)["AP"],
             "drawn though absent, %": 100. * sum(absent) / max(len(absent), 1),

@@ -840,11 +840,8 @@ def measure(model, features, flags):
         block = {**judge.code_metrics(found, features, rows, times), **fit}
         out[mode] = judge.taken(block, 0)
         out[mode]["headline"] = judge.headline(out[mode])
-
-        def anew(some):                                      # samples drawn twice stand twice
-            return judge.latent_metrics({s: code[some] for s, code in found.items()}, features,
-                                        rows[some])
-        out[mode]["within"] = judge.within(block, times, freedom, anew if draws else None)
+        anew = functools.partial(judge.latent_metrics, found, features, rows) if draws else None
+        out[mode]["within"] = judge.within(block, times, freedom, anew)
     if draws:
         out["bootstrap"] = draws
     if features.labels is not None:
@@ -1602,8 +1599,8 @@ def cmd_latents(flags):
             name: trained_latents(Coded(name, flags).pool(flags.tau), flags) for name in others}},
             len(coded.train), features.label_names)
         files = {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
-            {"latent": int(j), **{k: judge.plain(v[j]) for k, v in table.items()},
-             "references": references[j]} for j in np.flatnonzero(table["frequency"])]}
+            {"latent": int(j), **judge.taken(table, j), "references": references[j]}
+            for j in np.flatnonzero(table["frequency"])]}
     run.begin().write(files).tell(page)
 
 
@@ -1730,8 +1727,8 @@ def cmd_intervene(flags):
             other = Coded(flags.run, theirs).pool()
             known, rows, _ = other.told(flags.label)
             pairs["--other"] = judge.class_means(other.strength[rows], known[rows])
-        page.table(*judge.columns([{"class means of": name, **judge.separation(v)}
-                                   for name, v in pairs.items()]), key="separation")
+        page.records([{"class means of": name, **judge.separation(v)} for name, v in pairs.items()],
+                     key="separation")
         for name, v in pairs.items():
             lines = {f"{name}, without the label": v[0], f"{name}, with it": v[1]}
             page.picture("", judge.latent_chart(lines, v.max(0), "mean activation"))
@@ -1751,8 +1748,8 @@ def tell_interventions(page, coded, y, train, test, means):
             for name, score in scores.items()]
     page.table(["95 in 100 bootstrap draws", "AUC", "from", "to"], rows, key="auc")
     curve = judge.intervention(coded.strength[test], effect, base, y[test], means)
-    page.table(*judge.columns(curve), "AUC with only the k top latents of each class kept, or "
-               "with these silenced", key="curve")
+    page.records(curve, "AUC with only the k top latents of each class kept, or with these "
+                 "silenced", key="curve")
     page.picture("", judge.svg_lines(
         {what: [(i, c[what]) for i, c in enumerate(curve)] for what in ("keep", "silence")},
         "k of each class", "AUC on test samples", [str(c["k"]) for c in curve], zero=False))
@@ -1770,7 +1767,7 @@ def tell_places(page, coded, label, test, rank, iou):
     if features.boxes is not None:
         found = judge.localisation(top, (coded.heat(row, top) for row in test),
                                    [coded.boxes(row, label) for row in test], iou)
-        page.table(*judge.columns(found), f"Average precision at IoU {iou:g}", key="localisation")
+        page.records(found, f"Average precision at IoU {iou:g}", key="localisation")
     shown = {row: features.picture(row) for row in test[features.label_matrix(test)[:, label]][:6]}
     if None not in shown.values():
         page.picture("The top latents over pictures with the label; true boxes in red", "".join(
@@ -1787,15 +1784,14 @@ def tell_fidelity(page, coded, y, train, test, eval_rows):
                list(r2.items()), "Reconstruction", key="r2")
     if y is not None:
         kept = judge.kept_performance(dense, coded.strength, y, train, test, seed=seed)
-        page.table(*judge.columns(kept["rows"]), "Balanced accuracy of a linear probe on n latents",
-                   key="few")
+        page.records(kept["rows"], "Balanced accuracy of a linear probe on n latents", key="few")
         page.table(["all", "balanced accuracy"], list(kept["all"].items()), key="probe")
     some = np.sort(np.random.default_rng([seed, 4]).permutation(test)[:eval_rows or None])
     near = judge.retrieval_fidelity(dense[some], coded.strength[some], y if y is None else y[some],
                                     coded.groups[some])
     if not near:
         return say(f"note: {len(some)} test samples have no ten neighbours of other groups")
-    page.table(*judge.columns(near), "Neighbours of other groups", key="neighbours")
+    page.records(near, "Neighbours of other groups", key="neighbours")
 
 
 @command("data streams seed device json overwrite sparc", "run", "other")
@@ -1820,7 +1816,7 @@ def cmd_compare(flags):
         for what, z in ((name, y), (f"{name}, samples shuffled", y[shuffled])):
             r = judge.latent_correlations(x, z, "same" in name)
             found.append({f"{len(rows)} samples": what, **judge.latents_in_common(r)})
-    page.table(*judge.columns(found), key="shared")
+    page.records(found, key="shared")
     return page.metrics["shared"]
 
 
@@ -2050,11 +2046,17 @@ class Concepts(Coded):
         return lambda x: model.encode({stream: x}, "alone")[stream].dense(model.n_latents)
 
     def maps(self, backbone, score, asked, cam=False):
-        """`judge.pair_maps` of the pairs `asked`, (picture, number)."""
-        def view(i):
-            return self.images.views([i], backbone.side, whole=True)[0].to(self.flags.device)
-        return judge.pair_maps(backbone, score, list(asked), view,
-                               functools.partial(ssm.cam_layer, backbone), cam)
+        """Of the pairs `asked`, (picture, c), the heat maps {pair: (h, w)} of score(features
+        (B, d), numbers c (B,)) -> (B,), see `judge.heat_maps`, and the pairs whose score is 0."""
+        maps, silent, pairs = {}, [], list(asked)
+        layer = functools.partial(ssm.cam_layer, backbone)
+        for at in range(0, len(pairs), 64):
+            rows, c = map(list, zip(*pairs[at:at + 64]))
+            x = self.images.views(rows, backbone.side, whole=True).to(self.flags.device)
+            heats, values = judge.heat_maps(backbone, x, lambda f: score(f, c), layer, cam)
+            maps.update(zip(pairs[at:], heats))
+            silent += [pair for pair, value in zip(pairs[at:], values) if value == 0]
+        return maps, silent
 
     def code_maps(self, weight, asked):
         """Of every backbone the maps of its code times row c of weight (n, L), for (picture, c); of
@@ -2104,12 +2106,11 @@ def measured_maps(seen, page):
     z_names = seen.code(seen.text)(prompts).detach()         # (C, L), what names are coded as
     pairs = list(itertools.product(seen.test, seen.there))   # is the label in the picture or not
     maps, middle = {}, dict.fromkeys(pairs, judge.centre_prior())
-    found = {"centre of the picture": judge.map_scores(middle, pairs, seen.truth, data.otsu)}
+    found = {"centre of the picture": judge.map_scores(middle, seen.truth, data.otsu)}
 
     def measure(name, backbone, score, possible=seen.there):
-        asked = [pair for pair in pairs if pair[1] in possible]
-        maps[name], silent = seen.maps(backbone, score, asked)
-        found[name] = judge.map_scores(maps[name], asked, seen.truth, data.otsu, silent)
+        maps[name], silent = seen.maps(backbone, score, [p for p in pairs if p[1] in possible])
+        found[name] = judge.map_scores(maps[name], seen.truth, data.otsu, silent)
 
     def together(stream, f, c):                              # picture and name choose the support
         both = seen.model.encode({stream: f, seen.text: prompts[c]}, "joint").values()
@@ -2123,10 +2124,9 @@ def measured_maps(seen, page):
             measure(f"{name}, similarity to the name, joint", backbone,
                     functools.partial(together, s))
     measure(f"{seen.clip}, raw similarity", seen.encoder, judge.weighted_code(unit, unit(prompts)))
-    page.table(*judge.columns([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
-                               for name, v in found.items()]),
-               "Segmentation by heat maps: of the labels that are there, as published, and of all",
-               key="segmentation")
+    page.records([{f"{len(seen.test)} pictures, {len(seen.truth)} masks": name, **v}
+                  for name, v in found.items()], key="segmentation", title="Segmentation by heat "
+                 "maps: of the labels that are there, as published, and of all")
     return maps
 
 
@@ -2191,7 +2191,7 @@ def cmd_retrieve(flags):
             if None not in shown:
                 page.picture("", judge.strips({"": [judge.embedded(v, 120) for v in shown]}))
             found = [{**coded.about(i), "cosine": r} for i, r in zip(rows[near[:10]], similar)]
-            page.table(*judge.columns(found), title, quiet=True)
+            page.records(found, title, quiet=True)
     run.begin().tell(page)
 
 
