@@ -1394,7 +1394,9 @@ def tell_dino(page, rows, others, measure):
     curves = {k: [(int(row["step"]), float(row[k])) for row in rows if row[k]]
               for k in ("loss", "entropy", "information", "knn")}
     found = {k: line[-1][1] for k, line in curves.items() if line}
-    watched, ahead = curves.pop("knn"), [k for k, v in others.items() if v >= found["knn"]]
+    watched = curves.pop("knn")
+    others = others if watched else {}                       # a mended log may have none
+    ahead = [k for k, v in others.items() if v >= found["knn"]]
     found.update(zip(("knn_random", "knn_pixels"), others.values()))
     page.picture("Training", svg_lines(curves, "step", "nats"))
     if others:

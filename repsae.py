@@ -1576,8 +1576,8 @@ def cmd_latents(flags):
     coded = Coded(run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
     one = len(coded.features.streams) == 1
-    if one or others or flags.prompts or flags.query or flags.between or flags.token is not None:
-        coded.pool(flags.tau)
+    if one or others or {"prompts", "query", "between", "token"} & flags.given:
+        coded.pool(flags.tau)                                # refuses several streams
     if flags.token is not None:
         return show_patch(coded, flags)
     if flags.prompts:
