@@ -71,17 +71,16 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
     All backends differentiate in every input; the memory that reference keeps for that grows with
     B L D N, that of the others with B L D. Raises InputError for shapes that do not fit."""
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    kind, work = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
+    kind, work = u.dtype, torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):
         if B.dim() == 3:
             B, C = B.unsqueeze(2), C.unsqueeze(2)            # one group
         D, bias = (u.new_zeros(u.shape[2]) if v is None else v for v in (D, delta_bias))    # (D,)
-        given = u, delta, A, B, C, D, z, bias
-        inputs = [v if v is None else v.to(work).contiguous() for v in given]
-        u, delta, A, B, C, D, z, bias = inputs
+        inputs = u, delta, A, B, C, D, z, bias = [
+            v if v is None else v.to(work).contiguous() for v in (u, delta, A, B, C, D, z, bias)]
         backend = _choose_backend(backend, u, A.shape[1])
         if backend == "native":
-            learns = any(v is not None and v.requires_grad for v in given)
+            learns = any(v is not None and v.requires_grad for v in inputs)
             y, h = _NativeScan.apply(*inputs, softplus, torch.is_grad_enabled() and learns)
         elif backend == "torch":
             G, T = B.shape[2], max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))  # tokens a chunk
@@ -230,10 +229,9 @@ class _NativeScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_y, g_last):
+    def backward(ctx, g_y, g_h):
         *inputs, starts = ctx.saved_tensors
-        outer = g_y.contiguous(), g_last.contiguous()
-        grads = native().backward(*inputs, ctx.softplus, starts, *outer)
+        grads = native().backward(*inputs, ctx.softplus, starts, g_y.contiguous(), g_h.contiguous())
         return *grads, grads[1].sum((0, 1)), None, None      # the bias is added to delta
 
 
