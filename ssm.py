@@ -340,10 +340,9 @@ def _interpolate(pos, grid, offset=0.1, antialias=False):
     with registers (offset 0) asks for the size."""
     n = int(pos.shape[1] ** 0.5)                             # rows of the trained grid
     image = _float32_up(pos).reshape(1, n, n, -1).permute(0, 3, 1, 2)            # (1, d, n, n)
-    target = {"size": tuple(grid)}
-    if offset:
-        target = {"scale_factor": tuple((g + offset) / n for g in grid)}
-    image = F.interpolate(image, mode="bicubic", antialias=antialias, **target)  # (B, d, *grid)
+    scale = tuple((g + offset) / n for g in grid) if offset else None
+    image = F.interpolate(image, None if scale else tuple(grid), scale, "bicubic",
+                          antialias=antialias)               # (1, d, *grid)
     return image.flatten(2).transpose(1, 2).to(pos.dtype)
 
 
