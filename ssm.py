@@ -1368,9 +1368,8 @@ def load_weights(model, path, new_head=False):
     classifier when the model has none. new_head: the model's last linear layer stays as it is.
     Raises InputError listing every missing, unexpected and mis-shaped key."""
     own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
-    inner = {k: v for k, v in state.items() if k.startswith("backbone.")}
-    if inner:
-        state = {k.removeprefix("backbone."): v for k, v in inner.items()}
+    inner = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    state = inner or state
     heads = [f"{last_linear(model)[0]}."] if new_head else \
         [head for head in ("head.", "classifier.head.") if not any(k.startswith(head) for k in own)]
     own, state = ({k: v for k, v in each.items() if not k.startswith(tuple(heads))}
