@@ -1248,10 +1248,8 @@ class MIL(nn.Module):
         real = self.embed((x[mask] - self.mean) / self.std)  # (n, E): without the padding
         h = real.new_zeros(*mask.shape, real.shape[-1]).masked_scatter(mask[..., None], real)
         scores = self.scores(h, mask)
-        if self.head == "max":
-            pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)  # (B, 1, E)
-        else:
-            pooled = torch.softmax(scores, -1) @ h           # (B, A, E)
+        # (B, A, E); the zeros of the padding are above no instance: ReLU made them >= 0
+        pooled = h.amax(1, keepdim=True) if self.head == "max" else torch.softmax(scores, -1) @ h
         if self.head == "clam_mb":
             logits = (pooled * self.classifier.weight).sum(-1) + self.classifier.bias  # (B, C)
         else:
