@@ -307,12 +307,10 @@ class DropPath(nn.Module):
         return x * keep / (1 - self.p)                       # so that the mean stays
 
 
-class Mlp(nn.Sequential):
+def gelu_mlp(dim, hidden):
     """Two layers with GELU between, (..., d) -> (..., d)."""
-
-    def __init__(self, dim, hidden):
-        layers = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, dim)}
-        super().__init__(OrderedDict(layers))
+    return nn.Sequential(OrderedDict(
+        fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
 
 
 def _grid(x, patch, name):
@@ -478,7 +476,7 @@ class ViT(PatchTokens):
         if registers:
             self.resize = {"offset": 0., "antialias": True}
             self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim))
-        scale, mlp = LayerScale if v2 else nn.Identity, SwiGLU if swiglu else Mlp
+        scale, mlp = LayerScale if v2 else nn.Identity, SwiGLU if swiglu else gelu_mlp
         self.blocks = nn.ModuleList(Block(dim, heads, scale, mlp, p)
                                     for p in torch.linspace(0, drop_path, depth).tolist())
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -675,7 +673,7 @@ class VSSBlock(nn.Module):
     def __init__(self, dim, drop_path):
         super().__init__()
         self.norm, self.op = nn.LayerNorm(dim), SS2D(dim)
-        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+        self.norm2, self.mlp = nn.LayerNorm(dim), gelu_mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
