@@ -331,6 +331,8 @@ def reading(path, what):
         raise InputError(f"no file or folder {path} - check the path")
     except MemoryError:
         raise InputError(f"{path} does not fit into memory - give a folder of .npy")
+    except Image.DecompressionBombError:
+        raise InputError(f"{path} is too large for one picture - `tile` it with openslide")
     except Exception as e:
         why = " ".join(str(e).split())[:120] or type(e).__name__
         raise InputError(f"{path} is not a readable {what} ({why}) - write it again")
@@ -1240,10 +1242,7 @@ def open_image(image, decode=True, window=None, folder=""):
         return as_rgb(Image.fromarray(image), window)
     path = os.path.join(folder, image)
     with reading(path, "picture"):
-        try:
-            opened = Image.open(path)
-        except Image.DecompressionBombError:
-            raise InputError(f"{path} is too large for one picture - `tile` it with openslide")
+        opened = Image.open(path)
         return as_rgb(opened, window) if decode else opened.close()
 
 
