@@ -938,10 +938,8 @@ def latent_semantics(captions, known, longest=1, width=32):
 
     Counts of words, and of runs of up to `longest` of them, in the rows `known`, times the log of
     their rarity, scaled to length 1, on these rows' first right singular vectors (N, width)."""
-    grams = []
-    for words in map(Words.split, captions):
-        grams.append([" ".join(words[i:i + n]) for n in range(1, longest + 1)
-                      for i in range(len(words) - n + 1)])
+    grams = [[" ".join(words[i:i + n]) for n in range(1, longest + 1)
+              for i in range(len(words) - n + 1)] for words in map(Words.split, captions)]
     number = {gram: j for j, gram in enumerate(sorted({gram for i in known for gram in grams[i]}))}
     refuse(len(number) < 2 or len(known) < 2,
            "the captions to learn from hold fewer than two words - give more")
@@ -951,9 +949,8 @@ def latent_semantics(captions, known, longest=1, width=32):
     counts = counts.multiply(np.log(len(known) / (counts[known] > 0).sum(0)) + 1).tocsr()    # idf
     length = np.maximum(scipy.sparse.linalg.norm(counts, axis=1), 1e-12)
     counts = scipy.sparse.diags(1 / length) @ counts
-    width = min(width, len(number) - 1, len(known) - 1)
-    start = np.ones(min(len(number), len(known)))
-    _, values, axes = scipy.sparse.linalg.svds(counts[known], width, v0=start)
+    cap = min(len(number), len(known))
+    _, values, axes = scipy.sparse.linalg.svds(counts[known], min(width, cap - 1), v0=np.ones(cap))
     axes = axes[values > 1e-6 * values.max()][::-1]          # beyond the rank any vector would do
     signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])
     return (counts @ (axes * signs[:, None]).T).astype(np.float32)     # signs: always the same
