@@ -1400,8 +1400,8 @@ def picture_parts(pictures, split, seed, source):
 
 def normalised(pixels):
     """(N, S, S, 3) uint8 -> float tensor (N, 3, S, S), normalised as ImageNet."""
-    mean, std = map(torch.tensor, IMAGENET)                  # (3,) each
-    return ((torch.from_numpy(pixels).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() / 255
+    return vision().transforms.functional.normalize(x, *IMAGENET)
 
 
 def jittered(x):
