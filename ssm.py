@@ -51,6 +51,12 @@ class InputError(ValueError):
     """What the caller can mend: what was wrong and, after a dash, what to do."""
 
 
+def refuse(when, why):
+    """Raise InputError(why) where `when` holds; `why` is made in any case."""
+    if when:
+        raise InputError(why)
+
+
 # -- The selective scan ----------------------------------------------------------------------------
 
 CHUNK = 2 ** 20    # numbers in the states that the torch backend works on at a time
@@ -98,8 +104,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias):
     """Raise InputError, naming the first tensor whose shape does not fit those of u and A."""
-    if u.dim() != 3:
-        raise InputError(f"u has shape {tuple(u.shape)} - give (batch, tokens, channels)")
+    refuse(u.dim() != 3, f"u has shape {tuple(u.shape)} - give (batch, tokens, channels)")
     tokens, channels, N = tuple(u.shape), u.shape[2], A.shape[-1]                # tokens: (B, L, D)
     G = B.shape[2] if B.dim() == 4 else 1
     weights = (*tokens[:2], N) if B.dim() == 3 else (*tokens[:2], G, N)
@@ -110,9 +115,8 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias):
         if v is not None and tuple(v.shape) != shape:
             raise InputError(f"{name} has shape {tuple(v.shape)} - with u {tokens} and A "
                              f"{tuple(A.shape)} it must be {shape}")
-    if channels % G:
-        raise InputError(f"{channels} channels do not divide into the {G} groups of B - "
-                         "give a multiple")
+    refuse(channels % G,
+           f"{channels} channels do not divide into the {G} groups of B - give a multiple")
 
 
 def _scan_reference(u, delta, A, B, C):
@@ -240,11 +244,10 @@ def _choose_backend(backend, u, states):
     if backend == "auto":
         wanted = os.environ.get("REPSAE_NATIVE") == "1" and native()
         return "native" if wanted and native().serves(u, states) else "torch"
-    if backend not in ("reference", "torch", "native"):
-        raise InputError(f"backend={backend!r} - use auto, reference, torch, native")
-    if backend == "native" and not (native() and native().serves(u, states)):
-        raise InputError(f"there is no native scan of {u.dtype} on {u.device} with {states} states "
-                         "- use backend='torch'")
+    refuse(backend not in ("reference", "torch", "native"),
+           f"backend={backend!r} - use auto, reference, torch, native")
+    refuse(backend == "native" and not (native() and native().serves(u, states)), "there is no "
+           f"native scan of {u.dtype} on {u.device} with {states} states - use backend='torch'")
     return backend
 
 
@@ -266,8 +269,7 @@ def build_native(verbose=False):
     from torch.utils import cpp_extension
     csrc = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")      # beside this file
     sources = [os.path.join(csrc, "selective_scan.cpp")]
-    if not os.path.exists(sources[0]):
-        raise InputError(f"no {sources[0]}")
+    refuse(not os.path.exists(sources[0]), f"no {sources[0]}")
     # All plain C++: errno and floating-point traps are given up, exact arithmetic is not.
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
     flags.append("-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp")    # Apple: no threads
@@ -315,18 +317,18 @@ def gelu_mlp(dim, hidden):
 
 def _grid(x, patch, name):
     """Rows and columns of patches of an image batch; refuses what does not divide."""
-    if x.dim() != 4 or x.shape[1] != 3:
-        raise InputError(f"images have shape {tuple(x.shape)} - {name} wants (batch, 3, h, w)")
+    refuse(x.dim() != 4 or x.shape[1] != 3,
+           f"images have shape {tuple(x.shape)} - {name} wants (batch, 3, h, w)")
     h, w = x.shape[2:]
-    if h % patch or w % patch or not h or not w:
-        raise InputError(f"images are {h}x{w} - {name} wants multiples of {patch}")
+    refuse(h % patch or w % patch or not h or not w,
+           f"images are {h}x{w} - {name} wants multiples of {patch}")
     return h // patch, w // patch
 
 
 def _patches(patch, size):
     """T, the number of whole patches in a square picture of `size` pixels."""
-    if not 0 < patch <= size:
-        raise InputError(f"patches of {patch} pixels in pictures of {size} - give smaller ones")
+    refuse(not 0 < patch <= size,
+           f"patches of {patch} pixels in pictures of {size} - give smaller ones")
     return (size // patch) ** 2
 
 
@@ -744,8 +746,7 @@ class VMamba(nn.Module):
 def descend(optimiser, loss, mend=None):
     """One step of the optimiser down the gradient of the scalar `loss`, returned as a float; mend()
     may change (clip) the gradients. Raises InputError when the loss is no number any more."""
-    if not torch.isfinite(loss):
-        raise InputError(f"the loss became {loss.item()} - lower the learning rate")
+    refuse(not torch.isfinite(loss), f"the loss became {loss} - lower the learning rate")
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     if mend:
@@ -858,9 +859,9 @@ class CLIPVision(nn.Module):
 
     def features(self, x, tokens=False):
         """Class tokens (B, out); with `tokens` patch tokens (B, T, dim) and their grid."""
-        if tuple(x.shape[2:]) != (self.size, self.size):
-            raise InputError(f"images are {x.shape[2]}x{x.shape[3]} - this CLIP was trained at "
-                             f"{self.size}x{self.size}")
+        h, w = x.shape[2:]
+        refuse({h, w} != {self.size},
+               f"images are {h}x{w} - this CLIP was trained at {self.size}x{self.size}")
         x = self.conv1(x)                                    # (B, dim, rows, columns)
         grid, x = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)               # (B, T, dim)
         cls = self.class_embedding.expand(len(x), 1, -1)     # (B, 1, dim)
@@ -1342,8 +1343,7 @@ for letter, widths in (("s", (384, 12, 6)), ("b", (768, 12, 12)), ("l", (1024, 2
 
 def make_backbone(arch, **settings):
     """A preset by name; settings that are None are left to it (VMamba has no size, no patch)."""
-    if arch not in PRESETS:
-        raise InputError(f"{arch} is no backbone - take one of {', '.join(PRESETS)}")
+    refuse(arch not in PRESETS, f"{arch} is no backbone - take one of {', '.join(PRESETS)}")
     skip = ("size", "patch") if arch.startswith("vmamba") else ()
     return PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
 
@@ -1351,8 +1351,7 @@ def make_backbone(arch, **settings):
 def last_linear(model):
     """(name, module) of a classifier's last linear layer; InputError when it has none."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not found:
-        raise InputError(f"{type(model).__name__} ends in no linear layer - take another model")
+    refuse(not found, f"{type(model).__name__} ends in no linear layer - take another model")
     return found[-1]
 
 
@@ -1374,18 +1373,17 @@ def load_weights(model, path, new_head=False):
               if k in state and state[k].shape != v.shape]
     wrong = {"missing": sorted(own.keys() - state.keys()),
              "unexpected": sorted(state.keys() - own.keys()), "mis-shaped": shapes}
-    if any(wrong.values()):
-        lists = "; ".join(f"{len(v)} {name}: {', '.join(v)}" for name, v in wrong.items() if v)
-        raise InputError(f"{path} does not fit this model: {lists} - take the preset that these "
-                         "weights belong to")
+    lists = "; ".join(f"{len(v)} {name}: {', '.join(v)}" for name, v in wrong.items() if v)
+    refuse(lists, f"{path} does not fit this model: {lists} - take the preset that these weights "
+           "belong to")
     model.load_state_dict(state, strict=False)               # all but the heads
     return model
 
 
 def _state(path):
     """The tensors by name that a checkpoint holds, at its top or under one of the usual names."""
-    if not os.path.isfile(path):                             # nothing, or a pipe to wait for
-        raise InputError(f"no weights at {path} - check the path")
+    # nothing, or a pipe to wait for
+    refuse(not os.path.isfile(path), f"no weights at {path} - check the path")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):             # of their flags
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1395,9 +1393,9 @@ def _state(path):
     for key in ("teacher", "student", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or "
-                         "under teacher, student, model, state_dict")
+    refuse(not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())),
+           f"{path} holds no state_dict - expected tensors by name, at the top or under teacher, "
+           "student, model, state_dict")
     return state
 
 
