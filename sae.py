@@ -406,12 +406,11 @@ class SPARC(nn.Module):
         gone = {s: missing(v) for s, v in x.items()}
         some = self.across(torch.stack([rows.any() for rows in gone.values()]).int()).tolist()
         gone = {s: rows for (s, rows), n in zip(gone.items(), some) if n}
-        for s, rows in gone.items():                         # before and after: NaN * 0 is NaN
-            x[s] = x[s].masked_fill(rows.unsqueeze(1), 0)
-        x = {s: self.normalise(v, s) for s, v in x.items()}
-        for s, rows in gone.items():
-            x[s] = x[s].masked_fill(rows.unsqueeze(1), 0)
-        return x, {s: ~rows for s, rows in gone.items()}
+
+        def filled(x):
+            return x | {s: x[s].masked_fill(rows.unsqueeze(1), 0) for s, rows in gone.items()}
+        x = {s: self.normalise(v, s) for s, v in filled(x).items()}          # for NaN * 0 is NaN
+        return filled(x), {s: ~rows for s, rows in gone.items()}
 
     def _centred(self, x, here):
         """x^s - b_pre^s by stream, (B, d_s): what is encoded, and what W_D z must come to."""
