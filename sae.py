@@ -626,9 +626,9 @@ class SPARC(nn.Module):
 
 def _marked(codes, here):
     """Codes by stream, with index -1 and value 0 where a sample lacks the stream."""
-    gone = {s: ~rows.unsqueeze(1) for s, rows in here.items()}
-    return {s: Codes(z.indices.masked_fill(gone[s], -1), z.values.masked_fill(gone[s], 0))
-            if s in gone else z for s, z in codes.items()}
+    return codes | {s: Codes(codes[s].indices.where(rows.unsqueeze(1), -1),
+                             codes[s].values.where(rows.unsqueeze(1), 0))
+                    for s, rows in here.items()}
 
 
 # ---- One stream: the family of sparse autoencoders ----------------------------------------------
