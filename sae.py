@@ -332,7 +332,20 @@ class SPARC(nn.Module):
                            reduction=reduction, norm=norm, aux_k=aux_k, aux_coef=aux_coef,
                            dead_after=dead_after, reinit_after=reinit_after, kernels=kernels,
                            seed=seed, targets=targets, start=start)
-        self._check()
+        refuse(not dims, "no streams - give at least one")
+        for s, d in dims.items():
+            refuse(not isinstance(s, str) or "." in s or not s or hasattr(nn.ParameterDict(), s),
+                   f"stream name {str(s)[:60]!r} cannot name a parameter - "
+                   "rename it (letters, digits, _ and -)")
+            refuse(d < 1, f"stream '{s}' has width {d} - give it at least one column")
+        refuse(targets is not None and targets < 1,
+               f"targets={targets} - give 1 or more, or lam=0 for no cross term")
+        refuse(not 0 < start < math.inf, f"start={start} - give a number above 0")
+        refuse(not 1 <= k <= n_latents,
+               f"k={k} must lie in 1..latents={n_latents} - lower k or raise latents")
+        for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")),
+                              ("kernels", ("auto", "csr", "gather"))):
+            one_of(name, self.config[name], allowed)
         vars(self).update(self.config)
         self.streams = list(dims)
         g = torch.Generator().manual_seed(seed)
@@ -351,23 +364,6 @@ class SPARC(nn.Module):
                 self.register_buffer(f"{name}_{s}", value)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))              # steps taken
         self._spare = {}                                     # memory of gradients: see `_recycle`
-
-    def _check(self):
-        c = self.config
-        refuse(not c["dims"], "no streams - give at least one")
-        for s, d in c["dims"].items():
-            refuse(not isinstance(s, str) or "." in s or not s or hasattr(nn.ParameterDict(), s),
-                   f"stream name {str(s)[:60]!r} cannot name a parameter - "
-                   "rename it (letters, digits, _ and -)")
-            refuse(d < 1, f"stream '{s}' has width {d} - give it at least one column")
-        refuse(c["targets"] is not None and c["targets"] < 1,
-               f"targets={c['targets']} - give 1 or more, or lam=0 for no cross term")
-        refuse(not 0 < c["start"] < math.inf, f"start={c['start']} - give a number above 0")
-        refuse(not 1 <= c["k"] <= c["n_latents"], f"k={c['k']} must lie in "
-               f"1..latents={c['n_latents']} - lower k or raise latents")
-        for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")),
-                              ("kernels", ("auto", "csr", "gather"))):
-            one_of(name, c[name], allowed)
 
     # -- features in -----------------------------------------------------------------------------
     def normalise(self, x, stream):
