@@ -416,20 +416,17 @@ class SPARC(nn.Module):
     # -- choosing --------------------------------------------------------------------------------
     # c: a dict of centred features, see `_centred`. Only here logits are dense, without gradients.
 
-    def _logits(self, c, streams, here):
-        """All L logits, Eq. 6, summed over those of `streams` that a sample has, Eq. 7: (B, L).
-        Both equations are one product, added in place from the second stream on."""
-        h = sum(self.b_lat[s] * here[s].unsqueeze(1) if s in here else self.b_lat[s]
-                for s in streams)                                                    # (L,), (B, L)
-        for s in streams:
-            h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)
-        return h
-
     @torch.no_grad()
     def _support(self, c, mode, here):
         """Kept latents, stream -> (B, k): chosen "joint"ly, "alone", or by one stream ("drawn")."""
         def top(streams):
-            return self._logits(c, streams, here).topk(self.k, sorted=False).indices     # Eq. 8
+            # All L logits, Eq. 6, summed over those of `streams` that a sample has, Eq. 7: (B, L).
+            # Both equations are one product, added in place from the second stream on.
+            h = sum(self.b_lat[s] * here[s].unsqueeze(1) if s in here else self.b_lat[s]
+                    for s in streams)                                                # (L,), (B, L)
+            for s in streams:
+                h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)
+            return h.topk(self.k, sorted=False).indices                              # Eq. 8
         if mode == "alone":
             return {s: top([s]) for s in c}
         if mode == "joint":
