@@ -278,8 +278,7 @@ def _has_csr():
 
 
 def _no_autocast(function):
-    """Run a function of a model in its weights' precision, whatever autocast is around: CSR kernels
-    know no other."""
+    """Run a model's function in its weights' precision in autocast: CSR kernels know no other."""
     @wraps(function)
     def run(model, *args, **kw):
         with torch.autocast(model.step.device.type, enabled=False):
@@ -461,8 +460,7 @@ class SPARC(nn.Module):
         return {t: (i - turn) % M for i, t in enumerate(self.streams)}
 
     def across(self, x):
-        """The sum of a tensor, in place, over all processes that train together. In evaluation each
-        is for itself."""
+        """In training a tensor's sum over all processes, in place; in evaluation the tensor."""
         if self.training and dist.is_available() and dist.is_initialized():
             if "activation" in self.config:
                 raise InputError("an SAE trains in one process - use SPARC for several")
@@ -496,8 +494,7 @@ class SPARC(nn.Module):
         """Codes of raw features, differentiable in x and the weights: dict stream -> Codes.
 
         x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample; NaN
-        throughout where it lacks the stream. A model of one stream takes a bare tensor (B, d) too,
-        and returns the bare Codes.
+        throughout where it lacks the stream. Of one stream also a bare tensor (B, d): bare Codes.
         mode: "joint", the given streams choose the support together; "alone", each chooses its
         own. By default the way of training ("alone" for topk="local")."""
         if isinstance(x, torch.Tensor):
@@ -564,9 +561,8 @@ class SPARC(nn.Module):
         is that of all pairs, on average. The last result: how many pairs any sample has.
 
         x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources of a
-        target go through one product, the codes of one sample in neighbouring rows: their supports
-        overlap, and the dictionary rows that one needs are still in the cache when the next does:
-        half the time."""
+        target go through one product, the codes of one sample in neighbouring rows: half the time,
+        as supports overlap, and dictionary rows that one needs are in the cache for the next."""
         own, cross, aux, pairs, pattern, before = [], [], [], 0, None, None
         indices, values = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*codes.values()))
         M, B, supports = len(c), len(values) // len(c), {id(z.indices) for z in codes.values()}
@@ -867,8 +863,7 @@ def merged(model, joined):
 
 @torch.no_grad()
 def project_gradient(model, rows=256):
-    """Rid dictionary rows' gradients of the part along them, by blocks that fit the cache: length
-    is not to be learned (thesis A.1.2)."""
+    """Rid gradients of what lengthens dictionary rows (thesis A.1.2), by blocks for the cache."""
     for W in model.W_dec.values():
         # a stream that the batch lacks has no gradient
         for g, w in zip(W.grad.split(rows), W.split(rows)) if W.grad is not None else ():
@@ -963,9 +958,8 @@ def _recycle(model):
 
 @_no_autocast
 def train_step(model, optimiser, x, loss=None):
-    """One step on one batch x of raw features, down loss(model, x) or else model.loss(x). Returns
-    a dict: `loss` and its parts. The order matters: gradient projected, optimiser step, rows
-    renormalised."""
+    """One step on a batch x of raw features, down loss(model, x) or else model.loss(x): a dict,
+    `loss` and its parts. The order matters: gradients projected, step, rows renormalised."""
     _recycle(model)
     x = model._named(x)
     total, parts = loss(model, x) if loss else model.loss(x)
