@@ -37,7 +37,7 @@ import math
 import os
 import platform
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from functools import lru_cache, partial
 from itertools import groupby
 
@@ -497,12 +497,11 @@ class ViT(PatchTokens):
         if self.registers:                                   # added after positions: they have none
             extra = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], extra, x[:, 1:]], 1)    # (B, 1 + registers + T, d)
-        out = []
-        for i, block in enumerate(self.blocks):
+        out = deque(maxlen=last)
+        for block in self.blocks:
             x = block(x)
-            if i >= len(self.blocks) - last:
-                out.append(self.norm(x) if norm else x)
-        return out, grid
+            out.append(x)
+        return [self.norm(x) if norm else x for x in out], grid
 
     def patches(self, x):
         """All tokens -> those of patches (B, T, d)."""
