@@ -1225,29 +1225,24 @@ class MIL(nn.Module):
         if clam:
             self.instance_classifiers = nn.ModuleList(nn.Linear(E, 2) for _ in range(n_classes))
 
-    def scores(self, h, mask):
-        """(B, A, N), -inf where there is no instance."""
-        if self.head == "mean":
-            scores = h.new_zeros(len(h), 1, h.shape[1])
-        elif self.head == "max":                             # shares of those who have the largest
-            h = h.masked_fill(~mask[..., None], -1.)         # ReLU made them >= 0
-            top = (h == h.amax(1, keepdim=True)).float()     # (B, N, E)
-            scores = (top / top.sum(1, keepdim=True)).mean(-1)[:, None].log()    # (B, 1, N)
-        else:
-            a = self.inner_dropout(torch.tanh(self.V(h)))    # (B, N, attention)
-            if self.U is not None:
-                a = a * self.inner_dropout(torch.sigmoid(self.U(h)))
-            scores = self.w(a).transpose(1, 2)               # (B, A, N)
-        return scores.masked_fill(~mask[:, None], -math.inf)
-
     def forward(self, x, mask=None):
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         real = self.embed((x[mask] - self.mean) / self.std)  # (n, E): without the padding
         h = real.new_zeros(*mask.shape, real.shape[-1]).masked_scatter(mask[..., None], real)
-        scores = self.scores(h, mask)
-        # (B, A, E); the zeros of the padding are above no instance: ReLU made them >= 0
-        pooled = h.amax(1, keepdim=True) if self.head == "max" else torch.softmax(scores, -1) @ h
+        if self.head == "max":                               # shares of those who have the largest
+            pooled = h.amax(1, keepdim=True)                 # (B, 1, E); ReLU made all h >= 0
+            top = ((h == pooled) & mask[..., None]).float()  # (B, N, E)
+            scores = (top / top.sum(1, keepdim=True)).mean(-1)[:, None].log()    # (B, 1, N)
+        else:
+            scores = h.new_zeros(len(h), 1, h.shape[1])
+            if self.head != "mean":
+                a = self.inner_dropout(torch.tanh(self.V(h)))                    # (B, N, attention)
+                if self.U is not None:
+                    a = a * self.inner_dropout(torch.sigmoid(self.U(h)))
+                scores = self.w(a).transpose(1, 2)           # (B, A, N)
+            scores = scores.masked_fill(~mask[:, None], -math.inf)
+            pooled = torch.softmax(scores, -1) @ h           # (B, A, E)
         if self.head == "clam_mb":
             logits = (pooled * self.classifier.weight).sum(-1) + self.classifier.bias  # (B, C)
         else:
