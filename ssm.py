@@ -253,8 +253,7 @@ def _choose_backend(backend, u, states):
 
 @lru_cache(None)
 def native(verbose=False):
-    """The compiled scan, a module with forward, backward and serves; None if it cannot be built,
-    which is said once."""
+    """The compiled scan (forward, backward, serves); None, and said once, if it cannot be built."""
     try:
         return build_native(verbose)
     except Exception as e:                                   # no compiler, no ninja, ...
@@ -369,8 +368,7 @@ class PatchTokens(nn.Module):
     """What ViT and Vim share: patches as tokens, a class token, positions, a head.
 
     size, patch   the trained image size and the patch size; any multiple of the patch can be given
-    Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when
-    n_classes = 0."""
+    `forward`: (B, 3, H, W) -> class logits (B, n_classes), or class tokens (B, d) if that is 0."""
     middle, resize = False, {}    # is the class token's row in the middle; see `_interpolate`
 
     def __init__(self, dim, patch, size):
@@ -489,8 +487,7 @@ class ViT(PatchTokens):
         _init_linear(self)
 
     def blocks_out(self, x, last=1, norm=True):
-        """The last blocks' outputs, oldest first, as the final norm makes them: a list of
-        (B, 1 + registers + T, d); and the grid."""
+        """The last blocks' outputs, oldest first, normed: [(B, 1 + registers + T, d)]; the grid."""
         grid, cls = _grid(x, self.patch, "this ViT"), self.cls_token.expand(len(x), -1, -1)
         patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2)            # (B, T, d)
         x = torch.cat([cls, patches], 1) + self.position(x, grid)
@@ -697,8 +694,7 @@ class VMamba(nn.Module):
     """VMamba ([3], thesis 3.3.1), the v2 ("s2") releases: four stages of VSS blocks, halving the
     resolution in between.
 
-    Input (B, 3, H, W), sides multiples of 32. `forward` gives logits, or pooled features
-    (B, 8 dim) when n_classes = 0."""
+    (B, 3, H, W), sides multiples of 32 -> logits, or features (B, 8 dim) if n_classes = 0."""
 
     def __init__(self, dim, depths, n_classes=0, drop_path=0.):
         super().__init__()
@@ -781,8 +777,7 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
 
 
 def held_loss(logits, held):
-    """What training stops by: the cross-entropy of logits(*inputs), (n, C), over all batches
-    (*inputs, y) of `held`."""
+    """What training stops by: cross-entropy of logits(*inputs) (n, C), `held` of (*inputs, y)."""
     found, y = zip(*((logits(*inputs), y) for *inputs, y in held))
     return F.cross_entropy(torch.cat(found), torch.cat(y)).item()
 
@@ -902,8 +897,7 @@ class CLIP(nn.Module):
         return x[torch.arange(len(x)), tokens.argmax(1)] @ self.text_projection
 
     def loss(self, images, tokens):
-        """Symmetric cross-entropy of telling which text belongs to which image in a batch
-        (Radford et al. 2021, Fig. 3)."""
+        """Symmetric cross-entropy of which text belongs to which image (Radford et al., Fig. 3)."""
         a, b = F.normalize(self.visual(images)), F.normalize(self.encode_text(tokens))
         logits = self.logit_scale.exp().clamp(max=100) * a @ b.T                 # (B, B)
         target = torch.arange(len(logits), device=logits.device)
@@ -1022,8 +1016,7 @@ def decay_groups(model, decay_ssm=False):
     """AdamW's two groups: matrices, which are decayed, and vectors, which are not.
 
     Without `decay_ssm` neither are the state space's decay rates, skips and step sizes, though
-    matrices: to decay log(-A) is to pull every rate to 1. (The published runs did; Mamba's own
-    code marks them as exempt.)"""
+    matrices: decaying log(-A) pulls every rate to 1. (Published runs did; Mamba exempts them.)"""
     decayed, spared = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
