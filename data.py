@@ -921,8 +921,7 @@ def read_merges(path):
 
 
 def read_open_clip(path):
-    """open_clip's config of a CLIP: whether its GELU is OpenAI's, and the mean and the deviation of
-    its pixels, (2, 3)."""
+    """open_clip's config: whether its GELU is OpenAI's, and its pixels' mean, deviation (2, 3)."""
     with reading(path, "config of a CLIP with heads of 64"):
         whole = read_json(path)
         told, seen = whole["model_cfg"], whole.get("preprocess_cfg", {})
@@ -1295,8 +1294,7 @@ def pixel_statistics(images, rows, most=500, side=64):
 
 
 class Crops:
-    """DINO's random views of one image: `Crops(...)(image)` -> list of tensors (3, size, size), the
-    two global first.
+    """DINO's random views: `Crops(...)(image)` -> list of (3, size, size), the two global first.
 
     size, local_size    sides in pixels
     scale, local_scale  share of the image's area that a crop covers
@@ -1468,8 +1466,7 @@ def otsu(values):
 
 
 def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, max_holes=8):
-    """Pieces of tissue in an overview, as CLAM finds them: saturation, median filter, threshold,
-    closing, size.
+    """Pieces of tissue in an overview, by CLAM: saturation, median, threshold, closing, size.
 
     rgb (H, W, 3) uint8. threshold of the saturation (0..255); median, close: sides of the filters;
     least: pixels of a piece without its holes, of which the `max_holes` largest of more than
@@ -1515,8 +1512,7 @@ def tile_boxes(pieces, scale, size, side, step):
 
 
 def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None, **how):
-    """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the
-    overview with both drawn in.
+    """Tiles of a slide's tissue: `tile_boxes` (n, 4), and an overview with both drawn in.
 
     side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels;
     CLAM takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`."""
