@@ -1478,14 +1478,13 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
     out, n = np.zeros(mask.shape, np.int32), 0
     for i, where in enumerate(scipy.ndimage.find_objects(label), 1):
         piece = label[where] == i
-        if piece.sum() <= least:
-            continue
-        n += 1
-        holes, _ = scipy.ndimage.label(scipy.ndimage.binary_fill_holes(piece) & ~piece)    # (h, w)
-        size = np.bincount(holes.ravel())[1:]
-        largest = np.argsort(-size, kind="stable")[:max_holes]
-        out[where][piece | (holes > 0)] = n
-        out[where][np.isin(holes, largest[size[largest] > least_hole] + 1)] = -n
+        if piece.sum() > least:
+            n += 1
+            holes, _ = scipy.ndimage.label(scipy.ndimage.binary_fill_holes(piece) & ~piece)
+            size = np.bincount(holes.ravel())[1:]            # of each hole
+            largest = np.argsort(-size, kind="stable")[:max_holes]
+            out[where][piece | (holes > 0)] = n
+            out[where][np.isin(holes, largest[size[largest] > least_hole] + 1)] = -n
     return out
 
 
@@ -1594,13 +1593,12 @@ def cut_boxes(folder, margin=0.2, window=None):
     found = []
     for split, stem, path, size, objects in _voc(folder, window):
         for i, (name, box) in enumerate(objects):
-            sides, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
-            if sides.min() <= 8:
-                continue
-            half = min(sides.max() / 2 * (1 + margin), size.min() / 2)
-            middle = middle.clip(half, size - half)
-            low, high = np.round([middle - half, middle + half]).astype(int)
-            found.append((path, [*low, *(high - low)], f"{split}/{name}/{stem}_{i}"))
+            sides = box[2:] - box[:2]
+            if sides.min() > 8:
+                half = min(sides.max() / 2 * (1 + margin), size.min() / 2)
+                middle = ((box[:2] + box[2:]) / 2).clip(half, size - half)
+                low, high = np.round([middle - half, middle + half]).astype(int)
+                found.append((path, [*low, *(high - low)], f"{split}/{name}/{stem}_{i}"))
     refuse(not found, f"{folder} has no box of more than 8 pixels - name another folder")
     paths, squares, ids = map(list, zip(*found))
     return Images(paths, window=window, about={"coords": np.array(squares), "ids": np.array(ids)})
