@@ -168,10 +168,9 @@ def dense_loss(model, x):
         for s in x:
             for t in x:
                 both = here[s] & here[t]
-                if not both.any():
-                    continue
-                x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                       # Eq. 11, 12
-                (own if s == t else cross).append(nmse(x[t][both], x_hat[both]))     # Eq. 13
+                if both.any():
+                    x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                   # Eq. 11, 12
+                    (own if s == t else cross).append(nmse(x[t][both], x_hat[both]))     # Eq. 13
         total = total + model.reduce(own) + model.lam * model.reduce(cross)              # Eq. 14
     return total
 
