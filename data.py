@@ -972,9 +972,8 @@ SLIDES = (*PICTURES, ".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
 
 @functools.cache
 def vision():
-    """torchvision, imported late. A CUDA build of it beside a CPU build of torch lacks two
-    operators, which nothing here needs, and refuses to be imported without them: then they are
-    declared, and it is imported again."""
+    """torchvision, imported late. A CUDA build of it beside a CPU build of torch cannot be imported
+    for want of two operators, which nothing here needs: then they are declared first."""
     try:
         import torchvision.transforms
     except RuntimeError:

@@ -927,9 +927,8 @@ def text_features(clip, words, captions, block=512):
 
 @torch.no_grad()
 def standardise_pixels(model, mean, std, assumed):
-    """Change a model's first convolution: it is to answer to pictures normalised by `assumed`,
-    (mean, std) of R, G, B, as it did to pictures normalised by `mean` and `std` (3,). Exact where
-    it does not pad (not VMamba)."""
+    """Change a model's first convolution to answer to pictures normalised by `assumed`, (mean, std)
+    of R, G, B, as it did to those by `mean`, `std` (3,). Exact without padding (not VMamba)."""
     conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     numbers = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
     mean, std, was_mean, was_std = numbers
