@@ -924,12 +924,11 @@ def _resample(model, optimiser, x):
     v = model.normalise(x, s)
     loss = (model.decode(model.encode(x), s) - v).square().sum(1)
     rows = model.dead(s).nonzero().squeeze(1)[:int((loss > 0).sum())]
-    if not len(rows):
-        return
-    drawn = torch.multinomial(loss.square().cpu(), len(rows), generator=model._generator())
-    model.W_dec[s][rows], model.W_enc[s][rows] = resampled_rows(
-        v[drawn.to(v.device)] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
-    _start_anew(model, optimiser, s, rows, model.W_enc[s], model.W_dec[s])
+    if len(rows):
+        drawn = torch.multinomial(loss.square().cpu(), len(rows), generator=model._generator())
+        model.W_dec[s][rows], model.W_enc[s][rows] = resampled_rows(
+            v[drawn.to(v.device)] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
+        _start_anew(model, optimiser, s, rows, model.W_enc[s], model.W_dec[s])
 
 
 def resampled_rows(c, alive):
