@@ -913,9 +913,8 @@ def _start_anew(model, optimiser, s, rows, *weights):
 
 @torch.no_grad()
 def _resample(model, optimiser, x):
-    """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023). Those of this
-    batch, drawn in proportion to the square of their loss, become the directions; encoder rows get
-    a fifth of the mean length of the living; bias and Adam moments 0."""
+    """Make dead latents of badly rebuilt samples (Bricken et al. 2023), drawn from a batch by the
+    square of their loss; encoder rows get a fifth of the mean length of the living."""
     s = model.streams[0]
     unset = model.by_batch and model.kept_above.isnan()
     if model.revive != "resample" or unset or not model.dead(s).any():
