@@ -1368,8 +1368,7 @@ def load_weights(model, path, new_head=False):
 
 def _state(path):
     """The tensors by name that a checkpoint holds, at its top or under one of the usual names."""
-    # nothing, or a pipe to wait for
-    refuse(not os.path.isfile(path), f"no weights at {path} - check the path")
+    refuse(not os.path.isfile(path), f"no weights at {path} - check the path")   # a pipe would wait
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):             # of their flags
             state = torch.load(path, map_location="cpu", weights_only=True)
