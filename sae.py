@@ -494,7 +494,7 @@ class SPARC(nn.Module):
 
         x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample; NaN
         throughout where it lacks the stream. Of one stream also a bare tensor (B, d): bare Codes.
-        mode: "joint" or "alone", see the top; by default as in training ("alone" of "local")."""
+        mode: "joint" or "alone", see the top; by default as in training ("alone" for "local")."""
         if isinstance(x, torch.Tensor):
             return self.encode(self._named(x), mode)[self.streams[0]]
         mode = mode or ("alone" if self.topk == "local" else "joint")

@@ -777,7 +777,7 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
 
 
 def held_loss(logits, held):
-    """What training stops by: cross-entropy of logits(*inputs) (n, C), `held` of (*inputs, y)."""
+    """What training stops by: cross-entropy of logits(*inputs) (n, C) over `held`: (*inputs, y)."""
     found, y = zip(*((logits(*inputs), y) for *inputs, y in held))
     return F.cross_entropy(torch.cat(found), torch.cat(y)).item()
 
