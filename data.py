@@ -331,6 +331,8 @@ def reading(path, what):
         raise InputError(f"no file or folder {path} - check the path")
     except MemoryError:
         raise InputError(f"{path} does not fit into memory - give a folder of .npy")
+    except Image.DecompressionBombError:
+        raise InputError(f"{path} is too large for one picture - `tile` it with openslide")
     except Exception as e:
         why = " ".join(str(e).split())[:120] or type(e).__name__
         raise InputError(f"{path} is not a readable {what} ({why}) - write it again")
@@ -909,8 +911,7 @@ def read_merges(path):
 
 
 def read_open_clip(path):
-    """open_clip's config of a CLIP: whether its GELU is OpenAI's, and the mean and the deviation of
-    its pixels, (2, 3)."""
+    """open_clip's config: whether its GELU is OpenAI's, and its pixels' mean, deviation (2, 3)."""
     with reading(path, "config of a CLIP with heads of 64"):
         whole = read_json(path)
         told, seen = whole["model_cfg"], whole.get("preprocess_cfg", {})
@@ -926,10 +927,8 @@ def latent_semantics(captions, known, longest=1, width=32):
 
     Counts of words, and of runs of up to `longest` of them, in the rows `known`, times the log of
     their rarity, scaled to length 1, on these rows' first right singular vectors (N, width)."""
-    grams = []
-    for words in map(Words.split, captions):
-        grams.append([" ".join(words[i:i + n]) for n in range(1, longest + 1)
-                      for i in range(len(words) - n + 1)])
+    grams = [[" ".join(words[i:i + n]) for n in range(1, longest + 1)
+              for i in range(len(words) - n + 1)] for words in map(Words.split, captions)]
     number = {gram: j for j, gram in enumerate(sorted({gram for i in known for gram in grams[i]}))}
     refuse(len(number) < 2 or len(known) < 2,
            "the captions to learn from hold fewer than two words - give more")
@@ -939,9 +938,8 @@ def latent_semantics(captions, known, longest=1, width=32):
     counts = counts.multiply(np.log(len(known) / (counts[known] > 0).sum(0)) + 1).tocsr()    # idf
     length = np.maximum(scipy.sparse.linalg.norm(counts, axis=1), 1e-12)
     counts = scipy.sparse.diags(1 / length) @ counts
-    width = min(width, len(number) - 1, len(known) - 1)
-    start = np.ones(min(len(number), len(known)))
-    _, values, axes = scipy.sparse.linalg.svds(counts[known], width, v0=start)
+    cap = min(len(number), len(known))
+    _, values, axes = scipy.sparse.linalg.svds(counts[known], min(width, cap - 1), v0=np.ones(cap))
     axes = axes[values > 1e-6 * values.max()][::-1]          # beyond the rank any vector would do
     signs = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])
     return (counts @ (axes * signs[:, None]).T).astype(np.float32)     # signs: always the same
@@ -964,9 +962,8 @@ SLIDES = (*PICTURES, ".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
 
 @functools.cache
 def vision():
-    """torchvision, imported late. A CUDA build of it beside a CPU build of torch lacks two
-    operators, which nothing here needs, and refuses to be imported without them: then they are
-    declared, and it is imported again."""
+    """torchvision, imported late. A CUDA build of it beside a CPU build of torch cannot be imported
+    for want of two operators, which nothing here needs: then they are declared first."""
     try:
         import torchvision.transforms
     except RuntimeError:
@@ -1325,10 +1322,7 @@ def open_image(image, decode=True, window=None, folder=""):
         return as_rgb(Image.fromarray(image), window)
     path = os.path.join(folder, image)
     with reading(path, "picture"):
-        try:
-            opened = Image.open(path)
-        except Image.DecompressionBombError:
-            raise InputError(f"{path} is too large for one picture - `tile` it with openslide")
+        opened = Image.open(path)
         return as_rgb(opened, window) if decode else opened.close()
 
 
@@ -1384,8 +1378,7 @@ def pixel_statistics(images, rows, most=500, side=64):
 
 
 class Crops:
-    """DINO's random views of one image: `Crops(...)(image)` -> list of tensors (3, size, size), the
-    two global first.
+    """DINO's random views: `Crops(...)(image)` -> list of (3, size, size), the two global first.
 
     size, local_size    sides in pixels
     scale, local_scale  share of the image's area that a crop covers
@@ -1489,8 +1482,8 @@ def picture_parts(pictures, split, seed, source):
 
 def normalised(pixels):
     """(N, S, S, 3) uint8 -> float tensor (N, 3, S, S), normalised as ImageNet."""
-    mean, std = map(torch.tensor, IMAGENET)                  # (3,) each
-    return ((torch.from_numpy(pixels).float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() / 255
+    return vision().transforms.functional.normalize(x, *IMAGENET)
 
 
 def jittered(x):
@@ -1557,8 +1550,7 @@ def otsu(values):
 
 
 def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, max_holes=8):
-    """Pieces of tissue in an overview, as CLAM finds them: saturation, median filter, threshold,
-    closing, size.
+    """Pieces of tissue in an overview, by CLAM: saturation, median, threshold, closing, size.
 
     rgb (H, W, 3) uint8. threshold of the saturation (0..255); median, close: sides of the filters;
     least: pixels of a piece without its holes, of which the `max_holes` largest of more than
@@ -1570,14 +1562,13 @@ def find_tissue(rgb, threshold=8, median=7, close=4, least=16, least_hole=16, ma
     out, n = np.zeros(mask.shape, np.int32), 0
     for i, where in enumerate(scipy.ndimage.find_objects(label), 1):
         piece = label[where] == i
-        if piece.sum() <= least:
-            continue
-        n += 1
-        holes, _ = scipy.ndimage.label(scipy.ndimage.binary_fill_holes(piece) & ~piece)    # (h, w)
-        size = np.bincount(holes.ravel())[1:]
-        largest = np.argsort(-size, kind="stable")[:max_holes]
-        out[where][piece | (holes > 0)] = n
-        out[where][np.isin(holes, largest[size[largest] > least_hole] + 1)] = -n
+        if piece.sum() > least:
+            n += 1
+            holes, _ = scipy.ndimage.label(scipy.ndimage.binary_fill_holes(piece) & ~piece)
+            size = np.bincount(holes.ravel())[1:]            # of each hole
+            largest = np.argsort(-size, kind="stable")[:max_holes]
+            out[where][piece | (holes > 0)] = n
+            out[where][np.isin(holes, largest[size[largest] > least_hole] + 1)] = -n
     return out
 
 
@@ -1604,8 +1595,7 @@ def tile_boxes(pieces, scale, size, side, step):
 
 
 def tile_slide(path, side=224, step=None, least=0.2, least_hole=0.2, window=None, **how):
-    """Tiles of a slide's tissue: boxes (n, 4) as `tile_boxes` gives them, and a picture of the
-    overview with both drawn in.
+    """Tiles of a slide's tissue: `tile_boxes` (n, 4), and an overview with both drawn in.
 
     side, step: in pixels of the slide. least, least_hole: areas in units of 512 x 512 such pixels;
     CLAM takes 1 and 1 for biopsies, 100 and 16 for resections. window: see `as_rgb`."""
@@ -1687,13 +1677,12 @@ def cut_boxes(folder, margin=0.2, window=None):
     found = []
     for split, stem, path, size, objects in _voc(folder, window):
         for i, (name, box) in enumerate(objects):
-            sides, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
-            if sides.min() <= 8:
-                continue
-            half = min(sides.max() / 2 * (1 + margin), size.min() / 2)
-            middle = middle.clip(half, size - half)
-            low, high = np.round([middle - half, middle + half]).astype(int)
-            found.append((path, [*low, *(high - low)], f"{split}/{name}/{stem}_{i}"))
+            sides = box[2:] - box[:2]
+            if sides.min() > 8:
+                half = min(sides.max() / 2 * (1 + margin), size.min() / 2)
+                middle = ((box[:2] + box[2:]) / 2).clip(half, size - half)
+                low, high = np.round([middle - half, middle + half]).astype(int)
+                found.append((path, [*low, *(high - low)], f"{split}/{name}/{stem}_{i}"))
     refuse(not found, f"{folder} has no box of more than 8 pixels - name another folder")
     paths, squares, ids = map(list, zip(*found))
     return Images(paths, window=window, about={"coords": np.array(squares), "ids": np.array(ids)})

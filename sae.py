@@ -168,10 +168,9 @@ def dense_loss(model, x):
         for s in x:
             for t in x:
                 both = here[s] & here[t]
-                if not both.any():
-                    continue
-                x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                       # Eq. 11, 12
-                (own if s == t else cross).append(nmse(x[t][both], x_hat[both]))     # Eq. 13
+                if both.any():
+                    x_hat = z[s] @ model.W_dec[t] + model.b_pre[t]                   # Eq. 11, 12
+                    (own if s == t else cross).append(nmse(x[t][both], x_hat[both]))     # Eq. 13
         total = total + model.reduce(own) + model.lam * model.reduce(cross)              # Eq. 14
     return total
 
@@ -190,8 +189,7 @@ class Pattern:
 
     def __init__(self, indices, n_latents, kernels, spare=None):
         self.indices, self.n_latents, self.csr = indices, n_latents, kernels == "csr"
-        self.spare = {} if spare is None else spare          # (L, d) -> memory for such gradients
-        self._columns = None
+        self.spare, self._columns = spare or {}, None        # (L, d) -> memory for such gradients
 
     def rows(self, values):
         """S as a CSR matrix (B, L). Indices of int32: others MKL would convert in each product."""
@@ -279,8 +277,7 @@ def _has_csr():
 
 
 def _no_autocast(function):
-    """Run a function of a model in its weights' precision, whatever autocast is around: CSR kernels
-    know no other."""
+    """Run a model's function in its weights' precision in autocast: CSR kernels know no other."""
     @wraps(function)
     def run(model, *args, **kw):
         with torch.autocast(model.step.device.type, enabled=False):
@@ -332,7 +329,20 @@ class SPARC(nn.Module):
                            reduction=reduction, norm=norm, aux_k=aux_k, aux_coef=aux_coef,
                            dead_after=dead_after, reinit_after=reinit_after, kernels=kernels,
                            seed=seed, targets=targets, start=start)
-        self._check()
+        refuse(not dims, "no streams - give at least one")
+        for s, d in dims.items():
+            refuse(not isinstance(s, str) or "." in s or not s or hasattr(nn.ParameterDict(), s),
+                   f"stream name {str(s)[:60]!r} cannot name a parameter - "
+                   "rename it (letters, digits, _ and -)")
+            refuse(d < 1, f"stream '{s}' has width {d} - give it at least one column")
+        refuse(targets is not None and targets < 1,
+               f"targets={targets} - give 1 or more, or lam=0 for no cross term")
+        refuse(not 0 < start < math.inf, f"start={start} - give a number above 0")
+        refuse(not 1 <= k <= n_latents,
+               f"k={k} must lie in 1..latents={n_latents} - lower k or raise latents")
+        for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")),
+                              ("kernels", ("auto", "csr", "gather"))):
+            one_of(name, self.config[name], allowed)
         vars(self).update(self.config)
         self.streams = list(dims)
         g = torch.Generator().manual_seed(seed)
@@ -351,23 +361,6 @@ class SPARC(nn.Module):
                 self.register_buffer(f"{name}_{s}", value)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))              # steps taken
         self._spare = {}                                     # memory of gradients: see `_recycle`
-
-    def _check(self):
-        c = self.config
-        refuse(not c["dims"], "no streams - give at least one")
-        for s, d in c["dims"].items():
-            refuse(not isinstance(s, str) or "." in s or not s or hasattr(nn.ParameterDict(), s),
-                   f"stream name {str(s)[:60]!r} cannot name a parameter - "
-                   "rename it (letters, digits, _ and -)")
-            refuse(d < 1, f"stream '{s}' has width {d} - give it at least one column")
-        refuse(c["targets"] is not None and c["targets"] < 1,
-               f"targets={c['targets']} - give 1 or more, or lam=0 for no cross term")
-        refuse(not 0 < c["start"] < math.inf, f"start={c['start']} - give a number above 0")
-        refuse(not 1 <= c["k"] <= c["n_latents"], f"k={c['k']} must lie in "
-               f"1..latents={c['n_latents']} - lower k or raise latents")
-        for name, allowed in (("topk", TOPK), ("norm", NORMS), ("reduction", ("sum", "mean")),
-                              ("kernels", ("auto", "csr", "gather"))):
-            one_of(name, c[name], allowed)
 
     # -- features in -----------------------------------------------------------------------------
     def normalise(self, x, stream):
@@ -406,12 +399,11 @@ class SPARC(nn.Module):
         gone = {s: missing(v) for s, v in x.items()}
         some = self.across(torch.stack([rows.any() for rows in gone.values()]).int()).tolist()
         gone = {s: rows for (s, rows), n in zip(gone.items(), some) if n}
-        for s, rows in gone.items():                         # before and after: NaN * 0 is NaN
-            x[s] = x[s].masked_fill(rows.unsqueeze(1), 0)
-        x = {s: self.normalise(v, s) for s, v in x.items()}
-        for s, rows in gone.items():
-            x[s] = x[s].masked_fill(rows.unsqueeze(1), 0)
-        return x, {s: ~rows for s, rows in gone.items()}
+
+        def filled(x):
+            return x | {s: x[s].masked_fill(rows.unsqueeze(1), 0) for s, rows in gone.items()}
+        x = {s: self.normalise(v, s) for s, v in filled(x).items()}          # for NaN * 0 is NaN
+        return filled(x), {s: ~rows for s, rows in gone.items()}
 
     def _centred(self, x, here):
         """x^s - b_pre^s by stream, (B, d_s): what is encoded, and what W_D z must come to."""
@@ -421,20 +413,17 @@ class SPARC(nn.Module):
     # -- choosing --------------------------------------------------------------------------------
     # c: a dict of centred features, see `_centred`. Only here logits are dense, without gradients.
 
-    def _logits(self, c, streams, here):
-        """All L logits, Eq. 6, summed over those of `streams` that a sample has, Eq. 7: (B, L).
-        Both equations are one product, added in place from the second stream on."""
-        h = sum(self.b_lat[s] * here[s].unsqueeze(1) if s in here else self.b_lat[s]
-                for s in streams)                                                    # (L,), (B, L)
-        for s in streams:
-            h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)
-        return h
-
     @torch.no_grad()
     def _support(self, c, mode, here):
         """Kept latents, stream -> (B, k): chosen "joint"ly, "alone", or by one stream ("drawn")."""
         def top(streams):
-            return self._logits(c, streams, here).topk(self.k, sorted=False).indices     # Eq. 8
+            # All L logits, Eq. 6, summed over those of `streams` that a sample has, Eq. 7: (B, L).
+            # Both equations are one product, added in place from the second stream on.
+            h = sum(self.b_lat[s] * here[s].unsqueeze(1) if s in here else self.b_lat[s]
+                    for s in streams)                                                # (L,), (B, L)
+            for s in streams:
+                h = torch.addmm(h, c[s], self.W_enc[s].T, out=h if h.dim() == 2 else None)
+            return h.topk(self.k, sorted=False).indices                              # Eq. 8
         if mode == "alone":
             return {s: top([s]) for s in c}
         if mode == "joint":
@@ -470,8 +459,7 @@ class SPARC(nn.Module):
         return {t: (i - turn) % M for i, t in enumerate(self.streams)}
 
     def across(self, x):
-        """The sum of a tensor, in place, over all processes that train together. In evaluation each
-        is for itself."""
+        """In training a tensor's sum over all processes, in place; in evaluation the tensor."""
         if self.training and dist.is_available() and dist.is_initialized():
             if "activation" in self.config:
                 raise InputError("an SAE trains in one process - use SPARC for several")
@@ -505,10 +493,8 @@ class SPARC(nn.Module):
         """Codes of raw features, differentiable in x and the weights: dict stream -> Codes.
 
         x: dict stream -> (B, d_s), any non-empty subset of the streams, row i one sample; NaN
-        throughout where it lacks the stream. A model of one stream takes a bare tensor (B, d) too,
-        and returns the bare Codes.
-        mode: "joint", the given streams choose the support together; "alone", each chooses its
-        own. By default the way of training ("alone" for topk="local")."""
+        throughout where it lacks the stream. Of one stream also a bare tensor (B, d): bare Codes.
+        mode: "joint" or "alone", see the top; by default as in training ("alone" for "local")."""
         if isinstance(x, torch.Tensor):
             return self.encode(self._named(x), mode)[self.streams[0]]
         mode = mode or ("alone" if self.topk == "local" else "joint")
@@ -573,9 +559,8 @@ class SPARC(nn.Module):
         is that of all pairs, on average. The last result: how many pairs any sample has.
 
         x_hat - x = W_D z + b_pre - x = W_D z - c, so nothing needs the bias but c. All sources of a
-        target go through one product, the codes of one sample in neighbouring rows: their supports
-        overlap, and the dictionary rows that one needs are still in the cache when the next does:
-        half the time."""
+        target go through one product, the codes of one sample in neighbouring rows: half the time,
+        as supports overlap, and dictionary rows that one needs are in the cache for the next."""
         own, cross, aux, pairs, pattern, before = [], [], [], 0, None, None
         indices, values = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*codes.values()))
         M, B, supports = len(c), len(values) // len(c), {id(z.indices) for z in codes.values()}
@@ -627,9 +612,9 @@ class SPARC(nn.Module):
 
 def _marked(codes, here):
     """Codes by stream, with index -1 and value 0 where a sample lacks the stream."""
-    gone = {s: ~rows.unsqueeze(1) for s, rows in here.items()}
-    return {s: Codes(z.indices.masked_fill(gone[s], -1), z.values.masked_fill(gone[s], 0))
-            if s in gone else z for s, z in codes.items()}
+    return codes | {s: Codes(codes[s].indices.where(rows.unsqueeze(1), -1),
+                             codes[s].values.where(rows.unsqueeze(1), 0))
+                    for s, rows in here.items()}
 
 
 # ---- One stream: the family of sparse autoencoders ----------------------------------------------
@@ -876,8 +861,7 @@ def merged(model, joined):
 
 @torch.no_grad()
 def project_gradient(model, rows=256):
-    """Rid dictionary rows' gradients of the part along them, by blocks that fit the cache: length
-    is not to be learned (thesis A.1.2)."""
+    """Rid gradients of what lengthens dictionary rows (thesis A.1.2), by blocks for the cache."""
     for W in model.W_dec.values():
         # a stream that the batch lacks has no gradient
         for g, w in zip(W.grad.split(rows), W.split(rows)) if W.grad is not None else ():
@@ -902,12 +886,8 @@ def _count_idle(model, codes, energy):
         there, length = model.across(torch.stack([(squares > 0).sum(), squares.sum()]))
         idle, least = getattr(model, f"idle_{s}"), FIRES * (length / there).sqrt()
         idle += there > 0
-        for support in codes if there else ():
-            fired = support[s].values > least
-            if model.activation == "topk":
-                idle[support[s].indices[fired]] = 0
-            else:                                            # dense codes: latent j is column j
-                idle[fired.any(0)] = 0
+        for support in codes:                                # least is NaN, nothing above, if empty
+            idle[support[s].indices[support[s].values > least]] = 0
         idle[model.across((idle == 0).int()) > 0] = 0        # in any process
 
 
@@ -933,9 +913,8 @@ def _start_anew(model, optimiser, s, rows, *weights):
 
 @torch.no_grad()
 def _resample(model, optimiser, x):
-    """Make dead latents out of samples that are badly rebuilt (Bricken et al. 2023). Those of this
-    batch, drawn in proportion to the square of their loss, become the directions; encoder rows get
-    a fifth of the mean length of the living; bias and Adam moments 0."""
+    """Make dead latents of badly rebuilt samples (Bricken et al. 2023), drawn from a batch by the
+    square of their loss; encoder rows get a fifth of the mean length of the living."""
     s = model.streams[0]
     unset = model.by_batch and model.kept_above.isnan()
     if model.revive != "resample" or unset or not model.dead(s).any():
@@ -944,12 +923,11 @@ def _resample(model, optimiser, x):
     v = model.normalise(x, s)
     loss = (model.decode(model.encode(x), s) - v).square().sum(1)
     rows = model.dead(s).nonzero().squeeze(1)[:int((loss > 0).sum())]
-    if not len(rows):
-        return
-    drawn = torch.multinomial(loss.square().cpu(), len(rows), generator=model._generator())
-    model.W_dec[s][rows], model.W_enc[s][rows] = resampled_rows(
-        v[drawn.to(v.device)] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
-    _start_anew(model, optimiser, s, rows, model.W_enc[s], model.W_dec[s])
+    if len(rows):
+        drawn = torch.multinomial(loss.square().cpu(), len(rows), generator=model._generator())
+        model.W_dec[s][rows], model.W_enc[s][rows] = resampled_rows(
+            v[drawn.to(v.device)] - model.b_pre[s], model.W_enc[s][~model.dead(s)])
+        _start_anew(model, optimiser, s, rows, model.W_enc[s], model.W_dec[s])
 
 
 def resampled_rows(c, alive):
@@ -976,9 +954,8 @@ def _recycle(model):
 
 @_no_autocast
 def train_step(model, optimiser, x, loss=None):
-    """One step on one batch x of raw features, down loss(model, x) or else model.loss(x). Returns
-    a dict: `loss` and its parts. The order matters: gradient projected, optimiser step, rows
-    renormalised."""
+    """One step on a batch x of raw features, down loss(model, x) or else model.loss(x): a dict,
+    `loss` and its parts. The order matters: gradients projected, step, rows renormalised."""
     _recycle(model)
     x = model._named(x)
     total, parts = loss(model, x) if loss else model.loss(x)

@@ -37,7 +37,7 @@ import math
 import os
 import platform
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from functools import lru_cache, partial
 from itertools import groupby
 
@@ -49,6 +49,12 @@ from torch.autograd.function import once_differentiable
 
 class InputError(ValueError):
     """What the caller can mend: what was wrong and, after a dash, what to do."""
+
+
+def refuse(when, why):
+    """Raise InputError(why) where `when` holds; `why` is made in any case."""
+    if when:
+        raise InputError(why)
 
 
 # -- The selective scan ----------------------------------------------------------------------------
@@ -71,17 +77,16 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
     All backends differentiate in every input; the memory that reference keeps for that grows with
     B L D N, that of the others with B L D. Raises InputError for shapes that do not fit."""
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    kind, work = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
+    kind, work = u.dtype, torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):
         if B.dim() == 3:
             B, C = B.unsqueeze(2), C.unsqueeze(2)            # one group
         D, bias = (u.new_zeros(u.shape[2]) if v is None else v for v in (D, delta_bias))    # (D,)
-        given = u, delta, A, B, C, D, z, bias
-        inputs = [v if v is None else v.to(work).contiguous() for v in given]
-        u, delta, A, B, C, D, z, bias = inputs
+        inputs = u, delta, A, B, C, D, z, bias = [
+            v if v is None else v.to(work).contiguous() for v in (u, delta, A, B, C, D, z, bias)]
         backend = _choose_backend(backend, u, A.shape[1])
         if backend == "native":
-            learns = any(v is not None and v.requires_grad for v in given)
+            learns = any(v is not None and v.requires_grad for v in inputs)
             y, h = _NativeScan.apply(*inputs, softplus, torch.is_grad_enabled() and learns)
         elif backend == "torch":
             G, T = B.shape[2], max(A.shape[1], CHUNK // (len(u) * A.numel() + 1))  # tokens a chunk
@@ -99,8 +104,7 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias):
     """Raise InputError, naming the first tensor whose shape does not fit those of u and A."""
-    if u.dim() != 3:
-        raise InputError(f"u has shape {tuple(u.shape)} - give (batch, tokens, channels)")
+    refuse(u.dim() != 3, f"u has shape {tuple(u.shape)} - give (batch, tokens, channels)")
     tokens, channels, N = tuple(u.shape), u.shape[2], A.shape[-1]                # tokens: (B, L, D)
     G = B.shape[2] if B.dim() == 4 else 1
     weights = (*tokens[:2], N) if B.dim() == 3 else (*tokens[:2], G, N)
@@ -111,9 +115,8 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias):
         if v is not None and tuple(v.shape) != shape:
             raise InputError(f"{name} has shape {tuple(v.shape)} - with u {tokens} and A "
                              f"{tuple(A.shape)} it must be {shape}")
-    if channels % G:
-        raise InputError(f"{channels} channels do not divide into the {G} groups of B - "
-                         "give a multiple")
+    refuse(channels % G,
+           f"{channels} channels do not divide into the {G} groups of B - give a multiple")
 
 
 def _scan_reference(u, delta, A, B, C):
@@ -230,10 +233,9 @@ class _NativeScan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_y, g_last):
+    def backward(ctx, g_y, g_h):
         *inputs, starts = ctx.saved_tensors
-        outer = g_y.contiguous(), g_last.contiguous()
-        grads = native().backward(*inputs, ctx.softplus, starts, *outer)
+        grads = native().backward(*inputs, ctx.softplus, starts, g_y.contiguous(), g_h.contiguous())
         return *grads, grads[1].sum((0, 1)), None, None      # the bias is added to delta
 
 
@@ -242,18 +244,16 @@ def _choose_backend(backend, u, states):
     if backend == "auto":
         wanted = os.environ.get("REPSAE_NATIVE") == "1" and native()
         return "native" if wanted and native().serves(u, states) else "torch"
-    if backend not in ("reference", "torch", "native"):
-        raise InputError(f"backend={backend!r} - use auto, reference, torch, native")
-    if backend == "native" and not (native() and native().serves(u, states)):
-        raise InputError(f"there is no native scan of {u.dtype} on {u.device} with {states} states "
-                         "- use backend='torch'")
+    refuse(backend not in ("reference", "torch", "native"),
+           f"backend={backend!r} - use auto, reference, torch, native")
+    refuse(backend == "native" and not (native() and native().serves(u, states)), "there is no "
+           f"native scan of {u.dtype} on {u.device} with {states} states - use backend='torch'")
     return backend
 
 
 @lru_cache(None)
 def native(verbose=False):
-    """The compiled scan, a module with forward, backward and serves; None if it cannot be built,
-    which is said once."""
+    """The compiled scan (forward, backward, serves); None, and said once, if it cannot be built."""
     try:
         return build_native(verbose)
     except Exception as e:                                   # no compiler, no ninja, ...
@@ -268,8 +268,7 @@ def build_native(verbose=False):
     from torch.utils import cpp_extension
     csrc = os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc")      # beside this file
     sources = [os.path.join(csrc, "selective_scan.cpp")]
-    if not os.path.exists(sources[0]):
-        raise InputError(f"no {sources[0]}")
+    refuse(not os.path.exists(sources[0]), f"no {sources[0]}")
     # All plain C++: errno and floating-point traps are given up, exact arithmetic is not.
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
     flags.append("-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp")    # Apple: no threads
@@ -309,28 +308,26 @@ class DropPath(nn.Module):
         return x * keep / (1 - self.p)                       # so that the mean stays
 
 
-class Mlp(nn.Sequential):
+def gelu_mlp(dim, hidden):
     """Two layers with GELU between, (..., d) -> (..., d)."""
-
-    def __init__(self, dim, hidden):
-        layers = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, dim)}
-        super().__init__(OrderedDict(layers))
+    return nn.Sequential(OrderedDict(
+        fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
 
 
 def _grid(x, patch, name):
     """Rows and columns of patches of an image batch; refuses what does not divide."""
-    if x.dim() != 4 or x.shape[1] != 3:
-        raise InputError(f"images have shape {tuple(x.shape)} - {name} wants (batch, 3, h, w)")
+    refuse(x.dim() != 4 or x.shape[1] != 3,
+           f"images have shape {tuple(x.shape)} - {name} wants (batch, 3, h, w)")
     h, w = x.shape[2:]
-    if h % patch or w % patch or not h or not w:
-        raise InputError(f"images are {h}x{w} - {name} wants multiples of {patch}")
+    refuse(h % patch or w % patch or not h or not w,
+           f"images are {h}x{w} - {name} wants multiples of {patch}")
     return h // patch, w // patch
 
 
 def _patches(patch, size):
     """T, the number of whole patches in a square picture of `size` pixels."""
-    if not 0 < patch <= size:
-        raise InputError(f"patches of {patch} pixels in pictures of {size} - give smaller ones")
+    refuse(not 0 < patch <= size,
+           f"patches of {patch} pixels in pictures of {size} - give smaller ones")
     return (size // patch) ** 2
 
 
@@ -342,10 +339,9 @@ def _interpolate(pos, grid, offset=0.1, antialias=False):
     with registers (offset 0) asks for the size."""
     n = int(pos.shape[1] ** 0.5)                             # rows of the trained grid
     image = _float32_up(pos).reshape(1, n, n, -1).permute(0, 3, 1, 2)            # (1, d, n, n)
-    target = {"size": tuple(grid)}
-    if offset:
-        target = {"scale_factor": tuple((g + offset) / n for g in grid)}
-    image = F.interpolate(image, mode="bicubic", antialias=antialias, **target)  # (B, d, *grid)
+    scale = tuple((g + offset) / n for g in grid) if offset else None
+    image = F.interpolate(image, None if scale else tuple(grid), scale, "bicubic",
+                          antialias=antialias)               # (1, d, *grid)
     return image.flatten(2).transpose(1, 2).to(pos.dtype)
 
 
@@ -372,8 +368,7 @@ class PatchTokens(nn.Module):
     """What ViT and Vim share: patches as tokens, a class token, positions, a head.
 
     size, patch   the trained image size and the patch size; any multiple of the patch can be given
-    Input (B, 3, H, W). `forward` gives class logits (B, n_classes), or the class token (B, d) when
-    n_classes = 0."""
+    `forward`: (B, 3, H, W) -> class logits (B, n_classes), or class tokens (B, d) if that is 0."""
     middle, resize = False, {}    # is the class token's row in the middle; see `_interpolate`
 
     def __init__(self, dim, patch, size):
@@ -481,7 +476,7 @@ class ViT(PatchTokens):
         if registers:
             self.resize = {"offset": 0., "antialias": True}
             self.register_tokens = nn.Parameter(1e-6 * torch.randn(1, registers, dim))
-        scale, mlp = LayerScale if v2 else nn.Identity, SwiGLU if swiglu else Mlp
+        scale, mlp = LayerScale if v2 else nn.Identity, SwiGLU if swiglu else gelu_mlp
         self.blocks = nn.ModuleList(Block(dim, heads, scale, mlp, p)
                                     for p in torch.linspace(0, drop_path, depth).tolist())
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -492,20 +487,18 @@ class ViT(PatchTokens):
         _init_linear(self)
 
     def blocks_out(self, x, last=1, norm=True):
-        """The last blocks' outputs, oldest first, as the final norm makes them: a list of
-        (B, 1 + registers + T, d); and the grid."""
+        """The last blocks' outputs, oldest first, normed: [(B, 1 + registers + T, d)]; the grid."""
         grid, cls = _grid(x, self.patch, "this ViT"), self.cls_token.expand(len(x), -1, -1)
         patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2)            # (B, T, d)
         x = torch.cat([cls, patches], 1) + self.position(x, grid)
         if self.registers:                                   # added after positions: they have none
             extra = self.register_tokens.expand(len(x), -1, -1)
             x = torch.cat([x[:, :1], extra, x[:, 1:]], 1)    # (B, 1 + registers + T, d)
-        out = []
-        for i, block in enumerate(self.blocks):
+        out = deque(maxlen=last)
+        for block in self.blocks:
             x = block(x)
-            if i >= len(self.blocks) - last:
-                out.append(self.norm(x) if norm else x)
-        return out, grid
+            out.append(x)
+        return [self.norm(x) if norm else x for x in out], grid
 
     def patches(self, x):
         """All tokens -> those of patches (B, T, d)."""
@@ -678,7 +671,7 @@ class VSSBlock(nn.Module):
     def __init__(self, dim, drop_path):
         super().__init__()
         self.norm, self.op = nn.LayerNorm(dim), SS2D(dim)
-        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+        self.norm2, self.mlp = nn.LayerNorm(dim), gelu_mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
@@ -701,8 +694,7 @@ class VMamba(nn.Module):
     """VMamba ([3], thesis 3.3.1), the v2 ("s2") releases: four stages of VSS blocks, halving the
     resolution in between.
 
-    Input (B, 3, H, W), sides multiples of 32. `forward` gives logits, or pooled features
-    (B, 8 dim) when n_classes = 0."""
+    (B, 3, H, W), sides multiples of 32 -> logits, or features (B, 8 dim) if n_classes = 0."""
 
     def __init__(self, dim, depths, n_classes=0, drop_path=0.):
         super().__init__()
@@ -749,8 +741,7 @@ class VMamba(nn.Module):
 def descend(optimiser, loss, mend=None):
     """One step of the optimiser down the gradient of the scalar `loss`, returned as a float; mend()
     may change (clip) the gradients. Raises InputError when the loss is no number any more."""
-    if not torch.isfinite(loss):
-        raise InputError(f"the loss became {loss.item()} - lower the learning rate")
+    refuse(not torch.isfinite(loss), f"the loss became {loss} - lower the learning rate")
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     if mend:
@@ -786,8 +777,7 @@ def fit(model, optimiser, batches, loss, epochs, validate=None, patience=math.in
 
 
 def held_loss(logits, held):
-    """What training stops by: the cross-entropy of logits(*inputs), (n, C), over all batches
-    (*inputs, y) of `held`."""
+    """What training stops by: cross-entropy of logits(*inputs) (n, C) over `held`: (*inputs, y)."""
     found, y = zip(*((logits(*inputs), y) for *inputs, y in held))
     return F.cross_entropy(torch.cat(found), torch.cat(y)).item()
 
@@ -863,9 +853,9 @@ class CLIPVision(nn.Module):
 
     def features(self, x, tokens=False):
         """Class tokens (B, out); with `tokens` patch tokens (B, T, dim) and their grid."""
-        if tuple(x.shape[2:]) != (self.size, self.size):
-            raise InputError(f"images are {x.shape[2]}x{x.shape[3]} - this CLIP was trained at "
-                             f"{self.size}x{self.size}")
+        h, w = x.shape[2:]
+        refuse({h, w} != {self.size},
+               f"images are {h}x{w} - this CLIP was trained at {self.size}x{self.size}")
         x = self.conv1(x)                                    # (B, dim, rows, columns)
         grid, x = tuple(x.shape[2:]), x.flatten(2).transpose(1, 2)               # (B, T, dim)
         cls = self.class_embedding.expand(len(x), 1, -1)     # (B, 1, dim)
@@ -907,8 +897,7 @@ class CLIP(nn.Module):
         return x[torch.arange(len(x)), tokens.argmax(1)] @ self.text_projection
 
     def loss(self, images, tokens):
-        """Symmetric cross-entropy of telling which text belongs to which image in a batch
-        (Radford et al. 2021, Fig. 3)."""
+        """Symmetric cross-entropy of which text belongs to which image (Radford et al., Fig. 3)."""
         a, b = F.normalize(self.visual(images)), F.normalize(self.encode_text(tokens))
         logits = self.logit_scale.exp().clamp(max=100) * a @ b.T                 # (B, B)
         target = torch.arange(len(logits), device=logits.device)
@@ -938,9 +927,8 @@ def text_features(clip, words, captions, block=512):
 
 @torch.no_grad()
 def standardise_pixels(model, mean, std, assumed):
-    """Change a model's first convolution: it is to answer to pictures normalised by `assumed`,
-    (mean, std) of R, G, B, as it did to pictures normalised by `mean` and `std` (3,). Exact where
-    it does not pad (not VMamba)."""
+    """Change a model's first convolution to answer to pictures normalised by `assumed`, (mean, std)
+    of R, G, B, as it did to those by `mean`, `std` (3,). Exact without padding (not VMamba)."""
     conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     numbers = (torch.as_tensor(v).to(conv.weight).view(3, 1, 1) for v in (mean, std, *assumed))
     mean, std, was_mean, was_std = numbers
@@ -1027,8 +1015,7 @@ def decay_groups(model, decay_ssm=False):
     """AdamW's two groups: matrices, which are decayed, and vectors, which are not.
 
     Without `decay_ssm` neither are the state space's decay rates, skips and step sizes, though
-    matrices: to decay log(-A) is to pull every rate to 1. (The published runs did; Mamba's own
-    code marks them as exempt.)"""
+    matrices: decaying log(-A) pulls every rate to 1. (Published runs did; Mamba exempts them.)"""
     decayed, spared = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -1230,30 +1217,23 @@ class MIL(nn.Module):
         if clam:
             self.instance_classifiers = nn.ModuleList(nn.Linear(E, 2) for _ in range(n_classes))
 
-    def scores(self, h, mask):
-        """(B, A, N), -inf where there is no instance."""
-        if self.head == "mean":
-            scores = h.new_zeros(len(h), 1, h.shape[1])
-        elif self.head == "max":                             # shares of those who have the largest
-            h = h.masked_fill(~mask[..., None], -1.)         # ReLU made them >= 0
-            top = (h == h.amax(1, keepdim=True)).float()     # (B, N, E)
-            scores = (top / top.sum(1, keepdim=True)).mean(-1)[:, None].log()    # (B, 1, N)
-        else:
-            a = self.inner_dropout(torch.tanh(self.V(h)))    # (B, N, attention)
-            if self.U is not None:
-                a = a * self.inner_dropout(torch.sigmoid(self.U(h)))
-            scores = self.w(a).transpose(1, 2)               # (B, A, N)
-        return scores.masked_fill(~mask[:, None], -math.inf)
-
     def forward(self, x, mask=None):
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         real = self.embed((x[mask] - self.mean) / self.std)  # (n, E): without the padding
         h = real.new_zeros(*mask.shape, real.shape[-1]).masked_scatter(mask[..., None], real)
-        scores = self.scores(h, mask)
-        if self.head == "max":
-            pooled = h.masked_fill(~mask[..., None], -math.inf).amax(1, keepdim=True)  # (B, 1, E)
+        if self.head == "max":                               # shares of those who have the largest
+            pooled = h.amax(1, keepdim=True)                 # (B, 1, E); ReLU made all h >= 0
+            top = ((h == pooled) & mask[..., None]).float()  # (B, N, E)
+            scores = (top / top.sum(1, keepdim=True)).mean(-1)[:, None].log()    # (B, 1, N)
         else:
+            scores = h.new_zeros(len(h), 1, h.shape[1])
+            if self.head != "mean":
+                a = self.inner_dropout(torch.tanh(self.V(h)))                    # (B, N, attention)
+                if self.U is not None:
+                    a = a * self.inner_dropout(torch.sigmoid(self.U(h)))
+                scores = self.w(a).transpose(1, 2)           # (B, A, N)
+            scores = scores.masked_fill(~mask[:, None], -math.inf)
             pooled = torch.softmax(scores, -1) @ h           # (B, A, E)
         if self.head == "clam_mb":
             logits = (pooled * self.classifier.weight).sum(-1) + self.classifier.bias  # (B, C)
@@ -1349,8 +1329,7 @@ for letter, widths in (("s", (384, 12, 6)), ("b", (768, 12, 12)), ("l", (1024, 2
 
 def make_backbone(arch, **settings):
     """A preset by name; settings that are None are left to it (VMamba has no size, no patch)."""
-    if arch not in PRESETS:
-        raise InputError(f"{arch} is no backbone - take one of {', '.join(PRESETS)}")
+    refuse(arch not in PRESETS, f"{arch} is no backbone - take one of {', '.join(PRESETS)}")
     skip = ("size", "patch") if arch.startswith("vmamba") else ()
     return PRESETS[arch](**{k: v for k, v in settings.items() if v is not None and k not in skip})
 
@@ -1358,8 +1337,7 @@ def make_backbone(arch, **settings):
 def last_linear(model):
     """(name, module) of a classifier's last linear layer; InputError when it has none."""
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not found:
-        raise InputError(f"{type(model).__name__} ends in no linear layer - take another model")
+    refuse(not found, f"{type(model).__name__} ends in no linear layer - take another model")
     return found[-1]
 
 
@@ -1371,9 +1349,8 @@ def load_weights(model, path, new_head=False):
     classifier when the model has none. new_head: the model's last linear layer stays as it is.
     Raises InputError listing every missing, unexpected and mis-shaped key."""
     own, state = model.state_dict(), {k.removeprefix("module."): v for k, v in _state(path).items()}
-    inner = {k: v for k, v in state.items() if k.startswith("backbone.")}
-    if inner:
-        state = {k.removeprefix("backbone."): v for k, v in inner.items()}
+    inner = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    state = inner or state
     heads = [f"{last_linear(model)[0]}."] if new_head else \
         [head for head in ("head.", "classifier.head.") if not any(k.startswith(head) for k in own)]
     own, state = ({k: v for k, v in each.items() if not k.startswith(tuple(heads))}
@@ -1382,18 +1359,16 @@ def load_weights(model, path, new_head=False):
               if k in state and state[k].shape != v.shape]
     wrong = {"missing": sorted(own.keys() - state.keys()),
              "unexpected": sorted(state.keys() - own.keys()), "mis-shaped": shapes}
-    if any(wrong.values()):
-        lists = "; ".join(f"{len(v)} {name}: {', '.join(v)}" for name, v in wrong.items() if v)
-        raise InputError(f"{path} does not fit this model: {lists} - take the preset that these "
-                         "weights belong to")
+    lists = "; ".join(f"{len(v)} {name}: {', '.join(v)}" for name, v in wrong.items() if v)
+    refuse(lists, f"{path} does not fit this model: {lists} - take the preset that these weights "
+           "belong to")
     model.load_state_dict(state, strict=False)               # all but the heads
     return model
 
 
 def _state(path):
     """The tensors by name that a checkpoint holds, at its top or under one of the usual names."""
-    if not os.path.isfile(path):                             # nothing, or a pipe to wait for
-        raise InputError(f"no weights at {path} - check the path")
+    refuse(not os.path.isfile(path), f"no weights at {path} - check the path")   # a pipe would wait
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):             # of their flags
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1403,9 +1378,9 @@ def _state(path):
     for key in ("teacher", "student", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise InputError(f"{path} holds no state_dict - expected tensors by name, at the top or "
-                         "under teacher, student, model, state_dict")
+    refuse(not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())),
+           f"{path} holds no state_dict - expected tensors by name, at the top or under teacher, "
+           "student, model, state_dict")
     return state
 
 

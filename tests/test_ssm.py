@@ -610,7 +610,7 @@ def test_drop_path_acts_in_training_only_and_keeps_the_mean(name):
 def dino_net(z, head_sizes):
     """The authors' one-block ViT (MLP twice as wide, not four times) and head, with their weights."""
     backbone = ssm.ViT(12, 1, 3, patch=8, size=16)
-    backbone.blocks[0].mlp = ssm.Mlp(12, 24)
+    backbone.blocks[0].mlp = ssm.gelu_mlp(12, 24)
     net = ssm.MultiCrop(backbone, ssm.DINOHead(12, norm_last=False, **head_sizes))
     net.load_state_dict({k[3:]: torch.from_numpy(z[k]) for k in z if k.startswith("sd.")})
     return net
