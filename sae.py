@@ -189,7 +189,8 @@ class Pattern:
 
     def __init__(self, indices, n_latents, kernels, spare=None):
         self.indices, self.n_latents, self.csr = indices, n_latents, kernels == "csr"
-        self.spare, self._columns = spare or {}, None        # (L, d) -> memory for such gradients
+        self.spare = {} if spare is None else spare          # (L, d) -> memory for such gradients
+        self._columns = None
 
     def rows(self, values):
         """S as a CSR matrix (B, L). Indices of int32: others MKL would convert in each product."""
