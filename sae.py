@@ -887,8 +887,12 @@ def _count_idle(model, codes, energy):
         there, length = model.across(torch.stack([(squares > 0).sum(), squares.sum()]))
         idle, least = getattr(model, f"idle_{s}"), FIRES * (length / there).sqrt()
         idle += there > 0
-        for support in codes:                                # least is NaN, nothing above, if empty
-            idle[support[s].indices[support[s].values > least]] = 0
+        for support in codes if there else ():
+            fired = support[s].values > least
+            if model.activation == "topk":
+                idle[support[s].indices[fired]] = 0
+            else:                                            # dense codes: latent j is column j
+                idle[fired.any(0)] = 0
         idle[model.across((idle == 0).int()) > 0] = 0        # in any process
 
 
