@@ -131,11 +131,10 @@ class Features(Samples):
 
     def sorted_rows(self):
         """Whether the training rows come sorted by their label, so that neighbours are alike."""
-        y = None if self.labels is None else self.labels[self.rows("train")]
-        if y is None or y.ndim != 1 or len(y) < 2:
+        if np.ndim(self.labels) != 1:
             return False
-        chance = (np.unique(y, return_counts=True)[1] / len(y)) ** 2
-        return bool((y[1:] == y[:-1]).mean() > (1 + chance.sum()) / 2)
+        changes = np.count_nonzero(np.diff(self.labels[self.rows("train")]))
+        return changes < 2 * len(self.label_names)           # of kinds that stand together
 
     def per_token(self):
         """The same with every token a sample, (N * T, d_s), still memory-mapped; no labels."""
@@ -981,11 +980,11 @@ class Images(Samples):
     paths   list of N files
     side    pixels that a part needs, at least, where a slide has levels
     window  see `as_rgb`
-    outlined  of picture i its objects, (label, (h, w) bool): a function, or None"""
+    outlines  of each picture its objects: a list of (label, what `_outline` takes); or None"""
     paths: list
     side: int = 224
     window: tuple = None
-    outlined: object = None
+    outlines: list = None
 
     def open(self, i):
         """Picture i in RGB."""
@@ -999,8 +998,9 @@ class Images(Samples):
     def masks(self, i):
         """{label: (h, w) bool}: where picture i shows it, all its objects together."""
         found = {}
-        for label, mask in self.outlined(i):
-            found[label] = found.get(label, False) | mask
+        with reading(self.paths[i], "picture with outlines"):
+            for label, *told in self.outlines[i]:
+                found[label] = found.get(label, False) | _outline(*told)
         return found
 
     @property
@@ -1036,9 +1036,9 @@ class Images(Samples):
 
     def take(self, rows):
         """The pictures `rows`, which may repeat, without boxes and masks of what is in them."""
-        known = {key: a[rows] for key, a in self.each().items()}
-        return replace(self, paths=[self.paths[i] for i in rows], boxes=None, outlined=None,
-                       **_fields(known))
+        known = _fields({key: a[rows] for key, a in self.each().items()})
+        paths = [self.paths[i] for i in rows]
+        return replace(self, paths=paths, boxes=None, outlines=None, **known)
 
     def balanced(self, seed):
         """As many pictures of every label, in each split, as there are of its rarest, drawn by lot
@@ -1103,7 +1103,7 @@ def read_images(path):
         boxes, _ = tile_slide(path)
         return Images([path] * len(boxes), about={"coords": boxes})
     if os.path.isdir(os.path.join(path, "ImageSets", "Main")):
-        return _read_voc_folder(path)
+        return _annotated(path, [*_voc(path)])
     coco = sorted(pathlib.Path(path).glob("annotations/instances_*.json"))
     listed = os.fspath(path).endswith(".npz")
     found = _read_coco(path, coco) if coco else \
@@ -1141,16 +1141,14 @@ def _read_listed(path):
     if "instances" in arrays and out.boxes is not None:
         on_top = arrays.checked("instances", f"(N, h, w) numbers of objects, N = {n}",
                                 (np.integer, n, None, None))
-
-        def outlined(i):                                     # a hidden one has no pixel and no box
-            there = zip(np.setdiff1d(on_top[i], 0), out.boxes[out.boxes[:, 0] == i])
-            return [(int(box[1]), on_top[i] == number) for number, box in there]
-        out.outlined = outlined
+        out.outlines = [[(int(label), (x, number)) for label, number in zip(
+            out.boxes[out.boxes[:, 0] == i, 1], np.setdiff1d(x, 0))]     # a hidden one is in none
+            for i, x in enumerate(on_top)]
     return out
 
 
 def _voc(folder, window=None):
-    """Yield (split, name, path, (width, height), objects) of what a Pascal VOC folder lists."""
+    """Yield (split, path, objects, (width, height), name) of what a Pascal VOC folder lists."""
     for part, split in (("trainval", "train"), ("test", "test")):
         path = os.path.join(folder, "ImageSets", "Main", f"{part}.txt")
         refuse(not os.path.exists(path),
@@ -1161,7 +1159,7 @@ def _voc(folder, window=None):
             plain_name(stem, f"{path} lists a picture")
             picture = os.path.join(folder, "JPEGImages", f"{stem}.jpg")
             objects = read_voc(os.path.join(folder, "Annotations", f"{stem}.xml"))
-            yield split, stem, picture, np.array(_slide(picture, window).size), objects
+            yield split, picture, objects, np.array(_slide(picture, window).size), stem
 
 
 def read_voc(path):
@@ -1177,82 +1175,61 @@ def read_voc(path):
     return found
 
 
-def _read_voc_folder(folder):
-    """The pictures of a Pascal VOC folder with its splits; its objects as labels and boxes."""
-    listed, objects = list(_voc(folder)), []
-    refuse(not listed, f"{folder}: ImageSets/Main lists no pictures - add their names")
-    splits, _, paths, sizes, found = map(list, zip(*listed))
-    for i, (size, things) in enumerate(zip(sizes, found)):
-        for name, box in things:
-            x0, y0, x1, y1 = np.clip(box / [*size, *size], 0, 1)
-            if x0 < x1 and y0 < y1:
-                objects.append((i, name, x0, y0, x1, y1))
-    names = sorted({name for _, name, *_ in objects})
-    boxes = np.array([(i, names.index(name), *box) for i, name, *box in objects]).reshape(-1, 6)
-    labels = np.zeros((len(paths), len(names)), bool)
+def _annotated(folder, listed, names=None, **more):
+    """Images of (split, path, objects, (width, height), ...) each; the objects, (name, box x0, y0,
+    x1, y1 in pixels, ...), as labels and boxes; of `names`, or of all that there are."""
+    refuse(not listed, f"{folder} lists no pictures - add some")
+    splits, paths, found, sizes, *_ = map(list, zip(*listed))
+    names = names or sorted({name for things in found for name, *_ in things})
+    boxes = [(i, names.index(name), *(box / [*size, *size]).clip(0, 1))
+             for i, (things, size) in enumerate(zip(found, sizes)) for name, box, *_ in things]
+    boxes, labels = np.reshape(boxes, (-1, 6)) * 1., np.zeros((len(paths), len(names)), bool)
     labels[tuple(boxes[:, :2].astype(int).T)] = True
-    return Images(paths, split=np.array(splits), boxes=boxes, labels=labels, label_names=names)
+    boxes = boxes[(boxes[:, 2:4] < boxes[:, 4:]).all(1)]
+    return Images(paths, split=np.array(splits), labels=labels, label_names=names, boxes=boxes,
+                  **more)
 
 
 def _read_coco(folder, files):
     """The pictures that COCO's `files`, instances_PART.json, list in folders PART, with the splits
     that their names begin with, and their first captions; objects as labels, boxes and masks."""
-    paths, sizes, objects, splits, captions, names = [], [], [], [], [], None
+    listed, captions, names = [], [], []
     for file in files:
-        part = file.stem.removeprefix("instances_")
-        beside, own = file.with_name(f"captions_{part}.json"), names
+        part, own = file.stem.removeprefix("instances_"), {}
+        beside = file.with_name(f"captions_{part}.json")
         told, texts = read_json(file), read_json(beside) if beside.exists() else {"annotations": []}
+        split = next((s for s in SPLITS if part.startswith(s)), "train")
         with reading(file, "file of COCO's"):
-            row = {one["id"]: i for i, one in enumerate(told["images"], len(paths))}
-            number = {one["id"]: c for c, one in enumerate(told["categories"])}
-            names = [one["name"] for one in told["categories"]]
+            name_of = {one["id"]: str(one["name"]) for one in told["categories"]}
+            names += [name for name in name_of.values() if name not in names]
             for one in told["images"]:
-                name = plain_name(one["file_name"], f"{file} lists a picture")
-                paths.append(os.path.join(folder, part, name))
-                sizes.append((one["width"], one["height"]))
-            splits += [next((s for s in SPLITS if part.startswith(s)), "train")] * len(row)
-            objects += [[] for _ in row]
-            for one in told["annotations"]:
-                i, (x, y, w, h) = row[one["image_id"]], one["bbox"]
-                corners = zip((x, y, x + w, y + h), sizes[i] * 2)
-                box = [min(max(v / side, 0), 1) for v, side in corners]
-                objects[i].append((number[one["category_id"]], box, one["segmentation"]))
-            said = {row.get(one["image_id"]): one["caption"] for one in texts["annotations"][::-1]}
-            captions += [said.get(i, "") for i in row.values()]
-        refuse(own not in (None, names), f"{file} has other categories than {files[0]} - mend them")
-    refuse(not paths, f"{files[0]} lists no pictures - add some")
-
-    def outlined(i):
-        with reading(paths[i], "picture with COCO's outlines"):
-            return [(c, _outline(told, *sizes[i])) for c, _, told in objects[i]]
-    boxes = [(i, c, *box) for i, found in enumerate(objects) for c, box, _ in found]
-    boxes, labels = np.reshape(boxes, (-1, 6)), np.zeros((len(paths), len(names)), bool)
-    labels[tuple(boxes[:, :2].astype(int).T)] = True
-    boxes = boxes[(boxes[:, 2:4] < boxes[:, 4:]).all(1)]
-    return Images(paths, split=np.array(splits), labels=labels, label_names=names, boxes=boxes,
-                  outlined=outlined, about={"captions": np.array(captions)})
+                name, size = one["file_name"], (int(one["width"]), int(one["height"]))
+                refuse(min(size) < 1, f"{file} has a picture of {size} pixels - mend it")
+                own[one["id"]] = split, os.path.join(folder, part, name), [], size
+            for one in told["annotations"]:                  # crowds, too, as the authors
+                x, y, w, h = one["bbox"]
+                thing = name_of[one["category_id"]], np.array([x, y, x + w, y + h], float)
+                own[one["image_id"]][2].append((*thing, one["segmentation"]))
+            said = {one["image_id"]: one["caption"] for one in texts["annotations"][::-1]}
+            captions += [said.get(i, "") for i in own]
+        listed += own.values()
+    outlines = [[(names.index(name), told, *size) for name, _, told in things]
+                for _, _, things, size in listed]
+    return _annotated(folder, listed, names, outlines=outlines,
+                      about={"captions": np.array(captions)})
 
 
-def _outline(told, width, height):
-    """A mask (h, w) as COCO tells it: polygons [x, y, x, y, ...], or how long runs of 0 and of 1
-    are in turn, column by column: numbers, or text of 5 bits a letter, lowest first; there the
-    fourth and later ones count from that two before."""
+def _outline(told, width=0, height=0):
+    """A mask (h, w): where an array (h, w) has a number; or as COCO tells it: polygons [x, y, x, y,
+    ...], or how long runs of 0 and of 1 are in turn, column by column (not their packed text)."""
+    if isinstance(told, tuple):
+        return told[0] == told[1]
     if isinstance(told, list):
         raster = Image.new("L", (8 * width, 8 * height))     # a pixel half inside counts
         for polygon in told:
             ImageDraw.Draw(raster).polygon([8 * v - 0.5 for v in polygon], fill=255)
         return np.asarray(raster.reduce(8)) > 127
-    runs, value, shift = told["counts"], 0, 0
-    if isinstance(runs, str):
-        runs = []
-        for letter in told["counts"].encode():
-            value |= (letter - 48 & 31) << shift
-            shift += 5
-            if letter - 48 & 32:                             # more of this number follows
-                continue
-            value -= (letter - 48 & 16) << shift - 4         # its sign
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
+    runs = np.array(told["counts"], int)                     # of text it has no length
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
@@ -1675,7 +1652,7 @@ def cut_boxes(folder, margin=0.2, window=None):
     A part is the square around a box's centre, as long as the box's longer side and `margin` more,
     shifted inwards at the picture's edge. Boxes with a side of 8 pixels or less are left out."""
     found = []
-    for split, stem, path, size, objects in _voc(folder, window):
+    for split, path, objects, size, stem in _voc(folder, window):
         for i, (name, box) in enumerate(objects):
             sides = box[2:] - box[:2]
             if sides.min() > 8:

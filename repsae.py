@@ -2003,7 +2003,7 @@ class Concepts(Coded):
         super().__init__(flags.run, flags)
         features, self.images = self.features, pictures_of(flags)
         self.label_names = features.label_names
-        refuse(not self.images.outlined or len(self.images) != len(features),
+        refuse(not self.images.outlines or len(self.images) != len(features),
                f"{flags.images} has no 'boxes' and 'instances' of {len(features)} pictures - name "
                "what `tissue` made, or a COCO folder")
         known = {*features.streams, *features.about, "labels" if self.label_names else ""}

@@ -188,7 +188,7 @@ def texts():
             "images": [{"id": i, "file_name": f"{i}.png", "width": 16, "height": 16}
                        for i in range(8)], "categories": [{"id": 3, "name": "a"}],
             "annotations": [{"image_id": i, "category_id": 3, "bbox": [2, 2, 9, 9], "segmentation":
-                             [[[2, 2, 11, 2, 11, 11]], {"counts": "9d0S7", "size": [16, 16]},
+                             [[[2, 2, 11, 2, 11, 11]], {"counts": [256], "size": [16, 16]},
                               {"counts": [9, 20, 227], "size": [16, 16]}][i % 3]}
                             for i in range(8)]})),
         ("coco/annotations/captions_val.json", json.dumps({

@@ -1935,7 +1935,7 @@ def test_maps_segment_the_same_whether_masks_come_from_a_tissue_or_from_coco(wor
     for i in range(len(images)):
         images.open(i).save(tmp_path / "coco" / "val2017" / f"{i:03d}.png")
         told["images"].append({"id": 900 - i, "file_name": f"{i:03d}.png", "width": 32, "height": 32})
-        for c, mask in images.outlined(i):
+        for c, mask in images.masks(i).items():
             cuts = np.flatnonzero(np.diff(np.r_[False, mask.T.ravel()]))                    # down the columns
             told["annotations"].append({"image_id": 900 - i, "category_id": 3 * c + 1, "bbox": [1, 2, 3, 4], "iscrowd": 1, "segmentation": {
                 "size": [32, 32], "counts": np.diff(np.r_[0, cuts, mask.size]).tolist()}})
