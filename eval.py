@@ -1458,8 +1458,8 @@ def tell_latents(page, found, n, labels):
     counts, clouds, (table, *others) = [], {}, found.values()
     for name, told in found.items():
         alive, mean = np.flatnonzero(told["frequency"]), told["mean"]
-        counts.append({"mean activation at least": name, "latents": len(mean), "alive": len(alive),
-                       **{f"1e{t}": int((mean >= 10. ** t).sum()) for t in range(-6, 1)}})
+        counts.append({"run": name, "latents": len(mean), "alive": len(alive), **{
+            f"mean >= 1e{t}": int((mean >= 10. ** t).sum()) for t in range(-6, 1)}})
         some = alive[::1 + len(alive) // 2000]
         parts = {name: some}
         if "entropy" in told and not others:

@@ -1572,6 +1572,7 @@ def cmd_latents(flags):
     refuse(flags.label and not flags.query, "--label judges a --query - give one")
     refuse("sample" in flags.given and flags.token is None, "--sample wants a --token - give one")
     run, *others = flags.run.split(",")
+    refuse(others and {"prompts", "query", "token"} & flags.given, f"{flags.run} - name one run")
     flags = flags.replaced({"run": run})
     coded = Coded(run, flags)
     names = data.read_names(flags.names, coded.model.n_latents) if flags.names else {}
@@ -1620,9 +1621,9 @@ def show_patch(coded, flags):
     """The latents that are active in a patch of a test sample, and where the two strongest are in
     their reference pictures, those left out that are nearly everywhere (CytoSAE Fig. 3)."""
     features, i, at = coded.features, flags.sample, flags.token
-    refuse(not features.grid or i >= len(coded.test) or at >= coded.T,
-           f"--sample {i} --token {at}, but there are {len(coded.test)} test samples of {coded.T} "
-           f"tokens{'' if features.grid else ' without a grid'} - count from 0")
+    refuse(not features.grid, f"{coded.flags.data} has no tokens with a grid - extract --tokens")
+    refuse(i >= len(coded.test) or at >= coded.T, f"--sample {i} --token {at}, but there are "
+           f"{len(coded.test)} test samples of {coded.T} tokens - count from 0")
     run, page = analysis_run(flags, f"patch_{i}_{at}"), judge.Page("repsae latents: a patch")
     table, row = trained_latents(coded, flags), coded.test[i]
     code = coded.codes([row])[coded.stream][at].toarray()[0]
@@ -1630,18 +1631,20 @@ def show_patch(coded, flags):
     share = np.ravel(coded.count[coded.train].mean(0)) / coded.T
     found = [j for j in np.argsort(-code, kind="stable").tolist() if code[j]]
     clear = [j for j in found if share[j] < flags.noisy][:2]
-    page.table([f"sample {row}, token {at}: latent", "activation", "mean in training",
-                "share of patches", "noisy"],
+    page.table(["latent", "activation", "its mean", "share of all patches", "noisy"],
                [[j, code[j], table["mean"][j], share[j], "" if share[j] < flags.noisy else "yes"]
-                for j in found], key="patch")
+                for j in found], f"Patch {at} of test sample {i}, row {row}", "patch")
+    if not clear:
+        page.text(f"every latent here is in {flags.noisy:g} of all patches or more - raise --tau, "
+                  "or --set noisy=")
     shown = {j: table["references"][j] for j in clear}       # rows
     pictures = {r: features.picture(r) for r in [row, *itertools.chain(*shown.values())]}
     if clear and None not in pictures.values():
         (rows, columns), (y, x) = features.grid, divmod(at, features.grid[1])
         box = x / columns, y / rows, (x + 1) / columns, (y + 1) / rows
         page.picture("", judge.strips({
-            f"The patch; latents {clear}": [judge.heat_strip(pictures[row], [box],
-                                                             coded.heat(row, clear))],
+            f"The patch, and where latents {clear} are": [
+                judge.heat_strip(pictures[row], [box], coded.heat(row, clear))],
             **{f"Latent {j} in the pictures where it is strongest": [
                 judge.heat_strip(pictures[r], (), coded.heat(r, [j])) for r in shown[j]]
                for j in clear}}))
@@ -2482,7 +2485,8 @@ def add_command(subs, name, each):
         name, help=about.split("\n")[0], description=about,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings, for --set:\n  " + "\n  ".join(settings) if settings else None)
-    helps = {"add": "a run folder, or codes of encode", "bench": "all by default"}
+    helps = {"add": "a run folder, or codes of encode", "bench": "all by default",
+             "latents": "a run folder, or several, a,b, to compare sizes"}
     for what in each.positional:
         sub.add_argument(what.strip("?"), nargs="?" if "?" in what else None,
                          help=helps.get(name, "a run folder"))

@@ -1465,6 +1465,7 @@ def test_latents_tell_what_a_planted_latent_is(tokens, token_run, tmp_path, caps
 def test_a_patch_is_told_by_its_latents_and_these_by_their_reference_pictures(tokens, token_run, tmp_path, capsys, monkeypatch):
     """CytoSAE Fig. 3: the patch in a box of class `sick` has the planted latent, which is strongest in sick training pictures."""
     z, heats = np.load(tokens), []
+    np.savez(tokens.parent / "flat.npz", x=z["x"][:, 0])
     test = np.flatnonzero(z["split"] == "test")
     row, _, x0, y0 = z["boxes"][np.isin(z["boxes"][:, 0], test)][0, :4]
     asked = ("latents", token_run, "--sample", int(np.flatnonzero(test == row)[0]), "--token", round(16 * y0 + 4 * x0))
@@ -1476,10 +1477,10 @@ def test_a_patch_is_told_by_its_latents_and_these_by_their_reference_pictures(to
     run("latents", token_run, "--out", tmp_path / "l")
     first = next(iter(found))
     pure = next(one for one in told(tmp_path / "l" / "latents.json") if str(one["latent"]) == first)
-    assert pure["label"] == 1 and pure["purity"] == 1 and pure["frequency"] == 0.5 and found[first]["mean in training"] == pytest.approx(pure["mean"])
+    assert pure["label"] == 1 and pure["purity"] == 1 and pure["frequency"] == 0.5 and found[first]["its mean"] == pytest.approx(pure["mean"])
     c = np.load(tmp_path / "c.npz")
     there = (c["x_indices"] == int(first)) & (c["x_values"] > 0)                            # in two of 16 patches of every sick picture
-    assert found[first]["share of patches"] == pytest.approx(there[:40].sum() / 640) == 1 / 16 and {v["noisy"] for v in found.values()} == {""}
+    assert found[first]["share of all patches"] == pytest.approx(there[:40].sum() / 640) == 1 / 16 and {v["noisy"] for v in found.values()} == {""}
     (_, [box], heat), *references = heats
     assert box[:2] == (x0, y0) and np.argmax(heat[0]) in (round(16 * y0 + 4 * x0), round(16 * y0 + 4 * x0) + 1)
     assert heat[0].ravel()[round(16 * y0 + 4 * x0)] == pytest.approx(found[first]["activation"])
@@ -1487,6 +1488,11 @@ def test_a_patch_is_told_by_its_latents_and_these_by_their_reference_pictures(to
     run(*asked, "--set", "noisy=0", "--overwrite", "--out", tmp_path / "p")
     later = json.loads((tmp_path / "p" / "metrics.json").read_text())["patch"]
     assert {v["noisy"] for v in later.values()} == {"yes"} and later.keys() == found.keys()
+    out = capsys.readouterr().out
+    assert f"Patch {asked[-1]} of test sample {asked[3]}, row {row:.0f}" in out and "every latent here is in 0 of all patches or more" in out
+    run("sae", "--data", tokens.parent / "flat.npz", *TOKEN_SAE, "--epochs", 1, "--out", tmp_path / "flat")
+    assert "flat.npz has no tokens with a grid - extract --tokens" in error(capsys, "latents", tmp_path / "flat", "--token", 0)
+    assert f"{token_run},{token_run} - name one run" in error(capsys, "latents", f"{token_run},{token_run}", "--token", 0)
     for argv, message in ((("--sample", 1), "--sample wants a --token"), (("--token", 16), "--token 16, but there are 20 test samples of 16 tokens"),
                           (("--token", 0, "--sample", 20), "--sample 20 --token 0, but there are 20 test samples")):
         assert message in error(capsys, "latents", token_run, *argv, "--out", tmp_path / "q")
