@@ -133,8 +133,9 @@ class Features(Samples):
         """Whether the training rows come sorted by their label, so that neighbours are alike."""
         if np.ndim(self.labels) != 1:
             return False
-        changes = np.count_nonzero(np.diff(self.labels[self.rows("train")]))
-        return changes < 2 * len(self.label_names)           # of kinds that stand together
+        y = self.labels[self.rows("train")]
+        chance = (np.unique(y, return_counts=True)[1] / len(y)) ** 2
+        return bool((y[1:] == y[:-1]).mean() > (1 + chance.sum()) / 2)
 
     def per_token(self):
         """The same with every token a sample, (N * T, d_s), still memory-mapped; no labels."""
@@ -260,9 +261,8 @@ class Source:
             names = self.npz.zip.namelist()
         self.keys = [name[:-4] for name in names if name.endswith(".npy")]
         self.streams = [key for key in self.keys if key not in RESERVED]
-        for key in self.keys:
-            refuse(not key.isprintable(),
-                   f"{path} has the key {key!r} - name it in printable letters")
+        odd = [key for key in self.keys if not key.isprintable()]
+        refuse(odd, f"{path} has the keys {odd} - name them in printable letters")
 
     def __contains__(self, key):
         return key in self.keys or key in self.made
@@ -980,7 +980,7 @@ class Images(Samples):
     paths   list of N files
     side    pixels that a part needs, at least, where a slide has levels
     window  see `as_rgb`
-    outlines  of each picture its objects: a list of (label, what `_outline` takes); or None"""
+    outlines  of each picture [(label, COCO's outline, (width, height))], or (h, w): its box on top"""
     paths: list
     side: int = 224
     window: tuple = None
@@ -997,16 +997,17 @@ class Images(Samples):
 
     def masks(self, i):
         """{label: (h, w) bool}: where picture i shows it, all its objects together."""
-        found = {}
-        with reading(self.paths[i], "picture with outlines"):
-            for label, *told in self.outlines[i]:
-                found[label] = found.get(label, False) | _outline(*told)
+        found, told, size = {}, self.outlines[i], self.open(i).size
+        if isinstance(told, np.ndarray):                     # what is hidden has no pixel, no box
+            labels = self.boxes[self.boxes[:, 0] == i, 1].astype(int).tolist()
+            masks = [(c, told == number) for c, number in zip(labels, np.setdiff1d(told, 0))]
+        else:
+            with reading(self.paths[i], "picture with outlines"):
+                masks = [(c, _outline(outline, side, size)) for c, outline, side in told]
+        for label, mask in masks:
+            if mask.any():
+                found[label] = found.get(label, False) | mask
         return found
-
-    @property
-    def whole(self):
-        """Whether views must cut nothing off: tiles have no margin, boxes are shares of all."""
-        return "coords" in self.about or self.boxes is not None
 
     def rows(self, *splits):
         """Those of the splits; all, where there is no split."""
@@ -1015,7 +1016,8 @@ class Images(Samples):
 
     def views(self, rows, size, whole=False):
         """What a backbone sees of the pictures `rows`, see `plain_view`: (n, 3, size, size)."""
-        view = plain_view(size, whole or self.whole)
+        # tiles have no margin, boxes are shares of all
+        view = plain_view(size, whole or "coords" in self.about or self.boxes is not None)
         self.side = max(size, self.side)                     # slides are read at that level
         return torch.stack([view(self.open(i)) for i in rows])
 
@@ -1036,9 +1038,8 @@ class Images(Samples):
 
     def take(self, rows):
         """The pictures `rows`, which may repeat, without boxes and masks of what is in them."""
-        known = _fields({key: a[rows] for key, a in self.each().items()})
-        paths = [self.paths[i] for i in rows]
-        return replace(self, paths=paths, boxes=None, outlines=None, **known)
+        own = _fields({key: a[rows] for key, a in self.each().items()})
+        return replace(self, paths=[self.paths[i] for i in rows], boxes=None, outlines=None, **own)
 
     def balanced(self, seed):
         """As many pictures of every label, in each split, as there are of its rarest, drawn by lot
@@ -1048,8 +1049,8 @@ class Images(Samples):
         rng, kept = np.random.default_rng([seed, 14]), []
         for part in np.unique(split):
             there = [np.flatnonzero((split == part) & (y == c)) for c in np.unique(y[y >= 0])]
+            refuse(not all(map(len, there)), f"--balanced, but no {part} picture of some label")
             kept += [rng.permutation(rows)[:min(map(len, there))] for rows in there]
-        refuse(not any(map(len, kept)), "no split has every label - leave out --balanced")
         return self.take(np.sort(np.concatenate(kept)))
 
     def each(self):
@@ -1137,14 +1138,7 @@ def _read_listed(path):
         paths = [os.path.join(here, p) for p in about.pop("images")]
     elif "coords" in about:
         raise InputError(f"'images' has shape {about['images'].shape} beside 'coords' - give paths")
-    out = Images(paths, **told)
-    if "instances" in arrays and out.boxes is not None:
-        on_top = arrays.checked("instances", f"(N, h, w) numbers of objects, N = {n}",
-                                (np.integer, n, None, None))
-        out.outlines = [[(int(label), (x, number)) for label, number in zip(
-            out.boxes[out.boxes[:, 0] == i, 1], np.setdiff1d(x, 0))]     # a hidden one is in none
-            for i, x in enumerate(on_top)]
-    return out
+    return Images(paths, **told)
 
 
 def _voc(folder, window=None):
@@ -1175,62 +1169,75 @@ def read_voc(path):
     return found
 
 
-def _annotated(folder, listed, names=None, **more):
+def _annotated(folder, listed, names=None):
     """Images of (split, path, objects, (width, height), ...) each; the objects, (name, box x0, y0,
     x1, y1 in pixels, ...), as labels and boxes; of `names`, or of all that there are."""
     refuse(not listed, f"{folder} lists no pictures - add some")
     splits, paths, found, sizes, *_ = map(list, zip(*listed))
-    names = names or sorted({name for things in found for name, *_ in things})
-    boxes = [(i, names.index(name), *(box / [*size, *size]).clip(0, 1))
-             for i, (things, size) in enumerate(zip(found, sizes)) for name, box, *_ in things]
-    boxes, labels = np.reshape(boxes, (-1, 6)) * 1., np.zeros((len(paths), len(names)), bool)
+    objects = [(i, name, *(box / [*size, *size]).clip(0, 1).tolist())
+               for i, (things, size) in enumerate(zip(found, sizes)) for name, box, *_ in things]
+    objects = [(i, name, *box) for i, name, *box in objects if box[0] < box[2] and box[1] < box[3]]
+    names = names or sorted({name for _, name, *_ in objects})
+    boxes = np.reshape([(i, names.index(name), *box) for i, name, *box in objects], (-1, 6))
+    labels = np.zeros((len(paths), len(names)), bool)
     labels[tuple(boxes[:, :2].astype(int).T)] = True
-    boxes = boxes[(boxes[:, 2:4] < boxes[:, 4:]).all(1)]
-    return Images(paths, split=np.array(splits), labels=labels, label_names=names, boxes=boxes,
-                  **more)
+    return Images(paths, split=np.array(splits), labels=labels, label_names=names, boxes=boxes)
 
 
 def _read_coco(folder, files):
-    """The pictures that COCO's `files`, instances_PART.json, list in folders PART, with the splits
-    that their names begin with, and their first captions; objects as labels, boxes and masks."""
-    listed, captions, names = [], [], []
+    """The pictures that COCO's instances_PART.json list in folders PART: objects as labels, boxes,
+    masks; first captions, if any; splits, if several PARTs begin with their names."""
+    listed, names = [], []
     for file in files:
         part, own = file.stem.removeprefix("instances_"), {}
         beside = file.with_name(f"captions_{part}.json")
         told, texts = read_json(file), read_json(beside) if beside.exists() else {"annotations": []}
-        split = next((s for s in SPLITS if part.startswith(s)), "train")
+        split = next((s for s in SPLITS if part.startswith(s)), "")
         with reading(file, "file of COCO's"):
-            name_of = {one["id"]: str(one["name"]) for one in told["categories"]}
+            name_of = {one["id"]: one["name"].encode().decode() for one in told["categories"]}
             names += [name for name in name_of.values() if name not in names]
+            texts = {one["image_id"]: one["caption"].encode().decode()
+                     for one in texts["annotations"][::-1]}
             for one in told["images"]:
-                name, size = one["file_name"], (int(one["width"]), int(one["height"]))
-                refuse(min(size) < 1, f"{file} has a picture of {size} pixels - mend it")
-                own[one["id"]] = split, os.path.join(folder, part, name), [], size
+                path = os.path.join(folder, part, one["file_name"])
+                size = one["width"], one["height"]
+                own[one["id"]] = split, path, [], size, texts.get(one["id"], "")
             for one in told["annotations"]:                  # crowds, too, as the authors
-                x, y, w, h = one["bbox"]
-                thing = name_of[one["category_id"]], np.array([x, y, x + w, y + h], float)
+                x, y, w, h = np.asarray_chkfinite(one["bbox"], float)
+                thing = name_of[one["category_id"]], np.array([x, y, x + w, y + h])
                 own[one["image_id"]][2].append((*thing, one["segmentation"]))
-            said = {one["image_id"]: one["caption"] for one in texts["annotations"][::-1]}
-            captions += [said.get(i, "") for i in own]
         listed += own.values()
-    outlines = [[(names.index(name), told, *size) for name, _, told in things]
-                for _, _, things, size in listed]
-    return _annotated(folder, listed, names, outlines=outlines,
-                      about={"captions": np.array(captions)})
+    out, captions = _annotated(folder, listed, names), np.array([v[-1] for v in listed])
+    out.outlines = [[(names.index(name), told, size) for name, _, told in things]
+                    for _, _, things, size, _ in listed]
+    if (captions != "").any():
+        out.about["captions"] = captions
+    if not {"train"} < {*out.split} <= {*SPLITS}:
+        out.split = None
+    return out
 
 
-def _outline(told, width=0, height=0):
-    """A mask (h, w): where an array (h, w) has a number; or as COCO tells it: polygons [x, y, x, y,
-    ...], or how long runs of 0 and of 1 are in turn, column by column (not their packed text)."""
-    if isinstance(told, tuple):
-        return told[0] == told[1]
-    if isinstance(told, list):
-        raster = Image.new("L", (8 * width, 8 * height))     # a pixel half inside counts
-        for polygon in told:
-            ImageDraw.Draw(raster).polygon([8 * v - 0.5 for v in polygon], fill=255)
-        return np.asarray(raster.reduce(8)) > 127
-    runs = np.array(told["counts"], int)                     # of text it has no length
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+def _outline(told, declared, size):
+    """A mask (h, w) as COCO tells it: how long runs of 0 and of 1 are in turn, column by column
+    (not packed as text), or polygons [x, y, x, y, ...], of pixels whose middle is inside."""
+    width, height = size
+    if tuple(declared) != size:
+        raise ValueError(f"it has {size} pixels, not {declared}")
+    if isinstance(told, dict):
+        runs = np.array(told["counts"], int)
+        if told["size"] != [height, width] or runs.sum() != height * width:
+            raise ValueError(f"runs of {told['size']}")
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    mask, middle = np.zeros((height, width), bool), np.arange(height)[:, None] + 0.5
+    for polygon in told:
+        start = np.asarray_chkfinite(polygon, float).reshape(-1, 2)
+        (x, y), (right, down) = start.T, (np.roll(start, -1, 0) - start).T    # (n,) each: of edges
+        row, edge = np.nonzero((y <= middle) != (y + down <= middle))        # that it crosses
+        at = x[edge] + (row + 0.5 - y[edge]) * right[edge] / down[edge]
+        crossed = np.zeros((height, width + 1), int)
+        np.add.at(crossed, (row, np.ceil(at - 0.5).clip(0, width).astype(int)), 1)
+        mask |= crossed[:, :-1].cumsum(1) % 2 == 1           # to the right of an odd number
+    return mask
 
 
 def _files(folder, endings):
@@ -1389,27 +1396,24 @@ def random_blur(image, most):
     return image.filter(ImageFilter.GaussianBlur(radius))
 
 
-class CropBatches(torch.utils.data.Dataset):
-    """Item (step, i): the views of image i as they are drawn in that step. By its own seed it is
-    the same in a resumed run, and with any number of workers."""
-
-    def __init__(self, images, crops, seed):
-        self.images, self.crops, self.seed = images, crops, seed
-
-    def __getitem__(self, item):
-        step, i = item
-        seed = np.random.SeedSequence([self.seed, 7, step, i]).generate_state(1, np.uint64)[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seed >> 1))
-            return self.crops(self.images.open(i))
-
-
 def crop_batches(images, crops, batches, seed, first, last, workers=0):
     """Of steps first .. last - 1 of `batches` over the images: a list of V tensors (B, 3, h, w)."""
     steps = [[(step, int(i)) for i in batches.rows(step)] for step in range(first, last)]
     _slide.cache_clear()                                     # workers must not share file handles
-    return iter(torch.utils.data.DataLoader(CropBatches(images, crops, seed), batch_sampler=steps,
-                                            num_workers=workers))
+    views = functools.partial(_views, images, crops, seed)
+    return iter(torch.utils.data.DataLoader(steps, None, num_workers=workers, collate_fn=views))
+
+
+def _views(images, crops, seed, drawn):
+    """The views of each (step, picture). By a seed of its own it is the same in a resumed run, and
+    with any number of workers."""
+    found = []
+    for step, i in drawn:
+        own = np.random.SeedSequence([seed, 7, step, i]).generate_state(1, np.uint64)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(own >> 1))
+            found.append(crops(images.open(i)))
+    return [torch.stack(each) for each in zip(*found)]
 
 
 def read_pictures(path, size, label=None, window=None):
@@ -1691,10 +1695,6 @@ class Bags:
     @property
     def hash(self):
         return _digest(*self.x, np.array([len(x) for x in self.x]), self.y)
-
-    def means(self):
-        """(bags, d) float64: the mean of each bag's instances."""
-        return np.stack([x.mean(0, dtype=float) for x in self.x])
 
     def scale(self, rows):
         """Mean and standard deviation (d,) of the instances of bags `rows`; 1 for a constant."""

@@ -242,7 +242,7 @@ SETTINGS = {
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
-    "noisy": (0.1, "float 0..1", "--token: share of all patches from which on a latent is noise"),
+    "noisy": (10.0, "float", "--token: times the average latent's share of patches, what is noise"),
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
 GROUPS = {"what": WHAT, "model": MODEL, "training": TRAINING, "run": RUN}
@@ -1463,7 +1463,8 @@ def cmd_extract(flags):
         if blocks > 1:
             how["last"] = flags.last
         if clip and captions is not None and not flags.tokens:               # both its encoders
-            made[f"{name}_txt"] = [model.read(captions).cpu().numpy()]
+            silent = captions == ""                          # these lack the stream
+            made[f"{name}_txt"] = [np.where(silent[:, None], np.nan, model.read(captions).cpu())]
         see = functools.partial(images.blocks, backbone=model, size=model.side, **how)
         first, made[name + "_img" * clip] = next(see([0])), see(range(len(images)))
     about, streams = images.arrays(flags.out), {}
@@ -1571,7 +1572,7 @@ def cmd_latents(flags):
         check_needed(flags, "names")
     refuse(flags.label and not flags.query, "--label judges a --query - give one")
     refuse("sample" in flags.given and flags.token is None, "--sample wants a --token - give one")
-    run, *others = flags.run.split(",")
+    run, *others = [flags.run] if os.path.exists(flags.run) else flags.run.split(",")
     refuse(others and {"prompts", "query", "token"} & flags.given, f"{flags.run} - name one run")
     flags = flags.replaced({"run": run})
     coded = Coded(run, flags)
@@ -1594,11 +1595,14 @@ def cmd_latents(flags):
     page.explore(judge.explorer(features, rows, {"": shown}))
     files = {}
     if one:
-        table = trained_latents(coded, flags)
-        references = table.pop("references")
-        judge.tell_latents(page, {flags.run: table, **{
-            name: trained_latents(Coded(name, flags).pool(flags.tau), flags) for name in others}},
-            len(coded.train), features.label_names)
+        tables = {flags.run: trained_latents(coded, flags)}
+        for name in others:
+            other = Coded(name, flags).pool(flags.tau)
+            refuse(other.features.hash != coded.features.hash, f"{name} is of other features than "
+                   f"{flags.run} - compare runs of one stream of a file")
+            tables[name] = trained_latents(other, flags)
+        table, references = tables[flags.run], tables[flags.run].pop("references")
+        judge.tell_latents(page, tables, len(coded.train), features.label_names)
         files = {**tell_barcodes(page, coded, table["mean"], flags.between), "latents.json": [
             {"latent": int(j), **judge.taken(table, j), "references": references[j]}
             for j in np.flatnonzero(table["frequency"])]}
@@ -1629,14 +1633,14 @@ def show_patch(coded, flags):
     code = coded.codes([row])[coded.stream][at].toarray()[0]
     # the authors' measure, a mean activation above 0.1, depends on the features' units
     share = np.ravel(coded.count[coded.train].mean(0)) / coded.T
+    noise = min(0.5, flags.noisy * share.mean())             # from here on
     found = [j for j in np.argsort(-code, kind="stable").tolist() if code[j]]
-    clear = [j for j in found if share[j] < flags.noisy][:2]
+    clear = [j for j in found if share[j] < noise][:2]
     page.table(["latent", "activation", "its mean", "share of all patches", "noisy"],
-               [[j, code[j], table["mean"][j], share[j], "" if share[j] < flags.noisy else "yes"]
+               [[j, code[j], table["mean"][j], share[j], "" if share[j] < noise else "yes"]
                 for j in found], f"Patch {at} of test sample {i}, row {row}", "patch")
     if not clear:
-        page.text(f"every latent here is in {flags.noisy:g} of all patches or more - raise --tau, "
-                  "or --set noisy=")
+        page.text(f"every latent here is in {noise:.3f} of all patches or more - raise --tau")
     shown = {j: table["references"][j] for j in clear}       # rows
     pictures = {r: features.picture(r) for r in [row, *itertools.chain(*shown.values())]}
     if clear and None not in pictures.values():
@@ -2004,11 +2008,15 @@ class Concepts(Coded):
 
     def __init__(self, flags):
         super().__init__(flags.run, flags)
-        features, self.images = self.features, pictures_of(flags)
-        self.label_names = features.label_names
-        refuse(not self.images.outlines or len(self.images) != len(features),
-               f"{flags.images} has no 'boxes' and 'instances' of {len(features)} pictures - name "
-               "what `tissue` made, or a COCO folder")
+        features, images = self.features, pictures_of(flags)
+        self.images, self.label_names, n = images, features.label_names, len(features)
+        if images.outlines is None and images.boxes is not None and len(images) == n:
+            images.outlines = data.Source(flags.images).checked(
+                "instances", f"(N, h, w) numbers of objects, N = {n}", (np.integer, n, None, None))
+        refuse(images.outlines is None or len(images) != n, f"{flags.images} has no 'boxes' and "
+               f"'instances' of {n} pictures - name what `tissue` made, or a COCO folder")
+        refuse(images.label_names != self.label_names, f"{flags.images} has other labels than "
+               f"{self.flags.data} - extract its features from these pictures")
         known = {*features.streams, *features.about, "labels" if self.label_names else ""}
         for name in {*self.model.streams, "captions", "labels"} - known:
             raise InputError(f"{self.flags.data} has no '{name}' - explain needs captions, labels "
@@ -2273,7 +2281,7 @@ def cmd_mil(flags):
     run = Run(flags).begin(bags=len(bags), rounds=len(rounds), data_hash=bags.hash)
     page, log = judge.Page("repsae mil"), Log(run.path("log.csv"))
     progress = Progress(len(heads) * len(rounds))
-    mean, y, C = bags.means(), bags.y, len(bags.label_names)
+    y, C, mean = bags.y, len(bags.label_names), np.stack([x.mean(0, dtype=float) for x in bags.x])
     found = {"mean of the bag, logistic": [
         judge.scores(y[test], judge.logistic_probe(mean[train], y[train], mean[test], C, 0.01))
         for train, _, test in rounds]}

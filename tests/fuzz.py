@@ -88,7 +88,7 @@ CASES = [case.split() for case in [
     f"sweep --data f.npz --over streams=x+y {FIT} --out o",
     "latents tokens --between well,sick --out o",
     "latents sae --data f.npz --top 3",
-    "latents tokens,sae --sample 1 --token 2 --out o",
+    "latents tokens --sample 1 --token 2 --out o",
     "latents sae,sparc --stream x --out o",
     "intervene tokens --label sick --out o",
     "intervene tokens --label 1 --other tok.npz --out o",

@@ -459,7 +459,7 @@ def test_segmentations_beside_their_pictures_tell_its_boxes(tmp_path):
             mask[y0:y1, x0:x1] = 255
             Image.fromarray(mask).convert("1").save(f"{name}_mask{f'_{n}' * (n > 0)}.png")
     images = data.read_images(tmp_path)
-    assert len(images) == 4 and images.label_names == ["benign", "malignant", "normal"] and images.whole
+    assert len(images) == 4 and images.label_names == ["benign", "malignant", "normal"] and images.boxes is not None
     np.testing.assert_allclose(images.boxes, [[i, label, x0 / 40, y0 / 30, x1 / 40, y1 / 30] for i, label, (x0, y0, x1, y1) in (
         (0, 0, (8, 6, 20, 15)), (1, 1, (0, 0, 5, 30)), (1, 1, (30, 10, 40, 29)))])
     out = tmp_path.parent / f"{tmp_path.name}.npz"
@@ -899,7 +899,7 @@ def test_each_group_of_a_feature_file_is_a_bag_with_its_one_label_and_split(tmp_
         assert np.array_equal(bags.x[i], x[group == i])
         assert np.array_equal(bags.coords[i], told["coords"][group == i])
         assert bags.images[i] == str(tmp_path / "s" / f"{'abc'[i]}.png")
-    np.testing.assert_allclose(bags.means(), [x[group == i].mean(0) for i in range(3)], rtol=1e-5)
+    np.testing.assert_allclose([x.mean(0) for x in bags.x], [x[group == i].mean(0) for i in range(3)], rtol=1e-5)
     for key, value in (("label", {"labels": np.arange(6) % 2}),
                        ("split", {"split": np.array(["train", "val", "test"] * 2)})):
         np.savez(tmp_path / "g.npz", x=x, **{**told, **value})
@@ -1316,7 +1316,7 @@ def voc_folder(folder, stem="one", name="cell"):
 def test_a_voc_folder_is_read_with_its_splits_and_its_objects_as_labels_and_boxes(tmp_path):
     found = data.read_images(voc_folder(tmp_path))           # one picture, listed in both parts
     assert found.split.tolist() == ["train", "test"] and found.label_names == ["cell"]
-    assert found.labels.tolist() == [[True], [True]] and found.whole
+    assert found.labels.tolist() == [[True], [True]] and found.boxes is not None
     expected = [[i, 0, 0.1, 0.1, 0.6, 0.6] for i in range(2)]
     np.testing.assert_allclose(found.arrays(tmp_path / "f.npz")["boxes"], expected)
     (tmp_path / "ImageSets/Main/trainval.txt").write_text("")
@@ -1379,7 +1379,7 @@ def crop_of(seed):
     pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
     images = type("One", (), {"open": lambda self, i: picture, "__len__": lambda self: 1})()
-    return data.CropBatches(images, data.Crops(16, 8, 1, blur=0.2), seed)[3, 0][0]
+    return data._views(images, data.Crops(16, 8, 1, blur=0.2), seed, [(3, 0)])[0][0]
 
 
 @pytest.mark.parametrize("drawn", [
@@ -1457,7 +1457,7 @@ def test_runs_of_coco_are_masks_down_the_columns(chunk):
             if mask[y, x] != value:
                 runs, value = [*runs, 0], mask[y, x]
             runs[-1] += 1
-        assert (data._outline({"counts": runs, "size": [height, width]}, width, height) == mask).all()
+        assert (data._outline({"counts": runs, "size": [height, width]}, (width, height), (width, height)) == mask).all()
 
 
 def test_polygons_of_coco_are_masks_of_the_pixels_whose_middle_is_inside():
@@ -1475,9 +1475,9 @@ def test_polygons_of_coco_are_masks_of_the_pixels_whose_middle_is_inside():
                 near |= np.hypot(x - ax - along * (bx - ax), y - ay - along * (by - ay)) < 0.71
             polygons.append(points.ravel().tolist())
             expected |= inside
-        found = data._outline(polygons, 90, 70)
+        found = data._outline(polygons, (90, 70), (90, 70))
         assert found.dtype == bool and (found == expected)[~near].all() and abs(int(found.sum()) - int(expected.sum())) < 0.03 * expected.sum()
-    assert data._outline([[2, 3, 7, 3, 7, 9, 2, 9]], 12, 12).nonzero()[0].tolist() == [r for r in range(3, 9) for _ in range(5)]
+    assert data._outline([[2, 3, 7, 3, 7, 9, 2, 9]], (12, 12), (12, 12)).nonzero()[0].tolist() == [r for r in range(3, 9) for _ in range(5)]
 
 
 @pytest.fixture
@@ -1509,7 +1509,27 @@ def test_a_coco_folder_is_pictures_with_their_objects_captions_and_splits(coco):
     assert found.label_names == ["cat", "dog"] and found.labels.tolist() == [[False, False], [True, True], [True, False]]
     np.testing.assert_allclose(found.boxes, [[1, 1, 0, .5, 1, 1], [1, 0, .2, .2, .6, .6], [2, 0, 0, 0, .5, 1]])
     assert found.masks(0) == {} and found.masks(1)[1].sum() == 4 + 2 and found.masks(1)[1][8:, 9].all()
-    assert found.masks(2)[0].tolist() == [[True, True, False, False]] * 4 and found.whole
+    assert found.masks(2)[0].tolist() == [[True, True, False, False]] * 4 and found.boxes is not None
+
+
+def test_what_coco_does_not_tell_is_left_open(coco):
+    """Without captions there are none; with one part, or one of another name, no split; an outline without a pixel is no mask."""
+    os.remove(coco / "annotations" / "captions_train2017.json")
+    assert "captions" not in data.read_images(coco).about
+    for name in ("instances_val2017.json", "instances_minival.json"):
+        os.rename(next((coco / "annotations").glob("*val*.json")), coco / "annotations" / name)
+        if name == "instances_minival.json":
+            os.rename(coco / "val2017", coco / "minival")
+        found = data.read_images(coco)
+        assert (found.split is None) == (name == "instances_minival.json") and len(found) == 3
+    file = coco / "annotations" / "instances_train2017.json"
+    told = json.loads(file.read_text())
+    for one, outline in zip(told["annotations"], ([], [[90, 90, 95, 90, 95, 95]], [[1, 1, 2, 2]])):
+        one["segmentation"] = outline
+    file.write_text(json.dumps(told))
+    assert data.read_images(coco).masks(1) == {}
+    os.remove(coco / "annotations" / "instances_minival.json")
+    assert data.read_images(coco).split is None
 
 
 @pytest.mark.parametrize("name, wrong, message", (
@@ -1517,13 +1537,19 @@ def test_a_coco_folder_is_pictures_with_their_objects_captions_and_splits(coco):
     ("val2017", {"categories": [{"id": 6, "name": "bird"}]}, "is not a readable file of COCO's (7)"),
     ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": {"counts": "08"}}]}, "c.png is not a"),
     ("val2017", {"images": [{"id": 5, "file_name": "d.png", "width": 4, "height": 4}]}, "no file or folder"),
-    ("val2017", {"images": [{"id": 5, "file_name": "c.png", "width": 0, "height": 4}]}, "a picture of (0, 4) pixels"),
     ("val2017", {"images": [{"id": 5, "file_name": "c.png", "width": 5, "height": 4}]}, "c.png is not a readable picture with outlines"),
     ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1]}]}, "('segmentation')"),
-    ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": [[1, 2]]}]}, "c.png is not a readable"),
+    ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": [[1, 2, 3]]}]}, "c.png is not a readable"),
+    ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": [[1, 2, float("nan"), 4, 5, 6]]}]}, "c.png is"),
+    ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, float("inf"), 1, 1], "segmentation": []}]}, "is not a readable file"),
+    ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": {"counts": [4, 4, 8], "size": [2, 8]}}]}, "c.png"),
+    ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": {"counts": [10 ** 12], "size": [4, 4]}}]}, "c.png"),
+    ("val2017", {"categories": [{"id": 7, "name": "\ud800"}]}, "is not a readable file of COCO's"),
+    ("captions_train2017", {"annotations": [{"image_id": 5, "caption": ["a", "b"]}]}, "is not a readable file of COCO's"),
     ("val2017", [], "instances_val2017.json is not a readable file of COCO's")))
 def test_a_damaged_coco_folder_is_refused_by_name(coco, name, wrong, message):
-    file = coco / "annotations" / f"instances_{name}.json"
+    file = coco / "annotations" / (name if "_" in name else f"instances_{name}")
+    file = file.with_suffix(".json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **wrong} if wrong else wrong))
     with pytest.raises(data.InputError, match=re.escape(message)):
         data.read_images(coco).masks(2)

@@ -1182,10 +1182,11 @@ def test_rois_of_many_slides_are_files_of_their_names(slides, tmp_path, capsys):
     z = np.load(tmp_path / "pcam.npz")
     assert z["vit_micro"].shape == (len(drawn[0]), 96) and z["labels"].mean() == 0.5 and z["coords"].tolist() == drawn[0].about["coords"].tolist()
     tiles.split = np.where(tiles.labels, "test", "train")                                   # in each split by itself
-    with pytest.raises(data.InputError, match="no split has every label"):
+    with pytest.raises(data.InputError, match="no test picture of some label"):
         tiles.balanced(0)
-    tiles.split = np.where(tiles.about["groups"] == "s1", "test", "train")
-    assert (tiles.balanced(0).split == "train").all() and len(tiles.balanced(0)) == 2 * min(np.bincount(tiles.labels[tiles.split == "train"]))
+    tiles.split = np.where(tiles.about["groups"] == "s0", "test", "train")
+    assert [(tiles.balanced(0).split == s).sum() for s in data.SPLITS] == [
+        2 * min(np.bincount(tiles.labels[tiles.split == s], minlength=2)) for s in data.SPLITS]
     assert "--balanced needs one label" in error(capsys, "extract", "--images", slides / "slides" / "s0.png", "--weights", "vit_micro",
                                                  "--balanced", "--out", tmp_path / "x.npz")
     (tmp_path / "s1.xml").write_text("<A>")
@@ -1472,7 +1473,7 @@ def test_a_patch_is_told_by_its_latents_and_these_by_their_reference_pictures(to
     strip = judge.heat_strip
     monkeypatch.setattr(judge, "heat_strip", lambda image, boxes, heat: heats.append((image.getpixel((5, 5)), boxes, heat)) or strip(image, boxes, heat))
     run("encode", token_run, "--out", tmp_path / "c.npz")
-    run(*asked, "--set", "noisy=0.9", "--out", tmp_path / "p")
+    run(*asked, "--out", tmp_path / "p")
     found = json.loads((tmp_path / "p" / "metrics.json").read_text())["patch"]
     run("latents", token_run, "--out", tmp_path / "l")
     first = next(iter(found))
@@ -1480,7 +1481,7 @@ def test_a_patch_is_told_by_its_latents_and_these_by_their_reference_pictures(to
     assert pure["label"] == 1 and pure["purity"] == 1 and pure["frequency"] == 0.5 and found[first]["its mean"] == pytest.approx(pure["mean"])
     c = np.load(tmp_path / "c.npz")
     there = (c["x_indices"] == int(first)) & (c["x_values"] > 0)                            # in two of 16 patches of every sick picture
-    assert found[first]["share of all patches"] == pytest.approx(there[:40].sum() / 640) == 1 / 16 and {v["noisy"] for v in found.values()} == {""}
+    assert found[first]["share of all patches"] == pytest.approx(there[:40].sum() / 640) == 1 / 16 and found[first]["noisy"] == ""
     (_, [box], heat), *references = heats
     assert box[:2] == (x0, y0) and np.argmax(heat[0]) in (round(16 * y0 + 4 * x0), round(16 * y0 + 4 * x0) + 1)
     assert heat[0].ravel()[round(16 * y0 + 4 * x0)] == pytest.approx(found[first]["activation"])
@@ -1489,7 +1490,7 @@ def test_a_patch_is_told_by_its_latents_and_these_by_their_reference_pictures(to
     later = json.loads((tmp_path / "p" / "metrics.json").read_text())["patch"]
     assert {v["noisy"] for v in later.values()} == {"yes"} and later.keys() == found.keys()
     out = capsys.readouterr().out
-    assert f"Patch {asked[-1]} of test sample {asked[3]}, row {row:.0f}" in out and "every latent here is in 0 of all patches or more" in out
+    assert f"Patch {asked[-1]} of test sample {asked[3]}, row {row:.0f}" in out and "every latent here is in 0.000 of all patches or more" in out
     run("sae", "--data", tokens.parent / "flat.npz", *TOKEN_SAE, "--epochs", 1, "--out", tmp_path / "flat")
     assert "flat.npz has no tokens with a grid - extract --tokens" in error(capsys, "latents", tmp_path / "flat", "--token", 0)
     assert f"{token_run},{token_run} - name one run" in error(capsys, "latents", f"{token_run},{token_run}", "--token", 0)
@@ -1927,15 +1928,18 @@ def test_true_masks_join_the_objects_of_a_label_and_pass_over_hidden_ones(tmp_pa
     instances[0, 0, :2], instances[0, 3, 3], instances[1, 1, 1] = 1, 3, 1                   # object 2 of the first is hidden
     boxes = np.array([[0, 5, 0, 0, .5, .25], [0, 5, .75, .75, 1, 1], [1, 7, .25, .25, .5, .5]])
     np.savez(tmp_path / "t.npz", images=np.zeros((2, 4, 4), np.uint8), instances=instances, boxes=boxes, labels=np.eye(8, dtype=bool)[[5, 7]])
-    found = [data.read_images(tmp_path / "t.npz").masks(i) for i in range(2)]
+    images = data.read_images(tmp_path / "t.npz")
+    images.outlines = instances
+    found = [images.masks(i) for i in range(2)]
     assert list(found[0]) == [5] and list(found[1]) == [7]
     assert (found[0][5] == (instances[0] > 0)).all() and (found[1][7] == (instances[1] == 1)).all()
     assert judge.centre_prior(5).argmax() == 12
 
 
-def test_maps_segment_the_same_whether_masks_come_from_a_tissue_or_from_coco(world, tmp_path):
+def test_maps_segment_the_same_whether_masks_come_from_a_tissue_or_from_coco(world, tmp_path, capsys):
     """The pictures of the tissue as a COCO folder, its objects as runs: every figure of the table is the same."""
     images = data.read_images(world / "tissue" / "tissue.npz")
+    images.outlines = np.load(world / "tissue" / "tissue.npz")["instances"]
     told = {"images": [], "annotations": [], "categories": [{"id": 3 * c + 1, "name": name} for c, name in enumerate(images.label_names)]}
     (tmp_path / "coco" / "val2017").mkdir(parents=True)
     for i in range(len(images)):
@@ -1953,6 +1957,15 @@ def test_maps_segment_the_same_whether_masks_come_from_a_tissue_or_from_coco(wor
             "--out", tmp_path / f"e{n}")
         found.append(json.loads((tmp_path / f"e{n}" / "metrics.json").read_text())["segmentation"])
     assert found[0] == found[1] and max(v["mIoU"] for v in found[0].values()) > 0.05
+    told["categories"].reverse()                             # the same pictures, labels in another order
+    (tmp_path / "coco" / "annotations" / "instances_val2017.json").write_text(json.dumps(told))
+    assert "has other labels than" in error(capsys, "explain", world / "run", "--images", tmp_path / "coco", "--weights",
+                                            f"vit=vit_micro:random,clip={world / 'clip'}", "--out", tmp_path / "x")
+    captions = [{"image_id": 900 - i, "caption": "mucin"} for i in range(239)]
+    (tmp_path / "coco" / "annotations" / "captions_val2017.json").write_text(json.dumps({"annotations": captions}))
+    run("extract", "--images", tmp_path / "coco", "--weights", f"clip={world / 'clip'}", "--out", tmp_path / "f.npz")
+    z = np.load(tmp_path / "f.npz")                          # who has no caption lacks the stream
+    assert np.isnan(z["clip_txt"][239]).all() and np.isfinite(z["clip_txt"][:239]).all() and z["clip_txt"].dtype == np.float32
 
 
 def test_the_demo_finds_its_figures_in_what_commands_write(world, tokens, token_run, features, finished, bags, tmp_path):
@@ -2137,7 +2150,10 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
     shutil.copytree(world / "run", world / "named")
     config = json.loads((world / "run" / "config.json").read_text())
     with np.load(world / "feats.npz") as z:
-        np.savez(world / "named.npz", **{**z, "label_names": np.array([f"aardvark {name}" for name in z["label_names"]])})
+        names = np.array([f"aardvark {name}" for name in z["label_names"]])
+        np.savez(world / "named.npz", **{**z, "label_names": names})
+        with np.load(tissue) as t:
+            np.savez(world / "tissue" / "named.npz", **{**t, "label_names": names})
         np.savez(world / "texts.npz", **{k: v for k, v in z.items() if k != "vit"})
     config["flags"]["data"] = str(world / "named.npz")
     (world / "named" / "config.json").write_text(json.dumps(config))
@@ -2157,7 +2173,8 @@ def test_images_and_words_answer_bad_input_by_name(world, pictures, finished, tm
             (("explain", world / "run", "--images", tissue, "--weights", weights, "--latent", "48"), "--latent 48: 48 is no latent that a stream has alive"),
             (("explain", world / "run", "--images", tissue, "--weights", weights, "--latent", "1,two"), "--latent 1,two: two is no latent"),
             (("explain", world / "run", "--images", world / "tissue" / "few.npz", "--weights", weights), "no 'boxes' and 'instances' of 240 pictures"),
-            (("explain", world / "named", "--images", tissue, "--weights", weights), "the word 'aardvark' is in no caption"),
+            (("explain", world / "named", "--images", tissue, "--weights", weights), "tissue.npz has other labels than"),
+            (("explain", world / "named", "--images", world / "tissue" / "named.npz", "--weights", weights), "the word 'aardvark' is in no caption"),
             (("explain", world / "run", "--images", tissue, "--weights", f"{weights},clip={world / 'clip'}"), "2 runs of clip"),
             (("explain", world / "dead", "--images", tissue, "--weights", weights, "--latent", 3), "3 is no latent that a stream has alive"),
             (("explain", world / "run", "--images", tissue, "--weights", f"dino=vit_micro:random,{weights}"), "no stream 'dino'"),
