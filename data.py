@@ -980,7 +980,7 @@ class Images(Samples):
     paths   list of N files
     side    pixels that a part needs, at least, where a slide has levels
     window  see `as_rgb`
-    outlines  of each picture [(label, COCO's outline, (width, height))], or (h, w): its box on top"""
+    outlines  of each [(label, COCO's outline, (width, height))], or (h, w): its box on top"""
     paths: list
     side: int = 224
     window: tuple = None
