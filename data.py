@@ -1200,7 +1200,7 @@ def _read_coco(folder, files):
                      for one in texts["annotations"][::-1]}
             for one in told["images"]:
                 path = os.path.join(folder, part, one["file_name"])
-                size = one["width"], one["height"]
+                size = int(one["width"]), int(one["height"])
                 own[one["id"]] = split, path, [], size, texts.get(one["id"], "")
             for one in told["annotations"]:                  # crowds, too, as the authors
                 x, y, w, h = np.asarray_chkfinite(one["bbox"], float)

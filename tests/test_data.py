@@ -1544,6 +1544,7 @@ def test_what_coco_does_not_tell_is_left_open(coco):
     ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, float("inf"), 1, 1], "segmentation": []}]}, "is not a readable file"),
     ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": {"counts": [4, 4, 8], "size": [2, 8]}}]}, "c.png"),
     ("val2017", {"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": {"counts": [10 ** 12], "size": [4, 4]}}]}, "c.png"),
+    ("val2017", {"images": [{"id": 5, "file_name": "c.png", "width": None, "height": 4}]}, "is not a readable file of COCO's"),
     ("val2017", {"categories": [{"id": 7, "name": "\ud800"}]}, "is not a readable file of COCO's"),
     ("captions_train2017", {"annotations": [{"image_id": 5, "caption": ["a", "b"]}]}, "is not a readable file of COCO's"),
     ("val2017", [], "instances_val2017.json is not a readable file of COCO's")))
