@@ -242,6 +242,7 @@ SETTINGS = {
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
+    "class-token": (False, "switch", "patch tokens after the class token, without grid"),
     "noisy": (10.0, "float", "--token: times the average latent's share of patches, what is noise"),
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
@@ -1429,12 +1430,12 @@ def watched(images, flags, most=4000):
     return watch, measure
 
 
-@command("images! weights! window size standardise last tokens whole balanced seed=0 device "
-         "overwrite out=feats.npz")
+@command("images! weights! window size standardise last tokens class-token whole balanced seed=0 "
+         "device overwrite out=feats.npz")
 def cmd_extract(flags):
     """Features of pictures by backbones: streams that `sparc` and `probe` read, in an .npz, or
     where --out does not end so in a folder of .npy, one block of pictures at a time in memory."""
-    images, made = pictures_of(flags), {}
+    images, made, tokens = pictures_of(flags), {}, "all" if flags.class_token else flags.tokens
     if flags.balanced:
         images = images.balanced(flags.seed)
     run = None if flags.out.endswith(".npz") and out_file(flags) else Run(flags)
@@ -1447,7 +1448,7 @@ def cmd_extract(flags):
     for spec, loaded in zip(specs, models):
         if not loaded:                                       # what runs of N words tell of captions
             name, longest = spec.split("=lsa:")
-            refuse(captions is None or flags.tokens or longest not in ("1", "2", "3"), f"{spec} - "
+            refuse(captions is None or tokens or longest not in ("1", "2", "3"), f"{spec} - "
                    "lsa:1 to lsa:3 (longest run of words) read captions, and have no tokens")
             made[name] = [data.latent_semantics(captions, images.rows("train"), int(longest))]
             continue
@@ -1455,20 +1456,20 @@ def cmd_extract(flags):
         if flags.standardise and model.random:
             statistics = data.pixel_statistics(images, images.rows("train"))
             ssm.standardise_pixels(model, *statistics, data.IMAGENET)
-        how = {"tokens": flags.tokens, "block": 16 if flags.tokens else 256,   # T times the memory
+        how = {"tokens": tokens, "block": 16 if tokens else 256,             # T times the memory
                "whole": flags.whole or clip}                 # clip learns from whole pictures
         blocks = len(getattr(model, "blocks", "1"))
-        refuse(flags.last > blocks and (flags.tokens or blocks > 1),
+        refuse(flags.last > blocks and (tokens or blocks > 1),
                f"--last {flags.last}, but {name} can show {blocks} - give no more")
         if blocks > 1:
             how["last"] = flags.last
-        if clip and captions is not None and not flags.tokens:               # both its encoders
+        if clip and captions is not None and not tokens:    # both its encoders
             silent = captions == ""                          # these lack the stream
             made[f"{name}_txt"] = [np.where(silent[:, None], np.nan, model.read(captions).cpu())]
         see = functools.partial(images.blocks, backbone=model, size=model.side, **how)
         first, made[name + "_img" * clip] = next(see([0])), see(range(len(images)))
     about, streams = images.arrays(flags.out), {}
-    if flags.tokens:                                         # views are square
+    if tokens is True:                                       # views are square
         about["grid"] = np.repeat(math.isqrt(first.shape[1]), 2)
     if run:                                                  # what is cut short keeps its labels
         run.begin(data_hash=images.hash).write({f"{key}.npy": a for key, a in about.items()})

@@ -500,15 +500,16 @@ class ViT(PatchTokens):
             out.append(x)
         return [self.norm(x) if norm else x for x in out], grid
 
-    def patches(self, x):
-        """All tokens -> those of patches (B, T, d)."""
-        return x[:, 1 + self.registers:]
+    def patches(self, x, cls=False):
+        """All tokens -> those of patches (B, T, d); with `cls` after the class token."""
+        return torch.cat([x[:, :int(cls)], x[:, 1 + self.registers:]], 1)
 
     def features(self, x, tokens=False, last=1):
-        """Class tokens of the last blocks (B, last d); `tokens`: those of patches, their grid;
-        with last > 1 of the residual stream after that block."""
+        """Class tokens of the last blocks (B, last d); `tokens`: those of patches ("all": after the
+        class token), their grid; with last > 1 of the residual stream after that block."""
         out, grid = self.blocks_out(x, last, norm=last == 1 or not tokens)
-        return (self.patches(out[0]), grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
+        shown = self.patches(out[0], tokens == "all")
+        return (shown, grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
 
 
 # -- Vim: Vision Mamba -----------------------------------------------------------------------------
@@ -603,20 +604,23 @@ class Vim(PatchTokens):
         x = torch.cat([x[:, :middle], cls, x[:, middle:]], 1)                    # (B, L, d)
         return x if self.double_cls else x + pos, grid
 
-    def patches(self, x):
-        """All tokens -> those of patches (B, T, d)."""
+    def patches(self, x, cls=False):
+        """All tokens -> those of patches (B, T, d); with `cls` after the middle class token."""
         middle = (x.shape[1] - 1) // 2
-        return torch.cat([x[:, int(self.double_cls):middle], x[:, middle + 1:]], 1)
+        parts = x[:, middle:middle + cls], x[:, int(self.double_cls):middle], x[:, middle + 1:]
+        return torch.cat(parts, 1)
 
     def features(self, x, tokens=False):
-        """The middle class token (B, d); with `tokens` patch tokens (B, T, d) and their grid."""
+        """The middle class token (B, d); with `tokens` patch tokens (B, T, d) ("all": after the
+        class token) and their grid."""
         x, grid = self.embed(x)                              # (B, L, d)
         residual = None
         for layer in self.layers:
             residual = _float32_up(x) if residual is None else residual + layer.drop_path(x)
             x = layer.mixer(layer.norm(residual.to(layer.norm.weight.dtype)))
         x = self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
-        return (self.patches(x), grid) if tokens else x[:, (x.shape[1] - 1) // 2]
+        cls = (x.shape[1] - 1) // 2
+        return (self.patches(x, tokens == "all"), grid) if tokens else x[:, cls]
 
 
 # -- VMamba ----------------------------------------------------------------------------------------
@@ -729,6 +733,7 @@ class VMamba(nn.Module):
 
     def features(self, x, tokens=False):
         """Pooled features (B, d); with `tokens` the last stage's normed map (B, T, d), its grid."""
+        refuse(tokens == "all", "VMamba has no class token - leave it out")
         x = self.classifier.norm(self.stages(x)[-1])         # (B, H / 32, W / 32, d)
         return (x.flatten(1, 2), tuple(x.shape[1:3])) if tokens else x.mean((1, 2))
 
@@ -852,7 +857,8 @@ class CLIPVision(nn.Module):
         self.proj = nn.Parameter(dim ** -0.5 * torch.randn(dim, out))
 
     def features(self, x, tokens=False):
-        """Class tokens (B, out); with `tokens` patch tokens (B, T, dim) and their grid."""
+        """Class tokens (B, out); with `tokens` patch tokens (B, T, dim) ("all": after the class
+        token) and their grid."""
         h, w = x.shape[2:]
         refuse({h, w} != {self.size},
                f"images are {h}x{w} - this CLIP was trained at {self.size}x{self.size}")
@@ -861,7 +867,7 @@ class CLIPVision(nn.Module):
         cls = self.class_embedding.expand(len(x), 1, -1)     # (B, 1, dim)
         x = torch.cat([cls, x], 1) + self.positional_embedding                   # (B, 1 + T, dim)
         x = self.ln_post(self.transformer(self.ln_pre(x)))
-        return (self.patches(x), grid) if tokens else x[:, 0] @ self.proj
+        return (self.patches(x, tokens == "all"), grid) if tokens else x[:, 0] @ self.proj
 
     registers, patches = 0, ViT.patches                      # all tokens but the class token
     forward = features

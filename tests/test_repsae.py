@@ -874,7 +874,17 @@ def test_extracted_streams_are_the_backbones_features_and_feed_probe_and_sparc(t
     assert set(found["vim"]["linear"]) == {"accuracy", "balanced accuracy", "F1", "AUC"}
     run("sparc", "--data", out, "--latents", 20, "--k", 2, "--batch", 8, "--epochs", 2, "--out", tmp_path / "r")
     run("extract", "--images", pictures, "--weights", f"vim={trained}", "--tokens", "--out", tmp_path / "t.npz")
-    assert np.load(tmp_path / "t.npz")["vim"].shape == (34, 4, 96)
+    patches = np.load(tmp_path / "t.npz")
+    assert patches["vim"].shape == (34, 4, 96) and patches["grid"].tolist() == [2, 2]
+    run("extract", "--images", pictures, "--weights", f"vim={trained}", "--set", "class-token=yes", "--out", tmp_path / "all.npz")
+    all_of = np.load(tmp_path / "all.npz")                   # no grid: its first token has no place
+    assert "grid" not in all_of and np.array_equal(all_of["vim"][:, 1:], patches["vim"])
+    x = data.plain_view(16)(data.open_image(tmp_path / z["images"][7]))[None]
+    torch.testing.assert_close(torch.from_numpy(all_of["vim"][7, 0]).float(), model.features(x)[0].detach(), rtol=2e-3, atol=2e-3)
+    # trained on class and patch tokens, as CytoSAE is, read on the patches' grid
+    run("sae", "--data", tmp_path / "all.npz", "--latents", 16, "--k", 2, "--epochs", 1, "--out", tmp_path / "s")
+    run("latents", tmp_path / "s", "--data", tmp_path / "t.npz", "--sample", 0, "--token", 3)
+    assert "has no class token" in error(capsys, "extract", "--images", pictures, "--weights", "vmamba_micro", "--size", 32, "--set", "class-token=yes")
 
 
 @pytest.mark.parametrize("tokens", [(), ("--tokens",)])

@@ -354,6 +354,7 @@ def test_tokens_of_an_earlier_block_are_its_residual_stream_and_of_the_last_its_
     for block in model.blocks:
         block.register_forward_hook(lambda m, i, o: kept.append(o))
     (last, grid), (second, _) = model.features(x, tokens=True), model.features(x, tokens=True, last=2)
+    assert torch.equal(model.features(x, tokens="all", last=2)[0], kept[2])
     assert grid == (4, 4) and torch.equal(second, kept[2][:, 1:]) and torch.equal(last, model.norm(kept[3])[:, 1:])
     assert torch.equal(model.features(x, last=2), torch.cat([model.norm(kept[2])[:, 0], model.norm(kept[3])[:, 0]], 1))
 
@@ -541,6 +542,8 @@ def test_a_model_takes_any_multiple_of_its_patch_and_gives_class_and_patch_token
         x = torch.randn(2, 3, h, w)
         tokens, grid = model.features(x, tokens=True)
         assert model.features(x).shape == (2, model.dim) and tokens.shape == (2, grid[0] * grid[1], model.dim) and grid == (h // step, w // step)
+        if name != "vmamba_micro":                           # which has none
+            assert torch.equal(model.features(x, tokens="all")[0], torch.cat([model.features(x)[:, None], tokens], 1))
     for bad in (torch.zeros(2, 3, 32, 33), torch.zeros(2, 1, 32, 32), torch.zeros(3, 32, 32)):
         with pytest.raises(InputError, match="wants"):
             model(bad)
