@@ -1362,7 +1362,7 @@ def pixel_statistics(images, rows, most=500, side=64):
 
 
 class Crops:
-    """DINO's random views: `Crops(...)(image)` -> list of (3, size, size), the two global first.
+    """DINO's random views: `Crops(...)(image)` -> list of pictures, the two global first.
 
     size, local_size    sides in pixels
     scale, local_scale  share of the image's area that a crop covers
@@ -1380,8 +1380,7 @@ class Crops:
 
         def view(side, area, blur_share, *more):
             crop = t.RandomResizedCrop(side, area, interpolation=t.InterpolationMode.BICUBIC)
-            return t.Compose([crop, *change, t.RandomApply([blurred], blur_share), *more,
-                              t.ToTensor(), t.Normalize(*IMAGENET)])
+            return t.Compose([crop, *change, t.RandomApply([blurred], blur_share), *more])
         self.views = [view(size, scale, 1.),
                       view(size, scale, 0.1, t.RandomSolarize(128, 0.2 * colour)),
                       *[view(local_size, local_scale, 0.5)] * n_local]
@@ -1413,7 +1412,7 @@ def _views(images, crops, seed, drawn):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(own >> 1))
             found.append(crops(images.open(i)))
-    return [torch.stack(each) for each in zip(*found)]
+    return [normalised(np.stack(each)) for each in zip(*found)]
 
 
 def read_pictures(path, size, label=None, window=None):
