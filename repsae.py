@@ -242,7 +242,7 @@ SETTINGS = {
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
-    "class-token": (False, "switch", "patch tokens after the class token, without grid"),
+    "class-token": (False, "switch", "the class token, then patches; no grid"),
     "noisy": (10.0, "float", "--token: times the average latent's share of patches, what is noise"),
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
@@ -1456,14 +1456,14 @@ def cmd_extract(flags):
         if flags.standardise and model.random:
             statistics = data.pixel_statistics(images, images.rows("train"))
             ssm.standardise_pixels(model, *statistics, data.IMAGENET)
-        how = {"tokens": tokens, "block": 16 if tokens else 256,             # T times the memory
+        how = {"tokens": tokens, "block": 16 if tokens else 256,  # T times the memory
                "whole": flags.whole or clip}                 # clip learns from whole pictures
         blocks = len(getattr(model, "blocks", "1"))
         refuse(flags.last > blocks and (tokens or blocks > 1),
                f"--last {flags.last}, but {name} can show {blocks} - give no more")
         if blocks > 1:
             how["last"] = flags.last
-        if clip and captions is not None and not tokens:    # both its encoders
+        if clip and captions is not None and not tokens:  # both its encoders
             silent = captions == ""                          # these lack the stream
             made[f"{name}_txt"] = [np.where(silent[:, None], np.nan, model.read(captions).cpu())]
         see = functools.partial(images.blocks, backbone=model, size=model.side, **how)
@@ -1473,7 +1473,7 @@ def cmd_extract(flags):
         about["grid"] = np.repeat(math.isqrt(first.shape[1]), 2)
     if run:                                                  # what is cut short keeps its labels
         run.begin(data_hash=images.hash).write({f"{key}.npy": a for key, a in about.items()})
-    for s, blocks in made.items():                           # here the models see the pictures
+    for s, blocks in made.items():
         if run:
             judge.write_npy(run.path(f"{s}.npy"), blocks, len(images))
         streams[s] = data.Source(flags.out)[s] if run else np.concatenate([*blocks])
@@ -1503,10 +1503,8 @@ def load_backbone(spec, flags, n_classes=0):
         if os.path.exists(os.path.join(where, "clip.pt")):
             return name, load_clip(where, flags.device, side)
         file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
-        refuse(not os.path.exists(file),
-               f"no run or file at {where} - check it, or {name}=arch:FILE")
-        with unpacked(file, "is no file of dino or finetune",
-                      f"write {name}=arch:FILE for others") as kept:
+        refuse(not os.path.exists(file), f"no run or file at {where}")
+        with unpacked(file, "is no file of dino or finetune", f"write {name}=arch:FILE") as kept:
             made = {key: kept[key] for key in made}
             made["n_classes"], side = int(made["n_classes"] or 0), side or kept.get("side")
         for size in (made["size"], side):
