@@ -1503,7 +1503,7 @@ def load_backbone(spec, flags, n_classes=0):
         if os.path.exists(os.path.join(where, "clip.pt")):
             return name, load_clip(where, flags.device, side)
         file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
-        refuse(not os.path.exists(file), f"no run or file at {where}")
+        refuse(not os.path.exists(file), f"no run or file at {where} - check it")
         with unpacked(file, "is no file of dino or finetune", f"write {name}=arch:FILE") as kept:
             made = {key: kept[key] for key in made}
             made["n_classes"], side = int(made["n_classes"] or 0), side or kept.get("side")
