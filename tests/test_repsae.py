@@ -267,7 +267,7 @@ def test_an_older_run_that_says_no_start_goes_on_from_the_one_it_had(features, t
 
 def test_controls_keep_an_encoder_or_a_dictionary_as_it_began_and_learn_the_rest(features, tmp_path, capsys):
     argv = ["ablate", "--data", features, *SMALL, "--no-null", "--seeds", 2, "--controls"]
-    run(*argv, "--epochs", 1, "--out", tmp_path / "r")
+    run(*argv, "--epochs", 4, "--out", tmp_path / "r")
     for seed in (42, 43):
         drawn = sae.SPARC({"x": 16, "y": 12}, 40, 4, seed=seed, start=1.)
         for part, frozen, other in (("encoder", "W_enc", "W_dec"), ("dictionary", "W_dec", "W_enc")):
@@ -363,7 +363,7 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(features, unin
     draw = random.Random(0)
     out = tmp_path / "r"
     killed = 0
-    for _ in range(2):
+    for _ in range(3):
         child = start(features, out, "--resume")
         deadline = time.time() + 60
         before = (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0
@@ -375,7 +375,7 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(features, unin
         killed += child.poll() is None
         child.kill()
         child.communicate()
-    assert killed
+    assert killed >= 2
     child = start(features, out, "--resume")
     child.communicate()
     assert child.returncode == 0
@@ -2377,10 +2377,11 @@ def odd_file(path, n, seed=0):
 
 
 @pytest.mark.parametrize("n", [197, 1100])
-def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stream(n, tmp_path, capsys, monkeypatch):
+def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stream_and_its_null(n, tmp_path, capsys, monkeypatch):
     argv = ["sparc", "--data", str(odd_file(tmp_path / "f.npz", n)), "--out", str(tmp_path / "r")]
     assert repsae.resolved(repsae.parse(argv)[1], data.read_features(tmp_path / "f.npz")).null
-    monkeypatch.setattr(repsae, "planned_seconds", lambda *a, **kw: 61)          # so that it is not trained here
+    if n == 1100:                                            # one null is trained, of the smaller file
+        monkeypatch.setattr(repsae, "planned_seconds", lambda *a, **kw: 61)
     run(*argv)
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     own = {mode: [metrics[mode]["r2"][s][s] for s in metrics[mode]["r2"]] for mode in ("joint", "alone")}
@@ -2388,7 +2389,7 @@ def test_on_a_small_odd_file_nothing_typed_gives_a_code_that_rebuilds_every_stre
     flags = json.loads((tmp_path / "r" / "config.json").read_text())["flags"]
     chosen = {k: flags[k] for k in ("latents", "k", "norm", "shuffle", "null")}
     assert chosen == {"latents": 256 if n == 1100 else 128, "k": 40, "norm": "standard,l2",
-                      "shuffle": "samples", "null": False} and "null" not in metrics
+                      "shuffle": "samples", "null": n == 197} and ("null" in metrics) == (n == 197)
     assert "auto" not in flags.values() and metrics["steps"] == 50 * -(-round(.8 * n) // flags["batch"]) >= 500
     assert flags["dead_after"] == metrics["steps"] // 4
     assert f"chosen by the number of training rows, {round(.8 * n)}: latents {chosen['latents']}, k" in capsys.readouterr().err

@@ -766,15 +766,15 @@ def test_vim_passes_gradcheck_in_float64():
 
 
 def test_a_mixer_learns_to_remember_its_first_token():
-    """The label is the first of 40 tokens, read off the last one. The convolution reaches back 3 and the second direction
-    sees only what follows, so the state alone can carry it there, past 39 tokens of noise. Guessing scores ln 2 = 0.69."""
+    """The label is the first of 64 tokens, read off the last one. The convolution reaches back 3 and the second direction
+    sees only what follows, so the state alone can carry it there, past 63 tokens of noise. Guessing scores ln 2 = 0.69."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         words, model, read = torch.nn.Embedding(4, 16), ssm.Mixer(16, depth=1, d_state=8), torch.nn.Linear(16, 1)
         optimiser = torch.optim.Adam([*words.parameters(), *model.parameters(), *read.parameters()], 1e-2)
         recent = [1.] * 10
         for _ in range(400):
-            sentence = torch.randint(2, 4, (32, 40))
+            sentence = torch.randint(2, 4, (32, 64))
             sentence[:, 0] = torch.randint(0, 2, (32,))
             guess = read(model(words(sentence))[:, -1]).squeeze(1)
             loss = F.binary_cross_entropy_with_logits(guess, sentence[:, 0].float())
