@@ -242,7 +242,7 @@ SETTINGS = {
     "joint": (64, "int 1..1e5", "CLIP: width of the common space"),
     "context": (32, "int 3..10000", "CLIP: longest text, tokens"),
     "subtyping": (False, "switch", "CLAM: classes exclude each other"),
-    "class-token": (False, "switch", "the class token, then patches; no grid"),
+    "class-token": (False, "switch", "patch tokens after the class token, no grid"),
     "noisy": (10.0, "float", "--token: times the average latent's share of patches, what is noise"),
     "cosine": (False, "switch", "MIL: the learning rate falls to 0 along half a cosine"),
 }
@@ -1299,7 +1299,7 @@ def cmd_encode(flags):
 @command(f"{DATA} over! {CODE} {SHARED} {STEPS} {FOLDER} out=runs/sweep")
 def cmd_sweep(flags):
     """A run for every combination of settings, or of sets of streams, beside each other (thesis
-    5.4.8, sparc.txt 5, B and C): --over "topk=global,local latents=256,512"."""
+    5.4.8, sparc.txt 5, B and C)."""
     run, axes, changes = Run(flags), {}, {}                  # axes: {setting: its values}
     known = {*GROUPS["model"], *GROUPS["training"], *SETTINGS} & {*cmd_sweep.flags}
     for word in (run.flags.over or "").split() or [""]:
@@ -1434,7 +1434,7 @@ def watched(images, flags, most=4000):
          "device overwrite out=feats.npz")
 def cmd_extract(flags):
     """Features of pictures by backbones: streams that `sparc` and `probe` read, in an .npz, or
-    where --out does not end so in a folder of .npy, one block of pictures at a time in memory."""
+    where --out does not end so in a folder of .npy, block by block."""
     images, made, tokens = pictures_of(flags), {}, "all" if flags.class_token else flags.tokens
     if flags.balanced:
         images = images.balanced(flags.seed)
@@ -1456,14 +1456,13 @@ def cmd_extract(flags):
         if flags.standardise and model.random:
             statistics = data.pixel_statistics(images, images.rows("train"))
             ssm.standardise_pixels(model, *statistics, data.IMAGENET)
-        how = {"tokens": tokens, "block": 16 if tokens else 256,  # T times the memory
-               "whole": flags.whole or clip}                 # clip learns from whole pictures
         blocks = len(getattr(model, "blocks", "1"))
         refuse(flags.last > blocks and (tokens or blocks > 1),
                f"--last {flags.last}, but {name} can show {blocks} - give no more")
-        if blocks > 1:
-            how["last"] = flags.last
-        if clip and captions is not None and not tokens:  # both its encoders
+        how = {"tokens": tokens, "block": 16 if tokens else 256,             # T times the memory
+               "whole": flags.whole or clip,                 # clip learns from whole pictures
+               **({"last": flags.last} if blocks > 1 else {})}
+        if clip and captions is not None and not tokens:     # both its encoders
             silent = captions == ""                          # these lack the stream
             made[f"{name}_txt"] = [np.where(silent[:, None], np.nan, model.read(captions).cpu())]
         see = functools.partial(images.blocks, backbone=model, size=model.side, **how)
@@ -1473,7 +1472,7 @@ def cmd_extract(flags):
         about["grid"] = np.repeat(math.isqrt(first.shape[1]), 2)
     if run:                                                  # what is cut short keeps its labels
         run.begin(data_hash=images.hash).write({f"{key}.npy": a for key, a in about.items()})
-    for s, blocks in made.items():
+    for s, blocks in made.items():                           # here the models see the pictures
         if run:
             judge.write_npy(run.path(f"{s}.npy"), blocks, len(images))
         streams[s] = data.Source(flags.out)[s] if run else np.concatenate([*blocks])
@@ -1503,7 +1502,8 @@ def load_backbone(spec, flags, n_classes=0):
         if os.path.exists(os.path.join(where, "clip.pt")):
             return name, load_clip(where, flags.device, side)
         file = os.path.join(where, "checkpoint.pt") if os.path.isdir(where) else where
-        refuse(not os.path.exists(file), f"no run or file at {where} - check it")
+        refuse(not os.path.exists(file),
+               f"no run or file at {where} - check it, or {name}=arch:FILE")
         with unpacked(file, "is no file of dino or finetune", f"write {name}=arch:FILE") as kept:
             made = {key: kept[key] for key in made}
             made["n_classes"], side = int(made["n_classes"] or 0), side or kept.get("side")
@@ -1564,9 +1564,7 @@ def cmd_probe(flags):
          "eval-rows", "run")
 def cmd_latents(flags):
     """What each latent is: frequency, mean, label entropy, reference samples, barcodes of patients
-    (CytoSAE); RUN may be several, a,b, of one stream, such as SAEs of several sizes. --prompts: a
-    file to have latents named by; --query: what words of --names find; --token: what is in a patch.
-    """
+    (CytoSAE); with --token what is in a patch, with --query what words of --names find."""
     if flags.query:
         check_needed(flags, "names")
     refuse(flags.label and not flags.query, "--label judges a --query - give one")
@@ -1632,7 +1630,7 @@ def show_patch(coded, flags):
     code = coded.codes([row])[coded.stream][at].toarray()[0]
     # the authors' measure, a mean activation above 0.1, depends on the features' units
     share = np.ravel(coded.count[coded.train].mean(0)) / coded.T
-    noise = min(0.5, flags.noisy * share.mean())             # from here on
+    noise = min(0.5, flags.noisy * share.mean())
     found = [j for j in np.argsort(-code, kind="stable").tolist() if code[j]]
     clear = [j for j in found if share[j] < noise][:2]
     page.table(["latent", "activation", "its mean", "share of all patches", "noisy"],
@@ -1640,7 +1638,7 @@ def show_patch(coded, flags):
                 for j in found], f"Patch {at} of test sample {i}, row {row}", "patch")
     if not clear:
         page.text(f"every latent here is in {noise:.3f} of all patches or more - raise --tau")
-    shown = {j: table["references"][j] for j in clear}       # rows
+    shown = {j: table["references"][j] for j in clear}
     pictures = {r: features.picture(r) for r in [row, *itertools.chain(*shown.values())]}
     if clear and None not in pictures.values():
         (rows, columns), (y, x) = features.grid, divmod(at, features.grid[1])
@@ -1936,8 +1934,7 @@ def load_clip(folder, device, side=None):
 def cmd_explain(flags):
     """Heat maps of backbones by Grad-CAM (thesis 3.2.4); given a run of sparc, of its concepts.
 
-    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4), of --query "a,b" too;
-    --most is then 400."""
+    With a run: in pixels and words, and what they segment (5.4.4, A.3-A.4); --most is then 400."""
     if flags.run is not None:
         return explain_concepts(flags)
     refuse({"query", "latent", "least"} & flags.given, "--query, --latent, --least - name a run")
@@ -2230,8 +2227,7 @@ def given_query(model, stream, flags):
 @command("images voc window size downsample threshold smallest rois overwrite out=tiles")
 def cmd_tile(flags):
     """Find the tissue of slides and lay tiles over it: for each slide a file of coordinates and an
-    overview. With --voc, cut the annotated boxes of pictures out, into class folders by its splits.
-    """
+    overview. With --voc cut boxes out of pictures, into class folders by its splits."""
     if flags.voc:
         cuts, side = data.cut_boxes(flags.voc, window=flags.window), flags.size or 64
         names = [f"{name}.png" for name in cuts.about["ids"]]

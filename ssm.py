@@ -500,16 +500,16 @@ class ViT(PatchTokens):
             out.append(x)
         return [self.norm(x) if norm else x for x in out], grid
 
-    def ordered(self, x):
-        """All tokens -> class token, then those of patches: (B, 1 + T, d)."""
-        return torch.cat([x[:, :1], x[:, 1 + self.registers:]], 1)
+    def patches(self, x, cls=False):
+        """All tokens -> those of patches (B, T, d); with `cls` after the class token."""
+        return torch.cat([x[:, :int(cls)], x[:, 1 + self.registers:]], 1)
 
     def features(self, x, tokens=False, last=1):
         """Class tokens of the last blocks (B, last d); `tokens`: those of patches ("all": after the
-        class token), their grid; with last > 1 of the residual stream after that block."""
+        class token), and grid; with last > 1 of the residual stream after that block."""
         out, grid = self.blocks_out(x, last, norm=last == 1 or not tokens)
-        shown = self.ordered(out[0])[:, tokens != "all":]
-        return (shown, grid) if tokens else torch.cat([v[:, 0] for v in out], -1)
+        cls = torch.cat([v[:, 0] for v in out], -1)
+        return (self.patches(out[0], tokens == "all"), grid) if tokens else cls
 
 
 # -- Vim: Vision Mamba -----------------------------------------------------------------------------
@@ -604,10 +604,10 @@ class Vim(PatchTokens):
         x = torch.cat([x[:, :middle], cls, x[:, middle:]], 1)                    # (B, L, d)
         return x if self.double_cls else x + pos, grid
 
-    def ordered(self, x):
-        """All tokens -> the middle class token, then those of patches: (B, 1 + T, d)."""
+    def patches(self, x, cls=False):
+        """All tokens -> those of patches (B, T, d); with `cls` after the middle class token."""
         m = (x.shape[1] - 1) // 2
-        return torch.cat([x[:, m:m + 1], x[:, int(self.double_cls):m], x[:, m + 1:]], 1)
+        return torch.cat([x[:, m:m + cls], x[:, int(self.double_cls):m], x[:, m + 1:]], 1)
 
     def features(self, x, tokens=False):
         """Middle class token (B, d); `tokens`: of patches (B, T, d) ("all": after it), and grid."""
@@ -616,8 +616,8 @@ class Vim(PatchTokens):
         for layer in self.layers:
             residual = _float32_up(x) if residual is None else residual + layer.drop_path(x)
             x = layer.mixer(layer.norm(residual.to(layer.norm.weight.dtype)))
-        x = self.ordered(self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype)))
-        return (x[:, tokens != "all":], grid) if tokens else x[:, 0]
+        x = self.norm_f((residual + self.drop_path(x)).to(self.norm_f.weight.dtype))
+        return (self.patches(x, tokens == "all"), grid) if tokens else x[:, (x.shape[1] - 1) // 2]
 
 
 # -- VMamba ----------------------------------------------------------------------------------------
@@ -863,9 +863,9 @@ class CLIPVision(nn.Module):
         cls = self.class_embedding.expand(len(x), 1, -1)     # (B, 1, dim)
         x = torch.cat([cls, x], 1) + self.positional_embedding                   # (B, 1 + T, dim)
         x = self.ln_post(self.transformer(self.ln_pre(x)))
-        return (x[:, tokens != "all":], grid) if tokens else x[:, 0] @ self.proj
+        return (self.patches(x, tokens == "all"), grid) if tokens else x[:, 0] @ self.proj
 
-    registers, ordered = 0, ViT.ordered
+    registers, patches = 0, ViT.patches                      # all tokens but the class token
     forward = features
 
 
@@ -1176,7 +1176,7 @@ def cam_layer(model, x):
     else:
         layer = model.blocks[-1].norm1 if isinstance(model, ViT) else model.layers[-1].drop_path
     grid = _grid(x, model.patch, "this backbone")
-    return layer, lambda out: model.ordered(out)[:, 1:].unflatten(1, grid)
+    return layer, lambda out: model.patches(out).unflatten(1, grid)
 
 
 # -- Bags of instances (thesis 3.2.2; attention: Ilse et al. 2018; CLAM: Lu et al. 2021) -----------
@@ -1374,12 +1374,13 @@ def _state(path):
         with torch.serialization.safe_globals([argparse.Namespace]):             # of their flags
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                                   # torch raises many kinds
-        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - restore it")
+        raise InputError(f"{path} is not a readable checkpoint ({type(e).__name__}) - replace it")
     for key in ("teacher", "student", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     refuse(not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())),
-           f"{path} holds no state_dict, at its top, under teacher or model - give tensors by name")
+           f"{path} holds no state_dict - expected tensors by name, at the top or under teacher, "
+           "student, model, state_dict")
     return state
 
 

@@ -13,9 +13,9 @@ import repsae
 from conftest import ROOT
 
 # at most so many lines, and at least this share of them comments and docstrings
-ROOMS = {"repsae.py": (2597, .14), "data.py": (1850, .2), "eval.py": (2151, .21),
+ROOMS = {"repsae.py": (2593, .14), "data.py": (1849, .2), "eval.py": (2151, .21),
          "ssm.py": (1393, .28), "sae.py": (1174, .28)}
-ALL_LINES, ALL_LETTERS = 9_163, 514_100
+ALL_LINES, ALL_LETTERS = 9_160, 514_100
 MAY_IMPORT = {"sae": {"torch"}, "ssm": {"torch"}, "eval": {"torch", "numpy", "scipy", "PIL"},
               "data": {"torch", "torchvision", "numpy", "scipy", "PIL", "openslide"}}
 FRONT_DOOR = {"torch", "torchvision", "numpy", "scipy", "PIL", *MAY_IMPORT}

@@ -323,6 +323,7 @@ def test_dinov2_tokens_and_gradients_are_the_authors(variant, golden):
         cls, (patches, _) = model.features(x), model.features(x, tokens=True)
         same(cls, torch.from_numpy(z[f"out.{key}.x_norm_clstoken"]), 1e-5)
         same(patches, torch.from_numpy(z[f"out.{key}.x_norm_patchtokens"]), 1e-5)
+        assert torch.equal(model.features(x, tokens="all")[0], torch.cat([cls[:, None], patches], 1))        # no registers
         total = (cls * torch.from_numpy(z[f"in.{key}.g_cls"])).sum() + (patches * torch.from_numpy(z[f"in.{key}.g_patch"])).sum()
         same(torch.autograd.grad(total, x)[0], torch.from_numpy(z[f"grad.{key}.x"]), 1e-5)
 
@@ -394,7 +395,7 @@ def test_vim4path_tokens_blocks_and_gradients_are_the_authors_at_every_size(gold
         x = torch.from_numpy(z[f"in.{size}.x"]).requires_grad_()
         tokens, layout = model.embed(x)[0], cfg["layout"][size]
         numbers = torch.arange(tokens.shape[1])[None, :, None]
-        patches = model.ordered(numbers)[:, 1:].flatten().tolist()
+        patches = model.patches(numbers).flatten().tolist()
         assert sorted({0, layout["middle_cls"], *patches}) == numbers.flatten().tolist()
         assert tokens.shape[1] == layout["length"] == len(patches) + 2
         same(tokens, torch.from_numpy(z[f"out.{size}.tokens"]), 1e-5)
@@ -1061,6 +1062,8 @@ def test_text_is_read_at_its_end_and_not_beyond():
 def test_clips_loss_is_the_mean_of_two_cross_entropies_and_learns_pairs():
     model = small_clip()
     x, tokens = torch.randn(6, 3, 32, 32), torch.stack([torch.tensor([10, i + 1, 11, 0]) for i in range(6)])
+    every, _ = model.visual.features(x, tokens="all")     # the class token, not projected yet, before its patches
+    assert torch.equal(every[:, 0] @ model.visual.proj, model.visual(x)) and torch.equal(every[:, 1:], model.visual.features(x, tokens=True)[0])
     a, b = (v / v.norm(dim=1, keepdim=True) for v in (model.visual(x), model.encode_text(tokens)))
     s = a @ b.T / 0.07
     rows = sum(-(s[i, i] - s[i].logsumexp(0)) for i in range(6)) / 6
